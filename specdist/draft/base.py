@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every draft algorithm gives the trainer, the exporter and the evaluator. None of them knows which one it has."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from specdist.records import FeatureLayout, Features, PackedTokens
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What one micro-batch supervises, found before any gradient is computed.
+
+    `counts` is what the loss is divided by after a sum over every micro-batch and rank of the optimizer step: a float64
+    vector of fixed length (EAGLE-3: one entry per TTT step). `data` is the algorithm's own and only it reads it.
+    """
+
+    counts: Tensor
+    data: Mapping[str, object]
+
+
+class DraftModel(nn.Module, ABC):
+    """A draft under training. Its `state_dict` uses the tensor names of the exported checkpoint.
+
+    Frozen tensors borrowed from the target are not parameters or buffers: they are neither sharded nor saved.
+    """
+
+    layout: FeatureLayout
+    metric_names: tuple[str, ...]
+    """The names of the sums `forward` returns, in a fixed order that is the same on every rank."""
+
+    @abstractmethod
+    def supervise(self, batch: PackedTokens, host_batch: PackedTokens, features: Features) -> Supervision:
+        """Find what counts in a micro-batch; no gradients. `host_batch` is the same batch on the CPU: index
+        arithmetic that only needs tokens and masks is done there, so nothing waits for the device."""
+
+    @abstractmethod
+    def forward(
+        self, batch: PackedTokens, features: Features, supervision: Supervision, totals: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of one micro-batch and its metric sums.
+
+        `totals` is `Supervision.counts` summed over the whole optimizer step, so the losses of all micro-batches and
+        ranks add up to the step's loss. Returns the scalar loss (fp32, with a graph even when nothing is supervised)
+        and a detached float64 vector of sums, one per entry of `metric_names`, to be added over micro-batches and ranks.
+        """
+
+    @abstractmethod
+    def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """The figures a person reads (loss and acceptance rate per TTT step, ...) from summed `metric_names`."""
+
+    @abstractmethod
+    def proposer(self) -> Proposer:
+        """A fresh proposer of this draft, for one sequence."""
+
+
+class Proposer(ABC):
+    """Drafts tokens for one sequence, in eval mode, from the target's features of the verified tokens."""
+
+    @abstractmethod
+    def extend(self, features: Features, next_tokens: Tensor) -> None:
+        """Take the features of n newly verified positions and, int64 [n], the token that follows each of them."""
+
+    @abstractmethod
+    def propose(self, count: int) -> list[int]:
+        """`count` greedy draft tokens (target ids) that continue the sequence after the last of `next_tokens`."""
+
+
+def empty_like_loss(model: nn.Module) -> Tensor:
+    """A zero loss that touches every trainable parameter, so that a rank without data still joins the collectives."""
+    return sum((p.float().sum() * 0.0 for p in model.parameters() if p.requires_grad), torch.zeros(()))
