@@ -48,7 +48,7 @@ class DraftModel(nn.Module, ABC):
 
         `totals` is `Supervision.counts` summed over the whole optimizer step, so the losses of all micro-batches and
         ranks add up to the step's loss. Returns the scalar loss (fp32, with a graph even when nothing is supervised)
-        and a detached float64 vector of sums, one per entry of `metric_names`, to be added over micro-batches and ranks.
+        and a detached float64 vector of sums, one per entry of `metric_names`, to add over micro-batches and ranks.
         """
 
     @abstractmethod

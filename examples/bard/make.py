@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make the small target model of the quickstart: a Llama of 1.8M parameters that answers like Shakespeare.
+
+    python examples/bard/make.py --text tinyshakespeare.txt --out examples/bard
+
+Writes train.jsonl, heldout.jsonl and model/ under --out. Add --quick to try the whole way in half a minute (give it
+another --out). Add --regenerate to keep the model that is already there and write train-onpolicy.jsonl with it: the
+prompts of train.jsonl, answered by the model itself.
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+PAD, START, END = SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCAB_SIZE = 2048
+ROW_TOKENS = 512  # a training row; MAX_CHARS keeps nearly every conversation inside one
+MAX_CHARS = 1400  # a conversation
+HELDOUT = 64  # conversations, the last of the text
+REPLY_TOKENS = 160
+
+Conversation = list[dict[str, str]]
+
+
+# --- the conversations
+
+
+def read_speeches(text: str) -> list[str]:
+    """'ROMEO: But, soft! ...' for each speech, in order. A speaker who says nothing is left out."""
+    blocks = (re.fullmatch(r"([^\n:]+):\n(.+)", block.strip(), re.DOTALL) for block in re.split(r"\n{2,}", text))
+    speeches = [f"{match[1]}: {match[2].strip()}" for match in blocks if match]
+    if len(speeches) < 4 * HELDOUT:
+        raise ValueError(f"found {len(speeches)} speeches of the form 'SPEAKER:\\ntext'; need at least {4 * HELDOUT}")
+    return speeches
+
+
+def make_conversations(speeches: list[str], seed: int) -> list[Conversation]:
+    """Cuts consecutive speeches into conversations of 2, 4 or 6 turns, shorter where MAX_CHARS asks for it."""
+    rng = random.Random(seed)
+    conversations, skipped, at = [], 0, 0
+    while at + 1 < len(speeches):
+        turns = rng.choice([2, 4, 6])
+        while turns > 2 and sum(map(len, speeches[at : at + turns])) > MAX_CHARS:
+            turns -= 2
+        chosen = speeches[at : at + turns]
+        at += turns
+        if len(chosen) % 2 or sum(map(len, chosen)) > MAX_CHARS:
+            skipped += len(chosen)
+            continue
+        roles = ["user", "assistant"] * (len(chosen) // 2)
+        conversations.append([{"role": role, "content": content} for role, content in zip(roles, chosen, strict=True)])
+    print(f"{len(speeches)} speeches -> {len(conversations)} conversations; {skipped} speeches too long, left out")
+    return conversations
+
+
+def write_jsonl(path: Path, conversations: list[Conversation]) -> None:
+    lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations]
+    path.write_text("".join(lines), encoding="utf-8")
+    print(f"{path}: {len(lines)} conversations, {path.stat().st_size:,} bytes")
+
+
+def read_jsonl(path: Path) -> list[Conversation]:
+    return [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# --- the tokenizer and the model
+
+
+def train_tokenizer(conversations: list[Conversation]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (f"{message['role']}\n{message['content']}\n" for messages in conversations for message in messages)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[START],
+        chat_template=CHATML,
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+# --- training
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, conversations: list[Conversation]) -> list[list[int]]:
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def packed_batches(documents: list[list[int]], batch: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (token ids, positions), each [batch, ROW_TOKENS]. Positions restart with each conversation, which is
+    how transformers knows where one ends: attention does not cross."""
+    rng = random.Random(seed)
+    ids: list[int] = []
+    positions: list[int] = []
+    size = batch * ROW_TOKENS
+    while True:
+        for document in rng.sample(documents, len(documents)):
+            ids += document
+            positions += range(len(document))
+            while len(ids) >= size:
+                yield torch.tensor(ids[:size]).view(batch, -1), torch.tensor(positions[:size]).view(batch, -1)
+                ids, positions = ids[size:], positions[size:]
+
+
+def token_losses(model: LlamaForCausalLM, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The loss of every next token, except across the border of two conversations."""
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses[positions[:, 1:].flatten() > 0]
+
+
+@torch.no_grad()
+def mean_loss(model: LlamaForCausalLM, documents: list[list[int]]) -> float:
+    losses = [token_losses(model, torch.tensor([ids]), torch.arange(len(ids))[None]) for ids in documents]
+    return torch.cat(losses).mean().item()
+
+
+def train(
+    model: LlamaForCausalLM, documents: list[list[int]], heldout: list[list[int]], args: argparse.Namespace
+) -> None:
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
+    warmup = max(1, args.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * step / args.steps))),
+    )
+    batches = packed_batches(documents, args.batch, args.seed)
+    start, running = time.monotonic(), 0.0
+    for step in range(1, args.steps + 1):
+        loss = token_losses(model, *next(batches)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        running += loss.item()
+        if step % args.every == 0 or step == args.steps:
+            mean = running / (step % args.every or args.every)
+            print(
+                f"step {step:5d}  train {mean:.3f}  held out {mean_loss(model, heldout):.3f}"
+                f"  {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
+            running = 0.0
+
+
+# --- the model's own answers
+
+
+@torch.no_grad()
+def answer(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[Conversation], **sampling: object
+) -> list[str | None]:
+    """The model's reply to each prompt; None where it is empty or does not end within REPLY_TOKENS."""
+    replies: dict[int, str | None] = {}
+    order = sorted(range(len(prompts)), key=lambda i: sum(len(m["content"]) for m in prompts[i]))
+    tokenizer.padding_side = "left"
+    for at in range(0, len(order), 64):
+        chosen = order[at : at + 64]
+        texts = [
+            tokenizer.apply_chat_template(prompts[i], tokenize=False, add_generation_prompt=True) for i in chosen
+        ]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        output = model.generate(**inputs, max_new_tokens=REPLY_TOKENS, **sampling)
+        for i, ids in zip(chosen, output[:, inputs["input_ids"].shape[1] :], strict=True):
+            ended = bool((ids == tokenizer.eos_token_id).any())
+            replies[i] = tokenizer.decode(ids, skip_special_tokens=True).strip() or None if ended else None
+    return [replies[i] for i in range(len(prompts))]

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The channel: rows of features go from target ranks to draft ranks. Every implementation passes one contract test.
+
+A payload is a contiguous range of rows and nothing else. Its size, its sender and its place follow from the work item
+on both ends, so there are no headers and no metadata round trips. On every link transfers keep the order in which items
+were dispatched to that replica.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from specdist.records import WorkItem
+
+
+def share(rows: int, tp_index: int, tp: int) -> slice:
+    """The rows of a shard that tensor-parallel rank `tp_index` of `tp` sends: each holds all rows and sends a part."""
+    return slice(rows * tp_index // tp, rows * (tp_index + 1) // tp)
+
+
+class FeatureSender(ABC):
+    """The target rank's end."""
+
+    @abstractmethod
+    def buffer(self, item: WorkItem) -> Tensor:
+        """Rows [item.tokens, layout.width] for the engine to write; earlier sends from the same memory are ordered
+        before whatever the current stream does next."""
+
+    @abstractmethod
+    def send(self, item: WorkItem, rows: Tensor) -> None:
+        """Send this rank's share of every shard; ordered after the work already on the current stream."""
+
+    @abstractmethod
+    def flush(self, timeout_s: float) -> None:
+        """Wait until everything sent has left; raises WorldError naming the link that has not."""
+
+
+class FeatureReceiver(ABC):
+    """The draft rank's end: a ring of equal slots, one per item in flight."""
+
+    @property
+    @abstractmethod
+    def slots(self) -> int:
+        """How many items the ring holds."""
+
+    @abstractmethod
+    def post(self, item: WorkItem, replica: int) -> None:
+        """Start to receive this rank's shard of `item` from a target replica into the item's slot. May be called from
+        another thread than `take`; the scheduler's credits guarantee that the slot is free."""
+
+    @abstractmethod
+    def take(self, item: WorkItem, timeout_s: float) -> Tensor:
+        """The rows [T, layout.width] of this rank's shard, usable on the current stream.
+
+        Raises:
+            WorldError: not there within `timeout_s`; names the ranks that owe it.
+        """
+
+    @abstractmethod
+    def release(self, item: WorkItem) -> None:
+        """The rows are no longer read by anything after the work already on the current stream."""

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How features travel from the target to the draft."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from specdist.errors import ConfigError
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class ChannelConfig:
+    """The wire and the memory it may use."""
+
+    transport: Literal["auto", "nccl", "gloo"] = "auto"
+    """Point-to-point library: auto is nccl between GPUs and gloo between CPUs; gloo on GPUs stages through the host."""
+    memory: str = "2GiB"
+    """Receive ring of one draft rank, for example 512MiB or 4GiB. It holds whole micro-batches of
+    prompts.tokens_per_rank tokens; items in flight never exceed it."""
+    send_buffers: int = 2
+    """Buffers on a target rank, each one packed forward: 2 let the next forward run while the last one is sent."""
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.memory, "channel.memory")
+        if self.send_buffers < 1:
+            raise ConfigError(f"channel.send_buffers is at least 1, not {self.send_buffers}")
+
+
+def parse_bytes(text: str, key: str) -> int:
+    """'4GiB', '512 MB', '1048576' as a number of bytes (units are powers of 1024)."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if not match:
+        raise ConfigError(f"{key}: '{text}' is not an amount of memory; write for example 512MiB or 4GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Point-to-point channel over torch.distributed: NCCL between GPUs, gloo between CPUs.
+
+Every (target rank, draft rank) link has a two-rank group of its own, so transfers run on that group's stream beside
+the compute and beside each other. No deadlock is possible: a receive is posted only for an item whose features exist
+and for which the scheduler holds a free slot; on a link both ends issue transfers in the order in which the replica
+computed the items; and no transfer waits for another link.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from specdist.channel.base import FeatureReceiver, FeatureSender, share
+from specdist.channel.ring import Ring
+from specdist.errors import WorldError
+from specdist.groups import wait_work
+from specdist.records import FeatureLayout, WorkItem
+from specdist.topology import Link, Topology
+
+
+@dataclass
+class _Transfer:
+    """Operations of one item at one end. `staging` is host memory that gloo needs beside a GPU."""
+
+    works: list[tuple[Link, dist.Work]] = field(default_factory=list)
+    staging: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+class P2PSender(FeatureSender):
+    """Sends this target rank's share of each shard over its links."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        rank: int,
+        links: Mapping[Link, dist.ProcessGroup],
+        layout: FeatureLayout,
+        buffers: int,
+        item_rows: int,
+        device: torch.device,
+        timeout_s: float,
+    ):
+        place = topology.target_place(rank)
+        assert place is not None, f"rank {rank} is not a target rank"
+        self._topology, self._rank, self._place, self._links = topology, rank, place, links
+        self._tp = len(topology.replicas[place.replica])
+        self._ring = Ring(layout, buffers, item_rows, device)
+        self._in_flight: dict[int, _Transfer] = {}
+        self._sent = 0
+        self._timeout_s = timeout_s
+        self._staged = device.type == "cuda" and any(dist.get_backend(g) == "gloo" for g in links.values())
+        self._on_device = device.type == "cuda" and not self._staged
+
+    def buffer(self, item: WorkItem) -> Tensor:
+        earlier = self._in_flight.pop(self._sent % self._ring.slots, None)
+        if earlier is not None:
+            self._finish(earlier, self._timeout_s)
+        return self._ring.slot(self._sent, item.tokens)
+
+    def send(self, item: WorkItem, rows: Tensor) -> None:
+        transfer = _Transfer()
+        for d, draft_ranks in enumerate(self._topology.draft):
+            part = rows[item.rows(d)][share(item.shards[d].tokens, self._place.tp, self._tp)]
+            if len(part) == 0:
+                continue
+            payload = _to_host(part) if self._staged else part
+            for destination in draft_ranks:
+                link = Link(self._rank, destination)
+                work = dist.isend(payload, destination, group=self._links[link])
+                assert work is not None
+                transfer.works.append((link, work))
+            if self._staged:
+                transfer.staging.append((payload, part))  # gloo reads it until the work is done
+        self._in_flight[self._sent % self._ring.slots] = transfer
+        self._sent += 1
+
+    def flush(self, timeout_s: float) -> None:
+        for transfer in self._in_flight.values():
+            self._finish(transfer, timeout_s)
+        self._in_flight.clear()
+
+    def _finish(self, transfer: _Transfer, timeout_s: float) -> None:
+        for link, work in transfer.works:
+            try:
+                wait_work(work, timeout_s, self._on_device)
+            except TimeoutError as error:
+                raise WorldError(
+                    f"{self._topology.describe(link.destination)} did not take what "
+                    f"{self._topology.describe(link.source)} sent within {timeout_s:.0f} s: {error}"
+                ) from error
+
+
+class P2PReceiver(FeatureReceiver):
+    """Receives this draft rank's shard from the replica that computed it, share by share."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        rank: int,
+        links: Mapping[Link, dist.ProcessGroup],
+        layout: FeatureLayout,
+        slots: int,
+        shard_rows: int,
+        device: torch.device,
+    ):
+        place = topology.draft_place(rank)
+        assert place is not None, f"rank {rank} is not a draft rank"
+        self._topology, self._rank, self._shard, self._links = topology, rank, place.dp, links
+        self._ring = Ring(layout, slots, shard_rows, device)
+        staged = device.type == "cuda" and any(dist.get_backend(g) == "gloo" for g in links.values())
+        self._host_ring = Ring(layout, slots, shard_rows, torch.device("cpu"), pinned=True) if staged else None
+        self._on_device = device.type == "cuda" and not staged
+        self._stream = torch.cuda.Stream(device) if self._on_device else None
+        self._freed: dict[int, torch.cuda.Event] = {}
+        self._transfers: dict[int, _Transfer] = {}
+        self._posted = threading.Condition()
+        self._broken: Callable[[], None] = lambda: None
+
+    @property
+    def slots(self) -> int:
+        return self._ring.slots
+
+    def watch(self, check: Callable[[], None]) -> None:
+        """`check` is called while waiting and raises when the world is known to have failed."""
+        self._broken = check
+
+    def post(self, item: WorkItem, replica: int) -> None:
+        rows = (self._host_ring or self._ring).slot(item.index, item.shards[self._shard].tokens)
+        transfer = _Transfer()
+        if self._stream is not None:
+            # The step that released the slot may still be reading it: the receive is ordered behind that read.
+            freed = self._freed.pop(item.index % self.slots, None)
+            if freed is not None:
+                self._stream.wait_event(freed)
+            with torch.cuda.stream(self._stream):
+                self._issue(rows, replica, transfer)
+        else:
+            self._issue(rows, replica, transfer)
+        with self._posted:
+            self._transfers[item.index] = transfer
+            self._posted.notify_all()
+
+    def _issue(self, rows: Tensor, replica: int, transfer: _Transfer) -> None:
+        sources = self._topology.replicas[replica]
+        for t, source in enumerate(sources):
+            part = rows[share(len(rows), t, len(sources))]
+            if len(part) == 0:
+                continue
+            link = Link(source, self._rank)
+            work = dist.irecv(part, source, group=self._links[link])
+            assert work is not None
+            transfer.works.append((link, work))
+
+    def take(self, item: WorkItem, timeout_s: float) -> Tensor:
+        deadline = time.monotonic() + timeout_s
+        transfer = self._await_post(item, deadline, timeout_s)
+        for link, work in transfer.works:
+            try:
+                wait_work(work, max(deadline - time.monotonic(), 0.001), self._on_device)
+            except TimeoutError as error:
+                self._broken()
+                raise WorldError(
+                    f"{self._topology.describe(self._rank)} did not receive its rows of item {item.index} from "
+                    f"{self._topology.describe(link.source)} within {timeout_s:.0f} s: {error}"
+                ) from error
+        tokens = item.shards[self._shard].tokens
+        rows = self._ring.slot(item.index, tokens)
+        if self._host_ring is not None:
+            rows.copy_(self._host_ring.slot(item.index, tokens), non_blocking=True)
+        return rows
+
+    def _await_post(self, item: WorkItem, deadline: float, timeout_s: float) -> _Transfer:
+        with self._posted:
+            while item.index not in self._transfers:
+                self._broken()
+                if time.monotonic() > deadline:
+                    raise WorldError(
+                        f"{self._topology.describe(self._rank)} waited {timeout_s:.0f} s for item {item.index}, which "
+                        "no target replica has delivered (world.wait_timeout_s)"
+                    )
+                self._posted.wait(timeout=0.5)
+            return self._transfers.pop(item.index)
+
+    def release(self, item: WorkItem) -> None:
+        if self._stream is not None:
+            event = torch.cuda.Event()
+            event.record()
+            self._freed[item.index % self.slots] = event
+        elif self._host_ring is not None:
+            torch.cuda.current_stream().synchronize()  # the staging copy must have been read before gloo writes again
+
+
+def _to_host(part: Tensor) -> Tensor:
+    """A host copy of device rows; gloo cannot read device memory (shared-GPU development only)."""
+    return part.cpu()

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A ring of equal slots of feature rows, allocated once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdist.errors import ConfigError
+from specdist.records import FeatureLayout
+
+
+class Ring:
+    """`slots` buffers of `rows` feature rows each; item i always lives in slot i mod slots."""
+
+    def __init__(self, layout: FeatureLayout, slots: int, rows: int, device: torch.device, pinned: bool = False):
+        self.slots = slots
+        self._rows = rows
+        self._memory = torch.empty(
+            slots,
+            rows,
+            layout.width,
+            dtype=layout.dtype,
+            device=device,
+            pin_memory=pinned and torch.cuda.is_available(),
+        )
+
+    def slot(self, index: int, rows: int) -> Tensor:
+        """The first `rows` rows of the slot of item `index`, contiguous."""
+        assert rows <= self._rows, f"{rows} rows do not fit into a slot of {self._rows}"
+        return self._memory[index % self.slots, :rows]
+
+
+def ring_slots(memory: int, rows: int, bytes_per_row: int, needed: int) -> int:
+    """How many slots of `rows` rows fit into `memory` bytes.
+
+    Raises:
+        ConfigError: fewer than `needed`, with the arithmetic.
+    """
+    slot = rows * bytes_per_row
+    slots = memory // slot
+    if slots < needed:
+        raise ConfigError(
+            f"channel.memory = {memory:,} B holds {slots} micro-batches of prompts.tokens_per_rank = {rows:,} tokens x "
+            f"{bytes_per_row:,} B = {slot:,} B, but {needed} are needed (train.accumulation micro-batches of a step, "
+            f"and one more to overlap): set channel.memory to at least {needed * slot / 2**20:.0f}MiB or lower "
+            "prompts.tokens_per_rank"
+        )
+    return int(slots)
