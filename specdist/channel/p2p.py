@@ -62,7 +62,11 @@ class P2PSender(FeatureSender):
     def buffer(self, item: WorkItem) -> Tensor:
         earlier = self._in_flight.pop(self._sent % self._ring.slots, None)
         if earlier is not None:
-            self._finish(earlier, self._timeout_s)
+            if self._on_device:
+                for _, work in earlier.works:
+                    work.wait()  # orders the current stream behind the send, without waiting on the host
+            else:
+                self._finish(earlier, self._timeout_s)
         return self._ring.slot(self._sent, item.tokens)
 
     def send(self, item: WorkItem, rows: Tensor) -> None:

@@ -22,7 +22,7 @@ class Ring:
             layout.width,
             dtype=layout.dtype,
             device=device,
-            pin_memory=pinned and torch.cuda.is_available(),
+            pin_memory=pinned,
         )
 
     def slot(self, index: int, rows: int) -> Tensor:
