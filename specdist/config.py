@@ -68,6 +68,11 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved configuration as nested plain dictionaries."""
+    return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+
+
 def fields(schema: type, prefix: str = "") -> Iterator[Field]:
     """Every key of a schema with its type, default and help (the string literal under the field)."""
     helps = _field_docstrings(schema)

@@ -141,7 +141,7 @@ def _missing_message(missing: list[int], present: dict[int, tuple[str, int]], wo
     return (
         f"the world did not come up: {len(missing)} of {world_size} ranks missing after {timeout_s:.0f} s: ranks "
         f"{ranges(missing)}. Present: ranks {ranges(sorted(present))} on {', '.join(hosts)}. Look at the "
-        "missing ranks' logs for the first error; a host not listed here has not reported at all. (world.join_timeout_s)"
+        "missing ranks' logs for the first error; a host not listed here has not reported at all (world.join_timeout_s)"
     )
 
 

@@ -168,9 +168,11 @@ class TargetVocabulary:
     logit_softcap: float | None = None
 
     def logits(self, final: Tensor, head: Tensor | None = None) -> Tensor:
-        """fp32 logits [T, rows of head] of last hidden states `final` [T, H]; `head` picks other rows than all."""
+        """Logits [T, rows of head] of last hidden states `final` [T, H]; `head` picks other rows than all. In fp32, or
+        in fp64 for fp64 inputs."""
         weight = self.head if head is None else head
-        logits = (final @ weight.T).float() * self.logit_scale
+        logits = final @ weight.T
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
         if self.logit_softcap is not None:
             logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
         return logits

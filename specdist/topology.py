@@ -80,6 +80,15 @@ class RankFacts:
         )
 
 
+def local_address() -> str:
+    """The IP address under which the other hosts of this world reach this one: that of the route to the rendezvous."""
+    master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family, _, _, _, target = socket.getaddrinfo(master, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # a datagram socket sends nothing by connecting; it only picks the route
+        return str(probe.getsockname()[0])
+
+
 @dataclass(frozen=True)
 class TargetPlace:
     """The coordinates of a target rank."""

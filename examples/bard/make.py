@@ -21,7 +21,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-PAD, START, END = SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+PAD, _, END = SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -95,11 +95,17 @@ def train_tokenizer(conversations: list[Conversation]) -> PreTrainedTokenizerFas
         tokenizer_object=tokenizer,
         eos_token=END,
         pad_token=PAD,
-        additional_special_tokens=[START],
         chat_template=CHATML,
         model_max_length=1024,
-        clean_up_tokenization_spaces=False,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Saves it under the class name that transformers 4 and 5 both know."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -202,12 +208,100 @@ def answer(
     tokenizer.padding_side = "left"
     for at in range(0, len(order), 64):
         chosen = order[at : at + 64]
-        texts = [
-            tokenizer.apply_chat_template(prompts[i], tokenize=False, add_generation_prompt=True) for i in chosen
-        ]
+        texts = [tokenizer.apply_chat_template(prompts[i], tokenize=False, add_generation_prompt=True) for i in chosen]
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
         output = model.generate(**inputs, max_new_tokens=REPLY_TOKENS, **sampling)
         for i, ids in zip(chosen, output[:, inputs["input_ids"].shape[1] :], strict=True):
             ended = bool((ids == tokenizer.eos_token_id).any())
             replies[i] = tokenizer.decode(ids, skip_special_tokens=True).strip() or None if ended else None
     return [replies[i] for i in range(len(prompts))]
+
+
+def regenerate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, conversations: list[Conversation], **sampling: object
+) -> list[Conversation]:
+    """Each conversation with the model's own answers. It ends before the first answer that did not come to its end;
+    a conversation left with none is not returned."""
+    done: list[Conversation] = [[] for _ in conversations]
+    alive = list(range(len(conversations)))
+    for turn in range(0, max(map(len, conversations)), 2):
+        alive = [i for i in alive if turn < len(conversations[i])]
+        prompts = [[*done[i], conversations[i][turn]] for i in alive]
+        replies = answer(model, tokenizer, prompts, **sampling)
+        for i, prompt, reply in zip(alive, prompts, replies, strict=True):
+            if reply is not None:
+                done[i] = [*prompt, {"role": "assistant", "content": reply}]
+        alive = [i for i, reply in zip(alive, replies, strict=True) if reply is not None]
+        print(f"turn {turn + 2}: {len(alive)} of {len(replies)} answers end within {REPLY_TOKENS} tokens", flush=True)
+    return [messages for messages in done if messages]
+
+
+def write_onpolicy(args: argparse.Namespace) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(args.out / "model")
+    model = AutoModelForCausalLM.from_pretrained(args.out / "model", dtype=torch.float32)
+    conversations = read_jsonl(args.out / "train.jsonl")[: 64 if args.quick else None]
+    own = regenerate(model, tokenizer, conversations, **sampling_of(args.temperature))
+    write_jsonl(args.out / "train-onpolicy.jsonl", own)
+
+
+def sampling_of(temperature: float) -> dict[str, object]:
+    return {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+
+
+def report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, heldout: list[Conversation]) -> None:
+    """What the README quotes, measured on the weights as saved."""
+    loss = mean_loss(model, tokenize(tokenizer, heldout))
+    print(f"held out, as saved: loss {loss:.3f} per token, perplexity {math.exp(loss):.1f}")
+    prompts = [messages[:1] for messages in heldout]
+    replies = answer(model, tokenizer, prompts, do_sample=False)
+    print(f"greedy: {sum(r is not None for r in replies)} of {len(replies)} answers end within {REPLY_TOKENS} tokens")
+    for prompt, reply in list(zip(prompts, replies, strict=True))[:3]:
+        print(f"\n[user] {prompt[0]['content']}\n[assistant] {reply}")
+
+
+def make(args: argparse.Namespace) -> None:
+    conversations = make_conversations(read_speeches(args.text.read_text(encoding="utf-8")), args.seed)
+    training, heldout = conversations[:-HELDOUT], conversations[-HELDOUT:]
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(args.out / "train.jsonl", training)
+    write_jsonl(args.out / "heldout.jsonl", heldout)
+    tokenizer = train_tokenizer(training)
+    documents = tokenize(tokenizer, training)
+    model = build_model(tokenizer)
+    print(f"{sum(map(len, documents)):,} training tokens; {model.num_parameters():,} parameters")
+    train(model, documents, tokenize(tokenizer, heldout), args)
+    model = model.to(torch.bfloat16)
+    model.save_pretrained(args.out / "model")
+    save_tokenizer(tokenizer, args.out / "model")
+    report(model.float(), tokenizer, heldout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, help="plain text of plays, each speech as 'SPEAKER:\\ntext'")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the splits and model/")
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch", type=int, default=4, help=f"rows of {ROW_TOKENS} tokens in a step")
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="the weights are the same only for the same number")
+    parser.add_argument("--every", type=int, default=200, help="steps between two lines of the log")
+    parser.add_argument("--quick", action="store_true", help="20 steps: a check of the script, not a model")
+    parser.add_argument("--regenerate", action="store_true", help="write train-onpolicy.jsonl with the model there is")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of --regenerate; 0 is greedy")
+    args = parser.parse_args()
+    if args.quick:
+        args.steps, args.every = 20, 10
+    if not args.regenerate and args.text is None:
+        parser.error("--text is needed to train; only --regenerate does without")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    if args.regenerate:
+        write_onpolicy(args)
+    else:
+        make(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts as directories that serving engines load, and back: `export_draft` and `load_exported`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from specdist.errors import ConfigError
+from specdist.export.config import ExportConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+    from specdist.draft.config import DraftConfig
+    from specdist.export.read_eagle3 import ExportedDraft
+
+__all__ = ["ExportConfig", "export_draft", "load_exported"]
+
+
+def export_draft(
+    directory: str | Path,
+    format: Literal["sglang", "speculators"],
+    draft: DraftConfig,
+    state: Mapping[str, Tensor],
+    vocabulary: Tensor,
+    target: PretrainedConfig,
+    target_path: str | Path,
+    options: ExportConfig | None = None,
+    embedding: Tensor | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a trained draft for serving engines; the directory appears complete or not at all.
+
+    Args:
+        draft: the configuration it was trained with; `draft.algorithm` picks the exporter.
+        state: the whole state dict, on the CPU, in any floating-point type, with or without a vocabulary map.
+        vocabulary: int64 [V_d], the target id of every draft id, ascending.
+        target: the target's configuration, as transformers reads it.
+        target_path: the target's directory or Hugging Face name, as a server would be given it.
+        embedding: [V, H], the target's input embedding; needed when `options.embedding` is true.
+        overwrite: replace an export that is already in the directory.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ConfigError: the directory is taken, or the engines cannot serve such a draft; the message says why.
+        DataError: a tensor is missing, unknown, of the wrong shape or not finite, or the vocabulary is none.
+    """
+    # Imported here: the configuration of a job, which imports this package, has no use for torch and transformers.
+    from specdist.export.directory import check_free, write_directory
+    from specdist.export.eagle3 import Eagle3Export
+
+    options = options or ExportConfig()
+    if options.embedding and embedding is None:
+        raise ConfigError("export.embedding is true, but the target's embedding was not given")
+    check_free(Path(directory), overwrite)
+    exporters = {"eagle3": Eagle3Export}
+    export = exporters[draft.algorithm].of(draft, target, vocabulary, format)
+    config = export.config_json(str(target_path), options)
+    tensors = export.tensors(state, vocabulary, options, embedding if options.embedding else None)
+    return write_directory(Path(directory), config, tensors, overwrite)
+
+
+def load_exported(directory: str | Path) -> ExportedDraft:
+    """Read an exported draft of either format, ours or another's, with the names that the draft's state dict has.
+
+    Raises:
+        DataError: files or keys are missing, or a tensor is missing, unknown or of the wrong shape.
+    """
+    from specdist.export.directory import read_directory
+    from specdist.export.read_eagle3 import read
+
+    config, tensors = read_directory(Path(directory))
+    return read(Path(directory), config, tensors)

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: one directory per step, written in the background, complete once its commit marker exists.
+
+    checkpoints/step-00000200/   model, optimizer and RNG by torch.distributed.checkpoint (DCP)
+                       COMMIT    JSON, written last: step, next item, cursor of the stream, fingerprint of the data
+
+DCP stores tensors by name and global shape, so a checkpoint loads into another number of draft ranks and another
+sharding. A directory without COMMIT is what a kill left behind; it is ignored and overwritten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from specdist.errors import ConfigError, DataError
+from specdist.records import Cursor
+
+COMMIT = "COMMIT"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state of training is saved and how much of it is kept."""
+
+    every: int = 500
+    """Optimizer steps between two checkpoints (always one at the end and one on SIGTERM/SIGINT); 0: only those."""
+    keep: int = 3
+    """How many of the newest checkpoints stay."""
+    resume: bool = True
+    """Go on from the run directory's newest checkpoint if it has one."""
+    asynchronous: bool = True
+    """Write in the background while training goes on."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise ConfigError(f"checkpoint.every ({self.every}) is >= 0 and checkpoint.keep ({self.keep}) >= 1")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands after `step` optimizer steps: enough, with the data, to know everything that follows."""
+
+    step: int = 0
+    next_item: int = 0
+    cursor: Cursor = dataclasses.field(default_factory=Cursor)
+    fingerprint: str = ""
+    """Identity of the prompts; a cursor means nothing in other data."""
+
+
+def committed(directory: Path) -> list[Path]:
+    """The complete checkpoints under `directory`, oldest first."""
+    return sorted(path.parent for path in directory.glob(f"step-*/{COMMIT}"))
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """What the commit marker says.
+
+    Raises:
+        DataError: there is none, or it is not one of ours.
+    """
+    marker = checkpoint / COMMIT
+    try:
+        raw = json.loads(marker.read_text())
+        return Progress(raw["step"], raw["next_item"], Cursor(**raw["cursor"]), raw["fingerprint"])
+    except FileNotFoundError:
+        raise DataError(f"{checkpoint} is not a complete checkpoint: {marker} does not exist") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{marker} is not a commit marker of specdist: {error}") from error
+
+
+class Checkpointer:
+    """Saves and loads the training state of the draft ranks; every draft rank calls each method."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig, group: dist.ProcessGroup, dp_index: int):
+        self._directory, self._config, self._group, self._dp = directory, config, group, dp_index
+        self._writing: tuple[Future[Any], Path, Progress] | None = None
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, as the first draft rank sees it, so that all ranks agree."""
+        found = [str(p) for p in committed(self._directory)[-1:]]
+        answer: list[str | None] = [found[0] if found else None]
+        dist.broadcast_object_list(answer, group=self._group, group_src=0)
+        return Path(answer[0]) if answer[0] else None
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Copy the state and write it, in the background if so configured. An earlier save is finished first."""
+        self.finish()
+        path = self._directory / f"step-{progress.step:08d}"
+        if self._leader and path.exists():
+            shutil.rmtree(path)  # left behind by a kill, or about to be written again after a resume from before it
+        dist.barrier(group=self._group)
+        state = self._state(model, optimizer)
+        if self._config.asynchronous:
+            future = dcp.async_save(state, checkpoint_id=path, process_group=self._group)
+            self._writing = (_as_future(future), path, progress)
+        else:
+            dcp.save(state, checkpoint_id=path, process_group=self._group)
+            self._commit(path, progress)
+
+    def poll(self) -> None:
+        """Commit a background save that has finished; call it at every step. Never waits."""
+        if self._writing is not None and self._writing[0].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the background save and commit it; its errors surface here."""
+        if self._writing is None:
+            return
+        future, path, progress = self._writing
+        self._writing = None
+        future.result()
+        self._commit(path, progress)
+
+    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+        """Load into this world's ranks and sharding, whatever wrote it."""
+        progress = read_progress(path)
+        state = self._state(model, optimizer)
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        same_split = self._rng_key in saved
+        if not same_split:
+            del state[self._rng_key]
+        dcp.load(state, checkpoint_id=path, process_group=self._group)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        if same_split:
+            torch.set_rng_state(state[self._rng_key])
+        return progress
+
+    @property
+    def _leader(self) -> bool:
+        return dist.get_rank(self._group) == 0
+
+    @property
+    def _rng_key(self) -> str:
+        return f"rng/dp{self._dp}of{dist.get_world_size(self._group)}"
+
+    def _state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        return {"model": model_state, "optimizer": optimizer_state, self._rng_key: torch.get_rng_state()}
+
+    def _commit(self, path: Path, progress: Progress) -> None:
+        if not self._leader:
+            return
+        write_atomically(path / COMMIT, json.dumps(dataclasses.asdict(progress), indent=1) + "\n")
+        for old in committed(self._directory)[: -self._config.keep]:
+            (old / COMMIT).unlink()  # first, so that a half-removed checkpoint is never taken for a complete one
+            shutil.rmtree(old)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees all of it or nothing, also after a power loss."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def _as_future(saved: Any) -> Future[Any]:
+    """`async_save` returns a Future, or in newer versions an object that holds one for the upload."""
+    return saved if isinstance(saved, Future) else saved.upload_completion

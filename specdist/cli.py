@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `specdist` command. Heavy imports happen after the arguments are parsed, so that help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from specdist.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    commands = {"train": _train, "plan": _plan, "prepare": _prepare, "export": _export, "eval": _eval, "keys": _keys}
+    try:
+        return commands[args.command](args)
+    except UserError as error:
+        print(f"specdist: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="specdist", description="Train the draft models of speculative decoding.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, config: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        if config:
+            sub.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="files, then overrides")
+        return sub
+
+    train = command("train", "Train a draft on this machine: tokenise, start the ranks, export, evaluate.")
+    train.add_argument(
+        "--nproc-per-node", type=int, metavar="N", help="ranks to start (default: what the config needs)"
+    )
+    plan = command("plan", "Show, without a GPU, which rank does what, what travels, and what fits into memory.")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
+    plan.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks on each (default: what the config needs)")
+    plan.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="memory of one GPU (default 80GiB)")
+    command("prepare", "Tokenise the prompts into the cache and report on them.")
+    export = command("export", "Write a checkpoint as serving engines load it.")
+    export.add_argument("--checkpoint", metavar="DIR", help="a checkpoint of the run (default: its newest)")
+    export.add_argument("--output", metavar="DIR", help="where to write (default: RUN_DIR/export)")
+    evaluate = command("eval", "Measure acceptance length by greedy speculative decoding with the target.")
+    evaluate.add_argument("--draft", metavar="DIR", help="an exported draft (default: the run's newest checkpoint)")
+    evaluate.add_argument("--output", metavar="FILE", help="also write the report as JSON")
+    command("keys", "List every configuration key with its type, default and meaning.", config=False)
+    return parser
+
+
+def _split(values: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Config files and overrides, told apart by the equals sign."""
+    return [v for v in values if "=" not in v], [v for v in values if "=" in v]
+
+
+def _train(args: argparse.Namespace) -> int:
+    import torch
+    from specdist_launch.local import start, world_size
+
+    from specdist.job import examine, load_job
+    from specdist.prompts.prepare import prepare
+
+    files, overrides = _split(args.config)
+    job = load_job(files, overrides)
+    examine(job)
+    devices = 0 if job.world.device == "cpu" else torch.cuda.device_count()
+    ranks = args.nproc_per_node or world_size(job, devices)
+    prepare(job.prompts, job.target.path, progress=True)  # before any rank could wait for another
+    return start(files, overrides, ranks)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from specdist_launch.local import world_size
+
+    from specdist.channel.config import parse_bytes
+    from specdist.job import load_job
+    from specdist.plan import make_plan, render
+
+    job = load_job(*_split(args.config))
+    per_node = args.nproc_per_node or -(-world_size(job, 0) // args.nodes)
+    hosts = [f"node{n}" for n in range(args.nodes) for _ in range(per_node)]
+    plan = make_plan(job, hosts, parse_bytes(args.gpu_memory, "--gpu-memory"))
+    print(render(plan))
+    return 0 if plan.fits else 1
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from specdist.job import load_job
+    from specdist.prompts.prepare import prepare
+
+    job = load_job(*_split(args.config))
+    print(prepare(job.prompts, job.target.path, progress=True).report)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from specdist.offline import export_checkpoint
+
+    for path in export_checkpoint(*_split(args.config), checkpoint=args.checkpoint, output=args.output):
+        print(path)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from specdist.offline import evaluate_draft
+
+    print(evaluate_draft(*_split(args.config), draft=args.draft, output=args.output))
+    return 0
+
+
+def _keys(args: argparse.Namespace) -> int:
+    from specdist import config
+    from specdist.job import JobConfig
+
+    for entry in config.fields(JobConfig):
+        print(f"{entry.key} = {entry.default}    ({entry.type})\n    {entry.help}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

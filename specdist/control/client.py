@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rank's end of the control plane.
+
+One thread owns the socket: it sends what other threads put into its outbox, keeps what arrives until somebody polls,
+and shows the scheduler every few seconds that this process lives and what it is doing. A failure anywhere in the world,
+or a scheduler that has gone silent, ends every wait here with a WorldError that names the culprit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+import zmq
+
+from specdist.control.config import ControlConfig
+from specdist.control.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Failure,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Message,
+    Ready,
+    Statistics,
+    decode,
+    encode,
+)
+from specdist.control.wire import identity, inproc_pair
+from specdist.errors import WorldError
+
+logger = logging.getLogger(__name__)
+
+_CLOSE = b""
+_LINGER_MS = 2000
+
+
+class ControlClient:
+    """Connects a rank to the scheduler. Everything but `close` may be used from any thread, but nothing from a signal
+    handler (set a flag there).
+
+    Args:
+        address: `ControlServer.address`, as handed out by rank 0.
+        on_abort: called once, in the client's thread, when the world has failed: to abort communicators in which the
+            main thread may be stuck.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        token: bytes,
+        rank: int,
+        config: ControlConfig,
+        *,
+        on_abort: Callable[[WorldError], None] | None = None,
+    ):
+        self.rank, self.statistics = rank, Statistics()
+        self._address, self._config, self._on_abort = address, config, on_abort
+        self._phase = ("starting", time.monotonic())
+        self._error: BaseException | None = None
+        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._open = True
+        self._context = zmq.Context()
+        self._outbox, self._outgoing = inproc_pair(self._context)
+        self._dealer = self._connect(address, identity(token, rank))
+        self._thread = threading.Thread(target=self._thread_main, name="specdist-control-client", daemon=True)
+        self._post(Hello(PROTOCOL_VERSION, os.getpid()))
+        self._thread.start()
+
+    @property
+    def phase(self) -> str:
+        """What this rank is doing, in words, for the error of whoever waits for it; free to set."""
+        return self._phase[0]
+
+    @phase.setter
+    def phase(self, text: str) -> None:
+        self._phase = (text, time.monotonic())
+
+    def ready(self) -> None:
+        """This rank can take its part; nothing is dispatched before all ranks said so."""
+        self.send(Ready())
+
+    def send(self, message: Message) -> None:
+        """Hand a message to the scheduler, in order, without waiting.
+
+        Raises:
+            WorldError: the world has failed.
+        """
+        self.check()
+        self._post(message)
+
+    def poll(self, timeout_s: float) -> list[Message]:
+        """All messages that are there, in order; waits up to `timeout_s` for the first, and returns none if none came.
+
+        Raises:
+            WorldError: the world has failed; names the rank, its role and host.
+        """
+        self.check()
+        messages: list[Message] = []
+        try:
+            message = self._inbox.get(timeout=timeout_s)
+            while message is not None:
+                messages.append(message)
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            pass  # everything that was there is taken
+        self.check()
+        return messages
+
+    def check(self) -> None:
+        """Raise the world's failure, if it has failed."""
+        if self._error is not None:
+            raise self._error
+
+    def fail(self, error: BaseException | str) -> None:
+        """Tell everyone that this rank failed. Does not raise: the caller's own error is the one to show here."""
+        self._post(Failure(error if isinstance(error, str) else f"{type(error).__name__}: {error}"))
+
+    def close(self) -> None:
+        """Leave: what was sent still goes out. Safe to call twice."""
+        with self._lock:
+            if not self._open:
+                return
+            self._open = False
+            self._outbox.send(encode(Goodbye()))
+            self._outbox.send(_CLOSE)
+        self._thread.join()
+        self._outbox.close(0)
+        self._outgoing.close(0)
+        self._context.term()
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and error is not self._error:
+            self.fail(error)
+        self.close()
+
+    def _connect(self, address: str, name: bytes) -> zmq.Socket[bytes]:
+        dealer = self._context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.IDENTITY, name)
+        dealer.setsockopt(zmq.SNDHWM, 0)
+        dealer.setsockopt(zmq.RCVHWM, 0)
+        dealer.setsockopt(zmq.IPV6, int("[" in address))
+        dealer.connect(address)
+        return dealer
+
+    def _post(self, message: Message) -> None:
+        with self._lock:
+            if self._open:
+                self._outbox.send(encode(message))
+
+    def _thread_main(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # whatever ended this thread is raised where the rank waits
+            logger.exception("rank %d: the control client failed", self.rank)
+            self._break(error)
+        finally:
+            self._dealer.close(_LINGER_MS)
+
+    def _loop(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._outgoing, zmq.POLLIN)
+        poller.register(self._dealer, zmq.POLLIN)
+        heard = now = next_beat = time.monotonic()
+        while True:
+            poller.poll(math.ceil(max(next_beat - now, 0.0) * 1000))
+            if self._send_all():
+                return
+            received = self._receive_all()
+            now = time.monotonic()
+            if received:
+                heard = now
+            if now >= next_beat:
+                text, since = self._phase
+                self._dealer.send(encode(Heartbeat(now - since, text)))
+                next_beat = now + self._config.heartbeat_s
+            if now - heard > self._config.silence_s and self._error is None:
+                limit = f"more than {self._config.silence_s:.0f} s (control.silence_s)"
+                self._break(
+                    WorldError(f"rank 0 (scheduler, {self._address}) was not heard by rank {self.rank} for {limit}")
+                )
+
+    def _send_all(self) -> bool:
+        """Pass on the outbox; whether the client is to close."""
+        while True:
+            try:
+                payload = self._outgoing.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            if payload == _CLOSE:
+                return True
+            self._dealer.send(payload)
+
+    def _receive_all(self) -> bool:
+        """Take what has arrived; whether there was anything."""
+        received = False
+        while True:
+            try:
+                payload = self._dealer.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return received
+            received = True
+            message = decode(payload)
+            if isinstance(message, Statistics):
+                self.statistics = message
+            elif isinstance(message, Abort):
+                self._break(message.error())
+            else:
+                self._inbox.put(message)
+
+    def _break(self, error: BaseException) -> None:
+        """Remember the world's failure, the first one, and wake whoever waits."""
+        if self._error is not None:
+            return
+        self._error = error
+        self._inbox.put(None)
+        if self._on_abort is not None:
+            self._on_abort(error if isinstance(error, WorldError) else WorldError(f"{type(error).__name__}: {error}"))

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rank 0 does with each control message: it moves the scheduler, and says what follows. No sockets, no clock.
+
+`receive` applies one message, `advance` sends what became possible after a batch of them, and `tick`, about once a
+second, looks for whoever is late. The first failure is broadcast and is the one that every rank raises.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+from specdist.control.config import ControlConfig
+from specdist.control.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Computed,
+    DecodeError,
+    Failure,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    LastItem,
+    Message,
+    Ready,
+    Released,
+    Statistics,
+    Stop,
+    StopAt,
+    StopRequest,
+    StopRequested,
+    decode,
+    decode_released,
+    encode,
+)
+from specdist.control.peers import Peers
+from specdist.scheduler import Culprit, ProtocolError, Scheduler
+from specdist.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+Send = Callable[[Iterable[int], bytes], list[int]]
+"""Sends a payload to ranks, without blocking; returns the ranks that cannot be reached."""
+
+
+class Conductor:
+    """The protocol on rank 0.
+
+    Args:
+        scheduler: None where no features travel between ranks (draft only, colocated): then only liveness, failures
+            and stop requests are handled.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler | None,
+        topology: Topology,
+        config: ControlConfig,
+        send: Send,
+        *,
+        join_timeout_s: float,
+        now: float,
+    ):
+        self.peers = Peers(topology, now)
+        self.aborted: Abort | None = None
+        self._scheduler, self._topology, self._config, self._send = scheduler, topology, config, send
+        self._draft_ranks = topology.draft_ranks
+        self._draft_of = {rank: draft for draft, rank in enumerate(topology.draft_ranks)}
+        self._join_by, self._ready_by = now + join_timeout_s, now + config.load_timeout_s
+        self._join_timeout = join_timeout_s
+        self._next_pulse = now
+        self._joined = self._ready = self._stopping = self._stopped = False
+        self._aborted_at = 0.0
+
+    def receive(self, rank: int, payload: bytes, now: float) -> None:
+        """Apply one message of a rank."""
+        self.peers.heard(rank, now)
+        if self.aborted is not None:
+            self._receive_late(rank, payload)
+            return
+        try:
+            released = decode_released(payload)
+            if released is not None:
+                self._released(rank, *released, now)
+            else:
+                self._apply(rank, decode(payload), now)
+        except DecodeError as error:
+            self.peers.count_malformed(rank)
+            logger.warning("dropped a malformed control message of %s: %s", self._topology.describe(rank), error)
+        except ProtocolError as error:
+            self.abort(rank, f"sent what the control protocol does not allow: {error}", now)
+
+    def advance(self, now: float) -> None:
+        """Dispatch what may be dispatched, and end the run once nothing is left."""
+        if self.aborted is not None or self._stopped or not self._all_joined():
+            return
+        scheduler = self._scheduler
+        if not self._ready:
+            self._ready = not self.peers.unready
+        if scheduler is not None and self._ready:
+            for dispatch in scheduler.next_dispatches(now):
+                self._broadcast(dispatch, now, self._topology.replicas[dispatch.replica])
+        if self._stopping if scheduler is None else scheduler.finished:
+            self._stopped = True
+            self._broadcast(self.statistics(now), now)
+            self._broadcast(Stop(), now)
+
+    def tick(self, now: float) -> None:
+        """Send a sign of life, and name whoever is late."""
+        if now >= self._next_pulse:
+            self._next_pulse = now + self._config.heartbeat_s
+            self._broadcast(self.statistics(now), now)
+        if self.aborted is None:
+            self._check_start(now)
+        if self.aborted is None:
+            self._check_silence(now)
+        if self.aborted is None and self._scheduler is not None and not self._stopped:
+            culprit = self._scheduler.watch(now)
+            if culprit is not None:
+                self._blame(culprit, now)
+
+    def abort(self, rank: int, message: str, now: float) -> None:
+        """Make `rank`'s failure everyone's. Only the first call counts: later ones are consequences."""
+        if self.aborted is None:
+            self.aborted = Abort(rank, self.peers.role(rank), self.peers.host(rank), message)
+            self._aborted_at = now
+            unreachable = self._send(self.peers.present, encode(self.aborted))
+            if unreachable:
+                logger.warning("ranks %s could not be told of the failure", unreachable)
+
+    def statistics(self, now: float) -> Statistics:
+        return Statistics() if self._scheduler is None else self._scheduler.statistics(now)
+
+    def done(self, now: float) -> bool:
+        """Whether every rank has left, or has had `heartbeat_s` seconds to leave after a failure."""
+        if self.aborted is not None:
+            return not self.peers.present or now - self._aborted_at > self._config.heartbeat_s
+        return self._stopped and not self.peers.present
+
+    def _apply(self, rank: int, message: Message, now: float) -> None:
+        match message:
+            case Heartbeat(seconds, phase):
+                self.peers.note_phase(rank, phase, now - seconds)
+            case Computed(item, replica):
+                self._computed(rank, item, replica, now)
+            case Hello(version, pid):
+                self._hello(rank, version, pid, now)
+            case Ready():
+                self.peers.make_ready(rank)
+            case Failure(text):
+                self.abort(rank, text, now)
+            case StopRequest(reason):
+                self._broadcast(StopRequested(rank, reason), now)
+            case LastItem(item):
+                self._last_item(rank, item, now)
+            case Goodbye():
+                self.peers.leave(rank)
+                if not self._stopped:
+                    self.abort(rank, f"left before the end of the run; {self.peers.state(rank, now)}", now)
+            case _:
+                raise ProtocolError(f"{type(message).__name__} is not for the scheduler")
+
+    def _all_joined(self) -> bool:
+        if not self._joined:
+            self._joined = not self.peers.missing
+        return self._joined
+
+    def _receive_late(self, rank: int, payload: bytes) -> None:
+        """After a failure only arrivals and departures matter: who comes late is told, who leaves is not waited for."""
+        assert self.aborted is not None
+        try:
+            message = decode(payload)
+        except DecodeError:
+            self.peers.count_malformed(rank)
+            return
+        if isinstance(message, Goodbye):
+            self.peers.leave(rank)
+        elif isinstance(message, Hello):
+            self.peers.join(rank, message.pid)
+            self._send([rank], encode(self.aborted))
+        elif isinstance(message, Failure):
+            logger.info("%s failed too: %s", self._topology.describe(rank), message.message)
+
+    def _hello(self, rank: int, version: int, pid: int, now: float) -> None:
+        earlier = self.peers.join(rank, pid)
+        if version != PROTOCOL_VERSION:
+            text = f"speaks version {version} of the control protocol, rank 0 speaks {PROTOCOL_VERSION}"
+            self.abort(rank, f"{text}: install the same specdist on all hosts", now)
+        elif earlier is not None:
+            self.abort(rank, f"two processes say they are this rank: pid {earlier} and pid {pid}", now)
+
+    def _computed(self, rank: int, item: int, replica: int, now: float) -> None:
+        replicas = self._topology.replicas
+        if self._scheduler is None or not 0 <= replica < len(replicas) or replicas[replica][0] != rank:
+            raise ProtocolError(f"Computed({item}, {replica}) does not come from the first rank of that replica")
+        deliver = self._scheduler.on_computed(item, replica, now)
+        if deliver is not None:
+            self._broadcast(deliver, now, self._draft_ranks)
+
+    def _released(self, rank: int, item: int, draft: int, now: float) -> None:
+        if self._scheduler is None or self._draft_of.get(rank) != draft:
+            raise ProtocolError(f"{Released(item, draft)} does not come from that draft rank")
+        self._scheduler.on_released(item, draft, now)
+
+    def _last_item(self, rank: int, item: int, now: float) -> None:
+        if not self._draft_ranks or rank != self._draft_ranks[0]:
+            raise ProtocolError(f"{LastItem(item)}: only the first draft rank decides where the run ends")
+        if self._scheduler is not None:
+            self._scheduler.stop_after(item)
+        self._stopping = True
+        self._broadcast(StopAt(item), now)
+
+    def _broadcast(self, message: Message, now: float, ranks: Iterable[int] | None = None) -> None:
+        """Encode once, send to `ranks` (default: all present ones); a rank that cannot be reached fails the run."""
+        for rank in self._send(self.peers.present if ranks is None else ranks, encode(message)):
+            if not self.peers.has_left(rank):
+                self.abort(rank, f"the connection to it is lost; {self.peers.state(rank, now)}", now)
+
+    def _check_start(self, now: float) -> None:
+        late = self.peers.missing
+        if late and now > self._join_by:
+            listed = self.peers.describe_all(late, now)
+            count = f"{len(late)} of {self._topology.world_size} ranks"
+            self.abort(late[0], f"{count} did not join the control plane in {self._join_timeout:.0f} s:\n{listed}", now)
+            return
+        late = self.peers.unready
+        if late and now > self._ready_by and not self._stopped:
+            count = f"{len(late)} of {self._topology.world_size} ranks"
+            limit = f"{self._config.load_timeout_s:.0f} s (control.load_timeout_s)"
+            self.abort(late[0], f"{count} not ready after {limit}:\n{self.peers.describe_all(late, now)}", now)
+
+    def _check_silence(self, now: float) -> None:
+        silent = self.peers.silent(now, self._config.silence_s)
+        if silent:
+            limit = f"{self._config.silence_s:.0f} s (control.silence_s)"
+            listed = self.peers.describe_all(silent, now)
+            self.abort(silent[0], f"{len(silent)} ranks not heard for more than {limit}:\n{listed}", now)
+
+    def _blame(self, culprit: Culprit, now: float) -> None:
+        assert self._scheduler is not None
+        held = f"item {culprit.item} for {culprit.seconds:.0f} s (limit {self._scheduler.timeout:.0f} s)"
+        if culprit.role == "target":
+            ranks = self._topology.replicas[culprit.indices[0]]
+            what = f"target replica {culprit.indices[0]} has been computing {held}"
+        else:
+            ranks = tuple(self._draft_ranks[d] for d in culprit.indices)
+            others = "no other has either" if culprit.everyone else f"{len(self._draft_ranks) - len(ranks)} others have"
+            what = f"has not released {held}; {others}"
+        self.abort(ranks[0], f"{what}:\n{self.peers.describe_all(ranks, now)}", now)

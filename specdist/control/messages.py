@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control messages and their binary form. Nothing is ever unpickled.
+
+A message is one tag byte, its numbers in the order of its fields (int as int64, float as float64, little endian), then
+its strings (uint16 byte length, UTF-8). A class therefore lists its numbers before its strings. Who sent a message is
+the identity of its socket, not a field.
+"""
+
+from __future__ import annotations
+
+import struct
+import typing
+from dataclasses import astuple, dataclass, fields
+
+from specdist.errors import WorldError
+
+PROTOCOL_VERSION = 1
+MAX_TEXT_BYTES = 8192
+"""Longer strings (tracebacks) lose their middle."""
+MAX_MESSAGE_BYTES = 65536
+_ELISION = b"\n[...]\n"
+
+
+class DecodeError(ValueError):
+    """Bytes that are no control message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """rank -> scheduler: the first message of a peer."""
+
+    version: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """rank -> scheduler: models are loaded and links are warm. Nothing is dispatched before every rank said so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """rank -> scheduler: alive, and since `seconds` in `phase` (what it is doing, in words)."""
+
+    seconds: float
+    phase: str
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """rank -> scheduler: leaves. Before `Stop` this counts as a failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """scheduler -> all ranks of `replica`: compute `item`."""
+
+    item: int
+    replica: int
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Tensor-parallel index 0 of `replica` -> scheduler: the forward has finished and its sends are issued.
+
+    One rank speaks for the replica: the ranks meet in collectives in every layer, so when one has finished the forward
+    the others have at least entered its last layer and send their shares next.
+    """
+
+    item: int
+    replica: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """scheduler -> all draft ranks: `replica` is sending `item`, post its receives now."""
+
+    item: int
+    replica: int
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """draft rank -> scheduler: the ring slot of `item` is free on draft rank number `draft` (its place in
+    `Topology.draft_ranks`). Each draft rank releases in item order."""
+
+    item: int
+    draft: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """rank -> scheduler: this rank failed; the first one heard becomes everyone's `Abort`."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """scheduler -> all: stop now. `rank` is the culprit, `role` its coordinates in words."""
+
+    rank: int
+    role: str
+    host: str
+    message: str
+
+    def error(self) -> WorldError:
+        return WorldError(f"rank {self.rank} ({self.role}, host {self.host}): {self.message}")
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequest:
+    """rank -> scheduler: please stop (a signal arrived)."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """scheduler -> all: `rank` was asked to stop; the trainer decides at a step boundary and sends `LastItem`."""
+
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LastItem:
+    """draft rank 0 -> scheduler: `item` is the last one trained on (one less than the first item: none)."""
+
+    item: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopAt:
+    """scheduler -> all: nothing beyond `item` is dispatched any more. Later items that already were still arrive:
+    draft ranks receive and release them untrained, so that no send is left without its receive."""
+
+    item: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """scheduler -> all: everything dispatched has been released; no `Dispatch` or `Deliver` follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What the scheduler counts; sent to all every few seconds, so any rank can report it and knows rank 0 is alive.
+
+    Items are counted since the start of this run. Bytes are per draft rank: an item holds one slot of its ring from
+    dispatch until that rank's release. `computing` and `queued` are items at the targets, `delivered - released` is the
+    queue in front of the draft.
+    """
+
+    elapsed_s: float = 0.0
+    replicas: int = 0
+    dispatched: int = 0
+    delivered: int = 0
+    released: int = 0
+    computing: int = 0
+    queued: int = 0
+    bytes_dispatched: int = 0
+    bytes_in_flight: int = 0
+    bytes_peak: int = 0
+    bytes_limit: int = 0
+    target_wait_s: float = 0.0
+    """Replica-seconds without work for want of credits: the target waits for the draft."""
+    draft_wait_s: float = 0.0
+    """Seconds in which the next item in training order was not delivered: the draft waits for the target."""
+
+    @property
+    def target_wait_share(self) -> float:
+        """Share of the replicas' time spent without credits, 0 to 1."""
+        return self.target_wait_s / (self.replicas * self.elapsed_s) if self.replicas and self.elapsed_s else 0.0
+
+    @property
+    def draft_wait_share(self) -> float:
+        """Share of the time in which the draft had nothing to train on, 0 to 1."""
+        return self.draft_wait_s / self.elapsed_s if self.elapsed_s else 0.0
+
+
+Message = (
+    Hello
+    | Ready
+    | Heartbeat
+    | Goodbye
+    | Dispatch
+    | Computed
+    | Deliver
+    | Released
+    | Failure
+    | Abort
+    | StopRequest
+    | StopRequested
+    | LastItem
+    | StopAt
+    | Stop
+    | Statistics
+)
+
+
+class _Codec:
+    """The binary form of one message class."""
+
+    def __init__(self, tag: int, cls: type):
+        types = typing.get_type_hints(cls)
+        codes = [{int: "q", float: "d", str: "s"}[types[f.name]] for f in fields(cls)]
+        self.cls, self.tag = cls, tag
+        self.strings = codes.count("s")
+        self.numbers = len(codes) - self.strings
+        assert "s" not in codes[: self.numbers], f"{cls.__name__} lists a string before a number"
+        self.fixed = struct.Struct("<B" + "".join(codes[: self.numbers]))
+
+
+_CODECS = tuple(_Codec(tag, cls) for tag, cls in enumerate(typing.get_args(Message), start=1))
+_BY_TAG = {codec.tag: codec for codec in _CODECS}
+_BY_CLASS = {codec.cls: codec for codec in _CODECS}
+_LENGTH = struct.Struct("<H")
+_RELEASED = _BY_CLASS[Released].fixed
+_RELEASED_TAG = _BY_CLASS[Released].tag
+
+
+def encode(message: Message) -> bytes:
+    codec = _BY_CLASS[type(message)]
+    values = astuple(message)
+    parts = [codec.fixed.pack(codec.tag, *values[: codec.numbers])]
+    for text in values[codec.numbers :]:
+        data = _shorten(text.encode("utf-8", errors="replace"))
+        parts += (_LENGTH.pack(len(data)), data)
+    return b"".join(parts)
+
+
+def decode(payload: bytes) -> Message:
+    """The message in `payload`.
+
+    Raises:
+        DecodeError: an unknown tag, too few or too many bytes, or text that is not UTF-8.
+    """
+    codec = _BY_TAG.get(payload[0]) if payload else None
+    if codec is None:
+        raise DecodeError(f"{len(payload)} bytes that start with {payload[:4]!r} are no control message")
+    offset = codec.fixed.size
+    if len(payload) < offset:
+        raise DecodeError(f"{codec.cls.__name__} has {len(payload)} bytes, at least {offset} are needed")
+    values: list[object] = list(codec.fixed.unpack_from(payload)[1:])
+    for _ in range(codec.strings):
+        text, offset = _read_text(codec.cls.__name__, payload, offset)
+        values.append(text)
+    if offset != len(payload):
+        raise DecodeError(f"{codec.cls.__name__} ends after {offset} bytes but {len(payload)} arrived")
+    return typing.cast(Message, codec.cls(*values))
+
+
+def decode_released(payload: bytes) -> tuple[int, int] | None:
+    """(item, draft) if `payload` is a `Released`, else None; `decode` without the object.
+
+    Released is the one message that every draft rank sends for every item, so its cost is the scheduler's cost.
+    """
+    if len(payload) != _RELEASED.size or payload[0] != _RELEASED_TAG:
+        return None
+    _, item, draft = _RELEASED.unpack(payload)
+    return item, draft
+
+
+def _read_text(name: str, payload: bytes, offset: int) -> tuple[str, int]:
+    start = offset + _LENGTH.size
+    if len(payload) < start:
+        raise DecodeError(f"{name} is cut off before a string, after {len(payload)} bytes")
+    end = start + _LENGTH.unpack_from(payload, offset)[0]
+    if len(payload) < end:
+        raise DecodeError(f"{name} is cut off in a string: {len(payload)} of {end} bytes")
+    try:
+        return payload[start:end].decode("utf-8"), end
+    except UnicodeDecodeError as error:
+        raise DecodeError(f"{name} holds text that is not UTF-8: {error}") from error
+
+
+def _shorten(data: bytes) -> bytes:
+    """Keep both ends of a long text: the first line says what failed, the last ones where."""
+    if len(data) <= MAX_TEXT_BYTES:
+        return data
+    half = (MAX_TEXT_BYTES - len(_ELISION)) // 2
+    head = data[:half].decode("utf-8", errors="ignore").encode()
+    tail = data[-half:].decode("utf-8", errors="ignore").encode()
+    return head + _ELISION + tail

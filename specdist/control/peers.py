@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scheduler knows of every rank: joined, ready, left, when last heard, and in which phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from specdist.topology import Topology
+
+_NAMED = 4
+"""So many ranks are named one by one in an error; 1,024 of them would hide what it says."""
+
+
+@dataclass
+class _Peer:
+    joined: bool = False
+    ready: bool = False
+    left: bool = False
+    pid: int = 0
+    phase: str = ""
+    phase_since: float = 0.0
+    malformed: int = 0
+
+
+class Peers:
+    """The table of all ranks, kept by the server's thread. Times are in seconds of the caller's clock."""
+
+    def __init__(self, topology: Topology, now: float):
+        self._topology = topology
+        self._peers = [_Peer() for _ in topology.hosts]
+        self._started = now
+        self._heard = [now] * topology.world_size
+
+    @property
+    def present(self) -> list[int]:
+        """Ranks that joined and have not left."""
+        return [rank for rank, peer in enumerate(self._peers) if peer.joined and not peer.left]
+
+    @property
+    def missing(self) -> list[int]:
+        return [rank for rank, peer in enumerate(self._peers) if not peer.joined]
+
+    @property
+    def unready(self) -> list[int]:
+        return [rank for rank, peer in enumerate(self._peers) if not peer.ready]
+
+    @property
+    def malformed(self) -> int:
+        return sum(peer.malformed for peer in self._peers)
+
+    def heard(self, rank: int, now: float) -> None:
+        self._heard[rank] = now
+
+    def join(self, rank: int, pid: int) -> int | None:
+        """Note a rank's arrival; returns the process id of one that had joined as this rank before, else None."""
+        peer = self._peers[rank]
+        earlier = peer.pid if peer.joined else None
+        peer.joined, peer.pid = True, pid
+        return earlier
+
+    def make_ready(self, rank: int) -> None:
+        self._peers[rank].ready = True
+
+    def leave(self, rank: int) -> None:
+        self._peers[rank].left = True
+
+    def has_left(self, rank: int) -> bool:
+        return self._peers[rank].left
+
+    def note_phase(self, rank: int, phase: str, since: float) -> None:
+        self._peers[rank].phase, self._peers[rank].phase_since = phase, since
+
+    def count_malformed(self, rank: int) -> None:
+        self._peers[rank].malformed += 1
+
+    def silent(self, now: float, limit: float) -> list[int]:
+        """Present ranks that were not heard for longer than `limit` seconds, the longest silent first."""
+        late = [rank for rank in self.present if now - self._heard[rank] > limit]
+        return sorted(late, key=lambda rank: self._heard[rank])
+
+    def role(self, rank: int) -> str:
+        places = (self._topology.target_place(rank), self._topology.draft_place(rank))
+        return " + ".join(str(place) for place in places if place is not None) or "idle"
+
+    def host(self, rank: int) -> str:
+        return self._topology.hosts[rank]
+
+    def state(self, rank: int, now: float) -> str:
+        """What is known of a rank: when it was last heard, and in which phase since when."""
+        peer = self._peers[rank]
+        if not peer.joined:
+            return f"never heard in {now - self._started:.0f} s"
+        text = f"last heard {now - self._heard[rank]:.0f} s ago"
+        if peer.phase:
+            text += f", phase '{peer.phase}' for {now - peer.phase_since:.0f} s"
+        if peer.malformed:
+            text += f", {peer.malformed} of its messages were malformed"
+        return f"{text}, pid {peer.pid}"
+
+    def describe(self, rank: int, now: float) -> str:
+        return f"{self._topology.describe(rank)} {self.state(rank, now)}"
+
+    def describe_all(self, ranks: Iterable[int], now: float) -> str:
+        """One rank per line, those in the rarest phase first: in a hang the odd one out is the suspect."""
+        listed = list(ranks)
+        phases = [self._peers[rank].phase for rank in listed]
+        listed.sort(key=lambda rank: (phases.count(self._peers[rank].phase), -self._peers[rank].phase_since, rank))
+        lines = [f"  {self.describe(rank, now)}" for rank in listed[:_NAMED]]
+        if len(listed) > _NAMED:
+            lines.append(f"  ... and {len(listed) - _NAMED} more")
+        return "\n".join(lines)

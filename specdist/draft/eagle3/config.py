@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of the EAGLE-3 draft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from specdist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Eagle3Config:
+    """EAGLE-3 (arXiv 2503.01840), its 3.1 norms, and the LK losses (arXiv 2602.23881)."""
+
+    layers: tuple[int, ...] | None = None
+    """Captured target layers, as 0-based layer outputs; default [1, n//2 - 1, n - 4] of the target's n layers."""
+    ttt_length: int = 7
+    """Draft steps unrolled in training (training-time test); serve with at most about as many."""
+    step_decay: float = 0.8
+    """Step k weighs step_decay^k in the loss."""
+    vocab_size: int | None = None
+    """Draft vocabulary: the most frequent target tokens the draft may propose; null is the whole vocabulary."""
+    intermediate_size: int | None = None
+    """Width of the draft's MLP; default the target's."""
+    num_attention_heads: int | None = None
+    """Query heads of the draft; default the target's."""
+    num_key_value_heads: int | None = None
+    """Key and value heads of the draft; default the target's."""
+    head_dim: int | None = None
+    """Width of one attention head; default the target's."""
+    rope_scaling: bool = True
+    """Take the target's RoPE scaling (linear, llama3, yarn); false keeps only its base frequency."""
+    fc_norm: bool = False
+    """EAGLE-3.1: an RMSNorm on each captured layer's output before they are fused."""
+    norm_output: bool = False
+    """EAGLE-3.1: the next step takes the normed state instead of the un-normed one."""
+    init_head: Literal["target", "random"] = "target"
+    """Where the draft's output head starts: the target's head rows of the draft vocabulary, or random."""
+    loss: Literal["kl", "lk_alpha", "lk_lambda"] = "kl"
+    """kl: cross entropy with the target's distribution; lk_alpha: -log acceptance; lk_lambda: a mixture of kl and
+    1 - acceptance."""
+    lk_eta: float = 3.0
+    """lk_lambda: a position weighs its cross entropy by exp(-lk_eta * acceptance), 1 - acceptance by the rest."""
+    attention: Literal["auto", "eager", "flex"] = "auto"
+    """Training attention: flex (FlexAttention) needs CUDA, eager is the reference; auto picks by the device."""
+    loss_chunk: int = 1024
+    """Rows whose logits are held at one time. Memory of the loss: about loss_chunk x vocabulary x 16 bytes."""
+
+    def __post_init__(self) -> None:
+        for key in ("ttt_length", "loss_chunk"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"draft.eagle3.{key} is {getattr(self, key)}: it must be at least 1")
+        for key in ("vocab_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"draft.eagle3.{key} is {value}: it must be at least 1, or null for the default")
+        if not 0.0 < self.step_decay <= 1.0:
+            raise ConfigError(f"draft.eagle3.step_decay is {self.step_decay}: it must be above 0 and at most 1")
+        if self.lk_eta < 0.0:
+            raise ConfigError(f"draft.eagle3.lk_eta is {self.lk_eta}: it must not be negative")
+
+    def captured_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The captured layers of a target of `num_layers` layers.
+
+        Raises:
+            ConfigError: a layer does not exist, comes twice, or engines could not tell the features from a state.
+        """
+        layers = self.layers
+        if layers is None:
+            layers = (1, num_layers // 2 - 1, num_layers - 4)
+            if len(set(layers)) < len(layers) or min(layers) < 0:
+                raise ConfigError(
+                    f"draft.eagle3.layers: the default [1, n//2 - 1, n - 4] gives {list(layers)} for a target of "
+                    f"{num_layers} layers; give distinct layers between 0 and {num_layers - 1}"
+                )
+        if missing := [layer for layer in layers if not 0 <= layer < num_layers]:
+            raise ConfigError(
+                f"draft.eagle3.layers: {missing} not in a target of {num_layers} layers (0 to {num_layers - 1})"
+            )
+        if len(set(layers)) < len(layers):
+            raise ConfigError(f"draft.eagle3.layers: {list(layers)} names a layer twice")
+        if len(layers) < 2:
+            # SGLang applies fc only where the features are wider than the hidden state.
+            raise ConfigError(f"draft.eagle3.layers: {list(layers)} is one layer; serving engines need several (3)")
+        return tuple(layers)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The draft's one decoder layer, in the two halves around its attention. Attribute names are the exported tensor names.
+
+Both halves are plain functions of tensors and parameters, the same for every TTT step, so that each compiles once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.rotary import rotate
+
+
+class Attention(nn.Module):
+    """The projections of the attention; queries, keys and values read the embedding and the state side by side."""
+
+    def __init__(self, dims: Eagle3Dims, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.head_dim = dims.head_dim
+        query_width = dims.num_attention_heads * dims.head_dim
+        kv_width = dims.num_key_value_heads * dims.head_dim
+        wide = 2 * dims.hidden_size
+        self.q_proj = nn.Linear(wide, query_width, bias=False, device=device, dtype=dtype)
+        self.k_proj = nn.Linear(wide, kv_width, bias=False, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(wide, kv_width, bias=False, device=device, dtype=dtype)
+        self.o_proj = nn.Linear(query_width, dims.hidden_size, bias=False, device=device, dtype=dtype)
+
+    def project(self, inputs: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [T, Hq, D] and keys [T, Hkv, D], and values [T, Hkv, D], of `inputs` [T, 2H]."""
+        heads = (-1, self.head_dim)
+        q, k, v = (proj(inputs).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+class MLP(nn.Module):
+    """The gated MLP of Llama."""
+
+    def __init__(self, dims: Eagle3Dims, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        hidden, intermediate = dims.hidden_size, dims.intermediate_size
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False, device=device, dtype=dtype)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False, device=device, dtype=dtype)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MidLayer(nn.Module):
+    """The decoder layer between the fused features and the head."""
+
+    def __init__(self, dims: Eagle3Dims, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+
+        def norm() -> nn.RMSNorm:
+            return nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps, device=device, dtype=dtype)
+
+        self.self_attn = Attention(dims, device, dtype)
+        self.mlp = MLP(dims, device, dtype)
+        self.input_layernorm = norm()
+        self.hidden_norm = norm()
+        self.post_attention_layernorm = norm()
+
+    def project(self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of normed token embeddings [T, H] and the un-normed state `hidden` [T, H]."""
+        return self.self_attn.project(torch.cat([embedded, self.hidden_norm(hidden)], dim=-1), cos, sin)
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The next state [T, H], un-normed, from the state and the attention output [T, Hq, D]."""
+        residual = hidden + self.self_attn.o_proj(attended.flatten(1))
+        return residual + self.mlp(self.post_attention_layernorm(residual))

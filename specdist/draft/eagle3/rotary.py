@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary position embedding of the draft: frequencies from transformers, applied in fp32 to packed heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from specdist.draft.eagle3.dims import Eagle3Dims
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The frequencies of a RoPE.
+
+    Attributes:
+        inv_freq: fp32 [head_dim / 2], radians per position.
+        scaling: factor on cos and sin (yarn; 1.0 otherwise).
+    """
+
+    inv_freq: Tensor
+    scaling: float
+
+    @classmethod
+    def of(cls, dims: Eagle3Dims, device: torch.device | str) -> Rotary:
+        with torch.device("cpu"):  # a draft built on the meta device still has real frequencies
+            rope = LlamaRotaryEmbedding(dims.llama_config())
+        return cls(rope.inv_freq.to(device), float(rope.attention_scaling))
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, 1, head_dim / 2] of int positions [T]."""
+        angles = positions[:, None, None] * self.inv_freq
+        return angles.cos() * self.scaling, angles.sin() * self.scaling
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `heads` [T, n, D] by half-split pairs (d, d + D/2), as Llama does; computed in the precision of cos."""
+    first, second = heads.to(torch.promote_types(heads.dtype, cos.dtype)).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads.dtype)

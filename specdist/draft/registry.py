@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the configuration to a draft. The one place that knows the algorithms by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from specdist.draft.config import DraftConfig
+from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.model import Eagle3Draft
+from specdist.draft.initial import initial_vocabulary, load_initial
+from specdist.draft.vocabulary import DraftVocabulary
+from specdist.errors import ConfigError, DataError
+from specdist.records import FeatureLayout, TargetVocabulary
+
+
+def capture_layout(config: DraftConfig, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:
+    """What the draft needs of every token, from the target's configuration alone; `dtype` is that of the wire.
+
+    Raises:
+        ConfigError: a captured layer does not exist, or comes twice.
+    """
+    text = target.get_text_config()
+    return FeatureLayout(
+        captured_layers=config.eagle3.captured_layers(text.num_hidden_layers),
+        hidden_size=text.hidden_size,
+        final=True,
+        dtype=dtype,
+    )
+
+
+def build_draft(
+    config: DraftConfig,
+    target: PretrainedConfig,
+    vocabulary: TargetVocabulary,
+    draft_ids: Tensor | None = None,
+    seed: int = 0,
+    layout_dtype: torch.dtype | None = None,
+) -> Eagle3Draft:
+    """A draft with fp32 weights on the device of `vocabulary`, initialised from `seed` or `config.init_from`.
+
+    `draft_ids` are the target ids (CPU int64, ascending) of the draft vocabulary, None for all. With `init_from` they
+    must be those of that draft (`specdist.draft.initial.initial_vocabulary`). `layout_dtype` is that of the features;
+    default that of `vocabulary`.
+
+    Raises:
+        ConfigError, DataError: the configuration, the target and the vocabulary do not go together.
+    """
+    rows, width = vocabulary.head.shape
+    draft_vocabulary = DraftVocabulary.from_ids(draft_ids, rows, vocabulary.head.device)
+    dims = Eagle3Dims.of(config.eagle3, target, draft_vocab_size=len(draft_vocabulary.ids))
+    if (rows, width) != (dims.vocab_size, dims.hidden_size):
+        raise DataError(
+            f"the target's head is [{rows}, {width}]; its configuration says [{dims.vocab_size}, {dims.hidden_size}]"
+        )
+    layout = capture_layout(config, target, layout_dtype or vocabulary.head.dtype)
+    draft = Eagle3Draft(config.eagle3, dims, layout, vocabulary, draft_vocabulary, compiled=config.compile)
+    if config.init_from is None:
+        draft.initialize(torch.Generator().manual_seed(seed))
+        return draft
+    expected = initial_vocabulary(config.init_from)
+    if not torch.equal(draft_vocabulary.ids.cpu(), torch.arange(rows) if expected is None else expected):
+        raise ConfigError(f"draft.init_from: {config.init_from} has another draft vocabulary than the one in use")
+    load_initial(draft, config.init_from)
+    return draft
+
+
+def parameter_count(config: DraftConfig, target: PretrainedConfig) -> int:
+    """Trainable parameters of the draft, without allocating any."""
+    dims = Eagle3Dims.of(config.eagle3, target)
+    empty = torch.empty(dims.vocab_size, dims.hidden_size, device="meta")
+    ids = torch.arange(dims.draft_vocab_size)
+    draft = Eagle3Draft(
+        config.eagle3,
+        dims,
+        capture_layout(config, target, torch.float32),
+        TargetVocabulary(empty, empty),
+        DraftVocabulary.from_ids(ids, dims.vocab_size, "meta"),
+    )
+    return sum(parameter.numel() for parameter in draft.parameters())

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The draft vocabulary: the target tokens that a draft may propose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdist.errors import DataError
+
+
+@dataclass(frozen=True)
+class DraftVocabulary:
+    """A subset of the target's V tokens, or all of them.
+
+    Attributes:
+        ids: int64 [V_d], the target id of every draft id, ascending.
+        to_draft: int64 [V], the draft id of every target id, -1 where it has none.
+    """
+
+    ids: Tensor
+    to_draft: Tensor
+
+    @classmethod
+    def from_ids(cls, ids: Tensor | None, target_size: int, device: torch.device | str = "cpu") -> DraftVocabulary:
+        """The vocabulary of the target ids `ids` (int64 [V_d], a CPU tensor), or all `target_size` of them.
+
+        Raises:
+            DataError: the ids are not ascending, or not ids of the target.
+        """
+        ids = torch.arange(target_size) if ids is None else ids.detach().cpu().long()
+        if len(ids) == 0 or int(ids[0]) < 0 or int(ids[-1]) >= target_size or bool((ids.diff() <= 0).any()):
+            raise DataError(
+                f"the draft vocabulary ({len(ids)} tokens) must be ascending, distinct ids from 0 to {target_size - 1}"
+            )
+        to_draft = torch.full((target_size,), -1, dtype=torch.int64)
+        to_draft[ids] = torch.arange(len(ids))
+        return cls(ids.to(device), to_draft.to(device))
+
+    @property
+    def whole(self) -> bool:
+        """Whether every target token is in it."""
+        return len(self.ids) == len(self.to_draft)
+
+    @property
+    def d2t(self) -> Tensor:
+        """int64 [V_d], the offsets the serving engines load: target id = i + d2t[i]."""
+        return self.ids - torch.arange(len(self.ids), device=self.ids.device)
+
+    @property
+    def t2d(self) -> Tensor:
+        """bool [V], whether a target token is in the draft vocabulary."""
+        return self.to_draft >= 0

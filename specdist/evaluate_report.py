@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an evaluation found: sums that add up over prompts and ranks, the figures read from them, and their text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+BAR_WIDTH = 30
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over some prompts of one evaluation; add tallies to merge prompts, files or ranks.
+
+    The per-position tuples have one entry for each of the K draft positions.
+
+    Attributes:
+        prompts: sequences decoded.
+        too_long: prompts left out because prompt and reply would not fit the target's positions.
+        tokens: tokens generated and kept: the first one, which the prefill gives, and those of every verify forward up
+            to the end-of-sequence token (itself kept) or the token limit.
+        forwards: verify forwards of the target; the prefill is not counted.
+        drafted: verify forwards that carried a draft at position k. Near the token limit fewer than K are drafted.
+        reached: those of them in which every earlier draft was accepted and none of them ended the sequence.
+        accepted: those in which the draft at position k was accepted and kept.
+        seconds: wall-clock time of prefill, drafting and verification.
+        checked: sequences also decoded one token at a time by the target alone.
+        differing: checked sequences whose tokens were not the same.
+        plain_tokens, plain_seconds: tokens and time of that plain decoding.
+    """
+
+    prompts: int = 0
+    too_long: int = 0
+    tokens: int = 0
+    forwards: int = 0
+    drafted: tuple[int, ...] = ()
+    reached: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+    seconds: float = 0.0
+    checked: int = 0
+    differing: int = 0
+    plain_tokens: int = 0
+    plain_seconds: float = 0.0
+
+    @classmethod
+    def empty(cls, draft_tokens: int) -> Tally:
+        zeros = (0,) * draft_tokens
+        return cls(drafted=zeros, reached=zeros, accepted=zeros)
+
+    def __add__(self, other: Tally) -> Tally:
+        if len(self.drafted) != len(other.drafted):
+            raise ValueError(f"tallies of {len(self.drafted)} and {len(other.drafted)} draft positions do not add up")
+        merged: dict[str, Any] = {}
+        for item in fields(self):
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            both = isinstance(mine, tuple)
+            merged[item.name] = tuple(a + b for a, b in zip(mine, theirs, strict=True)) if both else mine + theirs
+        return Tally(**merged)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per verify forward of the target, the bonus token included: (tokens - prompts) / forwards.
+
+        Neither the prefill nor the first token, which it gives, is counted. 1.0 means that no draft was ever accepted;
+        a forward with K drafts can give K + 1. Tokens past the end of a sequence are not counted.
+        """
+        return _ratio(self.tokens - self.prompts, self.forwards)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """The share of all drafted tokens that were accepted and kept."""
+        return _ratio(sum(self.accepted), sum(self.drafted))
+
+    @property
+    def position_acceptance(self) -> tuple[float, ...]:
+        """For each draft position, the share of the forwards that drafted it in which it was accepted."""
+        return tuple(map(_ratio, self.accepted, self.drafted))
+
+    @property
+    def conditional_acceptance(self) -> tuple[float, ...]:
+        """The same, of those forwards only in which every earlier draft had been accepted."""
+        return tuple(map(_ratio, self.accepted, self.reached))
+
+    @property
+    def tokens_per_second(self) -> float:
+        return _ratio(self.tokens, self.seconds)
+
+    def to_dict(self) -> dict[str, object]:
+        figures = {
+            "acceptance_length": self.acceptance_length,
+            "acceptance_rate": self.acceptance_rate,
+            "position_acceptance": list(self.position_acceptance),
+            "conditional_acceptance": list(self.conditional_acceptance),
+            "tokens_per_second": self.tokens_per_second,
+        }
+        sums = {f.name: getattr(self, f.name) for f in fields(self)}
+        return figures | {name: list(v) if isinstance(v, tuple) else v for name, v in sums.items()}
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """The tallies of one evaluation, one per prompts file, for chains of `draft_tokens` drafts."""
+
+    draft_tokens: int
+    files: Mapping[str, Tally] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Tally:
+        return sum(self.files.values(), Tally.empty(self.draft_tokens))
+
+    @property
+    def acceptance_length(self) -> float:
+        """Of all files together; see `Tally.acceptance_length` for the definition."""
+        return self.total.acceptance_length
+
+    @classmethod
+    def merge(cls, reports: Iterable[EvaluationReport]) -> EvaluationReport:
+        """One report of several over different prompts, e.g. of the ranks that shared them.
+
+        `seconds` add up too, so tokens per second of a merged report is that of one rank.
+        """
+        reports = list(reports)
+        lengths = {r.draft_tokens for r in reports}
+        if len(lengths) != 1:
+            raise ValueError(f"reports to merge must have one number of draft tokens, not {sorted(lengths)}")
+        draft_tokens = lengths.pop()
+        files: dict[str, Tally] = {}
+        for report in reports:
+            for name, tally in report.files.items():
+                files[name] = files.get(name, Tally.empty(draft_tokens)) + tally
+        return cls(draft_tokens, files)
+
+    def to_dict(self) -> dict[str, object]:
+        files = {name: tally.to_dict() for name, tally in self.files.items()}
+        return {"draft_tokens": self.draft_tokens, **self.total.to_dict(), "files": files}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EvaluationReport:
+        """The inverse of `to_dict`, also after a trip through JSON."""
+        names = {f.name for f in fields(Tally)}
+        files = {}
+        for name, tally in values["files"].items():
+            sums: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tally.items() if k in names}
+            files[name] = Tally(**sums)
+        return cls(int(values["draft_tokens"]), files)
+
+    def render(self, before: EvaluationReport | None = None) -> str:
+        """Plain words and bars for a terminal; `before` is the same evaluation before training."""
+        return render(self, before)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two evaluations of the same prompts, before and after training."""
+
+    before: EvaluationReport
+    after: EvaluationReport
+
+    def __post_init__(self) -> None:
+        old, new = self.before, self.after
+        if old.draft_tokens != new.draft_tokens:
+            raise ValueError(
+                f"acceptance lengths compare only at one draft length, not {old.draft_tokens} and {new.draft_tokens}"
+            )
+        counts = [{name: tally.prompts for name, tally in report.files.items()} for report in (old, new)]
+        if counts[0] != counts[1]:
+            raise ValueError(f"the two evaluations saw different prompts: {counts[0]} before, {counts[1]} after")
+
+    @property
+    def gain(self) -> float:
+        """How many more tokens each target forward gives than before."""
+        return self.after.acceptance_length - self.before.acceptance_length
+
+    def to_dict(self) -> dict[str, object]:
+        return {"before": self.before.to_dict(), "after": self.after.to_dict(), "gain": self.gain}
+
+    def render(self) -> str:
+        return render(self.after, self.before)
+
+
+def render(report: EvaluationReport, before: EvaluationReport | None = None) -> str:
+    """The report as lines of plain text, with a bar for every draft position and a line for every prompts file."""
+    total = report.total
+    lines = [f"acceptance length {_length(total, before.total if before else None)}"]
+    lines.append(
+        f"{total.prompts:,} prompts, {total.tokens:,} tokens, {total.forwards:,} target forwards, "
+        f"{total.seconds:.1f} s, {total.tokens_per_second:,.0f} tokens/s"
+    )
+    lines.append(
+        f"drafted tokens accepted: {total.acceptance_rate:.1%} ({sum(total.accepted):,} of {sum(total.drafted):,})"
+    )
+    lines.append(f"draft position {'accepted':<{BAR_WIDTH}}     of all   if reached")
+    positions = zip(total.position_acceptance, total.conditional_acceptance, strict=True)
+    for k, (share, conditional) in enumerate(positions, start=1):
+        lines.append(f"{k:>14} {_bar(share)} {share:>10.1%} {conditional:>12.1%}")
+    if len(report.files) > 1:
+        for name, tally in report.files.items():
+            old = before.files.get(name) if before else None
+            lines.append(f"{name}: {_length(tally, old)}, {tally.prompts:,} prompts")
+    return "\n".join(lines + _notes(total))
+
+
+def with_names(report: EvaluationReport, names: Mapping[str, str]) -> EvaluationReport:
+    """The same report with its files called by other names (e.g. without their folders)."""
+    return replace(report, files={names.get(name, name): tally for name, tally in report.files.items()})
+
+
+def _notes(total: Tally) -> list[str]:
+    notes = []
+    if total.too_long:
+        notes.append(f"{total.too_long:,} prompts were left out: with the reply they exceed the target's positions")
+    if total.checked:
+        same = total.checked - total.differing
+        plain = _ratio(total.plain_tokens, total.plain_seconds)
+        notes.append(
+            f"check: {same:,} of {total.checked:,} sequences equal the target's plain greedy decoding, "
+            f"{total.differing:,} differ; plain decoding ran at {plain:,.0f} tokens/s"
+        )
+    return notes
+
+
+def _length(tally: Tally, before: Tally | None) -> str:
+    was = f" ({before.acceptance_length:.2f} before training)" if before else ""
+    return f"{tally.acceptance_length:.2f} tokens per target forward{was}"
+
+
+def _bar(share: float) -> str:
+    filled = round(share * BAR_WIDTH)
+    return "█" * filled + "░" * (BAR_WIDTH - filled)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

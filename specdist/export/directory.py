@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model directory on disk: config.json and model.safetensors, written so that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specdist.errors import ConfigError, DataError
+
+CONFIG, WEIGHTS, LEGACY_WEIGHTS = "config.json", "model.safetensors", "pytorch_model.bin"
+
+
+def write_directory(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], overwrite: bool = False
+) -> Path:
+    """Write the two files into a directory beside `directory`, then rename it: a kill leaves no half of an export.
+
+    With `overwrite`, an earlier export makes way; anything else that is in the way stays, and is an error.
+
+    Raises:
+        ConfigError: the directory is taken.
+    """
+    check_free(directory, overwrite)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    earlier = directory.with_name(f".{directory.name}.replaced-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if directory.exists():
+            directory.rename(earlier)
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(earlier, ignore_errors=True)
+    return directory
+
+
+def check_free(directory: Path, overwrite: bool) -> None:
+    """Raise ConfigError if `directory` holds something that an export may not replace."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is a file; an export needs a directory of its own")
+    names = {path.name for path in directory.iterdir()}
+    if not names:
+        return
+    if not overwrite:
+        raise ConfigError(f"{directory} is not empty; export elsewhere, or replace what is there with overwrite=true")
+    if foreign := names - {CONFIG, WEIGHTS}:
+        raise ConfigError(
+            f"{directory} holds more than an export ({', '.join(sorted(foreign)[:5])}); overwrite=true replaces "
+            "exports only, so that nothing else is lost"
+        )
+
+
+def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the tensors, on the CPU.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    path = directory / CONFIG
+    if not path.is_file():
+        raise DataError(f"{directory} is not a draft directory: there is no {CONFIG} in it")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{path} must hold an object, not {type(config).__name__}")
+    try:
+        if (directory / WEIGHTS).is_file():
+            return config, load_file(directory / WEIGHTS)
+        if (directory / LEGACY_WEIGHTS).is_file():
+            return config, torch.load(directory / LEGACY_WEIGHTS, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+        raise DataError(f"the weights in {directory} cannot be read: {error}") from error
+    raise DataError(f"there is neither {WEIGHTS} nor {LEGACY_WEIGHTS} in {directory}")

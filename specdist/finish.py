@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What comes after training: export for serving, real speculative decoding before and after, and a summary in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress as Bar
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from specdist.checkpoint import Progress, write_atomically
+from specdist.draft.base import DraftModel
+from specdist.draft.registry import build_draft
+from specdist.evaluate import EvaluationTarget, evaluate
+from specdist.evaluate_prompts import read_prompts
+from specdist.evaluate_report import Comparison, EvaluationReport
+from specdist.export import export_draft
+from specdist.itinerary import Itinerary
+from specdist.job import JobConfig, JobFacts
+from specdist.producer import ProducerReport
+from specdist.run_dir import RunDirectory
+from specdist.target.vocabulary import load_target_vocabulary
+
+WAITS_MATTER = 0.05
+"""Below this share of waiting a side counts as busy."""
+
+
+@dataclass(frozen=True)
+class Sides:
+    """How fast each side was and how much of the time it waited for the other one."""
+
+    draft_tokens_per_s: float
+    draft_wait: float
+    target_tokens_per_s: float | None = None
+    """What the target side can do: the sum over replicas of tokens/s while computing."""
+    target_wait: float | None = None
+
+    def verdict(self) -> str:
+        """Which side starves, in words."""
+        if self.target_wait is None:
+            return "both roles share the ranks, so neither waits for the other"
+        waits = f"draft ranks waited {self.draft_wait:.0%} of the time, target ranks {self.target_wait:.0%}"
+        if max(self.draft_wait, self.target_wait) < WAITS_MATTER:
+            return f"balanced: {waits}"
+        if self.draft_wait > self.target_wait:
+            return f"the draft side starves: {waits}; more target ranks would help"
+        return f"the target side starves: {waits}; more draft ranks would help"
+
+
+def finish(
+    job: JobConfig,
+    facts: JobFacts,
+    run_dir: RunDirectory,
+    state: Mapping[str, Tensor],
+    progress: Progress,
+    itinerary: Itinerary,
+    figures: Mapping[str, float],
+    producers: Sequence[ProducerReport],
+    device: torch.device,
+) -> None:
+    """Export, evaluate, write summary.json and print it. One rank calls this, with the whole state on the CPU."""
+    sides = _sides(job, figures, producers)
+    summary: dict[str, object] = {
+        "step": progress.step,
+        "total_steps": itinerary.total_steps,
+        "finished": progress.step >= itinerary.total_steps,
+        "training": dict(figures),
+        "sides": dataclasses.asdict(sides) | {"verdict": sides.verdict()},
+        "checkpoint": str(run_dir.checkpoints / f"step-{progress.step:08d}"),
+    }
+    exports: list[Path] = []
+    comparison = None
+    if progress.step >= itinerary.total_steps and job.world.mode != "draft_only":
+        exports = export_all(job, facts, run_dir, state)
+        if job.evaluate.prompts:
+            comparison = compare(job, facts, run_dir, state, device)
+            summary["evaluation"] = comparison.to_dict()
+    summary["exports"] = [str(path) for path in exports]
+    write_atomically(run_dir.summary, json.dumps(summary, indent=1) + "\n")
+    _tell(job, run_dir, progress, itinerary, figures, sides, exports, comparison)
+
+
+def export_all(job: JobConfig, facts: JobFacts, run_dir: RunDirectory, state: Mapping[str, Tensor]) -> list[Path]:
+    """Every format of `export.formats`, each in a directory of its name."""
+    ids = run_dir.vocabulary()
+    vocabulary = torch.arange(facts.target.vocab_size) if ids is None else ids
+    options = dataclasses.replace(job.export, overwrite=True)
+    embedding = load_target_vocabulary(job.target.path).embedding if options.embedding else None
+    return [
+        export_draft(
+            run_dir.exports / name,
+            job.draft,
+            state,
+            vocabulary,
+            facts.target.config,
+            job.target.path,
+            dataclasses.replace(options, format=name),
+            embedding,
+        )
+        for name in ("sglang", "speculators")
+    ]
+
+
+def restore_draft(
+    job: JobConfig, facts: JobFacts, run_dir: RunDirectory, state: Mapping[str, Tensor] | None, device: torch.device
+) -> DraftModel:
+    """The draft as it is served, in the target's precision; `state` None gives it as it was before training."""
+    vocabulary = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code).to(device)
+    draft = build_draft(
+        job.draft, facts.target.config, vocabulary, run_dir.vocabulary(), job.run.seed, facts.layout.dtype
+    )
+    if state is not None:
+        draft.load_state_dict(dict(state))
+    return draft.to(facts.target_dtype).eval()
+
+
+def compare(
+    job: JobConfig, facts: JobFacts, run_dir: RunDirectory, state: Mapping[str, Tensor], device: torch.device
+) -> Comparison:
+    """Decode the held-out prompts with the untrained and with the trained draft."""
+    target = EvaluationTarget.load(job.target.path, facts.layout, device, facts.target_dtype)
+    tokenizer = AutoTokenizer.from_pretrained(job.target.path)
+    prompts = read_prompts(job.evaluate.prompts, tokenizer, job.evaluate.limit)
+    reports: list[EvaluationReport] = []
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        for name, weights in (("before", None), ("after", state)):
+            draft = restore_draft(job, facts, run_dir, weights, device)
+            task = bar.add_task(f"evaluate {name} training", total=len(prompts))
+            reports.append(
+                evaluate(
+                    target,
+                    draft.proposer,
+                    [p.tokens for p in prompts],
+                    job.evaluate,
+                    lambda done, _total, _tally, task=task: bar.update(task, completed=done),
+                    [p.file for p in prompts],
+                )
+            )
+    return Comparison(*reports)
+
+
+def _sides(job: JobConfig, figures: Mapping[str, float], producers: Sequence[ProducerReport]) -> Sides:
+    if job.world.mode != "split":
+        return Sides(figures["tokens_per_s"], 0.0)
+    able = sum(p.busy_tokens_per_s for p in producers)
+    return Sides(figures["tokens_per_s"], figures["draft_wait"], able, figures["target_wait"])
+
+
+def _tell(
+    job: JobConfig,
+    run_dir: RunDirectory,
+    progress: Progress,
+    itinerary: Itinerary,
+    figures: Mapping[str, float],
+    sides: Sides,
+    exports: Sequence[Path],
+    comparison: Comparison | None,
+) -> None:
+    lines = [""]
+    if progress.step < itinerary.total_steps:
+        stopped = f"Stopped at step {progress.step} of {itinerary.total_steps}"
+        lines.append(f"{stopped}; the same command goes on from there.")
+    else:
+        lines.append(f"Trained {progress.step} steps.")
+    lines.append(
+        f"  this start     {figures['steps']:,.0f} steps, {figures['tokens']:,.0f} tokens in {figures['seconds']:.0f} s"
+    )
+    if comparison is not None:
+        lines += [f"  {line}" for line in comparison.render().splitlines()]
+    lines.append(f"  draft side     {sides.draft_tokens_per_s:,.0f} tokens/s trained")
+    if sides.target_tokens_per_s is not None:
+        lines.append(f"  target side    {sides.target_tokens_per_s:,.0f} tokens/s while computing")
+    lines.append(f"  balance        {sides.verdict()}")
+    lines.append(f"  checkpoint     {run_dir.checkpoints / f'step-{progress.step:08d}'}")
+    lines += [f"  export         {path}" for path in exports]
+    lines.append(f"  figures        {run_dir.summary}, {run_dir.metrics}")
+    print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work items by index, on every rank: the stream is a pure function, so no rank is ever told what is in an item."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+from specdist.prompts.stream import Stream
+from specdist.records import Cursor, WorkItem
+
+
+class Items:
+    """A window over the stream that moves forward. Safe to use from several threads."""
+
+    def __init__(self, stream: Stream, start: Cursor, first: int, end: int):
+        self.first, self.end = first, end
+        self._source: Iterator[WorkItem] = stream.items(start, first)
+        self._window: dict[int, WorkItem] = {}
+        self._next = first
+        self._lock = threading.Lock()
+
+    def __getitem__(self, index: int) -> WorkItem:
+        """Item `index`; it must not have been forgotten."""
+        with self._lock:
+            while self._next <= index:
+                self._window[self._next] = next(self._source)
+                self._next += 1
+            return self._window[index]
+
+    def forget(self, before: int) -> None:
+        """Drop the items below `before`; they will not be asked for again."""
+        with self._lock:
+            for index in [i for i in self._window if i < before]:
+                del self._window[index]

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole configuration of a run, put together from the stations' sections, and what follows without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from omegaconf import MISSING
+
+from specdist import config
+from specdist.channel.config import ChannelConfig, parse_bytes
+from specdist.channel.ring import ring_slots
+from specdist.checkpoint import CheckpointConfig
+from specdist.control.config import ControlConfig
+from specdist.draft.config import DraftConfig
+from specdist.draft.registry import capture_layout
+from specdist.errors import ConfigError
+from specdist.evaluate import EvaluateConfig
+from specdist.export import ExportConfig
+from specdist.metrics import MetricsConfig
+from specdist.optim import OptimizerConfig
+from specdist.prompts.config import PromptsConfig
+from specdist.records import FeatureLayout
+from specdist.scheduler import SchedulerConfig
+from specdist.target.config import TargetConfig
+from specdist.target.facts import TargetFacts, check, compute_dtype
+from specdist.topology import Topology, WorldConfig
+from specdist.trainer import TrainConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run itself."""
+
+    dir: str = MISSING
+    """Run directory: configuration, checkpoints, metrics, export. All hosts must see it. A second start resumes."""
+    seed: int = 0
+    """Fixes the order of the prompts and the draft's initial weights."""
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """Everything a run is made of, one section a station."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    channel: ChannelConfig = field(default_factory=ChannelConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+CHANGEABLE = (
+    "world", "scheduler", "control", "channel", "checkpoint", "metrics", "export", "evaluate", "run.dir", "train",
+    "target.replicas", "target.tp", "target.verify", "target.prefill", "draft.dp", "draft.cp", "draft.sharding",
+    "draft.compile", "prompts.workers", "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer",
+)  # fmt: skip
+"""Keys that may differ when a run directory is used again: they do not change what the draft is or learns from."""
+
+
+@dataclass(frozen=True)
+class JobFacts:
+    """What a login node can know of a job."""
+
+    target: TargetFacts
+    target_dtype: torch.dtype
+    layout: FeatureLayout
+
+
+def load_job(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> JobConfig:
+    """Read and check a job's configuration. Raises ConfigError."""
+    job = config.load(JobConfig, files, overrides)
+    if job.draft.cp > 1:
+        raise ConfigError(f"draft.cp={job.draft.cp}: context parallelism is not built yet, use draft.cp=1")
+    if job.world.mode != "target_only" and job.draft.sharding == "replicate" and job.draft.init_from == "":
+        raise ConfigError("draft.init_from is empty: give a directory or null")
+    if job.world.mode != "draft_only" and not job.prompts.files:
+        raise ConfigError("prompts.files is empty: give JSONL, JSON, Parquet files or dataset directories")
+    return job
+
+
+def examine(job: JobConfig) -> JobFacts:
+    """Check the job against the model directory. Raises ConfigError or DataError; needs no GPU."""
+    target = check(job.target)
+    dtype = compute_dtype(job.target, target)
+    return JobFacts(target, dtype, capture_layout(job.draft, target.config, dtype))
+
+
+def topology(job: JobConfig, hosts: Sequence[str]) -> Topology:
+    """Divide the ranks on `hosts` as the job asks."""
+    return Topology.build(job.world, hosts, replicas=_replicas(job), tp=job.target.tp, dp=job.draft.dp, cp=job.draft.cp)
+
+
+def slots(job: JobConfig, layout: FeatureLayout) -> int:
+    """Slots of a draft rank's receive ring. Raises ConfigError when channel.memory is too small for a step."""
+    memory = parse_bytes(job.channel.memory, "channel.memory")
+    return ring_slots(memory, job.prompts.tokens_per_rank, layout.bytes_per_token, job.train.accumulation + 1)
+
+
+def differing_keys(new: JobConfig, old: JobConfig) -> list[str]:
+    """The keys, of those that make a run what it is, in which two configurations differ."""
+    found = []
+    for entry in config.fields(JobConfig):
+        if entry.key.startswith(tuple(f"{k}." for k in CHANGEABLE)) or entry.key in CHANGEABLE:
+            continue
+        if _value(new, entry.key) != _value(old, entry.key):
+            found.append(entry.key)
+    return found
+
+
+def _value(job: object, key: str) -> object:
+    for part in key.split("."):
+        job = getattr(job, part)
+    return job
+
+
+def _replicas(job: JobConfig) -> int | None:
+    """In modes where every rank is a target rank, one replica means as many as fit."""
+    return job.target.replicas if job.world.mode == "split" or job.target.replicas > 1 else None

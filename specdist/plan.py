@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a job will look like, worked out on a machine without a GPU: ranks, links, bytes and memory.
+
+Memory figures are estimates: weights, optimizer state and buffers are counted exactly, activations by the rule stated
+at each of them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from specdist import job as jobs
+from specdist.draft.registry import parameter_count
+from specdist.groups import ranges
+from specdist.job import JobConfig, JobFacts
+from specdist.topology import Topology
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Need:
+    """One part of the memory of a role, in bytes."""
+
+    role: str
+    what: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job as it would run. `needs` are per rank of the role; `limit` is the memory of one GPU, in bytes."""
+
+    job: JobConfig
+    facts: JobFacts
+    topology: Topology
+    needs: tuple[Need, ...]
+    limit: int
+
+    def total(self, role: str) -> int:
+        return sum(need.bytes for need in self.needs if need.role == role)
+
+    def demand(self) -> dict[str, int]:
+        """Bytes each kind of rank needs; in colocated mode one rank needs both roles'."""
+        totals = {role: self.total(role) for role in dict.fromkeys(need.role for need in self.needs)}
+        return {"target + draft": sum(totals.values())} if self.topology.mode == "colocated" else totals
+
+    @property
+    def fits(self) -> bool:
+        return all(total <= self.limit for total in self.demand().values())
+
+
+def make_plan(job: JobConfig, hosts: Sequence[str], limit: int) -> Plan:
+    """Work out the plan of a job on `hosts` (one entry a rank) with `limit` bytes of memory per GPU.
+
+    Raises:
+        ConfigError, DataError: what could not be, with the arithmetic.
+    """
+    facts = jobs.examine(job)
+    topology = jobs.topology(job, hosts)
+    needs: list[Need] = []
+    if topology.replicas:
+        needs += _target_needs(job, facts, topology)
+    if topology.draft:
+        needs += _draft_needs(job, facts, topology)
+    return Plan(job, facts, topology, tuple(needs), limit)
+
+
+def _target_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Need]:
+    width = facts.target_dtype.itemsize
+    shards = topology.shards // len(topology.replicas) if topology.mode == "colocated" else topology.shards
+    tokens = max(shards, 1) * job.prompts.tokens_per_rank
+    text = facts.target.text_config
+    inner = getattr(text, "intermediate_size", None) or 4 * facts.target.hidden_size
+    buffers = {"split": job.channel.send_buffers, "colocated": job.train.accumulation}.get(topology.mode, 1)
+    return [
+        Need("target", f"weights / tp {job.target.tp}", facts.target.parameters * width // job.target.tp),
+        Need(
+            "target", f"{buffers} feature buffers of {tokens:,} tokens", buffers * tokens * facts.layout.bytes_per_token
+        ),
+        # One layer at a time: residual, normed input, q/k/v and attention output, and the gated MLP's two halves.
+        Need("target", "activations of one layer", tokens * (8 * facts.target.hidden_size + 3 * inner) * width),
+    ]
+
+
+def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Need]:
+    parameters = parameter_count(job.draft, facts.target.config)
+    shards = len(topology.draft) if job.draft.sharding == "fsdp" else 1
+    eagle3, hidden, tokens = job.draft.eagle3, facts.target.hidden_size, job.prompts.tokens_per_rank
+    vocab = facts.target.vocab_size
+    draft_vocab = eagle3.vocab_size or vocab
+    compute = 4 if job.draft.dtype == "float32" else 2
+    inner = eagle3.intermediate_size or getattr(facts.target.text_config, "intermediate_size", 4 * hidden)
+    tables = (1 if facts.target.tied else 2) * vocab * hidden + (draft_vocab * hidden if draft_vocab < vocab else 0)
+    needs = [
+        Need("draft", f"fp32 weights and AdamW moments / {shards}", 12 * parameters // shards),
+        Need(
+            "draft", "compute weights and their gradients", (compute + compute) * parameters + 4 * parameters // shards
+        ),
+        Need("draft", "target embedding and head", tables * facts.target_dtype.itemsize),
+        # Saved for backward at each TTT step: fused input, q/k/v, attention output, three MLP halves, residuals.
+        Need(
+            "draft",
+            f"activations of {eagle3.ttt_length} TTT steps",
+            tokens * eagle3.ttt_length * (8 * hidden + 3 * inner) * compute,
+        ),
+        Need("draft", f"loss chunk of {eagle3.loss_chunk} rows", eagle3.loss_chunk * draft_vocab * 16),
+    ]
+    if topology.mode == "split":
+        slots = jobs.slots(job, facts.layout)
+        ring = slots * tokens * facts.layout.bytes_per_token
+        needs.append(Need("draft", f"receive ring of {slots} slots", ring))
+    return needs
+
+
+def render(plan: Plan) -> str:
+    """The plan as plain text tables."""
+    out = Console(file=io.StringIO(), width=110)
+    facts, topology, job = plan.facts, plan.topology, plan.job
+    target = facts.target
+    out.print(
+        f"target {job.target.path}: {', '.join(target.architectures)}, {target.parameters / 1e9:.2f} B parameters, "
+        f"{target.layers} layers of {target.hidden_size}, vocabulary {target.vocab_size:,}, {_name(facts.target_dtype)}",
+        highlight=False,
+    )
+    out.print(f"draft {job.draft.algorithm}: captures layers {list(facts.layout.captured_layers)}", highlight=False)
+    out.print(_rank_table(topology))
+    for line in _link_lines(plan):
+        out.print(line, highlight=False)
+    out.print(_memory_table(plan))
+    for role, total in plan.demand().items():
+        verdict = "fits" if total <= plan.limit else "does NOT fit"
+        out.print(f"{role}: {total / GIB:.1f} of {plan.limit / GIB:.0f} GiB: {verdict}", highlight=False)
+    if not plan.fits:
+        out.print(_advice(plan), highlight=False)
+    assert isinstance(out.file, io.StringIO)
+    return out.file.getvalue().rstrip()
+
+
+def _rank_table(topology: Topology) -> Table:
+    table = Table(title="ranks", title_justify="left", box=None, header_style="bold")
+    for column in ("rank", "host", "role", "replica", "tp", "dp", "cp", ""):
+        table.add_column(column, justify="left")
+    for rank, host in enumerate(topology.hosts):
+        target, draft = topology.target_place(rank), topology.draft_place(rank)
+        role = " + ".join(name for name, place in (("target", target), ("draft", draft)) if place)
+        table.add_row(
+            str(rank),
+            host,
+            role,
+            str(target.replica) if target else "",
+            str(target.tp) if target else "",
+            str(draft.dp) if draft else "",
+            str(draft.cp) if draft else "",
+            "scheduler" if rank == topology.scheduler_rank and topology.mode in ("split", "target_only") else "",
+        )
+    return table
+
+
+def _link_lines(plan: Plan) -> list[str]:
+    layout, topology, tp = plan.facts.layout, plan.topology, plan.job.target.tp
+    per_token = layout.bytes_per_token
+    parts = f"{len(layout.captured_layers)} captured layers" + (" and the last hidden state" if layout.final else "")
+    lines = [f"{per_token:,} B of features per token: {parts} x {layout.hidden_size} x {_name(layout.dtype)}"]
+    if not topology.links:
+        return [*lines, "no links: features stay on the rank that computes them"]
+    tokens = plan.job.prompts.tokens_per_rank
+    return [
+        *lines,
+        f"{len(topology.links)} links: target ranks {ranges(topology.target_ranks)} -> draft ranks "
+        f"{ranges(topology.draft_ranks)}; each carries {per_token // tp:,} B per token of its draft rank "
+        f"(1/{tp} of the shard), up to {tokens * per_token // tp / 2**20:,.1f} MiB per item",
+    ]
+
+
+def _memory_table(plan: Plan) -> Table:
+    table = Table(title="memory per rank (estimate)", title_justify="left", box=None, header_style="bold")
+    table.add_column("role")
+    table.add_column("what")
+    table.add_column("GiB", justify="right")
+    for need in plan.needs:
+        table.add_row(need.role, need.what, f"{need.bytes / GIB:.2f}")
+    return table
+
+
+def _advice(plan: Plan) -> str:
+    roles = [role for role, total in plan.demand().items() if total > plan.limit]
+    advice = {
+        "target": "raise target.tp, or lower prompts.tokens_per_rank or draft.dp (an item holds all draft ranks' tokens)",
+        "draft": "raise draft.dp with draft.sharding=fsdp, or lower prompts.tokens_per_rank or channel.memory",
+        "target + draft": "use world.mode=split, or lower prompts.tokens_per_rank",
+    }
+    return "\n".join(f"{role}: {advice[role]}" for role in roles)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop of a target rank: take an item the scheduler sends, run the packed forward, send the features, report."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from specdist.channel.base import FeatureSender
+from specdist.control.client import ControlClient
+from specdist.control.messages import Computed, Dispatch, Stop, StopRequest
+from specdist.items import Items
+from specdist.prompts.store import PromptStore
+from specdist.records import WorkItem
+from specdist.stop import StopFlag
+from specdist.target.engine import Engine, verify
+from specdist.topology import TargetPlace
+
+
+@dataclass
+class ProducerReport:
+    """What a target rank did."""
+
+    items: int = 0
+    tokens: int = 0
+    busy_s: float = 0.0
+    """Seconds in which a forward was running."""
+    elapsed_s: float = 0.0
+    """Seconds from the first item to the last."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """While work was under way, waits included."""
+        return self.tokens / self.elapsed_s if self.elapsed_s else 0.0
+
+    @property
+    def busy_tokens_per_s(self) -> float:
+        """While a forward was running: what this rank could do if it never waited."""
+        return self.tokens / self.busy_s if self.busy_s else 0.0
+
+
+@dataclass
+class _Forward:
+    """A forward that was launched and perhaps still runs. On CPU it has finished when it returns."""
+
+    item: WorkItem
+    began: torch.cuda.Event | float
+    ended: torch.cuda.Event | float
+
+    def finished(self) -> bool:
+        return not isinstance(self.ended, torch.cuda.Event) or self.ended.query()
+
+    def seconds(self) -> float:
+        if isinstance(self.began, torch.cuda.Event):
+            assert isinstance(self.ended, torch.cuda.Event)
+            return self.began.elapsed_time(self.ended) / 1000
+        assert isinstance(self.ended, float)
+        return self.ended - self.began
+
+
+class Producer:
+    """Drives one target rank. All ranks of a replica get the same items in the same order, so they stay in step."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        sender: FeatureSender,
+        client: ControlClient,
+        items: Items,
+        prompts: PromptStore,
+        place: TargetPlace,
+        stop: StopFlag,
+        verify_items: int,
+        timeout_s: float,
+    ):
+        self._engine, self._sender, self._client = engine, sender, client
+        self._items, self._prompts, self._place, self._stop = items, prompts, place, stop
+        self._verify_left, self._timeout_s = verify_items, timeout_s
+        self._queue: deque[int] = deque()
+        self._running: deque[_Forward] = deque()
+        self.report = ProducerReport()
+
+    def run(self) -> ProducerReport:
+        """Work until the scheduler says stop; raises WorldError when the world fails."""
+        stopped, told, first = False, False, 0.0
+        while not stopped:
+            for message in self._client.poll(self._patience()):
+                match message:
+                    case Dispatch(index, _):
+                        self._queue.append(index)
+                    case Stop():
+                        stopped = True
+            if self._stop and not told:
+                self._client.send(StopRequest(self._stop.reason or "stop"))
+                told = True
+            if self._queue and len(self._running) < 2:
+                first = first or time.monotonic()
+                self._launch(self._items[self._queue.popleft()])
+            self._report_finished()
+        self._sender.flush(self._timeout_s)
+        if first:
+            self.report.elapsed_s = time.monotonic() - first
+        return self.report
+
+    def _patience(self) -> float:
+        """How long to wait for a message: not at all with work at hand, briefly with a forward under way."""
+        if self._queue and len(self._running) < 2:
+            return 0.0
+        return 0.0005 if self._running else 1.0
+
+    def _launch(self, item: WorkItem) -> None:
+        self._client.phase = f"forward of item {item.index}"
+        batch = self._prompts.pack([s for shard in item.shards for s in shard.sequences])
+        if self._verify_left > 0:
+            self._verify_left -= 1
+            verify(self._engine, batch)
+        rows = self._sender.buffer(item)
+        began = self._now()
+        self._engine.forward(batch, rows)
+        ended = self._now()
+        self._sender.send(item, rows)
+        self._running.append(_Forward(item, began, ended))
+
+    def _now(self) -> torch.cuda.Event | float:
+        if self._engine.device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _report_finished(self) -> None:
+        while self._running and self._running[0].finished():
+            done = self._running.popleft()
+            if self._place.tp == 0:
+                self._client.send(Computed(done.item.index, self._place.replica))
+            self.report.items += 1
+            self.report.tokens += done.item.tokens
+            self.report.busy_s += done.seconds()
+            self._items.forget(before=done.item.index)
+            self._client.phase = "waiting for an item"

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the prompts station is told: which conversations, how they are supervised, cut and kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from specdist.errors import ConfigError
+
+RESERVED_TEMPLATE_NAMES = (
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+)
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Where the conversations are and how they become supervised token sequences."""
+
+    files: tuple[str, ...] = ()
+    """JSONL, JSON, Parquet or Arrow files, and directories of them (Hugging Face `save_to_disk` too). Globs allowed."""
+    supervise: Literal["all", "last"] = "all"
+    """Which assistant turns of a conversation are learnt: all of them, or the last only."""
+    max_length: int = 2048
+    """Tokens of the longest sequence that is kept whole."""
+    overlong: Literal["truncate", "skip", "stop"] = "truncate"
+    """What happens to a longer sequence: cut at max_length, left out (and reported), or an error."""
+    on_bad: Literal["skip", "stop"] = "skip"
+    """What happens to a malformed or unusable sample: left out (and reported by file and line), or an error."""
+    max_bad_fraction: float = 0.5
+    """With on_bad=skip: more bad samples than this share of all samples are an error after all."""
+    tokens_per_rank: int = 8192
+    """Token budget of one draft rank's micro-batch. At least max_length, for a sequence is never split."""
+    workers: int | None = None
+    """Processes that tokenise; 0 for none beside this one. Default: one per CPU core, none for small files."""
+    cache_dir: str | None = None
+    """Where tokenised prompts are kept. Default: ~/.cache/specdist. Of several hosts: a directory they share."""
+    chat_template: str | None = None
+    """A Jinja file that replaces the tokenizer's own chat template. It must be the one the server will use."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further variables of the chat template, as the server will be given them (e.g. enable_thinking: false)."""
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ConfigError(f"prompts.max_length is {self.max_length}: a sequence needs at least 2 tokens")
+        if self.tokens_per_rank < self.max_length:
+            raise ConfigError(
+                f"prompts.tokens_per_rank ({self.tokens_per_rank}) is less than prompts.max_length ({self.max_length}): "
+                "a sequence is never split, so the budget of a micro-batch must hold the longest one"
+            )
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"prompts.max_bad_fraction is {self.max_bad_fraction}: it is a share, from 0 to 1")
+        if self.workers is not None and self.workers < 0:
+            raise ConfigError(f"prompts.workers is {self.workers}: give a number of processes, or 0 for none")
+        for name in RESERVED_TEMPLATE_NAMES:
+            if name in self.template_kwargs:
+                raise ConfigError(f"prompts.template_kwargs.{name} is given by specdist itself and cannot be set")

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenises the prompts once, in parallel, into a cache keyed by content. Runs before any rank waits for another.
+
+The key is a hash of the files' bytes, of the tokenizer's files, and of the settings that change tokens or marks, so a
+cache can be stale in no way. A store is prepared in a directory of its own and renamed into place when it is on the
+disk: a preparation that is killed leaves nothing that could be opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+from specdist.errors import DataError
+from specdist.prompts.config import PromptsConfig
+from specdist.prompts.display import Display
+from specdist.prompts.lock import STALE_AFTER_S, lock_or_done
+from specdist.prompts.read import PIECE_BYTES, Piece, SourceFile, find_files, pieces
+from specdist.prompts.render import load_tokenizer
+from specdist.prompts.report import PrepareReport
+from specdist.prompts.store import FORMAT, MANIFEST, PromptStore, StoreWriter
+from specdist.prompts.worker import Tokenized, leave_with_parent, settings, tokenize
+
+DEFAULT_CACHE = "~/.cache/specdist"
+BAD_SAMPLES = "bad.jsonl"
+SMALL_BYTES = 4 << 20
+"""Files of less than this are tokenised by this process: starting others would take longer."""
+PIECE_TIMEOUT_S = 600.0
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+
+
+def prepare(
+    config: PromptsConfig, tokenizer_dir: str | Path, progress: bool = True, timeout: float = 3600.0
+) -> PromptStore:
+    """The store of the configured prompts: from the cache, or tokenised now.
+
+    May be called by many processes and hosts at once: one works, the others wait for it up to `timeout` seconds. Ranks
+    that only read open `store.directory` with `PromptStore.open`.
+
+    Raises:
+        ConfigError, DataError: nothing to read, an unusable file or tokenizer, no usable sample, more bad samples than
+            `max_bad_fraction`, or a bad one with on_bad=stop.
+        WorldError: another process holds the lock for longer than `timeout`.
+    """
+    sources = find_files(config.files)
+    with Display(progress) as display:
+        total = sum(os.path.getsize(source.path) for source in sources)
+        display.say(f"looking up {len(sources)} files ({total / 1e6:,.1f} MB) in the cache")
+        root = Path(config.cache_dir or DEFAULT_CACHE).expanduser() / "prompts"
+        root.mkdir(parents=True, exist_ok=True)
+        key = cache_key(config, sources, Path(tokenizer_dir))
+        final = root / key
+
+        def is_there() -> bool:
+            return (final / MANIFEST).exists()
+
+        with lock_or_done(root / f"{key}.lock", is_there, timeout, display.say) as mine:
+            if mine:
+                _remove_remains(root, key)
+                display.start(total)
+                _prepare_into(final, config, sources, str(tokenizer_dir), total, display)
+    store = PromptStore.open(final)
+    _judge(store.report, config, final)
+    return store
+
+
+def cache_key(config: PromptsConfig, sources: list[SourceFile], tokenizer_dir: Path) -> str:
+    """What the cache is keyed by: 32 hex digits over everything that tokens and marks depend on."""
+    names = [tokenizer_dir / name for name in TOKENIZER_FILES]
+    names += sorted((tokenizer_dir / "additional_chat_templates").glob("*.jinja"))
+    tokenizer = [path for path in names if path.is_file()]
+    override = [Path(config.chat_template).expanduser()] if config.chat_template is not None else []
+    try:
+        with ThreadPoolExecutor(8) as threads:  # hashing releases the interpreter's lock
+            prompts = list(threads.map(_digest, [Path(source.path) for source in sources]))
+            others = list(threads.map(_digest, [*tokenizer, *override]))
+    except OSError as error:
+        raise DataError(f"a prompts or tokenizer file cannot be read: {error}") from error
+    content = {
+        "format": FORMAT,
+        "prompts": list(zip([source.kind for source in sources], prompts, strict=True)),
+        "tokenizer": list(zip([path.name for path in [*tokenizer, *override]], others, strict=True)),
+        "settings": {key: asdict(config)[key] for key in ("supervise", "max_length", "overlong", "template_kwargs")},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _prepare_into(
+    final: Path, config: PromptsConfig, sources: list[SourceFile], tokenizer_dir: str, total: int, display: Display
+) -> None:
+    """Prepare in a directory of this process, then rename it to `final`."""
+    tokenizer = load_tokenizer(tokenizer_dir, config)
+    work = final.with_name(f"{final.name}.{uuid.uuid4().hex}.tmp")
+    work.mkdir()
+    try:
+        report = PrepareReport()
+        with StoreWriter(work) as writer, open(work / BAD_SAMPLES, "w", encoding="utf-8") as bad:
+            workers = _workers(config, total)
+            for source, piece, done in _tokenized(sources, workers, tokenizer_dir, settings(config)):
+                writer.extend(done.lengths, done.tokens, done.supervised, source, done.lines)
+                _add(report, done, writer, bad)
+                display.advance(piece.size, report.sequences, report.tokens, report.bad_total)
+            bad.flush()
+            os.fsync(bad.fileno())
+            if not report.sequences:
+                raise DataError(f"not one usable sample in {', '.join(config.files)}\n{report}")
+            report.notes = _notes(report, str(tokenizer.chat_template or ""))
+            writer.finish([source.path for source in sources], report)
+        _publish(work, final)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _tokenized(
+    sources: list[SourceFile], workers: int, tokenizer_dir: str, settings_json: str
+) -> Iterator[tuple[int, Piece, Tokenized]]:
+    """Every piece of every file in order, with the file's number, tokenised here or by `workers` processes."""
+    cut = ((number, piece) for number, source in enumerate(sources) for piece in pieces(source))
+    work = partial(tokenize, tokenizer_dir=tokenizer_dir, settings_json=settings_json)
+    if workers == 0:
+        for number, piece in cut:
+            yield number, piece, work(piece)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads (torch, gloo) can hang
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=leave_with_parent)
+    try:
+        yield from _in_order(pool, workers * 4, cut, work)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_order(
+    pool: ProcessPoolExecutor, ahead: int, cut: Iterable[tuple[int, Piece]], work: partial[Tokenized]
+) -> Iterator[tuple[int, Piece, Tokenized]]:
+    waiting: deque[tuple[int, Piece, Future[Tokenized]]] = deque()
+
+    def first() -> tuple[int, Piece, Tokenized]:
+        number, piece, future = waiting.popleft()
+        place = f"{piece.file}:{piece.first}-{piece.last}"
+        try:
+            return number, piece, future.result(PIECE_TIMEOUT_S)
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"a tokenising process died at or after {place} (out of memory? see prompts.workers)"
+            ) from error
+        except TimeoutError as error:
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise DataError(f"{place} was not tokenised within {PIECE_TIMEOUT_S:.0f} s") from error
+
+    for number, piece in cut:
+        waiting.append((number, piece, pool.submit(work, piece)))
+        if len(waiting) >= ahead:
+            yield first()
+    while waiting:
+        yield first()
+
+
+def _workers(config: PromptsConfig, total: int) -> int:
+    if config.workers is not None:
+        return config.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if total < SMALL_BYTES or cores == 1 else min(cores, total // PIECE_BYTES)
+
+
+def _add(report: PrepareReport, done: Tokenized, writer: StoreWriter, bad: TextIO) -> None:
+    report.samples += done.samples
+    report.kept += done.kept
+    report.truncated += done.truncated
+    report.cut_away += done.cut_away
+    report.skipped += done.skipped
+    report.sequences, report.tokens, report.supervised = writer.sequences, writer.tokens, writer.supervised
+    for sample in done.bad:
+        report.add_bad(sample)
+        bad.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
+
+
+def _notes(report: PrepareReport, template: str) -> list[str]:
+    notes = []
+    if report.sequences > report.kept:
+        notes.append(
+            f"the chat template rewrites earlier turns: {report.kept:,} samples became {report.sequences:,} sequences, "
+            "so that each turn is learnt from the context that the server has (prompts.supervise=last: one a sample)"
+        )
+    if "strftime_now" in template:
+        notes.append(
+            f"the chat template writes the date of the preparation ({time.strftime('%Y-%m-%d')}) into the prompts"
+        )
+    return notes
+
+
+def _publish(work: Path, final: Path) -> None:
+    _sync(work)
+    try:
+        os.rename(work, final)
+    except OSError:
+        if not (final / MANIFEST).exists():
+            raise
+        return  # another process was faster, with the same content
+    _sync(final.parent)
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_remains(root: Path, key: str) -> None:
+    """Delete what killed preparations of the same content left, once it has not been written to for a while."""
+    for remains in root.glob(f"{key}.*.tmp"):
+        try:
+            newest = max((path.stat().st_mtime for path in remains.iterdir()), default=remains.stat().st_mtime)
+        except FileNotFoundError:  # its owner lives, and has just finished
+            continue
+        if time.time() - newest > STALE_AFTER_S:
+            shutil.rmtree(remains, ignore_errors=True)
+
+
+def _judge(report: PrepareReport, config: PromptsConfig, directory: Path) -> None:
+    """Apply the settings that do not change the store, so they hold for one found in the cache as well."""
+    unusable = report.bad_total - report.bad.get("overlong", 0)
+    everything = f"All of them: {directory / BAD_SAMPLES}"
+    if unusable and config.on_bad == "stop":
+        first = next(examples[0] for reason, examples in report.examples.items() if reason != "overlong")
+        raise DataError(f"{unusable:,} bad samples (prompts.on_bad=stop): {first}. {everything}")
+    if unusable > config.max_bad_fraction * report.samples:
+        raise DataError(
+            f"{unusable:,} of {report.samples:,} samples are bad, more than prompts.max_bad_fraction = "
+            f"{config.max_bad_fraction:.0%}. {everything}\n{report}"
+        )

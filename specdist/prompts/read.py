@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Readers of conversation files: JSONL, JSON, Parquet, Arrow, and directories of them.
+
+A file is cut into `Piece`s by one process, cheaply (bytes of whole records, columns of whole rows), and a piece is
+decoded into samples by any process. A place in a file is a 1-based number: of the line on which the record begins in a
+text file, of the row in a table.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from specdist.errors import ConfigError, DataError
+from specdist.prompts.conversation import COLUMNS, Sample, to_sample
+from specdist.prompts.report import BadSample, UnusableError
+
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+HF_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+PIECE_BYTES = 256 * 1024
+PIECE_ROWS = 256
+SPACE = re.compile(r"[\s,]*")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    path: str
+    kind: Literal["jsonl", "json", "parquet", "arrow"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some consecutive records of one file, still encoded: JSON texts with their lines, or an Arrow IPC stream."""
+
+    file: str
+    first: int
+    last: int
+    size: int
+    """Bytes, for the progress display."""
+    texts: tuple[tuple[int, bytes] | BadSample, ...] = ()
+    table: bytes | None = None
+
+
+def find_files(patterns: tuple[str, ...]) -> list[SourceFile]:
+    """The files that `prompts.files` names, in order: as listed, sorted within a pattern or a directory.
+
+    Raises:
+        ConfigError, DataError: nothing is named, nothing matches, or a file's kind is unknown.
+    """
+    if not patterns:
+        raise ConfigError("prompts.files is empty: name at least one file or directory of conversations")
+    files: list[SourceFile] = []
+    for pattern in patterns:
+        expanded = str(Path(pattern).expanduser())
+        matches = [expanded] if Path(expanded).exists() else sorted(glob.glob(expanded, recursive=True))
+        if not matches:
+            raise DataError(f"prompts.files: nothing is called or matches {pattern!r}")
+        for match in matches:
+            files += _in_directory(Path(match)) if Path(match).is_dir() else [_source(Path(match))]
+    return list(dict.fromkeys(files))
+
+
+def _source(path: Path) -> SourceFile:
+    kind = KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise DataError(f"prompts.files: {path} is none of {', '.join(KINDS)}, nor a directory of them")
+    return SourceFile(str(path), kind)  # type: ignore[arg-type]
+
+
+def _in_directory(path: Path) -> list[SourceFile]:
+    if (path / "dataset_dict.json").exists():
+        names = _metadata(path / "dataset_dict.json", "splits")
+        raise DataError(f"{path} holds the splits {', '.join(names)}: name one in prompts.files, as {path / names[0]}")
+    if (path / "state.json").exists():
+        found = [path / entry["filename"] for entry in _metadata(path / "state.json", "_data_files")]
+    else:
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.name not in HF_METADATA)
+    if not found:
+        raise DataError(f"prompts.files: no {', '.join(KINDS)} file in the directory {path}")
+    return [_source(p) for p in found]
+
+
+def _metadata(path: Path, key: str) -> list[Any]:
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))[key])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not what `save_to_disk` writes: no list {key!r} in it ({error!r})") from error
+
+
+def pieces(source: SourceFile) -> Iterator[Piece]:
+    """Cut a file into pieces of about 256 KiB or 256 rows.
+
+    Raises:
+        DataError: the file as a whole cannot be read.
+    """
+    try:
+        if source.kind == "jsonl":
+            yield from _text_pieces(source.path, _lines(source.path))
+        elif source.kind == "json":
+            yield from _text_pieces(source.path, _json_records(source.path))
+        else:
+            yield from _table_pieces(source)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{source.path} cannot be read: {error}") from error
+
+
+def _text_pieces(path: str, records: Iterator[tuple[int, bytes] | BadSample]) -> Iterator[Piece]:
+    held: list[tuple[int, bytes] | BadSample] = []
+    size = 0
+
+    def piece() -> Piece:
+        lines = [record.line if isinstance(record, BadSample) else record[0] for record in held]
+        return Piece(path, lines[0], lines[-1], size, texts=tuple(held))
+
+    for record in records:
+        held.append(record)
+        size += 0 if isinstance(record, BadSample) else len(record[1])
+        if size >= PIECE_BYTES or len(held) >= PIECE_ROWS:
+            yield piece()
+            held, size = [], 0
+    if held:
+        yield piece()
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.isspace():
+                yield number, line
+
+
+def _json_records(path: str) -> Iterator[tuple[int, bytes] | BadSample]:
+    """The records of an array, or of values one after the other; JSON lines under the name `.json` too."""
+    text = Path(path).read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    position = _skip(text, 0)
+    array = text.startswith("[", position)
+    if not array and _is_json(text[position : text.find("\n", position) + 1]):
+        yield from _lines(path)
+        return
+    decoder = json.JSONDecoder()
+    position = _skip(text, position + array)
+    line, counted = 1, 0
+    while position < len(text) and not (array and text[position] == "]"):
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            _, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            lost = len(text) - position
+            detail = f"{error}; the rest of the file ({lost / len(text):.1%}, {lost:,} characters) is not read"
+            yield BadSample(path, line, "malformed record", detail)
+            return
+        yield line, text[position:end].encode("utf-8", errors="surrogateescape")
+        position = _skip(text, end)
+    if array and position >= len(text):
+        yield BadSample(path, line, "malformed record", "the array is not closed: the file seems to be cut off")
+
+
+def _skip(text: str, position: int) -> int:
+    match = SPACE.match(text, position)
+    return match.end() if match else position
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _table_pieces(source: SourceFile) -> Iterator[Piece]:
+    row = 1
+    for batch in _batches(source):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        yield Piece(source.path, row, row + len(batch) - 1, batch.nbytes, table=sink.getvalue().to_pybytes())
+        row += len(batch)
+
+
+def _batches(source: SourceFile) -> Iterator[pa.RecordBatch]:
+    if source.kind == "parquet":
+        with pq.ParquetFile(source.path) as file:
+            columns = _known_columns(source.path, file.schema_arrow)
+            yield from file.iter_batches(batch_size=PIECE_ROWS, columns=columns)
+        return
+    with pa.memory_map(source.path) as mapped:
+        if mapped.read(6) == b"ARROW1":
+            file = pa.ipc.open_file(mapped)
+            batches: Iterator[pa.RecordBatch] = (file.get_batch(i) for i in range(file.num_record_batches))
+        else:
+            mapped.seek(0)
+            file = pa.ipc.open_stream(mapped)
+            batches = iter(file)
+        columns = _known_columns(source.path, file.schema)
+        for batch in batches:
+            for start in range(0, len(batch), PIECE_ROWS):
+                yield batch.select(columns).slice(start, PIECE_ROWS)
+
+
+def _known_columns(path: str, schema: pa.Schema) -> list[str]:
+    known = [name for name in COLUMNS if name in schema.names]
+    if not set(known) & {"messages", "conversations", "text"}:
+        raise DataError(f"{path} has none of the columns messages, conversations, text: {', '.join(schema.names)}")
+    return known
+
+
+def samples(piece: Piece) -> Iterator[Sample | BadSample]:
+    """Decode a piece: every record becomes a sample, or a bad sample that names its place."""
+    records = _table_rows(piece.table, piece) if piece.table is not None else iter(piece.texts)
+    for entry in records:
+        if isinstance(entry, BadSample):
+            yield entry
+            continue
+        line, content = entry
+        try:
+            record = _parse(content) if isinstance(content, bytes) else content
+            yield to_sample(record, piece.file, line)
+        except UnusableError as error:
+            yield BadSample(piece.file, line, error.reason, error.detail)
+
+
+def _parse(content: bytes) -> object:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UnusableError("malformed record", str(error)) from error
+
+
+def _table_rows(stream: bytes, piece: Piece) -> Iterator[tuple[int, object] | BadSample]:
+    table = pa.ipc.open_stream(stream).read_all()
+    for index in range(len(table)):
+        try:
+            yield piece.first + index, table.slice(index, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            yield BadSample(piece.file, piece.first + index, "not text", str(error))
+
+
+def read(patterns: tuple[str, ...]) -> Iterator[Sample | BadSample]:
+    """Every record of the files, in order, in this process."""
+    for source in find_files(patterns):
+        for piece in pieces(source):
+            yield from samples(piece)

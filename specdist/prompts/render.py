@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a conversation to token sequences with a supervision mask that is exact.
+
+The rule: a supervised token is one that the target generates, in the very context in which the server makes it generate
+that token. For assistant turn a that context is the rendering of the turns before it with the generation prompt
+(template.py). If the rendering for a later turn begins with the text of this turn's prompt and answer, one sequence
+teaches both. It does not for templates that rewrite earlier turns: Qwen3 drops the `<think>` block of an answer once the
+user speaks again, gpt-oss ends an earlier answer with another token. A rewritten answer is one the target never
+generated, and a token after a rewritten past is conditioned on text that the server did not have. So the conversation
+becomes several sequences, one for each stretch of turns that share an unrewritten past, and in each only the turns that
+it shows as generated are supervised. `supervise=last` makes one sequence of the last turn alone.
+
+Tokens follow the server too: it tokenises the prompt and generates the answer's tokens one by one, so no token may span
+the two. The whole text is tokenised once and cut by character offsets where that gives the same tokens (it nearly always
+does; each boundary is checked by tokenising its neighbourhood); otherwise prompt and answer are tokenised apart.
+
+A plain text is supervised everywhere, with the special tokens that the tokenizer itself adds to a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from specdist.errors import DataError
+from specdist.prompts.config import PromptsConfig
+from specdist.prompts.conversation import Message, Sample
+from specdist.prompts.report import UnusableError
+from specdist.prompts.template import Template, Tools, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sequenced:
+    """One training sequence: `tokens` int32 [T] and `supervised` bool [T]."""
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """The sequences of one sample, cut to length, and what the cutting cost."""
+
+    sequences: tuple[Sequenced, ...]
+    truncated: int
+    cut_away: int
+    skipped: int
+
+
+def load_tokenizer(directory: str | Path, config: PromptsConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory, with the chat template that the configuration asks for.
+
+    Raises:
+        DataError: there is no tokenizer, or the template file cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(directory).is_dir():
+        raise DataError(f"the tokenizer directory {directory} does not exist")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        if config.chat_template is not None:
+            tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"no usable tokenizer in {directory}, or no template at prompts.chat_template: {error}"
+        ) from error
+    return tokenizer
+
+
+class Renderer:
+    """Renders samples with one tokenizer. Not thread-safe; every worker process has its own."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptsConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.template = Template(tokenizer, dict(config.template_kwargs))
+        self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+
+    @classmethod
+    def from_directory(cls, directory: str | Path, config: PromptsConfig) -> Renderer:
+        return cls(load_tokenizer(directory, config), config)
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
+        """What the server feeds the target to answer `messages`: rendered, generation prompt included."""
+        return self._encode(self.template.prompt(messages, tools))[0]
+
+    def render(self, sample: Sample) -> Rendering:
+        """The training sequences of a sample, none longer than max_length, each with something to learn.
+
+        Raises:
+            UnusableError: with the reason, where the sample gives none.
+        """
+        sequences = [self._text(sample.text)] if sample.text is not None else self.conversation(sample)
+        return self._cut(sequences)
+
+    def conversation(self, sample: Sample) -> list[Sequenced]:
+        """The sequences of a conversation, uncut."""
+        ends = [i for i, message in enumerate(sample.messages, start=1) if message["role"] == "assistant"]
+        if self.config.supervise == "last":
+            ends = ends[-1:]
+        turns = [self.template.turn(sample.messages[:end], sample.tools) for end in ends]
+        chains: list[list[Turn]] = []
+        for turn in turns:
+            if chains and turn.prompt.startswith(chains[-1][-1].text):
+                chains[-1].append(turn)
+            else:
+                chains.append([turn])
+        return [sequence for chain in chains for sequence in self._tokenize(chain)]
+
+    def _text(self, text: str) -> Sequenced:
+        bos = self.tokenizer.bos_token
+        tokens = self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+        return Sequenced(np.asarray(tokens, dtype=np.int32), np.ones(len(tokens), dtype=bool))
+
+    def _cut(self, sequences: list[Sequenced]) -> Rendering:
+        limit = self.config.max_length
+        kept: list[Sequenced] = []
+        truncated = cut_away = skipped = 0
+        longest = max(len(sequence.tokens) for sequence in sequences)
+        if longest > limit and self.config.overlong == "stop":
+            raise UnusableError("overlong", f"{longest:,} tokens, more than prompts.max_length = {limit:,}")
+        for sequence in sequences:
+            overlong = len(sequence.tokens) > limit
+            if overlong and self.config.overlong == "skip":
+                skipped += 1
+            elif not sequence.supervised[1:limit].any():  # nothing predicts the first token
+                cut_away += 1
+            else:
+                kept.append(Sequenced(sequence.tokens[:limit], sequence.supervised[:limit]))
+                truncated += overlong
+        if kept:
+            return Rendering(tuple(kept), truncated, cut_away, skipped)
+        if skipped:
+            raise UnusableError("overlong", f"{longest:,} tokens, more than prompts.max_length = {limit:,}")
+        where = f"in the first {limit:,} of {longest:,} tokens" if longest > limit else f"in {longest:,} tokens"
+        raise UnusableError("nothing to supervise", f"no token of an assistant {where}")
+
+    def _tokenize(self, chain: list[Turn]) -> list[Sequenced]:
+        whole = self._tokenize_whole(chain)
+        return [whole] if whole is not None else self._tokenize_apart(chain)
+
+    def _tokenize_whole(self, chain: list[Turn]) -> Sequenced | None:
+        """Tokenise the text once; None where some prompt, tokenised as the server does, gives other tokens."""
+        if self._backend is None:
+            return None
+        text = chain[-1].text
+        tokens, starts = self._encode(text)
+        if starts is None or (np.diff(starts) < 0).any():
+            return None
+        supervised = np.zeros(len(tokens), dtype=bool)
+        for turn in chain:
+            begin, end = len(turn.prompt), len(turn.text)
+            anchor = self.template.last_added_token(turn.prompt)
+            checked = [begin]
+            if end < len(text) and not self.template.ends_with_added_token(turn.answer):
+                checked.append(end)
+            for boundary in checked:
+                first, last = np.searchsorted(starts, (anchor, boundary))
+                if self._encode(text[anchor:boundary])[0] != tokens[first:last]:
+                    return None
+            for span in turn.spans:
+                first, last = np.searchsorted(starts, (begin + span[0], begin + span[1]))
+                supervised[first:last] = True
+        return Sequenced(np.asarray(tokens, dtype=np.int32), supervised)
+
+    def _tokenize_apart(self, chain: list[Turn]) -> list[Sequenced]:
+        """Prompts and answers apart; a turn joins the one before it if its prompt begins with the same tokens."""
+        sequences: list[Sequenced] = []
+        tokens: list[int] = []
+        supervised = np.zeros(0, dtype=bool)
+        for turn in chain:
+            prompt = self._encode(turn.prompt)[0]
+            answer, starts = self._encode(turn.answer)
+            mask = np.zeros(len(answer), dtype=bool)
+            for span in turn.spans:
+                first, last = np.searchsorted(starts, span) if starts is not None else (0, len(answer))
+                mask[first:last] = True
+            if tokens and prompt[: len(tokens)] != tokens:
+                sequences.append(Sequenced(np.asarray(tokens, dtype=np.int32), supervised))
+                supervised = np.zeros(0, dtype=bool)
+            between = np.zeros(len(prompt) - len(supervised), dtype=bool)
+            supervised = np.concatenate((supervised, between, mask))
+            tokens = prompt + answer
+        return [*sequences, Sequenced(np.asarray(tokens, dtype=np.int32), supervised)]
+
+    def _encode(self, text: str) -> tuple[list[int], np.ndarray | None]:
+        """Token ids without added special tokens, and the character at which each begins (fast tokenizers)."""
+        if self._backend is None:
+            return self.tokenizer.encode(text, add_special_tokens=False), None
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, np.fromiter((offset[0] for offset in encoding.offsets), np.int64, len(encoding.ids))

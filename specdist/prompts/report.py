@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What came of a preparation: the samples that could not be used, by name, and the figures of those that could."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Reason = Literal[
+    "malformed record",
+    "unknown format",
+    "unknown role",
+    "wrong role order",
+    "empty answer",
+    "not text",
+    "refused by the chat template",
+    "not what the server generates",
+    "nothing to supervise",
+    "overlong",
+]
+
+EXAMPLES_PER_REASON = 3
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that cannot be used. `line` is 1-based: a line of a text file, a row of a table."""
+
+    file: str
+    line: int
+    reason: Reason
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}: {self.detail}"
+
+
+class UnusableError(ValueError):
+    """Raised while a sample is read or rendered; becomes a `BadSample` where the sample's place is known."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason: Reason = reason
+        self.detail = detail
+
+
+@dataclass
+class PrepareReport:
+    """The figures of a preparation. Kept in the cache, so a later run that finds the cache can show them too."""
+
+    samples: int = 0
+    """Samples read, bad ones included."""
+    kept: int = 0
+    """Samples that gave at least one sequence."""
+    sequences: int = 0
+    """More than `kept` where the chat template rewrites earlier turns (see render.py)."""
+    tokens: int = 0
+    supervised: int = 0
+    """Supervised tokens."""
+    truncated: int = 0
+    """Sequences cut at max_length."""
+    cut_away: int = 0
+    """Later turns of kept samples, as sequences of their own, of which max_length left nothing to supervise."""
+    skipped: int = 0
+    """Sequences left out as longer than max_length, of samples that gave another."""
+    bad: dict[str, int] = field(default_factory=dict)
+    """Bad samples by reason."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first few bad samples of each reason; all of them are in `bad.jsonl` beside the report."""
+    notes: list[str] = field(default_factory=list)
+
+    def add_bad(self, bad: BadSample) -> None:
+        self.bad[bad.reason] = self.bad.get(bad.reason, 0) + 1
+        examples = self.examples.setdefault(bad.reason, [])
+        if len(examples) < EXAMPLES_PER_REASON:
+            examples.append(str(bad))
+
+    @property
+    def bad_total(self) -> int:
+        return sum(self.bad.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        supervised = f"{self.supervised / self.tokens:.0%}" if self.tokens else "none"
+        lines = [
+            f"{self.kept:,} of {self.samples:,} samples kept: {self.sequences:,} sequences, {self.tokens:,} tokens, "
+            f"{self.supervised:,} supervised ({supervised})"
+        ]
+        if self.truncated:
+            lines.append(f"{self.truncated:,} sequences cut at prompts.max_length")
+        if self.cut_away:
+            lines.append(f"{self.cut_away:,} later turns lie wholly beyond prompts.max_length")
+        if self.skipped:
+            lines.append(f"{self.skipped:,} sequences skipped as longer than prompts.max_length")
+        for reason, count in Counter(self.bad).most_common():
+            lines.append(f"{count:,} bad, {reason}:")
+            lines += [f"    {example}" for example in self.examples[reason]]
+        return "\n".join(lines + self.notes)

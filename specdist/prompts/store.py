@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenised prompts on disk: flat memory-mapped files, so opening costs nothing and ranks of a host share the pages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from specdist.errors import DataError
+from specdist.prompts.report import PrepareReport
+from specdist.records import PackedTokens
+
+FORMAT = 1
+"""Of the files of a store. Raise it when they change, or when the same samples give other tokens than before."""
+MANIFEST = "manifest.json"
+COLUMNS = {
+    "tokens": np.dtype("<i4"),
+    "supervised": np.dtype("u1"),
+    "offsets": np.dtype("<i8"),
+    "supervised_counts": np.dtype("<i4"),
+    "files": np.dtype("<i4"),
+    "lines": np.dtype("<i8"),
+}
+"""One file each. [tokens]: tokens, supervised; [sequences]: supervised_counts, files, lines; [sequences + 1]: offsets."""
+CONTENT = ("tokens", "supervised", "offsets")
+
+
+class StoreWriter:
+    """Writes a store into an existing directory, sequence by sequence. Nothing can be opened before `finish`."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.sequences = 0
+        self.tokens = 0
+        self.supervised = 0
+        self.max_token = -1
+        self._files = {name: open(self.directory / f"{name}.bin", "wb") for name in COLUMNS}  # noqa: SIM115
+        self._hashes = {name: hashlib.sha256() for name in CONTENT}
+        self._put("offsets", np.zeros(1, COLUMNS["offsets"]))
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def extend(
+        self, lengths: np.ndarray, tokens: np.ndarray, supervised: np.ndarray, file: int, lines: np.ndarray
+    ) -> None:
+        """Append sequences laid end to end: `lengths` and `lines` [S], `tokens` and `supervised` [sum of lengths]."""
+        if not len(lengths):
+            return
+        if int(lengths.min()) < 1 or int(lengths.sum()) != len(tokens) or len(tokens) != len(supervised):
+            raise ValueError(
+                f"{lengths.sum()} tokens announced, {len(tokens)} tokens and {len(supervised)} marks given"
+            )
+        ends = np.cumsum(lengths, dtype=np.int64)
+        marks = supervised.astype(np.uint8)
+        counts = np.add.reduceat(marks, ends - lengths, dtype=np.int64)
+        self._put("tokens", tokens)
+        self._put("supervised", marks)
+        self._put("offsets", self.tokens + ends)
+        self._put("supervised_counts", counts)
+        self._put("files", np.full(len(lengths), file))
+        self._put("lines", lines)
+        self.sequences += len(lengths)
+        self.tokens += len(tokens)
+        self.supervised += int(counts.sum())
+        self.max_token = max(self.max_token, int(tokens.max()))
+
+    def finish(self, files: Sequence[str], report: PrepareReport) -> None:
+        """Write the manifest, which makes the directory a store, and bring everything to the disk."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        hashes = "".join(self._hashes[name].hexdigest() for name in CONTENT)
+        manifest = {
+            "format": FORMAT,
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+            "supervised": self.supervised,
+            "max_token": self.max_token,
+            "fingerprint": hashlib.sha256(hashes.encode()).hexdigest(),
+            "files": list(files),
+            "report": report.to_dict(),
+        }
+        with open(self.directory / MANIFEST, "w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _put(self, name: str, values: np.ndarray) -> None:
+        data = np.ascontiguousarray(values, dtype=COLUMNS[name]).tobytes()
+        self._files[name].write(data)
+        if name in CONTENT:
+            self._hashes[name].update(data)
+
+
+class PromptStore:
+    """The supervised token sequences of a preparation, by index. Read-only; cheap to open in every rank.
+
+    Attributes:
+        directory: where the store lies. Another process opens the same store by it.
+        fingerprint: the identity of the content: equal for equal sequences in equal order.
+        report: what came of the preparation.
+        max_token: the largest token id, which must be less than the target's vocabulary.
+    """
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        self.directory = directory
+        self.fingerprint: str = manifest["fingerprint"]
+        self.tokens: int = manifest["tokens"]
+        self.supervised: int = manifest["supervised"]
+        self.max_token: int = manifest["max_token"]
+        self.report = PrepareReport(**manifest["report"])
+        self._names: list[str] = manifest["files"]
+        sizes = dict.fromkeys(COLUMNS, manifest["sequences"])
+        sizes |= {"tokens": self.tokens, "supervised": self.tokens, "offsets": manifest["sequences"] + 1}
+        self._columns = {name: _mapped(directory / f"{name}.bin", COLUMNS[name], sizes[name]) for name in COLUMNS}
+
+    @classmethod
+    def open(cls, directory: str | Path) -> PromptStore:
+        """Open the store in `directory`.
+
+        Raises:
+            DataError: there is none, it is incomplete, or of another format.
+        """
+        path = Path(directory) / MANIFEST
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{directory} is no prompt store: {error}") from error
+        if manifest.get("format") != FORMAT:
+            raise DataError(
+                f"{directory} is a prompt store of format {manifest.get('format')}; this is format {FORMAT}"
+            )
+        return cls(Path(directory), manifest)
+
+    def __len__(self) -> int:
+        return len(self._columns["lines"])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int32 [sequences], the tokens of every sequence."""
+        return np.diff(self._columns["offsets"]).astype(np.int32)
+
+    @property
+    def supervised_counts(self) -> np.ndarray:
+        """int32 [sequences], the supervised tokens of every sequence."""
+        return self._columns["supervised_counts"]
+
+    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The int32 tokens and the bool marks of one sequence, as views of the mapped files."""
+        first, last = (int(offset) for offset in self._columns["offsets"][index : index + 2])
+        return self._columns["tokens"][first:last], self._columns["supervised"][first:last].view(np.bool_)
+
+    def pack(self, indices: Sequence[int]) -> PackedTokens:
+        """The sequences `indices`, in that order, laid end to end on the CPU. No index gives an empty packing."""
+        views = [self.sequence(index) for index in indices]
+        lengths = np.array([len(tokens) for tokens, _ in views], dtype=np.int64)
+        cu_seqlens = np.zeros(len(views) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=cu_seqlens[1:])
+        positions = np.arange(cu_seqlens[-1], dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)
+        tokens = np.concatenate([np.zeros(0, np.int64), *(tokens for tokens, _ in views)])
+        supervised = np.concatenate([np.zeros(0, np.bool_), *(marks for _, marks in views)])
+        return PackedTokens(*map(torch.from_numpy, (tokens, supervised, cu_seqlens, positions)))
+
+    def provenance(self, index: int) -> tuple[str, int]:
+        """The file and the line (or row) that the sequence comes from."""
+        return self._names[self._columns["files"][index]], int(self._columns["lines"][index])
+
+    def supervised_tokens(self, chunk: int = 1 << 24) -> Iterable[np.ndarray]:
+        """All supervised token ids, in chunks of arrays."""
+        for start in range(0, self.tokens, chunk):
+            marks = self._columns["supervised"][start : start + chunk].view(np.bool_)
+            yield self._columns["tokens"][start : start + chunk][marks]
+
+
+def _mapped(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path.parent} is an incomplete prompt store: {error}") from error
+    if found != size * dtype.itemsize:
+        raise DataError(
+            f"{path} has {found} bytes where the manifest says {size * dtype.itemsize}: delete {path.parent}"
+        )
+    return np.memmap(path, dtype=dtype, mode="r", shape=(size,)) if size else np.zeros(0, dtype)
+
+
+def write_store(
+    directory: str | Path, sequences: Iterable[tuple[Sequence[int], Sequence[bool]]], name: str = "synthetic"
+) -> PromptStore:
+    """Write a store from token ids and supervision marks, for tests and synthetic data. Lines count from 1."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    with StoreWriter(directory) as writer:
+        for line, (tokens, supervised) in enumerate(sequences, start=1):
+            ids = np.asarray(tokens)
+            writer.extend(np.array([len(ids)]), ids, np.asarray(supervised, dtype=bool), 0, np.array([line]))
+        n = writer.sequences
+        report = PrepareReport(n, n, n, writer.tokens, writer.supervised)
+        writer.finish([name], report)
+    return PromptStore.open(directory)

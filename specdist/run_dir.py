@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run directory: one place for the configuration, the checkpoints, the figures and what came of the run.
+
+config.yaml            the resolved configuration
+draft_vocabulary.safetensors   target ids of the draft vocabulary (absent when it is the whole)
+checkpoints/step-*/    training state
+metrics.jsonl          one record every metrics.every steps
+tensorboard/
+export/<format>/       the draft as serving engines load it
+summary.json           what came of it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specdist import config
+from specdist.checkpoint import write_atomically
+from specdist.errors import ConfigError
+from specdist.job import JobConfig, differing_keys, load_job
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of a run, and the rule that a directory belongs to one job."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    def claim(self, job: JobConfig) -> None:
+        """Create the directory and save the configuration in it; one rank calls this.
+
+        Raises:
+            ConfigError: it cannot be written, or holds a run of another job; names the keys that differ.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run.dir: {self.path} cannot be created: {error}") from error
+        if self.config.exists():
+            different = differing_keys(job, load_job([self.config]))
+            if different:
+                raise ConfigError(
+                    f"run.dir: {self.path} holds a run with other values of {', '.join(different)} (see "
+                    f"{self.config}): choose another run.dir for another job"
+                )
+        write_atomically(self.config, config.to_yaml(job))
+
+    @property
+    def _vocabulary(self) -> Path:
+        return self.path / "draft_vocabulary.safetensors"
+
+    def save_vocabulary(self, ids: Tensor) -> None:
+        temporary = self._vocabulary.with_suffix(".tmp")
+        save_file({"ids": ids.to(torch.int64).contiguous()}, temporary)
+        temporary.rename(self._vocabulary)
+
+    def vocabulary(self) -> Tensor | None:
+        """int64 [V_d] target ids, ascending; None where the draft vocabulary is the whole one."""
+        return load_file(self._vocabulary)["ids"] if self._vocabulary.exists() else None

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a draft rank's features come from: target ranks over the channel, its own target, or a random generator."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+from torch import Tensor
+
+from specdist.channel.base import FeatureReceiver
+from specdist.channel.local import LocalChannel
+from specdist.control.client import ControlClient
+from specdist.control.messages import Deliver, Released, Stop, StopRequested
+from specdist.errors import WorldError
+from specdist.items import Items
+from specdist.prompts.store import PromptStore
+from specdist.records import FeatureLayout, PackedTokens, WorkItem
+from specdist.stop import StopFlag
+from specdist.target.engine import Engine, verify
+from specdist.topology import Topology
+from specdist.trainer import FeatureSource
+
+
+class RemoteSource(FeatureSource):
+    """Features from target ranks. A thread of its own posts each receive as soon as the scheduler says that the data
+    exists, so transfers run while the trainer computes."""
+
+    def __init__(
+        self,
+        client: ControlClient,
+        receiver: FeatureReceiver,
+        items: Items,
+        draft: int,
+        stop: StopFlag,
+        timeout_s: float,
+    ):
+        self._client, self._receiver, self._items = client, receiver, items
+        self._draft, self._stop, self._timeout_s = draft, stop, timeout_s
+        self._delivered: set[int] = set()
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._listen, name="specdist-receiver", daemon=True)
+        self._thread.start()
+
+    def take(self, item: WorkItem) -> Tensor:
+        self._client.phase = f"waiting for the features of item {item.index}"
+        began = time.monotonic()
+        self._await(item.index)
+        rows = self._receiver.take(item, self._timeout_s)
+        self.waited_s += time.monotonic() - began
+        self._client.phase = f"training on item {item.index}"
+        return rows
+
+    def release(self, item: WorkItem) -> None:
+        self._receiver.release(item)
+        with self._changed:
+            self._delivered.discard(item.index)
+        self._client.send(Released(item.index, self._draft))
+
+    def drain(self, next_item: int) -> None:
+        """Receive and release, untrained, what was on its way beyond the last item, until the scheduler stops."""
+        self._client.phase = "draining"
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            with self._changed:
+                if not self._stopped and next_item not in self._delivered:
+                    self._changed.wait(timeout=0.5)
+                arrived = next_item in self._delivered
+            if arrived:
+                item = self._items[next_item]
+                self._receiver.take(item, self._timeout_s)
+                self.release(item)
+                next_item += 1
+            elif self._stopped:
+                return
+            self._check()
+            if time.monotonic() > deadline:
+                raise WorldError(f"the scheduler on rank 0 did not end the run within {self._timeout_s:.0f} s")
+
+    def _await(self, index: int) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        with self._changed:
+            while index not in self._delivered:
+                self._check()
+                if time.monotonic() > deadline:
+                    limit = f"{self._timeout_s:.0f} s (world.wait_timeout_s)"
+                    raise WorldError(f"no target replica delivered item {index} within {limit}")
+                self._changed.wait(timeout=0.5)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._client.check()
+
+    def _listen(self) -> None:
+        try:
+            while not self._stopped:
+                for message in self._client.poll(1.0):
+                    self._handle(message)
+        except BaseException as error:  # noqa: BLE001 - raised in the trainer's thread by _check
+            self._error = error
+            with self._changed:
+                self._changed.notify_all()
+
+    def _handle(self, message: object) -> None:
+        match message:
+            case Deliver(index, replica):
+                self._receiver.post(self._items[index], replica)
+                with self._changed:
+                    self._delivered.add(index)
+                    self._changed.notify_all()
+            case StopRequested(rank, reason):
+                self._stop.request(f"{reason} on rank {rank}")
+            case Stop():
+                with self._changed:
+                    self._stopped = True
+                    self._changed.notify_all()
+
+
+class ColocatedSource(FeatureSource):
+    """Features from the target on the same ranks: each item is computed when the trainer asks for it.
+
+    A replica computes, in one packed forward, the shards of its own ranks.
+    """
+
+    def __init__(self, engine: Engine, channel: LocalChannel, topology: Topology, rank: int, prompts: PromptStore):
+        self._engine, self._channel, self._prompts = engine, channel, prompts
+        self._shards = local_shards(topology, rank)
+
+    def verify(self, items: Items, count: int) -> None:
+        """Compare the packed forward of the next `count` items with one of each document alone."""
+        for index in range(items.first, min(items.first + count, items.end)):
+            own = self._own(items[index])
+            if own.tokens:
+                verify(self._engine, self._pack(own))
+
+    def take(self, item: WorkItem) -> Tensor:
+        own = self._own(item)
+        rows = self._channel.buffer(own)
+        if own.tokens:
+            self._engine.forward(self._pack(own), rows)
+        self._channel.send(own, rows)
+        return self._channel.take(own, timeout_s=0)
+
+    def release(self, item: WorkItem) -> None:
+        self._channel.release(item)
+
+    def _pack(self, item: WorkItem) -> PackedTokens:
+        return self._prompts.pack([s for shard in item.shards for s in shard.sequences])
+
+    def _own(self, item: WorkItem) -> WorkItem:
+        return WorkItem(item.index, item.start, item.end, tuple(item.shards[d] for d in self._shards))
+
+
+def local_shards(topology: Topology, rank: int) -> list[int]:
+    """Colocated mode: the shards that the replica of `rank` computes, those of its own ranks."""
+    place = topology.target_place(rank)
+    assert place is not None
+    shards = []
+    for member in topology.replicas[place.replica]:
+        draft = topology.draft_place(member)
+        if draft is not None and draft.dp not in shards:
+            shards.append(draft.dp)
+    return sorted(shards)
+
+
+class SyntheticSource(FeatureSource):
+    """Random features, the same for the same item: to measure the draft alone. Nothing sensible is learnt from them."""
+
+    def __init__(self, layout: FeatureLayout, shard: int, device: torch.device, seed: int):
+        self._layout, self._shard, self._device, self._seed = layout, shard, device, seed
+
+    def take(self, item: WorkItem) -> Tensor:
+        generator = torch.Generator(self._device).manual_seed(self._seed * 1_000_003 + item.index)
+        shape = (item.shards[self._shard].tokens, self._layout.width)
+        return torch.randn(shape, generator=generator, dtype=self._layout.dtype, device=self._device)
+
+    def release(self, item: WorkItem) -> None:
+        """The rows are garbage-collected."""

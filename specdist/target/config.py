@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the target is run: which model, by which engine, on how many ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from omegaconf import MISSING
+
+from specdist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """The `target` section of a run's configuration."""
+
+    path: str = MISSING
+    """Directory of the target model: its config.json and its weights (safetensors, or pytorch_model.bin)."""
+
+    engine: Literal["hf", "sglang"] = "hf"
+    """What runs the forward: `hf` is transformers, the reference (CPU and GPU); `sglang` is not built yet."""
+
+    replicas: int = 1
+    """Copies of the target; each is given work items of its own."""
+
+    tp: int = 1
+    """Tensor-parallel ranks of one replica; must divide the model's attention heads and key/value heads."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of the weights and of the computation; `auto` takes the checkpoint's own."""
+
+    prefill: Literal["auto", "packed", "documents"] = "auto"
+    """`packed` runs all documents of an item in one forward, `documents` one after the other (slower, for models that
+    carry state over document boundaries); `auto` tries out at load whether packing gives the same numbers."""
+
+    verify: int = 1
+    """Work items at the start of a run whose packed features are compared with a document-by-document forward."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model directory."""
+
+    def __post_init__(self) -> None:
+        for key, least in (("replicas", 1), ("tp", 1), ("verify", 0)):
+            value = getattr(self, key)
+            if value < least:
+                raise ConfigError(f"target.{key}={value}: at least {least} is needed")
+        if self.engine == "sglang":
+            raise ConfigError("target.engine=sglang is not built yet: use target.engine=hf")

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `hf` engine: a transformers model, on one device or tensor parallel over a subgroup of the world.
+
+The decoder is called without the language-model head, hooks copy the outputs of the captured layers straight into the
+rows of the item, and what the decoder returns is the final state after its norm. Documents are packed into one
+forward where the model allows it (see `attention`), else they run one after the other.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from transformers import PretrainedConfig, PreTrainedModel
+
+from specdist.errors import ConfigError, DataError
+from specdist.records import FeatureLayout, PackedTokens
+from specdist.target import attention
+from specdist.target.attention import Documents, NotPackable
+from specdist.target.config import TargetConfig
+from specdist.target.engine import TOLERANCE, Engine, deviations
+from specdist.target.facts import TargetFacts, check, check_layout, compute_dtype
+from specdist.target.loading import load_model
+
+log = logging.getLogger(__name__)
+
+
+class HfEngine(Engine):
+    """A transformers model as an `Engine`.
+
+    Attributes:
+        decoder: the model without its head, and without the encoders of a multimodal one.
+        packs: whether the documents of an item share one forward.
+    """
+
+    def __init__(
+        self, config: TargetConfig, layout: FeatureLayout, device: torch.device, group: ProcessGroup | None = None
+    ) -> None:
+        facts = check(config)
+        check_layout(layout, facts)
+        self.layout, self.device, self.dtype = layout, device, compute_dtype(config, facts)
+        # Of the model only the decoder is kept: what else was loaded is freed with it.
+        model = load_model(facts, self.dtype, device, group, config.trust_remote_code)
+        self.decoder: PreTrainedModel = model.get_decoder()
+        self.packs = False
+        self._out: Tensor | None = None
+        layers = find_layers(self.decoder, facts)
+        self._layers = len(layers)
+        for column, index in enumerate(layout.captured_layers):
+            layers[index].register_forward_hook(self._capture(column))
+        self._settle_prefill(config, facts)
+
+    @torch.no_grad()
+    def forward(self, batch: PackedTokens, out: Tensor) -> None:
+        lengths = [n for n in batch.lengths if n]
+        if not lengths:
+            return
+        tokens, positions = self._to_device(batch.tokens), self._to_device(batch.positions)
+        if not self.packs:
+            for ids, places, rows in zip(*(x.split(lengths) for x in (tokens, positions, out)), strict=True):
+                self._run(ids, places, rows)
+            return
+        documents = Documents(lengths, self._to_device(batch.cu_seqlens))
+        self._run(tokens, positions, out, documents=documents)
+        if documents.attended != self._layers:
+            raise NotPackable(f"its {self._layers} layers called their attention {documents.attended} times")
+
+    def _run(self, tokens: Tensor, positions: Tensor, out: Tensor, **kwargs: Any) -> None:
+        self._out = out
+        states = self.decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, **kwargs)
+        if self.layout.final:
+            out[:, self.layout.captured_width :].copy_(states.last_hidden_state[0])
+        self._out = None
+
+    def _capture(self, column: int) -> Callable[[nn.Module, Any, Any], None]:
+        columns = slice(column * self.layout.hidden_size, (column + 1) * self.layout.hidden_size)
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            hidden_1TH = output[0] if isinstance(output, tuple) else output
+            assert self._out is not None, "the decoder runs only inside HfEngine.forward"
+            self._out[:, columns].copy_(hidden_1TH[0])
+
+        return hook
+
+    def _to_device(self, values: Tensor) -> Tensor:
+        if self.device.type == "cuda":  # a copy from pageable memory would wait for the device
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)
+
+    def _settle_prefill(self, config: TargetConfig, facts: TargetFacts) -> None:
+        """Decide, once, whether documents share a forward: `self.packs`, and the decoder's attention with it."""
+        if config.prefill == "documents":
+            return
+        obstacle = packing_obstacle(self.decoder, facts.text_config) or self._try_packing(facts.vocab_size)
+        if obstacle is None:
+            log.info("target %s: the documents of an item share one forward", facts.path)
+            return
+        if config.prefill == "packed":
+            raise ConfigError(f"target.prefill=packed: {facts.path} cannot be packed: {obstacle}")
+        log.warning("target %s: documents run one after the other, which is slower: %s", facts.path, obstacle)
+
+    def _try_packing(self, vocab_size: int) -> str | None:
+        """Run three short documents with the model's own attention, one by one, and packed; what is wrong, if so."""
+        lengths = [24, 1, 39]
+        ids = [(torch.arange(n) * 7919 + 101 * n) % vocab_size for n in lengths]
+        batch = PackedTokens.from_documents(ids, [torch.zeros(n, dtype=torch.bool) for n in lengths])
+        alone, packed = (self.layout.empty(sum(lengths), self.device) for _ in range(2))
+        self.forward(batch, alone)
+        self.decoder.set_attn_implementation(attention.register())
+        self.packs = True
+        try:
+            self.forward(batch, packed)
+        except NotPackable as e:
+            obstacle = str(e)
+        else:
+            limit = TOLERANCE[self.dtype]
+            off = [d for d in deviations(self.layout, packed, alone, lengths) if not d.worst <= limit]
+            if not off:
+                return None
+            obstacle = f"packed features of {off[0].part} are off by {off[0].worst:.1e}, more than {limit:.0e}"
+        self.packs = False
+        self.decoder.set_attn_implementation(self.decoder.get_correct_attn_implementation(None))
+        return obstacle
+
+
+def find_layers(decoder: nn.Module, facts: TargetFacts) -> nn.ModuleList:
+    """The decoder layers: the first list of modules, from the outside in, that has one for every hidden layer."""
+    lists = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList)]
+    for _, modules in sorted(lists, key=lambda found: found[0].count(".")):
+        if len(modules) == facts.layers:
+            return modules
+    held = ", ".join(f"{name} ({len(m)})" for name, m in lists) or "none"
+    raise DataError(f"{facts.path}: no list of {facts.layers} layers in {type(decoder).__name__}; it has: {held}")
+
+
+def packing_obstacle(decoder: PreTrainedModel, config: PretrainedConfig) -> str | None:
+    """Why the documents of an item cannot share a forward of this model, as far as its structure tells."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of another kind than full and sliding attention ({', '.join(sorted(kinds))})"
+    if any(isinstance(m, nn.Conv1d) for m in decoder.modules()):
+        return "its convolutions mix tokens over document boundaries"
+    ropes = set(_rope_types(getattr(config, "rope_parameters", None))) & {"dynamic", "longrope"}
+    if ropes:
+        return f"its rotary embedding ({ropes.pop()}) depends on the longest document"
+    if not decoder.is_backend_compatible():
+        return f"{type(decoder).__name__} does not take its attention from transformers' AttentionInterface"
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(decoder.forward).parameters.values()):
+        return f"{type(decoder).__name__} does not hand keyword arguments to its attention"
+    return None
+
+
+def _rope_types(parameters: dict[str, Any] | None) -> Iterator[str]:
+    """The `rope_type`s in a model's rope parameters, which may be nested by kind of layer."""
+    for key, value in (parameters or {}).items():
+        if isinstance(value, dict):
+            yield from _rope_types(value)
+        elif key == "rope_type":
+            yield value

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target's input embedding and output head, read from its checkpoint without loading the model.
+
+Every draft rank calls this: the two tensors are all that the drafts borrow from the target's weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdist.errors import DataError
+from specdist.records import TargetVocabulary
+from specdist.target.facts import TargetFacts, describe
+from specdist.target.weights import StoredTensor, stored_tensors
+
+EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "wte", "embed_in", "embeddings", "embedding")
+"""Last module name of the input embedding: Llama and most; Mistral's own; Bloom, Falcon; GPT-2, MPT; GPT-NeoX; Mamba;
+ChatGLM. What stands before it (`model.`, `transformer.`, `language_model.model.`, nothing) does not matter."""
+
+HEADS = ("lm_head", "embed_out", "output", "output_layer", "head")
+"""Last module name of the output head: Llama and most; GPT-NeoX; Mistral's own; ChatGLM; others."""
+
+ELSEWHERE = re.compile(r"(^|\.)(layers|h|blocks|vision\w*|visual|audio\w*|encoder|mtp\w*)\.")
+"""Modules whose tensors are not the language model's ends, for all their names: layers (DeepSeek stores copies of the
+embedding and the head with its multi-token-prediction layer), encoders of images and sound."""
+
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+"""Keys of the configuration that multiply the logits (Cohere, Falcon-H1)."""
+
+DIVISORS = ("logits_scaling",)
+"""Keys that divide them (Granite)."""
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+"""Gemma 2 and its kin; RecurrentGemma."""
+
+LOGIT_KEY = re.compile(r"^(?!.*(attn|attention|router)).*(logit|lm_head|output).*(scal|mult|cap)")
+"""Keys that look as if they changed the logits: one that is not known here is refused rather than ignored."""
+
+
+def load_target_vocabulary(
+    path: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> TargetVocabulary:
+    """Embedding and head [V, H] of the model in `path`, on the CPU, in `dtype` (None: the checkpoint's).
+
+    A checkpoint whose tables are padded beyond the configuration's `vocab_size` is cut to it. Raises DataError when
+    the tensors are not found (naming what was looked for and what is there) or the head does more than a matrix.
+    """
+    facts = describe(path, trust_remote_code)
+    tensors = stored_tensors(facts.path)
+    stored_embedding = _find("input embedding", EMBEDDINGS, tensors.values(), facts)
+    stored_head = _find("output head", HEADS, tensors.values(), facts)
+    if stored_head is None and facts.tied:
+        stored_head = stored_embedding
+    if stored_embedding is None and facts.tied:  # tied weights are stored once, under either name
+        stored_embedding = stored_head
+    for what, names, found in (("input embedding", EMBEDDINGS, stored_embedding), ("output head", HEADS, stored_head)):
+        if found is None:
+            raise DataError(_not_found(what, names, tensors.values(), facts))
+    assert stored_embedding is not None
+    assert stored_head is not None
+    bias = stored_head.name.removesuffix("weight") + "bias"
+    if stored_head is not stored_embedding and bias in tensors:
+        raise DataError(f"{facts.path}: the output head has a bias ({bias}); drafts for such targets are not supported")
+    embedding = _load(stored_embedding, facts, dtype)
+    head = embedding if stored_head is stored_embedding else _load(stored_head, facts, dtype)
+    scale, softcap = logit_transform(facts)
+    return TargetVocabulary(embedding, head, scale, softcap)
+
+
+def logit_transform(facts: TargetFacts) -> tuple[float, float | None]:
+    """Scale and soft cap that the target applies to its logits. Raises DataError for a key that is not known."""
+    values: dict[str, Any] = facts.config.to_dict() | facts.text_config.to_dict()
+    values = {key: value for key, value in values.items() if LOGIT_KEY.search(key) and value is not None}
+    known = (*MULTIPLIERS, *DIVISORS, *SOFTCAPS)
+    strange = {k: v for k, v in values.items() if k not in known or not isinstance(v, int | float)}
+    if strange:
+        raise DataError(
+            f"{facts.path / 'config.json'}: {strange} may change the logits in a way that is not known here "
+            f"(known, as numbers: {', '.join(known)})"
+        )
+    scale = 1.0
+    for key in MULTIPLIERS:
+        scale *= values.get(key, 1.0)
+    for key in DIVISORS:
+        # HyperCLOVA X took the name from Granite and multiplies
+        scale *= values.get(key, 1.0) ** (1 if "hyperclovax" in facts.text_config.model_type else -1)
+    softcaps = [float(values[key]) for key in SOFTCAPS if key in values]
+    return float(scale), softcaps[0] if softcaps else None
+
+
+def _find(
+    what: str, names: tuple[str, ...], tensors: Iterable[StoredTensor], facts: TargetFacts
+) -> StoredTensor | None:
+    def fits(tensor: StoredTensor) -> bool:
+        *_, module, last = ("", *tensor.name.split("."))
+        return module in names and last == "weight" and _is_table(tensor, facts) and not ELSEWHERE.search(tensor.name)
+
+    found = [t for t in tensors if fits(t)]
+    if len(found) > 1:
+        raise DataError(f"{facts.path}: several tensors could be the {what}: {', '.join(t.name for t in found)}")
+    return found[0] if found else None
+
+
+def _is_table(tensor: StoredTensor, facts: TargetFacts) -> bool:
+    return len(tensor.shape) == 2 and tensor.shape[0] >= facts.vocab_size and tensor.shape[1] == facts.hidden_size
+
+
+def _not_found(what: str, names: tuple[str, ...], tensors: Iterable[StoredTensor], facts: TargetFacts) -> str:
+    tables = [f"{t.name} {list(t.shape)}" for t in tensors if len(t.shape) == 2 and max(t.shape) >= facts.vocab_size]
+    others = [t.name for t in tensors if not re.search(r"\.\d+\.", t.name)]
+    return (
+        f"{facts.path}: no {what} of shape [{facts.vocab_size}, {facts.hidden_size}] (vocab_size, hidden_size) found. "
+        f"Looked for names that end in {', '.join(f'{n}.weight' for n in names)}; of that height the checkpoint holds: "
+        f"{', '.join(tables) or 'nothing'}; outside its layers: {', '.join(others[:20]) or 'nothing'}"
+    )
+
+
+def _load(stored: StoredTensor, facts: TargetFacts, dtype: torch.dtype | None) -> Tensor:
+    if stored.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise DataError(f"{stored.file}: {stored.name} is quantised ({stored.dtype}), which is not supported")
+    table = stored.load()[: facts.vocab_size]
+    return table.to(dtype or stored.dtype).contiguous()

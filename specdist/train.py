@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every rank of a run executes.
+
+torchrun --nproc-per-node N -m specdist.train --config configs/X.yaml [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+
+from specdist.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m specdist.train", description=__doc__)
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; several are merged")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override single keys")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("torch.distributed").setLevel(logging.WARNING)
+
+    from specdist.job import load_job
+    from specdist.runtime import run
+    from specdist.topology import RankFacts
+
+    try:
+        facts = RankFacts.from_environment()
+        run(load_job(args.config, args.overrides), facts)
+    except UserError as error:
+        print(f"specdist: {error}", file=sys.stderr, flush=True)
+        return 2
+    except Exception:  # noqa: BLE001 - a defect or an outside failure: show it whole and leave
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only training loop: take features, forward and backward, step, log, checkpoint.
+
+It knows neither which draft algorithm it trains nor where the features come from.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from specdist.checkpoint import CheckpointConfig, Checkpointer, Progress
+from specdist.draft.base import DraftModel, Supervision
+from specdist.errors import ConfigError
+from specdist.groups import Groups
+from specdist.items import Items
+from specdist.optim import OptimizerConfig, learning_rate, set_learning_rate
+from specdist.prompts.store import PromptStore
+from specdist.records import Features, PackedTokens, WorkItem
+from specdist.stop import StopFlag
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long to train and what one optimizer step is made of."""
+
+    steps: int | None = None
+    """Optimizer steps; or give train.epochs."""
+    epochs: int | None = None
+    """Passes over the prompts; or give train.steps. One epoch if neither is given."""
+    accumulation: int = 1
+    """Micro-batches (work items) per optimizer step. The ring must hold them all: the loss is divided by what the
+    whole step supervises, which is known only once its features are there."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError(f"give train.steps ({self.steps}) or train.epochs ({self.epochs}), not both")
+        for key in ("steps", "epochs", "accumulation"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"train.{key} is at least 1, not {value}")
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is not finite; names the items and the prompts they were made of."""
+
+
+class FeatureSource(ABC):
+    """Where a draft rank gets the target's features from."""
+
+    waited_s: float = 0.0
+    """Seconds this rank has waited for features so far."""
+
+    @abstractmethod
+    def take(self, item: WorkItem) -> Tensor:
+        """The feature rows of this rank's shard of `item`; items are taken in order."""
+
+    @abstractmethod
+    def release(self, item: WorkItem) -> None:
+        """The rows of `item` are not needed after the work already on the current stream."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The configuration of one training run, and the optimizer step it ends at."""
+
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig
+    log_every: int
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one draft rank trains on at once."""
+
+    item: WorkItem
+    batch: PackedTokens
+    features: Features
+    supervision: Supervision
+
+
+@dataclass(frozen=True)
+class Window:
+    """What was measured since the last record, over all draft ranks."""
+
+    steps: int
+    seconds: float
+    tokens: int
+    bytes: int
+    waited_share: float
+    """Mean share of the time in which a draft rank waited for features."""
+
+
+class Reporter(ABC):
+    """Takes what the loop has to tell; every draft rank calls it, and it decides who speaks."""
+
+    @abstractmethod
+    def step(self, step: int) -> None:
+        """An optimizer step is done."""
+
+    @abstractmethod
+    def figures(self, step: int, figures: Mapping[str, float], window: Window) -> None:
+        """The figures of the steps since the last record."""
+
+
+def shard_draft(model: DraftModel, mesh: DeviceMesh, dtype: torch.dtype, sharding: str) -> DraftModel:
+    """FSDP2 over the draft mesh: fp32 master weights, `dtype` compute, fp32 gradient reduction.
+
+    The losses of all ranks add up to the step's loss, so gradients are summed, not averaged. "replicate" is FSDP2's
+    hybrid form with a shard dimension of one: every rank keeps all weights, gradients are all-reduced.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    mesh = mesh if sharding == "replicate" else mesh["dp"]
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    assert isinstance(model, FSDPModule)
+    model.set_gradient_divide_factor(1.0)
+    return model
+
+
+class Trainer:
+    """Trains a sharded draft until the recipe's last step, or until a stop is asked for."""
+
+    def __init__(
+        self,
+        model: DraftModel,
+        optimizer: torch.optim.Optimizer,
+        source: FeatureSource,
+        items: Items,
+        prompts: PromptStore,
+        groups: Groups,
+        shard: int,
+        device: torch.device,
+    ):
+        self.model, self.optimizer, self.source, self.items = model, optimizer, source, items
+        self._prompts, self._groups, self._shard, self._device = prompts, groups, shard, device
+        self._sums = torch.zeros(len(model.metric_names), dtype=torch.float64, device=device)
+        self._last: _StepResult | None = None
+        self.steps_done = self.tokens_done = 0
+        """Steps, and tokens over all draft ranks, since this trainer was made."""
+
+    @property
+    def draft_cpu(self) -> dist.ProcessGroup:
+        """The draft ranks' gloo group."""
+        assert self._groups.draft_cpu is not None
+        return self._groups.draft_cpu
+
+    def train(
+        self, recipe: Recipe, progress: Progress, checkpointer: Checkpointer, stop: StopFlag, reporter: Reporter
+    ) -> Progress:
+        """Train on from `progress`; the state it returns is committed to disk."""
+        saved_step, window = progress.step, _WindowClock(self)
+        while progress.step < recipe.total_steps and not self._agree(bool(stop)):
+            set_learning_rate(self.optimizer, learning_rate(recipe.optimizer, progress.step, recipe.total_steps))
+            stop_item = min(progress.next_item + recipe.train.accumulation, self.items.end)
+            last = self.train_step(progress.step, range(progress.next_item, stop_item), recipe.optimizer.clip_norm)
+            progress = Progress(progress.step + 1, stop_item, last.end, progress.fingerprint)
+            reporter.step(progress.step)
+            if progress.step % recipe.log_every == 0 or progress.step == recipe.total_steps:
+                reporter.figures(progress.step, self._figures(), window.close())
+            checkpointer.poll()
+            if recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0:
+                self._save(progress, checkpointer)
+                saved_step = progress.step
+        if saved_step != progress.step:
+            self._save(progress, checkpointer)
+        checkpointer.finish()
+        return progress
+
+    def train_step(self, step: int, indices: range, clip_norm: float) -> WorkItem:
+        """One optimizer step over the items `indices`; returns the last of them."""
+        micro_batches = [self._receive(self.items[i]) for i in indices]
+        totals = torch.stack([m.supervision.counts for m in micro_batches]).sum(0)
+        dist.all_reduce(totals, group=self._groups.draft)
+        losses = torch.zeros((), device=self._device)
+        for micro in micro_batches:
+            self._sync_gradients(micro is micro_batches[-1])
+            loss, sums = self.model(micro.batch, micro.features, micro.supervision, totals)
+            loss.backward()
+            losses += loss.detach()
+            self._sums += sums
+            self.source.release(micro.item)
+        norm = self._clip(clip_norm)
+        self.check_finite()
+        self._last = _StepResult(step, [m.item for m in micro_batches], losses, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.items.forget(before=indices.stop)
+        self.steps_done += 1
+        self.tokens_done += sum(m.item.tokens for m in micro_batches)
+        return micro_batches[-1].item
+
+    def check_finite(self) -> None:
+        """Stop on a NaN or Inf of the last step. Read one step late, so that the host never waits for the device in
+        between; a state is saved only after its own check.
+
+        Raises:
+            TrainingDiverged: on the rank whose loss it was, with its prompts; on the others with the gradient norm.
+        """
+        if self._last is None:
+            return
+        result, self._last = self._last, None
+        loss, norm = float(result.loss), float(result.norm)
+        if not math.isfinite(loss):
+            places = {self._prompts.provenance(s) for i in result.items for s in i.shards[self._shard].sequences}
+            prompts = ", ".join(f"{file}:{line}" for file, line in sorted(places))
+            raise TrainingDiverged(
+                f"the loss of step {result.step} is {loss} on draft dp {self._shard}; items "
+                f"{[i.index for i in result.items]}, made of {prompts}"
+            )
+        if not math.isfinite(norm):
+            raise TrainingDiverged(
+                f"the gradient norm of step {result.step} is {norm}, items {[i.index for i in result.items]}; the loss "
+                f"of draft dp {self._shard} itself is finite ({loss:.4g})"
+            )
+
+    def _receive(self, item: WorkItem) -> MicroBatch:
+        host_batch = self._prompts.pack(item.shards[self._shard].sequences)
+        features = Features(self.model.layout, self.source.take(item))
+        batch = host_batch.to(self._device)
+        return MicroBatch(item, batch, features, self.model.supervise(batch, host_batch, features))
+
+    def _sync_gradients(self, last: bool) -> None:
+        """Gradients are reduced over the ranks once per step, with the last micro-batch."""
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(last)
+        self.model.set_is_last_backward(last)
+
+    def _clip(self, clip_norm: float) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm or math.inf)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _agree(self, stop: bool) -> bool:
+        """Whether any draft rank was asked to stop."""
+        flag = torch.tensor(int(stop))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.draft_cpu)
+        return bool(flag)
+
+    def _figures(self) -> dict[str, float]:
+        sums = self._sums.clone()
+        self._sums.zero_()
+        dist.all_reduce(sums, group=self._groups.draft)
+        figures = self.model.summarize(dict(zip(self.model.metric_names, sums.tolist(), strict=True)))
+        assert self._last is not None
+        return figures | {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": float(self._last.norm)}
+
+    def _save(self, progress: Progress, checkpointer: Checkpointer) -> None:
+        self.check_finite()
+        checkpointer.save(self.model, self.optimizer, progress)
+
+
+@dataclass(frozen=True)
+class _StepResult:
+    step: int
+    items: list[WorkItem]
+    loss: Tensor
+    norm: Tensor
+
+
+class _WindowClock:
+    """Measures the stretch between two records."""
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self._start()
+
+    def _start(self) -> None:
+        self._began, self._waited = time.monotonic(), self._trainer.source.waited_s
+        self._steps_began, self._tokens_began = self._trainer.steps_done, self._trainer.tokens_done
+
+    def close(self) -> Window:
+        """End the window and begin the next; the share waited is the mean over the draft ranks."""
+        trainer = self._trainer
+        seconds = time.monotonic() - self._began
+        share = torch.tensor((trainer.source.waited_s - self._waited) / seconds, dtype=torch.float64)
+        dist.all_reduce(share, group=trainer.draft_cpu)
+        tokens = trainer.tokens_done - self._tokens_began
+        window = Window(
+            steps=trainer.steps_done - self._steps_began,
+            seconds=seconds,
+            tokens=tokens,
+            bytes=tokens * trainer.model.layout.bytes_per_token,
+            waited_share=float(share) / dist.get_world_size(trainer.draft_cpu),
+        )
+        self._start()
+        return window

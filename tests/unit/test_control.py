@@ -1,0 +1,622 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control plane: its bytes, its rules without sockets, and servers with clients in threads and processes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import typing
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+
+import pytest
+import zmq
+
+from specdist.control import messages
+from specdist.control.client import ControlClient
+from specdist.control.conductor import Conductor
+from specdist.control.config import ControlConfig
+from specdist.control.messages import (
+    Computed,
+    DecodeError,
+    Deliver,
+    Dispatch,
+    Failure,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    LastItem,
+    Message,
+    Ready,
+    Released,
+    Stop,
+    StopAt,
+    StopRequest,
+    StopRequested,
+    decode,
+    encode,
+)
+from specdist.control.server import ControlServer
+from specdist.control.wire import identity, new_token
+from specdist.errors import ConfigError, WorldError
+from specdist.scheduler import Scheduler
+from specdist.topology import Topology
+
+QUICK = ControlConfig(heartbeat_s=0.2, silence_s=30.0, load_timeout_s=30.0)
+WORLD = Topology("split", ("a", "a", "a", "b", "b", "b", "c"), ((0, 1), (2, 3)), ((4,), (5,), (6,)), 3)
+"""Two target replicas of two ranks each, three draft ranks."""
+
+
+def make_scheduler(topology: Topology = WORLD, **changes: typing.Any) -> Scheduler:
+    settings = {"slots": 4, "slot_bytes": 100, "queue_depth": 2, "timeout": 20.0}
+    return Scheduler(replicas=len(topology.replicas), draft_ranks=len(topology.draft_ranks), **{**settings, **changes})
+
+
+# ---- the bytes
+
+
+def some_message(cls: type, rng: random.Random) -> Message:
+    values = {
+        int: lambda: rng.randint(-(2**63), 2**63 - 1),
+        float: lambda: rng.uniform(-1e9, 1e9),
+        str: lambda: "".join(rng.choices("aß漢🙂\n\0", k=rng.randint(0, 40))),
+    }
+    types = typing.get_type_hints(cls)
+    return typing.cast(Message, cls(*(values[types[f.name]]() for f in fields(cls))))
+
+
+@pytest.mark.parametrize("cls", typing.get_args(Message))
+def test_every_message_survives_its_encoding_and_no_damage_goes_unseen(cls: type) -> None:
+    rng = random.Random(0)
+    for _ in range(20):
+        message = some_message(cls, rng)
+        payload = encode(message)
+        assert decode(payload) == message
+        for damaged in (payload[:-1], payload + b"x"):
+            with pytest.raises(DecodeError):
+                decode(damaged)
+
+
+def test_random_bytes_raise_decode_error_only() -> None:
+    rng = random.Random(0)
+    for _ in range(20000):
+        payload = bytes([rng.randrange(20)]) + rng.randbytes(rng.randrange(60))
+        try:
+            decode(payload)
+        except DecodeError:
+            continue
+    with pytest.raises(DecodeError, match="no control message"):
+        decode(b"")
+    with pytest.raises(DecodeError, match="not UTF-8"):
+        decode(encode(Failure("ab"))[:-1] + b"\xff")
+
+
+def test_a_long_text_keeps_both_ends() -> None:
+    decoded = decode(encode(Failure("ValueError: 漢" + "é" * 9001 + "the last line")))
+    assert isinstance(decoded, Failure)
+    assert decoded.message.startswith("ValueError: 漢é")
+    assert decoded.message.endswith("éthe last line")
+    assert "[...]" in decoded.message
+    assert len(encode(decoded)) <= messages.MAX_TEXT_BYTES + 16
+
+
+def test_released_has_a_short_cut() -> None:
+    assert messages.decode_released(encode(Released(2**40, 7))) == (2**40, 7)
+    assert messages.decode_released(encode(Computed(1, 2))) is None
+    assert messages.decode_released(b"") is None
+
+
+def test_control_config_is_checked() -> None:
+    with pytest.raises(ConfigError, match=r"control\.silence_s"):
+        ControlConfig(heartbeat_s=5.0, silence_s=6.0)
+
+
+# ---- the rules, without sockets
+
+
+class Office:
+    """A conductor whose messages are collected, with a clock that the test moves."""
+
+    def __init__(self, scheduler: Scheduler | None, topology: Topology = WORLD, config: ControlConfig = QUICK):
+        self.sent: list[tuple[tuple[int, ...], Message]] = []
+        self.lost: set[int] = set()
+        self.now = 0.0
+        self.conductor = Conductor(scheduler, topology, config, self.send, join_timeout_s=10.0, now=0.0)
+
+    def send(self, ranks: Iterable[int], payload: bytes) -> list[int]:
+        ranks = tuple(ranks)
+        self.sent.append((ranks, decode(payload)))
+        return [rank for rank in ranks if rank in self.lost]
+
+    def hear(self, rank: int, *heard: Message) -> list[tuple[tuple[int, ...], Message]]:
+        """Apply messages of a rank; returns what was sent in answer."""
+        self.sent.clear()
+        for message in heard:
+            self.conductor.receive(rank, encode(message), self.now)
+        self.conductor.advance(self.now)
+        return list(self.sent)
+
+    def open(self) -> list[tuple[tuple[int, ...], Message]]:
+        answers = []
+        for rank in range(len(WORLD.hosts)):
+            answers += self.hear(rank, Hello(messages.PROTOCOL_VERSION, 1000 + rank), Ready())
+        return answers
+
+    def tick(self, seconds: float, alive: Iterable[int] = ()) -> str:
+        """Let time pass with these ranks heard at its end; returns the abort, as a rank would raise it, or nothing."""
+        self.now += seconds
+        for rank in alive:
+            self.conductor.receive(rank, encode(Heartbeat(0.0, "idle")), self.now)
+        self.conductor.tick(self.now)
+        return self.error
+
+    @property
+    def error(self) -> str:
+        return str(self.conductor.aborted.error()) if self.conductor.aborted else ""
+
+
+def test_work_begins_when_all_are_ready_and_goes_round() -> None:
+    office = Office(make_scheduler(end_item=1))
+    for rank in range(6):
+        assert office.hear(rank, Hello(messages.PROTOCOL_VERSION, 1), Ready()) == []
+    assert office.hear(6, Hello(messages.PROTOCOL_VERSION, 1)) == []
+    assert office.hear(6, Ready()) == [((0, 1), Dispatch(0, 0))]
+    assert office.hear(0, Computed(0, 0)) == [((4, 5, 6), Deliver(0, 0))]
+    assert office.hear(4, Released(0, 0)) == []
+    assert office.hear(6, Released(0, 2)) == []
+    answers = office.hear(5, Released(0, 1))
+    assert answers[-1] == (tuple(range(7)), Stop())
+    assert not office.conductor.done(0.0)
+    for rank in range(7):
+        assert office.hear(rank, Goodbye()) == []
+    assert office.conductor.done(0.0)
+    assert not office.error
+
+
+def test_stop_is_asked_for_by_any_rank_and_decided_by_the_first_draft_rank() -> None:
+    office = Office(make_scheduler())
+    office.open()
+    everyone = tuple(range(7))
+    assert office.hear(2, StopRequest("SIGTERM")) == [(everyone, StopRequested(2, "SIGTERM"))]
+    assert office.hear(4, LastItem(1)) == [(everyone, StopAt(1))]
+    other = Office(make_scheduler())
+    other.open()
+    other.hear(5, LastItem(1))
+    assert "only the first draft rank decides" in other.error
+
+
+def test_without_a_scheduler_the_last_item_ends_the_run() -> None:
+    office = Office(None)
+    office.open()
+    assert [message for _, message in office.hear(4, LastItem(7))] == [StopAt(7), messages.Statistics(), Stop()]
+
+
+@pytest.mark.parametrize(
+    ("rank", "message", "text"),
+    [
+        (1, Computed(0, 0), "not come from the first rank of that replica"),
+        (0, Computed(0, -1), "not come from the first rank of that replica"),
+        (4, Released(0, 1), "not come from that draft rank"),
+        (0, Released(0, 0), "not come from that draft rank"),
+        (4, Released(0, 0), "which is not delivered yet"),
+        (2, Computed(0, 1), "computed item 0; outstanding there"),
+        (2, Dispatch(0, 0), "Dispatch is not for the scheduler"),
+        (2, Goodbye(), "left before the end of the run"),
+        (2, Hello(messages.PROTOCOL_VERSION, 7), "two processes say they are this rank: pid 1002 and pid 7"),
+        (2, Hello(99, 7), "version 99"),
+        (5, Failure("ValueError: bad\nline"), "ValueError: bad\nline"),
+    ],
+)
+def test_what_may_not_be_sent_aborts_and_names_the_sender(rank: int, message: Message, text: str) -> None:
+    office = Office(make_scheduler())
+    office.open()
+    answers = office.hear(rank, message)
+    assert [ranks for ranks, _ in answers] == [office.conductor.peers.present]
+    assert office.error.startswith(f"rank {rank} (")
+    assert text in office.error
+
+
+def test_the_first_failure_is_the_one_told_also_to_late_comers() -> None:
+    office = Office(make_scheduler())
+    for rank in range(5):
+        office.hear(rank, Hello(messages.PROTOCOL_VERSION, 1))
+    office.hear(3, Failure("out of memory"))
+    assert office.hear(4, Failure("a consequence")) == []
+    answers = office.hear(6, Hello(messages.PROTOCOL_VERSION, 1))
+    assert answers == [((6,), messages.Abort(3, "target replica 1 tp 1", "b", "out of memory"))]
+    assert not office.conductor.done(0.1)
+    assert office.conductor.done(0.3)  # one heartbeat of grace
+
+
+def test_ranks_that_do_not_come_up_are_named() -> None:
+    office = Office(make_scheduler())
+    for rank in (0, 1, 3, 4, 5):
+        office.hear(rank, Hello(messages.PROTOCOL_VERSION, 1))
+    assert office.tick(9.0, (0, 1, 3, 4, 5)) == ""
+    error = office.tick(2.0, (0, 1, 3, 4, 5))
+    assert "2 of 7 ranks did not join the control plane in 10 s" in error
+    assert "rank 2 (target replica 1 tp 0, host a) never heard in 11 s" in error
+    assert "rank 6 (draft dp 2 cp 0, host c)" in error
+
+
+def test_ranks_that_never_become_ready_are_named_with_their_phase() -> None:
+    office = Office(make_scheduler())
+    for rank in range(7):
+        office.hear(rank, Hello(messages.PROTOCOL_VERSION, 1))
+        if rank != 3:
+            office.hear(rank, Ready())
+    office.hear(3, Heartbeat(4.0, "loading the target"))
+    assert office.tick(29.0, (0, 1, 2, 4, 5, 6)) == ""
+    error = office.tick(2.0, (0, 1, 2, 4, 5, 6))
+    assert error.startswith("rank 3 (target replica 1 tp 1, host b): 1 of 7 ranks not ready after 30 s")
+    assert "phase 'loading the target' for 35 s" in error
+
+
+def test_a_silent_rank_is_named() -> None:
+    office = Office(make_scheduler(timeout=1000.0))
+    office.open()
+    office.hear(5, Heartbeat(1.0, "backward item 3"))
+    alive = [rank for rank in range(7) if rank != 5]
+    assert office.tick(30.0, alive) == ""
+    error = office.tick(2.0, alive)
+    assert error.startswith("rank 5 (draft dp 1 cp 0, host b): 1 ranks not heard for more than 30 s")
+    assert "last heard 32 s ago, phase 'backward item 3' for 33 s, pid 1005" in error
+
+
+def test_a_slow_replica_and_a_slow_draft_rank_are_named() -> None:
+    office = Office(make_scheduler())
+    office.open()
+    error = office.tick(21.0, range(7))
+    assert "rank 0 (target replica 0 tp 0, host a): target replica 0 has been computing item 0 for 21 s" in error
+    assert "rank 1 (target replica 0 tp 1, host a) last heard 0 s ago, phase 'idle'" in error
+
+    office = Office(make_scheduler(end_item=2))
+    office.open()
+    office.hear(0, Computed(0, 0))
+    office.hear(2, Computed(1, 1))
+    office.hear(4, Released(0, 0))
+    error = office.tick(21.0, range(7))
+    assert error.startswith("rank 5 (draft dp 1 cp 0, host b): has not released item 0 for 21 s (limit 20 s); 1 others")
+    assert "rank 6" in error
+
+
+def test_in_a_common_hang_the_rank_in_a_rare_phase_comes_first() -> None:
+    office = Office(make_scheduler(end_item=1))
+    office.open()
+    office.hear(0, Computed(0, 0))
+    office.tick(21.0 - 1.0, range(7))
+    for rank in range(7):
+        office.conductor.receive(rank, encode(Heartbeat(1.0, "backward" if rank != 5 else "take")), office.now)
+    error = office.tick(1.0)
+    assert "no other has either" in error
+    assert error.index("rank 5 (draft dp 1 cp 0, host b) last heard") < error.index(
+        "rank 4 (draft dp 0 cp 0, host b) last"
+    )
+
+
+def test_a_lost_connection_fails_the_run() -> None:
+    office = Office(make_scheduler())
+    office.open()
+    office.lost.add(6)
+    assert "rank 6 (draft dp 2 cp 0, host c): the connection to it is lost" in office.tick(1.0)
+
+
+# ---- sockets
+
+
+class Run:
+    """A server and clients of its world in this process."""
+
+    def __init__(self, scheduler: Scheduler | None, topology: Topology = WORLD, config: ControlConfig = QUICK):
+        self.token, self.config, self.topology = new_token(), config, topology
+        self.server = ControlServer("127.0.0.1", self.token, topology, scheduler, config, join_timeout_s=20.0)
+        self.server.start()
+        self.clients: list[ControlClient] = []
+
+    def client(self, rank: int, **settings: typing.Any) -> ControlClient:
+        client = ControlClient(self.server.address, self.token, rank, self.config, **settings)
+        self.clients.append(client)
+        return client
+
+    def join_all(self) -> list[ControlClient]:
+        clients = [self.client(rank) for rank in range(self.topology.world_size)]
+        for client in clients:
+            client.ready()
+        return clients
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        self.server.close()
+
+
+@pytest.fixture
+def runs() -> Iterator[typing.Callable[..., Run]]:
+    opened: list[Run] = []
+
+    def open_run(*args: typing.Any, **settings: typing.Any) -> Run:
+        opened.append(Run(*args, **settings))
+        return opened[-1]
+
+    yield open_run
+    for run in opened:
+        run.close()
+
+
+def poll_for(client: ControlClient, wanted: type, timeout_s: float = 10.0) -> list[Message]:
+    """Everything that came until a message of class `wanted` did."""
+    seen: list[Message] = []
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        seen += client.poll(0.5)
+        if any(isinstance(message, wanted) for message in seen):
+            return seen
+    raise AssertionError(f"no {wanted.__name__} in {timeout_s} s, only {seen}")
+
+
+def wait_error(client: ControlClient, timeout_s: float = 10.0) -> str:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            client.poll(0.5)
+        except WorldError as error:
+            return str(error)
+    raise AssertionError("no failure was heard")
+
+
+def be_target(run: Run, rank: int) -> list[int]:
+    place = run.topology.target_place(rank)
+    assert place is not None
+    computed: list[int] = []
+    with run.client(rank) as client:
+        client.ready()
+        while True:
+            for message in client.poll(10.0):
+                if isinstance(message, Stop):
+                    return computed
+                if isinstance(message, Dispatch):
+                    assert message.replica == place.replica
+                    client.phase = f"forward item {message.item}"
+                    computed.append(message.item)
+                    if place.tp == 0:
+                        client.send(Computed(message.item, message.replica))
+
+
+def be_draft(run: Run, rank: int, last: int | None = None) -> list[int]:
+    """Trains on what is delivered, in item order, after items have arrived in any; ends the run after item `last`."""
+    draft = run.topology.draft_ranks.index(rank)
+    trained: list[int] = []
+    arrived: set[int] = set()
+    with run.client(rank) as client:
+        client.ready()
+        while True:
+            for message in client.poll(10.0):
+                if isinstance(message, Stop):
+                    assert not arrived
+                    return trained
+                if isinstance(message, Deliver):
+                    assert message.item not in arrived
+                    arrived.add(message.item)
+            while len(trained) in arrived:
+                arrived.remove(len(trained))
+                client.send(Released(len(trained), draft))
+                trained.append(len(trained))
+                if trained[-1] == last and draft == 0:
+                    client.send(LastItem(last))
+
+
+@pytest.mark.parametrize("last", [None, 20])
+def test_a_world_of_threads_computes_and_trains_every_item_once(
+    runs: typing.Callable[..., Run], last: int | None
+) -> None:
+    items = 60
+    run = runs(make_scheduler(end_item=items if last is None else None))
+    with ThreadPoolExecutor(7) as pool:
+        targets = [pool.submit(be_target, run, rank) for rank in WORLD.target_ranks]
+        drafts = [pool.submit(be_draft, run, rank, last) for rank in WORLD.draft_ranks]
+        computed = [future.result(timeout=60) for future in targets]
+        trained = [future.result(timeout=60) for future in drafts]
+    run.server.join(10.0)
+    run.server.check()
+    assert computed[0] == computed[1]
+    assert computed[2] == computed[3]
+    assert sorted(computed[0] + computed[2]) == trained[0] == trained[1] == trained[2]
+    if last is None:
+        assert trained[0] == list(range(items))
+    else:
+        assert last < len(trained[0]) <= last + 1 + 4 + 4  # the ring, and what was under way when the word came
+    final = run.clients[0].statistics
+    assert final.released == final.dispatched == len(trained[0])
+    assert final.bytes_peak <= final.bytes_limit == 400
+
+
+def test_messages_keep_their_order(runs: typing.Callable[..., Run]) -> None:
+    run = runs(None)
+    clients = run.join_all()
+    for i in range(500):
+        clients[2].send(StopRequest(str(i)))
+    seen: list[Message] = []
+    deadline = time.monotonic() + 10
+    while len(seen) < 500 and time.monotonic() < deadline:
+        seen += clients[6].poll(1.0)
+    assert seen == [StopRequested(2, str(i)) for i in range(500)]
+
+
+def test_an_empty_poll_returns_in_time(runs: typing.Callable[..., Run]) -> None:
+    client = runs(None).client(0)
+    began = time.monotonic()
+    assert client.poll(0.2) == []
+    assert client.poll(0.0) == []
+    assert 0.19 < time.monotonic() - began < 2.0
+
+
+def test_strangers_and_garbage_change_nothing(runs: typing.Callable[..., Run]) -> None:
+    run = runs(None)
+    clients = run.join_all()
+    host, port = run.server.address.removeprefix("tcp://").split(":")
+    stranger = ControlClient(run.server.address, new_token(), 2, run.config)
+    stranger.send(Failure("let me in"))
+    with socket.create_connection((host, int(port))) as raw:
+        raw.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
+    context = zmq.Context()
+    nameless = context.socket(zmq.DEALER)
+    nameless.connect(run.server.address)
+    nameless.send(encode(Failure("me too")))
+    nameless.send_multipart([b"", b"a", b"b"])
+    deadline = time.monotonic() + 10
+    while run.server.unknown < 5 and time.monotonic() < deadline:
+        clients[0].poll(0.05)
+    assert run.server.unknown >= 5  # hello, heartbeat and failure of the stranger, two messages of the nameless
+    stranger.close()
+    context.destroy(linger=0)
+    clients[1].send(StopRequest("still here"))
+    assert poll_for(clients[6], StopRequested) == [StopRequested(1, "still here")]
+
+
+def test_malformed_bytes_of_a_rank_are_counted_and_survived(runs: typing.Callable[..., Run]) -> None:
+    run = runs(None)
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.IDENTITY, identity(run.token, 3))
+    dealer.connect(run.server.address)
+    for payload in (b"", b"\xff" * 100, encode(Computed(1, 1))[:-1], encode(StopRequest("x")) + b"y", b"p" * 60000):
+        dealer.send(payload)
+    dealer.send_multipart([encode(Ready()), b"a second frame"])
+    dealer.send(encode(Hello(messages.PROTOCOL_VERSION, 5)))
+    dealer.send(encode(StopRequest("well-formed")))
+    client = run.client(0)
+    dealer.send(encode(StopRequest("again")))
+    poll_for(client, StopRequested)
+    assert run.server.malformed == 5
+    assert run.server.unknown == 1
+    dealer.send(encode(Goodbye()))
+    wait_error(client)
+    context.destroy(linger=100)
+
+
+def test_a_failure_reaches_everyone_and_names_its_rank(runs: typing.Callable[..., Run]) -> None:
+    run = runs(make_scheduler())
+    heard: list[WorldError] = []
+    told = threading.Event()
+
+    def on_abort(error: WorldError) -> None:
+        heard.append(error)
+        told.set()
+
+    clients = [run.client(rank) for rank in range(6)]
+    with pytest.raises(ValueError, match="loss is NaN"), run.client(6, on_abort=on_abort):
+        time.sleep(0.3)
+        raise ValueError("loss is NaN")
+    text = "rank 6 (draft dp 2 cp 0, host c): ValueError: loss is NaN"
+    for client in clients:
+        assert wait_error(client) == text
+        with pytest.raises(WorldError):
+            client.send(Ready())
+        client.close()
+    with pytest.raises(WorldError, match="loss is NaN"):
+        run.server.check()
+    with pytest.raises(WorldError, match="loss is NaN"):
+        run.server.join(10.0)
+
+
+def test_on_abort_is_called_while_the_rank_is_busy(runs: typing.Callable[..., Run]) -> None:
+    run = runs(None)
+    told: list[str] = []
+    event = threading.Event()
+    busy = run.client(0, on_abort=lambda error: (told.append(str(error)), event.set()))  # type: ignore[func-returns-value]
+    other = run.client(1)
+    time.sleep(0.3)
+    other.fail("gone wrong")
+    assert event.wait(10.0)
+    assert told == ["rank 1 (target replica 0 tp 1, host a): gone wrong"]
+    with pytest.raises(WorldError):
+        busy.check()
+
+
+def test_an_error_in_the_server_thread_surfaces_everywhere(
+    runs: typing.Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = make_scheduler()
+
+    def broken(now: float) -> list[Dispatch]:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(scheduler, "next_dispatches", broken)
+    run = runs(scheduler)
+    clients = run.join_all()
+    assert "the scheduler failed: ZeroDivisionError: a defect" in wait_error(clients[5])
+    with pytest.raises(ZeroDivisionError):
+        run.server.join(10.0)
+
+
+def test_a_silent_scheduler_is_noticed(runs: typing.Callable[..., Run]) -> None:
+    run = runs(None)
+    quick = replace(QUICK, silence_s=1.0)
+    client = ControlClient(run.server.address, new_token(), 1, quick)  # a wrong token: nobody answers
+    run.clients.append(client)
+    error = wait_error(client)
+    assert "rank 0 (scheduler, tcp://127.0.0.1:" in error
+    assert "was not heard by rank 1 for more than 1 s" in error
+
+
+def test_close_does_not_wait_for_a_server_that_is_gone() -> None:
+    run = Run(None)
+    client = run.client(1)
+    run.server.close()
+    began = time.monotonic()
+    client.close()
+    client.close()
+    assert time.monotonic() - began < 5.0
+
+
+def test_the_socket_binds_to_one_interface_only() -> None:
+    with pytest.raises(ValueError, match="one interface"):
+        ControlServer("0.0.0.0", new_token(), WORLD, None, QUICK, join_timeout_s=1.0)
+    with pytest.raises(WorldError, match=r"control socket on 203\.0\.113\.7"):
+        ControlServer("203.0.113.7", new_token(), WORLD, None, QUICK, join_timeout_s=1.0)
+
+
+PEER = """
+import sys, time
+from specdist.control.client import ControlClient
+from specdist.control.config import ControlConfig
+client = ControlClient(sys.argv[1], bytes.fromhex(sys.argv[2]), int(sys.argv[3]), ControlConfig(heartbeat_s=0.2))
+client.phase = "forward item 17"
+client.ready()
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(signal.SIGSTOP, "1 ranks not heard for more than 2 s"), (signal.SIGKILL, "the connection to it is lost")],
+)
+def test_a_process_that_stops_or_dies_is_named(
+    runs: typing.Callable[..., Run], number: signal.Signals, text: str
+) -> None:
+    topology = Topology("split", ("a", "b"), ((1,),), ((0,),), 1)
+    run = runs(None, topology, replace(QUICK, silence_s=2.0))
+    mine = run.client(0)
+    mine.ready()
+    arguments = [sys.executable, "-c", PEER, run.server.address, run.token.hex(), "1"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as peer:
+        try:
+            assert peer.stdout is not None
+            assert peer.stdout.readline() == b"up\n"
+            mine.poll(0.5)  # a few of its heartbeats
+            os.kill(peer.pid, number)
+            error = wait_error(mine)
+        finally:
+            peer.kill()
+    assert error.startswith("rank 1 (target replica 0 tp 0, host b): ")
+    assert text in error
+    assert "phase 'forward item 17'" in error
+    assert f"pid {peer.pid}" in error

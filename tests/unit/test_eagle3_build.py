@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From configuration to draft: captured layers, sizes, RoPE, vocabulary, initial weights, exported names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from eagle3_reference import HIDDEN, PRUNED, VOCAB, build_case, target_config
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from specdist.draft.config import DraftConfig
+from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.rotary import Rotary, rotate
+from specdist.draft.initial import initial_vocabulary
+from specdist.draft.registry import build_draft, capture_layout, parameter_count
+from specdist.draft.vocabulary import DraftVocabulary
+from specdist.errors import ConfigError, DataError
+from specdist.records import TargetVocabulary
+
+
+def target_vocabulary() -> TargetVocabulary:
+    generator = torch.Generator().manual_seed(1)
+    return TargetVocabulary(*(torch.randn(VOCAB, HIDDEN, generator=generator) for _ in range(2)))
+
+
+def test_default_layers() -> None:
+    assert Eagle3Config().captured_layers(36) == (1, 17, 32)
+    assert Eagle3Config(layers=(5, 0)).captured_layers(6) == (5, 0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "depth", "message"),
+    [
+        (None, 4, r"the default .* gives \[1, 1, 0\] for a target of 4 layers"),
+        ((0, 4), 4, r"\[4\] not in a target of 4 layers \(0 to 3\)"),
+        ((2, -1), 4, r"\[-1\] not in a target"),
+        ((1, 2, 1), 4, "names a layer twice"),
+        ((2,), 4, "one layer"),
+    ],
+)
+def test_impossible_layers_are_named(layers: tuple[int, ...] | None, depth: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"draft\.eagle3\.layers.*" + message):
+        Eagle3Config(layers=layers).captured_layers(depth)
+
+
+@pytest.mark.parametrize(
+    "options", [{"ttt_length": 0}, {"step_decay": 1.5}, {"loss_chunk": 0}, {"vocab_size": 0}, {"lk_eta": -1.0}]
+)
+def test_impossible_values_name_their_key(options: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=rf"draft\.eagle3\.{next(iter(options))} is"):
+        Eagle3Config(**options)  # type: ignore[arg-type]
+
+
+def test_the_config_is_an_omegaconf_structure() -> None:
+    merged = OmegaConf.merge(OmegaConf.structured(DraftConfig), {"eagle3": {"layers": [1, 2, 3], "loss": "lk_alpha"}})
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, DraftConfig)
+    assert tuple(config.eagle3.layers or ()) == (1, 2, 3)
+
+
+def test_layout_needs_no_weights() -> None:
+    layout = capture_layout(DraftConfig(), target_config(), torch.bfloat16)
+    assert layout.captured_layers == (1, 3, 4)
+    assert (layout.width, layout.final, layout.bytes_per_token) == (4 * HIDDEN, True, 8 * HIDDEN)
+
+
+def test_parameters_are_the_exported_tensors() -> None:
+    draft = build_case(fc_norm=True).draft
+    attention = {
+        f"midlayer.self_attn.{n}_proj.weight": (width, 32) for n, width in zip("qkv", (24, 12, 12), strict=True)
+    }
+    norms = ("midlayer.input_layernorm", "midlayer.hidden_norm", "midlayer.post_attention_layernorm", "norm")
+    assert {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()} == {
+        "fc.weight": (16, 48),
+        **{f"fc_norm.{n}.weight": (16,) for n in range(3)},
+        **attention,
+        "midlayer.self_attn.o_proj.weight": (16, 24),
+        "midlayer.mlp.gate_proj.weight": (24, 16),
+        "midlayer.mlp.up_proj.weight": (24, 16),
+        "midlayer.mlp.down_proj.weight": (16, 24),
+        **{f"{norm}.weight": (16,) for norm in norms},
+        "lm_head.weight": (20, 16),
+    }
+    assert len(list(draft.buffers())) == 0
+
+
+def test_parameter_count_allocates_nothing() -> None:
+    config = DraftConfig(eagle3=Eagle3Config(vocab_size=len(PRUNED), fc_norm=True))
+    expected = sum(p.numel() for p in build_case(fc_norm=True).draft.parameters())
+    assert parameter_count(config, target_config()) == expected
+
+
+def test_initial_weights_are_a_function_of_the_seed_and_the_target() -> None:
+    vocabulary, ids = target_vocabulary(), torch.tensor(PRUNED)
+    first, same, other = (build_draft(DraftConfig(), target_config(), vocabulary, ids, seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(first.fc.weight, other.fc.weight)
+    assert torch.equal(first.lm_head.weight, vocabulary.head[ids])
+    assert torch.equal(first.norm.weight, torch.ones(HIDDEN))
+    assert float(first.fc.weight.detach().std()) == pytest.approx((3 * HIDDEN) ** -0.5, rel=0.1)
+    random_head = DraftConfig(eagle3=Eagle3Config(init_head="random"))
+    draft = build_draft(random_head, target_config(), vocabulary, ids)
+    assert not torch.equal(draft.lm_head.weight, vocabulary.head[ids])
+
+
+def export(directory: Path, tensors: dict[str, Tensor], ids: Tensor | None) -> DraftConfig:
+    borrowed = {} if ids is None else {"d2t": ids - torch.arange(len(ids)), "t2d": torch.ones(VOCAB, dtype=torch.bool)}
+    save_file({**{n: t.contiguous() for n, t in tensors.items()}, **borrowed}, directory / "model.safetensors")
+    return DraftConfig(init_from=str(directory))
+
+
+@pytest.mark.parametrize("ids", [torch.tensor(PRUNED), None], ids=["pruned", "whole"])
+def test_start_from_an_exported_draft(tmp_path: Path, ids: Tensor | None) -> None:
+    trained = build_draft(DraftConfig(), target_config(), target_vocabulary(), ids, seed=5)
+    config = export(tmp_path, trained.state_dict(), ids)
+    found = initial_vocabulary(tmp_path)
+    assert (found is None) == (ids is None)
+    draft = build_draft(config, target_config(), target_vocabulary(), found, seed=6)
+    assert all(torch.equal(a, b) for a, b in zip(draft.parameters(), trained.parameters(), strict=True))
+
+
+def test_an_exported_draft_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    ids = torch.tensor(PRUNED)
+    tensors = dict(build_draft(DraftConfig(), target_config(), target_vocabulary(), ids).state_dict())
+    tensors["layers.0.fc.weight"] = tensors.pop("fc.weight")
+    tensors["norm.weight"] = torch.ones(3)
+    config = export(tmp_path, tensors, ids)
+    with pytest.raises(DataError, match=r"fc.weight is missing; layers.0.fc.weight is unknown; norm.weight is \[3\]"):
+        build_draft(config, target_config(), target_vocabulary(), ids)
+    with pytest.raises(ConfigError, match="another draft vocabulary"):
+        build_draft(config, target_config(), target_vocabulary(), ids[:-1])
+    with pytest.raises(DataError, match=r"has no \*\.safetensors"):
+        initial_vocabulary(tmp_path / "absent")
+
+
+def test_draft_vocabulary_maps_both_ways() -> None:
+    vocabulary = DraftVocabulary.from_ids(torch.tensor(PRUNED), VOCAB)
+    assert vocabulary.to_draft[vocabulary.ids].tolist() == list(range(len(PRUNED)))
+    assert (torch.arange(len(PRUNED)) + vocabulary.d2t).tolist() == list(PRUNED)
+    assert vocabulary.t2d.nonzero().flatten().tolist() == list(PRUNED)
+    assert not vocabulary.whole
+    assert DraftVocabulary.from_ids(None, VOCAB).whole
+
+
+@pytest.mark.parametrize("ids", [[], [3, 2], [1, 1], [-1, 2], [5, VOCAB]], ids=str)
+def test_an_impossible_draft_vocabulary_is_refused(ids: list[int]) -> None:
+    with pytest.raises(DataError, match="ascending, distinct ids from 0 to 36"):
+        DraftVocabulary.from_ids(torch.tensor(ids, dtype=torch.int64), VOCAB)
+
+
+SCALED = {
+    "default": {"rope_type": "default", "rope_theta": 5e5},
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64},
+}
+
+
+def scaled_target(rope: dict[str, object] | None) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=64, num_attention_heads=4, num_hidden_layers=8, max_position_embeddings=256, rope_parameters=rope
+    )
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_rope_is_the_targets(kind: str) -> None:
+    target = scaled_target(SCALED[kind])
+    rotary = Rotary.of(Eagle3Dims.of(Eagle3Config(), target), "cpu")
+    positions = torch.tensor([0, 1, 7, 200])
+    q, k = torch.randn(2, 4, 3, 16, generator=torch.Generator().manual_seed(0))
+    cos, sin = LlamaRotaryEmbedding(target)(q, positions[None])
+    expected = apply_rotary_pos_emb(q[None], k[None], cos, sin, unsqueeze_dim=2)
+    for heads, turned in zip((q, k), expected, strict=True):
+        torch.testing.assert_close(rotate(heads, *rotary(positions)), turned[0])
+
+
+def test_rope_that_depends_on_the_length_is_refused() -> None:
+    target = scaled_target({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(ConfigError, match=r"'dynamic'.*draft\.eagle3\.rope_scaling=false"):
+        Eagle3Dims.of(Eagle3Config(), target)
+    dims = Eagle3Dims.of(Eagle3Config(rope_scaling=False), target)
+    assert dims.rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
+
+
+def test_sizes_follow_the_target_and_the_config() -> None:
+    target = Qwen3Config(
+        hidden_size=64, num_attention_heads=8, num_key_value_heads=2, head_dim=16, num_hidden_layers=12
+    )
+    dims = Eagle3Dims.of(Eagle3Config(), target)
+    assert (dims.num_attention_heads, dims.num_key_value_heads, dims.head_dim) == (8, 2, 16)
+    assert dims.intermediate_size == target.intermediate_size
+    assert dims.llama_config().head_dim == 16
+    other = Eagle3Dims.of(Eagle3Config(num_attention_heads=4, num_key_value_heads=1, intermediate_size=96), target)
+    assert (other.num_attention_heads, other.num_key_value_heads, other.intermediate_size) == (4, 1, 96)
+    with pytest.raises(ConfigError, match="8 is not a multiple of num_key_value_heads 3"):
+        Eagle3Dims.of(Eagle3Config(num_key_value_heads=3), target)
+    with pytest.raises(ConfigError, match="must divide the target's hidden size 64"):
+        Eagle3Dims.of(Eagle3Config(num_attention_heads=6, num_key_value_heads=1), target)
+
+
+def test_a_head_that_is_not_the_targets_is_refused() -> None:
+    wrong = TargetVocabulary(torch.zeros(VOCAB + 1, HIDDEN), torch.zeros(VOCAB + 1, HIDDEN))
+    with pytest.raises(DataError, match=r"head is \[38, 16\]; its configuration says \[37, 16\]"):
+        build_draft(DraftConfig(), target_config(), wrong)

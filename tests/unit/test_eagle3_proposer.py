@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trained steps are what the decoder does: its chain logits equal the training logits of the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from eagle3_reference import HIDDEN, STEPS, Case, Reference, build_case, run
+from torch import Tensor
+
+from specdist.draft.eagle3.proposer import Eagle3Proposer
+from specdist.draft.eagle3.teacher import teach
+from specdist.records import Features
+
+NORMS = [{}, {"fc_norm": True, "norm_output": True}]
+
+
+def drafted_case(prefix: int, options: dict[str, bool]) -> tuple[Case, list[int], Tensor]:
+    """A document whose last STEPS - 1 tokens but one are what the decoder drafts after `prefix` verified features."""
+    case = build_case((prefix + STEPS + 1,), **options)
+    proposer = case.draft.proposer()
+    tokens = case.documents[0].clone()
+    proposer.extend(Features(case.draft.layout, case.rows[:prefix]), tokens[1 : prefix + 1])
+    drafted, logits = proposer.chain(STEPS)
+    tokens[prefix + 1 :] = torch.tensor(drafted)
+    return replace(case, documents=[tokens], masks=[torch.ones(len(tokens), dtype=torch.bool)]), drafted, logits
+
+
+def training_logits(case: Case, row: int) -> Tensor:
+    """The logits [K, V_d] of steps k = 0..K-1 at one position, from the states the loss is given."""
+    draft, batch = case.draft, case.batch
+    vocabulary, target = draft.frozen.vocabulary, draft.frozen.target
+    teacher = teach(batch, case.features.final, target, vocabulary, STEPS, 100)
+    attend = draft.attention(batch, tuple(batch.lengths))
+    states = draft.unroll(batch, case.features, teacher, attend)
+    rows = [state[(teacher.rows[: len(state)] - 1 - k == row).nonzero()[0, 0]] for k, state in enumerate(states)]
+    return torch.stack(rows) @ draft.lm_head.weight.T
+
+
+@pytest.mark.parametrize("options", NORMS, ids=["eagle-3", "eagle-3.1"])
+@pytest.mark.parametrize("prefix", [1, 9])
+def test_the_chain_is_the_trained_steps(prefix: int, options: dict[str, bool]) -> None:
+    case, drafted, logits = drafted_case(prefix, options)
+    with torch.no_grad():
+        trained = training_logits(case, prefix - 1)
+    torch.testing.assert_close(logits, trained, rtol=1e-9, atol=1e-12)
+    assert drafted == case.draft.frozen.vocabulary.ids[trained.argmax(-1)].tolist()
+
+
+@pytest.mark.parametrize("options", NORMS, ids=["eagle-3", "eagle-3.1"])
+def test_the_chain_is_the_definition(options: dict[str, bool]) -> None:
+    case, _, logits = drafted_case(5, options)
+    draft = case.draft
+    with torch.no_grad():
+        reference = Reference(dict(draft.named_parameters()), draft.config, draft.frozen.target)
+        students = reference.students(case.documents[0].tolist(), case.rows[:, : 3 * HIDDEN])
+    torch.testing.assert_close(logits, torch.stack([students[4, k] for k in range(STEPS)]), rtol=1e-9, atol=1e-12)
+
+
+def test_a_chain_leaves_no_trace_and_extends_add_up() -> None:
+    case = build_case((100,))
+    tokens = case.documents[0]
+
+    def extended(*cuts: int) -> Eagle3Proposer:
+        proposer = case.draft.proposer()
+        start = 0
+        for cut in cuts:
+            proposer.extend(Features(case.draft.layout, case.rows[start:cut]), tokens[start + 1 : cut + 1])
+            proposer.propose(3)
+            start = cut
+        return proposer
+
+    once, often = extended(90), extended(3, 4, 66, 90)
+    torch.testing.assert_close(often.chain(5)[1], once.chain(5)[1], rtol=1e-9, atol=1e-12)
+    assert once.propose(5) == once.propose(5)
+    assert len(once.propose(9)) == 9
+    assert once.propose(0) == []
+
+
+def test_proposals_are_target_ids_of_the_draft_vocabulary() -> None:
+    case = build_case()
+    proposer = case.draft.proposer()
+    proposer.extend(Features(case.draft.layout, case.rows[:4]), case.documents[0][1:5])
+    assert set(proposer.propose(8)) <= set(case.draft.frozen.vocabulary.ids.tolist())
+
+
+def test_misuse_is_named() -> None:
+    case = build_case()
+    proposer = case.draft.proposer()
+    with pytest.raises(ValueError, match="extend the proposer"):
+        proposer.propose(2)
+    with pytest.raises(ValueError, match="4 positions of features, but 2 next tokens"):
+        proposer.extend(Features(case.draft.layout, case.rows[:4]), case.documents[0][1:3])
+
+
+def test_training_accuracy_is_the_decoders() -> None:
+    """`correct/0` counts exactly the positions at which the decoder's first token is the target's choice."""
+    case = build_case((14,), seed=3)
+    tokens, mask = case.documents[0], case.masks[0]
+    matches = 0
+    for i in range(len(tokens) - 2):
+        proposer = case.draft.proposer()
+        proposer.extend(Features(case.draft.layout, case.rows[: i + 1]), tokens[1 : i + 2])
+        best = case.draft.frozen.target.logits(case.features.final[i + 1 : i + 2]).argmax()
+        matches += bool(mask[i + 2]) and proposer.propose(1) == [int(best)]
+    assert run(case)[1]["correct/0"] == matches

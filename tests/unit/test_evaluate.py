@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculative decoding is lossless, its counts are exact, and the proposer gets the features a prefill would give."""
+
+import json
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from specdist.draft.base import Proposer
+from specdist.errors import ConfigError, DataError
+from specdist.evaluate import EvaluateConfig, EvaluationTarget, decode_greedily, evaluate, speculate
+from specdist.evaluate_prompts import read_prompts
+from specdist.evaluate_report import Comparison, EvaluationReport, Tally, render
+from specdist.records import FeatureLayout
+
+VOCAB, HIDDEN, LAYERS = 64, 32, 5
+LAYOUT = FeatureLayout(captured_layers=(0, 2, 4), hidden_size=HIDDEN, final=True, dtype=torch.float32)
+SETTINGS = EvaluateConfig(draft_tokens=4, max_new_tokens=24, check=True)
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.5,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def target():
+    return EvaluationTarget(LlamaForCausalLM(LlamaConfig(**SIZES)), LAYOUT)
+
+
+@pytest.fixture
+def prompts():
+    return [torch.randint(VOCAB, (length,)).tolist() for length in (1, 3, 11, 30)]
+
+
+class Scripted(Proposer):
+    """Knows the target's reply and proposes it, with a wrong token at chosen draft positions (0-based)."""
+
+    def __init__(self, reply, wrong_at=()):
+        self.reply, self.wrong_at = reply, wrong_at
+        self.extends = []
+
+    def extend(self, features, next_tokens):
+        self.extends.append((features.rows.clone(), next_tokens.clone()))
+
+    def propose(self, count):
+        at = sum(len(tokens) for _, tokens in self.extends) - self.prompt_rows + 1
+        tokens = (self.reply + [0] * count)[at : at + count]
+        return [(t + 1) % VOCAB if k in self.wrong_at else t for k, t in enumerate(tokens)]
+
+    @property
+    def prompt_rows(self):
+        return len(self.extends[0][1])
+
+
+class Guess(Proposer):
+    """Proposes tokens at random."""
+
+    def extend(self, features, next_tokens):
+        assert len(features.rows) == len(next_tokens)
+
+    def propose(self, count):
+        return torch.randint(VOCAB, (count,)).tolist()
+
+
+def scripted(target, prompt, wrong_at=()):
+    return Scripted(decode_greedily(target, prompt, SETTINGS.max_new_tokens), wrong_at)
+
+
+def test_any_proposer_leaves_the_text_as_it_is(target, prompts):
+    for prompt in prompts:
+        plain = decode_greedily(target, prompt, SETTINGS.max_new_tokens)
+        assert len(set(plain)) > 3, "a target that repeats one token tests nothing"
+        for proposer in (Guess(), scripted(target, prompt), scripted(target, prompt, wrong_at=(2,))):
+            assert speculate(target, proposer, prompt, SETTINGS).tokens == plain
+
+
+def test_plain_decoding_is_what_transformers_generates(target, prompts):
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        expected = target.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+        assert decode_greedily(target, prompt, 24) == expected[0, len(prompt) :].tolist()
+
+
+def test_a_sliding_window_is_rolled_back_too():
+    config = Gemma3TextConfig(
+        **SIZES | {"sliding_window": 8}, layer_types=["sliding_attention"] * 4 + ["full_attention"]
+    )
+    target = EvaluationTarget(Gemma3ForCausalLM(config), LAYOUT)
+    prompt = torch.randint(VOCAB, (13,)).tolist()
+    plain = decode_greedily(target, prompt, 40)
+    settings = replace(SETTINGS, max_new_tokens=40)
+    for proposer in (Guess(), Scripted(plain), Scripted(plain, wrong_at=(1,))):
+        assert speculate(target, proposer, prompt, settings).tokens == plain
+
+
+@pytest.mark.parametrize("wrong_at", [(), (0,), (1,), (3,)])
+def test_the_proposer_gets_each_position_once_with_the_features_of_a_prefill(target, prompts, wrong_at):
+    for prompt in prompts:
+        proposer = scripted(target, prompt, wrong_at)
+        tokens = prompt + speculate(target, proposer, prompt, SETTINGS).tokens
+        rows = torch.cat([rows for rows, _ in proposer.extends])
+        next_tokens = torch.cat([tokens for _, tokens in proposer.extends]).tolist()
+        assert next_tokens == tokens[1 : len(next_tokens) + 1]
+        with torch.no_grad():
+            output = target.model(torch.tensor([tokens]), output_hidden_states=True)
+        captured = [output.hidden_states[b + 1][0] for b in (0, 2)]
+        final = output.hidden_states[-1][0]
+        n = len(rows)
+        torch.testing.assert_close(rows[:, : 2 * HIDDEN], torch.cat(captured, -1)[:n], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rows[:, -HIDDEN:], final[:n], rtol=1e-4, atol=1e-4)
+        last_layer = target.model.model.norm(rows[:, 2 * HIDDEN : 3 * HIDDEN])
+        torch.testing.assert_close(last_layer, final[:n], rtol=1e-4, atol=1e-4)
+
+
+def test_a_perfect_draft_gives_k_plus_one_tokens_a_forward(target, prompts):
+    settings = replace(SETTINGS, max_new_tokens=1 + 3 * 5)
+    tally = evaluate(target, lambda: scripted(target, prompts[2]), [prompts[2]], settings).total
+    assert (tally.tokens, tally.forwards, tally.acceptance_length) == (16, 3, 5.0)
+    assert tally.accepted == tally.reached == tally.drafted == (3, 3, 3, 3)
+    assert tally.acceptance_rate == 1.0
+
+
+def test_a_draft_that_is_always_wrong_gives_one_token_a_forward(target, prompts):
+    tally = evaluate(target, lambda: scripted(target, prompts[2], wrong_at=(0,)), [prompts[2]], SETTINGS).total
+    assert tally.acceptance_length == 1.0
+    assert (tally.tokens, tally.forwards) == (24, 23)
+    assert tally.accepted == (0, 0, 0, 0)
+    # the last forwards have room for fewer drafts than 4: 3, 2, 1 and none
+    assert tally.drafted == (22, 21, 20, 19)
+    assert tally.reached == (22, 0, 0, 0)
+
+
+def test_positions_are_counted_apart(target, prompts):
+    settings = replace(SETTINGS, max_new_tokens=1 + 4 * 3)
+    tally = evaluate(target, lambda: scripted(target, prompts[3], wrong_at=(2,)), [prompts[3]], settings).total
+    # three tokens a forward: two accepted drafts and the bonus
+    assert (tally.tokens, tally.forwards, tally.acceptance_length) == (13, 4, 3.0)
+    assert tally.accepted == (4, 4, 0, 0)
+    assert tally.conditional_acceptance[:3] == (1.0, 1.0, 0.0)
+    assert tally.position_acceptance[:2] == (1.0, 1.0)
+    assert tally.reached[3] == 0
+
+
+def test_nothing_after_the_end_of_the_sequence_is_counted(target, prompts):
+    plain = decode_greedily(target, prompts[3], SETTINGS.max_new_tokens)
+    at = next(i for i in range(3, len(plain)) if plain[i] not in plain[:i])
+    target.eos_tokens = frozenset([plain[at]])
+    tally = evaluate(target, lambda: Scripted(plain), [prompts[3]], SETTINGS).total
+    assert tally.tokens == at + 1
+    assert tally.differing == 0
+    full, rest = divmod(at, 5)  # at tokens follow the first one; whole forwards give 5
+    assert tally.forwards == full + bool(rest)
+    assert sum(tally.accepted) == at - full
+    assert speculate(target, Scripted(plain), prompts[3], SETTINGS).tokens == plain[: at + 1]
+
+
+def test_a_reply_of_one_token_needs_no_draft(target, prompts):
+    target.eos_tokens = frozenset(decode_greedily(target, prompts[0], 1))
+    tally = evaluate(target, Guess, [prompts[0]], SETTINGS).total
+    assert (tally.tokens, tally.forwards, tally.acceptance_length) == (1, 0, 0.0)
+
+
+def test_reports_merge_by_file_and_survive_json(target, prompts):
+    names = ["a.jsonl", "a.jsonl", "b.jsonl", "b.jsonl"]
+    torch.manual_seed(1)
+    whole = evaluate(target, Guess, prompts, SETTINGS, sources=names)
+    torch.manual_seed(1)
+    parts = [
+        evaluate(target, Guess, prompts[:1], SETTINGS, sources=names[:1]),
+        evaluate(target, Guess, prompts[1:], SETTINGS, sources=names[1:]),
+    ]
+    merged = EvaluationReport.merge(parts)
+    for name in ("a.jsonl", "b.jsonl"):
+        timeless = [replace(r.files[name], seconds=0, plain_seconds=0) for r in (whole, merged)]
+        assert timeless[0] == timeless[1]
+        assert timeless[0].prompts == timeless[0].checked == 2
+    assert EvaluationReport.from_dict(json.loads(json.dumps(whole.to_dict()))) == whole
+    assert whole.to_dict()["acceptance_length"] == whole.acceptance_length >= 1.0
+
+
+def test_the_check_counts_what_differs(target, prompts, monkeypatch):
+    assert evaluate(target, Guess, prompts, SETTINGS).total.differing == 0
+    monkeypatch.setattr("specdist.evaluate.decode_greedily", lambda *_: [1, 2, 3])
+    report = evaluate(target, Guess, prompts, SETTINGS)
+    assert report.total.differing == 4
+    assert "0 of 4 sequences equal the target's plain greedy decoding, 4 differ" in render(report)
+
+
+def test_progress_and_prompts_that_are_too_long(target, prompts):
+    seen = []
+    long = torch.randint(VOCAB, (110,)).tolist()
+    report = evaluate(target, Guess, [prompts[0], long], SETTINGS, lambda *state: seen.append(state))
+    assert [(done, count) for done, count, _ in seen] == [(1, 2), (2, 2)]
+    assert (report.total.prompts, report.total.too_long) == (1, 1)
+    assert "1 prompts were left out" in report.render()
+    with pytest.raises(DataError, match="128 positions"):
+        evaluate(target, Guess, [long], SETTINGS)
+    with pytest.raises(DataError, match="no tokens"):
+        evaluate(target, Guess, [[]], SETTINGS)
+    with pytest.raises(DataError, match="no prompt"):
+        evaluate(target, Guess, [], SETTINGS)
+
+
+def test_the_report_in_words():
+    tally = Tally(2, 0, 102, 40, (40, 40), (40, 24), (24, 12), 4.0)
+    after = EvaluationReport(2, {"heldout.jsonl": tally})
+    before = EvaluationReport(2, {"heldout.jsonl": replace(tally, forwards=100, accepted=(0, 0))})
+    comparison = Comparison(before, after)
+    text = comparison.render().splitlines()
+    assert text[0] == "acceptance length 2.50 tokens per target forward (1.00 before training)"
+    assert text[1] == "2 prompts, 102 tokens, 40 target forwards, 4.0 s, 26 tokens/s"
+    assert text[2] == "drafted tokens accepted: 45.0% (36 of 80)"
+    assert text[4].split() == ["1", "█" * 18 + "░" * 12, "60.0%", "60.0%"]
+    assert text[5].split() == ["2", "█" * 9 + "░" * 21, "30.0%", "50.0%"]
+    assert comparison.to_dict()["gain"] == 1.5
+    with pytest.raises(ValueError, match="different prompts"):
+        Comparison(before, EvaluationReport(2, {"other.jsonl": tally}))
+    with pytest.raises(ValueError, match="draft length"):
+        Comparison(before, EvaluationReport(3, {"heldout.jsonl": Tally.empty(3)}))
+
+
+def test_a_target_from_a_directory_ends_at_its_own_tokens(target, tmp_path, prompts):
+    target.model.generation_config.eos_token_id = [7, 9]
+    target.model.save_pretrained(tmp_path)
+    loaded = EvaluationTarget.load(tmp_path, LAYOUT, "cpu", torch.float32)
+    assert loaded.eos_tokens == {7, 9}
+    loaded.eos_tokens = frozenset()
+    assert decode_greedily(loaded, prompts[1], 9) == decode_greedily(target, prompts[1], 9)
+    with pytest.raises(DataError, match="no such directory"):
+        EvaluationTarget.load(tmp_path / "nowhere", LAYOUT, "cpu", torch.float32)
+
+
+def test_layouts_and_settings_that_cannot_be(target):
+    with pytest.raises(ConfigError, match=r"\[5\] are not among the target's 5 layers"):
+        EvaluationTarget(target.model, replace(LAYOUT, captured_layers=(0, 5)))
+    with pytest.raises(ConfigError, match="hidden size 8"):
+        EvaluationTarget(target.model, replace(LAYOUT, hidden_size=8))
+    for key in ({"draft_tokens": 0}, {"max_new_tokens": 1}, {"limit": 0}, {"every": -1}):
+        with pytest.raises(ConfigError, match=f"evaluate.{next(iter(key))}"):
+            EvaluateConfig(**key)
+
+
+def test_a_closed_target_leaves_no_hooks(target):
+    target.close()
+    assert not any(module._forward_hooks for module in target.model.modules())  # noqa: SLF001
+
+
+@pytest.fixture
+def tokenizer():
+    words = [chr(c) for c in range(33, 127)]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<s>", "|", *words])}, unk_token="<s>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}|{% endfor %}{% if add_generation_prompt %}a{{ mark }}{% endif %}"
+    return tokenizer
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def test_every_shape_of_prompt_is_rendered_with_the_generation_prompt(tmp_path, tokenizer):
+    said = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
+    sharegpt = [{"from": "human", "value": "U"}, {"from": "gpt", "value": "A"}, {"from": "human", "value": "V"}]
+    path = write(
+        tmp_path / "p.jsonl",
+        {"prompt": "P"},
+        "",
+        {"messages": said},
+        {"conversations": sharegpt},
+        {"turns": ["T", "W"]},
+        {"text": "xyz"},
+    )
+    prompts = read_prompts([path], tokenizer, template_kwargs={"mark": "!"})
+    texts = ["".join(tokenizer.convert_ids_to_tokens(list(p.tokens))) for p in prompts]
+    assert texts == ["uP|a!", "sS|uU|a!", "uU|aA|uV|a!", "uT|a!", "xyz"]
+    assert [p.line for p in prompts] == [1, 3, 4, 5, 6]
+    assert len(read_prompts([path, path], tokenizer, limit=2)) == 4
+    table = pa.table({"messages": [said, said]})
+    pq.write_table(table, tmp_path / "p.parquet")
+    assert [p.tokens for p in read_prompts([tmp_path / "p.parquet"], tokenizer)] == 2 * [prompts[1].tokens[:-1]]
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match=r"p.jsonl:1: .*chat template"):
+        read_prompts([path], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "malformed record"),
+        ("[]", "a record is an object"),
+        ('{"question": "q"}', "none of messages, conversations, prompt, turns, text"),
+        ('{"prompt": " "}', "the prompt is ' '"),
+        ('{"turns": []}', "the prompt is None"),
+        ('{"messages": [{"role": "system", "content": "x"}]}', "before any user turn"),
+        ('{"conversations": [{"from": "martian", "value": "x"}]}', "unknown role"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, tokenizer, line, message):
+    path = write(tmp_path / "p.jsonl", {"prompt": "fine"}, line)
+    with pytest.raises(DataError, match=rf"p.jsonl:2: .*{message}"):
+        read_prompts([path], tokenizer)
+
+
+def test_files_that_are_missing_or_empty(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="there is no .*none.jsonl"):
+        read_prompts([tmp_path / "none.jsonl"], tokenizer)
+    with pytest.raises(DataError, match="no prompt in"):
+        read_prompts([write(tmp_path / "empty.jsonl", "")], tokenizer)

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler's rules one by one, then whole worlds simulated under random delays."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+
+import pytest
+
+from specdist.control.messages import Deliver, Dispatch
+from specdist.errors import ConfigError, WorldError
+from specdist.scheduler import ProtocolError, Scheduler, SchedulerConfig
+
+
+def make(**changes: object) -> Scheduler:
+    settings = {"replicas": 2, "draft_ranks": 2, "slots": 8, "slot_bytes": 100, "queue_depth": 2, "timeout": 10.0}
+    return Scheduler(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def release(scheduler: Scheduler, item: int, now: float = 0.0) -> None:
+    for draft in range(scheduler.draft_ranks):
+        scheduler.on_released(item, draft, now)
+
+
+def test_items_go_in_order_to_the_least_busy_replica() -> None:
+    scheduler = make(first_item=5)
+    assert scheduler.next_dispatches(0.0) == [Dispatch(5, 0), Dispatch(6, 1), Dispatch(7, 0), Dispatch(8, 1)]
+    assert scheduler.on_computed(6, 1, 1.0) == Deliver(6, 1)
+    assert scheduler.on_computed(8, 1, 2.0) == Deliver(8, 1)
+    assert scheduler.on_computed(5, 0, 2.0) == Deliver(5, 0)
+    assert scheduler.next_dispatches(2.0) == [Dispatch(9, 1), Dispatch(10, 0), Dispatch(11, 1)]
+
+
+def test_credits_bound_what_is_in_flight() -> None:
+    scheduler = make(slots=3)
+    assert [d.item for d in scheduler.next_dispatches(0.0)] == [0, 1, 2]
+    for item, replica in ((1, 1), (0, 0), (2, 0)):
+        scheduler.on_computed(item, replica, 1.0)
+    assert scheduler.next_dispatches(1.0) == []
+    scheduler.on_released(0, 0, 2.0)
+    assert scheduler.next_dispatches(2.0) == []  # draft rank 1 still holds the slot
+    scheduler.on_released(0, 1, 3.0)
+    assert [d.item for d in scheduler.next_dispatches(3.0)] == [3]
+    statistics = scheduler.statistics(3.0)
+    assert (statistics.bytes_in_flight, statistics.bytes_peak, statistics.bytes_limit) == (300, 300, 300)
+    assert (statistics.dispatched, statistics.delivered, statistics.released) == (4, 3, 1)
+    assert statistics.bytes_dispatched == 400
+
+
+def test_one_slow_draft_rank_holds_the_low_water_mark() -> None:
+    scheduler = make(slots=2, replicas=1)
+    scheduler.next_dispatches(0.0)
+    for item in (0, 1):
+        scheduler.on_computed(item, 0, 1.0)
+        scheduler.on_released(item, 0, 1.0)
+    assert scheduler.next_dispatches(1.0) == []
+    scheduler.on_released(0, 1, 2.0)
+    scheduler.on_released(1, 1, 2.0)
+    assert [d.item for d in scheduler.next_dispatches(2.0)] == [2, 3]
+
+
+def test_messages_that_cannot_be_are_refused_with_what_was_due() -> None:
+    scheduler = make()
+    scheduler.next_dispatches(0.0)
+    with pytest.raises(ProtocolError, match=r"replica 0 computed item 2; outstanding there: \[0, 2\]"):
+        scheduler.on_computed(2, 0, 0.0)
+    with pytest.raises(ProtocolError, match="released item 0; its next one is item 0, which is not delivered"):
+        scheduler.on_released(0, 0, 0.0)
+    scheduler.on_computed(0, 0, 0.0)
+    scheduler.on_computed(1, 1, 0.0)
+    with pytest.raises(ProtocolError, match="released item 1; its next one is item 0"):
+        scheduler.on_released(1, 0, 0.0)
+    scheduler.on_released(0, 0, 0.0)
+    with pytest.raises(ProtocolError, match="released item 0; its next one is item 1"):
+        scheduler.on_released(0, 0, 0.0)
+    with pytest.raises(ProtocolError, match="there are 2 draft ranks"):
+        scheduler.on_released(0, -1, 0.0)
+
+
+def test_a_release_of_the_next_turn_of_the_ring_is_not_taken_for_this_one() -> None:
+    scheduler = make(slots=2, replicas=1)
+    scheduler.next_dispatches(0.0)
+    for item in (0, 1):
+        scheduler.on_computed(item, 0, 0.0)
+        scheduler.on_released(item, 0, 0.0)
+    with pytest.raises(ProtocolError, match="item 2, which is not delivered"):  # slot 0 still holds item 0
+        scheduler.on_released(2, 0, 0.0)
+
+
+def test_the_end_is_reached_when_everything_dispatched_is_released() -> None:
+    scheduler = make(replicas=1, end_item=3)
+    for item in range(3):
+        scheduler.next_dispatches(0.0)
+        scheduler.on_computed(item, 0, 0.0)
+        assert not scheduler.finished
+        release(scheduler, item)
+    assert scheduler.finished
+    assert scheduler.next_dispatches(0.0) == []
+    assert make(first_item=3, end_item=3).finished
+
+
+def test_stop_drains_what_was_dispatched_beyond_it() -> None:
+    scheduler = make(replicas=1, first_item=10)
+    assert [d.item for d in scheduler.next_dispatches(0.0)] == [10, 11]
+    scheduler.stop_after(10)
+    scheduler.on_computed(10, 0, 0.0)
+    assert scheduler.next_dispatches(0.0) == []
+    release(scheduler, 10)
+    assert not scheduler.finished
+    assert scheduler.on_computed(11, 0, 0.0) == Deliver(11, 0)
+    release(scheduler, 11)
+    assert scheduler.finished
+
+
+def test_stop_before_the_first_item_and_stops_that_cannot_be() -> None:
+    scheduler = make(first_item=10)
+    scheduler.stop_after(9)
+    assert scheduler.finished
+    with pytest.raises(ProtocolError, match="first item is 10"):
+        scheduler.stop_after(8)
+    later = make(end_item=4)
+    later.stop_after(7)  # does not move the end of the data
+    assert [d.item for d in later.next_dispatches(0.0)] == [0, 1, 2, 3]
+
+
+def test_a_dropped_replica_gives_its_items_back_in_order() -> None:
+    scheduler = make(replicas=3, end_item=9, slots=9)
+    assert [d.item for d in scheduler.next_dispatches(0.0)] == [0, 1, 2, 3, 4, 5]
+    assert scheduler.drop_replica(1) == (1, 4)
+    assert scheduler.on_computed(1, 1, 0.0) is None  # was on its way
+    assert scheduler.next_dispatches(0.0) == []
+    scheduler.on_computed(2, 2, 0.0)
+    scheduler.on_computed(0, 0, 0.0)
+    scheduler.on_computed(3, 0, 0.0)
+    assert scheduler.next_dispatches(0.0) == [Dispatch(1, 0), Dispatch(4, 0), Dispatch(6, 2)]
+    scheduler.drop_replica(2)
+    with pytest.raises(WorldError, match="last one"):
+        scheduler.drop_replica(0)
+
+
+def test_watch_names_the_replica_that_holds_an_item() -> None:
+    scheduler = make(replicas=2, end_item=4)
+    scheduler.next_dispatches(0.0)
+    scheduler.on_computed(1, 1, 6.0)
+    assert scheduler.watch(10.0) is None
+    culprit = scheduler.watch(11.0)
+    assert culprit is not None
+    assert (culprit.role, culprit.indices, culprit.item, culprit.seconds) == ("target", (0,), 0, 11.0)
+    scheduler.on_computed(0, 0, 11.0)
+    late = scheduler.watch(17.0)  # item 3 could start only when item 1 was done
+    assert late is not None
+    assert (late.indices, late.item, late.seconds) == ((1,), 3, 11.0)
+
+
+def test_watch_names_the_draft_ranks_that_hold_an_item() -> None:
+    scheduler = make(replicas=1, draft_ranks=3, end_item=2)
+    scheduler.next_dispatches(0.0)
+    scheduler.on_computed(0, 0, 1.0)
+    scheduler.on_computed(1, 0, 2.0)
+    nobody = scheduler.watch(12.0)
+    assert nobody is not None
+    assert (nobody.role, nobody.indices, nobody.everyone, nobody.seconds) == ("draft", (0, 1, 2), True, 11.0)
+    scheduler.on_released(0, 0, 12.0)
+    scheduler.on_released(0, 2, 12.0)
+    one = scheduler.watch(12.0)
+    assert one is not None
+    assert (one.indices, one.item, one.everyone) == ((1,), 0, False)
+    scheduler.on_released(0, 1, 12.0)
+    assert scheduler.watch(22.0) is None  # item 1 was delivered long ago, but its turn came at 12
+    assert scheduler.watch(22.5) is not None
+
+
+def test_statistics_say_which_side_waits() -> None:
+    scheduler = make(replicas=2, draft_ranks=1, slots=2, queue_depth=1, end_item=4)
+    scheduler.next_dispatches(100.0)
+    scheduler.on_computed(0, 0, 101.0)  # the draft waited 1 s; replica 0 has no credit from here
+    scheduler.next_dispatches(101.0)
+    scheduler.on_computed(1, 1, 102.0)
+    scheduler.on_released(0, 0, 104.0)  # replica 0 waited 3 s, replica 1 2 s
+    scheduler.next_dispatches(104.0)
+    scheduler.on_released(1, 0, 105.0)  # replica 1 waited another second
+    scheduler.next_dispatches(105.0)
+    statistics = scheduler.statistics(106.0)  # the draft has waited for item 2 since 105
+    assert statistics.target_wait_s == pytest.approx(6.0)
+    assert statistics.draft_wait_s == pytest.approx(2.0)
+    assert statistics.elapsed_s == pytest.approx(6.0)
+    assert statistics.target_wait_share == pytest.approx(0.5)
+    assert statistics.draft_wait_share == pytest.approx(1 / 3)
+    assert (statistics.computing, statistics.queued) == (2, 0)
+
+
+def test_no_waiting_is_counted_after_the_end() -> None:
+    scheduler = make(replicas=1, draft_ranks=1, end_item=1)
+    scheduler.next_dispatches(0.0)
+    scheduler.on_computed(0, 0, 1.0)
+    scheduler.on_released(0, 0, 2.0)
+    statistics = scheduler.statistics(50.0)
+    assert (statistics.target_wait_s, statistics.draft_wait_s) == (0.0, 1.0)
+
+
+def test_without_draft_ranks_a_computed_item_is_released() -> None:
+    scheduler = make(draft_ranks=0, slots=2, end_item=4)
+    assert [d.item for d in scheduler.next_dispatches(0.0)] == [0, 1]
+    scheduler.on_computed(1, 1, 1.0)
+    assert scheduler.next_dispatches(1.0) == []
+    scheduler.on_computed(0, 0, 2.0)
+    assert [d.item for d in scheduler.next_dispatches(2.0)] == [2, 3]
+
+
+def test_configuration_is_checked() -> None:
+    with pytest.raises(ConfigError, match=r"scheduler\.queue_depth"):
+        SchedulerConfig(queue_depth=0)
+    with pytest.raises(ValueError, match="0 replicas"):
+        make(replicas=0)
+
+
+class World:
+    """Target replicas, draft ranks and the messages between them, with random delays; the checks are its own books.
+
+    Messages of one sender to one receiver keep their order, as ZeroMQ's do; nothing else is ordered.
+    """
+
+    def __init__(self, seed: int, scheduler: Scheduler, replicas: int, skew: float = 1.0):
+        self.random = random.Random(seed)
+        self.scheduler, self.skew = scheduler, skew
+        self.events: list[tuple[float, int, Callable[..., None], tuple[int, ...]]] = []
+        self.ticket = itertools.count()
+        self.last_arrival: dict[object, float] = defaultdict(float)
+        self.queues: dict[int, deque[int]] = {r: deque() for r in range(replicas)}
+        self.dispatched: dict[int, list[int]] = {r: [] for r in range(replicas)}
+        self.delivered: dict[int, list[int]] = {r: [] for r in range(replicas)}
+        self.arrivals: dict[int, list[float]] = {}
+        self.trained = [0] * scheduler.draft_ranks
+        self.free_at = [0.0] * scheduler.draft_ranks
+        self.releases: Counter[int] = Counter()
+        self.now = 0.0
+
+    def arrive(self, channel: object, at: float) -> float:
+        self.last_arrival[channel] = max(self.last_arrival[channel], at + self.random.expovariate(20.0))
+        return self.last_arrival[channel]
+
+    def at(self, time: float, action: Callable[..., None], *args: int) -> None:
+        heapq.heappush(self.events, (time, next(self.ticket), action, args))
+
+    def run(self) -> None:
+        self.dispatch()
+        while self.events:
+            self.now, _, action, args = heapq.heappop(self.events)
+            action(*args)
+            self.dispatch()
+
+    def dispatch(self) -> None:
+        for message in self.scheduler.next_dispatches(self.now):
+            item, replica = message.item, message.replica
+            slots, ranks = self.scheduler.slots, self.scheduler.draft_ranks
+            assert item < slots or self.releases[item - slots] == ranks, f"slot of item {item} is in use"
+            self.dispatched[replica].append(item)
+            self.at(self.arrive(("target", replica), self.now), self.begin, item, replica)
+
+    def begin(self, item: int, replica: int) -> None:
+        if replica not in self.queues:
+            return
+        self.queues[replica].append(item)
+        if len(self.queues[replica]) == 1:
+            self.at(self.now + self.compute_time(), self.compute, replica)
+
+    def compute_time(self) -> float:
+        return self.random.choice((0.01, 1.0, self.random.expovariate(1.0)))
+
+    def compute(self, replica: int) -> None:
+        if replica not in self.queues:
+            return
+        item = self.queues[replica].popleft()
+        self.at(self.arrive(("computed", replica), self.now), self.deliver, item, replica)
+        if self.queues[replica]:
+            self.at(self.now + self.compute_time(), self.compute, replica)
+
+    def deliver(self, item: int, replica: int) -> None:
+        message = self.scheduler.on_computed(item, replica, self.now)
+        if message is None:
+            return
+        assert item not in self.arrivals, f"item {item} was delivered twice"
+        self.delivered[replica].append(item)
+        ranks = range(self.scheduler.draft_ranks)
+        self.arrivals[item] = [self.arrive(("draft", draft), self.now) for draft in ranks]
+        for draft in ranks:
+            self.train(draft)
+
+    def train(self, draft: int) -> None:
+        """The draft rank takes what has come, in item order, and says when it is through with each."""
+        while (item := self.trained[draft]) in self.arrivals:
+            begin = max(self.free_at[draft], self.arrivals[item][draft])
+            self.free_at[draft] = begin + self.skew * self.random.expovariate(10.0)
+            self.trained[draft] += 1
+            self.at(self.arrive(("released", draft), self.free_at[draft]), self.release, item, draft)
+
+    def release(self, item: int, draft: int) -> None:
+        self.releases[item] += 1
+        self.scheduler.on_released(item, draft, self.now)
+
+    def check(self, items: int) -> None:
+        assert self.scheduler.finished, "deadlock: nothing moves any more"
+        assert sorted(self.arrivals) == list(range(items))
+        assert self.trained == [items] * self.scheduler.draft_ranks
+        assert set(self.releases.values()) <= {self.scheduler.draft_ranks}
+        statistics = self.scheduler.statistics(self.now)
+        assert statistics.bytes_peak <= statistics.bytes_limit
+        assert statistics.bytes_in_flight == statistics.computing == statistics.queued == 0
+
+
+def in_order(replica: list[int], dispatched: list[int]) -> bool:
+    return replica == dispatched[: len(replica)]
+
+
+def test_a_thousand_draft_ranks_and_128_replicas() -> None:
+    items = 300
+    scheduler = make(replicas=128, draft_ranks=1024, slots=192, end_item=items)
+    world = World(1, scheduler, 128)
+    world.run()
+    world.check(items)
+    assert world.delivered == world.dispatched
+    assert Counter(itertools.chain(*world.dispatched.values())) == Counter(range(items))
+    for sequence in world.dispatched.values():
+        assert sequence == sorted(sequence)
+    assert scheduler.statistics(world.now).bytes_peak == 192 * 100
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_random_small_worlds(block: int) -> None:
+    for seed in range(block * 40, block * 40 + 40):
+        rng = random.Random(seed)
+        replicas, items = rng.randint(1, 5), rng.randint(0, 40)
+        depth, skew = rng.randint(1, 4), rng.choice((0.1, 1.0, 20.0))
+        scheduler = make(
+            replicas=replicas, draft_ranks=rng.randint(1, 5), slots=rng.randint(1, 9), queue_depth=depth, end_item=items
+        )
+        world = World(seed, scheduler, replicas, skew)
+        world.run()
+        world.check(items)
+        assert world.delivered == world.dispatched
+
+
+@pytest.mark.parametrize("block", range(5))
+def test_replicas_that_vanish_and_stops_at_any_moment(block: int) -> None:
+    for seed in range(block * 40, block * 40 + 40):
+        rng = random.Random(seed)
+        replicas = rng.randint(2, 5)
+        scheduler = make(replicas=replicas, draft_ranks=rng.randint(1, 4), slots=rng.randint(1, 9))
+        world = World(seed, scheduler, replicas)
+
+        def drop(replica: int, world: World = world) -> None:
+            world.scheduler.drop_replica(replica)
+            del world.queues[replica]
+
+        def stop(world: World = world) -> None:
+            world.scheduler.stop_after(min(world.trained))
+
+        for replica in range(1, rng.randint(1, replicas)):
+            world.at(rng.uniform(0.0, 5.0), drop, replica)
+        world.at(rng.uniform(0.0, 10.0), stop)
+        world.run()
+        assert world.scheduler.finished
+        items = scheduler.statistics(world.now).dispatched
+        world.check(items)
+        for replica, sequence in world.delivered.items():
+            assert in_order(sequence, world.dispatched[replica])

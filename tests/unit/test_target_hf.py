@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hf engine on tiny random models: packed equals plain, captured layers are the right ones, no logits."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from specdist.errors import ConfigError, DataError
+from specdist.records import FeatureLayout, PackedTokens
+from specdist.target import attention
+from specdist.target.config import TargetConfig
+from specdist.target.engine import TOLERANCE, build_engine, verify
+from specdist.target.hf import HfEngine, packing_obstacle
+
+torch.set_num_threads(1)
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128},
+    "mistral": {"sliding_window": 6},
+    "gemma2": {"sliding_window": 6, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gpt_oss": {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": MOE,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+}
+DOCUMENT_BY_DOCUMENT = {
+    "mamba": "linear_attention",
+    "falcon_h1": "hybrid",
+    "lfm2": "conv",
+    "bloom": "AttentionInterface",
+    "phi3": "longrope",
+}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 4, "num_attention_heads": None, "num_key_value_heads": None},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "bloom": {"n_layer": 4, "n_head": 4},
+    "phi3": {
+        "original_max_position_embeddings": 16,
+        "pad_token_id": 0,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0] * 4,
+        },
+    },
+}
+LENGTHS = [11, 1, 23, 9]
+LAYERS = (0, 2, 3)
+
+
+def make_model(kind: str, path: Path, **overrides: Any) -> Path:
+    """Save a tiny random model; weights are large enough that a wrong mask or position shows."""
+    torch.manual_seed(0)
+    keys = {**COMMON, **MODELS.get(kind, SPECIAL.get(kind, {})), **overrides}
+    keys = {key: value for key, value in keys.items() if value is not None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **keys))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim >= 2:
+                p.normal_(0, 0.5 if "embed" in name or "wte" in name else 1.5 * p.shape[-1] ** -0.5)
+    model.save_pretrained(path)
+    return path
+
+
+def make_batch(lengths: list[int] = LENGTHS) -> PackedTokens:
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(0, 97, (n,), generator=generator) for n in lengths]
+    return PackedTokens.from_documents(ids, [torch.ones(n, dtype=torch.bool) for n in lengths])
+
+
+def make_engine(path: Path, wire: torch.dtype = torch.float32, **keys: Any) -> HfEngine:
+    layout = FeatureLayout(captured_layers=LAYERS, hidden_size=32, final=True, dtype=wire)
+    engine = build_engine(TargetConfig(path=str(path), **keys), layout, torch.device("cpu"))
+    assert isinstance(engine, HfEngine)
+    return engine
+
+
+def plain_features(path: Path, batch: PackedTokens, dtype: torch.dtype = torch.float32, shift: int = 1) -> Tensor:
+    """What transformers itself gives, one document at a time: hidden_states[i + 1] is the output of layer i."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    outputs: dict[int, Tensor] = {}
+    rows = []
+    # The last of transformers' hidden_states is after the final norm; its layer's own output needs an input hook there
+    for ids in batch.tokens.split(batch.lengths):
+        with torch.no_grad():
+            states = model(ids[None], output_hidden_states=True, use_cache=False).hidden_states
+            last = before_final_norm(model, ids)
+        states = [*states[:-1], last, states[-1]] if shift or len(states) == 5 else states
+        outputs = {i: states[i + shift][0] for i in LAYERS}
+        rows.append(torch.cat([*(outputs[i] for i in LAYERS), states[-1][0]], dim=-1))
+    return torch.cat(rows)
+
+
+def before_final_norm(model: nn.Module, ids: Tensor) -> Tensor:
+    decoder = model.get_decoder()
+    names = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f", "embedding_norm")
+    norms = [getattr(decoder, n) for n in names if hasattr(decoder, n)]
+    seen: list[Tensor] = []
+    handle = norms[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    decoder(input_ids=ids[None], use_cache=False)
+    handle.remove()
+    return seen[-1]
+
+
+def run(engine: HfEngine, batch: PackedTokens) -> Tensor:
+    out = engine.layout.empty(len(batch.tokens)).fill_(torch.nan)
+    engine.forward(batch, out)
+    return out
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1)).max().item()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_packed_equals_plain_transformers(kind: str, tmp_path: Path) -> None:
+    path, batch = make_model(kind, tmp_path), make_batch()
+    engine = make_engine(path)
+    assert engine.packs
+    assert relative(run(engine, batch), plain_features(path, batch)) < 1e-5
+    found = verify(engine, batch)
+    assert found is not None
+    assert found.worst < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3_moe"])
+def test_packed_equals_plain_transformers_in_bf16(kind: str, tmp_path: Path) -> None:
+    path, batch = make_model(kind, tmp_path), make_batch()
+    engine = make_engine(path, torch.bfloat16, dtype="bfloat16")
+    assert engine.packs
+    found = verify(engine, batch)
+    assert found is not None
+    assert found.worst < TOLERANCE[torch.bfloat16]
+    if kind != "qwen3_moe":  # near ties between experts may fall either way against another attention kernel
+        assert relative(run(engine, batch), plain_features(path, batch, torch.bfloat16)) < 0.1
+
+
+@pytest.mark.parametrize("kind", DOCUMENT_BY_DOCUMENT)
+def test_models_with_other_state_run_document_by_document(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, batch = make_model(kind, tmp_path), make_batch()
+    with caplog.at_level(logging.WARNING, logger="specdist"):
+        engine = make_engine(path)
+    assert not engine.packs
+    (record,) = [r for r in caplog.records if r.name.startswith("specdist")]
+    assert "documents run one after the other" in record.message
+    assert DOCUMENT_BY_DOCUMENT[kind] in record.message
+    shift = 0 if kind == "mamba" else 1  # its hidden_states leave the embedding out
+    assert relative(run(engine, batch), plain_features(path, batch, shift=shift)) < 1e-5
+    with pytest.raises(ConfigError, match=r"target\.prefill=packed"):
+        make_engine(path, prefill="packed")
+
+
+def test_convolutions_are_not_packed(tmp_path: Path) -> None:
+    engine = make_engine(make_model("llama", tmp_path))
+    assert packing_obstacle(engine.decoder, engine.decoder.config) is None
+    engine.decoder.layers[1].add_module("mixer", nn.Conv1d(32, 32, 3))
+    assert "convolutions" in str(packing_obstacle(engine.decoder, engine.decoder.config))
+
+
+def test_documents_mode_keeps_the_models_own_attention(tmp_path: Path) -> None:
+    path, batch = make_model("llama", tmp_path), make_batch()
+    engine = make_engine(path, prefill="documents")
+    assert not engine.packs
+    assert torch.equal(run(engine, batch), plain_features(path, batch))
+
+
+def test_a_shifted_layer_index_would_be_seen(tmp_path: Path) -> None:
+    path, batch = make_model("llama", tmp_path), make_batch()
+    rows = run(make_engine(path), batch)
+    assert relative(rows[:, :96], plain_features(path, batch)[:, :96]) < 1e-5
+    for part, wrong in enumerate(plain_features(path, batch, shift=0)[:, :96].split(32, dim=1)):
+        assert relative(rows[:, part * 32 : part * 32 + 32], wrong) > 0.1
+
+
+def test_no_logits_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_model("llama", tmp_path)
+    engine = make_engine(path)
+    heights: list[int] = []
+    linear = nn.functional.linear
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        heights.append(weight.shape[0])
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", watched)
+    run(engine, make_batch())
+    assert heights
+    assert COMMON["vocab_size"] not in heights
+    assert not any(name.endswith("lm_head") for name, _ in engine.decoder.named_modules())
+
+
+def test_no_square_mask_is_built_and_the_rows_are_written_in_place(tmp_path: Path) -> None:
+    engine, batch = make_engine(make_model("gemma3_text", tmp_path)), make_batch()
+    masks: list[Any] = []
+    for layer in engine.decoder.layers:
+        layer.register_forward_pre_hook(lambda m, a, k: masks.append(k["attention_mask"]), with_kwargs=True)
+    whole = torch.full((50, engine.layout.width), torch.nan)
+    engine.forward(batch, whole[3:47])
+    assert masks == [None] * 4
+    assert torch.isnan(whole[:3]).all()
+    assert torch.isnan(whole[47:]).all()
+    assert torch.isfinite(whole[3:47]).all()
+
+
+def test_layouts_without_final_or_without_layers(tmp_path: Path) -> None:
+    path, batch = make_model("llama", tmp_path), make_batch()
+    full = run(make_engine(path), batch)
+    config = TargetConfig(path=str(path))
+    for layers, final, columns in (((3, 0), False, [64, 0]), ((), True, [96])):
+        layout = FeatureLayout(layers, 32, final, torch.bfloat16)
+        engine = build_engine(config, layout, torch.device("cpu"))
+        out = layout.empty(len(batch.tokens))
+        engine.forward(batch, out)
+        assert torch.equal(out, torch.cat([full[:, c : c + 32] for c in columns], dim=1).bfloat16())
+
+
+def test_empty_batches_and_empty_documents(tmp_path: Path) -> None:
+    path = make_model("llama", tmp_path)
+    for engine in (make_engine(path), make_engine(path, prefill="documents")):
+        run(engine, make_batch([]))
+        assert verify(engine, make_batch([])) is None
+        assert torch.equal(run(engine, make_batch([0, 5, 0])), run(engine, make_batch([5])))
+
+
+def test_verify_names_document_and_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, batch = make_engine(make_model("llama", tmp_path)), make_batch()
+    monkeypatch.setattr(attention.Documents, "lengths", property(lambda self: [sum(self.given)]), raising=False)
+
+    def keep(self: attention.Documents, given: list[int], cu_seqlens: Tensor, attended: int = 0) -> None:
+        self.given, self.attended = given, attended
+
+    monkeypatch.setattr(attention.Documents, "__init__", keep)  # documents that see those before them
+    with pytest.raises(DataError, match=r"document 1 \(layer 0\).*target\.prefill=documents"):
+        verify(engine, batch)
+
+
+def test_packing_that_goes_wrong_is_noticed_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_model("llama", tmp_path)
+    right = attention.packed_attention
+
+    def leaks(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        kwargs["documents"].attended += 1
+        together = attention.Documents([q.shape[2]], kwargs["documents"].cu_seqlens)
+        return right(module, q, k, v, mask, **{**kwargs, "documents": together})
+
+    monkeypatch.setattr(attention, "packed_attention", leaks)
+    assert not make_engine(path).packs
+    with pytest.raises(ConfigError, match="packed features of layer 0 are off by"):
+        make_engine(path, prefill="packed")
+
+
+def test_errors_before_loading(tmp_path: Path) -> None:
+    path = make_model("llama", tmp_path)
+    layout = FeatureLayout((1, 4, -1), 32, True, torch.float32)
+    with pytest.raises(ConfigError, match=r"captured layers \[4, -1\].*0 to 3"):
+        build_engine(TargetConfig(path=str(path)), layout, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"hidden size 16 .* hidden_size is 32"):
+        build_engine(TargetConfig(path=str(path)), FeatureLayout((1,), 16, True, torch.float32), torch.device("cpu"))
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = make_model("llama", tmp_path)
+    state = load_file(path / "model.safetensors")
+    del state["model.layers.2.mlp.up_proj.weight"]
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"lacks 1 of .*model\.layers\.2\.mlp\.up_proj\.weight"):
+        make_engine(path)
+
+
+def test_shards_without_an_index_load(tmp_path: Path) -> None:
+    path, batch = make_model("llama", tmp_path), make_batch()
+    whole = run(make_engine(path), batch)
+    AutoModelForCausalLM.from_pretrained(path).save_pretrained(path, max_shard_size="20KB")
+    (path / "model.safetensors").unlink(missing_ok=True)
+    assert len(list(path.glob("*.safetensors"))) > 2
+    assert torch.equal(run(make_engine(path), batch), whole)
+    (path / "model.safetensors.index.json").unlink()
+    assert torch.equal(run(make_engine(path), batch), whole)
