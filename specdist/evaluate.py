@@ -93,13 +93,19 @@ class EvaluationTarget:
 
     @classmethod
     def load(
-        cls, path: str | Path, layout: FeatureLayout, device: torch.device | str, dtype: torch.dtype
+        cls,
+        path: str | Path,
+        layout: FeatureLayout,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        trust_remote_code: bool = False,
     ) -> EvaluationTarget:
         """The model of a transformers directory, on `device`, in `dtype`."""
         from specdist.target.facts import describe
         from specdist.target.loading import load_model
 
-        return cls(load_model(describe(path), dtype, torch.device(device)), layout)
+        facts = describe(path, trust_remote_code)
+        return cls(load_model(facts, dtype, torch.device(device), trust_remote_code=trust_remote_code), layout)
 
     @staticmethod
     def new_cache() -> DynamicCache:

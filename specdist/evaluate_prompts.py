@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SHAPES = ("messages", "conversations", "prompt", "turns", "text")
 STAND_IN = {"role": "assistant", "content": "-"}
-"""In the place of the answer that a record lacks, so that it reads as a training sample does; dropped again."""
+"""In the place of the answer, which a prompt may lack: it then reads as a training sample does. Dropped again."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _answered(record: object) -> object:
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
             last = turns[-1].get("role", turns[-1].get("from"))
             answered = isinstance(last, str) and ROLES.get(last.strip().lower()) == "assistant"
-            return record if answered else {**record, key: [*turns, STAND_IN]}
+            return {**record, key: [*(turns[:-1] if answered else turns), STAND_IN]}
     if record.keys().isdisjoint(SHAPES):
         keys = ", ".join(map(str, record)) or "none"
         raise UnusableError("unknown format", f"none of {', '.join(SHAPES)} among the keys: {keys}")
@@ -124,7 +124,7 @@ def _tokens(sample: Sample, tokenizer: PreTrainedTokenizerBase, variables: Mappi
     try:
         rendered = tokenizer.apply_chat_template(
             list(sample.messages[:-1]),
-            tools=list(sample.tools) or None,  # type: ignore[arg-type]
+            tools=list(sample.tools) or None,
             add_generation_prompt=True,
             tokenize=False,
             **variables,

@@ -25,9 +25,9 @@ from specdist.channel.local import LocalChannel
 from specdist.channel.p2p import P2PReceiver, P2PSender
 from specdist.checkpoint import Checkpointer
 from specdist.control.client import ControlClient
-from specdist.control.config import new_token
 from specdist.control.messages import LastItem, Stop
 from specdist.control.server import ControlServer
+from specdist.control.wire import new_token
 from specdist.draft.base import DraftModel
 from specdist.draft.initial import initial_vocabulary
 from specdist.draft.registry import build_draft
@@ -161,18 +161,18 @@ def _control_plane(
 ) -> Iterator[ControlClient]:
     """This rank's client; on rank 0 the server beside it, which outlives all clients."""
     with contextlib.ExitStack() as stack:
-        server = None
+        server, secret = None, new_token()
         if world.facts.rank == 0:
             server = ControlServer(
                 local_address(),
-                new_token(),
+                secret,
                 topology,
                 _scheduler(job, facts, topology, itinerary),
                 job.control,
                 join_timeout_s=job.world.join_timeout_s,
             )
             stack.enter_context(server)
-            world.store.set("control", json.dumps([server.address, server.token.hex()]))
+            world.store.set("control", json.dumps([server.address, secret.hex()]))
         try:
             world.store.wait(["control"], timedelta(seconds=job.world.join_timeout_s))
         except dist.DistError as error:

@@ -121,11 +121,12 @@ def shard_draft(model: DraftModel, mesh: DeviceMesh, dtype: torch.dtype, shardin
     The losses of all ranks add up to the step's loss, so gradients are summed, not averaged. "replicate" is FSDP2's
     hybrid form with a shard dimension of one: every rank keeps all weights, gradients are all-reduced.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = mesh if sharding == "replicate" else mesh["dp"]
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     assert isinstance(model, FSDPModule)
     model.set_gradient_divide_factor(1.0)
+    model.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     return model
 
 

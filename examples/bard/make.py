@@ -3,7 +3,7 @@
 
     python examples/bard/make.py --text tinyshakespeare.txt --out examples/bard
 
-Writes train.jsonl, heldout.jsonl and model/ under --out. Add --quick to try the whole way in half a minute (give it
+Writes train.jsonl, heldout.jsonl and model/ under --out. Add --quick to try the whole way in a minute (give it
 another --out). Add --regenerate to keep the model that is already there and write train-onpolicy.jsonl with it: the
 prompts of train.jsonl, answered by the model itself.
 """
@@ -166,15 +166,10 @@ def mean_loss(model: LlamaForCausalLM, documents: list[list[int]]) -> float:
 def train(
     model: LlamaForCausalLM, documents: list[list[int]], heldout: list[list[int]], args: argparse.Namespace
 ) -> None:
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     warmup = max(1, args.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * step / args.steps))),
-    )
+    cosine = [0.02 + 0.49 * (1 + math.cos(math.pi * step / args.steps)) for step in range(args.steps + 1)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, cosine[step]))
     batches = packed_batches(documents, args.batch, args.seed)
     start, running = time.monotonic(), 0.0
     for step in range(1, args.steps + 1):
@@ -186,12 +181,9 @@ def train(
         schedule.step()
         running += loss.item()
         if step % args.every == 0 or step == args.steps:
-            mean = running / (step % args.every or args.every)
-            print(
-                f"step {step:5d}  train {mean:.3f}  held out {mean_loss(model, heldout):.3f}"
-                f"  {time.monotonic() - start:.0f} s",
-                flush=True,
-            )
+            mean, seconds = running / (step % args.every or args.every), time.monotonic() - start
+            unseen = mean_loss(model, heldout)
+            print(f"step {step}  train {mean:.3f}  held out {unseen:.3f}  {seconds:.0f} s", flush=True)
             running = 0.0
 
 
@@ -280,12 +272,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="plain text of plays, each speech as 'SPEAKER:\\ntext'")
     parser.add_argument("--out", type=Path, required=True, help="folder for the splits and model/")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch", type=int, default=4, help=f"rows of {ROW_TOKENS} tokens in a step")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="the weights are the same only for the same number")
+    parser.add_argument("--threads", type=int, default=1, help="the weights are the same only for the same number")
     parser.add_argument("--every", type=int, default=200, help="steps between two lines of the log")
     parser.add_argument("--quick", action="store_true", help="20 steps: a check of the script, not a model")
     parser.add_argument("--regenerate", action="store_true", help="write train-onpolicy.jsonl with the model there is")

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _CLOSE = b""
 _LINGER_MS = 2000
+_LINGER_AFTER_ABORT_MS = 300
 
 
 class ControlClient:
@@ -168,7 +169,7 @@ class ControlClient:
             logger.exception("rank %d: the control client failed", self.rank)
             self._break(error)
         finally:
-            self._dealer.close(_LINGER_MS)
+            self._dealer.close(_LINGER_MS if self._error is None else _LINGER_AFTER_ABORT_MS)
 
     def _loop(self) -> None:
         poller = zmq.Poller()

@@ -70,6 +70,7 @@ class Conductor:
         self._join_timeout = join_timeout_s
         self._next_pulse = now
         self._joined = self._ready = self._stopping = self._stopped = False
+        self._stop_requested: StopRequested | None = None
         self._aborted_at = 0.0
 
     def receive(self, rank: int, payload: bytes, now: float) -> None:
@@ -150,7 +151,9 @@ class Conductor:
             case Failure(text):
                 self.abort(rank, text, now)
             case StopRequest(reason):
-                self._broadcast(StopRequested(rank, reason), now)
+                if self._stop_requested is None:  # a signal reaches many ranks at once: the first speaks for all
+                    self._stop_requested = StopRequested(rank, reason)
+                    self._broadcast(self._stop_requested, now)
             case LastItem(item):
                 self._last_item(rank, item, now)
             case Goodbye():
@@ -188,6 +191,8 @@ class Conductor:
             self.abort(rank, f"{text}: install the same specdist on all hosts", now)
         elif earlier is not None:
             self.abort(rank, f"two processes say they are this rank: pid {earlier} and pid {pid}", now)
+        elif self._stop_requested is not None:
+            self._broadcast(self._stop_requested, now, [rank])
 
     def _computed(self, rank: int, item: int, replica: int, now: float) -> None:
         replicas = self._topology.replicas

@@ -117,7 +117,8 @@ class StopRequest:
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """scheduler -> all: `rank` was asked to stop; the trainer decides at a step boundary and sends `LastItem`."""
+    """scheduler -> all, once, also to those who join later: `rank` was asked to stop. The trainer decides at a step
+    boundary and sends `LastItem`."""
 
     rank: int
     reason: str

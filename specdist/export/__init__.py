@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from specdist.errors import ConfigError
 from specdist.export.config import ExportConfig
@@ -22,7 +22,6 @@ __all__ = ["ExportConfig", "export_draft", "load_exported"]
 
 def export_draft(
     directory: str | Path,
-    format: Literal["sglang", "speculators"],
     draft: DraftConfig,
     state: Mapping[str, Tensor],
     vocabulary: Tensor,
@@ -30,7 +29,6 @@ def export_draft(
     target_path: str | Path,
     options: ExportConfig | None = None,
     embedding: Tensor | None = None,
-    overwrite: bool = False,
 ) -> Path:
     """Write a trained draft for serving engines; the directory appears complete or not at all.
 
@@ -41,7 +39,6 @@ def export_draft(
         target: the target's configuration, as transformers reads it.
         target_path: the target's directory or Hugging Face name, as a server would be given it.
         embedding: [V, H], the target's input embedding; needed when `options.embedding` is true.
-        overwrite: replace an export that is already in the directory.
 
     Returns:
         The directory.
@@ -57,12 +54,12 @@ def export_draft(
     options = options or ExportConfig()
     if options.embedding and embedding is None:
         raise ConfigError("export.embedding is true, but the target's embedding was not given")
-    check_free(Path(directory), overwrite)
+    check_free(Path(directory), options.overwrite)
     exporters = {"eagle3": Eagle3Export}
-    export = exporters[draft.algorithm].of(draft, target, vocabulary, format)
+    export = exporters[draft.algorithm].of(draft, target, vocabulary, options.format)
     config = export.config_json(str(target_path), options)
     tensors = export.tensors(state, vocabulary, options, embedding if options.embedding else None)
-    return write_directory(Path(directory), config, tensors, overwrite)
+    return write_directory(Path(directory), config, tensors, options.overwrite)
 
 
 def load_exported(directory: str | Path) -> ExportedDraft:

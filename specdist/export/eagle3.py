@@ -177,7 +177,7 @@ def check_servable(layers: tuple[int, ...], target_layers: int, format: Format) 
     if format == "sglang" and max(layers) == target_layers - 1:
         raise ConfigError(
             f"draft.eagle3.layers: {list(layers)}: SGLang cannot capture the output of the target's last layer, "
-            f"{target_layers - 1}; train without it, or leave sglang out of export.formats and serve with vLLM"
+            f"{target_layers - 1}; train without it, or serve with vLLM (export.format=speculators)"
         )
 
 

@@ -44,7 +44,7 @@ class Piece:
     first: int
     last: int
     size: int
-    """Bytes, for the progress display."""
+    """Bytes of the file, for the progress display."""
     texts: tuple[tuple[int, bytes] | BadSample, ...] = ()
     table: bytes | None = None
 
@@ -178,19 +178,22 @@ def _is_json(text: str) -> bool:
 
 def _table_pieces(source: SourceFile) -> Iterator[Piece]:
     row = 1
-    for batch in _batches(source):
+    for batch, size in _batches(source):
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)
-        yield Piece(source.path, row, row + len(batch) - 1, batch.nbytes, table=sink.getvalue().to_pybytes())
+        yield Piece(source.path, row, row + len(batch) - 1, size, table=sink.getvalue().to_pybytes())
         row += len(batch)
 
 
-def _batches(source: SourceFile) -> Iterator[pa.RecordBatch]:
+def _batches(source: SourceFile) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """Small batches of the known columns, and the share of the file's bytes that each stands for."""
     if source.kind == "parquet":
         with pq.ParquetFile(source.path) as file:
             columns = _known_columns(source.path, file.schema_arrow)
-            yield from file.iter_batches(batch_size=PIECE_ROWS, columns=columns)
+            bytes_per_row = Path(source.path).stat().st_size / max(file.metadata.num_rows, 1)
+            for batch in file.iter_batches(batch_size=PIECE_ROWS, columns=columns):
+                yield batch, round(bytes_per_row * len(batch))
         return
     with pa.memory_map(source.path) as mapped:
         if mapped.read(6) == b"ARROW1":
@@ -203,7 +206,8 @@ def _batches(source: SourceFile) -> Iterator[pa.RecordBatch]:
         columns = _known_columns(source.path, file.schema)
         for batch in batches:
             for start in range(0, len(batch), PIECE_ROWS):
-                yield batch.select(columns).slice(start, PIECE_ROWS)
+                part = batch.slice(start, PIECE_ROWS)
+                yield part.select(columns), part.nbytes
 
 
 def _known_columns(path: str, schema: pa.Schema) -> list[str]:

@@ -4,15 +4,15 @@
 The rule: a supervised token is one that the target generates, in the very context in which the server makes it generate
 that token. For assistant turn a that context is the rendering of the turns before it with the generation prompt
 (template.py). If the rendering for a later turn begins with the text of this turn's prompt and answer, one sequence
-teaches both. It does not for templates that rewrite earlier turns: Qwen3 drops the `<think>` block of an answer once the
-user speaks again, gpt-oss ends an earlier answer with another token. A rewritten answer is one the target never
-generated, and a token after a rewritten past is conditioned on text that the server did not have. So the conversation
-becomes several sequences, one for each stretch of turns that share an unrewritten past, and in each only the turns that
-it shows as generated are supervised. `supervise=last` makes one sequence of the last turn alone.
+teaches both. It does not for templates that rewrite earlier turns: Qwen3 drops the `<think>` block of an answer once
+the user speaks again, gpt-oss ends an earlier answer with another token. A rewritten answer is one the target never
+generated, and the tokens after a kept one would be conditioned on text that the server does not have. So the
+conversation becomes several sequences, one for each stretch of turns that share an unrewritten past, and in each only
+the turns that it shows as generated are supervised. `supervise=last` makes one sequence, of the last turn alone.
 
 Tokens follow the server too: it tokenises the prompt and generates the answer's tokens one by one, so no token may span
-the two. The whole text is tokenised once and cut by character offsets where that gives the same tokens (it nearly always
-does; each boundary is checked by tokenising its neighbourhood); otherwise prompt and answer are tokenised apart.
+the two. The whole text is tokenised once and cut by character offsets where that gives the same tokens (it nearly
+always does; each boundary is checked by tokenising its neighbourhood); otherwise prompt and answer are tokenised apart.
 
 A plain text is supervised everywhere, with the special tokens that the tokenizer itself adds to a text.
 """

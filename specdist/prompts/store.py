@@ -22,7 +22,7 @@ from specdist.records import PackedTokens
 FORMAT = 1
 """Of the files of a store. Raise it when they change, or when the same samples give other tokens than before."""
 MANIFEST = "manifest.json"
-COLUMNS = {
+COLUMNS: dict[str, np.dtype] = {
     "tokens": np.dtype("<i4"),
     "supervised": np.dtype("u1"),
     "offsets": np.dtype("<i8"),
@@ -30,7 +30,7 @@ COLUMNS = {
     "files": np.dtype("<i4"),
     "lines": np.dtype("<i8"),
 }
-"""One file each. [tokens]: tokens, supervised; [sequences]: supervised_counts, files, lines; [sequences + 1]: offsets."""
+"""One file each: tokens and supervised [T], offsets [S + 1], the others [S], of T tokens in S sequences."""
 CONTENT = ("tokens", "supervised", "offsets")
 
 
@@ -94,10 +94,10 @@ class StoreWriter:
             "files": list(files),
             "report": report.to_dict(),
         }
-        with open(self.directory / MANIFEST, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        with open(self.directory / MANIFEST, "w", encoding="utf-8") as written:
+            json.dump(manifest, written, indent=1)
+            written.flush()
+            os.fsync(written.fileno())
 
     def _put(self, name: str, values: np.ndarray) -> None:
         data = np.ascontiguousarray(values, dtype=COLUMNS[name]).tobytes()

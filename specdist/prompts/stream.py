@@ -18,7 +18,7 @@ from specdist.records import Cursor, Shard, WorkItem
 
 
 class Stream:
-    """Cuts the shuffled epochs of `lengths` [N] into work items of `shards` shards of at most `tokens_per_shard` tokens.
+    """Cuts shuffled epochs of `lengths` [N] into work items of `shards` shards of at most `tokens_per_shard` tokens.
 
     Every sequence comes exactly once an epoch. An item never spans two epochs; the last of an epoch may be smaller and
     leave shards empty.

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 
@@ -178,13 +178,13 @@ class Template:
 
     def _render_tagged(self, messages: Sequence[Message], tools: Tools) -> tuple[str, list[tuple[int, int]] | None]:
         """The rendering, and the ranges inside the template's `{% generation %}` blocks if it has any."""
-        source = self._source(bool(tools))
+        source = self.source(bool(tools))
         if not GENERATION_TAG.search(source):
             return self._render(messages, tools, False), None
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, tags = render_jinja_template(
+            texts, tags = cast(Any, render_jinja_template)(
                 [list(messages)],
                 tools=list(tools) or None,
                 chat_template=source,
@@ -195,7 +195,12 @@ class Template:
             raise UnusableError("refused by the chat template", str(error) or type(error).__name__) from error
         return texts[0], tags[0]
 
-    def _source(self, tools: bool) -> str:
+    def source(self, tools: bool = False) -> str:
+        """The Jinja text of the template.
+
+        Raises:
+            DataError: the tokenizer has none.
+        """
         try:
             return self.tokenizer.get_chat_template(None, [{}] if tools else None)
         except ValueError as error:

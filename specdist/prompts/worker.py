@@ -16,7 +16,7 @@ import numpy as np
 from specdist.errors import DataError
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.read import Piece, samples
-from specdist.prompts.render import Rendering, Renderer
+from specdist.prompts.render import Renderer, Rendering
 from specdist.prompts.report import BadSample, UnusableError
 
 

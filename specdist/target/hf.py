@@ -47,6 +47,8 @@ class HfEngine(Engine):
         # Of the model only the decoder is kept: what else was loaded is freed with it.
         model = load_model(facts, self.dtype, device, group, config.trust_remote_code)
         self.decoder: PreTrainedModel = model.get_decoder()
+        self._own_attention = own_attention(self.decoder, facts.text_config)
+        self.decoder.set_attn_implementation(self._own_attention)
         self.packs = False
         self._out: Tensor | None = None
         layers = find_layers(self.decoder, facts)
@@ -124,7 +126,7 @@ class HfEngine(Engine):
                 return None
             obstacle = f"packed features of {off[0].part} are off by {off[0].worst:.1e}, more than {limit:.0e}"
         self.packs = False
-        self.decoder.set_attn_implementation(self.decoder.get_correct_attn_implementation(None))
+        self.decoder.set_attn_implementation(self._own_attention)
         return obstacle
 
 
@@ -136,6 +138,16 @@ def find_layers(decoder: nn.Module, facts: TargetFacts) -> nn.ModuleList:
             return modules
     held = ", ".join(f"{name} ({len(m)})" for name, m in lists) or "none"
     raise DataError(f"{facts.path}: no list of {facts.layers} layers in {type(decoder).__name__}; it has: {held}")
+
+
+def own_attention(decoder: PreTrainedModel, config: PretrainedConfig) -> str:
+    """transformers' attention for documents one by one: its default, or `eager` where that would drop a soft cap.
+
+    Up to 5.17 at least, the default (sdpa) ignores `attn_logit_softcapping` without a word.
+    """
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "eager"
+    return decoder.get_correct_attn_implementation(None)
 
 
 def packing_obstacle(decoder: PreTrainedModel, config: PretrainedConfig) -> str | None:

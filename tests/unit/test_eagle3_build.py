@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from eagle3_reference import HIDDEN, PRUNED, VOCAB, build_case, target_config
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +22,7 @@ from specdist.draft.registry import build_draft, capture_layout, parameter_count
 from specdist.draft.vocabulary import DraftVocabulary
 from specdist.errors import ConfigError, DataError
 from specdist.records import TargetVocabulary
+from tests.unit.eagle3_reference import HIDDEN, PRUNED, VOCAB, build_case, target_config
 
 
 def target_vocabulary() -> TargetVocabulary:

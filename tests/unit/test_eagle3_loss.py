@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import eagle3_reference as reference
 import pytest
 import torch
-from eagle3_reference import STEPS, build_case, gradients, run
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.unit import eagle3_reference as reference
+from tests.unit.eagle3_reference import STEPS, build_case, gradients, run
 
 VARIANTS = {
     "kl": {},

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from eagle3_reference import HIDDEN, STEPS, Case, Reference, build_case, run
 from torch import Tensor
 
 from specdist.draft.eagle3.proposer import Eagle3Proposer
 from specdist.draft.eagle3.teacher import teach
 from specdist.records import Features
+from tests.unit.eagle3_reference import HIDDEN, STEPS, Case, Reference, build_case, run
 
 NORMS = [{}, {"fc_norm": True, "norm_output": True}]
 

@@ -3,6 +3,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -18,15 +20,19 @@ from transformers import (
 )
 
 from specdist.draft.base import Proposer
+from specdist.draft.config import DraftConfig
+from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.registry import build_draft
 from specdist.errors import ConfigError, DataError
 from specdist.evaluate import EvaluateConfig, EvaluationTarget, decode_greedily, evaluate, speculate
 from specdist.evaluate_prompts import read_prompts
 from specdist.evaluate_report import Comparison, EvaluationReport, Tally, render
-from specdist.records import FeatureLayout
+from specdist.records import FeatureLayout, TargetVocabulary
 
 VOCAB, HIDDEN, LAYERS = 64, 32, 5
 LAYOUT = FeatureLayout(captured_layers=(0, 2, 4), hidden_size=HIDDEN, final=True, dtype=torch.float32)
 SETTINGS = EvaluateConfig(draft_tokens=4, max_new_tokens=24, check=True)
+BARD = Path(__file__).parents[2] / "examples" / "bard"
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
@@ -99,6 +105,30 @@ def test_any_proposer_leaves_the_text_as_it_is(target, prompts):
         assert len(set(plain)) > 3, "a target that repeats one token tests nothing"
         for proposer in (Guess(), scripted(target, prompt), scripted(target, prompt, wrong_at=(2,))):
             assert speculate(target, proposer, prompt, SETTINGS).tokens == plain
+
+
+def test_an_eagle3_draft_is_lossless_too(target, prompts):
+    """Not trained, but with the target's head: it gets some tokens right."""
+    head, embedding = target.model.lm_head.weight.detach(), target.model.get_input_embeddings().weight.detach()
+    config = DraftConfig(eagle3=Eagle3Config(layers=LAYOUT.captured_layers))
+    draft = build_draft(config, target.model.config, TargetVocabulary(embedding, head))
+    total = evaluate(target, draft.proposer, prompts, SETTINGS).total
+    assert (total.checked, total.differing) == (4, 0)
+    assert total.acceptance_length >= 1.0
+
+
+@pytest.mark.skipif(not (BARD / "model").is_dir(), reason="examples/bard/model has not been made")
+def test_the_shipped_model_decodes_the_same_with_and_without_drafts():
+    layout = FeatureLayout(captured_layers=(1, 3, 4), hidden_size=128, final=True, dtype=torch.float32)
+    target = EvaluationTarget.load(BARD / "model", layout, "cpu", torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(BARD / "model")
+    prompts = read_prompts([BARD / "heldout.jsonl"], tokenizer, limit=4)
+    tokens = [prompt.tokens for prompt in prompts]
+    vocabulary = TargetVocabulary(target.model.get_input_embeddings().weight, target.model.lm_head.weight)
+    draft = build_draft(DraftConfig(), target.model.config, vocabulary)
+    total = evaluate(target, draft.proposer, tokens, replace(SETTINGS, max_new_tokens=48)).total
+    assert (total.checked, total.differing) == (4, 0)
+    assert total.acceptance_length >= 1.0
 
 
 def test_plain_decoding_is_what_transformers_generates(target, prompts):
@@ -278,7 +308,10 @@ def tokenizer():
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<s>", "|", *words])}, unk_token="<s>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}|{% endfor %}{% if add_generation_prompt %}a{{ mark }}{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}{{ m.content }}|{% endfor %}"
+        "{% if add_generation_prompt %}a{{ mark }}{% endif %}"
+    )
     return tokenizer
 
 
@@ -295,14 +328,15 @@ def test_every_shape_of_prompt_is_rendered_with_the_generation_prompt(tmp_path, 
         {"prompt": "P"},
         "",
         {"messages": said},
+        {"messages": [*said[:2], {"role": "assistant", "content": ""}]},
         {"conversations": sharegpt},
         {"turns": ["T", "W"]},
         {"text": "xyz"},
     )
     prompts = read_prompts([path], tokenizer, template_kwargs={"mark": "!"})
     texts = ["".join(tokenizer.convert_ids_to_tokens(list(p.tokens))) for p in prompts]
-    assert texts == ["uP|a!", "sS|uU|a!", "uU|aA|uV|a!", "uT|a!", "xyz"]
-    assert [p.line for p in prompts] == [1, 3, 4, 5, 6]
+    assert texts == ["uP|a!", "sS|uU|a!", "sS|uU|a!", "uU|aA|uV|a!", "uT|a!", "xyz"]
+    assert [p.line for p in prompts] == [1, 3, 4, 5, 6, 7]
     assert len(read_prompts([path, path], tokenizer, limit=2)) == 4
     table = pa.table({"messages": [said, said]})
     pq.write_table(table, tmp_path / "p.parquet")
@@ -331,7 +365,7 @@ def test_a_bad_line_is_named(tmp_path, tokenizer, line, message):
 
 
 def test_files_that_are_missing_or_empty(tmp_path, tokenizer):
-    with pytest.raises(DataError, match="there is no .*none.jsonl"):
+    with pytest.raises(DataError, match=r"there is no .*none.jsonl"):
         read_prompts([tmp_path / "none.jsonl"], tokenizer)
     with pytest.raises(DataError, match="no prompt in"):
         read_prompts([write(tmp_path / "empty.jsonl", "")], tokenizer)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from specdist.errors import ConfigError, DataError
 from specdist.records import FeatureLayout, PackedTokens
@@ -102,16 +102,16 @@ def make_engine(path: Path, wire: torch.dtype = torch.float32, **keys: Any) -> H
 def plain_features(path: Path, batch: PackedTokens, dtype: torch.dtype = torch.float32, shift: int = 1) -> Tensor:
     """What transformers itself gives, one document at a time: hidden_states[i + 1] is the output of layer i."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-    outputs: dict[int, Tensor] = {}
+    if model.config.model_type == "gemma2":  # transformers 5.17's default attention ignores the soft cap
+        model.set_attn_implementation("eager")
     rows = []
-    # The last of transformers' hidden_states is after the final norm; its layer's own output needs an input hook there
+    # The last of transformers' hidden_states is after the final norm; the last layer's output is the norm's input
     for ids in batch.tokens.split(batch.lengths):
         with torch.no_grad():
             states = model(ids[None], output_hidden_states=True, use_cache=False).hidden_states
             last = before_final_norm(model, ids)
-        states = [*states[:-1], last, states[-1]] if shift or len(states) == 5 else states
-        outputs = {i: states[i + shift][0] for i in LAYERS}
-        rows.append(torch.cat([*(outputs[i] for i in LAYERS), states[-1][0]], dim=-1))
+        states = [*states[:-1], last, states[-1]]
+        rows.append(torch.cat([*(states[i + shift][0] for i in LAYERS), states[-1][0]], dim=-1))
     return torch.cat(rows)
 
 
@@ -174,6 +174,18 @@ def test_models_with_other_state_run_document_by_document(
     assert relative(run(engine, batch), plain_features(path, batch, shift=shift)) < 1e-5
     with pytest.raises(ConfigError, match=r"target\.prefill=packed"):
         make_engine(path, prefill="packed")
+
+
+def test_the_language_model_of_a_multimodal_wrapper(tmp_path: Path) -> None:
+    text = {**COMMON, **MODELS["gemma3_text"], "model_type": "gemma3_text"}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    model = AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(tmp_path)
+    engine, batch = make_engine(tmp_path), make_batch()
+    assert engine.packs
+    assert not any("vision" in name for name, _ in engine.decoder.named_modules())
+    assert relative(run(engine, batch), plain_features(tmp_path, batch)) < 1e-5
 
 
 def test_convolutions_are_not_packed(tmp_path: Path) -> None:

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a finished draft is written as."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from specdist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """How a trained draft is written for serving."""
+
+    format: Literal["sglang", "speculators"] = "sglang"
+    """sglang: the EAGLE-3 directory that SGLang and vLLM load; speculators: the format of the speculators library,
+    which vLLM serves without naming the target."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the exported weights; choose the one the target is served in."""
+    embedding: bool = False
+    """Write the target's input embedding too. Engines share the target's; vLLM's pipeline parallelism cannot."""
+    speculative_tokens: int = 5
+    """speculators only: draft tokens that vLLM asks for unless told otherwise."""
+    overwrite: bool = False
+    """Replace an export that is already in the directory."""
+
+    def __post_init__(self) -> None:
+        if self.speculative_tokens < 1:
+            raise ConfigError(f"export.speculative_tokens is {self.speculative_tokens}; it must be at least 1")

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spawns real torchrun worlds for tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def torchrun(ranks: int, arguments: Sequence[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run `torchrun --nproc-per-node RANKS ARGUMENTS` from the project's root and wait for it."""
+    process = start_torchrun(ranks, arguments)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"the world did not end within {timeout} s\n{out}\n{err}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def start_torchrun(ranks: int, arguments: Sequence[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def train(ranks: int, words: Sequence[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run a training job and return its finished process."""
+    return torchrun(ranks, ["-m", "specdist.train", *words], timeout)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EAGLE-3 on CUDA: FlexAttention and compiled functions against the eager reference, gradients included."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from specdist.draft.config import DraftConfig
+from specdist.draft.eagle3.attention import eager_attention, flex_attention
+from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.eagle3.model import Eagle3Draft
+from specdist.draft.registry import build_draft
+from specdist.records import Features, PackedTokens, TargetVocabulary
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+LENGTHS = ((5,), (130, 3, 127, 1), (128, 128, 256), (1, 700, 40, 2), (513,))
+HIDDEN, VOCAB = 256, 1000
+
+
+@pytest.fixture(autouse=True)
+def _full_fp32_products() -> None:
+    torch.set_float32_matmul_precision("highest")
+
+
+def positions_of(lengths: tuple[int, ...]) -> Tensor:
+    return torch.cat([torch.arange(length) for length in lengths]).cuda()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_flex_attention_and_its_gradients(dtype: torch.dtype, tolerance: float, kv_heads: int) -> None:
+    for lengths in LENGTHS:
+        tokens = sum(lengths)
+        generator = torch.Generator("cuda").manual_seed(tokens)
+        shapes = ((tokens, 4, 64), (tokens, kv_heads, 64), (tokens, kv_heads, 64), (tokens, 4, 64), (tokens, 4))
+        q, k, v, d_out, d_lse = (torch.randn(s, generator=generator, device="cuda").to(dtype) for s in shapes)
+        results = []
+        for attend in (eager_attention(lengths, 0.125), flex_attention(positions_of(lengths), 0.125)):
+            inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+            out, lse = attend(*inputs)
+            gradients = torch.autograd.grad((out, lse), inputs, (d_out, d_lse.to(lse.dtype)))
+            results.append((out, lse, *gradients))
+        for expected, found in zip(*results, strict=True):
+            scale = float(expected.detach().float().abs().max())
+            torch.testing.assert_close(found.float(), expected.float(), rtol=tolerance, atol=tolerance * scale)
+
+
+def draft_of(attention: str, dtype: torch.dtype, compiled: bool) -> Eagle3Draft:
+    target = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    generator = torch.Generator().manual_seed(0)
+    ends = (torch.randn(VOCAB, HIDDEN, generator=generator).div(16).to("cuda", dtype) for _ in range(2))
+    config = DraftConfig(eagle3=Eagle3Config(attention=attention, loss_chunk=300), compile=compiled)  # type: ignore[arg-type]
+    return build_draft(config, target, TargetVocabulary(*ends), torch.arange(0, VOCAB, 2)).to(dtype)
+
+
+def run(draft: Eagle3Draft, lengths: tuple[int, ...]) -> tuple[float, Tensor, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    host = PackedTokens.from_documents(
+        [torch.randint(0, VOCAB, (n,), generator=generator) for n in lengths],
+        [torch.rand(n, generator=generator) < 0.8 for n in lengths],
+    )
+    rows = torch.randn(sum(lengths), draft.layout.width, generator=generator)
+    features = Features(draft.layout, rows.to("cuda", draft.layout.dtype))
+    batch = host.to("cuda")
+    draft.zero_grad()
+    supervision = draft.supervise(batch, host, features)
+    loss, sums = draft(batch, features, supervision, supervision.counts)
+    loss.backward()
+    return loss.item(), sums, {n: p.grad.float() for n, p in draft.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["uncompiled", "compiled"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 6e-2)], ids=str)
+def test_the_draft_with_flex_equals_eager(dtype: torch.dtype, tolerance: float, compiled: bool) -> None:
+    eager, flex = draft_of("eager", dtype, False), draft_of("auto", dtype, compiled)
+    for lengths in LENGTHS[1:]:
+        loss, sums, gradients = run(eager, lengths)
+        other_loss, other_sums, other_gradients = run(flex, lengths)
+        assert other_loss == pytest.approx(loss, rel=tolerance)
+        torch.testing.assert_close(other_sums, sums, rtol=tolerance, atol=4.0)  # argmax ties may fall otherwise
+        for name, gradient in gradients.items():
+            error = (other_gradients[name] - gradient).norm() / gradient.norm()
+            assert float(error) < tolerance, name
+
+
+def test_cuda_equals_cpu() -> None:
+    cuda = draft_of("auto", torch.float32, False)
+    cpu = draft_of("auto", torch.float32, False)
+    frozen = cpu.frozen
+    vocabulary = replace(frozen.vocabulary, ids=frozen.vocabulary.ids.cpu(), to_draft=frozen.vocabulary.to_draft.cpu())
+    rotary = replace(frozen.rotary, inv_freq=frozen.rotary.inv_freq.cpu())
+    cpu.cpu().frozen = replace(
+        frozen, target=frozen.target.to("cpu"), head=frozen.head.cpu(), vocabulary=vocabulary, rotary=rotary
+    )
+    host = PackedTokens.from_documents([torch.arange(90), torch.arange(50)], [torch.ones(90), torch.ones(50)])
+    rows = torch.randn(140, cpu.layout.width, generator=torch.Generator().manual_seed(1))
+    losses = []
+    for draft, batch, values in ((cpu, host, rows), (cuda, host.to("cuda"), rows.cuda())):
+        features = Features(draft.layout, values)
+        supervision = draft.supervise(batch, host, features)
+        losses.append(draft(batch, features, supervision, supervision.counts)[0].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_lengths_do_not_recompile_and_nothing_waits_for_the_device() -> None:
+    draft = draft_of("auto", torch.bfloat16, True)
+    for lengths in ((700, 300), (400, 33)):
+        run(draft, lengths)  # compiles
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for lengths in ((50, 900), (1025,), (3, 3, 3, 640), (129, 1)):
+        run(draft, lengths)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+    host = PackedTokens.from_documents([torch.arange(800)], [torch.ones(800)])
+    batch = host.to("cuda")
+    features = Features(draft.layout, torch.randn(800, draft.layout.width, device="cuda", dtype=torch.bfloat16))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        supervision = draft.supervise(batch, host, features)
+        draft(batch, features, supervision, supervision.counts)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An export is what the engines load: names, shapes and keys, and the same logits from nothing but the two files."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specdist.draft.config import DraftConfig
+from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.registry import build_draft
+from specdist.errors import ConfigError, DataError
+from specdist.evaluate import EvaluationTarget
+from specdist.export import ExportConfig, export_draft, load_exported
+from specdist.records import TargetVocabulary
+
+V, V_D, H, LAYERS, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 40, 24, 32, 8, 48, 4, 2, 12
+CAPTURED = (1, 3, 4)
+FP32 = ExportConfig(dtype="float32")
+SPECULATORS = replace(FP32, format="speculators")
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 700.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 16,
+}
+PLAIN = {"rope_type": "default", "rope_theta": 700.0}
+
+NAMES_AND_SHAPES = {
+    "midlayer.self_attn.q_proj.weight": [HEADS * HEAD_DIM, 2 * H],
+    "midlayer.self_attn.k_proj.weight": [KV_HEADS * HEAD_DIM, 2 * H],
+    "midlayer.self_attn.v_proj.weight": [KV_HEADS * HEAD_DIM, 2 * H],
+    "midlayer.self_attn.o_proj.weight": [H, HEADS * HEAD_DIM],
+    "midlayer.mlp.gate_proj.weight": [INTERMEDIATE, H],
+    "midlayer.mlp.up_proj.weight": [INTERMEDIATE, H],
+    "midlayer.mlp.down_proj.weight": [H, INTERMEDIATE],
+    "midlayer.input_layernorm.weight": [H],
+    "midlayer.hidden_norm.weight": [H],
+    "midlayer.post_attention_layernorm.weight": [H],
+    "fc.weight": [H, 3 * H],
+    "norm.weight": [H],
+    "lm_head.weight": [V_D, H],
+    "d2t": [V_D],
+    "t2d": [V],
+}
+
+
+def make_target(rope=PLAIN):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=H,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        rms_norm_eps=1e-3,
+        rope_parameters=dict(rope),
+        bos_token_id=1,
+        eos_token_id=2,
+        architectures=["LlamaForCausalLM"],
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+class Case:
+    """A target, a draft with random weights, norms included, and the draft's vocabulary."""
+
+    def __init__(self, rope=PLAIN, whole=False, **options):
+        self.target = make_target(rope)
+        self.config = DraftConfig(eagle3=Eagle3Config(layers=CAPTURED, init_head="random", **options))
+        self.ids = torch.arange(V) if whole else torch.randperm(V)[:V_D].sort().values
+        embedding = self.target.get_input_embeddings().weight.detach()
+        borrowed = TargetVocabulary(embedding, self.target.lm_head.weight.detach())
+        self.draft = build_draft(self.config, self.target.config, borrowed, self.ids, seed=1)
+        with torch.no_grad():
+            for parameter in self.draft.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        self.state = {name: tensor.detach() for name, tensor in self.draft.state_dict().items()}
+
+    def export(self, directory, options=FP32, **others):
+        arguments = {"state": self.state, "vocabulary": self.ids} | others
+        return export_draft(
+            directory, self.config, target=self.target.config, target_path="org/model", options=options, **arguments
+        )
+
+
+@pytest.fixture(scope="module")
+def case():
+    return Case()
+
+
+class Served:
+    """A draft as an engine runs it, from the two files alone. Written from the engines' behaviour, not from ours."""
+
+    def __init__(self, directory, target):
+        self.config = json.loads((directory / "config.json").read_text())
+        self.tensors = load_file(directory / "model.safetensors")
+        self.target = target
+
+    def features(self, tokens, engine):
+        """Captured states side by side: `hidden_states[i]` is what enters layer i, which is what engines record."""
+        with torch.no_grad():
+            states = self.target(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+        if engine == "sglang":
+            inputs = [b + 1 for b in self.config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]]
+        else:
+            inputs = self.config["eagle_aux_hidden_state_layer_ids"]
+        return torch.cat([states[i][0] for i in range(LAYERS) if i in inputs], dim=-1)
+
+    def norm(self, name, x):
+        eps = self.config["rms_norm_eps"]
+        return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * self.tensors[f"{name}.weight"]
+
+    def linear(self, name, x):
+        return x @ self.tensors[f"{name}.weight"].T
+
+    def rotate(self, x, positions):
+        half = torch.arange(self.config["head_dim"] // 2)
+        frequency = self.config["rope_theta"] ** (-2 * half / self.config["head_dim"])
+        if scaling := self.config["rope_scaling"]:
+            turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            smooth = ((turns - low) / (high - low)).clamp(0, 1)
+            frequency = smooth * frequency + (1 - smooth) * frequency / scaling["factor"]
+        angle = positions[:, None, None] * frequency
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+
+    def layer(self, tokens, hidden, positions, cache):
+        """One draft forward; appends its keys and values to `cache` and returns logits and the next state."""
+        embedded = self.target.get_input_embeddings().weight.detach()[tokens]
+        x = torch.cat([self.norm("midlayer.input_layernorm", embedded), self.norm("midlayer.hidden_norm", hidden)], -1)
+        heads = (-1, self.config["head_dim"])
+        q, k, v = (self.linear(f"midlayer.self_attn.{n}_proj", x).unflatten(-1, heads) for n in "qkv")
+        cache.append((self.rotate(k, positions), v, positions))
+        keys, values, places = (torch.cat(parts) for parts in zip(*cache, strict=True))
+        groups = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+        scores = torch.einsum("qhd,khd->hqk", self.rotate(q, positions), keys) / math.sqrt(self.config["head_dim"])
+        scores = scores.masked_fill(places > positions[:, None], -torch.inf)
+        attended = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).flatten(1)
+        hidden = hidden + self.linear("midlayer.self_attn.o_proj", attended)
+        y = self.norm("midlayer.post_attention_layernorm", hidden)
+        y = functional.silu(self.linear("midlayer.mlp.gate_proj", y)) * self.linear("midlayer.mlp.up_proj", y)
+        hidden = hidden + self.linear("midlayer.mlp.down_proj", y)
+        normed = self.norm("norm", hidden)
+        return self.linear("lm_head", normed), normed if self.config["norm_output"] else hidden
+
+    def chain(self, tokens, next_tokens, count, engine="sglang"):
+        captured = self.features(tokens, engine)
+        if self.config["fc_norm"]:
+            chunks = captured.chunk(self.config["num_aux_hidden_states"], dim=-1)
+            captured = torch.cat([self.norm(f"fc_norm.{i}", c) for i, c in enumerate(chunks)], dim=-1)
+        positions, cache = torch.arange(len(tokens)), []
+        logits, hidden = self.layer(next_tokens, self.linear("fc", captured), positions, cache)
+        drafted, rows = [], []
+        for _ in range(count):
+            rows.append(logits[-1])
+            best = int(logits[-1].argmax())
+            drafted.append(best + int(self.tensors["d2t"][best]))
+            positions = positions[-1:] + 1
+            logits, hidden = self.layer(torch.tensor(drafted[-1:]), hidden[-1:], positions, cache)
+        return drafted, torch.stack(rows)
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"whole": True},
+        {"fc_norm": True, "norm_output": True},
+        {"rope": LLAMA3},
+        {"rope": LLAMA3, "rope_scaling": False},
+    ],
+    ids=["plain", "whole vocabulary", "3.1", "scaled rope", "rope base only"],
+)
+def test_the_two_files_alone_give_the_trained_logits(tmp_path, options, engine):
+    case = Case(**options)
+    served = Served(case.export(tmp_path / "draft"), case.target)
+    tokens = torch.randint(V, (30,)).tolist()
+    next_tokens = torch.tensor([*tokens[1:], 7])
+    target = EvaluationTarget(case.target, case.draft.layout)
+    with torch.no_grad():
+        target.forward(tokens, target.new_cache(), last=1)
+        proposer = case.draft.proposer()
+        proposer.extend(target.features(30), next_tokens)
+        drafted, logits = proposer.chain(6)
+    served_drafts, served_logits = served.chain(tokens, next_tokens, 6, engine)
+    assert served_drafts == drafted
+    torch.testing.assert_close(served_logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_names_shapes_and_types_are_those_the_engines_load(case, tmp_path):
+    tensors = load_file(case.export(tmp_path / "draft", options=None) / "model.safetensors")
+    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == NAMES_AND_SHAPES
+    types = {name: tensor.dtype for name, tensor in tensors.items()}
+    assert (types.pop("d2t"), types.pop("t2d")) == (torch.int64, torch.bool)
+    assert set(types.values()) == {torch.bfloat16}
+    assert torch.equal(tensors["d2t"] + torch.arange(V_D), case.ids)
+    assert torch.equal(tensors["t2d"].nonzero()[:, 0], case.ids)
+    assert torch.equal(tensors["fc.weight"], case.state["fc.weight"].bfloat16())
+
+
+def test_the_configuration_has_every_key_in_both_places(case, tmp_path):
+    config = json.loads((case.export(tmp_path / "draft") / "config.json").read_text())
+    expected = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "hidden_size": H,
+        "target_hidden_size": H,
+        "intermediate_size": INTERMEDIATE,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-3,
+        "max_position_embeddings": 64,
+        "vocab_size": V,
+        "draft_vocab_size": V_D,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "torch_dtype": "float32",
+        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [1, 3, 4]},
+        "eagle_aux_hidden_state_layer_ids": [2, 4, 5],
+        "rope_theta": 700.0,
+        "rope_scaling": None,
+        "rope_parameters": PLAIN,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    assert {key: config[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("rope", [PLAIN, LLAMA3])
+def test_transformers_reads_the_rope_that_was_trained(tmp_path, rope):
+    """vLLM and SGLang parse config.json with the LlamaConfig of transformers; version 4 knows the older two keys."""
+    written = json.loads((Case(rope).export(tmp_path / "draft") / "config.json").read_text())
+    old_style = {key: value for key, value in written.items() if key != "rope_parameters"}
+    for config in (written, old_style):
+        read = LlamaConfig.from_dict(config)
+        assert read.rope_parameters == rope
+        assert read.draft_vocab_size == V_D
+        assert read.dtype == torch.float32
+
+
+def test_a_whole_vocabulary_keeps_its_maps(tmp_path):
+    directory = Case(whole=True).export(tmp_path / "draft")
+    assert json.loads((directory / "config.json").read_text())["draft_vocab_size"] == V
+    tensors = load_file(directory / "model.safetensors")
+    assert tensors["d2t"].tolist() == [0] * V
+    assert tensors["t2d"].all()
+
+
+def test_the_speculators_format(case, tmp_path):
+    directory = case.export(tmp_path / "draft", replace(SPECULATORS, speculative_tokens=4))
+    config = json.loads((directory / "config.json").read_text())
+    assert config["architectures"] == ["Eagle3Speculator"]
+    assert config["speculators_model_type"] == "eagle3"
+    assert config["speculators_version"]
+    assert config["speculators_config"] == {
+        "algorithm": "eagle3",
+        "default_proposal_method": "greedy",
+        "proposal_methods": [
+            {"proposal_type": "greedy", "speculative_tokens": 4, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+        ],
+        "verifier": {"name_or_path": "org/model", "architectures": ["LlamaForCausalLM"]},
+    }
+    assert config["norm_before_residual"] is False
+    assert config["embed_requires_grad"] is False
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
+    assert (config["draft_vocab_size"], config["target_hidden_size"]) == (V_D, H)
+    layer = config["transformer_layer_config"]
+    assert (layer["model_type"], layer["num_hidden_layers"], layer["vocab_size"]) == ("llama", 1, V)
+    shapes = {name: list(tensor.shape) for name, tensor in load_file(directory / "model.safetensors").items()}
+    assert shapes == {name.replace("midlayer.", "layers.0."): shape for name, shape in NAMES_AND_SHAPES.items()}
+
+
+@pytest.mark.parametrize("format", ["sglang", "speculators"])
+@pytest.mark.parametrize("options", [{}, {"whole": True}, {"fc_norm": True, "norm_output": True, "rope": LLAMA3}])
+def test_an_export_reads_back_as_it_was(tmp_path, format, options):
+    case = Case(**options)
+    embedding = case.target.get_input_embeddings().weight.detach()
+    case.export(tmp_path / "draft", replace(FP32, format=format, embedding=True), embedding=embedding)
+    exported = load_exported(tmp_path / "draft")
+    assert exported.state.keys() == case.state.keys()
+    assert all(torch.equal(exported.state[name], tensor) for name, tensor in case.state.items())
+    assert torch.equal(exported.vocabulary, case.ids)
+    assert exported.captured_layers == CAPTURED
+    assert torch.equal(exported.embedding, embedding)
+    assert exported.dims == case.draft.dims
+    restored = exported.eagle3_config(Eagle3Config(init_head="random"), case.target.config)
+    assert restored.layers == CAPTURED
+    assert (restored.fc_norm, restored.norm_output) == (exported.fc_norm, exported.norm_output)
+    case.draft.load_state_dict(exported.state)
+
+
+def test_a_draft_of_another_target_is_refused(case, tmp_path):
+    case.export(tmp_path / "draft")
+    other = make_target({"rope_type": "default", "rope_theta": 5.0}).config
+    with pytest.raises(ConfigError, match=r"rope_parameters is .*700.*5\.0"):
+        load_exported(tmp_path / "draft").eagle3_config(Eagle3Config(), other)
+
+
+def test_what_others_publish_can_be_read(case, tmp_path):
+    """Fewer keys, an older RoPE, `model.` before the names, a pickle for weights."""
+    case.export(tmp_path / "draft")
+    config = json.loads((tmp_path / "draft" / "config.json").read_text())
+    for key in ("rope_parameters", "eagle_config", "eagle_aux_hidden_state_layer_ids", "target_hidden_size"):
+        del config[key]
+    tensors = load_file(tmp_path / "draft" / "model.safetensors")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(config))
+    torch.save({f"model.{name}": tensor for name, tensor in tensors.items()}, other / "pytorch_model.bin")
+    exported = load_exported(other)
+    assert exported.captured_layers is None
+    assert exported.dims == case.draft.dims
+    assert torch.equal(exported.vocabulary, case.ids)
+    assert torch.equal(exported.state["fc.weight"], case.state["fc.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("midlayer.hidden_norm.weight"), r"missing: midlayer.hidden_norm.weight \[32\]"),
+        (lambda s: s.update({"midlayer.extra.weight": torch.zeros(3)}), r"unknown: midlayer.extra.weight \[3\]"),
+        (lambda s: s.update({"fc.weight": torch.zeros(H, H)}), r"fc.weight is \[32, 32\], must be \[32, 96\]"),
+        (lambda s: s["norm.weight"].fill_(torch.nan), "norm.weight holds NaN or Inf"),
+        (lambda s: s.update({"d2t": torch.zeros(V_D, dtype=torch.int64)}), "`d2t` of the state dict"),
+    ],
+)
+def test_a_wrong_state_dict_is_named_and_leaves_nothing(case, tmp_path, change, message):
+    state = {name: tensor.clone() for name, tensor in case.state.items()}
+    change(state)
+    with pytest.raises(DataError, match=message):
+        case.export(tmp_path / "draft", state=state)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c, t: t.pop("fc.weight"), "missing: fc.weight"),
+        (lambda c, t: t.update({"mid.fc": torch.zeros(1)}), "unknown: mid.fc"),
+        (lambda c, t: c.update(draft_vocab_size=V_D + 1), "lm_head.weight is .* must be"),
+        (lambda c, t: t.pop("d2t"), "d2t is missing"),
+        (lambda c, t: t.update(d2t=t["d2t"].flip(0) + 1), "ascending"),
+        (lambda c, t: c.pop("intermediate_size"), "intermediate_size is missing"),
+        (lambda c, t: c.update(num_hidden_layers=2), "one layer"),
+    ],
+)
+def test_a_damaged_export_is_named(case, tmp_path, damage, message):
+    directory = case.export(tmp_path / "draft")
+    config, tensors = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
+    damage(config, tensors)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(DataError, match=message):
+        load_exported(directory)
+
+
+def test_a_directory_that_is_no_export(tmp_path):
+    with pytest.raises(DataError, match=r"no config.json"):
+        load_exported(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="neither"):
+        load_exported(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_exported(tmp_path)
+
+
+def test_layers_that_engines_cannot_capture_are_refused(case, tmp_path):
+    descending = replace(case.config, eagle3=replace(case.config.eagle3, layers=(4, 3, 1)))
+    last = replace(case.config, eagle3=replace(case.config.eagle3, layers=(1, 3, 7)))
+
+    def attempt(config, options):
+        target = case.target.config
+        return export_draft(tmp_path / options.format, config, case.state, case.ids, target, "org/model", options)
+
+    with pytest.raises(ConfigError, match="lowest to the"):
+        attempt(descending, SPECULATORS)
+    with pytest.raises(ConfigError, match="last layer, 7"):
+        attempt(last, FP32)
+    assert attempt(last, SPECULATORS).is_dir()
+
+
+def test_only_an_export_makes_way_and_only_when_told(case, tmp_path):
+    directory = case.export(tmp_path / "draft")
+    with pytest.raises(ConfigError, match="not empty"):
+        case.export(directory)
+    case.export(directory, replace(SPECULATORS, overwrite=True))
+    assert load_exported(directory).config["speculators_model_type"] == "eagle3"
+    (directory / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"thesis\.txt"):
+        case.export(directory, replace(FP32, overwrite=True))
+    assert {path.name for path in tmp_path.iterdir()} == {"draft"}
+    (tmp_path / "empty").mkdir()
+    case.export(tmp_path / "empty")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        case.export(tmp_path / "file")
+
+
+def test_a_write_that_fails_leaves_the_earlier_export(case, tmp_path, monkeypatch):
+    directory = case.export(tmp_path / "draft")
+
+    def full_disk(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("specdist.export.directory.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        case.export(directory, replace(FP32, overwrite=True))
+    assert torch.equal(load_exported(directory).state["fc.weight"], case.state["fc.weight"])
+    assert {path.name for path in tmp_path.iterdir()} == {"draft"}
+
+
+def test_options_that_cannot_be(case, tmp_path):
+    with pytest.raises(ConfigError, match="embedding was not given"):
+        case.export(tmp_path / "draft", options=ExportConfig(embedding=True))
+    with pytest.raises(ConfigError, match=r"export\.speculative_tokens"):
+        ExportConfig(speculative_tokens=0)
