@@ -42,7 +42,8 @@ class Groups:
         control: all ranks, gloo: start-up barriers only.
         replica: this rank's target replica (tensor parallelism), or None.
         draft: all draft ranks, or None where this rank is not one of them.
-        draft_cpu: the same ranks with gloo, for checkpoints and agreements on CPU tensors.
+        draft_cpu: the same ranks with gloo, for agreements on CPU tensors.
+        checkpoint: the same once more, for the checkpoint writer: it runs in the background, beside the others.
         draft_mesh: a ("dp", "cp") DeviceMesh over the draft ranks, or None.
         links: a two-rank group for every link of this rank.
     """
@@ -51,6 +52,7 @@ class Groups:
     replica: dist.ProcessGroup | None = None
     draft: dist.ProcessGroup | None = None
     draft_cpu: dist.ProcessGroup | None = None
+    checkpoint: dist.ProcessGroup | None = None
     draft_mesh: DeviceMesh | None = None
     links: dict[Link, dist.ProcessGroup] = field(default_factory=dict)
 
@@ -170,17 +172,18 @@ def make_groups(topology: Topology, world: World, transport: Transport, timeout_
     for r, ranks in enumerate(topology.replicas):
         made = group(ranks, f"target replica {r}")
         replica = made or replica
-    draft = draft_cpu = draft_mesh = None
+    draft = draft_cpu = checkpoint = draft_mesh = None
     if topology.draft:
         draft = group(topology.draft_ranks, "draft")
         draft_cpu = group(topology.draft_ranks, "draft cpu", "gloo")
+        checkpoint = group(topology.draft_ranks, "checkpoint", "gloo")
         draft_mesh = _draft_mesh(topology, world, group)
     links = {}
     for link in topology.links:
         made = group((link.source, link.destination), f"link {link.source} to {link.destination}", transport)
         if made is not None:
             links[link] = made
-    return Groups(control, replica, draft, draft_cpu, draft_mesh, links)
+    return Groups(control, replica, draft, draft_cpu, checkpoint, draft_mesh, links)
 
 
 def _draft_mesh(topology: Topology, world: World, group) -> DeviceMesh | None:  # type: ignore[no-untyped-def]

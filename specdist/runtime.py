@@ -258,12 +258,12 @@ def _consume(rank: Rank) -> None:
     job, topology, client = rank.job, rank.topology, rank.client
     place = topology.draft_place(rank.rank)
     assert place is not None
-    assert rank.groups.draft_cpu is not None
+    assert rank.groups.checkpoint is not None
     items = rank.items()
     client.phase = "building the draft"
     draft = _build_draft(rank)
     optimizer = build_optimizer(draft, job.optimizer)
-    checkpointer = Checkpointer(rank.run_dir.checkpoints, job.checkpoint, rank.groups.draft_cpu, place.dp)
+    checkpointer = Checkpointer(rank.run_dir.checkpoints, job.checkpoint, rank.groups.checkpoint, place.dp)
     if rank.itinerary.checkpoint is not None:
         client.phase = f"loading {rank.itinerary.checkpoint.name}"
         checkpointer.load(rank.itinerary.checkpoint, draft, optimizer)

@@ -4,8 +4,8 @@
     python -m specdist.bench.scheduler --draft-ranks 1024 --replicas 128
 
 `protocol_ms` is everything but the sockets: decoding and applying 1 Computed and one Released per draft rank, deciding
-and encoding the dispatches and the delivery. `server_ms` is the whole server thread, its socket calls included, with real
-connections over loopback; it takes time from the hosting rank's own Python code.
+and encoding the dispatches and the delivery. `server_ms` is the whole server thread, its socket calls included, with
+real connections over loopback; it takes time from the hosting rank's own Python code.
 """
 
 from __future__ import annotations

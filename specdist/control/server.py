@@ -26,6 +26,8 @@ _TICK_S = 1.0
 _BATCH = 4096
 """Messages applied before the scheduler may answer: a flood of releases must not hold up a dispatch."""
 _LINGER_MS = 2000
+# As plain numbers: combining pyzmq's flags costs as much as decoding a message.
+_NOBLOCK, _IDENTITY_FRAME = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
 class ControlServer:
@@ -171,7 +173,7 @@ class ControlServer:
         """Apply the messages that are there, up to a batch; whether these were all."""
         for _ in range(_BATCH):
             try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK)
+                frames = self._router.recv_multipart(_NOBLOCK)
             except zmq.Again:
                 return True
             self._receive(frames, now)
@@ -190,7 +192,8 @@ class ControlServer:
         lost = []
         for rank in ranks:
             try:
-                self._router.send_multipart((self._identities[rank], payload), zmq.NOBLOCK)
+                self._router.send(self._identities[rank], _IDENTITY_FRAME)
+                self._router.send(payload, _NOBLOCK)
             except zmq.ZMQError as error:
                 if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                     raise

@@ -20,7 +20,7 @@ def capture_layout(config: DraftConfig, target: PretrainedConfig, dtype: torch.d
     """What the draft needs of every token, from the target's configuration alone; `dtype` is that of the wire.
 
     Raises:
-        ConfigError: a captured layer does not exist, or comes twice.
+        ConfigError: a captured layer does not exist, or the layers do not ascend.
     """
     text = target.get_text_config()
     return FeatureLayout(

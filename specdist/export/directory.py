@@ -46,7 +46,10 @@ def write_directory(
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(earlier, ignore_errors=True)
+        if earlier.exists() and not directory.exists():
+            earlier.rename(directory)
+    if earlier.exists():
+        shutil.rmtree(earlier)
     return directory
 
 

@@ -27,7 +27,7 @@ from typing import TextIO
 from specdist.errors import DataError
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.display import Display
-from specdist.prompts.lock import STALE_AFTER_S, lock_or_done
+from specdist.prompts.lock import lock_or_done
 from specdist.prompts.read import PIECE_BYTES, Piece, SourceFile, find_files, pieces
 from specdist.prompts.render import load_tokenizer
 from specdist.prompts.report import PrepareReport
@@ -209,8 +209,8 @@ def _notes(report: PrepareReport, template: str) -> list[str]:
     notes = []
     if report.sequences > report.kept:
         notes.append(
-            f"the chat template rewrites earlier turns: {report.kept:,} samples became {report.sequences:,} sequences, "
-            "so that each turn is learnt from the context that the server has (prompts.supervise=last: one a sample)"
+            f"{report.kept:,} samples became {report.sequences:,} sequences, for the chat template rewrites earlier "
+            "turns and each is learnt from the context that the server has (prompts.supervise=last makes one a sample)"
         )
     if "strftime_now" in template:
         notes.append(
@@ -239,14 +239,9 @@ def _sync(directory: Path) -> None:
 
 
 def _remove_remains(root: Path, key: str) -> None:
-    """Delete what killed preparations of the same content left, once it has not been written to for a while."""
+    """Delete what killed preparations of the same content left: only the holder of the lock prepares."""
     for remains in root.glob(f"{key}.*.tmp"):
-        try:
-            newest = max((path.stat().st_mtime for path in remains.iterdir()), default=remains.stat().st_mtime)
-        except FileNotFoundError:  # its owner lives, and has just finished
-            continue
-        if time.time() - newest > STALE_AFTER_S:
-            shutil.rmtree(remains, ignore_errors=True)
+        shutil.rmtree(remains, ignore_errors=True)
 
 
 def _judge(report: PrepareReport, config: PromptsConfig, directory: Path) -> None:

@@ -27,6 +27,8 @@ class Stream:
     def __init__(self, lengths: np.ndarray, shards: int, tokens_per_shard: int, seed: int) -> None:
         if not len(lengths):
             raise DataError("there is no sequence to stream")
+        if seed < 0:
+            raise ConfigError(f"the seed of the stream is {seed}: it must not be negative")
         if shards < 1:
             raise ConfigError(f"{shards} draft data-parallel ranks: at least 1 is needed")
         longest = int(np.max(lengths))
@@ -42,9 +44,12 @@ class Stream:
         self.seed = seed
 
     def order(self, epoch: int) -> np.ndarray:
-        """int64 [N], the sequences in the order of an epoch."""
-        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
-        return generator.permutation(len(self.lengths))
+        """int64 [N], the sequences in the order of an epoch.
+
+        Sorted by raw words of the bit generator, whose stream NumPy never changes (NEP 19); its `permutation` may.
+        """
+        words = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.lengths))
+        return np.argsort(words, kind="stable")
 
     def items(self, start: Cursor | None = None, index: int = 0, epochs: int | None = None) -> Iterator[WorkItem]:
         """The work items from `start` on, numbered from `index`, up to Cursor(epochs, 0), or for ever.

@@ -164,6 +164,7 @@ class Template:
         )
 
     def _render(self, messages: Sequence[Message], tools: Tools, generation_prompt: bool) -> str:
+        self.source(bool(tools))
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages),

@@ -10,6 +10,7 @@ attention sinks are keyword arguments that the models hand to any attention func
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 NAME = "specdist_packed"
+
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+"""torch 2.11's varlen_attn takes fewer key/value heads as they are, later ones want to be told."""
 
 
 class NotPackable(Exception):
@@ -117,7 +121,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float,
         longest,
         scale=scale,
         window_size=(-1 if window is None or window >= longest else window - 1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **GROUPED,
     )
     assert isinstance(output, Tensor)
     return output[None, ..., :value_dim]

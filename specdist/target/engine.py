@@ -14,16 +14,16 @@ from specdist.errors import DataError
 from specdist.records import FeatureLayout, PackedTokens
 from specdist.target.config import TargetConfig
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest mean relative error of a row, packed against document by document, by computation dtype.
 
 Both compute the same sums; only the number of rows in the matrix products differs, and with it the order of
-summation. fp32: about 1e-6 was seen on tiny models and on Qwen3 shapes, so 1e-4 leaves room for depth. Half precision
-rounds at 2^-8 (bf16) and 2^-11 (fp16) after every operation, which adds up to about 1e-2 and 1e-3 over tens of layers.
-A row that sees another document, or a wrong position, is off by 0.1 to 1.
+summation. Seen on an H100: fp32 1.6e-6 (4 layers, dense and mixture of experts); bf16 4.4e-2 after the 36 layers of a
+Qwen3-8B shape with random weights, 1.4e-2 after 24 layers of a Qwen3-30B-A3B shape. fp16 rounds eight times finer than
+bf16. A document that sees the ones before it is off by 0.3 to 1.5.
 """
 
-BOUNDARY = 8
+BOUNDARY = 4
 """Rows at a document's start that are also judged alone: state that leaks over a boundary shows there first, and the
 mean over a long document would hide it."""
 

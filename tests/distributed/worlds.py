@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -18,9 +20,8 @@ def torchrun(ranks: int, arguments: Sequence[str], timeout: float = 240) -> subp
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
-        raise AssertionError(f"the world did not end within {timeout} s\n{out}\n{err}") from None
+        kill_all(process)
+        raise AssertionError(f"the world did not end within {timeout} s") from None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -30,6 +31,14 @@ def start_torchrun(ranks: int, arguments: Sequence[str]) -> subprocess.Popen[str
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL the agent and all its ranks: nobody has time to save anything."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.kill()
+    process.communicate()
 
 
 def train(ranks: int, words: Sequence[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:

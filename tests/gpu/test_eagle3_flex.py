@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig
 
 from specdist.draft.config import DraftConfig
@@ -119,10 +120,10 @@ def test_lengths_do_not_recompile_and_nothing_waits_for_the_device() -> None:
     draft = draft_of("auto", torch.bfloat16, True)
     for lengths in ((700, 300), (400, 33)):
         run(draft, lengths)  # compiles
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    graphs = counters["stats"]["unique_graphs"]
     for lengths in ((50, 900), (1025,), (3, 3, 3, 640), (129, 1)):
         run(draft, lengths)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert counters["stats"]["unique_graphs"] == graphs
 
     host = PackedTokens.from_documents([torch.arange(800)], [torch.ones(800)])
     batch = host.to("cuda")

@@ -526,7 +526,12 @@ def test_on_abort_is_called_while_the_rank_is_busy(runs: typing.Callable[..., Ru
     run = runs(None)
     told: list[str] = []
     event = threading.Event()
-    busy = run.client(0, on_abort=lambda error: (told.append(str(error)), event.set()))  # type: ignore[func-returns-value]
+
+    def on_abort(error: WorldError) -> None:
+        told.append(str(error))
+        event.set()
+
+    busy = run.client(0, on_abort=on_abort)
     other = run.client(1)
     time.sleep(0.3)
     other.fail("gone wrong")
@@ -534,6 +539,17 @@ def test_on_abort_is_called_while_the_rank_is_busy(runs: typing.Callable[..., Ru
     assert told == ["rank 1 (target replica 0 tp 1, host a): gone wrong"]
     with pytest.raises(WorldError):
         busy.check()
+
+
+def test_a_failure_ends_a_long_poll_at_once(runs: typing.Callable[..., Run]) -> None:
+    run = runs(None)
+    waiting, other = run.client(0), run.client(1)
+    assert waiting.poll(0.3) == []
+    began = time.monotonic()
+    threading.Timer(0.2, other.fail, ["gone wrong"]).start()
+    with pytest.raises(WorldError, match="gone wrong"):
+        waiting.poll(20.0)
+    assert time.monotonic() - began < 10.0
 
 
 def test_an_error_in_the_server_thread_surfaces_everywhere(

@@ -32,7 +32,7 @@ def target_vocabulary() -> TargetVocabulary:
 
 def test_default_layers() -> None:
     assert Eagle3Config().captured_layers(36) == (1, 17, 32)
-    assert Eagle3Config(layers=(5, 0)).captured_layers(6) == (5, 0)
+    assert Eagle3Config(layers=(0, 5)).captured_layers(6) == (0, 5)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,9 @@ def test_default_layers() -> None:
         (None, 4, r"the default .* gives \[1, 1, 0\] for a target of 4 layers"),
         ((0, 4), 4, r"\[4\] not in a target of 4 layers \(0 to 3\)"),
         ((2, -1), 4, r"\[-1\] not in a target"),
-        ((1, 2, 1), 4, "names a layer twice"),
+        ((1, 2, 2), 4, r"must ascend, each layer once: \[1, 2\]"),
+        ((2, 1), 4, r"must ascend, each layer once: \[1, 2\]"),
+        (None, 6, r"gives \[1, 2, 2\]"),
         ((2,), 4, "one layer"),
     ],
 )

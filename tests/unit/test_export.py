@@ -4,6 +4,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -416,13 +417,21 @@ def test_only_an_export_makes_way_and_only_when_told(case, tmp_path):
         case.export(tmp_path / "file")
 
 
-def test_a_write_that_fails_leaves_the_earlier_export(case, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["writing", "renaming"])
+def test_a_write_that_fails_leaves_the_earlier_export(case, tmp_path, monkeypatch, moment):
     directory = case.export(tmp_path / "draft")
+    rename = Path.rename
 
     def full_disk(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("specdist.export.directory.save_file", full_disk)
+    def rename_others(path, to):
+        return full_disk() if ".partial-" in path.name else rename(path, to)
+
+    if moment == "writing":
+        monkeypatch.setattr("specdist.export.directory.save_file", full_disk)
+    else:
+        monkeypatch.setattr(Path, "rename", rename_others)
     with pytest.raises(OSError, match="No space"):
         case.export(directory, replace(FP32, overwrite=True))
     assert torch.equal(load_exported(directory).state["fc.weight"], case.state["fc.weight"])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
+from specdist.bench.scheduler import measure
 from specdist.control.messages import Deliver, Dispatch
 from specdist.errors import ConfigError, WorldError
 from specdist.scheduler import ProtocolError, Scheduler, SchedulerConfig
@@ -122,7 +123,7 @@ def test_stop_before_the_first_item_and_stops_that_cannot_be() -> None:
     assert scheduler.finished
     with pytest.raises(ProtocolError, match="first item is 10"):
         scheduler.stop_after(8)
-    later = make(end_item=4)
+    later = make(replicas=3, end_item=4)
     later.stop_after(7)  # does not move the end of the data
     assert [d.item for d in later.next_dispatches(0.0)] == [0, 1, 2, 3]
 
@@ -216,6 +217,12 @@ def test_configuration_is_checked() -> None:
         SchedulerConfig(queue_depth=0)
     with pytest.raises(ValueError, match="0 replicas"):
         make(replicas=0)
+
+
+def test_the_benchmark_runs() -> None:
+    cost = measure(draft_ranks=8, replicas=2, items=10, connections=4)
+    assert cost.messages_per_item == 18
+    assert min(cost.protocol_ms, cost.server_ms) > 0
 
 
 class World:

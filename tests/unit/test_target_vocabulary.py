@@ -100,15 +100,8 @@ def test_a_bin_checkpoint(tmp_path: Path) -> None:
 
 def test_a_multimodal_wrapper(tmp_path: Path) -> None:
     text = {**COMMON, "model_type": "gemma3_text", "final_logit_softcapping": 2.0}
-    vision: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    config = AutoConfig.for_model(
-        "gemma3", text_config=text, vision_config={**vision, "model_type": "siglip_vision_model"}
-    )
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).eval()
     model.save_pretrained(tmp_path)

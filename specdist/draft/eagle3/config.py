@@ -14,7 +14,7 @@ class Eagle3Config:
     """EAGLE-3 (arXiv 2503.01840), its 3.1 norms, and the LK losses (arXiv 2602.23881)."""
 
     layers: tuple[int, ...] | None = None
-    """Captured target layers, as 0-based layer outputs; default [1, n//2 - 1, n - 4] of the target's n layers."""
+    """Captured target layers, as ascending 0-based layer outputs; default [1, n//2 - 1, n - 4] of the target's n layers."""
     ttt_length: int = 7
     """Draft steps unrolled in training (training-time test); serve with at most about as many."""
     step_decay: float = 0.8
@@ -64,22 +64,25 @@ class Eagle3Config:
         """The captured layers of a target of `num_layers` layers.
 
         Raises:
-            ConfigError: a layer does not exist, comes twice, or engines could not tell the features from a state.
+            ConfigError: a layer does not exist, they do not ascend, or engines could not tell the features from a state.
         """
         layers = self.layers
         if layers is None:
             layers = (1, num_layers // 2 - 1, num_layers - 4)
-            if len(set(layers)) < len(layers) or min(layers) < 0:
+            if not 0 <= layers[0] < layers[1] < layers[2]:
                 raise ConfigError(
                     f"draft.eagle3.layers: the default [1, n//2 - 1, n - 4] gives {list(layers)} for a target of "
-                    f"{num_layers} layers; give distinct layers between 0 and {num_layers - 1}"
+                    f"{num_layers} layers; give ascending layers between 0 and {num_layers - 1}"
                 )
         if missing := [layer for layer in layers if not 0 <= layer < num_layers]:
             raise ConfigError(
                 f"draft.eagle3.layers: {missing} not in a target of {num_layers} layers (0 to {num_layers - 1})"
             )
-        if len(set(layers)) < len(layers):
-            raise ConfigError(f"draft.eagle3.layers: {list(layers)} names a layer twice")
+        if list(layers) != sorted(set(layers)):
+            # Engines hand captured layers over from the lowest to the highest.
+            raise ConfigError(
+                f"draft.eagle3.layers: {list(layers)} must ascend, each layer once: {sorted(set(layers))}"
+            )
         if len(layers) < 2:
             # SGLang applies fc only where the features are wider than the hidden state.
             raise ConfigError(f"draft.eagle3.layers: {list(layers)} is one layer; serving engines need several (3)")

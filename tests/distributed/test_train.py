@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole jobs in real torchrun worlds: every mode, any split, kills and stops, and the same losses afterwards."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from specdist.checkpoint import committed, read_progress
+from tests.distributed.worlds import kill_all, start_torchrun, train
+from tests.tiny import make_config, make_conversations, make_target
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A target and prompts that all jobs of this module share."""
+    directory = tmp_path_factory.mktemp("material")
+    return make_target(directory / "target"), make_conversations(directory / "prompts.jsonl")
+
+
+def words(directory: Path, material, **overrides) -> list[str]:
+    settings = {"train__steps": STEPS, "checkpoint__every": 2, "prompts__cache_dir": material[1].parent / "cache"}
+    return make_config(directory, *material, **(settings | overrides))
+
+
+def records(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def losses(directory: Path) -> list[tuple[int, float, float]]:
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records(directory)]
+
+
+def run(ranks: int, directory: Path, material, **overrides) -> str:
+    done = train(ranks, words(directory, material, **overrides))
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, material):
+    """The losses of a job that nothing happened to: one target rank and two draft ranks."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    run(3, directory, material)
+    found = losses(directory)
+    assert [step for step, _, _ in found] == list(range(1, STEPS + 1))
+    return found
+
+
+def wait_for(condition, process, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the job got nowhere"
+        time.sleep(0.02)
+
+
+def test_a_killed_job_goes_on_with_the_same_losses_bitwise(tmp_path, material, undisturbed):
+    process = start_torchrun(3, ["-m", "specdist.train", *words(tmp_path, material)])
+    wait_for(lambda: committed(tmp_path / "run/checkpoints"), process)
+    kill_all(process)
+    killed_at = read_progress(committed(tmp_path / "run/checkpoints")[-1]).step
+    assert 0 < killed_at < STEPS
+    err = run(3, tmp_path, material)
+    assert f"resuming from step-{killed_at:08d}" in err
+    assert losses(tmp_path) == undisturbed
+
+
+def test_stopped_and_resumed_equals_undisturbed_bitwise(tmp_path, material, undisturbed):
+    process = start_torchrun(3, ["-m", "specdist.train", *words(tmp_path, material)])
+    metrics = tmp_path / "run/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    stopped = read_progress(committed(tmp_path / "run/checkpoints")[-1])
+    assert 2 <= stopped.step <= STEPS, err
+    assert f"Stopped at step {stopped.step} of {STEPS}" in err or stopped.step == STEPS
+    run(3, tmp_path, material)
+    assert losses(tmp_path) == undisturbed
+
+
+def test_more_replicas_train_the_same(tmp_path, material, undisturbed):
+    run(4, tmp_path, material, target__replicas=2)
+    assert losses(tmp_path) == undisturbed
+
+
+def test_a_checkpoint_loads_into_another_split(tmp_path, material):
+    run(3, tmp_path, material, train__steps=2)
+    before = read_progress(committed(tmp_path / "run/checkpoints")[-1])
+    run(2, tmp_path, material, train__steps=4, draft__sharding="replicate")
+    after = read_progress(committed(tmp_path / "run/checkpoints")[-1])
+    assert (before.step, after.step) == (2, 4)
+    assert (after.cursor.epoch, after.cursor.position) > (before.cursor.epoch, before.cursor.position)
+    assert [step for step, _, _ in losses(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_replicated_equals_sharded(tmp_path, material, undisturbed):
+    run(3, tmp_path, material, draft__sharding="replicate")
+    for (step, loss, norm), (expected_step, expected_loss, expected_norm) in zip(
+        losses(tmp_path), undisturbed, strict=True
+    ):
+        assert step == expected_step
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def test_colocated_trains_the_same_on_its_own_ranks(tmp_path, material, undisturbed):
+    run(2, tmp_path, material, world__mode="colocated")
+    for (_, loss, _), (_, expected, _) in zip(losses(tmp_path), undisturbed, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)  # other packing of the forward, other order of summation
+
+
+def test_tensor_parallel_target_and_accumulation(tmp_path, material):
+    run(4, tmp_path, material, target__tp=2, train__accumulation=2, train__steps=3, checkpoint__every=0)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    run(2, alone, material, world__mode="colocated", train__accumulation=2, train__steps=3, checkpoint__every=0)
+    for (_, loss, _), (_, expected, _) in zip(losses(tmp_path), losses(alone), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_epochs_end_with_nothing_dropped(tmp_path, material):
+    err = run(3, tmp_path, material, train__steps="null", train__epochs=2, checkpoint__every=0)
+    progress = read_progress(committed(tmp_path / "run/checkpoints")[-1])
+    assert (progress.cursor.epoch, progress.cursor.position) == (2, 0), err
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    total = int(summary["training"]["tokens"])
+    assert total == 2 * sum_of_tokens(tmp_path, material)
+
+
+def sum_of_tokens(directory: Path, material) -> int:
+    from specdist.job import load_job
+    from specdist.prompts.prepare import prepare
+
+    job = load_job([], words(directory, material))
+    return int(prepare(job.prompts, job.target.path, progress=False).lengths.sum())
+
+
+@pytest.mark.parametrize(("mode", "ranks"), [("target_only", 2), ("draft_only", 2)])
+def test_debug_modes_run(tmp_path, material, mode, ranks):
+    err = run(ranks, tmp_path, material, world__mode=mode, train__steps=3)
+    if mode == "target_only":
+        summary = json.loads((tmp_path / "run/summary.json").read_text())
+        assert summary["items"] > 0, err
+        assert summary["tokens"] > 0
+    else:
+        assert len(losses(tmp_path)) == 3

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache: what it is keyed by, who prepares it, and that nothing wrong is left of a preparation that was killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from specdist.errors import ConfigError, DataError, WorldError
+from specdist.prompts import lock as lock_module
+from specdist.prompts import prepare as prepare_module
+from specdist.prompts.config import PromptsConfig
+from specdist.prompts.conversation import to_sample
+from specdist.prompts.lock import Holder, lock_or_done
+from specdist.prompts.prepare import prepare
+from specdist.prompts.render import Renderer
+from specdist.prompts.store import PromptStore, write_store
+from tests.unit import prompts_tokenizers as t
+
+ANSWERS = ["Hello there", "I am well, thank you", "The answer is 42", "é 🎉"]
+
+
+def record(number: int) -> dict[str, object]:
+    answer = f"{ANSWERS[number % len(ANSWERS)]} {number}"
+    return {
+        "messages": [{"role": "user", "content": f"How are you {number}?"}, {"role": "assistant", "content": answer}]
+    }
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return t.save_tokenizer(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PromptsConfig:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(record(i)) + "\n" for i in range(600)))
+    return PromptsConfig(files=(str(path),), cache_dir=str(tmp_path / "cache"), workers=0)
+
+
+@pytest.fixture
+def preparations(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The preparations that really happen."""
+    done: list[Path] = []
+    original = prepare_module._prepare_into  # noqa: SLF001
+
+    def counted(final: Path, *rest: object) -> None:
+        done.append(final)
+        original(final, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prepare_module, "_prepare_into", counted)
+    return done
+
+
+def add_lines(config: PromptsConfig, *lines: str) -> None:
+    with open(config.files[0], "a") as file:
+        file.write("".join(line + "\n" for line in lines))
+
+
+def test_the_store_holds_what_the_renderer_says(config: PromptsConfig, model: Path) -> None:
+    store = prepare(config, model, progress=False)
+    renderer = Renderer.from_directory(model, config)
+    expected = [renderer.render(to_sample(record(i), "", 1)).sequences[0] for i in range(600)]
+    assert len(store) == 600
+    assert store.lengths.tolist() == [len(s.tokens) for s in expected]
+    assert store.supervised_counts.tolist() == [int(s.supervised.sum()) for s in expected]
+    assert store.provenance(599) == (config.files[0], 600)
+    assert store.max_token == max(int(s.tokens.max()) for s in expected)
+    chosen = [7, 3, 599]
+    packed = store.pack(chosen)
+    assert packed.tokens.tolist() == [x for i in chosen for x in expected[i].tokens.tolist()]
+    assert packed.supervised.tolist() == [x for i in chosen for x in expected[i].supervised.tolist()]
+    assert packed.lengths == [len(expected[i].tokens) for i in chosen]
+    assert packed.positions.tolist() == [p for i in chosen for p in range(len(expected[i].tokens))]
+    assert [str(x.dtype) for x in (packed.tokens, packed.supervised, packed.cu_seqlens, packed.positions)] == [
+        "torch.int64",
+        "torch.bool",
+        "torch.int32",
+        "torch.int64",
+    ]
+    empty = store.pack([])
+    assert (len(empty.tokens), empty.cu_seqlens.tolist()) == (0, [0])
+
+
+def test_worker_processes_give_the_same_store(config: PromptsConfig, model: Path, tmp_path: Path) -> None:
+    add_lines(config, "{", *[json.dumps(record(i)) for i in range(300)], '{"text": ""}')
+    here = prepare(config, model, progress=False)
+    there = prepare(replace(config, workers=2, cache_dir=str(tmp_path / "other")), model, progress=False)
+    assert there.fingerprint == here.fingerprint
+    assert there.directory.name == here.directory.name
+    assert there.report == here.report
+    assert [there.provenance(i) for i in range(len(there))] == [here.provenance(i) for i in range(len(here))]
+    assert (there.directory / "bad.jsonl").read_text() == (here.directory / "bad.jsonl").read_text()
+
+
+def test_the_cache_is_keyed_by_content(
+    config: PromptsConfig, model: Path, tmp_path: Path, preparations: list[Path]
+) -> None:
+    first = prepare(config, model, progress=False)
+    moved = tmp_path / "renamed.jsonl"
+    os.rename(config.files[0], moved)
+    config = replace(config, files=(str(moved),))
+    assert prepare(replace(config, workers=1, max_bad_fraction=0.1), model, progress=False).directory == first.directory
+    assert len(preparations) == 1
+    t.save_tokenizer(tmp_path / "headers", t.HEADERS)
+    (tmp_path / "own.jinja").write_text(t.CHATML + " ")
+    for other, tokenizer in (
+        (replace(config, supervise="last"), model),
+        (replace(config, max_length=1000), model),
+        (replace(config, template_kwargs={"a": 1}), model),
+        (replace(config, chat_template=str(tmp_path / "own.jinja")), model),
+        (config, tmp_path / "headers"),
+    ):
+        prepare(other, tokenizer, progress=False)
+    add_lines(config, json.dumps(record(1)))
+    prepare(config, model, progress=False)
+    assert len(set(preparations)) == len(preparations) == 7
+    assert sorted(p.name for p in first.directory.parent.iterdir()) == sorted(p.name for p in preparations)
+
+
+def test_bad_samples_are_counted_named_and_written_down(config: PromptsConfig, model: Path) -> None:
+    add_lines(config, "{", '{"messages": []}', json.dumps(record(1)), "[]", "{}", "{}", "{}", "{}")
+    store = prepare(config, model, progress=False)
+    report = store.report
+    assert (report.samples, report.kept, report.sequences) == (608, 601, 601)
+    assert report.bad == {"malformed record": 1, "nothing to supervise": 1, "unknown format": 5}
+    assert report.tokens == store.lengths.sum()
+    assert report.supervised == store.supervised_counts.sum()
+    path = config.files[0]
+    assert report.examples["malformed record"][0].startswith(f"{path}:601: malformed record: ")
+    assert len(report.examples["unknown format"]) == 3
+    listed = [json.loads(line) for line in (store.directory / "bad.jsonl").read_text().splitlines()]
+    assert [(entry["file"], entry["line"]) for entry in listed] == [
+        (path, n) for n in (601, 602, 604, 605, 606, 607, 608)
+    ]
+    assert "601 of 608 samples kept" in str(report)
+    assert f"{path}:602" in str(report)
+
+
+def test_a_bad_sample_stops_if_it_is_to(config: PromptsConfig, model: Path) -> None:
+    add_lines(config, '{"messages": []}', "{")
+    stop = replace(config, on_bad="stop")
+    with pytest.raises(DataError, match=r"train\.jsonl:601: nothing to supervise.*on_bad"):
+        prepare(stop, model, progress=False)
+    assert not list(Path(config.cache_dir or "").glob("prompts/*"))
+    prepare(config, model, progress=False)
+    with pytest.raises(DataError, match=r"2 bad samples .*train\.jsonl:601"):  # found in the cache
+        prepare(stop, model, progress=False)
+
+
+def test_too_many_bad_samples_and_none_good(config: PromptsConfig, model: Path, tmp_path: Path) -> None:
+    add_lines(config, *["{}"] * 100)
+    with pytest.raises(DataError, match=r"100 of 700 samples are bad, more than prompts\.max_bad_fraction = 10%"):
+        prepare(replace(config, max_bad_fraction=0.1), model, progress=False)
+    (tmp_path / "none.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"not one usable sample in .*none\.jsonl(.|\n)*none\.jsonl:1: unknown format"):
+        prepare(replace(config, files=(str(tmp_path / "none.jsonl"),)), model, progress=False)
+
+
+def test_overlong_samples(config: PromptsConfig, model: Path) -> None:
+    long = record(0) | {"messages": [*record(0)["messages"][:1], {"role": "assistant", "content": "well " * 500}]}  # type: ignore[index]
+    add_lines(config, json.dumps(long))
+    cut = prepare(replace(config, max_length=100), model, progress=False)
+    assert (len(cut), int(cut.lengths.max()), cut.report.truncated) == (601, 100, 1)
+    skip = replace(config, max_length=100, overlong="skip", on_bad="stop", max_bad_fraction=0.0)
+    skipped = prepare(skip, model, progress=False)
+    assert (len(skipped), skipped.report.bad) == (600, {"overlong": 1})
+    with pytest.raises(
+        DataError, match=r"train\.jsonl:601: overlong: \d+ tokens.*max_length = 100.*prompts\.overlong=stop"
+    ):
+        prepare(replace(config, max_length=100, overlong="stop"), model, progress=False)
+
+
+def test_combinations_that_cannot_be() -> None:
+    for wrong, key in (
+        ({"max_length": 1}, "prompts.max_length"),
+        ({"max_length": 4096, "tokens_per_rank": 2048}, "prompts.tokens_per_rank"),
+        ({"max_bad_fraction": 1.5}, "prompts.max_bad_fraction"),
+        ({"workers": -1}, "prompts.workers"),
+        ({"template_kwargs": {"tools": []}}, "prompts.template_kwargs.tools"),
+    ):
+        with pytest.raises(ConfigError, match=key):
+            PromptsConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_stores_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no prompt store"):
+        PromptStore.open(tmp_path)
+    store = write_store(tmp_path / "a", [([1, 2, 3], [False, True, True])])
+    assert store.fingerprint != write_store(tmp_path / "b", [([1, 2, 3], [True, True, True])]).fingerprint
+    (tmp_path / "a" / "tokens.bin").write_bytes(b"1234")
+    with pytest.raises(DataError, match=r"4 bytes where the manifest says 12"):
+        PromptStore.open(tmp_path / "a")
+    (tmp_path / "b" / "lines.bin").unlink()
+    with pytest.raises(DataError, match="incomplete"):
+        PromptStore.open(tmp_path / "b")
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    (tmp_path / "b" / "manifest.json").write_text(json.dumps(manifest | {"format": 0}))
+    with pytest.raises(DataError, match="store format 0"):
+        PromptStore.open(tmp_path / "b")
+
+
+# --- several processes
+
+
+SLOW = """
+import sys, time
+from specdist.prompts import prepare as p
+from specdist.prompts.config import PromptsConfig
+if __name__ == "__main__":
+    add = p._add
+    def slow(report, done, *rest):
+        add(report, done, *rest)
+        print("working", flush=True)
+        time.sleep(600)
+    p._add = slow
+    p.prepare(PromptsConfig(files=(sys.argv[1],), cache_dir=sys.argv[2], workers=int(sys.argv[3])), sys.argv[4], False)
+"""
+
+
+def start_slow(config: PromptsConfig, model: Path, tmp_path: Path, workers: int) -> subprocess.Popen[str]:
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    process = subprocess.Popen(
+        [sys.executable, str(script), config.files[0], str(config.cache_dir), str(workers), str(model)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "working\n"
+    return process
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_killed_preparation_leaves_nothing_wrong(config: PromptsConfig, model: Path, tmp_path: Path) -> None:
+    process = start_slow(config, model, tmp_path, workers=1)
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        children = [int(pid) for pid in file.read().split()]
+    assert children
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert until(lambda: not any(map(runs, children))), "workers outlive their parent"
+    cache = Path(config.cache_dir or "") / "prompts"
+    assert sorted(p.suffix for p in cache.iterdir()) == [".lock", ".tmp"]
+    started = time.monotonic()
+    store = prepare(config, model, progress=False)
+    assert time.monotonic() - started < 20, "the lock of a dead process of this host is taken over at once"
+    assert len(store) == 600
+    assert [p.name for p in cache.iterdir()] == [store.directory.name]
+
+
+def test_others_wait_a_bounded_time_and_name_who_works(config: PromptsConfig, model: Path, tmp_path: Path) -> None:
+    process = start_slow(config, model, tmp_path, workers=0)
+    try:
+        with pytest.raises(WorldError, match=rf"waited 1 s for process {process.pid} on .*\.lock"):
+            prepare(config, model, progress=False, timeout=1.0)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_of_many_one_prepares(config: PromptsConfig, model: Path, preparations: list[Path]) -> None:
+    stores: list[PromptStore] = []
+    threads = [
+        threading.Thread(target=lambda: stores.append(prepare(config, model, progress=False, timeout=60)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(preparations) == 1
+    assert {store.fingerprint for store in stores} == {stores[0].fingerprint}
+    assert len(stores) == 4
+
+
+def test_a_lock_without_heartbeat_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "POLL_S", 0.05)
+    path = tmp_path / "x.lock"
+    elsewhere = Holder("another-host", 1, "", "n")
+    for content in (json.dumps(asdict(elsewhere)), "", "{}"):
+        path.write_text(content)
+        said: list[str] = []
+        started = time.monotonic()
+        with lock_or_done(path, lambda: False, 10, said.append, stale_after=0.5) as mine:
+            assert mine
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+        assert 0.5 <= time.monotonic() - started < 5
+        assert not path.exists()
+        assert any("taking over" in message for message in said)
+
+
+def test_a_lock_with_a_heartbeat_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "POLL_S", 0.05)
+    monkeypatch.setattr(lock_module, "HEARTBEAT_S", 0.1)
+    path = tmp_path / "x.lock"
+    ignored: list[str] = []
+    with lock_or_done(path, lambda: False, 1, ignored.append) as mine:
+        assert mine
+        with (
+            pytest.raises(WorldError, match=f"process {os.getpid()} on"),
+            lock_or_done(path, lambda: False, 2, ignored.append, stale_after=1.0),
+        ):
+            pass
+        finished = threading.Event()
+        threading.Timer(0.3, finished.set).start()
+        with lock_or_done(path, finished.is_set, 10, ignored.append) as second:
+            assert not second
+        assert path.exists()
+    assert not path.exists()
