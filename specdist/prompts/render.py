@@ -120,7 +120,7 @@ class Renderer:
 
     def _text(self, text: str) -> Sequenced:
         bos = self.tokenizer.bos_token
-        tokens = self.tokenizer.encode(text, add_special_tokens=True)
+        tokens = self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
         return Sequenced(np.asarray(tokens, dtype=np.int32), np.ones(len(tokens), dtype=bool))
 
     def _cut(self, sequences: list[Sequenced]) -> Rendering:

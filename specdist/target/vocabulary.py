@@ -99,7 +99,7 @@ def _find(
 ) -> StoredTensor | None:
     def fits(tensor: StoredTensor) -> bool:
         *_, module, last = ("", *tensor.name.split("."))
-        return module in names and last == "weight" and _is_table(tensor, facts)
+        return module in names and last == "weight" and _is_table(tensor, facts) and not ELSEWHERE.search(tensor.name)
 
     found = [t for t in tensors if fits(t)]
     if len(found) > 1:

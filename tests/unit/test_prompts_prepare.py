@@ -205,7 +205,7 @@ def test_stores_that_are_none(tmp_path: Path) -> None:
         PromptStore.open(tmp_path / "b")
     manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
     (tmp_path / "b" / "manifest.json").write_text(json.dumps(manifest | {"format": 0}))
-    with pytest.raises(DataError, match="store format 0"):
+    with pytest.raises(DataError, match="a prompt store of format 0"):
         PromptStore.open(tmp_path / "b")
 
 

@@ -294,3 +294,10 @@ def test_chat_template_file_and_missing_tokenizer(tmp_path: Path) -> None:
     os.mkdir(tmp_path / "empty")
     with pytest.raises(DataError, match="no usable tokenizer"):
         Renderer.from_directory(tmp_path / "empty", PromptsConfig())
+
+
+def test_an_open_ended_answer_that_runs_into_what_follows() -> None:
+    renderer, sequences = rendered(t.BARE, turns("Hi", "Hello\n", "you", "well"))
+    first, second = "user: Hi\n\nassistant:", "user: Hi\n\nassistant: Hello\n\n\nuser: you\n\nassistant:"
+    expected: list[Pieces] = [[(first, False), (" Hello\n", True)], [(second, False), (" well", True)]]
+    check(renderer, sequences, expected)

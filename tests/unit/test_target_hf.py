@@ -287,6 +287,20 @@ def test_packing_that_goes_wrong_is_noticed_at_load(tmp_path: Path, monkeypatch:
         make_engine(path, prefill="packed")
 
 
+def test_layers_that_attend_elsewhere_are_noticed_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_model("llama", tmp_path)
+    right = attention.packed_attention
+
+    def only_layer_0(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        found = right(module, *args, **kwargs)
+        kwargs["documents"].attended -= module.layer_idx > 0
+        return found
+
+    monkeypatch.setattr(attention, "packed_attention", only_layer_0)
+    with pytest.raises(ConfigError, match="its 4 layers called their attention 1 times"):
+        make_engine(path, prefill="packed")
+
+
 def test_errors_before_loading(tmp_path: Path) -> None:
     path = make_model("llama", tmp_path)
     layout = FeatureLayout((1, 4, -1), 32, True, torch.float32)

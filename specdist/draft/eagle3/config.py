@@ -14,7 +14,7 @@ class Eagle3Config:
     """EAGLE-3 (arXiv 2503.01840), its 3.1 norms, and the LK losses (arXiv 2602.23881)."""
 
     layers: tuple[int, ...] | None = None
-    """Captured target layers, as ascending 0-based layer outputs; default [1, n//2 - 1, n - 4] of the target's n layers."""
+    """Captured target layers, as ascending 0-based layer outputs; default [1, n//2 - 1, n - 4] of n layers."""
     ttt_length: int = 7
     """Draft steps unrolled in training (training-time test); serve with at most about as many."""
     step_decay: float = 0.8
@@ -64,7 +64,7 @@ class Eagle3Config:
         """The captured layers of a target of `num_layers` layers.
 
         Raises:
-            ConfigError: a layer does not exist, they do not ascend, or engines could not tell the features from a state.
+            ConfigError: a layer does not exist, the layers do not ascend, or there are too few to serve.
         """
         layers = self.layers
         if layers is None:
@@ -79,9 +79,9 @@ class Eagle3Config:
                 f"draft.eagle3.layers: {missing} not in a target of {num_layers} layers (0 to {num_layers - 1})"
             )
         if list(layers) != sorted(set(layers)):
-            # Engines hand captured layers over from the lowest to the highest.
             raise ConfigError(
-                f"draft.eagle3.layers: {list(layers)} must ascend, each layer once: {sorted(set(layers))}"
+                f"draft.eagle3.layers: {list(layers)}: engines hand over captured layers from the lowest to the "
+                f"highest, each once; give {sorted(set(layers))}"
             )
         if len(layers) < 2:
             # SGLang applies fc only where the features are wider than the hidden state.
