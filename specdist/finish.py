@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,15 +14,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import Progress as Bar
+from rich.progress import TaskID
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from specdist.checkpoint import Progress, write_atomically
-from specdist.draft.base import DraftModel
-from specdist.draft.registry import build_draft
+from specdist.drafts import served_draft
 from specdist.evaluate import EvaluationTarget, evaluate
 from specdist.evaluate_prompts import read_prompts
-from specdist.evaluate_report import Comparison, EvaluationReport
+from specdist.evaluate_report import Comparison, EvaluationReport, Tally
 from specdist.export import export_draft
 from specdist.itinerary import Itinerary
 from specdist.job import JobConfig, JobFacts
@@ -88,63 +89,51 @@ def finish(
     _tell(job, run_dir, progress, itinerary, figures, sides, exports, comparison)
 
 
-def export_all(job: JobConfig, facts: JobFacts, run_dir: RunDirectory, state: Mapping[str, Tensor]) -> list[Path]:
-    """Every format of `export.formats`, each in a directory of its name."""
+def export_all(
+    job: JobConfig, facts: JobFacts, run_dir: RunDirectory, state: Mapping[str, Tensor], directory: Path | None = None
+) -> list[Path]:
+    """Write every format of `export.formats` into a directory of its name (under the run's export/ by default)."""
     ids = run_dir.vocabulary()
     vocabulary = torch.arange(facts.target.vocab_size) if ids is None else ids
-    options = dataclasses.replace(job.export, overwrite=True)
-    embedding = load_target_vocabulary(job.target.path).embedding if options.embedding else None
+    embedding = load_target_vocabulary(job.target.path).embedding if job.export.embedding else None
     return [
         export_draft(
-            run_dir.exports / name,
+            (directory or run_dir.exports) / name,
+            name,
             job.draft,
             state,
             vocabulary,
             facts.target.config,
             job.target.path,
-            dataclasses.replace(options, format=name),
+            job.export,
             embedding,
+            overwrite=True,
         )
-        for name in ("sglang", "speculators")
+        for name in job.export.formats
     ]
-
-
-def restore_draft(
-    job: JobConfig, facts: JobFacts, run_dir: RunDirectory, state: Mapping[str, Tensor] | None, device: torch.device
-) -> DraftModel:
-    """The draft as it is served, in the target's precision; `state` None gives it as it was before training."""
-    vocabulary = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code).to(device)
-    draft = build_draft(
-        job.draft, facts.target.config, vocabulary, run_dir.vocabulary(), job.run.seed, facts.layout.dtype
-    )
-    if state is not None:
-        draft.load_state_dict(dict(state))
-    return draft.to(facts.target_dtype).eval()
 
 
 def compare(
     job: JobConfig, facts: JobFacts, run_dir: RunDirectory, state: Mapping[str, Tensor], device: torch.device
 ) -> Comparison:
     """Decode the held-out prompts with the untrained and with the trained draft."""
-    target = EvaluationTarget.load(job.target.path, facts.layout, device, facts.target_dtype)
+    target = EvaluationTarget.load(
+        job.target.path, facts.layout, device, facts.target_dtype, job.target.trust_remote_code
+    )
     tokenizer = AutoTokenizer.from_pretrained(job.target.path)
-    prompts = read_prompts(job.evaluate.prompts, tokenizer, job.evaluate.limit)
+    prompts = read_prompts(job.evaluate.prompts, tokenizer, job.evaluate.limit, job.prompts.template_kwargs)
+    tokens, files = [p.tokens for p in prompts], [p.file for p in prompts]
     reports: list[EvaluationReport] = []
     with Bar(console=Console(stderr=True), transient=True) as bar:
         for name, weights in (("before", None), ("after", state)):
-            draft = restore_draft(job, facts, run_dir, weights, device)
-            task = bar.add_task(f"evaluate {name} training", total=len(prompts))
-            reports.append(
-                evaluate(
-                    target,
-                    draft.proposer,
-                    [p.tokens for p in prompts],
-                    job.evaluate,
-                    lambda done, _total, _tally, task=task: bar.update(task, completed=done),
-                    [p.file for p in prompts],
-                )
-            )
+            draft = served_draft(job, facts, run_dir, device, weights)
+            tick = functools.partial(_tick, bar, bar.add_task(f"evaluate {name} training", total=len(prompts)))
+            reports.append(evaluate(target, draft.proposer, tokens, job.evaluate, tick, files))
     return Comparison(*reports)
+
+
+def _tick(bar: Bar, task: TaskID, done: int, total: int, tally: Tally) -> None:
+    bar.update(task, completed=done, total=total)
 
 
 def _sides(job: JobConfig, figures: Mapping[str, float], producers: Sequence[ProducerReport]) -> Sides:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,14 +19,15 @@ from specdist.draft.config import DraftConfig
 from specdist.draft.registry import capture_layout
 from specdist.errors import ConfigError
 from specdist.evaluate import EvaluateConfig
-from specdist.export import ExportConfig
+from specdist.export import ExportConfig, load_exported
+from specdist.export.eagle3 import check_servable
 from specdist.metrics import MetricsConfig
 from specdist.optim import OptimizerConfig
 from specdist.prompts.config import PromptsConfig
 from specdist.records import FeatureLayout
 from specdist.scheduler import SchedulerConfig
 from specdist.target.config import TargetConfig
-from specdist.target.facts import TargetFacts, check, compute_dtype
+from specdist.target.facts import TargetFacts, check, compute_dtype, describe
 from specdist.topology import Topology, WorldConfig
 from specdist.trainer import TrainConfig
 
@@ -81,11 +82,14 @@ class JobFacts:
 def load_job(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> JobConfig:
     """Read and check a job's configuration. Raises ConfigError."""
     job = config.load(JobConfig, files, overrides)
+    if job.draft.init_from is not None and job.draft.algorithm == "eagle3":
+        # What the weights decide follows from the weights, so that it cannot contradict them.
+        target = describe(job.target.path, job.target.trust_remote_code).config
+        eagle3 = load_exported(job.draft.init_from).eagle3_config(job.draft.eagle3, target)
+        job = replace(job, draft=replace(job.draft, eagle3=eagle3))
     if job.draft.cp > 1:
         raise ConfigError(f"draft.cp={job.draft.cp}: context parallelism is not built yet, use draft.cp=1")
-    if job.world.mode != "target_only" and job.draft.sharding == "replicate" and job.draft.init_from == "":
-        raise ConfigError("draft.init_from is empty: give a directory or null")
-    if job.world.mode != "draft_only" and not job.prompts.files:
+    if not job.prompts.files:
         raise ConfigError("prompts.files is empty: give JSONL, JSON, Parquet files or dataset directories")
     return job
 
@@ -94,7 +98,10 @@ def examine(job: JobConfig) -> JobFacts:
     """Check the job against the model directory. Raises ConfigError or DataError; needs no GPU."""
     target = check(job.target)
     dtype = compute_dtype(job.target, target)
-    return JobFacts(target, dtype, capture_layout(job.draft, target.config, dtype))
+    layout = capture_layout(job.draft, target.config, dtype)
+    for format in job.export.formats:
+        check_servable(layout.captured_layers, target.layers, format)
+    return JobFacts(target, dtype, layout)
 
 
 def topology(job: JobConfig, hosts: Sequence[str]) -> Topology:

@@ -76,8 +76,7 @@ def _target_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[N
     width = facts.target_dtype.itemsize
     shards = topology.shards // len(topology.replicas) if topology.mode == "colocated" else topology.shards
     tokens = max(shards, 1) * job.prompts.tokens_per_rank
-    text = facts.target.text_config
-    inner = getattr(text, "intermediate_size", None) or 4 * facts.target.hidden_size
+    inner = _mlp_width(facts)
     buffers = {"split": job.channel.send_buffers, "colocated": job.train.accumulation}.get(topology.mode, 1)
     return [
         Need("target", f"weights / tp {job.target.tp}", facts.target.parameters * width // job.target.tp),
@@ -96,7 +95,7 @@ def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Ne
     vocab = facts.target.vocab_size
     draft_vocab = eagle3.vocab_size or vocab
     compute = 4 if job.draft.dtype == "float32" else 2
-    inner = eagle3.intermediate_size or getattr(facts.target.text_config, "intermediate_size", 4 * hidden)
+    inner = eagle3.intermediate_size or _mlp_width(facts)
     tables = (1 if facts.target.tied else 2) * vocab * hidden + (draft_vocab * hidden if draft_vocab < vocab else 0)
     needs = [
         Need("draft", f"fp32 weights and AdamW moments / {shards}", 12 * parameters // shards),
@@ -119,6 +118,11 @@ def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Ne
     return needs
 
 
+def _mlp_width(facts: JobFacts) -> int:
+    """The target's own MLP width, or the customary four times its hidden size where it does not say."""
+    return int(getattr(facts.target.text_config, "intermediate_size", None) or 4 * facts.target.hidden_size)
+
+
 def render(plan: Plan) -> str:
     """The plan as plain text tables."""
     out = Console(file=io.StringIO(), width=110)
@@ -126,7 +130,8 @@ def render(plan: Plan) -> str:
     target = facts.target
     out.print(
         f"target {job.target.path}: {', '.join(target.architectures)}, {target.parameters / 1e9:.2f} B parameters, "
-        f"{target.layers} layers of {target.hidden_size}, vocabulary {target.vocab_size:,}, {_name(facts.target_dtype)}",
+        f"{target.layers} layers of {target.hidden_size}, vocabulary {target.vocab_size:,}, "
+        f"{_name(facts.target_dtype)}",
         highlight=False,
     )
     out.print(f"draft {job.draft.algorithm}: captures layers {list(facts.layout.captured_layers)}", highlight=False)
@@ -192,7 +197,7 @@ def _memory_table(plan: Plan) -> Table:
 def _advice(plan: Plan) -> str:
     roles = [role for role, total in plan.demand().items() if total > plan.limit]
     advice = {
-        "target": "raise target.tp, or lower prompts.tokens_per_rank or draft.dp (an item holds all draft ranks' tokens)",
+        "target": "raise target.tp, or lower prompts.tokens_per_rank or draft.dp (an item holds every draft rank's tokens)",
         "draft": "raise draft.dp with draft.sharding=fsdp, or lower prompts.tokens_per_rank or channel.memory",
         "target + draft": "use world.mode=split, or lower prompts.tokens_per_rank",
     }

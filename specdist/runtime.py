@@ -29,9 +29,9 @@ from specdist.control.messages import LastItem, Stop
 from specdist.control.server import ControlServer
 from specdist.control.wire import new_token
 from specdist.draft.base import DraftModel
-from specdist.draft.initial import initial_vocabulary
-from specdist.draft.registry import build_draft
+from specdist.drafts import new_draft
 from specdist.errors import WorldError
+from specdist.export import load_exported
 from specdist.finish import finish
 from specdist.groups import Groups, Transport, World, connect_links, join_world, make_groups
 from specdist.items import Items
@@ -42,14 +42,13 @@ from specdist.producer import Producer, ProducerReport
 from specdist.prompts.prepare import prepare
 from specdist.prompts.store import PromptStore
 from specdist.prompts.stream import Stream
-from specdist.prompts.vocabulary import DraftVocabulary
+from specdist.prompts.vocabulary import frequent_tokens
 from specdist.reporter import RunReporter
 from specdist.run_dir import RunDirectory
 from specdist.scheduler import Scheduler
 from specdist.sources import ColocatedSource, RemoteSource, SyntheticSource, local_shards
 from specdist.stop import StopFlag
 from specdist.target.engine import Engine, build_engine
-from specdist.target.vocabulary import load_target_vocabulary
 from specdist.topology import RankFacts, Topology, local_address
 from specdist.trainer import FeatureSource, Recipe, Trainer, shard_draft
 
@@ -123,13 +122,16 @@ def _choose_vocabulary(job: JobConfig, run_dir: RunDirectory, prompts: PromptSto
     """Fix the draft vocabulary once for the run; it is part of what the draft is."""
     if run_dir.vocabulary() is not None:
         return
+    whole = jobs.examine(job).target.vocab_size
     if job.draft.init_from is not None:
-        ids = initial_vocabulary(job.draft.init_from)
-        if ids is not None:
-            run_dir.save_vocabulary(ids)
+        ids = load_exported(job.draft.init_from).vocabulary
     elif job.draft.eagle3.vocab_size is not None:
-        size = jobs.examine(job).target.vocab_size
-        run_dir.save_vocabulary(DraftVocabulary.from_store(prompts, job.draft.eagle3.vocab_size, size).ids)
+        ids, coverage = frequent_tokens(prompts, job.draft.eagle3.vocab_size, whole)
+        print(f"specdist: the draft vocabulary covers {coverage:.2%} of the supervised tokens", file=sys.stderr)
+    else:
+        return
+    if len(ids) < whole:
+        run_dir.save_vocabulary(ids)
 
 
 def _stream(job: JobConfig, topology: Topology, prompts: PromptStore) -> Stream:
@@ -288,10 +290,7 @@ def _build_draft(rank: Rank) -> DraftModel:
     """The draft on this rank's device, sharded over the draft mesh. Weights depend on the seed alone."""
     job, facts, device = rank.job, rank.facts, rank.world.device
     assert rank.groups.draft_mesh is not None
-    vocabulary = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code).to(device)
-    draft = build_draft(
-        job.draft, facts.target.config, vocabulary, rank.run_dir.vocabulary(), job.run.seed, facts.layout.dtype
-    )
+    draft = new_draft(job, facts, rank.run_dir, device)
     return shard_draft(draft, rank.groups.draft_mesh, draft_dtype(job, device), job.draft.sharding)
 
 

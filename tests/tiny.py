@@ -16,7 +16,27 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the king my lord good night and day come here what is this speak again sweet friend never more".split()
+WORDS = [
+    "the",
+    "king",
+    "my",
+    "lord",
+    "good",
+    "night",
+    "and",
+    "day",
+    "come",
+    "here",
+    "what",
+    "is",
+    "this",
+    "speak",
+    "again",
+    "sweet",
+    "friend",
+    "never",
+    "more",
+]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -27,7 +27,7 @@ class DraftConfig:
     compile: bool = False
     """torch.compile the draft's hot functions (CUDA; the first steps take a minute or so longer)."""
     init_from: str | None = None
-    """An exported draft directory to start from; its draft vocabulary is taken too."""
+    """An exported draft directory to start from; its draft vocabulary, layers and norms are taken too."""
     eagle3: Eagle3Config = field(default_factory=Eagle3Config)
     """Options of EAGLE-3."""
 

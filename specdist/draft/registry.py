@@ -10,9 +10,8 @@ from transformers import PretrainedConfig
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.model import Eagle3Draft
-from specdist.draft.initial import initial_vocabulary, load_initial
 from specdist.draft.vocabulary import DraftVocabulary
-from specdist.errors import ConfigError, DataError
+from specdist.errors import DataError
 from specdist.records import FeatureLayout, TargetVocabulary
 
 
@@ -39,11 +38,10 @@ def build_draft(
     seed: int = 0,
     layout_dtype: torch.dtype | None = None,
 ) -> Eagle3Draft:
-    """A draft with fp32 weights on the device of `vocabulary`, initialised from `seed` or `config.init_from`.
+    """A draft with fp32 weights on the device of `vocabulary`, initialised from `seed`.
 
-    `draft_ids` are the target ids (CPU int64, ascending) of the draft vocabulary, None for all. With `init_from` they
-    must be those of that draft (`specdist.draft.initial.initial_vocabulary`). `layout_dtype` is that of the features;
-    default that of `vocabulary`.
+    `draft_ids` are the target ids (CPU int64, ascending) of the draft vocabulary, None for all. `layout_dtype` is that
+    of the features; default that of `vocabulary`.
 
     Raises:
         ConfigError, DataError: the configuration, the target and the vocabulary do not go together.
@@ -57,13 +55,7 @@ def build_draft(
         )
     layout = capture_layout(config, target, layout_dtype or vocabulary.head.dtype)
     draft = Eagle3Draft(config.eagle3, dims, layout, vocabulary, draft_vocabulary, compiled=config.compile)
-    if config.init_from is None:
-        draft.initialize(torch.Generator().manual_seed(seed))
-        return draft
-    expected = initial_vocabulary(config.init_from)
-    if not torch.equal(draft_vocabulary.ids.cpu(), torch.arange(rows) if expected is None else expected):
-        raise ConfigError(f"draft.init_from: {config.init_from} has another draft vocabulary than the one in use")
-    load_initial(draft, config.init_from)
+    draft.initialize(torch.Generator().manual_seed(seed))
     return draft
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specdist.errors import ConfigError
-from specdist.export.config import ExportConfig
+from specdist.export.config import ExportConfig, Format
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from specdist.draft.config import DraftConfig
     from specdist.export.read_eagle3 import ExportedDraft
 
-__all__ = ["ExportConfig", "export_draft", "load_exported"]
+__all__ = ["ExportConfig", "Format", "export_draft", "load_exported"]
 
 
 def export_draft(
     directory: str | Path,
+    format: Format,
     draft: DraftConfig,
     state: Mapping[str, Tensor],
     vocabulary: Tensor,
@@ -29,6 +30,7 @@ def export_draft(
     target_path: str | Path,
     options: ExportConfig | None = None,
     embedding: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a trained draft for serving engines; the directory appears complete or not at all.
 
@@ -39,6 +41,7 @@ def export_draft(
         target: the target's configuration, as transformers reads it.
         target_path: the target's directory or Hugging Face name, as a server would be given it.
         embedding: [V, H], the target's input embedding; needed when `options.embedding` is true.
+        overwrite: replace an export that is already in the directory.
 
     Returns:
         The directory.
@@ -54,12 +57,12 @@ def export_draft(
     options = options or ExportConfig()
     if options.embedding and embedding is None:
         raise ConfigError("export.embedding is true, but the target's embedding was not given")
-    check_free(Path(directory), options.overwrite)
+    check_free(Path(directory), overwrite)
     exporters = {"eagle3": Eagle3Export}
-    export = exporters[draft.algorithm].of(draft, target, vocabulary, options.format)
+    export = exporters[draft.algorithm].of(draft, target, vocabulary, format)
     config = export.config_json(str(target_path), options)
     tensors = export.tensors(state, vocabulary, options, embedding if options.embedding else None)
-    return write_directory(Path(directory), config, tensors, options.overwrite)
+    return write_directory(Path(directory), config, tensors, overwrite)
 
 
 def load_exported(directory: str | Path) -> ExportedDraft:

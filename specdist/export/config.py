@@ -8,12 +8,14 @@ from typing import Literal
 
 from specdist.errors import ConfigError
 
+Format = Literal["sglang", "speculators"]
+
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """How a trained draft is written for serving."""
+    """What a run writes for serving when training ends."""
 
-    format: Literal["sglang", "speculators"] = "sglang"
+    formats: tuple[Format, ...] = ("sglang", "speculators")
     """sglang: the EAGLE-3 directory that SGLang and vLLM load; speculators: the format of the speculators library,
     which vLLM serves without naming the target."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -22,9 +24,9 @@ class ExportConfig:
     """Write the target's input embedding too. Engines share the target's; vLLM's pipeline parallelism cannot."""
     speculative_tokens: int = 5
     """speculators only: draft tokens that vLLM asks for unless told otherwise."""
-    overwrite: bool = False
-    """Replace an export that is already in the directory."""
 
     def __post_init__(self) -> None:
         if self.speculative_tokens < 1:
             raise ConfigError(f"export.speculative_tokens is {self.speculative_tokens}; it must be at least 1")
+        if len(set(self.formats)) < len(self.formats):
+            raise ConfigError(f"export.formats names a format twice: {list(self.formats)}")

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,15 +33,13 @@ from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.vocabulary import DraftVocabulary
 from specdist.errors import ConfigError, DataError
-from specdist.export.config import ExportConfig
+from specdist.export.config import ExportConfig, Format
 
 SPECULATORS_VERSION = "0.7.0"
 """The version of the speculators library whose format is written."""
 MAPS = ("d2t", "t2d")
 EMBEDDING = "embed_tokens.weight"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-Format = Literal["sglang", "speculators"]
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ def check_servable(layers: tuple[int, ...], target_layers: int, format: Format) 
     if format == "sglang" and max(layers) == target_layers - 1:
         raise ConfigError(
             f"draft.eagle3.layers: {list(layers)}: SGLang cannot capture the output of the target's last layer, "
-            f"{target_layers - 1}; train without it, or serve with vLLM (export.format=speculators)"
+            f"{target_layers - 1}; train without it, or serve with vLLM (export.formats=[speculators])"
         )
 
 

@@ -3,13 +3,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -17,7 +13,6 @@ from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.rotary import Rotary, rotate
-from specdist.draft.initial import initial_vocabulary
 from specdist.draft.registry import build_draft, capture_layout, parameter_count
 from specdist.draft.vocabulary import DraftVocabulary
 from specdist.errors import ConfigError, DataError
@@ -110,36 +105,6 @@ def test_initial_weights_are_a_function_of_the_seed_and_the_target() -> None:
     random_head = DraftConfig(eagle3=Eagle3Config(init_head="random"))
     draft = build_draft(random_head, target_config(), vocabulary, ids)
     assert not torch.equal(draft.lm_head.weight, vocabulary.head[ids])
-
-
-def export(directory: Path, tensors: dict[str, Tensor], ids: Tensor | None) -> DraftConfig:
-    borrowed = {} if ids is None else {"d2t": ids - torch.arange(len(ids)), "t2d": torch.ones(VOCAB, dtype=torch.bool)}
-    save_file({**{n: t.contiguous() for n, t in tensors.items()}, **borrowed}, directory / "model.safetensors")
-    return DraftConfig(init_from=str(directory))
-
-
-@pytest.mark.parametrize("ids", [torch.tensor(PRUNED), None], ids=["pruned", "whole"])
-def test_start_from_an_exported_draft(tmp_path: Path, ids: Tensor | None) -> None:
-    trained = build_draft(DraftConfig(), target_config(), target_vocabulary(), ids, seed=5)
-    config = export(tmp_path, trained.state_dict(), ids)
-    found = initial_vocabulary(tmp_path)
-    assert (found is None) == (ids is None)
-    draft = build_draft(config, target_config(), target_vocabulary(), found, seed=6)
-    assert all(torch.equal(a, b) for a, b in zip(draft.parameters(), trained.parameters(), strict=True))
-
-
-def test_an_exported_draft_that_does_not_fit_is_named(tmp_path: Path) -> None:
-    ids = torch.tensor(PRUNED)
-    tensors = dict(build_draft(DraftConfig(), target_config(), target_vocabulary(), ids).state_dict())
-    tensors["layers.0.fc.weight"] = tensors.pop("fc.weight")
-    tensors["norm.weight"] = torch.ones(3)
-    config = export(tmp_path, tensors, ids)
-    with pytest.raises(DataError, match=r"fc.weight is missing; layers.0.fc.weight is unknown; norm.weight is \[3\]"):
-        build_draft(config, target_config(), target_vocabulary(), ids)
-    with pytest.raises(ConfigError, match="another draft vocabulary"):
-        build_draft(config, target_config(), target_vocabulary(), ids[:-1])
-    with pytest.raises(DataError, match=r"has no \*\.safetensors"):
-        initial_vocabulary(tmp_path / "absent")
 
 
 def test_draft_vocabulary_maps_both_ways() -> None:

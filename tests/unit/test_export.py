@@ -23,7 +23,6 @@ from specdist.records import TargetVocabulary
 V, V_D, H, LAYERS, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 40, 24, 32, 8, 48, 4, 2, 12
 CAPTURED = (1, 3, 4)
 FP32 = ExportConfig(dtype="float32")
-SPECULATORS = replace(FP32, format="speculators")
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 700.0,
@@ -90,10 +89,16 @@ class Case:
                 parameter.add_(0.3 * torch.randn_like(parameter))
         self.state = {name: tensor.detach() for name, tensor in self.draft.state_dict().items()}
 
-    def export(self, directory, options=FP32, **others):
+    def export(self, directory, options=FP32, format="sglang", **others):
         arguments = {"state": self.state, "vocabulary": self.ids} | others
         return export_draft(
-            directory, self.config, target=self.target.config, target_path="org/model", options=options, **arguments
+            directory,
+            format,
+            self.config,
+            target=self.target.config,
+            target_path="org/model",
+            options=options,
+            **arguments,
         )
 
 
@@ -267,7 +272,7 @@ def test_a_whole_vocabulary_keeps_its_maps(tmp_path):
 
 
 def test_the_speculators_format(case, tmp_path):
-    directory = case.export(tmp_path / "draft", replace(SPECULATORS, speculative_tokens=4))
+    directory = case.export(tmp_path / "draft", replace(FP32, speculative_tokens=4), "speculators")
     config = json.loads((directory / "config.json").read_text())
     assert config["architectures"] == ["Eagle3Speculator"]
     assert config["speculators_model_type"] == "eagle3"
@@ -295,7 +300,7 @@ def test_the_speculators_format(case, tmp_path):
 def test_an_export_reads_back_as_it_was(tmp_path, format, options):
     case = Case(**options)
     embedding = case.target.get_input_embeddings().weight.detach()
-    case.export(tmp_path / "draft", replace(FP32, format=format, embedding=True), embedding=embedding)
+    case.export(tmp_path / "draft", replace(FP32, embedding=True), format, embedding=embedding)
     exported = load_exported(tmp_path / "draft")
     assert exported.state.keys() == case.state.keys()
     assert all(torch.equal(exported.state[name], tensor) for name, tensor in case.state.items())
@@ -389,26 +394,26 @@ def test_layers_that_engines_cannot_capture_are_refused(case, tmp_path):
     descending = replace(case.config, eagle3=replace(case.config.eagle3, layers=(4, 3, 1)))
     last = replace(case.config, eagle3=replace(case.config.eagle3, layers=(1, 3, 7)))
 
-    def attempt(config, options):
+    def attempt(config, format):
         target = case.target.config
-        return export_draft(tmp_path / options.format, config, case.state, case.ids, target, "org/model", options)
+        return export_draft(tmp_path / format, format, config, case.state, case.ids, target, "org/model", FP32)
 
     with pytest.raises(ConfigError, match="lowest to the"):
-        attempt(descending, SPECULATORS)
+        attempt(descending, "speculators")
     with pytest.raises(ConfigError, match="last layer, 7"):
-        attempt(last, FP32)
-    assert attempt(last, SPECULATORS).is_dir()
+        attempt(last, "sglang")
+    assert attempt(last, "speculators").is_dir()
 
 
 def test_only_an_export_makes_way_and_only_when_told(case, tmp_path):
     directory = case.export(tmp_path / "draft")
     with pytest.raises(ConfigError, match="not empty"):
         case.export(directory)
-    case.export(directory, replace(SPECULATORS, overwrite=True))
+    case.export(directory, format="speculators", overwrite=True)
     assert load_exported(directory).config["speculators_model_type"] == "eagle3"
     (directory / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"thesis\.txt"):
-        case.export(directory, replace(FP32, overwrite=True))
+        case.export(directory, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"draft"}
     (tmp_path / "empty").mkdir()
     case.export(tmp_path / "empty")
@@ -433,7 +438,7 @@ def test_a_write_that_fails_leaves_the_earlier_export(case, tmp_path, monkeypatc
     else:
         monkeypatch.setattr(Path, "rename", rename_others)
     with pytest.raises(OSError, match="No space"):
-        case.export(directory, replace(FP32, overwrite=True))
+        case.export(directory, overwrite=True)
     assert torch.equal(load_exported(directory).state["fc.weight"], case.state["fc.weight"])
     assert {path.name for path in tmp_path.iterdir()} == {"draft"}
 

@@ -44,7 +44,7 @@ def test_a_replica_stays_on_one_host():
 @pytest.mark.parametrize(
     ("numbers", "said"),
     [
-        ({"ranks": 4, "dp": 2}, r"target.replicas\(1\) x target.tp\(1\) \+ draft.dp\(2\) x draft.cp\(1\) = 3 ranks.* has 4"),
+        ({"ranks": 4, "dp": 2}, r"replicas\(1\) x target.tp\(1\) \+ draft.dp\(2\) x draft.cp\(1\) = 3 ranks.* has 4"),
         ({"ranks": 1}, r"= 1 ranks, but the world has 1: 0 are left for the draft"),
         ({"ranks": 6, "cp": 2}, r"draft.dp\(2\) x draft.cp\(2\) = 5 ranks, but the world has 6"),
         ({"ranks": 3, "mode": "colocated", "replicas": None, "tp": 2}, r"must both equal the world's 3 ranks"),
