@@ -99,6 +99,11 @@ def examine(job: JobConfig) -> JobFacts:
     target = check(job.target)
     dtype = compute_dtype(job.target, target)
     layout = capture_layout(job.draft, target.config, dtype)
+    if target.max_positions is not None and job.prompts.max_length > target.max_positions:
+        raise ConfigError(
+            f"prompts.max_length={job.prompts.max_length} is more than the {target.max_positions} positions of "
+            f"{job.target.path} (max_position_embeddings)"
+        )
     for format in job.export.formats:
         check_servable(layout.captured_layers, target.layers, format)
     return JobFacts(target, dtype, layout)

@@ -197,7 +197,7 @@ def _memory_table(plan: Plan) -> Table:
 def _advice(plan: Plan) -> str:
     roles = [role for role, total in plan.demand().items() if total > plan.limit]
     advice = {
-        "target": "raise target.tp, or lower prompts.tokens_per_rank or draft.dp (an item holds every draft rank's tokens)",
+        "target": "raise target.tp, or lower prompts.tokens_per_rank or draft.dp (items hold all draft ranks' tokens)",
         "draft": "raise draft.dp with draft.sharding=fsdp, or lower prompts.tokens_per_rank or channel.memory",
         "target + draft": "use world.mode=split, or lower prompts.tokens_per_rank",
     }

@@ -16,27 +16,8 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = [
-    "the",
-    "king",
-    "my",
-    "lord",
-    "good",
-    "night",
-    "and",
-    "day",
-    "come",
-    "here",
-    "what",
-    "is",
-    "this",
-    "speak",
-    "again",
-    "sweet",
-    "friend",
-    "never",
-    "more",
-]
+TEXT = "the king my lord good night and day come here what is this speak again sweet friend never more"
+WORDS = TEXT.split()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -16,11 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from specdist.errors import ConfigError, DataError
-from specdist.prompts.conversation import COLUMNS, Sample, to_sample
+from specdist.prompts.conversation import Sample, to_sample
 from specdist.prompts.report import BadSample, UnusableError
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
@@ -108,7 +105,7 @@ def pieces(source: SourceFile) -> Iterator[Piece]:
             yield from _text_pieces(source.path, _json_records(source.path))
         else:
             yield from _table_pieces(source)
-    except (OSError, pa.ArrowException) as error:
+    except OSError as error:
         raise DataError(f"{source.path} cannot be read: {error}") from error
 
 
@@ -177,44 +174,12 @@ def _is_json(text: str) -> bool:
 
 
 def _table_pieces(source: SourceFile) -> Iterator[Piece]:
+    from specdist.prompts.tables import encoded_batches  # pyarrow is slow to import, and most files are JSONL
+
     row = 1
-    for batch, size in _batches(source):
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        yield Piece(source.path, row, row + len(batch) - 1, size, table=sink.getvalue().to_pybytes())
-        row += len(batch)
-
-
-def _batches(source: SourceFile) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """Small batches of the known columns, and the share of the file's bytes that each stands for."""
-    if source.kind == "parquet":
-        with pq.ParquetFile(source.path) as file:
-            columns = _known_columns(source.path, file.schema_arrow)
-            bytes_per_row = Path(source.path).stat().st_size / max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(batch_size=PIECE_ROWS, columns=columns):
-                yield batch, round(bytes_per_row * len(batch))
-        return
-    with pa.memory_map(source.path) as mapped:
-        if mapped.read(6) == b"ARROW1":
-            file = pa.ipc.open_file(mapped)
-            batches: Iterator[pa.RecordBatch] = (file.get_batch(i) for i in range(file.num_record_batches))
-        else:
-            mapped.seek(0)
-            file = pa.ipc.open_stream(mapped)
-            batches = iter(file)
-        columns = _known_columns(source.path, file.schema)
-        for batch in batches:
-            for start in range(0, len(batch), PIECE_ROWS):
-                part = batch.slice(start, PIECE_ROWS)
-                yield part.select(columns), part.nbytes
-
-
-def _known_columns(path: str, schema: pa.Schema) -> list[str]:
-    known = [name for name in COLUMNS if name in schema.names]
-    if not set(known) & {"messages", "conversations", "text"}:
-        raise DataError(f"{path} has none of the columns messages, conversations, text: {', '.join(schema.names)}")
-    return known
+    for table, rows, size in encoded_batches(source.path, PIECE_ROWS):
+        yield Piece(source.path, row, row + rows - 1, size, table=table)
+        row += rows
 
 
 def samples(piece: Piece) -> Iterator[Sample | BadSample]:
@@ -240,12 +205,13 @@ def _parse(content: bytes) -> object:
 
 
 def _table_rows(stream: bytes, piece: Piece) -> Iterator[tuple[int, object] | BadSample]:
-    table = pa.ipc.open_stream(stream).read_all()
-    for index in range(len(table)):
-        try:
-            yield piece.first + index, table.slice(index, 1).to_pylist()[0]
-        except UnicodeDecodeError as error:
-            yield BadSample(piece.file, piece.first + index, "not text", str(error))
+    from specdist.prompts.tables import decoded_rows
+
+    for row, record in enumerate(decoded_rows(stream), start=piece.first):
+        if isinstance(record, UnicodeDecodeError):
+            yield BadSample(piece.file, row, "not text", str(record))
+        else:
+            yield row, record
 
 
 def read(patterns: tuple[str, ...]) -> Iterator[Sample | BadSample]:
