@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
 
 from specdist.errors import ConfigError
 from specdist.job import JobConfig
@@ -28,10 +31,29 @@ def world_size(job: JobConfig, devices: int) -> int:
 
 
 def start(files: Sequence[str], overrides: Sequence[str], ranks: int) -> int:
-    """Run `torchrun -m specdist.train` and return its exit status. Signals go on to the ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    """Run `torchrun -m specdist.train` (see agent.py) and return its exit status.
+
+    SIGINT and SIGTERM go to the ranks, which finish the step, save and leave; torchrun itself would end with an error.
+    From the second one on they go to torchrun, which kills what has not left after half a minute.
+    """
+    command = [sys.executable, "-m", "specdist_launch.agent", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "specdist.train", *(part for file in files for part in ("--config", file)), *overrides]
-    process = subprocess.Popen(command)
+    asked = False
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        children = [] if asked else _children(process.pid)
+        asked = True
+        for pid in children or [process.pid]:
+            os.kill(pid, number)
+
+    # A session of its own: a terminal's Ctrl-C would reach torchrun directly.
+    process = subprocess.Popen(command, start_new_session=True)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _frame: process.send_signal(received))
+        signal.signal(number, forward)
     return process.wait()
+
+
+def _children(pid: int) -> list[int]:
+    """The processes that process `pid` started and that still run; none where the system does not say (not Linux)."""
+    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]

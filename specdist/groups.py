@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
@@ -19,9 +20,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from specdist.errors import ConfigError, WorldError
-from specdist.topology import Link, RankFacts, Topology, WorldConfig
+from specdist.topology import Link, RankFacts, Topology, WorldConfig, launcher_serves_store, rendezvous_address
 
 Transport = Literal["nccl", "gloo"]
+
+_VERDICT_MARGIN_S = 15.0
+"""Rank 0 publishes who is missing at its own deadline; the other ranks wait so much longer for it to arrive."""
+_READ_S = 5.0
+"""How long rank 0, which may serve the store, stays for the others to read who is missing."""
 
 
 @dataclass(frozen=True)
@@ -83,54 +89,82 @@ def join_world(config: WorldConfig, facts: RankFacts) -> World:
     device = pick_device(config, facts)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    timeout = timedelta(seconds=config.join_timeout_s)
+    store = _open_store(facts, config.join_timeout_s)
+    hosts = _roll_call(dist.PrefixStore("specdist/roll-call", store), facts, config.join_timeout_s)
+    with _forming(facts, "the world", config.wait_timeout_s):
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("specdist/world", store),
+            rank=facts.rank,
+            world_size=facts.world_size,
+            timeout=timedelta(seconds=config.wait_timeout_s),
+        )
+    return World(facts, device, hosts, dist.PrefixStore("specdist/run", store))
+
+
+def _open_store(facts: RankFacts, timeout_s: float) -> dist.Store:
+    """Connect to the world's store, or serve it where that falls to rank 0."""
+    timeout = timedelta(seconds=timeout_s)
+    address, port = rendezvous_address()
     try:
-        store, _, _ = next(iter(dist.rendezvous("env://", facts.rank, facts.world_size, timeout=timeout)))
+        if launcher_serves_store():
+            return next(iter(dist.rendezvous("env://", facts.rank, facts.world_size, timeout=timeout)))[0]
+        # torch's own rendezvous would keep rank 0 here until all have come, and could only count who is missing.
+        return dist.TCPStore(
+            address, port, facts.world_size, is_master=facts.rank == 0, timeout=timeout, wait_for_workers=False
+        )
     except (dist.DistError, TimeoutError) as error:
         raise WorldError(
-            f"rank {facts.rank} (host {facts.host}) did not reach the rendezvous within {config.join_timeout_s:.0f} s: "
-            f"{error}"
+            f"rank {facts.rank} (host {facts.host}) did not reach the rendezvous at {address}:{port} within "
+            f"{timeout_s:.0f} s (world.join_timeout_s): {first_line(error)}"
         ) from error
-    hosts = _roll_call(dist.PrefixStore("specdist/roll-call", store), facts, config.join_timeout_s)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("specdist/world", store),
-        rank=facts.rank,
-        world_size=facts.world_size,
-        timeout=timedelta(seconds=config.wait_timeout_s),
-    )
-    return World(facts, device, hosts, dist.PrefixStore("specdist/run", store))
 
 
 def _roll_call(store: dist.Store, facts: RankFacts, timeout_s: float) -> tuple[str, ...]:
     """Every rank reports; rank 0 publishes the list of hosts, or who is missing. Linear in the world's size."""
-    store.set(f"here/{facts.rank}", json.dumps([facts.host, facts.node]))
-    if facts.rank == 0:
-        store.set("verdict", json.dumps(_count_ranks(store, facts.world_size, timeout_s)))
     try:
-        # Rank 0 publishes a verdict at its own deadline; the margin lets it arrive.
-        store.wait(["verdict"], timedelta(seconds=timeout_s + 15))
+        store.set(f"here/{facts.rank}", json.dumps([facts.host, facts.node]))
+        if facts.rank == 0:
+            verdict = _count_ranks(store, facts.world_size, timeout_s)
+            store.set("verdict", json.dumps(verdict))
+            if "error" in verdict:
+                _await_readers(store, facts.world_size)
+        store.wait(["verdict"], timedelta(seconds=timeout_s + _VERDICT_MARGIN_S))
+        verdict = json.loads(store.get("verdict"))
+        store.set(f"read/{facts.rank}", "")
     except dist.DistError as error:
         raise WorldError(
-            f"rank {facts.rank} (host {facts.host}) waited {timeout_s + 15:.0f} s for the roll call of rank 0, which "
-            "has not come up: look at rank 0's log first"
+            f"rank {facts.rank} (host {facts.host}) has no answer to its roll call from rank 0 (limit "
+            f"{timeout_s + _VERDICT_MARGIN_S:.0f} s): look at rank 0's log first. {first_line(error)}"
         ) from error
-    verdict = json.loads(store.get("verdict"))
     if "error" in verdict:
         raise WorldError(verdict["error"])
     return tuple(verdict["hosts"])
+
+
+def _await_readers(store: dist.Store, world_size: int) -> None:
+    """Wait, a little, until all present ranks but this one have read the verdict."""
+    present = [rank for rank in range(1, world_size) if store.check([f"here/{rank}"])]
+    deadline = time.monotonic() + _READ_S
+    while present and time.monotonic() < deadline:
+        present = [rank for rank in present if not store.check([f"read/{rank}"])]
+        time.sleep(0.05)
 
 
 def _count_ranks(store: dist.Store, world_size: int, timeout_s: float) -> dict[str, object]:
     deadline = time.monotonic() + timeout_s
     present: dict[int, tuple[str, int]] = {}
     for rank in range(world_size):
-        remaining = max(deadline - time.monotonic(), 0.001)
-        try:
-            store.wait([f"here/{rank}"], timedelta(seconds=remaining))
-        except dist.DistError:
+        key = [f"here/{rank}"]
+        remaining = deadline - time.monotonic()
+        if remaining > 0:
+            try:
+                store.wait(key, timedelta(seconds=remaining))
+            except dist.DistStoreError:
+                continue
+        elif not store.check(key):
             continue
-        host, node = json.loads(store.get(f"here/{rank}"))
+        host, node = json.loads(store.get(key[0]))
         present[rank] = (host, node)
     missing = [rank for rank in range(world_size) if rank not in present]
     if not missing:
@@ -158,8 +192,30 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
+@contextmanager
+def _forming(facts: RankFacts, what: str, timeout_s: float) -> Iterator[None]:
+    """Say in words what torch.distributed was doing when it failed."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo and NCCL know no narrower type
+        raise WorldError(
+            f"rank {facts.rank} (host {facts.host}): the process groups of {what} did not form within "
+            f"{timeout_s:.0f} s (world.wait_timeout_s); another rank has died or a network interface does not reach "
+            f"the other hosts: {first_line(error)}"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def make_groups(topology: Topology, world: World, transport: Transport, timeout_s: float) -> Groups:
     """Create every group of the topology. All ranks call it once, right after `join_world`."""
+    with _forming(world.facts, "the topology", timeout_s):
+        return _make_groups(topology, world, transport, timeout_s)
+
+
+def _make_groups(topology: Topology, world: World, transport: Transport, timeout_s: float) -> Groups:
     rank, timeout = world.facts.rank, timedelta(seconds=timeout_s)
 
     def group(ranks: Iterable[int], name: str, backend: str | None = None) -> dist.ProcessGroup | None:
@@ -198,68 +254,3 @@ def _draft_mesh(topology: Topology, world: World, group) -> DeviceMesh | None:  
     if not own:
         return None
     return DeviceMesh.from_group([own["dp"], own["cp"]], world.device.type, mesh=ranks, mesh_dim_names=("dp", "cp"))
-
-
-def connect_links(topology: Topology, groups: Groups, world: World, timeout_s: float) -> None:
-    """Move one byte over every link, in rounds in which no rank has two partners, under a host-side timeout.
-
-    The first operation on a communicator sets it up; here, and not inside a training step, is where a broken network
-    shows, with the pair named.
-    """
-    sources, destinations = topology.target_ranks, topology.draft_ranks
-    if not topology.links:
-        return
-    rounds = max(len(sources), len(destinations))
-    byte = torch.zeros(1, dtype=torch.uint8, device=world.device if _on_device(groups, world) else "cpu")
-    for shift in range(rounds):
-        for i in range(rounds):
-            j = (i + shift) % rounds
-            if i >= len(sources) or j >= len(destinations):
-                continue
-            link = Link(sources[i], destinations[j])
-            if link in groups.links:
-                _touch(link, groups.links[link], byte, topology, world.facts.rank, timeout_s)
-
-
-def _on_device(groups: Groups, world: World) -> bool:
-    some = next(iter(groups.links.values()), None)
-    return world.device.type == "cuda" and some is not None and dist.get_backend(some) == "nccl"
-
-
-def _touch(
-    link: Link, group: dist.ProcessGroup, byte: torch.Tensor, topology: Topology, rank: int, timeout_s: float
-) -> None:
-    sending = rank == link.source
-    try:
-        work = (
-            dist.isend(byte, link.destination, group=group) if sending else dist.irecv(byte, link.source, group=group)
-        )
-        assert work is not None
-        wait_work(work, timeout_s, on_device=byte.is_cuda)
-    except (dist.DistError, TimeoutError, RuntimeError) as error:
-        raise WorldError(
-            f"link {topology.describe(link.source)} -> {topology.describe(link.destination)} did not come up within "
-            f"{timeout_s:.0f} s: {error}"
-        ) from error
-
-
-def wait_work(work: dist.Work, timeout_s: float, on_device: bool) -> None:
-    """Wait on the host, bounded, until a transfer has finished.
-
-    NCCL's own `wait` only orders streams, so a device transfer is polled; gloo's blocks with a timeout.
-
-    Raises:
-        TimeoutError: not finished after `timeout_s` seconds.
-    """
-    if not on_device:
-        try:
-            work.wait(timedelta(seconds=timeout_s))
-        except RuntimeError as error:
-            raise TimeoutError(str(error).splitlines()[0]) from error
-        return
-    deadline = time.monotonic() + timeout_s
-    while not work.is_completed():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"no progress for {timeout_s:.0f} s")
-        time.sleep(0.0002)
-    work.wait()

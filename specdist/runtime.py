@@ -33,10 +33,11 @@ from specdist.drafts import new_draft
 from specdist.errors import WorldError
 from specdist.export import load_exported
 from specdist.finish import finish
-from specdist.groups import Groups, Transport, World, connect_links, join_world, make_groups
+from specdist.groups import Groups, Transport, World, join_world, make_groups
 from specdist.items import Items
 from specdist.itinerary import Itinerary, find_itinerary, share_itinerary
 from specdist.job import JobConfig, JobFacts
+from specdist.links import connect_links
 from specdist.optim import build_optimizer
 from specdist.producer import Producer, ProducerReport
 from specdist.prompts.prepare import prepare
@@ -88,8 +89,6 @@ def run(job: JobConfig, facts: RankFacts) -> None:
     """Take part in the run as rank `facts.rank`; returns when the run is done or was asked to stop."""
     job_facts = jobs.examine(job)
     prompts = prepare(job.prompts, job.target.path, progress=facts.rank == 0)
-    stop = StopFlag()
-    stop.install()
     world = join_world(job.world, facts)
     topology = jobs.topology(job, world.hosts)
     run_dir = RunDirectory(Path(job.run.dir))
@@ -98,6 +97,8 @@ def run(job: JobConfig, facts: RankFacts) -> None:
         _introduce(job, topology, job_facts, prompts, itinerary)
     groups = make_groups(topology, world, _transport(job, world), job.world.wait_timeout_s)
     with _control_plane(job, job_facts, world, topology, itinerary) as client:
+        stop = StopFlag()
+        stop.install()  # before the control plane is up nobody could be told, and there is nothing to save
         rank = Rank(job, job_facts, world, topology, groups, run_dir, prompts, itinerary, client, stop)
         client.phase = "connecting links"
         connect_links(topology, groups, world, job.world.join_timeout_s)
@@ -181,7 +182,12 @@ def _control_plane(
             raise WorldError("rank 0 did not open the control plane: look at its log first") from error
         address, token = json.loads(world.store.get("control"))
         with ControlClient(
-            address, bytes.fromhex(token), world.facts.rank, job.control, on_abort=_leave_soon
+            address,
+            bytes.fromhex(token),
+            world.facts.rank,
+            job.control,
+            scheduler=topology.describe(topology.scheduler_rank),
+            on_abort=_leave_soon,
         ) as client:
             yield client
         if server is not None:
@@ -239,8 +245,9 @@ def _produce(rank: Rank) -> None:
     )
     rank.client.ready()
     report = producer.run()
-    rank.world.store.set(f"producer/{rank.rank}", json.dumps(dataclasses.asdict(report)))
-    if topology.mode == "target_only" and rank.rank == 0:
+    if topology.mode == "split" and place.tp == 0:
+        _send_report(rank, report)
+    elif topology.mode == "target_only" and rank.rank == 0:
         _tell_target_only(rank, report)
 
 
@@ -280,9 +287,10 @@ def _consume(rank: Rank) -> None:
     _end_the_run(rank, source, progress.next_item, leader)
     state = _whole_state(draft, keep=leader)
     del trainer, optimizer, draft
+    producers = _producer_reports(rank) if leader else []
     client.close()
+    rank.stop.uninstall()
     if leader:
-        producers = _producer_reports(rank)
         finish(job, rank.facts, rank.run_dir, state, progress, rank.itinerary, figures, producers, rank.world.device)
 
 
@@ -347,11 +355,21 @@ def _whole_state(draft: DraftModel, keep: bool) -> dict[str, Tensor]:
     return state
 
 
+def _send_report(rank: Rank, report: ProducerReport) -> None:
+    """Tell the first draft rank what this target rank did; over the ranks' own connections, for the store goes with the
+    launcher, or with rank 0."""
+    figures = torch.tensor(dataclasses.astuple(report), dtype=torch.float64)
+    dist.send(figures, rank.topology.draft_ranks[0], group=rank.groups.control)
+
+
 def _producer_reports(rank: Rank) -> list[ProducerReport]:
-    """What the target ranks did; they report when the scheduler stops them."""
+    """What the first rank of each target replica did; they report when the scheduler stops them."""
     if rank.topology.mode != "split":
         return []
-    leads = [replica[0] for replica in rank.topology.replicas]
-    keys = [f"producer/{r}" for r in leads]
-    rank.world.store.wait(keys, timedelta(seconds=rank.timeout_s))
-    return [ProducerReport(**json.loads(rank.world.store.get(key))) for key in keys]
+    reports = []
+    for replica in rank.topology.replicas:
+        figures = torch.tensor(dataclasses.astuple(ProducerReport()), dtype=torch.float64)
+        dist.recv(figures, replica[0], group=rank.groups.control)
+        items, tokens, *seconds = figures.tolist()
+        reports.append(ProducerReport(int(items), int(tokens), *seconds))
+    return reports

@@ -168,6 +168,10 @@ class Scheduler:
             raise ProtocolError(f"stop after item {item}: the first item is {self._first}")
         self._end = item + 1 if self._end is None else min(self._end, item + 1)
 
+    def stop_now(self) -> None:
+        """Dispatch nothing more."""
+        self.stop_after(self._next - 1)
+
     def drop_replica(self, replica: int) -> tuple[int, ...]:
         """Forget a replica; its items that were not delivered go back to the front of the line, in item order.
 

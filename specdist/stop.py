@@ -3,10 +3,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+_PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal that the kernel sends to this process when the one that started it ends."""
+
+
+def end_with_launcher() -> None:
+    """Let the kernel send SIGTERM to this process when its launcher dies, so that no rank is ever left behind.
+
+    A launcher that is killed with SIGKILL (out of memory, an impatient user, a batch system at its time limit) cannot
+    tell its ranks. They would hold their GPUs until every other wait of theirs has run out.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 class StopFlag:
@@ -21,6 +37,11 @@ class StopFlag:
     def install(self) -> None:
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
+
+    def uninstall(self) -> None:
+        """From here on a signal ends the process at once: everything worth keeping is saved."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
 
     def request(self, reason: str) -> None:
         """Ask for a stop from inside the process."""

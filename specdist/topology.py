@@ -80,10 +80,19 @@ class RankFacts:
         )
 
 
+def rendezvous_address() -> tuple[str, int]:
+    """The host and port of the world's store (MASTER_ADDR, MASTER_PORT)."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def launcher_serves_store() -> bool:
+    """Whether the launcher serves the world's store, as torchrun's agent does; under srun, say, rank 0 has to."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+
+
 def local_address() -> str:
     """The IP address under which the other hosts of this world reach this one: that of the route to the rendezvous."""
-    master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    family, _, _, _, target = socket.getaddrinfo(master, port, type=socket.SOCK_DGRAM)[0]
+    family, _, _, _, target = socket.getaddrinfo(*rendezvous_address(), type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)  # a datagram socket sends nothing by connecting; it only picks the route
         return str(probe.getsockname()[0])

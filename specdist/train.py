@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 from specdist.errors import UserError
+from specdist.stop import end_with_launcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    end_with_launcher()
     parser = argparse.ArgumentParser(prog="python -m specdist.train", description=__doc__)
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; several are merged")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override single keys")
@@ -39,5 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def leave(status: int) -> None:
+    """End the process. After a failure at once: finalisers would wait for ranks that are gone, in threads that are
+    stuck in a transfer with them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status != 0:
+        os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the small target model of the quickstart: a Llama of 1.8M parameters that answers like Shakespeare.
+"""Make the small target model of the quickstart: a Llama of 1.6M parameters that answers like Shakespeare.
 
     python examples/bard/make.py --text tinyshakespeare.txt --out examples/bard
 
@@ -26,11 +26,12 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 512  # small, so that words are several tokens and a draft has something to guess
 ROW_TOKENS = 512  # a training row; MAX_CHARS keeps nearly every conversation inside one
 MAX_CHARS = 1400  # a conversation
 HELDOUT = 64  # conversations, the last of the text
 REPLY_TOKENS = 160
+GENERATE_BATCH = 256
 
 Conversation = list[dict[str, str]]
 
@@ -152,6 +153,7 @@ def packed_batches(documents: list[list[int]], batch: int, seed: int) -> Iterato
 
 def token_losses(model: LlamaForCausalLM, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """The loss of every next token, except across the border of two conversations."""
+    ids, positions = ids.to(model.device), positions.to(model.device)
     logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return losses[positions[:, 1:].flatten() > 0]
@@ -198,10 +200,10 @@ def answer(
     replies: dict[int, str | None] = {}
     order = sorted(range(len(prompts)), key=lambda i: sum(len(m["content"]) for m in prompts[i]))
     tokenizer.padding_side = "left"
-    for at in range(0, len(order), 64):
-        chosen = order[at : at + 64]
+    for at in range(0, len(order), GENERATE_BATCH):
+        chosen = order[at : at + GENERATE_BATCH]
         texts = [tokenizer.apply_chat_template(prompts[i], tokenize=False, add_generation_prompt=True) for i in chosen]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
         output = model.generate(**inputs, max_new_tokens=REPLY_TOKENS, **sampling)
         for i, ids in zip(chosen, output[:, inputs["input_ids"].shape[1] :], strict=True):
             ended = bool((ids == tokenizer.eos_token_id).any())
@@ -230,7 +232,7 @@ def regenerate(
 
 def write_onpolicy(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.out / "model")
-    model = AutoModelForCausalLM.from_pretrained(args.out / "model", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(args.out / "model", dtype=torch.float32).to(args.device)
     conversations = read_jsonl(args.out / "train.jsonl")[: 64 if args.quick else None]
     own = regenerate(model, tokenizer, conversations, **sampling_of(args.temperature))
     write_jsonl(args.out / "train-onpolicy.jsonl", own)
@@ -259,7 +261,7 @@ def make(args: argparse.Namespace) -> None:
     write_jsonl(args.out / "heldout.jsonl", heldout)
     tokenizer = train_tokenizer(training)
     documents = tokenize(tokenizer, training)
-    model = build_model(tokenizer)
+    model = build_model(tokenizer).to(args.device)
     print(f"{sum(map(len, documents)):,} training tokens; {model.num_parameters():,} parameters")
     train(model, documents, tokenize(tokenizer, heldout), args)
     model = model.to(torch.bfloat16)
@@ -272,12 +274,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="plain text of plays, each speech as 'SPEAKER:\\ntext'")
     parser.add_argument("--out", type=Path, required=True, help="folder for the splits and model/")
-    parser.add_argument("--steps", type=int, default=1800)
-    parser.add_argument("--batch", type=int, default=4, help=f"rows of {ROW_TOKENS} tokens in a step")
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=8, help=f"rows of {ROW_TOKENS} tokens in a step")
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="the weights are the same only for the same number")
+    parser.add_argument("--device", default="cpu", help="cuda takes two minutes where the CPU takes half an hour")
     parser.add_argument("--every", type=int, default=200, help="steps between two lines of the log")
     parser.add_argument("--quick", action="store_true", help="20 steps: a check of the script, not a model")
     parser.add_argument("--regenerate", action="store_true", help="write train-onpolicy.jsonl with the model there is")

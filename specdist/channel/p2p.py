@@ -21,7 +21,7 @@ from torch import Tensor
 from specdist.channel.base import FeatureReceiver, FeatureSender, share
 from specdist.channel.ring import Ring
 from specdist.errors import WorldError
-from specdist.groups import wait_work
+from specdist.links import TransferError, wait_work
 from specdist.records import FeatureLayout, WorkItem
 from specdist.topology import Link, Topology
 
@@ -78,9 +78,9 @@ class P2PSender(FeatureSender):
             payload = _to_host(part) if self._staged else part
             for destination in draft_ranks:
                 link = Link(self._rank, destination)
-                work = dist.isend(payload, destination, group=self._links[link])
-                assert work is not None
-                transfer.works.append((link, work))
+                transfer.works.append(
+                    (link, _start(dist.isend, payload, destination, link, self._topology, self._links))
+                )
             if self._staged:
                 transfer.staging.append((payload, part))  # gloo reads it until the work is done
         self._in_flight[self._sent % self._ring.slots] = transfer
@@ -95,10 +95,10 @@ class P2PSender(FeatureSender):
         for link, work in transfer.works:
             try:
                 wait_work(work, timeout_s, self._on_device)
-            except TimeoutError as error:
+            except TransferError as error:
                 raise WorldError(
                     f"{self._topology.describe(link.destination)} did not take what "
-                    f"{self._topology.describe(link.source)} sent within {timeout_s:.0f} s: {error}"
+                    f"{self._topology.describe(link.source)} sent (limit {timeout_s:.0f} s): {error}"
                 ) from error
 
 
@@ -159,9 +159,7 @@ class P2PReceiver(FeatureReceiver):
             if len(part) == 0:
                 continue
             link = Link(source, self._rank)
-            work = dist.irecv(part, source, group=self._links[link])
-            assert work is not None
-            transfer.works.append((link, work))
+            transfer.works.append((link, _start(dist.irecv, part, source, link, self._topology, self._links)))
 
     def take(self, item: WorkItem, timeout_s: float) -> Tensor:
         deadline = time.monotonic() + timeout_s
@@ -169,11 +167,11 @@ class P2PReceiver(FeatureReceiver):
         for link, work in transfer.works:
             try:
                 wait_work(work, max(deadline - time.monotonic(), 0.001), self._on_device)
-            except TimeoutError as error:
+            except TransferError as error:
                 self._broken()
                 raise WorldError(
                     f"{self._topology.describe(self._rank)} did not receive its rows of item {item.index} from "
-                    f"{self._topology.describe(link.source)} within {timeout_s:.0f} s: {error}"
+                    f"{self._topology.describe(link.source)} (limit {timeout_s:.0f} s): {error}"
                 ) from error
         tokens = item.shards[self._shard].tokens
         rows = self._ring.slot(item.index, tokens)
@@ -200,6 +198,24 @@ class P2PReceiver(FeatureReceiver):
             self._freed[item.index % self.slots] = event
         elif self._host_ring is not None:
             torch.cuda.current_stream().synchronize()  # the staging copy must have been read before gloo writes again
+
+
+def _start(
+    operation: Callable[..., dist.Work | None],
+    rows: Tensor,
+    partner: int,
+    link: Link,
+    topology: Topology,
+    links: Mapping[Link, dist.ProcessGroup],
+) -> dist.Work:
+    """Issue a send or a receive; raises WorldError naming the link when its connection is known to be broken."""
+    try:
+        work = operation(rows, partner, group=links[link])
+    except RuntimeError as error:
+        broken = f"link {topology.describe(link.source)} -> {topology.describe(link.destination)} is broken"
+        raise WorldError(f"{broken}: {str(error).splitlines()[0]}") from error
+    assert work is not None
+    return work
 
 
 def _to_host(part: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from specdist.control.config import ControlConfig
 from specdist.control.messages import (
@@ -49,6 +50,7 @@ class ControlClient:
 
     Args:
         address: `ControlServer.address`, as handed out by rank 0.
+        scheduler: how errors name the rank at the other end.
         on_abort: called once, in the client's thread, when the world has failed: to abort communicators in which the
             main thread may be stuck.
     """
@@ -60,18 +62,24 @@ class ControlClient:
         rank: int,
         config: ControlConfig,
         *,
+        scheduler: str = "rank 0",
         on_abort: Callable[[WorldError], None] | None = None,
     ):
         self.rank, self.statistics = rank, Statistics()
-        self._address, self._config, self._on_abort = address, config, on_abort
+        self._config, self._on_abort = config, on_abort
+        self._scheduler = f"{scheduler}, the scheduler at {address},"
         self._phase = ("starting", time.monotonic())
         self._error: BaseException | None = None
+        self._failed = threading.Event()
+        self._culprit: int | None = None
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open = True
         self._context = zmq.Context()
         self._outbox, self._outgoing = inproc_pair(self._context)
         self._dealer = self._connect(address, identity(token, rank))
+        self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._lost_at: float | None = None
         self._thread = threading.Thread(target=self._thread_main, name="specdist-control-client", daemon=True)
         self._post(Hello(PROTOCOL_VERSION, os.getpid()))
         self._thread.start()
@@ -144,9 +152,17 @@ class ControlClient:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """After an error of this rank's own: say so, and raise the world's failure instead if another rank began it.
+
+        Until the verdict is there the process stays, so that no connection of it breaks before the others know why.
+        """
         if error is not None and error is not self._error:
             self.fail(error)
+            self._failed.wait(2 * self._config.heartbeat_s)
         self.close()
+        if isinstance(error, Exception) and self._culprit not in (None, self.rank):
+            assert self._error is not None
+            raise self._error from error
 
     def _connect(self, address: str, name: bytes) -> zmq.Socket[bytes]:
         dealer = self._context.socket(zmq.DEALER)
@@ -169,15 +185,19 @@ class ControlClient:
             logger.exception("rank %d: the control client failed", self.rank)
             self._break(error)
         finally:
+            self._dealer.disable_monitor()
+            self._monitor.close(0)
             self._dealer.close(_LINGER_MS if self._error is None else _LINGER_AFTER_ABORT_MS)
 
     def _loop(self) -> None:
         poller = zmq.Poller()
         poller.register(self._outgoing, zmq.POLLIN)
         poller.register(self._dealer, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
         heard = now = next_beat = time.monotonic()
         while True:
-            poller.poll(math.ceil(max(next_beat - now, 0.0) * 1000))
+            wake = next_beat if self._lost_at is None else min(next_beat, self._lost_at + self._config.heartbeat_s)
+            poller.poll(math.ceil(max(wake - now, 0.0) * 1000))
             if self._send_all():
                 return
             received = self._receive_all()
@@ -188,11 +208,28 @@ class ControlClient:
                 text, since = self._phase
                 self._dealer.send(encode(Heartbeat(now - since, text)))
                 next_beat = now + self._config.heartbeat_s
-            if now - heard > self._config.silence_s and self._error is None:
-                limit = f"more than {self._config.silence_s:.0f} s (control.silence_s)"
-                self._break(
-                    WorldError(f"rank 0 (scheduler, {self._address}) was not heard by rank {self.rank} for {limit}")
-                )
+            self._watch_connection(now)
+            if self._error is None:
+                self._check_scheduler(now, heard)
+            else:
+                self._lost_at = None
+
+    def _watch_connection(self, now: float) -> None:
+        """Note since when the connection is down; ZeroMQ restores one that a network broke by itself."""
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            self._lost_at = now if event == zmq.EVENT_DISCONNECTED else None
+
+    def _check_scheduler(self, now: float, heard: float) -> None:
+        if self._lost_at is not None and now - self._lost_at >= self._config.heartbeat_s:
+            what = f"is gone: the connection to it from rank {self.rank} is lost"
+        elif now - heard > self._config.silence_s:
+            limit = f"{self._config.silence_s:.0f} s (control.silence_s)"
+            what = f"was not heard by rank {self.rank} for more than {limit}"
+        else:
+            return
+        self._culprit = 0
+        self._break(WorldError(f"{self._scheduler} {what}"))
 
     def _send_all(self) -> bool:
         """Pass on the outbox; whether the client is to close."""
@@ -218,6 +255,7 @@ class ControlClient:
             if isinstance(message, Statistics):
                 self.statistics = message
             elif isinstance(message, Abort):
+                self._culprit = message.rank
                 self._break(message.error())
             else:
                 self._inbox.put(message)
@@ -227,6 +265,7 @@ class ControlClient:
         if self._error is not None:
             return
         self._error = error
+        self._failed.set()
         self._inbox.put(None)
         if self._on_abort is not None:
             self._on_abort(error if isinstance(error, WorldError) else WorldError(f"{type(error).__name__}: {error}"))

@@ -149,11 +149,11 @@ class Conductor:
             case Ready():
                 self.peers.make_ready(rank)
             case Failure(text):
+                # A rank whose process is gone failed first: what the others then meet is a consequence.
+                self._broadcast(self.statistics(now), now, [r for r in self.peers.present if r != rank])
                 self.abort(rank, text, now)
             case StopRequest(reason):
-                if self._stop_requested is None:  # a signal reaches many ranks at once: the first speaks for all
-                    self._stop_requested = StopRequested(rank, reason)
-                    self._broadcast(self._stop_requested, now)
+                self._stop_request(rank, reason, now)
             case LastItem(item):
                 self._last_item(rank, item, now)
             case Goodbye():
@@ -206,6 +206,14 @@ class Conductor:
         if self._scheduler is None or self._draft_of.get(rank) != draft:
             raise ProtocolError(f"{Released(item, draft)} does not come from that draft rank")
         self._scheduler.on_released(item, draft, now)
+
+    def _stop_request(self, rank: int, reason: str, now: float) -> None:
+        if self._stop_requested is not None:  # a signal reaches many ranks at once: the first speaks for all
+            return
+        self._stop_requested = StopRequested(rank, reason)
+        self._broadcast(self._stop_requested, now)
+        if not self._draft_ranks and self._scheduler is not None:  # no trainer to decide where the run ends
+            self._scheduler.stop_now()
 
     def _last_item(self, rank: int, item: int, now: float) -> None:
         if not self._draft_ranks or rank != self._draft_ranks[0]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,10 +27,17 @@ def torchrun(ranks: int, arguments: Sequence[str], timeout: float = 240) -> subp
 
 
 def start_torchrun(ranks: int, arguments: Sequence[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
+    return start_command(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
+    )
+
+
+def start_command(command: Sequence[str]) -> subprocess.Popen[str]:
+    """Start a command from the project's root, in a process group of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
 
 
@@ -44,3 +52,26 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 def train(ranks: int, words: Sequence[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run a training job and return its finished process."""
     return torchrun(ranks, ["-m", "specdist.train", *words], timeout)
+
+
+def start_by_hand(
+    ranks: Sequence[int], world_size: int, arguments: Sequence[str], stderr: Path
+) -> dict[int, subprocess.Popen[str]]:
+    """Start some ranks of a world without torchrun, as srun would: rank 0 serves the store. Each writes to its own file
+    `stderr / RANK`, so that none waits for a reader."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
+    environment |= {
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+    }  # fmt: skip
+    processes = {}
+    for rank in ranks:
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with (stderr / str(rank)).open("w") as file:
+            processes[rank] = subprocess.Popen(
+                [sys.executable, *arguments], cwd=ROOT, env=own, stdout=subprocess.DEVNULL, stderr=file, text=True
+            )
+    return processes

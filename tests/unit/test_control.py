@@ -222,7 +222,8 @@ def test_what_may_not_be_sent_aborts_and_names_the_sender(rank: int, message: Me
     office = Office(make_scheduler())
     office.open()
     answers = office.hear(rank, message)
-    assert [ranks for ranks, _ in answers] == [tuple(office.conductor.peers.present)]
+    told = [ranks for ranks, answer in answers if isinstance(answer, messages.Abort)]
+    assert told == [tuple(office.conductor.peers.present)]
     assert office.error.startswith(f"rank {rank} (")
     assert text in office.error
 
@@ -303,6 +304,25 @@ def test_in_a_common_hang_the_rank_in_a_rare_phase_comes_first() -> None:
     assert error.index("rank 5 (draft dp 1 cp 0, host b) last heard") < error.index(
         "rank 4 (draft dp 0 cp 0, host b) last"
     )
+
+
+def test_a_rank_that_is_gone_failed_before_the_one_that_says_so() -> None:
+    office = Office(make_scheduler())
+    office.open()
+    office.lost.add(6)
+    office.hear(5, Failure("Connection closed by peer"))
+    assert office.error.startswith("rank 6 (draft dp 2 cp 0, host c): the connection to it is lost")
+
+
+def test_a_stop_request_ends_a_run_that_has_no_trainer_to_decide() -> None:
+    topology = Topology("target_only", ("a",) * 7, tuple((rank,) for rank in range(7)), (), 1)
+    office = Office(make_scheduler(topology), topology)
+    assert [message for _, message in office.open()] == [Dispatch(item, item) for item in range(4)]
+    assert office.hear(1, StopRequest("SIGTERM")) == [(tuple(range(7)), StopRequested(1, "SIGTERM"))]
+    answers = [answer for item in range(4) for answer in office.hear(item, Computed(item, item))]
+    assert answers[-1] == (tuple(range(7)), Stop())
+    assert not any(isinstance(message, Dispatch) for _, message in answers)
+    assert not office.error
 
 
 def test_a_lost_connection_fails_the_run() -> None:
@@ -574,8 +594,19 @@ def test_a_silent_scheduler_is_noticed(runs: typing.Callable[..., Run]) -> None:
     client = ControlClient(run.server.address, new_token(), 1, quick)  # a wrong token: nobody answers
     run.clients.append(client)
     error = wait_error(client)
-    assert "rank 0 (scheduler, tcp://127.0.0.1:" in error
+    assert "rank 0, the scheduler at tcp://127.0.0.1:" in error
     assert "was not heard by rank 1 for more than 1 s" in error
+
+
+def test_a_scheduler_that_is_gone_is_noticed_long_before_it_counts_as_silent() -> None:
+    run = Run(None)
+    client = run.client(1)
+    client.poll(0.5)
+    run.server.close()
+    error = wait_error(client)
+    client.close()
+    assert "rank 0, the scheduler at tcp://127.0.0.1:" in error
+    assert "is gone: the connection to it from rank 1 is lost" in error
 
 
 def test_close_does_not_wait_for_a_server_that_is_gone() -> None:

@@ -18,6 +18,9 @@ from torch.nn.attention import flex_attention as flex
 DocumentAttention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) -> (output [T, Hq, D], log-sum-exp [T, Hq] in at least fp32)."""
 
+FLEX_LEAST_HEAD_DIM = 16
+"""FlexAttention's kernels refuse narrower heads (seen with torch 2.11 on an H100)."""
+
 BLOCK = 128
 """Rows and columns of one block of the FlexAttention mask."""
 

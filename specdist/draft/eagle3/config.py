@@ -43,7 +43,8 @@ class Eagle3Config:
     lk_eta: float = 3.0
     """lk_lambda: a position weighs its cross entropy by exp(-lk_eta * acceptance), 1 - acceptance by the rest."""
     attention: Literal["auto", "eager", "flex"] = "auto"
-    """Training attention: flex (FlexAttention) needs CUDA, eager is the reference; auto picks by the device."""
+    """Training attention: flex (FlexAttention) needs CUDA, eager is the reference; auto takes eager where
+    flex cannot work."""
     loss_chunk: int = 1024
     """Rows whose logits are held at one time. Memory of the loss: about loss_chunk x vocabulary x 16 bytes."""
 

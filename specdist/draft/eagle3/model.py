@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specdist.draft.base import DraftModel, Supervision, empty_like_loss
-from specdist.draft.eagle3.attention import DocumentAttention, eager_attention, flex_attention, merge_own_keys
+from specdist.draft.eagle3.attention import (
+    FLEX_LEAST_HEAD_DIM,
+    DocumentAttention,
+    eager_attention,
+    flex_attention,
+    merge_own_keys,
+)
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.layer import MidLayer
@@ -188,7 +194,8 @@ class Eagle3Draft(DraftModel):
     def attention(self, batch: PackedTokens, lengths: tuple[int, ...]) -> DocumentAttention:
         """The attention over the step-0 keys of a micro-batch; its mask is made here, once."""
         backend = self.config.attention
-        if backend == "flex" or (backend == "auto" and batch.tokens.is_cuda):
+        fits_flex = batch.tokens.is_cuda and self.dims.head_dim >= FLEX_LEAST_HEAD_DIM
+        if backend == "flex" or (backend == "auto" and fits_flex):
             return flex_attention(batch.positions, self.scale)
         return eager_attention(lengths, self.scale)
 

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of the world in which a channel keeps its contract; test_channel_contract.py starts it under torchrun.
+
+An implementation is a function that makes a rank's two ends. The rest of this file knows only the interface: it plays
+the scheduler with keys of a store (an item is posted once it was sent, and sent once its slot is free), fills rows with
+random bits, and compares what arrives bit by bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from specdist.channel.base import FeatureReceiver, FeatureSender
+from specdist.channel.local import LocalChannel
+from specdist.channel.p2p import P2PReceiver, P2PSender
+from specdist.errors import WorldError
+from specdist.groups import Groups, Transport, World, join_world, make_groups
+from specdist.links import connect_links
+from specdist.records import Cursor, FeatureLayout, Shard, WorkItem
+from specdist.sources import local_shards
+from specdist.topology import RankFacts, Topology, WorldConfig
+
+PATIENCE_S = 30.0
+GIVE_UP_S = 1.0
+"""The time limit given to waits that must fail."""
+
+
+NARROW = FeatureLayout((0, 1), 5, final=True, dtype=torch.bfloat16)
+WIDE = FeatureLayout((0, 1, 2), 256, final=True, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A division of the world and what crosses it."""
+
+    name: str
+    replicas: int
+    tp: int
+    dp: int
+    cp: int = 1
+    items: int = 120
+    slots: int = 3
+    buffers: int = 2
+    rows: int = 24
+    layout: FeatureLayout = NARROW
+
+
+CASES = (
+    Case("three replicas, two shards", replicas=3, tp=1, dp=2),
+    Case("tensor parallel 3", replicas=1, tp=3, dp=2, slots=4, buffers=1),
+    Case("two replicas of tensor parallel 2", replicas=2, tp=2, dp=1, slots=2),
+    Case("context parallel", replicas=1, tp=2, dp=1, cp=3, slots=5),
+    Case("one slot", replicas=1, tp=1, dp=4, items=60, slots=1),
+    Case("large, beyond eager buffers", replicas=1, tp=2, dp=3, items=9, slots=2, rows=1500, layout=WIDE),
+    Case("four ranks, two replicas", replicas=2, tp=1, dp=2),
+    Case("four ranks, tensor parallel 2, large", replicas=1, tp=2, dp=2, items=9, slots=2, rows=3000, layout=WIDE),
+    Case("a pair", replicas=1, tp=1, dp=1),
+    Case("a large pair", replicas=1, tp=1, dp=1, items=12, rows=6000, layout=WIDE),
+)
+LOCAL_CASES = (
+    Case("every rank alone", replicas=5, tp=1, dp=5, slots=2),
+    Case("one replica for five shards", replicas=1, tp=5, dp=5),
+)
+
+Ends = tuple[FeatureSender | None, FeatureReceiver | None]
+"""What a rank sends with and what it receives with."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank of a case is made of."""
+
+    case: Case
+    world: World
+    topology: Topology
+    groups: Groups
+
+    @property
+    def rank(self) -> int:
+        return self.world.facts.rank
+
+    @property
+    def shards(self) -> list[int]:
+        """The shards that this rank's target computes."""
+        return (
+            local_shards(self.topology, self.rank) if self.topology.mode == "colocated" else list(range(self.case.dp))
+        )
+
+
+def p2p_ends(rank: Rank) -> Ends:
+    case, device, links = rank.case, rank.world.device, rank.groups.links
+    if rank.topology.target_place(rank.rank) is not None:
+        rows = case.dp * case.rows
+        return (
+            P2PSender(rank.topology, rank.rank, links, case.layout, case.buffers, rows, device, PATIENCE_S),
+            None,
+        )
+    return None, P2PReceiver(rank.topology, rank.rank, links, case.layout, case.slots, case.rows, device)
+
+
+def local_ends(rank: Rank) -> Ends:
+    place = rank.topology.draft_place(rank.rank)
+    assert place is not None
+    rows = len(rank.shards) * rank.case.rows
+    channel = LocalChannel(rank.case.layout, rank.shards.index(place.dp), rank.case.slots, rows, rank.world.device)
+    return channel, channel
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """How the contract is run for one channel."""
+
+    ends: Callable[[Rank], Ends]
+    cases: tuple[Case, ...]
+    device: Literal["cpu", "cuda"]
+    transport: Transport = "gloo"
+    colocated: bool = False
+
+
+IMPLEMENTATIONS = {
+    "local": Implementation(local_ends, LOCAL_CASES, "cpu", colocated=True),
+    "gloo": Implementation(p2p_ends, CASES, "cpu"),
+    "gloo-staged": Implementation(p2p_ends, CASES, "cuda"),
+    "nccl": Implementation(p2p_ends, CASES, "cuda", "nccl"),
+}
+
+
+def make_item(case: Case, index: int) -> WorkItem:
+    """Item `index`, the same on all ranks: shards of very different lengths, some empty, some full."""
+    chance = random.Random(index)
+    lengths = [chance.choice((0, 1, 2, chance.randint(0, case.rows), case.rows)) for _ in range(case.dp)]
+    shards = tuple(Shard((), ()) if n == 0 else Shard((index,), (n,)) for n in lengths)
+    return WorkItem(index, Cursor(), Cursor(), shards)
+
+
+def make_rows(case: Case, item: WorkItem) -> torch.Tensor:
+    """Random bits for all rows of an item, NaN patterns included."""
+    generator = torch.Generator().manual_seed(item.index)
+    size = (item.tokens, case.layout.width * case.layout.dtype.itemsize)
+    return torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).view(case.layout.dtype)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8))
+
+
+class Desk:
+    """The scheduler's part: says what was sent and what is free, over the world's store."""
+
+    def __init__(self, rank: Rank):
+        self._rank = rank
+        self._store = dist.PrefixStore(f"desk/{rank.case.name}", rank.world.store)
+        self._local = rank.topology.mode == "colocated"
+
+    def replica(self, index: int) -> int:
+        """Who computes the item: in turns that do not go round evenly. Colocated, every replica computes its part."""
+        place = self._rank.topology.target_place(self._rank.rank)
+        if self._local:
+            assert place is not None
+            return place.replica
+        return random.Random(-index).randrange(self._rank.case.replicas)
+
+    def free(self, index: int) -> bool:
+        """Whether all draft ranks have released the item that was in the slot of item `index`."""
+        earlier = index - self._rank.case.slots
+        ranks = [self._rank.rank] if self._local else self._rank.topology.draft_ranks
+        return earlier < 0 or self._store.check([f"released/{earlier}/{rank}" for rank in ranks])
+
+    def released(self, index: int) -> None:
+        self._store.set(f"released/{index}/{self._rank.rank}", "")
+
+    def sent(self, index: int) -> None:
+        self._store.set(f"sent/{index}/{self._rank.rank}", "")
+
+    def was_sent(self, index: int) -> bool:
+        source = self._rank.rank if self._local else self._rank.topology.replicas[self.replica(index)][0]
+        return self._store.check([f"sent/{index}/{source}"])
+
+
+def produce(rank: Rank, sender: FeatureSender) -> Iterator[None]:
+    """The target's part. Yields where it would wait."""
+    desk, place = Desk(rank), rank.topology.target_place(rank.rank)
+    assert place is not None
+    for index in range(rank.case.items):
+        if desk.replica(index) != place.replica:
+            continue
+        while not desk.free(index):
+            yield
+        whole = make_item(rank.case, index)
+        item = WorkItem(index, whole.start, whole.end, tuple(whole.shards[d] for d in rank.shards))
+        rows = sender.buffer(item)
+        rows.copy_(torch.cat([make_rows(rank.case, whole)[whole.rows(d)] for d in rank.shards]))
+        sender.send(item, rows)
+        desk.sent(index)
+    sender.flush(PATIENCE_S)
+
+
+def consume(rank: Rank, receiver: FeatureReceiver) -> Iterator[None]:
+    """The draft's part: posts as soon as an item is sent, holds as many as the ring has, releases the oldest."""
+    desk, place = Desk(rank), rank.topology.draft_place(rank.rank)
+    assert place is not None
+    assert receiver.slots == rank.case.slots
+    held: dict[int, torch.Tensor] = {}
+    addresses: dict[int, int] = {}
+    posted = taken = 0
+    while posted < rank.case.items or held:
+        if posted < rank.case.items and posted - min(held, default=taken) < rank.case.slots and desk.was_sent(posted):
+            receiver.post(local_item(rank, posted), desk.replica(posted))
+            posted += 1
+        elif taken < posted:
+            rows = receiver.take(local_item(rank, taken), PATIENCE_S)
+            whole = make_item(rank.case, taken)
+            if len(rows):
+                addresses[taken] = rows.data_ptr()
+            held[taken] = rows
+            check_rows(rank, held, whole.index)
+            taken += 1
+        elif held and (len(held) == rank.case.slots or taken == rank.case.items):
+            oldest = min(held)
+            check_rows(rank, held, oldest)  # what came in meanwhile went elsewhere
+            del held[oldest]
+            receiver.release(local_item(rank, oldest))
+            desk.released(oldest)
+        else:
+            yield
+    if rank.topology.mode == "split":
+        check_slots(addresses, rank.case.slots)
+
+
+def local_item(rank: Rank, index: int) -> WorkItem:
+    """The item as this rank's channel knows it: colocated, only the shards of its replica."""
+    item = make_item(rank.case, index)
+    return WorkItem(index, item.start, item.end, tuple(item.shards[d] for d in rank.shards))
+
+
+def check_rows(rank: Rank, held: dict[int, torch.Tensor], index: int) -> None:
+    place = rank.topology.draft_place(rank.rank)
+    assert place is not None
+    item = make_item(rank.case, index)
+    expected = make_rows(rank.case, item)[item.rows(place.dp)]
+    assert same_bits(held[index], expected), f"item {index} of '{rank.case.name}' is wrong on rank {rank.rank}"
+
+
+def check_slots(addresses: dict[int, int], slots: int) -> None:
+    """Item i lies in slot i mod slots: the same memory for the same slot, and no slot in two places."""
+    places = {(index % slots, address) for index, address in addresses.items()}
+    assert len(places) == len(dict(places)) == len({address for _, address in places}), addresses
+
+
+def work(parts: list[Iterator[None]]) -> None:
+    """Let the roles of this rank take turns until all are done."""
+    deadline, chance = time.monotonic() + PATIENCE_S, random.Random(os.getpid())
+    while parts:
+        for part in list(parts):
+            try:
+                next(part)
+            except StopIteration:
+                parts.remove(part)
+        assert time.monotonic() < deadline, "the case got nowhere"
+        time.sleep(chance.random() * 0.002)
+
+
+def be(rank: Rank, implementation: Implementation) -> None:
+    """Play this rank's part of a case."""
+    sender, receiver = implementation.ends(rank)
+    parts = []
+    if sender is not None:
+        parts.append(produce(rank, sender))
+    if receiver is not None:
+        parts.append(consume(rank, receiver))
+    work(parts)
+
+
+def never_sent(rank: Rank, implementation: Implementation) -> dict[str, object]:
+    """What a draft rank hears that takes an item nobody sends: before it was posted, and after."""
+    _, receiver = implementation.ends(rank)
+    if receiver is None:
+        return {}
+    item = WorkItem(0, Cursor(), Cursor(), tuple(Shard((0,), (rank.case.rows,)) for _ in rank.shards))
+    began = time.monotonic()
+    told = [taken(receiver, item)]
+    receiver.post(item, 0)
+    told.append(taken(receiver, item))
+    return {"take": told, "take seconds": time.monotonic() - began}
+
+
+def taken(receiver: FeatureReceiver, item: WorkItem) -> str:
+    """What `take` raises when it does not get its rows."""
+    try:
+        receiver.take(item, GIVE_UP_S)
+    except WorldError as error:
+        return str(error)
+    return "rows"
+
+
+def never_taken(rank: Rank, implementation: Implementation) -> dict[str, object]:
+    """What a target rank hears whose features nobody takes."""
+    sender, _ = implementation.ends(rank)
+    if sender is None:
+        time.sleep(3 * GIVE_UP_S)  # the receiver lives, but does not take
+        return {}
+    item = WorkItem(0, Cursor(), Cursor(), tuple(Shard((0,), (rank.case.rows,)) for _ in rank.shards))
+    sender.send(item, sender.buffer(item))
+    began = time.monotonic()
+    told = ""
+    try:
+        sender.flush(GIVE_UP_S)
+    except WorldError as error:
+        told = str(error)
+    return {"flush": told, "flush seconds": time.monotonic() - began}
+
+
+def main(name: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    implementation = IMPLEMENTATIONS[name]
+    config = WorldConfig(
+        mode="colocated" if implementation.colocated else "split",
+        device=implementation.device,
+        share_devices=implementation.transport == "gloo",
+        wait_timeout_s=60.0,
+    )
+    world = join_world(config, RankFacts.from_environment())
+
+    def enter(case: Case) -> Rank:
+        topology = Topology.build(config, world.hosts, replicas=case.replicas, tp=case.tp, dp=case.dp, cp=case.cp)
+        groups = make_groups(topology, world, implementation.transport, 60.0)
+        connect_links(topology, groups, world, PATIENCE_S)
+        return Rank(case, world, topology, groups)
+
+    size = world.facts.world_size
+    fits = [c for c in implementation.cases if implementation.colocated or c.replicas * c.tp + c.dp * c.cp == size]
+    for case in fits:
+        be(enter(case), implementation)
+    # Failures last, each in groups of its own: a transfer that was given up leaves its connection unusable.
+    large = next((case for case in fits if case.layout is WIDE), fits[0])
+    first, second = enter(fits[0]), enter(large)
+    report = {"cases": [case.name for case in fits], **never_sent(first, implementation)}
+    report |= never_taken(second, implementation)
+    (folder / f"rank-{world.facts.rank}.json").write_text(json.dumps(report))
+    while len(list(folder.glob("rank-*.json"))) < size:  # nobody's end may look like a lost connection to another
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""specdist.train with a fault in its target rank: `python -m tests.distributed.faulty_train FAULT [key=value ...]`.
+
+forward  the third forward raises
+signal   SIGTERM arrives while the target is being loaded
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from specdist import runtime
+from specdist.target.engine import Engine, build_engine
+from specdist.train import leave, main
+
+
+class DefectError(RuntimeError):
+    """What the fault raises."""
+
+
+def failing_forward(*arguments: Any) -> Engine:
+    engine = build_engine(*arguments)
+    forward, calls = engine.forward, []
+
+    def fail(*batch: Any) -> None:
+        calls.append(batch)
+        if len(calls) == 3:
+            raise DefectError("a defect in the forward")
+        forward(*batch)
+
+    engine.forward = fail  # type: ignore[method-assign]
+    return engine
+
+
+def signalled_load(*arguments: Any) -> Engine:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return build_engine(*arguments)
+
+
+FAULTS = {"forward": failing_forward, "signal": signalled_load}
+
+if __name__ == "__main__":
+    runtime.build_engine = FAULTS[sys.argv[1]]  # type: ignore[assignment]
+    leave(main(sys.argv[2:]))

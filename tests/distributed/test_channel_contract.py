@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One contract for every channel: bit-exact rows, in the right slot, whatever the split, and errors that name ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.channel_world import GIVE_UP_S, IMPLEMENTATIONS, Implementation
+from tests.distributed.worlds import torchrun
+
+DEVICES = torch.cuda.device_count()
+MARGIN_S = 5.0
+needs = {
+    "gloo-staged": pytest.mark.skipif(DEVICES < 1, reason="needs a CUDA device"),
+    "nccl": pytest.mark.skipif(DEVICES < 2, reason="needs two CUDA devices"),
+}
+
+
+def world_size(implementation: Implementation) -> int:
+    if implementation.transport == "gloo" or DEVICES >= 5:
+        return 5
+    return 4 if DEVICES == 4 else 2
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs.get(name, ())) for name in IMPLEMENTATIONS])
+def test_a_channel_keeps_its_contract(name: str, tmp_path: Path) -> None:
+    implementation = IMPLEMENTATIONS[name]
+    ranks = world_size(implementation)
+    done = torchrun(ranks, ["-m", "tests.distributed.channel_world", name, str(tmp_path)], timeout=120)
+    assert done.returncode == 0, done.stderr
+    reports = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+    assert len(reports[0]["cases"]) >= 2
+    assert all(report["cases"] == reports[0]["cases"] for report in reports)
+    if implementation.colocated:
+        for report in reports:
+            assert "item 0 was not computed on this rank" in report["take"][0]
+        return
+    check_take([report for report in reports if "take" in report])
+    check_flush([report for report in reports if "flush" in report])
+
+
+def check_take(reports: list[dict[str, Any]]) -> None:
+    """An item that nobody sends: every draft rank says for how long it waited and, once it is known, for whom."""
+    assert reports
+    for report in reports:
+        unposted, posted = report["take"]
+        assert "which no target replica has delivered" in unposted
+        assert "did not receive its rows of item 0 from rank 0 (target replica 0 tp 0, host " in posted
+        assert "(limit 1 s)" in posted
+        assert 2 * GIVE_UP_S <= report["take seconds"] < 2 * GIVE_UP_S + MARGIN_S
+
+
+def check_flush(reports: list[dict[str, Any]]) -> None:
+    """Features that nobody takes: every target rank names a draft rank."""
+    assert reports
+    for report in reports:
+        assert "(draft dp 0 cp 0, host " in report["flush"], report
+        assert "did not take what rank" in report["flush"]
+        assert GIVE_UP_S <= report["flush seconds"] < GIVE_UP_S + MARGIN_S

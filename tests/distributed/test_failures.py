@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of a job when a part of it dies, hangs, fails or is told to stop: nobody waits for ever, the culprit is
+named, and the same command goes on.
+
+The tests share one run directory: each resumes what the one before it left, so that every failure is followed by the
+proof that the run survives it. They also pass alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file, save_file
+
+from specdist.checkpoint import committed, read_progress
+from tests.distributed.worlds import start_by_hand, start_command, start_torchrun
+from tests.tiny import make_config, make_conversations, make_target
+
+HOST = socket.gethostname()
+HEARTBEAT_S, SILENCE_S = 1, 8
+SOON_S = 25.0
+"""A failure must have ended all other ranks by then. The default limits are longer; these tests shorten them."""
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    directory = tmp_path_factory.mktemp("material")
+    return make_target(directory / "target"), make_conversations(directory / "prompts.jsonl")
+
+
+class Job:
+    """A training job in a run directory, with its processes at hand."""
+
+    def __init__(self, directory: Path, material: tuple[Path, Path]):
+        self.directory, self.material = directory, material
+        self.process: subprocess.Popen[str] | None = None
+
+    def words(self, **overrides: object) -> list[str]:
+        settings: dict[str, object] = {
+            "prompts__cache_dir": self.material[1].parent / "cache",
+            "train__steps": 1_000_000,
+            "checkpoint__every": 2,
+            "metrics__progress": "false",
+            "control__heartbeat_s": HEARTBEAT_S,
+            "control__silence_s": SILENCE_S,
+            "world__wait_timeout_s": 40,
+        }
+        return make_config(self.directory, *self.material, **(settings | overrides))
+
+    @property
+    def step(self) -> int:
+        found = committed(self.directory / "run/checkpoints")
+        return read_progress(found[-1]).step if found else 0
+
+    def start(self, module: list[str] | None = None, **overrides: object) -> None:
+        module = module or ["-m", "specdist.train"]
+        self.process = start_torchrun(3, [*module, *self.words(**overrides)])
+
+    def train(self, **overrides: object) -> dict[int, psutil.Process]:
+        """Start, and wait until a checkpoint was written; returns the ranks' processes."""
+        began = self.step
+        self.start(**overrides)
+        self.wait_until(lambda: self.step > began)
+        return self.ranks()
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = 90) -> None:
+        assert self.process is not None
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline, "the job got nowhere"
+            time.sleep(0.02)
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        assert self.process is not None
+        children = psutil.Process(self.process.pid).children()
+        return {int(child.environ()["RANK"]): child for child in children}
+
+    def end(self, seconds: float = SOON_S) -> str:
+        """Wait for the job's end; returns what it said."""
+        assert self.process is not None
+        return self.process.communicate(timeout=seconds)[1]
+
+    def clear(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            for member in (*psutil.Process(self.process.pid).children(recursive=True), self.process):
+                member.kill()
+            self.process.communicate()
+
+
+def running(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run; one that nobody has waited for yet (a zombie) does not."""
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def await_end(processes: Iterable[psutil.Process], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while left := running(processes):
+        if time.monotonic() > deadline:
+            for process in left:
+                process.kill()
+            raise AssertionError(f"after {seconds:.0f} s these still ran: {left}")
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, material: tuple[Path, Path]) -> Job:
+    return Job(tmp_path_factory.mktemp("job"), material)
+
+
+@pytest.fixture
+def job(shared: Job) -> Iterator[Job]:
+    yield shared
+    shared.clear()
+
+
+@pytest.mark.parametrize(
+    ("victim", "place"),
+    [(2, f"rank 2 (draft dp 1 cp 0, host {HOST})"), (0, f"rank 0 (target replica 0 tp 0, host {HOST})")],
+    ids=["draft", "target, which hosts the scheduler"],
+)
+def test_a_killed_rank_ends_the_job_and_is_named(job: Job, victim: int, place: str) -> None:
+    job.train()[victim].kill()
+    words = job.end()
+    assert job.process is not None
+    assert job.process.returncode != 0
+    assert words.count(f"specdist: {place}") == 2, words  # both other ranks say it
+    assert "the connection to it" in words
+    assert words.count("Traceback") == 1, words  # torchrun's own
+
+
+def test_a_stopped_target_is_noticed_and_named(job: Job) -> None:
+    ranks = job.train(world__order="draft_first")
+    ranks[2].suspend()
+    began = time.monotonic()
+    await_end([ranks[0], ranks[1]], SILENCE_S + SOON_S)
+    assert time.monotonic() - began > SILENCE_S - 2 * HEARTBEAT_S
+    ranks[2].kill()  # torchrun would do so after 30 seconds
+    words = job.end()
+    assert job.process is not None
+    assert job.process.returncode != 0
+    assert words.count(f"specdist: rank 2 (target replica 0 tp 0, host {HOST}): 1 ranks not heard") == 2, words
+    assert f"more than {SILENCE_S} s (control.silence_s)" in words
+
+
+def test_an_exception_in_the_target_is_the_culprit_not_the_draft_that_waits(job: Job) -> None:
+    job.start(["-m", "tests.distributed.faulty_train", "forward"])
+    words = job.end(60)
+    assert job.process is not None
+    assert job.process.returncode != 0
+    assert "DefectError: a defect in the forward" in words
+    told = f"specdist: rank 0 (target replica 0 tp 0, host {HOST}): DefectError: a defect in the forward"
+    assert words.count(told) == 2, words
+
+
+@pytest.fixture(scope="module")
+def broken_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same target with a NaN in its final norm."""
+    path = make_target(tmp_path_factory.mktemp("broken") / "target")
+    weights = load_file(path / "model.safetensors")
+    weights["model.norm.weight"][5] = float("nan")
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def test_a_nan_stops_the_job_and_names_item_and_prompts(
+    tmp_path: Path, material: tuple[Path, Path], broken_target: Path
+) -> None:
+    job = Job(tmp_path, (broken_target, material[1]))
+    try:
+        job.start(target__verify=0)
+        words = job.end(60)
+    finally:
+        job.clear()
+    assert job.process is not None
+    assert job.process.returncode != 0
+    found = re.search(r"the loss of step 0 is nan on draft dp \d; items \[0\], made of (.*)", words)
+    assert found, words
+    for place in found[1].split(", "):
+        file, line = place.rsplit(":", 1)
+        assert file == str(material[1])
+        assert 1 <= int(line) <= 40
+    assert re.search(
+        rf"specdist: rank \d \(draft dp \d cp 0, host {HOST}\): TrainingDiverged: the loss of step 0", words
+    )
+    assert not committed(tmp_path / "run/checkpoints")
+
+
+def stopped_at(words: str) -> int:
+    found = re.search(r"Stopped at step (\d+) of 1000000; the same command goes on from there", words)
+    assert found, words
+    return int(found[1])
+
+
+def test_an_interrupt_of_specdist_train_saves_and_ends_well(job: Job) -> None:
+    began = job.step
+    command = [sys.executable, "-m", "specdist.cli", "train", *job.words(), "--nproc-per-node", "3"]
+    job.process = start_command(command)
+    job.wait_until(lambda: job.step > began)
+    os.killpg(job.process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
+    step = stopped_at(job.end())
+    assert job.process.returncode == 0
+    assert step == job.step
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(job: Job) -> None:
+    ranks = job.train()
+    assert job.process is not None
+    job.process.kill()
+    await_end(list(ranks.values()), SOON_S)
+    assert stopped_at(job.end()) == job.step  # the kernel's SIGTERM is a request to stop like any other
+
+
+def test_a_stop_asked_for_while_loading_is_honoured(job: Job) -> None:
+    before = job.step
+    job.start(["-m", "tests.distributed.faulty_train", "signal"])
+    words = job.end(60)
+    assert job.process is not None
+    assert job.process.returncode == 0, words
+    assert before <= stopped_at(words) == job.step <= before + 1  # a step may begin before the draft ranks are told
+
+
+def test_after_all_this_the_same_run_finishes(job: Job, tmp_path: Path) -> None:
+    """Without torchrun, too: as srun starts it, rank 0 serves the store."""
+    steps = job.step + 2
+    ranks = start_by_hand([0, 1, 2], 3, ["-m", "specdist.train", *job.words(train__steps=steps)], tmp_path)
+    try:
+        statuses = [process.wait(120) for process in ranks.values()]
+    finally:
+        for process in ranks.values():
+            process.kill()
+            process.wait()
+    words = "".join((tmp_path / str(rank)).read_text() for rank in ranks)
+    assert statuses == [0, 0, 0], words
+    assert f"Trained {steps} steps" in words
+    assert job.step == steps
