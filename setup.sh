@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Sourced by ./quickstart and ./run-tests: makes .venv with the tested versions, once, and enters it.
-#   source setup.sh [EXTRA]        EXTRA: an extra of pyproject.toml, for example dev
+#   source setup.sh EXTRA        one of the extras of pyproject.toml: base (none) or dev
 
 _specdist_python() {
     local candidate
@@ -15,8 +15,8 @@ _specdist_python() {
 }
 
 _specdist_setup() {
-    local extra="${1:-}" stamp python
-    stamp=".venv/specdist-${extra:-base}-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)"
+    local extra="$1" stamp python
+    stamp=".venv/specdist-${extra}-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)"
     if [[ ! -f "$stamp" ]]; then
         python="$(_specdist_python)" || return 1
         if [[ ! -x .venv/bin/pip ]] && ! "$python" -m venv .venv; then
@@ -25,7 +25,7 @@ _specdist_setup() {
         fi
         echo "setup: installing into .venv (a few minutes the first time)" >&2
         .venv/bin/pip install -q --upgrade pip || return 1
-        .venv/bin/pip install -q -c constraints.txt -e ".${extra:+[$extra]}" || return 1
+        .venv/bin/pip install -q -c constraints.txt -e ".[$extra]" || return 1
         touch "$stamp"
     fi
     source .venv/bin/activate

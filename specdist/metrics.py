@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ class WandbTracker(Tracker):
 class ProgressTracker(Tracker):
     """A live bar on a terminal; in a log file one plain line per record."""
 
-    def __init__(self, total: int, start: int, shown: tuple[str, ...]):
+    def __init__(self, total: int, start: int, shown: Sequence[tuple[str, str]]):
         self._shown, self._total = shown, total
         self._bar: Progress | None = None
         if sys.stderr.isatty():
@@ -126,7 +126,7 @@ class ProgressTracker(Tracker):
             self._bar.update(self._task, completed=step)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        text = "  ".join(f"{name} {_short(figures[name])}" for name in self._shown if name in figures)
+        text = _shown(figures, self._shown)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=text)
         else:
@@ -139,3 +139,12 @@ class ProgressTracker(Tracker):
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _shown(figures: Mapping[str, float], shown: Sequence[tuple[str, str]]) -> str:
+    """Labels and values of a progress line; shares, whose labels say "waits", as percentages."""
+    return "  ".join(
+        f"{label} {figures[name]:.0%}" if "waits" in label else f"{label} {_short(figures[name])}"
+        for name, label in shown
+        if name in figures
+    )

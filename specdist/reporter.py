@@ -16,7 +16,14 @@ from specdist.metrics import JsonlTracker, ProgressTracker, TensorBoardTracker, 
 from specdist.run_dir import RunDirectory
 from specdist.trainer import Reporter, Window
 
-SHOWN = ("loss", "simulated_acceptance_length", "tokens_per_s", "draft_wait", "target_wait")
+SHOWN = (
+    ("loss", "loss"),
+    ("simulated_acceptance_length", "accept length (simulated)"),
+    ("tokens_per_s", "tokens/s"),
+    ("draft_wait", "draft waits"),
+    ("target_wait", "target waits"),
+)
+"""Figures of the progress line, with the words for them."""
 
 
 class RunReporter(Reporter):
