@@ -48,7 +48,9 @@ def start(files: Sequence[str], overrides: Sequence[str], ranks: int) -> int:
             os.kill(pid, number)
 
     # A session of its own: a terminal's Ctrl-C would reach torchrun directly.
-    process = subprocess.Popen(command, start_new_session=True)
+    # torchrun would give every rank one thread and say so at length; share the cores out instead.
+    threads = os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // ranks, 1)))
+    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": threads})
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
     return process.wait()

@@ -13,7 +13,15 @@ from specdist.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
-    commands = {"train": _train, "plan": _plan, "prepare": _prepare, "export": _export, "eval": _eval, "keys": _keys}
+    commands = {
+        "train": _train,
+        "plan": _plan,
+        "prepare": _prepare,
+        "export": _export,
+        "eval": _eval,
+        "bench": _bench,
+        "keys": _keys,
+    }
     try:
         return commands[args.command](args)
     except UserError as error:
@@ -46,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("eval", "Measure acceptance length by greedy speculative decoding with the target.")
     evaluate.add_argument("--draft", metavar="DIR", help="an exported draft (default: the run's newest checkpoint)")
     evaluate.add_argument("--output", metavar="FILE", help="also write the report as JSON")
+    bench = command("bench", "Measure a part on this machine, as JSON and as a table.", config=False)
+    bench.add_argument("part", choices=["scheduler"], help="what to measure")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options; --help lists them")
     command("keys", "List every configuration key with its type, default and meaning.", config=False)
     return parser
 
@@ -116,6 +127,13 @@ def _keys(args: argparse.Namespace) -> int:
 
     for entry in config.fields(JobConfig):
         print(f"{entry.key} = {entry.default}    ({entry.type})\n    {entry.help}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from specdist.bench.scheduler import main as scheduler
+
+    {"scheduler": scheduler}[args.part](args.rest)
     return 0
 
 

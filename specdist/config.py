@@ -152,7 +152,7 @@ def _check_key(schema: type, key: str, where: str) -> type | None:
 
 
 def _suggest(schema: type, prefix: str, part: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(part, names, n=1)
+    near = difflib.get_close_matches(part, names, n=1) or [name for name in names if part in name]
     if near:
         return f"; did you mean '{prefix}{near[0]}'?"
     elsewhere = [f.key for f in fields(schema) if f.key.rsplit(".", 1)[-1] == part]

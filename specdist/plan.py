@@ -21,8 +21,6 @@ from specdist.groups import ranges
 from specdist.job import JobConfig, JobFacts
 from specdist.topology import Topology
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Need:
@@ -129,7 +127,7 @@ def render(plan: Plan) -> str:
     facts, topology, job = plan.facts, plan.topology, plan.job
     target = facts.target
     out.print(
-        f"target {job.target.path}: {', '.join(target.architectures)}, {target.parameters / 1e9:.2f} B parameters, "
+        f"target {job.target.path}: {', '.join(target.architectures)}, {target.parameters:,} parameters, "
         f"{target.layers} layers of {target.hidden_size}, vocabulary {target.vocab_size:,}, "
         f"{_name(facts.target_dtype)}",
         highlight=False,
@@ -141,7 +139,7 @@ def render(plan: Plan) -> str:
     out.print(_memory_table(plan))
     for role, total in plan.demand().items():
         verdict = "fits" if total <= plan.limit else "does NOT fit"
-        out.print(f"{role}: {total / GIB:.1f} of {plan.limit / GIB:.0f} GiB: {verdict}", highlight=False)
+        out.print(f"{role}: {_size(total)} of {_size(plan.limit)}: {verdict}", highlight=False)
     if not plan.fits:
         out.print(_advice(plan), highlight=False)
     assert isinstance(out.file, io.StringIO)
@@ -185,12 +183,12 @@ def _link_lines(plan: Plan) -> list[str]:
 
 
 def _memory_table(plan: Plan) -> Table:
-    table = Table(title="memory per rank (estimate)", title_justify="left", box=None, header_style="bold")
+    table = Table(title="memory (estimate)", title_justify="left", box=None, header_style="bold")
     table.add_column("role")
     table.add_column("what")
-    table.add_column("GiB", justify="right")
+    table.add_column("per rank", justify="right")
     for need in plan.needs:
-        table.add_row(need.role, need.what, f"{need.bytes / GIB:.2f}")
+        table.add_row(need.role, need.what, _size(need.bytes))
     return table
 
 
@@ -202,6 +200,15 @@ def _advice(plan: Plan) -> str:
         "target + draft": "use world.mode=split, or lower prompts.tokens_per_rank",
     }
     return "\n".join(f"{role}: {advice[role]}" for role in roles)
+
+
+def _size(size: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -26,12 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("torch.distributed").setLevel(logging.WARNING)
 
+    import transformers
+
     from specdist.job import load_job
     from specdist.runtime import run
     from specdist.topology import RankFacts
 
     try:
         facts = RankFacts.from_environment()
+        transformers.utils.logging.disable_progress_bar()  # one per rank would overwrite the run's own
         run(load_job(args.config, args.overrides), facts)
     except UserError as error:
         print(f"specdist: {error}", file=sys.stderr, flush=True)

@@ -43,7 +43,7 @@ def ring_slots(memory: int, rows: int, bytes_per_row: int, needed: int) -> int:
         raise ConfigError(
             f"channel.memory = {memory:,} B holds {slots} micro-batches of prompts.tokens_per_rank = {rows:,} tokens x "
             f"{bytes_per_row:,} B = {slot:,} B, but {needed} are needed (train.accumulation micro-batches of a step, "
-            f"and one more to overlap): set channel.memory to at least {needed * slot / 2**20:.0f}MiB or lower "
+            f"and one more to overlap): set channel.memory to at least {-(-needed * slot // 1024)}KiB or lower "
             "prompts.tokens_per_rank"
         )
     return int(slots)

@@ -36,6 +36,8 @@ def load_model(
     """
     model_class = _model_class(facts, trust_remote_code)
     options: dict[str, Any] = {"config": facts.config, "dtype": dtype, "local_files_only": True}
+    if getattr(facts.text_config, "attn_logit_softcapping", None) is not None:
+        options["attn_implementation"] = "eager"  # up to 5.17 at least, sdpa drops the soft cap without a word
     files = weight_files(facts.path)
     if len(files) > 1 and not list(facts.path.glob("*.index.json")):
         # transformers reads several files only through an index; safetensors are mapped, not read, by load_file
