@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from types import TracebackType
 
+import torch
+
 from specdist import config
 from specdist.control.client import ControlClient
 from specdist.control.messages import Statistics
@@ -70,6 +72,8 @@ class RunReporter(Reporter):
             "target_wait": self._target_wait(),
             "bytes_moved": float(window.bytes),
         }
+        if torch.cuda.is_available():
+            record["gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._last_figures = record
         for tracker in self._trackers:
             tracker.log(step, record)

@@ -46,12 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def leave(status: int) -> None:
-    """End the process. After a failure at once: finalisers would wait for ranks that are gone, in threads that are
-    stuck in a transfer with them."""
+    """End the process without finalisers: those of the process groups would wait for ranks that are gone, after a
+    failure in threads that are stuck in a transfer with them. All files of the run are closed by now."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if status != 0:
-        os._exit(status)
+    os._exit(status)
 
 
 if __name__ == "__main__":
