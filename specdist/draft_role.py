@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The role of a draft rank: wires the draft, the source of features and the trainer, and ends the run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from specdist import job as jobs
+from specdist.channel.local import LocalChannel
+from specdist.channel.p2p import P2PReceiver
+from specdist.checkpoint import Checkpointer
+from specdist.control.messages import LastItem, Stop
+from specdist.draft.base import DraftModel
+from specdist.drafts import new_draft
+from specdist.finish import finish
+from specdist.items import Items
+from specdist.job import JobConfig
+from specdist.optim import build_optimizer
+from specdist.rank import Rank
+from specdist.reporter import RunReporter
+from specdist.sources import ColocatedSource, RemoteSource, SyntheticSource, local_shards
+from specdist.target_role import receive_reports
+from specdist.trainer import FeatureSource, Recipe, Trainer, shard_draft
+
+
+def consume(rank: Rank) -> None:
+    """The role of a draft rank."""
+    job, topology, client = rank.job, rank.topology, rank.client
+    place = topology.draft_place(rank.rank)
+    assert place is not None
+    assert rank.groups.checkpoint is not None
+    items = rank.items()
+    client.phase = "building the draft"
+    draft = _build_draft(rank)
+    optimizer = build_optimizer(draft, job.optimizer)
+    checkpointer = Checkpointer(rank.run_dir.checkpoints, job.checkpoint, rank.groups.checkpoint, place.dp)
+    if rank.itinerary.checkpoint is not None:
+        client.phase = f"loading {rank.itinerary.checkpoint.name}"
+        checkpointer.load(rank.itinerary.checkpoint, draft, optimizer)
+    source = _source(rank, items, place.dp)
+    trainer = Trainer(draft, optimizer, source, items, rank.prompts, rank.groups, place.dp, rank.world.device)
+    recipe = Recipe(job.train, job.optimizer, job.checkpoint, job.metrics.every, rank.itinerary.total_steps)
+    leader = rank.rank == topology.draft_ranks[0]
+    client.ready()
+    with RunReporter(job, rank.run_dir, rank.itinerary, client, leader) as reporter:
+        progress = trainer.train(recipe, rank.itinerary.progress, checkpointer, rank.stop, reporter)
+        figures = reporter.totals()
+    _end_the_run(rank, source, progress.next_item, leader)
+    state = _whole_state(draft, keep=leader)
+    del trainer, optimizer, draft
+    producers = receive_reports(rank) if leader else []
+    client.close()
+    rank.stop.uninstall()
+    if leader:
+        finish(job, rank.facts, rank.run_dir, state, progress, rank.itinerary, figures, producers, rank.world.device)
+
+
+def _build_draft(rank: Rank) -> DraftModel:
+    """The draft on this rank's device, sharded over the draft mesh. Weights depend on the seed alone."""
+    job, facts, device = rank.job, rank.facts, rank.world.device
+    assert rank.groups.draft_mesh is not None
+    draft = new_draft(job, facts, rank.run_dir, device)
+    return shard_draft(draft, rank.groups.draft_mesh, _draft_dtype(job, device), job.draft.sharding)
+
+
+def _draft_dtype(job: JobConfig, device: torch.device) -> torch.dtype:
+    """The draft's compute precision on `device`."""
+    if job.draft.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[job.draft.dtype]
+
+
+def _source(rank: Rank, items: Items, shard: int) -> FeatureSource:
+    job, topology, layout, device = rank.job, rank.topology, rank.facts.layout, rank.world.device
+    if topology.mode == "draft_only":
+        return SyntheticSource(layout, shard, device, job.run.seed)
+    if topology.mode == "colocated":
+        engine = rank.load_engine()
+        own = local_shards(topology, rank.rank)
+        rows = len(own) * job.prompts.tokens_per_rank
+        channel = LocalChannel(layout, own.index(shard), job.train.accumulation, rows, device)
+        source = ColocatedSource(engine, channel, topology, rank.rank, rank.prompts)
+        source.verify(items, job.target.verify)
+        return source
+    receiver = P2PReceiver(
+        topology,
+        rank.rank,
+        rank.groups.links,
+        layout,
+        jobs.slots(job, layout),
+        job.prompts.tokens_per_rank,
+        device,
+    )
+    receiver.watch(rank.client.check)
+    return RemoteSource(rank.client, receiver, items, topology.draft_ranks.index(rank.rank), rank.stop, rank.timeout_s)
+
+
+def _end_the_run(rank: Rank, source: FeatureSource, next_item: int, leader: bool) -> None:
+    """Agree with the scheduler that nothing more is trained on, and let go of what was already on its way."""
+    if leader:
+        rank.client.send(LastItem(next_item - 1))
+    if isinstance(source, RemoteSource):
+        source.drain(next_item)
+        return
+    while not any(isinstance(message, Stop) for message in rank.client.poll(1.0)):
+        pass
+
+
+def _whole_state(draft: DraftModel, keep: bool) -> dict[str, Tensor]:
+    """The unsharded weights on the CPU of the rank that keeps them; every draft rank takes part."""
+    state = {}
+    for name, tensor in draft.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            state[name] = whole.detach().cpu()
+    return state

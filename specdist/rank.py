@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one rank knows once the world is up: all that its role is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specdist.control.client import ControlClient
+from specdist.groups import Groups, World
+from specdist.items import Items
+from specdist.itinerary import Itinerary
+from specdist.job import JobConfig, JobFacts
+from specdist.prompts.store import PromptStore
+from specdist.prompts.stream import Stream
+from specdist.run_dir import RunDirectory
+from specdist.stop import StopFlag
+from specdist.target.engine import Engine, build_engine
+from specdist.topology import Topology
+
+
+def stream_of(job: JobConfig, topology: Topology, prompts: PromptStore) -> Stream:
+    """The stream of work items, the same on every rank."""
+    return Stream(prompts.lengths, topology.shards, job.prompts.tokens_per_rank, job.run.seed)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank knows once the world is up."""
+
+    job: JobConfig
+    facts: JobFacts
+    world: World
+    topology: Topology
+    groups: Groups
+    run_dir: RunDirectory
+    prompts: PromptStore
+    itinerary: Itinerary
+    client: ControlClient
+    stop: StopFlag
+
+    @property
+    def rank(self) -> int:
+        return self.world.facts.rank
+
+    @property
+    def timeout_s(self) -> float:
+        return self.job.world.wait_timeout_s
+
+    def items(self) -> Items:
+        progress, stream = self.itinerary.progress, stream_of(self.job, self.topology, self.prompts)
+        return Items(stream, progress.cursor, progress.next_item, self.itinerary.end_item)
+
+    def load_engine(self) -> Engine:
+        """The target of this rank's replica; all ranks of the replica call it."""
+        self.client.phase = "loading the target"
+        return build_engine(self.job.target, self.facts.layout, self.world.device, self.groups.replica)
