@@ -24,8 +24,8 @@ _specdist_setup() {
             return 1
         fi
         echo "setup: installing into .venv (a few minutes the first time)" >&2
-        .venv/bin/pip install -q --upgrade pip || return 1
-        .venv/bin/pip install -q -c constraints.txt -e ".[$extra]" || return 1
+        .venv/bin/pip install -qq --upgrade pip || return 1
+        .venv/bin/pip install -qq -c constraints.txt -e ".[$extra]" || return 1
         touch "$stamp"
     fi
     source .venv/bin/activate

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints in one process: commit markers, rotation, and what a kill leaves behind."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from specdist.checkpoint import COMMIT, CheckpointConfig, Checkpointer, Progress, committed, read_progress
+from specdist.drafts import load_state
+from specdist.errors import DataError
+from specdist.records import Cursor
+
+
+@pytest.fixture(scope="module")
+def group():
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def state():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def progress(step: int) -> Progress:
+    return Progress(step, 2 * step, Cursor(0, 3 * step), "prompts")
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_what_is_saved_comes_back_and_the_last_are_kept(tmp_path, group, asynchronous):
+    model, optimizer = state()
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=2, asynchronous=asynchronous), group, 0)
+    for step in (1, 2, 3):
+        with torch.no_grad():
+            model.bias.fill_(step)
+        checkpointer.save(model, optimizer, progress(step))
+    checkpointer.finish()
+    assert [path.name for path in committed(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    expected = torch.rand(3)
+    other, other_optimizer = nn.Linear(4, 3), None
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.1)
+    assert checkpointer.load(committed(tmp_path)[-1], other, other_optimizer) == progress(3)
+    assert torch.equal(other.bias, torch.full((3,), 3.0))
+    moments = other_optimizer.state[other.weight]["exp_avg"]
+    assert torch.equal(moments, optimizer.state[model.weight]["exp_avg"])
+    assert torch.equal(torch.rand(3), expected)  # the random state is that of the last save
+
+
+def test_a_checkpoint_without_its_marker_does_not_exist(tmp_path, group):
+    model, optimizer = state()
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(asynchronous=False), group, 0)
+    checkpointer.save(model, optimizer, progress(1))
+    checkpointer.save(model, optimizer, progress(2))
+    (tmp_path / "step-00000002" / COMMIT).unlink()  # killed before the last write
+    assert [path.name for path in committed(tmp_path)] == ["step-00000001"]
+    with pytest.raises(DataError, match="not a complete checkpoint"):
+        read_progress(tmp_path / "step-00000002")
+    checkpointer.save(model, optimizer, progress(2))  # the remains are in nobody's way
+    assert read_progress(committed(tmp_path)[-1]) == progress(2)
+
+
+def test_a_strange_marker_is_named(tmp_path):
+    (tmp_path / COMMIT).write_text("{}")
+    with pytest.raises(DataError, match="is not a commit marker"):
+        read_progress(tmp_path)
+
+
+def test_weights_load_without_a_process_group(tmp_path, group):
+    model, optimizer = state()
+    Checkpointer(tmp_path, CheckpointConfig(asynchronous=False), group, 0).save(model, optimizer, progress(1))
+    found = load_state(nn.Linear(4, 3), committed(tmp_path)[0])
+    assert torch.equal(found["weight"], model.weight.detach())

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trackers: what they write, and that a resumed run tells one story."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from specdist.errors import ConfigError
+from specdist.metrics import JsonlTracker, ProgressTracker, TensorBoardTracker, WandbTracker
+
+
+def test_jsonl_drops_the_steps_that_are_done_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    for step in (1, 2, 3):
+        tracker.log(step, {"loss": float(step)})
+    tracker.close()
+    path.write_text(path.read_text() + '{"step": 4, "lo')  # a kill in the middle of a line
+    resumed = JsonlTracker(path, resume_step=2)
+    resumed.log(3, {"loss": 30.0})
+    resumed.close()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in records] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_tensorboard_holds_every_figure(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = TensorBoardTracker(tmp_path)
+    tracker.log(5, {"loss": 1.5, "lr": 0.1})
+    tracker.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(5, 1.5)]
+
+
+def test_wandb_goes_on_in_the_run_of_the_directory(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda figures, step: calls.append((step, figures)), finish=lambda: calls.append("finished")
+    )
+    fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    tracker = WandbTracker("project", tmp_path / "run-7", {"lr": 1})
+    tracker.log(3, {"loss": 2.0})
+    tracker.close()
+    assert (calls[0]["id"], calls[0]["resume"], calls[0]["config"]) == ("run-7", "allow", {"lr": 1})
+    assert calls[1:] == [(3, {"loss": 2.0}), "finished"]
+
+
+def test_wandb_missing_says_how_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"pip install 'specdist\[trackers\]'"):
+        WandbTracker("project", tmp_path, {})
+
+
+def test_a_log_file_gets_plain_lines(capsys):
+    tracker = ProgressTracker(10, 0, (("loss", "loss"), ("draft_wait", "draft waits"), ("absent", "absent")))
+    tracker.log(4, {"loss": 1.2345, "draft_wait": 0.051})
+    tracker.close()
+    assert capsys.readouterr().err == "step 4/10  loss 1.23  draft waits 5%\n"
