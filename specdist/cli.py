@@ -12,7 +12,12 @@ from specdist.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "config")]
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    if rest:  # key=value words may follow an option
+        args.config += rest
     commands = {
         "train": _train,
         "plan": _plan,
@@ -78,7 +83,9 @@ def _train(args: argparse.Namespace) -> int:
     examine(job)
     devices = 0 if job.world.device == "cpu" else torch.cuda.device_count()
     ranks = args.nproc_per_node or world_size(job, devices)
-    prepare(job.prompts, job.target.path, progress=True)  # before any rank could wait for another
+    report = prepare(job.prompts, job.target.path, progress=True).report  # before any rank could wait for another
+    if report.bad_total:
+        print(f"prompts: {report}", file=sys.stderr)
     return start(files, overrides, ranks)
 
 
@@ -115,8 +122,11 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
     from specdist.offline import evaluate_draft
 
+    logging.disable_progress_bar()
     print(evaluate_draft(*_split(args.config), draft=args.draft, output=args.output))
     return 0
 

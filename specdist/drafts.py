@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,5 +43,7 @@ def served_draft(
 def load_state(draft: DraftModel, checkpoint: Path) -> dict[str, Tensor]:
     """The whole weights in a checkpoint, whatever split wrote it; needs no process group. `draft` gives the shapes."""
     state = {"model": {name: torch.empty_like(t, device="cpu") for name, t in draft.state_dict().items()}}
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is the point
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     return state["model"]

@@ -36,6 +36,8 @@ from specdist.prompts.worker import Tokenized, leave_with_parent, settings, toke
 
 DEFAULT_CACHE = "~/.cache/specdist"
 BAD_SAMPLES = "bad.jsonl"
+SETTLED_S = 10.0
+"""Seconds after which an unchanged time of modification is taken for unchanged content."""
 SMALL_BYTES = 4 << 20
 """Files of less than this are tokenised by this process: starting others would take longer."""
 PIECE_TIMEOUT_S = 600.0
@@ -73,7 +75,7 @@ def prepare(
         display.say(f"looking up {len(sources)} files ({total / 1e6:,.1f} MB) in the cache")
         root = Path(config.cache_dir or DEFAULT_CACHE).expanduser() / "prompts"
         root.mkdir(parents=True, exist_ok=True)
-        key = cache_key(config, sources, Path(tokenizer_dir))
+        key = cache_key(config, sources, Path(tokenizer_dir), root / "digests")
         final = root / key
 
         def is_there() -> bool:
@@ -84,21 +86,27 @@ def prepare(
                 _remove_remains(root, key)
                 display.start(total)
                 _prepare_into(final, config, sources, str(tokenizer_dir), total, display)
-    store = PromptStore.open(final)
+    store = PromptStore.open(final, [source.path for source in sources])
     _judge(store.report, config, final)
     return store
 
 
-def cache_key(config: PromptsConfig, sources: list[SourceFile], tokenizer_dir: Path) -> str:
-    """What the cache is keyed by: 32 hex digits over everything that tokens and marks depend on."""
+def cache_key(
+    config: PromptsConfig, sources: list[SourceFile], tokenizer_dir: Path, digests: Path | None = None
+) -> str:
+    """What the cache is keyed by: 32 hex digits over everything that tokens and marks depend on.
+
+    `digests` is a directory in which the digests of files are kept, so that not every rank reads all prompts.
+    """
     names = [tokenizer_dir / name for name in TOKENIZER_FILES]
     names += sorted((tokenizer_dir / "additional_chat_templates").glob("*.jinja"))
     tokenizer = [path for path in names if path.is_file()]
     override = [Path(config.chat_template).expanduser()] if config.chat_template is not None else []
     try:
         with ThreadPoolExecutor(8) as threads:  # hashing releases the interpreter's lock
-            prompts = list(threads.map(_digest, [Path(source.path) for source in sources]))
-            others = list(threads.map(_digest, [*tokenizer, *override]))
+            digest = partial(_digest, kept=digests)
+            prompts = list(threads.map(digest, [Path(source.path) for source in sources]))
+            others = list(threads.map(digest, [*tokenizer, *override]))
     except OSError as error:
         raise DataError(f"a prompts or tokenizer file cannot be read: {error}") from error
     content = {
@@ -110,7 +118,26 @@ def cache_key(config: PromptsConfig, sources: list[SourceFile], tokenizer_dir: P
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, kept: Path | None) -> str:
+    """SHA-256 of a file, read from `kept` if the file has not changed since (same path, size and time)."""
+    if kept is None:
+        return _read_digest(path)
+    facts = path.stat()
+    identity = f"{path.resolve()}|{facts.st_size}|{facts.st_mtime_ns}"
+    note = kept / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    if note.exists():
+        return note.read_text(encoding="ascii")
+    digest = _read_digest(path)
+    # A file of the last seconds may change again without a change of its time.
+    if time.time() - facts.st_mtime > SETTLED_S:
+        kept.mkdir(parents=True, exist_ok=True)
+        work = note.with_suffix(f".{uuid.uuid4().hex}")
+        work.write_text(digest, encoding="ascii")
+        work.rename(note)
+    return digest
+
+
+def _read_digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -75,6 +76,15 @@ class PrepareReport:
         examples = self.examples.setdefault(bad.reason, [])
         if len(examples) < EXAMPLES_PER_REASON:
             examples.append(str(bad))
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call files by other names."""
+        for examples in self.examples.values():
+            for i, example in enumerate(examples):
+                for old, new in names.items():
+                    if example.startswith(f"{old}:"):
+                        examples[i] = new + example[len(old) :]
+                        break
 
     @property
     def bad_total(self) -> int:

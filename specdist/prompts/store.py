@@ -116,21 +116,22 @@ class PromptStore:
         max_token: the largest token id, which must be less than the target's vocabulary.
     """
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, manifest: dict[str, Any], files: Sequence[str] | None = None) -> None:
         self.directory = directory
         self.fingerprint: str = manifest["fingerprint"]
         self.tokens: int = manifest["tokens"]
         self.supervised: int = manifest["supervised"]
         self.max_token: int = manifest["max_token"]
         self.report = PrepareReport(**manifest["report"])
-        self._names: list[str] = manifest["files"]
+        self._names: list[str] = list(files) if files is not None else manifest["files"]
+        self.report.rename(dict(zip(manifest["files"], self._names, strict=True)))
         sizes = dict.fromkeys(COLUMNS, manifest["sequences"])
         sizes |= {"tokens": self.tokens, "supervised": self.tokens, "offsets": manifest["sequences"] + 1}
         self._columns = {name: _mapped(directory / f"{name}.bin", COLUMNS[name], sizes[name]) for name in COLUMNS}
 
     @classmethod
-    def open(cls, directory: str | Path) -> PromptStore:
-        """Open the store in `directory`.
+    def open(cls, directory: str | Path, files: Sequence[str] | None = None) -> PromptStore:
+        """Open the store in `directory`. `files` are the names of its source files today; they may have moved since.
 
         Raises:
             DataError: there is none, it is incomplete, or of another format.
@@ -144,7 +145,7 @@ class PromptStore:
             raise DataError(
                 f"{directory} is a prompt store of format {manifest.get('format')}; this is format {FORMAT}"
             )
-        return cls(Path(directory), manifest)
+        return cls(Path(directory), manifest, files)
 
     def __len__(self) -> int:
         return len(self._columns["lines"])

@@ -20,7 +20,7 @@ from specdist.prompts import prepare as prepare_module
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import to_sample
 from specdist.prompts.lock import Holder, lock_or_done
-from specdist.prompts.prepare import prepare
+from specdist.prompts.prepare import _digest, prepare
 from specdist.prompts.render import Renderer
 from specdist.prompts.store import PromptStore, write_store
 from tests.unit import prompts_tokenizers as t
@@ -331,3 +331,29 @@ def test_a_lock_with_a_heartbeat_is_respected(tmp_path: Path, monkeypatch: pytes
             assert not second
         assert path.exists()
     assert not path.exists()
+
+
+def test_a_moved_file_keeps_its_store_and_is_named_as_it_is_called_now(tmp_path: Path, model: Path) -> None:
+    line = json.dumps(record(1))
+    before, after = tmp_path / "before.jsonl", tmp_path / "after.jsonl"
+    before.write_text(f"{line}\n{{\n")
+    cache = str(tmp_path / "cache")
+    first = prepare(PromptsConfig(files=(str(before),), cache_dir=cache), model, progress=False)
+    before.rename(after)
+    second = prepare(PromptsConfig(files=(str(after),), cache_dir=cache), model, progress=False)
+    assert second.directory == first.directory
+    assert second.provenance(0) == (str(after), 1)
+    assert second.report.examples["malformed record"][0].startswith(f"{after}:2: ")
+
+
+def test_digests_are_kept_only_for_files_that_have_settled(tmp_path: Path) -> None:
+    path, kept = tmp_path / "file", tmp_path / "digests"
+    path.write_text("one")
+    first = _digest(path, kept)
+    assert not kept.exists()  # written a moment ago: it may change again within the same tick of its clock
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    assert _digest(path, kept) == first
+    assert len(list(kept.iterdir())) == 1
+    path.write_text("two")
+    os.utime(path, (1_000_000_001, 1_000_000_001))
+    assert _digest(path, kept) != first
