@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from specdist.errors import UserError
 
@@ -77,10 +78,12 @@ def _train(args: argparse.Namespace) -> int:
 
     from specdist.job import examine, load_job
     from specdist.prompts.prepare import prepare
+    from specdist.run_dir import RunDirectory
 
     files, overrides = _split(args.config)
     job = load_job(files, overrides)
     examine(job)
+    RunDirectory(Path(job.run.dir)).check(job)
     devices = 0 if job.world.device == "cpu" else torch.cuda.device_count()
     ranks = args.nproc_per_node or world_size(job, devices)
     report = prepare(job.prompts, job.target.path, progress=True).report  # before any rank could wait for another

@@ -55,23 +55,28 @@ class RunDirectory:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
+    def check(self, job: JobConfig) -> None:
+        """Raise ConfigError where the directory holds a run of another job; names the keys that differ."""
+        if not self.config.exists():
+            return
+        different = differing_keys(job, load_job([self.config]))
+        if different:
+            raise ConfigError(
+                f"run.dir: {self.path} holds a run with other values of {', '.join(different)} (see {self.config}): "
+                "choose another run.dir for another job"
+            )
+
     def claim(self, job: JobConfig) -> None:
         """Create the directory and save the configuration in it; one rank calls this.
 
         Raises:
-            ConfigError: it cannot be written, or holds a run of another job; names the keys that differ.
+            ConfigError: it cannot be written, or `check` refuses it.
         """
+        self.check(job)
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run.dir: {self.path} cannot be created: {error}") from error
-        if self.config.exists():
-            different = differing_keys(job, load_job([self.config]))
-            if different:
-                raise ConfigError(
-                    f"run.dir: {self.path} holds a run with other values of {', '.join(different)} (see "
-                    f"{self.config}): choose another run.dir for another job"
-                )
         write_atomically(self.config, config.to_yaml(job))
 
     @property

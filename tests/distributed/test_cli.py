@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as a user goes through it: train, evaluate, export, and a bad word at each of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from specdist.cli import main
+from specdist.export import load_exported
+from tests.distributed.worlds import ROOT
+from tests.tiny import make_config, make_conversations, make_target
+
+
+def specdist(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "specdist.cli", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of one draft rank that has one conversation: of two shards one would be empty."""
+    directory = tmp_path_factory.mktemp("cli")
+    target, prompts = make_target(directory / "target"), make_conversations(directory / "prompts.jsonl", count=1)
+    (directory / "held.jsonl").write_text('{"prompt": "good night"}\n{"prompt": "my lord"}\n')
+    evaluation = {"evaluate__prompts": f"[{directory / 'held.jsonl'}]", "evaluate__max_new_tokens": 12}
+    words = make_config(directory, target, prompts, world__mode="colocated", draft__dp=1, **evaluation)
+    done = specdist("train", *words)
+    assert done.returncode == 0, done.stderr
+    return directory, words, done.stderr
+
+
+def test_train_says_what_came_of_it(trained):
+    directory, _, said = trained
+    summary = json.loads((directory / "run/summary.json").read_text())
+    assert summary["finished"]
+    assert summary["evaluation"]["after"]["prompts"] == 2
+    for part in ("Trained 4 steps", "acceptance length", "before training", "draft side", "balance", "export/sglang"):
+        assert part in said
+
+
+def test_eval_takes_the_checkpoint_or_an_export(trained, tmp_path, capsys):
+    directory, words, _ = trained
+    report = tmp_path / "report.json"
+    # fp32, so that the export is the checkpoint bit for bit
+    assert main(["export", *words, "export.dtype=float32", "--output", str(tmp_path / "out")]) == 0
+    assert main(["eval", *words, "--output", str(report)]) == 0
+    of_checkpoint = json.loads(report.read_text())
+    for name in ("sglang", "speculators"):
+        assert main(["eval", "--draft", str(tmp_path / "out" / name), *words, "--output", str(report)]) == 0
+        of_export = json.loads(report.read_text())
+        assert of_export["accepted"] == of_checkpoint["accepted"]
+        assert load_exported(tmp_path / "out" / name).captured_layers == (0, 2, 4)
+    assert "acceptance length" in capsys.readouterr().out
+
+
+def test_an_empty_shard_trains_as_if_it_were_not_there(trained, tmp_path):
+    directory, words, _ = trained
+    changed = [w for w in words if not w.startswith(("run.dir", "draft.dp", "world.mode", "evaluate.prompts"))]
+    done = specdist("train", *changed, f"run.dir={tmp_path / 'run'}", "draft.dp=2")
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (directory / "run", tmp_path / "run")
+    )
+    assert two == pytest.approx(one, rel=1e-6)
+
+
+def test_a_run_directory_belongs_to_one_job(trained, capsys):
+    _, words, _ = trained
+    assert main(["train", *words, "draft.eagle3.ttt_length=2", "run.seed=5"]) == 2
+    assert "holds a run with other values of run.seed, draft.eagle3.ttt_length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
+        (["plan", "configs/quickstart.yaml", "draft.eagle3.ttt=3"], "did you mean 'draft.eagle3.ttt_length'?"),
+        (["eval", "configs/quickstart.yaml", "evaluate.prompts=[]"], "evaluate.prompts is empty"),
+        (["export", "configs/quickstart.yaml", "run.dir=/nonexistent/run"], "there is no complete checkpoint in"),
+        (["export", "configs/quickstart.yaml", "--checkpoint", "/nonexistent"], "is not a complete checkpoint"),
+    ],
+)
+def test_bad_words_get_one_clear_line(words, said, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("specdist: ")
+    assert error.count("\n") == 1
