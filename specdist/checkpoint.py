@@ -133,7 +133,10 @@ class Checkpointer:
         if not same_split:
             del state[self._rng_key]
         dcp.load(state, checkpoint_id=path, process_group=self._group)
+        configured = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups]
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        for group, settings in zip(optimizer.param_groups, configured, strict=True):
+            group.update(settings)  # the configuration of today counts, not that of the checkpoint
         if same_split:
             torch.set_rng_state(state[self._rng_key])
         return progress
@@ -153,6 +156,7 @@ class Checkpointer:
     def _commit(self, path: Path, progress: Progress) -> None:
         if not self._leader:
             return
+        _sync_directory(path)
         write_atomically(path / COMMIT, json.dumps(dataclasses.asdict(progress), indent=1) + "\n")
         for old in committed(self._directory)[: -self._config.keep]:
             (old / COMMIT).unlink()  # first, so that a half-removed checkpoint is never taken for a complete one
@@ -167,6 +171,16 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable, as fsync of a file does not."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _as_future(saved: Any) -> Future[Any]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -44,13 +46,19 @@ def consume(rank: Rank) -> None:
     recipe = Recipe(job.train, job.optimizer, job.checkpoint, job.metrics.every, rank.itinerary.total_steps)
     leader = rank.rank == topology.draft_ranks[0]
     client.ready()
+    client.wait_for_start()
     with RunReporter(job, rank.run_dir, rank.itinerary, client, leader) as reporter:
         progress = trainer.train(recipe, rank.itinerary.progress, checkpointer, rank.stop, reporter)
         figures = reporter.totals()
+    # The targets are let go first, so that nothing waits for however long the last save takes.
     _end_the_run(rank, source, progress.next_item, leader)
-    state = _whole_state(draft, keep=leader)
-    del trainer, optimizer, draft
     producers = receive_reports(rank) if leader else []
+    client.phase = "saving"
+    trainer.commit(progress, checkpointer)
+    state = _whole_state(draft, keep=leader)
+    del trainer, optimizer, draft, source  # the evaluation needs their memory
+    gc.collect()
+    torch.cuda.empty_cache()
     client.close()
     rank.stop.uninstall()
     if leader:

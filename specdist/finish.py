@@ -76,15 +76,20 @@ def finish(
         "training": dict(figures),
         "sides": dataclasses.asdict(sides) | {"verdict": sides.verdict()},
         "checkpoint": str(run_dir.checkpoints / f"step-{progress.step:08d}"),
+        "exports": [],
     }
     exports: list[Path] = []
     comparison = None
     if progress.step >= itinerary.total_steps and job.world.mode != "draft_only":
         exports = export_all(job, facts, run_dir, state)
-        if job.evaluate.prompts:
+        summary["exports"] = [str(path) for path in exports]
+        write_atomically(run_dir.summary, json.dumps(summary, indent=1) + "\n")  # whatever the evaluation comes to
+        if job.evaluate.prompts and (reason := obstacle(facts, device)):
+            print(f"specdist: not evaluated: {reason}; `specdist eval` does it elsewhere", file=sys.stderr)
+            summary["not_evaluated"] = reason
+        elif job.evaluate.prompts:
             comparison = compare(job, facts, run_dir, state, device)
             summary["evaluation"] = comparison.to_dict()
-    summary["exports"] = [str(path) for path in exports]
     write_atomically(run_dir.summary, json.dumps(summary, indent=1) + "\n")
     _tell(job, run_dir, progress, itinerary, figures, sides, exports, comparison)
 
@@ -95,7 +100,7 @@ def export_all(
     """Write every format of `export.formats` into a directory of its name (under the run's export/ by default)."""
     ids = run_dir.vocabulary()
     vocabulary = torch.arange(facts.target.vocab_size) if ids is None else ids
-    embedding = load_target_vocabulary(job.target.path).embedding if job.export.embedding else None
+    embedding = _embedding(job, facts) if job.export.embedding else None
     return [
         export_draft(
             (directory or run_dir.exports) / name,
@@ -111,6 +116,21 @@ def export_all(
         )
         for name in job.export.formats
     ]
+
+
+def _embedding(job: JobConfig, facts: JobFacts) -> Tensor:
+    return load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code).embedding
+
+
+def obstacle(facts: JobFacts, device: torch.device) -> str | None:
+    """Why the target cannot be loaded once more on this device, whole, to evaluate with; None where it can."""
+    if device.type != "cuda":
+        return None
+    free, needed = torch.cuda.mem_get_info(device)[0], facts.target.parameters * facts.target_dtype.itemsize
+    if needed < 0.9 * free:
+        return None
+    sizes = f"{needed / 2**30:.1f} GiB, of which {free / 2**30:.1f} GiB are free on this GPU"
+    return f"the whole target needs {sizes}"
 
 
 def compare(

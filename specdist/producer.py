@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from specdist.channel.base import FeatureSender
 from specdist.control.client import ControlClient
@@ -47,6 +48,7 @@ class _Forward:
     """A forward that was launched and perhaps still runs. On CPU it has finished when it returns."""
 
     item: WorkItem
+    rows: Tensor
     began: torch.cuda.Event | float
     ended: torch.cuda.Event | float
 
@@ -96,7 +98,7 @@ class Producer:
             if self._stop and not told:
                 self._client.send(StopRequest(self._stop.reason or "stop"))
                 told = True
-            if self._queue and len(self._running) < 2:
+            if self._may_launch():
                 first = first or time.monotonic()
                 self._launch(self._items[self._queue.popleft()])
             self._report_finished()
@@ -105,9 +107,13 @@ class Producer:
             self.report.elapsed_s = time.monotonic() - first
         return self.report
 
+    def _may_launch(self) -> bool:
+        """One forward runs and one is queued behind it, so that the device never waits for the host."""
+        return bool(self._queue) and len(self._running) < min(2, self._sender.buffers)
+
     def _patience(self) -> float:
         """How long to wait for a message: not at all with work at hand, briefly with a forward under way."""
-        if self._queue and len(self._running) < 2:
+        if self._may_launch():
             return 0.0
         return 0.0005 if self._running else 1.0
 
@@ -121,8 +127,7 @@ class Producer:
         began = self._now()
         self._engine.forward(batch, rows)
         ended = self._now()
-        self._sender.send(item, rows)
-        self._running.append(_Forward(item, began, ended))
+        self._running.append(_Forward(item, rows, began, ended))
 
     def _now(self) -> torch.cuda.Event | float:
         if self._engine.device.type != "cuda":
@@ -132,10 +137,13 @@ class Producer:
         return event
 
     def _report_finished(self) -> None:
+        """Tell the scheduler first and send then: a send waits on the device for its receive, which is posted only once
+        the scheduler knows, and meanwhile anything here that waits for the device would wait for ever."""
         while self._running and self._running[0].finished():
             done = self._running.popleft()
             if self._place.tp == 0:
                 self._client.send(Computed(done.item.index, self._place.replica))
+            self._sender.send(done.item, done.rows)
             self.report.items += 1
             self.report.tokens += done.item.tokens
             self.report.busy_s += done.seconds()

@@ -94,8 +94,11 @@ class PackedTokens:
         return torch.diff(self.cu_seqlens).tolist()
 
     def to(self, device: torch.device | str) -> PackedTokens:
+        """A copy on `device`. To a GPU it goes through pinned memory: from pageable memory the host would wait."""
+        pinned = torch.device(device).type == "cuda" and self.tokens.device.type == "cpu"
+
         def move(t: Tensor) -> Tensor:
-            return t.to(device, non_blocking=True)
+            return (t.pin_memory() if pinned else t).to(device, non_blocking=True)
 
         return PackedTokens(*map(move, (self.tokens, self.supervised, self.cu_seqlens, self.positions)))
 

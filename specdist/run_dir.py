@@ -66,24 +66,26 @@ class RunDirectory:
                 "choose another run.dir for another job"
             )
 
-    def claim(self, job: JobConfig) -> None:
-        """Create the directory and save the configuration in it; one rank calls this.
-
-        Raises:
-            ConfigError: it cannot be written, or `check` refuses it.
-        """
-        self.check(job)
+    def create(self) -> None:
+        """Create the directory. Raises ConfigError where that cannot be."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run.dir: {self.path} cannot be created: {error}") from error
+
+    def save_config(self, job: JobConfig) -> None:
+        """Record the configuration of a run that has been accepted."""
         write_atomically(self.config, config.to_yaml(job))
 
     @property
     def _vocabulary(self) -> Path:
         return self.path / "draft_vocabulary.safetensors"
 
-    def save_vocabulary(self, ids: Tensor) -> None:
+    def save_vocabulary(self, ids: Tensor | None) -> None:
+        """Keep the target ids of the draft vocabulary; None for the whole one."""
+        if ids is None:
+            self._vocabulary.unlink(missing_ok=True)
+            return
         temporary = self._vocabulary.with_suffix(".tmp")
         save_file({"ids": ids.to(torch.int64).contiguous()}, temporary)
         temporary.rename(self._vocabulary)

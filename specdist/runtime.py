@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from specdist import job as jobs
 from specdist.control.client import ControlClient
@@ -67,16 +68,17 @@ def _agree_on_itinerary(
 ) -> Itinerary:
     found = None
     if world.facts.rank == 0:
-        run_dir.claim(job)
-        _choose_vocabulary(job, run_dir, prompts)
+        run_dir.check(job)
+        run_dir.create()
         found = find_itinerary(job, run_dir, prompts, stream_of(job, topology, prompts))
+        if found.checkpoint is None:  # a run that was saved keeps the vocabulary it has
+            run_dir.save_vocabulary(_draft_vocabulary(job, prompts))
+        run_dir.save_config(job)
     return share_itinerary(world.store, found, job.world.join_timeout_s)
 
 
-def _choose_vocabulary(job: JobConfig, run_dir: RunDirectory, prompts: PromptStore) -> None:
-    """Fix the draft vocabulary once for the run; it is part of what the draft is."""
-    if run_dir.vocabulary() is not None:
-        return
+def _draft_vocabulary(job: JobConfig, prompts: PromptStore) -> Tensor | None:
+    """The target ids of a new run's draft vocabulary, None for all of them."""
     whole = jobs.examine(job).target.vocab_size
     if job.draft.init_from is not None:
         ids = load_exported(job.draft.init_from).vocabulary
@@ -84,9 +86,8 @@ def _choose_vocabulary(job: JobConfig, run_dir: RunDirectory, prompts: PromptSto
         ids, coverage = frequent_tokens(prompts, job.draft.eagle3.vocab_size, whole)
         print(f"specdist: the draft vocabulary covers {coverage:.2%} of the supervised tokens", file=sys.stderr)
     else:
-        return
-    if len(ids) < whole:
-        run_dir.save_vocabulary(ids)
+        return None
+    return ids if len(ids) < whole else None
 
 
 def _transport(job: JobConfig, world: World) -> Transport:
@@ -141,7 +142,7 @@ def _control_plane(
         ) as client:
             yield client
         if server is not None:
-            server.join(job.world.wait_timeout_s)
+            server.join()  # bounded by control.silence_s: a rank that saves for long still shows that it lives
 
 
 def _leave_soon(error: WorldError) -> None:

@@ -97,6 +97,7 @@ class RemoteSource(FeatureSource):
 
     def _listen(self) -> None:
         try:
+            self._receiver.enter_thread()
             while not self._stopped:
                 for message in self._client.poll(1.0):
                     self._handle(message)

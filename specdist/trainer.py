@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from specdist.checkpoint import CheckpointConfig, Checkpointer, Progress
 from specdist.draft.base import DraftModel, Supervision
-from specdist.errors import ConfigError
+from specdist.errors import ConfigError, WorldError
 from specdist.groups import Groups
 from specdist.items import Items
 from specdist.optim import OptimizerConfig, learning_rate, set_learning_rate
@@ -148,6 +148,7 @@ class Trainer:
         self._prompts, self._groups, self._shard, self._device = prompts, groups, shard, device
         self._sums = torch.zeros(len(model.metric_names), dtype=torch.float64, device=device)
         self._last: _StepResult | None = None
+        self._saved_step = -1
         self.steps_done = self.tokens_done = 0
         """Steps, and tokens over all draft ranks, since this trainer was made."""
 
@@ -160,24 +161,34 @@ class Trainer:
     def train(
         self, recipe: Recipe, progress: Progress, checkpointer: Checkpointer, stop: StopFlag, reporter: Reporter
     ) -> Progress:
-        """Train on from `progress`; the state it returns is committed to disk."""
-        saved_step, window = progress.step, _WindowClock(self)
-        while progress.step < recipe.total_steps and not self._agree(bool(stop)):
-            set_learning_rate(self.optimizer, learning_rate(recipe.optimizer, progress.step, recipe.total_steps))
-            stop_item = min(progress.next_item + recipe.train.accumulation, self.items.end)
-            last = self.train_step(progress.step, range(progress.next_item, stop_item), recipe.optimizer.clip_norm)
-            progress = Progress(progress.step + 1, stop_item, last.end, progress.fingerprint)
-            reporter.step(progress.step)
-            if progress.step % recipe.log_every == 0 or progress.step == recipe.total_steps:
-                reporter.figures(progress.step, self._figures(), window.close())
+        """Train on from `progress`; returns where it stopped, which `commit` then saves."""
+        self._saved_step, window = progress.step, _WindowClock(self)
+        try:
+            while progress.step < recipe.total_steps and not self._agree(bool(stop)):
+                set_learning_rate(self.optimizer, learning_rate(recipe.optimizer, progress.step, recipe.total_steps))
+                end = min(progress.next_item + recipe.train.accumulation, self.items.end)
+                last = self.train_step(progress.step, range(progress.next_item, end), recipe.optimizer.clip_norm)
+                progress = Progress(progress.step + 1, end, last.end, progress.fingerprint)
+                reporter.step(progress.step)
+                if progress.step % recipe.log_every == 0 or progress.step == recipe.total_steps:
+                    reporter.figures(progress.step, self._figures(), window.close())
+                checkpointer.poll()
+                if recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0:
+                    self._save(progress, checkpointer)
+            self.check_finite()
+        except TrainingDiverged:
+            checkpointer.finish()  # all ranks come here, and what was saved before the step is good
+            raise
+        except WorldError:
             checkpointer.poll()
-            if recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0:
-                self._save(progress, checkpointer)
-                saved_step = progress.step
-        if saved_step != progress.step:
+            raise
+        return progress
+
+    def commit(self, progress: Progress, checkpointer: Checkpointer) -> None:
+        """Save `progress` unless it has been, and wait until it is on the disk."""
+        if self._saved_step != progress.step:
             self._save(progress, checkpointer)
         checkpointer.finish()
-        return progress
 
     def train_step(self, step: int, indices: range, clip_norm: float) -> WorkItem:
         """One optimizer step over the items `indices`; returns the last of them."""
@@ -259,6 +270,7 @@ class Trainer:
     def _save(self, progress: Progress, checkpointer: Checkpointer) -> None:
         self.check_finite()
         checkpointer.save(self.model, self.optimizer, progress)
+        self._saved_step = progress.step
 
 
 @dataclass(frozen=True)

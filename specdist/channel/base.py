@@ -23,6 +23,11 @@ def share(rows: int, tp_index: int, tp: int) -> slice:
 class FeatureSender(ABC):
     """The target rank's end."""
 
+    @property
+    @abstractmethod
+    def buffers(self) -> int:
+        """How many buffers may be handed out before the first of them is sent."""
+
     @abstractmethod
     def buffer(self, item: WorkItem) -> Tensor:
         """Rows [item.tokens, layout.width] for the engine to write; earlier sends from the same memory are ordered
@@ -30,7 +35,8 @@ class FeatureSender(ABC):
 
     @abstractmethod
     def send(self, item: WorkItem, rows: Tensor) -> None:
-        """Send this rank's share of every shard; ordered after the work already on the current stream."""
+        """Send this rank's share of every shard. `rows` must be complete: the device has finished writing them.
+        Buffers are sent in the order in which they were handed out."""
 
     @abstractmethod
     def flush(self, timeout_s: float) -> None:
@@ -44,6 +50,10 @@ class FeatureReceiver(ABC):
     @abstractmethod
     def slots(self) -> int:
         """How many items the ring holds."""
+
+    def enter_thread(self) -> None:
+        """Called once by the thread that will call `post`."""
+        return
 
     @abstractmethod
     def post(self, item: WorkItem, replica: int) -> None:

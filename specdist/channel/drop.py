@@ -17,6 +17,10 @@ class DropSender(FeatureSender):
     def __init__(self, layout: FeatureLayout, item_rows: int, device: torch.device):
         self._ring = Ring(layout, 1, item_rows, device)
 
+    @property
+    def buffers(self) -> int:
+        return 2  # nobody reads them, so a forward may overwrite the one before
+
     def buffer(self, item: WorkItem) -> Tensor:
         return self._ring.slot(0, item.tokens)
 

@@ -24,6 +24,10 @@ class LocalChannel(FeatureSender, FeatureReceiver):
     def slots(self) -> int:
         return self._ring.slots
 
+    @property
+    def buffers(self) -> int:
+        return self._ring.slots
+
     def buffer(self, item: WorkItem) -> Tensor:
         return self._ring.slot(item.index, item.tokens)
 

@@ -54,22 +54,37 @@ class P2PSender(FeatureSender):
         self._tp = len(topology.replicas[place.replica])
         self._ring = Ring(layout, buffers, item_rows, device)
         self._in_flight: dict[int, _Transfer] = {}
-        self._sent = 0
+        self._handed_out = self._sent = 0
+        # Sends must not queue behind the next forward, which is on the current stream by the time this one is sent.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._timeout_s = timeout_s
         self._staged = device.type == "cuda" and any(dist.get_backend(g) == "gloo" for g in links.values())
         self._on_device = device.type == "cuda" and not self._staged
 
+    @property
+    def buffers(self) -> int:
+        return self._ring.slots
+
     def buffer(self, item: WorkItem) -> Tensor:
-        earlier = self._in_flight.pop(self._sent % self._ring.slots, None)
+        assert self._handed_out - self._sent < self.buffers, "a buffer is asked for before an earlier one was sent"
+        number = self._handed_out
+        self._handed_out += 1
+        earlier = self._in_flight.pop(number % self._ring.slots, None)
         if earlier is not None:
             if self._on_device:
                 for _, work in earlier.works:
                     work.wait()  # orders the current stream behind the send, without waiting on the host
             else:
                 self._finish(earlier, self._timeout_s)
-        return self._ring.slot(self._sent, item.tokens)
+        return self._ring.slot(number, item.tokens)
 
     def send(self, item: WorkItem, rows: Tensor) -> None:
+        with torch.cuda.stream(self._stream):  # does nothing where there is no stream
+            transfer = self._issue(item, rows)
+        self._in_flight[self._sent % self._ring.slots] = transfer
+        self._sent += 1
+
+    def _issue(self, item: WorkItem, rows: Tensor) -> _Transfer:
         transfer = _Transfer()
         for d, draft_ranks in enumerate(self._topology.draft):
             part = rows[item.rows(d)][share(item.shards[d].tokens, self._place.tp, self._tp)]
@@ -83,8 +98,7 @@ class P2PSender(FeatureSender):
                 )
             if self._staged:
                 transfer.staging.append((payload, part))  # gloo reads it until the work is done
-        self._in_flight[self._sent % self._ring.slots] = transfer
-        self._sent += 1
+        return transfer
 
     def flush(self, timeout_s: float) -> None:
         for transfer in self._in_flight.values():
@@ -131,6 +145,11 @@ class P2PReceiver(FeatureReceiver):
     @property
     def slots(self) -> int:
         return self._ring.slots
+
+    def enter_thread(self) -> None:
+        """A new thread's device is GPU 0, whatever the rank's is; it would leave a context there."""
+        if self._stream is not None:
+            torch.cuda.set_device(self._stream.device)
 
     def watch(self, check: Callable[[], None]) -> None:
         """`check` is called while waiting and raises when the world is known to have failed."""

@@ -30,6 +30,7 @@ from specdist.control.messages import (
     Hello,
     Message,
     Ready,
+    Start,
     Statistics,
     decode,
     encode,
@@ -72,6 +73,7 @@ class ControlClient:
         self._error: BaseException | None = None
         self._failed = threading.Event()
         self._culprit: int | None = None
+        self._started = threading.Event()
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open = True
@@ -96,6 +98,15 @@ class ControlClient:
     def ready(self) -> None:
         """This rank can take its part; nothing is dispatched before all ranks said so."""
         self.send(Ready())
+
+    def wait_for_start(self) -> None:
+        """Wait until every rank is ready; the scheduler names those that are not within control.load_timeout_s.
+
+        Raises:
+            WorldError: the world has failed.
+        """
+        while not self._started.wait(timeout=0.2):
+            self.check()
 
     def send(self, message: Message) -> None:
         """Hand a message to the scheduler, in order, without waiting.
@@ -254,6 +265,8 @@ class ControlClient:
             message = decode(payload)
             if isinstance(message, Statistics):
                 self.statistics = message
+            elif isinstance(message, Start):
+                self._started.set()
             elif isinstance(message, Abort):
                 self._culprit = message.rank
                 self._break(message.error())

@@ -24,6 +24,7 @@ from specdist.control.messages import (
     Message,
     Ready,
     Released,
+    Start,
     Statistics,
     Stop,
     StopAt,
@@ -96,8 +97,9 @@ class Conductor:
         if self.aborted is not None or self._stopped or not self._all_joined():
             return
         scheduler = self._scheduler
-        if not self._ready:
-            self._ready = not self.peers.unready
+        if not self._ready and not self.peers.unready:
+            self._ready = True
+            self._broadcast(Start(), now)
         if scheduler is not None and self._ready:
             for dispatch in scheduler.next_dispatches(now):
                 self._broadcast(dispatch, now, self._topology.replicas[dispatch.replica])

@@ -140,6 +140,11 @@ class StopAt:
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """scheduler -> all: every rank is ready, waits for work count from now on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """scheduler -> all: everything dispatched has been released; no `Dispatch` or `Deliver` follows."""
 
@@ -195,6 +200,7 @@ Message = (
     | StopRequested
     | LastItem
     | StopAt
+    | Start
     | Stop
     | Statistics
 )

@@ -99,14 +99,14 @@ class ControlServer:
         if self._conductor.aborted is not None:
             raise self._conductor.aborted.error()
 
-    def join(self, timeout_s: float) -> None:
-        """Wait until every rank has left.
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait until every rank has left. Without `timeout_s` as long as all that have not show signs of life.
 
         Raises:
             WorldError: the run failed, or some rank has not left within `timeout_s`.
         """
         self._thread.join(timeout_s)
-        if self._thread.is_alive():
+        if timeout_s is not None and self._thread.is_alive():
             now = time.monotonic()
             left = self._conductor.peers.describe_all(self._conductor.peers.present, now)
             raise WorldError(f"after {timeout_s:.0f} s these ranks have not left the control plane:\n{left}")

@@ -201,6 +201,8 @@ def produce(rank: Rank, sender: FeatureSender) -> Iterator[None]:
         item = WorkItem(index, whole.start, whole.end, tuple(whole.shards[d] for d in rank.shards))
         rows = sender.buffer(item)
         rows.copy_(torch.cat([make_rows(rank.case, whole)[whole.rows(d)] for d in rank.shards]))
+        if rows.is_cuda:
+            torch.cuda.synchronize()  # what is sent must be complete
         sender.send(item, rows)
         desk.sent(index)
     sender.flush(PATIENCE_S)

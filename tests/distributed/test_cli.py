@@ -43,7 +43,7 @@ def test_train_says_what_came_of_it(trained):
 
 
 def test_eval_takes_the_checkpoint_or_an_export(trained, tmp_path, capsys):
-    directory, words, _ = trained
+    _, words, _ = trained
     report = tmp_path / "report.json"
     # fp32, so that the export is the checkpoint bit for bit
     assert main(["export", *words, "export.dtype=float32", "--output", str(tmp_path / "out")]) == 0

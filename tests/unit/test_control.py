@@ -36,6 +36,7 @@ from specdist.control.messages import (
     Message,
     Ready,
     Released,
+    Start,
     Stop,
     StopAt,
     StopRequest,
@@ -167,7 +168,7 @@ def test_work_begins_when_all_are_ready_and_goes_round() -> None:
     for rank in range(6):
         assert office.hear(rank, Hello(messages.PROTOCOL_VERSION, 1), Ready()) == []
     assert office.hear(6, Hello(messages.PROTOCOL_VERSION, 1)) == []
-    assert office.hear(6, Ready()) == [((0, 1), Dispatch(0, 0))]
+    assert office.hear(6, Ready()) == [(tuple(range(7)), Start()), ((0, 1), Dispatch(0, 0))]
     assert office.hear(0, Computed(0, 0)) == [((4, 5, 6), Deliver(0, 0))]
     assert office.hear(4, Released(0, 0)) == []
     assert office.hear(6, Released(0, 2)) == []
@@ -317,7 +318,7 @@ def test_a_rank_that_is_gone_failed_before_the_one_that_says_so() -> None:
 def test_a_stop_request_ends_a_run_that_has_no_trainer_to_decide() -> None:
     topology = Topology("target_only", ("a",) * 7, tuple((rank,) for rank in range(7)), (), 1)
     office = Office(make_scheduler(topology), topology)
-    assert [message for _, message in office.open()] == [Dispatch(item, item) for item in range(4)]
+    assert [message for _, message in office.open()] == [Start(), *(Dispatch(item, item) for item in range(4))]
     assert office.hear(1, StopRequest("SIGTERM")) == [(tuple(range(7)), StopRequested(1, "SIGTERM"))]
     answers = [answer for item in range(4) for answer in office.hear(item, Computed(item, item))]
     assert answers[-1] == (tuple(range(7)), Stop())
