@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from specdist.errors import ConfigError, DataError
+from specdist.files import sync_directory, write_atomically
 from specdist.records import Cursor
 
 COMMIT = "COMMIT"
@@ -156,31 +156,11 @@ class Checkpointer:
     def _commit(self, path: Path, progress: Progress) -> None:
         if not self._leader:
             return
-        _sync_directory(path)
+        sync_directory(path)
         write_atomically(path / COMMIT, json.dumps(dataclasses.asdict(progress), indent=1) + "\n")
         for old in committed(self._directory)[: -self._config.keep]:
             (old / COMMIT).unlink()  # first, so that a half-removed checkpoint is never taken for a complete one
             shutil.rmtree(old)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees all of it or nothing, also after a power loss."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable, as fsync of a file does not."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _as_future(saved: Any) -> Future[Any]:

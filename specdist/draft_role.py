@@ -16,7 +16,7 @@ from specdist.checkpoint import Checkpointer
 from specdist.control.messages import LastItem, Stop
 from specdist.draft.base import DraftModel
 from specdist.drafts import new_draft
-from specdist.finish import finish
+from specdist.finish import Outcome, finish
 from specdist.items import Items
 from specdist.job import JobConfig
 from specdist.optim import build_optimizer
@@ -62,7 +62,8 @@ def consume(rank: Rank) -> None:
     client.close()
     rank.stop.uninstall()
     if leader:
-        finish(job, rank.facts, rank.run_dir, state, progress, rank.itinerary, figures, producers, rank.world.device)
+        outcome = Outcome(state, progress, rank.itinerary.total_steps, figures, producers)
+        finish(job, rank.facts, rank.run_dir, outcome, rank.world.device)
 
 
 def _build_draft(rank: Rank) -> DraftModel:

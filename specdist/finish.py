@@ -18,13 +18,13 @@ from rich.progress import TaskID
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from specdist.checkpoint import Progress, write_atomically
+from specdist.checkpoint import Progress
 from specdist.drafts import served_draft
 from specdist.evaluate import EvaluationTarget, evaluate
 from specdist.evaluate_prompts import read_prompts
 from specdist.evaluate_report import Comparison, EvaluationReport, Tally
 from specdist.export import export_draft
-from specdist.itinerary import Itinerary
+from specdist.files import write_atomically
 from specdist.job import JobConfig, JobFacts
 from specdist.producer import ProducerReport
 from specdist.run_dir import RunDirectory
@@ -56,42 +56,47 @@ class Sides:
         return f"the target side starves: {waits}; more draft ranks would help"
 
 
-def finish(
-    job: JobConfig,
-    facts: JobFacts,
-    run_dir: RunDirectory,
-    state: Mapping[str, Tensor],
-    progress: Progress,
-    itinerary: Itinerary,
-    figures: Mapping[str, float],
-    producers: Sequence[ProducerReport],
-    device: torch.device,
-) -> None:
-    """Export, evaluate, write summary.json and print it. One rank calls this, with the whole state on the CPU."""
-    sides = _sides(job, figures, producers)
+@dataclass(frozen=True)
+class Outcome:
+    """What training has come to: the whole weights on the CPU, where it stopped, and what was measured on the way."""
+
+    state: Mapping[str, Tensor]
+    progress: Progress
+    total_steps: int
+    figures: Mapping[str, float]
+    producers: Sequence[ProducerReport]
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.total_steps
+
+
+def finish(job: JobConfig, facts: JobFacts, run_dir: RunDirectory, outcome: Outcome, device: torch.device) -> None:
+    """Export, evaluate, write summary.json and print it. One rank calls this."""
+    sides = _sides(job, outcome)
     summary: dict[str, object] = {
-        "step": progress.step,
-        "total_steps": itinerary.total_steps,
-        "finished": progress.step >= itinerary.total_steps,
-        "training": dict(figures),
+        "step": outcome.progress.step,
+        "total_steps": outcome.total_steps,
+        "finished": outcome.finished,
+        "training": dict(outcome.figures),
         "sides": dataclasses.asdict(sides) | {"verdict": sides.verdict()},
-        "checkpoint": str(run_dir.checkpoints / f"step-{progress.step:08d}"),
+        "checkpoint": str(run_dir.checkpoints / f"step-{outcome.progress.step:08d}"),
         "exports": [],
     }
     exports: list[Path] = []
     comparison = None
-    if progress.step >= itinerary.total_steps and job.world.mode != "draft_only":
-        exports = export_all(job, facts, run_dir, state)
+    if outcome.finished and job.world.mode != "draft_only":
+        exports = export_all(job, facts, run_dir, outcome.state)
         summary["exports"] = [str(path) for path in exports]
         write_atomically(run_dir.summary, json.dumps(summary, indent=1) + "\n")  # whatever the evaluation comes to
         if job.evaluate.prompts and (reason := obstacle(facts, device)):
             print(f"specdist: not evaluated: {reason}; `specdist eval` does it elsewhere", file=sys.stderr)
             summary["not_evaluated"] = reason
         elif job.evaluate.prompts:
-            comparison = compare(job, facts, run_dir, state, device)
+            comparison = compare(job, facts, run_dir, outcome.state, device)
             summary["evaluation"] = comparison.to_dict()
     write_atomically(run_dir.summary, json.dumps(summary, indent=1) + "\n")
-    _tell(job, run_dir, progress, itinerary, figures, sides, exports, comparison)
+    _tell(run_dir, outcome, sides, exports, comparison)
 
 
 def export_all(
@@ -156,26 +161,21 @@ def _tick(bar: Bar, task: TaskID, done: int, total: int, tally: Tally) -> None:
     bar.update(task, completed=done, total=total)
 
 
-def _sides(job: JobConfig, figures: Mapping[str, float], producers: Sequence[ProducerReport]) -> Sides:
+def _sides(job: JobConfig, outcome: Outcome) -> Sides:
+    figures = outcome.figures
     if job.world.mode != "split":
         return Sides(figures["tokens_per_s"], 0.0)
-    able = sum(p.busy_tokens_per_s for p in producers)
+    able = sum(p.busy_tokens_per_s for p in outcome.producers)
     return Sides(figures["tokens_per_s"], figures["draft_wait"], able, figures["target_wait"])
 
 
 def _tell(
-    job: JobConfig,
-    run_dir: RunDirectory,
-    progress: Progress,
-    itinerary: Itinerary,
-    figures: Mapping[str, float],
-    sides: Sides,
-    exports: Sequence[Path],
-    comparison: Comparison | None,
+    run_dir: RunDirectory, outcome: Outcome, sides: Sides, exports: Sequence[Path], comparison: Comparison | None
 ) -> None:
+    progress, figures = outcome.progress, outcome.figures
     lines = [""]
-    if progress.step < itinerary.total_steps:
-        stopped = f"Stopped at step {progress.step} of {itinerary.total_steps}"
+    if not outcome.finished:
+        stopped = f"Stopped at step {progress.step} of {outcome.total_steps}"
         lines.append(f"{stopped}; the same command goes on from there.")
     else:
         lines.append(f"Trained {progress.step} steps.")

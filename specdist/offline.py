@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from specdist.checkpoint import committed, read_progress, write_atomically
+from specdist.checkpoint import committed, read_progress
 from specdist.draft.base import DraftModel
 from specdist.draft.registry import build_draft
 from specdist.drafts import load_state, new_draft, served_draft
@@ -19,6 +19,7 @@ from specdist.errors import ConfigError
 from specdist.evaluate import EvaluationTarget, evaluate
 from specdist.evaluate_prompts import read_prompts
 from specdist.export import load_exported
+from specdist.files import write_atomically
 from specdist.finish import export_all
 from specdist.job import JobConfig, JobFacts, examine, load_job
 from specdist.run_dir import RunDirectory

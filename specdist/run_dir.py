@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specdist import config
-from specdist.checkpoint import write_atomically
 from specdist.errors import ConfigError
+from specdist.files import write_atomically
 from specdist.job import JobConfig, differing_keys, load_job
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from specdist.channel.base import FeatureSender
 from specdist.channel.drop import DropSender
 from specdist.channel.p2p import P2PSender
-from specdist.checkpoint import write_atomically
+from specdist.files import write_atomically
 from specdist.producer import Producer, ProducerReport
 from specdist.rank import Rank
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TextIO
 
 from specdist.errors import DataError
+from specdist.files import sync_directory
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.display import Display
 from specdist.prompts.lock import lock_or_done
@@ -247,22 +248,14 @@ def _notes(report: PrepareReport, template: str) -> list[str]:
 
 
 def _publish(work: Path, final: Path) -> None:
-    _sync(work)
+    sync_directory(work)
     try:
         os.rename(work, final)
     except OSError:
         if not (final / MANIFEST).exists():
             raise
         return  # another process was faster, with the same content
-    _sync(final.parent)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(final.parent)
 
 
 def _remove_remains(root: Path, key: str) -> None:
