@@ -205,7 +205,7 @@ class Trainer:
             self.source.release(micro.item)
         norm = self._clip(clip_norm)
         self.check_finite()
-        self._last = _StepResult(step, [m.item for m in micro_batches], losses, norm)
+        self._last = _StepResult(step, [m.item for m in micro_batches], _Reading(losses, norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.items.forget(before=indices.stop)
@@ -223,7 +223,7 @@ class Trainer:
         if self._last is None:
             return
         result, self._last = self._last, None
-        loss, norm = float(result.loss), float(result.norm)
+        loss, norm = result.reading.get()
         if not math.isfinite(loss):
             places = {self._prompts.provenance(s) for i in result.items for s in i.shards[self._shard].sequences}
             prompts = ", ".join(f"{file}:{line}" for file, line in sorted(places))
@@ -265,7 +265,8 @@ class Trainer:
         dist.all_reduce(sums, group=self._groups.draft)
         figures = self.model.summarize(dict(zip(self.model.metric_names, sums.tolist(), strict=True)))
         assert self._last is not None
-        return figures | {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": float(self._last.norm)}
+        _, norm = self._last.reading.get()
+        return figures | {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
 
     def _save(self, progress: Progress, checkpointer: Checkpointer) -> None:
         self.check_finite()
@@ -273,12 +274,29 @@ class Trainer:
         self._saved_step = progress.step
 
 
+class _Reading:
+    """Loss and gradient norm on their way to the host. Reading a device tensor directly would wait for all that is
+    queued on the stream, the next step included; this waits for the two numbers alone."""
+
+    def __init__(self, loss: Tensor, norm: Tensor):
+        values = torch.stack([loss.float(), norm.float()])
+        self._copied = torch.cuda.Event() if values.is_cuda else None
+        self._host = torch.empty(2, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def get(self) -> tuple[float, float]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, norm = self._host.tolist()
+        return loss, norm
+
+
 @dataclass(frozen=True)
 class _StepResult:
     step: int
     items: list[WorkItem]
-    loss: Tensor
-    norm: Tensor
+    reading: _Reading
 
 
 class _WindowClock:
