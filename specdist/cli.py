@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,11 +136,15 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _keys(args: argparse.Namespace) -> int:
+    from omegaconf import MISSING
+
     from specdist import config
     from specdist.job import JobConfig
 
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `specdist keys | head` ends quietly
     for entry in config.fields(JobConfig):
-        print(f"{entry.key} = {entry.default}    ({entry.type})\n    {entry.help}")
+        default = "(required)" if entry.default == MISSING else entry.default
+        print(f"{entry.key} = {default}    ({entry.type})\n    {entry.help}")
     return 0
 
 

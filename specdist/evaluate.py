@@ -44,8 +44,6 @@ class EvaluateConfig:
     """Tokens generated for each prompt at most; less when the target ends the sequence."""
     check: bool = False
     """Also decode every prompt with the target alone and count the sequences that differ."""
-    every: int = 0
-    """Evaluate every this many optimizer steps while training (0: only before and after)."""
 
     def __post_init__(self) -> None:
         if self.draft_tokens < 1:
@@ -57,8 +55,6 @@ class EvaluateConfig:
             )
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"evaluate.limit is {self.limit}; it must be at least 1, or null for all prompts")
-        if self.every < 0:
-            raise ConfigError(f"evaluate.every is {self.every}; it must be 0 or a number of steps")
 
 
 class EvaluationTarget:

@@ -292,7 +292,7 @@ def test_layouts_and_settings_that_cannot_be(target):
         EvaluationTarget(target.model, replace(LAYOUT, captured_layers=(0, 5)))
     with pytest.raises(ConfigError, match="hidden size 8"):
         EvaluationTarget(target.model, replace(LAYOUT, hidden_size=8))
-    for key in ({"draft_tokens": 0}, {"max_new_tokens": 1}, {"limit": 0}, {"every": -1}):
+    for key in ({"draft_tokens": 0}, {"max_new_tokens": 1}, {"limit": 0}):
         with pytest.raises(ConfigError, match=f"evaluate.{next(iter(key))}"):
             EvaluateConfig(**key)
 
