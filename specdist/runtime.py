@@ -74,7 +74,8 @@ def _agree_on_itinerary(
         if found.checkpoint is None:  # a run that was saved keeps the vocabulary it has
             run_dir.save_vocabulary(_draft_vocabulary(job, prompts))
         run_dir.save_config(job)
-    return share_itinerary(world.store, found, job.world.join_timeout_s)
+    # Rank 0 may have billions of tokens to count by now; loading is what this waiting belongs to.
+    return share_itinerary(world.store, found, job.control.load_timeout_s)
 
 
 def _draft_vocabulary(job: JobConfig, prompts: PromptStore) -> Tensor | None:
