@@ -12,7 +12,7 @@ import signal
 import sys
 from typing import Any
 
-from specdist import runtime
+from specdist import rank
 from specdist.target.engine import Engine, build_engine
 from specdist.train import leave, main
 
@@ -43,5 +43,5 @@ def signalled_load(*arguments: Any) -> Engine:
 FAULTS = {"forward": failing_forward, "signal": signalled_load}
 
 if __name__ == "__main__":
-    runtime.build_engine = FAULTS[sys.argv[1]]  # type: ignore[assignment]
+    rank.build_engine = FAULTS[sys.argv[1]]  # type: ignore[assignment]
     leave(main(sys.argv[2:]))
