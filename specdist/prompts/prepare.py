@@ -76,7 +76,7 @@ def prepare(
         display.say(f"looking up {len(sources)} files ({total / 1e6:,.1f} MB) in the cache")
         root = Path(config.cache_dir or DEFAULT_CACHE).expanduser() / "prompts"
         root.mkdir(parents=True, exist_ok=True)
-        key = cache_key(config, sources, Path(tokenizer_dir), root / "digests")
+        key = cache_key(config, sources, Path(tokenizer_dir), root.with_name("digests"))
         final = root / key
 
         def is_there() -> bool:
