@@ -200,6 +200,9 @@ def samples(piece: Piece) -> Iterator[Sample | BadSample]:
 def _parse(content: bytes) -> object:
     try:
         return json.loads(content)
+    except json.JSONDecodeError as error:
+        # The parser counts lines from the record's own beginning, which is not where the file's begin.
+        raise UnusableError("malformed record", f"{error.msg} at character {error.pos + 1} of it") from error
     except (ValueError, RecursionError) as error:
         raise UnusableError("malformed record", str(error)) from error
 
