@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from specdist.contract import RankFacts, launcher_serves_store, rendezvous_address
 from specdist.errors import ConfigError, WorldError
-from specdist.topology import Link, RankFacts, Topology, WorldConfig, launcher_serves_store, rendezvous_address
+from specdist.topology import Link, Topology, WorldConfig
 
 Transport = Literal["nccl", "gloo"]
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from specdist import job as jobs
+from specdist.contract import RankFacts, local_address
 from specdist.control.client import ControlClient
 from specdist.control.server import ControlServer
 from specdist.control.wire import new_token
@@ -34,7 +35,7 @@ from specdist.run_dir import RunDirectory
 from specdist.scheduler import Scheduler
 from specdist.stop import StopFlag
 from specdist.target_role import produce
-from specdist.topology import RankFacts, Topology, local_address
+from specdist.topology import Topology
 
 LEAVE_S = 10.0
 """Seconds a rank has to leave by itself after another one failed, before it is ended: it may sit in a collective."""
@@ -150,7 +151,7 @@ def _leave_soon(error: WorldError) -> None:
     """End the process if it does not end by itself: the main thread may be stuck in a collective with a dead rank."""
 
     def leave() -> None:
-        print(f"specdist: stopped because {error}", file=sys.stderr, flush=True)
+        print(f"specdist: {error}", file=sys.stderr, flush=True)
         os._exit(3)
 
     timer = threading.Timer(LEAVE_S, leave)

@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rank does what: a frozen value computed from the config and the launcher's facts, without a GPU or a group.
-
-This file and `launch/` are the only ones that read the environment.
-"""
+"""Which rank does what: a frozen value computed from the config and the launcher's facts, without a GPU or a group."""
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from specdist.errors import ConfigError, WorldError
+from specdist.errors import ConfigError
 
 Mode = Literal["split", "colocated", "target_only", "draft_only"]
 
@@ -42,60 +37,6 @@ class WorldConfig:
         for key in ("join_timeout_s", "wait_timeout_s"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"world.{key} is a number of seconds > 0, not {getattr(self, key)}")
-
-
-@dataclass(frozen=True)
-class RankFacts:
-    """What the launcher tells one rank about itself."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    node: int
-    host: str
-
-    @classmethod
-    def from_environment(cls) -> RankFacts:
-        """Read the torchrun contract (RANK, WORLD_SIZE, LOCAL_RANK, ...).
-
-        Raises:
-            WorldError: a variable is missing: the process was not started by a launcher.
-        """
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        missing = [n for n in names if n not in os.environ]
-        if missing:
-            raise WorldError(
-                f"{', '.join(missing)} not set: start the world with `specdist train CONFIG` on this machine, or with "
-                "`torchrun --nproc-per-node N -m specdist.train --config CONFIG`"
-            )
-        env = os.environ
-        return cls(
-            rank=int(env["RANK"]),
-            world_size=int(env["WORLD_SIZE"]),
-            local_rank=int(env["LOCAL_RANK"]),
-            local_world_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
-            node=int(env.get("GROUP_RANK", "0")),
-            host=socket.gethostname(),
-        )
-
-
-def rendezvous_address() -> tuple[str, int]:
-    """The host and port of the world's store (MASTER_ADDR, MASTER_PORT)."""
-    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-
-
-def launcher_serves_store() -> bool:
-    """Whether the launcher serves the world's store, as torchrun's agent does; under srun, say, rank 0 has to."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-
-
-def local_address() -> str:
-    """The IP address under which the other hosts of this world reach this one: that of the route to the rendezvous."""
-    family, _, _, _, target = socket.getaddrinfo(*rendezvous_address(), type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)  # a datagram socket sends nothing by connecting; it only picks the route
-        return str(probe.getsockname()[0])
 
 
 @dataclass(frozen=True)

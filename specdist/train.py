@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import transformers
 
+    from specdist.contract import RankFacts
     from specdist.job import load_job
     from specdist.runtime import run
-    from specdist.topology import RankFacts
 
     try:
         facts = RankFacts.from_environment()

@@ -24,12 +24,13 @@ import torch.distributed as dist
 from specdist.channel.base import FeatureReceiver, FeatureSender
 from specdist.channel.local import LocalChannel
 from specdist.channel.p2p import P2PReceiver, P2PSender
+from specdist.contract import RankFacts
 from specdist.errors import WorldError
 from specdist.groups import Groups, Transport, World, join_world, make_groups
 from specdist.links import connect_links
 from specdist.records import Cursor, FeatureLayout, Shard, WorkItem
 from specdist.sources import local_shards
-from specdist.topology import RankFacts, Topology, WorldConfig
+from specdist.topology import Topology, WorldConfig
 
 PATIENCE_S = 30.0
 GIVE_UP_S = 1.0

@@ -20,10 +20,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from specdist.contract import RankFacts
 from specdist.errors import WorldError
 from specdist.groups import Groups, World, join_world, make_groups
 from specdist.links import connect_links
-from specdist.topology import RankFacts, Topology, WorldConfig
+from specdist.topology import Topology, WorldConfig
 from specdist.train import leave
 
 LATE_S = 4.0

@@ -3,9 +3,10 @@
 
 import pytest
 
+from specdist.contract import RankFacts
 from specdist.errors import ConfigError, WorldError
 from specdist.groups import ranges
-from specdist.topology import DraftPlace, Link, RankFacts, TargetPlace, Topology, WorldConfig
+from specdist.topology import DraftPlace, Link, TargetPlace, Topology, WorldConfig
 
 
 def build(ranks, *, per_host=8, replicas=1, tp=1, dp=None, cp=1, **world):
