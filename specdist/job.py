@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import MISSING
+from specdist_launch.config import LaunchConfig
 
 from specdist import config
 from specdist.channel.config import ChannelConfig, parse_bytes
@@ -60,10 +61,11 @@ class JobConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
 CHANGEABLE = (
-    "world", "scheduler", "control", "channel", "checkpoint", "metrics", "export", "evaluate", "run.dir", "train",
+    "world", "scheduler", "control", "channel", "checkpoint", "metrics", "export", "evaluate", "launch", "run.dir", "train",
     "target.replicas", "target.tp", "target.verify", "target.prefill", "draft.dp", "draft.cp", "draft.sharding",
     "draft.compile", "prompts.workers", "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer",
 )  # fmt: skip
