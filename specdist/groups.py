@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from specdist.contract import RankFacts, launcher_serves_store, rendezvous_address
+from specdist.contract import RankFacts, Role, launcher_serves_store, rendezvous_address
 from specdist.errors import ConfigError, WorldError
 from specdist.topology import Link, Topology, WorldConfig
 
@@ -33,11 +33,12 @@ _READ_S = 5.0
 
 @dataclass(frozen=True)
 class World:
-    """The world this rank has joined: every rank's host, and a store that all ranks share."""
+    """The world this rank has joined: every rank's host and its node's role, and a store that all ranks share."""
 
     facts: RankFacts
     device: torch.device
     hosts: tuple[str, ...]
+    roles: tuple[Role | None, ...]
     store: dist.Store
 
 
@@ -91,7 +92,7 @@ def join_world(config: WorldConfig, facts: RankFacts) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = _open_store(facts, config.join_timeout_s)
-    hosts = _roll_call(dist.PrefixStore("specdist/roll-call", store), facts, config.join_timeout_s)
+    hosts, roles = _roll_call(dist.PrefixStore("specdist/roll-call", store), facts, config.join_timeout_s)
     with _forming(facts, "the world", config.wait_timeout_s):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -100,7 +101,7 @@ def join_world(config: WorldConfig, facts: RankFacts) -> World:
             world_size=facts.world_size,
             timeout=timedelta(seconds=config.wait_timeout_s),
         )
-    return World(facts, device, hosts, dist.PrefixStore("specdist/run", store))
+    return World(facts, device, hosts, roles, dist.PrefixStore("specdist/run", store))
 
 
 def _open_store(facts: RankFacts, timeout_s: float) -> dist.Store:
@@ -121,10 +122,12 @@ def _open_store(facts: RankFacts, timeout_s: float) -> dist.Store:
         ) from error
 
 
-def _roll_call(store: dist.Store, facts: RankFacts, timeout_s: float) -> tuple[str, ...]:
-    """Every rank reports; rank 0 publishes the list of hosts, or who is missing. Linear in the world's size."""
+def _roll_call(
+    store: dist.Store, facts: RankFacts, timeout_s: float
+) -> tuple[tuple[str, ...], tuple[Role | None, ...]]:
+    """Every rank reports; rank 0 publishes all hosts and roles, or who is missing. Linear in the world's size."""
     try:
-        store.set(f"here/{facts.rank}", json.dumps([facts.host, facts.node]))
+        store.set(f"here/{facts.rank}", json.dumps([facts.host, facts.node_role]))
         if facts.rank == 0:
             verdict = _count_ranks(store, facts.world_size, timeout_s)
             store.set("verdict", json.dumps(verdict))
@@ -140,7 +143,7 @@ def _roll_call(store: dist.Store, facts: RankFacts, timeout_s: float) -> tuple[s
         ) from error
     if "error" in verdict:
         raise WorldError(verdict["error"])
-    return tuple(verdict["hosts"])
+    return tuple(verdict["hosts"]), tuple(verdict["roles"])
 
 
 def _await_readers(store: dist.Store, world_size: int) -> None:
@@ -154,7 +157,7 @@ def _await_readers(store: dist.Store, world_size: int) -> None:
 
 def _count_ranks(store: dist.Store, world_size: int, timeout_s: float) -> dict[str, object]:
     deadline = time.monotonic() + timeout_s
-    present: dict[int, tuple[str, int]] = {}
+    present: dict[int, tuple[str, Role | None]] = {}
     for rank in range(world_size):
         key = [f"here/{rank}"]
         remaining = deadline - time.monotonic()
@@ -165,19 +168,20 @@ def _count_ranks(store: dist.Store, world_size: int, timeout_s: float) -> dict[s
                 continue
         elif not store.check(key):
             continue
-        host, node = json.loads(store.get(key[0]))
-        present[rank] = (host, node)
+        host, role = json.loads(store.get(key[0]))
+        present[rank] = (host, role)
     missing = [rank for rank in range(world_size) if rank not in present]
     if not missing:
-        return {"hosts": [present[rank][0] for rank in range(world_size)]}
-    return {"error": _missing_message(missing, present, world_size, timeout_s)}
+        hosts, roles = zip(*(present[rank] for rank in range(world_size)), strict=True)
+        return {"hosts": hosts, "roles": roles}
+    return {"error": _missing_message(missing, {r: host for r, (host, _) in present.items()}, world_size, timeout_s)}
 
 
-def _missing_message(missing: list[int], present: dict[int, tuple[str, int]], world_size: int, timeout_s: float) -> str:
-    hosts = sorted({host for host, _ in present.values()})
+def _missing_message(missing: list[int], present: dict[int, str], world_size: int, timeout_s: float) -> str:
+    hosts = ", ".join(sorted(set(present.values())))
     return (
         f"the world did not come up: {len(missing)} of {world_size} ranks missing after {timeout_s:.0f} s: ranks "
-        f"{ranges(missing)}. Present: ranks {ranges(sorted(present))} on {', '.join(hosts)}. Look at the "
+        f"{ranges(missing)}. Present: ranks {ranges(sorted(present))} on {hosts}. Look at the "
         "missing ranks' logs for the first error; a host not listed here has not reported at all (world.join_timeout_s)"
     )
 

@@ -15,6 +15,7 @@ from specdist import config
 from specdist.channel.config import ChannelConfig, parse_bytes
 from specdist.channel.ring import ring_slots
 from specdist.checkpoint import CheckpointConfig
+from specdist.contract import Role
 from specdist.control.config import ControlConfig
 from specdist.draft.config import DraftConfig
 from specdist.draft.registry import capture_layout
@@ -65,9 +66,9 @@ class JobConfig:
 
 
 CHANGEABLE = (
-    "world", "scheduler", "control", "channel", "checkpoint", "metrics", "export", "evaluate", "launch", "run.dir", "train",
-    "target.replicas", "target.tp", "target.verify", "target.prefill", "draft.dp", "draft.cp", "draft.sharding",
-    "draft.compile", "prompts.workers", "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer",
+    "world", "scheduler", "control", "channel", "checkpoint", "metrics", "export", "evaluate", "launch", "run.dir",
+    "train", "target.replicas", "target.tp", "target.verify", "target.prefill", "draft.dp", "draft.cp",
+    "draft.sharding", "draft.compile", "prompts.workers", "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer",
 )  # fmt: skip
 """Keys that may differ when a run directory is used again: they do not change what the draft is or learns from."""
 
@@ -111,9 +112,10 @@ def examine(job: JobConfig) -> JobFacts:
     return JobFacts(target, dtype, layout)
 
 
-def topology(job: JobConfig, hosts: Sequence[str]) -> Topology:
-    """Divide the ranks on `hosts` as the job asks."""
-    return Topology.build(job.world, hosts, replicas=_replicas(job), tp=job.target.tp, dp=job.draft.dp, cp=job.draft.cp)
+def topology(job: JobConfig, hosts: Sequence[str], roles: Sequence[Role | None] = ()) -> Topology:
+    """Divide the ranks on `hosts` as the job asks; `roles` are those the launcher gave to their nodes."""
+    replicas, tp, dp, cp = _replicas(job), job.target.tp, job.draft.dp, job.draft.cp
+    return Topology.build(job.world, hosts, replicas=replicas, tp=tp, dp=dp, cp=cp, roles=roles)
 
 
 def slots(job: JobConfig, layout: FeatureLayout) -> int:

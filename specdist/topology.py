@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
 
+from specdist.contract import Role
 from specdist.errors import ConfigError
 
 Mode = Literal["split", "colocated", "target_only", "draft_only"]
@@ -22,6 +25,9 @@ class WorldConfig:
     drop its features; draft_only: train on synthetic features (random, for measuring)."""
     order: Literal["target_first", "draft_first"] = "target_first"
     """Which role takes the lowest ranks."""
+    target_hosts: tuple[str, ...] = ()
+    """Patterns of host names, such as 'gpu0[12]': target replicas are placed on these hosts only, and the draft takes
+    every other rank. Empty: on any host, or on the target nodes of a heterogeneous job."""
     span_nodes: bool = False
     """Whether a tensor-parallel target replica may straddle nodes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -34,6 +40,8 @@ class WorldConfig:
     """How long any later wait may last, in seconds, before it names whom it waited for."""
 
     def __post_init__(self) -> None:
+        if self.target_hosts and self.mode != "split":
+            raise ConfigError(f"world.target_hosts divides the hosts of world.mode=split, not of {self.mode}")
         for key in ("join_timeout_s", "wait_timeout_s"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"world.{key} is a number of seconds > 0, not {getattr(self, key)}")
@@ -99,17 +107,24 @@ class Topology:
         tp: int,
         dp: int | None,
         cp: int,
+        roles: Sequence[Role | None] = (),
     ) -> Topology:
         """Divide `len(hosts)` ranks; None means "as many as the world has room for".
 
+        Args:
+            hosts: the host of every rank, in rank order. Launchers number ranks by (node, GPU), and hosts may have
+                different numbers of them, so the same nodes always give the same division.
+            roles: the role of every rank's node, where the launcher decides it: such a node has that role whole.
+
         Raises:
-            ConfigError: with the arithmetic that does not come out.
+            ConfigError: with the arithmetic that does not come out, and the hosts.
         """
         for key, value in {"target.replicas": replicas, "target.tp": tp, "draft.dp": dp, "draft.cp": cp}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{key} is at least 1, not {value}")
         build = {"split": _split, "colocated": _colocated, "target_only": _target_only, "draft_only": _draft_only}
-        return build[world.mode](world, tuple(hosts), replicas, tp, dp, cp)
+        request = _Request(world, tuple(hosts), tuple(roles) or (None,) * len(hosts), replicas, tp, dp, cp)
+        return build[world.mode](request)
 
     @property
     def world_size(self) -> int:
@@ -150,85 +165,151 @@ class Topology:
         return f"rank {rank} ({' + '.join(places) or 'idle'}, host {self.hosts[rank]})"
 
 
-def _split(
-    world: WorldConfig, hosts: tuple[str, ...], replicas: int | None, tp: int, dp: int | None, cp: int
-) -> Topology:
-    size, replicas = len(hosts), replicas or 1
-    if world.order == "target_first":
-        ranks = list(range(size))
-        placed = _place_replicas(ranks, hosts, replicas, tp, world.span_nodes)
-    else:
-        # The target takes the highest ranks; replicas are still numbered upwards.
-        placed = _place_replicas(list(range(size))[::-1], hosts, replicas, tp, world.span_nodes)
-        placed = tuple(tuple(sorted(r)) for r in reversed(placed))
+@dataclass(frozen=True)
+class _Request:
+    """What is to be divided: the ranks that there are, and the sizes that were asked for."""
+
+    world: WorldConfig
+    hosts: tuple[str, ...]
+    roles: tuple[Role | None, ...]
+    replicas: int | None
+    tp: int
+    dp: int | None
+    cp: int
+
+    @property
+    def ranks(self) -> range:
+        return range(len(self.hosts))
+
+    def with_role(self, role: Role | None) -> list[int]:
+        return [rank for rank in self.ranks if self.roles[rank] == role]
+
+    def name_hosts(self, ranks: Iterable[int]) -> str:
+        """The hosts of some ranks and how many each has of them, as errors name them."""
+        counts = list(Counter(self.hosts[rank] for rank in ranks).items())
+        named = [f"{host} ({count}{' ranks' if i == 0 else ''})" for i, (host, count) in enumerate(counts[:8])]
+        return ", ".join(named) + (f" and {len(counts) - 8} more hosts" if len(counts) > 8 else "")
+
+
+def _split(ask: _Request) -> Topology:
+    replicas = ask.replicas or 1
+    candidates, whose = _target_candidates(ask)
+    placed = _place_replicas(ask, replicas, candidates, whose)
     taken = {rank for replica in placed for rank in replica}
-    free = [rank for rank in range(size) if rank not in taken]
-    dp = dp if dp is not None else len(free) // cp
-    if dp < 1 or dp * cp != len(free):
+    if any(rank not in taken for rank in ask.with_role("target")):
         raise ConfigError(
-            f"target.replicas({replicas}) x target.tp({tp}) + draft.dp({dp}) x draft.cp({cp}) = "
-            f"{replicas * tp + dp * cp} ranks, but the world has {size}: {len(free)} are left for the draft"
+            f"target.replicas({replicas}) x target.tp({ask.tp}) = {replicas * ask.tp} ranks, but the launcher's target "
+            f"nodes have {len(candidates)}, and none may be idle: {ask.name_hosts(candidates)}"
         )
-    draft = tuple(tuple(free[d * cp : (d + 1) * cp]) for d in range(dp))
-    return Topology("split", hosts, placed, draft, shards=dp)
+    free = [rank for rank in ask.ranks if rank not in taken]
+    dp = ask.dp if ask.dp is not None else len(free) // ask.cp
+    if dp < 1 or dp * ask.cp != len(free):
+        raise ConfigError(
+            f"target.replicas({replicas}) x target.tp({ask.tp}) + draft.dp({dp}) x draft.cp({ask.cp}) = "
+            f"{replicas * ask.tp + dp * ask.cp} ranks, but the world has {len(ask.hosts)}: {len(free)} are left for "
+            f"the draft{f', on {ask.name_hosts(free)}' if free else ''}"
+        )
+    return Topology("split", ask.hosts, placed, _rows(free, ask.cp), shards=dp)
+
+
+def _target_candidates(ask: _Request) -> tuple[list[int], str]:
+    """The ranks that target replicas may be placed on (the launcher's word, world.target_hosts, or all), and whose
+    they are, in words."""
+    patterns = ask.world.target_hosts
+    for pattern in patterns:
+        if not any(fnmatchcase(host, pattern) for host in ask.hosts):
+            raise ConfigError(
+                f"world.target_hosts: no host matches '{pattern}'; the hosts are {ask.name_hosts(ask.ranks)}"
+            )
+    matching = [rank for rank in ask.ranks if any(fnmatchcase(ask.hosts[rank], pattern) for pattern in patterns)]
+    target, undecided = ask.with_role("target"), ask.with_role(None)
+    if len(undecided) == len(ask.hosts):
+        return (matching, "the hosts of world.target_hosts: ") if patterns else (list(ask.ranks), "")
+    if undecided:
+        raise ConfigError(
+            f"the launcher gave nodes a role, but none to {ask.name_hosts(undecided)}: give every node one, or none"
+        )
+    if patterns and matching != target:
+        raise ConfigError(
+            f"world.target_hosts matches {ask.name_hosts(matching)}, but the target nodes of the launcher are "
+            f"{ask.name_hosts(target) or 'none'}: leave world.target_hosts out"
+        )
+    return target, "the launcher's target nodes: "
 
 
 def _place_replicas(
-    ranks: list[int], hosts: tuple[str, ...], replicas: int, tp: int, span_nodes: bool
+    ask: _Request, replicas: int, candidates: list[int], whose: str = ""
 ) -> tuple[tuple[int, ...], ...]:
-    """Give each replica `tp` ranks that follow each other, on one host unless it may span nodes."""
+    """Give each replica `tp` candidates that follow each other, on one host unless it may span nodes."""
+    # Where the draft comes first, the target takes the highest ranks; replicas are still numbered upwards.
+    ranks = candidates if ask.world.order == "target_first" else candidates[::-1]
     placed: list[tuple[int, ...]] = []
     start = 0
-    while len(placed) < replicas and start + tp <= len(ranks):
-        block = ranks[start : start + tp]
-        if span_nodes or len({hosts[r] for r in block}) == 1:
-            placed.append(tuple(block))
-            start += tp
+    while len(placed) < replicas and start + ask.tp <= len(ranks):
+        block = ranks[start : start + ask.tp]
+        if ask.world.span_nodes or len({ask.hosts[r] for r in block}) == 1:
+            placed.append(tuple(sorted(block)))
+            start += ask.tp
         else:  # leave this rank to the draft and try from the next: a replica that straddles nodes is slow
             start += 1
     if len(placed) < replicas:
-        per_host = max((hosts.count(h) for h in set(hosts)), default=0)
         raise ConfigError(
-            f"target.replicas({replicas}) x target.tp({tp}) = {replicas * tp} ranks do not fit into a world of "
-            f"{len(ranks)} ranks with up to {per_host} on a host"
-            + ("" if span_nodes else " (a replica stays on one host unless world.span_nodes=true)")
+            f"target.replicas({replicas}) x target.tp({ask.tp}) = {replicas * ask.tp} ranks do not fit on "
+            f"{whose}{ask.name_hosts(candidates) or 'none'}"
+            + ("" if ask.world.span_nodes else " (a replica stays on one host unless world.span_nodes=true)")
         )
-    return tuple(placed)
+    return tuple(sorted(placed))
 
 
-def _colocated(
-    world: WorldConfig, hosts: tuple[str, ...], replicas: int | None, tp: int, dp: int | None, cp: int
-) -> Topology:
-    size = len(hosts)
-    replicas, dp = replicas or max(size // tp, 1), dp or max(size // cp, 1)
-    if replicas * tp != size or dp * cp != size:
+def _colocated(ask: _Request) -> Topology:
+    _refuse_role(ask, "target", "every rank both roles")
+    _refuse_role(ask, "draft", "every rank both roles")
+    size = len(ask.hosts)
+    replicas, dp = ask.replicas or max(size // ask.tp, 1), ask.dp or max(size // ask.cp, 1)
+    if replicas * ask.tp != size or dp * ask.cp != size:
         raise ConfigError(
             "world.mode=colocated gives every rank both roles: "
-            f"target.replicas({replicas}) x target.tp({tp}) = {replicas * tp} and draft.dp({dp}) x draft.cp({cp}) = "
-            f"{dp * cp} must both equal the world's {size} ranks"
+            f"target.replicas({replicas}) x target.tp({ask.tp}) = {replicas * ask.tp} and draft.dp({dp}) x "
+            f"draft.cp({ask.cp}) = {dp * ask.cp} must both equal the world's {size} ranks, "
+            f"{ask.name_hosts(ask.ranks)}"
         )
-    placed = _place_replicas(list(range(size)), hosts, replicas, tp, world.span_nodes)
-    return Topology("colocated", hosts, placed, tuple(tuple(range(d * cp, (d + 1) * cp)) for d in range(dp)), dp)
+    placed = _place_replicas(ask, replicas, list(ask.ranks))
+    return Topology("colocated", ask.hosts, placed, _rows(ask.ranks, ask.cp), shards=dp)
 
 
-def _target_only(
-    world: WorldConfig, hosts: tuple[str, ...], replicas: int | None, tp: int, dp: int | None, cp: int
-) -> Topology:
-    size = len(hosts)
-    replicas = replicas or max(size // tp, 1)
-    if replicas * tp != size:
+def _target_only(ask: _Request) -> Topology:
+    _refuse_role(ask, "draft", "no rank to the draft")
+    size = len(ask.hosts)
+    replicas = ask.replicas or max(size // ask.tp, 1)
+    if replicas * ask.tp != size:
         raise ConfigError(
-            f"world.mode=target_only: target.replicas({replicas}) x target.tp({tp}) = {replicas * tp} != {size} ranks"
+            f"world.mode=target_only: target.replicas({replicas}) x target.tp({ask.tp}) = {replicas * ask.tp} != "
+            f"{size} ranks, {ask.name_hosts(ask.ranks)}"
         )
-    placed = _place_replicas(list(range(size)), hosts, replicas, tp, world.span_nodes)
-    return Topology("target_only", hosts, placed, (), shards=dp or 1)
+    placed = _place_replicas(ask, replicas, list(ask.ranks))
+    return Topology("target_only", ask.hosts, placed, (), shards=ask.dp or 1)
 
 
-def _draft_only(
-    world: WorldConfig, hosts: tuple[str, ...], replicas: int | None, tp: int, dp: int | None, cp: int
-) -> Topology:
-    size = len(hosts)
-    dp = dp or max(size // cp, 1)
-    if dp * cp != size:
-        raise ConfigError(f"world.mode=draft_only: draft.dp({dp}) x draft.cp({cp}) = {dp * cp} != {size} ranks")
-    return Topology("draft_only", hosts, (), tuple(tuple(range(d * cp, (d + 1) * cp)) for d in range(dp)), shards=dp)
+def _draft_only(ask: _Request) -> Topology:
+    _refuse_role(ask, "target", "no rank to the target")
+    size = len(ask.hosts)
+    dp = ask.dp or max(size // ask.cp, 1)
+    if dp * ask.cp != size:
+        raise ConfigError(
+            f"world.mode=draft_only: draft.dp({dp}) x draft.cp({ask.cp}) = {dp * ask.cp} != {size} ranks, "
+            f"{ask.name_hosts(ask.ranks)}"
+        )
+    return Topology("draft_only", ask.hosts, (), _rows(ask.ranks, ask.cp), shards=dp)
+
+
+def _refuse_role(ask: _Request, role: Role, instead: str) -> None:
+    if ranks := ask.with_role(role):
+        raise ConfigError(
+            f"world.mode={ask.world.mode} gives {instead}, but the launcher made these {role} nodes: "
+            f"{ask.name_hosts(ranks)}"
+        )
+
+
+def _rows(ranks: Sequence[int], cp: int) -> tuple[tuple[int, ...], ...]:
+    """The draft's ranks by data-parallel index; the `cp` ranks of a row follow each other."""
+    return tuple(tuple(ranks[start : start + cp]) for start in range(0, len(ranks), cp))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks of the worlds that test_groups.py starts.
 
-`python -m tests.distributed.groups_world join SECONDS` answers the roll call and leaves;
+`python -m tests.distributed.groups_world join SECONDS` answers the roll call, tells its place and leaves;
 `... groups FOLDER` uses every group of a world of one target rank and four draft ranks (dp 2 x cp 2).
 """
 
@@ -41,6 +41,8 @@ def join(seconds: float) -> int:
     total = torch.tensor(facts.rank)
     dist.all_reduce(total)
     print(f"met {len(world.hosts)} ranks, sum {int(total)}", file=sys.stderr)
+    topology = Topology.build(WorldConfig(), world.hosts, replicas=1, tp=1, dp=None, cp=1, roles=world.roles)
+    print(f"{topology.describe(facts.rank)}, target ranks {list(topology.target_ranks)}", file=sys.stderr)
     world.store.set(f"left/{facts.rank}", "")
     if facts.rank == 0:  # it serves the store
         world.store.wait([f"left/{rank}" for rank in range(facts.world_size)])

@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from specdist.contract import HOST, NODE_ROLE
 from tests.distributed.groups_world import LATE_RANK, LATE_S
 from tests.distributed.worlds import start_by_hand, torchrun
 
@@ -67,10 +69,17 @@ def test_a_link_whose_other_end_does_not_come_is_named(reports: list[dict[str, A
         assert LATE_S / 2 <= late["seconds"] < LATE_S / 2 + 5
 
 
-def outcome(ranks: list[int], world_size: int, folder: Path, join_s: float = JOIN_S) -> dict[int, tuple[int, str]]:
+def outcome(
+    ranks: list[int],
+    world_size: int,
+    folder: Path,
+    join_s: float = JOIN_S,
+    environments: Mapping[int, Mapping[str, str]] | None = None,
+) -> dict[int, tuple[int, str]]:
     """The exit status and the words of every rank that was started; none may stay."""
     began = time.monotonic()
-    processes = start_by_hand(ranks, world_size, ["-m", "tests.distributed.groups_world", "join", str(join_s)], folder)
+    arguments = ["-m", "tests.distributed.groups_world", "join", str(join_s)]
+    processes = start_by_hand(ranks, world_size, arguments, folder, environments)
     try:
         return {
             rank: (process.wait(join_s + MARGIN_S - (time.monotonic() - began)), (folder / str(rank)).read_text())
@@ -86,6 +95,17 @@ def test_a_world_started_by_hand_comes_up(tmp_path: Path) -> None:
     for status, words in outcome([0, 1], 2, tmp_path).values():
         assert status == 0, words
         assert "met 2 ranks, sum 1" in words
+
+
+def test_the_roll_call_tells_everyone_the_hosts_and_the_roles_of_their_nodes(tmp_path: Path) -> None:
+    """Two nodes of different kinds and numbers of ranks, as the two agents of a heterogeneous job start them."""
+    draft = {HOST: "small", NODE_ROLE: "draft", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    target = {HOST: "big", NODE_ROLE: "target", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "1", "LOCAL_RANK": "0"}
+    found = outcome([0, 1, 2], 3, tmp_path, environments={0: draft, 1: draft, 2: target})
+    places = ["draft dp 0 cp 0, host small", "draft dp 1 cp 0, host small", "target replica 0 tp 0, host big"]
+    for rank, (status, words) in found.items():
+        assert status == 0, words
+        assert f"rank {rank} ({places[rank]}), target ranks [2]" in words
 
 
 def test_a_rank_that_never_starts_is_named_on_every_other(tmp_path: Path) -> None:

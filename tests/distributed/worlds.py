@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -55,10 +55,15 @@ def train(ranks: int, words: Sequence[str], timeout: float = 240) -> subprocess.
 
 
 def start_by_hand(
-    ranks: Sequence[int], world_size: int, arguments: Sequence[str], stderr: Path
+    ranks: Sequence[int],
+    world_size: int,
+    arguments: Sequence[str],
+    stderr: Path,
+    environments: Mapping[int, Mapping[str, str]] | None = None,
 ) -> dict[int, subprocess.Popen[str]]:
     """Start some ranks of a world without torchrun, as srun would: rank 0 serves the store. Each writes to its own file
-    `stderr / RANK`, so that none waits for a reader."""
+    `stderr / RANK`, so that none waits for a reader. `environments`: variables of single ranks, beside the common ones.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,7 +74,7 @@ def start_by_hand(
     }  # fmt: skip
     processes = {}
     for rank in ranks:
-        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environments or {}).get(rank, {})}
         with (stderr / str(rank)).open("w") as file:
             processes[rank] = subprocess.Popen(
                 [sys.executable, *arguments], cwd=ROOT, env=own, stdout=subprocess.DEVNULL, stderr=file, text=True

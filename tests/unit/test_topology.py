@@ -9,9 +9,15 @@ from specdist.groups import ranges
 from specdist.topology import DraftPlace, Link, TargetPlace, Topology, WorldConfig
 
 
-def build(ranks, *, per_host=8, replicas=1, tp=1, dp=None, cp=1, **world):
-    hosts = [f"h{r // per_host}" for r in range(ranks)]
-    return Topology.build(WorldConfig(**world), hosts, replicas=replicas, tp=tp, dp=dp, cp=cp)
+def build(ranks, *, per_host=8, **asked):
+    return divide({f"h{n}": min(per_host, ranks - n * per_host) for n in range(-(-ranks // per_host))}, **asked)
+
+
+def divide(nodes, *, replicas=1, tp=1, dp=None, cp=1, roles=None, **world):
+    """The topology of hosts that have different numbers of ranks; `roles`: what the launcher gives to each."""
+    hosts = [host for host, ranks in nodes.items() for _ in range(ranks)]
+    given = [roles.get(host) for host in hosts] if roles else ()
+    return Topology.build(WorldConfig(**world), hosts, replicas=replicas, tp=tp, dp=dp, cp=cp, roles=given)
 
 
 def test_split_gives_the_draft_what_the_target_leaves():
@@ -38,8 +44,93 @@ def test_a_replica_stays_on_one_host():
     assert topology.draft_ranks == (4, 5, 10, 11)
     straddling = build(12, per_host=6, replicas=2, tp=4, span_nodes=True)
     assert straddling.replicas == ((0, 1, 2, 3), (4, 5, 6, 7))
-    with pytest.raises(ConfigError, match=r"target.replicas\(1\) x target.tp\(8\) = 8 ranks do not fit .* 6 on a host"):
+    said = r"target.replicas\(1\) x target.tp\(8\) = 8 ranks do not fit on h0 \(6 ranks\), h1 \(6\) .*span_nodes=true"
+    with pytest.raises(ConfigError, match=said):
         build(12, per_host=6, tp=8)
+
+
+HETEROGENEOUS = {"small0": 3, "big0": 2, "small1": 1, "big1": 4}
+ROLES = {"small0": "draft", "big0": "target", "small1": "draft", "big1": "target"}
+
+
+@pytest.mark.parametrize("order", ["target_first", "draft_first"])
+def test_nodes_that_the_launcher_gave_a_role_have_it_whole(order):
+    topology = divide(HETEROGENEOUS, replicas=3, tp=2, cp=2, roles=ROLES, order=order)
+    assert topology.replicas == ((3, 4), (6, 7), (8, 9))
+    assert topology.draft == ((0, 1), (2, 5))
+    assert topology.describe(0) == "rank 0 (draft dp 0 cp 0, host small0)"
+
+
+def test_a_replica_may_span_the_target_nodes_and_nothing_else():
+    spanning = divide(HETEROGENEOUS, tp=6, roles=ROLES, span_nodes=True)
+    assert spanning.replicas == ((3, 4, 6, 7, 8, 9),)
+    assert spanning.draft_ranks == (0, 1, 2, 5)
+    said = r"= 6 ranks do not fit on the launcher's target nodes: big0 \(2 ranks\), big1 \(4\) .*span_nodes=true"
+    with pytest.raises(ConfigError, match=said):
+        divide(HETEROGENEOUS, tp=6, roles=ROLES)
+
+
+def test_the_target_goes_to_the_hosts_it_is_asked_for_and_the_draft_takes_the_rest():
+    nodes = {"gpu01": 2, "gpu02": 4, "gpu10": 4}
+    last = divide(nodes, tp=3, target_hosts=("gpu10",))
+    assert last.replicas == ((6, 7, 8),)
+    assert last.draft_ranks == (0, 1, 2, 3, 4, 5, 9)
+    two = divide(nodes, replicas=2, tp=2, target_hosts=("gpu0[2-9]", "gpu01"), order="draft_first")
+    assert two.replicas == ((2, 3), (4, 5))
+    assert divide(nodes, tp=8, target_hosts=("gpu02", "gpu10"), span_nodes=True).replicas == (tuple(range(2, 10)),)
+    assert divide(
+        nodes, target_hosts=("gpu01",), roles={"gpu01": "target", "gpu02": "draft", "gpu10": "draft"}, replicas=2
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            {"target_hosts": ("a", "gpu[0-9]")},
+            r"world.target_hosts: no host matches 'gpu\[0-9\]'; the hosts are a \(2 ranks\), b \(4\)",
+        ),
+        (
+            {"target_hosts": ("a",), "replicas": 2, "tp": 2},
+            r"target.replicas\(2\) x target.tp\(2\) = 4 ranks do not fit on .* of world.target_hosts: a \(2 ranks\)",
+        ),
+        ({"target_hosts": ("a",), "mode": "colocated"}, r"world.target_hosts divides .* not of colocated"),
+        (
+            {"target_hosts": ("a",), "roles": {"a": "draft", "b": "target"}, "replicas": 4},
+            r"world.target_hosts matches a \(2 ranks\), but the target nodes of the launcher are b \(4 ranks\)",
+        ),
+        ({"roles": {"a": "target"}}, r"the launcher gave nodes a role, but none to b \(4 ranks\)"),
+        (
+            {"roles": {"a": "draft", "b": "target"}, "tp": 2},
+            r"target.replicas\(1\) x target.tp\(2\) = 2 ranks, but .* target nodes have 4, .*: b \(4 ranks\)",
+        ),
+        (
+            {"roles": {"a": "target", "b": "draft"}, "replicas": 2, "dp": 3},
+            r"\+ draft.dp\(3\) .* = 5 ranks, but the world has 6: 4 are left for the draft, on b \(4 ranks\)",
+        ),
+        ({"roles": {"a": "draft", "b": "draft"}}, r"= 1 ranks do not fit on the launcher's target nodes: none"),
+        (
+            {"roles": {"a": "target", "b": "draft"}, "mode": "colocated", "replicas": None},
+            r"colocated gives every rank both roles, but the launcher made these target nodes: a \(2 ranks\)",
+        ),
+        (
+            {"roles": {"a": "target", "b": "draft"}, "mode": "target_only", "replicas": None},
+            r"target_only gives no rank to the draft, but .* draft nodes: b",
+        ),
+        (
+            {"roles": {"a": "target", "b": "draft"}, "mode": "draft_only"},
+            r"draft_only gives no rank to the target, but .* target nodes: a",
+        ),
+    ],
+)
+def test_roles_that_do_not_come_out_name_the_nodes(asked, said):
+    with pytest.raises(ConfigError, match=said):
+        divide({"a": 2, "b": 4}, **asked)
+
+
+def test_many_hosts_are_named_in_short():
+    with pytest.raises(ConfigError, match=r"do not fit on h0 \(1 ranks\), .*, h7 \(1\) and 4 more hosts \("):
+        build(12, per_host=1, tp=2)
 
 
 @pytest.mark.parametrize(
