@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a task learns from a Slurm step's environment; the environments below are recorded ones (Slurm 22.05)."""
+
+from __future__ import annotations
+
+import pytest
+from specdist_launch.slurm_step import FIRST_PORT, PORTS, expand_hostlist, meeting_port, read_step
+
+from specdist.errors import WorldError
+
+PLAIN = {
+    "SLURMD_NODENAME": "n2", "SLURM_CPUS_ON_NODE": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "17",
+    "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "1",
+    "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2",
+}  # fmt: skip
+HETEROGENEOUS = {
+    "SLURMD_NODENAME": "n3", "SLURM_CPUS_ON_NODE": "3", "SLURM_GPUS_ON_NODE": "1", "SLURM_HET_SIZE": "2",
+    "SLURM_JOB_ID": "2", "SLURM_JOB_ID_HET_GROUP_0": "2", "SLURM_JOB_ID_HET_GROUP_1": "3",
+    "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_JOB_NODELIST_HET_GROUP_0": "n1", "SLURM_JOB_NODELIST_HET_GROUP_1": "n[2-3]",
+    "SLURM_NODEID": "2", "SLURM_PROCID": "2", "SLURM_STEP_NODELIST": "n[1-3]", "SLURM_STEP_NUM_NODES": "3",
+    "SLURM_STEP_NUM_TASKS": "3", "SLURM_RESTART_COUNT": "1",
+}  # fmt: skip
+ANSWERS = {
+    ("show", "node", "n1"): "NodeName=n1 Arch=x86_64 CoresPerSocket=1\n   NodeAddr=10.0.0.1 NodeHostName=vm\n",
+    ("show", "job", "17"): "JobId=17\n   StartTime=2026-11-25T18:33:11 EndTime=2026-11-25T18:38:11 Deadline=N/A\n",
+    ("show", "job", "2"): "JobId=2\n   StartTime=2026-11-25T18:33:11 EndTime=Unknown Deadline=N/A\n",
+}
+
+
+def ask(*words: str) -> str | None:
+    return ANSWERS.get(words)
+
+
+def no_scontrol(*words: str) -> str | None:
+    return None
+
+
+def test_a_plain_step():
+    step = read_step(PLAIN, ask)
+    assert (step.hosts, step.nodes, step.node_rank, step.host) == (("n1", "n2"), 2, 1, "n2")
+    assert (step.leader, step.job, step.restart, step.role) == ("10.0.0.1", "17", 0, None)
+    assert (step.gpus, step.cpus) == (2, 1)
+
+
+def test_the_end_of_the_job_is_in_the_environment_or_asked_for():
+    asked = read_step(PLAIN, ask).deadline
+    assert asked is not None
+    assert asked % 60 == 11  # whatever the time zone of this machine
+    assert read_step({**PLAIN, "SLURM_JOB_END_TIME": "1790000000"}, ask).deadline == 1790000000.0
+    assert read_step(HETEROGENEOUS, ask).deadline is None  # no limit
+
+
+def test_a_heterogeneous_step_is_one_world_with_roles():
+    step = read_step(HETEROGENEOUS, ask)
+    assert (step.hosts, step.node_rank, step.host, step.role) == (("n1", "n2", "n3"), 2, "n3", "draft")
+    assert (step.job, step.restart) == ("2", 1)
+    first = read_step({**HETEROGENEOUS, "SLURM_NODEID": "0", "SLURMD_NODENAME": "n1"}, ask)
+    assert (first.host, first.role) == ("n1", "target")
+    assert (first.port, first.leader) == (step.port, step.leader)
+
+
+def test_inside_a_container_the_leaders_name_has_to_do():
+    step = read_step(PLAIN, no_scontrol)
+    assert (step.leader, step.deadline) == ("n1", None)
+
+
+def test_no_gpus_asked_for():
+    assert read_step({k: v for k, v in PLAIN.items() if k != "SLURM_GPUS_ON_NODE"}, ask).gpus is None
+
+
+def test_no_step_and_too_many_tasks_are_said():
+    with pytest.raises(WorldError, match="no task of a Slurm step"):
+        read_step({"SLURM_JOB_ID": "17"}, ask)
+    with pytest.raises(WorldError, match="16 tasks on 2 nodes"):
+        read_step({**PLAIN, "SLURM_STEP_NUM_TASKS": "16"}, ask)
+
+
+def test_each_start_of_each_job_meets_elsewhere():
+    ports = [meeting_port(job, restart) for job in range(4_000_000, 4_000_100) for restart in range(8)]
+    assert len({*ports, *(port + 1 for port in ports)}) == 2 * len(ports)
+    assert all(FIRST_PORT <= port < FIRST_PORT + PORTS for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("login", "login"),
+        ("n[1-3]", "n1 n2 n3"),
+        ("gpu[01-03,7],login,dgx-2", "gpu01 gpu02 gpu03 gpu7 login dgx-2"),
+        ("a[1-2]b[09-10]", "a1b09 a1b10 a2b09 a2b10"),
+        ("n[098-101]-ib", "n098-ib n099-ib n100-ib n101-ib"),
+    ],
+)
+def test_host_lists(text, names):
+    assert list(expand_hostlist(text)) == names.split()
