@@ -7,8 +7,10 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from specdist.contract import Role
 from specdist.errors import UserError
 
 
@@ -30,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "keys": _keys,
     }
     try:
-        return commands[args.command](args)
+        with _naming_sources(args):
+            return commands[args.command](args)
     except UserError as error:
         print(f"specdist: {error}", file=sys.stderr)
         return 2
@@ -51,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         "--nproc-per-node", type=int, metavar="N", help="ranks to start (default: what the config needs)"
     )
     plan = command("plan", "Show, without a GPU, which rank does what, what travels, and what fits into memory.")
-    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
+    plan.add_argument("--nodes", type=int, metavar="N", help="machines, which are called node0, ... (default 1)")
+    plan.add_argument("--target-nodes", type=int, metavar="N", help="of a heterogeneous job: machines of the target")
+    plan.add_argument("--draft-nodes", type=int, metavar="N", help="of a heterogeneous job: machines of the draft")
     plan.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks on each (default: what the config needs)")
     plan.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="memory of one GPU (default 80GiB)")
     command("prepare", "Tokenise the prompts into the cache and report on them.")
@@ -66,6 +71,15 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options; --help lists them")
     command("keys", "List every configuration key with its type, default and meaning.", config=False)
     return parser
+
+
+def _naming_sources(args: argparse.Namespace) -> AbstractContextManager[None]:
+    """Of a command with a configuration: its errors say where the values came from."""
+    if not hasattr(args, "config"):
+        return nullcontext()
+    from specdist.job import naming_sources
+
+    return naming_sources(*_split(args.config))
 
 
 def _split(values: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -98,12 +112,19 @@ def _plan(args: argparse.Namespace) -> int:
 
     from specdist.channel.config import parse_bytes
     from specdist.job import load_job
-    from specdist.plan import make_plan, render
+    from specdist.plan import make_plan, nodes_of_roles, render
 
     job = load_job(*_split(args.config))
-    per_node = args.nproc_per_node or -(-world_size(job, 0) // args.nodes)
-    hosts = [f"node{n}" for n in range(args.nodes) for _ in range(per_node)]
-    plan = make_plan(job, hosts, parse_bytes(args.gpu_memory, "--gpu-memory"))
+    roles: list[Role] = []
+    if args.target_nodes is None and args.draft_nodes is None:
+        nodes = args.nodes or 1
+        per_node = args.nproc_per_node or -(-world_size(job, 0) // nodes)
+        hosts = [f"node{n}" for n in range(nodes) for _ in range(per_node)]
+    elif args.target_nodes and args.draft_nodes and args.nodes is None and args.nproc_per_node is None:
+        hosts, roles = nodes_of_roles(job, args.target_nodes, args.draft_nodes)
+    else:
+        raise UserError("--target-nodes and --draft-nodes go together, without --nodes and --nproc-per-node")
+    plan = make_plan(job, hosts, parse_bytes(args.gpu_memory, "--gpu-memory"), roles)
     print(render(plan))
     return 0 if plan.fits else 1
 

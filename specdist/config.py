@@ -3,7 +3,8 @@
 
 This module knows no section. Each section's dataclass lives beside the code it configures and `specdist/job.py` puts
 them together. An unknown key, a wrong type or a missing value raises ConfigError with the source (`file:line` or
-`command line`), the key, and the nearest valid name.
+`command line`), the key, and the nearest valid name. Errors about values are raised by whom they concern, often long
+after loading, and name keys only: `naming_sources` adds where each of them came from.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +28,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from specdist.errors import ConfigError
+from specdist.errors import ConfigError, InputError
 
 T = TypeVar("T")
 
@@ -40,27 +43,66 @@ class Field:
     help: str
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """One file or `key=value` word: what it sets, and where each full key is set (`file:line` or `command line`)."""
+
+    name: str
+    values: DictConfig
+    places: Mapping[str, str]
+
+
 def load(schema: type[T], files: Sequence[str | Path], overrides: Sequence[str] = ()) -> T:
     """Merge `files` in order and then `overrides` (`a.b=value`) over the defaults of the dataclass `schema`.
 
     Raises:
-        ConfigError: a file that cannot be read, an unknown key, a wrong type, a value still missing, or a combination
-            that a section's own validation refuses.
+        ConfigError: a file that cannot be read, an unknown key, a key set twice in a file, a wrong type, a value still
+            missing, or a combination that a section's own validation refuses.
     """
     config = OmegaConf.structured(schema)
     OmegaConf.set_readonly(config, False)
-    for file in files:
-        config = _merge_file(schema, config, Path(file))
-    for override in overrides:
-        config = _merge_override(schema, config, override)
+    for layer in _layers(schema, files, overrides):
+        try:
+            config = OmegaConf.merge(config, layer.values)
+        except OmegaConfBaseException as error:
+            key = error.full_key or ""
+            raise ConfigError(
+                f"{layer.places.get(key, layer.name)}: {key}: {_first_line(error)}", sources=""
+            ) from error
+    with naming_sources(schema, files, overrides):
+        try:
+            return typing.cast(T, OmegaConf.to_object(config))
+        except MissingMandatoryValue as error:
+            given = ", ".join(map(str, files)) or "no file given"
+            key = error.full_key or ""
+            raise ConfigError(
+                f"{key} has no value: set it in a config file ({given}) or as {key}=...", sources=""
+            ) from error
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+
+
+@contextmanager
+def naming_sources(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Let errors about the configuration also say where the values of the keys they name came from: `file:line`,
+    `command line` or `default`."""
+    places: dict[str, str] = {}
+    for layer in _layers(schema, files, overrides):
+        places |= layer.places
     try:
-        return typing.cast(T, OmegaConf.to_object(config))
-    except MissingMandatoryValue as error:
-        sources = ", ".join(map(str, files)) or "no file given"
-        key = error.full_key
-        raise ConfigError(f"{key} has no value: set it in a config file ({sources}) or as {key}=...") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+        yield
+    except InputError as error:
+        if error.sources is None:
+            named = _named_keys(str(error), [field.key for field in fields(schema)])
+            error.sources = "; ".join(f"{key}: {places.get(key, 'default')}" for key in named)
+        raise
+
+
+def _named_keys(text: str, keys: Sequence[str]) -> list[str]:
+    """The keys that a message names, in its order; a path or a longer key that contains one does not name it."""
+    found = {key: re.search(rf"(?<![\w./-]){re.escape(key)}(?!\w|[./-]\w)", text) for key in keys}
+    places = {match.start(): key for key, match in found.items() if match}
+    return [places[start] for start in sorted(places)]
 
 
 def to_yaml(config: Any) -> str:
@@ -88,51 +130,87 @@ def fields(schema: type, prefix: str = "") -> Iterator[Field]:
         yield Field(key, _type_name(hint), default, helps.get(field.name, ""))
 
 
-def _merge_file(schema: type, config: DictConfig, path: Path) -> DictConfig:
+def _layers(schema: type, files: Sequence[str | Path], overrides: Sequence[str]) -> Iterator[_Layer]:
+    """Everything that is laid over the defaults, in order, with its keys checked. Raises ConfigError."""
+    yield from (_file_layer(schema, Path(file)) for file in files)
+    yield from (_override_layer(schema, override) for override in overrides)
+
+
+def _file_layer(schema: type, path: Path) -> _Layer:
     try:
         text = path.read_text()
     except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist (working directory {Path.cwd()})") from None
+        raise ConfigError(f"config file {path} does not exist (working directory {Path.cwd()})", sources="") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from error
+        raise ConfigError(f"config file {path} cannot be read: {error}", sources="") from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}", sources="") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not valid YAML: {error}") from error
+        raise ConfigError(f"config file {path} is not valid YAML: {_first_line(error)}", sources="") from error
     if node is None:
-        return config
+        return _Layer(str(path), OmegaConf.create(), {})
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}:{node.start_mark.line + 1}: a config file is a mapping of sections to keys")
-    lines = dict(_check_keys(schema, node, path))
+        line = node.start_mark.line + 1
+        raise ConfigError(f"{path}:{line}: a config file is a mapping of sections to keys", sources="")
+    _refuse_duplicates(node, path)
+    places = dict(_check_keys(schema, node, path))
     try:
-        return typing.cast(DictConfig, OmegaConf.merge(config, OmegaConf.create(text)))
+        return _Layer(str(path), typing.cast(DictConfig, OmegaConf.create(text)), places)
     except OmegaConfBaseException as error:
         key = error.full_key or ""
-        where = f"{path}:{lines[key]}" if key in lines else str(path)
-        raise ConfigError(f"{where}: {key}: {_first_line(error)}") from error
+        raise ConfigError(f"{places.get(key, path)}: {key}: {_first_line(error)}", sources="") from error
 
 
-def _merge_override(schema: type, config: DictConfig, override: str) -> DictConfig:
+def _override_layer(schema: type, override: str) -> _Layer:
     key, equals, _ = override.partition("=")
     if not equals:
-        raise ConfigError(f"command line: '{override}' is not of the form key=value")
+        raise ConfigError(f"command line: '{override}' is not of the form key=value", sources="")
     _check_key(schema, key, "command line")
     try:
-        return typing.cast(DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist([override])))
+        values = OmegaConf.from_dotlist([override])
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"command line: {key}: {_first_line(error)}") from error
+        raise ConfigError(f"command line: {key}: {_first_line(error)}", sources="") from error
+    return _Layer("command line", values, dict.fromkeys(_full_keys(OmegaConf.to_container(values)), "command line"))
 
 
-def _check_keys(schema: type, node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Check every key of a YAML mapping; yield each full key with its line."""
+def _full_keys(values: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of a mapping and of the mappings in it."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield f"{prefix}{name}"
+            yield from _full_keys(value, f"{prefix}{name}.")
+
+
+def _refuse_duplicates(node: yaml.Node, path: Path, prefix: str = "") -> None:
+    """Raise where a mapping, at any depth, has a key twice: the first value would be lost silently."""
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            _refuse_duplicates(item, path, f"{prefix}{i}.")
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[object, int] = {}
     for key_node, value in node.value:
-        key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
-        section = _check_key(schema, key, f"{path}:{line}")
-        yield key, line
+        name, line = str(key_node.value), key_node.start_mark.line + 1
+        if name in lines:
+            raise ConfigError(f"{path}:{line}: {prefix}{name} is set already on line {lines[name]}", sources="")
+        lines[name] = line
+        _refuse_duplicates(value, path, f"{prefix}{name}.")
+
+
+def _check_keys(schema: type, node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Check every key of a YAML mapping; yield each full key with its place."""
+    for key_node, value in node.value:
+        key, place = f"{prefix}{key_node.value}", f"{path}:{key_node.start_mark.line + 1}"
+        section = _check_key(schema, key, place)
+        yield key, place
         if isinstance(value, yaml.MappingNode) and section is not None:
             yield from _check_keys(schema, value, path, f"{key}.")
         elif section is not None and value.tag != "tag:yaml.org,2002:null":
-            raise ConfigError(f"{path}:{line}: {key} is a section with keys of its own: {', '.join(_names(section))}")
+            names = ", ".join(_names(section))
+            raise ConfigError(f"{place}: {key} is a section with keys of its own: {names}", sources="")
 
 
 def _check_key(schema: type, key: str, where: str) -> type | None:
@@ -144,7 +222,9 @@ def _check_key(schema: type, key: str, where: str) -> type | None:
             return None
         names = _names(section)
         if part not in names:
-            raise ConfigError(f"{where}: unknown key '{prefix}{part}'{_suggest(schema, prefix, part, names)}")
+            raise ConfigError(
+                f"{where}: unknown key '{prefix}{part}'{_suggest(schema, prefix, part, names)}", sources=""
+            )
         hint = _plain(typing.get_type_hints(section)[part])
         section = typing.cast(type, hint) if dataclasses.is_dataclass(hint) else None
         prefix += f"{part}."

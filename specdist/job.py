@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -84,17 +85,23 @@ class JobFacts:
 
 def load_job(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> JobConfig:
     """Read and check a job's configuration. Raises ConfigError."""
-    job = config.load(JobConfig, files, overrides)
-    if job.draft.init_from is not None and job.draft.algorithm == "eagle3":
-        # What the weights decide follows from the weights, so that it cannot contradict them.
-        target = describe(job.target.path, job.target.trust_remote_code).config
-        eagle3 = load_exported(job.draft.init_from).eagle3_config(job.draft.eagle3, target)
-        job = replace(job, draft=replace(job.draft, eagle3=eagle3))
-    if job.draft.cp > 1:
-        raise ConfigError(f"draft.cp={job.draft.cp}: context parallelism is not built yet, use draft.cp=1")
-    if not job.prompts.files:
-        raise ConfigError("prompts.files is empty: give JSONL, JSON, Parquet files or dataset directories")
-    return job
+    with naming_sources(files, overrides):
+        job = config.load(JobConfig, files, overrides)
+        if job.draft.init_from is not None and job.draft.algorithm == "eagle3":
+            # What the weights decide follows from the weights, so that it cannot contradict them.
+            target = describe(job.target.path, job.target.trust_remote_code).config
+            eagle3 = load_exported(job.draft.init_from).eagle3_config(job.draft.eagle3, target)
+            job = replace(job, draft=replace(job.draft, eagle3=eagle3))
+        if job.draft.cp > 1:
+            raise ConfigError(f"draft.cp={job.draft.cp}: context parallelism is not built yet, use draft.cp=1")
+        if not job.prompts.files:
+            raise ConfigError("prompts.files is empty: give JSONL, JSON, Parquet files or dataset directories")
+        return job
+
+
+def naming_sources(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> AbstractContextManager[None]:
+    """Whatever comes of a job loaded from these: its errors say where the values of the keys they name came from."""
+    return config.naming_sources(JobConfig, files, overrides)
 
 
 def examine(job: JobConfig) -> JobFacts:

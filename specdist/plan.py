@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from specdist import job as jobs
+from specdist.contract import Role
 from specdist.draft.registry import parameter_count
+from specdist.errors import ConfigError
 from specdist.groups import ranges
 from specdist.job import JobConfig, JobFacts
 from specdist.topology import Topology
@@ -54,20 +56,44 @@ class Plan:
         return all(total <= self.limit for total in self.demand().values())
 
 
-def make_plan(job: JobConfig, hosts: Sequence[str], limit: int) -> Plan:
-    """Work out the plan of a job on `hosts` (one entry a rank) with `limit` bytes of memory per GPU.
+def make_plan(job: JobConfig, hosts: Sequence[str], limit: int, roles: Sequence[Role | None] = ()) -> Plan:
+    """Work out the plan of a job on `hosts` (one entry a rank) with `limit` bytes of memory per GPU. `roles`: those
+    that a launcher would give to the nodes of the ranks.
 
     Raises:
         ConfigError, DataError: what could not be, with the arithmetic.
     """
-    facts = jobs.examine(job)
-    topology = jobs.topology(job, hosts)
+    return plan_of(job, jobs.examine(job), jobs.topology(job, hosts, roles), limit)
+
+
+def plan_of(job: JobConfig, facts: JobFacts, topology: Topology, limit: int) -> Plan:
+    """The plan of a job that has been examined and divided."""
     needs: list[Need] = []
     if topology.replicas:
         needs += _target_needs(job, facts, topology)
     if topology.draft:
         needs += _draft_needs(job, facts, topology)
     return Plan(job, facts, topology, tuple(needs), limit)
+
+
+def nodes_of_roles(job: JobConfig, target_nodes: int, draft_nodes: int) -> tuple[list[str], list[Role]]:
+    """The hosts and roles of the ranks of a heterogeneous job: `target_nodes` equal machines target0, target1, ... and
+    `draft_nodes` equal ones of the draft. Raises ConfigError."""
+    if job.draft.dp is None:
+        raise ConfigError("draft.dp is not set: it says how many ranks the draft's nodes have")
+    target, draft = job.target.replicas * job.target.tp, job.draft.dp * job.draft.cp
+    kinds: list[tuple[Role, str, int, int]] = [
+        ("target", "target.replicas x target.tp", target, target_nodes),
+        ("draft", "draft.dp x draft.cp", draft, draft_nodes),
+    ]
+    hosts: list[str] = []
+    roles: list[Role] = []
+    for role, product, ranks, nodes in kinds:
+        if ranks % nodes:
+            raise ConfigError(f"{product} = {ranks} ranks do not divide among {nodes} {role} nodes")
+        hosts += [f"{role}{n}" for n in range(nodes) for _ in range(ranks // nodes)]
+        roles += [role] * ranks
+    return hosts, roles
 
 
 def _target_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Need]:

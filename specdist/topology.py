@@ -185,9 +185,9 @@ class _Request:
         return [rank for rank in self.ranks if self.roles[rank] == role]
 
     def name_hosts(self, ranks: Iterable[int]) -> str:
-        """The hosts of some ranks and how many each has of them, as errors name them."""
+        """The hosts of some ranks, and how many of them each has in brackets, as errors name them."""
         counts = list(Counter(self.hosts[rank] for rank in ranks).items())
-        named = [f"{host} ({count}{' ranks' if i == 0 else ''})" for i, (host, count) in enumerate(counts[:8])]
+        named = [f"{host} ({count})" for host, count in counts[:8]]
         return ", ".join(named) + (f" and {len(counts) - 8} more hosts" if len(counts) > 8 else "")
 
 
@@ -219,7 +219,8 @@ def _target_candidates(ask: _Request) -> tuple[list[int], str]:
     for pattern in patterns:
         if not any(fnmatchcase(host, pattern) for host in ask.hosts):
             raise ConfigError(
-                f"world.target_hosts: no host matches '{pattern}'; the hosts are {ask.name_hosts(ask.ranks)}"
+                f"world.target_hosts: no host matches '{pattern}'; the hosts, and their ranks, are "
+                f"{ask.name_hosts(ask.ranks)}"
             )
     matching = [rank for rank in ask.ranks if any(fnmatchcase(ask.hosts[rank], pattern) for pattern in patterns)]
     target, undecided = ask.with_role("target"), ask.with_role(None)

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import MISSING
 
 from specdist import config
-from specdist.errors import ConfigError
+from specdist.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,13 @@ class Inner:
     """How long."""
     kind: Literal["a", "b"] = "a"
     options: dict[str, int] = field(default_factory=dict)
+    length_max: int = 10
 
     def __post_init__(self) -> None:
         if self.length < 0:
             raise ConfigError(f"inner.length is >= 0, not {self.length}")
+        if self.length > self.length_max:
+            raise ConfigError(f"inner.length_max ({self.length_max}) is less than inner.length ({self.length})")
 
 
 @dataclass(frozen=True)
@@ -55,19 +58,68 @@ def test_saved_yaml_loads_to_the_same_value(tmp_path):
         ("path: p\nlength: 3\n", [], r"x\.yaml:2: unknown key 'length'; did you mean 'inner\.length'"),
         ("path: p\nzzz: 3\n", [], r"x\.yaml:2: unknown key 'zzz'; valid here: path, names, inner"),
         ("path: p\ninner:\n  length: many\n", [], r"x\.yaml:3: inner\.length: .*'many'.*Integer"),
-        ("path: p\ninner: 3\n", [], r"x\.yaml:2: inner is a section with keys of its own: length, kind, options"),
+        (
+            "path: p\ninner: 3\n",
+            [],
+            r"x\.yaml:2: inner is a section with keys of its own: length, kind, options, length_max",
+        ),
         ("path: p\n", ["inner.kind=c"], r"command line: inner\.kind: .*\['a', 'b'\]"),
         ("path: p\n", ["inner.knid=c"], r"command line: unknown key 'inner\.knid'; did you mean 'inner\.kind'"),
         ("path: p\n", ["inner"], r"'inner' is not of the form key=value"),
         ("path: p\n", ["inner.length=-1"], r"inner\.length is >= 0, not -1"),
         ("names: [a]\n", [], r"path has no value: set it in a config file \(.*x\.yaml\) or as path="),
-        ("path: [p\n", [], r"x\.yaml is not valid YAML"),
+        ("path: p\ninner: [p\n", [], r"x\.yaml:3: not valid YAML: expected ',' or ']', but got .*\Z"),
+        ("path: \0\n", [], r"x\.yaml is not valid YAML: unacceptable character.*\Z"),
+        ("path: ${nowhere}\n", [], r"path: Interpolation key 'nowhere' not found \(path: .*x\.yaml:1\)"),
+        ("path: '${nowhere'\n", [], r"x\.yaml:1: path: "),
+        ("path: p\nnames: [a]\npath: q\n", [], r"x\.yaml:3: path is set already on line 1"),
+        ("path: p\ninner:\n  options:\n    a: 1\n    a: 2\n", [], r"x\.yaml:5: inner\.options\.a is set .* line 4"),
         ("- path\n", [], r"x\.yaml:1: a config file is a mapping"),
     ],
 )
 def test_bad_input_is_named(tmp_path, text, overrides, said):
     with pytest.raises(ConfigError, match=said):
         config.load(Outer, [write(tmp_path, text)], overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "said"),
+    [
+        ("inner:\n  length: -1\n", [], "inner.length is >= 0, not -1 (inner.length: {file}:3)"),
+        ("inner:\n  length: 1\n", ["inner.length=-1"], "inner.length is >= 0, not -1 (inner.length: command line)"),
+        ("names: [a]\n", ["inner={length: -1}"], "inner.length is >= 0, not -1 (inner.length: command line)"),
+        (
+            "inner:\n  kind: a\n  length_max: 3\n",
+            [],
+            "inner.length_max (3) is less than inner.length (7) (inner.length_max: {file}:4; inner.length: default)",
+        ),
+    ],
+)
+def test_a_section_that_refuses_its_values_says_where_they_came_from(tmp_path, text, overrides, said):
+    file = write(tmp_path, f"path: p\n{text}")
+    with pytest.raises(ConfigError) as caught:
+        config.load(Outer, [file], overrides)
+    assert str(caught.value) == said.format(file=file)
+
+
+def test_the_last_file_to_set_a_key_is_its_source(tmp_path):
+    files = [
+        write(tmp_path, "inner: {length: 1}\n", "one.yaml"),
+        write(tmp_path, "\ninner: {length: -1}\n", "two.yaml"),
+    ]
+    with pytest.raises(ConfigError, match=r"\(inner\.length: .*two\.yaml:2\)"):
+        config.load(Outer, files, ["path=p"])
+
+
+def test_errors_that_come_long_after_loading_say_where_the_values_came_from(tmp_path):
+    file = write(tmp_path, "path: p\n")
+    with (
+        pytest.raises(DataError) as caught,
+        config.naming_sources(Outer, [file]),
+        config.naming_sources(Outer, [], ["path=q"]),  # what is nearer knows better, and it is said once
+    ):
+        raise DataError("path=q: inner.length/names and out.path.x are no keys")
+    assert str(caught.value) == "path=q: inner.length/names and out.path.x are no keys (path: command line)"
 
 
 def test_missing_file_is_named(tmp_path):

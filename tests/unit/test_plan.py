@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan of a job: every number of its table from the sizes of a tiny target."""
 
+import re
+
 import pytest
 
+from specdist.cli import main
 from specdist.errors import ConfigError, DataError
 from specdist.job import examine, load_job
 from specdist.plan import make_plan, render
@@ -14,35 +17,45 @@ def words(tmp_path_factory):
     directory = tmp_path_factory.mktemp("plan")
     target, prompts = make_target(directory / "target"), make_conversations(directory / "prompts.jsonl")
 
-    def job(**overrides):
-        return load_job([], make_config(directory, target, prompts, **overrides))
+    def config(**overrides):
+        return make_config(directory, target, prompts, **overrides)
 
-    return job
+    return config
 
 
-def test_the_table_names_ranks_links_and_bytes(words):
-    plan = make_plan(words(target__replicas=2, target__tp=2), ["a"] * 4 + ["b"] * 4, 2**30)
+@pytest.fixture(scope="module")
+def job(words):
+    return lambda **overrides: load_job([], words(**overrides))
+
+
+def rows(text):
+    """The table of ranks."""
+    return [line.split() for line in text.splitlines() if re.match(r" \d", line)]
+
+
+def test_the_table_names_ranks_links_and_bytes(job):
+    plan = make_plan(job(target__replicas=2, target__tp=2), ["a"] * 4 + ["b"] * 4, 2**30)
     text = render(plan)
     assert plan.fits
     # 3 captured layers and the final state of 32 fp32 values each
     assert "512 B of features per token: 3 captured layers and the last hidden state x 32 x float32" in text
     assert "16 links: target ranks 0-3 -> draft ranks 4-7; each carries 256 B per token" in text
-    rows = [line.split() for line in text.splitlines() if line[:3].strip().isdigit()]
-    assert rows[0] == ["0", "a", "target", "0", "0", "scheduler"]
-    assert rows[3] == ["3", "a", "target", "1", "1"]
-    assert rows[5] == ["5", "b", "draft", "1", "0"]
+    table = rows(text)
+    assert table[0] == ["0", "a", "target", "0", "0", "scheduler"]
+    assert table[3] == ["3", "a", "target", "1", "1"]
+    assert table[5] == ["5", "b", "draft", "1", "0"]
 
 
-def test_exact_parts_of_the_memory(words):
-    plan = make_plan(words(), ["a"] * 3, 2**30)
+def test_exact_parts_of_the_memory(job):
+    plan = make_plan(job(), ["a"] * 3, 2**30)
     needs = {(need.role, need.what): need.bytes for need in plan.needs}
     assert needs["target", "weights / tp 1"] == 4 * plan.facts.target.parameters
     assert needs["target", "2 feature buffers of 512 tokens"] == 2 * 512 * 512
     assert needs["draft", "receive ring of 8 slots"] == 2**20
 
 
-def test_what_does_not_fit_is_said_with_advice(words):
-    plan = make_plan(words(), ["a"] * 3, 2**20)
+def test_what_does_not_fit_is_said_with_advice(job):
+    plan = make_plan(job(), ["a"] * 3, 2**20)
     assert not plan.fits
     text = render(plan)
     assert "does NOT fit" in text
@@ -60,11 +73,55 @@ def test_what_does_not_fit_is_said_with_advice(words):
         ({"target__tp": 3}, ConfigError, r"target.tp=3 does not divide num_attention_heads=4"),
     ],
 )
-def test_what_cannot_be_is_refused_on_the_login_node(words, overrides, error, said):
+def test_what_cannot_be_is_refused_on_the_login_node(job, overrides, error, said):
     with pytest.raises(error, match=said):
-        examine(words(**overrides))
+        examine(job(**overrides))
 
 
-def test_a_ring_too_small_for_a_step_says_how_much_is_needed(words):
+def test_a_ring_too_small_for_a_step_says_how_much_is_needed(job):
     with pytest.raises(ConfigError, match=r"holds 1 micro-batches .* but 3 are needed .* at least 384KiB"):
-        make_plan(words(channel__memory="128KiB", train__accumulation=2), ["a"] * 3, 2**30)
+        make_plan(job(channel__memory="128KiB", train__accumulation=2), ["a"] * 3, 2**30)
+
+
+def test_the_nodes_of_roles_may_have_different_numbers_of_ranks(words, capsys):
+    asked = [*words(target__replicas=2, target__tp=2, draft__dp=2), "--target-nodes", "2", "--draft-nodes", "1"]
+    assert main(["plan", *asked, "--gpu-memory", "1GiB"]) == 0
+    places = [row[:3] for row in rows(capsys.readouterr().out)]
+    target = [[str(rank), f"target{rank // 2}", "target"] for rank in range(4)]
+    assert places == [*target, ["4", "draft0", "draft"], ["5", "draft0", "draft"]]
+
+
+def test_the_target_goes_to_the_hosts_that_are_asked_for(words, capsys):
+    asked = words(target__replicas=2, target__tp=2, draft__dp=2, world__target_hosts='["node[12]"]')
+    assert main(["plan", *asked, "--nodes", "3"]) == 0
+    assert [row[1] for row in rows(capsys.readouterr().out) if row[2] == "target"] == ["node1"] * 2 + ["node2"] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides", "said"),
+    [
+        (["--nodes", "2"], {"draft__dp": 2}, "= 3 ranks, but the world has 4: 3 are left"),
+        (
+            ["--target-nodes", "2", "--draft-nodes", "1"],
+            {"draft__dp": 1},
+            "target.replicas x target.tp = 1 ranks do not divide among 2",
+        ),
+        (["--target-nodes", "1", "--draft-nodes", "1"], {"draft__dp": "null"}, "draft.dp is not set"),
+        (["--target-nodes", "1"], {}, "--target-nodes and --draft-nodes go together"),
+    ],
+)
+def test_nodes_that_cannot_be_are_refused_in_a_line(words, capsys, options, overrides, said):
+    assert main(["plan", *words(**overrides), *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_error_that_comes_after_loading_says_where_the_values_came_from(words, tmp_path, capsys):
+    file = tmp_path / "ring.yaml"
+    file.write_text("channel:\n  memory: 128KiB\n")
+    overrides = [word for word in words(train__accumulation=2, draft__dp=2) if not word.startswith("channel.memory")]
+    assert main(["plan", str(file), *overrides]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert (
+        f"(channel.memory: {file}:2; prompts.tokens_per_rank: command line; train.accumulation: command line)" in said
+    )

@@ -55,7 +55,8 @@ class Eagle3Dims:
         hidden = _read(text, "hidden_size")
         if heads % kv_heads:
             raise ConfigError(
-                f"draft.eagle3: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+                f"draft.eagle3.num_attention_heads {heads} is not a multiple of draft.eagle3.num_key_value_heads "
+                f"{kv_heads}"
             )
         if hidden % heads:
             raise ConfigError(
