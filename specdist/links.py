@@ -32,8 +32,8 @@ def connect_links(topology: Topology, groups: Groups, world: World, timeout_s: f
     if not groups.links:
         return
     _await_all(topology, groups, world, timeout_s)
-    byte = torch.zeros(1, dtype=torch.uint8, device=world.device if _on_device(groups, world) else "cpu")
-    for link in _rounds(topology):
+    byte = torch.zeros(1, dtype=torch.uint8, device=world.device if on_device(groups, world) else "cpu")
+    for link in rounds(topology):
         if link in groups.links:
             _touch(link, groups.links[link], byte, topology, world.facts.rank, timeout_s)
 
@@ -67,7 +67,7 @@ def _pairs(links: list[Link], topology: Topology) -> str:
     return ", ".join(named) + (f" and {len(links) - 4} more links" if len(links) > 4 else "")
 
 
-def _rounds(topology: Topology) -> Iterator[Link]:
+def rounds(topology: Topology) -> Iterator[Link]:
     """All links, such that every rank meets its partners in the same order and nobody waits in a circle."""
     sources, destinations = topology.target_ranks, topology.draft_ranks
     rounds = max(len(sources), len(destinations))
@@ -78,7 +78,8 @@ def _rounds(topology: Topology) -> Iterator[Link]:
                 yield Link(sources[i], destinations[j])
 
 
-def _on_device(groups: Groups, world: World) -> bool:
+def on_device(groups: Groups, world: World) -> bool:
+    """Whether what travels over this rank's links lies on its GPU."""
     some = next(iter(groups.links.values()), None)
     return world.device.type == "cuda" and some is not None and dist.get_backend(some) == "nccl"
 
@@ -95,13 +96,13 @@ def _touch(
             wait_work(work, timeout_s, on_device=byte.is_cuda)
 
     try:
-        _bounded(there_and_back, timeout_s + _LIBRARY_S, byte.device)
+        bounded(there_and_back, timeout_s + _LIBRARY_S, byte.device)
     except RuntimeError as error:
         limit = f"{timeout_s:.0f} s, world.join_timeout_s"
         raise WorldError(f"{_pairs([link], topology)} did not come up (limit {limit}): {first_line(error)}") from error
 
 
-def _bounded(action: Callable[[], None], timeout_s: float, device: torch.device) -> None:
+def bounded(action: Callable[[], None], timeout_s: float, device: torch.device) -> None:
     """Run `action` in a thread: setting up a communicator may block inside the library, where no timeout reaches."""
     failures: list[BaseException] = []
 

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doctor in real worlds: a healthy one, hosts with faults, and a job that starts on such hosts.
+
+Two torchrun agents of this machine stand for two hosts, as SPECDIST_HOST calls them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from tests.distributed.worlds import ROOT, start_command
+from tests.tiny import make_config, make_conversations, make_target
+
+TIMEOUT_S = 240
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A target in several shards, and conversations."""
+    directory = tmp_path_factory.mktemp("material")
+    whole = make_target(directory / "whole")
+    shards = Path(shutil.copytree(whole, directory / "target"))
+    (shards / "model.safetensors").unlink()
+    LlamaForCausalLM.from_pretrained(whole).save_pretrained(shards, max_shard_size="100KB")
+    assert (shards / "model.safetensors.index.json").exists()
+    return shards, make_conversations(directory / "prompts.jsonl")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_on_hosts(commands: dict[str, Sequence[str]]) -> dict[str, subprocess.CompletedProcess[str]]:
+    """Run one rank on each host, `python -m COMMAND`, and wait for all of them."""
+    port, processes = free_port(), {}
+    for node, (host, command) in enumerate(commands.items()):
+        rendezvous = ["--nnodes", str(len(commands)), "--node-rank", str(node), "--nproc-per-node", "1"]
+        rendezvous += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        launcher = ["env", f"SPECDIST_HOST={host}", "SPECDIST_JOB=7", sys.executable, "-m", "torch.distributed.run"]
+        processes[host] = start_command([*launcher, *rendezvous, "-m", *command])
+    try:
+        said = {host: process.communicate(timeout=TIMEOUT_S) for host, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.kill()
+    return {
+        host: subprocess.CompletedProcess(process.args, process.returncode, *said[host])
+        for host, process in processes.items()
+    }
+
+
+def test_a_healthy_host(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    report = tmp_path / "report.json"
+    words = make_config(tmp_path, *material, draft__dp=2, preflight__link_payload="64KiB")
+    command = [sys.executable, "-m", "specdist.cli", "doctor", *words, "--json", str(report)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 links inside a host" in done.stdout
+    assert "draft all-reduce" in done.stdout
+    assert "problem" not in done.stdout
+    found = json.loads(report.read_text())
+    assert found["healthy"]
+    assert found["exclude"] == ""
+    assert [(link["source"], link["destination"]) for link in found["links"]] == [(0, 1), (0, 2)]
+    assert all(link["gb_per_s"] > 0 for link in found["links"])
+    assert [(group["name"], group["ranks"]) for group in found["groups"]] == [("draft all-reduce", [1, 2])]
+    assert [rank["of_host"] is not None for rank in found["ranks"]] == [True, False, False]
+    assert not (tmp_path / "run").exists()  # it only looked
+
+
+def test_faults_of_a_host_are_named_with_it(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    """n2 has another run directory, a model without one of its shards, and another torch."""
+    broken = Path(shutil.copytree(material[0], tmp_path / "target"))
+    lost = sorted(broken.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    sound = make_config(tmp_path, *material, draft__dp=1, preflight__report=tmp_path / "report.json")
+    there = [*sound, f"target.path={broken}", f"run.dir={tmp_path / 'elsewhere/run'}"]
+    (tmp_path / "elsewhere").write_text("a file where a directory should be")
+    done = run_on_hosts(
+        {
+            "n1": ["specdist.doctor.world", *sound],
+            "n2": ["tests.distributed.faulty_doctor", "specdist.doctor.world", *there],
+        }
+    )
+    said = done["n1"].stdout
+    assert done["n1"].returncode != 0, said
+    assert done["n2"].returncode == 0, done["n2"].stderr  # only rank 0 gives the verdict
+    problems = [line for line in said.splitlines() if line.startswith("problem: ")]
+    assert all(line.startswith("problem: n2: ") for line in problems), said
+    for words in (
+        f"1 of the {len(list(material[0].glob('model-*.safetensors')))} weight files it names are missing: {lost.name}",
+        f"run.dir {tmp_path / 'elsewhere/run'} cannot be written: Not a directory",
+        "torch is 2.11.0+another on ranks 1, ",
+        "the configuration is ",
+    ):
+        assert sum(words in line for line in problems) == 1, (words, said)
+    assert "--exclude=n2" in said
+    assert "1 links across hosts" in said
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert (found["healthy"], found["exclude"]) == (False, "n2")
+    clock = found["ranks"][1]["of_host"]["clock"]
+    assert abs(clock["ahead_s"]) <= clock["uncertain_s"] + 1  # one machine, one clock
+
+
+def test_a_job_does_not_start_on_hosts_with_problems_where_that_is_asked(
+    tmp_path: Path, material: tuple[Path, Path]
+) -> None:
+    words = make_config(tmp_path, *material, draft__dp=1, preflight__level="strict")
+    done = run_on_hosts(
+        {
+            "n1": ["specdist.train", *words],
+            "n2": ["tests.distributed.faulty_doctor", "specdist.train", *words],
+        }
+    )
+    assert {process.returncode for process in done.values()} != {0}
+    said = "".join(process.stderr for process in done.values())
+    assert "there are problems (preflight.level=strict): n2: torch is 2.11.0+another on ranks 1" in said, said
+    assert "--exclude=n2" in said
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
+def test_a_job_tells_what_it_saw_and_goes_on(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    words = make_config(tmp_path, *material, draft__dp=1, train__steps=1, export__formats="[]")
+    done = run_on_hosts(
+        {
+            "n1": ["specdist.train", *words],
+            "n2": ["tests.distributed.faulty_doctor", "specdist.train", *words],
+        }
+    )
+    assert {process.returncode for process in done.values()} == {0}, done["n1"].stderr
+    assert "preflight: problem: n2: torch is 2.11.0+another on ranks 1" in done["n1"].stderr
+    assert "preflight: 1 links across hosts" in done["n1"].stderr
+    assert "preflight" not in done["n2"].stderr

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What made-up facts of a world of two or more hosts mean."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from specdist.doctor.codec import decode, encode
+from specdist.doctor.config import PreflightConfig
+from specdist.doctor.facts import Clock, HostFacts, Network, RankReport, Versions
+from specdist.doctor.findings import Finding, problems, to_exclude
+from specdist.doctor.judge import judge
+from specdist.doctor.judge_links import judge_links
+from specdist.doctor.kernel_log import Xid
+from specdist.doctor.links import LinkSpeed, Speeds
+from specdist.doctor.needs import Needs
+from specdist.doctor.nvml import GpuFacts, GpuProcess
+from specdist.doctor.report import Report
+from specdist.doctor.storage import Storage
+from specdist.errors import ConfigError
+from specdist.topology import Topology, WorldConfig
+
+GIB = 2**30
+VERSIONS = Versions("0.1 (abc)", "2.13.0", "12.8", "2.27.3", "5.0.0", "3.11.7", "580.1", "c0ffee")
+GPU = GpuFacts(
+    bus="00000000:3B:00.0",
+    uuid="GPU-1",
+    name="H100",
+    memory=80 * GIB,
+    memory_free=79 * GIB,
+    mig=False,
+    ecc=True,
+    uncorrected=0,
+    uncorrected_ever=0,
+    rows_pending=False,
+    rows_failed=False,
+    recovery="",
+    throttles=(),
+    links_up=18,
+    links=18,
+    processes=(),
+)
+NEEDS = Needs(memory=(60 * GIB,) * 8, checkpoint=10 * GIB, room=50 * GIB)
+
+
+def host_facts(number: int, **changes: Any) -> HostFacts:
+    network = Network(f"10.0.0.{number}", "ib0", 200_000, f"10.0.0.{number}")
+    clock = Clock(0.001, 0.0005) if number > 1 else None
+    return replace(HostFacts(Storage("/runs/a", "", True, 100 * GIB), (), network, clock), **changes)
+
+
+def world(hosts: int = 3, per_host: int = 2) -> list[RankReport]:
+    """A healthy one: ranks 0 and 1 on n1, 2 and 3 on n2, ..., each with a GPU of its own."""
+    return [
+        RankReport(
+            rank=rank,
+            host=f"n{rank // per_host + 1}",
+            versions=VERSIONS,
+            gpus=(replace(GPU, bus=f"00000000:{rank % per_host:02X}:00.0"),),
+            pid=1000 + rank,
+            of_host=host_facts(rank // per_host + 1) if rank % per_host == 0 else None,
+        )
+        for rank in range(hosts * per_host)
+    ]
+
+
+def with_gpu(rank: int, **changes: Any) -> list[RankReport]:
+    reports = world()
+    reports[rank] = replace(reports[rank], gpus=(replace(reports[rank].gpus[0], **changes),))
+    return reports
+
+
+def with_host(rank: int, **changes: Any) -> list[RankReport]:
+    reports = world()
+    of_host = reports[rank].of_host
+    assert of_host is not None
+    reports[rank] = replace(reports[rank], of_host=replace(of_host, **changes))
+    return reports
+
+
+def judged(reports: list[RankReport], needs: Needs | None = NEEDS, **config: Any) -> tuple[Finding, ...]:
+    return judge(reports, needs, PreflightConfig(**config))
+
+
+def only(findings: tuple[Finding, ...]) -> Finding:
+    assert len(findings) == 1, findings
+    return findings[0]
+
+
+def test_nothing_is_found_on_healthy_hosts():
+    assert judged(world()) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "severity", "words"),
+    [
+        ({"mig": True}, "problem", "MIG is on"),
+        ({"uncorrected": 2}, "problem", "2 uncorrectable memory errors since the driver was loaded"),
+        ({"uncorrected_ever": 3}, "note", "3 uncorrectable memory errors in its life"),
+        ({"rows_failed": True}, "problem", "could not be replaced"),
+        ({"rows_pending": True}, "warning", "waits to be replaced"),
+        ({"recovery": "reboot the node"}, "problem", "did not recover from: reboot the node"),
+        ({"throttles": ("hardware thermal slowdown",)}, "problem", "slowed down by hardware thermal slowdown"),
+        ({"throttles": ("hardware power brake",)}, "problem", "slowed down by hardware power brake"),
+        ({"throttles": ("software power cap",)}, "warning", "slowed down by software power cap"),
+        ({"links_up": 17}, "problem", "17 NVLinks are up, 18 on the others"),
+        ({"ecc": False}, "warning", "ECC is off"),
+        ({"memory": 48 * GIB, "memory_free": 48 * GIB}, "warning", "need about 60.0 GiB, it has 48.0"),
+        ({"mig": None, "throttles": None}, "note", "the driver does not tell throttling, MIG of H100"),
+        ({"processes": (GpuProcess(77, GIB),)}, "warning", "other processes are on it: process 77 (1.0 GiB)"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_one_gpu_that_is_not_well(change, severity, words):
+    found = only(judged(with_gpu(3, **change)))
+    assert (found.severity, found.hosts, found.certain) == (severity, ("n2",), False)
+    assert words in str(found)
+    if severity != "note" or "driver does not tell" not in str(found):
+        assert "GPU 00000000:01:00.0 (H100)" in str(found)
+
+
+def test_a_lost_gpu_says_only_that_and_is_certain():
+    found = only(judged(with_gpu(3, gone="GPU is lost", memory_free=None, throttles=None)))
+    assert found.certain
+    assert "GPU is lost" in str(found)
+
+
+def test_taken_memory_names_who_has_it():
+    reports = with_gpu(2, memory_free=60 * GIB, processes=(GpuProcess(77, 19 * GIB),))
+    reports[2] = replace(reports[2], programs={"77": "python3"})
+    problem, warning = judged(reports)
+    assert "60.0 of 80.0 GiB of its memory free: end what is on it (python3 77)" in str(problem)
+    assert "python3 77 (19.0 GiB)" in str(warning)
+    assert problem.hosts == warning.hosts == ("n2",)
+    assert only(judged(reports, min_free_memory=0.75)).severity == "warning"
+
+
+def test_ranks_of_this_world_are_no_strangers():
+    assert judged(with_gpu(3, processes=(GpuProcess(1003, GIB), GpuProcess(1002, GIB)))) == ()
+    # A process of another host has the number of a rank of this one.
+    assert only(judged(with_gpu(3, processes=(GpuProcess(1001, GIB),)))).severity == "warning"
+
+
+def test_in_a_container_processes_are_only_counted():
+    reports = [replace(r, pid=None) for r in with_gpu(3, processes=(GpuProcess(5, GIB), GpuProcess(6, GIB)))]
+    assert "1 more processes on it than ranks" in str(only(judged(reports)))
+    reports = [replace(r, pid=None) for r in with_gpu(3, processes=(GpuProcess(5, GIB),))]
+    assert judged(reports) == ()
+
+
+def test_ranks_that_share_a_gpu_share_its_memory():
+    reports = [replace(r, gpus=(GPU,)) for r in world(hosts=1)]
+    found = only(judge(reports, NEEDS, PreflightConfig(), share_devices=True))
+    assert "its ranks need about 120.0 GiB, it has 80.0" in str(found)
+
+
+def test_mig_is_no_problem_where_devices_are_shared():
+    reports = [replace(r, gpus=(replace(r.gpus[0], mig=True),)) for r in world(hosts=1)]
+    found = judge(reports, None, PreflightConfig(), share_devices=True)
+    assert {f.severity for f in found} == {"note"}
+
+
+@pytest.mark.parametrize(
+    ("field", "severity"),
+    [("torch", "problem"), ("nccl", "problem"), ("specdist", "problem"), ("configuration", "problem"),
+     ("transformers", "problem"), ("driver", "warning"), ("python", "warning")],
+)  # fmt: skip
+def test_the_odd_ones_out_have_another_version(field, severity):
+    reports = world()
+    for rank in (0, 1):  # rank 0 may be the odd one
+        reports[rank] = replace(reports[rank], versions=replace(VERSIONS, **{field: "another"}))
+    found = only(judged(reports))
+    assert (found.severity, found.hosts) == (severity, ("n1",))
+    assert f"is another on ranks 0-1, {getattr(VERSIONS, field)} on the others" in str(found)
+
+
+def test_one_of_two_hosts_with_another_version_is_the_one_without_rank_0():
+    reports = world(hosts=2)
+    for rank in (2, 3):
+        reports[rank] = replace(reports[rank], versions=replace(VERSIONS, nccl=None))
+    assert "NCCL is missing on ranks 2-3, 2.27.3 on the others" in str(only(judged(reports)))
+
+
+def test_clocks():
+    ahead, behind = with_host(2, clock=Clock(3.0, 0.01)), with_host(4, clock=Clock(-2.5, 0.01))
+    assert "n2: its clock is 3.0 s ahead of that of rank 0" in str(only(judged(ahead)))
+    assert "n3: its clock is 2.5 s behind that of rank 0" in str(only(judged(behind)))
+    assert judged(ahead, max_clock_skew_s=5.0) == ()
+    assert judged(with_host(2, clock=Clock(2.5, 1.0))) == ()  # as far as could be measured
+
+
+def test_the_run_directory():
+    denied = only(judged(with_host(2, storage=Storage("/runs/a", "Permission denied", True, GIB * 100))))
+    assert (denied.hosts, denied.certain) == (("n2",), True)
+    assert "run.dir /runs/a cannot be written: Permission denied" in str(denied)
+    other = only(judged(with_host(4, storage=Storage("/runs/a", "", False, 100 * GIB))))
+    assert (other.hosts, other.certain) == (("n3",), True)
+    assert "another directory than that of rank 0" in str(other)
+
+
+def test_no_host_is_to_blame_for_what_all_of_them_see():
+    reports = world()
+    for rank in (0, 2, 4):
+        of_host = host_facts(rank, storage=Storage("/runs/a", "Read-only file system", None, None))
+        reports[rank] = replace(reports[rank], of_host=of_host)
+    found = only(judged(reports))
+    assert (found.hosts, found.certain) == ((), True)
+    assert to_exclude([found]) == ""
+
+
+@pytest.mark.parametrize(("free", "certain"), [(49, False), (9, True)])
+def test_too_little_room(free, certain):
+    found = only(judged(with_host(2, storage=Storage("/runs/a", "", True, free * GIB))))
+    assert (found.hosts, found.certain) == ((), certain)
+    assert f"room for {free}.0 GiB; checkpoints and exports need 50.0 GiB" in str(found)
+    assert judged(with_host(2, storage=Storage("/runs/a", "", True, free * GIB)), needs=None) == ()
+
+
+def test_a_model_that_one_host_lacks():
+    reports = world()
+    for rank in (2, 3):
+        reports[rank] = replace(reports[rank], model="target.path=/m: no such directory")
+    found = only(judged(reports))
+    assert (found.severity, found.hosts, found.certain) == ("problem", ("n2",), True)
+    assert "/m: no such directory" in str(found)
+    assert only(judged([replace(r, model="gone") for r in reports])).hosts == ()
+
+
+def test_the_network():
+    good = host_facts(2).network
+    assert good is not None
+    shut = only(judged(with_host(2, network=replace(good, door="10.0.0.1:4000: timed out"))))
+    assert (shut.hosts, shut.certain) == (("n2",), True)
+    assert "does not reach rank 0: 10.0.0.1:4000: timed out" in str(shut)
+    slow = only(judged(with_host(2, network=replace(good, mbit_per_s=1000))))
+    assert (slow.severity, slow.hosts) == ("warning", ("n2",))
+    assert "1000 Mbit/s, those of most hosts 200000" in str(slow)
+    for name in ("127.0.1.1", None):
+        assert only(judged(with_host(2, network=replace(good, own_name=name)))).severity == "note"
+
+
+def test_xids():
+    def xid(code: int, age_s: float) -> Xid:
+        return Xid("0000:3b:00", code, age_s, "pid=1")
+
+    recent = only(judged(with_host(2, xids=(xid(79, 7200),))))
+    assert (recent.severity, recent.hosts) == ("problem", ("n2",))
+    assert "GPU 0000:3b:00: 1 XID errors in the kernel log, last 79 2.0 h ago (pid=1)" in str(recent)
+    assert only(judged(with_host(2, xids=(xid(79, 200_000),)))).severity == "note"
+    assert only(judged(with_host(2, xids=(xid(31, 60),)))).severity == "note"  # a program's own fault
+    unread = only(judged(with_host(2, xids=None)))
+    assert unread.severity == "note"
+    assert "unknown: XID errors, because the kernel log is not readable" in str(unread)
+    without_gpus = [replace(report, gpus=()) for report in with_host(2, xids=None)]
+    assert judged(without_gpus) == ()
+
+
+def test_the_same_on_several_hosts_is_said_once_the_worst_first():
+    reports = world()
+    for rank in (1, 3):
+        reports[rank] = replace(reports[rank], gpus=(replace(reports[rank].gpus[0], rows_pending=True),))
+    reports[4] = replace(reports[4], gpus=(replace(reports[4].gpus[0], uncorrected=1),))
+    problem, warning = judged(reports)
+    assert (problem.severity, problem.hosts) == ("problem", ("n3",))
+    assert (warning.severity, warning.hosts) == ("warning", ("n1", "n2"))
+    assert str(warning).startswith("n[1-2]: ")
+    assert to_exclude((problem, warning)) == "n3"
+    assert problems((problem, warning)) == (problem,)
+
+
+def test_reports_travel_as_json():
+    for report in with_host(2, xids=(Xid("0000:3b:00", 79, 1.5, "text"),)):
+        assert decode(RankReport, encode(report)) == report
+
+
+def test_the_report_has_tables_verdict_and_exclude():
+    reports = tuple(with_gpu(3, uncorrected=2, throttles=None))
+    report = Report(reports, judged(list(reports)))
+    text = report.render()
+    assert "79.0 of 80.0 GiB" in text
+    assert "18 of 18" in text
+    assert "unknown" in text
+    assert text.splitlines()[-2:] == [
+        "3 hosts: 1 problem, 1 note",
+        "sbatch and srun leave these hosts out with --exclude=n2",
+    ]
+    assert not report.healthy
+
+
+def links(topology: Topology, slow: dict[tuple[int, int], float], usual: float = 20.0) -> tuple[Speeds, ...]:
+    speeds = [LinkSpeed(x.source, x.destination, slow.get((x.source, x.destination), usual)) for x in topology.links]
+    return (Speeds(tuple(speeds)),)
+
+
+@pytest.fixture
+def topology() -> Topology:
+    """Targets 0 to 3 on n1 and n2, drafts 4 to 7 on n3 and n4."""
+    hosts = [f"n{rank // 2 + 1}" for rank in range(8)]
+    return Topology.build(WorldConfig(), hosts, replicas=4, tp=1, dp=4, cp=1)
+
+
+def test_links_as_fast_as_each_other(topology):
+    assert judge_links(links(topology, {(0, 4): 11.0}), topology, PreflightConfig()) == ()
+
+
+def test_a_slow_link_names_both_ends(topology):
+    found = only(judge_links(links(topology, {(0, 6): 3.0}), topology, PreflightConfig()))
+    assert (found.severity, found.hosts) == ("warning", ("n1", "n4"))
+    assert "rank 0 (target replica 0 tp 0, host n1) -> rank 6 (draft dp 2 cp 0, host n4) 3.00 GB/s" in str(found)
+    assert "the median of the links across hosts is 20.00 GB/s" in str(found)
+
+
+def test_what_slow_links_have_in_common_is_to_blame(topology):
+    slow = {(source, 6): 3.0 for source in range(4)} | {(1, 5): 4.0}
+    first, second = judge_links(links(topology, slow), topology, PreflightConfig())
+    assert (first.hosts, second.hosts) == (("n4",), ("n1", "n3"))
+    assert str(first).startswith("n4: 4 slow links")
+
+
+def test_links_inside_a_host_are_compared_with_each_other(topology):
+    inside = Topology.build(WorldConfig(), ["n1"] * 4 + ["n2"] * 4, replicas=2, tp=1, dp=6, cp=1)
+    speeds = {(s, d): 300.0 for s in (0, 1) for d in (2, 3)}
+    assert judge_links(links(inside, speeds), inside, PreflightConfig()) == ()
+    found = only(judge_links(links(inside, speeds | {(0, 2): 40.0}), inside, PreflightConfig()))
+    assert "inside a host is 300.00" in str(found)
+
+
+def test_a_least_bandwidth_makes_it_a_problem(topology):
+    found = only(judge_links(links(topology, {(0, 6): 3.0}), topology, PreflightConfig(min_link_gb_per_s=5)))
+    assert (found.severity, found.hosts) == ("problem", ("n1", "n4"))
+
+
+def test_a_link_that_broke_is_certain(topology):
+    speeds = (*links(topology, {}), Speeds(error="link a -> b broke"), Speeds(error="link a -> b broke"))
+    found = only(judge_links(speeds, topology, PreflightConfig()))
+    assert found.certain
+    assert "link a -> b broke" in str(found)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"min_free_memory": 1.5}, {"max_clock_skew_s": 0}, {"min_link_gb_per_s": 0}, {"link_payload": "much"}]
+)
+def test_values_that_cannot_be(wrong):
+    with pytest.raises(ConfigError, match=f"preflight.{next(iter(wrong))}"):
+        PreflightConfig(**wrong)
