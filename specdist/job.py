@@ -18,12 +18,14 @@ from specdist.channel.ring import ring_slots
 from specdist.checkpoint import CheckpointConfig
 from specdist.contract import Role
 from specdist.control.config import ControlConfig
+from specdist.doctor.config import PreflightConfig
 from specdist.draft.config import DraftConfig
 from specdist.draft.registry import capture_layout
 from specdist.errors import ConfigError
 from specdist.evaluate import EvaluateConfig
 from specdist.export import ExportConfig, load_exported
 from specdist.export.eagle3 import check_servable
+from specdist.groups import Transport
 from specdist.metrics import MetricsConfig
 from specdist.optim import OptimizerConfig
 from specdist.prompts.config import PromptsConfig
@@ -64,6 +66,7 @@ class JobConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
 
 CHANGEABLE = (
@@ -129,6 +132,13 @@ def slots(job: JobConfig, layout: FeatureLayout) -> int:
     """Slots of a draft rank's receive ring. Raises ConfigError when channel.memory is too small for a step."""
     memory = parse_bytes(job.channel.memory, "channel.memory")
     return ring_slots(memory, job.prompts.tokens_per_rank, layout.bytes_per_token, job.train.accumulation + 1)
+
+
+def transport(job: JobConfig, device: torch.device) -> Transport:
+    """What carries features between ranks on such devices."""
+    if job.channel.transport != "auto":
+        return job.channel.transport
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def differing_keys(new: JobConfig, old: JobConfig) -> list[str]:
