@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,9 +89,17 @@ class WandbTracker(Tracker):
             import wandb
         except ImportError as error:
             raise ConfigError("metrics.wandb=true needs wandb: pip install 'specdist[trackers]'") from error
-        # The run's directory is its identity, so that a resumed job goes on in the same W&B run.
+        # The id is kept with the run, so that a resumed job goes on in the same W&B run and nobody else's does.
+        identity = run_dir / "wandb-id"
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex)
         self._run = wandb.init(
-            project=project, dir=str(run_dir), name=run_dir.name, id=run_dir.name, resume="allow", config=dict(config)
+            project=project,
+            dir=str(run_dir),
+            name=run_dir.name,
+            id=identity.read_text(),
+            resume="allow",
+            config=dict(config),
         )
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
