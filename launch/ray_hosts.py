@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A running Ray cluster: which one, how to reach it, and equal shares of its GPU hosts, reserved all at once."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import ipaddress
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from specdist.errors import ConfigError, UserError
+
+LOCAL = "local"
+"""The address that stands for this machine, without any Ray."""
+_PORT_S = 5.0
+"""How long a cluster's port may take to accept a connection."""
+_CONNECT_S = 30.0
+"""How long Ray may take to join a cluster."""
+_SILENT_S = 5.0
+"""How long a wait for GPUs is not worth a word."""
+_SLICE_S = 1.0
+"""Ray's waits do not hear signals, so they are cut into slices of this length."""
+
+
+class ClusterError(UserError):
+    """No cluster was named, or the one that was named cannot be reached."""
+
+
+@dataclass(frozen=True)
+class GpuHost:
+    """A host of the cluster that has GPUs."""
+
+    node: str
+    """Ray's id of the node."""
+    address: str
+    name: str
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a job asks of a cluster: so many hosts with so many GPUs each, one rank a GPU."""
+
+    hosts: int
+    gpus: int
+
+    @property
+    def ranks(self) -> int:
+        return self.hosts * self.gpus
+
+    def __str__(self) -> str:
+        return f"{self.hosts} x {self.gpus} GPUs"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A host's share of a reservation."""
+
+    host: GpuHost
+    reserved: Any
+    """Ray's scheduling strategy that puts a task onto the reserved GPUs."""
+
+    @property
+    def beside(self) -> Any:
+        """Ray's scheduling strategy that puts a task onto this host without taking a GPU."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        return NodeAffinitySchedulingStrategy(self.host.node, soft=False)
+
+
+def cluster_address(option: str | None, environment: Mapping[str, str]) -> str:
+    """HOST:PORT of the cluster that the user named, or LOCAL; never one that happens to run on this host.
+
+    Args:
+        option: what the command line says; then RAY_ADDRESS counts, then what KubeRay tells the pods of a cluster.
+
+    Raises:
+        ClusterError: there is none, or it is none that a job can be started through.
+    """
+    service = environment.get("FQ_RAY_IP")
+    kubernetes = f"{service}:{environment.get('RAY_PORT', '6379')}" if service else None
+    address = option or environment.get("RAY_ADDRESS") or kubernetes
+    if not address:
+        raise ClusterError(
+            "no Ray cluster is named, and none is joined by accident: give --address HOST:6379 or set RAY_ADDRESS; "
+            "`specdist train` starts the job on this machine"
+        )
+    if address == LOCAL:
+        return LOCAL
+    if address.startswith("ray://"):
+        host = address.removeprefix("ray://").rpartition(":")[0]
+        raise ClusterError(
+            f"{address} is the address of a Ray client, which cannot stream a job's output: start the job on a host of "
+            f"the cluster, with `ray job submit --address http://{host}:8265 -- specdist launch ray ...` or `kubectl "
+            "exec` (docs/ray.md)"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterError(f"a Ray cluster's address is HOST:PORT (its head's, mostly port 6379), not '{address}'")
+    return address
+
+
+def connect(address: str) -> None:
+    """Join the cluster as a driver.
+
+    Raises:
+        ClusterError: it does not answer in time, or does not take this driver.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("starting a job on a Ray cluster needs Ray: pip install 'specdist[ray]'")
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PORT_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address} ({error}): if it was stopped or has moved, start it with "
+            "`ray start --head`, or correct --address or RAY_ADDRESS"
+        ) from error
+    _try_to_join(address)
+    _join(address)
+
+
+def _try_to_join(address: str) -> None:
+    """Join in a process of its own first: where Ray cannot, it waits for minutes and then aborts its process."""
+    program = f"from specdist_launch.ray_hosts import _join; _join({address!r})"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=_CONNECT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ClusterError(
+            f"{address} accepts connections, but Ray has not joined it within {_CONNECT_S:.0f} s: is that the port of "
+            "the head (`ray start --head --port`), and does this host belong to the cluster?"
+        ) from error
+    if done.returncode != 0:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ClusterError(f"Ray does not join {address}: {said[-1] if said else f'exit status {done.returncode}'}")
+
+
+def _join(address: str) -> None:
+    import ray
+
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+
+
+def gpu_hosts() -> list[GpuHost]:
+    """The living hosts of the cluster that have GPUs, taken or not, in the order of their addresses."""
+    import ray
+
+    living = [node for node in ray.nodes() if node["Alive"]]
+    hosts = [
+        GpuHost(node["NodeID"], node["NodeManagerAddress"], node["NodeManagerHostname"], int(gpus))
+        for node in living
+        if (gpus := node["Resources"].get("GPU", 0)) >= 1
+    ]
+    return in_order(hosts)
+
+
+def in_order(hosts: Sequence[GpuHost]) -> list[GpuHost]:
+    """Hosts by address, so that a job's ranks are on the same hosts however often it is started."""
+
+    def key(host: GpuHost) -> tuple[int, int, str, str]:
+        try:
+            address = ipaddress.ip_address(host.address)
+        except ValueError:  # a name
+            return 0, 0, host.address, host.node
+        return address.version, int(address), "", host.node
+
+    return sorted(hosts, key=key)
+
+
+def choose_shape(ranks: int | None, hosts: int | None, gpus: int | None, cluster: Sequence[GpuHost]) -> Shape:
+    """The hosts and the GPUs of each that a job of `ranks` ranks takes; None: as many as there are.
+
+    Args:
+        hosts, gpus: what the user asks for; what he leaves open follows from the ranks, or from the cluster as it is.
+
+    Raises:
+        ConfigError: with the arithmetic that does not come out.
+    """
+    if ranks is not None:
+        if hosts is None and gpus is None:
+            hosts = _fewest_hosts(ranks, _largest(cluster))
+        elif hosts is None:
+            hosts = max(ranks // (gpus or 1), 1)
+        shape = Shape(hosts, gpus or max(ranks // hosts, 1))
+        if shape.ranks != ranks:
+            raise ConfigError(
+                f"{shape} are not the job's {ranks} ranks (target.replicas x target.tp + draft.dp x draft.cp): change "
+                "--nodes, --gpus-per-node or one of those"
+            )
+        return shape
+    gpus = gpus or _largest(cluster)
+    return Shape(hosts or max(sum(host.gpus >= gpus for host in cluster), 1), gpus)
+
+
+def _largest(cluster: Sequence[GpuHost]) -> int:
+    if not cluster:
+        raise ConfigError(
+            "the Ray cluster has no GPU host yet: say what to wait for with --nodes and --gpus-per-node (on machines "
+            "without GPUs, `ray start --num-gpus=N` declares the ranks that a host may have)"
+        )
+    return max(host.gpus for host in cluster)
+
+
+def _fewest_hosts(ranks: int, most: int) -> int:
+    return next(hosts for hosts in range(-(-ranks // most), ranks + 1) if ranks % hosts == 0)
+
+
+@contextlib.contextmanager
+def reserve(shape: Shape, wait_s: float) -> Iterator[list[Place]]:
+    """Hold the GPUs of a job's hosts, in rank order; all or none, so that two jobs cannot hold half of them each.
+
+    Raises:
+        UserError: they were not free within `wait_s` seconds; says what there is.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = placement_group([{"GPU": shape.gpus}] * shape.hosts, strategy="STRICT_SPREAD")
+    try:
+        _await(group, shape, wait_s)
+        bundles = {node: bundle for bundle, node in ray.util.placement_group_table(group)["bundles_to_node_id"].items()}
+        hosts = [host for host in gpu_hosts() if host.node in bundles]
+        yield [Place(host, PlacementGroupSchedulingStrategy(group, bundles[host.node])) for host in hosts]
+    finally:
+        remove_placement_group(group)
+
+
+def _await(group: Any, shape: Shape, wait_s: float) -> None:
+    import ray
+
+    start, told = time.monotonic(), False
+    while not group.wait(min(_SLICE_S, wait_s)):
+        waited = time.monotonic() - start
+        have = describe_cluster(shape, gpu_hosts(), ray.available_resources().get("GPU", 0.0))
+        if waited >= wait_s:
+            raise UserError(
+                f"{have}; the job needs {shape.hosts} hosts with {shape.gpus} free GPUs each, and they did not come "
+                f"within {wait_s:.0f} s (--wait): start more Ray nodes, or ask for fewer (--nodes, --gpus-per-node)"
+            )
+        if waited >= _SILENT_S and not told:
+            print(f"specdist: {have}; waiting up to {wait_s:.0f} s for {shape}", file=sys.stderr)
+            told = True
+
+
+def describe_cluster(shape: Shape, cluster: Sequence[GpuHost], free: float) -> str:
+    """What the cluster has of what a job asks for."""
+    total = sum(host.gpus for host in cluster)
+    hosts = ", ".join(f"{host.address} ({host.gpus})" for host in cluster) or "none"
+    taken = f", {total - free:g} of them taken by others" if total > free else ""
+    return f"have {total} of {shape.ranks} GPUs, hosts {hosts}{taken}"

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Python that has Ray beside the packages of this one, and a Ray cluster of two nodes on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from specdist_launch.meeting import free_port
+
+from tests.distributed.worlds import ROOT
+
+VENV = ROOT / ".venv-ray"
+SECOND = "127.0.0.2"
+"""The address of the second node; lower than the first one's, so that it leads."""
+READY = "Ray runtime started"
+
+
+def python_with_ray() -> Path:
+    """The interpreter of .venv-ray, which is made once: Ray alone, and this environment's packages by reference."""
+    constraints = ROOT / "constraints.txt"
+    packages = sysconfig.get_path("purelib")
+    stamp = VENV / hashlib.sha256(packages.encode() + constraints.read_bytes()).hexdigest()[:16]
+    python = VENV / "bin" / "python"
+    if not stamp.exists():
+        shutil.rmtree(VENV, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", VENV], check=True)
+        pip = [sys.executable, "-m", "pip", "-qq", "--python", str(python), "install", "-c", str(constraints), "ray"]
+        subprocess.run(pip, check=True)
+        own = Path(f"{VENV}/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages")
+        (own / "specdist-tests.pth").write_text(f"import site; site.addsitedir({packages!r})\n")
+        stamp.touch()
+    return python
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster of two nodes, of one declared GPU each."""
+
+    python: Path
+    address: str
+
+    def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run the Python that has Ray to its end."""
+        environ = driver_environment() | environment
+        command = [str(self.python), *words]
+        return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240, check=False)
+
+    @contextlib.contextmanager
+    def started(self, words: Sequence[str], output: Path) -> Iterator[subprocess.Popen[str]]:
+        """A job on the two nodes; what it says goes to the file `output`. Its driver is gone afterwards."""
+        command = [str(self.python), "-m", "specdist.cli", "launch", "ray", "--address", self.address, "--nodes", "2"]
+        with output.open("w") as file:
+            driver = subprocess.Popen(
+                [*command, *words], cwd=ROOT, env=driver_environment(), stderr=file, text=True, start_new_session=True
+            )
+        try:
+            yield driver
+        finally:
+            driver.kill()
+            driver.wait()
+
+
+def driver_environment() -> dict[str, str]:
+    """That of a user who has named no cluster."""
+    return {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "FQ_RAY_IP")}
+
+
+@contextlib.contextmanager
+def running_cluster(python: Path) -> Iterator[Cluster]:
+    port = free_port()
+    head = ["--head", f"--port={port}", f"--ray-client-server-port={free_port()}", "--include-dashboard=false"]
+    second = [f"--address=127.0.0.1:{port}", f"--node-ip-address={SECOND}"]
+    with contextlib.ExitStack() as stack:
+        sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
+        stack.enter_context(_node(python, [*head, f"--temp-dir={sockets}"]))
+        stack.enter_context(_node(python, second))
+        yield Cluster(python, f"127.0.0.1:{port}")
+
+
+@contextlib.contextmanager
+def _node(python: Path, options: Sequence[str]) -> Iterator[None]:
+    """A node of a cluster; it and all that it has started are gone afterwards."""
+    ray = [str(python.with_name("ray")), "start", "--block", "--num-gpus=1", "--num-cpus=1", "--disable-usage-stats"]
+    command = [*ray, "--object-store-memory=80000000", *options]
+    process = subprocess.Popen(
+        command, env=driver_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if READY in line:
+                break
+        else:
+            raise AssertionError(f"the Ray node did not start:\n{''.join(said)}")
+        yield
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=40)
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.kill()
+        process.wait()
