@@ -39,6 +39,6 @@ def _examine_host(files: list[str], overrides: list[str]) -> int:
 
     job = load_job(files, overrides)
     report = examine_host(job)
-    print(report.render())
+    print(report.render_hosts(), report.render_links(told=report.findings), sep="\n")
     report.write(job.preflight.report)
     return 0 if report.healthy else 1

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -63,18 +63,18 @@ class Report:
         except OSError as error:
             raise ConfigError(f"preflight.report: {path} cannot be written: {error}") from error
 
-    def render(self) -> str:
-        """The tables and the verdict, as plain text."""
-        out = Console(file=io.StringIO(), width=_WIDTH)
-        out.print(_host_table(self.reports))
+    def render_hosts(self) -> str:
+        """The hosts, their GPUs, and the findings, as plain text."""
+        tables = [_host_table(self.reports)]
         if any(report.gpus for report in self.reports):
-            out.print(_gpu_table(self.reports))
-        if self.topology is not None and self.speeds:
-            out.print(_link_table(self.topology, self.speeds))
-        for line in (*map(line_of, self.findings), *self._verdict()):
-            out.print(line, highlight=False, markup=False, soft_wrap=True)
-        assert isinstance(out.file, io.StringIO)
-        return out.file.getvalue().rstrip()
+            tables.append(_gpu_table(self.reports))
+        return _plain(tables, map(line_of, self.findings))
+
+    def render_links(self, told: Sequence[Finding]) -> str:
+        """The links, the findings that were not `told` before, and the verdict, as plain text."""
+        tables = [_link_table(self.topology, self.speeds)] if self.topology is not None and self.speeds else []
+        more = (line_of(finding) for finding in self.findings if finding not in told)
+        return _plain(tables, (*more, *self._verdict()))
 
     def _verdict(self) -> list[str]:
         count = Counter(finding.severity for finding in self.findings)
@@ -85,6 +85,16 @@ class Report:
             f"{hosts} host{'s' if hosts > 1 else ''}: {told}",
             *([f"sbatch and srun leave these hosts out with --exclude={exclude}"] if exclude else []),
         ]
+
+
+def _plain(tables: Iterable[Table], lines: Iterable[str]) -> str:
+    out = Console(file=io.StringIO(), width=_WIDTH)
+    for table in tables:
+        out.print(table)
+    for line in lines:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    assert isinstance(out.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in out.file.getvalue().rstrip().splitlines())
 
 
 def line_of(finding: Finding) -> str:

@@ -53,11 +53,14 @@ def examine_world(job: JobConfig, who: RankFacts) -> int:
     topology = jobs.topology(job, world.hosts, world.roles)
     check = Preflight(job, world, topology)
     check.examine_hosts(facts, model)
+    told = check.report
+    if told is not None:  # now, in case that the groups or the links do not come up
+        print(told.render_hosts(), flush=True)
     groups = make_groups(topology, world, jobs.transport(job, world.device), job.world.wait_timeout_s)
     check.examine_links(groups, _connect(job, topology, groups, world))
     status = 0
-    if check.report is not None:
-        print(check.report.render(), flush=True)
+    if told is not None and check.report is not None:
+        print(check.report.render_links(told.findings), flush=True)
         status = 0 if check.report.healthy else 1
     dist.barrier(group=groups.control)  # whoever serves the store stays until the others have left it
     return status

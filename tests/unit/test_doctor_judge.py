@@ -201,6 +201,14 @@ def test_the_run_directory():
     assert "another directory than that of rank 0" in str(other)
 
 
+def test_a_mark_that_rank_0_could_not_write_is_no_fault_of_the_others():
+    reports = with_host(0, storage=Storage("/runs/a", "Permission denied", None, 100 * GIB))
+    for rank in (2, 4):
+        of_host = host_facts(rank // 2 + 1, storage=Storage("/runs/a", "", None, 100 * GIB))
+        reports[rank] = replace(reports[rank], of_host=of_host)
+    assert only(judged(reports)).hosts == ("n1",)
+
+
 def test_no_host_is_to_blame_for_what_all_of_them_see():
     reports = world()
     for rank in (0, 2, 4):
@@ -279,11 +287,12 @@ def test_reports_travel_as_json():
 def test_the_report_has_tables_verdict_and_exclude():
     reports = tuple(with_gpu(3, uncorrected=2, throttles=None))
     report = Report(reports, judged(list(reports)))
-    text = report.render()
+    text = report.render_hosts()
     assert "79.0 of 80.0 GiB" in text
     assert "18 of 18" in text
     assert "unknown" in text
-    assert text.splitlines()[-2:] == [
+    assert "problem: n2: GPU 00000000:01:00.0 (H100): 2 uncorrectable" in text
+    assert report.render_links(told=report.findings).splitlines() == [
         "3 hosts: 1 problem, 1 note",
         "sbatch and srun leave these hosts out with --exclude=n2",
     ]
@@ -318,6 +327,13 @@ def test_what_slow_links_have_in_common_is_to_blame(topology):
     first, second = judge_links(links(topology, slow), topology, PreflightConfig())
     assert (first.hosts, second.hosts) == (("n4",), ("n1", "n3"))
     assert str(first).startswith("n4: 4 slow links")
+
+
+def test_of_ends_without_a_good_link_the_one_with_more_of_them_is_to_blame():
+    star = Topology.build(WorldConfig(), ["n1", "n2", "n3", "n4"], replicas=1, tp=1, dp=3, cp=1)
+    found = only(judge_links(links(star, {}, usual=1.0), star, PreflightConfig(min_link_gb_per_s=5)))
+    assert found.hosts == ("n1",)
+    assert str(found).startswith("n1: 3 slow links")
 
 
 def test_links_inside_a_host_are_compared_with_each_other(topology):
