@@ -20,7 +20,7 @@ THROTTLES = {
 """Bits of NVML's clock reasons that mean that something is wrong; the others are settings, or an idle GPU."""
 
 RECOVERY_FIELD = 230
-"""NVML_FI_DEV_GET_GPU_RECOVERY_ACTION: drivers from R575 on say what a GPU needs after a fault. By number: older
+"""NVML_FI_DEV_GET_GPU_RECOVERY_ACTION: newer drivers say what a GPU needs after a fault. By number: older
 releases of the Python module lack the name."""
 
 RECOVERIES = {
