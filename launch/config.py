@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from specdist_launch.slurm_config import ContainerConfig, SlurmConfig
 
 from specdist.errors import ConfigError
 
@@ -19,6 +21,10 @@ class LaunchConfig:
     """So many seconds before the batch system's time limit the job saves and leaves, to be started again."""
     meet_timeout_s: float = 300.0
     """How long the agents of a job's nodes wait for each other, in seconds, before they name those that are missing."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    """What is asked of Slurm."""
+    container: ContainerConfig = field(default_factory=ContainerConfig)
+    """The container that a batch job's processes run in."""
 
     def __post_init__(self) -> None:
         if self.retries < 0:

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start a world on this machine: torchrun with as many ranks as the config adds up to."""
+"""Start a world on this machine: one agent, with as many ranks as the config adds up to."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 
+from specdist_launch.supervise import new_job, supervise
+
+from specdist.contract import Attempt
 from specdist.errors import ConfigError
 from specdist.job import JobConfig
+from specdist.stop import STOP_SIGNALS
+
+TRAIN = "specdist.train"
 
 
 def world_size(job: JobConfig, devices: int) -> int:
@@ -30,32 +34,44 @@ def world_size(job: JobConfig, devices: int) -> int:
     return max(devices, 1) if draft is None else max(draft * job.draft.cp, target)
 
 
-def start(files: Sequence[str], overrides: Sequence[str], ranks: int) -> int:
-    """Run `torchrun -m specdist.train` (see agent.py) and return its exit status.
+def ranks_per_node(job: JobConfig, nodes: int, devices: int = 0) -> int:
+    """The ranks of each of `nodes` equal nodes; raises ConfigError where the job's ranks do not divide among them."""
+    ranks = world_size(job, devices * nodes)
+    if ranks % nodes:
+        raise ConfigError(
+            f"{ranks} ranks (target.replicas x target.tp + draft.dp x draft.cp) do not divide among {nodes} nodes: "
+            "change one of them, or say with --nproc-per-node how many ranks each node has"
+        )
+    return ranks // nodes
 
-    SIGINT and SIGTERM go to the ranks, which finish the step, save and leave; torchrun itself would end with an error.
-    From the second one on they go to torchrun, which kills what has not left after half a minute.
+
+def start(files: Sequence[str], overrides: Sequence[str], ranks: int, module: str = TRAIN, retries: int = 0) -> int:
+    """Run a world on this machine, up to `retries` times more where that may help; returns its exit status.
+
+    SIGINT and SIGTERM go to the ranks, which finish the step, save and leave. A second one kills them.
     """
-    command = [sys.executable, "-m", "specdist_launch.agent", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "specdist.train", *(part for file in files for part in ("--config", file)), *overrides]
-    asked = False
+    words = [*files, *overrides]
+
+    def attempt(attempt: Attempt) -> int:
+        place = ["--nproc-per-node", str(ranks), "--job", attempt.job, "--restart", str(attempt.restart)]
+        return run_agent([*place, "--launcher", "local", "--module", module, *words])
+
+    return supervise(attempt, new_job("local"), retries)
+
+
+def run_agent(words: Sequence[str]) -> int:
+    """Run an agent of this machine as a process of its own and pass signals on to it; returns its exit status."""
+    # A session of its own: a terminal's Ctrl-C would reach the agent twice.
+    command = [sys.executable, "-m", "specdist_launch.agent", *words]
+    process = subprocess.Popen(command, start_new_session=True)
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        children = [] if asked else _children(process.pid)
-        asked = True
-        for pid in children or [process.pid]:
-            os.kill(pid, number)
+        process.send_signal(number)
 
-    # A session of its own: a terminal's Ctrl-C would reach torchrun directly.
-    # torchrun would give every rank one thread and say so at length; share the cores out instead.
-    threads = os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // ranks, 1)))
-    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": threads})
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
-    return process.wait()
-
-
-def _children(pid: int) -> list[int]:
-    """The processes that process `pid` started and that still run; none where the system does not say (not Linux)."""
-    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+    earlier = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+    return 128 - status if status < 0 else status  # as a shell says it

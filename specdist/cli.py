@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from specdist.contract import Role
 from specdist.errors import UserError
@@ -22,8 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     if rest:  # key=value words may follow an option
         args.config += rest
-    commands = {
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "train": _train,
+        "launch": _launch,
+        "status": _status,
+        "doctor": _doctor,
         "plan": _plan,
         "prepare": _prepare,
         "export": _export,
@@ -53,6 +58,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--nproc-per-node", type=int, metavar="N", help="ranks to start (default: what the config needs)"
     )
+    train.add_argument(
+        "--retries",
+        type=int,
+        default=0,
+        metavar="N",
+        help="more starts after a failure that they may mend (default 0)",
+    )
+    _add_launch(commands)
+    status = command("status", "Tell where a run is: phase, step, queues, starved side, time to go.", config=False)
+    status.add_argument("run_dir", metavar="RUN_DIR", help="the run.dir of a job")
+    _add_doctor(command("doctor", "Check the hosts of a job: GPUs, versions, links, clocks, run directory, model."))
     plan = command("plan", "Show, without a GPU, which rank does what, what travels, and what fits into memory.")
     plan.add_argument("--nodes", type=int, metavar="N", help="machines, which are called node0, ... (default 1)")
     plan.add_argument("--target-nodes", type=int, metavar="N", help="of a heterogeneous job: machines of the target")
@@ -71,6 +87,44 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options; --help lists them")
     command("keys", "List every configuration key with its type, default and meaning.", config=False)
     return parser
+
+
+LAUNCHERS = {
+    "torchrun": ("Print the torchrun commands of a job, one a node, or run them over ssh.", "specdist_launch.ssh"),
+    "slurm": ("Submit a job to Slurm, which starts itself again after preemption.", "specdist_launch.slurm"),
+    "ray": ("Start a job on the GPU hosts of a Ray cluster.", "specdist_launch.ray_launch"),
+}
+"""Each launcher: what it does, and the module with its `arguments` and `main`."""
+
+
+def _add_launch(commands: Any) -> None:
+    launch = commands.add_parser("launch", help="Start a job elsewhere: over ssh, on Slurm, on a Ray cluster's hosts.")
+    launchers = launch.add_subparsers(dest="launcher", required=True, metavar="HOW")
+    for name, (text, module) in LAUNCHERS.items():
+        sub = launchers.add_parser(name, help=text, description=text)
+        sub.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="files, then overrides")
+        importlib.import_module(module).arguments(sub)
+
+
+def _launch(args: argparse.Namespace) -> int:
+    return int(importlib.import_module(LAUNCHERS[args.launcher][1]).main(args))
+
+
+def _status(args: argparse.Namespace) -> int:
+    from specdist.status import describe
+
+    print(describe(Path(args.run_dir)))
+    return 0
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    importlib.import_module("specdist.doctor.command").arguments(parser)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from specdist.doctor.command import main as doctor
+
+    return doctor(args)
 
 
 def _naming_sources(args: argparse.Namespace) -> AbstractContextManager[None]:
@@ -104,7 +158,7 @@ def _train(args: argparse.Namespace) -> int:
     report = prepare(job.prompts, job.target.path, progress=True).report  # before any rank could wait for another
     if report.bad_total:
         print(f"prompts: {report}", file=sys.stderr)
-    return start(files, overrides, ranks)
+    return start(files, overrides, ranks, retries=args.retries)
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -59,11 +59,12 @@ def consume(rank: Rank) -> None:
     del trainer, optimizer, draft, source  # the evaluation needs their memory
     gc.collect()
     torch.cuda.empty_cache()
+    if leader:  # stays in the control plane, which keeps the run's status alive
+        client.phase = "exporting and evaluating"
+        outcome = Outcome(state, progress, rank.itinerary.total_steps, figures, producers)
+        rank.record.end(finish(job, rank.facts, rank.run_dir, outcome, rank.world.device, rank.stop))
     client.close()
     rank.stop.uninstall()
-    if leader:
-        outcome = Outcome(state, progress, rank.itinerary.total_steps, figures, producers)
-        finish(job, rank.facts, rank.run_dir, outcome, rank.world.device)
 
 
 def _build_draft(rank: Rank) -> DraftModel:

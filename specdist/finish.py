@@ -18,6 +18,8 @@ from rich.progress import TaskID
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from specdist import balance
+from specdist.attempts import Ending
 from specdist.checkpoint import Progress
 from specdist.drafts import served_draft
 from specdist.evaluate import EvaluationTarget, evaluate
@@ -28,10 +30,8 @@ from specdist.files import write_atomically
 from specdist.job import JobConfig, JobFacts
 from specdist.producer import ProducerReport
 from specdist.run_dir import RunDirectory
+from specdist.stop import StopFlag
 from specdist.target.vocabulary import load_target_vocabulary
-
-WAITS_MATTER = 0.05
-"""Below this share of waiting a side counts as busy."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,7 @@ class Sides:
         """Which side starves, in words."""
         if self.target_wait is None:
             return "both roles share the ranks, so neither waits for the other"
-        waits = f"draft ranks waited {self.draft_wait:.0%} of the time, target ranks {self.target_wait:.0%}"
-        if max(self.draft_wait, self.target_wait) < WAITS_MATTER:
-            return f"balanced: {waits}"
-        if self.draft_wait > self.target_wait:
-            return f"the draft side starves: {waits}; more target ranks would help"
-        return f"the target side starves: {waits}; more draft ranks would help"
+        return balance.verdict(self.draft_wait, self.target_wait)
 
 
 @dataclass(frozen=True)
@@ -71,8 +66,13 @@ class Outcome:
         return self.progress.step >= self.total_steps
 
 
-def finish(job: JobConfig, facts: JobFacts, run_dir: RunDirectory, outcome: Outcome, device: torch.device) -> None:
-    """Export, evaluate, write summary.json and print it. One rank calls this."""
+def finish(
+    job: JobConfig, facts: JobFacts, run_dir: RunDirectory, outcome: Outcome, device: torch.device, stop: StopFlag
+) -> Ending:
+    """Export, evaluate, write summary.json and print it; returns how the attempt ended. One rank calls this.
+
+    A stop that is asked for meanwhile ends the evaluation; the same command then does it anew.
+    """
     sides = _sides(job, outcome)
     summary: dict[str, object] = {
         "step": outcome.progress.step,
@@ -93,10 +93,30 @@ def finish(job: JobConfig, facts: JobFacts, run_dir: RunDirectory, outcome: Outc
             print(f"specdist: not evaluated: {reason}; `specdist eval` does it elsewhere", file=sys.stderr)
             summary["not_evaluated"] = reason
         elif job.evaluate.prompts:
-            comparison = compare(job, facts, run_dir, outcome.state, device)
+            try:
+                comparison = compare(job, facts, run_dir, outcome.state, device, stop)
+            except _StopAsked:
+                return _stopped_evaluating(outcome, stop)
             summary["evaluation"] = comparison.to_dict()
     write_atomically(run_dir.summary, json.dumps(summary, indent=1) + "\n")
     _tell(run_dir, outcome, sides, exports, comparison)
+    if outcome.finished:
+        return Ending("finished", outcome.progress.step)
+    return Ending("stopped", outcome.progress.step, stop.reason or "another rank was asked to")
+
+
+class _StopAsked(Exception):
+    """Ends an evaluation."""
+
+
+def _stopped_evaluating(outcome: Outcome, stop: StopFlag) -> Ending:
+    reason = f"{stop.reason}, during the evaluation"
+    print(
+        f"specdist: stopped after {outcome.progress.step} steps ({reason}); the same command evaluates again.",
+        file=sys.stderr,
+        flush=True,
+    )
+    return Ending("stopped", outcome.progress.step, reason)
 
 
 def export_all(
@@ -139,9 +159,14 @@ def obstacle(facts: JobFacts, device: torch.device) -> str | None:
 
 
 def compare(
-    job: JobConfig, facts: JobFacts, run_dir: RunDirectory, state: Mapping[str, Tensor], device: torch.device
+    job: JobConfig,
+    facts: JobFacts,
+    run_dir: RunDirectory,
+    state: Mapping[str, Tensor],
+    device: torch.device,
+    stop: StopFlag,
 ) -> Comparison:
-    """Decode the held-out prompts with the untrained and with the trained draft."""
+    """Decode the held-out prompts with the untrained and with the trained draft, until a stop is asked for."""
     target = EvaluationTarget.load(
         job.target.path, facts.layout, device, facts.target_dtype, job.target.trust_remote_code
     )
@@ -152,12 +177,14 @@ def compare(
     with Bar(console=Console(stderr=True), transient=True) as bar:
         for name, weights in (("before", None), ("after", state)):
             draft = served_draft(job, facts, run_dir, device, weights)
-            tick = functools.partial(_tick, bar, bar.add_task(f"evaluate {name} training", total=len(prompts)))
+            tick = functools.partial(_tick, bar, bar.add_task(f"evaluate {name} training", total=len(prompts)), stop)
             reports.append(evaluate(target, draft.proposer, tokens, job.evaluate, tick, files))
     return Comparison(*reports)
 
 
-def _tick(bar: Bar, task: TaskID, done: int, total: int, tally: Tally) -> None:
+def _tick(bar: Bar, task: TaskID, stop: StopFlag, done: int, total: int, tally: Tally) -> None:
+    if stop:
+        raise _StopAsked
     bar.update(task, completed=done, total=total)
 
 

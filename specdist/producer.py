@@ -12,11 +12,10 @@ from torch import Tensor
 
 from specdist.channel.base import FeatureSender
 from specdist.control.client import ControlClient
-from specdist.control.messages import Computed, Dispatch, Stop, StopRequest
+from specdist.control.messages import Computed, Dispatch, Stop
 from specdist.items import Items
 from specdist.prompts.store import PromptStore
 from specdist.records import WorkItem
-from specdist.stop import StopFlag
 from specdist.target.engine import Engine, verify
 from specdist.topology import TargetPlace
 
@@ -74,12 +73,11 @@ class Producer:
         items: Items,
         prompts: PromptStore,
         place: TargetPlace,
-        stop: StopFlag,
         verify_items: int,
         timeout_s: float,
     ):
         self._engine, self._sender, self._client = engine, sender, client
-        self._items, self._prompts, self._place, self._stop = items, prompts, place, stop
+        self._items, self._prompts, self._place = items, prompts, place
         self._verify_left, self._timeout_s = verify_items, timeout_s
         self._queue: deque[int] = deque()
         self._running: deque[_Forward] = deque()
@@ -87,7 +85,7 @@ class Producer:
 
     def run(self) -> ProducerReport:
         """Work until the scheduler says stop; raises WorldError when the world fails."""
-        stopped, told, first = False, False, 0.0
+        stopped, first = False, 0.0
         while not stopped:
             for message in self._client.poll(self._patience()):
                 match message:
@@ -95,9 +93,6 @@ class Producer:
                         self._queue.append(index)
                     case Stop():
                         stopped = True
-            if self._stop and not told:
-                self._client.send(StopRequest(self._stop.reason or "stop"))
-                told = True
             if self._may_launch():
                 first = first or time.monotonic()
                 self._launch(self._items[self._queue.popleft()])

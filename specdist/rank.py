@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from specdist.attempts import AttemptRecord
 from specdist.control.client import ControlClient
 from specdist.groups import Groups, World
 from specdist.items import Items
@@ -37,6 +38,7 @@ class Rank:
     itinerary: Itinerary
     client: ControlClient
     stop: StopFlag
+    record: AttemptRecord
 
     @property
     def rank(self) -> int:

@@ -57,6 +57,7 @@ class RunReporter(Reporter):
             self._trackers.append(WandbTracker(job.metrics.wandb_project, run_dir.path, config.to_dict(job)))
 
     def step(self, step: int) -> None:
+        self._client.step = step
         if self._bar is not None:
             self._bar.advance(step)
 

@@ -8,6 +8,8 @@ metrics.jsonl          one record every metrics.every steps
 tensorboard/
 export/<format>/       the draft as serving engines load it
 summary.json           what came of it
+status.json            what rank 0 knew a few seconds ago
+logs/<job>.<restart>/  every attempt's logs, first failure and end (specdist/attempts.py)
 """
 
 from __future__ import annotations
@@ -54,6 +56,10 @@ class RunDirectory:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
 
     def check(self, job: JobConfig) -> None:
         """Raise ConfigError where the directory holds a run of another job; names the keys that differ."""

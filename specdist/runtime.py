@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,21 +19,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from specdist import job as jobs
-from specdist.contract import RankFacts, local_address
+from specdist.attempts import AttemptRecord, Failure, Started
+from specdist.contract import Attempt, RankFacts, local_address
 from specdist.control.client import ControlClient
 from specdist.control.server import ControlServer
 from specdist.control.wire import new_token
+from specdist.doctor.preflight import Preflight
 from specdist.draft_role import consume
-from specdist.errors import WorldError
+from specdist.errors import Dismissed, UserError, WorldError
 from specdist.export import load_exported
-from specdist.groups import Transport, World, join_world, make_groups
+from specdist.groups import World, join_world, make_groups
 from specdist.itinerary import Itinerary, find_itinerary, share_itinerary
 from specdist.job import JobConfig, JobFacts
 from specdist.links import connect_links
+from specdist.observer import RunObserver
 from specdist.prompts.prepare import prepare
 from specdist.prompts.store import PromptStore
 from specdist.prompts.vocabulary import frequent_tokens
 from specdist.rank import Rank, stream_of
+from specdist.rank_log import RankLog
 from specdist.run_dir import RunDirectory
 from specdist.scheduler import Scheduler
 from specdist.stop import StopFlag
@@ -41,23 +48,45 @@ LEAVE_S = 10.0
 """Seconds a rank has to leave by itself after another one failed, before it is ended: it may sit in a collective."""
 
 
-def run(job: JobConfig, facts: RankFacts) -> None:
+@dataclass(frozen=True)
+class Start:
+    """The attempt that a rank is part of, and where its words go."""
+
+    attempt: Attempt
+    record: AttemptRecord
+    log: RankLog
+
+    def report(self, error: BaseException, facts: RankFacts) -> None:
+        """Record what this rank has met, and show it, unless it is a consequence of what is on record."""
+        failure = Failure.of(error, facts.rank, facts.host)
+        if self.record.fail(failure):
+            print(failure.render(self.record.failure_file), file=self.log.terminal, flush=True)
+
+
+def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     """Take part in the run as rank `facts.rank`; returns when the run is done or was asked to stop."""
     job_facts = jobs.examine(job)
     prompts = prepare(job.prompts, job.target.path, progress=facts.rank == 0)
     world = join_world(job.world, facts)
-    topology = jobs.topology(job, world.hosts)
+    topology = jobs.topology(job, world.hosts, world.roles)
     run_dir = RunDirectory(Path(job.run.dir))
+    _settle_log(start.log, topology, facts.rank)
+    preflight = Preflight(job, world, topology)
+    preflight.hosts(job_facts)
     itinerary = _agree_on_itinerary(job, world, topology, run_dir, prompts)
     if facts.rank == 0:
+        if start.record.started() is None:  # no agent of ours has started this world
+            hosts = tuple(dict.fromkeys(world.hosts))
+            start.record.begin(Started("torchrun", hosts, topology.world_size, itinerary.progress.step))
         _introduce(job, topology, job_facts, prompts, itinerary)
-    groups = make_groups(topology, world, _transport(job, world), job.world.wait_timeout_s)
-    with _control_plane(job, job_facts, world, topology, itinerary) as client:
-        stop = StopFlag()
+    groups = make_groups(topology, world, jobs.transport(job, world.device), job.world.wait_timeout_s)
+    stop = StopFlag(start.attempt.deadline, job.launch.stop_before_end_s)
+    with _control_plane(job, job_facts, world, topology, itinerary, start, stop) as client:
         stop.install()  # before the control plane is up nobody could be told, and there is nothing to save
-        rank = Rank(job, job_facts, world, topology, groups, run_dir, prompts, itinerary, client, stop)
+        rank = Rank(job, job_facts, world, topology, groups, run_dir, prompts, itinerary, client, stop, start.record)
         client.phase = "connecting links"
         connect_links(topology, groups, world, job.world.join_timeout_s)
+        preflight.links(groups)
         if topology.draft_place(facts.rank) is None:
             produce(rank)
         else:
@@ -92,12 +121,6 @@ def _draft_vocabulary(job: JobConfig, prompts: PromptStore) -> Tensor | None:
     return ids if len(ids) < whole else None
 
 
-def _transport(job: JobConfig, world: World) -> Transport:
-    if job.channel.transport != "auto":
-        return job.channel.transport
-    return "nccl" if world.device.type == "cuda" else "gloo"
-
-
 def _introduce(job: JobConfig, topology: Topology, facts: JobFacts, prompts: PromptStore, itinerary: Itinerary) -> None:
     start = f"resuming from {itinerary.checkpoint.name}" if itinerary.checkpoint else "starting"
     steps = itinerary.total_steps - itinerary.progress.step
@@ -111,14 +134,29 @@ def _introduce(job: JobConfig, topology: Topology, facts: JobFacts, prompts: Pro
     )
 
 
+def _settle_log(log: RankLog, topology: Topology, rank: int) -> None:
+    target, draft = topology.target_place(rank), topology.draft_place(rank)
+    log.settle("colocated" if target and draft else "target" if target else "draft")
+    if topology.draft_ranks and rank == topology.draft_ranks[0]:
+        log.speak()
+
+
 @contextlib.contextmanager
 def _control_plane(
-    job: JobConfig, facts: JobFacts, world: World, topology: Topology, itinerary: Itinerary
+    job: JobConfig,
+    facts: JobFacts,
+    world: World,
+    topology: Topology,
+    itinerary: Itinerary,
+    start: Start,
+    stop: StopFlag,
 ) -> Iterator[ControlClient]:
     """This rank's client; on rank 0 the server beside it, which outlives all clients."""
     with contextlib.ExitStack() as stack:
         server, secret = None, new_token()
         if world.facts.rank == 0:
+            status = RunDirectory(Path(job.run.dir)).status
+            observer = RunObserver(status, start.record, start.attempt, itinerary, time.monotonic())
             server = ControlServer(
                 local_address(),
                 secret,
@@ -126,6 +164,7 @@ def _control_plane(
                 _scheduler(job, facts, topology, itinerary),
                 job.control,
                 join_timeout_s=job.world.join_timeout_s,
+                observer=observer,
             )
             stack.enter_context(server)
             world.store.set("control", json.dumps([server.address, secret.hex()]))
@@ -140,19 +179,20 @@ def _control_plane(
             world.facts.rank,
             job.control,
             scheduler=topology.describe(topology.scheduler_rank),
-            on_abort=_leave_soon,
+            on_abort=functools.partial(_leave_soon, start.log),
+            stop=stop,
         ) as client:
             yield client
         if server is not None:
             server.join()  # bounded by control.silence_s: a rank that saves for long still shows that it lives
 
 
-def _leave_soon(error: WorldError) -> None:
+def _leave_soon(log: RankLog, error: UserError) -> None:
     """End the process if it does not end by itself: the main thread may be stuck in a collective with a dead rank."""
 
     def leave() -> None:
-        print(f"specdist: {error}", file=sys.stderr, flush=True)
-        os._exit(3)
+        print(f"specdist: {error}", file=log.file, flush=True)
+        os._exit(0 if isinstance(error, Dismissed) else 3)
 
     timer = threading.Timer(LEAVE_S, leave)
     timer.daemon = True

@@ -6,9 +6,10 @@ from __future__ import annotations
 import ctypes
 import signal
 import sys
+import time
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 _PR_SET_PDEATHSIG = 1
@@ -26,12 +27,20 @@ def end_with_launcher() -> None:
 
 
 class StopFlag:
-    """True once the process was asked to stop. A second SIGINT ends it at once, as an impatient user expects."""
+    """True once the process was asked to stop. A second SIGINT ends it at once, as an impatient user expects.
 
-    def __init__(self) -> None:
+    Args:
+        deadline: when the batch system ends the job, in seconds since the epoch; `margin_s` seconds before it the flag
+            becomes true by itself.
+    """
+
+    def __init__(self, deadline: float | None = None, margin_s: float = 0.0) -> None:
         self.reason: str | None = None
+        self._stop_at = None if deadline is None else deadline - margin_s
 
     def __bool__(self) -> bool:
+        if self.reason is None and self._stop_at is not None and time.time() >= self._stop_at:
+            self.reason = "the end of the time limit"
         return self.reason is not None
 
     def install(self) -> None:

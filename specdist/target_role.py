@@ -6,10 +6,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
+from specdist.attempts import Ending
 from specdist.channel.base import FeatureSender
 from specdist.channel.drop import DropSender
 from specdist.channel.p2p import P2PSender
@@ -33,7 +35,7 @@ def produce(rank: Rank) -> None:
             topology, rank.rank, rank.groups.links, layout, job.channel.send_buffers, item_rows, device, rank.timeout_s
         )
     producer = Producer(
-        engine, sender, rank.client, rank.items(), rank.prompts, place, rank.stop, job.target.verify, rank.timeout_s
+        engine, sender, rank.client, rank.items(), rank.prompts, place, job.target.verify, rank.timeout_s
     )
     rank.client.ready()
     report = producer.run()
@@ -41,6 +43,8 @@ def produce(rank: Rank) -> None:
         _send_report(rank, report)
     elif topology.mode == "target_only" and rank.rank == 0:
         _tell_target_only(rank, report)
+        state: Literal["stopped", "finished"] = "stopped" if rank.stop else "finished"
+        rank.record.end(Ending(state, rank.itinerary.progress.step, rank.stop.reason or ""))
 
 
 def _tell_target_only(rank: Rank, report: ProducerReport) -> None:

@@ -12,8 +12,9 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
-from specdist.errors import UserError
+from specdist.errors import ConfigError, Dismissed, UserError
 from specdist.stop import end_with_launcher
 
 
@@ -23,24 +24,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; several are merged")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override single keys")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("torch.distributed").setLevel(logging.WARNING)
 
     import transformers
 
-    from specdist.contract import RankFacts
-    from specdist.job import load_job
-    from specdist.runtime import run
+    from specdist.attempts import AttemptRecord
+    from specdist.contract import Attempt, RankFacts
+    from specdist.job import load_job, naming_sources
+    from specdist.rank_log import RankLog
+    from specdist.runtime import Start, run
 
     try:
-        facts = RankFacts.from_environment()
-        transformers.utils.logging.disable_progress_bar()  # one per rank would overwrite the run's own
-        run(load_job(args.config, args.overrides), facts)
+        facts, attempt = RankFacts.from_environment(), Attempt.from_environment()
+        job = load_job(args.config, args.overrides)
+        record = AttemptRecord(attempt.directory(Path(job.run.dir)))
+        try:
+            log = RankLog(record.directory, facts)
+        except OSError as error:
+            raise ConfigError(f"run.dir: {job.run.dir} cannot be written on {facts.host}: {error}") from error
     except UserError as error:
         print(f"specdist: {error}", file=sys.stderr, flush=True)
         return 2
-    except Exception:  # noqa: BLE001 - a defect or an outside failure: show it whole and leave
-        traceback.print_exc()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=log.file)
+    logging.getLogger("torch.distributed").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()  # one per rank would overwrite the run's own
+    start = Start(attempt, record, log)
+    try:
+        with naming_sources(args.config, args.overrides):
+            run(job, facts, start)
+    except Dismissed as error:
+        print(f"specdist: {error}", file=log.file)
+        return 0
+    except UserError as error:
+        print(f"specdist: {error}", file=log.file)
+        start.report(error, facts)
+        return 2
+    except Exception as error:  # noqa: BLE001 - a defect or an outside failure: show it whole and leave
+        traceback.print_exc(file=log.file)
+        start.report(error, facts)
         return 1
     return 0
 

@@ -20,11 +20,13 @@ from types import TracebackType
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from specdist.attempts import Failure
 from specdist.control.config import ControlConfig
 from specdist.control.messages import (
     PROTOCOL_VERSION,
     Abort,
-    Failure,
+    Dismiss,
+    Failed,
     Goodbye,
     Heartbeat,
     Hello,
@@ -32,16 +34,19 @@ from specdist.control.messages import (
     Ready,
     Start,
     Statistics,
+    StopRequest,
     decode,
     encode,
 )
 from specdist.control.wire import identity, inproc_pair
-from specdist.errors import WorldError
+from specdist.errors import UserError, WorldError
+from specdist.stop import StopFlag
 
 logger = logging.getLogger(__name__)
 
 _CLOSE = b""
 _LINGER_MS = 2000
+_STOP_POLL_S = 0.5
 _LINGER_AFTER_ABORT_MS = 300
 
 
@@ -54,6 +59,7 @@ class ControlClient:
         scheduler: how errors name the rank at the other end.
         on_abort: called once, in the client's thread, when the world has failed: to abort communicators in which the
             main thread may be stuck.
+        stop: this process's request to stop; the client passes it on, whatever the main thread is busy with.
     """
 
     def __init__(
@@ -64,15 +70,21 @@ class ControlClient:
         config: ControlConfig,
         *,
         scheduler: str = "rank 0",
-        on_abort: Callable[[WorldError], None] | None = None,
+        on_abort: Callable[[UserError], None] | None = None,
+        stop: StopFlag | None = None,
     ):
         self.rank, self.statistics = rank, Statistics()
+        self.step = -1
+        """Optimizer steps done, for the scheduler's reports; free to set."""
+        self._stop, self._stop_told = stop, False
         self._config, self._on_abort = config, on_abort
         self._scheduler = f"{scheduler}, the scheduler at {address},"
         self._phase = ("starting", time.monotonic())
         self._error: BaseException | None = None
         self._failed = threading.Event()
         self._culprit: int | None = None
+        self.abort: Abort | None = None
+        """The world's failure as rank 0 has told it."""
         self._started = threading.Event()
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -140,9 +152,10 @@ class ControlClient:
         if self._error is not None:
             raise self._error
 
-    def fail(self, error: BaseException | str) -> None:
+    def fail(self, error: BaseException) -> None:
         """Tell everyone that this rank failed. Does not raise: the caller's own error is the one to show here."""
-        self._post(Failure(error if isinstance(error, str) else f"{type(error).__name__}: {error}"))
+        failure = Failure.of(error)
+        self._post(Failed(failure.kind, failure.exception, failure.message, failure.traceback))
 
     def close(self) -> None:
         """Leave: what was sent still goes out. Safe to call twice."""
@@ -208,6 +221,8 @@ class ControlClient:
         heard = now = next_beat = time.monotonic()
         while True:
             wake = next_beat if self._lost_at is None else min(next_beat, self._lost_at + self._config.heartbeat_s)
+            if self._stop is not None and not self._stop_told:
+                wake = min(wake, now + _STOP_POLL_S)  # a signal handler can only set a flag
             poller.poll(math.ceil(max(wake - now, 0.0) * 1000))
             if self._send_all():
                 return
@@ -217,8 +232,11 @@ class ControlClient:
                 heard = now
             if now >= next_beat:
                 text, since = self._phase
-                self._dealer.send(encode(Heartbeat(now - since, text)))
+                self._dealer.send(encode(Heartbeat(now - since, self.step, text)))
                 next_beat = now + self._config.heartbeat_s
+            if self._stop and not self._stop_told:
+                self._stop_told = True
+                self._dealer.send(encode(StopRequest(self._stop.reason or "stop")))
             self._watch_connection(now)
             if self._error is None:
                 self._check_scheduler(now, heard)
@@ -240,7 +258,7 @@ class ControlClient:
         else:
             return
         self._culprit = 0
-        self._break(WorldError(f"{self._scheduler} {what}"))
+        self._break(WorldError(f"{self._scheduler} {what}", culprit=0))
 
     def _send_all(self) -> bool:
         """Pass on the outbox; whether the client is to close."""
@@ -268,7 +286,10 @@ class ControlClient:
             elif isinstance(message, Start):
                 self._started.set()
             elif isinstance(message, Abort):
-                self._culprit = message.rank
+                self._culprit, self.abort = message.rank, message
+                self._break(message.error())
+            elif isinstance(message, Dismiss):
+                self._culprit = -1
                 self._break(message.error())
             else:
                 self._inbox.put(message)
@@ -281,4 +302,4 @@ class ControlClient:
         self._failed.set()
         self._inbox.put(None)
         if self._on_abort is not None:
-            self._on_abort(error if isinstance(error, WorldError) else WorldError(f"{type(error).__name__}: {error}"))
+            self._on_abort(error if isinstance(error, UserError) else WorldError(f"{type(error).__name__}: {error}"))

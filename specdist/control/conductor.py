@@ -8,15 +8,18 @@ second, looks for whoever is late. The first failure is broadcast and is the one
 from __future__ import annotations
 
 import logging
+import typing
 from collections.abc import Callable, Iterable
 
+from specdist.attempts import Failure, Kind
 from specdist.control.config import ControlConfig
 from specdist.control.messages import (
     PROTOCOL_VERSION,
     Abort,
     Computed,
     DecodeError,
-    Failure,
+    Dismiss,
+    Failed,
     Goodbye,
     Heartbeat,
     Hello,
@@ -40,6 +43,20 @@ from specdist.topology import Topology
 
 logger = logging.getLogger(__name__)
 
+
+class Observer:
+    """What the conductor lets the world outside know. This one keeps it to itself."""
+
+    def failed(self, failure: Failure) -> None:
+        """The run has failed; called once."""
+
+    def dismissed(self, reason: str) -> None:
+        """The run was asked to stop before it had begun; called once."""
+
+    def pulse(self, peers: Peers, statistics: Statistics, started: bool, now: float) -> None:
+        """Called every `control.heartbeat_s` seconds until the run's end."""
+
+
 Send = Callable[[Iterable[int], bytes], list[int]]
 """Sends a payload to ranks, without blocking; returns the ranks that cannot be reached."""
 
@@ -61,9 +78,11 @@ class Conductor:
         *,
         join_timeout_s: float,
         now: float,
+        observer: Observer | None = None,
     ):
         self.peers = Peers(topology, now)
-        self.aborted: Abort | None = None
+        self.aborted: Abort | Dismiss | None = None
+        self._observer = observer or Observer()
         self._scheduler, self._topology, self._config, self._send = scheduler, topology, config, send
         self._draft_ranks = topology.draft_ranks
         self._draft_of = {rank: draft for draft, rank in enumerate(topology.draft_ranks)}
@@ -113,6 +132,8 @@ class Conductor:
         if now >= self._next_pulse:
             self._next_pulse = now + self._config.heartbeat_s
             self._broadcast(self.statistics(now), now)
+            if self.aborted is None:
+                self._observer.pulse(self.peers, self.statistics(now), self._ready, now)
         if self.aborted is None:
             self._check_start(now)
         if self.aborted is None:
@@ -122,14 +143,29 @@ class Conductor:
             if culprit is not None:
                 self._blame(culprit, now)
 
-    def abort(self, rank: int, message: str, now: float) -> None:
-        """Make `rank`'s failure everyone's. Only the first call counts: later ones are consequences."""
-        if self.aborted is None:
-            self.aborted = Abort(rank, self.peers.role(rank), self.peers.host(rank), message)
-            self._aborted_at = now
-            unreachable = self._send(self.peers.present, encode(self.aborted))
-            if unreachable:
-                logger.warning("ranks %s could not be told of the failure", unreachable)
+    def abort(self, rank: int, message: str, now: float, failed: Failed | None = None) -> None:
+        """Make `rank`'s failure everyone's. Only the first call counts: later ones are consequences.
+
+        Args:
+            failed: what the rank said itself, if it could; else it is taken for lost.
+        """
+        if self.aborted is not None:
+            return
+        failed = failed or Failed("lost", "", message, "")
+        peers, step = self.peers, self.peers.step
+        place = (peers.role(rank), peers.host(rank))
+        abort = Abort(rank, step, *place, failed.kind, failed.exception, message, peers.phase(rank))
+        self._end(abort, now)
+        kind = typing.cast(Kind, failed.kind)
+        self._observer.failed(
+            Failure(kind, message, rank, *place, step, peers.phase(rank), failed.exception, failed.traceback)
+        )
+
+    def _end(self, message: Abort | Dismiss, now: float) -> None:
+        self.aborted, self._aborted_at = message, now
+        unreachable = self._send(self.peers.present, encode(message))
+        if unreachable:
+            logger.warning("ranks %s could not be told of the end", unreachable)
 
     def statistics(self, now: float) -> Statistics:
         return Statistics() if self._scheduler is None else self._scheduler.statistics(now)
@@ -142,18 +178,18 @@ class Conductor:
 
     def _apply(self, rank: int, message: Message, now: float) -> None:
         match message:
-            case Heartbeat(seconds, phase):
-                self.peers.note_phase(rank, phase, now - seconds)
+            case Heartbeat(seconds, step, phase):
+                self.peers.note_phase(rank, phase, now - seconds, step)
             case Computed(item, replica):
                 self._computed(rank, item, replica, now)
             case Hello(version, pid):
                 self._hello(rank, version, pid, now)
             case Ready():
                 self.peers.make_ready(rank)
-            case Failure(text):
+            case Failed(_, _, text, _):
                 # A rank whose process is gone failed first: what the others then meet is a consequence.
                 self._broadcast(self.statistics(now), now, [r for r in self.peers.present if r != rank])
-                self.abort(rank, text, now)
+                self.abort(rank, text, now, message)
             case StopRequest(reason):
                 self._stop_request(rank, reason, now)
             case LastItem(item):
@@ -183,7 +219,7 @@ class Conductor:
         elif isinstance(message, Hello):
             self.peers.join(rank, message.pid)
             self._send([rank], encode(self.aborted))
-        elif isinstance(message, Failure):
+        elif isinstance(message, Failed):
             logger.info("%s failed too: %s", self._topology.describe(rank), message.message)
 
     def _hello(self, rank: int, version: int, pid: int, now: float) -> None:
@@ -193,8 +229,6 @@ class Conductor:
             self.abort(rank, f"{text}: install the same specdist on all hosts", now)
         elif earlier is not None:
             self.abort(rank, f"two processes say they are this rank: pid {earlier} and pid {pid}", now)
-        elif self._stop_requested is not None:
-            self._broadcast(self._stop_requested, now, [rank])
 
     def _computed(self, rank: int, item: int, replica: int, now: float) -> None:
         replicas = self._topology.replicas
@@ -213,6 +247,10 @@ class Conductor:
         if self._stop_requested is not None:  # a signal reaches many ranks at once: the first speaks for all
             return
         self._stop_requested = StopRequested(rank, reason)
+        if not self._ready:
+            self._end(Dismiss(rank, reason), now)
+            self._observer.dismissed(f"{reason} on rank {rank}, before the first step")
+            return
         self._broadcast(self._stop_requested, now)
         if not self._draft_ranks and self._scheduler is not None:  # no trainer to decide where the run ends
             self._scheduler.stop_now()

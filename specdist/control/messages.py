@@ -12,9 +12,9 @@ import struct
 import typing
 from dataclasses import astuple, dataclass, fields
 
-from specdist.errors import WorldError
+from specdist.errors import Dismissed, WorldError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_TEXT_BYTES = 8192
 """Longer strings (tracebacks) lose their middle."""
 MAX_MESSAGE_BYTES = 65536
@@ -40,9 +40,11 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """rank -> scheduler: alive, and since `seconds` in `phase` (what it is doing, in words)."""
+    """rank -> scheduler: alive, and since `seconds` in `phase` (what it is doing, in words). `step` is the number of
+    optimizer steps done, -1 where the rank does not count them."""
 
     seconds: float
+    step: int
     phase: str
 
 
@@ -89,23 +91,43 @@ class Released:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """rank -> scheduler: this rank failed; the first one heard becomes everyone's `Abort`."""
+class Failed:
+    """rank -> scheduler: this rank failed; the first one heard becomes everyone's `Abort`. `kind` is that of
+    `attempts.Failure`, `exception` the name of its type."""
 
+    kind: str
+    exception: str
     message: str
+    traceback: str
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """scheduler -> all: stop now. `rank` is the culprit, `role` its coordinates in words."""
+    """scheduler -> all: stop now. `rank` is the culprit, `role` its coordinates in words, `doing` its phase."""
 
     rank: int
+    step: int
     role: str
     host: str
+    kind: str
+    exception: str
     message: str
+    doing: str
 
     def error(self) -> WorldError:
-        return WorldError(f"rank {self.rank} ({self.role}, host {self.host}): {self.message}")
+        said = f"{self.exception}: {self.message}" if self.exception else self.message
+        return WorldError(f"rank {self.rank} ({self.role}, host {self.host}): {said}", culprit=self.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Dismiss:
+    """scheduler -> all: `rank` was asked to stop before the run began, so there is nothing to save: leave at once."""
+
+    rank: int
+    reason: str
+
+    def error(self) -> Dismissed:
+        return Dismissed(f"stopped before the first step ({self.reason} on rank {self.rank})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +139,7 @@ class StopRequest:
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """scheduler -> all, once, also to those who join later: `rank` was asked to stop. The trainer decides at a step
-    boundary and sends `LastItem`."""
+    """scheduler -> all, once: `rank` was asked to stop. The trainer decides at a step boundary and sends `LastItem`."""
 
     rank: int
     reason: str
@@ -194,8 +215,9 @@ Message = (
     | Computed
     | Deliver
     | Released
-    | Failure
+    | Failed
     | Abort
+    | Dismiss
     | StopRequest
     | StopRequested
     | LastItem

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,7 +21,24 @@ class _Peer:
     pid: int = 0
     phase: str = ""
     phase_since: float = 0.0
+    step: int = -1
     malformed: int = 0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What some ranks of a role are doing; numbers in it are written as N. `rank` is the one that does so for longest,
+    on `host`, since `seconds`."""
+
+    role: str
+    what: str
+    count: int
+    rank: int
+    host: str
+    seconds: float
+
+
+_NUMBER = re.compile(r"\d+")
 
 
 class Peers:
@@ -68,8 +86,31 @@ class Peers:
     def has_left(self, rank: int) -> bool:
         return self._peers[rank].left
 
-    def note_phase(self, rank: int, phase: str, since: float) -> None:
+    def note_phase(self, rank: int, phase: str, since: float, step: int) -> None:
         self._peers[rank].phase, self._peers[rank].phase_since = phase, since
+        self._peers[rank].step = step
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, as the ranks last told; -1 where none did."""
+        return max(peer.step for peer in self._peers)
+
+    def phase(self, rank: int) -> str:
+        return self._peers[rank].phase
+
+    def phases(self, now: float) -> list[Phase]:
+        """What the ranks are doing, those that do the same taken together, the longest first."""
+        groups: dict[tuple[str, str], list[int]] = {}
+        for rank, peer in enumerate(self._peers):
+            if not peer.left:
+                what = _NUMBER.sub("N", peer.phase) or ("starting" if peer.joined else "not there yet")
+                groups.setdefault((self.role(rank).split()[0], what), []).append(rank)
+        found = []
+        for (role, what), ranks in groups.items():
+            slowest = min(ranks, key=lambda rank: self._peers[rank].phase_since or self._started)
+            since = self._peers[slowest].phase_since or self._started
+            found.append(Phase(role, what, len(ranks), slowest, self.host(slowest), now - since))
+        return sorted(found, key=lambda phase: -phase.seconds)
 
     def count_malformed(self, rank: int) -> None:
         self._peers[rank].malformed += 1
@@ -78,6 +119,11 @@ class Peers:
         """Present ranks that were not heard for longer than `limit` seconds, the longest silent first."""
         late = [rank for rank in self.present if now - self._heard[rank] > limit]
         return sorted(late, key=lambda rank: self._heard[rank])
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The host of every rank."""
+        return self._topology.hosts
 
     def role(self, rank: int) -> str:
         places = (self._topology.target_place(rank), self._topology.draft_place(rank))

@@ -12,7 +12,7 @@ from types import TracebackType
 
 import zmq
 
-from specdist.control.conductor import Conductor
+from specdist.control.conductor import Conductor, Observer
 from specdist.control.config import ControlConfig
 from specdist.control.messages import MAX_MESSAGE_BYTES
 from specdist.control.wire import identity, inproc_pair
@@ -36,7 +36,7 @@ class ControlServer:
     Args:
         interface: IP address to bind to, the one that the other hosts reach. Not a wildcard.
         token: the run's secret; messages from sockets that do not carry it are dropped and counted in `unknown`.
-        scheduler: see Conductor.
+        scheduler, observer: see Conductor.
         join_timeout_s: seconds from now until every rank must have said hello.
     """
 
@@ -49,6 +49,7 @@ class ControlServer:
         config: ControlConfig,
         *,
         join_timeout_s: float,
+        observer: Observer | None = None,
     ):
         self._config = config
         self._identities = [identity(token, rank) for rank in range(topology.world_size)]
@@ -60,7 +61,13 @@ class ControlServer:
         self._poller.register(self._router, zmq.POLLIN)
         self._poller.register(self._woken, zmq.POLLIN)
         self._conductor = Conductor(
-            scheduler, topology, config, self._send, join_timeout_s=join_timeout_s, now=time.monotonic()
+            scheduler,
+            topology,
+            config,
+            self._send,
+            join_timeout_s=join_timeout_s,
+            now=time.monotonic(),
+            observer=observer,
         )
         self._next_tick = time.monotonic()
         self._closing = False

@@ -27,8 +27,9 @@ from specdist.control.messages import (
     Computed,
     DecodeError,
     Deliver,
+    Dismiss,
     Dispatch,
-    Failure,
+    Failed,
     Goodbye,
     Heartbeat,
     Hello,
@@ -46,7 +47,7 @@ from specdist.control.messages import (
 )
 from specdist.control.server import ControlServer
 from specdist.control.wire import identity, new_token
-from specdist.errors import ConfigError, WorldError
+from specdist.errors import ConfigError, Dismissed, WorldError
 from specdist.scheduler import Scheduler
 from specdist.topology import Topology
 
@@ -58,6 +59,11 @@ WORLD = Topology("split", ("a", "a", "a", "b", "b", "b", "c"), ((0, 1), (2, 3)),
 def make_scheduler(topology: Topology = WORLD, **changes: typing.Any) -> Scheduler:
     settings = {"slots": 4, "slot_bytes": 100, "queue_depth": 2, "timeout": 20.0}
     return Scheduler(replicas=len(topology.replicas), draft_ranks=len(topology.draft_ranks), **{**settings, **changes})
+
+
+def failed(message: str) -> Failed:
+    """A rank's word that it failed with a ValueError."""
+    return Failed("error", "ValueError", message, "Traceback: of ValueError")
 
 
 # ---- the bytes
@@ -96,16 +102,16 @@ def test_random_bytes_raise_decode_error_only() -> None:
     with pytest.raises(DecodeError, match="no control message"):
         decode(b"")
     with pytest.raises(DecodeError, match="not UTF-8"):
-        decode(encode(Failure("ab"))[:-1] + b"\xff")
+        decode(encode(StopRequest("ab"))[:-1] + b"\xff")
 
 
 def test_a_long_text_keeps_both_ends() -> None:
-    decoded = decode(encode(Failure("ValueError: 漢" + "é" * 9001 + "the last line")))
-    assert isinstance(decoded, Failure)
+    decoded = decode(encode(failed("ValueError: 漢" + "é" * 9001 + "the last line")))
+    assert isinstance(decoded, Failed)
     assert decoded.message.startswith("ValueError: 漢é")
     assert decoded.message.endswith("éthe last line")
     assert "[...]" in decoded.message
-    assert len(encode(decoded)) <= messages.MAX_TEXT_BYTES + 16
+    assert len(encode(decoded)) <= messages.MAX_TEXT_BYTES + 64
 
 
 def test_released_has_a_short_cut() -> None:
@@ -154,7 +160,7 @@ class Office:
         """Let time pass with these ranks heard at its end; returns the abort, as a rank would raise it, or nothing."""
         self.now += seconds
         for rank in alive:
-            self.conductor.receive(rank, encode(Heartbeat(0.0, "idle")), self.now)
+            self.conductor.receive(rank, encode(Heartbeat(0.0, -1, "idle")), self.now)
         self.conductor.tick(self.now)
         return self.error
 
@@ -188,9 +194,15 @@ def test_stop_is_asked_for_by_any_rank_and_decided_by_the_first_draft_rank() -> 
     assert office.hear(2, StopRequest("SIGTERM")) == [(everyone, StopRequested(2, "SIGTERM"))]
     assert office.hear(3, StopRequest("SIGTERM")) == []  # one word is enough
     assert office.hear(4, LastItem(1)) == [(everyone, StopAt(1))]
+
+
+def test_a_stop_before_the_run_began_dismisses_everyone_also_who_comes_later() -> None:
     early = Office(make_scheduler())
-    early.hear(0, Hello(messages.PROTOCOL_VERSION, 1), StopRequest("SIGTERM"))
-    assert early.hear(1, Hello(messages.PROTOCOL_VERSION, 1)) == [((1,), StopRequested(0, "SIGTERM"))]
+    dismissal = Dismiss(0, "SIGTERM")
+    assert early.hear(0, Hello(messages.PROTOCOL_VERSION, 1), StopRequest("SIGTERM")) == [((0,), dismissal)]
+    assert early.hear(1, Hello(messages.PROTOCOL_VERSION, 1)) == [((1,), dismissal)]
+    with pytest.raises(Dismissed, match=r"before the first step \(SIGTERM on rank 0\)"):
+        raise dismissal.error()
     other = Office(make_scheduler())
     other.open()
     other.hear(5, LastItem(1))
@@ -216,7 +228,7 @@ def test_without_a_scheduler_the_last_item_ends_the_run() -> None:
         (2, Goodbye(), "left before the end of the run"),
         (2, Hello(messages.PROTOCOL_VERSION, 7), "two processes say they are this rank: pid 1002 and pid 7"),
         (2, Hello(99, 7), "version 99"),
-        (5, Failure("ValueError: bad\nline"), "ValueError: bad\nline"),
+        (5, failed("bad\nline"), "ValueError: bad\nline"),
     ],
 )
 def test_what_may_not_be_sent_aborts_and_names_the_sender(rank: int, message: Message, text: str) -> None:
@@ -233,10 +245,12 @@ def test_the_first_failure_is_the_one_told_also_to_late_comers() -> None:
     office = Office(make_scheduler())
     for rank in range(5):
         office.hear(rank, Hello(messages.PROTOCOL_VERSION, 1))
-    office.hear(3, Failure("out of memory"))
-    assert office.hear(4, Failure("a consequence")) == []
+    office.hear(3, failed("out of memory"))
+    assert office.hear(4, failed("a consequence")) == []
     answers = office.hear(6, Hello(messages.PROTOCOL_VERSION, 1))
-    assert answers == [((6,), messages.Abort(3, "target replica 1 tp 1", "b", "out of memory"))]
+    assert answers == [
+        ((6,), messages.Abort(3, -1, "target replica 1 tp 1", "b", "error", "ValueError", "out of memory", ""))
+    ]
     assert not office.conductor.done(0.1)
     assert office.conductor.done(0.3)  # one heartbeat of grace
 
@@ -258,7 +272,7 @@ def test_ranks_that_never_become_ready_are_named_with_their_phase() -> None:
         office.hear(rank, Hello(messages.PROTOCOL_VERSION, 1))
         if rank != 3:
             office.hear(rank, Ready())
-    office.hear(3, Heartbeat(4.0, "loading the target"))
+    office.hear(3, Heartbeat(4.0, -1, "loading the target"))
     assert office.tick(29.0, (0, 1, 2, 4, 5, 6)) == ""
     error = office.tick(2.0, (0, 1, 2, 4, 5, 6))
     assert error.startswith("rank 3 (target replica 1 tp 1, host b): 1 of 7 ranks not ready after 30 s")
@@ -268,7 +282,7 @@ def test_ranks_that_never_become_ready_are_named_with_their_phase() -> None:
 def test_a_silent_rank_is_named() -> None:
     office = Office(make_scheduler(timeout=1000.0))
     office.open()
-    office.hear(5, Heartbeat(1.0, "backward item 3"))
+    office.hear(5, Heartbeat(1.0, 2, "backward item 3"))
     alive = [rank for rank in range(7) if rank != 5]
     assert office.tick(30.0, alive) == ""
     error = office.tick(2.0, alive)
@@ -299,7 +313,7 @@ def test_in_a_common_hang_the_rank_in_a_rare_phase_comes_first() -> None:
     office.hear(0, Computed(0, 0))
     office.tick(21.0 - 1.0, range(7))
     for rank in range(7):
-        office.conductor.receive(rank, encode(Heartbeat(1.0, "backward" if rank != 5 else "take")), office.now)
+        office.conductor.receive(rank, encode(Heartbeat(1.0, -1, "backward" if rank != 5 else "take")), office.now)
     error = office.tick(1.0)
     assert "no other has either" in error
     assert error.index("rank 5 (draft dp 1 cp 0, host b) last heard") < error.index(
@@ -311,7 +325,7 @@ def test_a_rank_that_is_gone_failed_before_the_one_that_says_so() -> None:
     office = Office(make_scheduler())
     office.open()
     office.lost.add(6)
-    office.hear(5, Failure("Connection closed by peer"))
+    office.hear(5, failed("Connection closed by peer"))
     assert office.error.startswith("rank 6 (draft dp 2 cp 0, host c): the connection to it is lost")
 
 
@@ -487,13 +501,13 @@ def test_strangers_and_garbage_change_nothing(runs: typing.Callable[..., Run]) -
     clients = run.join_all()
     host, port = run.server.address.removeprefix("tcp://").split(":")
     stranger = ControlClient(run.server.address, new_token(), 2, run.config)
-    stranger.send(Failure("let me in"))
+    stranger.send(failed("let me in"))
     with socket.create_connection((host, int(port))) as raw:
         raw.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
     context = zmq.Context()
     nameless = context.socket(zmq.DEALER)
     nameless.connect(run.server.address)
-    nameless.send(encode(Failure("me too")))
+    nameless.send(encode(failed("me too")))
     nameless.send_multipart([b"", b"a", b"b"])
     deadline = time.monotonic() + 10
     while run.server.unknown < 5 and time.monotonic() < deadline:
@@ -555,7 +569,7 @@ def test_on_abort_is_called_while_the_rank_is_busy(runs: typing.Callable[..., Ru
     busy = run.client(0, on_abort=on_abort)
     other = run.client(1)
     time.sleep(0.3)
-    other.fail("gone wrong")
+    other.fail(RuntimeError("gone wrong"))
     assert event.wait(10.0)
     assert told == ["rank 1 (target replica 0 tp 1, host a): gone wrong"]
     with pytest.raises(WorldError):

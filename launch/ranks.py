@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ranks of one node: torchrun's elastic launch with a static rendezvous, and signals that reach the ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from types import FrameType, TracebackType
+
+import psutil
+from specdist_launch.meeting import Meeting
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from specdist.stop import STOP_SIGNALS
+
+_UNUSED_SIGNAL = "SIGQUIT"
+"""torchrun ends with an error at the signals it handles, so it is given one that stands for nothing here."""
+
+
+class StopForwarding:
+    """Passes every request to stop on to this process's children, the ranks, which save and leave.
+
+    A second SIGINT or SIGTERM kills them: somebody is impatient, and what was saved before is there.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        """The first signal that asked for a stop."""
+
+    def __enter__(self) -> StopForwarding:
+        self._earlier = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again = self.reason is not None and number in (signal.SIGINT, signal.SIGTERM)
+        self.reason = self.reason or signal.Signals(number).name
+        for child in psutil.Process().children():
+            child.send_signal(signal.SIGKILL if again else number)
+
+
+def run_ranks(
+    meeting: Meeting, node: int, leader: str, name: str, arguments: Sequence[str], environment: Mapping[str, str]
+) -> dict[int, int]:
+    """Run `python ARGUMENTS` once for every rank of this node and wait for their end.
+
+    Args:
+        leader: the address of node 0, as the other nodes reach it.
+        name: the attempt's, which keeps its keys in the store apart from those of others.
+
+    Returns:
+        The exit status of each rank that failed first on this node; negative: the signal that killed it.
+    """
+    own = meeting.nodes[node]
+    config = LaunchConfig(
+        min_nodes=len(meeting.nodes),
+        max_nodes=len(meeting.nodes),
+        nproc_per_node=own.ranks,
+        run_id=name,
+        rdzv_backend="static",
+        rdzv_endpoint=f"{leader}:{meeting.port}",
+        rdzv_configs={"rank": node, "timeout": 120},  # all agents are there: they have just met
+        max_restarts=0,
+        local_addr=own.host,
+        signals_to_handle=_UNUSED_SIGNAL,
+    )
+    os.environ.update(environment)
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        return {rank: failure.exitcode for rank, failure in error.failures.items()}
+    return {}

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the cluster says: its partitions, whether a job fits into them, and submitting it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from specdist_launch.slurm_config import NodesConfig, SlurmConfig
+
+from specdist.errors import ConfigError, UserError
+
+SUBMIT_TIMEOUT_S = 120.0
+"""A controller that is this slow to answer is down or overrun."""
+
+
+@dataclass(frozen=True)
+class NodeKind:
+    """Nodes of one kind in one partition."""
+
+    partition: str
+    nodes: int
+    gpus: int
+
+
+def node_kinds() -> list[NodeKind]:
+    """The nodes of every partition. Raises UserError where there is no Slurm, or it does not answer."""
+    return list(parse_kinds(_ask(["sinfo", "--noheader", "--all", "--format", "%R|%D|%G"])))
+
+
+def parse_kinds(text: str) -> Iterator[NodeKind]:
+    """Read `sinfo --format "%R|%D|%G"`; a GRES field is as `gpu:a100:8(S:0-1),nvme:1`, or (null)."""
+    for line in text.splitlines():
+        partition, nodes, gres = line.split("|", 2)
+        gpus = sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres))
+        yield NodeKind(partition, int(nodes), gpus)
+
+
+def check_fits(slurm: SlurmConfig, kinds: Sequence[NodeKind]) -> None:
+    """Raise ConfigError where the job asks for a partition, nodes or GPUs that the cluster does not have.
+
+    What Slurm alone can judge (accounts, limits, features) it says when the job is submitted.
+    """
+    for component in slurm.components:
+        if component.partition is not None:
+            names = component.partition.split(",")
+            _check_names(names, kinds)
+            _check_size(component, [kind for kind in kinds if kind.partition in names])
+
+
+def _check_names(names: Sequence[str], kinds: Sequence[NodeKind]) -> None:
+    known = sorted({kind.partition for kind in kinds})
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(
+            f"launch.slurm.partition: this cluster has no partition '{unknown[0]}'; it has {', '.join(known)}"
+        )
+
+
+def _check_size(component: NodesConfig, kinds: Sequence[NodeKind]) -> None:
+    gpus = component.gpus_per_node or 0
+    most = max(kind.gpus for kind in kinds)
+    if gpus > most:
+        raise ConfigError(
+            f"launch.slurm.gpus_per_node={gpus}: the nodes of partition {component.partition} have {most} at most"
+        )
+    fitting = sum(kind.nodes for kind in kinds if kind.gpus >= gpus)
+    if component.nodes > fitting:
+        having = f" with {gpus} GPUs" if gpus else ""
+        raise ConfigError(
+            f"launch.slurm.nodes={component.nodes}: partition {component.partition} has {fitting} nodes{having}"
+        )
+
+
+def submit(script: Path) -> str:
+    """Hand a batch script to Slurm; returns the job's id. Raises UserError with Slurm's own words if it refuses."""
+    return _ask(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
+
+
+def _ask(command: Sequence[str]) -> str:
+    program = command[0]
+    if shutil.which(program) is None:
+        raise UserError(
+            f"{program} not found: no Slurm on this machine. Run this on a login node of the cluster, or add --dry-run "
+            "to see the script here"
+        )
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SUBMIT_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{program}: Slurm's controller has not answered within {SUBMIT_TIMEOUT_S:.0f} s") from None
+    if done.returncode != 0:
+        words = [line.removeprefix(f"{program}: ").removeprefix("error: ") for line in done.stderr.splitlines()]
+        raise UserError(f"{program}: {'; '.join(words) or f'exit status {done.returncode}'}")
+    return done.stdout

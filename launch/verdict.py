@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What came of the last attempt of a job, and whether another one is worth it.
+
+    python -m specdist_launch.verdict CONFIG.yaml key=value     # exit status 0: done, 75: start it again, 1: give up
+
+Preemption, lost nodes and errors are told apart by what the attempt has left behind (specdist/attempts.py). What
+stopped on request is started again without limit. What failed is started again `launch.retries` times in a row, unless
+the error is the user's, or the same one at the same step as the time before: that one would come back for ever.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from specdist_launch.config import LaunchConfig
+
+from specdist.attempts import AttemptRecord, Failure, attempts
+from specdist.errors import UserError
+
+DONE, GIVE_UP, USER_ERROR, AGAIN = 0, 1, 2, 75
+"""Exit statuses; 75 is sysexits' EX_TEMPFAIL."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do next, why in words, and the exit status that says so."""
+
+    status: int
+    words: str
+
+
+def judge(run_dir: Path, config: LaunchConfig) -> Verdict:
+    """Judge the last attempt of the run by its records and those before it."""
+    history = attempts(run_dir)
+    if not history:
+        return Verdict(GIVE_UP, f"{run_dir} has no record of an attempt: it failed before the ranks were started")
+    last = history[-1]
+    ending, failure = last.ending(), last.failure()
+    if failure is not None:
+        return _judge_failure(failure, history, config)
+    if ending is None:
+        lost = Failure("lost", "it vanished: its hosts are gone, or it was killed without time to say so")
+        return _judge_failure(lost, history, config)
+    if ending.state == "finished":
+        return Verdict(DONE, f"finished at step {ending.step}")
+    if "SIGINT" in ending.reason:
+        return Verdict(DONE, f"stopped at step {ending.step} by Ctrl-C; the same command goes on")
+    return Verdict(AGAIN, f"stopped at step {ending.step} ({ending.reason}): to be started again from there")
+
+
+def _judge_failure(failure: Failure, history: Sequence[AttemptRecord], config: LaunchConfig) -> Verdict:
+    what = failure.message.splitlines()[0]
+    if failure.kind == "input":
+        return Verdict(USER_ERROR, f"not started again: {what}")
+    before = history[-2].failure() if len(history) > 1 else None
+    if before is not None and failure.kind == "error" and _same(failure, before):
+        return Verdict(GIVE_UP, f"not started again: the same error at the same step as the time before: {what}")
+    tried = _failures_in_a_row(history)
+    if tried > config.retries:
+        times = f"failed {tried} times in a row (launch.retries={config.retries})"
+        return Verdict(GIVE_UP, f"not started again: {times}, last: {what}")
+    return Verdict(AGAIN, f"to be started again, try {tried} of {config.retries} (kind: {failure.kind}): {what}")
+
+
+def _same(one: Failure, other: Failure) -> bool:
+    """Whether two errors are one: type, first line, step."""
+
+    def essence(failure: Failure) -> tuple[object, ...]:
+        return failure.exception, failure.message.splitlines()[0], failure.step
+
+    return essence(one) == essence(other)
+
+
+def _failures_in_a_row(history: Sequence[AttemptRecord]) -> int:
+    """How many attempts up to the last failed without a step having been saved in between."""
+    count, step = 0, None
+    for record in reversed(history):
+        started = record.started()
+        assert started is not None
+        if step is not None and started.step < step:  # that attempt got somewhere
+            break
+        step = started.step
+        count += record.ending() is None
+    return count
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from specdist.job import load_job
+
+    parser = argparse.ArgumentParser(prog="python -m specdist_launch.verdict", description=__doc__)
+    parser.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="as the job was started with")
+    words = parser.parse_args(argv).config
+    try:
+        job = load_job([w for w in words if "=" not in w], [w for w in words if "=" in w])
+    except UserError as error:
+        print(f"specdist: {error}", file=sys.stderr)
+        return USER_ERROR
+    verdict = judge(Path(job.run.dir), job.launch)
+    print(f"specdist: {verdict.words}", file=sys.stderr)
+    return verdict.status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

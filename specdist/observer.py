@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rank 0 lets people know of a run: status.json every few seconds, words on the terminal when nothing happens for
+long, and the first failure."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from specdist.attempts import AttemptRecord, Ending, Failure
+from specdist.contract import Attempt
+from specdist.control.conductor import Observer
+from specdist.control.messages import Statistics
+from specdist.control.peers import Peers, Phase
+from specdist.files import write_atomically
+from specdist.itinerary import Itinerary
+from specdist.status import Status
+
+_QUIET_S = 20.0
+"""After so long without progress the terminal is told what the ranks are doing; then after twice as long, and so on."""
+_TOLD = 3
+"""So many phases are told at once."""
+
+
+class RunObserver(Observer):
+    """Writes on rank 0, in the control server's thread.
+
+    Args:
+        status_file: replaced at every pulse; `specdist status` reads it.
+    """
+
+    def __init__(self, status_file: Path, record: AttemptRecord, attempt: Attempt, itinerary: Itinerary, began: float):
+        self._file, self._record, self._attempt, self._itinerary = status_file, record, attempt, itinerary
+        self._moved_at = began
+        self._released = 0
+        self._quiet_s = _QUIET_S
+
+    def failed(self, failure: Failure) -> None:
+        if self._record.fail(failure):
+            print(failure.render(self._record.failure_file), file=sys.stderr, flush=True)
+
+    def dismissed(self, reason: str) -> None:
+        step = self._itinerary.progress.step
+        self._record.end(Ending("stopped", step, reason))
+        print(f"specdist: stopped at step {step} ({reason}); the same command goes on from there.", file=sys.stderr)
+
+    def pulse(self, peers: Peers, statistics: Statistics, started: bool, now: float) -> None:
+        phases, step = peers.phases(now), max(peers.step, self._itinerary.progress.step)
+        status = Status(
+            attempt=self._attempt.name,
+            deadline=self._attempt.deadline,
+            hosts=peers.hosts,
+            started=started,
+            step=step,
+            total_steps=self._itinerary.total_steps,
+            statistics=statistics,
+            phases=tuple(phases),
+        )
+        write_atomically(self._file, json.dumps(asdict(status), indent=1) + "\n")
+        self._break_the_silence(step + statistics.released, phases, started, now)
+
+    def _break_the_silence(self, progress: int, phases: list[Phase], started: bool, now: float) -> None:
+        if progress != self._released:
+            self._released, self._moved_at, self._quiet_s = progress, now, _QUIET_S
+        if now - self._moved_at < self._quiet_s:
+            return
+        self._quiet_s *= 2
+        what = "no step done for" if started else "starting,"
+        doing = "; ".join(_words(phase) for phase in phases[:_TOLD])
+        print(f"specdist: {what} {now - self._moved_at:.0f} s: {doing}", file=sys.stderr, flush=True)
+
+
+def _words(phase: Phase) -> str:
+    who = f"{phase.count} {phase.role} rank{'s' if phase.count > 1 else ''}"
+    return f"{who} {phase.what} (rank {phase.rank} on {phase.host} for {phase.seconds:.0f} s)"
