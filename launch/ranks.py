@@ -23,7 +23,8 @@ _UNUSED_SIGNAL = "SIGQUIT"
 class StopForwarding:
     """Passes every request to stop on to this process's children, the ranks, which save and leave.
 
-    A second SIGINT or SIGTERM kills them: somebody is impatient, and what was saved before is there.
+    A second SIGINT kills them: somebody is impatient, and what was saved before is there. A second SIGTERM does not:
+    Slurm sends several when it preempts a job.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class StopForwarding:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again = self.reason is not None and number in (signal.SIGINT, signal.SIGTERM)
+        again = self.reason is not None and number == signal.SIGINT
         self.reason = self.reason or signal.Signals(number).name
         for child in psutil.Process().children():
             child.send_signal(signal.SIGKILL if again else number)

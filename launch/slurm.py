@@ -109,6 +109,8 @@ def make_place(run_dir: Path, snapshot: str) -> Place:
     """Where the job runs and writes; the snapshot's name follows from its content, so that no other job changes it."""
     from specdist_launch.slurm_script import Place
 
+    if "=" in str(run_dir):
+        raise ConfigError(f"run.dir: {run_dir} has an equals sign in its path, which tells key=value from files")
     name = f"job-{hashlib.sha256(snapshot.encode()).hexdigest()[:8]}.yaml"
     directory = run_dir / "slurm"
     return Place(Path.cwd(), run_dir, directory / name, directory / "%j.out", sys.executable)

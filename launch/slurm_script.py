@@ -29,6 +29,8 @@ ABOUT_BY_HAND = """\
 """
 
 BODY = """\
+python=({python})
+job=({job})
 
 # At the time limit, a preemption or scancel Slurm signals the ranks, which save and leave. This shell waits for them.
 trap : TERM USR1 USR2
@@ -68,8 +70,7 @@ def by_hand() -> str:
     config = LaunchConfig()
     options = ["--job-name=specdist", "--output=specdist-%j.out", "--nodes=1", "--gpus-per-node=8"]
     options += [*_whole_nodes(config.slurm), *_rules(config)]
-    body = _body(Runtime(config.container, "python", []), config.slurm.components, '"$@"')
-    return HEADER + ABOUT_BY_HAND + _directives(options) + body
+    return HEADER + ABOUT_BY_HAND + _directives(options) + "\n" + _body(config, [], ["python"], '"$@"')
 
 
 def render(config: LaunchConfig, place: Place) -> str:
@@ -80,65 +81,55 @@ def render(config: LaunchConfig, place: Place) -> str:
     options = [f"--job-name={slurm.job_name}", f"--chdir={place.directory}", f"--output={log}"]
     text = HEADER + _directives([*options, *_component(config, first)])
     text += "".join("#SBATCH hetjob\n" + _directives(_component(config, other)) for other in others)
-    text += "".join(f"{line}\n" for line in ("", *slurm.setup) if slurm.setup)
-    python = "python" if slurm.setup or container.kind != "none" else shlex.quote(place.python)
-    runtime = Runtime(container, python, [place.directory, place.run_dir])
-    return text + _body(runtime, slurm.components, shlex.quote(str(place.config)))
+    text += "\n" + "".join(f"{line}\n" for line in slurm.setup)
+    mounts = [*dict.fromkeys((place.directory, place.run_dir))]
+    python = "python" if slurm.setup or container.kind != "none" else place.python
+    return text + _body(config, mounts, [python], shlex.quote(str(place.config)))
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """How a command of the job runs: as it is, or in a container."""
-
-    container: ContainerConfig
-    python: str
-    mounts: Sequence[Path]
-
-    def srun(self) -> list[str]:
-        """Options of srun."""
-        if self.container.kind != "pyxis":
-            return []
-        return [
-            f"--container-image={self.container.image}",
-            f"--container-mounts={','.join(self._mounts())}",
-            f"--container-workdir={self.mounts[0]}",
-            *self.container.options,
-        ]
-
-    def prefix(self) -> list[str]:
-        """Words before the interpreter."""
-        if self.container.kind != "apptainer":
-            return []
-        binds = [word for mount in self._mounts() for word in ("--bind", mount)]
-        image = str(self.container.image)
-        return ["apptainer", "exec", "--nv", *binds, "--pwd", str(self.mounts[0]), *self.container.options, image]
-
-    def command(self, module: str, words: str) -> str:
-        """The shell words that run one of our modules."""
-        return " ".join([*map(shlex.quote, self.prefix()), self.python, "-m", module, words])
-
-    def _mounts(self) -> list[str]:
-        unclear = [path for path in self.mounts if set(",: ") & set(str(path))]
-        if unclear:
-            raise ConfigError(f"{unclear[0]} cannot be mounted in a container: no commas, colons or spaces in its path")
-        return [*dict.fromkeys(f"{path}:{path}" for path in self.mounts), *self.container.mounts]
-
-
-def _body(runtime: Runtime, components: Sequence[NodesConfig], words: str) -> str:
-    agent = runtime.command("specdist_launch.agent", f"--slurm {words}")
-    container = [shlex.quote(option) for option in runtime.srun()]
-    heterogeneous = len(components) > 1
+def _body(config: LaunchConfig, mounts: Sequence[Path], python: Sequence[str], job: str) -> str:
+    """What runs. `mounts` are the directories that a container needs, the working directory first."""
+    if config.container.kind == "apptainer":
+        python = [*_apptainer(config.container, mounts), *python]
+    container = _pyxis(config.container, mounts) if config.container.kind == "pyxis" else []
+    heterogeneous = config.slurm.heterogeneous
     starts = []
-    for number in range(len(components)):
+    for number in range(len(config.slurm.components)):
         group, cpus = [], "$SLURM_CPUS_ON_NODE"
         if heterogeneous:
             group, cpus = [f"--het-group={number}"], f"${{SLURM_JOB_CPUS_PER_NODE_HET_GROUP_{number}%%[(,]*}}"
-        starts.append(" ".join([*group, "--kill-on-bad-exit=1", f'--cpus-per-task="{cpus}"', *container, agent]))
-    verdict = runtime.command("specdist_launch.verdict", words)
+        options = [*group, "--kill-on-bad-exit=1", f'--cpus-per-task="{cpus}"', *container]
+        starts.append(" ".join([*options, _run("agent", "--slurm")]))
+    verdict = _run("verdict")
     if container:
         group = ["--het-group=0"] if heterogeneous else []
         verdict = " ".join(["srun", *group, "--nodes=1", "--ntasks=1", *container, verdict])
-    return BODY.format(agents="srun " + " : \\\n     ".join(starts), verdict=verdict)
+    agents = "srun " + " : \\\n     ".join(starts)
+    return BODY.format(python=shlex.join(python), job=job, agents=agents, verdict=verdict)
+
+
+def _run(module: str, *options: str) -> str:
+    """The shell words that run one of our modules for the job."""
+    return " ".join(['"${python[@]}"', "-m", f"specdist_launch.{module}", *options, '"${job[@]}"'])
+
+
+def _apptainer(container: ContainerConfig, mounts: Sequence[Path]) -> list[str]:
+    """The words before the interpreter."""
+    binds = [word for mount in _mounted(container, mounts) for word in ("--bind", mount)]
+    return ["apptainer", "exec", "--nv", *binds, "--pwd", str(mounts[0]), *container.options, str(container.image)]
+
+
+def _pyxis(container: ContainerConfig, mounts: Sequence[Path]) -> list[str]:
+    """The options of srun, as shell words."""
+    options = [f"--container-image={container.image}", f"--container-mounts={','.join(_mounted(container, mounts))}"]
+    return [shlex.quote(word) for word in (*options, f"--container-workdir={mounts[0]}", *container.options)]
+
+
+def _mounted(container: ContainerConfig, mounts: Sequence[Path]) -> list[str]:
+    unclear = [path for path in mounts if set(",: ") & set(str(path))]
+    if unclear:
+        raise ConfigError(f"{unclear[0]} cannot be mounted in a container: no commas, colons or spaces in its path")
+    return [*(f"{path}:{path}" for path in mounts), *container.mounts]
 
 
 def _directives(options: Sequence[str]) -> str:

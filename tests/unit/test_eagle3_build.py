@@ -173,7 +173,7 @@ def test_sizes_follow_the_target_and_the_config() -> None:
     assert dims.llama_config().head_dim == 16
     other = Eagle3Dims.of(Eagle3Config(num_attention_heads=4, num_key_value_heads=1, intermediate_size=96), target)
     assert (other.num_attention_heads, other.num_key_value_heads, other.intermediate_size) == (4, 1, 96)
-    with pytest.raises(ConfigError, match="8 is not a multiple of draft.eagle3.num_key_value_heads 3"):
+    with pytest.raises(ConfigError, match=r"8 is not a multiple of draft\.eagle3\.num_key_value_heads 3"):
         Eagle3Dims.of(Eagle3Config(num_key_value_heads=3), target)
     with pytest.raises(ConfigError, match="must divide the target's hidden size 64"):
         Eagle3Dims.of(Eagle3Config(num_attention_heads=6, num_key_value_heads=1), target)

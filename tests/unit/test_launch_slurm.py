@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`specdist launch slurm` without a Slurm: its script compared exactly, and what it refuses.
+
+The recorded scripts are in slurm_scripts/. After a change that is meant: SPECDIST_RECORD=1 pytest THIS_FILE, and read
+the difference.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from specdist_launch.config import LaunchConfig
+from specdist_launch.slurm_cluster import NodeKind, check_fits, parse_kinds
+from specdist_launch.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
+from specdist_launch.slurm_script import Place, by_hand, render
+
+from specdist import config
+from specdist.cli import main
+from specdist.errors import ConfigError
+from specdist.job import load_job
+from tests.tiny import make_config, make_conversations, make_target
+
+ROOT = Path(__file__).resolve().parents[2]
+HOME, RUN = Path("/home/ada/specdist"), Path("/scratch/ada/runs/bard")
+NASTY_RUN = Path("/scratch/it's 100% $HOME")
+
+
+def place(run_dir: Path = RUN, directory: Path = HOME) -> Place:
+    slurm = run_dir / "slurm"
+    return Place(
+        directory, run_dir, slurm / "job-0123abcd.yaml", slurm / "%j.out", "/home/ada/specdist/.venv/bin/python"
+    )
+
+
+CASES = {
+    "plain": (
+        LaunchConfig(
+            stop_before_end_s=90,
+            slurm=SlurmConfig(
+                nodes=4, gpus_per_node=8, partition="gpu", time="4:00:00", account="a", qos="q", constraint="h100&ib",
+                exclude="n[1-2],n7", reservation="r", job_name="bard", options=["--mail-type=END"],
+            ),
+        ),
+        place(),
+    ),
+    "shared": (LaunchConfig(slurm=SlurmConfig(exclusive=False, cpus_per_task=16, setup=["module load cuda"])), place()),
+    "heterogeneous": (
+        LaunchConfig(
+            slurm=SlurmConfig(
+                time="1-0", gpus_per_node=8, target=NodesConfig(2, "big"),
+                draft=NodesConfig(1, "small", gpus_per_node=4),
+            )
+        ),
+        place(),
+    ),
+    "pyxis": (
+        LaunchConfig(
+            slurm=SlurmConfig(nodes=2), container=ContainerConfig("pyxis", "nvcr.io#org/image:1", ["/data:/data:ro"])
+        ),
+        place(),
+    ),
+    "apptainer": (
+        LaunchConfig(
+            slurm=SlurmConfig(gpus_per_node=4, target=NodesConfig(1), draft=NodesConfig(1)),
+            container=ContainerConfig("apptainer", "/images/spec dist.sif", ["/data:/data"], ["--cleanenv"]),
+        ),
+        place(),
+    ),
+    "quoted": (LaunchConfig(slurm=SlurmConfig(job_name="$(touch /tmp/x); `id`")), place(NASTY_RUN, Path("/a b"))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scripts_are_as_recorded(name):
+    file = Path(__file__).with_name("slurm_scripts") / f"{name}.sbatch"
+    script = render(*CASES[name])
+    if "SPECDIST_RECORD" in os.environ:
+        file.write_text(script)
+    assert script == file.read_text()
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_the_script_for_submission_by_hand_is_the_same_thing():
+    text = (ROOT / "slurm/train.sbatch").read_text()
+    assert text == by_hand(), "slurm/train.sbatch is what specdist_launch.slurm_script.by_hand() returns"
+    assert len(text.splitlines()) <= 60
+
+
+def test_an_option_is_one_line():
+    with pytest.raises(ConfigError, match="one line of text"):
+        render(LaunchConfig(slurm=SlurmConfig(job_name="x\nrm -rf /")), place())
+
+
+def test_a_path_that_no_container_runtime_can_mount():
+    container = ContainerConfig("pyxis", "/image.sqsh")
+    with pytest.raises(ConfigError, match="cannot be mounted"):
+        render(LaunchConfig(container=container), place(NASTY_RUN))
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("material")
+    return make_target(directory / "target"), make_conversations(directory / "prompts.jsonl", count=4)
+
+
+@pytest.fixture
+def words(tmp_path, material):
+    return make_config(tmp_path, *material, draft__dp=2)
+
+
+def test_dry_run_prints_the_script_and_writes_nothing(tmp_path, words, capsys):
+    options = ["--nodes", "3", "--gpus-per-node", "1", "--time", "4:00:00", "--exclude", "n[1-2]", "--dry-run"]
+    assert main(["launch", "slurm", *words, *options]) == 0
+    script = capsys.readouterr().out
+    for line in ("--nodes=3", "--gpus-per-node=1", "--time=4:00:00", "'--exclude=n[1-2]'"):
+        assert f"#SBATCH {line}\n" in script
+    assert f"{tmp_path}/run/slurm/job-" in script
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_and_keys_are_the_same(words, capsys):
+    assert main(["launch", "slurm", *words, "--nodes", "3", "--partition", "p", "--dry-run"]) == 0
+    by_option = capsys.readouterr().out
+    assert main(["launch", "slurm", *words, "launch.slurm.nodes=3", "launch.slurm.partition=p", "--dry-run"]) == 0
+    assert capsys.readouterr().out == by_option
+
+
+def test_a_submitted_job_keeps_its_configuration(tmp_path, words, capsys, monkeypatch):
+    file = tmp_path / "job.yaml"
+    file.write_text("run: {seed: 5}\n")
+    submitted = []
+    monkeypatch.setattr("specdist_launch.slurm_cluster.node_kinds", lambda: [])
+    monkeypatch.setattr("specdist_launch.slurm_cluster.submit", lambda script: submitted.append(script) or "42")
+    assert main(["launch", "slurm", str(file), *words, "--time", "4:00:00"]) == 0
+    out = capsys.readouterr().out
+    file.write_text("run: {seed: 6}\n")
+    snapshot = submitted[0].with_suffix(".yaml")
+    assert str(snapshot) in submitted[0].read_text()
+    job = load_job([snapshot])
+    assert (job.run.seed, job.launch.slurm.time, job.draft.dp) == (5, "4:00:00", 2)
+    for way in ("submitted job 42", "squeue --job 42", f"tail -F {tmp_path}/run/slurm/42.out", "scancel 42"):
+        assert way in out
+
+
+def refused(capsys, words, *options: str) -> str:
+    assert main(["launch", "slurm", *words, *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("specdist: ")
+    return err
+
+
+def test_no_slurm_on_this_machine(words, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no Slurm on this machine" in refused(capsys, words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--time", "4h"], "[DAYS-]HOURS:MINUTES:SECONDS"),
+        (["launch.slurm.time=4:00:00"], "not '14400'"),
+        (["--nodes", "0"], "launch.slurm.nodes is at least 1"),
+        (["--nodes", "2"], "3 ranks"),
+        (["--nodes", "1", "--gpus-per-node", "1"], "rank"),
+        (["--target-nodes", "1"], "a heterogeneous job has nodes of both"),
+        (["--target-nodes", "1", "--draft-nodes", "1"], "launch.slurm.gpus_per_node"),
+        (["--target-nodes", "1", "--draft-nodes", "1", "--gpus-per-node", "1"], "draft"),
+        (["--container", "pyxis"], "launch.container.image"),
+        (["--container", "docker"], "launch.container.kind"),
+    ],
+)
+def test_what_cannot_be_is_one_line(words, capsys, options, message):
+    assert message in refused(capsys, words, *options, "--dry-run")
+
+
+def test_a_run_directory_of_another_job(tmp_path, words, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(config.to_yaml(load_job([], [*words, "run.seed=7"])))
+    assert "other values of run.seed" in refused(capsys, words, "--dry-run")
+
+
+def test_a_run_directory_that_cannot_be_made(tmp_path, words, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("specdist_launch.slurm_cluster.node_kinds", lambda: [])
+    assert "cannot be created" in refused(capsys, [*words, f"run.dir={tmp_path}/file/run"])
+
+
+SINFO = "big|1|gpu:a100:8(S:0-1)\nbig|3|gpu:4,nvme:1\ncpu|20|(null)\n"
+KINDS = [NodeKind("big", 1, 8), NodeKind("big", 3, 4), NodeKind("cpu", 20, 0)]
+
+
+def test_the_partitions_of_a_cluster():
+    assert list(parse_kinds(SINFO)) == KINDS
+
+
+@pytest.mark.parametrize(
+    ("slurm", "message"),
+    [
+        (SlurmConfig(partition="bgi"), "no partition 'bgi'; it has big, cpu"),
+        (SlurmConfig(partition="big", gpus_per_node=9), "nodes of partition big have 8 at most"),
+        (SlurmConfig(partition="big", nodes=2, gpus_per_node=8), "partition big has 1 nodes with 8 GPUs"),
+        (SlurmConfig(partition="cpu", nodes=21), "partition cpu has 20 nodes"),
+        (
+            SlurmConfig(gpus_per_node=1, target=NodesConfig(1, "big"), draft=NodesConfig(1, "cpu")),
+            "nodes of partition cpu have 0 at most",
+        ),
+    ],
+)
+def test_a_job_that_does_not_fit(slurm, message):
+    with pytest.raises(ConfigError, match=message):
+        check_fits(slurm, KINDS)
+
+
+def test_a_job_that_fits():
+    check_fits(SlurmConfig(nodes=4, partition="big", gpus_per_node=4), KINDS)
+    check_fits(SlurmConfig(nodes=24, partition="big,cpu"), KINDS)
+    check_fits(SlurmConfig(nodes=999, time="10:00"), KINDS)  # the default partition is Slurm's to judge
