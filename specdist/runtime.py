@@ -179,7 +179,7 @@ def _control_plane(
             world.facts.rank,
             job.control,
             scheduler=topology.describe(topology.scheduler_rank),
-            on_abort=functools.partial(_leave_soon, start.log),
+            on_abort=functools.partial(_leave_soon, start, world.facts),
             stop=stop,
         ) as client:
             yield client
@@ -187,11 +187,13 @@ def _control_plane(
             server.join()  # bounded by control.silence_s: a rank that saves for long still shows that it lives
 
 
-def _leave_soon(log: RankLog, error: UserError) -> None:
+def _leave_soon(start: Start, facts: RankFacts, error: UserError) -> None:
     """End the process if it does not end by itself: the main thread may be stuck in a collective with a dead rank."""
+    if not isinstance(error, Dismissed):
+        start.report(error, facts)
 
     def leave() -> None:
-        print(f"specdist: {error}", file=log.file, flush=True)
+        print(f"specdist: {error}", file=start.log.file, flush=True)
         os._exit(0 if isinstance(error, Dismissed) else 3)
 
     timer = threading.Timer(LEAVE_S, leave)

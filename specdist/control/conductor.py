@@ -91,6 +91,7 @@ class Conductor:
         self._next_pulse = now
         self._joined = self._ready = self._stopping = self._stopped = False
         self._stop_requested: StopRequested | None = None
+        self._unreachable: set[int] = set()
         self._aborted_at = 0.0
 
     def receive(self, rank: int, payload: bytes, now: float) -> None:
@@ -155,11 +156,11 @@ class Conductor:
         peers, step = self.peers, self.peers.step
         place = (peers.role(rank), peers.host(rank))
         abort = Abort(rank, step, *place, failed.kind, failed.exception, message, peers.phase(rank))
-        self._end(abort, now)
         kind = typing.cast(Kind, failed.kind)
-        self._observer.failed(
+        self._observer.failed(  # before the others hear of it, who know less
             Failure(kind, message, rank, *place, step, peers.phase(rank), failed.exception, failed.traceback)
         )
+        self._end(abort, now)
 
     def _end(self, message: Abort | Dismiss, now: float) -> None:
         self.aborted, self._aborted_at = message, now
@@ -266,8 +267,10 @@ class Conductor:
     def _broadcast(self, message: Message, now: float, ranks: Iterable[int] | None = None) -> None:
         """Encode once, send to `ranks` (default: all present ones); a rank that cannot be reached fails the run."""
         for rank in self._send(self.peers.present if ranks is None else ranks, encode(message)):
-            if not self.peers.has_left(rank):
+            # Once the run has ended a rank that cannot be reached may just have left, its goodbye still unread.
+            if not self.peers.has_left(rank) and (not self._stopped or rank in self._unreachable):
                 self.abort(rank, f"the connection to it is lost; {self.peers.state(rank, now)}", now)
+            self._unreachable.add(rank)
 
     def _check_start(self, now: float) -> None:
         late = self.peers.missing

@@ -22,6 +22,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from specdist.attempts import AttemptRecord, Failure, attempts
 from specdist.checkpoint import committed, read_progress
 from tests.distributed.worlds import start_by_hand, start_command, start_torchrun
 from tests.tiny import make_config, make_conversations, make_target
@@ -91,6 +92,20 @@ class Job:
         assert self.process is not None
         return self.process.communicate(timeout=seconds)[1]
 
+    @property
+    def attempt(self) -> AttemptRecord:
+        """The last start's records."""
+        return attempts(self.directory / "run")[-1]
+
+    def failure(self) -> Failure:
+        found = self.attempt.failure()
+        assert found is not None
+        return found
+
+    def logs(self) -> list[str]:
+        """What each rank of the last start has written."""
+        return [path.read_text() for path in self.attempt.directory.glob("*/*.log")]
+
     def clear(self) -> None:
         if self.process is not None and self.process.poll() is None:
             for member in (*psutil.Process(self.process.pid).children(recursive=True), self.process):
@@ -134,8 +149,11 @@ def test_a_killed_rank_ends_the_job_and_is_named(job: Job, victim: int, place: s
     words = job.end()
     assert job.process is not None
     assert job.process.returncode != 0
-    assert words.count(f"specdist: {place}") == 2, words  # both other ranks say it
+    assert words.count(f"specdist: {place}") == 1, words  # one block, whoever wrote it
     assert "the connection to it" in words
+    assert sum(place in log for log in job.logs()) >= 2, words  # both other ranks know it
+    failure = job.failure()
+    assert (failure.kind, failure.rank) == ("lost", victim)
     assert words.count("Traceback") == 1, words  # torchrun's own
 
 
@@ -149,7 +167,8 @@ def test_a_stopped_target_is_noticed_and_named(job: Job) -> None:
     words = job.end()
     assert job.process is not None
     assert job.process.returncode != 0
-    assert words.count(f"specdist: rank 2 (target replica 0 tp 0, host {HOST}): 1 ranks not heard") == 2, words
+    assert words.count(f"specdist: rank 2 (target replica 0 tp 0, host {HOST}): 1 ranks not heard") == 1, words
+    assert job.failure().kind == "lost"
     assert f"more than {SILENCE_S} s (control.silence_s)" in words
 
 
@@ -158,9 +177,12 @@ def test_an_exception_in_the_target_is_the_culprit_not_the_draft_that_waits(job:
     words = job.end(60)
     assert job.process is not None
     assert job.process.returncode != 0
-    assert "DefectError: a defect in the forward" in words
     told = f"specdist: rank 0 (target replica 0 tp 0, host {HOST}): DefectError: a defect in the forward"
-    assert words.count(told) == 2, words
+    assert words.count(told) == 1, words
+    assert 'raise DefectError("a defect in the forward")' in words  # where, too
+    failure = job.failure()
+    assert (failure.kind, failure.rank, failure.exception) == ("error", 0, "DefectError")
+    assert "faulty_train.py" in failure.traceback
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +249,10 @@ def test_a_stop_asked_for_while_loading_is_honoured(job: Job) -> None:
     words = job.end(60)
     assert job.process is not None
     assert job.process.returncode == 0, words
-    assert before <= stopped_at(words) == job.step <= before + 1  # a step may begin before the draft ranks are told
+    assert f"stopped at step {before} (SIGTERM on rank 0, before the first step)" in words, words
+    ending = job.attempt.ending()
+    assert ending is not None
+    assert (ending.state, ending.step, job.step) == ("stopped", before, before)
 
 
 def test_after_all_this_the_same_run_finishes(job: Job, tmp_path: Path) -> None:

@@ -329,6 +329,19 @@ def test_a_rank_that_is_gone_failed_before_the_one_that_says_so() -> None:
     assert office.error.startswith("rank 6 (draft dp 2 cp 0, host c): the connection to it is lost")
 
 
+def test_who_cannot_be_reached_after_the_end_is_lost_unless_its_goodbye_is_read_next() -> None:
+    office = Office(make_scheduler(end_item=1))
+    office.open()
+    office.hear(0, Computed(0, 0))
+    for draft, rank in enumerate((4, 5, 6)):
+        office.hear(rank, Released(0, draft))
+    assert office.sent[-1] == (tuple(range(7)), Stop())
+    office.lost |= {0, 6}
+    assert office.tick(1.0, range(7)) == ""
+    office.hear(0, Goodbye())
+    assert "rank 6 (draft dp 2 cp 0, host c): the connection to it is lost" in office.tick(1.0, range(7))
+
+
 def test_a_stop_request_ends_a_run_that_has_no_trainer_to_decide() -> None:
     topology = Topology("target_only", ("a",) * 7, tuple((rank,) for rank in range(7)), (), 1)
     office = Office(make_scheduler(topology), topology)
