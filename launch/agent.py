@@ -21,19 +21,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdist_launch.meeting import Meeting, Node, meet
-from specdist_launch.network import interface_towards
-from specdist_launch.ranks import StopForwarding, run_ranks
-from specdist_launch.verdict import DONE, GIVE_UP, judge
-
 from specdist import contract
 from specdist.attempts import AttemptRecord, Ending, Failure, Started
 from specdist.checkpoint import committed, read_progress
 from specdist.contract import Attempt
-from specdist.errors import UserError
+from specdist.errors import Dismissed, UserError
 from specdist.job import JobConfig, load_job
 from specdist.run_dir import RunDirectory
 from specdist.stop import end_with_launcher
+from specdist_launch.meeting import Meeting, Node, meet
+from specdist_launch.network import interface_towards
+from specdist_launch.ranks import StopForwarding, run_ranks
+from specdist_launch.verdict import DONE, GIVE_UP, judge
 
 TRAIN = "specdist.train"
 _RECORD_S = 10.0
@@ -85,13 +84,13 @@ class Agent:
         kept = module == TRAIN
         with StopForwarding() as stop:
             try:
-                meeting = meet(
-                    me, self._place.nodes, self._place.leader, self._job.launch.meet_timeout_s, self._place.hosts
-                )
+                place, limit = self._place, self._job.launch.meet_timeout_s
+                meeting = meet(me, place.nodes, place.leader, limit, place.hosts, stop.check)
+                stop.check()
+            except Dismissed as error:
+                return self._leave_early(str(error), kept)
             except UserError as error:
-                if kept:
-                    self._fail(Failure.of(error, host=self._place.host))
-                raise
+                return self._not_met(error, kept)
             if me.number == 0 and kept:
                 self._record.begin(self._started(meeting))
             address = self._place.leader[0]
@@ -100,6 +99,26 @@ class Agent:
         if not kept:
             return GIVE_UP if failed else 0
         return self._account(failed, stop.reason)
+
+    def _leave_early(self, reason: str, kept: bool) -> int:
+        """A stop was asked for before the ranks were started: there is nothing to save."""
+        if not kept or self._place.number != 0:
+            return 0
+        self._begin_alone()
+        return self._account({}, reason)
+
+    def _not_met(self, error: UserError, kept: bool) -> int:
+        """The agents did not come together."""
+        if not kept:
+            raise error
+        self._begin_alone()
+        self._fail(Failure.of(error))
+        return self._account({}, None)
+
+    def _begin_alone(self) -> None:
+        """Begin an attempt that has come to its end before the nodes have met."""
+        if self._record.started() is None:
+            self._record.begin(Started(self._launcher, (self._place.host,), 0, self._saved_step()))
 
     def _started(self, meeting: Meeting) -> Started:
         RunDirectory(self._run_dir).create()
@@ -137,7 +156,7 @@ class Agent:
         """Make sure that something is on record, and on node 0 judge it."""
         if not self._known():
             if stopped is not None:
-                self._record.end(Ending("stopped", self._saved_step(), f"{stopped} before the run had begun"))
+                self._record.end(Ending("stopped", self._saved_step(), stopped))
             elif failed:
                 self._await_record()
                 ends = ", ".join(f"rank {rank}: {_status(status)}" for rank, status in sorted(failed.items()))

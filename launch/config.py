@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from specdist_launch.slurm_config import ContainerConfig, SlurmConfig
-
 from specdist.errors import ConfigError
+from specdist_launch.slurm_config import ContainerConfig, SlurmConfig
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from specdist_launch.supervise import new_job, supervise
-
 from specdist.contract import Attempt
 from specdist.errors import ConfigError
 from specdist.job import JobConfig
 from specdist.stop import STOP_SIGNALS
+from specdist_launch.supervise import new_job, supervise
 
 TRAIN = "specdist.train"
 
@@ -50,22 +49,26 @@ def start(files: Sequence[str], overrides: Sequence[str], ranks: int, module: st
 
     SIGINT and SIGTERM go to the ranks, which finish the step, save and leave. A second one kills them.
     """
-    words = [*files, *overrides]
+    words, asked = [*files, *overrides], list[int]()
 
     def attempt(attempt: Attempt) -> int:
         place = ["--nproc-per-node", str(ranks), "--job", attempt.job, "--restart", str(attempt.restart)]
-        return run_agent([*place, "--launcher", "local", "--module", module, *words])
+        return run_agent([*place, "--launcher", "local", "--module", module, *words], asked)
 
-    return supervise(attempt, new_job("local"), retries)
+    return supervise(attempt, new_job("local"), retries, lambda: bool(asked))
 
 
-def run_agent(words: Sequence[str]) -> int:
-    """Run an agent of this machine as a process of its own and pass signals on to it; returns its exit status."""
+def run_agent(words: Sequence[str], asked: list[int]) -> int:
+    """Run an agent of this machine as a process of its own; returns its exit status.
+
+    Requests to stop are passed on to it, and noted in `asked`.
+    """
     # A session of its own: a terminal's Ctrl-C would reach the agent twice.
     command = [sys.executable, "-m", "specdist_launch.agent", *words]
     process = subprocess.Popen(command, start_new_session=True)
 
     def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         process.send_signal(number)
 
     earlier = {number: signal.signal(number, forward) for number in STOP_SIGNALS}

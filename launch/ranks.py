@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
 
 import psutil
-from specdist_launch.meeting import Meeting
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from specdist.contract import STOP
+from specdist.errors import Dismissed
 from specdist.stop import STOP_SIGNALS
+from specdist_launch.meeting import Meeting
 
 _UNUSED_SIGNAL = "SIGQUIT"
 """torchrun ends with an error at the signals it handles, so it is given one that stands for nothing here."""
@@ -41,9 +43,15 @@ class StopForwarding:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 
+    def check(self) -> None:
+        """Raise Dismissed if a stop was asked for: for waits before the ranks exist."""
+        if self.reason is not None:
+            raise Dismissed(f"{self.reason} before the ranks were started")
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self.reason is not None and number == signal.SIGINT
         self.reason = self.reason or signal.Signals(number).name
+        os.environ[STOP] = self.reason  # for ranks that do not exist yet
         for child in psutil.Process().children():
             child.send_signal(signal.SIGKILL if again else number)
 

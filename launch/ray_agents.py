@@ -17,12 +17,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from specdist_launch.meeting import free_port
-from specdist_launch.ray_hosts import Place
-
 from specdist.contract import Attempt
 from specdist.errors import UserError
 from specdist.stop import STOP_SIGNALS
+from specdist_launch.meeting import free_port
+from specdist_launch.ray_hosts import Place
 
 _LISTEN_S = 1.0
 """Ray's waits do not hear signals, so they are cut into slices of this length."""

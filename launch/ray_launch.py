@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING
 from specdist.errors import ConfigError, UserError
 
 if TYPE_CHECKING:  # light at import: `specdist --help` answers at once
-    from specdist_launch.ray_hosts import Place
-
     from specdist.contract import Attempt
     from specdist.job import JobConfig
+    from specdist_launch.ray_hosts import Place
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,12 +49,11 @@ def main(args: argparse.Namespace) -> int:
     if not _join_cluster(args):
         return _train_here(args)
 
+    from specdist.job import examine, load_job
+    from specdist.run_dir import RunDirectory
     from specdist_launch.ray_agents import Stop, run_agents
     from specdist_launch.ray_hosts import choose_shape, gpu_hosts, reserve
     from specdist_launch.supervise import new_job, supervise
-
-    from specdist.job import examine, load_job
-    from specdist.run_dir import RunDirectory
 
     job = load_job([w for w in args.config if "=" not in w], [w for w in args.config if "=" in w])
     examine(job)

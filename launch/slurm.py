@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING
 from specdist.errors import ConfigError
 
 if TYPE_CHECKING:  # light at import: `specdist --help` answers at once
-    from specdist_launch.slurm_script import Place
-
     from specdist.contract import Role
     from specdist.job import JobConfig
+    from specdist_launch.slurm_script import Place
 
 OPTIONS = {
     "--nodes": ("slurm.nodes", "N", "nodes of the job (default 1)"),
@@ -54,12 +53,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from specdist_launch.slurm_cluster import check_fits, node_kinds, submit
-    from specdist_launch.slurm_script import render
-
     from specdist import config
     from specdist.job import examine, load_job
     from specdist.run_dir import RunDirectory
+    from specdist_launch.slurm_cluster import check_fits, node_kinds, submit
+    from specdist_launch.slurm_script import render
 
     files = [word for word in args.config if "=" not in word]
     overrides = [word for word in args.config if "=" in word] + as_overrides(args)
@@ -90,9 +88,8 @@ def as_overrides(args: argparse.Namespace) -> list[str]:
 
 def check_ranks(job: JobConfig) -> None:
     """Raise ConfigError where the job's ranks cannot be divided as it asks on the nodes it asks for."""
-    from specdist_launch.local import ranks_per_node
-
     from specdist.job import topology
+    from specdist_launch.local import ranks_per_node
 
     slurm = job.launch.slurm
     roles: list[Role | None] = ["target", "draft"] if slurm.heterogeneous else [None]

@@ -55,10 +55,9 @@ class Host:
 
 
 def main(args: argparse.Namespace) -> int:
-    from specdist_launch.supervise import new_job, supervise
-
     from specdist.job import examine, load_job
     from specdist.run_dir import RunDirectory
+    from specdist_launch.supervise import new_job, supervise
 
     files = [word for word in args.config if "=" not in word]
     overrides = [word for word in args.config if "=" in word]
@@ -70,7 +69,12 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(plain_torchrun(hosts, args.master_port, files, overrides)))
         return 0
-    return supervise(lambda attempt: run_agents(hosts, args.master_port, attempt, args.config), job_id, args.retries)
+    asked: list[int] = []
+
+    def start(attempt: Attempt) -> int:
+        return run_agents(hosts, args.master_port, attempt, args.config, asked)
+
+    return supervise(start, job_id, args.retries, lambda: bool(asked))
 
 
 def find_hosts(args: argparse.Namespace, job: JobConfig) -> list[Host]:
@@ -134,20 +138,22 @@ def agent_command(hosts: Sequence[Host], number: int, port: int, attempt: Attemp
     return [sys.executable, "-m", "specdist_launch.agent", *map(str, words)]
 
 
-def run_agents(hosts: Sequence[Host], port: int, attempt: Attempt, config: Sequence[str]) -> int:
+def run_agents(hosts: Sequence[Host], port: int, attempt: Attempt, config: Sequence[str], asked: list[int]) -> int:
     """Run one agent on each host and wait for all of them; returns the leader's exit status.
 
     SIGINT and SIGTERM are passed on to the agents through their standard input, which also ends them when this process
-    or the connection does. A host that ssh does not reach is named, and the others are stopped.
+    or the connection does; they are noted in `asked`. A host that ssh does not reach is named, and the others are
+    stopped.
     """
     commands = [agent_command(hosts, number, port, attempt, config) for number in range(len(hosts))]
     agents = [_start(host.name, command) for host, command in zip(hosts, commands, strict=True)]
 
-    def stop(number: int, frame: FrameType | None = None) -> None:
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         for agent in agents:
             _tell(agent, number)
 
-    earlier = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    earlier = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number, agent in enumerate(agents):
         threading.Thread(target=_await_end, args=(agent, number, ended), daemon=True).start()
@@ -156,7 +162,8 @@ def run_agents(hosts: Sequence[Host], port: int, attempt: Attempt, config: Seque
             number = ended.get()
             if agents[number].returncode == _SSH_FAILED:
                 print(f"specdist: {hosts[number].name}: ssh did not reach it, or lost it (see above)", file=sys.stderr)
-                stop(signal.SIGTERM)
+                for agent in agents:
+                    _tell(agent, signal.SIGTERM)
     finally:
         for signal_number, handler in earlier.items():
             signal.signal(signal_number, handler)

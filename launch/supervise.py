@@ -6,9 +6,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from specdist_launch.verdict import AGAIN
-
 from specdist.contract import Attempt
+from specdist_launch.verdict import AGAIN
 
 
 def supervise(

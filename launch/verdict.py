@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdist_launch.config import LaunchConfig
-
 from specdist.attempts import AttemptRecord, Failure, attempts
 from specdist.errors import UserError
+from specdist_launch.config import LaunchConfig
 
 DONE, GIVE_UP, USER_ERROR, AGAIN = 0, 1, 2, 75
 """Exit statuses; 75 is sysexits' EX_TEMPFAIL."""

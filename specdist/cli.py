@@ -143,11 +143,11 @@ def _split(values: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _train(args: argparse.Namespace) -> int:
     import torch
-    from specdist_launch.local import start, world_size
 
     from specdist.job import examine, load_job
     from specdist.prompts.prepare import prepare
     from specdist.run_dir import RunDirectory
+    from specdist_launch.local import start, world_size
 
     files, overrides = _split(args.config)
     job = load_job(files, overrides)
@@ -162,11 +162,10 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from specdist_launch.local import world_size
-
     from specdist.channel.config import parse_bytes
     from specdist.job import load_job
     from specdist.plan import make_plan, nodes_of_roles, render
+    from specdist_launch.local import world_size
 
     job = load_job(*_split(args.config))
     roles: list[Role] = []

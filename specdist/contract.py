@@ -19,8 +19,8 @@ from specdist.errors import ConfigError, WorldError
 
 Role = Literal["target", "draft"]
 
-JOB, RESTART, DEADLINE, NODE_ROLE, HOST = (
-    f"SPECDIST_{name}" for name in ("JOB", "RESTART", "DEADLINE", "NODE_ROLE", "HOST")
+JOB, RESTART, DEADLINE, NODE_ROLE, HOST, STOP = (
+    f"SPECDIST_{name}" for name in ("JOB", "RESTART", "DEADLINE", "NODE_ROLE", "HOST", "STOP")
 )
 
 
@@ -107,6 +107,11 @@ class Attempt:
     def directory(self, run_dir: Path) -> Path:
         """Where this attempt's logs, its failure.json and its outcome.json are."""
         return run_dir / "logs" / self.name
+
+
+def stop_asked() -> str | None:
+    """The signal that asked the launcher to stop before this rank existed; nobody could pass it on."""
+    return os.environ.get(STOP)
 
 
 def _run_id(env: Mapping[str, str]) -> str | None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from omegaconf import MISSING
-from specdist_launch.config import LaunchConfig
 
 from specdist import config
 from specdist.channel.config import ChannelConfig, parse_bytes
@@ -35,6 +34,7 @@ from specdist.target.config import TargetConfig
 from specdist.target.facts import TargetFacts, check, compute_dtype, describe
 from specdist.topology import Topology, WorldConfig
 from specdist.trainer import TrainConfig
+from specdist_launch.config import LaunchConfig
 
 
 @dataclass(frozen=True)

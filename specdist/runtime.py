@@ -20,7 +20,7 @@ from torch import Tensor
 
 from specdist import job as jobs
 from specdist.attempts import AttemptRecord, Failure, Started
-from specdist.contract import Attempt, RankFacts, local_address
+from specdist.contract import Attempt, RankFacts, local_address, stop_asked
 from specdist.control.client import ControlClient
 from specdist.control.server import ControlServer
 from specdist.control.wire import new_token
@@ -81,6 +81,8 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
         _introduce(job, topology, job_facts, prompts, itinerary)
     groups = make_groups(topology, world, jobs.transport(job, world.device), job.world.wait_timeout_s)
     stop = StopFlag(start.attempt.deadline, job.launch.stop_before_end_s)
+    if (reason := stop_asked()) is not None:
+        stop.request(reason)
     with _control_plane(job, job_facts, world, topology, itinerary, start, stop) as client:
         stop.install()  # before the control plane is up nobody could be told, and there is nothing to save
         rank = Rank(job, job_facts, world, topology, groups, run_dir, prompts, itinerary, client, stop, start.record)

@@ -24,9 +24,9 @@ def main(args: argparse.Namespace) -> int:
 
 def _start(files: list[str], overrides: list[str], ranks: int | None) -> int:
     import torch
-    from specdist_launch.local import start, world_size
 
     from specdist.job import load_job
+    from specdist_launch.local import start, world_size
 
     job = load_job(files, overrides)
     devices = 0 if job.world.device == "cpu" else torch.cuda.device_count()

@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from specdist_launch.network import interface_towards
 
 import specdist
 from specdist import config
@@ -25,6 +24,7 @@ from specdist.doctor.kernel_log import Xid, read_xids
 from specdist.doctor.nvml import GpuFacts, NvmlFacts, read_gpus
 from specdist.doctor.storage import Storage
 from specdist.job import JobConfig
+from specdist_launch.network import interface_towards
 
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
 """The kernel's PROC_PID_INIT_INO: where process ids are the host's own."""

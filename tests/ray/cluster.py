@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from specdist_launch.meeting import free_port
 
+from specdist_launch.meeting import free_port
 from tests.distributed.worlds import ROOT
 
 VENV = ROOT / ".venv-ray"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from specdist_launch.meeting import free_port
 
+from specdist_launch.meeting import free_port
 from tests.ray.cluster import SECOND, Cluster, python_with_ray, running_cluster
 from tests.tiny import make_config, make_conversations, make_target
 

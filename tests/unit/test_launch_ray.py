@@ -9,6 +9,10 @@ import subprocess
 import sys
 
 import pytest
+
+from specdist import cli
+from specdist.contract import Attempt
+from specdist.errors import ConfigError, UserError
 from specdist_launch import ray_agents, ray_hosts
 from specdist_launch.ray_agents import Begun, Ended, Stop, agent_commands, agent_environment, host_names, run_agent
 from specdist_launch.ray_hosts import (
@@ -25,10 +29,6 @@ from specdist_launch.ray_hosts import (
 from specdist_launch.ray_launch import read_environment
 from specdist_launch.supervise import supervise
 from specdist_launch.verdict import AGAIN
-
-from specdist import cli
-from specdist.contract import Attempt
-from specdist.errors import ConfigError, UserError
 
 
 def host(address: str, gpus: int = 8, name: str = "") -> GpuHost:

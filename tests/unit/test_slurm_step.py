@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import pytest
-from specdist_launch.slurm_step import FIRST_PORT, PORTS, expand_hostlist, meeting_port, read_step
 
 from specdist.errors import WorldError
+from specdist_launch.slurm_step import FIRST_PORT, PORTS, expand_hostlist, meeting_port, read_step
 
 PLAIN = {
     "SLURMD_NODENAME": "n2", "SLURM_CPUS_ON_NODE": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "17",
