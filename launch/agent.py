@@ -58,16 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     files = [word for word in args.config if "=" not in word]
     overrides = [word for word in args.config if "=" in word]
-    try:
+    arguments = ["-m", args.module, *(part for file in files for part in ("--config", file)), *overrides]
+    with StopForwarding() as stop:
         if args.stdin:
             threading.Thread(target=_obey_stdin, name="specdist-stdin", daemon=True).start()
-        job = load_job(files, overrides)
-        place, attempt = _slurm_place(job, args) if args.slurm else _place(args)
-        arguments = ["-m", args.module, *(part for file in files for part in ("--config", file)), *overrides]
-        return Agent(job, place, attempt, args.launcher).run(args.module, arguments)
-    except UserError as error:
-        print(f"specdist: {error}", file=sys.stderr)
-        return 2
+        try:
+            job = load_job(files, overrides)
+            place, attempt = _slurm_place(job, args) if args.slurm else _place(args)
+            return Agent(job, place, attempt, args.launcher).run(args.module, arguments, stop)
+        except UserError as error:
+            print(f"specdist: {error}", file=sys.stderr)
+            return 2
 
 
 class Agent:
@@ -78,23 +79,20 @@ class Agent:
         self._run_dir = Path(job.run.dir)
         self._record = AttemptRecord(attempt.directory(self._run_dir))
 
-    def run(self, module: str, arguments: Sequence[str]) -> int:
+    def run(self, module: str, arguments: Sequence[str], stop: StopForwarding) -> int:
         """Returns the exit status: on node 0 the verdict's (see verdict.py), elsewhere 0 unless nobody knows why."""
-        me = Node(self._place.number, self._place.host, self._place.ranks)
-        kept = module == TRAIN
-        with StopForwarding() as stop:
-            try:
-                place, limit = self._place, self._job.launch.meet_timeout_s
-                meeting = meet(me, place.nodes, place.leader, limit, place.hosts, stop.check)
-                stop.check()
-            except Dismissed as error:
-                return self._leave_early(str(error), kept)
-            except UserError as error:
-                return self._not_met(error, kept)
-            if me.number == 0 and kept:
-                self._record.begin(self._started(meeting))
-            address = self._place.leader[0]
-            failed = run_ranks(meeting, me.number, address, self._attempt.name, arguments, self._environment())
+        place, kept = self._place, module == TRAIN
+        me, limit = Node(place.number, place.host, place.ranks), self._job.launch.meet_timeout_s
+        try:
+            meeting = meet(me, place.nodes, place.leader, limit, place.hosts, stop.check)
+            stop.check()
+        except Dismissed as error:
+            return self._leave_early(str(error), kept)
+        except UserError as error:
+            return self._not_met(error, kept)
+        if me.number == 0 and kept:
+            self._record.begin(self._started(meeting))
+        failed = run_ranks(meeting, me.number, place.leader[0], self._attempt.name, arguments, self._environment())
         self._tell(failed)
         if not kept:
             return GIVE_UP if failed else 0

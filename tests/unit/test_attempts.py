@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept of every start of a job, and what is made of it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from specdist.attempts import AttemptRecord, Ending, Failure, Started, attempts
+from specdist.contract import Attempt
+from specdist.errors import ConfigError, WorldError
+from specdist_launch.config import LaunchConfig
+from specdist_launch.verdict import AGAIN, DONE, GIVE_UP, USER_ERROR, judge
+
+CONFIG = LaunchConfig(retries=2)
+ERROR = Failure("error", "index out of range", 3, "draft dp 1 cp 0", "b", 40, "training", "IndexError", "Traceback ...")
+LOST = Failure("lost", "the connection to it is lost", 0, "target replica 0 tp 0", "a", 40)
+
+
+class History:
+    """Attempts of a run, written one after the other."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir, self.restart = run_dir, -1
+
+    def add(self, end: Ending | Failure | None, step: int = 0) -> History:
+        self.restart += 1
+        record = AttemptRecord(Attempt("17", self.restart).directory(self.run_dir))
+        record.begin(Started("slurm", ("a", "b"), 4, step, time=float(self.restart)))
+        if isinstance(end, Ending):
+            record.end(end)
+        elif end is not None:
+            record.fail(end)
+        return self
+
+    def verdict(self) -> tuple[int, str]:
+        found = judge(self.run_dir, CONFIG)
+        return found.status, found.words
+
+
+def test_records_come_back_as_they_were_and_in_order(tmp_path: Path) -> None:
+    history = History(tmp_path).add(LOST).add(None, step=10).add(Ending("finished", 50), step=10)
+    records = attempts(tmp_path)
+    assert [record.name for record in records] == ["17.0", "17.1", "17.2"]
+    assert records[0].failure() == LOST
+    assert (records[1].failure(), records[1].ending()) == (None, None)
+    ending, started = records[2].ending(), records[2].started()
+    assert ending is not None
+    assert started is not None
+    assert (ending.state, ending.step, started.hosts, started.step) == ("finished", 50, ("a", "b"), 10)
+    assert history.verdict() == (DONE, "finished at step 50")
+
+
+def test_only_the_first_failure_is_kept_whoever_writes_at_once(tmp_path: Path) -> None:
+    record, first = AttemptRecord(tmp_path / "17.0"), []
+    together = threading.Barrier(8)
+
+    def write(rank: int) -> None:
+        together.wait()
+        if record.fail(replace(ERROR, rank=rank, host=f"h{rank}")):
+            first.append(rank)
+
+    threads = [threading.Thread(target=write, args=(rank,)) for rank in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(first) == 1
+    kept = record.failure()
+    assert kept is not None
+    assert kept.rank == first[0]
+    assert [path.name for path in record.directory.iterdir()] == ["failure.json"]
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "words"),
+    [
+        (Ending("finished", 50), DONE, "finished at step 50"),
+        (Ending("stopped", 30, "SIGUSR2 on rank 1"), AGAIN, "stopped at step 30 (SIGUSR2 on rank 1)"),
+        (Ending("stopped", 30, "the end of the time limit"), AGAIN, "the end of the time limit"),
+        (Ending("stopped", 30, "SIGINT on rank 0"), DONE, "by Ctrl-C"),
+        (Failure("input", "unknown key 'x'"), USER_ERROR, "not started again: unknown key"),
+        (ERROR, AGAIN, "try 1 of 2 (kind: error)"),
+        (LOST, AGAIN, "try 1 of 2 (kind: lost)"),
+        (None, AGAIN, "it vanished"),
+    ],
+)
+def test_what_an_attempt_left_behind_is_told_apart(tmp_path: Path, end, status: int, words: str) -> None:
+    found, said = History(tmp_path).add(end).verdict()
+    assert found == status
+    assert words in said
+
+
+def test_the_same_error_at_the_same_step_is_not_tried_again(tmp_path: Path) -> None:
+    assert History(tmp_path / "same").add(ERROR).add(ERROR).verdict()[0] == GIVE_UP
+    assert "the same error at the same step" in History(tmp_path / "words").add(ERROR).add(ERROR).verdict()[1]
+    later, other = replace(ERROR, step=41), replace(ERROR, exception="KeyError")
+    assert History(tmp_path / "later").add(ERROR).add(later).verdict()[0] == AGAIN
+    assert History(tmp_path / "other").add(ERROR).add(other).verdict()[0] == AGAIN
+    assert History(tmp_path / "lost").add(LOST).add(LOST).verdict()[0] == AGAIN  # a host may well be lost twice
+
+
+def test_retries_are_bounded_but_progress_counts_anew_and_preemptions_not_at_all(tmp_path: Path) -> None:
+    assert History(tmp_path / "bounded").add(LOST).add(LOST).add(LOST).verdict()[0] == GIVE_UP
+    progress = History(tmp_path / "progress").add(LOST).add(LOST).add(LOST, step=10)
+    assert progress.verdict() == (AGAIN, "to be started again, try 1 of 2 (kind: lost): the connection to it is lost")
+    stop = Ending("stopped", 0, "SIGTERM on rank 0")
+    preempted = History(tmp_path / "preempted").add(LOST).add(stop).add(stop).add(LOST)
+    assert "try 2 of 2" in preempted.verdict()[1]
+    assert preempted.add(stop).add(LOST).verdict()[0] == GIVE_UP
+
+
+def test_a_job_that_left_nothing_failed_before_its_ranks(tmp_path: Path) -> None:
+    assert judge(tmp_path, CONFIG).status == GIVE_UP
+
+
+def raised(error: BaseException) -> BaseException:
+    with pytest.raises(type(error)) as caught:
+        raise error
+    return caught.value
+
+
+def test_failures_are_classed_by_their_exceptions() -> None:
+    defect = Failure.of(raised(KeyError("no_such")), 2, "b")
+    assert (defect.kind, defect.rank, defect.exception) == ("error", 2, "KeyError")
+    assert 'raised(KeyError("no_such"))' not in defect.traceback
+    assert "raise error" in defect.traceback
+    assert Failure.of(raised(torch.AcceleratorError("CUDA error: an illegal access", 700)), 2, "b").kind == "device"
+    wrong = Failure.of(raised(ConfigError("draft.dp is at least 1")), 2, "b")
+    assert (wrong.kind, wrong.traceback) == ("input", "")
+    gone = Failure.of(raised(WorldError("rank 0 is gone", culprit=0)), 2, "b")
+    assert (gone.kind, gone.rank, gone.host) == ("lost", 0, "")
+    apart = Failure.of(raised(WorldError("3 ranks missing")), 2, "b")
+    assert (apart.kind, apart.rank) == ("world", -1)
+
+
+def test_the_block_on_the_terminal_names_who_when_and_what(tmp_path: Path) -> None:
+    block = ERROR.render(tmp_path / "failure.json").splitlines()
+    assert block[0] == "specdist: rank 3 (draft dp 1 cp 0, host b): IndexError: index out of range"
+    assert "  step     40" in block
+    assert "  doing    training" in block
+    assert "  Traceback ..." in block
+    assert str(tmp_path / "failure.json") in block[-1]
+    assert Failure("world", "3 ranks missing").render(tmp_path).startswith("specdist: 3 ranks missing\n")
+    lost_host = Failure("lost", "ended without a word", host="n2").render(tmp_path)
+    assert lost_host.startswith("specdist: host n2: ended without a word\n")
+
+
+def test_attempts_of_one_job_have_directories_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_END_TIME", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    attempt = Attempt("17", 2, 1234.5)
+    for name, value in attempt.environment().items():
+        monkeypatch.setenv(name, value)
+    assert Attempt.from_environment() == attempt
+    assert attempt.directory(tmp_path) == tmp_path / "logs/17.2"
+    for name in attempt.environment():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's default, which all runs share
+    assert Attempt.from_environment().job.startswith("pid")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert Attempt.from_environment() == Attempt("abc", 1)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hosts and commands of `specdist launch torchrun`, without starting anything."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+from specdist.contract import Attempt
+from specdist.errors import ConfigError, UserError
+from specdist.job import JobConfig, RunConfig
+from specdist_launch.ssh import Host, agent_command, find_hosts, plain_torchrun, read_hostfile
+
+HOSTS = [Host("gpu1", 4), Host("gpu2", 2)]
+
+
+def test_plain_torchrun_commands_are_what_was_agreed() -> None:
+    lines = plain_torchrun(HOSTS, 29400, ["configs/my run.yaml"], ["prompts.files=[a b.jsonl]"])
+    assert lines == [
+        "# on gpu1\ntorchrun --nnodes 2 --node-rank 0 --nproc-per-node 4 --master-addr gpu1 --master-port 29400 "
+        "-m specdist.train --config 'configs/my run.yaml' 'prompts.files=[a b.jsonl]'",
+        "# on gpu2\ntorchrun --nnodes 2 --node-rank 1 --nproc-per-node 2 --master-addr gpu1 --master-port 29400 "
+        "-m specdist.train --config 'configs/my run.yaml' 'prompts.files=[a b.jsonl]'",
+    ]
+
+
+def test_every_agent_knows_its_place() -> None:
+    command = agent_command(HOSTS, 1, 29400, Attempt("ssh-1", 2), ["x.yaml", "run.seed=1"])
+    assert command[:3] == [sys.executable, "-m", "specdist_launch.agent"]
+    said = " ".join(command[3:])
+    assert said == (
+        "--nodes 2 --node-rank 1 --nproc-per-node 2 --host gpu2 --hosts gpu1,gpu2 --master gpu1:29400 --job ssh-1 "
+        "--restart 2 --launcher ssh --stdin x.yaml run.seed=1"
+    )
+
+
+def test_a_hostfile_is_what_mpi_and_deepspeed_write(tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("# all of them\ngpu1 slots=4\n\ngpu2   # as many as the config says\n")
+    assert read_hostfile(str(file)) == [("gpu1", 4), ("gpu2", None)]
+    for line in ("gpu1 slots=0", "gpu1 slots=four", "gpu1 4", "gpu1 slots=1 max_slots=2"):
+        file.write_text(f"gpu0\n{line}\n")
+        with pytest.raises(ConfigError, match=f"hosts:2: a line is NAME or NAME slots=N, not '{line}'"):
+            read_hostfile(str(file))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_hostfile(str(tmp_path / "none"))
+
+
+def words(**given: object) -> argparse.Namespace:
+    return argparse.Namespace(**({"hosts": None, "hostfile": None, "nproc_per_node": None} | given))
+
+
+def test_ranks_are_divided_among_hosts_or_given(tmp_path: Path) -> None:
+    job = JobConfig(run=RunConfig(dir="x"))
+    assert find_hosts(words(hosts="a,b", nproc_per_node=3), job) == [Host("a", 3), Host("b", 3)]
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=2\n")
+    assert find_hosts(words(hostfile=str(tmp_path / "hosts")), job) == [Host("a", 1), Host("b", 2)]
+    with pytest.raises(UserError, match="give the hosts of the job"):
+        find_hosts(words(), job)
+    with pytest.raises(UserError, match="hosts named twice: a"):
+        find_hosts(words(hosts="a,b,a"), job)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agents of a job's nodes meet, and name those that do not come."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from specdist.errors import Dismissed, UserError, WorldError
+from specdist_launch.meeting import Meeting, Node, free_port, meet
+from specdist_launch.network import interface_towards
+
+HOSTS = ("a", "b", "c")
+
+
+def meet_all(present: Sequence[int], timeout_s: float, delay_s: float = 0.0) -> dict[int, Meeting | UserError]:
+    """Let the agents of `present` nodes meet, each in a thread; the leader comes `delay_s` later than the others."""
+    leader, found = ("127.0.0.1", free_port()), dict[int, Meeting | UserError]()
+
+    def agent(number: int) -> None:
+        if number == 0:
+            time.sleep(delay_s)
+        try:
+            found[number] = meet(Node(number, HOSTS[number], number + 1), len(HOSTS), leader, timeout_s, HOSTS)
+        except UserError as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=agent, args=(number,)) for number in present]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_all_learn_of_all_nodes_in_order_whoever_comes_first() -> None:
+    found = meet_all((0, 1, 2), 60.0, delay_s=1.0)
+    meeting = found[0]
+    assert isinstance(meeting, Meeting)
+    assert meeting.nodes == (Node(0, "a", 1), Node(1, "b", 2), Node(2, "c", 3))
+    assert meeting.ranks == 6
+    assert found == {0: meeting, 1: meeting, 2: meeting}
+    with socket.socket() as port:  # torchrun's port is free
+        port.bind(("127.0.0.1", meeting.port))
+
+
+def test_everyone_learns_who_is_missing() -> None:
+    found = meet_all((0, 2), 3.0)
+    for number in (0, 2):
+        error = found[number]
+        assert isinstance(error, WorldError)
+        assert "1 of 3 nodes did not come to the meeting within 3 s (launch.meet_timeout_s): b. Present: a, c" in str(
+            error
+        )
+
+
+def test_without_a_leader_the_wait_is_bounded() -> None:
+    error = meet_all((1,), 2.0)[1]
+    assert isinstance(error, WorldError)
+    assert "node 1 (b): the meeting of the job's nodes at 127.0.0.1:" in str(error)
+    assert "did not answer within 2 s" in str(error)
+
+
+def test_one_node_meets_nobody() -> None:
+    assert meet(Node(0, "a", 4), 1, ("nowhere.invalid", 0), 0.1).ranks == 4
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_stop_ends_the_wait(number: int) -> None:
+    began = time.monotonic()
+
+    def check() -> None:
+        if time.monotonic() - began > 0.5:
+            raise Dismissed("SIGTERM")
+
+    with pytest.raises(Dismissed):
+        meet(Node(number, "a", 1), 2, ("127.0.0.1", free_port()), 120.0, check=check)
+    assert time.monotonic() - began < 30.0
+
+
+def test_this_host_needs_no_interface() -> None:
+    assert interface_towards("127.0.0.1", 1) is None

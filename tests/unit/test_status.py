@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run is, told from its files; and what rank 0 says while nothing happens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from specdist.attempts import AttemptRecord, Ending, Failure, Started
+from specdist.checkpoint import Progress
+from specdist.contract import Attempt
+from specdist.control.messages import Statistics
+from specdist.control.peers import Peers, Phase
+from specdist.errors import ConfigError
+from specdist.itinerary import Itinerary
+from specdist.observer import RunObserver
+from specdist.records import Cursor
+from specdist.status import Status, describe
+from specdist.topology import Topology
+
+NOW = 1_000_000.0
+ATTEMPT = Attempt("17", 1, deadline=NOW + 3600)
+COUNTS = Statistics(elapsed_s=100.0, replicas=1, dispatched=9, delivered=7, released=5, computing=1, queued=1)
+TOPOLOGY = Topology("split", ("a", "a", "b"), ((0,),), ((1,), (2,)), 2)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").write_text("run: {dir: x}\n")
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path
+
+
+def write(run_dir: Path, step_s: float = 2.0, **changes: object) -> AttemptRecord:
+    record = AttemptRecord(ATTEMPT.directory(run_dir))
+    record.begin(Started("slurm", ("a", "b"), 3, time=NOW - 100))
+    settings: dict[str, object] = {
+        "attempt": ATTEMPT.name, "deadline": ATTEMPT.deadline, "hosts": ("a", "a", "b"), "started": True,
+        "step": 40, "total_steps": 100, "statistics": COUNTS,
+        "phases": (Phase("draft", "training on item N", 2, 1, "a", 0.5),), "time": NOW - 3,
+    }  # fmt: skip
+    status = Status(**(settings | changes))  # type: ignore[arg-type]
+    (run_dir / "status.json").write_text(json.dumps(asdict(status)))
+    figures = {"loss": 1.5, "tokens_per_s": 4000.0, "step_s": step_s, "draft_wait": 0.3, "target_wait": 0.0}
+    (run_dir / "metrics.jsonl").write_text(json.dumps({"step": 40, **figures}) + '\n{"step": 41, "lo')
+    return record
+
+
+def test_a_run_that_trains_tells_step_queues_balance_and_time(run_dir: Path) -> None:
+    write(run_dir)
+    said = describe(run_dir, NOW)
+    assert "training, attempt 17.1 on a, b; as of 3 s ago" in said
+    assert "40 of 100 (40%), 2.00 s a step, 120 s to go".replace("120 s", "2 min") in said
+    assert "the time limit is in 60 min" in said
+    assert "saved and started again" not in said
+    assert "loss 1.5, 4,000 tokens/s" in said
+    assert "the draft side starves: draft ranks waited 30%" in said
+    assert "1 queued and 1 computing at the targets, 2 before the draft" in said
+    assert "2 draft ranks: training on item N (rank 1, 0 s)" in said
+    assert "checkpoint  none yet" in said
+
+
+def test_a_run_longer_than_its_time_limit_says_so(run_dir: Path) -> None:
+    write(run_dir, step_s=200.0)
+    assert "it will be saved and started again" in describe(run_dir, NOW)
+
+
+def test_the_end_of_an_attempt_outlives_its_status(run_dir: Path) -> None:
+    write(run_dir).end(Ending("stopped", 44, "SIGUSR2 on rank 1"))
+    said = describe(run_dir, NOW)
+    assert said.startswith(f"{run_dir}: stopped at step 44 (SIGUSR2 on rank 1)")
+    assert "queues" not in said
+
+
+def test_a_failure_is_named(run_dir: Path) -> None:
+    record = write(run_dir)
+    record.fail(Failure("lost", "the connection to it is lost\nmore", 0, "target replica 0 tp 0", "a", 40))
+    said = describe(run_dir, NOW)
+    assert "failed in attempt 17.1: rank 0 (target replica 0 tp 0, host a): the connection to it is lost (see" in said
+
+
+def test_silence_and_a_new_attempt_are_not_taken_for_training(run_dir: Path) -> None:
+    write(run_dir, time=NOW - 300)
+    assert "silent: was training, but rank 0 has written nothing for 5 min" in describe(run_dir, NOW)
+    AttemptRecord(Attempt("17", 2).directory(run_dir)).begin(Started("slurm", ("a", "b"), 3, time=NOW - 1))
+    said = describe(run_dir, NOW)
+    assert "attempt 17.2 is starting: its ranks have not met yet" in said
+    assert "before this one: 17.1 vanished" in said
+
+
+def test_any_other_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no run directory"):
+        describe(tmp_path)
+
+
+def observer(run_dir: Path) -> RunObserver:
+    progress = Progress(10, 10, Cursor(0, 0), "prompts")
+    itinerary = Itinerary(progress, None, 100, 100)
+    return RunObserver(run_dir / "status.json", AttemptRecord(run_dir / "logs/17.1"), ATTEMPT, itinerary, began=0.0)
+
+
+def test_a_silent_start_says_what_the_ranks_do_less_and_less_often(run_dir: Path, capsys) -> None:
+    watcher, peers = observer(run_dir), Peers(TOPOLOGY, 0.0)
+    for rank in range(3):
+        peers.join(rank, 100 + rank)
+        peers.note_phase(rank, "loading the target" if rank == 0 else "building the draft 7", 1.0, -1)
+    told = []
+    for second in range(0, 100, 5):
+        watcher.pulse(peers, Statistics(), False, float(second))
+        if words := capsys.readouterr().err:
+            told.append((second, words))
+    assert [second for second, _ in told] == [20, 40, 80]
+    assert (
+        "starting, 20 s: 1 target rank loading the target (rank 0 on a for 19 s); 2 draft ranks building the"
+        in told[0][1]
+    )
+    status = Status.from_json((run_dir / "status.json").read_text())
+    assert (status.step, status.total_steps, status.started, status.attempt) == (10, 100, False, "17.1")
+    assert {(phase.what, phase.count) for phase in status.phases} == {
+        ("loading the target", 1),
+        ("building the draft N", 2),
+    }
+
+
+def test_progress_ends_the_silence(run_dir: Path, capsys) -> None:
+    watcher, peers = observer(run_dir), Peers(TOPOLOGY, 0.0)
+    peers.join(1, 101)
+    for second in range(0, 60, 5):
+        peers.note_phase(1, "training", float(second), 10 + second // 15)
+        watcher.pulse(peers, Statistics(), True, float(second))
+    assert capsys.readouterr().err == ""
+    watcher.pulse(peers, Statistics(), True, 90.0)
+    assert "no step done for" in capsys.readouterr().err
+    assert Status.from_json((run_dir / "status.json").read_text()).step == 13
+
+
+def test_the_first_failure_is_recorded_and_shown_once(run_dir: Path, capsys) -> None:
+    watcher = observer(run_dir)
+    watcher.failed(Failure("error", "first", 1, "draft dp 0 cp 0", "a", exception="KeyError", traceback="Traceback"))
+    watcher.failed(Failure("error", "second", 2, "draft dp 1 cp 0", "b"))
+    said = capsys.readouterr().err
+    assert "KeyError: first" in said
+    assert "second" not in said
