@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start a world on hosts without a batch system: `specdist launch torchrun`, and `specdist train --hosts`.
+"""Start a world on hosts without a batch system: `specdist train --hosts`, and `specdist launch torchrun`.
 
-One agent a host, over ssh, in the same directory as here, with this Python. `--dry-run` prints the commands, and plain
-torchrun ones beside them, for those who start their own agents.
+One agent a host, over ssh, in the same directory as here, with this Python. `--dry-run` prints plain torchrun commands
+instead, for those who start their own agents.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ _SSH_FAILED = 255
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hosts", metavar="A,B", help="host names, in rank order; the first one leads")
     parser.add_argument("--hostfile", metavar="FILE", help="one host a line: NAME, or NAME slots=RANKS")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="with --dry-run: hosts called node0, ...")
     parser.add_argument("--nproc-per-node", type=int, metavar="P", help="ranks of each host (default: divide them)")
     parser.add_argument("--master-port", type=int, default=29400, metavar="PORT", help="of the first host (29400)")
-    parser.add_argument("--retries", type=int, default=0, metavar="N", help="starts after a failure (default 0)")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands instead of running them")
+    parser.add_argument("--retries", type=int, default=0, metavar="N", help="more starts after a failure (default 0)")
+    parser.add_argument("--dry-run", action="store_true", help="print torchrun commands instead of running anything")
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,16 @@ def find_hosts(args: argparse.Namespace, job: JobConfig) -> list[Host]:
     """The hosts of --hosts or --hostfile with their ranks."""
     from specdist_launch.local import ranks_per_node
 
-    if (args.hosts is None) == (args.hostfile is None):
-        raise UserError("give the hosts of the job: --hosts h1,h2 or --hostfile FILE")
-    found = [(name, None) for name in args.hosts.split(",") if name] if args.hosts else read_hostfile(args.hostfile)
+    if args.hosts is not None and args.hostfile is not None:
+        raise UserError("give --hosts or --hostfile, not both")
+    if args.hostfile is not None:
+        found = read_hostfile(args.hostfile)
+    elif args.hosts is not None:
+        found = [(name, None) for name in args.hosts.split(",") if name]
+    elif args.dry_run:
+        found = [(f"node{number}", None) for number in range(args.nodes)]
+    else:
+        raise UserError("give the hosts of the job: --hosts h1,h2 or --hostfile FILE (--dry-run needs none)")
     if not found:
         raise UserError(f"no hosts in {args.hostfile or '--hosts'}")
     names = [name for name, _ in found]
@@ -121,6 +129,8 @@ def read_hostfile(path: str) -> list[tuple[str, int | None]]:
 def plain_torchrun(hosts: Sequence[Host], port: int, files: Sequence[str], overrides: Sequence[str]) -> list[str]:
     """The torchrun command of each host, for those who start their own agents."""
     words = ["-m", "specdist.train", *(part for file in files for part in ("--config", file)), *overrides]
+    if len(hosts) == 1:
+        return [shlex.join(["torchrun", "--standalone", "--nproc-per-node", str(hosts[0].ranks), *words])]
     lines = []
     for number, host in enumerate(hosts):
         place = ["--nnodes", str(len(hosts)), "--node-rank", str(number), "--nproc-per-node", str(host.ranks)]

@@ -54,17 +54,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="files, then overrides")
         return sub
 
-    train = command("train", "Train a draft on this machine: tokenise, start the ranks, export, evaluate.")
-    train.add_argument(
-        "--nproc-per-node", type=int, metavar="N", help="ranks to start (default: what the config needs)"
-    )
-    train.add_argument(
-        "--retries",
-        type=int,
-        default=0,
-        metavar="N",
-        help="more starts after a failure that they may mend (default 0)",
-    )
+    train = command("train", "Train a draft, here or on hosts over ssh: tokenise, start the ranks, export, evaluate.")
+    importlib.import_module("specdist_launch.ssh").arguments(train)
     _add_launch(commands)
     status = command("status", "Tell where a run is: phase, step, queues, starved side, time to go.", config=False)
     status.add_argument("run_dir", metavar="RUN_DIR", help="the run.dir of a job")
@@ -142,6 +133,8 @@ def _split(values: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _train(args: argparse.Namespace) -> int:
+    if args.hosts is not None or args.hostfile is not None or args.dry_run:
+        return int(importlib.import_module("specdist_launch.ssh").main(args))
     import torch
 
     from specdist.job import examine, load_job

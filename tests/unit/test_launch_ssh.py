@@ -27,6 +27,11 @@ def test_plain_torchrun_commands_are_what_was_agreed() -> None:
     ]
 
 
+def test_one_host_needs_no_address() -> None:
+    (line,) = plain_torchrun([Host("node0", 3)], 29400, ["x.yaml"], [])
+    assert line == "torchrun --standalone --nproc-per-node 3 -m specdist.train --config x.yaml"
+
+
 def test_every_agent_knows_its_place() -> None:
     command = agent_command(HOSTS, 1, 29400, Attempt("ssh-1", 2), ["x.yaml", "run.seed=1"])
     assert command[:3] == [sys.executable, "-m", "specdist_launch.agent"]
@@ -50,7 +55,9 @@ def test_a_hostfile_is_what_mpi_and_deepspeed_write(tmp_path: Path) -> None:
 
 
 def words(**given: object) -> argparse.Namespace:
-    return argparse.Namespace(**({"hosts": None, "hostfile": None, "nproc_per_node": None} | given))
+    return argparse.Namespace(
+        **({"hosts": None, "hostfile": None, "nproc_per_node": None, "dry_run": False, "nodes": 1} | given)
+    )
 
 
 def test_ranks_are_divided_among_hosts_or_given(tmp_path: Path) -> None:
@@ -60,5 +67,8 @@ def test_ranks_are_divided_among_hosts_or_given(tmp_path: Path) -> None:
     assert find_hosts(words(hostfile=str(tmp_path / "hosts")), job) == [Host("a", 1), Host("b", 2)]
     with pytest.raises(UserError, match="give the hosts of the job"):
         find_hosts(words(), job)
+    assert find_hosts(words(dry_run=True, nodes=2, nproc_per_node=3), job) == [Host("node0", 3), Host("node1", 3)]
+    with pytest.raises(UserError, match="not both"):
+        find_hosts(words(hosts="a", hostfile="b"), job)
     with pytest.raises(UserError, match="hosts named twice: a"):
         find_hosts(words(hosts="a,b,a"), job)
