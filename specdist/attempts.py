@@ -20,9 +20,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
-import torch.distributed as dist
-
 from specdist.errors import UserError, WorldError
 from specdist.files import write_atomically
 
@@ -112,6 +109,9 @@ _SHOWN_LINES = 12
 
 def kind_of(error: BaseException) -> Kind:
     """Whose fault an exception is, as far as its type tells."""
+    import torch  # here, so that those who only read records start quickly
+    import torch.distributed as dist
+
     if isinstance(error, UserError):
         return "input"
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, torch.AcceleratorError)):
