@@ -152,15 +152,17 @@ class Agent:
 
     def _account(self, failed: dict[int, int], stopped: str | None) -> int:
         """Make sure that something is on record, and on node 0 judge it."""
-        if not self._known():
-            if stopped is not None:
+        if failed and not self._known():
+            self._await_record()
+        failure, leads = self._record.failure(), self._place.number == 0
+        if self._record.ending() is None and stopped is not None and (failure is None or failure.of_leaving):
+            if leads:
                 self._record.end(Ending("stopped", self._saved_step(), stopped))
-            elif failed:
-                self._await_record()
-                ends = ", ".join(f"rank {rank}: {_status(status)}" for rank, status in sorted(failed.items()))
-                self._fail(Failure("lost", f"ended without a word: {ends}", host=self._place.host))
-        if self._place.number != 0:
-            return 0 if self._known() or not failed else GIVE_UP
+        elif failed and not self._known():
+            ends = ", ".join(f"rank {rank}: {_status(status)}" for rank, status in sorted(failed.items()))
+            self._fail(Failure("lost", f"ended without a word: {ends}", host=self._place.host))
+        if not leads:
+            return 0 if self._known() or stopped is not None or not failed else GIVE_UP
         verdict = judge(self._run_dir, self._job.launch)
         if verdict.status != DONE:
             print(f"specdist: {verdict.words}", file=sys.stderr)

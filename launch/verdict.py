@@ -38,7 +38,7 @@ def judge(run_dir: Path, config: LaunchConfig) -> Verdict:
     if not history:
         return Verdict(GIVE_UP, f"{run_dir} has no record of an attempt: it failed before the ranks were started")
     last = history[-1]
-    ending, failure = last.ending(), last.failure()
+    ending, failure = last.ending(), last.failed()
     if failure is not None:
         return _judge_failure(failure, history, config)
     if ending is None:
@@ -55,7 +55,7 @@ def _judge_failure(failure: Failure, history: Sequence[AttemptRecord], config: L
     what = failure.message.splitlines()[0]
     if failure.kind == "input":
         return Verdict(USER_ERROR, f"not started again: {what}")
-    before = history[-2].failure() if len(history) > 1 else None
+    before = history[-2].failed() if len(history) > 1 else None
     if before is not None and failure.kind == "error" and _same(failure, before):
         return Verdict(GIVE_UP, f"not started again: the same error at the same step as the time before: {what}")
     tried = _failures_in_a_row(history)

@@ -72,6 +72,11 @@ class Failure:
     traceback: str = ""
     time: float = field(default_factory=time.time)
 
+    @property
+    def of_leaving(self) -> bool:
+        """Whether it may be no more than what a rank meets when another one was stopped before it could say so."""
+        return self.kind in ("lost", "world")
+
     @classmethod
     def of(cls, error: BaseException, rank: int = -1, host: str = "") -> Failure:
         """The failure that an exception is which `rank` on `host` has met; a WorldError is not that rank's fault."""
@@ -165,6 +170,11 @@ class AttemptRecord:
     def ending(self) -> Ending | None:
         found = self._read("outcome.json")
         return None if found is None else Ending(**found)
+
+    def failed(self) -> Failure | None:
+        """The failure that ended the attempt: not what ranks met because others had been stopped."""
+        failure = self.failure()
+        return None if failure is not None and failure.of_leaving and self.ending() is not None else failure
 
     def failure(self) -> Failure | None:
         found = self._read("failure.json")

@@ -44,6 +44,8 @@ class RankLog:
         """Move the file into the folder of this rank's role."""
         path = self._place(role)
         self.path.rename(path)
+        with contextlib.suppress(OSError):  # others are still in there
+            self.path.parent.rmdir()
         self.path = path
 
     def speak(self) -> None:

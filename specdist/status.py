@@ -72,7 +72,7 @@ def _headline(history: list[AttemptRecord], status: Status | None, now: float) -
     if not history:
         return "not started through a launcher that keeps records" if status is None else _alive(status, now)
     last = history[-1]
-    ending, failure = last.ending(), last.failure()
+    ending, failure = last.ending(), last.failed()
     if failure is not None:
         who = f"rank {failure.rank} ({failure.role}, host {failure.host}): " if failure.rank >= 0 else ""
         return f"failed in attempt {last.name}: {who}{failure.message.splitlines()[0]} (see {last.failure_file})"
@@ -95,7 +95,7 @@ def _is_current(history: list[AttemptRecord], status: Status) -> bool:
     if not history:
         return True
     last = history[-1]
-    return last.name == status.attempt and last.ending() is None and last.failure() is None
+    return last.name == status.attempt and last.ending() is None and last.failed() is None
 
 
 def _running(status: Status, record: Mapping[str, float], now: float) -> list[str]:
@@ -137,7 +137,7 @@ def _saved(paths: RunDirectory, now: float) -> list[str]:
 
 
 def _ended(record: AttemptRecord) -> str:
-    ending, failure = record.ending(), record.failure()
+    ending, failure = record.ending(), record.failed()
     if failure is not None:
         return f"{record.name} failed ({failure.kind})"
     return f"{record.name} {'vanished' if ending is None else ending.state}"

@@ -114,6 +114,15 @@ def test_retries_are_bounded_but_progress_counts_anew_and_preemptions_not_at_all
     assert preempted.add(stop).add(LOST).verdict()[0] == GIVE_UP
 
 
+def test_who_was_stopped_before_it_could_say_so_has_not_failed(tmp_path: Path) -> None:
+    for failure, status in ((LOST, AGAIN), (ERROR, GIVE_UP)):
+        history = History(tmp_path / failure.kind)
+        for _ in range(4):
+            history.add(failure)
+            attempts(history.run_dir)[-1].end(Ending("stopped", 0, "SIGTERM"))
+        assert history.verdict()[0] == status
+
+
 def test_a_job_that_left_nothing_failed_before_its_ranks(tmp_path: Path) -> None:
     assert judge(tmp_path, CONFIG).status == GIVE_UP
 
