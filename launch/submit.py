@@ -238,10 +238,8 @@ def _check_options(options: Mapping[str, object]) -> None:
     for name in options:
         if name not in OPTIONS:
             near = difflib.get_close_matches(name, OPTIONS, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise UserError(
-                f"submit has no option '{name}'{hint} It has the keys of launch.slurm: {', '.join(OPTIONS)}"
-            )
+            hint = f", did you mean '{near[0]}'?" if near else "."
+            raise UserError(f"no option '{name}'{hint} Valid are the keys of launch.slurm: {', '.join(OPTIONS)}")
 
 
 def _words(overrides: Overrides) -> list[str]:

@@ -144,16 +144,16 @@ class Task:
     """The callable that submitit pickles. One a node; the first node's returns the run's summary, the others' None."""
 
     def __init__(self, run: Run):
-        self._run = run
+        self.run = run
         self._agent: AgentProcess | None = None
         self._attempt: Attempt | None = None
         self._told_to_end = False
 
     def __reduce__(self) -> tuple[type[Task], tuple[Run]]:
-        return Task, (self._run,)
+        return Task, (self.run,)
 
     def __call__(self) -> RunSummary | None:
-        run = self._run
+        run = self.run
         if run.here is not None and run.cluster == "debug":  # in the user's process, whose signals are not ours
             status = supervise(self._attend, run.attempt.job, run.here.retries)
         else:
@@ -178,24 +178,24 @@ class Task:
         signal.signal(_preemption_signal(), signal.SIG_IGN)
         if self._agent is not None:
             self._agent.signal(signal.SIGUSR2)
-            status = self._agent.ended(self._run.patience_s)
+            status = self._agent.ended(self.run.patience_s)
             if status is None:
                 print(
-                    f"specdist: the ranks have not saved and left within {self._run.patience_s:.0f} s "
+                    f"specdist: the ranks have not saved and left within {self.run.patience_s:.0f} s "
                     "(launch.stop_before_end_s); the next start goes on from the last checkpoint before",
                     file=sys.stderr,
                 )
             elif status != AGAIN:
                 return None
-        return DelayedSubmission(Task(self._run.again()))
+        return DelayedSubmission(Task(self.run.again()))
 
     def _attend(self, attempt: Attempt) -> int:
         """Run the agent to its end; returns its exit status."""
         self._attempt = attempt
-        agent = self._agent = self._run.agent(attempt)
+        agent = self._agent = self.run.agent(attempt)
         try:
             status = agent.wait()
-            if status != AGAIN and self._run.cluster != "debug":  # there is a result: nothing is left to requeue
+            if status != AGAIN and self.run.cluster != "debug":  # there is a result: nothing is left to requeue
                 signal.signal(_preemption_signal(), signal.SIG_IGN)
             return status
         except KeyboardInterrupt:
@@ -221,16 +221,16 @@ class Task:
 
         Not where somebody else ends the job: Slurm requeues those it preempts, and a cancelled one stays cancelled.
         """
-        if self._run.cluster == "slurm" and _slurm_state() != "RUNNING":
+        if self.run.cluster == "slurm" and _slurm_state() != "RUNNING":
             sys.exit(AGAIN)  # without a result, which would tell submitit that the job is over
-        if self._run.cluster == "local" and self._told_to_end:
+        if self.run.cluster == "local" and self._told_to_end:
             sys.exit(AGAIN)
         signal.raise_signal(_preemption_signal())
         raise AssertionError("submitit's signal handler ends the process")
 
     def _what_failed(self, status: int) -> str:
         assert self._attempt is not None
-        record = AttemptRecord(self._attempt.directory(self._run.run_dir))
+        record = AttemptRecord(self._attempt.directory(self.run.run_dir))
         failure = record.failure()
         if failure is None:
             return f"specdist: the first node's agent ended with status {status}; what it said is in the job's stderr"
