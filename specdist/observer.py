@@ -5,7 +5,9 @@ long, and the first failure."""
 from __future__ import annotations
 
 import json
+import logging
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from specdist.control.peers import Peers, Phase
 from specdist.files import write_atomically
 from specdist.itinerary import Itinerary
 from specdist.status import Status
+
+logger = logging.getLogger(__name__)
 
 _QUIET_S = 20.0
 """After so long without progress the terminal is told what the ranks are doing; then after twice as long, and so on."""
@@ -33,6 +37,9 @@ class RunObserver(Observer):
 
     def __init__(self, status_file: Path, record: AttemptRecord, attempt: Attempt, itinerary: Itinerary, began: float):
         self._file, self._record, self._attempt, self._itinerary = status_file, record, attempt, itinerary
+        self._writer = ThreadPoolExecutor(1, "specdist-status")
+        self._writing: Future[None] | None = None
+        self._unwritten: str | None = None
         self._moved_at = began
         self._released = 0
         self._quiet_s = _QUIET_S
@@ -58,8 +65,27 @@ class RunObserver(Observer):
             statistics=statistics,
             phases=tuple(phases),
         )
-        write_atomically(self._file, json.dumps(asdict(status), indent=1) + "\n")
+        self._write(json.dumps(asdict(status), indent=1) + "\n")
         self._break_the_silence(step + statistics.released, phases, started, now)
+
+    def _write(self, text: str) -> None:
+        """Replace the status file, in a thread: a slow file system must not hold up the scheduler. A text that comes
+        while it is still busy with an earlier one waits for the next pulse."""
+        self._unwritten = text
+        if self._writing is not None:
+            if not self._writing.done():
+                return
+            error = self._writing.exception()
+            if error is not None:
+                logger.warning("%s cannot be written: %s", self._file, error)
+        self._unwritten = None
+        self._writing = self._writer.submit(write_atomically, self._file, text)
+
+    def close(self) -> None:
+        """Wait until the last status is written."""
+        if self._unwritten is not None:
+            self._writer.submit(write_atomically, self._file, self._unwritten)
+        self._writer.shutdown()
 
     def _break_the_silence(self, progress: int, phases: list[Phase], started: bool, now: float) -> None:
         if progress != self._released:

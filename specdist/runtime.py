@@ -159,6 +159,7 @@ def _control_plane(
         if world.facts.rank == 0:
             status = RunDirectory(Path(job.run.dir)).status
             observer = RunObserver(status, start.record, start.attempt, itinerary, time.monotonic())
+            stack.callback(observer.close)
             server = ControlServer(
                 local_address(),
                 secret,

@@ -112,6 +112,7 @@ def test_a_silent_start_says_what_the_ranks_do_less_and_less_often(run_dir: Path
         watcher.pulse(peers, Statistics(), False, float(second))
         if words := capsys.readouterr().err:
             told.append((second, words))
+    watcher.close()
     assert [second for second, _ in told] == [20, 40, 80]
     assert (
         "starting, 20 s: 1 target rank loading the target (rank 0 on a for 19 s); 2 draft ranks building the"
@@ -134,6 +135,7 @@ def test_progress_ends_the_silence(run_dir: Path, capsys) -> None:
     assert capsys.readouterr().err == ""
     watcher.pulse(peers, Statistics(), True, 90.0)
     assert "no step done for" in capsys.readouterr().err
+    watcher.close()
     assert Status.from_json((run_dir / "status.json").read_text()).step == 13
 
 
