@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -20,6 +21,10 @@ from specdist_launch.meeting import Meeting
 
 _UNUSED_SIGNAL = "SIGQUIT"
 """torchrun ends with an error at the signals it handles, so it is given one that stands for nothing here."""
+
+
+_LOUD = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
+"""They tell of failures that are told once already, and better."""
 
 
 class StopForwarding:
@@ -82,6 +87,8 @@ def run_ranks(
         signals_to_handle=_UNUSED_SIGNAL,
     )
     os.environ.update(environment)
+    for name in _LOUD:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
