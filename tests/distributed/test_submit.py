@@ -17,8 +17,16 @@ import specdist
 from specdist.attempts import attempts
 from tests.tiny import make_config, make_conversations, make_target
 
-STEPS = 40
-"""Some seconds: long enough to be interrupted in."""
+STEPS = 20
+"""Long enough to be interrupted in."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads():
+    """One thread a rank, as other tests' worlds have it: sums must not depend on the machine's load."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +40,8 @@ def words(directory: Path, material, **overrides) -> list[str]:
     """A job of one rank, which plays both roles."""
     settings = {
         "world__mode": "colocated", "draft__dp": 1, "train__steps": STEPS, "checkpoint__every": 10,
-        "metrics__progress": "false", "prompts__cache_dir": material[1].parent / "cache",
+        "draft__eagle3__ttt_length": 1, "metrics__progress": "false",
+        "prompts__cache_dir": material[1].parent / "cache",
     }  # fmt: skip
     return make_config(directory, *material, **(settings | overrides))
 
