@@ -12,15 +12,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from specdist_launch.config import LaunchConfig
-from specdist_launch.slurm_cluster import NodeKind, check_fits, parse_kinds
-from specdist_launch.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
-from specdist_launch.slurm_script import Place, by_hand, render
 
 from specdist import config
 from specdist.cli import main
 from specdist.errors import ConfigError
 from specdist.job import load_job
+from specdist_launch.config import LaunchConfig
+from specdist_launch.slurm_cluster import NodeKind, check_fits, parse_kinds
+from specdist_launch.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
+from specdist_launch.slurm_script import Place, by_hand, render
 from tests.tiny import make_config, make_conversations, make_target
 
 ROOT = Path(__file__).resolve().parents[2]
