@@ -23,7 +23,6 @@ from pathlib import Path
 
 from specdist import contract
 from specdist.attempts import AttemptRecord, Ending, Failure, Started
-from specdist.checkpoint import committed, read_progress
 from specdist.contract import Attempt
 from specdist.errors import Dismissed, UserError
 from specdist.job import JobConfig, load_job
@@ -32,7 +31,7 @@ from specdist.stop import end_with_launcher
 from specdist_launch.meeting import Meeting, Node, meet
 from specdist_launch.network import interface_towards
 from specdist_launch.ranks import StopForwarding, run_ranks
-from specdist_launch.verdict import DONE, GIVE_UP, judge
+from specdist_launch.verdict import DONE, GIVE_UP, judge, saved_step
 
 TRAIN = "specdist.train"
 _RECORD_S = 10.0
@@ -65,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             job = load_job(files, overrides)
             place, attempt = _slurm_place(job, args) if args.slurm else _place(args)
-            return Agent(job, place, attempt, args.launcher).run(args.module, arguments, stop)
+            launcher = args.launcher or ("slurm" if args.slurm else "agent")
+            return Agent(job, place, attempt, launcher).run(args.module, arguments, stop)
         except UserError as error:
             print(f"specdist: {error}", file=sys.stderr)
             return 2
@@ -116,15 +116,13 @@ class Agent:
     def _begin_alone(self) -> None:
         """Begin an attempt that has come to its end before the nodes have met."""
         if self._record.started() is None:
-            self._record.begin(Started(self._launcher, (self._place.host,), 0, self._saved_step()))
+            self._record.begin(Started(self._launcher, (self._place.host,), 0, saved_step(self._run_dir)))
 
     def _started(self, meeting: Meeting) -> Started:
         RunDirectory(self._run_dir).create()
-        return Started(self._launcher, tuple(node.host for node in meeting.nodes), meeting.ranks, self._saved_step())
-
-    def _saved_step(self) -> int:
-        found = committed(RunDirectory(self._run_dir).checkpoints)
-        return read_progress(found[-1]).step if found else 0
+        return Started(
+            self._launcher, tuple(node.host for node in meeting.nodes), meeting.ranks, saved_step(self._run_dir)
+        )
 
     def _environment(self) -> dict[str, str]:
         """What the ranks are told; see contract.py."""
@@ -157,7 +155,7 @@ class Agent:
         failure, leads = self._record.failure(), self._place.number == 0
         if self._record.ending() is None and stopped is not None and (failure is None or failure.of_leaving):
             if leads:
-                self._record.end(Ending("stopped", self._saved_step(), stopped))
+                self._record.end(Ending("stopped", saved_step(self._run_dir), stopped))
         elif failed and not self._known():
             ends = ", ".join(f"rank {rank}: {_status(status)}" for rank, status in sorted(failed.items()))
             self._fail(Failure("lost", f"ended without a word: {ends}", host=self._place.host))
@@ -233,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="when it will be ended, since the epoch")
     parser.add_argument("--role", choices=["target", "draft"], help="the role of this node's ranks, if it is given one")
     parser.add_argument("--stdin", action="store_true", help="obey signal names on standard input; its end is SIGTERM")
-    parser.add_argument("--launcher", default="agent", help="what started this, for the records")
+    parser.add_argument("--launcher", help="what started this, for the records")
     parser.add_argument("--module", default=TRAIN, help="what the ranks run")
     return parser
 

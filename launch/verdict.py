@@ -2,6 +2,7 @@
 """What came of the last attempt of a job, and whether another one is worth it.
 
     python -m specdist_launch.verdict CONFIG.yaml key=value     # exit status 0: done, 75: start it again, 1: give up
+    python -m specdist_launch.verdict --slurm CONFIG.yaml ...   # in a batch script: of this start of this Slurm job
 
 Preemption, lost nodes and errors are told apart by what the attempt has left behind (specdist/attempts.py). What
 stopped on request is started again without limit. What failed is started again `launch.retries` times in a row, unless
@@ -16,8 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdist.attempts import AttemptRecord, Failure, attempts
+from specdist.attempts import AttemptRecord, Failure, Started, attempts
+from specdist.checkpoint import committed, read_progress
+from specdist.contract import Attempt
 from specdist.errors import UserError
+from specdist.run_dir import RunDirectory
 from specdist_launch.config import LaunchConfig
 
 DONE, GIVE_UP, USER_ERROR, AGAIN = 0, 1, 2, 75
@@ -87,18 +91,37 @@ def _failures_in_a_row(history: Sequence[AttemptRecord]) -> int:
     return count
 
 
+def saved_step(run_dir: Path) -> int:
+    """The step of the run's newest checkpoint; 0 where there is none."""
+    found = committed(RunDirectory(run_dir).checkpoints)
+    return read_progress(found[-1]).step if found else 0
+
+
+def _account_for(attempt: Attempt, run_dir: Path) -> None:
+    """Record an attempt whose agents ended before they had met: an earlier one would be taken for it."""
+    record = AttemptRecord(attempt.directory(run_dir))
+    if record.started() is None:
+        record.begin(Started("slurm", (), 0, saved_step(run_dir)))
+        record.fail(Failure("error", "the nodes' agents ended before they had met; the job's output says more"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     from specdist.job import load_job
 
     parser = argparse.ArgumentParser(prog="python -m specdist_launch.verdict", description=__doc__)
     parser.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="as the job was started with")
-    words = parser.parse_args(argv).config
+    parser.add_argument("--slurm", action="store_true", help="judge this start of this Slurm job, not an earlier one")
+    args = parser.parse_args(argv)
+    words = args.config
     try:
         job = load_job([w for w in words if "=" not in w], [w for w in words if "=" in w])
     except UserError as error:
         print(f"specdist: {error}", file=sys.stderr)
         return USER_ERROR
-    verdict = judge(Path(job.run.dir), job.launch)
+    run_dir = Path(job.run.dir)
+    if args.slurm:
+        _account_for(Attempt.from_environment(), run_dir)
+    verdict = judge(run_dir, job.launch)
     print(f"specdist: {verdict.words}", file=sys.stderr)
     return verdict.status
 
