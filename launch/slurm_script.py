@@ -99,7 +99,7 @@ def _body(config: LaunchConfig, mounts: Sequence[Path], python: Sequence[str], j
             group, cpus = [f"--het-group={number}"], f"${{SLURM_JOB_CPUS_PER_NODE_HET_GROUP_{number}%%[(,]*}}"
         options = [*group, "--kill-on-bad-exit=1", f'--cpus-per-task="{cpus}"', *container]
         starts.append(" ".join([*options, _run("agent", "--slurm")]))
-    verdict = _run("verdict")
+    verdict = _run("verdict", "--slurm")
     if container:
         group = ["--het-group=0"] if heterogeneous else []
         verdict = " ".join(["srun", *group, "--nodes=1", "--ntasks=1", *container, verdict])

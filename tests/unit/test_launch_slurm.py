@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from specdist import config
+from specdist.attempts import AttemptRecord, Ending, Started
 from specdist.cli import main
 from specdist.errors import ConfigError
 from specdist.job import load_job
@@ -21,6 +22,8 @@ from specdist_launch.config import LaunchConfig
 from specdist_launch.slurm_cluster import NodeKind, check_fits, parse_kinds
 from specdist_launch.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
 from specdist_launch.slurm_script import Place, by_hand, render
+from specdist_launch.verdict import AGAIN, GIVE_UP
+from specdist_launch.verdict import main as judge_by_command
 from tests.tiny import make_config, make_conversations, make_target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,3 +224,16 @@ def test_a_job_that_fits():
     check_fits(SlurmConfig(nodes=4, partition="big", gpus_per_node=4), KINDS)
     check_fits(SlurmConfig(nodes=24, partition="big,cpu"), KINDS)
     check_fits(SlurmConfig(nodes=999, time="10:00"), KINDS)  # the default partition is Slurm's to judge
+
+
+def test_a_start_without_a_record_is_not_taken_for_the_one_before(tmp_path, words, monkeypatch, capsys):
+    """Else a job that was preempted once, and whose agents cannot start any more, would be requeued for ever."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    for restart, expected in enumerate((AGAIN, AGAIN, GIVE_UP)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        if restart == 0:
+            record = AttemptRecord(tmp_path / "run/logs/17.0")
+            record.begin(Started("slurm", ("a", "b"), 2))
+            record.end(Ending("stopped", 0, "SIGTERM"))
+        assert judge_by_command(["--slurm", *words]) == expected
+    assert "the nodes' agents ended before they had met" in capsys.readouterr().err
