@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, devcluster
+from tests.slurm.cluster import Cluster, Job, devcluster, words
 from tests.tiny import make_conversations, make_target
 
 
@@ -32,3 +32,12 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A target and prompts that all jobs share."""
     directory = tmp_path_factory.mktemp("material")
     return make_target(directory / "target"), make_conversations(directory / "prompts.jsonl")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: Cluster, material, tmp_path_factory) -> Job:
+    """A job submitted by hand that nothing happens to."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    job = cluster.by_hand(directory / "run", words(directory, material))
+    assert job.wait_for_end() == "COMPLETED", job.said()
+    return job

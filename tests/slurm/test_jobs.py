@@ -7,38 +7,11 @@ to it.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.slurm.cluster import Cluster, Job, devcluster
-from tests.tiny import make_config
+from tests.slurm.cluster import STEPS, Cluster, Job, devcluster, words
 
-pytestmark = pytest.mark.timeout(900)
-STEPS = 40
-"""More than a job trains between its first checkpoint and the moment at which Slurm has told it to stop."""
-
-
-def words(directory: Path, material: tuple[Path, Path], **overrides: object) -> list[str]:
-    """One target rank, one draft rank. Waits are short, so that a lost rank is soon missed."""
-    settings: dict[str, object] = {
-        "draft__dp": 1,
-        "train__steps": STEPS,
-        "checkpoint__every": 2,
-        "prompts__cache_dir": material[1].parent / "cache",
-        "control__heartbeat_s": 1,
-        "export__formats": "[]",
-    }
-    return make_config(directory, *material, **(settings | overrides))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, material, tmp_path_factory) -> Job:
-    """A job submitted by hand that nothing happens to."""
-    directory = tmp_path_factory.mktemp("undisturbed")
-    job = cluster.by_hand(directory / "run", words(directory, material))
-    assert job.wait_for_end() == "COMPLETED", job.said()
-    return job
+pytestmark = pytest.mark.timeout(1500)
 
 
 def test_a_job_by_hand(undisturbed: Job):
