@@ -24,19 +24,21 @@ class NodeKind:
     partition: str
     nodes: int
     gpus: int
+    default: bool = False
+    """Whether this is the partition of jobs that name none."""
 
 
 def node_kinds() -> list[NodeKind]:
     """The nodes of every partition. Raises UserError where there is no Slurm, or it does not answer."""
-    return list(parse_kinds(_ask(["sinfo", "--noheader", "--all", "--format", "%R|%D|%G"])))
+    return list(parse_kinds(_ask(["sinfo", "--noheader", "--all", "--format", "%P|%D|%G"])))
 
 
 def parse_kinds(text: str) -> Iterator[NodeKind]:
-    """Read `sinfo --format "%R|%D|%G"`; a GRES field is as `gpu:a100:8(S:0-1),nvme:1`, or (null)."""
+    """Read `sinfo --format "%P|%D|%G"`: a star marks the default partition; GPUs are as `gpu:a100:8(S:0-1),nvme:1`."""
     for line in text.splitlines():
         partition, nodes, gres = line.split("|", 2)
         gpus = sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres))
-        yield NodeKind(partition, int(nodes), gpus)
+        yield NodeKind(partition.rstrip("*"), int(nodes), gpus, partition.endswith("*"))
 
 
 def check_fits(slurm: SlurmConfig, kinds: Sequence[NodeKind]) -> None:
@@ -45,10 +47,13 @@ def check_fits(slurm: SlurmConfig, kinds: Sequence[NodeKind]) -> None:
     What Slurm alone can judge (accounts, limits, features) it says when the job is submitted.
     """
     for component in slurm.components:
-        if component.partition is not None:
+        if component.partition is None:
+            names = sorted({kind.partition for kind in kinds if kind.default})
+        else:
             names = component.partition.split(",")
             _check_names(names, kinds)
-            _check_size(component, [kind for kind in kinds if kind.partition in names])
+        if names:
+            _check_size(component, ",".join(names), [kind for kind in kinds if kind.partition in names])
 
 
 def _check_names(names: Sequence[str], kinds: Sequence[NodeKind]) -> None:
@@ -60,19 +65,17 @@ def _check_names(names: Sequence[str], kinds: Sequence[NodeKind]) -> None:
         )
 
 
-def _check_size(component: NodesConfig, kinds: Sequence[NodeKind]) -> None:
+def _check_size(component: NodesConfig, partition: str, kinds: Sequence[NodeKind]) -> None:
     gpus = component.gpus_per_node or 0
     most = max(kind.gpus for kind in kinds)
     if gpus > most:
         raise ConfigError(
-            f"launch.slurm.gpus_per_node={gpus}: the nodes of partition {component.partition} have {most} at most"
+            f"launch.slurm.gpus_per_node={gpus}: the nodes of partition {partition} have {most} GPUs at most"
         )
     fitting = sum(kind.nodes for kind in kinds if kind.gpus >= gpus)
     if component.nodes > fitting:
         having = f" with {gpus} GPUs" if gpus else ""
-        raise ConfigError(
-            f"launch.slurm.nodes={component.nodes}: partition {component.partition} has {fitting} nodes{having}"
-        )
+        raise ConfigError(f"launch.slurm.nodes={component.nodes}: partition {partition} has {fitting} nodes{having}")
 
 
 def submit(script: Path) -> str:

@@ -98,7 +98,8 @@ def test_what_the_cluster_does_not_have_is_one_line(cluster: Cluster, material, 
     job = [*words(tmp_path, material), "draft.dp=null", "draft.sharding=replicate"]
     for options, message in {
         ("--nodes=2", "--gpus-per-node=1", "--partition=gpu"): "no partition 'gpu'; it has big, debug, small, urgent",
-        ("--nodes=2", "--gpus-per-node=5", "--partition=small"): "the nodes of partition small have 4 at most",
+        ("--nodes=2", "--gpus-per-node=5", "--partition=small"): "the nodes of partition small have 4 GPUs at most",
+        ("--nodes=2", "--gpus-per-node=5"): "the nodes of partition debug have 4 GPUs at most",
         ("--nodes=3", "--gpus-per-node=1", "--partition=small"): "partition small has 2 nodes",
     }.items():
         assert main(["launch", "slurm", *job, *options]) == 2

@@ -194,8 +194,8 @@ def test_a_run_directory_that_cannot_be_made(tmp_path, words, capsys, monkeypatc
     assert "cannot be created" in refused(capsys, [*words, f"run.dir={tmp_path}/file/run"])
 
 
-SINFO = "big|1|gpu:a100:8(S:0-1)\nbig|3|gpu:4,nvme:1\ncpu|20|(null)\n"
-KINDS = [NodeKind("big", 1, 8), NodeKind("big", 3, 4), NodeKind("cpu", 20, 0)]
+SINFO = "big|1|gpu:a100:8(S:0-1)\nbig|3|gpu:4,nvme:1\ncpu*|20|(null)\n"
+KINDS = [NodeKind("big", 1, 8), NodeKind("big", 3, 4), NodeKind("cpu", 20, 0, default=True)]
 
 
 def test_the_partitions_of_a_cluster():
@@ -206,12 +206,13 @@ def test_the_partitions_of_a_cluster():
     ("slurm", "message"),
     [
         (SlurmConfig(partition="bgi"), "no partition 'bgi'; it has big, cpu"),
-        (SlurmConfig(partition="big", gpus_per_node=9), "nodes of partition big have 8 at most"),
+        (SlurmConfig(partition="big", gpus_per_node=9), "nodes of partition big have 8 GPUs at most"),
         (SlurmConfig(partition="big", nodes=2, gpus_per_node=8), "partition big has 1 nodes with 8 GPUs"),
         (SlurmConfig(partition="cpu", nodes=21), "partition cpu has 20 nodes"),
+        (SlurmConfig(gpus_per_node=1), "nodes of partition cpu have 0 GPUs at most"),
         (
             SlurmConfig(gpus_per_node=1, target=NodesConfig(1, "big"), draft=NodesConfig(1, "cpu")),
-            "nodes of partition cpu have 0 at most",
+            "nodes of partition cpu have 0 GPUs at most",
         ),
     ],
 )
@@ -223,7 +224,8 @@ def test_a_job_that_does_not_fit(slurm, message):
 def test_a_job_that_fits():
     check_fits(SlurmConfig(nodes=4, partition="big", gpus_per_node=4), KINDS)
     check_fits(SlurmConfig(nodes=24, partition="big,cpu"), KINDS)
-    check_fits(SlurmConfig(nodes=999, time="10:00"), KINDS)  # the default partition is Slurm's to judge
+    check_fits(SlurmConfig(nodes=20), KINDS)
+    check_fits(SlurmConfig(nodes=999), KINDS[:2])  # no default partition: Slurm's to judge
 
 
 def test_a_start_without_a_record_is_not_taken_for_the_one_before(tmp_path, words, monkeypatch, capsys):
