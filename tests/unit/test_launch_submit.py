@@ -28,7 +28,7 @@ from specdist.job import load_job
 from specdist_launch import submit_task
 from specdist_launch.config import LaunchConfig
 from specdist_launch.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
-from specdist_launch.submit_executor import minutes, slurm_parameters
+from specdist_launch.submit_executor import Gpus, gpus_here, minutes, slurm_parameters
 from specdist_launch.submit_points import name_points
 from specdist_launch.submit_summary import RunSummary, read_summary
 from specdist_launch.submit_task import AgentProcess, Here, Run, RunFailed, Task
@@ -261,6 +261,26 @@ def test_what_submitit_cannot_do(launch, message):
 )
 def test_time_limits_in_minutes(time, expected):
     assert minutes(time) == expected
+
+
+def test_the_gpus_of_this_machine(words, monkeypatch):
+    """submitit's local executor would hide them all, or count them from 0."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    job = load_job([], [word for word in words if not word.startswith("draft.dp")] + ["world.device=cuda"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus_here(job, None) == Gpus("0,1,2,3", ranks=4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert gpus_here(job, None) == Gpus("4,5,6,7", ranks=4)
+    assert gpus_here(job, 2) == Gpus("4,5", ranks=2)
+    with pytest.raises(ConfigError, match="this machine shows 4 GPUs"):
+        gpus_here(job, 5)
+    started = []
+    monkeypatch.setattr(submit_task, "AgentProcess", lambda words, env: started.append((words, env)))
+    here = Here(Attempt("j", 2), ranks=2, devices="4,5", retries=0)
+    Run(Path("job.yaml"), Path("run"), "local", 5, here).agent(here.attempt)
+    [(command, environment)] = started
+    assert " ".join(command) == "--nproc-per-node 2 --job j --restart 2 --launcher submitit job.yaml"
+    assert environment["CUDA_VISIBLE_DEVICES"] == "4,5"
 
 
 def test_names_of_points_are_readable_and_unique():
