@@ -12,6 +12,7 @@ import hashlib
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,14 +54,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from specdist.job import naming_sources
+
+    files = [word for word in args.config if "=" not in word]
+    overrides = [word for word in args.config if "=" in word] + as_overrides(args)
+    with naming_sources(files, overrides):
+        return launch(files, overrides, args.dry_run)
+
+
+def launch(files: Sequence[str], overrides: Sequence[str], dry_run: bool) -> int:
+    """Submit the job, or print its script; returns the exit status. Raises UserError where it cannot be run."""
     from specdist import config
     from specdist.job import examine, load_job
     from specdist.run_dir import RunDirectory
     from specdist_launch.slurm_cluster import check_fits, node_kinds, submit
     from specdist_launch.slurm_script import render
 
-    files = [word for word in args.config if "=" not in word]
-    overrides = [word for word in args.config if "=" in word] + as_overrides(args)
     job = load_job(files, overrides)
     examine(job)
     check_ranks(job)
@@ -69,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
     snapshot = config.to_yaml(job)
     place = make_place(run_dir.path, snapshot)
     script = render(job.launch, place)
-    if args.dry_run:
+    if dry_run:
         print(script, end="")
         return 0
     check_fits(job.launch.slurm, node_kinds())

@@ -182,6 +182,12 @@ def test_what_cannot_be_is_one_line(words, capsys, options, message):
     assert message in refused(capsys, words, *options, "--dry-run")
 
 
+def test_an_option_is_a_value_of_the_command_line(words, capsys, monkeypatch):
+    monkeypatch.setattr("specdist_launch.slurm_cluster.node_kinds", lambda: KINDS)
+    said = refused(capsys, words, "--nodes", "3", "--gpus-per-node", "1", "--partition", "cpu")
+    assert "partition cpu have 0 GPUs at most (launch.slurm.gpus_per_node: command line)" in said
+
+
 def test_a_run_directory_of_another_job(tmp_path, words, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text(config.to_yaml(load_job([], [*words, "run.seed=7"])))
