@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specdist.attempts import AttemptRecord, Failure, Started, attempts
-from specdist.checkpoint import committed, read_progress
 from specdist.contract import Attempt
 from specdist.errors import UserError
+from specdist.progress import committed, read_progress
 from specdist.run_dir import RunDirectory
 from specdist_launch.config import LaunchConfig
 

@@ -21,10 +21,11 @@ from specdist.items import Items
 from specdist.job import JobConfig
 from specdist.optim import build_optimizer
 from specdist.rank import Rank
+from specdist.recipe import Recipe
 from specdist.reporter import RunReporter
 from specdist.sources import ColocatedSource, RemoteSource, SyntheticSource, local_shards
 from specdist.target_role import receive_reports
-from specdist.trainer import FeatureSource, Recipe, Trainer, shard_draft
+from specdist.trainer import FeatureSource, Trainer, shard_draft
 
 
 def consume(rank: Rank) -> None:

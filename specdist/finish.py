@@ -20,7 +20,6 @@ from transformers import AutoTokenizer
 
 from specdist import balance
 from specdist.attempts import Ending
-from specdist.checkpoint import Progress
 from specdist.drafts import served_draft
 from specdist.evaluate import EvaluationTarget, evaluate
 from specdist.evaluate_prompts import read_prompts
@@ -29,6 +28,7 @@ from specdist.export import export_draft
 from specdist.files import write_atomically
 from specdist.job import JobConfig, JobFacts
 from specdist.producer import ProducerReport
+from specdist.progress import Progress
 from specdist.run_dir import RunDirectory
 from specdist.stop import StopFlag
 from specdist.target.vocabulary import load_target_vocabulary

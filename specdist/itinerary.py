@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from specdist.checkpoint import Progress, committed, read_progress
 from specdist.errors import ConfigError, WorldError
 from specdist.job import JobConfig
+from specdist.progress import Progress, committed, read_progress
 from specdist.prompts.store import PromptStore
 from specdist.prompts.stream import Stream
 from specdist.records import Cursor

@@ -14,12 +14,11 @@ from omegaconf import MISSING
 from specdist import config
 from specdist.channel.config import ChannelConfig, parse_bytes
 from specdist.channel.ring import ring_slots
-from specdist.checkpoint import CheckpointConfig
 from specdist.contract import Role
 from specdist.control.config import ControlConfig
 from specdist.doctor.config import PreflightConfig
+from specdist.draft.capture import capture_layout
 from specdist.draft.config import DraftConfig
-from specdist.draft.registry import capture_layout
 from specdist.errors import ConfigError
 from specdist.evaluate import EvaluateConfig
 from specdist.export import ExportConfig, load_exported
@@ -27,13 +26,14 @@ from specdist.export.eagle3 import check_servable
 from specdist.groups import Transport
 from specdist.metrics import MetricsConfig
 from specdist.optim import OptimizerConfig
+from specdist.progress import CheckpointConfig
 from specdist.prompts.config import PromptsConfig
+from specdist.recipe import TrainConfig
 from specdist.records import FeatureLayout
 from specdist.scheduler import SchedulerConfig
 from specdist.target.config import TargetConfig
 from specdist.target.facts import TargetFacts, check, compute_dtype, describe
 from specdist.topology import Topology, WorldConfig
-from specdist.trainer import TrainConfig
 from specdist_launch.config import LaunchConfig
 
 

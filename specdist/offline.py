@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from specdist.checkpoint import committed, read_progress
 from specdist.draft.base import DraftModel
 from specdist.draft.registry import build_draft
 from specdist.drafts import load_state, new_draft, served_draft
@@ -22,6 +21,7 @@ from specdist.export import load_exported
 from specdist.files import write_atomically
 from specdist.finish import export_all
 from specdist.job import JobConfig, JobFacts, examine, load_job
+from specdist.progress import committed, read_progress
 from specdist.run_dir import RunDirectory
 from specdist.target.vocabulary import load_target_vocabulary
 

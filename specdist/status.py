@@ -12,10 +12,10 @@ from typing import Any
 
 from specdist.attempts import AttemptRecord, attempts
 from specdist.balance import verdict
-from specdist.checkpoint import committed, read_progress
 from specdist.control.messages import Statistics
 from specdist.control.peers import Phase
 from specdist.errors import ConfigError
+from specdist.progress import committed, read_progress
 from specdist.run_dir import RunDirectory
 
 _STALE_S = 60.0

@@ -19,36 +19,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from specdist.checkpoint import CheckpointConfig, Checkpointer, Progress
+from specdist.checkpoint import Checkpointer
 from specdist.draft.base import DraftModel, Supervision
-from specdist.errors import ConfigError, WorldError
+from specdist.errors import WorldError
 from specdist.groups import Groups
 from specdist.items import Items
-from specdist.optim import OptimizerConfig, learning_rate, set_learning_rate
+from specdist.optim import learning_rate, set_learning_rate
+from specdist.progress import Progress
 from specdist.prompts.store import PromptStore
+from specdist.recipe import Recipe
 from specdist.records import Features, PackedTokens, WorkItem
 from specdist.stop import StopFlag
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long to train and what one optimizer step is made of."""
-
-    steps: int | None = None
-    """Optimizer steps; or give train.epochs."""
-    epochs: int | None = None
-    """Passes over the prompts; or give train.steps. One epoch if neither is given."""
-    accumulation: int = 1
-    """Micro-batches (work items) per optimizer step. The ring must hold them all: the loss is divided by what the
-    whole step supervises, which is known only once its features are there."""
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.epochs is not None:
-            raise ConfigError(f"give train.steps ({self.steps}) or train.epochs ({self.epochs}), not both")
-        for key in ("steps", "epochs", "accumulation"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"train.{key} is at least 1, not {value}")
 
 
 class TrainingDiverged(RuntimeError):
@@ -68,17 +49,6 @@ class FeatureSource(ABC):
     @abstractmethod
     def release(self, item: WorkItem) -> None:
         """The rows of `item` are not needed after the work already on the current stream."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The configuration of one training run, and the optimizer step it ends at."""
-
-    train: TrainConfig
-    optimizer: OptimizerConfig
-    checkpoint: CheckpointConfig
-    log_every: int
-    total_steps: int
 
 
 @dataclass(frozen=True)

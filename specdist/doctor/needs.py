@@ -6,10 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdist.checkpoint import committed
 from specdist.draft.registry import parameter_count
 from specdist.job import JobConfig, JobFacts
 from specdist.plan import plan_of
+from specdist.progress import committed
 from specdist.run_dir import RunDirectory
 from specdist.topology import Topology
 

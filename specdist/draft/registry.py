@@ -7,27 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from specdist.draft.capture import capture_layout
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.model import Eagle3Draft
 from specdist.draft.vocabulary import DraftVocabulary
 from specdist.errors import DataError
-from specdist.records import FeatureLayout, TargetVocabulary
-
-
-def capture_layout(config: DraftConfig, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:
-    """What the draft needs of every token, from the target's configuration alone; `dtype` is that of the wire.
-
-    Raises:
-        ConfigError: a captured layer does not exist, or the layers do not ascend.
-    """
-    text = target.get_text_config()
-    return FeatureLayout(
-        captured_layers=config.eagle3.captured_layers(text.num_hidden_layers),
-        hidden_size=text.hidden_size,
-        final=True,
-        dtype=dtype,
-    )
+from specdist.records import TargetVocabulary
 
 
 def build_draft(

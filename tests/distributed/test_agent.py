@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,10 +16,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from specdist.attempts import attempts
-from specdist.checkpoint import committed
+from specdist.progress import committed
 from specdist.status import describe
 from specdist_launch.meeting import free_port
-from tests.distributed.worlds import start_command
+from tests.distributed.worlds import ROOT, start_command
 from tests.tiny import make_config, make_conversations, make_target
 
 TIMEOUT_S = 200
@@ -150,3 +151,28 @@ def test_ctrl_c_stops_a_job_of_several_hosts_for_good(tmp_path: Path, material: 
     assert ending.state == "stopped"
     assert "SIGINT" in ending.reason
     assert committed(tmp_path / "run/checkpoints")
+
+
+def test_a_stop_during_the_evaluation_is_made_good_by_the_next_start(
+    tmp_path: Path, material: tuple[Path, Path]
+) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"prompt": "good night"}\n' * 200)
+    settings = {"evaluate__prompts": f"[{held}]", "evaluate__max_new_tokens": 64, "train__steps": 2}
+    train = [sys.executable, "-m", "specdist.cli", "train", *words(tmp_path, material, **settings)]
+    process = start_command(train)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (tmp_path / "run/summary.json").exists():  # written after the export, before the evaluation
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == os.EX_TEMPFAIL, said
+    (record,) = attempts(tmp_path / "run")
+    ending = record.ending()
+    assert ending is not None
+    assert (ending.state, ending.step, ending.reason) == ("stopped", 2, "SIGTERM, during the evaluation")
+    again = subprocess.run([*train, "evaluate.limit=2"], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "run/summary.json").read_text())["evaluation"]["after"]["prompts"] == 2

@@ -23,7 +23,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from specdist.attempts import AttemptRecord, Failure, attempts
-from specdist.checkpoint import committed, read_progress
+from specdist.progress import committed, read_progress
 from tests.distributed.worlds import start_by_hand, start_command, start_torchrun
 from tests.tiny import make_config, make_conversations, make_target
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from specdist.checkpoint import committed, read_progress
+from specdist.progress import committed, read_progress
 from tests.distributed.worlds import kill_all, start_torchrun, train
 from tests.tiny import make_config, make_conversations, make_target
 

@@ -6,9 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from specdist.checkpoint import COMMIT, CheckpointConfig, Checkpointer, Progress, committed, read_progress
+from specdist.checkpoint import Checkpointer
 from specdist.drafts import load_state
 from specdist.errors import DataError
+from specdist.progress import COMMIT, CheckpointConfig, Progress, committed, read_progress
 from specdist.records import Cursor
 
 

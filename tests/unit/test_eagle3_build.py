@@ -9,11 +9,12 @@ from omegaconf import OmegaConf
 from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from specdist.draft.capture import capture_layout
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.rotary import Rotary, rotate
-from specdist.draft.registry import build_draft, capture_layout, parameter_count
+from specdist.draft.registry import build_draft, parameter_count
 from specdist.draft.vocabulary import DraftVocabulary
 from specdist.errors import ConfigError, DataError
 from specdist.records import TargetVocabulary

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from specdist.attempts import AttemptRecord, Ending, Failure, Started
-from specdist.checkpoint import Progress
 from specdist.contract import Attempt
 from specdist.control.messages import Statistics
 from specdist.control.peers import Peers, Phase
 from specdist.errors import ConfigError
 from specdist.itinerary import Itinerary
 from specdist.observer import RunObserver
+from specdist.progress import Progress
 from specdist.records import Cursor
 from specdist.status import Status, describe
 from specdist.topology import Topology

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 SCALINGS = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length of the sequence: the same in training and when served."""
@@ -80,6 +83,8 @@ class Eagle3Dims:
 
     def llama_config(self) -> LlamaConfig:
         """The draft layer as transformers describes it: the source of the RoPE and of the exported config.json."""
+        from transformers import LlamaConfig  # takes seconds to import; only a draft that is built needs it
+
         return LlamaConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
