@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import os
 import re
@@ -63,6 +64,14 @@ class Cluster:
         done = subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout
+
+    def clear(self) -> None:
+        """End whatever a test left in the queue."""
+        self.run("scancel", "--user", getpass.getuser())
+        deadline = time.monotonic() + BOUND_S
+        while left := self.run("squeue", "--noheader"):
+            assert time.monotonic() < deadline, f"cancelled, and still there:\n{left}"
+            time.sleep(0.2)
 
     def specdist(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run the specdist command to its end."""
@@ -155,8 +164,3 @@ class Job:
                     if variables.get("SLURM_JOB_ID") == self.number and variables.get("RANK") == str(number):
                         return process
         raise AssertionError(f"job {self.number} has no rank {number}\n{self.said()}")
-
-    def end(self) -> None:
-        """Cancel it if it is still there; its nodes are free when this returns."""
-        self.cluster.run("scancel", self.number)
-        self.wait_for_end()

@@ -27,6 +27,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     devcluster("stop", "--dir", str(directory))
 
 
+@pytest.fixture(autouse=True)
+def cleared(cluster: Cluster) -> Iterator[None]:
+    """What a failed test left running does not keep the nodes from the next one."""
+    yield
+    cluster.clear()
+
+
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A target and prompts that all jobs share."""
