@@ -41,7 +41,7 @@ class RunObserver(Observer):
         self._writing: Future[None] | None = None
         self._unwritten: str | None = None
         self._moved_at = began
-        self._released = 0
+        self._progress = 0
         self._quiet_s = _QUIET_S
 
     def failed(self, failure: Failure) -> None:
@@ -66,7 +66,7 @@ class RunObserver(Observer):
             phases=tuple(phases),
         )
         self._write(json.dumps(asdict(status), indent=1) + "\n")
-        self._break_the_silence(step + statistics.released, phases, started, now)
+        self._break_the_silence(step, statistics.released, phases, started, now)
 
     def _write(self, text: str) -> None:
         """Replace the status file, in a thread: a slow file system must not hold up the scheduler. A text that comes
@@ -87,10 +87,12 @@ class RunObserver(Observer):
             self._writer.submit(write_atomically, self._file, self._unwritten)
         self._writer.shutdown()
 
-    def _break_the_silence(self, progress: int, phases: list[Phase], started: bool, now: float) -> None:
-        if progress != self._released:
-            self._released, self._moved_at, self._quiet_s = progress, now, _QUIET_S
-        if now - self._moved_at < self._quiet_s:
+    def _break_the_silence(self, step: int, released: int, phases: list[Phase], started: bool, now: float) -> None:
+        progress = step + released
+        if progress != self._progress:
+            self._progress, self._moved_at, self._quiet_s = progress, now, _QUIET_S
+        trained = started and step >= self._itinerary.total_steps  # an evaluation shows progress of its own
+        if trained or now - self._moved_at < self._quiet_s:
             return
         self._quiet_s *= 2
         what = "no step done for" if started else "starting,"

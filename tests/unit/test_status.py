@@ -139,6 +139,16 @@ def test_progress_ends_the_silence(run_dir: Path, capsys) -> None:
     assert Status.from_json((run_dir / "status.json").read_text()).step == 13
 
 
+def test_an_evaluation_is_no_silence(run_dir: Path, capsys) -> None:
+    watcher, peers = observer(run_dir), Peers(TOPOLOGY, 0.0)
+    peers.join(1, 101)
+    for second in range(0, 200, 5):
+        peers.note_phase(1, "exporting and evaluating", 0.0, 100)
+        watcher.pulse(peers, Statistics(), True, float(second))
+    watcher.close()
+    assert capsys.readouterr().err == ""
+
+
 def test_the_first_failure_is_recorded_and_shown_once(run_dir: Path, capsys) -> None:
     watcher = observer(run_dir)
     watcher.failed(Failure("error", "first", 1, "draft dp 0 cp 0", "a", exception="KeyError", traceback="Traceback"))
