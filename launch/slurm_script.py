@@ -34,7 +34,7 @@ job=({job})
 # At the time limit, a preemption or scancel Slurm signals the ranks, which save and leave. This shell waits for them.
 trap : TERM USR1 USR2
 
-# One agent a node, which starts a rank for each GPU. srun takes none of sbatch's --cpus-per-task over by itself.
+# One agent a node, which starts a rank for each GPU. The others may end long before the one that evaluates (--wait).
 {agents}
 
 # What came of it? 0: done, 75: to be started again, which keeps the job's id; anything else: given up.
@@ -97,7 +97,7 @@ def _body(config: LaunchConfig, mounts: Sequence[Path], python: Sequence[str], j
         group, cpus = [], "$SLURM_CPUS_ON_NODE"
         if heterogeneous:
             group, cpus = [f"--het-group={number}"], f"${{SLURM_JOB_CPUS_PER_NODE_HET_GROUP_{number}%%[(,]*}}"
-        options = [*group, "--kill-on-bad-exit=1", f'--cpus-per-task="{cpus}"', *container]
+        options = [*group, "--kill-on-bad-exit=1", "--wait=0", f'--cpus-per-task="{cpus}"', *container]
         starts.append(" ".join([*options, _run("agent", "--slurm")]))
     verdict = _run("verdict", "--slurm")
     if container:

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 _CLOSE = b""
 _LINGER_MS = 2000
 _STOP_POLL_S = 0.5
+_PHASE_S = 1.0
+"""A new phase is told at once, but not more often than this: heartbeats tell it anyway."""
 _LINGER_AFTER_ABORT_MS = 300
 
 
@@ -79,7 +81,7 @@ class ControlClient:
         self._stop, self._stop_told = stop, False
         self._config, self._on_abort = config, on_abort
         self._scheduler = f"{scheduler}, the scheduler at {address},"
-        self._phase = ("starting", time.monotonic())
+        self._phase, self._phase_told = ("starting", time.monotonic()), 0.0
         self._error: BaseException | None = None
         self._failed = threading.Event()
         self._culprit: int | None = None
@@ -105,7 +107,11 @@ class ControlClient:
 
     @phase.setter
     def phase(self, text: str) -> None:
-        self._phase = (text, time.monotonic())
+        now = time.monotonic()
+        self._phase = (text, now)
+        if now - self._phase_told >= _PHASE_S:
+            self._phase_told = now
+            self._post(self._heartbeat(now))
 
     def ready(self) -> None:
         """This rank can take its part; nothing is dispatched before all ranks said so."""
@@ -154,6 +160,7 @@ class ControlClient:
 
     def fail(self, error: BaseException) -> None:
         """Tell everyone that this rank failed. Does not raise: the caller's own error is the one to show here."""
+        self._post(self._heartbeat(time.monotonic()))  # what it was doing
         failure = Failure.of(error)
         self._post(Failed(failure.kind, failure.exception, failure.message, failure.traceback))
 
@@ -197,6 +204,10 @@ class ControlClient:
         dealer.connect(address)
         return dealer
 
+    def _heartbeat(self, now: float) -> Heartbeat:
+        text, since = self._phase
+        return Heartbeat(now - since, self.step, text)
+
     def _post(self, message: Message) -> None:
         with self._lock:
             if self._open:
@@ -231,8 +242,7 @@ class ControlClient:
             if received:
                 heard = now
             if now >= next_beat:
-                text, since = self._phase
-                self._dealer.send(encode(Heartbeat(now - since, self.step, text)))
+                self._dealer.send(encode(self._heartbeat(now)))
                 next_beat = now + self._config.heartbeat_s
             if self._stop and not self._stop_told:
                 self._stop_told = True

@@ -123,7 +123,7 @@ class Conductor:
         if scheduler is not None and self._ready:
             for dispatch in scheduler.next_dispatches(now):
                 self._broadcast(dispatch, now, self._topology.replicas[dispatch.replica])
-        if self._stopping if scheduler is None else scheduler.finished:
+        if self._ready and (self._stopping if scheduler is None else scheduler.finished):
             self._stopped = True
             self._broadcast(self.statistics(now), now)
             self._broadcast(Stop(), now)

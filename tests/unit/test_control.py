@@ -187,6 +187,20 @@ def test_work_begins_when_all_are_ready_and_goes_round() -> None:
     assert not office.error
 
 
+def test_a_run_that_is_resumed_at_its_end_starts_before_it_stops() -> None:
+    office = Office(make_scheduler(first_item=4, end_item=4))
+    everyone = tuple(range(7))
+    for rank in range(7):
+        assert office.hear(rank, Hello(messages.PROTOCOL_VERSION, 1)) == []
+    for rank in range(6):
+        assert office.hear(rank, Ready()) == []
+    answers = office.hear(6, Ready())
+    assert [(ranks, message) for ranks, message in answers if not isinstance(message, messages.Statistics)] == [
+        (everyone, Start()),
+        (everyone, Stop()),
+    ]
+
+
 def test_stop_is_asked_for_by_any_rank_and_decided_by_the_first_draft_rank() -> None:
     office = Office(make_scheduler())
     office.open()
