@@ -211,7 +211,7 @@ def _tell(
     )
     if comparison is not None:
         lines += [f"  {line}" for line in comparison.render().splitlines()]
-    lines.append(f"  draft side     {sides.draft_tokens_per_s:,.0f} tokens/s trained")
+    lines.append(f"  draft side     {sides.draft_tokens_per_s:,.0f} tokens/s trained, once warm")
     if sides.target_tokens_per_s is not None:
         lines.append(f"  target side    {sides.target_tokens_per_s:,.0f} tokens/s while computing")
     lines.append(f"  balance        {sides.verdict()}")

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -28,6 +30,17 @@ SHOWN = (
 """Figures of the progress line, with the words for them."""
 
 
+@dataclass(frozen=True)
+class _Mark:
+    """What was done and waited for up to a moment of the run."""
+
+    time: float
+    steps: int
+    tokens: int
+    draft_waited_s: float
+    statistics: Statistics
+
+
 class RunReporter(Reporter):
     """Writes the records of the first draft rank; on the others it only takes part."""
 
@@ -38,10 +51,11 @@ class RunReporter(Reporter):
         self._trackers: list[Tracker] = []
         self._bar: ProgressTracker | None = None
         self._last_figures: dict[str, float] = {}
-        self._seen = Statistics()
-        self._began = time.monotonic()
+        self._seen, self._target_waits = Statistics(), 0.0
         self._tokens = self._steps = 0
         self._waited_s = 0.0
+        self._began = self._latest = self._mark()
+        self._warm: _Mark | None = None
         if leader:
             self._open(job, run_dir, itinerary)
 
@@ -76,28 +90,40 @@ class RunReporter(Reporter):
         if torch.cuda.is_available():
             record["gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._last_figures = record
+        self._latest = self._mark()
+        self._warm = self._warm or self._latest
         for tracker in self._trackers:
             tracker.log(step, record)
 
     def totals(self) -> dict[str, float]:
-        """The run so far: steps, tokens/s, the share of the time each side waited, and the last record."""
-        seconds = time.monotonic() - self._began
+        """The run so far: steps, tokens, tokens/s, the share of the time each side waited, and the last record.
+
+        Rates and shares leave out what comes before the first record (compilation, allocation, full queues), where
+        there is a second one.
+        """
+        latest = self._latest
+        since = self._warm if self._warm is not None and self._warm.steps < latest.steps else self._began
+        seconds = latest.time - since.time or math.inf
         return {
-            "steps": float(self._steps),
-            "tokens": float(self._tokens),
-            "seconds": seconds,
-            "tokens_per_s": self._tokens / seconds,
-            "draft_wait": self._waited_s / seconds,
-            "target_wait": self._client.statistics.target_wait_share,
+            "steps": float(latest.steps),
+            "tokens": float(latest.tokens),
+            "seconds": time.monotonic() - self._began.time,
+            "tokens_per_s": (latest.tokens - since.tokens) / seconds,
+            "draft_wait": (latest.draft_waited_s - since.draft_waited_s) / seconds,
+            "target_wait": _target_wait(since.statistics, latest.statistics),
             **{f"last/{name}": value for name, value in self._last_figures.items()},
         }
 
+    def _mark(self) -> _Mark:
+        return _Mark(time.monotonic(), self._steps, self._tokens, self._waited_s, self._client.statistics)
+
     def _target_wait(self) -> float:
-        """Share of the replicas' time without credits since the last record."""
-        now, before = self._client.statistics, self._seen
-        self._seen = now
-        elapsed = (now.elapsed_s - before.elapsed_s) * now.replicas
-        return (now.target_wait_s - before.target_wait_s) / elapsed if elapsed > 0 else 0.0
+        """Share of the replicas' time without credits since the last record, or of the last one told, if that is all
+        that was told: the scheduler tells its statistics now and then only."""
+        now = self._client.statistics
+        if now is not self._seen:
+            self._target_waits, self._seen = _target_wait(self._seen, now), now
+        return self._target_waits
 
     def __enter__(self) -> RunReporter:
         return self
@@ -107,3 +133,8 @@ class RunReporter(Reporter):
     ) -> None:
         for tracker in self._trackers:
             tracker.close()
+
+
+def _target_wait(before: Statistics, now: Statistics) -> float:
+    elapsed = (now.elapsed_s - before.elapsed_s) * now.replicas
+    return (now.target_wait_s - before.target_wait_s) / elapsed if elapsed > 0 else 0.0

@@ -36,6 +36,7 @@ class StopFlag:
 
     def __init__(self, deadline: float | None = None, margin_s: float = 0.0) -> None:
         self.reason: str | None = None
+        self._interrupted = False
         self._stop_at = None if deadline is None else deadline - margin_s
 
     def __bool__(self) -> bool:
@@ -57,7 +58,9 @@ class StopFlag:
         self.reason = self.reason or reason
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason is not None:
-            signal.signal(number, signal.default_int_handler)
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if self._interrupted:
+                signal.signal(number, signal.default_int_handler)
+                raise KeyboardInterrupt
+            self._interrupted = True  # not `reason`: that of another rank may be here before our own signal
         self.request(signal.Signals(number).name)

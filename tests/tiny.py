@@ -36,14 +36,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_target(directory: Path, seed: int = 0, layers: int = 6) -> Path:
-    """A random Llama of about 70,000 parameters."""
+def make_target(directory: Path, seed: int = 0, layers: int = 6, hidden: int = 32) -> Path:
+    """A random Llama of about 70,000 parameters (of 4 heads)."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

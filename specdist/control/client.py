@@ -97,7 +97,6 @@ class ControlClient:
         self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._lost_at: float | None = None
         self._thread = threading.Thread(target=self._thread_main, name="specdist-control-client", daemon=True)
-        self._post(Hello(PROTOCOL_VERSION, os.getpid()))
         self._thread.start()
 
     @property
@@ -230,11 +229,15 @@ class ControlClient:
         poller.register(self._dealer, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
         heard = now = next_beat = time.monotonic()
+        self._dealer.send(encode(Hello(PROTOCOL_VERSION, os.getpid())))
         while True:
             wake = next_beat if self._lost_at is None else min(next_beat, self._lost_at + self._config.heartbeat_s)
             if self._stop is not None and not self._stop_told:
                 wake = min(wake, now + _STOP_POLL_S)  # a signal handler can only set a flag
             poller.poll(math.ceil(max(wake - now, 0.0) * 1000))
+            if self._stop and not self._stop_told:  # before what the main thread said after it: Ready may be among it
+                self._stop_told = True
+                self._dealer.send(encode(StopRequest(self._stop.reason or "stop")))
             if self._send_all():
                 return
             received = self._receive_all()
@@ -244,9 +247,6 @@ class ControlClient:
             if now >= next_beat:
                 self._dealer.send(encode(self._heartbeat(now)))
                 next_beat = now + self._config.heartbeat_s
-            if self._stop and not self._stop_told:
-                self._stop_told = True
-                self._dealer.send(encode(StopRequest(self._stop.reason or "stop")))
             self._watch_connection(now)
             if self._error is None:
                 self._check_scheduler(now, heard)

@@ -25,10 +25,12 @@ def main(args: argparse.Namespace) -> int:
 def _start(files: list[str], overrides: list[str], ranks: int | None) -> int:
     import torch
 
+    from specdist.doctor.local import examine_model
     from specdist.job import load_job
     from specdist_launch.local import start, world_size
 
     job = load_job(files, overrides)
+    examine_model(job)  # raises what is wrong with the configuration; what is wrong with hosts is theirs to tell
     devices = 0 if job.world.device == "cpu" else torch.cuda.device_count()
     return start(files, overrides, ranks or world_size(job, devices), module="specdist.doctor.world")
 

@@ -15,7 +15,7 @@ from specdist.doctor.judge import judge
 from specdist.doctor.needs import needs_of
 from specdist.doctor.report import Report
 from specdist.doctor.storage import examine_storage, marked
-from specdist.errors import UserError
+from specdist.errors import DataError
 from specdist.job import JobConfig, JobFacts
 
 
@@ -33,10 +33,14 @@ def examine_host(job: JobConfig) -> Report:
 
 
 def examine_model(job: JobConfig) -> tuple[JobFacts | None, str]:
-    """The facts of the job, or why this host cannot tell them."""
+    """The facts of the job, or why this host cannot tell them.
+
+    Raises:
+        ConfigError: the model is there and readable, and the configuration does not fit it: no host's fault.
+    """
     try:
         return jobs.examine(job), ""
     except OSError as error:
         return None, f"target.path={job.target.path} cannot be read: {error}"
-    except UserError as error:
+    except DataError as error:
         return None, str(error)

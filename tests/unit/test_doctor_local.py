@@ -90,3 +90,13 @@ def test_a_cuda_device_is_known_to_nvml_by_its_place_on_the_bus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: place)
     assert _buses(torch.device("cuda", 0)) == ["00000001:3b:02.0"]
     assert _buses(None) is None
+
+
+def test_a_configuration_that_does_not_fit_the_model_is_no_hosts_fault(tmp_path, target, capsys):
+    assert (
+        main(["doctor", "--local", *words(tmp_path, target, prompts__max_length=513, prompts__tokens_per_rank=513)])
+        == 2
+    )
+    said = capsys.readouterr()
+    assert "prompts.max_length=513 is more than the 512 positions" in said.err
+    assert said.out == ""

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The totals of a run, on a clock and with statistics of the test's own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from specdist import reporter
+from specdist.control.messages import Statistics
+from specdist.reporter import RunReporter
+from specdist.trainer import Window
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """A reporter of no files; `run.pass_(seconds, ...)` lets that much time go by and reports ten steps."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(reporter, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    client = SimpleNamespace(statistics=Statistics(), step=0)
+    made = RunReporter(None, None, None, client, leader=False)  # type: ignore[arg-type]
+
+    def pass_(seconds: float, draft_wait: float, statistics: Statistics | None = None) -> None:
+        clock.now += seconds
+        if statistics is not None:
+            client.statistics = statistics
+        made.figures(0, {}, Window(steps=10, tokens=1000, seconds=seconds, waited_share=draft_wait, bytes=0))
+
+    return SimpleNamespace(reporter=made, client=client, clock=clock, pass_=pass_)
+
+
+def told(elapsed: float, waited: float) -> Statistics:
+    return Statistics(elapsed_s=elapsed, replicas=1, target_wait_s=waited)
+
+
+def test_rates_are_those_after_the_first_record(run):
+    run.pass_(50, 0.8, told(50, 5))
+    run.pass_(2, 0.5, told(52, 6))
+    run.clock.now += 30  # the last checkpoint is written
+    totals = run.reporter.totals()
+    assert (totals["steps"], totals["tokens"], totals["seconds"]) == (20, 2000, 82)
+    assert (totals["tokens_per_s"], totals["draft_wait"], totals["target_wait"]) == (500, 0.5, 0.5)
+
+
+def test_one_record_is_all_there_is(run):
+    run.pass_(50, 0.8, told(50, 5))
+    totals = run.reporter.totals()
+    assert (totals["tokens_per_s"], totals["draft_wait"], totals["target_wait"]) == (20, pytest.approx(0.8), 0.1)
+
+
+def test_a_start_with_nothing_to_do(run):
+    totals = run.reporter.totals()
+    assert (totals["steps"], totals["tokens_per_s"], totals["draft_wait"], totals["target_wait"]) == (0, 0, 0, 0)
+
+
+def test_the_share_told_last_holds_until_another_is_told(run):
+    shares = []
+    for statistics in (told(4, 1), None, told(8, 4)):
+        run.pass_(2, 0.0, statistics)
+        shares.append(run.reporter.totals()["last/target_wait"])
+    assert shares == [0.25, 0.25, 0.75]
