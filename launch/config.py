@@ -15,7 +15,8 @@ class LaunchConfig:
 
     retries: int = 3
     """How often a batch job that failed is started again. Preemptions do not count, and progress since the failure
-    before starts the count anew. An error of the user's, or the same one at the same step, is never tried again."""
+    before starts the count anew. An error of the user's, or the same one at the same step, is never tried again. As
+    often may the time limit come before a single step is done."""
     stop_before_end_s: float = 120.0
     """So many seconds before the batch system's time limit the job saves and leaves, to be started again."""
     meet_timeout_s: float = 300.0

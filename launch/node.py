@@ -54,7 +54,7 @@ class Agent:
         if me.number == 0 and kept:
             self._record.begin(self._started(meeting))
         failed = run_ranks(meeting, me.number, place.leader[0], self._attempt.name, arguments, self._environment())
-        self._tell(failed)
+        self._tell(failed, stop.reason)
         if not kept:
             return GIVE_UP if failed else 0
         return self._account(failed, stop.reason)
@@ -99,10 +99,11 @@ class Agent:
         variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(cores // place.ranks, 1)))
         return variables
 
-    def _tell(self, failed: dict[int, int]) -> None:
-        """Name ranks that a signal has killed: nobody else can know that."""
+    def _tell(self, failed: dict[int, int], stopped: str | None) -> None:
+        """Name ranks that a signal has killed: nobody else can know that. The one that asked them to stop may have come
+        before they could hear it."""
         for rank, status in failed.items():
-            if status < 0:
+            if status < 0 and signal.Signals(-status).name != stopped:
                 hint = " (by hand, or by the kernel for want of memory)" if status == -signal.SIGKILL else ""
                 name = signal.Signals(-status).name
                 print(f"specdist: rank {rank} on {self._place.host} was killed by {name}{hint}", file=sys.stderr)
@@ -121,7 +122,7 @@ class Agent:
         if not leads:
             return 0 if self._known() or stopped is not None or not failed else GIVE_UP
         verdict = judge(self._run_dir, self._job.launch)
-        if verdict.status != DONE:
+        if verdict.status != DONE and self._launcher != "slurm":  # there the batch script says it
             print(f"specdist: {verdict.words}", file=sys.stderr)
         return verdict.status
 

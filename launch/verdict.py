@@ -5,8 +5,9 @@
     python -m specdist_launch.verdict --slurm CONFIG.yaml ...   # in a batch script: of this start of this Slurm job
 
 Preemption, lost nodes and errors are told apart by what the attempt has left behind (specdist/attempts.py). What
-stopped on request is started again without limit. What failed is started again `launch.retries` times in a row, unless
-the error is the user's, or the same one at the same step as the time before: that one would come back for ever.
+stopped on request is started again without limit, but not where the time limit leaves no time to get anywhere. What
+failed is started again `launch.retries` times in a row, unless the error is the user's, or the same one at the same
+step as the time before: that one would come back for ever.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from specdist_launch.config import LaunchConfig
 
 DONE, GIVE_UP, USER_ERROR, AGAIN = 0, 1, 2, 75
 """Exit statuses; 75 is sysexits' EX_TEMPFAIL."""
+
+TIME_LIMIT = ("the end of the time limit", "SIGUSR1", "SIGUSR2")
+"""How the reason of a stop begins that comes with the time limit: the batch scripts ask for SIGUSR2 then."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,14 @@ def judge(run_dir: Path, config: LaunchConfig) -> Verdict:
         return Verdict(DONE, f"finished at step {ending.step}")
     if "SIGINT" in ending.reason:
         return Verdict(DONE, f"stopped at step {ending.step} by Ctrl-C; the same command goes on")
+    vain = _vain_starts(history)
+    if vain > config.retries:
+        return Verdict(
+            GIVE_UP,
+            f"not started again: the time limit came {vain} times in a row before a step was done (now {ending.step}): "
+            f"give each start more time (--time), or less of it for the end (launch.stop_before_end_s="
+            f"{config.stop_before_end_s:g}, --signal, which Slurm sends up to 60 s early)",
+        )
     return Verdict(AGAIN, f"stopped at step {ending.step} ({ending.reason}): to be started again from there")
 
 
@@ -67,6 +79,18 @@ def _judge_failure(failure: Failure, history: Sequence[AttemptRecord], config: L
         times = f"failed {tried} times in a row (launch.retries={config.retries})"
         return Verdict(GIVE_UP, f"not started again: {times}, last: {what}")
     return Verdict(AGAIN, f"to be started again, try {tried} of {config.retries} (kind: {failure.kind}): {what}")
+
+
+def _vain_starts(history: Sequence[AttemptRecord]) -> int:
+    """How many of the last attempts the time limit ended at the step at which they had begun."""
+    count = 0
+    for record in reversed(history):
+        started, ending = record.started(), record.ending()
+        assert started is not None
+        if ending is None or ending.step > started.step or not ending.reason.startswith(TIME_LIMIT):
+            break
+        count += 1
+    return count
 
 
 def _same(one: Failure, other: Failure) -> bool:

@@ -114,6 +114,23 @@ def test_retries_are_bounded_but_progress_counts_anew_and_preemptions_not_at_all
     assert preempted.add(stop).add(LOST).verdict()[0] == GIVE_UP
 
 
+def test_a_time_limit_that_is_too_short_is_not_tried_for_ever(tmp_path: Path) -> None:
+    early, late = Ending("stopped", 30, "SIGUSR2 on rank 0"), Ending("stopped", 30, "the end of the time limit")
+    history = History(tmp_path / "short").add(early, step=30).add(late, step=30)
+    assert history.verdict()[0] == AGAIN
+    status, said = history.add(early, step=30).verdict()
+    assert (status, "3 times in a row before a step was done (now 30)" in said) == (GIVE_UP, True), said
+    progress = (
+        History(tmp_path / "progress").add(late, step=30).add(late, step=20).add(late, step=30).add(late, step=30)
+    )
+    assert progress.verdict()[0] == AGAIN
+    preempted = Ending("stopped", 30, "SIGTERM on rank 0")
+    assert (
+        History(tmp_path / "busy").add(preempted, step=30).add(preempted, step=30).add(late, step=30).verdict()[0]
+        == AGAIN
+    )
+
+
 def test_who_was_stopped_before_it_could_say_so_has_not_failed(tmp_path: Path) -> None:
     for failure, status in ((LOST, AGAIN), (ERROR, GIVE_UP)):
         history = History(tmp_path / failure.kind)
