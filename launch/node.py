@@ -13,7 +13,7 @@ from pathlib import Path
 from specdist import contract
 from specdist.attempts import AttemptRecord, Ending, Failure, Started
 from specdist.contract import Attempt
-from specdist.errors import Dismissed, UserError
+from specdist.errors import ConfigError, Dismissed, UserError
 from specdist.job import JobConfig
 from specdist.run_dir import RunDirectory
 from specdist_launch.meeting import Meeting, Node, meet
@@ -45,6 +45,7 @@ class Agent:
         place = self._place
         me, limit = Node(place.number, place.host, place.ranks), self._job.launch.meet_timeout_s
         try:
+            self._check_time()
             meeting = meet(me, place.nodes, place.leader, limit, place.hosts, stop.check)
             stop.check()
         except Dismissed as error:
@@ -58,6 +59,15 @@ class Agent:
         if not kept:
             return GIVE_UP if failed else 0
         return self._account(failed, stop.reason)
+
+    def _check_time(self) -> None:
+        """Raise ConfigError where the job is to stop before it has begun: every start would be in vain."""
+        deadline, margin = self._attempt.deadline, self._job.launch.stop_before_end_s
+        if deadline is not None and deadline - time.time() <= margin:
+            raise ConfigError(
+                f"launch.stop_before_end_s={margin:g}: this job has only {deadline - time.time():.0f} s, and would "
+                "save and leave at once: give it more time, or set launch.stop_before_end_s lower"
+            )
 
     def _leave_early(self, reason: str, kept: bool) -> int:
         """A stop was asked for before the ranks were started: there is nothing to save."""

@@ -97,6 +97,15 @@ def test_a_job_that_cannot_meet_names_the_missing_node(tmp_path: Path, material:
     assert failure.kind == "world"
 
 
+def test_a_job_without_time_to_train_is_not_started(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    agent = [sys.executable, "-m", "specdist_launch.agent", "--nproc-per-node", "2", "--job", "7"]
+    process = start_command([*agent, "--deadline", str(time.time() + 110), *words(tmp_path, material)])
+    _, said = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 2, said
+    assert "launch.stop_before_end_s=120: this job has only 1" in said
+    assert "split world" not in said
+
+
 def test_a_lost_rank_is_started_again_and_a_defect_only_once(tmp_path: Path, material: tuple[Path, Path]) -> None:
     train = [sys.executable, "-m", "specdist.cli", "train", "--retries", "3"]
     process = start_command([*train, *words(tmp_path, material, train__steps=400, checkpoint__every=5)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from specdist.draft.eagle3.dims import Eagle3Dims
 
@@ -26,9 +26,15 @@ class Rotary:
 
     @classmethod
     def of(cls, dims: Eagle3Dims, device: torch.device | str) -> Rotary:
+        parameters = dims.rope_parameters
+        kind = parameters["rope_type"]
         with torch.device("cpu"):  # a draft built on the meta device still has real frequencies
-            rope = LlamaRotaryEmbedding(dims.llama_config())
-        return cls(rope.inv_freq.to(device), float(rope.attention_scaling))
+            if kind == "default":
+                exponents = torch.arange(0, dims.head_dim, 2, dtype=torch.float) / dims.head_dim
+                inv_freq, scaling = 1.0 / parameters["rope_theta"] ** exponents, 1.0
+            else:
+                inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](dims.llama_config())
+        return cls(inv_freq.to(device), float(scaling))
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, 1, head_dim / 2] of int positions [T]."""
