@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 import uuid
@@ -18,6 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from specdist.errors import ConfigError
 
+_LINES_S = 5.0
+"""Seconds between two lines of progress in a log file, at least. metrics.jsonl has every record."""
+
 
 @dataclass(frozen=True)
 class MetricsConfig:
@@ -26,7 +30,7 @@ class MetricsConfig:
     every: int = 10
     """Optimizer steps between two records."""
     progress: bool = True
-    """Show a live line on a terminal, or plain lines in a log."""
+    """Show a live line on a terminal, or a plain line every few seconds in a log."""
     tensorboard: bool = True
     """Write event files to the run directory's tensorboard/."""
     wandb: bool = False
@@ -110,10 +114,11 @@ class WandbTracker(Tracker):
 
 
 class ProgressTracker(Tracker):
-    """A live bar on a terminal; in a log file one plain line per record."""
+    """A live bar on a terminal; in a log file a plain line now and then, the first and the last record among them."""
 
     def __init__(self, total: int, start: int, shown: Sequence[tuple[str, str]]):
         self._shown, self._total = shown, total
+        self._written_at = -math.inf
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             columns = (
@@ -138,7 +143,8 @@ class ProgressTracker(Tracker):
         text = _shown(figures, self._shown)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=text)
-        else:
+        elif step >= self._total or time.monotonic() - self._written_at >= _LINES_S:
+            self._written_at = time.monotonic()
             print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -44,5 +44,7 @@ def test_wandb_missing_says_how_to_install(tmp_path, monkeypatch):
 def test_a_log_file_gets_plain_lines(capsys):
     tracker = ProgressTracker(10, 0, (("loss", "loss"), ("draft_wait", "draft waits"), ("absent", "absent")))
     tracker.log(4, {"loss": 1.2345, "draft_wait": 0.051})
+    tracker.log(8, {"loss": 1.0})  # too soon
+    tracker.log(10, {"loss": 0.5})
     tracker.close()
-    assert capsys.readouterr().err == "step 4/10  loss 1.23  draft waits 5%\n"
+    assert capsys.readouterr().err == "step 4/10  loss 1.23  draft waits 5%\nstep 10/10  loss 0.5\n"
