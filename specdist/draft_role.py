@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from specdist import job as jobs
+from specdist.channel.build import make_receiver
 from specdist.channel.local import LocalChannel
-from specdist.channel.p2p import P2PReceiver
 from specdist.checkpoint import Checkpointer
 from specdist.control.messages import LastItem, Stop
 from specdist.draft.base import DraftModel
@@ -95,16 +95,8 @@ def _source(rank: Rank, items: Items, shard: int) -> FeatureSource:
         source = ColocatedSource(engine, channel, topology, rank.rank, rank.prompts)
         source.verify(items, job.target.verify)
         return source
-    receiver = P2PReceiver(
-        topology,
-        rank.rank,
-        rank.groups.links,
-        layout,
-        jobs.slots(job, layout),
-        job.prompts.tokens_per_rank,
-        device,
-    )
-    receiver.watch(rank.client.check)
+    slots = jobs.slots(job, layout)
+    receiver = make_receiver(rank.wire(), slots, job.prompts.tokens_per_rank, rank.client.check)
     return RemoteSource(rank.client, receiver, items, topology.draft_ranks.index(rank.rank), rank.stop, rank.timeout_s)
 
 

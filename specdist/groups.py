@@ -23,7 +23,7 @@ from specdist.contract import RankFacts, Role, launcher_serves_store, rendezvous
 from specdist.errors import ConfigError, WorldError
 from specdist.topology import Link, Topology, WorldConfig
 
-Transport = Literal["nccl", "gloo"]
+Transport = Literal["nccl", "gloo", "mooncake"]
 
 _VERDICT_MARGIN_S = 15.0
 """Rank 0 publishes who is missing at its own deadline; the other ranks wait so much longer for it to arrive."""
@@ -53,7 +53,7 @@ class Groups:
         draft_cpu: the same ranks with gloo, for agreements on CPU tensors.
         checkpoint: the same once more, for the checkpoint writer: it runs in the background, beside the others.
         draft_mesh: a ("dp", "cp") DeviceMesh over the draft ranks, or None.
-        links: a two-rank group for every link of this rank.
+        links: a two-rank group for every link of this rank; none where Mooncake carries the features.
     """
 
     control: dist.ProcessGroup
@@ -240,7 +240,7 @@ def _make_groups(topology: Topology, world: World, transport: Transport, timeout
         checkpoint = group(topology.draft_ranks, "checkpoint", "gloo")
         draft_mesh = _draft_mesh(topology, world, group)
     links = {}
-    for link in topology.links:
+    for link in topology.links if transport != "mooncake" else ():
         made = group((link.source, link.destination), f"link {link.source} to {link.destination}", transport)
         if made is not None:
             links[link] = made

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specdist.attempts import AttemptRecord
+from specdist.channel.build import Wire
 from specdist.control.client import ControlClient
 from specdist.groups import Groups, World
 from specdist.items import Items
@@ -51,6 +52,11 @@ class Rank:
     def items(self) -> Items:
         progress, stream = self.itinerary.progress, stream_of(self.job, self.topology, self.prompts)
         return Items(stream, progress.cursor, progress.next_item, self.itinerary.end_item)
+
+    def wire(self) -> Wire:
+        return Wire(
+            self.job.channel, self.topology, self.world, self.groups, self.facts.layout, self.job.world.wait_timeout_s
+        )
 
     def load_engine(self) -> Engine:
         """The target of this rank's replica; all ranks of the replica call it."""

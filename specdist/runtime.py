@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specdist import job as jobs
 from specdist.attempts import AttemptRecord, Failure, Started
+from specdist.channel.mooncake.engine import check_installed
 from specdist.contract import Attempt, RankFacts, local_address, stop_asked
 from specdist.control.client import ControlClient
 from specdist.control.server import ControlServer
@@ -66,6 +67,8 @@ class Start:
 def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     """Take part in the run as rank `facts.rank`; returns when the run is done or was asked to stop."""
     job_facts = jobs.examine(job)
+    if job.channel.transport == "mooncake" and job.world.mode == "split":
+        check_installed()
     prompts = prepare(job.prompts, job.target.path, progress=facts.rank == 0)
     world = join_world(job.world, facts)
     topology = jobs.topology(job, world.hosts, world.roles)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 
@@ -55,10 +56,12 @@ class RemoteSource(FeatureSource):
         return rows
 
     def release(self, item: WorkItem) -> None:
-        self._receiver.release(item)
         with self._changed:
             self._delivered.discard(item.index)
-        self._client.send(Released(item.index, self._draft))
+        self._receiver.release(item, functools.partial(self._freed, item.index))
+
+    def _freed(self, index: int) -> None:
+        self._client.send(Released(index, self._draft))
 
     def drain(self, next_item: int) -> None:
         """Receive and release, untrained, what was on its way beyond the last item, until the scheduler stops."""
@@ -147,7 +150,7 @@ class ColocatedSource(FeatureSource):
         return self._channel.take(own, timeout_s=0)
 
     def release(self, item: WorkItem) -> None:
-        self._channel.release(item)
+        self._channel.release(item, lambda: None)
 
     def _pack(self, item: WorkItem) -> PackedTokens:
         return self._prompts.pack([s for shard in item.shards for s in shard.sequences])

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from specdist.attempts import Ending
 from specdist.channel.base import FeatureSender
+from specdist.channel.build import make_sender
 from specdist.channel.drop import DropSender
-from specdist.channel.p2p import P2PSender
 from specdist.files import write_atomically
 from specdist.producer import Producer, ProducerReport
 from specdist.rank import Rank
@@ -31,9 +31,9 @@ def produce(rank: Rank) -> None:
     if topology.mode == "target_only":
         sender = DropSender(layout, item_rows, device)
     else:
-        sender = P2PSender(
-            topology, rank.rank, rank.groups.links, layout, job.channel.send_buffers, item_rows, device, rank.timeout_s
-        )
+        sender = make_sender(rank.wire(), item_rows)
+        rank.client.phase = "connecting to the draft ranks"
+        sender.connect(job.control.load_timeout_s, rank.client.check)
     producer = Producer(
         engine, sender, rank.client, rank.items(), rank.prompts, place, job.target.verify, rank.timeout_s
     )

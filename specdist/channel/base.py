@@ -8,11 +8,19 @@ were dispatched to that replica.
 
 from __future__ import annotations
 
+import threading
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor
 
+from specdist.errors import WorldError
 from specdist.records import WorkItem
+from specdist.topology import Topology
+
+Freed = Callable[[], None]
+"""Called, from any thread, once the slot of a released item may be written again."""
 
 
 def share(rows: int, tp_index: int, tp: int) -> slice:
@@ -22,6 +30,14 @@ def share(rows: int, tp_index: int, tp: int) -> slice:
 
 class FeatureSender(ABC):
     """The target rank's end."""
+
+    def connect(self, timeout_s: float, check: Callable[[], None]) -> None:
+        """Reach every draft rank, before this rank counts as ready; `check` raises when the world has failed meanwhile.
+
+        Raises:
+            WorldError: a draft rank is not there within `timeout_s` seconds, or a link does not come up.
+        """
+        return
 
     @property
     @abstractmethod
@@ -69,5 +85,38 @@ class FeatureReceiver(ABC):
         """
 
     @abstractmethod
-    def release(self, item: WorkItem) -> None:
-        """The rows are no longer read by anything after the work already on the current stream."""
+    def release(self, item: WorkItem, freed: Freed) -> None:
+        """The rows are no longer read by anything after the work already on the current stream. Calls `freed`, now or
+        later, in the order of the releases."""
+
+
+class Posts:
+    """The items that were posted and not yet taken, each with the replica that sends it."""
+
+    def __init__(self, topology: Topology, rank: int, check: Callable[[], None]):
+        self._topology, self._rank, self._check = topology, rank, check
+        self._replicas: dict[int, int] = {}
+        self._changed = threading.Condition()
+
+    def add(self, item: WorkItem, replica: int) -> None:
+        with self._changed:
+            self._replicas[item.index] = replica
+            self._changed.notify_all()
+
+    def take(self, item: WorkItem, timeout_s: float) -> int:
+        """The replica of `item`, once it is posted.
+
+        Raises:
+            WorldError: not posted within `timeout_s` seconds, or the world has failed.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while item.index not in self._replicas:
+                self._check()
+                if time.monotonic() > deadline:
+                    raise WorldError(
+                        f"{self._topology.describe(self._rank)} waited {timeout_s:.0f} s for item {item.index}, which "
+                        "no target replica has delivered (world.wait_timeout_s)"
+                    )
+                self._changed.wait(timeout=0.5)
+            return self._replicas.pop(item.index)

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from specdist.channel.mooncake.config import MooncakeConfig
 from specdist.errors import ConfigError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -16,13 +17,16 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 class ChannelConfig:
     """The wire and the memory it may use."""
 
-    transport: Literal["auto", "nccl", "gloo"] = "auto"
-    """Point-to-point library: auto is nccl between GPUs and gloo between CPUs; gloo on GPUs stages through the host."""
+    transport: Literal["auto", "nccl", "gloo", "mooncake"] = "auto"
+    """What carries features: auto is nccl between GPUs and gloo between CPUs; mooncake writes over RDMA or TCP into the
+    draft ranks' rings. gloo and mooncake stage the features of GPUs through the host."""
     memory: str = "2GiB"
     """Receive ring of one draft rank, for example 512MiB or 4GiB. It holds whole micro-batches of
     prompts.tokens_per_rank tokens; items in flight never exceed it."""
     send_buffers: int = 2
     """Buffers on a target rank, each one packed forward: 2 let the next forward run while the last one is sent."""
+    mooncake: MooncakeConfig = field(default_factory=MooncakeConfig)
+    """Options of transport=mooncake."""
 
     def __post_init__(self) -> None:
         parse_bytes(self.memory, "channel.memory")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdist.channel.base import FeatureReceiver, FeatureSender
+from specdist.channel.base import FeatureReceiver, FeatureSender, Freed
 from specdist.channel.ring import Ring
 from specdist.errors import WorldError
 from specdist.records import FeatureLayout, WorkItem
@@ -47,5 +47,6 @@ class LocalChannel(FeatureSender, FeatureReceiver):
             raise WorldError(f"item {item.index} was not computed on this rank before it was taken")
         return self._sent[item.index][item.rows(self._shard)]
 
-    def release(self, item: WorkItem) -> None:
+    def release(self, item: WorkItem, freed: Freed) -> None:
         del self._sent[item.index]
+        freed()

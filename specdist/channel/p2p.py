@@ -9,7 +9,6 @@ computed the items; and no transfer waits for another link.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from specdist.channel.base import FeatureReceiver, FeatureSender, share
+from specdist.channel.base import FeatureReceiver, FeatureSender, Freed, Posts, share
 from specdist.channel.ring import Ring
 from specdist.errors import WorldError
 from specdist.links import TransferError, wait_work
@@ -117,7 +116,11 @@ class P2PSender(FeatureSender):
 
 
 class P2PReceiver(FeatureReceiver):
-    """Receives this draft rank's shard from the replica that computed it, share by share."""
+    """Receives this draft rank's shard from the replica that computed it, share by share.
+
+    Args:
+        check: called while waiting; raises when the world is known to have failed.
+    """
 
     def __init__(
         self,
@@ -128,6 +131,7 @@ class P2PReceiver(FeatureReceiver):
         slots: int,
         shard_rows: int,
         device: torch.device,
+        check: Callable[[], None],
     ):
         place = topology.draft_place(rank)
         assert place is not None, f"rank {rank} is not a draft rank"
@@ -139,8 +143,8 @@ class P2PReceiver(FeatureReceiver):
         self._stream = torch.cuda.Stream(device) if self._on_device else None
         self._freed: dict[int, torch.cuda.Event] = {}
         self._transfers: dict[int, _Transfer] = {}
-        self._posted = threading.Condition()
-        self._broken: Callable[[], None] = lambda: None
+        self._posts = Posts(topology, rank, check)
+        self._check = check
 
     @property
     def slots(self) -> int:
@@ -150,10 +154,6 @@ class P2PReceiver(FeatureReceiver):
         """A new thread's device is GPU 0, whatever the rank's is; it would leave a context there."""
         if self._stream is not None:
             torch.cuda.set_device(self._stream.device)
-
-    def watch(self, check: Callable[[], None]) -> None:
-        """`check` is called while waiting and raises when the world is known to have failed."""
-        self._broken = check
 
     def post(self, item: WorkItem, replica: int) -> None:
         rows = (self._host_ring or self._ring).slot(item.index, item.shards[self._shard].tokens)
@@ -167,9 +167,8 @@ class P2PReceiver(FeatureReceiver):
                 self._issue(rows, replica, transfer)
         else:
             self._issue(rows, replica, transfer)
-        with self._posted:
-            self._transfers[item.index] = transfer
-            self._posted.notify_all()
+        self._transfers[item.index] = transfer
+        self._posts.add(item, replica)
 
     def _issue(self, rows: Tensor, replica: int, transfer: _Transfer) -> None:
         sources = self._topology.replicas[replica]
@@ -182,12 +181,13 @@ class P2PReceiver(FeatureReceiver):
 
     def take(self, item: WorkItem, timeout_s: float) -> Tensor:
         deadline = time.monotonic() + timeout_s
-        transfer = self._await_post(item, deadline, timeout_s)
+        self._posts.take(item, timeout_s)
+        transfer = self._transfers.pop(item.index)
         for link, work in transfer.works:
             try:
                 wait_work(work, max(deadline - time.monotonic(), 0.001), self._on_device)
             except TransferError as error:
-                self._broken()
+                self._check()
                 raise WorldError(
                     f"{self._topology.describe(self._rank)} did not receive its rows of item {item.index} from "
                     f"{self._topology.describe(link.source)} (limit {timeout_s:.0f} s): {error}"
@@ -198,25 +198,14 @@ class P2PReceiver(FeatureReceiver):
             rows.copy_(self._host_ring.slot(item.index, tokens), non_blocking=True)
         return rows
 
-    def _await_post(self, item: WorkItem, deadline: float, timeout_s: float) -> _Transfer:
-        with self._posted:
-            while item.index not in self._transfers:
-                self._broken()
-                if time.monotonic() > deadline:
-                    raise WorldError(
-                        f"{self._topology.describe(self._rank)} waited {timeout_s:.0f} s for item {item.index}, which "
-                        "no target replica has delivered (world.wait_timeout_s)"
-                    )
-                self._posted.wait(timeout=0.5)
-            return self._transfers.pop(item.index)
-
-    def release(self, item: WorkItem) -> None:
+    def release(self, item: WorkItem, freed: Freed) -> None:
         if self._stream is not None:
             event = torch.cuda.Event()
             event.record()
             self._freed[item.index % self.slots] = event
         elif self._host_ring is not None:
             torch.cuda.current_stream().synchronize()  # the staging copy must have been read before gloo writes again
+        freed()  # whatever comes next into this slot is ordered behind the reads of it
 
 
 def _start(

@@ -11,12 +11,16 @@ from specdist.records import FeatureLayout
 
 
 class Ring:
-    """`slots` buffers of `rows` feature rows each; item i always lives in slot i mod slots."""
+    """`slots` buffers of `rows` feature rows each; item i always lives in slot i mod slots.
+
+    Attributes:
+        memory: all of them, [slots, rows, layout.width].
+    """
 
     def __init__(self, layout: FeatureLayout, slots: int, rows: int, device: torch.device, pinned: bool = False):
         self.slots = slots
         self._rows = rows
-        self._memory = torch.empty(
+        self.memory = torch.empty(
             slots,
             rows,
             layout.width,
@@ -28,7 +32,7 @@ class Ring:
     def slot(self, index: int, rows: int) -> Tensor:
         """The first `rows` rows of the slot of item `index`, contiguous."""
         assert rows <= self._rows, f"{rows} rows do not fit into a slot of {self._rows}"
-        return self._memory[index % self.slots, :rows]
+        return self.memory[index % self.slots, :rows]
 
 
 def ring_slots(memory: int, rows: int, bytes_per_row: int, needed: int) -> int:

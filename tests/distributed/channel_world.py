@@ -8,6 +8,7 @@ random bits, and compares what arrives bit by bit.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -22,8 +23,10 @@ import torch
 import torch.distributed as dist
 
 from specdist.channel.base import FeatureReceiver, FeatureSender
+from specdist.channel.build import Wire, make_receiver, make_sender
+from specdist.channel.config import ChannelConfig
 from specdist.channel.local import LocalChannel
-from specdist.channel.p2p import P2PReceiver, P2PSender
+from specdist.channel.mooncake.config import MooncakeConfig
 from specdist.contract import RankFacts
 from specdist.errors import WorldError
 from specdist.groups import Groups, Transport, World, join_world, make_groups
@@ -99,15 +102,23 @@ class Rank:
         )
 
 
+def ends(rank: Rank, transport: Transport) -> Ends:
+    case = rank.case
+    config = ChannelConfig(transport=transport, send_buffers=case.buffers, mooncake=MooncakeConfig("tcp"))
+    wire = Wire(config, rank.topology, rank.world, rank.groups, case.layout, PATIENCE_S)
+    if rank.topology.target_place(rank.rank) is None:
+        return None, make_receiver(wire, case.slots, case.rows, check=lambda: None)
+    sender = make_sender(wire, case.dp * case.rows)
+    sender.connect(PATIENCE_S, check=lambda: None)
+    return sender, None
+
+
 def p2p_ends(rank: Rank) -> Ends:
-    case, device, links = rank.case, rank.world.device, rank.groups.links
-    if rank.topology.target_place(rank.rank) is not None:
-        rows = case.dp * case.rows
-        return (
-            P2PSender(rank.topology, rank.rank, links, case.layout, case.buffers, rows, device, PATIENCE_S),
-            None,
-        )
-    return None, P2PReceiver(rank.topology, rank.rank, links, case.layout, case.slots, case.rows, device)
+    return ends(rank, "gloo")
+
+
+def mooncake_ends(rank: Rank) -> Ends:
+    return ends(rank, "mooncake")
 
 
 def local_ends(rank: Rank) -> Ends:
@@ -134,6 +145,8 @@ IMPLEMENTATIONS = {
     "gloo": Implementation(p2p_ends, CASES, "cpu"),
     "gloo-staged": Implementation(p2p_ends, CASES, "cuda"),
     "nccl": Implementation(p2p_ends, CASES, "cuda", "nccl"),
+    "mooncake": Implementation(mooncake_ends, CASES, "cpu", "mooncake"),
+    "mooncake-staged": Implementation(mooncake_ends, CASES, "cuda", "mooncake"),
 }
 
 
@@ -233,8 +246,7 @@ def consume(rank: Rank, receiver: FeatureReceiver) -> Iterator[None]:
             oldest = min(held)
             check_rows(rank, held, oldest)  # what came in meanwhile went elsewhere
             del held[oldest]
-            receiver.release(local_item(rank, oldest))
-            desk.released(oldest)
+            receiver.release(local_item(rank, oldest), functools.partial(desk.released, oldest))
         else:
             yield
     if rank.topology.mode == "split":
@@ -274,8 +286,8 @@ def work(parts: list[Iterator[None]]) -> None:
         time.sleep(chance.random() * 0.002)
 
 
-def be(rank: Rank, implementation: Implementation) -> None:
-    """Play this rank's part of a case."""
+def be(rank: Rank, implementation: Implementation) -> Ends:
+    """Play this rank's part of a case. The ends stay until nobody waits any more for what was sent to them."""
     sender, receiver = implementation.ends(rank)
     parts = []
     if sender is not None:
@@ -283,6 +295,7 @@ def be(rank: Rank, implementation: Implementation) -> None:
     if receiver is not None:
         parts.append(consume(rank, receiver))
     work(parts)
+    return sender, receiver
 
 
 def never_sent(rank: Rank, implementation: Implementation) -> dict[str, object]:
@@ -330,7 +343,7 @@ def main(name: str, folder: Path) -> None:
     config = WorldConfig(
         mode="colocated" if implementation.colocated else "split",
         device=implementation.device,
-        share_devices=implementation.transport == "gloo",
+        share_devices=implementation.transport != "nccl",
         wait_timeout_s=60.0,
     )
     world = join_world(config, RankFacts.from_environment())
@@ -343,12 +356,11 @@ def main(name: str, folder: Path) -> None:
 
     size = world.facts.world_size
     fits = [c for c in implementation.cases if implementation.colocated or c.replicas * c.tp + c.dp * c.cp == size]
-    for case in fits:
-        be(enter(case), implementation)
+    kept = [be(enter(case), implementation) for case in fits]
     # Failures last, each in groups of its own: a transfer that was given up leaves its connection unusable.
     large = next((case for case in fits if case.layout is WIDE), fits[0])
     first, second = enter(fits[0]), enter(large)
-    report = {"cases": [case.name for case in fits], **never_sent(first, implementation)}
+    report = {"cases": [case.name for case, _ in zip(fits, kept, strict=True)], **never_sent(first, implementation)}
     report |= never_taken(second, implementation)
     (folder / f"rank-{world.facts.rank}.json").write_text(json.dumps(report))
     while len(list(folder.glob("rank-*.json"))) < size:  # nobody's end may look like a lost connection to another

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from specdist.progress import committed, read_progress
-from tests.distributed.worlds import kill_all, start_torchrun, train
+from tests.distributed.worlds import kill_all, mooncake_loads, start_torchrun, train
 from tests.tiny import make_config, make_conversations, make_target
 
 STEPS = 12
@@ -87,6 +87,12 @@ def test_stopped_and_resumed_equals_undisturbed_bitwise(tmp_path, material, undi
 
 def test_more_replicas_train_the_same(tmp_path, material, undisturbed):
     run(4, tmp_path, material, target__replicas=2)
+    assert losses(tmp_path) == undisturbed
+
+
+@pytest.mark.skipif(not mooncake_loads(), reason="needs mooncake-transfer-engine, and libibverbs1")
+def test_over_mooncake_it_trains_the_same(tmp_path, material, undisturbed):
+    run(3, tmp_path, material, channel__transport="mooncake")
     assert losses(tmp_path) == undisturbed
 
 

@@ -12,7 +12,19 @@ from pathlib import Path
 
 import psutil
 
+from specdist.channel.mooncake.engine import check_installed
+from specdist.errors import ConfigError
+
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def mooncake_loads() -> bool:
+    """Whether Mooncake's Transfer Engine can be used here."""
+    try:
+        check_installed()
+    except ConfigError:
+        return False
+    return True
 
 
 def torchrun(ranks: int, arguments: Sequence[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mooncake's Transfer Engine as this project uses it: registered memory, writes, and an end to every wait.
+
+What its wheels (0.3.13) do that one has to know: a write that was given up stays alive and may still read its source,
+so a failed one ends the job and its buffer is never used again; an unknown batch number crashes the process, and a
+finished one counts as running when asked again; a forked child hangs. It listens on all interfaces of the host and
+asks nobody who they are, like NCCL: use it inside a network that you trust.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from specdist.channel.mooncake.config import MooncakeConfig
+from specdist.errors import ConfigError, WorldError
+
+_POLL_S = 0.0002
+"""Between two looks at a transfer. Mooncake's own blocking calls spin on a core instead."""
+_GRACE_S = 30
+"""So much longer than a stall may a whole transfer take to be given up: never the other way round, see above."""
+_WORDS = {-1: "the other end is gone, or refused it", -2: "it timed out"}
+
+
+class TransferFailed(RuntimeError):
+    """A write that did not end well: says why, in words."""
+
+
+class TransferEngine:
+    """This process's end of all its transfers. When the object goes, so does every other rank's access to it.
+
+    Args:
+        address: the IP address under which the other ranks reach this host.
+
+    Raises:
+        ConfigError: Mooncake is not installed, or does not load.
+        WorldError: it does not come up on this host.
+    """
+
+    def __init__(self, address: str, config: MooncakeConfig):
+        self.protocol = config.chosen_protocol()
+        settings = {
+            "MC_LOG_LEVEL": "ERROR",
+            "MC_TCP_SLICE_SIZE": str(2**20),
+            "MC_TCP_PROGRESS_TIMEOUT_SEC": str(config.stall_s),
+            "MC_TRANSFER_TIMEOUT": str(config.stall_s + _GRACE_S),
+        }
+        for name, value in settings.items():  # read when the library is loaded
+            os.environ.setdefault(name, value)
+        self._engine = _load()()
+        status = self._engine.initialize(address, "P2PHANDSHAKE", self.protocol, ",".join(config.devices))
+        if status != 0:
+            raise WorldError(
+                f"Mooncake's Transfer Engine does not start on {address} with channel.mooncake.protocol="
+                f"{self.protocol} (status {status}); its own messages are in this rank's log"
+            )
+        self.session = f"{address}:{self._engine.get_rpc_port()}"
+        """How other ranks address this one."""
+        self._registered: list[Tensor] = []
+
+    def register(self, memory: Tensor) -> None:
+        """Let others write to `memory`, or this rank write from it. Contiguous, for as long as the process lives."""
+        size = memory.numel() * memory.element_size()
+        status = self._engine.register_memory(memory.data_ptr(), size)
+        if status != 0:
+            raise WorldError(
+                f"Mooncake cannot register {size:,} bytes on {memory.device} for {self.protocol} (status {status}): "
+                "is the limit of locked memory (ulimit -l) unlimited?"
+            )
+        self._registered.append(memory)
+
+    def write(self, session: str, source: int, destination: int, size: int) -> int:
+        """Start to write `size` bytes from the address `source` here to `destination` there; returns its number.
+
+        Raises:
+            TransferFailed: the other end cannot be reached.
+        """
+        number = int(self._engine.transfer_submit_write(session, source, destination, size))
+        if number == 0:
+            raise TransferFailed(_WORDS[-1])
+        return number
+
+    def wait(self, writes: Iterable[int], timeout_s: float) -> None:
+        """Wait until all `writes`, each waited for once, have ended.
+
+        Raises:
+            TransferFailed: one failed, or has not ended after `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        for number in writes:
+            while (status := self._engine.transfer_check_status(number)) == 0:
+                if time.monotonic() > deadline:
+                    raise TransferFailed(f"it did not end within {timeout_s:.0f} s")
+                time.sleep(_POLL_S)
+            if status < 0:
+                raise TransferFailed(_WORDS.get(status, f"status {status}"))
+
+
+def check_installed() -> None:
+    """Raises ConfigError where Mooncake cannot be used: before a GPU is asked for."""
+    _load()
+
+
+def _load():  # type: ignore[no-untyped-def]
+    try:
+        from mooncake.engine import TransferEngine as Engine
+    except ImportError as error:
+        raise ConfigError(
+            "channel.transport=mooncake: Mooncake's Transfer Engine does not load here "
+            f"({error}): pip install 'specdist[mooncake]' (CUDA 12), mooncake-transfer-engine-cuda13, or "
+            "mooncake-transfer-engine-non-cuda on machines without a GPU; on Debian and Ubuntu also apt-get install "
+            "libibverbs1"
+        ) from error
+    return Engine

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target rank's end: a thread writes finished rows into the draft ranks' rings, and says so in their flags."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specdist.channel.base import FeatureSender, share
+from specdist.channel.mooncake.directory import Directory, Endpoint
+from specdist.channel.mooncake.engine import TransferEngine, TransferFailed
+from specdist.channel.ring import Ring
+from specdist.errors import WorldError
+from specdist.records import FeatureLayout, WorkItem
+from specdist.topology import Topology
+
+
+@dataclass
+class _Sending:
+    """An item on its way. `copied`: the event after which the rows are in host memory (None: they are there)."""
+
+    item: WorkItem
+    rows: Tensor
+    copied: torch.cuda.Event | None
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class MooncakeSender(FeatureSender):
+    """Writes this target rank's share of each shard.
+
+    The slot of an item is free when the item is dispatched (the scheduler's credits), so a write waits for nobody. The
+    flag follows when the rows have arrived: writes to one peer may overtake each other.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        rank: int,
+        engine: TransferEngine,
+        directory: Directory,
+        layout: FeatureLayout,
+        buffers: int,
+        item_rows: int,
+        device: torch.device,
+        timeout_s: float,
+    ):
+        place = topology.target_place(rank)
+        assert place is not None, f"rank {rank} is not a target rank"
+        self._topology, self._rank, self._place = topology, rank, place
+        self._tp = len(topology.replicas[place.replica])
+        self._column = topology.target_ranks.index(rank)
+        self._engine, self._directory, self._timeout_s = engine, directory, timeout_s
+        on_device = device.type == "cuda"
+        self._host = Ring(layout, buffers, item_rows, torch.device("cpu"), pinned=on_device)
+        self._device = Ring(layout, buffers, item_rows, device) if on_device else self._host
+        self._copying = torch.cuda.Stream(device) if on_device else None
+        self._flag = torch.zeros(1, dtype=torch.int64)
+        for memory in (self._host.memory, self._flag):
+            engine.register(memory)
+        self._endpoints: dict[int, Endpoint] = {}
+        self._sending: dict[int, _Sending] = {}
+        self._handed_out = self._sent = 0
+        self._error: WorldError | None = None
+        self._jobs: queue.SimpleQueue[_Sending] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="specdist-mooncake", daemon=True).start()
+
+    @property
+    def buffers(self) -> int:
+        return self._host.slots
+
+    def connect(self, timeout_s: float, check: Callable[[], None]) -> None:
+        for draft in self._topology.draft_ranks:
+            named = self._topology.describe(draft)
+            endpoint = self._directory.find(draft, named, timeout_s, check)
+            if endpoint.protocol != self._engine.protocol:
+                raise WorldError(
+                    f"{named} speaks {endpoint.protocol} and {self._topology.describe(self._rank)} "
+                    f"{self._engine.protocol}: set channel.mooncake.protocol to one that both hosts have"
+                )
+            self._endpoints[draft] = endpoint
+            try:
+                self._write_flag(draft, endpoint.slots, 1, timeout_s)
+            except TransferFailed as error:
+                raise self._failed(draft, f"link did not come up: {error}") from error
+
+    def buffer(self, item: WorkItem) -> Tensor:
+        assert self._handed_out - self._sent < self.buffers, "a buffer is asked for before an earlier one was sent"
+        number = self._handed_out
+        self._handed_out += 1
+        earlier = self._sending.pop(number % self.buffers, None)
+        if earlier is not None:
+            self._finish(earlier, self._timeout_s)
+        return self._device.slot(number, item.tokens)
+
+    def send(self, item: WorkItem, rows: Tensor) -> None:
+        copied = None
+        if self._copying is not None:
+            host = self._host.slot(self._sent, item.tokens)
+            with torch.cuda.stream(self._copying):
+                host.copy_(rows, non_blocking=True)
+                copied = torch.cuda.Event()
+                copied.record()
+            rows = host
+        sending = _Sending(item, rows, copied)
+        self._sending[self._sent % self.buffers] = sending
+        self._sent += 1
+        self._jobs.put(sending)
+
+    def flush(self, timeout_s: float) -> None:
+        for sending in self._sending.values():
+            self._finish(sending, timeout_s)
+        self._sending.clear()
+
+    def _finish(self, sending: _Sending, timeout_s: float) -> None:
+        ended = sending.done.wait(timeout_s)
+        if self._error is not None:
+            raise self._error
+        if not ended:
+            raise WorldError(
+                f"what {self._topology.describe(self._rank)} sent of item {sending.item.index} has not left within "
+                f"{timeout_s:.0f} s"
+            )
+
+    def _work(self) -> None:
+        """The body of the thread: item by item, in the order in which they were sent."""
+        while True:
+            sending = self._jobs.get()
+            if self._error is None:
+                self._send(sending)
+            sending.done.set()
+
+    def _send(self, sending: _Sending) -> None:
+        if sending.copied is not None:
+            sending.copied.synchronize()
+        parts = self._parts(sending)
+        writes: dict[int, int] = {}
+        draft = -1
+        try:
+            for draft, part in parts.items():
+                writes[draft] = self._write(draft, sending.item, part)
+            for draft, number in writes.items():
+                self._engine.wait([number], self._timeout_s)
+                slot = sending.item.index % self._endpoints[draft].slots
+                self._write_flag(draft, slot, sending.item.index + 1, self._timeout_s)
+        except TransferFailed as error:
+            self._error = self._failed(draft, f"item {sending.item.index}: {error}")
+
+    def _parts(self, sending: _Sending) -> dict[int, Tensor]:
+        """What every draft rank gets of this rank's rows; nothing where there are no rows."""
+        item = sending.item
+        parts: dict[int, Tensor] = {}
+        for d, ranks in enumerate(self._topology.draft):
+            part = sending.rows[item.rows(d)][share(item.shards[d].tokens, self._place.tp, self._tp)]
+            if len(part):
+                parts |= dict.fromkeys(ranks, part)
+        return parts
+
+    def _write(self, draft: int, item: WorkItem, part: Tensor) -> int:
+        endpoint, place = self._endpoints[draft], self._topology.draft_place(draft)
+        assert place is not None
+        row_bytes = part.shape[1] * part.element_size()
+        first = share(item.shards[place.dp].tokens, self._place.tp, self._tp).start
+        slot = endpoint.ring + item.index % endpoint.slots * endpoint.slot_bytes
+        return self._engine.write(endpoint.session, part.data_ptr(), slot + first * row_bytes, len(part) * row_bytes)
+
+    def _write_flag(self, draft: int, row: int, value: int, timeout_s: float) -> None:
+        endpoint = self._endpoints[draft]
+        self._flag[0] = value
+        place = endpoint.flags + 8 * (row * len(self._topology.target_ranks) + self._column)
+        self._engine.wait([self._engine.write(endpoint.session, self._flag.data_ptr(), place, 8)], timeout_s)
+
+    def _failed(self, draft: int, why: str) -> WorldError:
+        source, destination = self._topology.describe(self._rank), self._topology.describe(draft)
+        return WorldError(f"{destination} did not take what {source} sent over Mooncake: {why}", culprit=draft)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A draft rank that only owns its ring: `python -m tests.distributed.mooncake_peer STORE_PORT`, until it is killed."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from specdist.channel.mooncake.config import MooncakeConfig
+from specdist.channel.mooncake.directory import Directory
+from specdist.channel.mooncake.engine import TransferEngine
+from specdist.channel.mooncake.receiver import MooncakeReceiver
+from specdist.records import Cursor, FeatureLayout, Shard, WorkItem
+from specdist.topology import Topology, WorldConfig
+
+HOST = "127.0.0.1"
+ROWS = 65536
+STALL_S = 2
+CONFIG = MooncakeConfig("tcp", stall_s=STALL_S)
+LAYOUT = FeatureLayout((0, 1, 2), 256, final=True, dtype=torch.bfloat16)
+TOPOLOGY = Topology.build(WorldConfig(), ("a", "b"), replicas=1, tp=1, dp=1, cp=1)
+TARGET, DRAFT = 0, 1
+
+
+def make_item(index: int) -> WorkItem:
+    """128 MiB of features: more than any socket buffer takes."""
+    return WorkItem(index, Cursor(), Cursor(), (Shard((0,), (ROWS,)),))
+
+
+def check() -> None:
+    """The world is well."""
+
+
+if __name__ == "__main__":
+    directory = Directory(dist.TCPStore(HOST, int(sys.argv[1])))
+    engine = TransferEngine(HOST, CONFIG)
+    receiver = MooncakeReceiver(TOPOLOGY, DRAFT, engine, directory, LAYOUT, 2, ROWS, torch.device("cpu"), check)
+    time.sleep(600)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a sender hears, over real connections, when the process whose memory it writes to stops or dies."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from specdist.channel.mooncake.directory import Directory
+from specdist.channel.mooncake.engine import TransferEngine
+from specdist.channel.mooncake.sender import MooncakeSender
+from specdist.errors import WorldError
+from tests.distributed.mooncake_peer import CONFIG, HOST, LAYOUT, ROWS, STALL_S, TARGET, TOPOLOGY, check, make_item
+from tests.distributed.worlds import mooncake_loads, start_command
+
+pytestmark = pytest.mark.skipif(not mooncake_loads(), reason="needs mooncake-transfer-engine, and libibverbs1")
+PATIENCE_S = 60.0
+
+
+@pytest.fixture
+def store():
+    return dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture
+def peer(store):
+    process = start_command([sys.executable, "-m", "tests.distributed.mooncake_peer", str(store.port)])
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def sender(store):
+    engine, cpu = TransferEngine(HOST, CONFIG), torch.device("cpu")
+    return MooncakeSender(TOPOLOGY, TARGET, engine, Directory(store), LAYOUT, 2, ROWS, cpu, PATIENCE_S)
+
+
+def send(sender: MooncakeSender, index: int) -> None:
+    item = make_item(index)
+    sender.send(item, sender.buffer(item))
+
+
+@pytest.mark.parametrize(
+    ("number", "why"), [(signal.SIGKILL, "the other end is gone"), (signal.SIGSTOP, "")], ids=["killed", "stopped"]
+)
+def test_a_peer_that_is_no_more_is_named_soon(sender, peer, number, why):
+    sender.connect(PATIENCE_S, check)
+    send(sender, 0)
+    sender.flush(PATIENCE_S)
+    peer.send_signal(number)
+    time.sleep(0.2)
+    began = time.monotonic()
+    send(sender, 1)
+    with pytest.raises(
+        WorldError, match=r"rank 1 \(draft dp 0 cp 0, host b\) did not take what rank 0 .*: item 1: " + why
+    ):
+        sender.flush(PATIENCE_S)
+    assert time.monotonic() - began < 5 * STALL_S
+    send(sender, 2)
+    with pytest.raises(WorldError, match="item 1"):  # and so it stays: what has failed may still be read
+        sender.flush(PATIENCE_S)
+
+
+def test_a_peer_that_never_comes_is_named(sender):
+    with pytest.raises(
+        WorldError, match=r"rank 1 \(draft dp 0 cp 0, host b\) did not say within 1 s where its ring is"
+    ):
+        sender.connect(1.0, check)
