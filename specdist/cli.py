@@ -140,11 +140,14 @@ def _train(args: argparse.Namespace) -> int:
     from specdist.job import examine, load_job
     from specdist.prompts.prepare import prepare
     from specdist.run_dir import RunDirectory
+    from specdist.target.engine import check_installed
     from specdist_launch.local import start, world_size
 
     files, overrides = _split(args.config)
     job = load_job(files, overrides)
     examine(job)
+    if job.world.mode != "draft_only":
+        check_installed(job.target)
     RunDirectory(Path(job.run.dir)).check(job)
     devices = 0 if job.world.device == "cpu" else torch.cuda.device_count()
     ranks = args.nproc_per_node or world_size(job, devices)

@@ -52,7 +52,7 @@ class Rank:
         progress, stream = self.itinerary.progress, stream_of(self.job, self.topology, self.prompts)
         return Items(stream, progress.cursor, progress.next_item, self.itinerary.end_item)
 
-    def load_engine(self) -> Engine:
-        """The target of this rank's replica; all ranks of the replica call it."""
+    def load_engine(self, tokens: int) -> Engine:
+        """The target of this rank's replica, for batches of up to `tokens`; all ranks of the replica call it."""
         self.client.phase = "loading the target"
-        return build_engine(self.job.target, self.facts.layout, self.world.device, self.groups.replica)
+        return build_engine(self.job.target, self.facts.layout, self.world.device, self.groups.replica, tokens)

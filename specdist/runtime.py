@@ -41,6 +41,7 @@ from specdist.rank_log import RankLog
 from specdist.run_dir import RunDirectory
 from specdist.scheduler import Scheduler
 from specdist.stop import StopFlag
+from specdist.target.engine import check_installed, engine_groups
 from specdist.target_role import produce
 from specdist.topology import Topology
 
@@ -71,6 +72,8 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     topology = jobs.topology(job, world.hosts, world.roles)
     run_dir = RunDirectory(Path(job.run.dir))
     _settle_log(start.log, topology, facts.rank)
+    if topology.target_place(facts.rank) is not None:
+        check_installed(job.target)
     preflight = Preflight(job, world, topology)
     preflight.hosts(job_facts)
     itinerary = _agree_on_itinerary(job, world, topology, run_dir, prompts)
@@ -79,7 +82,13 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
             hosts = tuple(dict.fromkeys(world.hosts))
             start.record.begin(Started("torchrun", hosts, topology.world_size, itinerary.progress.step))
         _introduce(job, topology, job_facts, prompts, itinerary)
-    groups = make_groups(topology, world, jobs.transport(job, world.device), job.world.wait_timeout_s)
+    groups = make_groups(
+        topology,
+        world,
+        jobs.transport(job, world.device),
+        job.world.wait_timeout_s,
+        engine_groups(job.target, topology.replicas, world.device),
+    )
     stop = StopFlag(start.attempt.deadline, job.launch.stop_before_end_s)
     if (reason := stop_asked()) is not None:
         stop.request(reason)
