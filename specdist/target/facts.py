@@ -47,6 +47,21 @@ class TargetFacts:
         """The language model's part of the configuration (multimodal models nest it)."""
         return self.config.get_text_config(decoder=True)
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the checkpoint says that its weights are quantised."""
+        return getattr(self.config, "quantization_config", None) is not None
+
+    def kv_values_per_token(self, tp: int) -> int:
+        """Numbers that one of `tp` ranks keeps of a token for attention, in all layers."""
+        text = self.text_config
+        if getattr(text, "kv_lora_rank", None):  # latent attention: one vector for all heads, on every rank
+            return int(self.layers * (text.kv_lora_rank + text.qk_rope_head_dim))
+        if not self.heads or not self.kv_heads:
+            return 0
+        head = getattr(text, "head_dim", None) or self.hidden_size // self.heads
+        return int(self.layers * 2 * head * -(-self.kv_heads // tp))
+
 
 def describe(path: str | Path, trust_remote_code: bool = False) -> TargetFacts:
     """Read the facts of the model directory `path`. Raises DataError naming the file or the key that is missing."""

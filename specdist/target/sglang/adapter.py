@@ -95,6 +95,10 @@ def load(settings: dict[str, Any], device: torch.device, group: ProcessGroup | N
     tp = parallel_state.get_tp_group()
     ranks = [torch.distributed.get_rank()] if group is None else torch.distributed.get_process_group_ranks(group)
     assert tp.ranks == list(ranks), f"SGLang's group is {tp.ranks}, the replica is {ranks}"
+    if device.type == "cpu":
+        # SGLang wants a core for each rank where there are more ranks than memory nodes. It only notes them: the
+        # kernels that would be bound to them are not used here.
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(map(str, range(tp.world_size))))
     args = ServerArgs(**settings)
     _publish(args)
     # What SGLang's scheduler process does before it loads: the kernels of MoE layers and of quantised products are
@@ -275,8 +279,6 @@ def _import(device: torch.device) -> None:
     version = versions.require()
     if device.type == "cpu":
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-        # Needed with more ranks than memory nodes; only names cores, for kernels that are not used here.
-        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(map(str, range(os.cpu_count() or 1))))
     try:
         with _known_configs_may_come_again():
             importlib.import_module("sglang.srt.model_executor.model_runner")
