@@ -105,7 +105,7 @@ def build_engine(
             return SglangEngine(config, layout, device, group, tokens)
         from specdist.target.reference import hf_features, verify_against_hf
 
-        expected = hf_features(config, layout, device, group)  # first: a GPU holds one of the two at a time
+        expected = hf_features(config, layout, device, group, tokens)  # first: a GPU holds one of the two at a time
         engine = SglangEngine(config, layout, device, group, tokens)
         verify_against_hf(engine, expected)
         return engine

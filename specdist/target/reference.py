@@ -15,11 +15,12 @@ from specdist.errors import DataError
 from specdist.records import FeatureLayout, PackedTokens
 from specdist.target.config import TargetConfig
 from specdist.target.engine import TOLERANCE, Engine, deviations
+from specdist.target.facts import describe
 
 log = logging.getLogger(__name__)
 
 LENGTHS = (24, 1, 199, 64)
-"""Documents that are compared."""
+"""Documents that are compared, as far as the target takes such long ones."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,15 @@ class Reference:
 
 
 def hf_features(
-    config: TargetConfig, layout: FeatureLayout, device: torch.device, group: ProcessGroup | None
+    config: TargetConfig, layout: FeatureLayout, device: torch.device, group: ProcessGroup | None, tokens: int | None
 ) -> Reference:
-    """Load the hf engine, compute the features of short documents, and let the engine go."""
+    """Load the hf engine, compute the features of short documents of at most `tokens`, and let the engine go."""
     from specdist.target.hf import HfEngine
 
     engine = HfEngine(replace(config, engine="hf"), layout, device, group)
-    batch = spot_check_batch(engine.decoder.config.get_text_config().vocab_size)
+    facts = describe(config.path, config.trust_remote_code)
+    limits = (tokens, config.sglang.prefill_tokens, facts.max_positions)
+    batch = spot_check_batch(facts.vocab_size, min((n for n in limits if n is not None), default=max(LENGTHS)))
     rows = layout.empty(len(batch.tokens), device)
     engine.forward(batch, rows)
     del engine
@@ -47,11 +50,11 @@ def hf_features(
     return Reference(batch, rows)
 
 
-def spot_check_batch(vocab_size: int) -> PackedTokens:
+def spot_check_batch(vocab_size: int, longest: int) -> PackedTokens:
     """Documents of random tokens, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(0, vocab_size, (n,), generator=generator) for n in LENGTHS]
-    return PackedTokens.from_documents(ids, [torch.ones(n, dtype=torch.bool) for n in LENGTHS])
+    ids = [torch.randint(0, vocab_size, (min(n, longest),), generator=generator) for n in LENGTHS]
+    return PackedTokens.from_documents(ids, [torch.ones(len(i), dtype=torch.bool) for i in ids])
 
 
 def verify_against_hf(engine: Engine, reference: Reference) -> None:

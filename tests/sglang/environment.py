@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Python that has SGLang beside the packages of this one, and worlds of it without a GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.distributed.worlds import ROOT
+
+VENV = ROOT / ".venv-sglang"
+MODELS = {"llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
+"""SGLang's modules of the architectures tested here, and what they build on."""
+REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+
+
+def python_with_sglang() -> Path:
+    """The interpreter of .venv-sglang, which is made once (about a minute, 2 GB): SGLang and what it needs in versions
+    of its own, and this environment's packages by reference."""
+    packages = sysconfig.get_path("purelib")
+    stamp = VENV / hashlib.sha256(packages.encode() + REQUIREMENTS.read_bytes()).hexdigest()[:16]
+    python = VENV / "bin" / "python"
+    if not stamp.exists():
+        shutil.rmtree(VENV, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", VENV], check=True)
+        pip = [sys.executable, "-m", "pip", "-qq", "--python", str(python), "install"]
+        subprocess.run([*pip, "--no-deps", "-r", str(REQUIREMENTS)], check=True)
+        own = Path(f"{VENV}/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages")
+        (own / "specdist-tests.pth").write_text(f"import site; site.addsitedir({packages!r})\n")
+        stamp.touch()
+    return python
+
+
+def run(python: Path, ranks: int, arguments: Sequence[str], timeout: float = 200) -> str:
+    """`torchrun --nproc-per-node RANKS ARGUMENTS` with that interpreter; returns what it said, and fails if it did."""
+    stand_ins = (ROOT / "tests/serving/cpu_kernels", ROOT / "tests/sglang/stand_ins")
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *stand_ins, *_inherited()))),
+        "PYTHONWARNINGS": "ignore",
+        "SGLANG_DISABLED_MODEL_ARCHS": ",".join(_other_models()),
+    }
+    command = [str(python), "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-6000:]
+    return said
+
+
+def _other_models() -> list[str]:
+    """SGLang imports every architecture it knows to find one; these are left out, which saves seconds on each rank."""
+    models = next(VENV.glob("lib/python*/site-packages/sglang/srt/models"))
+    return sorted({file.stem for file in models.glob("*.py")} - MODELS)
+
+
+def _inherited() -> list[str]:
+    return [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
