@@ -52,7 +52,7 @@ def run(python: Path, ranks: int, arguments: Sequence[str], timeout: float = 200
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
     said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-6000:]
+    assert done.returncode == 0, said
     return said
 
 

@@ -73,6 +73,8 @@ def run_case(case: dict[str, Any], world: World, groups: Groups) -> dict[str, An
     try:
         engine = build_engine(config, layout, world.device, groups.replica, case.get("tokens", len(batch.tokens)))
         assert isinstance(engine, SglangEngine)
+        if not case.get("forward", True):
+            return describe_parallelism(engine)
         rows = layout.empty(len(batch.tokens), world.device).fill_(torch.nan)
         engine.forward(batch, rows)
         found = verify(engine, batch)
@@ -80,6 +82,15 @@ def run_case(case: dict[str, Any], world: World, groups: Groups) -> dict[str, An
         return {"error": str(error)}
     assert found is not None
     return {"rows": rows.cpu(), "parameters": engine.runner.parameters, "deviation": found.worst}
+
+
+def describe_parallelism(engine: Any) -> dict[str, Any]:
+    from sglang.srt.distributed import parallel_state
+
+    names = ("_TP", "_ATTN_TP", "_MOE_EP", "_MOE_TP")
+    model = engine.runner._runner.model  # noqa: SLF001
+    experts = next(p for name, p in model.named_parameters() if "experts.w13" in name)
+    return {"groups": {name: getattr(parallel_state, name).ranks for name in names}, "experts": len(experts)}
 
 
 def check_argument_names() -> None:

@@ -34,6 +34,8 @@ FIXED: dict[str, Any] = {
     "disable_cuda_graph": True,
     # Every row of every document is computed: what another document had in common would have no row.
     "disable_radix_cache": True,
+    # The window of sliding layers would get a smaller cache, in which a whole prefill has no room.
+    "disable_hybrid_swa_memory": True,
     "chunked_prefill_size": -1,
     # There is no scheduler, no tokenizer and no sampling.
     "disable_overlap_schedule": True,
