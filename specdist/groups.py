@@ -49,11 +49,11 @@ class EngineGroups:
 
     Attributes:
         calls: the ranks and the backend of every call.
-        make: makes them, on a target rank.
+        make: makes them, on a target rank, with a timeout for what is done in them.
     """
 
     calls: Sequence[tuple[Sequence[int], str]]
-    make: Callable[[], None]
+    make: Callable[[timedelta], None]
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,9 @@ def make_groups(
     with _forming(world.facts, "the topology", timeout_s):
         groups = _make_groups(topology, world, transport, timeout_s)
         if engine is not None:  # last, because target ranks may import the engine first: nobody waits for that here
-            _make_engine_groups(engine, topology.target_place(world.facts.rank) is not None, timeout_s)
+            _make_engine_groups(
+                engine, topology.target_place(world.facts.rank) is not None, timedelta(seconds=timeout_s)
+            )
         return groups
 
 
@@ -266,12 +268,12 @@ def _make_groups(topology: Topology, world: World, transport: Transport, timeout
     return Groups(control, replica, draft, draft_cpu, checkpoint, draft_mesh, links)
 
 
-def _make_engine_groups(engine: EngineGroups, target: bool, timeout_s: float) -> None:
+def _make_engine_groups(engine: EngineGroups, target: bool, timeout: timedelta) -> None:
     if target:
-        engine.make()
+        engine.make(timeout)
         return
     for ranks, backend in engine.calls:
-        dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), backend=backend)
+        dist.new_group(list(ranks), timeout=timeout, backend=backend)
 
 
 def _draft_mesh(topology: Topology, world: World, group) -> DeviceMesh | None:  # type: ignore[no-untyped-def]

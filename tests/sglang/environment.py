@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.distributed.worlds import ROOT
@@ -37,20 +37,20 @@ def python_with_sglang() -> Path:
     return python
 
 
-def run(python: Path, ranks: int, arguments: Sequence[str], timeout: float = 200) -> str:
-    """`torchrun --nproc-per-node RANKS ARGUMENTS` with that interpreter; returns what it said, and fails if it did."""
+def on_the_cpu() -> dict[str, str]:
+    """Variables for an SGLang of .venv-sglang, whose compiled parts are played."""
     stand_ins = (ROOT / "tests/serving/cpu_kernels", ROOT / "tests/sglang/stand_ins")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
+    return {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *stand_ins, *_inherited()))),
-        "PYTHONWARNINGS": "ignore",
         "SGLANG_DISABLED_MODEL_ARCHS": ",".join(_other_models()),
     }
+
+
+def run(python: Path, ranks: int, arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+    """`torchrun --nproc-per-node RANKS ARGUMENTS` with that interpreter; returns what it said, and fails if it did."""
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
     command = [str(python), "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240, check=False)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     return said

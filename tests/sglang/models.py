@@ -18,15 +18,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
-TINY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+TINY = {
+    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 128,
+}  # fmt: skip
 
 
 def make_model(kind: str, path: Path, **sizes: Any) -> Path:
     """Save a model of 4 layers; its weights are large enough that a wrong layer, mask or position shows."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        kind, vocab_size=96, num_hidden_layers=4, max_position_embeddings=128, **{**TINY, **sizes}, **MODELS[kind]
-    )
+    config = AutoConfig.for_model(kind, vocab_size=96, num_hidden_layers=4, **{**TINY, **MODELS[kind], **sizes})
     model = AutoModelForCausalLM.from_config(config)
     for name, p in model.named_parameters():
         if p.ndim >= 2:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.worlds import train
-from tests.sglang.environment import python_with_sglang, run
+from tests.sglang.environment import on_the_cpu, python_with_sglang, run
 from tests.sglang.models import MODELS, make_model, plain_features, relative
 from tests.sglang.world import make_batch
 from tests.tiny import make_config, make_conversations, make_target
@@ -46,7 +46,7 @@ def run_world(python: Path, models: Path, ranks: int, cases: dict[str, dict[str,
         told.append({"target": target, "result": str(folder / name), **case})
     file = folder / "cases.json"
     file.write_text(json.dumps({"device": "cpu", "cases": told}))
-    run(python, ranks, ["-m", "tests.sglang.world", str(file)])
+    run(python, ranks, ["-m", "tests.sglang.world", str(file)], on_the_cpu())
     return folder
 
 
@@ -140,7 +140,7 @@ def test_a_run_learns_what_it_learns_with_the_hf_engine(python: Path, tmp_path: 
     words = make_config(
         tmp_path, target, prompts, draft__dp=1, target__engine="sglang", target__replicas=2, target__verify=2
     )
-    run(python, 3, ["-m", "specdist.train", *words])
+    run(python, 3, ["-m", "specdist.train", *words], on_the_cpu())
     reference = make_config(tmp_path / "hf", target, prompts, draft__dp=1)
     done = train(2, reference)
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def group_lists(replicas: Sequence[Sequence[int]], ep: int) -> GroupLists:
     return lists
 
 
-def make_coordinators(lists: GroupLists, device: torch.device, ep: int) -> None:
+def make_coordinators(lists: GroupLists, device: torch.device, ep: int, timeout: timedelta) -> None:
     """Make SGLang's parallel groups over parts of the world, and leave them where SGLang looks for them.
 
     Every target rank calls it. Each list costs two collective `new_group` calls, one for the device's backend and one
@@ -50,6 +51,9 @@ def make_coordinators(lists: GroupLists, device: torch.device, ep: int) -> None:
     _import(device)
     from sglang.srt.distributed import parallel_state
 
+    # Set by `init_distributed_environment` otherwise, which starts the default group. The gloo group of a coordinator
+    # keeps SGLang's own two hours: it serves agreements while loading.
+    parallel_state._MODEL_PARALLEL_GROUP_TIMEOUT = timeout  # noqa: SLF001
     coordinators = {
         name: parallel_state.init_model_parallel_group(
             ranks,
