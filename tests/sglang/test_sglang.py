@@ -67,7 +67,9 @@ def one_rank(python: Path, models: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(python: Path, models: Path) -> Path:
-    return run_world(python, models, 3, {kind: {} for kind in MODELS}, tp=2)
+    cases: dict[str, dict[str, Any]] = {kind: {} for kind in MODELS}
+    cases["qwen3"] = {"target": {"verify_against": "hf"}}
+    return run_world(python, models, 3, cases, tp=2)
 
 
 def rows(folder: Path, name: str, rank: int = 1) -> Tensor:
