@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--draft", metavar="DIR", help="an exported draft (default: the run's newest checkpoint)")
     evaluate.add_argument("--output", metavar="FILE", help="also write the report as JSON")
     bench = command("bench", "Measure a part on this machine, as JSON and as a table.", config=False)
-    bench.add_argument("part", choices=["scheduler"], help="what to measure")
+    bench.add_argument("part", choices=["scheduler", "target"], help="what to measure")
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options; --help lists them")
     command("keys", "List every configuration key with its type, default and meaning.", config=False)
     return parser
@@ -137,7 +137,7 @@ def _train(args: argparse.Namespace) -> int:
         return int(importlib.import_module("specdist_launch.ssh").main(args))
     import torch
 
-    from specdist.job import examine, load_job
+    from specdist.job import check_installed, examine, load_job
     from specdist.prompts.prepare import prepare
     from specdist.run_dir import RunDirectory
     from specdist_launch.local import start, world_size
@@ -145,6 +145,7 @@ def _train(args: argparse.Namespace) -> int:
     files, overrides = _split(args.config)
     job = load_job(files, overrides)
     examine(job)
+    check_installed(job, target=job.world.mode != "draft_only")
     RunDirectory(Path(job.run.dir)).check(job)
     devices = 0 if job.world.device == "cpu" else torch.cuda.device_count()
     ranks = args.nproc_per_node or world_size(job, devices)
@@ -216,9 +217,7 @@ def _keys(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from specdist.bench.scheduler import main as scheduler
-
-    {"scheduler": scheduler}[args.part](args.rest)
+    importlib.import_module(f"specdist.bench.{args.part}").main(args.rest)
     return 0
 
 

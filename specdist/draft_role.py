@@ -88,9 +88,9 @@ def _source(rank: Rank, items: Items, shard: int) -> FeatureSource:
     if topology.mode == "draft_only":
         return SyntheticSource(layout, shard, device, job.run.seed)
     if topology.mode == "colocated":
-        engine = rank.load_engine()
         own = local_shards(topology, rank.rank)
         rows = len(own) * job.prompts.tokens_per_rank
+        engine = rank.load_engine(rows)
         channel = LocalChannel(layout, own.index(shard), job.train.accumulation, rows, device)
         source = ColocatedSource(engine, channel, topology, rank.rank, rank.prompts)
         source.verify(items, job.target.verify)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -40,6 +40,20 @@ class World:
     hosts: tuple[str, ...]
     roles: tuple[Role | None, ...]
     store: dist.Store
+
+
+@dataclass(frozen=True)
+class EngineGroups:
+    """Groups that the target's engine makes for itself on target ranks. `new_group` is collective over the world, so
+    all other ranks make the same calls in the same order, without the engine.
+
+    Attributes:
+        calls: the ranks and the backend of every call.
+        make: makes them, on a target rank, with a timeout for what is done in them.
+    """
+
+    calls: Sequence[tuple[Sequence[int], str]]
+    make: Callable[[timedelta], None]
 
 
 @dataclass(frozen=True)
@@ -214,10 +228,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def make_groups(topology: Topology, world: World, transport: Transport, timeout_s: float) -> Groups:
-    """Create every group of the topology. All ranks call it once, right after `join_world`."""
+def make_groups(
+    topology: Topology, world: World, transport: Transport, timeout_s: float, engine: EngineGroups | None = None
+) -> Groups:
+    """Create every group of the topology, and the engine's. All ranks call it once, right after `join_world`."""
     with _forming(world.facts, "the topology", timeout_s):
-        return _make_groups(topology, world, transport, timeout_s)
+        groups = _make_groups(topology, world, transport, timeout_s)
+        if engine is not None:  # last, because target ranks may import the engine first: nobody waits for that here
+            _make_engine_groups(
+                engine, topology.target_place(world.facts.rank) is not None, timedelta(seconds=timeout_s)
+            )
+        return groups
 
 
 def _make_groups(topology: Topology, world: World, transport: Transport, timeout_s: float) -> Groups:
@@ -245,6 +266,14 @@ def _make_groups(topology: Topology, world: World, transport: Transport, timeout
         if made is not None:
             links[link] = made
     return Groups(control, replica, draft, draft_cpu, checkpoint, draft_mesh, links)
+
+
+def _make_engine_groups(engine: EngineGroups, target: bool, timeout: timedelta) -> None:
+    if target:
+        engine.make(timeout)
+        return
+    for ranks, backend in engine.calls:
+        dist.new_group(list(ranks), timeout=timeout, backend=backend)
 
 
 def _draft_mesh(topology: Topology, world: World, group) -> DeviceMesh | None:  # type: ignore[no-untyped-def]

@@ -13,6 +13,7 @@ from omegaconf import MISSING
 
 from specdist import config
 from specdist.channel.config import ChannelConfig, parse_bytes
+from specdist.channel.mooncake import engine as mooncake
 from specdist.channel.ring import ring_slots
 from specdist.contract import Role
 from specdist.control.config import ControlConfig
@@ -31,8 +32,9 @@ from specdist.prompts.config import PromptsConfig
 from specdist.recipe import TrainConfig
 from specdist.records import FeatureLayout
 from specdist.scheduler import SchedulerConfig
+from specdist.target import engine
 from specdist.target.config import TargetConfig
-from specdist.target.facts import TargetFacts, check, compute_dtype, describe
+from specdist.target.facts import TargetFacts, check, check_layout, compute_dtype, describe
 from specdist.topology import Topology, WorldConfig
 from specdist_launch.config import LaunchConfig
 
@@ -71,8 +73,10 @@ class JobConfig:
 
 CHANGEABLE = (
     "world", "scheduler", "control", "channel", "checkpoint", "metrics", "export", "evaluate", "launch", "run.dir",
-    "train", "target.replicas", "target.tp", "target.verify", "target.prefill", "draft.dp", "draft.cp",
-    "draft.sharding", "draft.compile", "prompts.workers", "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer",
+    "train", "target.replicas", "target.tp", "target.verify", "target.verify_against", "target.prefill",
+    "target.engine", "target.sglang.prefill_tokens", "target.sglang.memory_fraction",
+    "target.sglang.attention_backend", "target.sglang.ep", "draft.dp", "draft.cp", "draft.sharding", "draft.compile",
+    "prompts.workers", "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer",
 )  # fmt: skip
 """Keys that may differ when a run directory is used again: they do not change what the draft is or learns from."""
 
@@ -117,9 +121,28 @@ def examine(job: JobConfig) -> JobFacts:
             f"prompts.max_length={job.prompts.max_length} is more than the {target.max_positions} positions of "
             f"{job.target.path} (max_position_embeddings)"
         )
+    check_layout(layout, target, job.target.engine)
+    longest = job.target.sglang.prefill_tokens
+    if job.target.engine == "sglang" and longest is not None and job.prompts.max_length > longest:
+        raise ConfigError(
+            f"prompts.max_length={job.prompts.max_length} is more than target.sglang.prefill_tokens={longest}, and a "
+            "document is not divided between forwards: raise the one or lower the other"
+        )
     for format in job.export.formats:
         check_servable(layout.captured_layers, target.layers, format)
     return JobFacts(target, dtype, layout)
+
+
+def check_installed(job: JobConfig, target: bool) -> None:
+    """Raise ConfigError, with what to install, where an optional library that the job asks for is missing here.
+
+    Args:
+        target: whether the target's engine is to run here.
+    """
+    if target:
+        engine.check_installed(job.target)
+    if job.channel.transport == "mooncake" and job.world.mode == "split":
+        mooncake.check_installed()
 
 
 def topology(job: JobConfig, hosts: Sequence[str], roles: Sequence[Role | None] = ()) -> Topology:

@@ -102,14 +102,21 @@ def _target_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[N
     tokens = max(shards, 1) * job.prompts.tokens_per_rank
     inner = _mlp_width(facts)
     buffers = {"split": job.channel.send_buffers, "colocated": job.train.accumulation}.get(topology.mode, 1)
-    return [
-        Need("target", f"weights / tp {job.target.tp}", facts.target.parameters * width // job.target.tp),
+    sglang = job.target.engine == "sglang"
+    at_once = min(tokens, job.target.sglang.prefill_tokens or tokens) if sglang else tokens
+    weights = facts.target.checkpoint_bytes if sglang and facts.target.quantised else facts.target.parameters * width
+    needs = [
+        Need("target", f"weights / tp {job.target.tp}", weights // job.target.tp),
         Need(
             "target", f"{buffers} feature buffers of {tokens:,} tokens", buffers * tokens * facts.layout.bytes_per_token
         ),
         # One layer at a time: residual, normed input, q/k/v and attention output, and the gated MLP's two halves.
-        Need("target", "activations of one layer", tokens * (8 * facts.target.hidden_size + 3 * inner) * width),
+        Need("target", "activations of one layer", at_once * (8 * facts.target.hidden_size + 3 * inner) * width),
     ]
+    if sglang:
+        kept = at_once * facts.target.kv_values_per_token(job.target.tp) * width
+        needs.append(Need("target", f"SGLang's KV cache of {at_once:,} tokens", kept))
+    return needs
 
 
 def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Need]:

@@ -58,7 +58,7 @@ class Rank:
             self.job.channel, self.topology, self.world, self.groups, self.facts.layout, self.job.world.wait_timeout_s
         )
 
-    def load_engine(self) -> Engine:
-        """The target of this rank's replica; all ranks of the replica call it."""
+    def load_engine(self, tokens: int) -> Engine:
+        """The target of this rank's replica, for batches of up to `tokens`; all ranks of the replica call it."""
         self.client.phase = "loading the target"
-        return build_engine(self.job.target, self.facts.layout, self.world.device, self.groups.replica)
+        return build_engine(self.job.target, self.facts.layout, self.world.device, self.groups.replica, tokens)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from specdist import job as jobs
 from specdist.attempts import AttemptRecord, Failure, Started
-from specdist.channel.mooncake.engine import check_installed
 from specdist.contract import Attempt, RankFacts, local_address, stop_asked
 from specdist.control.client import ControlClient
 from specdist.control.server import ControlServer
@@ -42,6 +41,7 @@ from specdist.rank_log import RankLog
 from specdist.run_dir import RunDirectory
 from specdist.scheduler import Scheduler
 from specdist.stop import StopFlag
+from specdist.target.engine import engine_groups
 from specdist.target_role import produce
 from specdist.topology import Topology
 
@@ -67,13 +67,12 @@ class Start:
 def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     """Take part in the run as rank `facts.rank`; returns when the run is done or was asked to stop."""
     job_facts = jobs.examine(job)
-    if job.channel.transport == "mooncake" and job.world.mode == "split":
-        check_installed()
     prompts = prepare(job.prompts, job.target.path, progress=facts.rank == 0)
     world = join_world(job.world, facts)
     topology = jobs.topology(job, world.hosts, world.roles)
     run_dir = RunDirectory(Path(job.run.dir))
     _settle_log(start.log, topology, facts.rank)
+    jobs.check_installed(job, target=topology.target_place(facts.rank) is not None)
     preflight = Preflight(job, world, topology)
     preflight.hosts(job_facts)
     itinerary = _agree_on_itinerary(job, world, topology, run_dir, prompts)
@@ -82,7 +81,13 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
             hosts = tuple(dict.fromkeys(world.hosts))
             start.record.begin(Started("torchrun", hosts, topology.world_size, itinerary.progress.step))
         _introduce(job, topology, job_facts, prompts, itinerary)
-    groups = make_groups(topology, world, jobs.transport(job, world.device), job.world.wait_timeout_s)
+    groups = make_groups(
+        topology,
+        world,
+        jobs.transport(job, world.device),
+        job.world.wait_timeout_s,
+        engine_groups(job.target, topology.replicas, world.device),
+    )
     stop = StopFlag(start.attempt.deadline, job.launch.stop_before_end_s)
     if (reason := stop_asked()) is not None:
         stop.request(reason)

@@ -24,8 +24,8 @@ def produce(rank: Rank) -> None:
     """The role of a target rank."""
     job, topology, place = rank.job, rank.topology, rank.topology.target_place(rank.rank)
     assert place is not None
-    engine = rank.load_engine()
     item_rows = topology.shards * job.prompts.tokens_per_rank
+    engine = rank.load_engine(item_rows)
     layout, device = rank.facts.layout, rank.world.device
     sender: FeatureSender
     if topology.mode == "target_only":

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from omegaconf import MISSING
 
 from specdist.errors import ConfigError
+from specdist.target.sglang.config import SglangConfig
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class TargetConfig:
     """Directory of the target model: its config.json and its weights (safetensors, or pytorch_model.bin)."""
 
     engine: Literal["hf", "sglang"] = "hf"
-    """What runs the forward: `hf` is transformers, the reference (CPU and GPU); `sglang` is not built yet."""
+    """What runs the forward: `hf` is transformers, the reference (CPU and GPU); `sglang` is SGLang, the fast one."""
 
     replicas: int = 1
     """Copies of the target; each is given work items of its own."""
@@ -37,13 +38,20 @@ class TargetConfig:
     verify: int = 1
     """Work items at the start of a run whose packed features are compared with a document-by-document forward."""
 
+    verify_against: Literal["itself", "hf"] = "itself"
+    """`hf` also compares a few short documents with the hf engine when the target is loaded; that engine is loaded
+    first and let go, so a GPU needs room for one of them at a time."""
+
     trust_remote_code: bool = False
     """Run Python code that comes with the model directory."""
+
+    sglang: SglangConfig = field(default_factory=SglangConfig)
+    """Settings of `engine: sglang`."""
 
     def __post_init__(self) -> None:
         for key, least in (("replicas", 1), ("tp", 1), ("verify", 0)):
             value = getattr(self, key)
             if value < least:
                 raise ConfigError(f"target.{key}={value}: at least {least} is needed")
-        if self.engine == "sglang":
-            raise ConfigError("target.engine=sglang is not built yet: use target.engine=hf")
+        if self.engine == "sglang" and self.tp % self.sglang.ep:
+            raise ConfigError(f"target.sglang.ep={self.sglang.ep} does not divide target.tp={self.tp}")

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from torch.distributed import ProcessGroup
 from specdist.errors import DataError
 from specdist.records import FeatureLayout, PackedTokens
 from specdist.target.config import TargetConfig
+
+if TYPE_CHECKING:
+    from specdist.groups import EngineGroups
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest mean relative error of a row, packed against document by document, by computation dtype.
@@ -62,15 +67,48 @@ class Deviation:
         return max(self.mean, self.boundary)
 
 
+def engine_groups(config: TargetConfig, replicas: Sequence[Sequence[int]], device: torch.device) -> EngineGroups | None:
+    """What `make_groups` has to make for the engine: every rank of the world asks, whatever its role."""
+    if config.engine != "sglang" or not replicas:
+        return None
+    from specdist.target.sglang.parallel import sglang_groups
+
+    return sglang_groups(replicas, config.sglang.ep, device)
+
+
+def check_installed(config: TargetConfig) -> None:
+    """Raise ConfigError where the engine that `config` names is not installed; it says what to install."""
+    if config.engine == "sglang":
+        from specdist.target.sglang.versions import require
+
+        require()
+
+
 def build_engine(
-    config: TargetConfig, layout: FeatureLayout, device: torch.device, group: ProcessGroup | None = None
+    config: TargetConfig,
+    layout: FeatureLayout,
+    device: torch.device,
+    group: ProcessGroup | None = None,
+    tokens: int | None = None,
 ) -> Engine:
     """Load the target that `config` names onto `device`.
 
     Args:
         group: the replica's process group when `target.tp` > 1 (all its ranks call this), of a backend that serves
             `device`. Other ranks of the world take no part.
+        tokens: of the largest batch there will be, where that is known: memory is set aside for it, not more.
     """
+    if config.engine == "sglang":
+        from specdist.target.sglang.engine import SglangEngine  # imports SGLang, which only target ranks do
+
+        if config.verify_against == "itself":
+            return SglangEngine(config, layout, device, group, tokens)
+        from specdist.target.reference import hf_features, verify_against_hf
+
+        expected = hf_features(config, layout, device, group, tokens)  # first: a GPU holds one of the two at a time
+        engine = SglangEngine(config, layout, device, group, tokens)
+        verify_against_hf(engine, expected)
+        return engine
     from specdist.target.hf import HfEngine  # imports transformers' model code, which only target ranks need
 
     return HfEngine(config, layout, device, group)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 from specdist.errors import ConfigError, DataError
 from specdist.records import FeatureLayout
 from specdist.target.config import TargetConfig
+from specdist.target.sglang import versions
 from specdist.target.weights import stored_tensors
 
 
@@ -45,6 +46,21 @@ class TargetFacts:
     def text_config(self) -> PretrainedConfig:
         """The language model's part of the configuration (multimodal models nest it)."""
         return self.config.get_text_config(decoder=True)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the checkpoint says that its weights are quantised."""
+        return getattr(self.config, "quantization_config", None) is not None
+
+    def kv_values_per_token(self, tp: int) -> int:
+        """Numbers that one of `tp` ranks keeps of a token for attention, in all layers."""
+        text = self.text_config
+        if getattr(text, "kv_lora_rank", None):  # latent attention: one vector for all heads, on every rank
+            return int(self.layers * (text.kv_lora_rank + text.qk_rope_head_dim))
+        if not self.heads or not self.kv_heads:
+            return 0
+        head = getattr(text, "head_dim", None) or self.hidden_size // self.heads
+        return int(self.layers * 2 * head * -(-self.kv_heads // tp))
 
 
 def describe(path: str | Path, trust_remote_code: bool = False) -> TargetFacts:
@@ -102,6 +118,9 @@ def check(config: TargetConfig) -> TargetFacts:
     """Describe the target and check everything about it that needs no GPU. Raises ConfigError or DataError."""
     facts = describe(config.path, config.trust_remote_code)
     compute_dtype(config, facts)
+    if config.engine == "sglang":
+        _check_sglang(config, facts)
+        return facts
     if config.tp == 1:
         return facts
     if facts.heads is None or facts.kv_heads is None or not facts.has_tp_plan:
@@ -118,8 +137,25 @@ def check(config: TargetConfig) -> TargetFacts:
     return facts
 
 
-def check_layout(layout: FeatureLayout, facts: TargetFacts) -> None:
-    """Raise ConfigError when the features asked for are not ones that this target has."""
+def _check_sglang(config: TargetConfig, facts: TargetFacts) -> None:
+    """Of SGLang's own rules, those that a login node can check. Its arguments are looked up where it is installed."""
+    if facts.heads is not None and facts.heads % config.tp:
+        raise ConfigError(
+            f"target.tp={config.tp} does not divide num_attention_heads={facts.heads} of {facts.path}: use one of "
+            f"{_common_divisors(facts.heads, facts.heads)}"
+        )
+    if facts.kv_heads and facts.kv_heads % config.tp and config.tp % facts.kv_heads:
+        raise ConfigError(
+            f"target.tp={config.tp} and num_key_value_heads={facts.kv_heads} of {facts.path}: one must divide the other"
+        )
+    version = versions.installed()
+    if version is not None:
+        versions.check_version(version)
+        versions.check_arguments(config.sglang.arguments)
+
+
+def check_layout(layout: FeatureLayout, facts: TargetFacts, engine: str = "hf") -> None:
+    """Raise ConfigError when the features asked for are not ones that this target, or its engine, has."""
     if layout.hidden_size != facts.hidden_size:
         raise ConfigError(
             f"features of hidden size {layout.hidden_size} are asked of {facts.path}, whose hidden_size is "
@@ -130,6 +166,11 @@ def check_layout(layout: FeatureLayout, facts: TargetFacts) -> None:
         raise ConfigError(
             f"captured layers {outside} are outside the {facts.layers} layers of {facts.path}: "
             f"0 to {facts.layers - 1} can be captured"
+        )
+    if engine == "sglang" and facts.layers - 1 in layout.captured_layers:
+        raise ConfigError(
+            f"captured layer {facts.layers - 1} is the last one of {facts.path}, and SGLang hands out what goes into a "
+            f"next layer: 0 to {facts.layers - 2} can be captured, or all with target.engine=hf"
         )
 
 

@@ -42,9 +42,11 @@ def load_model(
     if len(files) > 1 and not list(facts.path.glob("*.index.json")):
         # transformers reads several files only through an index; safetensors are mapped, not read, by load_file
         options["state_dict"] = {name: t for file in files for name, t in load_file(file).items()}
-    if group is not None and group.size() > 1:
+    if group is not None and group.size() > 1 and hasattr(DistributedConfig, "tp_size"):
         model_class = _sharded(model_class, group, device)
         options["distributed_config"] = DistributedConfig(tp_size=group.size())
+    elif group is not None and group.size() > 1:  # transformers 5.12, which SGLang asks for, takes a mesh itself
+        options |= {"tp_plan": "auto", "device_mesh": DeviceMesh.from_group(group, device.type)}
     else:
         options["device_map"] = device
     where = None if "state_dict" in options else facts.path

@@ -216,7 +216,7 @@ def test_a_model_without_a_tensor_parallel_plan(tmp_path: Path) -> None:
         check(TargetConfig(path=str(tmp_path), tp=2))
 
 
-@pytest.mark.parametrize(("key", "value"), [("replicas", 0), ("tp", 0), ("verify", -1), ("engine", "sglang")])
+@pytest.mark.parametrize(("key", "value"), [("replicas", 0), ("tp", 0), ("verify", -1)])
 def test_impossible_configurations(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"target\.{key}={value}"):
         TargetConfig(path="x", **{key: value})

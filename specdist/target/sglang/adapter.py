@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that touches SGLang's internals, each call with its reason. Tested with 0.5.16, 0.5.18 and 0.5.20.
+
+SGLang takes the default process group for its tensor-parallel world and would start it itself. Here the world is
+torchrun's and SGLang gets a part of it, so its groups are made by `make_coordinators` before its model runner exists,
+and the runner is told to take what is there. Nothing of SGLang is edited or replaced on disk.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from specdist.errors import ConfigError, DataError
+from specdist.target.sglang import versions
+
+GroupLists = list[tuple[str, list[list[int]]]]
+"""The groups of ranks SGLang's coordinators are made of: a name, and the lists that divide the target ranks."""
+
+
+def group_lists(replicas: Sequence[Sequence[int]], ep: int) -> GroupLists:
+    """What `make_coordinators` makes, in its order: known, and mirrored, on ranks that never import SGLang."""
+    whole = [list(ranks) for ranks in replicas]
+    lists = [("world", whole), ("tp", whole), ("single", [[rank] for ranks in whole for rank in ranks])]
+    tp = len(whole[0])
+    if 1 < ep < tp:
+        share = tp // ep  # ranks that split one expert between them
+        lists.append(("moe_ep", [ranks[i::share] for ranks in whole for i in range(share)]))
+        lists.append(("moe_tp", [ranks[i : i + share] for ranks in whole for i in range(0, tp, share)]))
+    return lists
+
+
+def make_coordinators(lists: GroupLists, device: torch.device, ep: int, timeout: timedelta) -> None:
+    """Make SGLang's parallel groups over parts of the world, and leave them where SGLang looks for them.
+
+    Every target rank calls it. Each list costs two collective `new_group` calls, one for the device's backend and one
+    for gloo, which every other rank of the world makes as well.
+    """
+    _import(device)
+    from sglang.srt.distributed import parallel_state
+
+    # Set by `init_distributed_environment` otherwise, which starts the default group. The gloo group of a coordinator
+    # keeps SGLang's own two hours: it serves agreements while loading.
+    parallel_state._MODEL_PARALLEL_GROUP_TIMEOUT = timeout  # noqa: SLF001
+    coordinators = {
+        name: parallel_state.init_model_parallel_group(
+            ranks,
+            device.index or 0,
+            backend(device),
+            # The communicators that SGLang would put beside torch's serve small messages and CUDA graphs. Without them
+            # its collectives are the process group's, on whose timeouts and order this project relies.
+            use_pynccl=False,
+            use_custom_allreduce=False,
+            use_mscclpp_allreduce=False,
+            use_torch_symm_mem_allreduce=False,
+            group_name=f"sglang {name}",
+        )
+        for name, ranks in lists
+    }
+    tp, single = coordinators["tp"], coordinators["single"]
+    # Module variables, because `initialize_model_parallel` sets them only for a world of exactly tp x pp ranks.
+    parallel_state._WORLD = coordinators["world"]  # noqa: SLF001
+    parallel_state._TP = parallel_state._ATTN_TP = tp  # noqa: SLF001
+    parallel_state._MOE_EP = single if ep == 1 else coordinators.get("moe_ep", tp)  # noqa: SLF001
+    parallel_state._MOE_TP = tp if ep == 1 else coordinators.get("moe_tp", single)  # noqa: SLF001
+    for name in ("_ATTN_CP", "_MOE_DP", "_PP", "_SELF_PP"):  # kinds of parallelism that are not used
+        setattr(parallel_state, name, single)
+
+
+def backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def load(settings: dict[str, Any], device: torch.device, group: ProcessGroup | None) -> Runner:
+    """Load a model as SGLang's arguments `settings` say, onto the ranks that `make_coordinators` was called on.
+
+    Raises:
+        ConfigError: the model, its KV cache or a setting does not fit; RuntimeError and others are SGLang's own.
+    """
+    _import(device)
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.layers.moe import initialize_moe_config
+    from sglang.srt.layers.quantization import fp4_utils, fp8_utils
+    from sglang.srt.server_args import ServerArgs
+
+    tp = parallel_state.get_tp_group()
+    ranks = [torch.distributed.get_rank()] if group is None else torch.distributed.get_process_group_ranks(group)
+    assert tp.ranks == list(ranks), f"SGLang's group is {tp.ranks}, the replica is {ranks}"
+    if device.type == "cpu":
+        # SGLang wants a core for each rank where there are more ranks than memory nodes. It only notes them: the
+        # kernels that would be bound to them are not used here.
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(map(str, range(tp.world_size))))
+    args = ServerArgs(**settings)
+    _publish(args)
+    # What SGLang's scheduler process does before it loads: the kernels of MoE layers and of quantised products are
+    # picked by globals. 0.5.20 reads the arguments from where they were published.
+    steps = (initialize_moe_config, fp8_utils.initialize_fp8_gemm_config, fp4_utils.initialize_fp4_gemm_config)
+    for initialize in steps:
+        initialize(*([args] if inspect.signature(initialize).parameters else []))
+    model_config = ModelConfig.from_server_args(args)
+    runner = _runner_class()(
+        model_config=model_config,
+        mem_fraction_static=_resolved(args).mem_fraction_static,
+        gpu_id=device.index or 0,
+        ps=_parallel_state(tp.rank_in_group, tp.world_size, settings.get("ep_size", 1), device),
+        nccl_port=0,  # of a rendezvous that does not happen
+        server_args=args,
+    )
+    runner.alloc_memory_pool()
+    runner.init_attention_backends()
+    runner.init_cuda_graphs()  # none are captured: this makes the runner of eager forwards
+    return Runner(runner)
+
+
+@dataclass
+class Captured:
+    """What reached the place of the model's logits in one forward.
+
+    `final` [T, H] is the last hidden state after the norm; `layers` are outputs [T, H] of the layers asked for.
+    """
+
+    final: Tensor
+    layers: list[Tensor]
+
+
+class Runner:
+    """SGLang's model runner, for prefill only.
+
+    Attributes:
+        tokens: what the KV cache has room for.
+        documents: how many sequences a forward may have.
+        page: tokens in a page of the KV cache; a sequence takes whole pages.
+        parameters: of this rank's share of the model.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
+
+        self._runner = runner
+        self.tokens = int(runner.max_total_num_tokens)
+        self.documents = int(runner.max_running_requests)
+        self.page = int(runner.page_size)
+        self.parameters = sum(p.numel() for p in runner.model.parameters())
+        self._capture = _Capture(LogitsProcessorOutput(next_token_logits=None))
+        # The one place where a model hands over the states of all positions, after the norm, and the captured layers
+        # beside them. A module in its stead computes no logits and gathers none over the ranks.
+        found = [name for name, module in runner.model.named_modules() if isinstance(module, LogitsProcessor)]
+        if len(found) != 1:
+            raise ConfigError(
+                f"target.engine=sglang: {type(runner.model).__name__} has {len(found)} logits processors ({found}), "
+                "and features are taken at a single one: use target.engine=hf"
+            )
+        parent, _, name = found[0].rpartition(".")
+        setattr(runner.model.get_submodule(parent), name, self._capture)
+
+    def capture_layers(self, layers: list[int]) -> None:
+        """Ask for the outputs of these 0-based layers, given in ascending order. Once, before the first forward."""
+        if not layers:
+            return
+        model = self._runner.model
+        if not hasattr(model, "set_eagle3_layers_to_capture"):
+            raise ConfigError(
+                f"target.engine=sglang: SGLang's {type(model).__name__} cannot hand out layer outputs (it has no "
+                "set_eagle3_layers_to_capture): use target.engine=hf"
+            )
+        # Public, and the same in all versions. Hooks on the layers would be wrong: residuals and sums over ranks are
+        # left to later layers where that is faster.
+        model.set_eagle3_layers_to_capture(layers)
+
+    @torch.no_grad()
+    def forward(self, documents: Sequence[Tensor]) -> Captured:
+        """Prefill `documents`, each int64 [L] on the CPU, in one forward. Rows come in their order, end to end."""
+        from sglang.srt.managers.schedule_batch import ScheduleBatch
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+        from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+        runner = self._runner
+        batch = ScheduleBatch.init_new(
+            reqs=[_request(i, tokens) for i, tokens in enumerate(documents)],
+            req_to_token_pool=runner.req_to_token_pool,
+            token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
+            tree_cache=_NoCache(runner, self.page),
+            model_config=runner.model_config,
+            enable_overlap=False,
+            spec_algorithm=SpeculativeAlgorithm.NONE,
+        )
+        batch.prepare_for_extend()
+        if batch.input_ids is None:  # left in pinned memory, for the scheduler to copy on its stream
+            batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device, non_blocking=True)
+            batch.prefill_input_ids_cpu = None
+        self._capture.seen = None
+        runner.forward(ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False))
+        # The prefill is all there is to these sequences: their slots are free again. Later forwards write to them
+        # after this one has read them, for all run on one stream.
+        runner.req_to_token_pool.clear()
+        runner.token_to_kv_pool_allocator.clear()
+        seen, self._capture.seen = self._capture.seen, None
+        if seen is None:
+            raise DataError(
+                f"target.engine=sglang: {type(runner.model).__name__} ran without coming to its logits processor"
+            )
+        return seen
+
+
+class _Capture(nn.Module):
+    """Takes the place of the model's LogitsProcessor."""
+
+    def __init__(self, nothing: Any) -> None:
+        super().__init__()
+        self._nothing = nothing
+        self.seen: Captured | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        hidden_states: Tensor,
+        lm_head: nn.Module,
+        logits_metadata: Any,
+        aux_hidden_states: list[Tensor] | Tensor | None = None,
+        hidden_states_before_norm: Tensor | None = None,
+    ) -> Any:
+        layers = aux_hidden_states
+        if isinstance(layers, Tensor):  # side by side
+            layers = list(layers.split(hidden_states.shape[-1], dim=-1))
+        self.seen = Captured(hidden_states, list(layers or ()))
+        return self._nothing
+
+
+class _NoCache:
+    """As much of a prefix cache as a batch asks for that shares no prefixes: what `sglang.benchmark.one_batch` has."""
+
+    def __init__(self, runner: Any, page: int) -> None:
+        self.page_size = page
+        self.device = runner.device
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.token_to_kv_pool_allocator = runner.token_to_kv_pool_allocator
+
+    def supports_swa(self) -> bool:
+        return False
+
+    def supports_mamba(self) -> bool:
+        return False
+
+    def is_chunk_cache(self) -> bool:
+        return True  # there is nothing to evict
+
+
+def _request(number: int, tokens: Tensor) -> Any:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    ids = array("q", tokens.tolist())
+    request = Req(
+        rid=str(number),
+        origin_input_text="",
+        origin_input_ids=ids,
+        sampling_params=SamplingParams(temperature=0, max_new_tokens=1),
+    )
+    # What the scheduler does when it admits a request without a cached prefix.
+    request.full_untruncated_fill_ids = request.origin_input_ids
+    request.logprob_start_len = -1
+    request.set_extend_range(0, len(ids))
+    return request
+
+
+def _import(device: torch.device) -> None:
+    """Import SGLang's runner, once, with what it reads from the environment at import."""
+    if "sglang.srt.model_executor.model_runner" in sys.modules:
+        return
+    version = versions.require()
+    if device.type == "cpu":
+        os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+    try:
+        with _known_configs_may_come_again():
+            importlib.import_module("sglang.srt.model_executor.model_runner")
+    except ImportError as error:
+        raise ConfigError(f"target.engine=sglang: SGLang {version} cannot be imported here: {error}") from error
+
+
+@contextmanager
+def _known_configs_may_come_again() -> Iterator[None]:
+    """SGLang registers configurations of models that a newer transformers (5.17) has learnt meanwhile, and the second
+    registration is an error unless it says that it may be one. Only while SGLang is imported."""
+    from transformers import AutoConfig
+
+    register = AutoConfig.__dict__["register"]
+
+    def register_again(model_type: str, config: Any, exist_ok: bool = False) -> None:
+        register.__func__(model_type, config, exist_ok=True)
+
+    AutoConfig.register = staticmethod(register_again)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AutoConfig.register = register  # type: ignore[method-assign]
+
+
+def _publish(args: Any) -> None:
+    """Make the arguments the process's, as the entry of SGLang's scheduler process does."""
+    from sglang.srt import runtime_context, server_args
+
+    if hasattr(runtime_context, "publish"):  # 0.5.18 on; it also resolves what was left open
+        runtime_context.publish(args, role="scheduler")
+    else:
+        server_args.set_global_server_args_for_scheduler(args)
+
+
+def _resolved(args: Any) -> Any:
+    """The arguments with what SGLang decided: in 0.5.20 beside what was given, before in its place."""
+    try:
+        from sglang.srt.arg_groups.model_override_base import resolving_view
+    except ImportError:
+        return args
+    return resolving_view(args)
+
+
+def _runner_class() -> type:
+    from sglang.srt.layers.dp_attention import initialize_dp_attention
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    class SubgroupRunner(ModelRunner):
+        """Takes the groups that exist."""
+
+        def init_torch_distributed(self) -> None:
+            # The last step of SGLang's own start of its groups, which is left out with it.
+            initialize_dp_attention(self.server_args, self.model_config)
+            # Its way of saying "the groups were made by somebody else" is to be the draft model's runner.
+            self.is_draft_worker = True
+            super().init_torch_distributed()
+            self.is_draft_worker = False
+
+    return SubgroupRunner
+
+
+def _parallel_state(rank: int, tp: int, ep: int, device: torch.device) -> Any:
+    """This rank's coordinates, by SGLang's names; of all it does not name there is one."""
+    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
+
+    return ParallelState.trivial(
+        tp_rank=rank,
+        tp_size=tp,
+        attn_tp_rank=rank,
+        attn_tp_size=tp,
+        moe_ep_rank=rank // (tp // ep),
+        moe_ep_size=ep,
+        gpu_id=device.index or 0,
+    )

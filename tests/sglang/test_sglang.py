@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sglang engine with SGLang itself on the CPU, in torchrun worlds beside a draft rank, against transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.worlds import train
+from tests.sglang.environment import on_the_cpu, python_with_sglang, run
+from tests.sglang.models import MODELS, make_model, plain_features, relative
+from tests.sglang.world import make_batch
+from tests.tiny import make_config, make_conversations, make_target
+
+FP32 = 1e-5
+BF16 = 5e-2
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    return python_with_sglang()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("sglang")
+    for kind in MODELS:
+        make_model(kind, folder / kind)
+    return folder
+
+
+def run_world(python: Path, models: Path, ranks: int, cases: dict[str, dict[str, Any]], **common: Any) -> Path:
+    """Run the cases, by name, in one world; returns the folder of their results NAME-RANK.pt."""
+    folder = models / f"world-{ranks}-{'-'.join(cases)}"
+    folder.mkdir()
+    told = []
+    for name, case in cases.items():
+        kind = case.pop("kind", name)
+        target = {"path": str(models / kind), "replicas": 1, **common, **case.pop("target", {})}
+        told.append({"target": target, "result": str(folder / name), **case})
+    file = folder / "cases.json"
+    file.write_text(json.dumps({"device": "cpu", "cases": told}))
+    run(python, ranks, ["-m", "tests.sglang.world", str(file)], on_the_cpu())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_rank(python: Path, models: Path) -> Path:
+    cases: dict[str, dict[str, Any]] = {
+        "llama": {},
+        "qwen3": {"target": {"verify_against": "hf"}},
+        "bf16": {"kind": "qwen3", "target": {"dtype": "bfloat16"}, "wire": "bfloat16"},
+        "divided": {"kind": "llama", "sglang": {"prefill_tokens": 21}},
+        "documents": {"kind": "llama", "target": {"prefill": "documents"}},
+        "too_long": {"kind": "llama", "sglang": {"prefill_tokens": 19}},
+        "unknown": {"kind": "llama", "sglang": {"arguments": {"moe_runner_backen": "triton"}}},
+        "qwen3_moe": {},  # last: SGLang is made for one model a process, and takes none after it
+    }
+    return run_world(python, models, 2, cases)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(python: Path, models: Path) -> Path:
+    cases: dict[str, dict[str, Any]] = {kind: {} for kind in MODELS}
+    cases["qwen3"] = {"target": {"verify_against": "hf"}}
+    return run_world(python, models, 3, cases, tp=2)
+
+
+def rows(folder: Path, name: str, rank: int = 1) -> Tensor:
+    result = torch.load(folder / f"{name}-{rank}.pt")
+    assert "error" not in result, result["error"]
+    assert result["deviation"] < (BF16 if name == "bf16" else FP32)  # packed against one by one
+    return result["rows"]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_features_are_those_of_transformers(kind: str, one_rank: Path, models: Path) -> None:
+    assert relative(rows(one_rank, kind), plain_features(models / kind, make_batch())).max() < FP32
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_tensor_parallel_ranks_have_the_whole_features(
+    kind: str, one_rank: Path, two_ranks: Path, models: Path
+) -> None:
+    whole = torch.load(one_rank / f"{kind}-1.pt")["parameters"]
+    for rank in (1, 2):
+        assert relative(rows(two_ranks, kind, rank), plain_features(models / kind, make_batch())).max() < FP32
+        assert torch.load(two_ranks / f"{kind}-{rank}.pt")["parameters"] < 0.9 * whole
+    assert not (two_ranks / f"{kind}-0.pt").exists()
+
+
+def test_expert_parallel_ranks_load_their_experts(python: Path, models: Path) -> None:
+    """Not run: SGLang's plain experts for the CPU want all of them on every rank."""
+    folder = run_world(python, models, 3, {"qwen3_moe": {"sglang": {"ep": 2}, "forward": False}}, tp=2)
+    for rank in (1, 2):
+        found = torch.load(folder / f"qwen3_moe-{rank}.pt")
+        assert found["groups"] == {"_TP": [1, 2], "_ATTN_TP": [1, 2], "_MOE_EP": [1, 2], "_MOE_TP": [rank]}
+        assert found["experts"] == 2
+
+
+def test_bf16(one_rank: Path, models: Path) -> None:
+    found = relative(rows(one_rank, "bf16"), plain_features(models / "qwen3", make_batch()))
+    assert found.mean(dim=0).max() < BF16
+    assert found.max() > 1e-3  # it was bf16
+
+
+@pytest.mark.parametrize("name", ["divided", "documents"])
+def test_an_item_in_several_forwards_has_the_same_rows(name: str, one_rank: Path) -> None:
+    assert relative(rows(one_rank, name), rows(one_rank, "llama")).max() < FP32
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_wrong_layer_norm_or_token_would_be_seen(kind: str, one_rank: Path, models: Path) -> None:
+    found, batch = rows(one_rank, kind), make_batch()
+    other = make_batch()
+    other.tokens[7 + 4] += 1  # the fifth token of the second document
+    shifted = relative(found, plain_features(models / kind, batch, shift=0))
+    assert (shifted[:, :2].amin(dim=0) > 0.1).all()
+    assert relative(found, plain_features(models / kind, batch, norm=False))[:, 2].min() > 0.1
+    token = relative(found, plain_features(models / kind, other))
+    assert (token[7 + 4] > 0.1).all()
+    assert token[: 7 + 4].max() < FP32  # nothing before it and no other document
+    assert token[7 + 20 :].max() < FP32
+
+
+def test_errors_say_what_to_change(one_rank: Path) -> None:
+    error = {name: torch.load(one_rank / f"{name}-1.pt")["error"] for name in ("too_long", "unknown")}
+    assert "document of 20 tokens is longer than the 19" in error["too_long"]
+    assert "raise target.sglang.prefill_tokens, or lower prompts.max_length" in error["too_long"]
+    assert "'moe_runner_backen'; did you mean 'moe_runner_backend'?" in error["unknown"]
+
+
+def test_a_run_learns_what_it_learns_with_the_hf_engine(python: Path, tmp_path: Path) -> None:
+    """Two replicas of sglang and one of hf: the same losses."""
+    target, prompts = make_target(tmp_path / "target"), make_conversations(tmp_path / "prompts.jsonl")
+    words = make_config(
+        tmp_path, target, prompts, draft__dp=1, target__engine="sglang", target__replicas=2, target__verify=2
+    )
+    run(python, 3, ["-m", "specdist.train", *words], on_the_cpu())
+    reference = make_config(tmp_path / "hf", target, prompts, draft__dp=1)
+    done = train(2, reference)
+    assert done.returncode == 0, done.stderr
+    found, expected = (losses(directory / "run") for directory in (tmp_path, tmp_path / "hf"))
+    assert len(expected) == 4
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of the sglang engine needs no SGLang: settings, versions, groups, the division of items, errors, the plan."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdist.errors import ConfigError, DataError
+from specdist.job import examine, load_job
+from specdist.plan import make_plan
+from specdist.records import FeatureLayout, PackedTokens
+from specdist.target import reference
+from specdist.target.config import TargetConfig
+from specdist.target.engine import Engine, build_engine, check_installed, engine_groups
+from specdist.target.facts import check, check_layout, describe
+from specdist.target.sglang import adapter, versions
+from specdist.target.sglang.config import FIXED, OWNED, SglangConfig
+from specdist.target.sglang.engine import SglangEngine
+from tests.tiny import make_config, make_conversations, make_target
+
+CPU = torch.device("cpu")
+HIDDEN = 32
+PARTS = 4
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An SGLang of which there are only the files that arguments are read from."""
+    srt = tmp_path / "site" / "sglang" / "srt"
+    (srt / "arg_groups" / "fields").mkdir(parents=True)
+    (srt.parent / "__init__.py").write_text("raise AssertionError('nobody imports SGLang here')\n")
+    (srt / "server_args.py").write_text("class Other:\n    strange: int\nclass ServerArgs:\n    model_path: str = ''\n")
+    (srt / "arg_groups" / "fields" / "moe.py").write_text("class Moe:\n    moe_runner_backend: str\n    _secret: int\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setattr(versions, "installed", lambda: "0.5.20")
+    versions.argument_names.cache_clear()
+    yield srt
+    versions.argument_names.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"prefill_tokens": 0}, r"target\.sglang\.prefill_tokens=0"),
+        ({"memory_fraction": 1.5}, r"target\.sglang\.memory_fraction=1\.5"),
+        ({"ep": 0}, r"target\.sglang\.ep=0"),
+        ({"arguments": {"tp_size": 2}}, r"tp_size is set by target\.tp"),
+        ({"arguments": {"disable_radix_cache": False}}, "disable_radix_cache is always True"),
+    ],
+)
+def test_impossible_settings(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        SglangConfig(**keys)
+
+
+def test_expert_parallelism_divides_tensor_parallelism() -> None:
+    with pytest.raises(ConfigError, match=r"target\.sglang\.ep=3 does not divide target\.tp=4"):
+        TargetConfig(path="x", engine="sglang", tp=4, sglang=SglangConfig(ep=3))
+
+
+def test_a_missing_sglang_is_one_line_that_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, target: Path
+) -> None:
+    monkeypatch.setattr(versions, "installed", lambda: None)
+    config = TargetConfig(path=str(target), engine="sglang")
+    check(config)  # a login node without SGLang may still plan the job
+    check_installed(replace(config, engine="hf"))
+    for attempt in (
+        lambda: check_installed(config),
+        lambda: build_engine(config, FeatureLayout((0,), HIDDEN, True, torch.float32), CPU),
+    ):
+        with pytest.raises(ConfigError, match=r"not installed here: pip install 'sglang>=0\.5\.16,<=0\.5\.20'") as e:
+            attempt()
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("version", ["0.5.15.post1", "0.5.21", "0.6.0"])
+def test_other_versions_are_refused(version: str, monkeypatch: pytest.MonkeyPatch, target: Path) -> None:
+    monkeypatch.setattr(versions, "installed", lambda: version)
+    with pytest.raises(ConfigError, match=rf"SGLang {version} is installed, 0\.5\.16 to 0\.5\.20 are supported: pip"):
+        check(TargetConfig(path=str(target), engine="sglang"))
+
+
+@pytest.mark.parametrize("version", ["0.5.16", "0.5.18", "0.5.19.post1", "0.5.20"])
+def test_versions_in_the_range(version: str) -> None:
+    versions.check_version(version)
+
+
+def test_unknown_arguments_are_named_before_a_rank_starts_without_importing_sglang(
+    installed: Path, target: Path
+) -> None:
+    assert versions.argument_names() == {"model_path", "moe_runner_backend"}
+    config = TargetConfig(path=str(target), engine="sglang", sglang=SglangConfig(arguments={"moe_runner_backend": 1}))
+    check(config)
+    wrong = SglangConfig(arguments={"moe_runner_bakend": "triton"})
+    with pytest.raises(ConfigError, match=r"no server argument 'moe_runner_bakend'; did you mean 'moe_runner_backend'"):
+        check(replace(config, sglang=wrong))
+    assert "sglang" not in sys.modules
+
+
+def test_nothing_can_be_set_twice() -> None:
+    assert not set(OWNED) & (set(FIXED) - {"chunked_prefill_size"})
+
+
+def test_heads_and_ranks(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "installed", lambda: None)
+    with pytest.raises(ConfigError, match=r"target\.tp=3 does not divide num_attention_heads=4 .* \[1, 2, 4\]"):
+        check(TargetConfig(path=str(target), engine="sglang", tp=3))
+    check(TargetConfig(path=str(target), engine="sglang", tp=4))  # two key/value heads, each on two ranks
+    assert describe(target).kv_values_per_token(1) == 6 * 2 * 2 * 8
+    assert describe(target).kv_values_per_token(4) == 6 * 2 * 1 * 8
+
+
+def test_the_groups_of_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TargetConfig(path="x", engine="sglang", tp=2)
+    wanted = engine_groups(config, [(1, 2), (3, 4)], CPU)
+    assert wanted is not None
+    whole, single = [[1, 2], [3, 4]], [[1], [2], [3], [4]]
+    lists = [*whole, *whole, *single]  # world, tensor parallel, all that is not parallel
+    assert wanted.calls == [(ranks, "gloo") for ranks in lists for _ in range(2)]
+    assert engine_groups(replace(config, engine="hf"), [(1, 2)], CPU) is None
+    assert engine_groups(config, [], CPU) is None
+    on_gpu = engine_groups(config, [(1, 2)], torch.device("cuda", 0))
+    assert on_gpu is not None
+    assert [backend for _, backend in on_gpu.calls] == ["nccl", "gloo"] * 4
+
+
+def test_the_groups_of_expert_parallelism() -> None:
+    lists = dict(adapter.group_lists([(0, 1, 2, 3), (4, 5, 6, 7)], ep=2))
+    assert lists["moe_ep"] == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert lists["moe_tp"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert set(dict(adapter.group_lists([(0, 1, 2, 3)], ep=4))) == {"world", "tp", "single"}
+
+
+class FakeRunner:
+    """Features that say which token they are of: part p of token t is p + t."""
+
+    def __init__(self, tokens: int = 64, documents: int = 8, page: int = 1) -> None:
+        self.tokens, self.documents, self.page = tokens, documents, page
+        self.asked: list[int] = []
+        self.forwards: list[list[int]] = []
+
+    def capture_layers(self, layers: list[int]) -> None:
+        self.asked = layers
+
+    def forward(self, documents: list[Tensor]) -> adapter.Captured:
+        self.forwards.append([len(d) for d in documents])
+        token = torch.cat(documents).float()[:, None].expand(-1, HIDDEN)
+        return adapter.Captured(token + 100, [token + layer for layer in self.asked])
+
+
+@pytest.fixture
+def engine_of(monkeypatch: pytest.MonkeyPatch, installed: Path, target: Path) -> Any:
+    def make(runner: Any, tokens: int | None = 64, **keys: Any) -> SglangEngine:
+        def load(settings: dict[str, Any], device: torch.device, group: Any) -> Any:
+            runner.settings = settings
+            return runner
+
+        monkeypatch.setattr(adapter, "load", load)
+        keys = {"path": str(target), "engine": "sglang", **keys}
+        layout = FeatureLayout((4, 1, 2), HIDDEN, True, torch.float32)
+        return SglangEngine(TargetConfig(**keys), layout, CPU, None, tokens)
+
+    return make
+
+
+def batch(lengths: list[int]) -> PackedTokens:
+    return PackedTokens.from_documents(
+        [torch.arange(n) + 10 * i for i, n in enumerate(lengths)], [torch.ones(n, dtype=torch.bool) for n in lengths]
+    )
+
+
+def run(engine: Engine, packed: PackedTokens) -> Tensor:
+    rows = engine.layout.empty(len(packed.tokens)).fill_(torch.nan)
+    engine.forward(packed, rows)
+    return rows
+
+
+def test_columns_are_in_the_layouts_order_and_rows_in_the_items(engine_of: Any) -> None:
+    runner = FakeRunner()
+    packed = batch([3, 0, 5])
+    rows = run(engine_of(runner), packed)
+    assert runner.asked == [1, 2, 4]
+    for part, offset in enumerate((4, 1, 2, 100)):
+        assert torch.equal(rows[:, part * HIDDEN], packed.tokens.float() + offset)
+    assert runner.forwards == [[3, 5]]
+
+
+@pytest.mark.parametrize(
+    ("runner", "keys", "forwards"),
+    [
+        (FakeRunner(), {}, [[5, 4, 3, 6, 1]]),
+        (FakeRunner(), {"sglang": SglangConfig(prefill_tokens=9)}, [[5, 4], [3, 6], [1]]),
+        (FakeRunner(documents=2), {}, [[5, 4], [3, 6], [1]]),
+        (FakeRunner(page=8), {"sglang": SglangConfig(prefill_tokens=16)}, [[5, 4], [3, 6], [1]]),
+        (FakeRunner(), {"prefill": "documents"}, [[5], [4], [3], [6], [1]]),
+    ],
+)
+def test_items_are_divided_at_documents(engine_of: Any, runner: FakeRunner, keys: Any, forwards: Any) -> None:
+    packed = batch([5, 4, 3, 6, 1])
+    rows = run(engine_of(runner, **keys), packed)
+    assert runner.forwards == forwards
+    assert torch.equal(rows[:, 0], packed.tokens.float() + 4)
+
+
+def test_settings_reach_sglang(engine_of: Any) -> None:
+    runner: Any = FakeRunner()
+    arguments = {"moe_runner_backend": "triton"}
+    engine_of(runner, tokens=50, tp=2, sglang=SglangConfig(quantization="fp8", ep=2, arguments=arguments))
+    expected = {"tp_size": 2, "ep_size": 2, "quantization": "fp8", "max_total_tokens": 50, "dtype": "float32"}
+    expected |= {"attention_backend": "torch_native", **arguments}
+    assert expected.items() <= runner.settings.items()
+    assert "mem_fraction_static" not in runner.settings
+
+
+def test_what_does_not_fit_says_which_setting_to_change(engine_of: Any) -> None:
+    with pytest.raises(ConfigError, match=r"KV cache of 10 tokens, but a forward has 64: lower target\.sglang"):
+        engine_of(FakeRunner(tokens=10))
+    engine = engine_of(FakeRunner(tokens=10), tokens=None)
+    with pytest.raises(DataError, match=r"document of 11 tokens .* the 10 .*raise target\.sglang\.prefill_tokens"):
+        run(engine, batch([11]))
+
+
+def test_running_out_of_memory_says_which_settings_decide(engine_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = FakeRunner()
+    engine = engine_of(runner, sglang=SglangConfig(memory_fraction=0.7))
+    errors = iter(
+        [
+            torch.OutOfMemoryError("CUDA out of memory"),
+            RuntimeError("Not enough memory. Please try to increase --mem-fraction-static."),
+            RuntimeError("another one"),
+        ]
+    )
+
+    def fail(documents: list[Tensor]) -> adapter.Captured:
+        raise next(errors)
+
+    monkeypatch.setattr(runner, "forward", fail)
+    with pytest.raises(ConfigError, match=r"lower target\.sglang\.prefill_tokens .*memory_fraction \(now 0\.7\)"):
+        run(engine, batch([3]))
+    with pytest.raises(ConfigError, match=r"no room for a KV cache: raise target\.sglang\.memory_fraction"):
+        run(engine, batch([3]))
+    with pytest.raises(RuntimeError, match="another one"):
+        run(engine, batch([3]))
+
+
+@pytest.mark.parametrize("wrong", ["layers", "rows", "final"])
+def test_other_features_than_asked_for_are_refused(engine_of: Any, wrong: str) -> None:
+    class Wrong(FakeRunner):
+        def forward(self, documents: list[Tensor]) -> adapter.Captured:
+            right = super().forward(documents)
+            if wrong == "layers":
+                return adapter.Captured(right.final, right.layers[:2])
+            if wrong == "rows":
+                return adapter.Captured(right.final, [x[-2:] for x in right.layers])
+            return adapter.Captured(right.final[-2:], right.layers)
+
+    with pytest.raises(DataError, match="SGLang handed out"):
+        run(engine_of(Wrong()), batch([3, 4]))
+
+
+class Stub(Engine):
+    """Gives out `rows` in order."""
+
+    def __init__(self, rows: Tensor, layout: FeatureLayout) -> None:
+        self.rows, self.layout, self.device, self.dtype = rows, layout, CPU, torch.float32
+
+    def forward(self, batch: PackedTokens, out: Tensor) -> None:
+        out.copy_(self.rows)
+
+
+@pytest.mark.parametrize("mistake", [None, "layer", "final", "token"])
+def test_verification_against_the_hf_engine(mistake: str | None, target: Path) -> None:
+    layout = FeatureLayout((1, 2, 4), HIDDEN, True, torch.float32)
+    config = TargetConfig(path=str(target), engine="sglang", verify_against="hf")
+    expected = reference.hf_features(config, layout, CPU, None, tokens=100)
+    assert max(expected.batch.lengths) == 100
+    given = expected
+    if mistake == "layer":
+        other = replace(layout, captured_layers=(0, 1, 3))
+        given = reference.hf_features(config, other, CPU, None, tokens=100)
+    rows = given.rows.clone()
+    if mistake == "final":
+        rows[:, 3 * HIDDEN :] *= 1.001
+    elif mistake == "token":
+        rows[1] = rows[2]
+    engine = Stub(rows, layout)
+    if mistake is None:
+        reference.verify_against_hf(engine, expected)
+        return
+    with pytest.raises(DataError, match=r"target\.verify_against=hf: the features of document 0"):
+        reference.verify_against_hf(engine, expected)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Any:
+    directory = tmp_path_factory.mktemp("job")
+    prompts = make_conversations(directory / "prompts.jsonl")
+    return lambda **more: load_job([], make_config(directory, target, prompts, **({"target__engine": "sglang"} | more)))
+
+
+def test_the_plan_counts_the_kv_cache(job: Any) -> None:
+    def needs(**more: Any) -> dict[str, int]:
+        return {n.what: n.bytes for n in make_plan(job(**more), ["a"] * 3, 2**30).needs if n.role == "target"}
+
+    per_token = 6 * 2 * 2 * 8 * 4
+    assert needs()["SGLang's KV cache of 512 tokens"] == 512 * per_token
+    assert needs(target__sglang__prefill_tokens=200)["SGLang's KV cache of 200 tokens"] == 200 * per_token
+    assert not any("KV" in what for what in needs(target__engine="hf"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"target__sglang__prefill_tokens": 100}, r"prompts\.max_length=192 is more than target\.sglang\.prefill_tok"),
+        ({"target__sglang__prefil_tokens": 100}, r"did you mean 'target\.sglang\.prefill_tokens'"),
+        ({"target__sglang__arguments": "{device: cuda}"}, r"device is set by world\.device"),
+    ],
+)
+def test_what_cannot_be_is_refused_on_the_login_node(job: Any, overrides: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        examine(job(**overrides))
+
+
+def test_the_last_layer_cannot_be_captured(target: Path, installed: Path) -> None:
+    layout = FeatureLayout((1, 5), HIDDEN, True, torch.float32)
+    check_layout(layout, describe(target))
+    with pytest.raises(ConfigError, match=r"captured layer 5 is the last one .* 0 to 4 can be captured"):
+        check_layout(layout, describe(target), "sglang")
