@@ -33,7 +33,8 @@ class TargetConfig:
 
     prefill: Literal["auto", "packed", "documents"] = "auto"
     """`packed` runs all documents of an item in one forward, `documents` one after the other (slower, for models that
-    carry state over document boundaries); `auto` tries out at load whether packing gives the same numbers."""
+    carry state over document boundaries); `auto` tries out at load whether packing gives the same numbers (hf), or
+    packs (sglang)."""
 
     verify: int = 1
     """Work items at the start of a run whose packed features are compared with a document-by-document forward."""
