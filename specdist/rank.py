@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specdist.attempts import AttemptRecord
-from specdist.channel.build import Wire
+from specdist.channel.wire import Wire
 from specdist.control.client import ControlClient
 from specdist.groups import Groups, World
 from specdist.items import Items

@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from specdist import config as configuration
+from specdist.bench.measure import in_a_world, leave, peak_tflops, seconds, told_to
 from specdist.bench.shapes import SHAPES
 from specdist.contract import RankFacts
 from specdist.errors import UserError
@@ -36,9 +34,6 @@ from specdist.target.config import TargetConfig
 from specdist.target.engine import Engine, build_engine, engine_groups
 from specdist.target.facts import TargetFacts, compute_dtype, describe
 from specdist.topology import Topology, WorldConfig
-
-PEAK_SIZE = 8192
-"""Rows and columns of the matrices whose product is taken for the peak (1024 on a CPU)."""
 
 
 @dataclass(frozen=True)
@@ -94,30 +89,6 @@ def flops(facts: TargetFacts, lengths: Sequence[int]) -> float:
     return 2.0 * (facts.parameters - tables) * sum(lengths) + attention
 
 
-def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """Of a square matrix product, the best of a few."""
-    size = PEAK_SIZE if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(_seconds(lambda: a @ b, device, 20, warm=5)) / 1e12
-
-
-def _seconds(work: Callable[[], object], device: torch.device, repeats: int, warm: int = 2) -> list[float]:
-    def synchronise() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    for _ in range(warm):
-        work()
-    found = []
-    for _ in range(repeats):
-        synchronise()
-        began = time.perf_counter()
-        work()
-        synchronise()
-        found.append(time.perf_counter() - began)
-    return found
-
-
 def measure(engine: Engine, run: Run, facts: TargetFacts, tp: int) -> list[TargetSpeed]:
     """Every combination of item and sequence length in which a sequence fits an item. All ranks call it."""
     device = engine.device
@@ -130,12 +101,12 @@ def measure(engine: Engine, run: Run, facts: TargetFacts, tp: int) -> list[Targe
             lengths = [sequence] * (item // sequence) + ([item % sequence] if item % sequence else [])
             batch = _batch(lengths, facts.vocab_size)
             rows = engine.layout.empty(item, device)
-            seconds = _seconds(lambda batch=batch, rows=rows: engine.forward(batch, rows), device, run.repeats)  # type: ignore[misc]
+            times = seconds(lambda batch=batch, rows=rows: engine.forward(batch, rows), device, run.repeats)  # type: ignore[misc]
             if not torch.isfinite(rows).all():
                 raise UserError(f"{run.engine}: features are not finite")
-            middle = statistics.median(seconds)
+            middle = statistics.median(times)
             tflops = flops(facts, lengths) / tp / middle / 1e12
-            spread = (max(seconds) - min(seconds)) * 1e3
+            spread = (max(times) - min(times)) * 1e3
             memory = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0
             found.append(
                 TargetSpeed(run.engine, item, sequence, item / middle, tflops, 0.0, 0.0, middle * 1e3, spread, memory)
@@ -150,7 +121,7 @@ def _batch(lengths: list[int], vocab_size: int) -> PackedTokens:
     return PackedTokens.from_documents(ids, [torch.ones(n, dtype=torch.bool) for n in lengths])
 
 
-def worker(run: Run, output: Path) -> None:
+def worker(run: Run, output: str) -> None:
     """One rank of an engine's world; rank 0 writes what was measured."""
     target = configuration.load(BenchConfig, [], run.words).target
     facts = describe(target.path, target.trust_remote_code)
@@ -167,11 +138,7 @@ def worker(run: Run, output: Path) -> None:
     group = groups.replica if target.tp > 1 else None
     engine = build_engine(target, layout, world.device, group, max(run.items))
     speeds = measure(engine, run, facts, target.tp)
-    if world.facts.rank == 0:
-        output.write_text(json.dumps([asdict(speed) for speed in speeds]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # finalisers of process groups would wait for ranks that have left
+    leave(output, [asdict(speed) for speed in speeds] if world.facts.rank == 0 else None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -192,9 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--worker", nargs=2, metavar=("RUN", "OUTPUT"), help=argparse.SUPPRESS)
     args, words = parser.parse_known_args(arguments)
     if args.worker:
-        told: dict[str, Any] = json.loads(Path(args.worker[0]).read_text())
-        told = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
-        worker(Run(**told), Path(args.worker[1]))
+        worker(Run(**told_to(args.worker[0])), args.worker[1])
     speeds = []
     with tempfile.TemporaryDirectory(prefix="specdist-bench-") as directory:
         model = Path(args.model) if args.model else _random_model(args.shape, args.layers, Path(directory))
@@ -202,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             own = [f"target.{word}" for word in words if engine == "sglang" or not word.startswith("sglang.")]
             own += [f"target.path={model}", f"target.engine={engine}", f"target.tp={args.tp}"]
             run = Run(engine, tuple(args.items), tuple(args.sequences), args.repeats, args.device, tuple(own))
-            speeds += _in_a_world(run, args.tp, Path(directory))
+            speeds += in_a_world("specdist.bench.target", asdict(run), args.tp)
     print(json.dumps(speeds))
     print(render([TargetSpeed(**speed) for speed in speeds]))
 
@@ -212,19 +177,6 @@ def _random_model(shape: str, layers: int | None, directory: Path) -> Path:
     words = [shape, str(directory / shape)] + ([] if layers is None else ["--layers", str(layers)])
     subprocess.run([sys.executable, "-m", "specdist.bench.shapes", *words], stdout=sys.stderr, check=True)
     return directory / shape
-
-
-def _in_a_world(run: Run, tp: int, directory: Path) -> list[dict[str, Any]]:
-    told, output = directory / "run.json", directory / f"{run.engine}.json"
-    told.write_text(json.dumps(asdict(run)))
-    world = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp}"]
-    done = subprocess.run(
-        [*world, "-m", "specdist.bench.target", "--worker", str(told), str(output)], stdout=sys.stderr, check=False
-    )
-    if done.returncode or not output.exists():
-        raise SystemExit(f"specdist: the benchmark of {run.engine} failed: its error is above")
-    found: list[dict[str, Any]] = json.loads(output.read_text())
-    return found
 
 
 def render(speeds: Sequence[TargetSpeed]) -> str:

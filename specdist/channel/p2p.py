@@ -19,9 +19,10 @@ from torch import Tensor
 
 from specdist.channel.base import FeatureReceiver, FeatureSender, Freed, Posts, share
 from specdist.channel.ring import Ring
+from specdist.channel.wire import Wire
 from specdist.errors import WorldError
 from specdist.links import TransferError, wait_work
-from specdist.records import FeatureLayout, WorkItem
+from specdist.records import WorkItem
 from specdist.topology import Link, Topology
 
 
@@ -36,29 +37,20 @@ class _Transfer:
 class P2PSender(FeatureSender):
     """Sends this target rank's share of each shard over its links."""
 
-    def __init__(
-        self,
-        topology: Topology,
-        rank: int,
-        links: Mapping[Link, dist.ProcessGroup],
-        layout: FeatureLayout,
-        buffers: int,
-        item_rows: int,
-        device: torch.device,
-        timeout_s: float,
-    ):
+    def __init__(self, wire: Wire, item_rows: int):
+        topology, rank, device, links = wire.topology, wire.rank, wire.device, wire.groups.links
         place = topology.target_place(rank)
         assert place is not None, f"rank {rank} is not a target rank"
         self._topology, self._rank, self._place, self._links = topology, rank, place, links
         self._tp = len(topology.replicas[place.replica])
-        self._ring = Ring(layout, buffers, item_rows, device)
+        self._ring = Ring(wire.layout, wire.config.send_buffers, item_rows, device)
         self._in_flight: dict[int, _Transfer] = {}
         self._handed_out = self._sent = 0
         # Sends must not queue behind the next forward, which is on the current stream by the time this one is sent.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._timeout_s = timeout_s
-        self._staged = device.type == "cuda" and any(dist.get_backend(g) == "gloo" for g in links.values())
-        self._on_device = device.type == "cuda" and not self._staged
+        self._stream = torch.cuda.Stream(device) if wire.on_gpu else None
+        self._timeout_s = wire.timeout_s
+        self._staged = wire.on_gpu and any(dist.get_backend(g) == "gloo" for g in links.values())
+        self._on_device = wire.on_gpu and not self._staged
 
     @property
     def buffers(self) -> int:
@@ -122,24 +114,15 @@ class P2PReceiver(FeatureReceiver):
         check: called while waiting; raises when the world is known to have failed.
     """
 
-    def __init__(
-        self,
-        topology: Topology,
-        rank: int,
-        links: Mapping[Link, dist.ProcessGroup],
-        layout: FeatureLayout,
-        slots: int,
-        shard_rows: int,
-        device: torch.device,
-        check: Callable[[], None],
-    ):
+    def __init__(self, wire: Wire, slots: int, shard_rows: int, check: Callable[[], None]):
+        topology, rank, device, links = wire.topology, wire.rank, wire.device, wire.groups.links
         place = topology.draft_place(rank)
         assert place is not None, f"rank {rank} is not a draft rank"
         self._topology, self._rank, self._shard, self._links = topology, rank, place.dp, links
-        self._ring = Ring(layout, slots, shard_rows, device)
-        staged = device.type == "cuda" and any(dist.get_backend(g) == "gloo" for g in links.values())
-        self._host_ring = Ring(layout, slots, shard_rows, torch.device("cpu"), pinned=True) if staged else None
-        self._on_device = device.type == "cuda" and not staged
+        self._ring = Ring(wire.layout, slots, shard_rows, device)
+        staged = wire.on_gpu and any(dist.get_backend(g) == "gloo" for g in links.values())
+        self._host_ring = Ring(wire.layout, slots, shard_rows, torch.device("cpu"), pinned=True) if staged else None
+        self._on_device = wire.on_gpu and not staged
         self._stream = torch.cuda.Stream(device) if self._on_device else None
         self._freed: dict[int, torch.cuda.Event] = {}
         self._transfers: dict[int, _Transfer] = {}

@@ -23,10 +23,11 @@ import torch
 import torch.distributed as dist
 
 from specdist.channel.base import FeatureReceiver, FeatureSender
-from specdist.channel.build import Wire, make_receiver, make_sender
+from specdist.channel.build import make_receiver, make_sender
 from specdist.channel.config import ChannelConfig
 from specdist.channel.local import LocalChannel
 from specdist.channel.mooncake.config import MooncakeConfig
+from specdist.channel.wire import Wire
 from specdist.contract import RankFacts
 from specdist.errors import WorldError
 from specdist.groups import Groups, Transport, World, join_world, make_groups

@@ -9,20 +9,33 @@ import time
 import torch
 import torch.distributed as dist
 
+from specdist.channel.config import ChannelConfig
 from specdist.channel.mooncake.config import MooncakeConfig
 from specdist.channel.mooncake.directory import Directory
 from specdist.channel.mooncake.engine import TransferEngine
 from specdist.channel.mooncake.receiver import MooncakeReceiver
+from specdist.channel.wire import Wire
+from specdist.contract import RankFacts
+from specdist.groups import Groups, World
 from specdist.records import Cursor, FeatureLayout, Shard, WorkItem
 from specdist.topology import Topology, WorldConfig
 
 HOST = "127.0.0.1"
 ROWS = 65536
+PATIENCE_S = 60.0
 STALL_S = 2
 CONFIG = MooncakeConfig("tcp", stall_s=STALL_S)
 LAYOUT = FeatureLayout((0, 1, 2), 256, final=True, dtype=torch.bfloat16)
 TOPOLOGY = Topology.build(WorldConfig(), ("a", "b"), replicas=1, tp=1, dp=1, cp=1)
 TARGET, DRAFT = 0, 1
+
+
+def wire_of(rank: int, store: dist.Store) -> Wire:
+    """Of one rank of a world of two that has no process groups: Mooncake needs none."""
+    facts = RankFacts(rank=rank, world_size=2, local_rank=0, local_world_size=1, node=rank, host="ab"[rank])
+    world = World(facts, torch.device("cpu"), TOPOLOGY.hosts, (None, None), store)
+    config = ChannelConfig(transport="mooncake", mooncake=CONFIG)
+    return Wire(config, TOPOLOGY, world, Groups(control=None), LAYOUT, PATIENCE_S)  # type: ignore[arg-type]
 
 
 def make_item(index: int) -> WorkItem:
@@ -35,7 +48,7 @@ def check() -> None:
 
 
 if __name__ == "__main__":
-    directory = Directory(dist.TCPStore(HOST, int(sys.argv[1])))
+    store = dist.TCPStore(HOST, int(sys.argv[1]))
     engine = TransferEngine(HOST, CONFIG)
-    receiver = MooncakeReceiver(TOPOLOGY, DRAFT, engine, directory, LAYOUT, 2, ROWS, torch.device("cpu"), check)
+    receiver = MooncakeReceiver(wire_of(DRAFT, store), 2, ROWS, check, engine, Directory(store))
     time.sleep(600)

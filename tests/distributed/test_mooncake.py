@@ -8,18 +8,16 @@ import sys
 import time
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from specdist.channel.mooncake.directory import Directory
 from specdist.channel.mooncake.engine import TransferEngine
 from specdist.channel.mooncake.sender import MooncakeSender
 from specdist.errors import WorldError
-from tests.distributed.mooncake_peer import CONFIG, HOST, LAYOUT, ROWS, STALL_S, TARGET, TOPOLOGY, check, make_item
+from tests.distributed.mooncake_peer import CONFIG, HOST, PATIENCE_S, ROWS, STALL_S, TARGET, check, make_item, wire_of
 from tests.distributed.worlds import mooncake_loads, start_command
 
 pytestmark = pytest.mark.skipif(not mooncake_loads(), reason="needs mooncake-transfer-engine, and libibverbs1")
-PATIENCE_S = 60.0
 
 
 @pytest.fixture
@@ -37,8 +35,7 @@ def peer(store):
 
 @pytest.fixture
 def sender(store):
-    engine, cpu = TransferEngine(HOST, CONFIG), torch.device("cpu")
-    return MooncakeSender(TOPOLOGY, TARGET, engine, Directory(store), LAYOUT, 2, ROWS, cpu, PATIENCE_S)
+    return MooncakeSender(wire_of(TARGET, store), ROWS, TransferEngine(HOST, CONFIG), Directory(store))
 
 
 def send(sender: MooncakeSender, index: int) -> None:

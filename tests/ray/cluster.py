@@ -4,13 +4,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import shutil
 import signal
 import subprocess
-import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,27 +17,11 @@ import psutil
 from specdist_launch.meeting import free_port
 from tests.distributed.worlds import ROOT
 
-VENV = ROOT / ".venv-ray"
 SECOND = "127.0.0.2"
 """The address of the second node; lower than the first one's, so that it leads."""
 READY = "Ray runtime started"
-
-
-def python_with_ray() -> Path:
-    """The interpreter of .venv-ray, which is made once: Ray alone, and this environment's packages by reference."""
-    constraints = ROOT / "constraints.txt"
-    packages = sysconfig.get_path("purelib")
-    stamp = VENV / hashlib.sha256(packages.encode() + constraints.read_bytes()).hexdigest()[:16]
-    python = VENV / "bin" / "python"
-    if not stamp.exists():
-        shutil.rmtree(VENV, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", VENV], check=True)
-        pip = [sys.executable, "-m", "pip", "-qq", "--python", str(python), "install", "-c", str(constraints), "ray"]
-        subprocess.run(pip, check=True)
-        own = Path(f"{VENV}/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages")
-        (own / "specdist-tests.pth").write_text(f"import site; site.addsitedir({packages!r})\n")
-        stamp.touch()
-    return python
+SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "3000"}
+"""A lost node is noticed in seconds; Ray's own defaults take half a minute."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +74,8 @@ def _node(python: Path, options: Sequence[str]) -> Iterator[None]:
     """A node of a cluster; it and all that it has started are gone afterwards."""
     ray = [str(python.with_name("ray")), "start", "--block", "--num-gpus=1", "--num-cpus=1", "--disable-usage-stats"]
     command = [*ray, "--object-store-memory=80000000", *options]
-    process = subprocess.Popen(
-        command, env=driver_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    environment = driver_environment() | SOON
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert process.stdout is not None
         said = []

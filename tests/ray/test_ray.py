@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from specdist_launch.meeting import free_port
-from tests.ray.cluster import SECOND, Cluster, python_with_ray, running_cluster
+from tests.environments import python_with_ray
+from tests.ray.cluster import SECOND, Cluster, running_cluster
 from tests.tiny import make_config, make_conversations, make_target
 
 LONG = "train.steps=100000"

@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import subprocess
-import sys
-import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,24 +13,6 @@ from tests.distributed.worlds import ROOT
 VENV = ROOT / ".venv-sglang"
 MODELS = {"llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
 """SGLang's modules of the architectures tested here, and what they build on."""
-REQUIREMENTS = Path(__file__).with_name("requirements.txt")
-
-
-def python_with_sglang() -> Path:
-    """The interpreter of .venv-sglang, which is made once (about a minute, 2 GB): SGLang and what it needs in versions
-    of its own, and this environment's packages by reference."""
-    packages = sysconfig.get_path("purelib")
-    stamp = VENV / hashlib.sha256(packages.encode() + REQUIREMENTS.read_bytes()).hexdigest()[:16]
-    python = VENV / "bin" / "python"
-    if not stamp.exists():
-        shutil.rmtree(VENV, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", VENV], check=True)
-        pip = [sys.executable, "-m", "pip", "-qq", "--python", str(python), "install"]
-        subprocess.run([*pip, "--no-deps", "-r", str(REQUIREMENTS)], check=True)
-        own = Path(f"{VENV}/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages")
-        (own / "specdist-tests.pth").write_text(f"import site; site.addsitedir({packages!r})\n")
-        stamp.touch()
-    return python
 
 
 def on_the_cpu() -> dict[str, str]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tests.distributed.worlds import train
-from tests.sglang.environment import on_the_cpu, python_with_sglang, run
+from tests.environments import python_with_sglang
+from tests.sglang.environment import on_the_cpu, run
 from tests.sglang.models import MODELS, make_model, plain_features, relative
 from tests.sglang.world import make_batch
 from tests.tiny import make_config, make_conversations, make_target

@@ -16,9 +16,9 @@ from specdist.channel.base import FeatureReceiver, Freed, Posts, share
 from specdist.channel.mooncake.directory import Directory, Endpoint
 from specdist.channel.mooncake.engine import TransferEngine
 from specdist.channel.ring import Ring
+from specdist.channel.wire import Wire
 from specdist.errors import WorldError
-from specdist.records import FeatureLayout, WorkItem
-from specdist.topology import Topology
+from specdist.records import WorkItem
 
 _POLL_S = 0.0002
 
@@ -28,22 +28,19 @@ class MooncakeReceiver(FeatureReceiver):
 
     def __init__(
         self,
-        topology: Topology,
-        rank: int,
-        engine: TransferEngine,
-        directory: Directory,
-        layout: FeatureLayout,
+        wire: Wire,
         slots: int,
         shard_rows: int,
-        device: torch.device,
         check: Callable[[], None],
+        engine: TransferEngine,
+        directory: Directory,
     ):
+        topology, rank, layout = wire.topology, wire.rank, wire.layout
         place = topology.draft_place(rank)
         assert place is not None, f"rank {rank} is not a draft rank"
         self._topology, self._rank, self._shard, self._check = topology, rank, place.dp, check
-        on_device = device.type == "cuda"
-        self._host = Ring(layout, slots, shard_rows, torch.device("cpu"), pinned=on_device)
-        self._device = Ring(layout, slots, shard_rows, device) if on_device else None
+        self._host = Ring(layout, slots, shard_rows, torch.device("cpu"), pinned=wire.on_gpu)
+        self._device = Ring(layout, slots, shard_rows, wire.device) if wire.on_gpu else None
         self._flags = torch.zeros(slots + 1, len(topology.target_ranks), dtype=torch.int64)
         self._seen = self._flags.numpy()  # the same memory; reading it costs no dispatch
         self._column = {source: i for i, source in enumerate(topology.target_ranks)}
@@ -53,8 +50,8 @@ class MooncakeReceiver(FeatureReceiver):
         self._posts = Posts(topology, rank, check)
         self._copied: dict[int, torch.cuda.Event] = {}
         self._freeing: queue.SimpleQueue[tuple[torch.cuda.Event, Freed]] = queue.SimpleQueue()
-        if on_device:
-            threading.Thread(target=self._free, args=(device,), name="specdist-freeing", daemon=True).start()
+        if wire.on_gpu:
+            threading.Thread(target=self._free, args=(wire.device,), name="specdist-freeing", daemon=True).start()
         directory.publish(
             rank,
             Endpoint(

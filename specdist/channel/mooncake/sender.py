@@ -15,9 +15,9 @@ from specdist.channel.base import FeatureSender, share
 from specdist.channel.mooncake.directory import Directory, Endpoint
 from specdist.channel.mooncake.engine import TransferEngine, TransferFailed
 from specdist.channel.ring import Ring
+from specdist.channel.wire import Wire
 from specdist.errors import WorldError
-from specdist.records import FeatureLayout, WorkItem
-from specdist.topology import Topology
+from specdist.records import WorkItem
 
 
 @dataclass
@@ -37,28 +37,17 @@ class MooncakeSender(FeatureSender):
     flag follows when the rows have arrived: writes to one peer may overtake each other.
     """
 
-    def __init__(
-        self,
-        topology: Topology,
-        rank: int,
-        engine: TransferEngine,
-        directory: Directory,
-        layout: FeatureLayout,
-        buffers: int,
-        item_rows: int,
-        device: torch.device,
-        timeout_s: float,
-    ):
+    def __init__(self, wire: Wire, item_rows: int, engine: TransferEngine, directory: Directory):
+        topology, rank, buffers = wire.topology, wire.rank, wire.config.send_buffers
         place = topology.target_place(rank)
         assert place is not None, f"rank {rank} is not a target rank"
         self._topology, self._rank, self._place = topology, rank, place
         self._tp = len(topology.replicas[place.replica])
         self._column = topology.target_ranks.index(rank)
-        self._engine, self._directory, self._timeout_s = engine, directory, timeout_s
-        on_device = device.type == "cuda"
-        self._host = Ring(layout, buffers, item_rows, torch.device("cpu"), pinned=on_device)
-        self._device = Ring(layout, buffers, item_rows, device) if on_device else self._host
-        self._copying = torch.cuda.Stream(device) if on_device else None
+        self._engine, self._directory, self._timeout_s = engine, directory, wire.timeout_s
+        self._host = Ring(wire.layout, buffers, item_rows, torch.device("cpu"), pinned=wire.on_gpu)
+        self._device = Ring(wire.layout, buffers, item_rows, wire.device) if wire.on_gpu else self._host
+        self._copying = torch.cuda.Stream(wire.device) if wire.on_gpu else None
         self._flag = torch.zeros(1, dtype=torch.int64)
         for memory in (self._host.memory, self._flag):
             engine.register(memory)

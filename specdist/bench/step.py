@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The draft's training step alone: tokens/s, peak memory, share of the matrix peak, and what the time goes to.
+
+    specdist bench step --batch 4x2048 1x16384             # EAGLE-3 of the Qwen3-8B shape, random weights and features
+    specdist bench step --ranks 2 draft.eagle3.vocab_size=16384 draft.sharding=replicate
+
+The step is the trainer's own, FSDP and optimizer included, in a torchrun world of `--ranks` data-parallel ranks; each
+takes a whole batch. COUNTxLENGTH is a batch of equal documents, `mixed:TOKENS` one of lengths like those of
+conversations (log-normal, median 900, at most 4,096). The words `key=value` are keys of the configuration's `draft` and
+`optimizer` sections. Prints JSON, then a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from specdist import config as configuration
+from specdist.bench.measure import in_a_world, leave, peak_tflops, seconds, told_to
+from specdist.bench.shapes import SHAPES
+from specdist.contract import RankFacts
+from specdist.draft.config import DraftConfig
+from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.registry import build_draft
+from specdist.errors import ConfigError
+from specdist.groups import Groups, World, join_world, make_groups
+from specdist.items import Items
+from specdist.optim import OptimizerConfig, build_optimizer
+from specdist.prompts.store import PromptStore
+from specdist.records import Cursor, PackedTokens, Shard, TargetVocabulary, WorkItem
+from specdist.topology import Topology, WorldConfig
+from specdist.trainer import FeatureSource, Trainer, shard_draft
+
+PARTS = {
+    "attention": ("flex_attention", "flash", "sdpa", "fmha"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "addmm", "cublas"),
+    "optimizer": ("adam", "multi_tensor"),
+    "communication": ("nccl",),
+}
+"""Parts of the step by what names of device kernels contain; all others are `other`."""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """The parts of a job's configuration that are measured."""
+
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a worker is told."""
+
+    batches: tuple[str, ...]
+    shape: str
+    model: str | None
+    supervised: float
+    repeats: int
+    device: str
+    words: tuple[str, ...]
+    """Of `BenchConfig`."""
+
+
+@dataclass(frozen=True)
+class StepSpeed:
+    """The step on batches of one kind."""
+
+    batch: str
+    ranks: int
+    tokens: int
+    """Of all ranks."""
+    supervised: float
+    """Share of the tokens that the loss counts."""
+    tokens_per_s: float
+    gflop_per_token: float
+    share_of_peak: float
+    peak_tflops: float
+    """Of a square matrix product in the draft's compute dtype, on the same device, in the same run."""
+    ms: float
+    """Median of the repeats."""
+    spread_ms: float
+    """Slowest less fastest."""
+    memory_gib: float
+    """Most that was allocated on the device of rank 0, weights, optimizer and features included."""
+    compilations: int
+    """Graphs that were compiled after the warm-up: 0 if all is well."""
+    parts_ms: dict[str, float]
+    """Time of the device's kernels in one step, see `PARTS`."""
+
+
+def lengths_of(batch: str) -> list[int]:
+    """The documents of a batch, from its name. Raises ConfigError."""
+    kind, _, tokens = batch.partition(":")
+    try:
+        if kind == "mixed":
+            return _mixed(int(tokens))
+        count, _, length = batch.partition("x")
+        return [int(length)] * int(count)
+    except ValueError:
+        raise ConfigError(f"--batch {batch}: write COUNTxLENGTH, such as 4x2048, or mixed:TOKENS") from None
+
+
+def _mixed(tokens: int) -> list[int]:
+    chance, lengths = random.Random(0), list[int]()
+    while (left := tokens - sum(lengths)) > 0:
+        lengths.append(min(left, max(16, min(4096, round(chance.lognormvariate(6.8, 1.0))))))
+    return lengths
+
+
+def flops(dims: Eagle3Dims, ttt: int, lengths: Sequence[int], supervised: int) -> float:
+    """Floating-point operations of a step over documents of these lengths, of which `supervised` tokens count.
+
+    What is trained costs three times its forward: the fusion of the captured layers, once; in each of `ttt` steps the
+    layer's projections and MLP on all tokens, attention over the document's keys (causal, so half of them), and the
+    draft's head on supervised ones. The teacher, the target's whole head, costs a forward on supervised tokens.
+    """
+    hidden, tokens = dims.hidden_size, sum(lengths)
+    queries, keys = dims.num_attention_heads * dims.head_dim, dims.num_key_value_heads * dims.head_dim
+    layer = 2 * 2 * hidden * (queries + 2 * keys) + 2 * queries * hidden + 3 * 2 * hidden * dims.intermediate_size
+    attention = 2 * queries * sum(n * n for n in lengths)
+    head = 2 * hidden * dims.draft_vocab_size
+    trained = 2 * dims.num_captured * hidden * hidden * tokens + ttt * (layer * tokens + attention + head * supervised)
+    return 3.0 * trained + 2.0 * hidden * dims.vocab_size * supervised
+
+
+class _Batch:
+    """One batch over and over: in the place of the stream of items, of the prompts, and of the features' source."""
+
+    def __init__(self, name: str, supervised: float, vocab_size: int, ranks: int):
+        generator = torch.Generator().manual_seed(0)
+        self.lengths = lengths_of(name)
+        ids = [torch.randint(0, vocab_size, (n,), generator=generator) for n in self.lengths]
+        masks = [torch.arange(n) >= n - round(supervised * n) for n in self.lengths]  # the answer comes last
+        self.packed = PackedTokens.from_documents(ids, masks)
+        self.supervised = int(self.packed.supervised.sum())
+        self.shards = (Shard(tuple(range(len(self.lengths))), tuple(self.lengths)),) * ranks
+
+    def __getitem__(self, index: int) -> WorkItem:
+        return WorkItem(index, Cursor(), Cursor(), self.shards)
+
+    def forget(self, before: int) -> None:
+        """Nothing is kept."""
+
+    def pack(self, sequences: Sequence[int]) -> PackedTokens:
+        return self.packed
+
+
+class _Rows(FeatureSource):
+    """The same features for every item."""
+
+    def __init__(self, rows: Tensor):
+        self._rows = rows
+
+    def take(self, item: WorkItem) -> Tensor:
+        return self._rows
+
+    def release(self, item: WorkItem) -> None:
+        """They stay."""
+
+
+class Bench:
+    """A draft of one target shape in this rank's world."""
+
+    def __init__(self, run: Run, world: World, groups: Groups, topology: Topology):
+        self._run, self._world, self._groups = run, world, groups
+        self._config = configuration.load(BenchConfig, [], run.words)
+        self._target = _target_config(run)
+        self._place = topology.draft_place(world.facts.rank)
+        assert self._place is not None
+        on_gpu = world.device.type == "cuda"
+        half = on_gpu and self._config.draft.dtype != "float32"
+        self.dtype = torch.bfloat16 if half else torch.float32
+        self._ranks = len(topology.draft_ranks)
+
+    def measure(self) -> list[StepSpeed]:
+        """Every batch of the run. All ranks call it."""
+        device = self._world.device
+        peak = peak_tflops(device, self.dtype)
+        return [self._measure(name, peak) for name in self._run.batches]
+
+    def _measure(self, name: str, peak: float) -> StepSpeed:
+        device = self._world.device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        trainer, batch = self._trainer(name)
+        steps = iter(range(10**9))
+
+        def step() -> None:
+            index = next(steps)
+            trainer.train_step(index, range(index, index + 1), self._config.optimizer.clip_norm)
+
+        seconds(step, device, 0, warm=4)  # compiles, and compiles again for lengths that change
+        before = _graphs()
+        times = seconds(step, device, self._run.repeats, warm=1)
+        compilations = _graphs() - before
+        trainer.check_finite()
+        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+        middle, tokens = statistics.median(times), sum(batch.lengths)
+        dims = Eagle3Dims.of(self._config.draft.eagle3, self._target)
+        work = flops(dims, self._config.draft.eagle3.ttt_length, batch.lengths, batch.supervised)
+        return StepSpeed(
+            batch=name,
+            ranks=self._ranks,
+            tokens=tokens * self._ranks,
+            supervised=batch.supervised / tokens,
+            tokens_per_s=tokens * self._ranks / middle,
+            gflop_per_token=work / tokens / 1e9,
+            share_of_peak=work / middle / 1e12 / peak,
+            peak_tflops=peak,
+            ms=middle * 1e3,
+            spread_ms=(max(times) - min(times)) * 1e3,
+            memory_gib=memory,
+            compilations=compilations,
+            parts_ms=_parts(step, device),
+        )
+
+    def _trainer(self, name: str) -> tuple[Trainer, _Batch]:
+        device, text = self._world.device, self._target.get_text_config()
+        generator = torch.Generator(device).manual_seed(0)
+
+        def table() -> Tensor:
+            size = (text.vocab_size, text.hidden_size)
+            return torch.randn(size, generator=generator, device=device, dtype=self.dtype) * 0.02
+
+        embedding = table()
+        vocabulary = TargetVocabulary(embedding, embedding if text.tie_word_embeddings else table())
+        size = self._config.draft.eagle3.vocab_size
+        ids = None if size is None else torch.arange(size) * (text.vocab_size // size)
+        draft = build_draft(self._config.draft, self._target, vocabulary, ids, layout_dtype=self.dtype)
+        assert self._groups.draft_mesh is not None
+        assert self._place is not None
+        sharded = shard_draft(draft, self._groups.draft_mesh, self.dtype, self._config.draft.sharding)
+        batch = _Batch(name, self._run.supervised, text.vocab_size, self._ranks)
+        shape = (sum(batch.lengths), draft.layout.width)
+        rows = torch.randn(shape, generator=generator, device=device, dtype=self.dtype)
+        optimizer = build_optimizer(sharded, self._config.optimizer)
+        items, prompts = cast(Items, batch), cast(PromptStore, batch)
+        return Trainer(sharded, optimizer, _Rows(rows), items, prompts, self._groups, self._place.dp, device), batch
+
+
+def _target_config(run: Run) -> PretrainedConfig:
+    if run.model is not None:
+        return AutoConfig.from_pretrained(run.model, local_files_only=True)
+    return AutoConfig.for_model(**SHAPES[run.shape])
+
+
+def _graphs() -> int:
+    """How many graphs torch.compile has made."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _parts(step: Any, device: torch.device, steps: int = 3) -> dict[str, float]:
+    """Milliseconds of a step in each kind of kernel; empty where there is no GPU."""
+    if device.type != "cuda":
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        seconds(step, device, steps, warm=0)
+    found: Counter[str] = Counter()
+    for event in profile.key_averages():
+        found[part_of(event.key)] += event.self_device_time_total / steps / 1e3
+    return {part: round(ms, 2) for part, ms in found.most_common()}
+
+
+def part_of(kernel: str) -> str:
+    """The part of the step that a device kernel belongs to, by its name."""
+    name = kernel.lower()
+    return next((part for part, words in PARTS.items() if any(word in name for word in words)), "other")
+
+
+def worker(run: Run, output: str) -> None:
+    """One rank of the world; rank 0 writes what was measured."""
+    world_config = WorldConfig(mode="draft_only", device=run.device)  # type: ignore[arg-type]
+    world = join_world(world_config, RankFacts.from_environment())
+    topology = Topology.build(world_config, world.hosts, replicas=None, tp=1, dp=world.facts.world_size, cp=1)
+    transport = "nccl" if world.device.type == "cuda" else "gloo"
+    groups = make_groups(topology, world, transport, world_config.wait_timeout_s)  # type: ignore[arg-type]
+    speeds = Bench(run, world, groups, topology).measure()
+    leave(output, [asdict(speed) for speed in speeds] if world.facts.rank == 0 else None)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="specdist bench step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", nargs="+", default=["4x2048", "1x8192", "1x16384"], metavar="BATCH")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b", help="the target's")
+    parser.add_argument("--model", metavar="DIR", help="a model directory whose config.json is taken instead")
+    parser.add_argument("--supervised", type=float, default=1.0, metavar="SHARE", help="of each document, its end")
+    parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks, on this machine")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--worker", nargs=2, metavar=("RUN", "OUTPUT"), help=argparse.SUPPRESS)
+    args, words = parser.parse_known_args(arguments)
+    if args.worker:
+        worker(Run(**told_to(args.worker[0])), args.worker[1])
+    words = ["draft.compile=true", "draft.eagle3.vocab_size=32000", *words]
+    run = Run(tuple(args.batch), args.shape, args.model, args.supervised, args.repeats, args.device, tuple(words))
+    configuration.load(BenchConfig, [], run.words)
+    for batch in run.batches:
+        lengths_of(batch)
+    speeds = in_a_world("specdist.bench.step", asdict(run), args.ranks)
+    print(json.dumps(speeds))
+    print(render([StepSpeed(**speed) for speed in speeds]))
+
+
+def render(speeds: Sequence[StepSpeed]) -> str:
+    head = f"{'batch':<14}{'ranks':>6}{'tokens/s':>12}{'GFLOP/token':>13}{'of peak':>9}{'ms':>10}{'GiB':>8}  of it, ms"
+    rows = [
+        f"{s.batch:<14}{s.ranks:>6}{s.tokens_per_s:>12,.0f}{s.gflop_per_token:>13.2f}{s.share_of_peak:>9.0%}{s.ms:>10.1f}"
+        f"{s.memory_gib:>8.1f}  {', '.join(f'{part} {ms:g}' for part, ms in s.parts_ms.items())}".rstrip()
+        for s in speeds
+    ]
+    peak = max((s.peak_tflops for s in speeds), default=0.0)
+    again = sum(s.compilations for s in speeds)
+    return "\n".join([head, *rows, f"peak: {peak:.2f} TFLOP/s of a matrix product; compiled after warm-up: {again}"])
+
+
+if __name__ == "__main__":
+    main()

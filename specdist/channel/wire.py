@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the two ends of a channel between ranks have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from specdist.channel.config import ChannelConfig
+from specdist.groups import Groups, World
+from specdist.records import FeatureLayout
+from specdist.topology import Topology
+
+
+@dataclass(frozen=True)
+class Wire:
+    """All that both ends are made of, on this rank."""
+
+    config: ChannelConfig
+    topology: Topology
+    world: World
+    groups: Groups
+    layout: FeatureLayout
+    timeout_s: float
+    """Limit of every single wait, in seconds."""
+
+    @property
+    def rank(self) -> int:
+        return self.world.facts.rank
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of the training step: what it counts, and a run on the CPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from specdist.bench.shapes import SHAPES
+from specdist.bench.step import StepSpeed, flops, lengths_of, main, part_of, render
+from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.errors import ConfigError
+from tests.tiny import make_target
+
+
+def test_operations_of_the_qwen3_8b_shape() -> None:
+    """By hand, for 4 documents of 2,048: products with weights, and causal attention."""
+    target = AutoConfig.for_model(**SHAPES["qwen3-8b"])
+    dims = Eagle3Dims.of(Eagle3Config(vocab_size=32000), target)
+    layer = 8192 * 4096 + 2 * 8192 * 1024 + 4096 * 4096 + 3 * 4096 * 12288
+    trained = 3 * 4096 * 4096 + 7 * (layer + 4096 * 32000)
+    attention = 7 * 2 * 4096 * 2049 / 2  # multiply-adds of a token
+    per_token = 2 * (3 * (trained + attention) + 4096 * 151936)
+    assert flops(dims, 7, [2048] * 4, 8192) / 8192 == pytest.approx(per_token, rel=1e-3)
+    unsupervised = 2 * (3 * (trained - 7 * 4096 * 32000 + attention))
+    assert flops(dims, 7, [2048] * 4, 0) / 8192 == pytest.approx(unsupervised, rel=1e-3)
+
+
+def test_batches_are_named() -> None:
+    assert lengths_of("4x2048") == [2048] * 4
+    mixed = lengths_of("mixed:16384")
+    assert sum(mixed) == 16384
+    assert len(set(mixed)) > 5
+    for wrong in ("2048", "4x", "mixed:many", "4x2k"):
+        with pytest.raises(ConfigError, match=f"--batch {wrong}: write COUNTxLENGTH"):
+            lengths_of(wrong)
+
+
+def test_kernels_are_told_apart() -> None:
+    names = {
+        "triton_tem_fused_flex_attention_0": "attention",
+        "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT": "products",
+        "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer",
+        "triton_red_fused_logsumexp_3": "other",
+    }
+    assert {name: part_of(name) for name in names} == names
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str], ranks: int) -> None:
+    model = make_target(tmp_path / "target")
+    words = ["draft.eagle3.layers=[0,2,4]", "draft.eagle3.vocab_size=100", "draft.compile=false"]
+    options = ["--batch", "3x40", "mixed:90", "--supervised", "0.5", "--repeats", "2", "--ranks", str(ranks)]
+    main(["--model", str(model), "--device", "cpu", *options, *words])
+    first, *table = capfd.readouterr().out.splitlines()
+    speeds = [StepSpeed(**speed) for speed in json.loads(first)]
+    assert [(s.batch, s.ranks, s.tokens) for s in speeds] == [
+        ("3x40", ranks, 120 * ranks),
+        ("mixed:90", ranks, 90 * ranks),
+    ]
+    assert all(s.tokens_per_s > 0 and 0 < s.share_of_peak < 1 and abs(s.supervised - 0.5) < 0.02 for s in speeds)
+    assert table == render(speeds).splitlines()
+    assert asdict(speeds[0])["compilations"] == 0
