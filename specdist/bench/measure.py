@@ -45,10 +45,10 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds(lambda: a @ b, device, 20, warm=5)) / 1e12
 
 
-def in_a_world(module: str, told: Mapping[str, Any], ranks: int) -> Any:
+def in_a_world(module: str, what: str, told: Mapping[str, Any], ranks: int) -> Any:
     """Run `python -m MODULE --worker TOLD OUTPUT` under torchrun on this machine; returns what its rank 0 wrote.
 
-    Ends the process where the world fails; its own error is on the terminal.
+    Ends the process where the world fails, naming `what` was measured; its own error is on the terminal.
     """
     with tempfile.TemporaryDirectory(prefix="specdist-bench-") as directory:
         source, output = Path(directory, "told.json"), Path(directory, "found.json")
@@ -57,7 +57,7 @@ def in_a_world(module: str, told: Mapping[str, Any], ranks: int) -> Any:
         command = [*world, "-m", module, "--worker", str(source), str(output)]
         done = subprocess.run(command, stdout=sys.stderr, check=False)
         if done.returncode or not output.exists():
-            raise SystemExit(f"specdist: the benchmark {module} failed: its error is above")
+            raise SystemExit(f"specdist: the benchmark of {what} failed: its error is above")
         return json.loads(output.read_text())
 
 

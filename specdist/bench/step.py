@@ -312,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     configuration.load(BenchConfig, [], run.words)
     for batch in run.batches:
         lengths_of(batch)
-    speeds = in_a_world("specdist.bench.step", asdict(run), args.ranks)
+    speeds = in_a_world("specdist.bench.step", "the step", asdict(run), args.ranks)
     print(json.dumps(speeds))
     print(render([StepSpeed(**speed) for speed in speeds]))
 

@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             own = [f"target.{word}" for word in words if engine == "sglang" or not word.startswith("sglang.")]
             own += [f"target.path={model}", f"target.engine={engine}", f"target.tp={args.tp}"]
             run = Run(engine, tuple(args.items), tuple(args.sequences), args.repeats, args.device, tuple(own))
-            speeds += in_a_world("specdist.bench.target", asdict(run), args.tp)
+            speeds += in_a_world("specdist.bench.target", engine, asdict(run), args.tp)
     print(json.dumps(speeds))
     print(render([TargetSpeed(**speed) for speed in speeds]))
 
