@@ -127,6 +127,11 @@ def deviations(layout: FeatureLayout, packed: Tensor, alone: Tensor, lengths: li
     ]
 
 
+def beyond(found: Sequence[Deviation], dtype: torch.dtype) -> Deviation | None:
+    """The first of the deviations that is larger than a computation in `dtype` explains, if one is."""
+    return next((d for d in found if not d.worst <= TOLERANCE[dtype]), None)  # so that NaN counts
+
+
 def verify(engine: Engine, batch: PackedTokens) -> Deviation | None:
     """Compare the features of `batch`, packed, with those of its documents one by one; returns the largest deviation.
 
@@ -140,15 +145,13 @@ def verify(engine: Engine, batch: PackedTokens) -> Deviation | None:
     for tokens, supervised, rows in documents:
         engine.forward(PackedTokens.from_documents([tokens], [supervised]), rows)
     found = deviations(engine.layout, packed, alone, lengths)
-    limit = TOLERANCE[engine.dtype]
-    for d in found:
-        if not d.worst <= limit:  # so that NaN counts as beyond
-            raise DataError(
-                f"target features of document {d.document} ({d.part}) differ between the packed forward and "
-                f"one of that document alone: mean relative error {d.mean:.2e}, {d.boundary:.2e} over its first "
-                f"{BOUNDARY} rows; {limit:.0e} is allowed for {engine.dtype}. Set target.prefill=documents, and report "
-                "the model"
-            )
+    if (d := beyond(found, engine.dtype)) is not None:
+        raise DataError(
+            f"target features of document {d.document} ({d.part}) differ between the packed forward and "
+            f"one of that document alone: mean relative error {d.mean:.2e}, {d.boundary:.2e} over its first "
+            f"{BOUNDARY} rows; {TOLERANCE[engine.dtype]:.0e} is allowed for {engine.dtype}. Set "
+            "target.prefill=documents, and report the model"
+        )
     return max(found, key=lambda d: d.worst, default=None)
 
 

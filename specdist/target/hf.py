@@ -23,7 +23,7 @@ from specdist.records import FeatureLayout, PackedTokens
 from specdist.target import attention
 from specdist.target.attention import Documents, NotPackable
 from specdist.target.config import TargetConfig
-from specdist.target.engine import TOLERANCE, Engine, deviations
+from specdist.target.engine import TOLERANCE, Engine, beyond, deviations
 from specdist.target.facts import TargetFacts, check, check_layout, compute_dtype
 from specdist.target.loading import load_model
 
@@ -120,11 +120,12 @@ class HfEngine(Engine):
         except NotPackable as e:
             obstacle = str(e)
         else:
-            limit = TOLERANCE[self.dtype]
-            off = [d for d in deviations(self.layout, packed, alone, lengths) if not d.worst <= limit]
-            if not off:
+            off = beyond(deviations(self.layout, packed, alone, lengths), self.dtype)
+            if off is None:
                 return None
-            obstacle = f"packed features of {off[0].part} are off by {off[0].worst:.1e}, more than {limit:.0e}"
+            obstacle = (
+                f"packed features of {off.part} are off by {off.worst:.1e}, more than {TOLERANCE[self.dtype]:.0e}"
+            )
         self.packs = False
         self.decoder.set_attn_implementation(self._own_attention)
         return obstacle

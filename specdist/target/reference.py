@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from specdist.errors import DataError
 from specdist.records import FeatureLayout, PackedTokens
 from specdist.target.config import TargetConfig
-from specdist.target.engine import TOLERANCE, Engine, deviations
+from specdist.target.engine import BOUNDARY, TOLERANCE, Engine, beyond, deviations
 from specdist.target.facts import describe
 
 log = logging.getLogger(__name__)
@@ -62,14 +62,12 @@ def verify_against_hf(engine: Engine, reference: Reference) -> None:
     more than `TOLERANCE`."""
     rows = engine.layout.empty(len(reference.batch.tokens), engine.device)
     engine.forward(reference.batch, rows)
-    limit = TOLERANCE[engine.dtype]
     found = deviations(engine.layout, rows, reference.rows, reference.batch.lengths)
-    for d in found:
-        if not d.worst <= limit:  # so that NaN counts as beyond
-            raise DataError(
-                f"target.verify_against=hf: the features of document {d.document} ({d.part}) differ from those of "
-                f"the hf engine: mean relative error {d.mean:.2e}, {d.boundary:.2e} over its first rows; {limit:.0e} "
-                f"is allowed for {engine.dtype}. Use target.engine=hf, and report the model"
-            )
+    if (d := beyond(found, engine.dtype)) is not None:
+        raise DataError(
+            f"target.verify_against=hf: the features of document {d.document} ({d.part}) differ from those of the hf "
+            f"engine: mean relative error {d.mean:.2e}, {d.boundary:.2e} over its first {BOUNDARY} rows; "
+            f"{TOLERANCE[engine.dtype]:.0e} is allowed for {engine.dtype}. Use target.engine=hf, and report the model"
+        )
     worst = max(found, key=lambda d: d.worst)
     log.info("features equal the hf engine's: largest mean relative error %.1e (%s)", worst.worst, worst.part)
