@@ -155,6 +155,19 @@ class Features:
 
 
 @dataclass(frozen=True)
+class LogitMap:
+    """How a target's logits follow from the product of its head with the last hidden state; see `TargetVocabulary`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, product: Tensor) -> Tensor:
+        """In fp32, or in fp64 for an fp64 product."""
+        logits = product.to(torch.promote_types(product.dtype, torch.float32)) * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+@dataclass(frozen=True)
 class TargetVocabulary:
     """The two ends of the target that a draft borrows, frozen: its input embedding and its output head.
 
@@ -170,15 +183,13 @@ class TargetVocabulary:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 
-    def logits(self, final: Tensor, head: Tensor | None = None) -> Tensor:
-        """Logits [T, rows of head] of last hidden states `final` [T, H]; `head` picks other rows than all. In fp32, or
-        in fp64 for fp64 inputs."""
-        weight = self.head if head is None else head
-        logits = final @ weight.T
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
-        if self.logit_softcap is not None:
-            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
-        return logits
+    @property
+    def logit_map(self) -> LogitMap:
+        return LogitMap(self.logit_scale, self.logit_softcap)
+
+    def logits(self, final: Tensor) -> Tensor:
+        """Logits [T, V] of last hidden states `final` [T, H]. In fp32, or in fp64 for fp64 inputs."""
+        return self.logit_map(final @ self.head.T)
 
     def to(self, device: torch.device | str) -> TargetVocabulary:
         embedding = self.embedding.to(device)

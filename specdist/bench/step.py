@@ -5,9 +5,12 @@
     specdist bench step --ranks 2 draft.eagle3.vocab_size=16384 draft.sharding=replicate
 
 The step is the trainer's own, FSDP and optimizer included, in a torchrun world of `--ranks` data-parallel ranks; each
-takes a whole batch. COUNTxLENGTH is a batch of equal documents, `mixed:TOKENS` one of lengths like those of
-conversations (log-normal, median 900, at most 4,096). The words `key=value` are keys of the configuration's `draft` and
-`optimizer` sections. Prints JSON, then a table.
+takes a whole batch. `--bare` leaves both out and holds the weights in the compute dtype: forward and backward alone, as
+steps of other projects are usually measured.
+
+COUNTxLENGTH is a batch of equal documents, `mixed:TOKENS` one of lengths like those of conversations (log-normal,
+median 900, at most 4,096). The words `key=value` are keys of the configuration's `draft` and `optimizer` sections.
+Prints JSON, then a table.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import json
 import random
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -29,15 +32,17 @@ from specdist import config as configuration
 from specdist.bench.measure import in_a_world, leave, peak_tflops, seconds, told_to
 from specdist.bench.shapes import SHAPES
 from specdist.contract import RankFacts
+from specdist.draft.base import DraftModel
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.rows import Rows
 from specdist.draft.registry import build_draft
 from specdist.errors import ConfigError
 from specdist.groups import Groups, World, join_world, make_groups
 from specdist.items import Items
 from specdist.optim import OptimizerConfig, build_optimizer
 from specdist.prompts.store import PromptStore
-from specdist.records import Cursor, PackedTokens, Shard, TargetVocabulary, WorkItem
+from specdist.records import Cursor, Features, PackedTokens, Shard, TargetVocabulary, WorkItem
 from specdist.topology import Topology, WorldConfig
 from specdist.trainer import FeatureSource, Trainer, shard_draft
 
@@ -66,6 +71,7 @@ class Run:
     shape: str
     model: str | None
     supervised: float
+    bare: bool
     repeats: int
     device: str
     words: tuple[str, ...]
@@ -118,20 +124,21 @@ def _mixed(tokens: int) -> list[int]:
     return lengths
 
 
-def flops(dims: Eagle3Dims, ttt: int, lengths: Sequence[int], supervised: int) -> float:
-    """Floating-point operations of a step over documents of these lengths, of which `supervised` tokens count.
+def flops(dims: Eagle3Dims, rows: Rows, tokens: int) -> float:
+    """Floating-point operations that a step over `tokens` packed ones needs, `rows` being those that the loss reaches.
 
-    What is trained costs three times its forward: the fusion of the captured layers, once; in each of `ttt` steps the
-    layer's projections and MLP on all tokens, attention over the document's keys (causal, so half of them), and the
-    draft's head on supervised ones. The teacher, the target's whole head, costs a forward on supervised tokens.
+    What is trained costs three times its forward. Once, on all tokens: the fusion of the captured layers, the step-0
+    keys and values, and the embeddings' half of the projections. In every TTT step, on the active rows: the state's
+    half of the projections, the output projection and the MLP, attention over the keys of the document so far, and the
+    head where something is taught. The teacher, the target's whole head and the draft's part of it, costs a forward.
     """
-    hidden, tokens = dims.hidden_size, sum(lengths)
+    hidden, steps, active, taught = dims.hidden_size, len(rows.sizes), len(rows.active), len(rows.taught)
     queries, keys = dims.num_attention_heads * dims.head_dim, dims.num_key_value_heads * dims.head_dim
-    layer = 2 * 2 * hidden * (queries + 2 * keys) + 2 * queries * hidden + 3 * 2 * hidden * dims.intermediate_size
-    attention = 2 * queries * sum(n * n for n in lengths)
-    head = 2 * hidden * dims.draft_vocab_size
-    trained = 2 * dims.num_captured * hidden * hidden * tokens + ttt * (layer * tokens + attention + head * supervised)
-    return 3.0 * trained + 2.0 * hidden * dims.vocab_size * supervised
+    once = 2 * hidden * (dims.num_captured * hidden + 2 * keys + queries + 2 * keys) * tokens
+    layer = 2 * hidden * (queries + 2 * keys) + 2 * queries * hidden + 3 * 2 * hidden * dims.intermediate_size
+    attention = 4 * queries * int((rows.positions + 1).sum())
+    trained = once + steps * (layer * active + attention + 2 * hidden * dims.draft_vocab_size * taught)
+    return 3.0 * trained + 2.0 * hidden * (dims.vocab_size + dims.draft_vocab_size) * taught
 
 
 class _Batch:
@@ -194,22 +201,16 @@ class Bench:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        trainer, batch = self._trainer(name)
-        steps = iter(range(10**9))
-
-        def step() -> None:
-            index = next(steps)
-            trainer.train_step(index, range(index, index + 1), self._config.optimizer.clip_norm)
-
+        batch = _Batch(name, self._run.supervised, self._target.get_text_config().vocab_size, self._ranks)
+        step = self._bare_step(batch) if self._run.bare else self._whole_step(batch)
         seconds(step, device, 0, warm=4)  # compiles, and compiles again for lengths that change
         before = _graphs()
         times = seconds(step, device, self._run.repeats, warm=1)
         compilations = _graphs() - before
-        trainer.check_finite()
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
         middle, tokens = statistics.median(times), sum(batch.lengths)
         dims = Eagle3Dims.of(self._config.draft.eagle3, self._target)
-        work = flops(dims, self._config.draft.eagle3.ttt_length, batch.lengths, batch.supervised)
+        work = flops(dims, Rows.of(batch.packed, self._config.draft.eagle3.ttt_length), tokens)
         return StepSpeed(
             batch=name,
             ranks=self._ranks,
@@ -226,7 +227,41 @@ class Bench:
             parts_ms=_parts(step, device),
         )
 
-    def _trainer(self, name: str) -> tuple[Trainer, _Batch]:
+    def _whole_step(self, batch: _Batch) -> Callable[[], object]:
+        """The trainer's step."""
+        device, config = self._world.device, self._config
+        draft, rows = self._draft(batch)
+        assert self._groups.draft_mesh is not None
+        assert self._place is not None
+        sharded = shard_draft(draft, self._groups.draft_mesh, self.dtype, config.draft.sharding)
+        optimizer = build_optimizer(sharded, config.optimizer)
+        items, prompts = cast(Items, batch), cast(PromptStore, batch)
+        trainer = Trainer(sharded, optimizer, _Rows(rows), items, prompts, self._groups, self._place.dp, device)
+        steps = iter(range(10**9))
+
+        def step() -> None:
+            index = next(steps)
+            trainer.train_step(index, range(index, index + 1), config.optimizer.clip_norm)
+
+        return step
+
+    def _bare_step(self, batch: _Batch) -> Callable[[], object]:
+        """Forward and backward of the draft alone."""
+        draft, rows = self._draft(batch)
+        draft.to(self.dtype)
+        features = Features(draft.layout, rows)
+
+        def step() -> None:
+            on_device = batch.packed.to(self._world.device)
+            supervision = draft.supervise(on_device, batch.packed, features)
+            loss, _ = draft(on_device, features, supervision, supervision.counts)
+            loss.backward()
+            draft.zero_grad(set_to_none=True)
+
+        return step
+
+    def _draft(self, batch: _Batch) -> tuple[DraftModel, Tensor]:
+        """A draft, and features [tokens, layout.width] for it."""
         device, text = self._world.device, self._target.get_text_config()
         generator = torch.Generator(device).manual_seed(0)
 
@@ -239,15 +274,8 @@ class Bench:
         size = self._config.draft.eagle3.vocab_size
         ids = None if size is None else torch.arange(size) * (text.vocab_size // size)
         draft = build_draft(self._config.draft, self._target, vocabulary, ids, layout_dtype=self.dtype)
-        assert self._groups.draft_mesh is not None
-        assert self._place is not None
-        sharded = shard_draft(draft, self._groups.draft_mesh, self.dtype, self._config.draft.sharding)
-        batch = _Batch(name, self._run.supervised, text.vocab_size, self._ranks)
         shape = (sum(batch.lengths), draft.layout.width)
-        rows = torch.randn(shape, generator=generator, device=device, dtype=self.dtype)
-        optimizer = build_optimizer(sharded, self._config.optimizer)
-        items, prompts = cast(Items, batch), cast(PromptStore, batch)
-        return Trainer(sharded, optimizer, _Rows(rows), items, prompts, self._groups, self._place.dp, device), batch
+        return draft, torch.randn(shape, generator=generator, device=device, dtype=self.dtype)
 
 
 def _target_config(run: Run) -> PretrainedConfig:
@@ -301,6 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", metavar="DIR", help="a model directory whose config.json is taken instead")
     parser.add_argument("--supervised", type=float, default=1.0, metavar="SHARE", help="of each document, its end")
     parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks, on this machine")
+    parser.add_argument("--bare", action="store_true", help="forward and backward alone: no FSDP, no optimizer")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--worker", nargs=2, metavar=("RUN", "OUTPUT"), help=argparse.SUPPRESS)
@@ -308,7 +337,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.worker:
         worker(Run(**told_to(args.worker[0])), args.worker[1])
     words = ["draft.compile=true", "draft.eagle3.vocab_size=32000", *words]
-    run = Run(tuple(args.batch), args.shape, args.model, args.supervised, args.repeats, args.device, tuple(words))
+    run = Run(
+        batches=tuple(args.batch),
+        shape=args.shape,
+        model=args.model,
+        supervised=args.supervised,
+        bare=args.bare,
+        repeats=args.repeats,
+        device=args.device,
+        words=tuple(words),
+    )
     configuration.load(BenchConfig, [], run.words)
     for batch in run.batches:
         lengths_of(batch)

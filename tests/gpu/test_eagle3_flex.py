@@ -15,6 +15,7 @@ from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.attention import eager_attention, flex_attention
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.model import Eagle3Draft
+from specdist.draft.eagle3.rows import Rows
 from specdist.draft.registry import build_draft
 from specdist.records import Features, PackedTokens, TargetVocabulary
 
@@ -29,20 +30,25 @@ def _full_fp32_products() -> None:
     torch.set_float32_matmul_precision("highest")
 
 
-def positions_of(lengths: tuple[int, ...]) -> Tensor:
-    return torch.cat([torch.arange(length) for length in lengths]).cuda()
+def batch_of(lengths: tuple[int, ...], share: float) -> PackedTokens:
+    """Packed documents on the CPU, that share of their tokens supervised."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    tokens = [torch.randint(0, VOCAB, (n,), generator=generator) for n in lengths]
+    return PackedTokens.from_documents(tokens, [torch.rand(n, generator=generator) < share for n in lengths])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)], ids=str)
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_flex_attention_and_its_gradients(dtype: torch.dtype, tolerance: float, kv_heads: int) -> None:
+@pytest.mark.parametrize("share", [1.0, 0.2])
+def test_flex_attention_and_its_gradients(share: float, dtype: torch.dtype, tolerance: float, kv_heads: int) -> None:
     for lengths in LENGTHS:
-        tokens = sum(lengths)
+        tokens, rows = sum(lengths), Rows.of(batch_of(lengths, share), 3).to(torch.device("cuda"))
+        count = len(rows.active)
         generator = torch.Generator("cuda").manual_seed(tokens)
-        shapes = ((tokens, 4, 64), (tokens, kv_heads, 64), (tokens, kv_heads, 64), (tokens, 4, 64), (tokens, 4))
+        shapes = ((count, 4, 64), (tokens, kv_heads, 64), (tokens, kv_heads, 64), (count, 4, 64), (count, 4))
         q, k, v, d_out, d_lse = (torch.randn(s, generator=generator, device="cuda").to(dtype) for s in shapes)
         results = []
-        for attend in (eager_attention(lengths, 0.125), flex_attention(positions_of(lengths), 0.125)):
+        for attend in (eager_attention(lengths, rows, 0.125), flex_attention(rows, tokens, 0.125)):
             inputs = [t.detach().requires_grad_() for t in (q, k, v)]
             out, lse = attend(*inputs)
             gradients = torch.autograd.grad((out, lse), inputs, (d_out, d_lse.to(lse.dtype)))
@@ -68,12 +74,8 @@ def draft_of(attention: str, dtype: torch.dtype, compiled: bool) -> Eagle3Draft:
 
 
 def run(draft: Eagle3Draft, lengths: tuple[int, ...]) -> tuple[float, Tensor, dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    host = PackedTokens.from_documents(
-        [torch.randint(0, VOCAB, (n,), generator=generator) for n in lengths],
-        [torch.rand(n, generator=generator) < 0.8 for n in lengths],
-    )
-    rows = torch.randn(sum(lengths), draft.layout.width, generator=generator)
+    host = batch_of(lengths, 0.8)
+    rows = torch.randn(sum(lengths), draft.layout.width, generator=torch.Generator().manual_seed(0))
     features = Features(draft.layout, rows.to("cuda", draft.layout.dtype))
     batch = host.to("cuda")
     draft.zero_grad()

@@ -49,7 +49,8 @@ def test_impossible_layers_are_named(layers: tuple[int, ...] | None, depth: int,
 
 
 @pytest.mark.parametrize(
-    "options", [{"ttt_length": 0}, {"step_decay": 1.5}, {"loss_chunk": 0}, {"vocab_size": 0}, {"lk_eta": -1.0}]
+    "options",
+    [{"ttt_length": 0}, {"step_decay": 1.5}, {"loss_chunk": 0}, {"vocab_size": 0}, {"lk_eta": -1.0}, {"recompute": 8}],
 )
 def test_impossible_values_name_their_key(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=rf"draft\.eagle3\.{next(iter(options))} is"):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specdist.draft.eagle3.proposer import Eagle3Proposer
 from specdist.draft.eagle3.teacher import teach
+from specdist.draft.eagle3.unroll import Unrolled, Weights
 from specdist.records import Features
 from tests.unit.eagle3_reference import HIDDEN, STEPS, Case, Reference, build_case, run
 
@@ -33,10 +34,11 @@ def training_logits(case: Case, row: int) -> Tensor:
     draft, batch = case.draft, case.batch
     vocabulary, target = draft.frozen.vocabulary, draft.frozen.target
     teacher = teach(batch, case.features.final, target, vocabulary, STEPS, 100)
-    attend = draft.attention(batch, tuple(batch.lengths))
-    states = draft.unroll(batch, case.features, teacher, attend)
-    rows = [state[(teacher.rows[: len(state)] - 1 - k == row).nonzero()[0, 0]] for k, state in enumerate(states)]
-    return torch.stack(rows) @ draft.lm_head.weight.T
+    task = draft.task(case.features, teacher, tuple(batch.lengths), teacher.counts())
+    hidden, entry, key, value, *weights = draft.inputs(batch, case.features, teacher)
+    states = Unrolled(task, Weights(*weights), entry, key, value, with_grad=False).run(hidden)
+    rows = [(teacher.rows.taught[:size] - 1 - k == row).nonzero()[0, 0] for k, size in enumerate(teacher.rows.sizes)]
+    return states[torch.stack(rows), torch.arange(STEPS)] @ draft.lm_head.weight.T
 
 
 @pytest.mark.parametrize("options", NORMS, ids=["eagle-3", "eagle-3.1"])

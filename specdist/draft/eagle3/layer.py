@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The draft's one decoder layer, in the two halves around its attention. Attribute names are the exported tensor names.
 
-Both halves are plain functions of tensors and parameters, the same for every TTT step, so that each compiles once.
+Called to draft tokens; in training `unroll.py` computes the same with the parameters, for all steps.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Attention(nn.Module):
         query_width = dims.num_attention_heads * dims.head_dim
         kv_width = dims.num_key_value_heads * dims.head_dim
         wide = 2 * dims.hidden_size
+        self.sizes = (query_width, kv_width, kv_width)
         self.q_proj = nn.Linear(wide, query_width, bias=False, device=device, dtype=dtype)
         self.k_proj = nn.Linear(wide, kv_width, bias=False, device=device, dtype=dtype)
         self.v_proj = nn.Linear(wide, kv_width, bias=False, device=device, dtype=dtype)
@@ -33,6 +34,10 @@ class Attention(nn.Module):
         heads = (-1, self.head_dim)
         q, k, v = (proj(inputs).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def joint_weight(self) -> Tensor:
+        """The weights of queries, keys and values one below the other, [sum(sizes), 2H]."""
+        return torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
 
 
 class MLP(nn.Module):

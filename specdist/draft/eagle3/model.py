@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +16,20 @@ from specdist.draft.eagle3.attention import (
     DocumentAttention,
     eager_attention,
     flex_attention,
-    merge_own_keys,
 )
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.fused import Fused
 from specdist.draft.eagle3.layer import MidLayer
-from specdist.draft.eagle3.loss import SUMS, LossInputs, LossKind, chunked_loss, row_terms
+from specdist.draft.eagle3.loss import SUMS, LossInputs, LossKind
 from specdist.draft.eagle3.proposer import Eagle3Proposer
-from specdist.draft.eagle3.rotary import Rotary
+from specdist.draft.eagle3.rotary import Rotary, rotate
+from specdist.draft.eagle3.rows import Rows
 from specdist.draft.eagle3.summary import summarize
 from specdist.draft.eagle3.teacher import Teacher, teach
+from specdist.draft.eagle3.unroll import Task, Unroll, Weights
 from specdist.draft.vocabulary import DraftVocabulary
 from specdist.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -86,11 +84,7 @@ class Eagle3Draft(DraftModel):
         self.midlayer = MidLayer(dims, device, dtype)
         self.norm = nn.RMSNorm(hidden, eps=dims.rms_norm_eps, device=device, dtype=dtype)
         self.lm_head = nn.Linear(hidden, dims.draft_vocab_size, bias=False, device=device, dtype=dtype)
-        # The hot functions: one graph for all lengths, and all steps (`merge`: one per step).
-        self.project = _compiled(self.midlayer.project, compiled)
-        self.finish = _compiled(self.midlayer.finish, compiled)
-        self.merge = _compiled(merge_own_keys, compiled)
-        self.terms = _compiled(row_terms, compiled)
+        self.fused = Fused(compiled, device)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
@@ -109,13 +103,15 @@ class Eagle3Draft(DraftModel):
 
     def supervise(self, batch: PackedTokens, host_batch: PackedTokens, features: Features) -> Supervision:
         """`counts` is N_k for k = 0..K-1: supervised positions whose target argmax the draft can propose."""
+        frozen = self.frozen
         teacher = teach(
             host_batch,
             features.final,
-            self.frozen.target,
-            self.frozen.vocabulary,
+            frozen.target,
+            frozen.vocabulary,
             self.config.ttt_length,
-            self.config.loss_chunk,
+            max(self.config.loss_chunk * len(frozen.head) // len(frozen.target.head), 1),
+            self.fused.summarise_logits,
         )
         return Supervision(teacher.counts(), {"teacher": teacher, "lengths": tuple(host_batch.lengths)})
 
@@ -127,48 +123,79 @@ class Eagle3Draft(DraftModel):
         teacher, lengths = supervision.data["teacher"], supervision.data["lengths"]
         assert isinstance(teacher, Teacher)
         assert isinstance(lengths, tuple)
-        if not teacher.sizes[0]:
+        if not teacher.rows.sizes[0]:
             empty = torch.zeros(len(self.metric_names), dtype=torch.float64, device=totals.device)
             return empty_like_loss(self), empty
+        task = self.task(features, teacher, lengths, totals)
+        inputs = self.inputs(batch, features, teacher)
+        loss, sums = Unroll.apply(task, torch.is_grad_enabled(), *inputs)
+        return loss.float(), torch.cat([sums, teacher.positions[:, None]], dim=1).flatten()
+
+    def task(self, features: Features, teacher: Teacher, lengths: tuple[int, ...], totals: Tensor) -> Task:
+        """What the unrolled steps need beside tensors with gradients."""
         steps = torch.arange(self.config.ttt_length, device=totals.device, dtype=torch.float64)
-        inputs = LossInputs(
+        loss = LossInputs(
             teacher=teacher,
             final=features.final,
-            target=self.frozen.target,
             head=self.frozen.head,
+            logit_map=self.frozen.target.logit_map,
             weights=self.config.step_decay**steps / totals.clamp(min=1.0),
             kind=self.loss_kind,
             chunk=self.config.loss_chunk,
-            terms=self.terms,
+            terms=self.fused.row_terms,
         )
-        states = self.unroll(batch, features, teacher, self.attention(batch, lengths))
-        loss, sums = chunked_loss(inputs, self.lm_head.weight, states)
-        return loss.float(), torch.cat([sums, teacher.positions[:, None]], dim=1).flatten()
+        positions = torch.arange(max(lengths) + self.config.ttt_length, device=totals.device)
+        cos, sin = self.frozen.rotary(positions)
+        return Task(
+            rows=teacher.rows,
+            attend=self.attention(teacher.rows, lengths),
+            loss=loss,
+            cos=cos[:, 0],
+            sin=sin[:, 0],
+            fused=self.fused,
+            query_heads=(self.dims.num_attention_heads, self.dims.head_dim),
+            scale=self.scale,
+            eps=self.dims.rms_norm_eps,
+            norm_output=self.config.norm_output,
+            recompute=self.config.recompute,
+        )
 
-    def unroll(
-        self, batch: PackedTokens, features: Features, teacher: Teacher, attend: DocumentAttention
-    ) -> list[Tensor]:
-        """Per TTT step the normed states [sizes[k], H] at the rows i = p - 1 - k of the supervised positions p."""
-        tokens = functional.pad(batch.tokens, (0, self.config.ttt_length))  # rows past the end count nowhere
-        embedded = self.embed(tokens)
-        hidden = self.fuse(features.captured)
-        states: list[Tensor] = []
-        first: tuple[Tensor, Tensor] | None = None
-        own_keys: list[Tensor] = []
-        own_values: list[Tensor] = []
-        for step, size in enumerate(teacher.sizes):
-            following = embedded[1 + step : 1 + step + len(batch.tokens)]
-            q, key, value = self.project(following, hidden, *self.frozen.rotary(batch.positions + step))
-            if first is None:
-                first = key, value
-            else:
-                own_keys.append(key)
-                own_values.append(value)
-            out, lse = attend(q, *first)
-            attended = self.merge(out, lse, q, own_keys, own_values, self.scale)
-            hidden, state = self.advance(hidden, attended, teacher.rows[:size] - 1 - step)
-            states.append(state)
-        return states
+    def inputs(self, batch: PackedTokens, features: Features, teacher: Teacher) -> tuple[Tensor, ...]:
+        """What the unrolled steps differentiate: see `Unroll`."""
+        joint = self.midlayer.self_attn.joint_weight()
+        entry, hidden = self.enter(batch.tokens, joint), self.fuse(features.captured)
+        key, value = self.first_keys(batch.positions, hidden, entry, joint)
+        return hidden.index_select(0, teacher.rows.active), entry, key, value, *self.weights(joint)
+
+    def weights(self, joint: Tensor) -> Weights:
+        """The parameters that every step uses; `joint` is the joint weight of the attention's projections."""
+        layer = self.midlayer
+        return Weights(
+            hidden_norm=layer.hidden_norm.weight,
+            qkv=joint[:, self.dims.hidden_size :],
+            o=layer.self_attn.o_proj.weight,
+            post_norm=layer.post_attention_layernorm.weight,
+            gate=layer.mlp.gate_proj.weight,
+            up=layer.mlp.up_proj.weight,
+            down=layer.mlp.down_proj.weight,
+            norm=self.norm.weight,
+            head=self.lm_head.weight,
+        )
+
+    def enter(self, tokens: Tensor, joint: Tensor) -> Tensor:
+        """What each token's embedding contributes to queries, keys and values, side by side [T + K, q + k + v]: half of
+        the products of the projections, the same whichever step meets the token."""
+        padded = functional.pad(tokens, (0, self.config.ttt_length))  # rows past the end count nowhere
+        return self.embed(padded) @ joint[:, : self.dims.hidden_size].T
+
+    def first_keys(self, positions: Tensor, hidden: Tensor, entry: Tensor, joint: Tensor) -> tuple[Tensor, Tensor]:
+        """The step-0 keys and values of all rows, each [T, Hkv, D], from their states [T, H]."""
+        attention = self.midlayer.self_attn
+        start = attention.sizes[0]
+        weight = joint[start:, self.dims.hidden_size :]
+        product = self.midlayer.hidden_norm(hidden) @ weight.T + entry[1 : 1 + len(positions), start:]
+        key, value = (part.unflatten(-1, (-1, attention.head_dim)) for part in product.split(attention.sizes[1:], -1))
+        return rotate(key, *self.frozen.rotary(positions)), value
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The normed target embeddings [n, H] of tokens [n]."""
@@ -183,28 +210,16 @@ class Eagle3Draft(DraftModel):
             captured = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(captured)
 
-    def advance(self, hidden: Tensor, attended: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The state the next step takes, [T, H], and the normed states of `rows` that the head reads."""
-        hidden = self.finish(hidden, attended)
-        if self.config.norm_output:
-            hidden = self.norm(hidden)
-            return hidden, hidden.index_select(0, rows)
-        return hidden, self.norm(hidden.index_select(0, rows))
-
-    def attention(self, batch: PackedTokens, lengths: tuple[int, ...]) -> DocumentAttention:
+    def attention(self, rows: Rows, lengths: tuple[int, ...]) -> DocumentAttention:
         """The attention over the step-0 keys of a micro-batch; its mask is made here, once."""
         backend = self.config.attention
-        fits_flex = batch.tokens.is_cuda and self.dims.head_dim >= FLEX_LEAST_HEAD_DIM
+        fits_flex = rows.active.is_cuda and self.dims.head_dim >= FLEX_LEAST_HEAD_DIM
         if backend == "flex" or (backend == "auto" and fits_flex):
-            return flex_attention(batch.positions, self.scale)
-        return eager_attention(lengths, self.scale)
+            return flex_attention(rows, sum(lengths), self.scale)
+        return eager_attention(lengths, rows, self.scale)
 
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
         return summarize(sums, self.config.ttt_length, self.config.step_decay)
 
     def proposer(self) -> Eagle3Proposer:
         return Eagle3Proposer(self)
-
-
-def _compiled(function: Callable[P, R], compiled: bool) -> Callable[P, R]:
-    return torch.compile(function, dynamic=True) if compiled else function

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functions between the matrix products of a training step: as they are, or made into few kernels each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from specdist.draft.eagle3 import loss, pieces, teacher
+from specdist.draft.eagle3.loss import LossKind
+from specdist.records import LogitMap
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+class Fused:
+    """Each is compiled to one graph for all lengths and steps. On CUDA Triton kernels take the place of those that the
+    compiler makes several passes of."""
+
+    def __init__(self, compiled: bool, device: torch.device) -> None:
+        fuse = _compiled if compiled else _as_it_is
+        self.norm, self.norm_backward = fuse(pieces.norm), fuse(pieces.norm_backward)
+        self.state, self.state_backward = fuse(pieces.state), fuse(pieces.state_backward)
+        self.state_grad = fuse(pieces.state_grad)
+        self.swiglu, self.swiglu_backward = fuse(pieces.swiglu), fuse(pieces.swiglu_backward)
+        self.heads, self.heads_backward = fuse(pieces.heads), fuse(pieces.heads_backward)
+        self.merge, self.merge_backward = fuse(pieces.merge), fuse(pieces.merge_backward)
+        self.row_terms = fuse(loss.row_terms)
+        self.summarise_logits = fuse(teacher.summarise_logits)
+        if compiled and device.type == "cuda":
+            self._take_kernels()
+
+    def _take_kernels(self) -> None:
+        from specdist.draft.eagle3.kernels import heads, logits, own_keys  # Triton comes with torch for CUDA only
+
+        any_row_terms = self.row_terms
+
+        def row_terms(
+            student: Tensor, products: Tensor, logit_map: LogitMap, log_sum_exp: Tensor, choice: Tensor,
+            weights: Tensor, kind: LossKind,
+        ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+            if kind.name == "kl":
+                return logits.kl_row_terms(student, products, logit_map, log_sum_exp, choice, weights)
+            return any_row_terms(student, products, logit_map, log_sum_exp, choice, weights, kind)
+
+        self.row_terms = row_terms
+        self.summarise_logits = logits.summarise_logits
+        self.heads, self.heads_backward = heads.heads, heads.heads_backward
+        self.merge, self.merge_backward = own_keys.merge, own_keys.merge_backward
+
+
+def _as_it_is(function: F) -> F:
+    return function
+
+
+@cache
+def _compiled(function: F) -> F:
+    # Dynamic from the start: every micro-batch has its own length, and a recompilation costs more than it gains.
+    return torch.compile(function, dynamic=True)  # type: ignore[return-value]

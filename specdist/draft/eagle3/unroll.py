@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TTT steps and their loss as one differentiable function, with its backward written out.
+
+Written out, because autograd would keep about twice as much of every step, round the gradients of the weights to half
+precision after each, and read and write the state of a step more often. What a step keeps is in `_Step`; norms and
+activations are computed again. The gradients of the weights add up over the steps in fp32.
+
+Only the rows that a loss depends on (`Rows.active`) are computed. The keys and values of step 0, which all later rows
+of a document see, come from outside, and so does what the token embeddings contribute to the projections (`entry`): it
+depends on the token alone and serves every step that meets it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from specdist.draft.eagle3.attention import DocumentAttention
+from specdist.draft.eagle3.fused import Fused
+from specdist.draft.eagle3.loss import LossInputs, losses
+from specdist.draft.eagle3.products import add_product, wide_zeros
+from specdist.draft.eagle3.rows import Rows
+
+
+class Weights(NamedTuple):
+    """What is trained inside; [outputs, inputs], and [H] for norms. `qkv`: the halves of q, k and v that read the
+    state, one below the other."""
+
+    hidden_norm: Tensor
+    qkv: Tensor
+    o: Tensor
+    post_norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    norm: Tensor
+    head: Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a micro-batch brings that takes no gradient.
+
+    Attributes:
+        rows: which rows are computed and what they are taught.
+        attend: the attention of the active rows over the step-0 keys.
+        loss: what the states are compared with.
+        cos: [positions, D / 2], of the angles of every position, `sin` likewise.
+        query_heads: their number, and D.
+        scale: of attention scores.
+        eps: of the norms.
+        norm_output: whether the next step takes the normed state (EAGLE-3.1).
+        recompute: the first steps whose gate and up projections are computed again in the backward.
+    """
+
+    rows: Rows
+    attend: DocumentAttention
+    loss: LossInputs
+    cos: Tensor
+    sin: Tensor
+    fused: Fused
+    query_heads: tuple[int, int]
+    scale: float
+    eps: float
+    norm_output: bool
+    recompute: int
+
+
+@dataclass
+class _Step:
+    """What the backward of a step needs. `out` and `lse` carry the graph of the attention, whose leaf is `q`. The
+    gradients of gate and up take their place."""
+
+    hidden: Tensor
+    q: Tensor
+    out: Tensor
+    lse: Tensor
+    middle: Tensor
+    gate_and_up: tuple[Tensor, Tensor] | None
+    after: Tensor
+
+
+class Unroll(torch.autograd.Function):
+    """(task, with_grad, hidden [n, H], entry [T + K, q + k + v], key [T, Hkv, D], value [T, Hkv, D], *Weights)
+    -> (the loss, float64; sums [K, 4], float64, as `losses` gives them).
+
+    `hidden` is the state of step 0 at the active rows. Row i of step k meets entry[i + 1 + k].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, task: Task, with_grad: bool, hidden: Tensor, entry: Tensor, key: Tensor, value: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weights = Weights(*rest)
+        unrolled = Unrolled(task, weights, entry, key, value, with_grad)
+        sums, head_grad = losses(task.loss, weights.head, unrolled.run(hidden), with_grad)
+        if with_grad:
+            ctx.forward_was = unrolled, head_grad
+        ctx.mark_non_differentiable(sums)
+        return (task.loss.weights * sums[:, 0]).sum(), sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        (unrolled, head_grad), ctx.forward_was = ctx.forward_was, None
+        return (None, None, *_Backward(unrolled, head_grad).run(grad_loss))
+
+
+class Unrolled:
+    """The forward. `states` [P, K, H] are what the loss reads: the normed states that each position is guessed from."""
+
+    def __init__(self, task: Task, weights: Weights, entry: Tensor, key: Tensor, value: Tensor, with_grad: bool):
+        self.task, self.weights, self.entry, self.with_grad = task, weights, entry, with_grad
+        self.key, self.value = key.detach().requires_grad_(with_grad), value.detach().requires_grad_(with_grad)
+        rows, steps = task.rows, len(task.rows.sizes)
+        own = (steps - 1, len(rows.active), *key.shape[1:])
+        self.own_keys, self.own_values = key.new_empty(own), value.new_empty(own)
+        self.states = entry.new_empty(len(rows.taught), steps, weights.norm.shape[0])
+        self.tape: list[_Step] = []
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """All steps; returns `states`."""
+        for step in range(len(self.task.rows.sizes)):
+            hidden = self._step(step, hidden)
+        return self.states
+
+    def _step(self, step: int, hidden: Tensor) -> Tensor:
+        """One TTT step: from the state [n, H] of the active rows to the next one."""
+        task, weights, fused = self.task, self.weights, self.task.fused
+        q = self._queries(step, hidden)
+        with torch.set_grad_enabled(self.with_grad):
+            out, lse = task.attend(q, self.key, self.value)
+        merged, _ = self.merged(step, q, out, lse)
+        middle = torch.addmm(hidden, merged.flatten(1), weights.o.T)
+        normed = fused.norm(middle, weights.post_norm, task.eps)
+        gate, up = normed @ weights.gate.T, normed @ weights.up.T
+        after = torch.addmm(middle, fused.swiglu(gate, up), weights.down.T)
+        if self.with_grad:
+            kept = (gate, up) if step >= task.recompute else None
+            self.tape.append(_Step(hidden, q, out, lse, middle, kept, after))
+        rows = (task.rows.student - step).clamp(min=0)  # rows that the step does not reach have no weight in the loss
+        if task.norm_output:
+            normed = fused.norm(after, weights.norm, task.eps)
+            self.states[:, step] = normed[rows]
+            return normed
+        fused.state(self.states, step, after, rows, weights.norm, task.eps)
+        return after
+
+    def merged(self, step: int, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """The attention over the own keys as well, and its log-sum-exp."""
+        out, lse, q = out.detach(), lse.detach(), q.detach()
+        if not step:
+            return out, lse
+        return self.task.fused.merge(out, lse, q, self.own_keys[:step], self.own_values[:step], self.task.scale)
+
+    def _queries(self, step: int, hidden: Tensor) -> Tensor:
+        """The queries [n, Hq, D] of a step; puts the keys and values of later ones with the own ones."""
+        task, weights = self.task, self.weights
+        normed = task.fused.norm(hidden, weights.hidden_norm, task.eps)
+        parts = [hidden.new_empty(len(hidden), *task.query_heads)]
+        if step:
+            parts += [self.own_keys[step - 1], self.own_values[step - 1]]
+        product = normed @ weights.qkv[: sum(part[0].numel() for part in parts)].T
+        rows = task.rows
+        task.fused.heads(product, self.entry, task.cos, task.sin, rows.active, rows.positions, step, parts)
+        return parts[0].requires_grad_(self.with_grad)
+
+
+class _Backward:
+    """The backward of what was unrolled, from the last step to the first. Once."""
+
+    def __init__(self, unrolled: Unrolled, head_grad: Tensor):
+        self._unrolled = unrolled
+        weights = unrolled.weights
+        self._grads = Weights._make([*map(wide_zeros, weights[:-1]), head_grad])
+        self._entry = torch.zeros_like(unrolled.entry)
+        self._key, self._value = wide_zeros(unrolled.key), wide_zeros(unrolled.value)
+        self._own_keys, self._own_values = wide_zeros(unrolled.own_keys), wide_zeros(unrolled.own_values)
+
+    def run(self, grad_loss: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of hidden, entry, key, value and the weights."""
+        unrolled, tape = self._unrolled, self._unrolled.tape
+        self._grads.head.mul_(grad_loss)
+        unrolled.states.mul_(grad_loss)  # holds the gradients of the states since the loss was computed
+        carry = torch.zeros_like(tape[-1].after)
+        for step in reversed(range(len(tape))):
+            carry = self._step(step, tape.pop(), carry)
+        return carry, self._entry, self._key, self._value, *self._grads
+
+    def _step(self, step: int, saved: _Step, carry: Tensor) -> Tensor:
+        """From the gradient of the state after a step to that of the state before it."""
+        task, weights, grads = self._unrolled.task, self._unrolled.weights, self._grads
+        fused, eps = task.fused, task.eps
+        carry = self._through_norm(step, saved, carry)
+
+        normed = fused.norm(saved.middle, weights.post_norm, eps)
+        gate, up = saved.gate_and_up or (normed @ weights.gate.T, normed @ weights.up.T)
+        act = carry @ weights.down
+        fused.swiglu_backward(act, gate, up)  # in place: now the activations, and the gradients of gate and up
+        add_product(grads.down, carry.T, act)
+        add_product(grads.gate, gate.T, normed)
+        add_product(grads.up, up.T, normed)
+        d_normed = torch.addmm(gate @ weights.gate, up, weights.up)
+        del act, gate, up
+        carry, d_weight = fused.norm_backward(d_normed, saved.middle, weights.post_norm, eps, carry)
+        grads.post_norm.add_(d_weight)
+
+        d_product = self._through_attention(step, saved, carry)
+
+        normed = fused.norm(saved.hidden, weights.hidden_norm, eps)
+        width = d_product.shape[1]
+        add_product(grads.qkv[:width], d_product.T, normed)
+        d_normed = d_product @ weights.qkv[:width]
+        carry, d_weight = fused.norm_backward(d_normed, saved.hidden, weights.hidden_norm, eps, carry)
+        grads.hidden_norm.add_(d_weight)
+        return carry
+
+    def _through_norm(self, step: int, saved: _Step, carry: Tensor) -> Tensor:
+        """Adds the gradient that the loss of this step gives to the state after it."""
+        task, weights, states = self._unrolled.task, self._unrolled.weights, self._unrolled.states[:, step]
+        which = task.rows.teacher[step : step + len(carry)]
+        below = task.loss.teacher.positions[step]
+        if not task.norm_output:
+            carry, d_weight = task.fused.state_backward(
+                states, which, below, saved.after, weights.norm, task.eps, carry
+            )
+        else:
+            carry = task.fused.state_grad(states, which, below, carry)
+            carry, d_weight = task.fused.norm_backward(
+                carry, saved.after, weights.norm, task.eps, torch.zeros_like(carry)
+            )
+        self._grads.norm.add_(d_weight)
+        return carry
+
+    def _through_attention(self, step: int, saved: _Step, carry: Tensor) -> Tensor:
+        """From the gradient of the state after the attention to that of the projections before it."""
+        task, weights, unrolled = self._unrolled.task, self._unrolled.weights, self._unrolled
+        merged, total = unrolled.merged(step, saved.q, saved.out, saved.lse)
+        add_product(self._grads.o, carry.T, merged.flatten(1))
+        d_out, d_lse = (carry @ weights.o).unflatten(1, saved.q.shape[1:]), torch.zeros_like(saved.lse)
+        more = None
+        if step:
+            own = unrolled.own_keys[:step], unrolled.own_values[:step]
+            sums = self._own_keys[:step], self._own_values[:step]
+            forward = merged, total, saved.out.detach(), saved.lse.detach(), saved.q.detach()
+            d_out, d_lse, more = task.fused.merge_backward(d_out, *forward, *own, task.scale, *sums)
+        inputs = (saved.q, unrolled.key, unrolled.value)
+        d_query, d_key, d_value = torch.autograd.grad((saved.out, saved.lse), inputs, (d_out, d_lse))
+        self._key += d_key
+        self._value += d_value
+        parts = [d_query]
+        if step:
+            parts += [self._own_keys[step - 1], self._own_values[step - 1]]
+        rows = task.rows
+        return task.fused.heads_backward(
+            parts, more, task.cos, task.sin, rows.active, rows.positions, step, self._entry
+        )

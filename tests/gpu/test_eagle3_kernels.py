@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels of the training step against the plain functions of the same names.
+
+On a GPU; with TRITON_INTERPRET=1 and a Triton beside torch they run, slowly, on any machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdist.draft.eagle3 import loss, pieces, teacher
+from specdist.draft.eagle3.loss import LossKind
+from specdist.records import LogitMap
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs a CUDA device"),
+]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
+SHAPES = [(5, 4, 2, 16), (7, 6, 2, 80), (3, 5, 1, 64)] if INTERPRETED else [(300, 32, 8, 128), (77, 6, 2, 80)]
+
+
+def randoms(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(len(shapes))
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
+
+
+def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """`expected` in fp32 from the same inputs."""
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for a, b in zip(found, expected, strict=True):
+        scale = float(b.float().abs().max())
+        torch.testing.assert_close(a.float(), b.float(), rtol=tolerance, atol=tolerance * max(scale, 1e-3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("later", [1, 2, 6])
+def test_own_keys(later: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    from specdist.draft.eagle3.kernels import own_keys
+
+    n, q_heads, kv_heads, dim = shape
+    heads, own = (n, q_heads, dim), (6, n, kv_heads, dim)
+    out, q, grad, keys, values = randoms(dtype, heads, heads, heads, own, own)
+    lse = torch.randn(q_heads, n, device=DEVICE).T  # not contiguous, as FlexAttention's
+    inputs = (out, lse, q, keys[:later], values[:later], 0.3)
+    found = own_keys.merge(*inputs)
+    expected = pieces.merge(*(t.float() for t in inputs[:-1]), 0.3)  # type: ignore[union-attr]
+    assert_close(found, expected, dtype)
+    sums = [torch.randn(own, device=DEVICE) for _ in range(2)]
+    others = [t.clone() for t in sums]
+    arguments = (grad, *found, *inputs)
+    found_grads = own_keys.merge_backward(*arguments, *(t[:later] for t in sums))
+    wide = (t.float() if isinstance(t, Tensor) else t for t in arguments)
+    expected_grads = pieces.merge_backward(*wide, *(t[:later] for t in others))  # type: ignore[arg-type]
+    assert_close([*found_grads, *sums], [*expected_grads, *others], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_heads(step: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    from specdist.draft.eagle3.kernels import heads
+
+    n, q_heads, kv_heads, dim = shape
+    sizes = [(n, q_heads, dim), (n, kv_heads, dim), (n, kv_heads, dim)][: 3 if step else 1]
+    width = sum(h * d for _, h, d in sizes)
+    active = torch.arange(n, device=DEVICE) * 2
+    positions = torch.arange(n, device=DEVICE) * 2 % 31
+    product, entry, entry_grad, more = randoms(
+        dtype, (n, width), (2 * n + 8, (q_heads + 2 * kv_heads) * dim), (2 * n + 8, (q_heads + 2 * kv_heads) * dim),
+        sizes[0],
+    )  # fmt: skip
+    angles = torch.randn(40, dim // 2, device=DEVICE)
+    rest = (angles.cos(), angles.sin(), active, positions, step)
+    found, expected = ([torch.zeros(s, device=DEVICE, dtype=t) for s in sizes] for t in (dtype, torch.float32))
+    heads.heads(product, entry, *rest, found)
+    pieces.heads(product.float(), entry.float(), *rest, expected)
+    assert_close(found, expected, dtype)
+    wide_grad = entry_grad.float().clone()
+    grads = [found[0], *(part.float() for part in found[1:])]  # those of own keys and values are sums in fp32
+    for extra in (None, more):
+        d_product = heads.heads_backward(grads, extra, *rest, entry_grad)
+        others = pieces.heads_backward(
+            [g.float() for g in grads], None if extra is None else extra.float(), *rest, wide_grad
+        )
+        assert_close([d_product, entry_grad], [others, wide_grad], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("logit_map", [LogitMap(), LogitMap(0.5, 3.0)], ids=str)
+@pytest.mark.parametrize("vocabulary", [1000, 5003])
+def test_logits(vocabulary: int, logit_map: LogitMap, dtype: torch.dtype) -> None:
+    from specdist.draft.eagle3.kernels import logits
+
+    rows, steps = 9, 7
+    whole, student, products = randoms(dtype, (rows, 2 * vocabulary), (rows, steps, vocabulary), (rows, vocabulary))
+    found = logits.summarise_logits(whole, logit_map)
+    expected = teacher.summarise_logits(whole.float(), logit_map)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
+
+    choice = products.argmax(-1)
+    choice[2] = -1
+    student[1, 2] = products[1] * 3  # agrees
+    log_sum_exp = logit_map(products).logsumexp(-1) + 0.3
+    weights = torch.rand(rows, steps, device=DEVICE)
+    wide = student.float().clone()
+    terms = loss.row_terms(wide, products.float(), logit_map, log_sum_exp, choice, weights, LossKind("kl", 0.0))
+    others = logits.kl_row_terms(student, products, logit_map, log_sum_exp, choice, weights)
+    assert bool(terms[2][1, 2])
+    torch.testing.assert_close(others, terms, rtol=1e-4, atol=1e-4)
+    assert_close([student], [wide], dtype)
