@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--draft", metavar="DIR", help="an exported draft (default: the run's newest checkpoint)")
     evaluate.add_argument("--output", metavar="FILE", help="also write the report as JSON")
     bench = command("bench", "Measure a part on this machine, as JSON and as a table.", config=False)
-    bench.add_argument("part", choices=["scheduler", "step", "target"], help="what to measure")
+    bench.add_argument("part", choices=["channel", "pipeline", "scheduler", "step", "target"], help="what to measure")
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options; --help lists them")
     command("keys", "List every configuration key with its type, default and meaning.", config=False)
     return parser
