@@ -6,9 +6,10 @@
     specdist bench channel --target-ranks 4 --tp 2 --draft-ranks 4 channel.memory=4GiB
 
 The project's own sender and receiver move items through their rings, in a torchrun world on this machine. Its limit is
-measured in turns with it: isend and irecv of the same size between the same ranks in the same groups, many in flight;
-for Mooncake the Transfer Engine's writes from host memory. What arrives is compared bit by bit in a pass of its own.
-GB are 1e9 bytes and those of all links together, a figure is the median of the repeats.
+measured in turns with it: isend and irecv of the same size between the same ranks in the same groups, 2 in flight and
+as many as the ring has slots, and the faster counts; for Mooncake the Transfer Engine's writes from host memory. What
+arrives is compared bit by bit in a pass of its own. GB are 1e9 bytes and those of all links together, a figure is the
+median of the repeats.
 
 With `--products N` (the default on GPUs) each rank also computes, for each item, N products of bf16 matrices, whose
 operations are those of a forward of an 8B model. `exposed` is by how much the pair gets slower with transfers going on,
@@ -135,13 +136,17 @@ class Bench:
         each = max(4, round(moved * MIB / size))  # items of one replica
         idle = Work(0, rows, run.hidden, self._device)
         self._pass(self._slots + 2, rows, idle, check=True)
-        limits, channel = list[float](), list[float]()
+        depths = {depth: functools.partial(self._limit.move, each, size, depth) for depth in self._limit.depths}
+        limits: dict[int, list[float]] = {depth: [] for depth in depths}
+        channel = list[float]()
         for _ in range(run.repeats + 1):
-            limits.append(timed(lambda: self._limit.move(each, size), self._device, self._control))
+            for depth, move in depths.items():
+                limits[depth].append(timed(move, self._device, self._control))
             channel.append(self._pass(each, rows, idle))
         total = each * size * len(topology.links) / 1e9
-        limit, speed = (total / statistics.median(times[1:]) for times in (limits, channel))  # the first one warms up
-        rates = [total / seconds for seconds in channel[1:]]
+        rates = [total / seconds for seconds in channel[1:]]  # the first one warms up
+        speed = statistics.median(rates)
+        limit = max(total / statistics.median(times[1:]) for times in limits.values())
         found = ChannelSpeed(
             transport=self._wire.config.transport,
             target_ranks=len(topology.target_ranks),

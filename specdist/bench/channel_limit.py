@@ -17,11 +17,18 @@ from specdist.topology import Link
 
 
 class Limit(ABC):
-    """One rank of a measurement: `items` messages of `size` bytes over each of its links, at most `slots` of them at a
-    time where the library waits on the host."""
+    """One rank of a measurement.
+
+    Attributes:
+        depths: how many messages a link may have in flight, to find out which is fastest; one where the device's own
+            queue bounds it.
+    """
+
+    depths: tuple[int, ...]
 
     @abstractmethod
-    def move(self, items: int, size: int) -> None: ...
+    def move(self, items: int, size: int, depth: int) -> None:
+        """Move `items` messages of `size` bytes over each of this rank's links, from and to `depth` buffers."""
 
 
 class P2PLimit(Limit):
@@ -30,18 +37,19 @@ class P2PLimit(Limit):
     def __init__(self, wire: Wire, slots: int, size: int):
         links = sorted(wire.groups.links.items(), key=lambda pair: (pair[0].source, pair[0].destination))
         self._links: list[tuple[Link, dist.ProcessGroup]] = links
-        self._rank, self._slots, self._on_device = wire.rank, slots, False
+        self._rank, self._on_device = wire.rank, False
         place = torch.device("cpu")
         if wire.on_gpu and all(dist.get_backend(group) == "nccl" for _, group in links):
             self._on_device, place = True, wire.device
         pinned = wire.on_gpu and not self._on_device
+        self.depths = (slots,) if self._on_device else _depths(slots)
         self._memory = torch.zeros(slots, size, dtype=torch.uint8, device=place, pin_memory=pinned)
 
-    def move(self, items: int, size: int) -> None:
+    def move(self, items: int, size: int, depth: int) -> None:
         works: deque[dist.Work] = deque()
         for item in range(items):
-            rows = self._memory[item % self._slots, :size]
-            if not self._on_device and item >= self._slots:  # a device's own queue bounds what is in flight
+            rows = self._memory[item % depth, :size]
+            if not self._on_device and item >= depth:
                 for _ in self._links:
                     works.popleft().wait()
             for link, group in self._links:
@@ -62,7 +70,7 @@ class MooncakeLimit(Limit):
     def __init__(self, wire: Wire, slots: int, size: int):
         topology = wire.topology
         self._engine = TransferEngine(local_address(), wire.config.mooncake)
-        self._slots, self._timeout_s = slots, wire.timeout_s
+        self.depths, self._timeout_s = _depths(slots), wire.timeout_s
         target = topology.target_place(wire.rank) is not None
         writers = 1 if target else len(topology.target_ranks)
         self._memory = torch.zeros(writers, slots, size, dtype=torch.uint8, pin_memory=wire.on_gpu)
@@ -77,17 +85,21 @@ class MooncakeLimit(Limit):
         for rank in topology.draft_ranks:
             self._endpoints.append(directory.find(rank, topology.describe(rank), wire.timeout_s, check=lambda: None))
 
-    def move(self, items: int, size: int) -> None:
+    def move(self, items: int, size: int, depth: int) -> None:
         writes: deque[int] = deque()
         for item in range(items):
-            source = self._memory[0, item % self._slots].data_ptr()
+            source = self._memory[0, item % depth].data_ptr()
             for endpoint in self._endpoints:
-                if len(writes) == self._slots * len(self._endpoints):
+                if len(writes) == depth * len(self._endpoints):
                     self._engine.wait([writes.popleft()], self._timeout_s)
-                slot = self._column * endpoint.slots + item % endpoint.slots
+                slot = self._column * endpoint.slots + item % depth
                 place = endpoint.ring + slot * endpoint.slot_bytes
                 writes.append(self._engine.write(endpoint.session, source, place, size))
         self._engine.wait(writes, self._timeout_s)
+
+
+def _depths(slots: int) -> tuple[int, ...]:
+    return tuple(sorted({2, slots}))
 
 
 def make_limit(wire: Wire, slots: int, size: int) -> Limit:
