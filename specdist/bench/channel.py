@@ -46,6 +46,8 @@ from specdist.topology import Topology, WorldConfig
 MIB = 2**20
 PRODUCTS = 140
 """Products of [tokens, 4096] x [4096, 12288] that have the 14 GFLOP a token of 7e9 weights in layers."""
+MOST_ITEMS = 4096
+"""Of a replica, in one repeat."""
 _WAIT_S = 120.0
 
 
@@ -132,8 +134,8 @@ class Bench:
     def _measure(self, rows: int) -> ChannelSpeed:
         run, topology = self._run, self._wire.topology
         size = rows // run.tp * self._wire.layout.bytes_per_token
-        moved = run.moved or (8192 if self._device.type == "cuda" else 256)
-        each = max(4, round(moved * MIB / size))  # items of one replica
+        moved = run.moved or (65536 if self._wire.config.transport == "nccl" else 256)
+        each = max(4, min(MOST_ITEMS, round(moved * MIB / size)))
         idle = Work(0, rows, run.hidden, self._device)
         self._pass(self._slots + 2, rows, idle, check=True)
         depths = {depth: functools.partial(self._limit.move, each, size, depth) for depth in self._limit.depths}
@@ -239,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--payload", nargs="+", type=float, default=[1, 4, 16, 64, 256], metavar="MIB", help="of an item, over a link"
     )
-    parser.add_argument("--moved", type=float, metavar="MIB", help="over a link in a repeat (GPU: 8192, CPU: 256)")
+    parser.add_argument("--moved", type=float, metavar="MIB", help="over a link in a repeat (nccl: 65536, others: 256)")
     parser.add_argument("--hidden", type=int, default=4096, help="a token's row is 4 hidden states in bf16")
     parser.add_argument("--products", type=int, metavar="N", help=f"of matrices, an item (GPU: {PRODUCTS}, CPU: 0)")
     parser.add_argument("--repeats", type=int, default=5)
