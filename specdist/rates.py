@@ -52,7 +52,7 @@ def read_rates(path: Path, engine: str) -> tuple[float | None, float | None]:
         target, draft = _of_list(found, engine) if isinstance(found, list) else _of_object(found)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise DataError(f"{path} tells no rates ({type(error).__name__}: {error}): {right}") from error
     if target is None and draft is None:
         raise DataError(f"{path} tells no rates of target.engine={engine} or of a draft: {right}")
