@@ -7,9 +7,9 @@
 
 The project's own sender and receiver move items through their rings, in a torchrun world on this machine. Its limit is
 measured in turns with it: isend and irecv of the same size between the same ranks in the same groups, 2 in flight and
-as many as the ring has slots, and the faster counts; for Mooncake the Transfer Engine's writes from host memory. What
-arrives is compared bit by bit in a pass of its own. GB are 1e9 bytes and those of all links together, a figure is the
-median of the repeats.
+as many as the ring has slots, of which the faster counts (over NCCL all are queued at once); for Mooncake the Transfer
+Engine's writes from host memory. What arrives is compared bit by bit in a pass of its own. GB are 1e9 bytes and those
+of all links together, a figure is the median of the repeats.
 
 With `--products N` (the default on GPUs) each rank also computes, for each item, N products of bf16 matrices, whose
 operations are those of a forward of an 8B model. `exposed` is by how much the pair gets slower with transfers going on,
@@ -32,7 +32,8 @@ import torch
 
 from specdist import config as configuration
 from specdist.bench.channel_limit import make_limit
-from specdist.bench.channel_rank import Batch, Draft, Target, Work, largest, timed
+from specdist.bench.channel_rank import Batch, Draft, Target
+from specdist.bench.channel_work import Work, largest, timed
 from specdist.bench.measure import apart, in_a_world, leave, told_to
 from specdist.channel.config import ChannelConfig, parse_bytes
 from specdist.channel.wire import Wire
