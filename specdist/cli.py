@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--draft-nodes", type=int, metavar="N", help="of a heterogeneous job: machines of the draft")
     plan.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks on each (default: what the config needs)")
     plan.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="memory of one GPU (default 80GiB)")
+    plan.add_argument(
+        "--gpus", type=int, metavar="N", help="GPUs to split between the roles (default: the job's ranks)"
+    )
+    plan.add_argument("--target-rate", type=float, metavar="TOKENS/S", help="of a target replica of target.tp ranks")
+    plan.add_argument("--draft-rate", type=float, metavar="TOKENS/S", help="of a draft rank")
+    plan.add_argument("--rates", action="append", default=[], metavar="FILE", help=_RATES)
     command("prepare", "Tokenise the prompts into the cache and report on them.")
     export = command("export", "Write a checkpoint as serving engines load it.")
     export.add_argument("--checkpoint", metavar="DIR", help="a checkpoint of the run (default: its newest)")
@@ -74,11 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--draft", metavar="DIR", help="an exported draft (default: the run's newest checkpoint)")
     evaluate.add_argument("--output", metavar="FILE", help="also write the report as JSON")
     bench = command("bench", "Measure a part on this machine, as JSON and as a table.", config=False)
-    bench.add_argument("part", choices=["scheduler", "step", "target"], help="what to measure")
+    bench.add_argument("part", choices=["channel", "pipeline", "scheduler", "step", "target"], help="what to measure")
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options; --help lists them")
     command("keys", "List every configuration key with its type, default and meaning.", config=False)
     return parser
 
+
+_RATES = "output of bench target, step or pipeline, or a run's summary.json (may be repeated)"
 
 LAUNCHERS = {
     "torchrun": ("Print the torchrun commands of a job, one a node, or run them over ssh.", "specdist_launch.ssh"),
@@ -156,9 +164,11 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from specdist import split
     from specdist.channel.config import parse_bytes
     from specdist.job import load_job
     from specdist.plan import make_plan, nodes_of_roles, render
+    from specdist.rates import find_rates
     from specdist_launch.local import world_size
 
     job = load_job(*_split(args.config))
@@ -173,6 +183,10 @@ def _plan(args: argparse.Namespace) -> int:
         raise UserError("--target-nodes and --draft-nodes go together, without --nodes and --nproc-per-node")
     plan = make_plan(job, hosts, parse_bytes(args.gpu_memory, "--gpu-memory"), roles)
     print(render(plan))
+    if job.world.mode == "split":
+        rates = find_rates(job, plan.facts, args.target_rate, args.draft_rate, args.rates)
+        gpus = args.gpus or plan.topology.world_size
+        print(split.render(gpus, *split.suggest(gpus, job.target.tp, rates)))
     return 0 if plan.fits else 1
 
 

@@ -62,7 +62,8 @@ def consume(rank: Rank) -> None:
     torch.cuda.empty_cache()
     if leader:  # stays in the control plane, which keeps the run's status alive
         client.phase = "exporting and evaluating"
-        outcome = Outcome(state, progress, rank.itinerary.total_steps, figures, producers)
+        ranks = len(topology.draft_ranks)
+        outcome = Outcome(state, progress, rank.itinerary.total_steps, figures, producers, ranks)
         rank.record.end(finish(job, rank.facts, rank.run_dir, outcome, rank.world.device, rank.stop))
     client.close()
     rank.stop.uninstall()

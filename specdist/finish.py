@@ -43,6 +43,8 @@ class Sides:
     target_tokens_per_s: float | None = None
     """What the target side can do: the sum over replicas of tokens/s while computing."""
     target_wait: float | None = None
+    replicas: int | None = None
+    draft_ranks: int | None = None
 
     def verdict(self) -> str:
         """Which side starves, in words."""
@@ -60,6 +62,7 @@ class Outcome:
     total_steps: int
     figures: Mapping[str, float]
     producers: Sequence[ProducerReport]
+    draft_ranks: int
 
     @property
     def finished(self) -> bool:
@@ -191,9 +194,10 @@ def _tick(bar: Bar, task: TaskID, stop: StopFlag, done: int, total: int, tally: 
 def _sides(job: JobConfig, outcome: Outcome) -> Sides:
     figures = outcome.figures
     if job.world.mode != "split":
-        return Sides(figures["tokens_per_s"], 0.0)
+        return Sides(figures["tokens_per_s"], 0.0, draft_ranks=outcome.draft_ranks)
     able = sum(p.busy_tokens_per_s for p in outcome.producers)
-    return Sides(figures["tokens_per_s"], figures["draft_wait"], able, figures["target_wait"])
+    waits, ranks = (figures["draft_wait"], figures["target_wait"]), (len(outcome.producers), outcome.draft_ranks)
+    return Sides(figures["tokens_per_s"], waits[0], able, waits[1], *ranks)
 
 
 def _tell(

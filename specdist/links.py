@@ -18,6 +18,9 @@ from specdist.topology import Link, Topology
 _LIBRARY_S = 2.0
 """So much longer than its limit may a transfer that the library bounds take to say so itself."""
 
+_SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.00002, 0.0002
+"""Between two looks at a device's transfer: the first ones soon, for a small one takes less than a sleep."""
+
 
 class TransferError(RuntimeError):
     """A transfer did not end, or its connection broke: says which, in words."""
@@ -136,8 +139,10 @@ def wait_work(work: dist.Work, timeout_s: float, on_device: bool) -> None:
         if not on_device:
             work.wait(timedelta(seconds=timeout_s))
             return
+        pause = _SHORTEST_LOOK_S
         while not work.is_completed() and time.monotonic() < deadline:
-            time.sleep(0.0002)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_LOOK_S)
         if work.is_completed():
             work.wait()
             return

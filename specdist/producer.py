@@ -19,6 +19,9 @@ from specdist.records import WorkItem
 from specdist.target.engine import Engine, verify
 from specdist.topology import TargetPlace
 
+WARM_ITEMS = 3
+"""Rates leave out so many items, in which kernels are compiled and memory is allocated."""
+
 
 @dataclass
 class ProducerReport:
@@ -30,16 +33,29 @@ class ProducerReport:
     """Seconds in which a forward was running."""
     elapsed_s: float = 0.0
     """Seconds from the first item to the last."""
+    cold_tokens: float = 0.0
+    """Those of the first items, see `WARM_ITEMS`, like the seconds."""
+    cold_busy_s: float = 0.0
+    cold_elapsed_s: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
-        """While work was under way, waits included."""
-        return self.tokens / self.elapsed_s if self.elapsed_s else 0.0
+        """While work was under way, waits included, once warm."""
+        return self._rate(self.elapsed_s, self.cold_elapsed_s)
 
     @property
     def busy_tokens_per_s(self) -> float:
-        """While a forward was running: what this rank could do if it never waited."""
-        return self.tokens / self.busy_s if self.busy_s else 0.0
+        """While a forward was running, once warm: what this rank could do if it never waited."""
+        return self._rate(self.busy_s, self.cold_busy_s)
+
+    def is_warm(self, elapsed_s: float) -> None:
+        """What was reported so far, in `elapsed_s` seconds, is left out of the rates if more comes."""
+        self.cold_tokens, self.cold_busy_s, self.cold_elapsed_s = float(self.tokens), self.busy_s, elapsed_s
+
+    def _rate(self, seconds: float, cold_s: float) -> float:
+        if self.tokens > self.cold_tokens and seconds > cold_s:
+            return (self.tokens - self.cold_tokens) / (seconds - cold_s)
+        return self.tokens / seconds if seconds else 0.0
 
 
 @dataclass
@@ -82,10 +98,11 @@ class Producer:
         self._queue: deque[int] = deque()
         self._running: deque[_Forward] = deque()
         self.report = ProducerReport()
+        self._began = 0.0
 
     def run(self) -> ProducerReport:
         """Work until the scheduler says stop; raises WorldError when the world fails."""
-        stopped, first = False, 0.0
+        stopped = False
         while not stopped:
             for message in self._client.poll(self._patience()):
                 match message:
@@ -94,12 +111,12 @@ class Producer:
                     case Stop():
                         stopped = True
             if self._may_launch():
-                first = first or time.monotonic()
+                self._began = self._began or time.monotonic()
                 self._launch(self._items[self._queue.popleft()])
             self._report_finished()
         self._sender.flush(self._timeout_s)
-        if first:
-            self.report.elapsed_s = time.monotonic() - first
+        if self._began:
+            self.report.elapsed_s = time.monotonic() - self._began
         return self.report
 
     def _may_launch(self) -> bool:
@@ -142,5 +159,7 @@ class Producer:
             self.report.items += 1
             self.report.tokens += done.item.tokens
             self.report.busy_s += done.seconds()
+            if self.report.items == WARM_ITEMS:
+                self.report.is_warm(time.monotonic() - self._began)
             self._items.forget(before=done.item.index)
             self._client.phase = "waiting for an item"

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements of single pieces, each importable and runnable as `python -m specdist.bench.<name>`."""
+"""Measurements of single pieces, each importable and runnable as `specdist bench NAME`."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +43,13 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
     size = PEAK_SIZE if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(seconds(lambda: a @ b, device, 20, warm=5)) / 1e12
+
+
+def apart(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Options, and words `key=value`, which would be taken for values of an option before them. None: sys.argv."""
+    given = sys.argv[1:] if arguments is None else arguments
+    words = [word for word in given if "=" in word and not word.startswith("-")]
+    return [word for word in given if word not in words], words
 
 
 def in_a_world(module: str, what: str, told: Mapping[str, Any], ranks: int) -> Any:

@@ -9,6 +9,8 @@ Speed and memory do not depend on what the weights are, acceptance does: nothing
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,13 @@ def write_random_model(
     if tokenizer is not None:
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
     return directory
+
+
+def in_a_process(shape: str, layers: int | None, directory: Path) -> Path:
+    """`write_random_model` into `directory`, by a process of its own, which leaves nothing on the GPU."""
+    words = [shape, str(directory / shape)] + ([] if layers is None else ["--layers", str(layers)])
+    subprocess.run([sys.executable, "-m", "specdist.bench.shapes", *words], stdout=sys.stderr, check=True)
+    return directory / shape
 
 
 def main(argv: Sequence[str] | None = None) -> int:

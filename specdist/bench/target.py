@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefill speed of the target's engines, and the share of the device's matrix peak, measured in the same run.
 
-    python -m specdist.bench.target --engines hf sglang                          # the Qwen3-8B shape, random weights
-    python -m specdist.bench.target --model models/Qwen3-8B --tp 2 sglang.attention_backend=fa3
+    specdist bench target --engines hf sglang                          # the Qwen3-8B shape, random weights
+    specdist bench target --model models/Qwen3-8B --tp 2 target.sglang.attention_backend=fa3
 
 Each engine runs in a torchrun world of its own, of `--tp` ranks. Items are packed of sequences of equal length, with
 EAGLE-3's default layers captured and no logits; a figure is the median of the repeats. The words `key=value` are keys
@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,8 +22,8 @@ from pathlib import Path
 import torch
 
 from specdist import config as configuration
-from specdist.bench.measure import in_a_world, leave, peak_tflops, seconds, told_to
-from specdist.bench.shapes import SHAPES
+from specdist.bench.measure import apart, in_a_world, leave, peak_tflops, seconds, told_to
+from specdist.bench.shapes import SHAPES, in_a_process
 from specdist.contract import RankFacts
 from specdist.errors import UserError
 from specdist.groups import join_world, make_groups
@@ -143,9 +141,7 @@ def worker(run: Run, output: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m specdist.bench.target",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="specdist bench target", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--engines", nargs="+", choices=["hf", "sglang"], default=["hf", "sglang"])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b", help="random weights of this shape")
@@ -157,26 +153,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--worker", nargs=2, metavar=("RUN", "OUTPUT"), help=argparse.SUPPRESS)
-    args, words = parser.parse_known_args(arguments)
+    options, words = apart(arguments)
+    args = parser.parse_args(options)
     if args.worker:
         worker(Run(**told_to(args.worker[0])), args.worker[1])
     speeds = []
     with tempfile.TemporaryDirectory(prefix="specdist-bench-") as directory:
-        model = Path(args.model) if args.model else _random_model(args.shape, args.layers, Path(directory))
+        model = Path(args.model) if args.model else in_a_process(args.shape, args.layers, Path(directory))
         for engine in args.engines:
-            own = [f"target.{word}" for word in words if engine == "sglang" or not word.startswith("sglang.")]
+            own = [word for word in words if engine == "sglang" or not word.startswith("target.sglang.")]
             own += [f"target.path={model}", f"target.engine={engine}", f"target.tp={args.tp}"]
             run = Run(engine, tuple(args.items), tuple(args.sequences), args.repeats, args.device, tuple(own))
             speeds += in_a_world("specdist.bench.target", engine, asdict(run), args.tp)
     print(json.dumps(speeds))
     print(render([TargetSpeed(**speed) for speed in speeds]))
-
-
-def _random_model(shape: str, layers: int | None, directory: Path) -> Path:
-    """Written by a process of its own, which leaves nothing on the GPU."""
-    words = [shape, str(directory / shape)] + ([] if layers is None else ["--layers", str(layers)])
-    subprocess.run([sys.executable, "-m", "specdist.bench.shapes", *words], stdout=sys.stderr, check=True)
-    return directory / shape
 
 
 def render(speeds: Sequence[TargetSpeed]) -> str:

@@ -23,7 +23,8 @@ class PromptsConfig:
     """Where the conversations are and how they become supervised token sequences."""
 
     files: tuple[str, ...] = ()
-    """JSONL, JSON, Parquet or Arrow files, and directories of them (Hugging Face `save_to_disk` too). Globs allowed."""
+    """JSONL, JSON, Parquet or Arrow files, and directories of them (Hugging Face `save_to_disk` too). Globs allowed.
+    Or one directory of tokenised sequences, a prompt store: it is taken as it is."""
     supervise: Literal["all", "last"] = "all"
     """Which assistant turns of a conversation are learnt: all of them, or the last only."""
     max_length: int = 2048

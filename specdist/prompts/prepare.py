@@ -32,7 +32,7 @@ from specdist.prompts.lock import lock_or_done
 from specdist.prompts.read import PIECE_BYTES, Piece, SourceFile, find_files, pieces
 from specdist.prompts.render import load_tokenizer
 from specdist.prompts.report import PrepareReport
-from specdist.prompts.store import FORMAT, MANIFEST, PromptStore, StoreWriter
+from specdist.prompts.store import FORMAT, MANIFEST, PromptStore, StoreWriter, is_store
 from specdist.prompts.worker import Tokenized, leave_with_parent, settings, tokenize
 
 DEFAULT_CACHE = "~/.cache/specdist"
@@ -70,6 +70,8 @@ def prepare(
             `max_bad_fraction`, or a bad one with on_bad=stop.
         WorldError: another process holds the lock for longer than `timeout`.
     """
+    if len(config.files) == 1 and is_store(Path(config.files[0])):
+        return _ready(Path(config.files[0]), config)
     sources = find_files(config.files)
     with Display(progress) as display:
         total = sum(os.path.getsize(source.path) for source in sources)
@@ -89,6 +91,18 @@ def prepare(
                 _prepare_into(final, config, sources, str(tokenizer_dir), total, display)
     store = PromptStore.open(final, [source.path for source in sources])
     _judge(store.report, config, final)
+    return store
+
+
+def _ready(directory: Path, config: PromptsConfig) -> PromptStore:
+    """A store that somebody wrote, as it is."""
+    store = PromptStore.open(directory)
+    longest = int(store.lengths.max(initial=0))
+    if longest > config.max_length:
+        raise DataError(
+            f"{directory} is a prompt store with a sequence of {longest} tokens, and is not cut: raise "
+            f"prompts.max_length from {config.max_length}"
+        )
     return store
 
 

@@ -187,6 +187,11 @@ class PromptStore:
             yield self._columns["tokens"][start : start + chunk][marks]
 
 
+def is_store(directory: Path) -> bool:
+    """Whether a store, perhaps of another format, lies there."""
+    return all((directory / name).exists() for name in (MANIFEST, *(f"{column}.bin" for column in COLUMNS)))
+
+
 def _mapped(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
     try:
         found = path.stat().st_size

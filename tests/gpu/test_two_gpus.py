@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from specdist.bench.channel import ChannelSpeed, main
 from tests.distributed.worlds import train
 from tests.tiny import make_config, make_conversations, make_target
 
@@ -58,3 +59,10 @@ def test_losses_on_two_gpus_are_those_of_the_cpu_and_go_on_after_a_restart(tmp_p
             assert loss == pytest.approx(expected[0], rel=1e-5)
             assert norm == pytest.approx(expected[1], rel=1e-3)
     print("\n".join(f"cpu {a} two gpus {b} restarted {c}" for a, b, c in zip(cpu, whole, parts, strict=True)))
+
+
+def test_the_channel_benchmark_over_nccl(capfd):
+    main(["--payload", "1", "16", "--moved", "256", "--repeats", "2", "channel.memory=128MiB"])
+    speeds = [ChannelSpeed(**speed) for speed in json.loads(capfd.readouterr().out.splitlines()[0])]
+    assert [(s.transport, s.payload_mib, s.in_flight) for s in speeds] == [("nccl", 1.0, 8), ("nccl", 16.0, 8)]
+    assert all(s.gb_per_s > 0 and s.limit_gb_per_s > 0 and s.exposed is not None for s in speeds)

@@ -192,6 +192,15 @@ def test_combinations_that_cannot_be() -> None:
             PromptsConfig(**wrong)  # type: ignore[arg-type]
 
 
+def test_a_store_is_taken_as_it_is(tmp_path: Path, model: Path, preparations: list[Path]) -> None:
+    written = write_store(tmp_path / "a", [([1, 2, 3, 4], [False, True, True, True])])
+    config = PromptsConfig(files=(str(tmp_path / "a"),), max_length=4)
+    assert prepare(config, model, progress=False).fingerprint == written.fingerprint
+    assert not preparations
+    with pytest.raises(DataError, match=r"a sequence of 4 tokens, and is not cut: raise prompts.max_length from 3"):
+        prepare(replace(config, max_length=3), model, progress=False)
+
+
 def test_stores_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no prompt store"):
         PromptStore.open(tmp_path)

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The channel between target and draft ranks: GB/s, its share of the raw transport's, and what it costs the compute.
+
+    specdist bench channel                                            # a target and a draft rank, NCCL or gloo
+    specdist bench channel --transport gloo mooncake --payload 1 64   # MiB over every link
+    specdist bench channel --target-ranks 4 --tp 2 --draft-ranks 4 channel.memory=4GiB
+
+The project's own sender and receiver move items through their rings, in a torchrun world on this machine. Its limit is
+measured in turns with it: isend and irecv of the same size between the same ranks in the same groups, 2 in flight and
+as many as the ring has slots, of which the faster counts (over NCCL all are queued at once); for Mooncake the Transfer
+Engine's writes from host memory. What arrives is compared bit by bit in a pass of its own. GB are 1e9 bytes and those
+of all links together, a figure is the median of the repeats.
+
+With `--products N` (the default on GPUs) each rank also computes, for each item, N products of bf16 matrices, whose
+operations are those of a forward of an 8B model. `exposed` is by how much the pair gets slower with transfers going on,
+`target` and `draft` by how much each one's compute does. The words `key=value` are keys of the configuration's
+`channel` section, such as channel.memory, a draft rank's ring, and channel.send_buffers. Prints JSON, then a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import typing
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from specdist import config as configuration
+from specdist.bench.channel_limit import make_limit
+from specdist.bench.channel_rank import Batch, Draft, Target
+from specdist.bench.channel_work import Work, largest, timed
+from specdist.bench.measure import apart, in_a_world, leave, told_to
+from specdist.channel.config import ChannelConfig, parse_bytes
+from specdist.channel.wire import Wire
+from specdist.contract import RankFacts
+from specdist.errors import ConfigError
+from specdist.groups import join_world, make_groups
+from specdist.links import connect_links
+from specdist.records import FeatureLayout
+from specdist.topology import Topology, WorldConfig
+
+MIB = 2**20
+PRODUCTS = 140
+"""Products of [tokens, 4096] x [4096, 12288] that have the 14 GFLOP a token of 7e9 weights in layers."""
+MOST_ITEMS = 4096
+"""Of a replica, in one repeat."""
+_WAIT_S = 120.0
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """The part of a job's configuration that is measured."""
+
+    channel: ChannelConfig = field(default_factory=ChannelConfig)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a worker is told."""
+
+    replicas: int
+    tp: int
+    draft_ranks: int
+    payloads: tuple[float, ...]
+    """MiB over a link, of each measurement."""
+    moved: float | None
+    """MiB over a link in one repeat."""
+    hidden: int
+    products: int | None
+    repeats: int
+    device: str
+    words: tuple[str, ...]
+    """Of `BenchConfig`."""
+
+
+@dataclass(frozen=True)
+class ChannelSpeed:
+    """The channel with items of one size."""
+
+    transport: str
+    target_ranks: int
+    tp: int
+    draft_ranks: int
+    payload_mib: float
+    """Over one link, of one item."""
+    in_flight: int
+    """Slots of a draft rank's ring."""
+    gb_per_s: float
+    """1e9 bytes per second, of all links together."""
+    limit_gb_per_s: float
+    """The same, through the transport alone."""
+    ratio: float
+    spread: float
+    """Fastest repeat less slowest, as a share of the median."""
+    compute_ms: float | None = None
+    """The products of one item, alone, on the slower rank; None: nothing was computed."""
+    exposed: float | None = None
+    """From first to last product, with transfers against without, on the slower rank: the share that is added."""
+    target_slowdown: float | None = None
+    """Share added to the time of the products on target ranks, waits for a buffer included."""
+    draft_slowdown: float | None = None
+
+
+class Bench:
+    """One rank of the world of one transport."""
+
+    def __init__(self, run: Run, wire: Wire):
+        self._run, self._wire, self._device = run, wire, wire.device
+        self._control, layout = wire.groups.control, wire.layout
+        self._rows = [max(1, round(p * MIB / layout.bytes_per_token)) * run.tp for p in run.payloads]
+        largest_shard = max(self._rows) * layout.bytes_per_token
+        self._slots = parse_bytes(wire.config.memory, "channel.memory") // largest_shard
+        if self._slots < 2:
+            raise ConfigError(
+                f"channel.memory={wire.config.memory} holds {self._slots} items of {largest_shard:,} B a draft rank, "
+                "and a transfer that overlaps another needs 2: raise it, or lower --payload"
+            )
+        self._limit = make_limit(wire, self._slots, largest_shard // run.tp)
+        self._end: Target | Draft
+        if wire.topology.target_place(wire.rank) is None:
+            self._end = Draft(wire, self._slots, max(self._rows))
+        else:
+            self._end = Target(wire, self._slots, max(self._rows))
+        self._next = 0
+
+    def measure(self) -> list[ChannelSpeed]:
+        """Every payload. All ranks call it."""
+        return [self._measure(rows) for rows in self._rows]
+
+    def _measure(self, rows: int) -> ChannelSpeed:
+        run, topology = self._run, self._wire.topology
+        size = rows // run.tp * self._wire.layout.bytes_per_token
+        moved = run.moved or (65536 if self._wire.config.transport == "nccl" else 256)
+        each = max(4, min(MOST_ITEMS, round(moved * MIB / size)))
+        idle = Work(0, rows, run.hidden, self._device)
+        self._pass(self._slots + 2, rows, idle, check=True)
+        depths = {depth: functools.partial(self._limit.move, each, size, depth) for depth in self._limit.depths}
+        limits: dict[int, list[float]] = {depth: [] for depth in depths}
+        channel = list[float]()
+        for _ in range(run.repeats + 1):
+            for depth, move in depths.items():
+                limits[depth].append(timed(move, self._device, self._control))
+            channel.append(self._pass(each, rows, idle))
+        total = each * size * len(topology.links) / 1e9
+        rates = [total / seconds for seconds in channel[1:]]  # the first one warms up
+        speed = statistics.median(rates)
+        limit = max(total / statistics.median(times[1:]) for times in limits.values())
+        found = ChannelSpeed(
+            transport=self._wire.config.transport,
+            target_ranks=len(topology.target_ranks),
+            tp=run.tp,
+            draft_ranks=len(topology.draft_ranks),
+            payload_mib=size / MIB,
+            in_flight=self._slots,
+            gb_per_s=speed,
+            limit_gb_per_s=limit,
+            ratio=speed / limit,
+            spread=(max(rates) - min(rates)) / speed,
+        )
+        return self._exposed(found, rows) if run.products else found
+
+    def _pass(self, each: int, rows: int, work: Work, check: bool = False) -> float:
+        """Move `each` items of every replica through the channel; returns the seconds of the slowest rank."""
+        items = range(self._next, self._next + each * self._run.replicas)
+        self._next = items.stop
+        batch = Batch(items, rows, check)
+        if isinstance(self._end, Draft):
+            self._end.expect(batch)
+        return timed(functools.partial(self._end.move, batch, work), self._device, self._control)
+
+    def _exposed(self, found: ChannelSpeed, rows: int, each: int = 12) -> ChannelSpeed:
+        """The same compute with and without transfers, in turns."""
+        target, replicas = isinstance(self._end, Target), self._run.replicas
+        products, count = self._run.products or 0, each
+        if not target:  # it computes for the items of all replicas, and has no more to do than one of them
+            products, count = max(1, products // replicas), each * replicas
+        work = Work(products, rows, self._run.hidden, self._device)
+
+        def alone() -> None:
+            for _ in range(count):
+                work.run(work.begin())
+
+        quiet, moving = list[list[float]](), list[list[float]]()
+        for _ in range(self._run.repeats + 1):
+            timed(alone, self._device, self._control)
+            quiet.append(self._spent(work, target))
+            self._pass(each, rows, work)
+            moving.append(self._spent(work, target))
+        before, after = (
+            [statistics.median(times) for times in zip(*found[1:], strict=True)] for found in (quiet, moving)
+        )
+        added = [y / x - 1 for x, y in zip(before, after, strict=True)]
+        return replace(
+            found,
+            compute_ms=before[0] / each * 1e3,
+            exposed=added[0],
+            target_slowdown=added[1],
+            draft_slowdown=added[2],
+        )
+
+    def _spent(self, work: Work, target: bool) -> list[float]:
+        """From first to last product, and busy as a target and as a draft rank: of the slowest ranks."""
+        spent = work.spent()
+        return largest([spent.span, spent.busy if target else 0.0, 0.0 if target else spent.busy], self._control)
+
+
+def worker(run: Run, output: str) -> None:
+    """One rank of the world; rank 0 writes what was measured."""
+    config = configuration.load(BenchConfig, [], run.words).channel
+    facts = RankFacts.from_environment()
+    shared = config.transport in ("gloo", "mooncake")
+    device = typing.cast(Literal["auto", "cpu", "cuda"], run.device)
+    world_config = WorldConfig(mode="split", device=device, share_devices=shared, wait_timeout_s=_WAIT_S)
+    world = join_world(world_config, facts)
+    transport = config.transport
+    if transport == "auto":
+        transport = "nccl" if world.device.type == "cuda" else "gloo"
+    if run.products is None:
+        run = replace(run, products=PRODUCTS if world.device.type == "cuda" else 0)
+    topology = Topology.build(world_config, world.hosts, replicas=run.replicas, tp=run.tp, dp=run.draft_ranks, cp=1)
+    groups = make_groups(topology, world, transport, _WAIT_S)
+    connect_links(topology, groups, world, _WAIT_S)
+    layout = FeatureLayout((0, 1, 2), run.hidden, True, torch.bfloat16)
+    wire = Wire(replace(config, transport=transport), topology, world, groups, layout, _WAIT_S)
+    speeds = Bench(run, wire).measure()
+    leave(output, [asdict(speed) for speed in speeds] if facts.rank == 0 else None)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="specdist bench channel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--transport", nargs="+", choices=["auto", "nccl", "gloo", "mooncake"], default=["auto"])
+    parser.add_argument("--target-ranks", type=int, default=1, metavar="N")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="target ranks of a replica")
+    parser.add_argument("--draft-ranks", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--payload", nargs="+", type=float, default=[1, 4, 16, 64, 256], metavar="MIB", help="of an item, over a link"
+    )
+    parser.add_argument("--moved", type=float, metavar="MIB", help="over a link in a repeat (nccl: 65536, others: 256)")
+    parser.add_argument("--hidden", type=int, default=4096, help="a token's row is 4 hidden states in bf16")
+    parser.add_argument("--products", type=int, metavar="N", help=f"of matrices, an item (GPU: {PRODUCTS}, CPU: 0)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--worker", nargs=2, metavar=("RUN", "OUTPUT"), help=argparse.SUPPRESS)
+    options, words = apart(arguments)
+    args = parser.parse_args(options)
+    if args.worker:
+        worker(Run(**told_to(args.worker[0])), args.worker[1])
+    if args.target_ranks % args.tp:
+        raise ConfigError(f"--tp {args.tp} does not divide --target-ranks {args.target_ranks}")
+    speeds = []
+    for transport in args.transport:
+        own = (*words, f"channel.transport={transport}")
+        configuration.load(BenchConfig, [], own)
+        run = Run(
+            args.target_ranks // args.tp, args.tp, args.draft_ranks, tuple(args.payload), args.moved, args.hidden,
+            args.products, args.repeats, args.device, own,
+        )  # fmt: skip
+        ranks = args.target_ranks + args.draft_ranks
+        speeds += in_a_world("specdist.bench.channel", f"the channel ({transport})", asdict(run), ranks)
+    print(json.dumps(speeds))
+    print(render([ChannelSpeed(**speed) for speed in speeds]))
+
+
+def render(speeds: Sequence[ChannelSpeed]) -> str:
+    """A line for every payload."""
+    head = (
+        f"{'transport':<10}{'ranks':>8}{'MiB':>9}{'GB/s':>9}{'limit':>9}{'of it':>7}{'spread':>8}"
+        f"{'compute ms':>12}{'exposed':>9}{'target':>8}{'draft':>8}"
+    )
+
+    def percent(share: float | None, width: int) -> str:
+        return f"{'-':>{width}}" if share is None else f"{share:>{width}.1%}"
+
+    rows = [
+        f"{s.transport:<10}{f'{s.target_ranks}+{s.draft_ranks}':>8}{s.payload_mib:>9,.3g}{s.gb_per_s:>9.2f}"
+        f"{s.limit_gb_per_s:>9.2f}{s.ratio:>7.0%}{s.spread:>8.0%}"
+        f"{'-' if s.compute_ms is None else f'{s.compute_ms:.2f}':>12}"
+        f"{percent(s.exposed, 9)}{percent(s.target_slowdown, 8)}{percent(s.draft_slowdown, 8)}"
+        for s in speeds
+    ]
+    return "\n".join(
+        [head, *rows, "limit: the transport alone, in the same run; GB are 1e9 bytes, of all links together"]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of the channel, in worlds on the CPU: what it counts, and that wrong data ends it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from specdist.bench.channel import ChannelSpeed, main, render
+from specdist.bench.channel_rank import make_item, pattern
+from specdist.cli import main as specdist
+from specdist.errors import ConfigError
+from specdist.topology import Topology
+from tests.distributed.worlds import mooncake_loads
+
+SMALL = ["--device", "cpu", "--hidden", "64", "--moved", "1", "--repeats", "2", "channel.memory=1MiB"]
+
+
+def measured(out: str) -> list[ChannelSpeed]:
+    first, *table = out.splitlines()
+    speeds = [ChannelSpeed(**speed) for speed in json.loads(first)]
+    assert table == render(speeds).splitlines()
+    for speed in speeds:
+        assert speed.gb_per_s > 0
+        assert speed.ratio == pytest.approx(speed.gb_per_s / speed.limit_gb_per_s)
+    return speeds
+
+
+def test_a_pair_over_gloo(capfd: pytest.CaptureFixture[str]) -> None:
+    assert specdist(["bench", "channel", *SMALL, "--payload", "0.0625", "0.25", "--products", "2"]) == 0
+    speeds = measured(capfd.readouterr().out)
+    assert [(s.transport, s.payload_mib, s.in_flight) for s in speeds] == [("gloo", 0.0625, 4), ("gloo", 0.25, 4)]
+    assert all(s.compute_ms and s.exposed is not None and s.target_slowdown is not None for s in speeds)
+
+
+def test_two_replicas_and_two_draft_ranks(capfd: pytest.CaptureFixture[str]) -> None:
+    main([*SMALL, "--payload", "0.125", "--target-ranks", "2", "--draft-ranks", "2"])
+    (speed,) = measured(capfd.readouterr().out)
+    assert (speed.target_ranks, speed.tp, speed.draft_ranks, speed.in_flight) == (2, 1, 2, 8)
+    assert speed.exposed is None
+
+
+def test_tensor_parallel_ranks_send_shares(capfd: pytest.CaptureFixture[str]) -> None:
+    main([*SMALL, "--payload", "0.125", "--target-ranks", "2", "--tp", "2"])
+    (speed,) = measured(capfd.readouterr().out)
+    assert (speed.tp, speed.payload_mib, speed.in_flight) == (2, 0.125, 4)
+
+
+@pytest.mark.skipif(not mooncake_loads(), reason="needs mooncake-transfer-engine, and libibverbs1")
+def test_mooncake(capfd: pytest.CaptureFixture[str]) -> None:
+    main([*SMALL, "--transport", "mooncake", "--payload", "0.125", "channel.mooncake.protocol=tcp"])
+    (speed,) = measured(capfd.readouterr().out)
+    assert speed.transport == "mooncake"
+
+
+def test_the_pattern_differs_by_item_and_place() -> None:
+    topology = Topology("split", ("host",) * 3, ((0,),), ((1,), (2,)), 2)
+    like = torch.empty(0, 8, dtype=torch.bfloat16)
+    first, second = (make_item(topology, index, 5) for index in (0, 1))
+    whole = pattern(first, slice(0, 10), like).view(torch.int64)
+    assert len(set(whole.flatten().tolist())) == 20
+    assert torch.equal(pattern(first, first.rows(1), like).view(torch.int64), whole[5:])
+    assert not (pattern(second, slice(0, 10), like).view(torch.int64) == whole).any()
+
+
+def test_what_cannot_be_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="--tp 2 does not divide --target-ranks 3"):
+        main(["--target-ranks", "3", "--tp", "2"])
+    with pytest.raises(ConfigError, match=r"'channel.memroy'; did you mean 'channel.memory'"):
+        main(["channel.memroy=1GiB"])
+    with pytest.raises(SystemExit, match="benchmark of the channel"):
+        main([*SMALL, "--payload", "1"])
+    assert "holds 1 items of 1,048,576 B a draft rank" in capfd.readouterr().err
