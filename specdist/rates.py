@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.rows import Rows
 from specdist.errors import ConfigError, DataError
 from specdist.job import JobConfig, JobFacts
+from specdist.records import PackedTokens
 from specdist.split import Rates
 
 ESTIMATED_TFLOPS = 400.0
@@ -78,10 +80,13 @@ def _of_object(found: dict[str, Any]) -> tuple[float | None, float | None]:
 def estimated(job: JobConfig, facts: JobFacts) -> Rates:
     """From operations, of a dense target's forward and of a whole step of the draft with all tokens supervised, both
     for sequences of prompts.max_length."""
+    import torch
+
     from specdist.bench import step, target  # they import much that a plan with rates does without
 
     dims, length = Eagle3Dims.of(job.draft.eagle3, facts.target.config), job.prompts.max_length
-    training = step.flops(dims, job.draft.eagle3.ttt_length, [length], length) / length
+    document = PackedTokens.from_documents([torch.zeros(length)], [torch.ones(length)])  # all of it supervised
+    training = step.flops(dims, Rows.of(document, job.draft.eagle3.ttt_length), length) / length
     forward = target.flops(facts.target, [length]) / length
     able = ESTIMATED_TFLOPS * 1e12
     source = (

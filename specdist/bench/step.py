@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from specdist import config as configuration
-from specdist.bench.measure import in_a_world, leave, peak_tflops, seconds, told_to
+from specdist.bench.measure import apart, in_a_world, leave, peak_tflops, seconds, told_to
 from specdist.bench.shapes import SHAPES
 from specdist.contract import RankFacts
 from specdist.draft.base import DraftModel
@@ -333,7 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--worker", nargs=2, metavar=("RUN", "OUTPUT"), help=argparse.SUPPRESS)
-    args, words = parser.parse_known_args(arguments)
+    options, words = apart(arguments)
+    args = parser.parse_args(options)
     if args.worker:
         worker(Run(**told_to(args.worker[0])), args.worker[1])
     words = ["draft.compile=true", "draft.eagle3.vocab_size=32000", *words]
