@@ -107,7 +107,7 @@ def acceptance_gradient(q: Tensor, full: Tensor) -> Tensor:
 
 
 def losses(inputs: LossInputs, lm_head: Tensor, states: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """The sums [K, 4] in float64, in the order of `SUMS`, and the gradient of the head [V_d, H] in at least fp32.
+    """The sums [K, 4] in float64, in the order of `SUMS`, and the gradient of the head [V_d, H].
 
     `states` [P, K, H] are the normed draft states whose logits are compared with the P teacher rows; those of step k
     count for the first `sizes[k]`. With `with_grad` they are overwritten by the gradient of
@@ -119,7 +119,7 @@ def losses(inputs: LossInputs, lm_head: Tensor, states: Tensor, with_grad: bool)
     for start in range(0, positions, max(inputs.chunk // steps, 1)):
         part = slice(start, start + max(inputs.chunk // steps, 1))
         sums += _chunk(inputs, part, lm_head, states[part], head_grad)
-    return sums, head_grad
+    return sums, None if head_grad is None else head_grad.to(lm_head.dtype)  # complete, and large
 
 
 def _chunk(inputs: LossInputs, part: slice, lm_head: Tensor, states: Tensor, head_grad: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specdist.records import LogitMap
 
-BLOCK = 1024
+BLOCK = 4096
 """Columns of logits a program holds at one time."""
 
 
@@ -43,53 +43,39 @@ def _summarise(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _row_terms(  # type: ignore[no-untyped-def]
-    student, teacher, log_sum_exp, choice, weights, loss, acceptance, agree, vocabulary, scale, cap,
-    CAPPED: tl.constexpr, STEPS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    student, teacher, log_p, log_sum_exp, choice, weights, loss, acceptance, agree, steps, vocabulary, scale, cap,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    step = tl.arange(0, K)
-    is_step = step < STEPS
-    mine = (row * STEPS + step)[:, None] * vocabulary
-    peak, mass = tl.full([K], float("-inf"), tl.float32), tl.zeros([K], tl.float32)
-    best = tl.zeros([K], tl.int32)
-    teacher_peak, teacher_mass = float("-inf"), 0.0
+    pair = tl.program_id(0).to(tl.int64)  # of a row and a step
+    row = pair // steps
+    mine = student + pair * vocabulary
+    peak, mass, best = float("-inf"), 0.0, 0
     for start in range(0, vocabulary, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        is_column = column < vocabulary
-        inside = is_step[:, None] & is_column[None, :]
-        s = tl.load(student + mine + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        s = tl.where(is_column[None, :], s, float("-inf"))
-        highest = tl.max(s, axis=1)
-        best = tl.where(highest > peak, start + tl.argmax(s, axis=1), best)
+        s = tl.load(mine + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
+        highest = tl.max(s, axis=0)
+        best = tl.where(highest > peak, start + tl.argmax(s, axis=0), best)
         higher = tl.maximum(peak, highest)
-        mass = mass * tl.exp(peak - higher) + tl.sum(tl.exp(s - higher[:, None]), axis=1)
+        mass = mass * tl.exp(peak - higher) + tl.sum(tl.exp(s - higher), axis=0)
         peak = higher
-        t = _mapped(tl.load(teacher + row * vocabulary + column, mask=is_column, other=0.0), scale, cap, CAPPED)
-        t = tl.where(is_column, t, float("-inf"))
-        teacher_higher = tl.maximum(teacher_peak, tl.max(t, axis=0))
-        teacher_mass = teacher_mass * tl.exp(teacher_peak - teacher_higher) + tl.sum(tl.exp(t - teacher_higher), axis=0)
-        teacher_peak = teacher_higher
-    log_q, log_p = peak + tl.log(mass), teacher_peak + tl.log(teacher_mass)
-    full_share = tl.exp(log_p - tl.load(log_sum_exp + row))
-    taught = tl.load(choice + row)
-    weight = tl.load(weights + row * STEPS + step, mask=is_step, other=0.0)
-    weight = tl.where(taught >= 0, weight, 0.0)
-    accepted, inner = tl.zeros([K], tl.float32), tl.zeros([K], tl.float32)
+    log_q = peak + tl.log(mass)
+    log_p_here, taught = tl.load(log_p + row), tl.load(choice + row)
+    full_share = tl.exp(log_p_here - tl.load(log_sum_exp + row))
+    weight = tl.where(taught >= 0, tl.load(weights + pair), 0.0)
+    accepted, inner = 0.0, 0.0
     for start in range(0, vocabulary, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        is_column = column < vocabulary
-        inside = is_step[:, None] & is_column[None, :]
-        s = tl.load(student + mine + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        t = _mapped(tl.load(teacher + row * vocabulary + column, mask=is_column, other=0.0), scale, cap, CAPPED)
-        q = tl.where(is_column[None, :], tl.exp(s - log_q[:, None]), 0.0)
-        p = tl.where(is_column, tl.exp(t - log_p), 0.0)
-        accepted += tl.sum(tl.minimum(q, (p * full_share)[None, :]), axis=1)
-        inner += tl.sum(p[None, :] * s, axis=1)
-        tl.store(student + mine + column[None, :], (q - p[None, :]) * weight[:, None], mask=inside)
-    here = row * STEPS + step
-    tl.store(loss + here, tl.where(taught >= 0, log_q - inner, 0.0), mask=is_step)
-    tl.store(acceptance + here, accepted, mask=is_step)
-    tl.store(agree + here, (best == taught).to(tl.float32), mask=is_step)
+        inside = column < vocabulary
+        s = tl.load(mine + column, mask=inside, other=0.0).to(tl.float32)
+        t = _mapped(tl.load(teacher + row * vocabulary + column, mask=inside, other=0.0), scale, cap, CAPPED)
+        q = tl.where(inside, tl.exp(s - log_q), 0.0)
+        p = tl.where(inside, tl.exp(t - log_p_here), 0.0)
+        accepted += tl.sum(tl.minimum(q, p * full_share), axis=0)
+        inner += tl.sum(p * s, axis=0)
+        tl.store(mine + column, (q - p) * weight, mask=inside)
+    tl.store(loss + pair, tl.where(taught >= 0, log_q - inner, 0.0))
+    tl.store(acceptance + pair, accepted)
+    tl.store(agree + pair, (best == taught).to(tl.float32))
 
 
 def summarise_logits(products: Tensor, logit_map: LogitMap) -> tuple[Tensor, Tensor]:
@@ -98,9 +84,7 @@ def summarise_logits(products: Tensor, logit_map: LogitMap) -> tuple[Tensor, Ten
     choice = torch.empty(rows, dtype=torch.int64, device=products.device)
     log_sum_exp = torch.empty(rows, dtype=torch.float32, device=products.device)
     if rows:
-        _summarise[(rows,)](
-            products, choice, log_sum_exp, vocabulary, *_map(logit_map), BLOCK=4 * BLOCK, num_warps=8
-        )  # fmt: skip
+        _summarise[(rows,)](products, choice, log_sum_exp, vocabulary, *_map(logit_map), BLOCK=BLOCK, num_warps=8)
     return choice, log_sum_exp
 
 
@@ -110,9 +94,10 @@ def kl_row_terms(
     """`loss.row_terms` for the loss `kl`. Contiguous."""
     rows, steps, vocabulary = student.shape
     found = torch.empty(3, rows, steps, dtype=torch.float32, device=student.device)
-    _row_terms[(rows,)](
-        student, teacher, log_sum_exp, choice, weights, *found, vocabulary, *_map(logit_map),
-        STEPS=steps, K=triton.next_power_of_2(steps), BLOCK=BLOCK, num_warps=8,
+    _, log_p = summarise_logits(teacher, logit_map)
+    _row_terms[(rows * steps,)](
+        student, teacher, log_p, log_sum_exp, choice, weights, *found, steps, vocabulary, *_map(logit_map),
+        BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return found[0], found[1], found[2]
 
