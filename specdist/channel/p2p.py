@@ -24,13 +24,14 @@ from specdist.errors import WorldError
 from specdist.links import TransferError, wait_work
 from specdist.records import WorkItem
 from specdist.topology import Link, Topology
+from specdist.trace.base import Transfer
 
 
 @dataclass
 class _Transfer:
     """Operations of one item at one end. `staging` is host memory that gloo needs beside a GPU."""
 
-    works: list[tuple[Link, dist.Work]] = field(default_factory=list)
+    works: list[tuple[Link, dist.Work, Transfer]] = field(default_factory=list)
     staging: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -44,6 +45,7 @@ class P2PSender(FeatureSender):
         self._topology, self._rank, self._place, self._links = topology, rank, place, links
         self._tp = len(topology.replicas[place.replica])
         self._ring = Ring(wire.layout, wire.config.send_buffers, item_rows, device)
+        self._trace = wire.trace
         self._in_flight: dict[int, _Transfer] = {}
         self._handed_out = self._sent = 0
         # Sends must not queue behind the next forward, which is on the current stream by the time this one is sent.
@@ -63,7 +65,7 @@ class P2PSender(FeatureSender):
         earlier = self._in_flight.pop(number % self._ring.slots, None)
         if earlier is not None:
             if self._on_device:
-                for _, work in earlier.works:
+                for _, work, _ in earlier.works:
                     work.wait()  # orders the current stream behind the send, without waiting on the host
             else:
                 self._finish(earlier, self._timeout_s)
@@ -84,9 +86,10 @@ class P2PSender(FeatureSender):
             payload = _to_host(part) if self._staged else part
             for destination in draft_ranks:
                 link = Link(self._rank, destination)
-                transfer.works.append(
-                    (link, _start(dist.isend, payload, destination, link, self._topology, self._links))
-                )
+                traced = self._trace.transfer("send", item.index, link, payload.nbytes, self._on_device)
+                work = _start(dist.isend, payload, destination, link, self._topology, self._links)
+                traced.issued(work)
+                transfer.works.append((link, work, traced))
             if self._staged:
                 transfer.staging.append((payload, part))  # gloo reads it until the work is done
         return transfer
@@ -97,9 +100,10 @@ class P2PSender(FeatureSender):
         self._in_flight.clear()
 
     def _finish(self, transfer: _Transfer, timeout_s: float) -> None:
-        for link, work in transfer.works:
+        for link, work, traced in transfer.works:
             try:
                 wait_work(work, timeout_s, self._on_device)
+                traced.ended()
             except TransferError as error:
                 raise WorldError(
                     f"{self._topology.describe(link.destination)} did not take what "
@@ -120,6 +124,7 @@ class P2PReceiver(FeatureReceiver):
         assert place is not None, f"rank {rank} is not a draft rank"
         self._topology, self._rank, self._shard, self._links = topology, rank, place.dp, links
         self._ring = Ring(wire.layout, slots, shard_rows, device)
+        self._trace = wire.trace
         staged = wire.on_gpu and any(dist.get_backend(g) == "gloo" for g in links.values())
         self._host_ring = Ring(wire.layout, slots, shard_rows, torch.device("cpu"), pinned=True) if staged else None
         self._on_device = wire.on_gpu and not staged
@@ -147,28 +152,32 @@ class P2PReceiver(FeatureReceiver):
             if freed is not None:
                 self._stream.wait_event(freed)
             with torch.cuda.stream(self._stream):
-                self._issue(rows, replica, transfer)
+                self._issue(item.index, rows, replica, transfer)
         else:
-            self._issue(rows, replica, transfer)
+            self._issue(item.index, rows, replica, transfer)
         self._transfers[item.index] = transfer
         self._posts.add(item, replica)
 
-    def _issue(self, rows: Tensor, replica: int, transfer: _Transfer) -> None:
+    def _issue(self, index: int, rows: Tensor, replica: int, transfer: _Transfer) -> None:
         sources = self._topology.replicas[replica]
         for t, source in enumerate(sources):
             part = rows[share(len(rows), t, len(sources))]
             if len(part) == 0:
                 continue
             link = Link(source, self._rank)
-            transfer.works.append((link, _start(dist.irecv, part, source, link, self._topology, self._links)))
+            traced = self._trace.transfer("receive", index, link, part.nbytes, self._on_device)
+            work = _start(dist.irecv, part, source, link, self._topology, self._links)
+            traced.issued(work)
+            transfer.works.append((link, work, traced))
 
     def take(self, item: WorkItem, timeout_s: float) -> Tensor:
         deadline = time.monotonic() + timeout_s
         self._posts.take(item, timeout_s)
         transfer = self._transfers.pop(item.index)
-        for link, work in transfer.works:
+        for link, work, traced in transfer.works:
             try:
                 wait_work(work, max(deadline - time.monotonic(), 0.001), self._on_device)
+                traced.ended()
             except TransferError as error:
                 self._check()
                 raise WorldError(
