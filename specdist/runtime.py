@@ -47,7 +47,8 @@ from specdist.topology import Topology
 from specdist.trace.base import NO_TRACE, Trace
 from specdist.trace.collect import collect
 from specdist.trace.config import find_window
-from specdist.trace.recorder import Recorder, Who
+from specdist.trace.recorder import Recorder
+from specdist.trace.writer import Who
 
 LEAVE_S = 10.0
 """Seconds a rank has to leave by itself after another one failed, before it is ended: it may sit in a collective."""
@@ -224,7 +225,7 @@ def _control_plane(
             world.facts.rank,
             job.control,
             scheduler=topology.describe(topology.scheduler_rank),
-            on_abort=functools.partial(_leave_soon, start, world.facts),
+            on_abort=functools.partial(_leave_soon, start, world.facts, trace),
             stop=stop,
         ) as client:
             yield client
@@ -232,8 +233,9 @@ def _control_plane(
             server.join()  # bounded by control.silence_s: a rank that saves for long still shows that it lives
 
 
-def _leave_soon(start: Start, facts: RankFacts, error: UserError) -> None:
+def _leave_soon(start: Start, facts: RankFacts, trace: Trace, error: UserError) -> None:
     """End the process if it does not end by itself: the main thread may be stuck in a collective with a dead rank."""
+    trace.abandon()
     if not isinstance(error, Dismissed):
         start.report(error, facts)
 

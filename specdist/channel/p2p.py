@@ -24,14 +24,13 @@ from specdist.errors import WorldError
 from specdist.links import TransferError, wait_work
 from specdist.records import WorkItem
 from specdist.topology import Link, Topology
-from specdist.trace.base import Transfer
 
 
 @dataclass
 class _Transfer:
     """Operations of one item at one end. `staging` is host memory that gloo needs beside a GPU."""
 
-    works: list[tuple[Link, dist.Work, Transfer]] = field(default_factory=list)
+    works: list[tuple[Link, dist.Work]] = field(default_factory=list)
     staging: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -65,7 +64,7 @@ class P2PSender(FeatureSender):
         earlier = self._in_flight.pop(number % self._ring.slots, None)
         if earlier is not None:
             if self._on_device:
-                for _, work, _ in earlier.works:
+                for _, work in earlier.works:
                     work.wait()  # orders the current stream behind the send, without waiting on the host
             else:
                 self._finish(earlier, self._timeout_s)
@@ -88,8 +87,7 @@ class P2PSender(FeatureSender):
                 link = Link(self._rank, destination)
                 traced = self._trace.transfer("send", item.index, link, payload.nbytes, self._on_device)
                 work = _start(dist.isend, payload, destination, link, self._topology, self._links)
-                traced.issued(work)
-                transfer.works.append((link, work, traced))
+                transfer.works.append((link, traced.issued(work)))
             if self._staged:
                 transfer.staging.append((payload, part))  # gloo reads it until the work is done
         return transfer
@@ -100,10 +98,9 @@ class P2PSender(FeatureSender):
         self._in_flight.clear()
 
     def _finish(self, transfer: _Transfer, timeout_s: float) -> None:
-        for link, work, traced in transfer.works:
+        for link, work in transfer.works:
             try:
                 wait_work(work, timeout_s, self._on_device)
-                traced.ended()
             except TransferError as error:
                 raise WorldError(
                     f"{self._topology.describe(link.destination)} did not take what "
@@ -167,17 +164,15 @@ class P2PReceiver(FeatureReceiver):
             link = Link(source, self._rank)
             traced = self._trace.transfer("receive", index, link, part.nbytes, self._on_device)
             work = _start(dist.irecv, part, source, link, self._topology, self._links)
-            traced.issued(work)
-            transfer.works.append((link, work, traced))
+            transfer.works.append((link, traced.issued(work)))
 
     def take(self, item: WorkItem, timeout_s: float) -> Tensor:
         deadline = time.monotonic() + timeout_s
         self._posts.take(item, timeout_s)
         transfer = self._transfers.pop(item.index)
-        for link, work, traced in transfer.works:
+        for link, work in transfer.works:
             try:
                 wait_work(work, max(deadline - time.monotonic(), 0.001), self._on_device)
-                traced.ended()
             except TransferError as error:
                 self._check()
                 raise WorldError(

@@ -23,8 +23,9 @@ AskClock = Callable[[float], ClockReading]
 class Transfer:
     """A payload on a link, from its issue on."""
 
-    def issued(self, work: dist.Work) -> None:
-        """The transfer is under way, as `work`."""
+    def issued(self, work: dist.Work) -> dist.Work:
+        """The transfer is under way, as `work`; returns what is to be waited for in its place."""
+        return work
 
     def ended(self) -> None:
         """It is known to have ended, at the latest at this moment."""
@@ -45,6 +46,9 @@ class Trace:
     def recording(self, ask: AskClock) -> AbstractContextManager[None]:
         """Around the rank's work: what is not written when it ends is written then."""
         return NOTHING
+
+    def abandon(self) -> None:
+        """The world has failed: what was recorded is written without waiting for anything."""
 
     def finish(self) -> None:
         """Nothing more comes: waits until what was recorded is written. The control plane is still up."""

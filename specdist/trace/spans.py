@@ -87,12 +87,23 @@ class ComputeSpan(HostSpan):
         super().__exit__(kind, error, trace)
 
 
+Watch = Callable[[dist.Work, Callable[[], None]], dist.Work]
+"""Calls the function when the transfer ends; returns what is to be waited for in its place."""
+
+
+def _unwatched(work: dist.Work, ended: Callable[[], None]) -> dist.Work:
+    return work
+
+
 class HostTransfer(Transfer):
     """A transfer that the host issues and whose end the host sees."""
 
-    def __init__(self, track: str, name: str, args: dict[str, Value]):
-        self._track, self._name, self._args = track, name, args
+    def __init__(self, track: str, name: str, args: dict[str, Value], watch: Watch):
+        self._track, self._name, self._args, self._watch = track, name, args, watch
         self._began, self._ended = time.monotonic_ns(), 0
+
+    def issued(self, work: dist.Work) -> dist.Work:
+        return self._watch(work, self.ended)
 
     def ended(self) -> None:
         self._ended = time.monotonic_ns()
@@ -112,17 +123,18 @@ class DeviceTransfer(HostTransfer):
     but wait for it has waited. No other stream and no host thread waits for that."""
 
     def __init__(self, track: str, name: str, args: dict[str, Value], stream: torch.cuda.Stream):
-        super().__init__(track, name, args)
+        super().__init__(track, name, args, _unwatched)
         self._stream = stream
         self._begin, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._issued = False
         self._begin.record()
 
-    def issued(self, work: dist.Work) -> None:
+    def issued(self, work: dist.Work) -> dist.Work:
         with torch.cuda.stream(self._stream):
             work.wait()  # for NCCL: orders this stream behind it
             self._end.record()
         self._issued = True
+        return work
 
     def ended(self) -> None:
         """The device knows better than the host when it was."""
