@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +57,15 @@ class Kept:
     def over(self) -> bool:
         """Whether nothing of it is still under way."""
         return all(timed.over() for timed in self.timed) and all(transfer.over() for transfer in self.transfers)
+
+
+def one_after_another(spans: Iterable[Span]) -> Iterator[Span]:
+    """Spans of one stream in its order; where rounding made neighbours overlap, the later one begins later."""
+    free = 0
+    for span in sorted(spans, key=lambda s: (s.began, s.ended)):
+        began = max(span.began, free)
+        free = max(span.ended, began)
+        yield span._replace(began=began, ended=free)
 
 
 class Writer:
@@ -126,7 +136,7 @@ class Writer:
         kept = self._kept
         spans = [*kept.spans, *(transfer.span(clock) for transfer in kept.transfers)]
         if clock is not None:
-            spans += [span for timed in kept.timed if (span := timed.span(clock)) is not None]
+            spans += one_after_another(span for timed in kept.timed if (span := timed.span(clock)) is not None)
         return Part(
             rank=self._who.rank,
             ranks=self._who.ranks,
