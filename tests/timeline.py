@@ -48,17 +48,22 @@ def check_nesting(track: list[Event]) -> None:
 
 
 def check_arrows(timeline: dict[str, Any]) -> None:
-    """Every arrow has one beginning and one end, and each lies in a slice of its track."""
+    """Every arrow has one beginning and one end, each in a slice of its track. Perfetto binds them to the innermost
+    ones, and lets the arrow begin at the one that begins first."""
     ends: dict[int, list[Event]] = defaultdict(list)
     tracks = slices_by_track(timeline)
     for event in timeline["traceEvents"]:
         if event["ph"] in "sf":
             ends[event["id"]].append(event)
-            around = [s for s in tracks[event["pid"], event["tid"]] if s["ts"] <= event["ts"] < s["ts"] + s["dur"]]
-            assert len(around) == 1, event
     for pair in ends.values():
-        assert sorted(e["ph"] for e in pair) == ["f", "s"], pair
-        assert all(e.get("bp") == "e" for e in pair if e["ph"] == "f")
+        (start,), (end,) = ([e for e in pair if e["ph"] == phase] for phase in "sf")
+        assert end["bp"] == "e"
+        assert innermost(tracks, start)["ts"] < innermost(tracks, end)["ts"], pair
+
+
+def innermost(tracks: dict[tuple[int, int], list[Event]], event: Event) -> Event:
+    around = [s for s in tracks[event["pid"], event["tid"]] if s["ts"] <= event["ts"] < s["ts"] + s["dur"]]
+    return max(around, key=lambda s: s["ts"])
 
 
 def slices(timeline: dict[str, Any], name: str, rank: int | None = None) -> list[Event]:

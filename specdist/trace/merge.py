@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from specdist.trace.arrows import Event, Slice, join, slice_event, us
 from specdist.trace.part import Part, Span
 
-Event = dict[str, Any]
-
 _FIRST_TRACKS = ("host", "device")
+_TRANSFER = ("item", "source", "destination", "bytes")
+"""What the two ends of a transfer have in common."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,23 @@ def merge(parts: Sequence[Part]) -> dict[str, Any]:
     zero = min(starts, default=0)
     names: list[Event] = []
     events: list[Event] = []
-    ends: dict[tuple[object, ...], dict[str, Event]] = defaultdict(dict)
+    transfers: dict[tuple[Any, ...], dict[str, Slice]] = defaultdict(dict)
     for part in parts:
         shift = clocks[part.rank].offset - zero
         names += _metadata(part.rank, "process_name", part.label, part.rank)
         for tid, (track, spans) in enumerate(_lanes(part.spans), start=1):
             names += _metadata(part.rank, "thread_name", track, tid, tid)
             for span in spans:
-                event = _slice(part.rank, tid, span, shift)
-                events.append(event)
+                at = Slice(part.rank, tid, span.began + shift, max(span.ended, span.began + 1) + shift)
+                events.append(slice_event(at, span.name, "transfer" if "source" in span.args else track, span.args))
                 if "source" in span.args:
-                    ends[span.args["item"], span.args["source"], span.args["destination"]][span.name] = event
+                    transfers[tuple(span.args[key] for key in _TRANSFER)][span.name] = at
         for count in part.counts:
-            moment = (count.time + shift) / 1e3
-            events.append({"name": count.name, "ph": "C", "ts": moment, "pid": part.rank, "args": count.values})
-    events += _arrows(ends.values())
+            common = {"name": count.name, "ph": "C", "pid": part.rank}
+            events.append({**common, "ts": us(count.time + shift), "args": count.values})
+    for number, ((item, _, _, size), ends) in enumerate(transfers.items()):
+        if ends.keys() >= {"send", "receive"}:
+            events += join(number, ends["send"], ends["receive"], item, size)
     events.sort(key=lambda event: event["ts"])
     return {"traceEvents": names + events, "displayTimeUnit": "ms", "otherData": _about(parts, clocks)}
 
@@ -100,28 +103,6 @@ def _split(spans: Sequence[Span], nested: bool) -> list[list[Span]]:
             lanes.append([span])
             open_spans.append([span])
     return lanes
-
-
-def _slice(rank: int, tid: int, span: Span, shift: int) -> Event:
-    duration = max(span.ended - span.began, 1)
-    args = dict(span.args)
-    if "bytes" in args:
-        args["GB/s"] = round(float(args["bytes"]) / duration, 3)
-    category = "transfer" if "source" in args else span.track
-    return {
-        "name": span.name, "cat": category, "ph": "X", "ts": (span.began + shift) / 1e3, "dur": duration / 1e3,
-        "pid": rank, "tid": tid, "args": args,
-    }  # fmt: skip
-
-
-def _arrows(transfers: Iterable[Mapping[str, Event]]) -> list[Event]:
-    arrows = []
-    pairs = [(ends["send"], ends["receive"]) for ends in transfers if ends.keys() >= {"send", "receive"}]
-    for number, (send, receive) in enumerate(pairs):
-        for phase, end, moment in (("s", send, send["ts"]), ("f", receive, receive["ts"] + receive["dur"] - 1e-3)):
-            arrow = {"name": "features", "cat": "transfer", "ph": phase, "id": number, "ts": moment}
-            arrows.append(arrow | {"pid": end["pid"], "tid": end["tid"]} | ({"bp": "e"} if phase == "f" else {}))
-    return arrows
 
 
 def _metadata(rank: int, name: str, text: str, place: int, tid: int = 0) -> list[Event]:

@@ -304,7 +304,13 @@ def test_sends_and_receives_are_joined_across_clocks():
     assert arrows(timeline) == 2  # the receive of item 22 is not there
     assert [(e["ts"], e["dur"]) for e in slices(timeline, "forward")] == [(0.9, 4.0), (8.9, 0.9)]
     assert [(e["ts"], e["tid"]) for e in slices(timeline, "send", 0)] == [(4.9, 2), (5.9, 3), (8.9, 2)]
-    assert slices(timeline, "send")[0]["args"]["GB/s"] == 1.0
+    moving = [(e["pid"], e["ts"], e["dur"], e["args"]["GB/s"]) for e in slices(timeline, "moving")]
+    assert moving == [
+        (0, 5.401, 2.499, 1.2),
+        (1, 5.401, 2.699, 1.112),
+        (0, 6.401, 2.499, 1.2),
+        (1, 6.401, 2.699, 1.112),
+    ]
     about = timeline["otherData"]
     assert about["missing_ranks"] == [2]
     assert [c["error_us"] for c in about["clocks"]] == [0.05, 0.07]
