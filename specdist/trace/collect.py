@@ -54,7 +54,7 @@ def _describe(file: Path, about: dict[str, Any]) -> str:
         f"{about['ranks'] - len(missing)} of {about['ranks']} ranks; open it at https://ui.perfetto.dev"
     ]
     if missing:
-        lines.append(f"  no part of ranks {', '.join(map(str, missing))}")
+        lines.append(f"  nothing of ranks {', '.join(map(str, missing))}")
     if known:
         lines.append(f"  clocks agree within {max(c['error_us'] for c in known):.0f} us of rank 0's")
     if unknown := [str(c["rank"]) for c in about["clocks"] if c["error_us"] is None]:

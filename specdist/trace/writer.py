@@ -54,6 +54,9 @@ class Kept:
     transfers: list[HostTransfer] = field(default_factory=list)
     dropped: int = 0
 
+    def __bool__(self) -> bool:
+        return bool(self.spans or self.counts or self.timed or self.transfers)
+
     def over(self) -> bool:
         """Whether nothing of it is still under way."""
         return all(timed.over() for timed in self.timed) and all(transfer.over() for transfer in self.transfers)
@@ -93,6 +96,8 @@ class Writer:
         """Nothing more comes; wait until it is written, if there is anything to write."""
         self.over.set()
         self.counted.set()
+        if self._kept:  # of a target rank that had none of the items, or of steps that were never done
+            self.start()
         if self._thread.ident is not None:
             self._thread.join(_LEAVE_S if self._hurry.is_set() else _FINISH_S)
 

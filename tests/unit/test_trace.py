@@ -214,6 +214,14 @@ def test_a_run_that_ends_before_the_window_writes_nothing(tmp_path):
     assert read_parts(tmp_path) == []
 
 
+def test_rank_0_s_queues_are_written_even_if_none_of_the_items_came_to_it(tmp_path):
+    trace = recorder(tmp_path)
+    with trace.recording(same_clock):
+        trace.reach(19)
+        trace.count("slots", 18, 21, free=1)
+    assert [c.values for c in only_part(tmp_path).counts] == [{"free": 1}]
+
+
 def test_memory_is_bounded_and_what_was_left_out_is_counted(tmp_path):
     trace = recorder(tmp_path, most=5)
     with trace.recording(same_clock):
@@ -356,7 +364,7 @@ def test_the_command_takes_the_newest_start_that_has_a_trace(tmp_path, capsys):
     assert cli.main(["trace", str(tmp_path)]) == 0
     words = capsys.readouterr().out
     assert f"{newer.trace}: steps 11 to 12, 1 of 3 ranks" in words
-    assert "no part of ranks 1, 2" in words
+    assert "nothing of ranks 1, 2" in words
     check_format(json.loads(newer.trace.read_text()))
     assert not old.trace.exists()
     assert collect_newest(tmp_path, "7.0").startswith(str(old.trace))
