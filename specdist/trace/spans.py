@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -82,8 +83,9 @@ class ComputeSpan(HostSpan):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._timed.ended = torch.cuda.Event(enable_timing=True)
-        self._timed.ended.record()
+        if error is None:  # else the device may be what failed, and what it says now would hide the error
+            self._timed.ended = torch.cuda.Event(enable_timing=True)
+            self._timed.ended.record()
         super().__exit__(kind, error, trace)
 
 
@@ -130,10 +132,10 @@ class DeviceTransfer(HostTransfer):
         self._begin.record()
 
     def issued(self, work: dist.Work) -> dist.Work:
-        with torch.cuda.stream(self._stream):
+        with contextlib.suppress(RuntimeError), torch.cuda.stream(self._stream):  # whoever needs the rows tells it
             work.wait()  # for NCCL: orders this stream behind it
             self._end.record()
-        self._issued = True
+            self._issued = True
         return work
 
     def ended(self) -> None:

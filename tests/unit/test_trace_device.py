@@ -130,6 +130,27 @@ def test_compute_and_transfers_are_on_the_device_and_nothing_else_waits(tmp_path
     assert len(streams) == 16  # and links beyond share them
 
 
+def test_a_failing_device_s_own_error_is_the_one_that_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = Recorder(Window(1, 1, range(1)), Who(0, 2, "rank 0", "a", torch.device("cuda", 0)), tmp_path)
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("CUDA error, as seen by the trace")
+
+    def run() -> None:
+        with trace.recording(lambda timeout_s: ClockReading(0, 0, 0)):
+            trace.reach(0)
+            traced = trace.transfer("send", 0, Link(0, 1), 10, on_device=True)
+            with trace.compute("forward", 0):
+                monkeypatch.setattr(PlayedEvent, "record", fail)
+                traced.issued(Work())  # type: ignore[arg-type]
+                raise ValueError("the device's own error")
+
+    with pytest.raises(ValueError, match="the device's own error"):
+        run()
+    (part,) = read_parts(tmp_path)
+    assert {s.name: s.args.get("unfinished") for s in part.spans} == {"forward": None, "send": True}
+
+
 def test_neighbours_on_a_stream_do_not_overlap() -> None:
     spans = [Span("device", "b", 95, 200, {}), Span("device", "a", 0, 100, {}), Span("device", "c", 198, 199, {})]
     assert [(s.name, s.began, s.ended) for s in one_after_another(spans)] == [
