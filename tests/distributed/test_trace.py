@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from specdist.contract import Attempt
 from specdist.trace.collect import collect_newest
 from specdist.trace.part import read_parts
-from tests.distributed.worlds import mooncake_loads, torchrun, train
+from tests.distributed.worlds import mooncake_loads, start_by_hand, torchrun, train
 from tests.timeline import arrows, check_format, slices
 from tests.tiny import make_config, make_conversations, make_target
 
@@ -96,6 +99,41 @@ def test_a_colocated_world(tmp_path, material):
         check_draft_rank(timeline, rank)
         assert items(timeline, "target forward", rank) == [4, 5, 6, 7]
     assert arrows(timeline) == 0
+
+
+OTHER_CLOCK = ("unshare", "--fork", "--kill-child", "--time", "--monotonic", "5000", "--boottime", "5000")
+"""Starts a process whose monotonic clock is 5,000 s ahead, as on a host that was started earlier."""
+
+
+def other_clocks_work() -> bool:
+    tried = [*OTHER_CLOCK, "true"]
+    return shutil.which("unshare") is not None and subprocess.run(tried, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not other_clocks_work(), reason="needs time namespaces")
+def test_ranks_on_another_clock_are_put_onto_rank_0_s(tmp_path, material):
+    words = make_config(tmp_path, *material, **TRACED)
+    attempt = dict.fromkeys(range(3), Attempt("clocks").environment())  # else named after the ranks' parent process
+    ranks = start_by_hand([0, 1, 2], 3, ["-m", "specdist.train", *words], tmp_path, attempt, {1: OTHER_CLOCK})
+    try:
+        statuses = [process.wait(120) for process in ranks.values()]
+    finally:
+        for process in ranks.values():
+            process.kill()
+            process.wait()
+    assert statuses == [0, 0, 0], (tmp_path / "0").read_text()
+    (file,) = (tmp_path / "run/logs").glob("*/trace.json")
+    timeline = json.loads(file.read_text())
+    check_format(timeline)
+    clocks = timeline["otherData"]["clocks"]
+    assert clocks[0]["offset_us"] == clocks[2]["offset_us"] == 0
+    assert abs(clocks[1]["offset_us"] + 5000e6) <= clocks[1]["error_us"] < 0.1e6
+    slack = clocks[1]["error_us"]
+    for step in ("step 3", "step 4"):  # both draft ranks reduce gradients at the end of it: it ends together
+        one, two = (slices(timeline, step, rank)[0] for rank in (1, 2))
+        assert one["ts"] < two["ts"] + two["dur"] + slack
+        assert two["ts"] < one["ts"] + one["dur"] + slack
+    print(f"\n{clocks[1]}")
 
 
 def test_after_a_failure_every_rank_s_part_is_there(tmp_path, material):
