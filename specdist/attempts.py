@@ -7,6 +7,7 @@ started.json     when, on which hosts, with how many ranks
 outcome.json     finished, or stopped (a signal, the time limit): written by the rank that saved
 failure.json     the first failure; whoever meets it first writes it, what the others meet later is a consequence
 ROLE/HOST-rankN.log
+trace/rank-N.json, trace.json   what every rank recorded of the traced steps, and all of it together (specdist/trace/)
 """
 
 from __future__ import annotations
@@ -137,6 +138,14 @@ class AttemptRecord:
     @property
     def failure_file(self) -> Path:
         return self.directory / "failure.json"
+
+    @property
+    def trace_parts(self) -> Path:
+        return self.directory / "trace"
+
+    @property
+    def trace(self) -> Path:
+        return self.directory / "trace.json"
 
     def begin(self, started: Started) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

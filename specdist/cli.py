@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "launch": _launch,
         "status": _status,
+        "trace": _trace,
         "doctor": _doctor,
         "plan": _plan,
         "prepare": _prepare,
@@ -59,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_launch(commands)
     status = command("status", "Tell where a run is: phase, step, queues, starved side, time to go.", config=False)
     status.add_argument("run_dir", metavar="RUN_DIR", help="the run.dir of a job")
+    trace = command("trace", "Put together what the ranks of a run have traced, for Perfetto.", config=False)
+    trace.add_argument("run_dir", metavar="RUN_DIR", help="the run.dir of a job that was started with trace.steps=N")
+    trace.add_argument("--attempt", metavar="NAME", help="a folder of RUN_DIR/logs (default: the newest with a trace)")
     _add_doctor(command("doctor", "Check the hosts of a job: GPUs, versions, links, clocks, run directory, model."))
     plan = command("plan", "Show, without a GPU, which rank does what, what travels, and what fits into memory.")
     plan.add_argument("--nodes", type=int, metavar="N", help="machines, which are called node0, ... (default 1)")
@@ -113,6 +117,13 @@ def _status(args: argparse.Namespace) -> int:
     from specdist.status import describe
 
     print(describe(Path(args.run_dir)))
+    return 0
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from specdist.trace.collect import collect_newest
+
+    print(collect_newest(Path(args.run_dir), args.attempt))
     return 0
 
 

@@ -43,7 +43,9 @@ def consume(rank: Rank) -> None:
         client.phase = f"loading {rank.itinerary.checkpoint.name}"
         checkpointer.load(rank.itinerary.checkpoint, draft, optimizer)
     source = _source(rank, items, place.dp)
-    trainer = Trainer(draft, optimizer, source, items, rank.prompts, rank.groups, place.dp, rank.world.device)
+    trainer = Trainer(
+        draft, optimizer, source, items, rank.prompts, rank.groups, place.dp, rank.world.device, rank.trace
+    )
     recipe = Recipe(job.train, job.optimizer, job.checkpoint, job.metrics.every, rank.itinerary.total_steps)
     leader = rank.rank == topology.draft_ranks[0]
     client.ready()
@@ -65,6 +67,7 @@ def consume(rank: Rank) -> None:
         ranks = len(topology.draft_ranks)
         outcome = Outcome(state, progress, rank.itinerary.total_steps, figures, producers, ranks)
         rank.record.end(finish(job, rank.facts, rank.run_dir, outcome, rank.world.device, rank.stop))
+    rank.trace.finish()
     client.close()
     rank.stop.uninstall()
 
@@ -93,12 +96,13 @@ def _source(rank: Rank, items: Items, shard: int) -> FeatureSource:
         rows = len(own) * job.prompts.tokens_per_rank
         engine = rank.load_engine(rows)
         channel = LocalChannel(layout, own.index(shard), job.train.accumulation, rows, device)
-        source = ColocatedSource(engine, channel, topology, rank.rank, rank.prompts)
+        source = ColocatedSource(engine, channel, topology, rank.rank, rank.prompts, rank.trace)
         source.verify(items, job.target.verify)
         return source
     slots = jobs.slots(job, layout)
     receiver = make_receiver(rank.wire(), slots, job.prompts.tokens_per_rank, rank.client.check)
-    return RemoteSource(rank.client, receiver, items, topology.draft_ranks.index(rank.rank), rank.stop, rank.timeout_s)
+    number = topology.draft_ranks.index(rank.rank)
+    return RemoteSource(rank.client, receiver, items, number, rank.stop, rank.timeout_s, rank.trace)
 
 
 def _end_the_run(rank: Rank, source: FeatureSource, next_item: int, leader: bool) -> None:

@@ -36,6 +36,7 @@ from specdist.target import engine
 from specdist.target.config import TargetConfig
 from specdist.target.facts import TargetFacts, check, check_layout, compute_dtype, describe
 from specdist.topology import Topology, WorldConfig
+from specdist.trace.config import TraceConfig
 from specdist_launch.config import LaunchConfig
 
 
@@ -65,6 +66,7 @@ class JobConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -72,8 +74,8 @@ class JobConfig:
 
 
 CHANGEABLE = (
-    "world", "scheduler", "control", "channel", "checkpoint", "metrics", "export", "evaluate", "launch", "run.dir",
-    "train", "target.replicas", "target.tp", "target.verify", "target.verify_against", "target.prefill",
+    "world", "scheduler", "control", "channel", "checkpoint", "metrics", "trace", "export", "evaluate", "launch",
+    "run.dir", "train", "target.replicas", "target.tp", "target.verify", "target.verify_against", "target.prefill",
     "target.engine", "target.sglang.prefill_tokens", "target.sglang.memory_fraction",
     "target.sglang.attention_backend", "target.sglang.ep", "draft.dp", "draft.cp", "draft.sharding", "draft.compile",
     "prompts.workers", "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer",
@@ -103,6 +105,7 @@ def load_job(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> JobC
             raise ConfigError(f"draft.cp={job.draft.cp}: context parallelism is not built yet, use draft.cp=1")
         if not job.prompts.files:
             raise ConfigError("prompts.files is empty: give JSONL, JSON, Parquet files or dataset directories")
+        job.trace.check(job.train.steps)
         return job
 
 

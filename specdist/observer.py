@@ -18,7 +18,9 @@ from specdist.control.messages import Statistics
 from specdist.control.peers import Peers, Phase
 from specdist.files import write_atomically
 from specdist.itinerary import Itinerary
+from specdist.scheduler import Scheduler
 from specdist.status import Status
+from specdist.trace.base import NO_TRACE, Trace
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +37,17 @@ class RunObserver(Observer):
         status_file: replaced at every pulse; `specdist status` reads it.
     """
 
-    def __init__(self, status_file: Path, record: AttemptRecord, attempt: Attempt, itinerary: Itinerary, began: float):
+    def __init__(
+        self,
+        status_file: Path,
+        record: AttemptRecord,
+        attempt: Attempt,
+        itinerary: Itinerary,
+        began: float,
+        trace: Trace = NO_TRACE,
+    ):
         self._file, self._record, self._attempt, self._itinerary = status_file, record, attempt, itinerary
+        self._trace = trace
         self._writer = ThreadPoolExecutor(1, "specdist-status")
         self._writing: Future[None] | None = None
         self._unwritten: str | None = None
@@ -67,6 +78,21 @@ class RunObserver(Observer):
         )
         self._write(json.dumps(asdict(status), indent=1) + "\n")
         self._break_the_silence(step, statistics.released, phases, started, now)
+
+    def advanced(self, scheduler: Scheduler, now: float) -> None:
+        """Give the timeline the slots of a ring: their sum is always the same."""
+        if not self._trace.on:
+            return
+        s, first = scheduler.statistics(now), self._itinerary.progress.next_item
+        self._trace.count(
+            "slots",
+            lowest=first + s.released,
+            highest=first + s.dispatched,
+            computing=s.computing,
+            queued=s.queued,
+            delivered=s.delivered - s.released,
+            free=scheduler.slots - (s.dispatched - s.released),
+        )
 
     def _write(self, text: str) -> None:
         """Replace the status file, in a thread: a slow file system must not hold up the scheduler. A text that comes

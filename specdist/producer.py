@@ -18,6 +18,7 @@ from specdist.prompts.store import PromptStore
 from specdist.records import WorkItem
 from specdist.target.engine import Engine, verify
 from specdist.topology import TargetPlace
+from specdist.trace.base import NO_TRACE, Trace
 
 WARM_ITEMS = 3
 """Rates leave out so many items, in which kernels are compiled and memory is allocated."""
@@ -91,6 +92,7 @@ class Producer:
         place: TargetPlace,
         verify_items: int,
         timeout_s: float,
+        trace: Trace = NO_TRACE,
     ):
         self._engine, self._sender, self._client = engine, sender, client
         self._items, self._prompts, self._place = items, prompts, place
@@ -99,10 +101,12 @@ class Producer:
         self._running: deque[_Forward] = deque()
         self.report = ProducerReport()
         self._began = 0.0
+        self._trace, self._idle_ns = trace, 0
 
     def run(self) -> ProducerReport:
         """Work until the scheduler says stop; raises WorldError when the world fails."""
         stopped = False
+        self._idle_ns = time.monotonic_ns()
         while not stopped:
             for message in self._client.poll(self._patience()):
                 match message:
@@ -131,13 +135,19 @@ class Producer:
 
     def _launch(self, item: WorkItem) -> None:
         self._client.phase = f"forward of item {item.index}"
-        batch = self._prompts.pack([s for shard in item.shards for s in shard.sequences])
+        self._trace.reach(self._running[0].item.index if self._running else item.index)
+        if not self._running:
+            self._trace.waited("wait for an item", self._idle_ns, item.index)
+        with self._trace.span("pack", item.index, tokens=item.tokens):
+            batch = self._prompts.pack([s for shard in item.shards for s in shard.sequences])
         if self._verify_left > 0:
             self._verify_left -= 1
             verify(self._engine, batch)
-        rows = self._sender.buffer(item)
+        with self._trace.span("wait for a buffer", item.index):
+            rows = self._sender.buffer(item)
         began = self._now()
-        self._engine.forward(batch, rows)
+        with self._trace.compute("forward", item.index, tokens=item.tokens):
+            self._engine.forward(batch, rows)
         ended = self._now()
         self._running.append(_Forward(item, rows, began, ended))
 
@@ -155,11 +165,13 @@ class Producer:
             done = self._running.popleft()
             if self._place.tp == 0:
                 self._client.send(Computed(done.item.index, self._place.replica))
-            self._sender.send(done.item, done.rows)
+            with self._trace.span("issue the sends", done.item.index):
+                self._sender.send(done.item, done.rows)
             self.report.items += 1
             self.report.tokens += done.item.tokens
             self.report.busy_s += done.seconds()
             if self.report.items == WARM_ITEMS:
                 self.report.is_warm(time.monotonic() - self._began)
             self._items.forget(before=done.item.index)
+            self._idle_ns = time.monotonic_ns()
             self._client.phase = "waiting for an item"

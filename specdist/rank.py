@@ -18,6 +18,7 @@ from specdist.run_dir import RunDirectory
 from specdist.stop import StopFlag
 from specdist.target.engine import Engine, build_engine
 from specdist.topology import Topology
+from specdist.trace.base import Trace
 
 
 def stream_of(job: JobConfig, topology: Topology, prompts: PromptStore) -> Stream:
@@ -40,6 +41,7 @@ class Rank:
     client: ControlClient
     stop: StopFlag
     record: AttemptRecord
+    trace: Trace
 
     @property
     def rank(self) -> int:
@@ -55,7 +57,13 @@ class Rank:
 
     def wire(self) -> Wire:
         return Wire(
-            self.job.channel, self.topology, self.world, self.groups, self.facts.layout, self.job.world.wait_timeout_s
+            self.job.channel,
+            self.topology,
+            self.world,
+            self.groups,
+            self.facts.layout,
+            self.timeout_s,
+            self.trace,
         )
 
     def load_engine(self, tokens: int) -> Engine:

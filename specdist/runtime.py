@@ -26,7 +26,7 @@ from specdist.control.server import ControlServer
 from specdist.control.wire import new_token
 from specdist.doctor.preflight import Preflight
 from specdist.draft_role import consume
-from specdist.errors import Dismissed, UserError, WorldError
+from specdist.errors import DataError, Dismissed, UserError, WorldError
 from specdist.export import load_exported
 from specdist.groups import World, join_world, make_groups
 from specdist.itinerary import Itinerary, find_itinerary, share_itinerary
@@ -44,6 +44,11 @@ from specdist.stop import StopFlag
 from specdist.target.engine import engine_groups
 from specdist.target_role import produce
 from specdist.topology import Topology
+from specdist.trace.base import NO_TRACE, Trace
+from specdist.trace.collect import collect
+from specdist.trace.config import find_window
+from specdist.trace.recorder import Recorder
+from specdist.trace.writer import Who
 
 LEAVE_S = 10.0
 """Seconds a rank has to leave by itself after another one failed, before it is ended: it may sit in a collective."""
@@ -91,9 +96,15 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     stop = StopFlag(start.attempt.deadline, job.launch.stop_before_end_s)
     if (reason := stop_asked()) is not None:
         stop.request(reason)
-    with _control_plane(job, job_facts, world, topology, itinerary, start, stop) as client:
+    trace = _trace(job, world, topology, itinerary, start)
+    with (
+        _control_plane(job, job_facts, world, topology, itinerary, start, stop, trace) as client,
+        trace.recording(client.ask_clock),
+    ):
         stop.install()  # before the control plane is up nobody could be told, and there is nothing to save
-        rank = Rank(job, job_facts, world, topology, groups, run_dir, prompts, itinerary, client, stop, start.record)
+        rank = Rank(
+            job, job_facts, world, topology, groups, run_dir, prompts, itinerary, client, stop, start.record, trace
+        )
         client.phase = "connecting links"
         connect_links(topology, groups, world, job.world.join_timeout_s)
         preflight.links(groups)
@@ -101,6 +112,8 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
             produce(rank)
         else:
             consume(rank)
+    if trace.on and facts.rank == 0:  # all ranks have left
+        _tell_trace(start.record)
 
 
 def _agree_on_itinerary(
@@ -129,6 +142,27 @@ def _draft_vocabulary(job: JobConfig, prompts: PromptStore) -> Tensor | None:
     else:
         return None
     return ids if len(ids) < whole else None
+
+
+def _trace(job: JobConfig, world: World, topology: Topology, itinerary: Itinerary, start: Start) -> Trace:
+    """This rank's recorder, where the job asks for one and this start comes to the steps it asks for."""
+    window = find_window(job.trace, itinerary.progress, itinerary.end_item, job.train.accumulation)
+    rank, first = world.facts.rank, itinerary.progress.step + 1
+    if job.trace.steps is not None and rank == 0:
+        what = "nothing is traced" if window is None else f"steps {window.first_step} to {window.last_step} are traced"
+        print(f"specdist: {what}; this start does steps {first} to {itinerary.total_steps}", file=sys.stderr)
+    if window is None:
+        return NO_TRACE
+    who = Who(rank, topology.world_size, topology.describe(rank), world.hosts[rank], world.device)
+    return Recorder(window, who, start.record.trace_parts)
+
+
+def _tell_trace(record: AttemptRecord) -> None:
+    try:
+        words = collect(record) or "is empty: this start ended before the traced steps"
+    except (OSError, DataError) as error:  # the run itself is done
+        words = f"could not be put together: {error}"
+    print(f"specdist: trace {words}", file=sys.stderr)
 
 
 def _introduce(job: JobConfig, topology: Topology, facts: JobFacts, prompts: PromptStore, itinerary: Itinerary) -> None:
@@ -160,13 +194,14 @@ def _control_plane(
     itinerary: Itinerary,
     start: Start,
     stop: StopFlag,
+    trace: Trace,
 ) -> Iterator[ControlClient]:
     """This rank's client; on rank 0 the server beside it, which outlives all clients."""
     with contextlib.ExitStack() as stack:
         server, secret = None, new_token()
         if world.facts.rank == 0:
             status = RunDirectory(Path(job.run.dir)).status
-            observer = RunObserver(status, start.record, start.attempt, itinerary, time.monotonic())
+            observer = RunObserver(status, start.record, start.attempt, itinerary, time.monotonic(), trace)
             stack.callback(observer.close)
             server = ControlServer(
                 local_address(),
@@ -190,7 +225,7 @@ def _control_plane(
             world.facts.rank,
             job.control,
             scheduler=topology.describe(topology.scheduler_rank),
-            on_abort=functools.partial(_leave_soon, start, world.facts),
+            on_abort=functools.partial(_leave_soon, start, world.facts, trace),
             stop=stop,
         ) as client:
             yield client
@@ -198,8 +233,9 @@ def _control_plane(
             server.join()  # bounded by control.silence_s: a rank that saves for long still shows that it lives
 
 
-def _leave_soon(start: Start, facts: RankFacts, error: UserError) -> None:
+def _leave_soon(start: Start, facts: RankFacts, trace: Trace, error: UserError) -> None:
     """End the process if it does not end by itself: the main thread may be stuck in a collective with a dead rank."""
+    trace.abandon()
     if not isinstance(error, Dismissed):
         start.report(error, facts)
 

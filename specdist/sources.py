@@ -21,6 +21,7 @@ from specdist.records import FeatureLayout, PackedTokens, WorkItem
 from specdist.stop import StopFlag
 from specdist.target.engine import Engine, verify
 from specdist.topology import Topology
+from specdist.trace.base import NO_TRACE, Trace
 from specdist.trainer import FeatureSource
 
 
@@ -36,9 +37,11 @@ class RemoteSource(FeatureSource):
         draft: int,
         stop: StopFlag,
         timeout_s: float,
+        trace: Trace = NO_TRACE,
     ):
         self._client, self._receiver, self._items = client, receiver, items
         self._draft, self._stop, self._timeout_s = draft, stop, timeout_s
+        self._trace = trace
         self._delivered: set[int] = set()
         self._changed = threading.Condition()
         self._stopped = False
@@ -49,8 +52,10 @@ class RemoteSource(FeatureSource):
     def take(self, item: WorkItem) -> Tensor:
         self._client.phase = f"waiting for the features of item {item.index}"
         began = time.monotonic()
-        self._await(item.index)
-        rows = self._receiver.take(item, self._timeout_s)
+        with self._trace.span("wait for the forward", item.index):
+            self._await(item.index)
+        with self._trace.span("wait for the transfer", item.index):
+            rows = self._receiver.take(item, self._timeout_s)
         self.waited_s += time.monotonic() - began
         self._client.phase = f"training on item {item.index}"
         return rows
@@ -112,7 +117,8 @@ class RemoteSource(FeatureSource):
     def _handle(self, message: object) -> None:
         match message:
             case Deliver(index, replica):
-                self._receiver.post(self._items[index], replica)
+                with self._trace.span("post the receives", index):
+                    self._receiver.post(self._items[index], replica)
                 with self._changed:
                     self._delivered.add(index)
                     self._changed.notify_all()
@@ -130,8 +136,16 @@ class ColocatedSource(FeatureSource):
     A replica computes, in one packed forward, the shards of its own ranks.
     """
 
-    def __init__(self, engine: Engine, channel: LocalChannel, topology: Topology, rank: int, prompts: PromptStore):
-        self._engine, self._channel, self._prompts = engine, channel, prompts
+    def __init__(
+        self,
+        engine: Engine,
+        channel: LocalChannel,
+        topology: Topology,
+        rank: int,
+        prompts: PromptStore,
+        trace: Trace = NO_TRACE,
+    ):
+        self._engine, self._channel, self._prompts, self._trace = engine, channel, prompts, trace
         self._shards = local_shards(topology, rank)
 
     def verify(self, items: Items, count: int) -> None:
@@ -145,7 +159,8 @@ class ColocatedSource(FeatureSource):
         own = self._own(item)
         rows = self._channel.buffer(own)
         if own.tokens:
-            self._engine.forward(self._pack(own), rows)
+            with self._trace.compute("target forward", item.index, tokens=own.tokens):
+                self._engine.forward(self._pack(own), rows)
         self._channel.send(own, rows)
         return self._channel.take(own, timeout_s=0)
 

@@ -35,7 +35,15 @@ def produce(rank: Rank) -> None:
         rank.client.phase = "connecting to the draft ranks"
         sender.connect(job.control.load_timeout_s, rank.client.check)
     producer = Producer(
-        engine, sender, rank.client, rank.items(), rank.prompts, place, job.target.verify, rank.timeout_s
+        engine,
+        sender,
+        rank.client,
+        rank.items(),
+        rank.prompts,
+        place,
+        job.target.verify,
+        rank.timeout_s,
+        rank.trace,
     )
     rank.client.ready()
     report = producer.run()

@@ -30,6 +30,7 @@ from specdist.prompts.store import PromptStore
 from specdist.recipe import Recipe
 from specdist.records import Features, PackedTokens, WorkItem
 from specdist.stop import StopFlag
+from specdist.trace.base import NO_TRACE, Trace
 
 
 class TrainingDiverged(RuntimeError):
@@ -113,10 +114,12 @@ class Trainer:
         groups: Groups,
         shard: int,
         device: torch.device,
+        trace: Trace = NO_TRACE,
     ):
         self.model, self.optimizer, self.source, self.items = model, optimizer, source, items
         self._prompts, self._groups, self._shard, self._device = prompts, groups, shard, device
         self._sums = torch.zeros(len(model.metric_names), dtype=torch.float64, device=device)
+        self._trace = trace
         self._last: _StepResult | None = None
         self._saved_step = -1
         self.steps_done = self.tokens_done = 0
@@ -134,14 +137,15 @@ class Trainer:
         """Train on from `progress`; returns where it stopped, which `commit` then saves."""
         self._saved_step, window = progress.step, _WindowClock(self)
         try:
-            while progress.step < recipe.total_steps and not self._agree(bool(stop)):
+            while progress.step < recipe.total_steps and not self._agree(bool(stop), progress.next_item):
                 set_learning_rate(self.optimizer, learning_rate(recipe.optimizer, progress.step, recipe.total_steps))
                 end = min(progress.next_item + recipe.train.accumulation, self.items.end)
                 last = self.train_step(progress.step, range(progress.next_item, end), recipe.optimizer.clip_norm)
                 progress = Progress(progress.step + 1, end, last.end, progress.fingerprint)
                 reporter.step(progress.step)
                 if progress.step % recipe.log_every == 0 or progress.step == recipe.total_steps:
-                    reporter.figures(progress.step, self._figures(), window.close())
+                    with self._trace.span("figures", end - 1):
+                        reporter.figures(progress.step, self._figures(), window.close())
                 checkpointer.poll()
                 if recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0:
                     self._save(progress, checkpointer)
@@ -162,22 +166,34 @@ class Trainer:
 
     def train_step(self, step: int, indices: range, clip_norm: float) -> WorkItem:
         """One optimizer step over the items `indices`; returns the last of them."""
+        self._trace.reach(indices.start)
+        with self._trace.span(f"step {step + 1}", indices.start):
+            return self._train_step(step, indices, clip_norm)
+
+    def _train_step(self, step: int, indices: range, clip_norm: float) -> WorkItem:
+        trace, first = self._trace, indices.start
         micro_batches = [self._receive(self.items[i]) for i in indices]
-        totals = torch.stack([m.supervision.counts for m in micro_batches]).sum(0)
-        dist.all_reduce(totals, group=self._groups.draft)
+        with trace.compute("agree on the counts", first):
+            totals = torch.stack([m.supervision.counts for m in micro_batches]).sum(0)
+            dist.all_reduce(totals, group=self._groups.draft)
         losses = torch.zeros((), device=self._device)
         for micro in micro_batches:
             self._sync_gradients(micro is micro_batches[-1])
-            loss, sums = self.model(micro.batch, micro.features, micro.supervision, totals)
-            loss.backward()
+            with trace.compute("forward", micro.item.index, tokens=len(micro.batch.tokens)):
+                loss, sums = self.model(micro.batch, micro.features, micro.supervision, totals)
+            with trace.compute("backward", micro.item.index, reduces=micro is micro_batches[-1]):
+                loss.backward()
             losses += loss.detach()
             self._sums += sums
             self.source.release(micro.item)
-        norm = self._clip(clip_norm)
-        self.check_finite()
+        with trace.compute("clip", first):
+            norm = self._clip(clip_norm)
+        with trace.span("check the step before", first):
+            self.check_finite()
         self._last = _StepResult(step, [m.item for m in micro_batches], _Reading(losses, norm))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with trace.compute("optimizer", first):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         self.items.forget(before=indices.stop)
         self.steps_done += 1
         self.tokens_done += sum(m.item.tokens for m in micro_batches)
@@ -208,10 +224,14 @@ class Trainer:
             )
 
     def _receive(self, item: WorkItem) -> MicroBatch:
-        host_batch = self._prompts.pack(item.shards[self._shard].sequences)
-        features = Features(self.model.layout, self.source.take(item))
-        batch = host_batch.to(self._device)
-        return MicroBatch(item, batch, features, self.model.supervise(batch, host_batch, features))
+        with self._trace.span("pack", item.index):
+            host_batch = self._prompts.pack(item.shards[self._shard].sequences)
+        with self._trace.span("take the features", item.index):
+            features = Features(self.model.layout, self.source.take(item))
+        with self._trace.compute("supervise", item.index):
+            batch = host_batch.to(self._device)
+            supervision = self.model.supervise(batch, host_batch, features)
+        return MicroBatch(item, batch, features, supervision)
 
     def _sync_gradients(self, last: bool) -> None:
         """Gradients are reduced over the ranks once per step, with the last micro-batch."""
@@ -223,11 +243,12 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm or math.inf)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def _agree(self, stop: bool) -> bool:
+    def _agree(self, stop: bool, next_item: int) -> bool:
         """Whether any draft rank was asked to stop."""
-        flag = torch.tensor(int(stop))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.draft_cpu)
-        return bool(flag)
+        with self._trace.span("agree to go on", next_item):
+            flag = torch.tensor(int(stop))
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.draft_cpu)
+            return bool(flag)
 
     def _figures(self) -> dict[str, float]:
         sums = self._sums.clone()
@@ -240,7 +261,8 @@ class Trainer:
 
     def _save(self, progress: Progress, checkpointer: Checkpointer) -> None:
         self.check_finite()
-        checkpointer.save(self.model, self.optimizer, progress)
+        with self._trace.span("save", progress.next_item - 1):
+            checkpointer.save(self.model, self.optimizer, progress)
         self._saved_step = progress.step
 
 

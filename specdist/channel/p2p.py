@@ -44,6 +44,7 @@ class P2PSender(FeatureSender):
         self._topology, self._rank, self._place, self._links = topology, rank, place, links
         self._tp = len(topology.replicas[place.replica])
         self._ring = Ring(wire.layout, wire.config.send_buffers, item_rows, device)
+        self._trace = wire.trace
         self._in_flight: dict[int, _Transfer] = {}
         self._handed_out = self._sent = 0
         # Sends must not queue behind the next forward, which is on the current stream by the time this one is sent.
@@ -84,9 +85,9 @@ class P2PSender(FeatureSender):
             payload = _to_host(part) if self._staged else part
             for destination in draft_ranks:
                 link = Link(self._rank, destination)
-                transfer.works.append(
-                    (link, _start(dist.isend, payload, destination, link, self._topology, self._links))
-                )
+                traced = self._trace.transfer("send", item.index, link, payload.nbytes, self._on_device)
+                work = _start(dist.isend, payload, destination, link, self._topology, self._links)
+                transfer.works.append((link, traced.issued(work)))
             if self._staged:
                 transfer.staging.append((payload, part))  # gloo reads it until the work is done
         return transfer
@@ -120,6 +121,7 @@ class P2PReceiver(FeatureReceiver):
         assert place is not None, f"rank {rank} is not a draft rank"
         self._topology, self._rank, self._shard, self._links = topology, rank, place.dp, links
         self._ring = Ring(wire.layout, slots, shard_rows, device)
+        self._trace = wire.trace
         staged = wire.on_gpu and any(dist.get_backend(g) == "gloo" for g in links.values())
         self._host_ring = Ring(wire.layout, slots, shard_rows, torch.device("cpu"), pinned=True) if staged else None
         self._on_device = wire.on_gpu and not staged
@@ -147,20 +149,22 @@ class P2PReceiver(FeatureReceiver):
             if freed is not None:
                 self._stream.wait_event(freed)
             with torch.cuda.stream(self._stream):
-                self._issue(rows, replica, transfer)
+                self._issue(item.index, rows, replica, transfer)
         else:
-            self._issue(rows, replica, transfer)
+            self._issue(item.index, rows, replica, transfer)
         self._transfers[item.index] = transfer
         self._posts.add(item, replica)
 
-    def _issue(self, rows: Tensor, replica: int, transfer: _Transfer) -> None:
+    def _issue(self, index: int, rows: Tensor, replica: int, transfer: _Transfer) -> None:
         sources = self._topology.replicas[replica]
         for t, source in enumerate(sources):
             part = rows[share(len(rows), t, len(sources))]
             if len(part) == 0:
                 continue
             link = Link(source, self._rank)
-            transfer.works.append((link, _start(dist.irecv, part, source, link, self._topology, self._links)))
+            traced = self._trace.transfer("receive", index, link, part.nbytes, self._on_device)
+            work = _start(dist.irecv, part, source, link, self._topology, self._links)
+            transfer.works.append((link, traced.issued(work)))
 
     def take(self, item: WorkItem, timeout_s: float) -> Tensor:
         deadline = time.monotonic() + timeout_s

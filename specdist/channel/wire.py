@@ -11,6 +11,7 @@ from specdist.channel.config import ChannelConfig
 from specdist.groups import Groups, World
 from specdist.records import FeatureLayout
 from specdist.topology import Topology
+from specdist.trace.base import NO_TRACE, Trace
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Wire:
     layout: FeatureLayout
     timeout_s: float
     """Limit of every single wait, in seconds."""
+    trace: Trace = NO_TRACE
 
     @property
     def rank(self) -> int:

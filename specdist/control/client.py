@@ -25,6 +25,7 @@ from specdist.control.config import ControlConfig
 from specdist.control.messages import (
     PROTOCOL_VERSION,
     Abort,
+    AskClock,
     Dismiss,
     Failed,
     Goodbye,
@@ -35,12 +36,14 @@ from specdist.control.messages import (
     Start,
     Statistics,
     StopRequest,
+    TellClock,
     decode,
     encode,
 )
 from specdist.control.wire import identity, inproc_pair
 from specdist.errors import UserError, WorldError
 from specdist.stop import StopFlag
+from specdist.trace.clock import ClockReading
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +92,7 @@ class ControlClient:
         """The world's failure as rank 0 has told it."""
         self._started = threading.Event()
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._clocks: queue.SimpleQueue[ClockReading] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open = True
         self._context = zmq.Context()
@@ -151,6 +155,22 @@ class ControlClient:
             pass  # everything that was there is taken
         self.check()
         return messages
+
+    def ask_clock(self, timeout_s: float) -> ClockReading:
+        """What rank 0's clock says. One thread asks at a time.
+
+        Raises:
+            WorldError: no answer within `timeout_s` seconds, or the world has failed.
+        """
+        asked, deadline = time.monotonic_ns(), time.monotonic() + timeout_s
+        self.send(AskClock(asked))
+        try:
+            while True:
+                reading = self._clocks.get(timeout=max(deadline - time.monotonic(), 0.0))
+                if reading.asked == asked:  # else the late answer to a question that was given up
+                    return reading
+        except queue.Empty:
+            raise WorldError(f"{self._scheduler} did not say what time it is within {timeout_s:.0f} s") from None
 
     def check(self) -> None:
         """Raise the world's failure, if it has failed."""
@@ -293,6 +313,8 @@ class ControlClient:
             message = decode(payload)
             if isinstance(message, Statistics):
                 self.statistics = message
+            elif isinstance(message, TellClock):
+                self._clocks.put(ClockReading(message.asked, message.told, time.monotonic_ns()))
             elif isinstance(message, Start):
                 self._started.set()
             elif isinstance(message, Abort):

@@ -56,6 +56,9 @@ class Observer:
     def pulse(self, peers: Peers, statistics: Statistics, started: bool, now: float) -> None:
         """Called every `control.heartbeat_s` seconds until the run's end."""
 
+    def advanced(self, scheduler: Scheduler, now: float) -> None:
+        """Called after every batch of messages once work is under way."""
+
 
 Send = Callable[[Iterable[int], bytes], list[int]]
 """Sends a payload to ranks, without blocking; returns the ranks that cannot be reached."""
@@ -123,6 +126,7 @@ class Conductor:
         if scheduler is not None and self._ready:
             for dispatch in scheduler.next_dispatches(now):
                 self._broadcast(dispatch, now, self._topology.replicas[dispatch.replica])
+            self._observer.advanced(scheduler, now)
         if self._ready and (self._stopping if scheduler is None else scheduler.finished):
             self._stopped = True
             self._broadcast(self.statistics(now), now)

@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass, fields
 
 from specdist.errors import Dismissed, WorldError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_TEXT_BYTES = 8192
 """Longer strings (tracebacks) lose their middle."""
 MAX_MESSAGE_BYTES = 65536
@@ -206,6 +206,21 @@ class Statistics:
         return self.draft_wait_s / self.elapsed_s if self.elapsed_s else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class AskClock:
+    """rank -> scheduler: what is the time? `asked` is the rank's own monotonic clock, in ns."""
+
+    asked: int
+
+
+@dataclass(frozen=True, slots=True)
+class TellClock:
+    """scheduler -> the rank that asked, at once: rank 0's monotonic clock `told`, in ns, and the question's `asked`."""
+
+    asked: int
+    told: int
+
+
 Message = (
     Hello
     | Ready
@@ -225,6 +240,8 @@ Message = (
     | Start
     | Stop
     | Statistics
+    | AskClock
+    | TellClock
 )
 
 
@@ -247,6 +264,8 @@ _BY_CLASS = {codec.cls: codec for codec in _CODECS}
 _LENGTH = struct.Struct("<H")
 _RELEASED = _BY_CLASS[Released].fixed
 _RELEASED_TAG = _BY_CLASS[Released].tag
+_ASK_CLOCK = _BY_CLASS[AskClock].fixed
+_ASK_CLOCK_TAG = _BY_CLASS[AskClock].tag
 
 
 def encode(message: Message) -> bytes:
@@ -289,6 +308,14 @@ def decode_released(payload: bytes) -> tuple[int, int] | None:
         return None
     _, item, draft = _RELEASED.unpack(payload)
     return item, draft
+
+
+def decode_ask_clock(payload: bytes) -> int | None:
+    """`asked` if `payload` is an `AskClock`, else None."""
+    if len(payload) != _ASK_CLOCK.size or payload[0] != _ASK_CLOCK_TAG:
+        return None
+    _, asked = _ASK_CLOCK.unpack(payload)
+    return int(asked)
 
 
 def _read_text(name: str, payload: bytes, offset: int) -> tuple[str, int]:

@@ -14,7 +14,7 @@ import zmq
 
 from specdist.control.conductor import Conductor, Observer
 from specdist.control.config import ControlConfig
-from specdist.control.messages import MAX_MESSAGE_BYTES
+from specdist.control.messages import MAX_MESSAGE_BYTES, TellClock, decode_ask_clock, encode
 from specdist.control.wire import identity, inproc_pair
 from specdist.errors import WorldError
 from specdist.scheduler import Scheduler
@@ -192,6 +192,10 @@ class ControlServer:
             self.unknown += 1
             if self.unknown == 1:
                 logger.warning("dropped a control message from a socket without this run's token (more are counted)")
+            return
+        asked = decode_ask_clock(frames[1])
+        if asked is not None:  # answered here, where there is a clock: `now` is that of a whole batch of messages
+            self._send([rank], encode(TellClock(asked, time.monotonic_ns())))
             return
         self._conductor.receive(rank, frames[1], now)
 

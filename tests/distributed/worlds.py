@@ -72,10 +72,11 @@ def start_by_hand(
     arguments: Sequence[str],
     stderr: Path,
     environments: Mapping[int, Mapping[str, str]] | None = None,
+    wrappers: Mapping[int, Sequence[str]] | None = None,
 ) -> dict[int, subprocess.Popen[str]]:
     """Start some ranks of a world without torchrun, as srun would: rank 0 serves the store. Each writes to its own file
     `stderr / RANK`, so that none waits for a reader. `environments`: variables of single ranks, beside the common ones.
-    """
+    `wrappers`: commands that start single ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -89,6 +90,11 @@ def start_by_hand(
         own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environments or {}).get(rank, {})}
         with (stderr / str(rank)).open("w") as file:
             processes[rank] = subprocess.Popen(
-                [sys.executable, *arguments], cwd=ROOT, env=own, stdout=subprocess.DEVNULL, stderr=file, text=True
+                [*(wrappers or {}).get(rank, ()), sys.executable, *arguments],
+                cwd=ROOT,
+                env=own,
+                stdout=subprocess.DEVNULL,
+                stderr=file,
+                text=True,
             )
     return processes

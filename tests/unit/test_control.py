@@ -50,6 +50,7 @@ from specdist.control.wire import identity, new_token
 from specdist.errors import ConfigError, Dismissed, WorldError
 from specdist.scheduler import Scheduler
 from specdist.topology import Topology
+from specdist.trace.clock import clock_offset
 
 QUICK = ControlConfig(heartbeat_s=0.2, silence_s=30.0, load_timeout_s=30.0)
 WORLD = Topology("split", ("a", "a", "a", "b", "b", "b", "c"), ((0, 1), (2, 3)), ((4,), (5,), (6,)), 3)
@@ -433,6 +434,20 @@ def wait_error(client: ControlClient, timeout_s: float = 10.0) -> str:
         except WorldError as error:
             return str(error)
     raise AssertionError("no failure was heard")
+
+
+def test_any_rank_may_ask_what_time_it_is_on_rank_0(runs):
+    run = runs(make_scheduler())
+    clients = run.join_all()
+    for client in (clients[0], clients[6]):
+        readings = [client.ask_clock(20.0) for _ in range(20)]
+        assert all(r.asked <= r.told <= r.answered for r in readings)  # one process has one clock
+        assert clock_offset(readings).offset == 0
+    assert run.server.malformed == 0
+    clients[3].fail(ValueError("a defect"))
+    wait_error(clients[6])
+    with pytest.raises(WorldError, match=r"rank 3 .*a defect"):
+        clients[6].ask_clock(20.0)
 
 
 def be_target(run: Run, rank: int) -> list[int]:

@@ -7,7 +7,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from specdist.channel.ring import Ring
 from specdist.channel.wire import Wire
 from specdist.errors import WorldError
 from specdist.records import WorkItem
+from specdist.topology import Link
+from specdist.trace.base import Transfer
 
 _POLL_S = 0.0002
 
@@ -48,6 +50,8 @@ class MooncakeReceiver(FeatureReceiver):
             engine.register(memory)
         self._engine = engine  # others reach the memory as long as it lives
         self._posts = Posts(topology, rank, check)
+        self._trace, self._row_bytes = wire.trace, layout.bytes_per_token
+        self._traced: dict[tuple[int, int], Transfer] = {}
         self._copied: dict[int, torch.cuda.Event] = {}
         self._freeing: queue.SimpleQueue[tuple[torch.cuda.Event, Freed]] = queue.SimpleQueue()
         if wire.on_gpu:
@@ -69,16 +73,27 @@ class MooncakeReceiver(FeatureReceiver):
         return self._host.slots
 
     def post(self, item: WorkItem, replica: int) -> None:
+        for source, rows in self._owed(item, replica):
+            size = rows * self._row_bytes
+            self._traced[item.index, source] = self._trace.transfer(
+                "receive", item.index, Link(source, self._rank), size
+            )
         self._posts.add(item, replica)
 
-    def take(self, item: WorkItem, timeout_s: float) -> Tensor:
-        deadline = time.monotonic() + timeout_s
-        tokens = item.shards[self._shard].tokens
-        sources = self._topology.replicas[self._posts.take(item, timeout_s)]
+    def _owed(self, item: WorkItem, replica: int) -> Iterator[tuple[int, int]]:
+        """The ranks that send rows of `item`, and how many."""
+        tokens, sources = item.shards[self._shard].tokens, self._topology.replicas[replica]
         for t, source in enumerate(sources):
             part = share(tokens, t, len(sources))
             if part.start < part.stop:
-                self._await(item, source, deadline, timeout_s)
+                yield source, part.stop - part.start
+
+    def take(self, item: WorkItem, timeout_s: float) -> Tensor:
+        deadline = time.monotonic() + timeout_s
+        for source, _ in self._owed(item, self._posts.take(item, timeout_s)):
+            self._await(item, source, deadline, timeout_s)
+            self._traced.pop((item.index, source)).ended()
+        tokens = item.shards[self._shard].tokens
         rows = self._host.slot(item.index, tokens)
         if self._device is None:
             return rows

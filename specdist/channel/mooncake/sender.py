@@ -18,6 +18,8 @@ from specdist.channel.ring import Ring
 from specdist.channel.wire import Wire
 from specdist.errors import WorldError
 from specdist.records import WorkItem
+from specdist.topology import Link
+from specdist.trace.base import Transfer
 
 
 @dataclass
@@ -45,6 +47,7 @@ class MooncakeSender(FeatureSender):
         self._tp = len(topology.replicas[place.replica])
         self._column = topology.target_ranks.index(rank)
         self._engine, self._directory, self._timeout_s = engine, directory, wire.timeout_s
+        self._trace = wire.trace
         self._host = Ring(wire.layout, buffers, item_rows, torch.device("cpu"), pinned=wire.on_gpu)
         self._device = Ring(wire.layout, buffers, item_rows, wire.device) if wire.on_gpu else self._host
         self._copying = torch.cuda.Stream(wire.device) if wire.on_gpu else None
@@ -124,20 +127,24 @@ class MooncakeSender(FeatureSender):
             sending.done.set()
 
     def _send(self, sending: _Sending) -> None:
+        item = sending.item
         if sending.copied is not None:
-            sending.copied.synchronize()
+            with self._trace.span("wait for the copy to the host", item.index):
+                sending.copied.synchronize()
         parts = self._parts(sending)
         writes: dict[int, int] = {}
+        traced: dict[int, Transfer] = {}
         draft = -1
         try:
             for draft, part in parts.items():
-                writes[draft] = self._write(draft, sending.item, part)
+                traced[draft] = self._trace.transfer("send", item.index, Link(self._rank, draft), part.nbytes)
+                writes[draft] = self._write(draft, item, part)
             for draft, number in writes.items():
                 self._engine.wait([number], self._timeout_s)
-                slot = sending.item.index % self._endpoints[draft].slots
-                self._write_flag(draft, slot, sending.item.index + 1, self._timeout_s)
+                self._write_flag(draft, item.index % self._endpoints[draft].slots, item.index + 1, self._timeout_s)
+                traced[draft].ended()
         except TransferFailed as error:
-            self._error = self._failed(draft, f"item {sending.item.index}: {error}")
+            self._error = self._failed(draft, f"item {item.index}: {error}")
 
     def _parts(self, sending: _Sending) -> dict[int, Tensor]:
         """What every draft rank gets of this rank's rows; nothing where there are no rows."""

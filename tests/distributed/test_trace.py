@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The timeline of real worlds: the asked steps of all ranks, with sends that end in receives, in every mode."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specdist.contract import Attempt
+from specdist.trace.collect import collect_newest
+from specdist.trace.part import read_parts
+from tests.distributed.worlds import mooncake_loads, start_by_hand, torchrun, train
+from tests.timeline import arrows, check_format, slices
+from tests.tiny import make_config, make_conversations, make_target
+
+TRACED = {"train__steps": 7, "trace__start": 3, "trace__steps": 2, "checkpoint__every": 4}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("material")
+    return make_target(directory / "target"), make_conversations(directory / "prompts.jsonl")
+
+
+def traced(ranks: int, directory: Path, material, **overrides) -> dict[str, Any]:
+    """The timeline that the run itself has left, after the checks that all timelines stand."""
+    done = train(ranks, make_config(directory, *material, **(TRACED | overrides)))
+    assert done.returncode == 0, done.stderr
+    (file,) = (directory / "run/logs").glob("*/trace.json")
+    assert f"specdist: trace {file}: steps 3 to 4, {ranks} of {ranks} ranks" in done.stderr
+    timeline = json.loads(file.read_text())
+    check_format(timeline)
+    assert [c["by"] for c in timeline["otherData"]["clocks"]] == ["control plane"] * ranks
+    assert [c["offset_us"] for c in timeline["otherData"]["clocks"]] == [0] * ranks
+    return timeline
+
+
+def items(timeline: dict[str, Any], name: str, rank: int) -> list[int]:
+    return [event["args"]["item"] for event in slices(timeline, name, rank)]
+
+
+def check_draft_rank(timeline: dict[str, Any], rank: int) -> None:
+    """Steps 3 and 4 of two items each, and nothing else, on a draft rank."""
+    for name in ("pack", "take the features", "supervise", "forward", "backward"):
+        assert items(timeline, name, rank) == [4, 5, 6, 7], name
+    for name in ("agree on the counts", "clip", "optimizer", "check the step before"):
+        assert items(timeline, name, rank) == [4, 6], name
+    steps = {e["name"]: e for e in timeline["traceEvents"] if e["name"].startswith("step ") and e["pid"] == rank}
+    assert list(steps) == ["step 3", "step 4"]
+    for name, traced_items in (("step 3", {4, 5}), ("step 4", {6, 7})):
+        inside = [e for e in slices(timeline, "backward", rank) if e["args"]["item"] in traced_items]
+        for event in inside:
+            assert steps[name]["ts"] <= event["ts"] <= steps[name]["ts"] + steps[name]["dur"]
+    assert items(timeline, "save", rank) == [7]
+
+
+@pytest.mark.parametrize(
+    "transport",
+    ["gloo", pytest.param("mooncake", marks=pytest.mark.skipif(not mooncake_loads(), reason="needs Mooncake"))],
+)
+def test_a_split_world(tmp_path, material, transport):
+    timeline = traced(3, tmp_path, material, train__accumulation=2, channel__transport=transport)
+    for name in ("wait for an item", "pack", "wait for a buffer", "forward", "issue the sends"):
+        assert items(timeline, name, 0) == [4, 5, 6, 7], name
+    for rank in (1, 2):
+        check_draft_rank(timeline, rank)
+        assert items(timeline, "wait for the forward", rank) == [4, 5, 6, 7]
+        assert items(timeline, "wait for the transfer", rank) == [4, 5, 6, 7]
+        assert items(timeline, "receive", rank) == [4, 5, 6, 7]
+        forwards = {e["args"]["item"]: e for e in slices(timeline, "forward", 0)}
+        sends = {e["args"]["item"]: e for e in slices(timeline, "send") if e["args"]["destination"] == rank}
+        for receive in slices(timeline, "receive", rank):
+            send = sends[receive["args"]["item"]]
+            assert send["args"]["bytes"] == receive["args"]["bytes"] > 0
+            computed = forwards[receive["args"]["item"]]
+            assert computed["ts"] + computed["dur"] <= send["ts"] < receive["ts"] + receive["dur"]
+    assert arrows(timeline) == 8
+    queues = [e["args"] for e in timeline["traceEvents"] if e["ph"] == "C"]
+    assert {sum(counts.values()) for counts in queues} == {sum(queues[0].values())}  # all slots of a ring
+    assert min(counts["free"] for counts in queues) >= 0
+    assert {e["pid"] for e in timeline["traceEvents"] if e["ph"] == "C"} == {0}
+
+
+def test_shares_of_a_tensor_parallel_replica_are_told_apart(tmp_path, material):
+    timeline = traced(3, tmp_path, material, target__tp=2)
+    assert arrows(timeline) == 4  # two items from two ranks
+    assert [items(timeline, "receive", rank) for rank in (0, 1)] == [[], []]
+    assert sorted(items(timeline, "receive", 2)) == [2, 2, 3, 3]
+
+
+def test_a_colocated_world(tmp_path, material):
+    timeline = traced(2, tmp_path, material, world__mode="colocated", train__accumulation=2)
+    for rank in (0, 1):
+        check_draft_rank(timeline, rank)
+        assert items(timeline, "target forward", rank) == [4, 5, 6, 7]
+    assert arrows(timeline) == 0
+
+
+OTHER_CLOCK = ("unshare", "--fork", "--kill-child", "--time", "--monotonic", "5000", "--boottime", "5000")
+"""Starts a process whose monotonic clock is 5,000 s ahead, as on a host that was started earlier."""
+
+
+def other_clocks_work() -> bool:
+    tried = [*OTHER_CLOCK, "true"]
+    return shutil.which("unshare") is not None and subprocess.run(tried, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not other_clocks_work(), reason="needs time namespaces")
+def test_ranks_on_another_clock_are_put_onto_rank_0_s(tmp_path, material):
+    words = make_config(tmp_path, *material, **TRACED)
+    attempt = dict.fromkeys(range(3), Attempt("clocks").environment())  # else named after the ranks' parent process
+    ranks = start_by_hand([0, 1, 2], 3, ["-m", "specdist.train", *words], tmp_path, attempt, {1: OTHER_CLOCK})
+    try:
+        statuses = [process.wait(120) for process in ranks.values()]
+    finally:
+        for process in ranks.values():
+            process.kill()
+            process.wait()
+    assert statuses == [0, 0, 0], (tmp_path / "0").read_text()
+    (file,) = (tmp_path / "run/logs").glob("*/trace.json")
+    timeline = json.loads(file.read_text())
+    check_format(timeline)
+    clocks = timeline["otherData"]["clocks"]
+    assert clocks[0]["offset_us"] == clocks[2]["offset_us"] == 0
+    assert abs(clocks[1]["offset_us"] + 5000e6) <= clocks[1]["error_us"] < 0.1e6
+    slack = clocks[1]["error_us"]
+    for step in ("step 3", "step 4"):  # both draft ranks reduce gradients at the end of it: it ends together
+        one, two = (slices(timeline, step, rank)[0] for rank in (1, 2))
+        assert one["ts"] < two["ts"] + two["dur"] + slack
+        assert two["ts"] < one["ts"] + one["dur"] + slack
+    print(f"\n{clocks[1]}")
+
+
+def test_after_a_failure_every_rank_s_part_is_there(tmp_path, material):
+    in_the_middle = {"trace__start": 1, "trace__steps": 6, "target__verify": 0}
+    words = make_config(tmp_path, *material, **(TRACED | in_the_middle))
+    done = torchrun(3, ["-m", "tests.distributed.faulty_train", "forward", *words])
+    assert done.returncode != 0
+    assert "a defect in the forward" in done.stderr
+    told = collect_newest(tmp_path / "run")
+    assert "steps 1 to 6, 3 of 3 ranks" in told
+    (file,) = (tmp_path / "run/logs").glob("*/trace.json")
+    timeline = json.loads(file.read_text())
+    check_format(timeline)
+    assert items(timeline, "forward", 0) == [0, 1, 2]  # the last one is the one that failed
+    assert items(timeline, "send", 0) == [0, 0, 1, 1]
+    assert [part.clock for part in read_parts(file.parent / "trace")] == [None, None, None]
+
+
+def test_a_job_that_would_trace_nothing_is_not_started(tmp_path, material):
+    done = train(1, make_config(tmp_path, *material, trace__steps=2))
+    assert done.returncode != 0
+    assert "trace.steps=2 would record nothing: it begins with step 21" in done.stderr
+    assert "train.steps=4" in done.stderr
