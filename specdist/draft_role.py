@@ -14,7 +14,7 @@ from specdist.channel.build import make_receiver
 from specdist.channel.local import LocalChannel
 from specdist.checkpoint import Checkpointer
 from specdist.control.messages import LastItem, Stop
-from specdist.draft.base import DraftModel
+from specdist.draft.base import ContextShare, DraftModel
 from specdist.drafts import new_draft
 from specdist.finish import Outcome, finish
 from specdist.items import Items
@@ -38,7 +38,8 @@ def consume(rank: Rank) -> None:
     client.phase = "building the draft"
     draft = _build_draft(rank)
     optimizer = build_optimizer(draft, job.optimizer)
-    checkpointer = Checkpointer(rank.run_dir.checkpoints, job.checkpoint, rank.groups.checkpoint, place.dp)
+    number = topology.draft_ranks.index(rank.rank)
+    checkpointer = Checkpointer(rank.run_dir.checkpoints, job.checkpoint, rank.groups.checkpoint, number)
     if rank.itinerary.checkpoint is not None:
         client.phase = f"loading {rank.itinerary.checkpoint.name}"
         checkpointer.load(rank.itinerary.checkpoint, draft, optimizer)
@@ -74,10 +75,11 @@ def consume(rank: Rank) -> None:
 
 def _build_draft(rank: Rank) -> DraftModel:
     """The draft on this rank's device, sharded over the draft mesh. Weights depend on the seed alone."""
-    job, facts, device = rank.job, rank.facts, rank.world.device
-    assert rank.groups.draft_mesh is not None
+    job, facts, device, place = rank.job, rank.facts, rank.world.device, rank.topology.draft_place(rank.rank)
+    assert place is not None
     draft = new_draft(job, facts, rank.run_dir, device)
-    return shard_draft(draft, rank.groups.draft_mesh, _draft_dtype(job, device), job.draft.sharding)
+    draft.share = ContextShare(place.cp, job.draft.cp)
+    return shard_draft(draft, rank.groups, _draft_dtype(job, device), job.draft.sharding)
 
 
 def _draft_dtype(job: JobConfig, device: torch.device) -> torch.dtype:

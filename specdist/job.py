@@ -101,8 +101,6 @@ def load_job(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> JobC
             target = describe(job.target.path, job.target.trust_remote_code).config
             eagle3 = load_exported(job.draft.init_from).eagle3_config(job.draft.eagle3, target)
             job = replace(job, draft=replace(job.draft, eagle3=eagle3))
-        if job.draft.cp > 1:
-            raise ConfigError(f"draft.cp={job.draft.cp}: context parallelism is not built yet, use draft.cp=1")
         if not job.prompts.files:
             raise ConfigError("prompts.files is empty: give JSONL, JSON, Parquet files or dataset directories")
         job.trace.check(job.train.steps)

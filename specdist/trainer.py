@@ -86,14 +86,19 @@ class Reporter(ABC):
         """The figures of the steps since the last record."""
 
 
-def shard_draft(model: DraftModel, mesh: DeviceMesh, dtype: torch.dtype, sharding: str) -> DraftModel:
-    """FSDP2 over the draft mesh: fp32 master weights, `dtype` compute, fp32 gradient reduction.
+def shard_draft(model: DraftModel, groups: Groups, dtype: torch.dtype, sharding: str) -> DraftModel:
+    """FSDP2 over the draft ranks: fp32 master weights, `dtype` compute, fp32 gradient reduction.
 
     The losses of all ranks add up to the step's loss, so gradients are summed, not averaged. "replicate" is FSDP2's
-    hybrid form with a shard dimension of one: every rank keeps all weights, gradients are all-reduced.
+    hybrid form: weights are sharded over the context-parallel ranks alone, often one, and gradients all-reduced over
+    the data-parallel ones.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mesh = mesh if sharding == "replicate" else mesh["dp"]
+    assert groups.draft is not None
+    assert groups.draft_mesh is not None
+    mesh = groups.draft_mesh
+    if sharding != "replicate":
+        mesh = DeviceMesh.from_group(groups.draft, mesh.device_type, mesh_dim_names=("draft",))
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     assert isinstance(model, FSDPModule)
     model.set_gradient_divide_factor(1.0)

@@ -4,9 +4,9 @@
     specdist bench step --batch 4x2048 1x16384             # EAGLE-3 of the Qwen3-8B shape, random weights and features
     specdist bench step --ranks 2 draft.eagle3.vocab_size=16384 draft.sharding=replicate
 
-The step is the trainer's own, FSDP and optimizer included, in a torchrun world of `--ranks` data-parallel ranks; each
-takes a whole batch. `--bare` leaves both out and holds the weights in the compute dtype: forward and backward alone, as
-steps of other projects are usually measured.
+The step is the trainer's own, FSDP and optimizer included, in a torchrun world of `--ranks` draft ranks; each takes a
+whole batch, or with draft.cp=N every N ranks take one together. `--bare` leaves FSDP and optimizer out and holds the
+weights in the compute dtype: forward and backward alone, as steps of other projects are usually measured.
 
 COUNTxLENGTH is a batch of equal documents, `mixed:TOKENS` one of lengths like those of conversations (log-normal,
 median 900, at most 4,096). The words `key=value` are keys of the configuration's `draft` and `optimizer` sections.
@@ -32,7 +32,7 @@ from specdist import config as configuration
 from specdist.bench.measure import apart, in_a_world, leave, peak_tflops, seconds, told_to
 from specdist.bench.shapes import SHAPES
 from specdist.contract import RankFacts
-from specdist.draft.base import DraftModel
+from specdist.draft.base import ContextShare, DraftModel
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.rows import Rows
@@ -135,12 +135,13 @@ def flops(dims: Eagle3Dims, rows: Rows, tokens: int) -> float:
     half of the projections, the output projection and the MLP, attention over the keys of the document so far, and the
     head where something is taught. The teacher, the target's whole head and the draft's part of it, costs a forward.
     """
-    hidden, steps, active, taught = dims.hidden_size, len(rows.sizes), len(rows.active), len(rows.taught)
+    hidden, active, taught = dims.hidden_size, len(rows.active), len(rows.taught)
+    pairs = int((rows.student >= 0).sum())
     queries, keys = dims.num_attention_heads * dims.head_dim, dims.num_key_value_heads * dims.head_dim
     once = 2 * hidden * (dims.num_captured * hidden + 2 * keys + queries + 2 * keys) * tokens
     layer = 2 * hidden * (queries + 2 * keys) + 2 * queries * hidden + 3 * 2 * hidden * dims.intermediate_size
     attention = 4 * queries * int((rows.positions + 1).sum())
-    trained = once + steps * (layer * active + attention + 2 * hidden * dims.draft_vocab_size * taught)
+    trained = once + rows.steps * (layer * active + attention) + 2 * hidden * dims.draft_vocab_size * pairs
     return 3.0 * trained + 2.0 * hidden * (dims.vocab_size + dims.draft_vocab_size) * taught
 
 
@@ -186,12 +187,13 @@ class Bench:
         self._run, self._world, self._groups = run, world, groups
         self._config = configuration.load(BenchConfig, [], run.words)
         self._target = _target_config(run)
-        self._place = topology.draft_place(world.facts.rank)
-        assert self._place is not None
+        place = topology.draft_place(world.facts.rank)
+        assert place is not None
+        self._place = place
         on_gpu = world.device.type == "cuda"
         half = on_gpu and self._config.draft.dtype != "float32"
         self.dtype = torch.bfloat16 if half else torch.float32
-        self._ranks = len(topology.draft_ranks)
+        self._ranks, self._dp = len(topology.draft_ranks), len(topology.draft)
 
     def measure(self) -> list[StepSpeed]:
         """Every batch of the run. All ranks call it."""
@@ -204,7 +206,7 @@ class Bench:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        batch = _Batch(name, self._run.supervised, self._target.get_text_config().vocab_size, self._ranks)
+        batch = _Batch(name, self._run.supervised, self._target.get_text_config().vocab_size, self._dp)
         step = self._bare_step(batch) if self._run.bare else self._whole_step(batch)
         seconds(step, device, 0, warm=4)  # compiles, and compiles again for lengths that change
 
@@ -222,11 +224,11 @@ class Bench:
         return StepSpeed(
             batch=name,
             ranks=self._ranks,
-            tokens=tokens * self._ranks,
+            tokens=tokens * self._dp,
             supervised=batch.supervised / tokens,
-            tokens_per_s=tokens * self._ranks / middle,
+            tokens_per_s=tokens * self._dp / middle,
             gflop_per_token=work / tokens / 1e9,
-            share_of_peak=work / middle / 1e12 / peak,
+            share_of_peak=work * self._dp / self._ranks / middle / 1e12 / peak,
             peak_tflops=peak,
             ms=middle * 1e3,
             spread_ms=(max(times) - min(times)) * 1e3,
@@ -239,9 +241,7 @@ class Bench:
         """The trainer's step."""
         device, config = self._world.device, self._config
         draft, rows = self._draft(batch)
-        assert self._groups.draft_mesh is not None
-        assert self._place is not None
-        sharded = shard_draft(draft, self._groups.draft_mesh, self.dtype, config.draft.sharding)
+        sharded = shard_draft(draft, self._groups, self.dtype, config.draft.sharding)
         optimizer = build_optimizer(sharded, config.optimizer)
         items, prompts = cast(Items, batch), cast(PromptStore, batch)
         trainer = Trainer(sharded, optimizer, _Rows(rows), items, prompts, self._groups, self._place.dp, device)
@@ -282,6 +282,7 @@ class Bench:
         size = self._config.draft.eagle3.vocab_size
         ids = None if size is None else torch.arange(size) * (text.vocab_size // size)
         draft = build_draft(self._config.draft, self._target, vocabulary, ids, layout_dtype=self.dtype)
+        draft.share = ContextShare(self._place.cp, self._config.draft.cp)
         shape = (sum(batch.lengths), draft.layout.width)
         return draft, torch.randn(shape, generator=generator, device=device, dtype=self.dtype)
 
@@ -321,7 +322,8 @@ def worker(run: Run, output: str) -> None:
     """One rank of the world; rank 0 writes what was measured."""
     world_config = WorldConfig(mode="draft_only", device=run.device)  # type: ignore[arg-type]
     world = join_world(world_config, RankFacts.from_environment())
-    topology = Topology.build(world_config, world.hosts, replicas=None, tp=1, dp=world.facts.world_size, cp=1)
+    cp = configuration.load(BenchConfig, [], run.words).draft.cp
+    topology = Topology.build(world_config, world.hosts, replicas=None, tp=1, dp=None, cp=cp)
     transport = "nccl" if world.device.type == "cuda" else "gloo"
     groups = make_groups(topology, world, transport, world_config.wait_timeout_s)  # type: ignore[arg-type]
     speeds = Bench(run, world, groups, topology).measure()
@@ -336,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b", help="the target's")
     parser.add_argument("--model", metavar="DIR", help="a model directory whose config.json is taken instead")
     parser.add_argument("--supervised", type=float, default=1.0, metavar="SHARE", help="of each document, its end")
-    parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks, on this machine")
+    parser.add_argument("--ranks", type=int, default=1, help="draft ranks, on this machine")
     parser.add_argument("--bare", action="store_true", help="forward and backward alone: no FSDP, no optimizer")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")

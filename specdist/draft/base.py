@@ -25,6 +25,14 @@ class Supervision:
     data: Mapping[str, object]
 
 
+@dataclass(frozen=True)
+class ContextShare:
+    """Which of the `of` ranks that share the sequences of a micro-batch this one is (context parallelism)."""
+
+    index: int = 0
+    of: int = 1
+
+
 class DraftModel(nn.Module, ABC):
     """A draft under training. Its `state_dict` uses the tensor names of the exported checkpoint.
 
@@ -32,6 +40,8 @@ class DraftModel(nn.Module, ABC):
     """
 
     layout: FeatureLayout
+    share: ContextShare = ContextShare()
+    """Set before training. Every rank gets the whole micro-batch, and the losses of the ranks add up to its loss."""
     metric_names: tuple[str, ...]
     """The names of the sums `forward` returns, in a fixed order that is the same on every rank."""
 

@@ -19,11 +19,13 @@ class DraftConfig:
     dp: int | None = None
     """Data-parallel draft ranks; null takes all ranks the target leaves."""
     cp: int = 1
-    """Context-parallel ranks that share the sequences of one data-parallel rank."""
+    """Context-parallel ranks that share the sequences of one data-parallel rank, for long ones: each gets the features
+    of all tokens and computes the steps of its share of them."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute precision (master weights are always float32); auto is bfloat16 on CUDA and float32 on CPU."""
     sharding: Literal["fsdp", "replicate"] = "fsdp"
-    """fsdp shards parameters, gradients and optimizer state over the draft ranks (FSDP2); replicate copies them."""
+    """fsdp shards parameters, gradients and optimizer state over the draft ranks (FSDP2); replicate copies them, except
+    over context-parallel ranks."""
     compile: bool = False
     """torch.compile the draft's hot functions (CUDA; the first steps take a minute or so longer)."""
     init_from: str | None = None

@@ -116,6 +116,25 @@ def test_replicated_equals_sharded(tmp_path, material, undisturbed):
         assert norm == pytest.approx(expected_norm, rel=1e-4)
 
 
+def test_context_parallel_ranks_train_the_same(tmp_path, material, undisturbed):
+    run(5, tmp_path, material, draft__dp=2, draft__cp=2)
+    for (_, loss, norm), (_, expected, expected_norm) in zip(losses(tmp_path), undisturbed, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)  # another order of summation
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def test_four_context_parallel_ranks_stop_and_go_on(tmp_path, material):
+    """And their checkpoint loads into one rank."""
+    steps = {"train__steps": 4, "checkpoint__every": 0}
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    run(2, alone, material, **steps)
+    run(5, tmp_path, material, draft__dp=1, draft__cp=4, **(steps | {"train__steps": 2}))
+    run(2, tmp_path, material, **steps)
+    for (_, loss, _), (_, expected, _) in zip(losses(tmp_path), losses(alone), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
 def test_colocated_trains_the_same_on_its_own_ranks(tmp_path, material, undisturbed):
     run(2, tmp_path, material, world__mode="colocated")
     for (_, loss, _), (_, expected, _) in zip(losses(tmp_path), undisturbed, strict=True):

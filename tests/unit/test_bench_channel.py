@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of the channel, in worlds on the CPU: what it counts, and that wrong data ends it."""
+"""The benchmark of the channel, in worlds on the CPU: what it counts and what it refuses."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from specdist.draft.base import ContextShare
 from tests.unit import eagle3_reference as reference
 from tests.unit.eagle3_reference import STEPS, build_case, gradients, run
 
@@ -73,6 +74,27 @@ def test_packed_equals_one_by_one() -> None:
     assert {name: sum(part[name] for part in parts) for name in sums} == pytest.approx(sums, rel=1e-10)
     for name, grad in together.items():
         torch.testing.assert_close(apart[name], grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_shares_of_context_parallel_ranks_add_up(ranks: int) -> None:
+    case = build_case((90, 1, 250, 3))
+    loss, sums, counts = run(case)
+    whole = gradients(case)
+    losses, parts, total = [], [], {name: torch.zeros_like(grad) for name, grad in whole.items()}
+    for index in range(ranks):
+        case.draft.share = ContextShare(index, ranks)
+        part_loss, part_sums, part_counts = run(case, counts)
+        losses.append(float(part_loss.detach()))
+        parts.append((part_sums, part_counts))
+        for name, grad in gradients(case, counts).items():
+            total[name] += grad
+    assert all(part_sums["positions/0"] > 0 for part_sums, _ in parts)
+    assert sum(part_counts for _, part_counts in parts).tolist() == counts.tolist()  # type: ignore[union-attr]
+    assert sum(losses) == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert {name: sum(part[name] for part, _ in parts) for name in sums} == pytest.approx(sums, rel=1e-10)
+    for name, grad in whole.items():
+        torch.testing.assert_close(total[name], grad, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])

@@ -37,8 +37,10 @@ def training_logits(case: Case, row: int) -> Tensor:
     task = draft.task(case.features, teacher, tuple(batch.lengths), teacher.counts())
     hidden, entry, key, value, *weights = draft.inputs(batch, case.features, teacher)
     states = Unrolled(task, Weights(*weights), entry, key, value, with_grad=False).run(hidden)
-    rows = [(teacher.rows.taught[:size] - 1 - k == row).nonzero()[0, 0] for k, size in enumerate(teacher.rows.sizes)]
-    return states[torch.stack(rows), torch.arange(STEPS)] @ draft.lm_head.weight.T
+    place = int((teacher.rows.active == row).nonzero())
+    rows = teacher.rows.teacher[place]
+    assert (rows >= 0).all()
+    return states[rows, torch.arange(STEPS)] @ draft.lm_head.weight.T
 
 
 @pytest.mark.parametrize("options", NORMS, ids=["eagle-3", "eagle-3.1"])

@@ -68,7 +68,6 @@ def test_what_does_not_fit_is_said_with_advice(job):
         ({"target__path": "nowhere"}, DataError, "target.path=nowhere: no such directory"),
         ({"prompts__max_length": 600, "prompts__tokens_per_rank": 600}, ConfigError, "more than the 512 positions"),
         ({"draft__eagle3__layers": "[1,2,5]"}, ConfigError, "last layer"),
-        ({"draft__cp": 2}, ConfigError, r"draft.cp=2: context parallelism is not built yet"),
         ({"train__epochs": 1}, ConfigError, r"give train.steps \(4\) or train.epochs \(1\), not both"),
         ({"target__tp": 3}, ConfigError, r"target.tp=3 does not divide num_attention_heads=4"),
     ],

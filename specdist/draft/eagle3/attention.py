@@ -17,16 +17,13 @@ from torch.nn import functional
 from torch.nn.attention import flex_attention as flex
 
 from specdist.draft.eagle3.pieces import at_least_fp32
-from specdist.draft.eagle3.rows import Rows
+from specdist.draft.eagle3.rows import BLOCK, Rows
 
 DocumentAttention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(q [n, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) -> (output [n, Hq, D], log-sum-exp [n, Hq] in at least fp32)."""
 
 FLEX_LEAST_HEAD_DIM = 16
 """FlexAttention's kernels refuse narrower heads (seen with torch 2.11 on an H100)."""
-
-BLOCK = 128
-"""Rows and columns of one block of the FlexAttention mask."""
 
 
 def causal_attention(

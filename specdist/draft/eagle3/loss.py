@@ -109,8 +109,8 @@ def acceptance_gradient(q: Tensor, full: Tensor) -> Tensor:
 def losses(inputs: LossInputs, lm_head: Tensor, states: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
     """The sums [K, 4] in float64, in the order of `SUMS`, and the gradient of the head [V_d, H].
 
-    `states` [P, K, H] are the normed draft states whose logits are compared with the P teacher rows; those of step k
-    count for the first `sizes[k]`. With `with_grad` they are overwritten by the gradient of
+    `states` [P, K, H] are the normed draft states whose logits are compared with the P teacher rows; those that no row
+    reaches (`Rows.student` is -1) do not count. With `with_grad` they are overwritten by the gradient of
     sum_k weights[k] * sums[k, 0] with respect to them.
     """
     positions, steps, _ = states.shape
@@ -125,8 +125,7 @@ def losses(inputs: LossInputs, lm_head: Tensor, states: Tensor, with_grad: bool)
 def _chunk(inputs: LossInputs, part: slice, lm_head: Tensor, states: Tensor, head_grad: Tensor | None) -> Tensor:
     """The sums of some teacher rows and all steps; writes the gradients."""
     teacher = inputs.teacher
-    rows = torch.arange(part.start, part.start + len(states), device=states.device)
-    reached = rows[:, None] < teacher.positions  # [n, K]
+    reached = teacher.rows.student[part] >= 0  # [n, K]
     final = inputs.final[teacher.rows.taught[part]].to(inputs.head.dtype)
     flat = states.flatten(0, 1)
     student = flat @ lm_head.T

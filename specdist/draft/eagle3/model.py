@@ -112,6 +112,7 @@ class Eagle3Draft(DraftModel):
             self.config.ttt_length,
             max(self.config.loss_chunk * len(frozen.head) // len(frozen.target.head), 1),
             self.fused.summarise_logits,
+            self.share,
         )
         return Supervision(teacher.counts(), {"teacher": teacher, "lengths": tuple(host_batch.lengths)})
 
@@ -123,13 +124,13 @@ class Eagle3Draft(DraftModel):
         teacher, lengths = supervision.data["teacher"], supervision.data["lengths"]
         assert isinstance(teacher, Teacher)
         assert isinstance(lengths, tuple)
-        if not teacher.rows.sizes[0]:
+        if not len(teacher.rows.taught):
             empty = torch.zeros(len(self.metric_names), dtype=torch.float64, device=totals.device)
             return empty_like_loss(self), empty
         task = self.task(features, teacher, lengths, totals)
         inputs = self.inputs(batch, features, teacher)
         loss, sums = Unroll.apply(task, torch.is_grad_enabled(), *inputs)
-        return loss.float(), torch.cat([sums, teacher.positions[:, None]], dim=1).flatten()
+        return loss.float(), torch.cat([sums, teacher.positions()[:, None]], dim=1).flatten()
 
     def task(self, features: Features, teacher: Teacher, lengths: tuple[int, ...], totals: Tensor) -> Task:
         """What the unrolled steps need beside tensors with gradients."""

@@ -39,22 +39,21 @@ def state(states: Tensor, step: int, x: Tensor, rows: Tensor, weight: Tensor, ep
     states[:, step] = norm(x[rows], weight, eps)
 
 
-def chosen(rows: Tensor, which: Tensor, below: Tensor) -> Tensor:
-    """rows[which], zero where `which` is not in 0 .. below - 1. `below` is a tensor: its value is not compiled in."""
-    valid = (which >= 0) & (which < below)
-    return torch.where(valid[:, None], at_least_fp32(rows[which.clamp(0, max(len(rows) - 1, 0))]), 0.0)
+def chosen(rows: Tensor, which: Tensor) -> Tensor:
+    """rows[which], and zero where `which` is -1."""
+    return torch.where((which >= 0)[:, None], at_least_fp32(rows[which.clamp(min=0)]), 0.0)
 
 
 def state_backward(
-    grads: Tensor, which: Tensor, below: Tensor, x: Tensor, weight: Tensor, eps: float, carry: Tensor
+    grads: Tensor, which: Tensor, x: Tensor, weight: Tensor, eps: float, carry: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`norm_backward` for rows whose gradient is `chosen` of `grads` [P, H]: the rows that have a loss."""
-    return norm_backward(chosen(grads, which, below), x, weight, eps, carry)
+    return norm_backward(chosen(grads, which), x, weight, eps, carry)
 
 
-def state_grad(grads: Tensor, which: Tensor, below: Tensor, carry: Tensor) -> Tensor:
+def state_grad(grads: Tensor, which: Tensor, carry: Tensor) -> Tensor:
     """`carry` [n, H] plus `chosen` of `grads`."""
-    return (carry + chosen(grads, which, below)).to(carry.dtype)
+    return (carry + chosen(grads, which)).to(carry.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

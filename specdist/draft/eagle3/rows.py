@@ -3,7 +3,9 @@
 
 Position p, whose logits predict x_{p+1}, teaches every pair (row i, step k) with i + 1 + k = p. A row's states of the
 steps before k and its own keys serve that row alone, so a row that no supervised position is reached from is needed for
-its step-0 key and value only.
+its step-0 key and value only. And so rows can be divided among ranks (context parallelism): each has the features of
+all rows, makes the step-0 keys and values of all, and does the rest for its own ones; nothing crosses ranks but the
+gradients of the weights.
 """
 
 from __future__ import annotations
@@ -13,64 +15,98 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from specdist.draft.base import ContextShare
 from specdist.records import PackedTokens
+
+BLOCK = 128
+"""Rows of a block of the attention's mask: stripes are whole blocks, if there are so many rows."""
+
+STRIPES_PER_RANK = 8
+"""A boundary between stripes costs the head K more positions, few stripes balance the attention less well."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The supervised positions of a micro-batch and the rows that reach them; tensors are int64, on one device.
+    """The rows that this rank computes and the supervised positions they reach; tensors are int64, on one device.
 
     Attributes:
-        taught: [P], the packed rows of the supervised positions, those that more steps reach first.
-        sizes: how many of the first `taught` step k = 0..K-1 reaches: those at least k + 1 tokens into their document.
-        active: [n], the packed rows from which any of them is reached, ascending.
+        active: [n], the packed rows, ascending.
         positions: [n], their positions in their documents.
         counts: how many of them each document has.
-        student: [P], where row p - 1 is among `active`; step k's row for p is the one k places before it.
-        teacher: [n + K], which of `taught` is taught from the active row one before it, -1 if none: the inverse of
-            `student`. So row j's position of step k is teacher[j + k], if that is among the first sizes[k].
+        taught: [P], the packed rows of the supervised positions that any of them reaches, ascending.
+        student: [P, K], the place in `active` of the row that reaches a position in step k, -1 if none does.
+        teacher: [n, K], the place in `taught` of the position that a row reaches in step k, -1 if none: its inverse.
     """
 
-    taught: Tensor
-    sizes: tuple[int, ...]
     active: Tensor
     positions: Tensor
     counts: tuple[int, ...]
+    taught: Tensor
     student: Tensor
     teacher: Tensor
 
     @classmethod
-    def of(cls, host_batch: PackedTokens, steps: int) -> Rows:
-        """The rows of a batch on the CPU, for `steps` TTT steps."""
-        positions, supervised = host_batch.positions, host_batch.supervised
-        reach = torch.zeros_like(positions)  # by how many steps row p is reached: 0 .. positions[p] - 1, at most K
-        reach[:-1] = positions[:-1] * (supervised[1:] & (positions[1:] > 0))
-        reach = reach.clamp(max=steps)
-        order = reach.argsort(descending=True, stable=True)
-        sizes = tuple(int((reach > step).sum()) for step in range(steps))
-        taught = order[: sizes[0]]
+    def of(cls, host_batch: PackedTokens, steps: int, share: ContextShare = ContextShare()) -> Rows:  # noqa: B008
+        """This rank's share of the rows of a batch on the CPU, for `steps` TTT steps."""
+        positions = host_batch.positions.long()
+        reach = reached_by(host_batch, steps)
         # Rows p - reach .. p - 1 of every p: +1 where such a run begins, -1 where it ends.
+        supervised = reach.nonzero().flatten()
         edges = torch.zeros(len(positions) + 1, dtype=torch.int64)
-        edges.index_add_(0, taught - reach[taught], torch.ones_like(taught))
-        edges.index_add_(0, taught, -torch.ones_like(taught))
-        needed = edges[:-1].cumsum(0) > 0
-        student = needed.cumsum(0)[taught - 1] - 1
-        active = needed.nonzero().flatten()
-        teacher = torch.full((len(active) + steps,), -1)
-        teacher[student] = torch.arange(len(taught))
-        counts = tuple(int(part.sum()) for part in needed.split(host_batch.lengths))
-        return cls(taught, sizes, active, positions[active], counts, student, teacher)
+        edges.index_add_(0, supervised - reach[supervised], torch.ones_like(supervised))
+        edges.index_add_(0, supervised, -torch.ones_like(supervised))
+        active = (edges[:-1].cumsum(0) > 0).nonzero().flatten()
+        active = active[_own(len(active), share)]
+
+        step = torch.arange(steps)
+        reached = active[:, None] + 1 + step  # [n, K]
+        valid = torch.nn.functional.pad(reach, (0, steps))[reached] > step
+        is_taught = torch.zeros(len(positions) + steps, dtype=torch.bool)
+        is_taught[reached[valid]] = True
+        taught = is_taught.nonzero().flatten()
+        teacher = torch.where(valid, is_taught.cumsum(0)[reached] - 1, -1)
+        student = torch.full((len(taught), steps), -1)
+        row, at = valid.nonzero(as_tuple=True)
+        student[teacher[row, at], at] = row
+        is_active = torch.zeros(len(positions), dtype=torch.int64).index_fill_(0, active, 1)
+        counts = tuple(int(part.sum()) for part in is_active.split(host_batch.lengths))
+        return cls(active, positions[active], counts, taught, student, teacher)
+
+    @property
+    def steps(self) -> int:
+        """K, the TTT steps."""
+        return self.student.shape[1]
 
     def to(self, device: torch.device) -> Rows:
         """On a device, without making the host wait."""
         return replace(
             self,
-            taught=to_device(self.taught, device),
             active=to_device(self.active, device),
             positions=to_device(self.positions, device),
+            taught=to_device(self.taught, device),
             student=to_device(self.student, device),
             teacher=to_device(self.teacher, device),
         )
+
+
+def reached_by(host_batch: PackedTokens, steps: int) -> Tensor:
+    """int64 [T]: how many of the `steps` steps reach a row as a supervised position: as many as there are rows before
+    it in its document, none where its next token is not supervised or not in the document."""
+    positions, supervised = host_batch.positions.long(), host_batch.supervised
+    reach = torch.zeros_like(positions)
+    reach[:-1] = positions[:-1] * (supervised[1:] & (positions[1:] > 0))
+    return reach.clamp(max=steps)
+
+
+def _own(count: int, share: ContextShare) -> Tensor:
+    """Which of `count` active rows are this rank's: stripes dealt out forth and back (0 1 1 0 0 1 ...), for the later
+    rows of a document have more keys to attend to."""
+    stripe = max(-(-count // (share.of * STRIPES_PER_RANK)), 1)
+    if stripe > BLOCK:
+        stripe = -(-stripe // BLOCK) * BLOCK
+    number = torch.arange(count) // stripe
+    turn, place = number // share.of, number % share.of
+    return torch.where(turn % 2 == 0, place, share.of - 1 - place) == share.index
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

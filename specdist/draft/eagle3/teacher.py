@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdist.draft.eagle3.rows import Rows, to_device
+from specdist.draft.base import ContextShare
+from specdist.draft.eagle3.rows import Rows
 from specdist.draft.vocabulary import DraftVocabulary
 from specdist.records import LogitMap, PackedTokens, TargetVocabulary
 
@@ -20,20 +21,21 @@ class Teacher:
 
     Attributes:
         rows: where they are, and the rows that reach them.
-        positions: float64 [K], `rows.sizes`, on the device.
         choice: int64 [P], the draft id of the target's most likely token, -1 where the draft vocabulary lacks it.
         log_sum_exp: at least fp32 [P], of the target's logits over its whole vocabulary.
     """
 
     rows: Rows
-    positions: Tensor
     choice: Tensor
     log_sum_exp: Tensor
 
     def counts(self) -> Tensor:
         """N_k, float64 [K]: the positions that count in the loss of step k."""
-        known = (self.choice >= 0).cumsum(0).double()
-        return torch.stack([known[size - 1] if size else known.new_zeros(()) for size in self.rows.sizes])
+        return ((self.rows.student >= 0) & (self.choice >= 0)[:, None]).sum(0).double()
+
+    def positions(self) -> Tensor:
+        """float64 [K]: the positions that step k reaches."""
+        return (self.rows.student >= 0).sum(0).double()
 
 
 Summarise = Callable[[Tensor, LogitMap], tuple[Tensor, Tensor]]
@@ -54,14 +56,14 @@ def teach(
     steps: int,
     chunk: int,
     summarise: Summarise = summarise_logits,
+    share: ContextShare = ContextShare(),  # noqa: B008
 ) -> Teacher:
     """Run the target's head over the last hidden states `final` [T, H], `chunk` rows of logits at a time.
     `summarise`: `summarise_logits`, or its compiled form."""
-    rows = Rows.of(host_batch, steps).to(final.device)
+    rows = Rows.of(host_batch, steps, share).to(final.device)
     choices, log_sum_exps = [], []
     for part in rows.taught.split(chunk):  # one empty part when there are no rows
         choice, log_sum_exp = summarise(final[part].to(target.head.dtype) @ target.head.T, target.logit_map)
         choices.append(vocabulary.to_draft[choice])
         log_sum_exps.append(log_sum_exp)
-    positions = to_device(torch.tensor(rows.sizes, dtype=torch.float64), final.device)
-    return Teacher(rows, positions, torch.cat(choices), torch.cat(log_sum_exps))
+    return Teacher(rows, torch.cat(choices), torch.cat(log_sum_exps))

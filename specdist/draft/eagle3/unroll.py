@@ -116,7 +116,7 @@ class Unrolled:
     def __init__(self, task: Task, weights: Weights, entry: Tensor, key: Tensor, value: Tensor, with_grad: bool):
         self.task, self.weights, self.entry, self.with_grad = task, weights, entry, with_grad
         self.key, self.value = key.detach().requires_grad_(with_grad), value.detach().requires_grad_(with_grad)
-        rows, steps = task.rows, len(task.rows.sizes)
+        rows, steps = task.rows, task.rows.steps
         own = (steps - 1, len(rows.active), *key.shape[1:])
         self.own_keys, self.own_values = key.new_empty(own), value.new_empty(own)
         self.states = entry.new_empty(len(rows.taught), steps, weights.norm.shape[0])
@@ -124,7 +124,7 @@ class Unrolled:
 
     def run(self, hidden: Tensor) -> Tensor:
         """All steps; returns `states`."""
-        for step in range(len(self.task.rows.sizes)):
+        for step in range(self.task.rows.steps):
             hidden = self._step(step, hidden)
         return self.states
 
@@ -142,7 +142,7 @@ class Unrolled:
         if self.with_grad:
             kept = (gate, up) if step >= task.recompute else None
             self.tape.append(_Step(hidden, q, out, lse, middle, kept, after))
-        rows = (task.rows.student - step).clamp(min=0)  # rows that the step does not reach have no weight in the loss
+        rows = task.rows.student[:, step].clamp(min=0)  # what no row reaches has no weight in the loss
         if task.norm_output:
             normed = fused.norm(after, weights.norm, task.eps)
             self.states[:, step] = normed[rows]
@@ -222,14 +222,11 @@ class _Backward:
     def _through_norm(self, step: int, saved: _Step, carry: Tensor) -> Tensor:
         """Adds the gradient that the loss of this step gives to the state after it."""
         task, weights, states = self._unrolled.task, self._unrolled.weights, self._unrolled.states[:, step]
-        which = task.rows.teacher[step : step + len(carry)]
-        below = task.loss.teacher.positions[step]
+        which = task.rows.teacher[:, step]
         if not task.norm_output:
-            carry, d_weight = task.fused.state_backward(
-                states, which, below, saved.after, weights.norm, task.eps, carry
-            )
+            carry, d_weight = task.fused.state_backward(states, which, saved.after, weights.norm, task.eps, carry)
         else:
-            carry = task.fused.state_grad(states, which, below, carry)
+            carry = task.fused.state_grad(states, which, carry)
             carry, d_weight = task.fused.norm_backward(
                 carry, saved.after, weights.norm, task.eps, torch.zeros_like(carry)
             )
