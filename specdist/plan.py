@@ -17,7 +17,7 @@ from rich.table import Table
 
 from specdist import job as jobs
 from specdist.contract import Role
-from specdist.draft.registry import parameter_count
+from specdist.draft.registry import parameter_count, step_memory
 from specdist.errors import ConfigError
 from specdist.groups import ranges
 from specdist.job import JobConfig, JobFacts
@@ -126,22 +126,17 @@ def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Ne
     vocab = facts.target.vocab_size
     draft_vocab = eagle3.vocab_size or vocab
     compute = 4 if job.draft.dtype == "float32" else 2
-    inner = eagle3.intermediate_size or _mlp_width(facts)
     tables = (1 if facts.target.tied else 2) * vocab * hidden + (draft_vocab * hidden if draft_vocab < vocab else 0)
     needs = [
         Need("draft", f"fp32 weights and AdamW moments / {shards}", 12 * parameters // shards),
-        Need(
-            "draft", "compute weights and their gradients", (compute + compute) * parameters + 4 * parameters // shards
-        ),
+        Need("draft", "weights to compute with", compute * parameters),
         Need("draft", "target embedding and head", tables * facts.target_dtype.itemsize),
-        # Saved for backward at each TTT step: fused input, q/k/v, attention output, three MLP halves, residuals.
-        Need(
-            "draft",
-            f"activations of {eagle3.ttt_length} TTT steps",
-            tokens * eagle3.ttt_length * (8 * hidden + 3 * inner) * compute,
-        ),
-        Need("draft", f"loss chunk of {eagle3.loss_chunk} rows", eagle3.loss_chunk * draft_vocab * 16),
     ]
+    step = step_memory(job.draft, facts.target.config, tokens, compute)
+    needs += [Need("draft", part, size) for part, size in step.items()]
+    # Gradients come when what the steps kept has gone: as they are computed, in fp32 to be reduced, and this rank's.
+    gradients = (compute + 4) * parameters + 4 * parameters // shards
+    needs.append(Need("draft", "gradients, beyond that", max(gradients - sum(step.values()), 0)))
     if topology.mode == "split":
         slots = jobs.slots(job, facts.layout)
         ring = slots * tokens * facts.layout.bytes_per_token

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from specdist.draft.capture import capture_layout
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.memory import step_bytes
 from specdist.draft.eagle3.model import Eagle3Draft
 from specdist.draft.vocabulary import DraftVocabulary
 from specdist.errors import DataError
@@ -43,6 +44,13 @@ def build_draft(
     draft = Eagle3Draft(config.eagle3, dims, layout, vocabulary, draft_vocabulary, compiled=config.compile)
     draft.initialize(torch.Generator().manual_seed(seed))
     return draft
+
+
+def step_memory(config: DraftConfig, target: PretrainedConfig, tokens: int, itemsize: int) -> dict[str, int]:
+    """Bytes that a micro-batch of `tokens`, all supervised, needs on a draft rank: the parts of the peak, without
+    weights, optimizer and features. `itemsize`: bytes of a number in the compute dtype."""
+    dims = Eagle3Dims.of(config.eagle3, target)
+    return step_bytes(config.eagle3, dims, tokens, -(-tokens // config.cp), itemsize)
 
 
 def parameter_count(config: DraftConfig, target: PretrainedConfig) -> int:

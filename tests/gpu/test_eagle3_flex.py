@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig
 
 from specdist.draft.config import DraftConfig
-from specdist.draft.eagle3.attention import eager_attention, flex_attention
+from specdist.draft.eagle3.attention import eager_attention, flex_attention, whole_blocks
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.model import Eagle3Draft
 from specdist.draft.eagle3.rows import Rows
@@ -50,7 +50,7 @@ def test_flex_attention_and_its_gradients(share: float, dtype: torch.dtype, tole
         results = []
         for attend in (eager_attention(lengths, rows, 0.125), flex_attention(rows, tokens, 0.125)):
             inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-            out, lse = attend(*inputs)
+            out, lse = attend(*map(whole_blocks, inputs))
             gradients = torch.autograd.grad((out, lse), inputs, (d_out, d_lse.to(lse.dtype)))
             results.append((out, lse, *gradients))
         for expected, found in zip(*results, strict=True):

@@ -14,6 +14,7 @@ from specdist.draft.eagle3.attention import (
     document_block_mask,
     eager_attention,
     flex_attention,
+    whole_blocks,
 )
 from specdist.draft.eagle3.rows import Rows
 from specdist.records import PackedTokens
@@ -50,7 +51,7 @@ def allowed(lengths: tuple[int, ...]) -> Tensor:
 def test_eager_is_document_causal(lengths: tuple[int, ...], share: float) -> None:
     (q, k, v), rows = heads(sum(lengths)), rows_of(lengths, share)
     q, mask = q[rows.active], allowed(lengths)[rows.active]
-    out, lse = eager_attention(lengths, rows, SCALE)(q, k, v)
+    out, lse = eager_attention(lengths, rows, SCALE)(whole_blocks(q), k, v)
     args = (t.transpose(0, 1) for t in (q, k, v))
     expected = functional.scaled_dot_product_attention(*args, attn_mask=mask, scale=SCALE, enable_gqa=True)
     torch.testing.assert_close(out, expected.transpose(0, 1))
@@ -87,7 +88,7 @@ def test_the_block_mask_covers_the_mask_exactly(lengths: tuple[int, ...], share:
 def test_flex_equals_eager(lengths: tuple[int, ...], share: float) -> None:
     (q, k, v), rows = heads(sum(lengths)), rows_of(lengths, share)
     with torch.no_grad():
-        out, lse = flex_attention(rows, sum(lengths), SCALE)(q[rows.active], k, v)
+        out, lse = flex_attention(rows, sum(lengths), SCALE)(*map(whole_blocks, (q[rows.active], k, v)))
     expected_out, expected_lse = eager_attention(lengths, rows, SCALE)(q[rows.active], k, v)
     torch.testing.assert_close(out, expected_out)
     torch.testing.assert_close(lse, expected_lse)

@@ -20,7 +20,8 @@ from specdist.draft.eagle3.pieces import at_least_fp32
 from specdist.draft.eagle3.rows import BLOCK, Rows
 
 DocumentAttention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(q [n, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) -> (output [n, Hq, D], log-sum-exp [n, Hq] in at least fp32)."""
+"""(q, k, v) -> (output [n, Hq, D], log-sum-exp [n, Hq] in at least fp32). q [n, Hq, D], k and v [T, Hkv, D] are filled
+up with `whole_blocks`."""
 
 FLEX_LEAST_HEAD_DIM = 16
 """FlexAttention's kernels refuse narrower heads (seen with torch 2.11 on an H100)."""
@@ -47,9 +48,10 @@ def eager_attention(lengths: Sequence[int], rows: Rows, scale: float) -> Documen
     """The reference: document by document in plain fp32, so the cost is the sum of the squared lengths."""
     used = [(length, count) for length, count in zip(lengths, rows.counts, strict=True) if length]
     sizes, counts = [length for length, _ in used], [count for _, count in used]
-    positions = rows.positions.split(counts)
+    positions, tokens = rows.positions.split(counts), sum(sizes)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = q[: sum(counts)], k[:tokens], v[:tokens]
         parts = zip(q.split(counts), k.split(sizes), v.split(sizes), positions, strict=True)
         results = [causal_attention(part, key, value, scale, at) for part, key, value, at in parts if len(part)]
         outputs, lses = zip(*results, strict=True)
@@ -66,8 +68,8 @@ def document_block_mask(rows: Rows, tokens: int) -> flex.BlockMask:
     and columns are filled up to whole blocks: rows with the last one over again, columns with what no row sees.
     """
     device, count = rows.active.device, len(rows.active)
-    height, width = -(-count // BLOCK), -(-tokens // BLOCK)
-    filled = torch.arange(height * BLOCK, device=device).clamp(max=count - 1)
+    height, width = in_blocks(count) // BLOCK, in_blocks(tokens) // BLOCK
+    filled = torch.arange(in_blocks(count), device=device).clamp(max=count - 1)
     ends = rows.active[filled].to(torch.int32)
     starts = (rows.active - rows.positions)[filled].to(torch.int32)
     first, last = torch.arange(height, device=device) * BLOCK, torch.arange(1, height + 1, device=device) * BLOCK - 1
@@ -84,7 +86,7 @@ def document_block_mask(rows: Rows, tokens: int) -> flex.BlockMask:
         *_block_list(whole),
         BLOCK_SIZE=BLOCK,
         mask_mod=document_causal,
-        seq_lengths=(height * BLOCK, width * BLOCK),
+        seq_lengths=(in_blocks(count), in_blocks(tokens)),
     )
 
 
@@ -114,19 +116,24 @@ def _compiled_blockwise_attention() -> Callable[..., tuple[Tensor, flex.AuxOutpu
 
 def flex_attention(rows: Rows, tokens: int, scale: float) -> DocumentAttention:
     """FlexAttention with a mask made here, once. Compiled on CUDA; elsewhere uncompiled and without a backward."""
-    mask = document_block_mask(rows, tokens)
+    mask, count = document_block_mask(rows, tokens), len(rows.active)
     attention = _compiled_blockwise_attention() if rows.active.is_cuda else blockwise_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, aux = attention(whole_blocks(q), whole_blocks(k), whole_blocks(v), mask, scale)
+        query, key, value = (t.unflatten(0, (-1, BLOCK)) for t in (q, k, v))
+        out, aux = attention(query, key, value, mask, scale)
         assert aux.lse is not None
-        return out[0].transpose(0, 1)[: len(q)], aux.lse[0].transpose(0, 1)[: len(q)]
+        return out[0].transpose(0, 1)[:count], aux.lse[0].transpose(0, 1)[:count]
 
     return attend
 
 
+def in_blocks(rows: int) -> int:
+    """The rows of as many whole blocks as hold so many."""
+    return -(-rows // BLOCK) * BLOCK
+
+
 def whole_blocks(heads: Tensor) -> Tensor:
-    """[n, H, D], filled up with zeros, as [blocks, BLOCK, H, D]."""
-    missing = -len(heads) % BLOCK
-    filled = functional.pad(heads, (0, 0, 0, 0, 0, missing)) if missing else heads
-    return filled.unflatten(0, (-1, BLOCK))
+    """[n, H, D] filled up with zeros to whole blocks."""
+    missing = in_blocks(len(heads)) - len(heads)
+    return functional.pad(heads, (0, 0, 0, 0, 0, missing)) if missing else heads

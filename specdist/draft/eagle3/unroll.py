@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from specdist.draft.eagle3.attention import DocumentAttention
+from specdist.draft.eagle3.attention import DocumentAttention, in_blocks, whole_blocks
 from specdist.draft.eagle3.fused import Fused
 from specdist.draft.eagle3.loss import LossInputs, losses
 from specdist.draft.eagle3.products import add_product, wide_zeros
@@ -115,8 +115,9 @@ class Unrolled:
 
     def __init__(self, task: Task, weights: Weights, entry: Tensor, key: Tensor, value: Tensor, with_grad: bool):
         self.task, self.weights, self.entry, self.with_grad = task, weights, entry, with_grad
-        self.key, self.value = key.detach().requires_grad_(with_grad), value.detach().requires_grad_(with_grad)
-        rows, steps = task.rows, task.rows.steps
+        # Filled up here and not in the attention, which would keep a copy for every step.
+        self.key, self.value = (whole_blocks(t.detach()).detach().requires_grad_(with_grad) for t in (key, value))
+        rows, steps, self.tokens = task.rows, task.rows.steps, len(key)
         own = (steps - 1, len(rows.active), *key.shape[1:])
         self.own_keys, self.own_values = key.new_empty(own), value.new_empty(own)
         self.states = entry.new_empty(len(rows.taught), steps, weights.norm.shape[0])
@@ -152,7 +153,7 @@ class Unrolled:
 
     def merged(self, step: int, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """The attention over the own keys as well, and its log-sum-exp."""
-        out, lse, q = out.detach(), lse.detach(), q.detach()
+        out, lse, q = out.detach(), lse.detach(), q.detach()[: len(out)]
         if not step:
             return out, lse
         return self.task.fused.merge(out, lse, q, self.own_keys[:step], self.own_values[:step], self.task.scale)
@@ -161,13 +162,16 @@ class Unrolled:
         """The queries [n, Hq, D] of a step; puts the keys and values of later ones with the own ones."""
         task, weights = self.task, self.weights
         normed = task.fused.norm(hidden, weights.hidden_norm, task.eps)
-        parts = [hidden.new_empty(len(hidden), *task.query_heads)]
+        count = len(hidden)
+        whole = hidden.new_empty(in_blocks(count), *task.query_heads)
+        whole[count:].zero_()
+        parts = [whole[:count]]
         if step:
             parts += [self.own_keys[step - 1], self.own_values[step - 1]]
         product = normed @ weights.qkv[: sum(part[0].numel() for part in parts)].T
         rows = task.rows
         task.fused.heads(product, self.entry, task.cos, task.sin, rows.active, rows.positions, step, parts)
-        return parts[0].requires_grad_(self.with_grad)
+        return whole.requires_grad_(self.with_grad)
 
 
 class _Backward:
@@ -178,7 +182,8 @@ class _Backward:
         weights = unrolled.weights
         self._grads = Weights._make([*map(wide_zeros, weights[:-1]), head_grad])
         self._entry = torch.zeros_like(unrolled.entry)
-        self._key, self._value = wide_zeros(unrolled.key), wide_zeros(unrolled.value)
+        tokens = unrolled.tokens
+        self._key, self._value = wide_zeros(unrolled.key[:tokens]), wide_zeros(unrolled.value[:tokens])
         self._own_keys, self._own_values = wide_zeros(unrolled.own_keys), wide_zeros(unrolled.own_values)
 
     def run(self, grad_loss: Tensor) -> tuple[Tensor, ...]:
@@ -238,18 +243,19 @@ class _Backward:
         task, weights, unrolled = self._unrolled.task, self._unrolled.weights, self._unrolled
         merged, total = unrolled.merged(step, saved.q, saved.out, saved.lse)
         add_product(self._grads.o, carry.T, merged.flatten(1))
-        d_out, d_lse = (carry @ weights.o).unflatten(1, saved.q.shape[1:]), torch.zeros_like(saved.lse)
+        q = saved.q.detach()[: len(carry)]
+        d_out, d_lse = (carry @ weights.o).unflatten(1, q.shape[1:]), torch.zeros_like(saved.lse)
         more = None
         if step:
             own = unrolled.own_keys[:step], unrolled.own_values[:step]
             sums = self._own_keys[:step], self._own_values[:step]
-            forward = merged, total, saved.out.detach(), saved.lse.detach(), saved.q.detach()
+            forward = merged, total, saved.out.detach(), saved.lse.detach(), q
             d_out, d_lse, more = task.fused.merge_backward(d_out, *forward, *own, task.scale, *sums)
         inputs = (saved.q, unrolled.key, unrolled.value)
         d_query, d_key, d_value = torch.autograd.grad((saved.out, saved.lse), inputs, (d_out, d_lse))
-        self._key += d_key
-        self._value += d_value
-        parts = [d_query]
+        self._key += d_key[: len(self._key)]
+        self._value += d_value[: len(self._value)]
+        parts = [d_query[: len(carry)]]
         if step:
             parts += [self._own_keys[step - 1], self._own_values[step - 1]]
         rows = task.rows
