@@ -21,7 +21,9 @@ TRAIN = "specdist.train"
 def world_size(job: JobConfig, devices: int) -> int:
     """How many ranks to start: what the config adds up to, or one per GPU where it leaves a number open."""
     target, draft = job.target.replicas * job.target.tp, job.draft.dp
-    if job.world.mode == "split":
+    if job.world.role == "target":
+        return target
+    if job.world.mode == "split" and job.world.role == "both":
         if draft is not None:
             return target + draft * job.draft.cp
         if devices > target:
@@ -30,6 +32,8 @@ def world_size(job: JobConfig, devices: int) -> int:
             f"draft.dp is not set and this machine shows {devices} GPUs: set draft.dp, or --nproc-per-node, to say how "
             f"many ranks beside the {target} of the target to start"
         )
+    if job.world.role == "draft":
+        target = 0
     return max(devices, 1) if draft is None else max(draft * job.draft.cp, target)
 
 

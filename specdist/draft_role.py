@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from torch.distributed.tensor import DTensor
 from specdist import job as jobs
 from specdist.channel.build import make_receiver
 from specdist.channel.local import LocalChannel
+from specdist.channel.mooncake.directory import Endpoint
 from specdist.checkpoint import Checkpointer
-from specdist.control.messages import LastItem, Stop
+from specdist.control.client import ControlClient
+from specdist.control.messages import LastItem, Ring, Stop
 from specdist.draft.base import DraftModel
 from specdist.drafts import new_draft
 from specdist.finish import Outcome, finish
@@ -57,6 +60,7 @@ def consume(rank: Rank) -> None:
     client.phase = "saving"
     trainer.commit(progress, checkpointer)
     state = _whole_state(draft, keep=leader)
+    landing = source.receiver if isinstance(source, RemoteSource) and job.world.role == "draft" else None
     del trainer, optimizer, draft, source  # the evaluation needs their memory
     gc.collect()
     torch.cuda.empty_cache()
@@ -66,6 +70,7 @@ def consume(rank: Rank) -> None:
         rank.record.end(finish(job, rank.facts, rank.run_dir, outcome, rank.world.device, rank.stop))
     client.close()
     rank.stop.uninstall()
+    del landing  # until here: a replica that was dropped may still write into the ring
 
 
 def _build_draft(rank: Rank) -> DraftModel:
@@ -95,9 +100,22 @@ def _source(rank: Rank, items: Items, shard: int) -> FeatureSource:
         source = ColocatedSource(engine, channel, topology, rank.rank, rank.prompts)
         source.verify(items, job.target.verify)
         return source
-    slots = jobs.slots(job, layout)
-    receiver = make_receiver(rank.wire(), slots, job.prompts.tokens_per_rank, rank.client.check)
-    return RemoteSource(rank.client, receiver, items, topology.draft_ranks.index(rank.rank), rank.stop, rank.timeout_s)
+    slots, timeout_s = jobs.slots(job, layout), rank.timeout_s
+    publisher = _RingPublisher(rank.client) if job.world.role == "draft" else None
+    if publisher is not None:  # the scheduler says first when there is no replica for too long
+        timeout_s += job.control.replica_timeout_s
+    receiver = make_receiver(rank.wire(), slots, job.prompts.tokens_per_rank, rank.client.check, publisher)
+    return RemoteSource(rank.client, receiver, items, topology.draft_ranks.index(rank.rank), rank.stop, timeout_s)
+
+
+@dataclass(frozen=True)
+class _RingPublisher:
+    """Tells target worlds, through the scheduler, where the memory of a draft rank lies."""
+
+    client: ControlClient
+
+    def publish(self, rank: int, endpoint: Endpoint) -> None:
+        self.client.send(Ring(rank, endpoint.to_json()))
 
 
 def _end_the_run(rank: Rank, source: FeatureSource, next_item: int, leader: bool) -> None:

@@ -101,6 +101,11 @@ def load_job(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> JobC
             job = replace(job, draft=replace(job.draft, eagle3=eagle3))
         if job.draft.cp > 1:
             raise ConfigError(f"draft.cp={job.draft.cp}: context parallelism is not built yet, use draft.cp=1")
+        if job.world.role != "both" and job.channel.transport != "mooncake":
+            raise ConfigError(
+                f"channel.transport={job.channel.transport} with world.role={job.world.role}: a process group cannot "
+                "span two worlds, so only Mooncake can carry features between them: set channel.transport=mooncake"
+            )
         if not job.prompts.files:
             raise ConfigError("prompts.files is empty: give JSONL, JSON, Parquet files or dataset directories")
         return job
@@ -183,4 +188,12 @@ def _value(job: object, key: str) -> object:
 
 def _replicas(job: JobConfig) -> int | None:
     """In modes where every rank is a target rank, one replica means as many as fit."""
-    return job.target.replicas if job.world.mode == "split" or job.target.replicas > 1 else None
+    shared = job.world.mode == "split" and job.world.role != "target"
+    return job.target.replicas if shared or job.target.replicas > 1 else None
+
+
+def home(job: JobConfig) -> Path:
+    """Where the attempts of this world are recorded: the run directory, or, of a target world, a folder in it. The
+    draft world alone leads the run."""
+    run_dir = Path(job.run.dir)
+    return run_dir / "targets" if job.world.role == "target" else run_dir

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specdist.channel.base import FeatureSender
 from specdist.control.client import ControlClient
-from specdist.control.messages import Computed, Dispatch, Stop
+from specdist.control.messages import Assign, Computed, Dispatch, Stop
 from specdist.items import Items
 from specdist.prompts.store import PromptStore
 from specdist.records import WorkItem
@@ -75,24 +75,34 @@ class Producer:
         place: TargetPlace,
         verify_items: int,
         timeout_s: float,
+        announce: bool = True,
     ):
+        """`announce`: tell the scheduler of every item when its forward has finished. Else the sender does, later."""
         self._engine, self._sender, self._client = engine, sender, client
         self._items, self._prompts, self._place = items, prompts, place
         self._verify_left, self._timeout_s = verify_items, timeout_s
+        self._announce = announce and place.tp == 0
+        self.stop: Stop | None = None
+        """What the scheduler ended the work with."""
         self._queue: deque[int] = deque()
         self._running: deque[_Forward] = deque()
         self.report = ProducerReport()
 
     def run(self) -> ProducerReport:
         """Work until the scheduler says stop; raises WorldError when the world fails."""
-        stopped, first = False, 0.0
-        while not stopped:
+        first = 0.0
+        while (
+            self.stop is None or self._queue or self._running
+        ):  # all ranks of a replica finish what they all were given
             for message in self._client.poll(self._patience()):
                 match message:
                     case Dispatch(index, _):
                         self._queue.append(index)
+                    case Assign(index, replica, slot):
+                        self._sender.place(index, slot, replica)
+                        self._queue.append(index)
                     case Stop():
-                        stopped = True
+                        self.stop = message
             if self._may_launch():
                 first = first or time.monotonic()
                 self._launch(self._items[self._queue.popleft()])
@@ -136,7 +146,7 @@ class Producer:
         the scheduler knows, and meanwhile anything here that waits for the device would wait for ever."""
         while self._running and self._running[0].finished():
             done = self._running.popleft()
-            if self._place.tp == 0:
+            if self._announce:
                 self._client.send(Computed(done.item.index, self._place.replica))
             self._sender.send(done.item, done.rows)
             self.report.items += 1

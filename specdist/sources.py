@@ -13,7 +13,7 @@ from torch import Tensor
 from specdist.channel.base import FeatureReceiver
 from specdist.channel.local import LocalChannel
 from specdist.control.client import ControlClient
-from specdist.control.messages import Deliver, Released, Stop, StopRequested
+from specdist.control.messages import Arrived, Deliver, Released, Stop, StopRequested
 from specdist.errors import WorldError
 from specdist.items import Items
 from specdist.prompts.store import PromptStore
@@ -37,7 +37,7 @@ class RemoteSource(FeatureSource):
         stop: StopFlag,
         timeout_s: float,
     ):
-        self._client, self._receiver, self._items = client, receiver, items
+        self._client, self.receiver, self._items = client, receiver, items
         self._draft, self._stop, self._timeout_s = draft, stop, timeout_s
         self._delivered: set[int] = set()
         self._changed = threading.Condition()
@@ -50,7 +50,7 @@ class RemoteSource(FeatureSource):
         self._client.phase = f"waiting for the features of item {item.index}"
         began = time.monotonic()
         self._await(item.index)
-        rows = self._receiver.take(item, self._timeout_s)
+        rows = self.receiver.take(item, self._timeout_s)
         self.waited_s += time.monotonic() - began
         self._client.phase = f"training on item {item.index}"
         return rows
@@ -58,7 +58,7 @@ class RemoteSource(FeatureSource):
     def release(self, item: WorkItem) -> None:
         with self._changed:
             self._delivered.discard(item.index)
-        self._receiver.release(item, functools.partial(self._freed, item.index))
+        self.receiver.release(item, functools.partial(self._freed, item.index))
 
     def _freed(self, index: int) -> None:
         self._client.send(Released(index, self._draft))
@@ -74,7 +74,7 @@ class RemoteSource(FeatureSource):
                 arrived = next_item in self._delivered
             if arrived:
                 item = self._items[next_item]
-                self._receiver.take(item, self._timeout_s)
+                self.receiver.take(item, self._timeout_s)
                 self.release(item)
                 next_item += 1
             elif self._stopped:
@@ -100,7 +100,7 @@ class RemoteSource(FeatureSource):
 
     def _listen(self) -> None:
         try:
-            self._receiver.enter_thread()
+            self.receiver.enter_thread()
             while not self._stopped:
                 for message in self._client.poll(1.0):
                     self._handle(message)
@@ -112,16 +112,22 @@ class RemoteSource(FeatureSource):
     def _handle(self, message: object) -> None:
         match message:
             case Deliver(index, replica):
-                self._receiver.post(self._items[index], replica)
-                with self._changed:
-                    self._delivered.add(index)
-                    self._changed.notify_all()
+                self._post(index, replica)
+            case Arrived(index, replica, slot, shares):
+                self.receiver.place(index, slot, shares)
+                self._post(index, replica)
             case StopRequested(rank, reason):
                 self._stop.request(f"{reason} on rank {rank}")
             case Stop():
                 with self._changed:
                     self._stopped = True
                     self._changed.notify_all()
+
+    def _post(self, index: int, replica: int) -> None:
+        self.receiver.post(self._items[index], replica)
+        with self._changed:
+            self._delivered.add(index)
+            self._changed.notify_all()
 
 
 class ColocatedSource(FeatureSource):

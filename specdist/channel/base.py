@@ -44,6 +44,11 @@ class FeatureSender(ABC):
     def buffers(self) -> int:
         """How many buffers may be handed out before the first of them is sent."""
 
+    def place(self, item: int, slot: int, replica: int) -> None:
+        """Two worlds, before `send`: the slot of the draft ranks' rings that item number `item` goes to, and the number
+        of this replica there. Only a channel that writes into the rings has this."""
+        raise NotImplementedError
+
     @abstractmethod
     def buffer(self, item: WorkItem) -> Tensor:
         """Rows [item.tokens, layout.width] for the engine to write; earlier sends from the same memory are ordered
@@ -70,6 +75,11 @@ class FeatureReceiver(ABC):
     def enter_thread(self) -> None:
         """Called once by the thread that will call `post`."""
         return
+
+    def place(self, item: int, slot: int, shares: int) -> None:
+        """Two worlds, before `post`: the slot that item number `item` is in, and the number of its shares. Only a
+        channel that the target writes through has this."""
+        raise NotImplementedError
 
     @abstractmethod
     def post(self, item: WorkItem, replica: int) -> None:

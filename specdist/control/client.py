@@ -30,6 +30,7 @@ from specdist.control.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    Join,
     Message,
     Ready,
     Start,
@@ -62,6 +63,7 @@ class ControlClient:
         on_abort: called once, in the client's thread, when the world has failed: to abort communicators in which the
             main thread may be stuck.
         stop: this process's request to stop; the client passes it on, whatever the main thread is busy with.
+        name, hello: socket identity and first message of a rank of a target world, which is not one of the scheduler's.
     """
 
     def __init__(
@@ -74,7 +76,10 @@ class ControlClient:
         scheduler: str = "rank 0",
         on_abort: Callable[[UserError], None] | None = None,
         stop: StopFlag | None = None,
+        name: bytes | None = None,
+        hello: Join | None = None,
     ):
+        self._hello = hello or Hello(PROTOCOL_VERSION, os.getpid())
         self.rank, self.statistics = rank, Statistics()
         self.step = -1
         """Optimizer steps done, for the scheduler's reports; free to set."""
@@ -93,11 +98,16 @@ class ControlClient:
         self._open = True
         self._context = zmq.Context()
         self._outbox, self._outgoing = inproc_pair(self._context)
-        self._dealer = self._connect(address, identity(token, rank))
+        self._dealer = self._connect(address, name or identity(token, rank))
         self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._lost_at: float | None = None
         self._thread = threading.Thread(target=self._thread_main, name="specdist-control-client", daemon=True)
         self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the world has failed, or its scheduler is gone."""
+        return self._error is not None
 
     @property
     def phase(self) -> str:
@@ -229,7 +239,7 @@ class ControlClient:
         poller.register(self._dealer, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
         heard = now = next_beat = time.monotonic()
-        self._dealer.send(encode(Hello(PROTOCOL_VERSION, os.getpid())))
+        self._dealer.send(encode(self._hello))
         while True:
             wake = next_beat if self._lost_at is None else min(next_beat, self._lost_at + self._config.heartbeat_s)
             if self._stop is not None and not self._stop_told:
