@@ -76,11 +76,17 @@ class Producer:
         verify_items: int,
         timeout_s: float,
         announce: bool = True,
+        window: int = 0,
     ):
-        """`announce`: tell the scheduler of every item when its forward has finished. Else the sender does, later."""
+        """
+        Args:
+            announce: tell the scheduler of every item when its forward has finished. Else the sender does, later.
+            window: so many items before the last one may still be asked for, where another replica has lost them.
+        """
         self._engine, self._sender, self._client = engine, sender, client
         self._items, self._prompts, self._place = items, prompts, place
         self._verify_left, self._timeout_s = verify_items, timeout_s
+        self._window = window
         self._announce = announce and place.tp == 0
         self.stop: Stop | None = None
         """What the scheduler ended the work with."""
@@ -152,5 +158,5 @@ class Producer:
             self.report.items += 1
             self.report.tokens += done.item.tokens
             self.report.busy_s += done.seconds()
-            self._items.forget(before=done.item.index)
+            self._items.forget(before=done.item.index - self._window)
             self._client.phase = "waiting for an item"

@@ -275,7 +275,16 @@ class TargetWorld:
             place = rank.topology.target_place(rank.rank)
             assert place is not None
             producer = Producer(
-                engine, sender, client, rank.items(), self._prompts, place, verify, timeout_s, announce=False
+                engine,
+                sender,
+                client,
+                rank.items(),
+                self._prompts,
+                place,
+                verify,
+                timeout_s,
+                announce=False,
+                window=terms.slots,
             )
             client.ready()
             report = producer.run()

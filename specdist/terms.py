@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from itertools import groupby
 
+from specdist import job as jobs
 from specdist.control.messages import MAX_TEXT_BYTES
 from specdist.errors import ConfigError
 from specdist.itinerary import Itinerary
@@ -32,12 +33,14 @@ class Terms:
     """Attributes:
     hosts: the host of every draft rank.
     cp: the draft's context parallelism.
+    slots: the slots of the receive rings, so many items can be in flight.
     itinerary: where the run starts and ends.
     common: see `common_facts`.
     """
 
     hosts: tuple[str, ...]
     cp: int
+    slots: int
     itinerary: Itinerary
     common: dict[str, object]
 
@@ -46,12 +49,19 @@ class Terms:
         cls, job: JobConfig, facts: JobFacts, prompts: PromptStore, topology: Topology, itinerary: Itinerary
     ) -> Terms:
         """The terms of a draft world."""
-        return cls(topology.hosts, len(topology.draft[0]), itinerary, common_facts(job, facts, prompts))
+        common, slots = common_facts(job, facts, prompts), jobs.slots(job, facts.layout)
+        return cls(topology.hosts, len(topology.draft[0]), slots, itinerary, common)
 
     def to_json(self) -> str:
         """As `Welcome` carries it. Raises ConfigError where there are too many hosts for one message."""
         hosts = [(host, len(list(ranks))) for host, ranks in groupby(self.hosts)]
-        raw = {"hosts": hosts, "cp": self.cp, "itinerary": self.itinerary.to_json(), "common": self.common}
+        raw = {
+            "hosts": hosts,
+            "cp": self.cp,
+            "slots": self.slots,
+            "itinerary": self.itinerary.to_json(),
+            "common": self.common,
+        }
         text = json.dumps(raw)
         if len(text.encode()) > MAX_TEXT_BYTES:
             raise ConfigError(
@@ -63,7 +73,7 @@ class Terms:
     def from_json(cls, text: str) -> Terms:
         raw = json.loads(text)
         hosts = tuple(host for host, count in raw["hosts"] for _ in range(count))
-        return cls(hosts, raw["cp"], Itinerary.from_json(raw["itinerary"]), raw["common"])
+        return cls(hosts, raw["cp"], raw["slots"], Itinerary.from_json(raw["itinerary"]), raw["common"])
 
     def check(self, own: dict[str, object]) -> None:
         """Raise ConfigError where this world's `common_facts` are others than those of the draft world."""
