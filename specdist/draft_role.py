@@ -56,6 +56,7 @@ def consume(rank: Rank) -> None:
         figures = reporter.totals()
     # The targets are let go first, so that nothing waits for however long the last save takes.
     _end_the_run(rank, source, progress.next_item, leader)
+    client.phase = "hearing what the target ranks did"
     producers = receive_reports(rank) if leader else []
     client.phase = "saving"
     trainer.commit(progress, checkpointer)

@@ -235,6 +235,8 @@ class TargetWorld:
             raise _Lost(str(error), stopped=True) from error
         except WorldError as error:
             own = client.abort is not None and client.abort.rank >= len(session.terms.hosts)
+            if own and error.culprit == 0:  # it was silent for so long that it takes the others for silent
+                raise client.abort.error() from error
             if own or not client.failed:
                 raise
             raise _Lost(str(error), stopped=False) from error

@@ -102,7 +102,7 @@ class Guests:
         self._of: dict[int, _Replica] = {}
         self._rings: dict[int, bytes] = {}
         self._alone_since = now
-        self._end: bytes | None = None
+        self._end: Stop | None = None
         self.reports: list[Produced] = []
         """What the first rank of each replica that has left did."""
 
@@ -117,7 +117,7 @@ class Guests:
 
     def stop(self, more: bool) -> None:
         """The draft world ends: let everybody finish and go. `more`: another start of it may follow."""
-        self._end = encode(Stop(int(more)))
+        self._end = Stop(int(more))
         for replica in self._replicas:
             if replica.state in ("joining", "live"):
                 self._dismiss(replica, self._end)
@@ -146,7 +146,7 @@ class Guests:
                 self._produced(replica, rank, message)
             case StopRequest():
                 if replica.state in ("joining", "live"):
-                    self._dismiss(replica, encode(Stop()))
+                    self._dismiss(replica, Stop())
             case Failed(_, exception, text, _):
                 self.drop(rank, f"{exception}: {text}" if exception else text, now)
             case Goodbye():
@@ -203,6 +203,9 @@ class Guests:
             spoken = f"speaks version {join.version} of the control protocol, not {PROTOCOL_VERSION}"
             self._refuse(rank, f"{spoken}: install the same specdist on both sides")
             return
+        if self._end is not None and self._end.more:
+            self._refuse(rank, "the draft world is about to leave")
+            return
         key = (join.world, join.replica)
         if key not in self._by_name:
             self._by_name[key] = _Replica(len(self._replicas), join.shares)
@@ -248,11 +251,11 @@ class Guests:
         slot = self._scheduler.places[item]
         self._send(self._draft_ranks, encode(Arrived(item, replica.number, slot, replica.shares)))
 
-    def _dismiss(self, replica: _Replica, payload: bytes) -> None:
+    def _dismiss(self, replica: _Replica, stop: Stop) -> None:
         """Its ranks finish what they were given, and say when all that they wrote has arrived."""
         self._take_back(replica)
         replica.state = "leaving"
-        self._send(replica.members, payload)
+        self._send(replica.members, encode(stop))
 
     def _produced(self, replica: _Replica, rank: int, message: Produced) -> None:
         if replica.ranks[0] == rank:
