@@ -37,14 +37,15 @@ class Places:
             self._free.append(slot)
 
     def doubt(self, items: Iterable[int], replica: int) -> None:
-        """`replica` was to write these items, and may still do so: they move to other slots.
-
-        Where no slot is free an item keeps its own: a late write of the same item brings the same rows.
-        """
+        """`replica` was to write these items, and may still do so."""
         for item in items:
             self._doubted.setdefault(self._of[item], set()).add(replica)
-            if self._free:
-                self.take(item)
+
+    def renew(self, item: int) -> None:
+        """Another replica is to write `item`: it moves out of a slot in doubt. Where none is free it keeps its own, for
+        a late write of the same item brings the same rows."""
+        if self._of[item] in self._doubted and self._free:
+            self.take(item)
 
     def clear(self, replica: int) -> None:
         """`replica` is known to write no more."""

@@ -106,6 +106,7 @@ class Producer:
                         self._queue.append(index)
                     case Assign(index, replica, slot):
                         self._sender.place(index, slot, replica)
+                        self._items.forget(before=index - self._window)  # of a run that others began long ago
                         self._queue.append(index)
                     case Stop():
                         self.stop = message

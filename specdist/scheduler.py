@@ -88,6 +88,8 @@ class Scheduler:
         self._first = self._next = self._low = first_item
         self._end = end_item
         self._elastic = elastic
+        self.cut_short = False
+        """Whether it was told to stop before its end."""
         self._requeued: list[int] = []
         self.places = Places(slots, first_item)
         # Replicas with k items outstanding, sorted, for every k.
@@ -120,6 +122,7 @@ class Scheduler:
         while (replica := self._replica_with_room()) is not None and self._work_left:
             if self._requeued:
                 item = self._requeued.pop(0)
+                self.places.renew(item)
             elif self._next - self._low < self.slots and self.places.free:
                 item, self._next = self._next, self._next + 1
                 self.places.take(item)
@@ -175,13 +178,10 @@ class Scheduler:
         """Dispatch nothing beyond `item`; what already was dispatched still goes its way to the release."""
         if item < self._first - 1:
             raise ProtocolError(f"stop after item {item}: the first item is {self._first}")
+        self.cut_short = self._end is None or item + 1 < self._end
         self._end = item + 1 if self._end is None else min(self._end, item + 1)
         if self._elastic:
             self._requeued = [requeued for requeued in self._requeued if not self._needless(requeued)]
-
-    def reaches_end(self, item: int) -> bool:
-        """Whether nothing comes after `item`."""
-        return self._end is not None and item >= self._end - 1
 
     def stop_now(self) -> None:
         """Dispatch nothing more."""

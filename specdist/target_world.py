@@ -234,10 +234,11 @@ class TargetWorld:
         except Dismissed as error:
             raise _Lost(str(error), stopped=True) from error
         except WorldError as error:
-            own = client.abort is not None and client.abort.rank >= len(session.terms.hosts)
-            if own and error.culprit == 0:  # it was silent for so long that it takes the others for silent
-                raise client.abort.error() from error
-            if own or not client.failed:
+            verdict = client.abort
+            if verdict is not None and verdict.rank >= len(session.terms.hosts):
+                # What was stopped for so long that it was given up takes the others for silent.
+                raise (verdict.error() if error.culprit == 0 else error) from error
+            if not client.failed:
                 raise
             raise _Lost(str(error), stopped=False) from error
         finally:

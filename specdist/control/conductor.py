@@ -106,8 +106,6 @@ class Conductor:
         self._next_pulse = now
         self._joined = self._ready = self._stopping = self._stopped = False
         self._stop_requested: StopRequested | None = None
-        self._whole = False
-        """Whether the last item trained on is the last one that there is."""
         self._unreachable: set[int] = set()
         self._aborted_at = 0.0
 
@@ -148,8 +146,8 @@ class Conductor:
             self._stopped = True
             self._broadcast(self.statistics(now), now)
             self._broadcast(Stop(), now, [rank for rank in self.peers.present if not self.peers.is_guest(rank)])
-            if self.guests is not None:
-                self.guests.stop(more=self._stop_requested is not None and not self._whole)
+            if self.guests is not None and scheduler is not None:
+                self.guests.stop(more=scheduler.cut_short)
 
     def tick(self, now: float) -> None:
         """Send a sign of life, and name whoever is late."""
@@ -290,7 +288,6 @@ class Conductor:
         if not self._draft_ranks or rank != self._draft_ranks[0]:
             raise ProtocolError(f"{LastItem(item)}: only the first draft rank decides where the run ends")
         if self._scheduler is not None:
-            self._whole = self._scheduler.reaches_end(item)
             self._scheduler.stop_after(item)
         self._stopping = True
         self._broadcast(StopAt(item), now)
