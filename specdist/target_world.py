@@ -125,8 +125,11 @@ class TargetWorld:
 
     def run(self) -> None:
         waiting, paused = "the draft world has not been there yet", False
-        while (session := self._meet(waiting, paused)) is not None:
+        while True:
             try:
+                session = self._meet(waiting, paused)
+                if session is None:
+                    break
                 stop = self._attend(session)
             except _Lost as lost:
                 waiting, paused = str(lost), lost.stopped
@@ -187,7 +190,10 @@ class TargetWorld:
         words = json.loads(self._world.store.get(key))
         if words is None:
             return None
-        return self._enter(_Meeting(Door(words["address"], bytes.fromhex(words["token"])), words["world"]))
+        try:
+            return self._enter(_Meeting(Door(words["address"], bytes.fromhex(words["token"])), words["world"]))
+        except (WorldError, Dismissed) as error:
+            raise _Lost(str(error), stopped=isinstance(error, Dismissed)) from error
 
     def _enter(self, meeting: _Meeting) -> _Session:
         """Knock at a door. Raises WorldError, or Dismissed, where nobody answers or lets this rank in."""
@@ -205,7 +211,7 @@ class TargetWorld:
         )
         deadline = time.monotonic() + _ANSWER_S
         try:
-            while time.monotonic() < deadline:
+            while time.monotonic() < deadline and self._rendezvous.look() == door:
                 match client.poll(_LOOK_S):
                     case [Welcome(number, terms), *others]:
                         client.rank = number
@@ -235,6 +241,8 @@ class TargetWorld:
             raise _Lost(str(error), stopped=True) from error
         except WorldError as error:
             verdict = client.abort
+            if client.stop is not None:
+                return client.stop
             if verdict is not None and verdict.rank >= len(session.terms.hosts):
                 # What was stopped for so long that it was given up takes the others for silent.
                 raise (verdict.error() if error.culprit == 0 else error) from error

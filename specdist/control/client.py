@@ -35,6 +35,7 @@ from specdist.control.messages import (
     Ready,
     Start,
     Statistics,
+    Stop,
     StopRequest,
     decode,
     encode,
@@ -92,6 +93,8 @@ class ControlClient:
         self._culprit: int | None = None
         self.abort: Abort | None = None
         """The world's failure as rank 0 has told it."""
+        self.stop: Stop | None = None
+        """The end of the work, once the scheduler has told it; what breaks after it does not matter any more."""
         self._started = threading.Event()
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -312,6 +315,7 @@ class ControlClient:
                 self._culprit = -1
                 self._break(message.error())
             else:
+                self.stop = message if isinstance(message, Stop) else self.stop
                 self._inbox.put(message)
 
     def _break(self, error: BaseException) -> None:

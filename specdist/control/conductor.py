@@ -98,8 +98,7 @@ class Conductor:
         self.guests: Guests | None = None
         if rules is not None:
             assert scheduler is not None
-            said = (topology.draft_ranks, config, send, self._observer.tell, now)
-            self.guests = Guests(rules, scheduler, self.peers, *said)
+            self.guests = Guests(rules, scheduler, self.peers, topology.draft_ranks, config, send, self._observer.tell)
         self._draft_of = {rank: draft for draft, rank in enumerate(topology.draft_ranks)}
         self._join_by, self._ready_by = now + join_timeout_s, now + config.load_timeout_s
         self._join_timeout = join_timeout_s
@@ -160,7 +159,7 @@ class Conductor:
             self._check_start(now)
         if self.aborted is None:
             self._check_silence(now)
-        if self.aborted is None and self.guests is not None:
+        if self.aborted is None and self.guests is not None and self._ready:
             self._check_guests(self.guests, now)
         if self.aborted is None and self._scheduler is not None and not self._stopped:
             culprit = self._scheduler.watch(now)

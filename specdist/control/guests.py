@@ -93,7 +93,6 @@ class Guests:
         config: ControlConfig,
         send: Send,
         tell: Callable[[str], None],
-        now: float,
     ):
         self._rules, self._scheduler, self._peers, self._draft_ranks = rules, scheduler, peers, draft_ranks
         self._config, self._send, self._tell = config, send, tell
@@ -101,7 +100,7 @@ class Guests:
         self._by_name: dict[tuple[str, int], _Replica] = {}
         self._of: dict[int, _Replica] = {}
         self._rings: dict[int, bytes] = {}
-        self._alone_since = now
+        self._alone_since: float | None = None
         self._end: Stop | None = None
         self.reports: list[Produced] = []
         """What the first rank of each replica that has left did."""
@@ -185,11 +184,18 @@ class Guests:
         for replica in self._replicas:
             if replica.state == "dropped":
                 self._chase(replica, now)
+        return self._why_alone(now)
+
+    def _why_alone(self, now: float) -> str | None:
+        limit = f"{self._config.replica_timeout_s:.0f} s (control.replica_timeout_s)"
+        start = "start one with `specdist train CONFIG --role target`"
         if self._scheduler.replicas or self._scheduler.finished:
+            self._alone_since = None
+        elif self._alone_since is None:
             self._alone_since = now
+            self._tell(f"no target replica is there, waiting up to {limit}: {start}")
         elif now - self._alone_since > self._config.replica_timeout_s:
-            limit = f"{self._config.replica_timeout_s:.0f} s (control.replica_timeout_s)"
-            return f"no target replica has been there for {limit}: start one with `specdist train CONFIG --role target`"
+            return f"no target replica has been there for {limit}: {start}"
         return None
 
     @property
@@ -254,6 +260,9 @@ class Guests:
     def _dismiss(self, replica: _Replica, stop: Stop) -> None:
         """Its ranks finish what they were given, and say when all that they wrote has arrived."""
         self._take_back(replica)
+        if replica.state == "joining":  # it may be loading its model: nobody waits for it
+            for rank in replica.members:
+                self._peers.leave(rank)
         replica.state = "leaving"
         self._send(replica.members, encode(stop))
 

@@ -10,6 +10,7 @@ import secrets
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import psutil
 import pytest
 
 from specdist.progress import committed
-from tests.distributed.worlds import kill_all, mooncake_loads, start_torchrun, train
+from tests.distributed.worlds import kill_all, mooncake_loads, start_command, start_torchrun, train
 from tests.tiny import make_config, make_conversations, make_target
 
 pytestmark = pytest.mark.skipif(not mooncake_loads(), reason="needs mooncake-transfer-engine, and libibverbs1")
@@ -88,6 +89,14 @@ class Worlds:
 
     def release(self, target: subprocess.Popen[str]) -> None:
         self.holds[target.pid].unlink()
+
+    def command(self, role: str, *options: str) -> subprocess.Popen[str]:
+        """A world as `specdist train` starts it."""
+        overrides = {"draft__dp": 2, "control__heartbeat_s": 0.2}
+        config = words(self.directory, self.material, **overrides)
+        process = start_command([sys.executable, "-m", "specdist.cli", "train", *config, "--role", role, *options])
+        self.all.append(process)
+        return process
 
     def _start(self, ranks: int, module: list[str], **overrides: object) -> subprocess.Popen[str]:
         process = start_torchrun(ranks, [*module, *words(self.directory, self.material, **overrides)])
@@ -259,6 +268,20 @@ def test_worlds_without_a_common_directory_meet_at_an_address(worlds, undisturbe
     worlds.end(target)
     assert losses(worlds.directory) == undisturbed
     assert not (tmp_path / "elsewhere/metrics.jsonl").exists()
+
+
+def test_the_command_starts_either_world_and_a_target_world_that_failed_again(worlds, undisturbed):
+    target = worlds.command("target", "--retries", "1")
+    logs = worlds.directory / "run/targets/logs"
+    worlds.wait_until(lambda: list(logs.glob("*/target/*.log")), "a target rank")
+    agent = psutil.Process(target.pid).children()[0]
+    for rank in agent.children():
+        rank.kill()
+    worlds.end(worlds.command("draft"))
+    said = worlds.end(target)
+    assert "to be started again, try 1 of" in said
+    assert items_of(said) > 0
+    assert losses(worlds.directory) == undisturbed
 
 
 def test_no_wait_is_unbounded(worlds):
