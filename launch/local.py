@@ -48,7 +48,14 @@ def ranks_per_node(job: JobConfig, nodes: int, devices: int = 0) -> int:
     return ranks // nodes
 
 
-def start(files: Sequence[str], overrides: Sequence[str], ranks: int, module: str = TRAIN, retries: int = 0) -> int:
+def start(
+    files: Sequence[str],
+    overrides: Sequence[str],
+    ranks: int,
+    module: str = TRAIN,
+    retries: int = 0,
+    role: str = "both",
+) -> int:
     """Run a world on this machine, up to `retries` times more where that may help; returns its exit status.
 
     SIGINT and SIGTERM go to the ranks, which finish the step, save and leave. A second one kills them.
@@ -59,7 +66,7 @@ def start(files: Sequence[str], overrides: Sequence[str], ranks: int, module: st
         place = ["--nproc-per-node", str(ranks), "--job", attempt.job, "--restart", str(attempt.restart)]
         return run_agent([*place, "--launcher", "local", "--module", module, *words], asked)
 
-    return supervise(attempt, new_job("local"), retries, lambda: bool(asked))
+    return supervise(attempt, new_job("local", role), retries, lambda: bool(asked))
 
 
 def run_agent(words: Sequence[str], asked: list[int]) -> int:

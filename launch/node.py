@@ -33,7 +33,7 @@ class Agent:
 
     def __init__(self, job: JobConfig, place: Place, attempt: Attempt, launcher: str):
         self._job, self._place, self._attempt, self._launcher = job, place, attempt, launcher
-        self._run_dir, self._home = Path(job.run.dir), home(job)
+        self._run_dir, self._home = Path(job.run.dir), home(job, attempt)
         self._record = AttemptRecord(attempt.directory(self._home))
 
     def run(self, arguments: Sequence[str], kept: bool, stop: StopForwarding) -> int:

@@ -142,9 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"specdist: {error}", file=sys.stderr)
         return USER_ERROR
+    attempt = Attempt.from_environment()
+    directory = home(job, attempt)
     if args.slurm:
-        _account_for(Attempt.from_environment(), home(job))
-    verdict = judge(home(job), job.launch)
+        _account_for(attempt, directory)
+    verdict = judge(directory, job.launch)
     print(f"specdist: {verdict.words}", file=sys.stderr)
     return verdict.status
 

@@ -157,7 +157,7 @@ def _train(args: argparse.Namespace) -> int:
     report = prepare(job.prompts, job.target.path, progress=True).report  # before any rank could wait for another
     if report.bad_total:
         print(f"prompts: {report}", file=sys.stderr)
-    return start(files, overrides, ranks, retries=args.retries)
+    return start(files, overrides, ranks, retries=args.retries, role=job.world.role)
 
 
 def _plan(args: argparse.Namespace) -> int:

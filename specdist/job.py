@@ -15,7 +15,7 @@ from specdist import config
 from specdist.channel.config import ChannelConfig, parse_bytes
 from specdist.channel.mooncake import engine as mooncake
 from specdist.channel.ring import ring_slots
-from specdist.contract import Role
+from specdist.contract import Attempt, Role
 from specdist.control.config import ControlConfig
 from specdist.doctor.config import PreflightConfig
 from specdist.draft.capture import capture_layout
@@ -192,8 +192,8 @@ def _replicas(job: JobConfig) -> int | None:
     return job.target.replicas if shared or job.target.replicas > 1 else None
 
 
-def home(job: JobConfig) -> Path:
+def home(job: JobConfig, attempt: Attempt) -> Path:
     """Where the attempts of this world are recorded: the run directory, or, of a target world, a folder in it. The
-    draft world alone leads the run."""
+    draft world alone leads the run, and there may be several target worlds."""
     run_dir = Path(job.run.dir)
-    return run_dir / "targets" if job.world.role == "target" else run_dir
+    return run_dir / "targets" / attempt.job if job.world.role == "target" else run_dir

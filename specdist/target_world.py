@@ -25,7 +25,7 @@ from specdist.contract import address_towards
 from specdist.control.client import ControlClient
 from specdist.control.messages import PROTOCOL_VERSION, Join, Message, Produced, Ring, Stop, Welcome, Written
 from specdist.control.wire import WORLD_BYTES, guest_identity
-from specdist.errors import Dismissed, UserError, WorldError
+from specdist.errors import ConfigError, Dismissed, UserError, WorldError
 from specdist.groups import Groups, World
 from specdist.job import JobConfig, JobFacts
 from specdist.producer import Producer, ProducerReport
@@ -196,7 +196,12 @@ class TargetWorld:
             raise _Lost(str(error), stopped=isinstance(error, Dismissed)) from error
 
     def _enter(self, meeting: _Meeting) -> _Session:
-        """Knock at a door. Raises WorldError, or Dismissed, where nobody answers or lets this rank in."""
+        """Knock at a door.
+
+        Raises:
+            WorldError, Dismissed: nobody answers, or lets this rank in.
+            ConfigError: nor will anybody ever.
+        """
         facts, door = self._world.facts, meeting.door
         place, shares = self._place, len(self._topology.replicas[self._place.replica])
         client = ControlClient(
@@ -216,8 +221,10 @@ class TargetWorld:
                     case [Welcome(number, terms), *others]:
                         client.rank = number
                         return _Session(client, Terms.from_json(terms), door, others)
-        except BaseException:
+        except BaseException as error:
             client.close()
+            if client.abort is not None and client.abort.kind == "refused":
+                raise ConfigError(str(error)) from error
             raise
         client.close()
         raise WorldError(f"nobody answers at {door.address}")

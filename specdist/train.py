@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         facts, attempt = RankFacts.from_environment(), Attempt.from_environment()
         job = load_job(args.config, args.overrides)
-        record = AttemptRecord(attempt.directory(home(job)))
+        record = AttemptRecord(attempt.directory(home(job, attempt)))
         try:
             log = RankLog(record.directory, facts)
         except OSError as error:

@@ -207,10 +207,10 @@ class Guests:
             raise ProtocolError("it has joined before")
         if join.version != PROTOCOL_VERSION:
             spoken = f"speaks version {join.version} of the control protocol, not {PROTOCOL_VERSION}"
-            self._refuse(rank, f"{spoken}: install the same specdist on both sides")
+            self._refuse(rank, "refused", f"{spoken}: install the same specdist on both sides")
             return
         if self._end is not None and self._end.more:
-            self._refuse(rank, "the draft world is about to leave")
+            self._refuse(rank, "world", "the draft world is about to leave")
             return
         key = (join.world, join.replica)
         if key not in self._by_name:
@@ -218,7 +218,8 @@ class Guests:
             self._replicas.append(self._by_name[key])
         replica = self._by_name[key]
         if replica.state != "joining" or join.tp in replica.ranks or not 0 <= join.tp < replica.shares:
-            self._refuse(rank, f"there is no place for tensor-parallel rank {join.tp} in its replica ({replica.state})")
+            what = f"no place for tensor-parallel rank {join.tp} in its replica ({replica.state})"
+            self._refuse(rank, "world", f"there is {what}")
             return
         replica.ranks[join.tp] = rank
         self._of[rank] = replica
@@ -229,8 +230,8 @@ class Guests:
         if self._end is not None:
             self._dismiss(replica, self._end)
 
-    def _refuse(self, rank: int, why: str) -> None:
-        self._send([rank], self._abort(rank, "input", why))
+    def _refuse(self, rank: int, kind: str, why: str) -> None:
+        self._send([rank], self._abort(rank, kind, why))
         self._peers.leave(rank)
 
     def _abort(self, rank: int, kind: str, why: str) -> bytes:

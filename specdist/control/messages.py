@@ -103,7 +103,8 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """scheduler -> all: stop now. `rank` is the culprit, `role` its coordinates in words, `doing` its phase."""
+    """scheduler -> all: stop now. `rank` is the culprit, `role` its coordinates in words, `doing` its phase. `kind` is
+    that of `attempts.Failure`, or "refused": this rank of a target world will never be let in."""
 
     rank: int
     step: int

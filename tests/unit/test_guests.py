@@ -252,6 +252,7 @@ def test_who_speaks_another_version_or_comes_twice_is_refused():
     office = Office()
     old = office.join(version=1)
     assert isinstance(office.sent[-1][1], Abort)
+    assert office.sent[-1][1].kind == "refused"
     assert "version 1" in office.sent[-1][1].message
     assert office.sent[-1][0] == (old,)
     office.join(A)
