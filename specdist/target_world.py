@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
 
-from specdist.attempts import AttemptRecord, Ending
+from specdist.attempts import AttemptRecord, Ending, attempts
 from specdist.channel.mooncake.directory import Endpoint
 from specdist.channel.mooncake.engine import TransferEngine
 from specdist.channel.mooncake.sender import MooncakeSender
@@ -174,12 +174,24 @@ class TargetWorld:
                     words = {"address": door.address, "token": door.token.hex(), "world": meeting.world}
                     self._world.store.set(key, json.dumps(words))
                     return session
+            elif self._finished_meanwhile():
+                self._say("the run has finished meanwhile")
+                paused = True
+                break
             time.sleep(_LOOK_S)
         self._world.store.set(key, json.dumps(None))
         if self._stop or paused:
             return None
         limit_text = f"{limit:.0f} s (control.scheduler_timeout_s)"
         raise WorldError(f"no scheduler was found at {self._rendezvous} within {limit_text}: {waiting}{last}")
+
+    def _finished_meanwhile(self) -> bool:
+        """Whether the run has come to its end since this world was first started."""
+        history, own = attempts(self._run_dir.path), attempts(self._record.directory.parents[1])
+        ending, began = history[-1].ending() if history else None, own[0].started() if own else None
+        if ending is None or began is None or self._job.world.scheduler:
+            return False
+        return ending.state == "finished" and ending.time > began.time
 
     def _follow(self, key: str) -> _Session | None:
         deadline = time.monotonic() + self._job.control.scheduler_timeout_s + _FOLLOW_S

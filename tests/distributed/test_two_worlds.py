@@ -284,6 +284,22 @@ def test_the_command_starts_either_world_and_a_target_world_that_failed_again(wo
     assert losses(worlds.directory) == undisturbed
 
 
+def test_a_target_world_that_comes_too_late_ends_with_the_run(worlds, undisturbed):
+    late = worlds.target()
+    begun = worlds.directory / "run/targets"
+    worlds.wait_until(lambda: list(begun.glob("*/logs/*/started.json")), "the target world's record")
+    ranks = psutil.Process(late.pid).children()
+    for rank in ranks:
+        rank.suspend()
+    other = worlds.target()
+    worlds.end(worlds.draft())
+    worlds.end(other)
+    for rank in ranks:
+        rank.resume()
+    assert "the run has finished meanwhile" in worlds.end(late)
+    assert losses(worlds.directory) == undisturbed
+
+
 def test_no_wait_is_unbounded(worlds):
     said = worlds.end(worlds.draft(control__replica_timeout_s=2), status=1)
     assert "no target replica has been there for 2 s (control.replica_timeout_s)" in said
