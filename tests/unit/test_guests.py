@@ -4,6 +4,7 @@ test moves."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import stat
 from collections.abc import Iterable
@@ -38,9 +39,13 @@ from specdist.control.messages import (
 )
 from specdist.control.wire import guest_identity, identity, is_guest, new_token
 from specdist.errors import ConfigError
+from specdist.itinerary import Itinerary
 from specdist.places import Places
+from specdist.progress import Progress
+from specdist.records import Cursor
 from specdist.rendezvous import Door, Rendezvous
 from specdist.scheduler import Scheduler
+from specdist.terms import Terms
 from specdist.topology import Topology, WorldConfig
 
 DRAFT = Topology("split", ("d", "d"), (), ((0,), (1,)), 2)
@@ -333,6 +338,17 @@ def test_a_given_address_needs_a_common_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECDIST_TOKEN", "0" * 32)
     assert rendezvous.place() == ("127.0.0.1", 7000, bytes(16))
     assert rendezvous.look() == Door("tcp://127.0.0.1:7000", bytes(16))
+
+
+def test_the_terms_survive_the_wire_and_name_what_differs():
+    itinerary = Itinerary(Progress(3, 6, Cursor(0, 9), "f"), None, 20, 10)
+    terms = Terms(("a", "a", "b"), 1, 8, itinerary, {"run.seed": 0, "prompts": "f"})
+    assert Terms.from_json(terms.to_json()) == terms
+    terms.check({"run.seed": 0, "prompts": "f"})
+    with pytest.raises(ConfigError, match=r"differs in run\.seed \(1 here, 0 there\)$"):
+        terms.check({"run.seed": 1, "prompts": "f"})
+    with pytest.raises(ConfigError, match="do not fit"):
+        dataclasses.replace(terms, hosts=tuple(f"a-very-long-name-of-a-host-{n}" for n in range(1000))).to_json()
 
 
 def test_worlds_of_one_role_and_how_a_target_world_counts_beside_a_draft_world():
