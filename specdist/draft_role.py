@@ -61,7 +61,7 @@ def consume(rank: Rank) -> None:
     client.phase = "saving"
     trainer.commit(progress, checkpointer)
     state = _whole_state(draft, keep=leader)
-    landing = source.receiver if isinstance(source, RemoteSource) and job.world.role == "draft" else None
+    landing = source.receiver.retire() if isinstance(source, RemoteSource) and job.world.role == "draft" else None
     del trainer, optimizer, draft, source  # the evaluation needs their memory
     gc.collect()
     torch.cuda.empty_cache()

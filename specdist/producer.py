@@ -97,9 +97,7 @@ class Producer:
     def run(self) -> ProducerReport:
         """Work until the scheduler says stop; raises WorldError when the world fails."""
         first = 0.0
-        while (
-            self.stop is None or self._queue or self._running
-        ):  # all ranks of a replica finish what they all were given
+        while self.stop is None or self._queue or self._running:  # what was given before the stop is finished
             for message in self._client.poll(self._patience()):
                 match message:
                     case Dispatch(index, _):

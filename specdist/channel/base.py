@@ -99,6 +99,11 @@ class FeatureReceiver(ABC):
         """The rows are no longer read by anything after the work already on the current stream. Calls `freed`, now or
         later, in the order of the releases."""
 
+    def retire(self) -> object:
+        """After the last item: give back the memory that only this rank uses. What is returned must be kept as long as
+        a target rank may still write to it."""
+        return None
+
 
 class Posts:
     """The items that were posted and not yet taken, each with the replica that sends it."""

@@ -145,6 +145,10 @@ class MooncakeReceiver(FeatureReceiver):
         else:  # the slot in host memory is free once it is copied; that of the device is written in stream order
             self._freeing.put((self._copied.pop(item.index), freed))
 
+    def retire(self) -> object:
+        self._device = None
+        return self
+
     def _free(self, device: torch.device) -> None:
         torch.cuda.set_device(device)
         while True:
