@@ -21,7 +21,9 @@ TRAIN = "specdist.train"
 def world_size(job: JobConfig, devices: int) -> int:
     """How many ranks to start: what the config adds up to, or one per GPU where it leaves a number open."""
     target, draft = job.target.replicas * job.target.tp, job.draft.dp
-    if job.world.mode == "split":
+    if job.world.role == "target":
+        return target
+    if job.world.mode == "split" and job.world.role == "both":
         if draft is not None:
             return target + draft * job.draft.cp
         if devices > target:
@@ -30,6 +32,8 @@ def world_size(job: JobConfig, devices: int) -> int:
             f"draft.dp is not set and this machine shows {devices} GPUs: set draft.dp, or --nproc-per-node, to say how "
             f"many ranks beside the {target} of the target to start"
         )
+    if job.world.role == "draft":
+        target = 0
     return max(devices, 1) if draft is None else max(draft * job.draft.cp, target)
 
 
@@ -44,7 +48,14 @@ def ranks_per_node(job: JobConfig, nodes: int, devices: int = 0) -> int:
     return ranks // nodes
 
 
-def start(files: Sequence[str], overrides: Sequence[str], ranks: int, module: str = TRAIN, retries: int = 0) -> int:
+def start(
+    files: Sequence[str],
+    overrides: Sequence[str],
+    ranks: int,
+    module: str = TRAIN,
+    retries: int = 0,
+    role: str = "both",
+) -> int:
     """Run a world on this machine, up to `retries` times more where that may help; returns its exit status.
 
     SIGINT and SIGTERM go to the ranks, which finish the step, save and leave. A second one kills them.
@@ -55,7 +66,7 @@ def start(files: Sequence[str], overrides: Sequence[str], ranks: int, module: st
         place = ["--nproc-per-node", str(ranks), "--job", attempt.job, "--restart", str(attempt.restart)]
         return run_agent([*place, "--launcher", "local", "--module", module, *words], asked)
 
-    return supervise(attempt, new_job("local"), retries, lambda: bool(asked))
+    return supervise(attempt, new_job("local", role), retries, lambda: bool(asked))
 
 
 def run_agent(words: Sequence[str], asked: list[int]) -> int:

@@ -14,7 +14,7 @@ from specdist import contract
 from specdist.attempts import AttemptRecord, Ending, Failure, Started
 from specdist.contract import Attempt
 from specdist.errors import ConfigError, Dismissed, UserError
-from specdist.job import JobConfig
+from specdist.job import JobConfig, home
 from specdist.run_dir import RunDirectory
 from specdist_launch.meeting import Meeting, Node, meet
 from specdist_launch.network import interface_towards
@@ -33,8 +33,8 @@ class Agent:
 
     def __init__(self, job: JobConfig, place: Place, attempt: Attempt, launcher: str):
         self._job, self._place, self._attempt, self._launcher = job, place, attempt, launcher
-        self._run_dir = Path(job.run.dir)
-        self._record = AttemptRecord(attempt.directory(self._run_dir))
+        self._run_dir, self._home = Path(job.run.dir), home(job, attempt)
+        self._record = AttemptRecord(attempt.directory(self._home))
 
     def run(self, arguments: Sequence[str], kept: bool, stop: StopForwarding) -> int:
         """Run `python ARGUMENTS` as this node's ranks; `kept`: as an attempt of the run, with a record.
@@ -131,7 +131,7 @@ class Agent:
             self._fail(Failure("lost", f"ended without a word: {ends}", host=self._place.host))
         if not leads:
             return 0 if self._known() or stopped is not None or not failed else GIVE_UP
-        verdict = judge(self._run_dir, self._job.launch)
+        verdict = judge(self._home, self._job.launch)
         if verdict.status != DONE and self._launcher != "slurm":  # there the batch script says it
             print(f"specdist: {verdict.words}", file=sys.stderr)
         return verdict.status

@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
     examine(job)
     RunDirectory(Path(job.run.dir)).check(job)
     hosts = find_hosts(args, job)
-    job_id = new_job("ssh")
+    job_id = new_job("ssh", job.world.role)
     if args.dry_run:
         print("\n".join(plain_torchrun(hosts, args.master_port, files, overrides)))
         return 0

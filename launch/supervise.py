@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Callable
 
@@ -30,6 +32,8 @@ def supervise(
     return AGAIN
 
 
-def new_job(launcher: str) -> str:
-    """An id for a job that no batch system has named; two jobs of one run directory cannot start in one second."""
-    return f"{launcher}-{time.strftime('%Y%m%d-%H%M%S')}"
+def new_job(launcher: str, role: str = "both") -> str:
+    """An id for a job that no batch system has named; two jobs of one run directory cannot start in one second, apart
+    from target worlds."""
+    place = f"-{socket.gethostname()}-{os.getpid()}" if role == "target" else ""
+    return f"{launcher}-{time.strftime('%Y%m%d-%H%M%S')}{place}"

@@ -130,7 +130,7 @@ def _account_for(attempt: Attempt, run_dir: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from specdist.job import load_job
+    from specdist.job import home, load_job
 
     parser = argparse.ArgumentParser(prog="python -m specdist_launch.verdict", description=__doc__)
     parser.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="as the job was started with")
@@ -142,10 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"specdist: {error}", file=sys.stderr)
         return USER_ERROR
-    run_dir = Path(job.run.dir)
+    attempt = Attempt.from_environment()
+    directory = home(job, attempt)
     if args.slurm:
-        _account_for(Attempt.from_environment(), run_dir)
-    verdict = judge(run_dir, job.launch)
+        _account_for(attempt, directory)
+    verdict = judge(directory, job.launch)
     print(f"specdist: {verdict.words}", file=sys.stderr)
     return verdict.status
 

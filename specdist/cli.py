@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     if rest:  # key=value words may follow an option
         args.config += rest
+    if getattr(args, "role", None) is not None:
+        args.config.append(f"world.role={args.role}")
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "train": _train,
         "launch": _launch,
@@ -57,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", "Train a draft, here or on hosts over ssh: tokenise, start the ranks, export, evaluate.")
     importlib.import_module("specdist_launch.ssh").arguments(train)
+    train.add_argument(
+        "--role", choices=["draft", "target"], help="start a world of this role alone (docs/two-worlds.md)"
+    )
     _add_launch(commands)
     status = command("status", "Tell where a run is: phase, step, queues, starved side, time to go.", config=False)
     status.add_argument("run_dir", metavar="RUN_DIR", help="the run.dir of a job")
@@ -164,14 +169,14 @@ def _train(args: argparse.Namespace) -> int:
     files, overrides = _split(args.config)
     job = load_job(files, overrides)
     examine(job)
-    check_installed(job, target=job.world.mode != "draft_only")
+    check_installed(job, target=job.world.mode != "draft_only" and job.world.role != "draft")
     RunDirectory(Path(job.run.dir)).check(job)
     devices = 0 if job.world.device == "cpu" else torch.cuda.device_count()
     ranks = args.nproc_per_node or world_size(job, devices)
     report = prepare(job.prompts, job.target.path, progress=True).report  # before any rank could wait for another
     if report.bad_total:
         print(f"prompts: {report}", file=sys.stderr)
-    return start(files, overrides, ranks, retries=args.retries)
+    return start(files, overrides, ranks, retries=args.retries, role=job.world.role)
 
 
 def _plan(args: argparse.Namespace) -> int:

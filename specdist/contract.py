@@ -8,6 +8,7 @@ the environment.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from collections.abc import Mapping
@@ -19,8 +20,8 @@ from specdist.errors import ConfigError, WorldError
 
 Role = Literal["target", "draft"]
 
-JOB, RESTART, DEADLINE, NODE_ROLE, HOST, STOP = (
-    f"SPECDIST_{name}" for name in ("JOB", "RESTART", "DEADLINE", "NODE_ROLE", "HOST", "STOP")
+JOB, RESTART, DEADLINE, NODE_ROLE, HOST, STOP, TOKEN = (
+    f"SPECDIST_{name}" for name in ("JOB", "RESTART", "DEADLINE", "NODE_ROLE", "HOST", "STOP", "TOKEN")
 )
 
 
@@ -114,6 +115,17 @@ def stop_asked() -> str | None:
     return os.environ.get(STOP)
 
 
+def shared_token(size: int) -> bytes:
+    """The secret of two worlds that the user has given to both; raises ConfigError unless it has `size` bytes."""
+    text = os.environ.get(TOKEN, "")
+    if len(text) != 2 * size or not all(c in "0123456789abcdefABCDEF" for c in text):
+        raise ConfigError(
+            f"world.scheduler is set, so both worlds need the same {TOKEN} in their environment: {2 * size} "
+            f"hexadecimal digits, for example from `openssl rand -hex {size}`"
+        )
+    return bytes.fromhex(text)
+
+
 def _run_id(env: Mapping[str, str]) -> str | None:
     """torchrun's rendezvous id, unless it is its default, which all runs share."""
     run_id = env.get("TORCHELASTIC_RUN_ID")
@@ -133,6 +145,18 @@ def launcher_serves_store() -> bool:
 def local_address() -> str:
     """The IP address under which the other hosts of this world reach this one: that of the route to the rendezvous."""
     return address_towards(*rendezvous_address())
+
+
+def reachable_address() -> str:
+    """The IP address under which hosts of other worlds reach this one: where the rendezvous does not leave this
+    machine, that of its default route (without one, nobody else can reach it)."""
+    address = local_address()
+    if not ipaddress.ip_address(address).is_loopback:
+        return address
+    try:
+        return address_towards("203.0.113.1", 9)  # an address for documentation: only the route to it is looked up
+    except OSError:
+        return address
 
 
 def address_towards(host: str, port: int) -> str:

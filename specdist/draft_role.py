@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from torch.distributed.tensor import DTensor
 from specdist import job as jobs
 from specdist.channel.build import make_receiver
 from specdist.channel.local import LocalChannel
+from specdist.channel.mooncake.directory import Endpoint
 from specdist.checkpoint import Checkpointer
-from specdist.control.messages import LastItem, Stop
+from specdist.control.client import ControlClient
+from specdist.control.messages import LastItem, Ring, Stop
 from specdist.draft.base import ContextShare, DraftModel
 from specdist.drafts import new_draft
 from specdist.finish import Outcome, finish
@@ -56,10 +59,12 @@ def consume(rank: Rank) -> None:
         figures = reporter.totals()
     # The targets are let go first, so that nothing waits for however long the last save takes.
     _end_the_run(rank, source, progress.next_item, leader)
+    client.phase = "hearing what the target ranks did"
     producers = receive_reports(rank) if leader else []
     client.phase = "saving"
     trainer.commit(progress, checkpointer)
     state = _whole_state(draft, keep=leader)
+    landing = source.receiver.retire() if isinstance(source, RemoteSource) and job.world.role == "draft" else None
     del trainer, optimizer, draft, source  # the evaluation needs their memory
     gc.collect()
     torch.cuda.empty_cache()
@@ -71,6 +76,7 @@ def consume(rank: Rank) -> None:
     rank.trace.finish()
     client.close()
     rank.stop.uninstall()
+    del landing  # until here: a replica that was dropped may still write into the ring
 
 
 def _build_draft(rank: Rank) -> DraftModel:
@@ -101,10 +107,23 @@ def _source(rank: Rank, items: Items, shard: int) -> FeatureSource:
         source = ColocatedSource(engine, channel, topology, rank.rank, rank.prompts, rank.trace)
         source.verify(items, job.target.verify)
         return source
-    slots = jobs.slots(job, layout)
-    receiver = make_receiver(rank.wire(), slots, job.prompts.tokens_per_rank, rank.client.check)
+    slots, timeout_s = jobs.slots(job, layout), rank.timeout_s
+    publisher = _RingPublisher(rank.client) if job.world.role == "draft" else None
+    if publisher is not None:  # the scheduler says first when there is no replica for too long
+        timeout_s += job.control.replica_timeout_s
+    receiver = make_receiver(rank.wire(), slots, job.prompts.tokens_per_rank, rank.client.check, publisher)
     number = topology.draft_ranks.index(rank.rank)
-    return RemoteSource(rank.client, receiver, items, number, rank.stop, rank.timeout_s, rank.trace)
+    return RemoteSource(rank.client, receiver, items, number, rank.stop, timeout_s, rank.trace)
+
+
+@dataclass(frozen=True)
+class _RingPublisher:
+    """Tells target worlds, through the scheduler, where the memory of a draft rank lies."""
+
+    client: ControlClient
+
+    def publish(self, rank: int, endpoint: Endpoint) -> None:
+        self.client.send(Ring(rank, endpoint.to_json()))
 
 
 def _end_the_run(rank: Rank, source: FeatureSource, next_item: int, leader: bool) -> None:

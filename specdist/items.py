@@ -17,19 +17,22 @@ class Items:
         self.first, self.end = first, end
         self._source: Iterator[WorkItem] = stream.items(start, first)
         self._window: dict[int, WorkItem] = {}
-        self._next = first
+        self._next = self._floor = first
         self._lock = threading.Lock()
 
     def __getitem__(self, index: int) -> WorkItem:
         """Item `index`; it must not have been forgotten."""
         with self._lock:
             while self._next <= index:
-                self._window[self._next] = next(self._source)
+                item = next(self._source)
+                if self._next >= self._floor:
+                    self._window[self._next] = item
                 self._next += 1
             return self._window[index]
 
     def forget(self, before: int) -> None:
         """Drop the items below `before`; they will not be asked for again."""
         with self._lock:
+            self._floor = max(self._floor, before)
             for index in [i for i in self._window if i < before]:
                 del self._window[index]

@@ -15,7 +15,7 @@ from specdist import config
 from specdist.channel.config import ChannelConfig, parse_bytes
 from specdist.channel.mooncake import engine as mooncake
 from specdist.channel.ring import ring_slots
-from specdist.contract import Role
+from specdist.contract import Attempt, Role
 from specdist.control.config import ControlConfig
 from specdist.doctor.config import PreflightConfig
 from specdist.draft.capture import capture_layout
@@ -101,6 +101,11 @@ def load_job(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> JobC
             target = describe(job.target.path, job.target.trust_remote_code).config
             eagle3 = load_exported(job.draft.init_from).eagle3_config(job.draft.eagle3, target)
             job = replace(job, draft=replace(job.draft, eagle3=eagle3))
+        if job.world.role != "both" and job.channel.transport != "mooncake":
+            raise ConfigError(
+                f"channel.transport={job.channel.transport} with world.role={job.world.role}: a process group cannot "
+                "span two worlds, so only Mooncake can carry features between them: set channel.transport=mooncake"
+            )
         if not job.prompts.files:
             raise ConfigError("prompts.files is empty: give JSONL, JSON, Parquet files or dataset directories")
         job.trace.check(job.train.steps)
@@ -184,4 +189,12 @@ def _value(job: object, key: str) -> object:
 
 def _replicas(job: JobConfig) -> int | None:
     """In modes where every rank is a target rank, one replica means as many as fit."""
-    return job.target.replicas if job.world.mode == "split" or job.target.replicas > 1 else None
+    shared = job.world.mode == "split" and job.world.role != "target"
+    return job.target.replicas if shared or job.target.replicas > 1 else None
+
+
+def home(job: JobConfig, attempt: Attempt) -> Path:
+    """Where the attempts of this world are recorded: the run directory, or, of a target world, a folder in it. The
+    draft world alone leads the run, and there may be several target worlds."""
+    run_dir = Path(job.run.dir)
+    return run_dir / "targets" / attempt.job if job.world.role == "target" else run_dir

@@ -64,6 +64,9 @@ class RunObserver(Observer):
         self._record.end(Ending("stopped", step, reason))
         print(f"specdist: stopped at step {step} ({reason}); the same command goes on from there.", file=sys.stderr)
 
+    def tell(self, words: str) -> None:
+        print(f"specdist: {words}", file=sys.stderr, flush=True)
+
     def pulse(self, peers: Peers, statistics: Statistics, started: bool, now: float) -> None:
         phases, step = peers.phases(now), max(peers.step, self._itinerary.progress.step)
         status = Status(

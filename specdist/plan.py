@@ -161,7 +161,7 @@ def render(plan: Plan) -> str:
         highlight=False,
     )
     out.print(f"draft {job.draft.algorithm}: captures layers {list(facts.layout.captured_layers)}", highlight=False)
-    out.print(_rank_table(topology))
+    out.print(_rank_table(topology, _has_scheduler(plan)))
     for line in _link_lines(plan):
         out.print(line, highlight=False)
     out.print(_memory_table(plan))
@@ -174,7 +174,7 @@ def render(plan: Plan) -> str:
     return out.file.getvalue().rstrip()
 
 
-def _rank_table(topology: Topology) -> Table:
+def _rank_table(topology: Topology, scheduler: bool) -> Table:
     table = Table(title="ranks", title_justify="left", box=None, header_style="bold")
     for column in ("rank", "host", "role", "replica", "tp", "dp", "cp", ""):
         table.add_column(column, justify="left")
@@ -189,9 +189,13 @@ def _rank_table(topology: Topology) -> Table:
             str(target.tp) if target else "",
             str(draft.dp) if draft else "",
             str(draft.cp) if draft else "",
-            "scheduler" if rank == topology.scheduler_rank and topology.mode in ("split", "target_only") else "",
+            "scheduler" if rank == topology.scheduler_rank and scheduler else "",
         )
     return table
+
+
+def _has_scheduler(plan: Plan) -> bool:
+    return plan.topology.mode in ("split", "target_only") and plan.job.world.role != "target"
 
 
 def _link_lines(plan: Plan) -> list[str]:
@@ -199,6 +203,8 @@ def _link_lines(plan: Plan) -> list[str]:
     per_token = layout.bytes_per_token
     parts = f"{len(layout.captured_layers)} captured layers" + (" and the last hidden state" if layout.final else "")
     lines = [f"{per_token:,} B of features per token: {parts} x {layout.hidden_size} x {_name(layout.dtype)}"]
+    if plan.job.world.role != "both":
+        return [*lines, "links: between every target rank and every draft rank of the other worlds, over Mooncake"]
     if not topology.links:
         return [*lines, "no links: features stay on the rank that computes them"]
     tokens = plan.job.prompts.tokens_per_rank

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specdist.channel.base import FeatureSender
 from specdist.control.client import ControlClient
-from specdist.control.messages import Computed, Dispatch, Stop
+from specdist.control.messages import Assign, Computed, Dispatch, Stop
 from specdist.items import Items
 from specdist.prompts.store import PromptStore
 from specdist.records import WorkItem
@@ -93,10 +93,21 @@ class Producer:
         verify_items: int,
         timeout_s: float,
         trace: Trace = NO_TRACE,
+        announce: bool = True,
+        window: int = 0,
     ):
+        """
+        Args:
+            announce: tell the scheduler of every item when its forward has finished. Else the sender does, later.
+            window: so many items before the last one may still be asked for, where another replica has lost them.
+        """
         self._engine, self._sender, self._client = engine, sender, client
         self._items, self._prompts, self._place = items, prompts, place
         self._verify_left, self._timeout_s = verify_items, timeout_s
+        self._window = window
+        self._announce = announce and place.tp == 0
+        self.stop: Stop | None = None
+        """What the scheduler ended the work with."""
         self._queue: deque[int] = deque()
         self._running: deque[_Forward] = deque()
         self.report = ProducerReport()
@@ -105,15 +116,18 @@ class Producer:
 
     def run(self) -> ProducerReport:
         """Work until the scheduler says stop; raises WorldError when the world fails."""
-        stopped = False
         self._idle_ns = time.monotonic_ns()
-        while not stopped:
+        while self.stop is None or self._queue or self._running:  # what was given before the stop is finished
             for message in self._client.poll(self._patience()):
                 match message:
                     case Dispatch(index, _):
                         self._queue.append(index)
+                    case Assign(index, replica, slot):
+                        self._sender.place(index, slot, replica)
+                        self._items.forget(before=index - self._window)  # of a run that others began long ago
+                        self._queue.append(index)
                     case Stop():
-                        stopped = True
+                        self.stop = message
             if self._may_launch():
                 self._began = self._began or time.monotonic()
                 self._launch(self._items[self._queue.popleft()])
@@ -163,7 +177,7 @@ class Producer:
         the scheduler knows, and meanwhile anything here that waits for the device would wait for ever."""
         while self._running and self._running[0].finished():
             done = self._running.popleft()
-            if self._place.tp == 0:
+            if self._announce:
                 self._client.send(Computed(done.item.index, self._place.replica))
             with self._trace.span("issue the sends", done.item.index):
                 self._sender.send(done.item, done.rows)
@@ -172,6 +186,6 @@ class Producer:
             self.report.busy_s += done.seconds()
             if self.report.items == WARM_ITEMS:
                 self.report.is_warm(time.monotonic() - self._began)
-            self._items.forget(before=done.item.index)
+            self._items.forget(before=done.item.index - self._window)
             self._idle_ns = time.monotonic_ns()
             self._client.phase = "waiting for an item"

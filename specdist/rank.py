@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from specdist.attempts import AttemptRecord
 from specdist.channel.wire import Wire
 from specdist.control.client import ControlClient
+from specdist.control.server import ControlServer
 from specdist.groups import Groups, World
 from specdist.items import Items
 from specdist.itinerary import Itinerary
@@ -42,6 +43,8 @@ class Rank:
     stop: StopFlag
     record: AttemptRecord
     trace: Trace
+    server: ControlServer | None = None
+    """The scheduler's end of the control plane, on rank 0."""
 
     @property
     def rank(self) -> int:

@@ -22,13 +22,14 @@ from specdist import job as jobs
 from specdist.attempts import AttemptRecord, Failure, Started
 from specdist.contract import Attempt, RankFacts, local_address, stop_asked
 from specdist.control.client import ControlClient
+from specdist.control.guests import GuestRules
 from specdist.control.server import ControlServer
 from specdist.control.wire import new_token
 from specdist.doctor.preflight import Preflight
 from specdist.draft_role import consume
 from specdist.errors import DataError, Dismissed, UserError, WorldError
 from specdist.export import load_exported
-from specdist.groups import World, join_world, make_groups
+from specdist.groups import Groups, World, join_world, make_groups
 from specdist.itinerary import Itinerary, find_itinerary, share_itinerary
 from specdist.job import JobConfig, JobFacts
 from specdist.links import connect_links
@@ -38,11 +39,13 @@ from specdist.prompts.store import PromptStore
 from specdist.prompts.vocabulary import frequent_tokens
 from specdist.rank import Rank, stream_of
 from specdist.rank_log import RankLog
+from specdist.rendezvous import Door, Rendezvous
 from specdist.run_dir import RunDirectory
 from specdist.scheduler import Scheduler
 from specdist.stop import StopFlag
 from specdist.target.engine import engine_groups
 from specdist.target_role import produce
+from specdist.terms import Terms
 from specdist.topology import Topology
 from specdist.trace.base import NO_TRACE, Trace
 from specdist.trace.collect import collect
@@ -80,31 +83,27 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     jobs.check_installed(job, target=topology.target_place(facts.rank) is not None)
     preflight = Preflight(job, world, topology)
     preflight.hosts(job_facts)
+    if job.world.role == "target":
+        _join_another_world(job, job_facts, world, topology, prompts, start)
+        return
     itinerary = _agree_on_itinerary(job, world, topology, run_dir, prompts)
     if facts.rank == 0:
         if start.record.started() is None:  # no agent of ours has started this world
             hosts = tuple(dict.fromkeys(world.hosts))
             start.record.begin(Started("torchrun", hosts, topology.world_size, itinerary.progress.step))
         _introduce(job, topology, job_facts, prompts, itinerary)
-    groups = make_groups(
-        topology,
-        world,
-        jobs.transport(job, world.device),
-        job.world.wait_timeout_s,
-        engine_groups(job.target, topology.replicas, world.device),
-    )
-    stop = StopFlag(start.attempt.deadline, job.launch.stop_before_end_s)
-    if (reason := stop_asked()) is not None:
-        stop.request(reason)
+    groups, stop = _groups(job, world, topology), _stop_flag(job, start)
+    terms = Terms.of(job, job_facts, prompts, topology, itinerary) if job.world.role == "draft" else None
     trace = _trace(job, world, topology, itinerary, start)
     with (
-        _control_plane(job, job_facts, world, topology, itinerary, start, stop, trace) as client,
+        _control_plane(job, job_facts, world, topology, itinerary, start, stop, trace, terms) as (client, server),
         trace.recording(client.ask_clock),
     ):
         stop.install()  # before the control plane is up nobody could be told, and there is nothing to save
         rank = Rank(
-            job, job_facts, world, topology, groups, run_dir, prompts, itinerary, client, stop, start.record, trace
-        )
+            job, job_facts, world, topology, groups, run_dir, prompts, itinerary, client, stop, start.record, trace,
+            server,
+        )  # fmt: skip
         client.phase = "connecting links"
         connect_links(topology, groups, world, job.world.join_timeout_s)
         preflight.links(groups)
@@ -114,6 +113,37 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
             consume(rank)
     if trace.on and facts.rank == 0:  # all ranks have left
         _tell_trace(start.record)
+
+
+def _groups(job: JobConfig, world: World, topology: Topology) -> Groups:
+    return make_groups(
+        topology,
+        world,
+        jobs.transport(job, world.device),
+        job.world.wait_timeout_s,
+        engine_groups(job.target, topology.replicas, world.device),
+    )
+
+
+def _stop_flag(job: JobConfig, start: Start) -> StopFlag:
+    stop = StopFlag(start.attempt.deadline, job.launch.stop_before_end_s)
+    if (reason := stop_asked()) is not None:
+        stop.request(reason)
+    return stop
+
+
+def _join_another_world(
+    job: JobConfig, facts: JobFacts, world: World, topology: Topology, prompts: PromptStore, start: Start
+) -> None:
+    """The part of a target world's rank: the run itself is led by a draft world."""
+    from specdist.target_world import TargetWorld
+
+    if world.facts.rank == 0 and start.record.started() is None:
+        start.record.begin(Started("torchrun", tuple(dict.fromkeys(world.hosts)), topology.world_size))
+    groups, stop = _groups(job, world, topology), _stop_flag(job, start)
+    stop.install()
+    run_dir = RunDirectory(Path(job.run.dir))
+    TargetWorld(job, facts, world, topology, groups, prompts, run_dir, stop, start.record).run()
 
 
 def _agree_on_itinerary(
@@ -166,11 +196,14 @@ def _tell_trace(record: AttemptRecord) -> None:
 
 
 def _introduce(job: JobConfig, topology: Topology, facts: JobFacts, prompts: PromptStore, itinerary: Itinerary) -> None:
+    target = f"{len(topology.replicas)} target replica(s) x tp {job.target.tp}, "
+    if job.world.role == "draft":
+        target = "target replicas join it (specdist train CONFIG --role target), "
     start = f"resuming from {itinerary.checkpoint.name}" if itinerary.checkpoint else "starting"
     steps = itinerary.total_steps - itinerary.progress.step
     print(
-        f"specdist: {topology.mode} world of {topology.world_size} ranks: {len(topology.replicas)} target replica(s) x "
-        f"tp {job.target.tp}, {len(topology.draft)} draft rank(s). {len(prompts)} sequences, "
+        f"specdist: {topology.mode} world of {topology.world_size} ranks: {target}"
+        f"{len(topology.draft)} draft rank(s). {len(prompts)} sequences, "
         f"{int(prompts.lengths.sum()):,} tokens, {facts.layout.bytes_per_token:,} B of features per token. "
         f"{start}: {steps} steps to go. Run directory {job.run.dir}",
         file=sys.stderr,
@@ -195,24 +228,38 @@ def _control_plane(
     start: Start,
     stop: StopFlag,
     trace: Trace,
-) -> Iterator[ControlClient]:
-    """This rank's client; on rank 0 the server beside it, which outlives all clients."""
+    terms: Terms | None,
+) -> Iterator[tuple[ControlClient, ControlServer | None]]:
+    """This rank's client; on rank 0 the server beside it, which outlives all clients.
+
+    Args:
+        terms: of a draft world, which target worlds may join.
+    """
     with contextlib.ExitStack() as stack:
         server, secret = None, new_token()
         if world.facts.rank == 0:
             status = RunDirectory(Path(job.run.dir)).status
             observer = RunObserver(status, start.record, start.attempt, itinerary, time.monotonic(), trace)
             stack.callback(observer.close)
+            rendezvous = Rendezvous(Path(job.run.dir), job.world.scheduler)
+            interface, port = local_address(), 0
+            if terms is not None:
+                interface, port, secret = rendezvous.place()
             server = ControlServer(
-                local_address(),
+                interface,
                 secret,
                 topology,
                 _scheduler(job, facts, topology, itinerary),
                 job.control,
                 join_timeout_s=job.world.join_timeout_s,
                 observer=observer,
+                rules=None if terms is None else GuestRules(terms.to_json(), job.channel.mooncake.stall_s),
+                port=port,
             )
             stack.enter_context(server)
+            if terms is not None:
+                rendezvous.publish(Door(server.address, secret))
+                stack.callback(rendezvous.withdraw)
             world.store.set("control", json.dumps([server.address, secret.hex()]))
         try:
             world.store.wait(["control"], timedelta(seconds=job.world.join_timeout_s))
@@ -228,7 +275,7 @@ def _control_plane(
             on_abort=functools.partial(_leave_soon, start, world.facts, trace),
             stop=stop,
         ) as client:
-            yield client
+            yield client, server
         if server is not None:
             server.join()  # bounded by control.silence_s: a rank that saves for long still shows that it lives
 
@@ -260,4 +307,5 @@ def _scheduler(job: JobConfig, facts: JobFacts, topology: Topology, itinerary: I
         timeout=job.world.wait_timeout_s,
         first_item=itinerary.progress.next_item,
         end_item=itinerary.end_item,
+        elastic=job.world.role == "draft",
     )

@@ -19,6 +19,7 @@ from typing import Literal
 
 from specdist.control.messages import Deliver, Dispatch, Statistics
 from specdist.errors import ConfigError, WorldError
+from specdist.places import Places
 
 _NOTHING = -1
 
@@ -63,6 +64,8 @@ class Scheduler:
         timeout: seconds after which `watch` names who holds an item.
         first_item: index of the first item (not 0 after a resume).
         end_item: one past the last item, or None for a stream without an end.
+        elastic: whether replicas come and go (two worlds). The run then ends with its last item: what was dispatched
+            beyond it is let go, for whoever was to compute it may be gone.
     """
 
     def __init__(
@@ -76,18 +79,23 @@ class Scheduler:
         timeout: float,
         first_item: int = 0,
         end_item: int | None = None,
+        elastic: bool = False,
     ):
-        if min(replicas, slots, queue_depth) < 1 or draft_ranks < 0:
+        if min(replicas + elastic, slots, queue_depth) < 1 or draft_ranks < 0:
             raise ValueError(f"{replicas} replicas, {draft_ranks} draft ranks, {slots} slots, queue {queue_depth}")
         self.slots, self.draft_ranks, self.timeout = slots, draft_ranks, timeout
         self._slot_bytes, self._depth = slot_bytes, queue_depth
         self._first = self._next = self._low = first_item
         self._end = end_item
+        self._elastic = elastic
+        self.cut_short = False
+        """Whether it was told to stop before its end."""
         self._requeued: list[int] = []
+        self.places = Places(slots, first_item)
         # Replicas with k items outstanding, sorted, for every k.
         self._room = [list(range(replicas)), *([] for _ in range(queue_depth))]
         self._outstanding: dict[int, deque[int]] = {r: deque() for r in range(replicas)}
-        self._head_since = [0.0] * replicas
+        self._head_since = dict.fromkeys(range(replicas), 0.0)
         # Per slot: the delivered item that is in it, since when, and the draft ranks that still hold it.
         self._delivered = [_NOTHING] * slots
         self._delivered_at = [0.0] * slots
@@ -102,6 +110,8 @@ class Scheduler:
     @property
     def finished(self) -> bool:
         """Whether nothing will be dispatched any more and everything dispatched has been released."""
+        if self._elastic:
+            return self._end is not None and self._low >= self._end
         return self._low == self._next and not self._work_left
 
     def next_dispatches(self, now: float) -> list[Dispatch]:
@@ -112,8 +122,10 @@ class Scheduler:
         while (replica := self._replica_with_room()) is not None and self._work_left:
             if self._requeued:
                 item = self._requeued.pop(0)
-            elif self._next - self._low < self.slots:
+                self.places.renew(item)
+            elif self._next - self._low < self.slots and self.places.free:
                 item, self._next = self._next, self._next + 1
+                self.places.take(item)
             else:
                 break
             self._account(now)
@@ -166,23 +178,38 @@ class Scheduler:
         """Dispatch nothing beyond `item`; what already was dispatched still goes its way to the release."""
         if item < self._first - 1:
             raise ProtocolError(f"stop after item {item}: the first item is {self._first}")
+        self.cut_short = self._end is None or item + 1 < self._end
         self._end = item + 1 if self._end is None else min(self._end, item + 1)
+        if self._elastic:
+            self._requeued = [requeued for requeued in self._requeued if not self._needless(requeued)]
 
     def stop_now(self) -> None:
         """Dispatch nothing more."""
         self.stop_after(self._next - 1)
 
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        """The replicas that there are."""
+        return tuple(self._outstanding)
+
+    def add_replica(self, replica: int) -> None:
+        """Give work to one more replica, whose number no other has had."""
+        self._outstanding[replica] = deque()
+        insort(self._room[0], replica)
+
     def drop_replica(self, replica: int) -> tuple[int, ...]:
-        """Forget a replica; its items that were not delivered go back to the front of the line, in item order.
+        """Forget a replica; its items that were not delivered go back to the front of the line, in item order. Their
+        slots stay in doubt (`places`).
 
         Raises:
-            WorldError: it is the last one.
+            WorldError: it is the last one, and no other can come.
         """
-        if len(self._outstanding) == 1:
+        if len(self._outstanding) == 1 and not self._elastic:
             raise WorldError(f"target replica {replica} is gone and it was the last one")
         queue = self._outstanding.pop(replica)
         self._room[len(queue)].remove(replica)
-        self._requeued = sorted([*self._requeued, *queue])
+        self.places.doubt(queue, replica)
+        self._requeued = sorted([*self._requeued, *(item for item in queue if not self._needless(item))])
         return tuple(sorted(queue))
 
     def watch(self, now: float) -> Culprit | None:
@@ -214,6 +241,9 @@ class Scheduler:
     def _work_left(self) -> bool:
         return bool(self._requeued) or self._end is None or self._next < self._end
 
+    def _needless(self, item: int) -> bool:
+        return self._elastic and self._end is not None and item >= self._end
+
     def _replica_with_room(self) -> int | None:
         for replicas in self._room[: self._depth]:
             if replicas:
@@ -232,6 +262,7 @@ class Scheduler:
         slot = self._low % self.slots
         while self._delivered[slot] == self._low and not self._holders[slot]:
             self._delivered[slot], self._holders[slot] = _NOTHING, self.draft_ranks
+            self.places.give_back(self._low)
             self._low += 1
             self._low_since = now
             slot = self._low % self.slots

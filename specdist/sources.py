@@ -13,7 +13,7 @@ from torch import Tensor
 from specdist.channel.base import FeatureReceiver
 from specdist.channel.local import LocalChannel
 from specdist.control.client import ControlClient
-from specdist.control.messages import Deliver, Released, Stop, StopRequested
+from specdist.control.messages import Arrived, Deliver, Released, Stop, StopRequested
 from specdist.errors import WorldError
 from specdist.items import Items
 from specdist.prompts.store import PromptStore
@@ -39,7 +39,7 @@ class RemoteSource(FeatureSource):
         timeout_s: float,
         trace: Trace = NO_TRACE,
     ):
-        self._client, self._receiver, self._items = client, receiver, items
+        self._client, self.receiver, self._items = client, receiver, items
         self._draft, self._stop, self._timeout_s = draft, stop, timeout_s
         self._trace = trace
         self._delivered: set[int] = set()
@@ -55,7 +55,7 @@ class RemoteSource(FeatureSource):
         with self._trace.span("wait for the forward", item.index):
             self._await(item.index)
         with self._trace.span("wait for the transfer", item.index):
-            rows = self._receiver.take(item, self._timeout_s)
+            rows = self.receiver.take(item, self._timeout_s)
         self.waited_s += time.monotonic() - began
         self._client.phase = f"training on item {item.index}"
         return rows
@@ -63,7 +63,7 @@ class RemoteSource(FeatureSource):
     def release(self, item: WorkItem) -> None:
         with self._changed:
             self._delivered.discard(item.index)
-        self._receiver.release(item, functools.partial(self._freed, item.index))
+        self.receiver.release(item, functools.partial(self._freed, item.index))
 
     def _freed(self, index: int) -> None:
         self._client.send(Released(index, self._draft))
@@ -79,7 +79,7 @@ class RemoteSource(FeatureSource):
                 arrived = next_item in self._delivered
             if arrived:
                 item = self._items[next_item]
-                self._receiver.take(item, self._timeout_s)
+                self.receiver.take(item, self._timeout_s)
                 self.release(item)
                 next_item += 1
             elif self._stopped:
@@ -105,7 +105,7 @@ class RemoteSource(FeatureSource):
 
     def _listen(self) -> None:
         try:
-            self._receiver.enter_thread()
+            self.receiver.enter_thread()
             while not self._stopped:
                 for message in self._client.poll(1.0):
                     self._handle(message)
@@ -117,17 +117,23 @@ class RemoteSource(FeatureSource):
     def _handle(self, message: object) -> None:
         match message:
             case Deliver(index, replica):
-                with self._trace.span("post the receives", index):
-                    self._receiver.post(self._items[index], replica)
-                with self._changed:
-                    self._delivered.add(index)
-                    self._changed.notify_all()
+                self._post(index, replica)
+            case Arrived(index, replica, slot, shares):
+                self.receiver.place(index, slot, shares)
+                self._post(index, replica)
             case StopRequested(rank, reason):
                 self._stop.request(f"{reason} on rank {rank}")
             case Stop():
                 with self._changed:
                     self._stopped = True
                     self._changed.notify_all()
+
+    def _post(self, index: int, replica: int) -> None:
+        with self._trace.span("post the receives", index):
+            self.receiver.post(self._items[index], replica)
+        with self._changed:
+            self._delivered.add(index)
+            self._changed.notify_all()
 
 
 class ColocatedSource(FeatureSource):

@@ -23,6 +23,13 @@ class WorldConfig:
     mode: Mode = "split"
     """split: each rank has one role; colocated: every rank has both, in turns; target_only: measure the target and
     drop its features; draft_only: train on synthetic features (random, for measuring)."""
+    role: Literal["both", "draft", "target"] = "both"
+    """both: one world has both roles; draft, target: a world of one of them, started on its own (--role). The draft
+    world leads the run, and any number of target worlds join it. Needs channel.transport=mooncake."""
+    scheduler: str = ""
+    """Two worlds without a run directory that both see: HOST:PORT of rank 0 of the draft world, where it opens the
+    control plane and target worlds look for it; SPECDIST_TOKEN is then their common secret. Empty: it is told in the
+    run directory."""
     order: Literal["target_first", "draft_first"] = "target_first"
     """Which role takes the lowest ranks."""
     target_hosts: tuple[str, ...] = ()
@@ -42,6 +49,11 @@ class WorldConfig:
     def __post_init__(self) -> None:
         if self.target_hosts and self.mode != "split":
             raise ConfigError(f"world.target_hosts divides the hosts of world.mode=split, not of {self.mode}")
+        if self.role != "both" and self.mode != "split":
+            raise ConfigError(f"world.role={self.role} divides the roles of world.mode=split, not of {self.mode}")
+        host, _, port = self.scheduler.rpartition(":")
+        if self.scheduler and (not host or not port.isdigit() or not 0 < int(port) < 65536):
+            raise ConfigError(f"world.scheduler is HOST:PORT, not '{self.scheduler}'")
         for key in ("join_timeout_s", "wait_timeout_s"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"world.{key} is a number of seconds > 0, not {getattr(self, key)}")
@@ -122,9 +134,20 @@ class Topology:
         for key, value in {"target.replicas": replicas, "target.tp": tp, "draft.dp": dp, "draft.cp": cp}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{key} is at least 1, not {value}")
-        build = {"split": _split, "colocated": _colocated, "target_only": _target_only, "draft_only": _draft_only}
+        build = {
+            "split": _SPLIT[world.role],
+            "colocated": _colocated,
+            "target_only": _target_only,
+            "draft_only": _draft_only,
+        }
         request = _Request(world, tuple(hosts), tuple(roles) or (None,) * len(hosts), replicas, tp, dp, cp)
         return build[world.mode](request)
+
+    def beside(self, hosts: Sequence[str], cp: int) -> Topology:
+        """This target world together with a draft world on `hosts`, whose ranks come first."""
+        size = len(hosts)
+        replicas = tuple(tuple(size + rank for rank in ranks) for ranks in self.replicas)
+        return Topology(self.mode, (*hosts, *self.hosts), replicas, _rows(range(size), cp), shards=size // cp)
 
     @property
     def world_size(self) -> int:
@@ -176,6 +199,12 @@ class _Request:
     tp: int
     dp: int | None
     cp: int
+
+    @property
+    def kind(self) -> str:
+        """The key that says what kind of world it is."""
+        world = self.world
+        return f"world.mode={world.mode}" if world.role == "both" else f"world.role={world.role}"
 
     @property
     def ranks(self) -> range:
@@ -284,11 +313,11 @@ def _target_only(ask: _Request) -> Topology:
     replicas = ask.replicas or max(size // ask.tp, 1)
     if replicas * ask.tp != size:
         raise ConfigError(
-            f"world.mode=target_only: target.replicas({replicas}) x target.tp({ask.tp}) = {replicas * ask.tp} != "
+            f"{ask.kind}: target.replicas({replicas}) x target.tp({ask.tp}) = {replicas * ask.tp} != "
             f"{size} ranks, {ask.name_hosts(ask.ranks)}"
         )
     placed = _place_replicas(ask, replicas, list(ask.ranks))
-    return Topology("target_only", ask.hosts, placed, (), shards=ask.dp or 1)
+    return Topology(ask.world.mode, ask.hosts, placed, (), shards=ask.dp or 1)
 
 
 def _draft_only(ask: _Request) -> Topology:
@@ -297,17 +326,19 @@ def _draft_only(ask: _Request) -> Topology:
     dp = ask.dp or max(size // ask.cp, 1)
     if dp * ask.cp != size:
         raise ConfigError(
-            f"world.mode=draft_only: draft.dp({dp}) x draft.cp({ask.cp}) = {dp * ask.cp} != {size} ranks, "
+            f"{ask.kind}: draft.dp({dp}) x draft.cp({ask.cp}) = {dp * ask.cp} != {size} ranks, "
             f"{ask.name_hosts(ask.ranks)}"
         )
-    return Topology("draft_only", ask.hosts, (), _rows(ask.ranks, ask.cp), shards=dp)
+    return Topology(ask.world.mode, ask.hosts, (), _rows(ask.ranks, ask.cp), shards=dp)
+
+
+_SPLIT = {"both": _split, "draft": _draft_only, "target": _target_only}
 
 
 def _refuse_role(ask: _Request, role: Role, instead: str) -> None:
     if ranks := ask.with_role(role):
         raise ConfigError(
-            f"world.mode={ask.world.mode} gives {instead}, but the launcher made these {role} nodes: "
-            f"{ask.name_hosts(ranks)}"
+            f"{ask.kind} gives {instead}, but the launcher made these {role} nodes: {ask.name_hosts(ranks)}"
         )
 
 

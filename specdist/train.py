@@ -12,7 +12,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from specdist.errors import ConfigError, Dismissed, UserError
 from specdist.stop import end_with_launcher
@@ -29,14 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from specdist.attempts import AttemptRecord
     from specdist.contract import Attempt, RankFacts
-    from specdist.job import load_job, naming_sources
+    from specdist.job import home, load_job, naming_sources
     from specdist.rank_log import RankLog
     from specdist.runtime import Start, run
 
     try:
         facts, attempt = RankFacts.from_environment(), Attempt.from_environment()
         job = load_job(args.config, args.overrides)
-        record = AttemptRecord(attempt.directory(Path(job.run.dir)))
+        record = AttemptRecord(attempt.directory(home(job, attempt)))
         try:
             log = RankLog(record.directory, facts)
         except OSError as error:

@@ -79,7 +79,9 @@ class MooncakeLimit(Limit):
         self._endpoints: list[Endpoint] = []
         if not target:
             ring, protocol = self._memory.data_ptr(), self._engine.protocol
-            directory.publish(wire.rank, Endpoint(self._engine.session, protocol, ring, size, slots, flags=0))
+            directory.publish(
+                wire.rank, Endpoint(self._engine.session, protocol, ring, size, slots, flags=0, columns=0)
+            )
             return
         self._column = topology.target_ranks.index(wire.rank)
         for rank in topology.draft_ranks:

@@ -44,6 +44,11 @@ class FeatureSender(ABC):
     def buffers(self) -> int:
         """How many buffers may be handed out before the first of them is sent."""
 
+    def place(self, item: int, slot: int, replica: int) -> None:
+        """Two worlds, before `send`: the slot of the draft ranks' rings that item number `item` goes to, and the number
+        of this replica there. Only a channel that writes into the rings has this."""
+        raise NotImplementedError
+
     @abstractmethod
     def buffer(self, item: WorkItem) -> Tensor:
         """Rows [item.tokens, layout.width] for the engine to write; earlier sends from the same memory are ordered
@@ -71,6 +76,11 @@ class FeatureReceiver(ABC):
         """Called once by the thread that will call `post`."""
         return
 
+    def place(self, item: int, slot: int, shares: int) -> None:
+        """Two worlds, before `post`: the slot that item number `item` is in, and the number of its shares. Only a
+        channel that the target writes through has this."""
+        raise NotImplementedError
+
     @abstractmethod
     def post(self, item: WorkItem, replica: int) -> None:
         """Start to receive this rank's shard of `item` from a target replica into the item's slot. May be called from
@@ -88,6 +98,11 @@ class FeatureReceiver(ABC):
     def release(self, item: WorkItem, freed: Freed) -> None:
         """The rows are no longer read by anything after the work already on the current stream. Calls `freed`, now or
         later, in the order of the releases."""
+
+    def retire(self) -> object:
+        """After the last item: give back the memory that only this rank uses. What is returned must be kept as long as
+        a target rank may still write to it."""
+        return None
 
 
 class Posts:

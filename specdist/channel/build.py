@@ -11,10 +11,10 @@ import torch.distributed as dist
 from specdist.channel.base import FeatureReceiver, FeatureSender
 from specdist.channel.p2p import P2PReceiver, P2PSender
 from specdist.channel.wire import Wire
-from specdist.contract import local_address
+from specdist.contract import local_address, reachable_address
 
 if TYPE_CHECKING:
-    from specdist.channel.mooncake.directory import Directory
+    from specdist.channel.mooncake.directory import Directory, Publisher
     from specdist.channel.mooncake.engine import TransferEngine
 
 
@@ -27,12 +27,20 @@ def make_sender(wire: Wire, item_rows: int) -> FeatureSender:
     return MooncakeSender(wire, item_rows, *_mooncake(wire))
 
 
-def make_receiver(wire: Wire, slots: int, shard_rows: int, check: Callable[[], None]) -> FeatureReceiver:
-    """A draft rank's end, a ring of `slots` slots of `shard_rows` rows; `check` raises when the world has failed."""
+def make_receiver(
+    wire: Wire, slots: int, shard_rows: int, check: Callable[[], None], publisher: Publisher | None = None
+) -> FeatureReceiver:
+    """A draft rank's end, a ring of `slots` slots of `shard_rows` rows; `check` raises when the world has failed.
+    `publisher`: where a rank of a draft world says where its ring is."""
     if wire.config.transport != "mooncake":
         return P2PReceiver(wire, slots, shard_rows, check)
     from specdist.channel.mooncake.receiver import MooncakeReceiver
 
+    if publisher is not None:
+        from specdist.channel.mooncake.engine import TransferEngine
+
+        engine = TransferEngine(reachable_address(), wire.config.mooncake)
+        return MooncakeReceiver(wire, slots, shard_rows, check, engine, publisher)
     return MooncakeReceiver(wire, slots, shard_rows, check, *_mooncake(wire))
 
 

@@ -31,10 +31,12 @@ from specdist.control.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    Join,
     Message,
     Ready,
     Start,
     Statistics,
+    Stop,
     StopRequest,
     TellClock,
     decode,
@@ -65,6 +67,7 @@ class ControlClient:
         on_abort: called once, in the client's thread, when the world has failed: to abort communicators in which the
             main thread may be stuck.
         stop: this process's request to stop; the client passes it on, whatever the main thread is busy with.
+        name, hello: socket identity and first message of a rank of a target world, which is not one of the scheduler's.
     """
 
     def __init__(
@@ -77,7 +80,10 @@ class ControlClient:
         scheduler: str = "rank 0",
         on_abort: Callable[[UserError], None] | None = None,
         stop: StopFlag | None = None,
+        name: bytes | None = None,
+        hello: Join | None = None,
     ):
+        self._hello = hello or Hello(PROTOCOL_VERSION, os.getpid())
         self.rank, self.statistics = rank, Statistics()
         self.step = -1
         """Optimizer steps done, for the scheduler's reports; free to set."""
@@ -90,6 +96,8 @@ class ControlClient:
         self._culprit: int | None = None
         self.abort: Abort | None = None
         """The world's failure as rank 0 has told it."""
+        self.stop: Stop | None = None
+        """The end of the work, once the scheduler has told it; what breaks after it does not matter any more."""
         self._started = threading.Event()
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._clocks: queue.SimpleQueue[ClockReading] = queue.SimpleQueue()
@@ -97,11 +105,16 @@ class ControlClient:
         self._open = True
         self._context = zmq.Context()
         self._outbox, self._outgoing = inproc_pair(self._context)
-        self._dealer = self._connect(address, identity(token, rank))
+        self._dealer = self._connect(address, name or identity(token, rank))
         self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._lost_at: float | None = None
         self._thread = threading.Thread(target=self._thread_main, name="specdist-control-client", daemon=True)
         self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the world has failed, or its scheduler is gone."""
+        return self._error is not None
 
     @property
     def phase(self) -> str:
@@ -249,7 +262,7 @@ class ControlClient:
         poller.register(self._dealer, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
         heard = now = next_beat = time.monotonic()
-        self._dealer.send(encode(Hello(PROTOCOL_VERSION, os.getpid())))
+        self._dealer.send(encode(self._hello))
         while True:
             wake = next_beat if self._lost_at is None else min(next_beat, self._lost_at + self._config.heartbeat_s)
             if self._stop is not None and not self._stop_told:
@@ -324,6 +337,7 @@ class ControlClient:
                 self._culprit = -1
                 self._break(message.error())
             else:
+                self.stop = message if isinstance(message, Stop) else self.stop
                 self._inbox.put(message)
 
     def _break(self, error: BaseException) -> None:

@@ -13,20 +13,25 @@ from collections.abc import Callable, Iterable
 
 from specdist.attempts import Failure, Kind
 from specdist.control.config import ControlConfig
+from specdist.control.guests import GuestRules, Guests
 from specdist.control.messages import (
     PROTOCOL_VERSION,
     Abort,
+    Assign,
     Computed,
     DecodeError,
     Dismiss,
+    Dispatch,
     Failed,
     Goodbye,
     Heartbeat,
     Hello,
+    Join,
     LastItem,
     Message,
     Ready,
     Released,
+    Ring,
     Start,
     Statistics,
     Stop,
@@ -53,6 +58,9 @@ class Observer:
     def dismissed(self, reason: str) -> None:
         """The run was asked to stop before it had begun; called once."""
 
+    def tell(self, words: str) -> None:
+        """Something that happened to a target world."""
+
     def pulse(self, peers: Peers, statistics: Statistics, started: bool, now: float) -> None:
         """Called every `control.heartbeat_s` seconds until the run's end."""
 
@@ -70,6 +78,7 @@ class Conductor:
     Args:
         scheduler: None where no features travel between ranks (draft only, colocated): then only liveness, failures
             and stop requests are handled.
+        rules: where the target replicas are in worlds of their own and join this one; else None.
     """
 
     def __init__(
@@ -82,12 +91,17 @@ class Conductor:
         join_timeout_s: float,
         now: float,
         observer: Observer | None = None,
+        rules: GuestRules | None = None,
     ):
         self.peers = Peers(topology, now)
         self.aborted: Abort | Dismiss | None = None
         self._observer = observer or Observer()
         self._scheduler, self._topology, self._config, self._send = scheduler, topology, config, send
         self._draft_ranks = topology.draft_ranks
+        self.guests: Guests | None = None
+        if rules is not None:
+            assert scheduler is not None
+            self.guests = Guests(rules, scheduler, self.peers, topology.draft_ranks, config, send, self._observer.tell)
         self._draft_of = {rank: draft for draft, rank in enumerate(topology.draft_ranks)}
         self._join_by, self._ready_by = now + join_timeout_s, now + config.load_timeout_s
         self._join_timeout = join_timeout_s
@@ -111,9 +125,13 @@ class Conductor:
                 self._apply(rank, decode(payload), now)
         except DecodeError as error:
             self.peers.count_malformed(rank)
-            logger.warning("dropped a malformed control message of %s: %s", self._topology.describe(rank), error)
+            logger.warning("dropped a malformed control message of %s: %s", self.peers.name(rank), error)
         except ProtocolError as error:
-            self.abort(rank, f"sent what the control protocol does not allow: {error}", now)
+            self._fail(rank, f"sent what the control protocol does not allow: {error}", now)
+
+    def admit(self, now: float) -> int:
+        """A rank of another world has come; returns its number."""
+        return self.peers.admit(now)
 
     def advance(self, now: float) -> None:
         """Dispatch what may be dispatched, and end the run once nothing is left."""
@@ -125,12 +143,14 @@ class Conductor:
             self._broadcast(Start(), now)
         if scheduler is not None and self._ready:
             for dispatch in scheduler.next_dispatches(now):
-                self._broadcast(dispatch, now, self._topology.replicas[dispatch.replica])
+                self._dispatch(dispatch, scheduler, now)
             self._observer.advanced(scheduler, now)
         if self._ready and (self._stopping if scheduler is None else scheduler.finished):
             self._stopped = True
             self._broadcast(self.statistics(now), now)
-            self._broadcast(Stop(), now)
+            self._broadcast(Stop(), now, [rank for rank in self.peers.present if not self.peers.is_guest(rank)])
+            if self.guests is not None and scheduler is not None:
+                self.guests.stop(more=scheduler.cut_short)
 
     def tick(self, now: float) -> None:
         """Send a sign of life, and name whoever is late."""
@@ -143,6 +163,8 @@ class Conductor:
             self._check_start(now)
         if self.aborted is None:
             self._check_silence(now)
+        if self.aborted is None and self.guests is not None and self._ready:
+            self._check_guests(self.guests, now)
         if self.aborted is None and self._scheduler is not None and not self._stopped:
             culprit = self._scheduler.watch(now)
             if culprit is not None:
@@ -158,11 +180,11 @@ class Conductor:
             return
         failed = failed or Failed("lost", "", message, "")
         peers, step = self.peers, self.peers.step
-        place = (peers.role(rank), peers.host(rank))
-        abort = Abort(rank, step, *place, failed.kind, failed.exception, message, peers.phase(rank))
+        place, doing = (("", ""), "") if rank < 0 else ((peers.role(rank), peers.host(rank)), peers.phase(rank))
+        abort = Abort(rank, step, *place, failed.kind, failed.exception, message, doing)
         kind = typing.cast(Kind, failed.kind)
         self._observer.failed(  # before the others hear of it, who know less
-            Failure(kind, message, rank, *place, step, peers.phase(rank), failed.exception, failed.traceback)
+            Failure(kind, message, rank, *place, step, doing, failed.exception, failed.traceback)
         )
         self._end(abort, now)
 
@@ -182,6 +204,9 @@ class Conductor:
         return self._stopped and not self.peers.present
 
     def _apply(self, rank: int, message: Message, now: float) -> None:
+        if self.guests is not None and self.peers.is_guest(rank):
+            self.guests.apply(rank, message, now)
+            return
         match message:
             case Heartbeat(seconds, step, phase):
                 self.peers.note_phase(rank, phase, now - seconds, step)
@@ -199,6 +224,8 @@ class Conductor:
                 self._stop_request(rank, reason, now)
             case LastItem(item):
                 self._last_item(rank, item, now)
+            case Ring() if self.guests is not None:
+                self.guests.publish(message)
             case Goodbye():
                 self.peers.leave(rank)
                 if not self._stopped:
@@ -221,11 +248,11 @@ class Conductor:
             return
         if isinstance(message, Goodbye):
             self.peers.leave(rank)
-        elif isinstance(message, Hello):
+        elif isinstance(message, Hello | Join):
             self.peers.join(rank, message.pid)
             self._send([rank], encode(self.aborted))
         elif isinstance(message, Failed):
-            logger.info("%s failed too: %s", self._topology.describe(rank), message.message)
+            logger.info("%s failed too: %s", self.peers.name(rank), message.message)
 
     def _hello(self, rank: int, version: int, pid: int, now: float) -> None:
         earlier = self.peers.join(rank, pid)
@@ -271,6 +298,9 @@ class Conductor:
     def _broadcast(self, message: Message, now: float, ranks: Iterable[int] | None = None) -> None:
         """Encode once, send to `ranks` (default: all present ones); a rank that cannot be reached fails the run."""
         for rank in self._send(self.peers.present if ranks is None else ranks, encode(message)):
+            if self.guests is not None and self.peers.is_guest(rank):
+                self.guests.lost(rank, now)
+                continue
             # Once the run has ended a rank that cannot be reached may just have left, its goodbye still unread.
             if not self.peers.has_left(rank) and (not self._stopped or rank in self._unreachable):
                 self.abort(rank, f"the connection to it is lost; {self.peers.state(rank, now)}", now)
@@ -290,20 +320,40 @@ class Conductor:
             self.abort(late[0], f"{count} not ready after {limit}:\n{self.peers.describe_all(late, now)}", now)
 
     def _check_silence(self, now: float) -> None:
-        silent = self.peers.silent(now, self._config.silence_s)
+        silent = [r for r in self.peers.silent(now, self._config.silence_s) if not self.peers.is_guest(r)]
         if silent:
             limit = f"{self._config.silence_s:.0f} s (control.silence_s)"
             listed = self.peers.describe_all(silent, now)
             self.abort(silent[0], f"{len(silent)} ranks not heard for more than {limit}:\n{listed}", now)
 
+    def _fail(self, rank: int, why: str, now: float) -> None:
+        """Something is wrong with `rank`: the run fails, or does without it if it is one of another world."""
+        if self.guests is not None and self.peers.is_guest(rank):
+            self.guests.drop(rank, why, now)
+        else:
+            self.abort(rank, why, now)
+
+    def _dispatch(self, dispatch: Dispatch, scheduler: Scheduler, now: float) -> None:
+        if self.guests is None:
+            self._broadcast(dispatch, now, self._topology.replicas[dispatch.replica])
+            return
+        assign = Assign(dispatch.item, dispatch.replica, scheduler.places[dispatch.item])
+        self._broadcast(assign, now, self.guests.ranks(dispatch.replica))
+
+    def _check_guests(self, guests: Guests, now: float) -> None:
+        reason = guests.tick(now)
+        if reason is not None and not self._stopped:
+            self.abort(-1, reason, now, Failed("world", "", reason, ""))
+
     def _blame(self, culprit: Culprit, now: float) -> None:
         assert self._scheduler is not None
         held = f"item {culprit.item} for {culprit.seconds:.0f} s (limit {self._scheduler.timeout:.0f} s)"
         if culprit.role == "target":
-            ranks = self._topology.replicas[culprit.indices[0]]
+            replica = culprit.indices[0]
+            ranks = self._topology.replicas[replica] if self.guests is None else tuple(self.guests.ranks(replica))
             what = f"target replica {culprit.indices[0]} has been computing {held}"
         else:
             ranks = tuple(self._draft_ranks[d] for d in culprit.indices)
             others = "no other has either" if culprit.everyone else f"{len(self._draft_ranks) - len(ranks)} others have"
             what = f"has not released {held}; {others}"
-        self.abort(ranks[0], f"{what}:\n{self.peers.describe_all(ranks, now)}", now)
+        self._fail(ranks[0], f"{what}:\n{self.peers.describe_all(ranks, now)}", now)

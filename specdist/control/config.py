@@ -19,6 +19,11 @@ class ControlConfig:
     load_timeout_s: float = 1800.0
     """Seconds from the start until every rank must have loaded its models and be ready."""
 
+    replica_timeout_s: float = 1800.0
+    """Two worlds: seconds for which the draft world goes on without any target replica before it gives up."""
+    scheduler_timeout_s: float = 1800.0
+    """Two worlds: seconds for which a target world looks for the scheduler, or waits for it to come back."""
+
     def __post_init__(self) -> None:
         if self.heartbeat_s <= 0:
             raise ConfigError(f"control.heartbeat_s is a number of seconds > 0, not {self.heartbeat_s}")
@@ -26,5 +31,6 @@ class ControlConfig:
             raise ConfigError(
                 f"control.silence_s ({self.silence_s}) must be at least twice control.heartbeat_s ({self.heartbeat_s})"
             )
-        if self.load_timeout_s <= 0:
-            raise ConfigError(f"control.load_timeout_s is a number of seconds > 0, not {self.load_timeout_s}")
+        for key in ("load_timeout_s", "replica_timeout_s", "scheduler_timeout_s"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"control.{key} is a number of seconds > 0, not {getattr(self, key)}")

@@ -103,7 +103,8 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """scheduler -> all: stop now. `rank` is the culprit, `role` its coordinates in words, `doing` its phase."""
+    """scheduler -> all: stop now. `rank` is the culprit, `role` its coordinates in words, `doing` its phase. `kind` is
+    that of `attempts.Failure`, or "refused": this rank of a target world will never be let in."""
 
     rank: int
     step: int
@@ -116,6 +117,8 @@ class Abort:
 
     def error(self) -> WorldError:
         said = f"{self.exception}: {self.message}" if self.exception else self.message
+        if self.rank < 0:
+            return WorldError(said)
         return WorldError(f"rank {self.rank} ({self.role}, host {self.host}): {said}", culprit=self.rank)
 
 
@@ -167,7 +170,83 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """scheduler -> all: everything dispatched has been released; no `Dispatch` or `Deliver` follows."""
+    """scheduler -> all: everything dispatched has been released; no `Dispatch` or `Deliver` follows.
+
+    `more`, for the ranks of a target world: 1 where the run has not come to its end, and another start of the draft
+    world may go on with it.
+    """
+
+    more: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """rank of a target world -> scheduler: its first message. It is `tp` of the `shares` ranks of `replica` in `world`,
+    which is a name that no two worlds share."""
+
+    version: int
+    pid: int
+    replica: int
+    tp: int
+    shares: int
+    host: str
+    world: str
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """scheduler -> rank of a target world: it is rank `number` here; `terms` is what it must know of the run (JSON)."""
+
+    number: int
+    terms: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """draft rank -> scheduler -> ranks of target worlds: where the memory of draft rank number `draft` lies (JSON)."""
+
+    draft: int
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """scheduler -> all ranks of `replica` of a target world: compute `item` and write it to `slot` of every ring."""
+
+    item: int
+    replica: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """rank of a target world -> scheduler: its share of `item` has arrived in the rings. Every rank says so."""
+
+    item: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """scheduler -> all draft ranks: all `shares` shares of `item` are in `slot`, written by `replica`."""
+
+    item: int
+    replica: int
+    slot: int
+    shares: int
+
+
+@dataclass(frozen=True, slots=True)
+class Produced:
+    """rank of a target world -> scheduler: all that it wrote has arrived, it writes nothing more, and this is what it
+    did (see `ProducerReport`)."""
+
+    items: int
+    tokens: int
+    busy_s: float
+    elapsed_s: float
+    cold_tokens: float
+    cold_busy_s: float
+    cold_elapsed_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +321,13 @@ Message = (
     | Statistics
     | AskClock
     | TellClock
+    | Join
+    | Welcome
+    | Ring
+    | Assign
+    | Written
+    | Arrived
+    | Produced
 )
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from specdist.topology import Topology
 
+_UNKNOWN = ("target of another world", "?")
+
 _NAMED = 4
 """So many ranks are named one by one in an error; 1,024 of them would hide what it says."""
 
@@ -23,6 +25,8 @@ class _Peer:
     phase_since: float = 0.0
     step: int = -1
     malformed: int = 0
+    place: tuple[str, str] = _UNKNOWN
+    """Role and host of a rank of another world."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,10 @@ _NUMBER = re.compile(r"\d+")
 
 
 class Peers:
-    """The table of all ranks, kept by the server's thread. Times are in seconds of the caller's clock."""
+    """The table of all ranks, kept by the server's thread. Times are in seconds of the caller's clock.
+
+    Ranks of target worlds, which come and go, are numbered from the size of this one on, in the order of their coming.
+    """
 
     def __init__(self, topology: Topology, now: float):
         self._topology = topology
@@ -57,11 +64,30 @@ class Peers:
 
     @property
     def missing(self) -> list[int]:
-        return [rank for rank, peer in enumerate(self._peers) if not peer.joined]
+        return [rank for rank, peer in enumerate(self._own) if not peer.joined]
 
     @property
     def unready(self) -> list[int]:
-        return [rank for rank, peer in enumerate(self._peers) if not peer.ready]
+        return [rank for rank, peer in enumerate(self._own) if not peer.ready]
+
+    @property
+    def _own(self) -> list[_Peer]:
+        """The ranks of this world."""
+        return self._peers[: self._topology.world_size]
+
+    def is_guest(self, rank: int) -> bool:
+        """Whether it is a rank of another world."""
+        return rank >= self._topology.world_size
+
+    def admit(self, now: float) -> int:
+        """Make room for a rank of another world; returns its number."""
+        self._peers.append(_Peer())
+        self._heard.append(now)
+        return len(self._peers) - 1
+
+    def introduce(self, rank: int, role: str, host: str) -> None:
+        """Say who a rank of another world is."""
+        self._peers[rank].place = (role, host)
 
     @property
     def malformed(self) -> int:
@@ -126,11 +152,17 @@ class Peers:
         return self._topology.hosts
 
     def role(self, rank: int) -> str:
+        if self.is_guest(rank):
+            return self._peers[rank].place[0]
         places = (self._topology.target_place(rank), self._topology.draft_place(rank))
         return " + ".join(str(place) for place in places if place is not None) or "idle"
 
     def host(self, rank: int) -> str:
-        return self._topology.hosts[rank]
+        return self._peers[rank].place[1] if self.is_guest(rank) else self._topology.hosts[rank]
+
+    def name(self, rank: int) -> str:
+        """A rank as errors and logs name it."""
+        return f"rank {rank} ({self.role(rank)}, host {self.host(rank)})"
 
     def state(self, rank: int, now: float) -> str:
         """What is known of a rank: when it was last heard, and in which phase since when."""
@@ -145,7 +177,7 @@ class Peers:
         return f"{text}, pid {peer.pid}"
 
     def describe(self, rank: int, now: float) -> str:
-        return f"{self._topology.describe(rank)} {self.state(rank, now)}"
+        return f"{self.name(rank)} {self.state(rank, now)}"
 
     def describe_all(self, ranks: Iterable[int], now: float) -> str:
         """One rank per line, those in the rarest phase first: in a hang the odd one out is the suspect."""

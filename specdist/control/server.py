@@ -14,8 +14,9 @@ import zmq
 
 from specdist.control.conductor import Conductor, Observer
 from specdist.control.config import ControlConfig
-from specdist.control.messages import MAX_MESSAGE_BYTES, TellClock, decode_ask_clock, encode
-from specdist.control.wire import identity, inproc_pair
+from specdist.control.guests import GuestRules
+from specdist.control.messages import MAX_MESSAGE_BYTES, Produced, TellClock, decode_ask_clock, encode
+from specdist.control.wire import identity, inproc_pair, is_guest
 from specdist.errors import WorldError
 from specdist.scheduler import Scheduler
 from specdist.topology import Topology
@@ -36,7 +37,8 @@ class ControlServer:
     Args:
         interface: IP address to bind to, the one that the other hosts reach. Not a wildcard.
         token: the run's secret; messages from sockets that do not carry it are dropped and counted in `unknown`.
-        scheduler, observer: see Conductor.
+        scheduler, observer, rules: see Conductor.
+        port: the port to bind to; 0: a free one.
         join_timeout_s: seconds from now until every rank must have said hello.
     """
 
@@ -50,12 +52,14 @@ class ControlServer:
         *,
         join_timeout_s: float,
         observer: Observer | None = None,
+        rules: GuestRules | None = None,
+        port: int = 0,
     ):
-        self._config = config
+        self._config, self._token = config, token
         self._identities = [identity(token, rank) for rank in range(topology.world_size)]
         self._ranks = {peer: rank for rank, peer in enumerate(self._identities)}
         self._context = zmq.Context()
-        self._router = self._bind(interface)
+        self._router = self._bind(interface, port)
         self._wake, self._woken = inproc_pair(self._context)
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
@@ -68,6 +72,7 @@ class ControlServer:
             join_timeout_s=join_timeout_s,
             now=time.monotonic(),
             observer=observer,
+            rules=rules,
         )
         self._next_tick = time.monotonic()
         self._closing = False
@@ -119,6 +124,15 @@ class ControlServer:
             raise WorldError(f"after {timeout_s:.0f} s these ranks have not left the control plane:\n{left}")
         self.check()
 
+    def reports(self, timeout_s: float) -> list[Produced]:
+        """What the replicas of target worlds did: those that have left, and, after the end of the run, those that do so
+        within `timeout_s` seconds."""
+        conductor, deadline = self._conductor, time.monotonic() + timeout_s
+        assert conductor.guests is not None
+        while any(map(conductor.peers.is_guest, conductor.peers.present)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return list(conductor.guests.reports)
+
     def close(self) -> None:
         """End the server, whatever state it is in; nobody is told."""
         if self._thread.is_alive():
@@ -156,7 +170,7 @@ class ControlServer:
         finally:
             self._router.close(_LINGER_MS)
 
-    def _bind(self, interface: str) -> zmq.Socket[bytes]:
+    def _bind(self, interface: str, port: int) -> zmq.Socket[bytes]:
         if interface in ("*", "0.0.0.0", "::", ""):
             raise ValueError(f"the control socket binds to one interface address, not to '{interface}'")
         router = self._context.socket(zmq.ROUTER)
@@ -168,11 +182,15 @@ class ControlServer:
         router.setsockopt(zmq.IPV6, int(":" in interface))
         host = f"[{interface}]" if ":" in interface else interface
         try:
-            port = router.bind_to_random_port(f"tcp://{host}")
+            if port:
+                router.bind(f"tcp://{host}:{port}")
+            else:
+                port = router.bind_to_random_port(f"tcp://{host}")
         except zmq.ZMQError as error:
             router.close(0)
             self._context.term()
-            raise WorldError(f"rank 0 cannot open its control socket on {interface}: {error}") from error
+            where = f"{interface}, port {port}" if port else interface
+            raise WorldError(f"rank 0 cannot open its control socket on {where}: {error}") from error
         self.address = f"tcp://{host}:{port}"
         return router
 
@@ -188,6 +206,9 @@ class ControlServer:
 
     def _receive(self, frames: list[bytes], now: float) -> None:
         rank = self._ranks.get(frames[0])
+        if rank is None and self._conductor.guests is not None and is_guest(frames[0], self._token):
+            rank = self._ranks[frames[0]] = self._conductor.admit(now)
+            self._identities.append(frames[0])
         if rank is None or len(frames) != 2:
             self.unknown += 1
             if self.unknown == 1:

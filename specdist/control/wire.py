@@ -9,6 +9,7 @@ import struct
 import zmq
 
 TOKEN_BYTES = 16
+WORLD_BYTES = 8
 _PREFIX = b"specdist"
 _RANK = struct.Struct(">I")
 
@@ -23,6 +24,16 @@ def identity(token: bytes, rank: int) -> bytes:
     if len(token) != TOKEN_BYTES:
         raise ValueError(f"a run token has {TOKEN_BYTES} bytes, not {len(token)}")
     return _PREFIX + token + _RANK.pack(rank)
+
+
+def guest_identity(token: bytes, world: str, rank: int) -> bytes:
+    """The socket identity of a rank of a target world; `world`: 16 hexadecimal digits that no other world has."""
+    return identity(token, rank)[: -_RANK.size] + bytes.fromhex(world) + _RANK.pack(rank)
+
+
+def is_guest(name: bytes, token: bytes) -> bool:
+    """Whether a socket identity is that of a rank of a target world with this run's token."""
+    return len(name) == len(_PREFIX) + TOKEN_BYTES + WORLD_BYTES + _RANK.size and name.startswith(_PREFIX + token)
 
 
 def inproc_pair(context: zmq.Context[zmq.Socket[bytes]]) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:

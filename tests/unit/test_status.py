@@ -63,6 +63,11 @@ def test_a_run_that_trains_tells_step_queues_balance_and_time(run_dir: Path) -> 
     assert "checkpoint  none yet" in said
 
 
+def test_a_draft_world_without_a_target_world_says_so(run_dir: Path) -> None:
+    write(run_dir, statistics=Statistics(elapsed_s=100.0, bytes_limit=1000))
+    assert "no target replica is there" in describe(run_dir, NOW)
+
+
 def test_a_run_longer_than_its_time_limit_says_so(run_dir: Path) -> None:
     write(run_dir, step_s=200.0)
     assert "it will be saved and started again" in describe(run_dir, NOW)

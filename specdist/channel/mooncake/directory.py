@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the memory of each draft rank lies, as told over a store that all ranks share."""
+"""Where the memory of each draft rank lies, as told over a store that all ranks share; two worlds have no such store
+and tell it through the control plane (specdist/target_world.py)."""
 
 from __future__ import annotations
 
@@ -7,12 +8,21 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import torch.distributed as dist
 
 from specdist.errors import WorldError
 
 _LOOK_S = 0.2
+_REPLICA_SHIFT = 40
+MAX_SHARES = 64
+"""Two worlds: the largest tensor parallelism of a replica, for the draft ranks do not know who will come."""
+
+
+def stamp(item: int, replica: int | None = None) -> int:
+    """What is written into a flag when a share of `item` has arrived; `replica` where several may write the item."""
+    return item + 1 if replica is None else (replica + 1 << _REPLICA_SHIFT) + item + 1
 
 
 @dataclass(frozen=True)
@@ -20,8 +30,8 @@ class Endpoint:
     """What a target rank must know to write to a draft rank.
 
     `ring` is the address of slot 0 and `slot_bytes` the distance from one slot to the next. `flags` is the address of
-    an int64 [slots + 1, target ranks]: whoever has written its share of item i into slot s = i mod slots then writes
-    i + 1 to [s, its place among the target ranks]. The last row takes greetings.
+    an int64 [slots + 1, columns]: whoever has written its share of an item into slot s then writes the item's `stamp`
+    to [s, its column], its place among the target ranks (two worlds: in its replica). The last row takes greetings.
     """
 
     session: str
@@ -30,6 +40,26 @@ class Endpoint:
     slot_bytes: int
     slots: int
     flags: int
+    columns: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Endpoint:
+        return cls(**json.loads(text))
+
+
+class Publisher(Protocol):
+    """Where a draft rank says where its memory is."""
+
+    def publish(self, rank: int, endpoint: Endpoint) -> None: ...
+
+
+class Finder(Protocol):
+    """Where a target rank learns it; see `Directory.find`."""
+
+    def find(self, rank: int, named: str, timeout_s: float, check: Callable[[], None]) -> Endpoint: ...
 
 
 class Directory:
@@ -39,7 +69,7 @@ class Directory:
         self._store = store
 
     def publish(self, rank: int, endpoint: Endpoint) -> None:
-        self._store.set(f"endpoint/{rank}", json.dumps(asdict(endpoint)))
+        self._store.set(f"endpoint/{rank}", endpoint.to_json())
 
     def find(self, rank: int, named: str, timeout_s: float, check: Callable[[], None]) -> Endpoint:
         """The endpoint of a draft rank; `check` is called while waiting, and raises when the world has failed.
@@ -53,4 +83,4 @@ class Directory:
             if time.monotonic() > deadline:
                 raise WorldError(f"{named} did not say within {timeout_s:.0f} s where its ring is", culprit=rank)
             time.sleep(_LOOK_S)
-        return Endpoint(**json.loads(self._store.get(key)))
+        return Endpoint.from_json(self._store.get(key))

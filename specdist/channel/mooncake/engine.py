@@ -72,6 +72,11 @@ class TransferEngine:
             )
         self._registered.append(memory)
 
+    def forget(self, memory: Tensor) -> None:
+        """Undo `register`: nobody writes to `memory` or from it any more."""
+        self._engine.unregister_memory(memory.data_ptr())
+        self._registered = [kept for kept in self._registered if kept is not memory]
+
     def write(self, session: str, source: int, destination: int, size: int) -> int:
         """Start to write `size` bytes from the address `source` here to `destination` there; returns its number.
 

@@ -8,12 +8,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from specdist.channel.base import FeatureReceiver, Freed, Posts, share
-from specdist.channel.mooncake.directory import Directory, Endpoint
+from specdist.channel.mooncake.directory import MAX_SHARES, Endpoint, Publisher, stamp
 from specdist.channel.mooncake.engine import TransferEngine
 from specdist.channel.ring import Ring
 from specdist.channel.wire import Wire
@@ -25,8 +26,29 @@ from specdist.trace.base import Transfer
 _POLL_S = 0.0002
 
 
+@dataclass(frozen=True)
+class _Share:
+    """A part of an item: who writes it, by rank (-1: one of another world) and name, and its column of the flags."""
+
+    source: int
+    name: str
+    column: int
+
+
+@dataclass(frozen=True)
+class _Whereabouts:
+    """Where an item is, and what its flags say when it is complete."""
+
+    slot: int
+    stamp: int
+    shares: tuple[_Share, ...]
+
+
 class MooncakeReceiver(FeatureReceiver):
-    """Owns the ring. On a GPU the ring is in pinned host memory, and `take` copies an item to the device."""
+    """Owns the ring. On a GPU the ring is in pinned host memory, and `take` copies an item to the device.
+
+    In a draft world, which has no target ranks, the scheduler says where each item is (`place`).
+    """
 
     def __init__(
         self,
@@ -35,7 +57,7 @@ class MooncakeReceiver(FeatureReceiver):
         shard_rows: int,
         check: Callable[[], None],
         engine: TransferEngine,
-        directory: Directory,
+        directory: Publisher,
     ):
         topology, rank, layout = wire.topology, wire.rank, wire.layout
         place = topology.draft_place(rank)
@@ -43,7 +65,7 @@ class MooncakeReceiver(FeatureReceiver):
         self._topology, self._rank, self._shard, self._check = topology, rank, place.dp, check
         self._host = Ring(layout, slots, shard_rows, torch.device("cpu"), pinned=wire.on_gpu)
         self._device = Ring(layout, slots, shard_rows, wire.device) if wire.on_gpu else None
-        self._flags = torch.zeros(slots + 1, len(topology.target_ranks), dtype=torch.int64)
+        self._flags = torch.zeros(slots + 1, len(topology.target_ranks) or MAX_SHARES, dtype=torch.int64)
         self._seen = self._flags.numpy()  # the same memory; reading it costs no dispatch
         self._column = {source: i for i, source in enumerate(topology.target_ranks)}
         for memory in (self._host.memory, self._flags):
@@ -52,6 +74,8 @@ class MooncakeReceiver(FeatureReceiver):
         self._posts = Posts(topology, rank, check)
         self._trace, self._row_bytes = wire.trace, layout.bytes_per_token
         self._traced: dict[tuple[int, int], Transfer] = {}
+        self._placed: dict[int, tuple[int, int]] = {}
+        self._expected: dict[int, _Whereabouts] = {}
         self._copied: dict[int, torch.cuda.Event] = {}
         self._freeing: queue.SimpleQueue[tuple[torch.cuda.Event, Freed]] = queue.SimpleQueue()
         if wire.on_gpu:
@@ -65,6 +89,7 @@ class MooncakeReceiver(FeatureReceiver):
                 slot_bytes=shard_rows * layout.bytes_per_token,
                 slots=slots,
                 flags=self._flags.data_ptr(),
+                columns=self._flags.shape[1],
             ),
         )
 
@@ -72,29 +97,35 @@ class MooncakeReceiver(FeatureReceiver):
     def slots(self) -> int:
         return self._host.slots
 
+    def place(self, item: int, slot: int, shares: int) -> None:
+        self._placed[item] = (slot, shares)
+
     def post(self, item: WorkItem, replica: int) -> None:
-        for source, rows in self._owed(item, replica):
-            size = rows * self._row_bytes
-            self._traced[item.index, source] = self._trace.transfer(
-                "receive", item.index, Link(source, self._rank), size
-            )
+        where = self._expected[item.index] = self._whereabouts(item, replica)
+        for source, rows in self._owed(item, where):
+            if source.source >= 0:  # of another world there is no trace
+                link, size = Link(source.source, self._rank), rows * self._row_bytes
+                self._traced[item.index, source.source] = self._trace.transfer("receive", item.index, link, size)
         self._posts.add(item, replica)
 
-    def _owed(self, item: WorkItem, replica: int) -> Iterator[tuple[int, int]]:
-        """The ranks that send rows of `item`, and how many."""
-        tokens, sources = item.shards[self._shard].tokens, self._topology.replicas[replica]
-        for t, source in enumerate(sources):
-            part = share(tokens, t, len(sources))
+    def _owed(self, item: WorkItem, where: _Whereabouts) -> Iterator[tuple[_Share, int]]:
+        """Who sends rows of `item`, and how many."""
+        tokens = item.shards[self._shard].tokens
+        for t, source in enumerate(where.shares):
+            part = share(tokens, t, len(where.shares))
             if part.start < part.stop:
                 yield source, part.stop - part.start
 
     def take(self, item: WorkItem, timeout_s: float) -> Tensor:
         deadline = time.monotonic() + timeout_s
-        for source, _ in self._owed(item, self._posts.take(item, timeout_s)):
-            self._await(item, source, deadline, timeout_s)
-            self._traced.pop((item.index, source)).ended()
+        self._posts.take(item, timeout_s)
+        where = self._expected.pop(item.index)
+        for source, _ in self._owed(item, where):
+            self._await(item, where, source, deadline, timeout_s)
+            if source.source >= 0:
+                self._traced.pop((item.index, source.source)).ended()
         tokens = item.shards[self._shard].tokens
-        rows = self._host.slot(item.index, tokens)
+        rows = self._host.slot(where.slot, tokens)
         if self._device is None:
             return rows
         on_device = self._device.slot(item.index, tokens)
@@ -103,9 +134,18 @@ class MooncakeReceiver(FeatureReceiver):
         self._copied[item.index].record()
         return on_device
 
-    def _await(self, item: WorkItem, source: int, deadline: float, timeout_s: float) -> None:
-        row, column, look = item.index % self.slots, self._column[source], time.monotonic() + 0.5
-        while self._seen[row, column] != item.index + 1:
+    def _whereabouts(self, item: WorkItem, replica: int) -> _Whereabouts:
+        if item.index in self._placed:
+            slot, count = self._placed.pop(item.index)
+            shares = tuple(_Share(-1, f"target replica {replica} tp {t} of another world", t) for t in range(count))
+            return _Whereabouts(slot, stamp(item.index, replica), shares)
+        sources = self._topology.replicas[replica]
+        shares = tuple(_Share(s, self._topology.describe(s), self._column[s]) for s in sources)
+        return _Whereabouts(item.index % self.slots, stamp(item.index), shares)
+
+    def _await(self, item: WorkItem, where: _Whereabouts, share: _Share, deadline: float, timeout_s: float) -> None:
+        look = time.monotonic() + 0.5
+        while self._seen[where.slot, share.column] != where.stamp:
             now = time.monotonic()
             if now > look:
                 self._check()
@@ -113,8 +153,8 @@ class MooncakeReceiver(FeatureReceiver):
             if now > deadline:
                 raise WorldError(
                     f"{self._topology.describe(self._rank)} did not receive its rows of item {item.index} from "
-                    f"{self._topology.describe(source)} (limit {timeout_s:.0f} s): nothing has come over Mooncake",
-                    culprit=source,
+                    f"{share.name} (limit {timeout_s:.0f} s): nothing has come over Mooncake",
+                    culprit=share.source,
                 )
             time.sleep(_POLL_S)
 
@@ -123,6 +163,10 @@ class MooncakeReceiver(FeatureReceiver):
             freed()
         else:  # the slot in host memory is free once it is copied; that of the device is written in stream order
             self._freeing.put((self._copied.pop(item.index), freed))
+
+    def retire(self) -> object:
+        self._device = None
+        return self
 
     def _free(self, device: torch.device) -> None:
         torch.cuda.set_device(device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specdist.channel.base import FeatureSender, share
-from specdist.channel.mooncake.directory import Directory, Endpoint
+from specdist.channel.mooncake.directory import Endpoint, Finder, stamp
 from specdist.channel.mooncake.engine import TransferEngine, TransferFailed
 from specdist.channel.ring import Ring
 from specdist.channel.wire import Wire
@@ -24,11 +24,13 @@ from specdist.trace.base import Transfer
 
 @dataclass
 class _Sending:
-    """An item on its way. `copied`: the event after which the rows are in host memory (None: they are there)."""
+    """An item on its way. `copied`: the event after which the rows are in host memory (None: they are there). `place`:
+    the slot it goes to and the number of this replica, where the scheduler has said so."""
 
     item: WorkItem
     rows: Tensor
     copied: torch.cuda.Event | None
+    place: tuple[int, int] | None
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -37,15 +39,28 @@ class MooncakeSender(FeatureSender):
 
     The slot of an item is free when the item is dispatched (the scheduler's credits), so a write waits for nobody. The
     flag follows when the rows have arrived: writes to one peer may overtake each other.
+
+    Args:
+        written: called in the sender's thread with the number of each item whose share of this rank has arrived. Given
+            where this replica belongs to a world of its own: then the slots are those that `place` names.
     """
 
-    def __init__(self, wire: Wire, item_rows: int, engine: TransferEngine, directory: Directory):
+    def __init__(
+        self,
+        wire: Wire,
+        item_rows: int,
+        engine: TransferEngine,
+        directory: Finder,
+        written: Callable[[int], None] | None = None,
+    ):
         topology, rank, buffers = wire.topology, wire.rank, wire.config.send_buffers
         place = topology.target_place(rank)
         assert place is not None, f"rank {rank} is not a target rank"
         self._topology, self._rank, self._place = topology, rank, place
         self._tp = len(topology.replicas[place.replica])
-        self._column = topology.target_ranks.index(rank)
+        self._column = place.tp if written else topology.target_ranks.index(rank)
+        self._written = written
+        self._places: dict[int, tuple[int, int]] = {}
         self._engine, self._directory, self._timeout_s = engine, directory, wire.timeout_s
         self._trace = wire.trace
         self._host = Ring(wire.layout, buffers, item_rows, torch.device("cpu"), pinned=wire.on_gpu)
@@ -58,8 +73,9 @@ class MooncakeSender(FeatureSender):
         self._sending: dict[int, _Sending] = {}
         self._handed_out = self._sent = 0
         self._error: WorldError | None = None
-        self._jobs: queue.SimpleQueue[_Sending] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="specdist-mooncake", daemon=True).start()
+        self._jobs: queue.SimpleQueue[_Sending | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="specdist-mooncake", daemon=True)
+        self._thread.start()
 
     @property
     def buffers(self) -> int:
@@ -80,6 +96,9 @@ class MooncakeSender(FeatureSender):
             except TransferFailed as error:
                 raise self._failed(draft, f"link did not come up: {error}") from error
 
+    def place(self, item: int, slot: int, replica: int) -> None:
+        self._places[item] = (slot, replica)
+
     def buffer(self, item: WorkItem) -> Tensor:
         assert self._handed_out - self._sent < self.buffers, "a buffer is asked for before an earlier one was sent"
         number = self._handed_out
@@ -98,7 +117,7 @@ class MooncakeSender(FeatureSender):
                 copied = torch.cuda.Event()
                 copied.record()
             rows = host
-        sending = _Sending(item, rows, copied)
+        sending = _Sending(item, rows, copied, self._places.pop(item.index, None))
         self._sending[self._sent % self.buffers] = sending
         self._sent += 1
         self._jobs.put(sending)
@@ -107,6 +126,14 @@ class MooncakeSender(FeatureSender):
         for sending in self._sending.values():
             self._finish(sending, timeout_s)
         self._sending.clear()
+
+    def close(self, timeout_s: float) -> None:
+        """Send nothing more, and give the buffers back unless a write from one has failed: it may still read them."""
+        self._jobs.put(None)
+        self._thread.join(timeout_s)
+        if self._error is None and not self._thread.is_alive():
+            for memory in (self._host.memory, self._flag):
+                self._engine.forget(memory)
 
     def _finish(self, sending: _Sending, timeout_s: float) -> None:
         ended = sending.done.wait(timeout_s)
@@ -120,8 +147,7 @@ class MooncakeSender(FeatureSender):
 
     def _work(self) -> None:
         """The body of the thread: item by item, in the order in which they were sent."""
-        while True:
-            sending = self._jobs.get()
+        while (sending := self._jobs.get()) is not None:
             if self._error is None:
                 self._send(sending)
             sending.done.set()
@@ -131,20 +157,25 @@ class MooncakeSender(FeatureSender):
         if sending.copied is not None:
             with self._trace.span("wait for the copy to the host", item.index):
                 sending.copied.synchronize()
-        parts = self._parts(sending)
+        parts, index = self._parts(sending), item.index
         writes: dict[int, int] = {}
         traced: dict[int, Transfer] = {}
         draft = -1
         try:
             for draft, part in parts.items():
-                traced[draft] = self._trace.transfer("send", item.index, Link(self._rank, draft), part.nbytes)
-                writes[draft] = self._write(draft, item, part)
+                traced[draft] = self._trace.transfer("send", index, Link(self._rank, draft), part.nbytes)
+                writes[draft] = self._write(draft, sending, part)
             for draft, number in writes.items():
                 self._engine.wait([number], self._timeout_s)
-                self._write_flag(draft, item.index % self._endpoints[draft].slots, item.index + 1, self._timeout_s)
+                mark = stamp(index, None if sending.place is None else sending.place[1])
+                self._write_flag(draft, self._slot(draft, sending), mark, self._timeout_s)
                 traced[draft].ended()
+            if self._written is not None:
+                self._written(index)
         except TransferFailed as error:
-            self._error = self._failed(draft, f"item {item.index}: {error}")
+            self._error = self._failed(draft, f"item {index}: {error}")
+        except WorldError as error:  # of `written`: the world has failed
+            self._error = error
 
     def _parts(self, sending: _Sending) -> dict[int, Tensor]:
         """What every draft rank gets of this rank's rows; nothing where there are no rows."""
@@ -156,18 +187,21 @@ class MooncakeSender(FeatureSender):
                 parts |= dict.fromkeys(ranks, part)
         return parts
 
-    def _write(self, draft: int, item: WorkItem, part: Tensor) -> int:
-        endpoint, place = self._endpoints[draft], self._topology.draft_place(draft)
+    def _slot(self, draft: int, sending: _Sending) -> int:
+        return sending.item.index % self._endpoints[draft].slots if sending.place is None else sending.place[0]
+
+    def _write(self, draft: int, sending: _Sending, part: Tensor) -> int:
+        item, endpoint, place = sending.item, self._endpoints[draft], self._topology.draft_place(draft)
         assert place is not None
         row_bytes = part.shape[1] * part.element_size()
         first = share(item.shards[place.dp].tokens, self._place.tp, self._tp).start
-        slot = endpoint.ring + item.index % endpoint.slots * endpoint.slot_bytes
+        slot = endpoint.ring + self._slot(draft, sending) * endpoint.slot_bytes
         return self._engine.write(endpoint.session, part.data_ptr(), slot + first * row_bytes, len(part) * row_bytes)
 
     def _write_flag(self, draft: int, row: int, value: int, timeout_s: float) -> None:
         endpoint = self._endpoints[draft]
         self._flag[0] = value
-        place = endpoint.flags + 8 * (row * len(self._topology.target_ranks) + self._column)
+        place = endpoint.flags + 8 * (row * endpoint.columns + self._column)
         self._engine.wait([self._engine.write(endpoint.session, self._flag.data_ptr(), place, 8)], timeout_s)
 
     def _failed(self, draft: int, why: str) -> WorldError:

@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scheduler does with target worlds that come and go: rule by rule, without sockets and with a clock that the
+test moves."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import stat
+from collections.abc import Iterable
+
+import pytest
+
+from specdist.control.conductor import Conductor, Observer
+from specdist.control.config import ControlConfig
+from specdist.control.guests import GuestRules
+from specdist.control.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Arrived,
+    Assign,
+    Failed,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Join,
+    LastItem,
+    Message,
+    Produced,
+    Ready,
+    Released,
+    Ring,
+    Stop,
+    StopRequest,
+    Welcome,
+    Written,
+    decode,
+    encode,
+)
+from specdist.control.wire import guest_identity, identity, is_guest, new_token
+from specdist.errors import ConfigError
+from specdist.itinerary import Itinerary
+from specdist.places import Places
+from specdist.progress import Progress
+from specdist.records import Cursor
+from specdist.rendezvous import Door, Rendezvous
+from specdist.scheduler import Scheduler
+from specdist.terms import Terms
+from specdist.topology import Topology, WorldConfig
+
+DRAFT = Topology("split", ("d", "d"), (), ((0,), (1,)), 2)
+CONFIG = ControlConfig(heartbeat_s=1.0, silence_s=5.0, replica_timeout_s=20.0)
+DRAIN_S = 3.0
+START = "start one with `specdist train CONFIG --role target`"
+SLOTS = 4
+A, B = "a" * 16, "b" * 16
+
+
+class Office(Observer):
+    """The conductor of a draft world of two ranks, whose messages are collected."""
+
+    def __init__(self, end_item: int = 100):
+        self.now, self.sent, self.lost, self.words = (
+            0.0,
+            list[tuple[tuple[int, ...], Message]](),
+            set[int](),
+            list[str](),
+        )
+        settings = {"slots": SLOTS, "slot_bytes": 1, "queue_depth": 2, "timeout": 1000.0, "end_item": end_item}
+        self.scheduler = Scheduler(replicas=0, draft_ranks=2, elastic=True, **settings)  # type: ignore[arg-type]
+        rules = GuestRules("terms", DRAIN_S)
+        self.conductor = Conductor(
+            self.scheduler, DRAFT, CONFIG, self.send, join_timeout_s=10.0, now=0.0, observer=self, rules=rules
+        )
+        for rank in (0, 1):
+            self.hear(rank, Hello(PROTOCOL_VERSION, 1), Ready())
+
+    def tell(self, words: str) -> None:
+        self.words.append(words)
+
+    def send(self, ranks: Iterable[int], payload: bytes) -> list[int]:
+        ranks = tuple(ranks)
+        self.sent.append((ranks, decode(payload)))
+        return [rank for rank in ranks if rank in self.lost]
+
+    def hear(self, rank: int, *messages: Message) -> list[Message]:
+        """Apply messages of a rank; returns what was sent in answer."""
+        self.sent.clear()
+        for message in messages:
+            self.conductor.receive(rank, encode(message), self.now)
+        self.conductor.advance(self.now)
+        return [message for _, message in self.sent]
+
+    def join(
+        self, world: str = A, replica: int = 0, tp: int = 0, shares: int = 1, version: int = PROTOCOL_VERSION
+    ) -> int:
+        rank = self.conductor.admit(self.now)
+        self.hear(rank, Join(version, 1, replica, tp, shares, "t", world))
+        return rank
+
+    def pass_time(self, seconds: float, alive: Iterable[int] = (0, 1)) -> None:
+        self.now += seconds
+        for rank in alive:
+            self.conductor.receive(rank, encode(Heartbeat(0.0, -1, "idle")), self.now)
+        self.conductor.tick(self.now)
+        self.sent.clear()
+        self.conductor.advance(self.now)
+
+    def release(self, item: int) -> list[Message]:
+        self.hear(0, Released(item, 0))
+        return self.hear(1, Released(item, 1))
+
+    def assigned(self) -> list[Assign]:
+        return [message for _, message in self.sent if isinstance(message, Assign)]
+
+
+def test_a_replica_that_joins_is_told_the_terms_and_the_rings_and_given_work():
+    office = Office()
+    office.hear(0, Ring(0, "ring 0"))
+    rank = office.join()
+    assert (rank, office.sent[0], office.sent[1]) == (2, ((2,), Welcome(2, "terms")), ((2,), Ring(0, "ring 0")))
+    assert office.hear(1, Ring(1, "ring 1")) == [Ring(1, "ring 1")]
+    assert office.hear(rank, Ready()) == [Assign(0, 0, 0), Assign(1, 0, 1)]
+    assert office.hear(rank, Written(0)) == [Arrived(0, 0, 0, 1), Assign(2, 0, 2)]
+
+
+def test_an_item_has_arrived_when_all_ranks_of_its_replica_have_written_it():
+    office = Office()
+    ranks = [office.join(tp=t, shares=2) for t in (0, 1)]
+    assert office.hear(ranks[0], Ready()) == []
+    assert office.hear(ranks[1], Ready())[0] == Assign(0, 0, 0)
+    assert office.sent[0][0] == tuple(ranks)
+    assert office.hear(ranks[1], Written(0), Written(1)) == []
+    assert office.hear(ranks[0], Written(0))[0] == Arrived(0, 0, 0, 2)
+
+
+@pytest.mark.parametrize("how", ["lost", "silent", "failed", "left", "slow", "nonsense"])
+def test_whoever_is_gone_is_dropped_and_others_compute_what_it_owes(how):
+    office = Office()
+    first, second = office.join(A), office.join(B)
+    office.hear(first, Ready())
+    if how == "silent":
+        office.pass_time(4.0, alive=(0, 1, second))
+    office.hear(second, Ready())
+    office.hear(second, Written(2))
+    match how:
+        case "lost":
+            office.lost.add(first)
+            office.pass_time(1.0)
+        case "silent":
+            office.pass_time(2.0, alive=(0, 1, second))
+        case "failed":
+            office.hear(first, Failed("error", "ValueError", "broken", ""))
+        case "left":
+            office.hear(first, Goodbye())
+        case "slow":
+            office.scheduler.timeout = 3.0
+            office.pass_time(4.0, alive=(0, 1, first, second))
+        case "nonsense":
+            office.hear(first, LastItem(0))
+    assert not office.conductor.aborted
+    assert "computed again: items 0, 1" in office.words[-1]
+    assert office.scheduler.replicas == (1,)
+    assert office.hear(first, Written(0)) == []  # too late
+    office.hear(second, Written(3))
+    assert [assign.item for assign in office.assigned()][:1] in ([0], [1])
+
+
+def test_slots_in_doubt_are_not_used_for_other_items_until_nobody_can_write_to_them():
+    office = Office()
+    first, second = office.join(A), office.join(B)
+    office.hear(first, Ready())  # items 0 and 1, slots 0 and 1
+    office.lost.add(first)
+    office.pass_time(1.0)
+    office.hear(second, Ready())
+    assert office.assigned() == [Assign(0, 1, 2), Assign(1, 1, 3)]
+    office.hear(second, Written(0), Written(1))
+    assert office.assigned() == []  # two slots hold items, two are in doubt
+    office.release(0)
+    assert office.assigned() == [Assign(2, 1, 2)]
+    office.pass_time(DRAIN_S - 0.5, alive=(0, 1, second))
+    assert office.assigned() == []
+    office.pass_time(1.0, alive=(0, 1, second))
+    assert office.assigned() == [Assign(3, 1, 0)]
+
+
+def test_a_replica_that_was_given_up_and_lives_on_keeps_its_slots_in_doubt():
+    office = Office()
+    first, second = office.join(A), office.join(B)
+    office.hear(first, Ready())
+    office.pass_time(4.0, alive=(0, 1, second))
+    office.pass_time(2.0, alive=(0, 1, second))
+    office.hear(second, Ready())
+    office.hear(second, Written(0), Written(1))
+    for _ in range(20):
+        office.pass_time(2.0, alive=(0, 1, second))
+    assert office.scheduler.places.free == 0
+    office.hear(first, Produced(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0))  # all that it wrote has arrived
+    assert office.assigned() == [Assign(2, 1, 0), Assign(3, 1, 1)]
+
+
+def test_where_no_slot_is_free_an_item_is_computed_again_into_its_own():
+    places = Places(2, 0)
+    places.take(0)
+    places.take(1)
+    places.doubt([0], replica=7)
+    places.renew(0)
+    assert places[0] == 0
+    places.give_back(0)
+    assert places.free == 0
+    places.clear(7)
+    assert places.free == 1
+
+
+def test_a_replica_that_is_asked_to_stop_leaves_without_a_trace():
+    office = Office()
+    first = office.join()
+    office.hear(first, Ready())
+    assert office.hear(first, StopRequest("SIGTERM")) == [Stop()]
+    assert office.scheduler.places.free == SLOTS - 2
+    office.hear(first, Written(0), Written(1), Produced(2, 20, 1.0, 2.0, 0.0, 0.0, 0.0), Goodbye())
+    assert office.scheduler.places.free == SLOTS - 2  # the items wait for somebody, in their slots
+    assert office.conductor.guests is not None
+    assert office.conductor.guests.reports == [Produced(2, 20, 1.0, 2.0, 0.0, 0.0, 0.0)]
+    second = office.join(B)
+    assert office.hear(second, Ready()) == [Assign(0, 1, 0), Assign(1, 1, 1)]
+
+
+@pytest.mark.parametrize(("last", "more"), [(9, 0), (3, 1)])
+def test_at_the_end_all_are_let_go_and_told_whether_the_run_goes_on(last, more):
+    office = Office(end_item=10)
+    first = office.join()
+    office.hear(first, Ready())
+    for item in range(last + 1):
+        office.hear(first, Written(item))
+        office.release(item)
+    if more:
+        office.hear(0, LastItem(last))
+    stops = [(ranks, message) for ranks, message in office.sent if isinstance(message, Stop)]
+    assert stops == [((0, 1), Stop()), ((first,), Stop(more))]
+    late = office.join(B)
+    answers = [message for ranks, message in office.sent if ranks == (late,)]
+    assert isinstance(answers[-1], Abort if more else Stop)
+
+
+def test_without_a_replica_the_run_ends_in_time_and_says_so():
+    office = Office()
+    for _ in range(7):
+        office.pass_time(4.0)
+    assert office.words == ["no target replica is there, waiting up to 20 s (control.replica_timeout_s): " + START]
+    assert office.conductor.aborted is not None
+    said = "no target replica has been there for 20 s (control.replica_timeout_s): "
+    assert str(office.conductor.aborted.error()) == said + START
+
+
+def test_who_speaks_another_version_or_comes_twice_is_refused():
+    office = Office()
+    old = office.join(version=1)
+    assert isinstance(office.sent[-1][1], Abort)
+    assert office.sent[-1][1].kind == "refused"
+    assert "version 1" in office.sent[-1][1].message
+    assert office.sent[-1][0] == (old,)
+    office.join(A)
+    office.join(A)
+    assert "no place" in office.sent[-1][1].message  # type: ignore[union-attr]
+    assert not office.conductor.aborted
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_happens_every_item_is_delivered_once_and_no_slot_has_two_items(seed):
+    chance, office = random.Random(seed), Office(end_item=60)
+    owed: dict[int, list[Assign]] = {}
+    ghosts: dict[int, tuple[float, list[int]]] = {}  # of replicas that are lost: when, slots they may still write to
+    holding: dict[int, int] = {}
+    trained = 0
+    while trained < 60:
+        for ranks, message in office.sent:
+            if isinstance(message, Assign):
+                owed.setdefault(ranks[0], []).append(message)
+                assert message.slot not in {slot for item, slot in holding.items() if item != message.item}
+                in_doubt = {s for lost_at, slots in ghosts.values() if office.now <= lost_at + DRAIN_S for s in slots}
+                assert message.slot not in in_doubt or office.scheduler.places.free == 0
+        office.sent.clear()
+        live = [rank for rank in owed if rank not in ghosts]
+        step = chance.random()
+        if not live or (step < 0.05 and len(live) < 4):
+            rank = office.join(f"{chance.getrandbits(64):016x}")
+            office.hear(rank, Ready())
+            owed.setdefault(rank, [])
+            if office.assigned():
+                continue
+        elif step < 0.1:
+            rank = chance.choice(live)
+            ghosts[rank] = (office.now, [assign.slot for assign in owed.pop(rank)])
+            office.lost.add(rank)
+            office.hear(rank, Failed("error", "", "gone", ""))
+            continue
+        elif step < 0.7 and any(owed[rank] for rank in live):
+            rank = chance.choice([rank for rank in live if owed[rank]])
+            assign = owed[rank].pop(0)
+            assert assign.item not in holding
+            holding[assign.item] = assign.slot
+            office.hear(rank, Written(assign.item))
+            assert (0, 1) in [ranks for ranks, message in office.sent if isinstance(message, Arrived)]
+            continue
+        elif trained in holding:
+            del holding[trained]
+            office.release(trained)
+            trained += 1
+            continue
+        office.pass_time(1.0, alive=(0, 1, *(rank for rank in owed if rank not in ghosts)))
+    assert not office.conductor.aborted
+
+
+def test_identities_of_guests_need_the_token():
+    token = new_token()
+    assert is_guest(guest_identity(token, A, 3), token)
+    assert not is_guest(guest_identity(token, A, 3), new_token())
+    assert not is_guest(identity(token, 3), token)
+
+
+def test_a_rendezvous_is_for_the_user_alone_and_goes_with_the_draft_world(tmp_path):
+    rendezvous = Rendezvous(tmp_path, "")
+    assert rendezvous.look() is None
+    for port in (1, 2):
+        rendezvous.publish(Door(f"tcp://h:{port}", b"0" * 16))
+    assert rendezvous.look() == Door("tcp://h:2", b"0" * 16)
+    assert stat.S_IMODE((tmp_path / "scheduler.json").stat().st_mode) == 0o600
+    rendezvous.withdraw()
+    assert rendezvous.look() is None
+
+
+def test_a_given_address_needs_a_common_secret(tmp_path, monkeypatch):
+    rendezvous = Rendezvous(tmp_path, "127.0.0.1:7000")
+    monkeypatch.setenv("SPECDIST_TOKEN", "0" * 31)
+    with pytest.raises(ConfigError, match="SPECDIST_TOKEN"):
+        rendezvous.look()
+    monkeypatch.setenv("SPECDIST_TOKEN", "0" * 32)
+    assert rendezvous.place() == ("127.0.0.1", 7000, bytes(16))
+    assert rendezvous.look() == Door("tcp://127.0.0.1:7000", bytes(16))
+
+
+def test_the_terms_survive_the_wire_and_name_what_differs():
+    itinerary = Itinerary(Progress(3, 6, Cursor(0, 9), "f"), None, 20, 10)
+    terms = Terms(("a", "a", "b"), 1, 8, itinerary, {"run.seed": 0, "prompts": "f"})
+    assert Terms.from_json(terms.to_json()) == terms
+    terms.check({"run.seed": 0, "prompts": "f"})
+    with pytest.raises(ConfigError, match=r"differs in run\.seed \(1 here, 0 there\)$"):
+        terms.check({"run.seed": 1, "prompts": "f"})
+    with pytest.raises(ConfigError, match="do not fit"):
+        dataclasses.replace(terms, hosts=tuple(f"a-very-long-name-of-a-host-{n}" for n in range(1000))).to_json()
+
+
+def test_worlds_of_one_role_and_how_a_target_world_counts_beside_a_draft_world():
+    draft = Topology.build(WorldConfig(role="draft"), ("d", "d"), replicas=1, tp=1, dp=None, cp=1)
+    assert (draft.replicas, draft.draft, draft.links) == ((), ((0,), (1,)), ())
+    target = Topology.build(WorldConfig(role="target"), ("t",) * 4, replicas=None, tp=2, dp=None, cp=1)
+    assert (target.replicas, target.draft) == (((0, 1), (2, 3)), ())
+    both = target.beside(("d", "d"), cp=1)
+    assert both.replicas == ((2, 3), (4, 5))
+    assert (both.draft, both.shards, both.hosts) == (draft.draft, 2, ("d", "d", "t", "t", "t", "t"))
+    with pytest.raises(ConfigError, match=r"world\.role=target: target\.replicas\(3\)"):
+        Topology.build(WorldConfig(role="target"), ("t",) * 4, replicas=3, tp=1, dp=None, cp=1)
+    with pytest.raises(ConfigError, match=r"world\.role=draft divides"):
+        WorldConfig(role="draft", mode="colocated")
+    for wrong in ("host", "host:", ":1", "host:99999"):
+        with pytest.raises(ConfigError, match="HOST:PORT"):
+            WorldConfig(scheduler=wrong)
