@@ -150,7 +150,7 @@ def items_of(said: str) -> int:
 
 def test_two_worlds_train_as_one(worlds, undisturbed):
     target = worlds.target()
-    worlds.end(worlds.draft())
+    worlds.end(worlds.draft(trace__steps=2, trace__start=3))
     assert items_of(worlds.end(target)) == STEPS
     assert losses(worlds.directory) == undisturbed
     run = worlds.directory / "run"
@@ -158,6 +158,10 @@ def test_two_worlds_train_as_one(worlds, undisturbed):
     assert len(list((run / "logs").iterdir())) == len(list((run / "targets").glob("*/logs/*"))) == 1
     summary = json.loads((run / "summary.json").read_text())
     assert summary["sides"]["target_tokens_per_s"] > 0
+    (trace,) = run.glob("logs/*/trace.json")
+    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"step 3", "step 4", "wait for the transfer", "optimizer"} <= names
+    assert "step 5" not in names
 
 
 def test_a_target_world_that_joins_is_used_and_one_that_is_killed_is_replaced(worlds, undisturbed):
