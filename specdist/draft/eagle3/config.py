@@ -49,6 +49,10 @@ class Eagle3Config:
     """Rows of draft logits, over all TTT steps, that are held at one time. Memory of the loss: about loss_chunk x draft
     vocabulary x 3 bytes, twice that in fp32. Fewer make the products slower."""
 
+    products: Literal["compute", "fp8"] = "compute"
+    """Those with the layer's weights, in the TTT steps: in the draft's compute dtype, or in FP8 (e4m3, a scale for each
+    row; the gradients of weights as ever). fp8 needs a GPU of compute capability 8.9 or more; a CPU plays its rounding.
+    """
     recompute: int = 0
     """TTT steps whose MLP is computed again in the backward instead of kept: each saves 4 x intermediate size bytes a
     token in bf16, and costs about 1.4 % of the time."""

@@ -19,6 +19,10 @@ SCALINGS = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length of the sequence: the same in training and when served."""
 
 
+FP8_MULTIPLE = 16
+"""Rows and columns of FP8 products."""
+
+
 @dataclass(frozen=True)
 class Eagle3Dims:
     """Sizes of the draft: one Llama layer as wide as its target.
@@ -66,10 +70,13 @@ class Eagle3Dims:
                 f"draft.eagle3.num_attention_heads is {heads}: it must divide the target's hidden size {hidden}"
             )
         head_dim = config.head_dim or _read(text, "head_dim", default=hidden // heads)
+        inner = config.intermediate_size or _read(text, "intermediate_size")
+        if config.products == "fp8":
+            _check_fp8({"hidden size": hidden, "MLP": inner, "queries": heads * head_dim, "keys": kv_heads * head_dim})
         vocab_size = _read(text, "vocab_size")
         return cls(
             hidden_size=hidden,
-            intermediate_size=config.intermediate_size or _read(text, "intermediate_size"),
+            intermediate_size=inner,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
@@ -98,6 +105,15 @@ class Eagle3Dims:
             rope_parameters=dict(self.rope_parameters),
             tie_word_embeddings=False,
         )
+
+
+def _check_fp8(widths: Mapping[str, int]) -> None:
+    for name, width in widths.items():
+        if width % FP8_MULTIPLE:
+            raise ConfigError(
+                f"draft.eagle3.products=fp8 needs widths that are multiples of {FP8_MULTIPLE}, and the draft's {name} "
+                f"has {width}: use draft.eagle3.products=compute"
+            )
 
 
 def _read(config: PretrainedConfig, key: str, default: Any = None) -> Any:

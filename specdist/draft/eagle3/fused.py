@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from specdist.draft.eagle3 import loss, pieces, teacher
+from specdist.draft.eagle3 import fp8, loss, pieces, teacher
 from specdist.draft.eagle3.loss import LossKind
 from specdist.records import LogitMap
 
@@ -30,9 +30,13 @@ class Fused:
         self.heads, self.heads_backward = fuse(pieces.heads), fuse(pieces.heads_backward)
         self.merge, self.merge_backward = fuse(pieces.merge), fuse(pieces.merge_backward)
         self.row_terms = fuse(loss.row_terms)
+        self._quantise = fuse(fp8.quantise)
         self.summarise_logits = fuse(teacher.summarise_logits)
         if compiled and device.type == "cuda":
             self._take_kernels()
+
+    def fp8_products(self, weights: Mapping[str, Tensor]) -> fp8.Fp8Products:
+        return fp8.Fp8Products(weights, self._quantise)
 
     def _take_kernels(self) -> None:
         from specdist.draft.eagle3.kernels import heads, logits, own_keys  # Triton comes with torch for CUDA only

@@ -34,7 +34,8 @@ def step_bytes(config: Eagle3Config, dims: Eagle3Dims, tokens: int, active: int,
     kept += active * (steps - 1) * 2 * keys * (itemsize + WIDE)
     # The MLP's backward of one step: activations, gate and up again where not kept, and four states.
     working = active * ((inner * (3 if config.recompute == steps else 1)) + 4 * hidden) * itemsize
-    layer = (3 * inner * hidden + queries * hidden + joint * hidden) * WIDE
+    weights = 3 * inner * hidden + queries * hidden + joint * hidden
+    layer = weights * WIDE + (2 * (weights + queries * hidden) if config.products == "fp8" else 0)
     head = dims.draft_vocab_size * hidden
     backward = working + layer + head * itemsize
     logits = config.loss_chunk * dims.draft_vocab_size * (steps + 1) // steps * itemsize

@@ -19,9 +19,11 @@ from specdist.draft.eagle3.attention import (
 )
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.fp8 import check_device
 from specdist.draft.eagle3.fused import Fused
 from specdist.draft.eagle3.layer import MidLayer
 from specdist.draft.eagle3.loss import SUMS, LossInputs, LossKind
+from specdist.draft.eagle3.products import PlainProducts
 from specdist.draft.eagle3.proposer import Eagle3Proposer
 from specdist.draft.eagle3.rotary import Rotary, rotate
 from specdist.draft.eagle3.rows import Rows
@@ -85,6 +87,8 @@ class Eagle3Draft(DraftModel):
         self.norm = nn.RMSNorm(hidden, eps=dims.rms_norm_eps, device=device, dtype=dtype)
         self.lm_head = nn.Linear(hidden, dims.draft_vocab_size, bias=False, device=device, dtype=dtype)
         self.fused = Fused(compiled, device)
+        if config.products == "fp8":
+            check_device(device)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
@@ -154,6 +158,7 @@ class Eagle3Draft(DraftModel):
             cos=cos[:, 0],
             sin=sin[:, 0],
             fused=self.fused,
+            products=self.fused.fp8_products if self.config.products == "fp8" else PlainProducts,
             query_heads=(self.dims.num_attention_heads, self.dims.head_dim),
             scale=self.scale,
             eps=self.dims.rms_norm_eps,

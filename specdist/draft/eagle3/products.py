@@ -1,10 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products whose results add up over the TTT steps."""
+"""Matrix products with the layer's weights, and those whose results add up over the TTT steps."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
+
+
+class Products(Protocol):
+    """Products with named weights [outputs, inputs]. What `take` makes of an input serves several of them."""
+
+    def take(self, x: Tensor) -> Any: ...
+
+    def forward(self, x: Any, name: str, onto: Tensor | None = None) -> Tensor:
+        """onto + x @ W.T, of x [n, inputs]."""
+
+    def backward(self, grad: Any, name: str, onto: Tensor | None = None) -> Tensor:
+        """onto + grad @ W, of grad [n, outputs]. `onto` may be overwritten."""
+
+
+class PlainProducts:
+    """In the dtype of the weights."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
+
+    def take(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor, name: str, onto: Tensor | None = None) -> Tensor:
+        weight = self._weights[name].T
+        return x @ weight if onto is None else torch.addmm(onto, x, weight)
+
+    def backward(self, grad: Tensor, name: str, onto: Tensor | None = None) -> Tensor:
+        weight = self._weights[name]
+        return grad @ weight if onto is None else torch.addmm(onto, grad, weight)
 
 
 def wide_zeros(like: Tensor) -> Tensor:

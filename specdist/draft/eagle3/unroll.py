@@ -12,6 +12,7 @@ depends on the token alone and serves every step that meets it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,13 +23,13 @@ from torch.autograd.function import once_differentiable
 from specdist.draft.eagle3.attention import DocumentAttention, in_blocks, whole_blocks
 from specdist.draft.eagle3.fused import Fused
 from specdist.draft.eagle3.loss import LossInputs, losses
-from specdist.draft.eagle3.products import add_product, wide_zeros
+from specdist.draft.eagle3.products import Products, add_product, wide_zeros
 from specdist.draft.eagle3.rows import Rows
 
 
 class Weights(NamedTuple):
     """What is trained inside; [outputs, inputs], and [H] for norms. `qkv`: the halves of q, k and v that read the
-    state, one below the other."""
+    state, one below the other. The first step has products with its queries alone."""
 
     hidden_norm: Tensor
     qkv: Tensor
@@ -50,6 +51,7 @@ class Task:
         attend: the attention of the active rows over the step-0 keys.
         loss: what the states are compared with.
         cos: [positions, D / 2], of the angles of every position, `sin` likewise.
+        products: makes the products of the layer's weights.
         query_heads: their number, and D.
         scale: of attention scores.
         eps: of the norms.
@@ -63,6 +65,7 @@ class Task:
     cos: Tensor
     sin: Tensor
     fused: Fused
+    products: Callable[[Mapping[str, Tensor]], Products]
     query_heads: tuple[int, int]
     scale: float
     eps: float
@@ -120,6 +123,9 @@ class Unrolled:
         rows, steps, self.tokens = task.rows, task.rows.steps, len(key)
         own = (steps - 1, len(rows.active), *key.shape[1:])
         self.own_keys, self.own_values = key.new_empty(own), value.new_empty(own)
+        queries = task.query_heads[0] * task.query_heads[1]
+        layer = {"q": weights.qkv[:queries], "qkv": weights.qkv, "o": weights.o}
+        self.products = task.products(layer | {"gate": weights.gate, "up": weights.up, "down": weights.down})
         self.states = entry.new_empty(len(rows.taught), steps, weights.norm.shape[0])
         self.tape: list[_Step] = []
 
@@ -131,15 +137,14 @@ class Unrolled:
 
     def _step(self, step: int, hidden: Tensor) -> Tensor:
         """One TTT step: from the state [n, H] of the active rows to the next one."""
-        task, weights, fused = self.task, self.weights, self.task.fused
+        task, weights, fused, products = self.task, self.weights, self.task.fused, self.products
         q = self._queries(step, hidden)
         with torch.set_grad_enabled(self.with_grad):
             out, lse = task.attend(q, self.key, self.value)
         merged, _ = self.merged(step, q, out, lse)
-        middle = torch.addmm(hidden, merged.flatten(1), weights.o.T)
-        normed = fused.norm(middle, weights.post_norm, task.eps)
-        gate, up = normed @ weights.gate.T, normed @ weights.up.T
-        after = torch.addmm(middle, fused.swiglu(gate, up), weights.down.T)
+        middle = products.forward(products.take(merged.flatten(1)), "o", onto=hidden)
+        gate, up = self.gate_and_up(fused.norm(middle, weights.post_norm, task.eps))
+        after = products.forward(products.take(fused.swiglu(gate, up)), "down", onto=middle)
         if self.with_grad:
             kept = (gate, up) if step >= task.recompute else None
             self.tape.append(_Step(hidden, q, out, lse, middle, kept, after))
@@ -150,6 +155,10 @@ class Unrolled:
             return normed
         fused.state(self.states, step, after, rows, weights.norm, task.eps)
         return after
+
+    def gate_and_up(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        taken = self.products.take(normed)
+        return self.products.forward(taken, "gate"), self.products.forward(taken, "up")
 
     def merged(self, step: int, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """The attention over the own keys as well, and its log-sum-exp."""
@@ -168,7 +177,7 @@ class Unrolled:
         parts = [whole[:count]]
         if step:
             parts += [self.own_keys[step - 1], self.own_values[step - 1]]
-        product = normed @ weights.qkv[: sum(part[0].numel() for part in parts)].T
+        product = self.products.forward(self.products.take(normed), "qkv" if step else "q")
         rows = task.rows
         task.fused.heads(product, self.entry, task.cos, task.sin, rows.active, rows.positions, step, parts)
         return whole.requires_grad_(self.with_grad)
@@ -198,18 +207,19 @@ class _Backward:
 
     def _step(self, step: int, saved: _Step, carry: Tensor) -> Tensor:
         """From the gradient of the state after a step to that of the state before it."""
-        task, weights, grads = self._unrolled.task, self._unrolled.weights, self._grads
-        fused, eps = task.fused, task.eps
+        unrolled, task, weights, grads = self._unrolled, self._unrolled.task, self._unrolled.weights, self._grads
+        fused, eps, products = task.fused, task.eps, unrolled.products
         carry = self._through_norm(step, saved, carry)
 
         normed = fused.norm(saved.middle, weights.post_norm, eps)
-        gate, up = saved.gate_and_up or (normed @ weights.gate.T, normed @ weights.up.T)
-        act = carry @ weights.down
+        gate, up = saved.gate_and_up or unrolled.gate_and_up(normed)
+        act = products.backward(products.take(carry), "down")
         fused.swiglu_backward(act, gate, up)  # in place: now the activations, and the gradients of gate and up
         add_product(grads.down, carry.T, act)
         add_product(grads.gate, gate.T, normed)
         add_product(grads.up, up.T, normed)
-        d_normed = torch.addmm(gate @ weights.gate, up, weights.up)
+        d_normed = products.backward(products.take(gate), "gate")
+        d_normed = products.backward(products.take(up), "up", onto=d_normed)
         del act, gate, up
         carry, d_weight = fused.norm_backward(d_normed, saved.middle, weights.post_norm, eps, carry)
         grads.post_norm.add_(d_weight)
@@ -219,7 +229,7 @@ class _Backward:
         normed = fused.norm(saved.hidden, weights.hidden_norm, eps)
         width = d_product.shape[1]
         add_product(grads.qkv[:width], d_product.T, normed)
-        d_normed = d_product @ weights.qkv[:width]
+        d_normed = products.backward(products.take(d_product), "qkv" if step else "q")
         carry, d_weight = fused.norm_backward(d_normed, saved.hidden, weights.hidden_norm, eps, carry)
         grads.hidden_norm.add_(d_weight)
         return carry
@@ -240,11 +250,12 @@ class _Backward:
 
     def _through_attention(self, step: int, saved: _Step, carry: Tensor) -> Tensor:
         """From the gradient of the state after the attention to that of the projections before it."""
-        task, weights, unrolled = self._unrolled.task, self._unrolled.weights, self._unrolled
+        task, unrolled, products = self._unrolled.task, self._unrolled, self._unrolled.products
         merged, total = unrolled.merged(step, saved.q, saved.out, saved.lse)
         add_product(self._grads.o, carry.T, merged.flatten(1))
         q = saved.q.detach()[: len(carry)]
-        d_out, d_lse = (carry @ weights.o).unflatten(1, q.shape[1:]), torch.zeros_like(saved.lse)
+        d_out, d_lse = products.backward(products.take(carry), "o"), torch.zeros_like(saved.lse)
+        d_out = d_out.unflatten(1, q.shape[1:])
         more = None
         if step:
             own = unrolled.own_keys[:step], unrolled.own_values[:step]

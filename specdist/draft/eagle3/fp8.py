@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of the layer in FP8 (e4m3): every row of an input, and every row of a weight, has a scale of its own.
+
+Weights are rounded once per micro-batch, in both orientations, for the forward and for the gradients of inputs. The
+gradients of weights are not computed here: they take the unrounded values (torchao's recipe "rowwise_with_gw_hp").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from specdist.draft.eagle3.pieces import at_least_fp32
+from specdist.errors import ConfigError
+
+FORMAT = torch.float8_e4m3fn
+LARGEST = torch.finfo(FORMAT).max
+LEAST_SCALE = 1e-12
+"""So that a row of zeros stays one."""
+
+CAPABILITY = (8, 9)
+"""Of the GPUs that have FP8 products: Ada, Hopper and later."""
+
+Rounded = tuple[Tensor, Tensor]
+"""Values [n, m] in e4m3 and the scales [n, 1] in fp32 they are to be multiplied with."""
+
+
+def quantise(x: Tensor) -> Rounded:
+    """Round x [n, m] row by row, such that its largest value is the largest of the format."""
+    wide = at_least_fp32(x)
+    scale = (wide.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=LEAST_SCALE)
+    return (wide / scale).clamp(-LARGEST, LARGEST).to(FORMAT), scale.float()
+
+
+def product(a: Rounded, b: Rounded, dtype: torch.dtype) -> Tensor:
+    """a @ b.T, [n, k] and [m, k] to [n, m]. On a CPU with the same rounded values in fp32."""
+    (x, x_scale), (w, w_scale) = a, b
+    if x.is_cuda:
+        return torch._scaled_mm(  # noqa: SLF001 - what torch has for it, as torchao calls it
+            x, w.t(), scale_a=x_scale, scale_b=w_scale.t(), out_dtype=dtype, use_fast_accum=True
+        )
+    return ((x.float() * x_scale) @ (w.float() * w_scale).T).to(dtype)
+
+
+class Fp8Products:
+    """`products.Products` in FP8."""
+
+    def __init__(self, weights: Mapping[str, Tensor], rounding: Callable[[Tensor], Rounded] = quantise) -> None:
+        self._round = rounding
+        self._forward = {name: rounding(weight) for name, weight in weights.items()}
+        self._backward = {name: rounding(weight.T.contiguous()) for name, weight in weights.items()}
+        self._dtype = next(iter(weights.values())).dtype
+
+    def take(self, x: Tensor) -> Rounded:
+        return self._round(x)
+
+    def forward(self, x: Rounded, name: str, onto: Tensor | None = None) -> Tensor:
+        found = product(x, self._forward[name], self._dtype)
+        return found if onto is None else found.add_(onto)
+
+    def backward(self, grad: Rounded, name: str, onto: Tensor | None = None) -> Tensor:
+        found = product(grad, self._backward[name], self._dtype)
+        return found if onto is None else found.add_(onto)
+
+
+def check_device(device: torch.device) -> None:
+    """Raises ConfigError where the GPU has no FP8 products."""
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < CAPABILITY:
+        raise ConfigError(
+            f"draft.eagle3.products=fp8 needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or more; "
+            f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: use draft.eagle3.products=compute"
+        )

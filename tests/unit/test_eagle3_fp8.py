@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FP8 products: what rounding does to a product, and to the whole step of a draft. The CPU plays the rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from specdist.draft.config import DraftConfig
+from specdist.draft.eagle3 import fp8
+from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.registry import build_draft
+from specdist.errors import ConfigError
+from specdist.records import Features, PackedTokens, TargetVocabulary
+
+HIDDEN, VOCAB = 64, 200
+
+
+def target(**sizes: int) -> LlamaConfig:
+    plain = {"hidden_size": HIDDEN, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaConfig(vocab_size=VOCAB, num_hidden_layers=8, **(plain | sizes))
+
+
+def rounded(values: Tensor) -> Tensor:
+    found, scale = fp8.quantise(values)
+    return found.float() * scale
+
+
+def test_every_row_is_rounded_on_its_own() -> None:
+    rows = (
+        torch.randn(6, 32, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-6, 1, 1e6, 1, 1, 0])[:, None]
+    )
+    error = (rounded(rows) - rows).abs().amax(-1)
+    assert (error <= rows.abs().amax(-1) / 16).all()  # half of the last of three bits
+    assert error[:5].min() > 0  # it is rounded
+    assert torch.equal(rounded(rows)[5], torch.zeros(32))
+    assert torch.isfinite(rounded(torch.full((1, 16), 3e38))).all()
+
+
+@pytest.mark.parametrize("name", ["wide", "tall"])
+def test_products_and_their_orientations(name: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weights = {"wide": torch.randn(48, 16, generator=generator), "tall": torch.randn(16, 48, generator=generator)}
+    products, weight = fp8.Fp8Products(weights), weights[name]
+    outputs, inputs = weight.shape
+    x, grad = torch.randn(5, inputs, generator=generator), torch.randn(5, outputs, generator=generator)
+    onto = torch.ones(5, outputs)
+    expected = rounded(x) @ rounded(weight).T
+    torch.testing.assert_close(products.forward(products.take(x), name), expected)
+    torch.testing.assert_close(products.forward(products.take(x), name, onto), expected + 1)
+    back = rounded(grad) @ rounded(weight.T).T
+    torch.testing.assert_close(products.backward(products.take(grad), name), back)
+    assert float((expected - x @ weight.T).norm() / (x @ weight.T).norm()) < 0.06
+
+
+def step(products: str, recompute: int) -> tuple[float, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    ends = (torch.randn(VOCAB, HIDDEN, generator=generator) / 8 for _ in range(2))
+    config = DraftConfig(eagle3=Eagle3Config(products=products, recompute=recompute))  # type: ignore[arg-type]
+    draft = build_draft(config, target(), TargetVocabulary(*ends), torch.arange(0, VOCAB, 2))
+    documents = [torch.randint(0, VOCAB, (n,), generator=generator) for n in (40, 3, 60)]
+    batch = PackedTokens.from_documents(documents, [torch.ones(len(d)) for d in documents])
+    features = Features(draft.layout, torch.randn(103, draft.layout.width, generator=generator))
+    supervision = draft.supervise(batch, batch, features)
+    loss, _ = draft(batch, features, supervision, supervision.counts)
+    loss.backward()
+    return float(loss.detach()), {name: p.grad for name, p in draft.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("recompute", [0, 7])
+def test_a_step_stays_close_to_the_plain_one(recompute: int) -> None:
+    loss, gradients = step("compute", 0)
+    found_loss, found = step("fp8", recompute)
+    assert found_loss != loss
+    assert found_loss == pytest.approx(loss, rel=0.01)
+    for name, gradient in gradients.items():
+        error = float((found[name] - gradient).norm() / gradient.norm())
+        assert error < 0.15, name
+
+
+def test_widths_that_fp8_does_not_take_are_told() -> None:
+    with pytest.raises(ConfigError, match=r"products=fp8 needs widths that are multiples of 16, .* MLP has 100"):
+        Eagle3Dims.of(Eagle3Config(products="fp8"), target(intermediate_size=100))
