@@ -39,19 +39,19 @@ from specdist.prompts.store import PromptStore
 from specdist.prompts.vocabulary import frequent_tokens
 from specdist.rank import Rank, stream_of
 from specdist.rank_log import RankLog
-from specdist.rendezvous import Door, Rendezvous
 from specdist.run_dir import RunDirectory
 from specdist.scheduler import Scheduler
 from specdist.stop import StopFlag
 from specdist.target.engine import engine_groups
 from specdist.target_role import produce
-from specdist.terms import Terms
 from specdist.topology import Topology
 from specdist.trace.base import NO_TRACE, Trace
 from specdist.trace.collect import collect
 from specdist.trace.config import find_window
 from specdist.trace.recorder import Recorder
 from specdist.trace.writer import Who
+from specdist.worlds.rendezvous import Door, Rendezvous
+from specdist.worlds.terms import Terms
 
 LEAVE_S = 10.0
 """Seconds a rank has to leave by itself after another one failed, before it is ended: it may sit in a collective."""
@@ -136,7 +136,7 @@ def _join_another_world(
     job: JobConfig, facts: JobFacts, world: World, topology: Topology, prompts: PromptStore, start: Start
 ) -> None:
     """The part of a target world's rank: the run itself is led by a draft world."""
-    from specdist.target_world import TargetWorld
+    from specdist.worlds.target_world import TargetWorld
 
     if world.facts.rank == 0 and start.record.started() is None:
         start.record.begin(Started("torchrun", tuple(dict.fromkeys(world.hosts)), topology.world_size))

@@ -43,10 +43,10 @@ from specdist.itinerary import Itinerary
 from specdist.places import Places
 from specdist.progress import Progress
 from specdist.records import Cursor
-from specdist.rendezvous import Door, Rendezvous
 from specdist.scheduler import Scheduler
-from specdist.terms import Terms
 from specdist.topology import Topology, WorldConfig
+from specdist.worlds.rendezvous import Door, Rendezvous
+from specdist.worlds.terms import Terms
 
 DRAFT = Topology("split", ("d", "d"), (), ((0,), (1,)), 2)
 CONFIG = ControlConfig(heartbeat_s=1.0, silence_s=5.0, replica_timeout_s=20.0)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the memory of each draft rank lies, as told over a store that all ranks share; two worlds have no such store
-and tell it through the control plane (specdist/target_world.py)."""
+and tell it through the control plane (specdist/worlds/target_world.py)."""
 
 from __future__ import annotations
 

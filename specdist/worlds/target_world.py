@@ -23,14 +23,14 @@ from specdist.job import JobConfig, JobFacts
 from specdist.producer import Producer, ProducerReport
 from specdist.prompts.store import PromptStore
 from specdist.rank import Rank
-from specdist.rendezvous import Door
 from specdist.run_dir import RunDirectory
 from specdist.stop import StopFlag
 from specdist.target.engine import Engine
-from specdist.target_search import Lost, Over, Search, Session, say
-from specdist.terms import common_facts
 from specdist.topology import TargetPlace, Topology
 from specdist.trace.base import NO_TRACE
+from specdist.worlds.rendezvous import Door
+from specdist.worlds.search import Lost, Over, Search, Session, say
+from specdist.worlds.terms import common_facts
 
 _LOOK_S = 0.5
 _STUCK_S = 60.0

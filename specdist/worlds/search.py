@@ -20,10 +20,10 @@ from specdist.control.wire import WORLD_BYTES, guest_identity
 from specdist.errors import ConfigError, Dismissed, UserError, WorldError
 from specdist.groups import World
 from specdist.job import JobConfig
-from specdist.rendezvous import Door, Rendezvous
 from specdist.stop import StopFlag
-from specdist.terms import Terms
 from specdist.topology import Topology
+from specdist.worlds.rendezvous import Door, Rendezvous
+from specdist.worlds.terms import Terms
 
 _ANSWER_S = 10.0
 """So long a scheduler has to answer; then another one may have taken its place."""
