@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -185,16 +185,18 @@ def test_an_agent_hears_sigint_although_rays_processes_block_it(tmp_path, monkey
 
 
 def test_a_task_that_is_given_up_ends_its_agent(tmp_path, monkeypatch):
-    program = tmp_path / "python"
-    program.write_text("#!/bin/sh\necho here\nexec sleep 60\n")
+    program, told = tmp_path / "python", tmp_path / "told"
+    program.write_text(f"#!/bin/sh\ntrap 'kill $!; touch {told}; exit' TERM\nsleep 60 &\necho here\nwait\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     task = run_agent([], str(tmp_path), {})
-    begun = next(task)
+    assert isinstance(next(task), Begun)
     assert next(task) == "here\n"
-    assert isinstance(begun, Begun)
     task.close()
-    assert os.waitpid(begun.pid, 0)[1] == signal.SIGTERM
+    deadline = time.monotonic() + 10
+    while not told.exists():
+        assert time.monotonic() < deadline, "no SIGTERM came"
+        time.sleep(0.01)
 
 
 def test_a_signal_for_an_agent_that_has_ended_is_no_error():
