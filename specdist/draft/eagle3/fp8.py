@@ -34,6 +34,12 @@ def quantise(x: Tensor) -> Rounded:
     return (wide / scale).clamp(-LARGEST, LARGEST).to(FORMAT), scale.float()
 
 
+def quantise_both_ways(weight: Tensor) -> tuple[Rounded, Rounded]:
+    """`quantise` of a weight [outputs, inputs] and of its transpose. A function of its own, because each that is
+    compiled has few graphs, and weights come in more layouts than activations."""
+    return quantise(weight), quantise(weight.T.contiguous())
+
+
 def product(a: Rounded, b: Rounded, dtype: torch.dtype) -> Tensor:
     """a @ b.T, [n, k] and [m, k] to [n, m]. On a CPU with the same rounded values in fp32."""
     (x, x_scale), (w, w_scale) = a, b
@@ -47,10 +53,16 @@ def product(a: Rounded, b: Rounded, dtype: torch.dtype) -> Tensor:
 class Fp8Products:
     """`products.Products` in FP8."""
 
-    def __init__(self, weights: Mapping[str, Tensor], rounding: Callable[[Tensor], Rounded] = quantise) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        rounding: Callable[[Tensor], Rounded] = quantise,
+        both_ways: Callable[[Tensor], tuple[Rounded, Rounded]] = quantise_both_ways,
+    ) -> None:
         self._round = rounding
-        self._forward = {name: rounding(weight) for name, weight in weights.items()}
-        self._backward = {name: rounding(weight.T.contiguous()) for name, weight in weights.items()}
+        rounded = {name: both_ways(weight.detach()) for name, weight in weights.items()}
+        self._forward = {name: forward for name, (forward, _) in rounded.items()}
+        self._backward = {name: backward for name, (_, backward) in rounded.items()}
         self._dtype = next(iter(weights.values())).dtype
 
     def take(self, x: Tensor) -> Rounded:

@@ -30,13 +30,13 @@ class Fused:
         self.heads, self.heads_backward = fuse(pieces.heads), fuse(pieces.heads_backward)
         self.merge, self.merge_backward = fuse(pieces.merge), fuse(pieces.merge_backward)
         self.row_terms = fuse(loss.row_terms)
-        self._quantise = fuse(fp8.quantise)
+        self._quantise, self._quantise_both_ways = fuse(fp8.quantise), fuse(fp8.quantise_both_ways)
         self.summarise_logits = fuse(teacher.summarise_logits)
         if compiled and device.type == "cuda":
             self._take_kernels()
 
     def fp8_products(self, weights: Mapping[str, Tensor]) -> fp8.Fp8Products:
-        return fp8.Fp8Products(weights, self._quantise)
+        return fp8.Fp8Products(weights, self._quantise, self._quantise_both_ways)
 
     def _take_kernels(self) -> None:
         from specdist.draft.eagle3.kernels import heads, logits, own_keys  # Triton comes with torch for CUDA only
