@@ -86,7 +86,7 @@ def test_a_step_stays_close_to_the_plain_one(recompute: int) -> None:
 
 def test_rounding_has_few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A function with more graphs than torch.compile allows is not compiled any more."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counter = CompileCounter()
     counted = {f: torch.compile(f, dynamic=True, backend=counter) for f in (fp8.quantise, fp8.quantise_both_ways)}
     monkeypatch.setattr(fused, "_compiled", lambda function: counted.get(function, function))
