@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdist.draft.eagle3 import loss, pieces, teacher
+from specdist.draft.eagle3 import fp8, loss, pieces, teacher
 from specdist.draft.eagle3.loss import LossKind
 from specdist.records import LogitMap
 
@@ -92,6 +92,31 @@ def test_heads(step: int, shape: tuple[int, int, int, int], dtype: torch.dtype) 
             [g.float() for g in grads], None if extra is None else extra.float(), *rest, wide_grad
         )
         assert_close([d_product, entry_grad], [others, wide_grad], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [48, 5008])
+def test_rounded_swiglu(width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from specdist.draft.eagle3.kernels import rounded_swiglu
+
+    if INTERPRETED:  # its casts to e4m3 do not carry into the exponent: the last rounding is torch's
+        monkeypatch.setattr(rounded_swiglu, "FORMAT", torch.float32)
+    found = randoms(dtype, (7, width), (7, width), (7, width))
+    found[0][3] = 0.0  # no gradient at all
+    found[0][4] *= 1e-6
+    wide = [t.float().clone() for t in found]
+    rounded = rounded_swiglu.rounded_swiglu_backward(*found)
+    expected = fp8.rounded_swiglu_backward(*wide)
+    assert_close(found, wide, dtype)
+    for (values, scales), (other_values, other_scales) in zip(rounded, expected, strict=True):
+        assert INTERPRETED or values.dtype == fp8.FORMAT
+        assert (values.shape, scales.shape) == ((7, width), (7, 1))
+        torch.testing.assert_close(scales, other_scales, rtol=1e-5, atol=0)
+        a, b = values.to(fp8.FORMAT).float(), other_values.float()
+        assert float((a - b).abs().max()) <= 32  # the neighbour, where arithmetic falls on the other side
+        assert float((a != b).float().mean()) < 1e-3
+        assert not a[3].any()
+        assert (a.abs().amax(1) == 448).tolist() == [True, True, True, False, True, True, True]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,10 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig
 
 from specdist.draft.config import DraftConfig
-from specdist.draft.eagle3 import fp8
+from specdist.draft.eagle3 import fp8, fused
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.registry import build_draft
@@ -56,14 +57,16 @@ def test_products_and_their_orientations(name: str) -> None:
     assert float((expected - x @ weight.T).norm() / (x @ weight.T).norm()) < 0.06
 
 
-def step(products: str, recompute: int) -> tuple[float, dict[str, Tensor]]:
+def step(
+    products: str, recompute: int, lengths: tuple[int, ...] = (40, 3, 60), compiled: bool = False
+) -> tuple[float, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(2)
     ends = (torch.randn(VOCAB, HIDDEN, generator=generator) / 8 for _ in range(2))
-    config = DraftConfig(eagle3=Eagle3Config(products=products, recompute=recompute))  # type: ignore[arg-type]
+    config = DraftConfig(eagle3=Eagle3Config(products=products, recompute=recompute), compile=compiled)  # type: ignore[arg-type]
     draft = build_draft(config, target(), TargetVocabulary(*ends), torch.arange(0, VOCAB, 2))
-    documents = [torch.randint(0, VOCAB, (n,), generator=generator) for n in (40, 3, 60)]
+    documents = [torch.randint(0, VOCAB, (n,), generator=generator) for n in lengths]
     batch = PackedTokens.from_documents(documents, [torch.ones(len(d)) for d in documents])
-    features = Features(draft.layout, torch.randn(103, draft.layout.width, generator=generator))
+    features = Features(draft.layout, torch.randn(sum(lengths), draft.layout.width, generator=generator))
     supervision = draft.supervise(batch, batch, features)
     loss, _ = draft(batch, features, supervision, supervision.counts)
     loss.backward()
@@ -79,6 +82,17 @@ def test_a_step_stays_close_to_the_plain_one(recompute: int) -> None:
     for name, gradient in gradients.items():
         error = float((found[name] - gradient).norm() / gradient.norm())
         assert error < 0.15, name
+
+
+def test_rounding_has_few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function with more graphs than torch.compile allows is not compiled any more."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    counted = {f: torch.compile(f, dynamic=True, backend=counter) for f in (fp8.quantise, fp8.quantise_both_ways)}
+    monkeypatch.setattr(fused, "_compiled", lambda function: counted.get(function, function))
+    for lengths in ((40, 3, 60), (200,), (66, 7)):
+        step("fp8", 0, lengths, compiled=True)
+    assert 2 <= counter.frame_count <= 4  # three layouts of weights, one of activations
 
 
 def test_widths_that_fp8_does_not_take_are_told() -> None:

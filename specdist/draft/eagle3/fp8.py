@@ -8,11 +8,12 @@ gradients of weights are not computed here: they take the unrounded values (torc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from specdist.draft.eagle3.pieces import at_least_fp32
+from specdist.draft.eagle3.pieces import at_least_fp32, norm, swiglu, swiglu_backward
 from specdist.errors import ConfigError
 
 FORMAT = torch.float8_e4m3fn
@@ -34,6 +35,28 @@ def quantise(x: Tensor) -> Rounded:
     return (wide / scale).clamp(-LARGEST, LARGEST).to(FORMAT), scale.float()
 
 
+def quantise_both_ways(weight: Tensor) -> tuple[Rounded, Rounded]:
+    """`quantise` of a weight [outputs, inputs] and of its transpose. A function of its own, because each that is
+    compiled has few graphs, and weights come in more layouts than activations."""
+    return quantise(weight), quantise(weight.T.contiguous())
+
+
+def rounded_norm(x: Tensor, weight: Tensor, eps: float) -> Rounded:
+    """`quantise` of `norm`."""
+    return quantise(norm(x, weight, eps))
+
+
+def rounded_swiglu(gate: Tensor, up: Tensor) -> Rounded:
+    """`quantise` of `swiglu`."""
+    return quantise(swiglu(gate, up))
+
+
+def rounded_swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Rounded, Rounded]:
+    """`swiglu_backward`, in place; and `quantise` of the gradients of gate and of up."""
+    swiglu_backward(grad, gate, up)
+    return quantise(gate), quantise(up)
+
+
 def product(a: Rounded, b: Rounded, dtype: torch.dtype) -> Tensor:
     """a @ b.T, [n, k] and [m, k] to [n, m]. On a CPU with the same rounded values in fp32."""
     (x, x_scale), (w, w_scale) = a, b
@@ -44,17 +67,40 @@ def product(a: Rounded, b: Rounded, dtype: torch.dtype) -> Tensor:
     return ((x.float() * x_scale) @ (w.float() * w_scale).T).to(dtype)
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """The functions that round, as they are or fused."""
+
+    rows: Callable[[Tensor], Rounded] = quantise
+    both_ways: Callable[[Tensor], tuple[Rounded, Rounded]] = quantise_both_ways
+    norm: Callable[[Tensor, Tensor, float], Rounded] = rounded_norm
+    swiglu: Callable[[Tensor, Tensor], Rounded] = rounded_swiglu
+    swiglu_backward: Callable[[Tensor, Tensor, Tensor], tuple[Rounded, Rounded]] = rounded_swiglu_backward
+
+
 class Fp8Products:
     """`products.Products` in FP8."""
 
-    def __init__(self, weights: Mapping[str, Tensor], rounding: Callable[[Tensor], Rounded] = quantise) -> None:
-        self._round = rounding
-        self._forward = {name: rounding(weight) for name, weight in weights.items()}
-        self._backward = {name: rounding(weight.T.contiguous()) for name, weight in weights.items()}
+    def __init__(self, weights: Mapping[str, Tensor], rounding: Rounding = Rounding()) -> None:
+        self._rounding = rounding
+        rounded = {name: rounding.both_ways(weight.detach()) for name, weight in weights.items()}
+        self._forward = {name: forward for name, (forward, _) in rounded.items()}
+        self._backward = {name: backward for name, (_, backward) in rounded.items()}
         self._dtype = next(iter(weights.values())).dtype
 
+    # Detached: the compiler makes graphs of their own for views and for what requires gradients.
     def take(self, x: Tensor) -> Rounded:
-        return self._round(x)
+        return self._rounding.rows(x.detach())
+
+    def take_norm(self, x: Tensor, weight: Tensor, eps: float) -> Rounded:
+        return self._rounding.norm(x.detach(), weight.detach(), eps)
+
+    def take_swiglu(self, gate: Tensor, up: Tensor) -> Rounded:
+        return self._rounding.swiglu(gate, up)
+
+    def gate_and_up_backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        d_gate, d_up = self._rounding.swiglu_backward(grad, gate, up)
+        return self.backward(d_up, "up", onto=self.backward(d_gate, "gate"))
 
     def forward(self, x: Rounded, name: str, onto: Tensor | None = None) -> Tensor:
         found = product(x, self._forward[name], self._dtype)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from specdist.draft.eagle3 import fp8, loss, pieces, teacher
 from specdist.draft.eagle3.loss import LossKind
+from specdist.draft.eagle3.products import PlainProducts
 from specdist.records import LogitMap
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -30,16 +32,30 @@ class Fused:
         self.heads, self.heads_backward = fuse(pieces.heads), fuse(pieces.heads_backward)
         self.merge, self.merge_backward = fuse(pieces.merge), fuse(pieces.merge_backward)
         self.row_terms = fuse(loss.row_terms)
-        self._quantise = fuse(fp8.quantise)
+        self._rounding = fp8.Rounding(
+            fuse(fp8.quantise),
+            fuse(fp8.quantise_both_ways),
+            fuse(fp8.rounded_norm),
+            fuse(fp8.rounded_swiglu),
+            fuse(fp8.rounded_swiglu_backward),
+        )
         self.summarise_logits = fuse(teacher.summarise_logits)
         if compiled and device.type == "cuda":
             self._take_kernels()
 
     def fp8_products(self, weights: Mapping[str, Tensor]) -> fp8.Fp8Products:
-        return fp8.Fp8Products(weights, self._quantise)
+        return fp8.Fp8Products(weights, self._rounding)
+
+    def plain_products(self, weights: Mapping[str, Tensor]) -> PlainProducts:
+        return PlainProducts(weights, self)
 
     def _take_kernels(self) -> None:
-        from specdist.draft.eagle3.kernels import heads, logits, own_keys  # Triton comes with torch for CUDA only
+        from specdist.draft.eagle3.kernels import (
+            heads,
+            logits,
+            own_keys,
+            rounded_swiglu,
+        )  # Triton comes with torch for CUDA only
 
         any_row_terms = self.row_terms
 
@@ -55,6 +71,7 @@ class Fused:
         self.summarise_logits = logits.summarise_logits
         self.heads, self.heads_backward = heads.heads, heads.heads_backward
         self.merge, self.merge_backward = own_keys.merge, own_keys.merge_backward
+        self._rounding = replace(self._rounding, swiglu_backward=rounded_swiglu.rounded_swiglu_backward)
 
 
 def _as_it_is(function: F) -> F:

@@ -23,7 +23,6 @@ from specdist.draft.eagle3.fp8 import check_device
 from specdist.draft.eagle3.fused import Fused
 from specdist.draft.eagle3.layer import MidLayer
 from specdist.draft.eagle3.loss import SUMS, LossInputs, LossKind
-from specdist.draft.eagle3.products import PlainProducts
 from specdist.draft.eagle3.proposer import Eagle3Proposer
 from specdist.draft.eagle3.rotary import Rotary, rotate
 from specdist.draft.eagle3.rows import Rows
@@ -158,7 +157,7 @@ class Eagle3Draft(DraftModel):
             cos=cos[:, 0],
             sin=sin[:, 0],
             fused=self.fused,
-            products=self.fused.fp8_products if self.config.products == "fp8" else PlainProducts,
+            products=self.fused.fp8_products if self.config.products == "fp8" else self.fused.plain_products,
             query_heads=(self.dims.num_attention_heads, self.dims.head_dim),
             scale=self.scale,
             eps=self.dims.rms_norm_eps,

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from specdist.draft.eagle3.fused import Fused
 
 
 class Products(Protocol):
@@ -15,21 +18,41 @@ class Products(Protocol):
 
     def take(self, x: Tensor) -> Any: ...
 
+    def take_norm(self, x: Tensor, weight: Tensor, eps: float) -> Any:
+        """`take` of `pieces.norm`."""
+
+    def take_swiglu(self, gate: Tensor, up: Tensor) -> Any:
+        """`take` of `pieces.swiglu`."""
+
     def forward(self, x: Any, name: str, onto: Tensor | None = None) -> Tensor:
         """onto + x @ W.T, of x [n, inputs]."""
 
     def backward(self, grad: Any, name: str, onto: Tensor | None = None) -> Tensor:
         """onto + grad @ W, of grad [n, outputs]. `onto` may be overwritten."""
 
+    def gate_and_up_backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        """From the gradient [n, I] of the activations to that of the input of gate and up, through
+        `pieces.swiglu_backward`: in place."""
+
 
 class PlainProducts:
     """In the dtype of the weights."""
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self._weights = weights
+    def __init__(self, weights: Mapping[str, Tensor], fused: Fused) -> None:
+        self._weights, self._fused = weights, fused
 
     def take(self, x: Tensor) -> Tensor:
         return x
+
+    def take_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._fused.norm(x, weight, eps)
+
+    def take_swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self._fused.swiglu(gate, up)
+
+    def gate_and_up_backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        self._fused.swiglu_backward(grad, gate, up)
+        return self.backward(up, "up", onto=self.backward(gate, "gate"))
 
     def forward(self, x: Tensor, name: str, onto: Tensor | None = None) -> Tensor:
         weight = self._weights[name].T

@@ -143,8 +143,8 @@ class Unrolled:
             out, lse = task.attend(q, self.key, self.value)
         merged, _ = self.merged(step, q, out, lse)
         middle = products.forward(products.take(merged.flatten(1)), "o", onto=hidden)
-        gate, up = self.gate_and_up(fused.norm(middle, weights.post_norm, task.eps))
-        after = products.forward(products.take(fused.swiglu(gate, up)), "down", onto=middle)
+        gate, up = self.gate_and_up(products.take_norm(middle, weights.post_norm, task.eps))
+        after = products.forward(products.take_swiglu(gate, up), "down", onto=middle)
         if self.with_grad:
             kept = (gate, up) if step >= task.recompute else None
             self.tape.append(_Step(hidden, q, out, lse, middle, kept, after))
@@ -156,8 +156,8 @@ class Unrolled:
         fused.state(self.states, step, after, rows, weights.norm, task.eps)
         return after
 
-    def gate_and_up(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        taken = self.products.take(normed)
+    def gate_and_up(self, taken: Any) -> tuple[Tensor, Tensor]:
+        """Of the normed state, as `Products.take` gives it."""
         return self.products.forward(taken, "gate"), self.products.forward(taken, "up")
 
     def merged(self, step: int, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,14 +170,14 @@ class Unrolled:
     def _queries(self, step: int, hidden: Tensor) -> Tensor:
         """The queries [n, Hq, D] of a step; puts the keys and values of later ones with the own ones."""
         task, weights = self.task, self.weights
-        normed = task.fused.norm(hidden, weights.hidden_norm, task.eps)
+        taken = self.products.take_norm(hidden, weights.hidden_norm, task.eps)
         count = len(hidden)
         whole = hidden.new_empty(in_blocks(count), *task.query_heads)
         whole[count:].zero_()
         parts = [whole[:count]]
         if step:
             parts += [self.own_keys[step - 1], self.own_values[step - 1]]
-        product = self.products.forward(self.products.take(normed), "qkv" if step else "q")
+        product = self.products.forward(taken, "qkv" if step else "q")
         rows = task.rows
         task.fused.heads(product, self.entry, task.cos, task.sin, rows.active, rows.positions, step, parts)
         return whole.requires_grad_(self.with_grad)
@@ -212,14 +212,13 @@ class _Backward:
         carry = self._through_norm(step, saved, carry)
 
         normed = fused.norm(saved.middle, weights.post_norm, eps)
-        gate, up = saved.gate_and_up or unrolled.gate_and_up(normed)
+        gate, up = saved.gate_and_up or unrolled.gate_and_up(products.take(normed))
         act = products.backward(products.take(carry), "down")
-        fused.swiglu_backward(act, gate, up)  # in place: now the activations, and the gradients of gate and up
+        # In place: these are then the activations, and the gradients of gate and up.
+        d_normed = products.gate_and_up_backward(act, gate, up)
         add_product(grads.down, carry.T, act)
         add_product(grads.gate, gate.T, normed)
         add_product(grads.up, up.T, normed)
-        d_normed = products.backward(products.take(gate), "gate")
-        d_normed = products.backward(products.take(up), "up", onto=d_normed)
         del act, gate, up
         carry, d_weight = fused.norm_backward(d_normed, saved.middle, weights.post_norm, eps, carry)
         grads.post_norm.add_(d_weight)
