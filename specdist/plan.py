@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a job will look like, worked out on a machine without a GPU: ranks, links, bytes and memory.
 
-Memory figures are estimates: weights, optimizer state and buffers are counted exactly, activations by the rule stated
-at each of them.
+Memory figures are estimates: weights, optimizer state and buffers are counted exactly, the target's activations by the
+rule stated beside them, the draft's step by what it keeps (`draft/eagle3/memory.py`).
 """
 
 from __future__ import annotations

@@ -33,6 +33,10 @@ class ContextShare:
     of: int = 1
 
 
+WHOLE = ContextShare()
+"""Without context parallelism."""
+
+
 class DraftModel(nn.Module, ABC):
     """A draft under training. Its `state_dict` uses the tensor names of the exported checkpoint.
 
@@ -40,7 +44,7 @@ class DraftModel(nn.Module, ABC):
     """
 
     layout: FeatureLayout
-    share: ContextShare = ContextShare()
+    share: ContextShare = WHOLE
     """Set before training. Every rank gets the whole micro-batch, and the losses of the ranks add up to its loss."""
     metric_names: tuple[str, ...]
     """The names of the sums `forward` returns, in a fixed order that is the same on every rank."""

@@ -34,6 +34,8 @@ class DraftConfig:
     """Options of EAGLE-3."""
 
     def __post_init__(self) -> None:
+        if self.eagle3.products == "fp8" and self.dtype == "float32":
+            raise ConfigError("draft.eagle3.products=fp8 rounds what is in bfloat16: leave draft.dtype at auto")
         if self.dp is not None and self.dp < 1:
             raise ConfigError(f"draft.dp is {self.dp}: it must be at least 1, or null for all ranks the target leaves")
         if self.cp < 1:

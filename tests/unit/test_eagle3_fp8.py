@@ -98,3 +98,15 @@ def test_rounding_has_few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_widths_that_fp8_does_not_take_are_told() -> None:
     with pytest.raises(ConfigError, match=r"products=fp8 needs widths that are multiples of 16, .* MLP has 100"):
         Eagle3Dims.of(Eagle3Config(products="fp8"), target(intermediate_size=100))
+
+
+def test_fp8_beside_float32_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"products=fp8 rounds what is in bfloat16"):
+        DraftConfig(dtype="float32", eagle3=Eagle3Config(products="fp8"))
+
+
+def test_a_gpu_without_fp8_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA A100")
+    with pytest.raises(ConfigError, match=r"capability 8\.9 or more; NVIDIA A100 has 8\.0"):
+        fp8.check_device(torch.device("cuda"))

@@ -50,12 +50,8 @@ class Fused:
         return PlainProducts(weights, self)
 
     def _take_kernels(self) -> None:
-        from specdist.draft.eagle3.kernels import (
-            heads,
-            logits,
-            own_keys,
-            rounded_swiglu,
-        )  # Triton comes with torch for CUDA only
+        # Here, because Triton comes with torch for CUDA only.
+        from specdist.draft.eagle3.kernels import heads, logits, own_keys, rounded_swiglu
 
         any_row_terms = self.row_terms
 

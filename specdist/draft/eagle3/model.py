@@ -86,8 +86,6 @@ class Eagle3Draft(DraftModel):
         self.norm = nn.RMSNorm(hidden, eps=dims.rms_norm_eps, device=device, dtype=dtype)
         self.lm_head = nn.Linear(hidden, dims.draft_vocab_size, bias=False, device=device, dtype=dtype)
         self.fused = Fused(compiled, device)
-        if config.products == "fp8":
-            check_device(device)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
@@ -136,7 +134,13 @@ class Eagle3Draft(DraftModel):
         return loss.float(), torch.cat([sums, teacher.positions()[:, None]], dim=1).flatten()
 
     def task(self, features: Features, teacher: Teacher, lengths: tuple[int, ...], totals: Tensor) -> Task:
-        """What the unrolled steps need beside tensors with gradients."""
+        """What the unrolled steps need beside tensors with gradients.
+
+        Raises:
+            ConfigError: the GPU has no FP8 products, and they are asked for.
+        """
+        if self.config.products == "fp8":
+            check_device(totals.device)
         steps = torch.arange(self.config.ttt_length, device=totals.device, dtype=torch.float64)
         loss = LossInputs(
             teacher=teacher,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from specdist.draft.base import ContextShare
+from specdist.draft.base import WHOLE, ContextShare
 from specdist.records import PackedTokens
 
 BLOCK = 128
@@ -46,7 +46,7 @@ class Rows:
     teacher: Tensor
 
     @classmethod
-    def of(cls, host_batch: PackedTokens, steps: int, share: ContextShare = ContextShare()) -> Rows:  # noqa: B008
+    def of(cls, host_batch: PackedTokens, steps: int, share: ContextShare = WHOLE) -> Rows:
         """This rank's share of the rows of a batch on the CPU, for `steps` TTT steps."""
         positions = host_batch.positions.long()
         reach = reached_by(host_batch, steps)

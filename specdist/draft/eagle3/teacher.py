@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdist.draft.base import ContextShare
+from specdist.draft.base import WHOLE, ContextShare
 from specdist.draft.eagle3.rows import Rows
 from specdist.draft.vocabulary import DraftVocabulary
 from specdist.records import LogitMap, PackedTokens, TargetVocabulary
@@ -56,7 +56,7 @@ def teach(
     steps: int,
     chunk: int,
     summarise: Summarise = summarise_logits,
-    share: ContextShare = ContextShare(),  # noqa: B008
+    share: ContextShare = WHOLE,
 ) -> Teacher:
     """Run the target's head over the last hidden states `final` [T, H], `chunk` rows of logits at a time.
     `summarise`: `summarise_logits`, or its compiled form."""
