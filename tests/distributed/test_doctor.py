@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from transformers import LlamaForCausalLM
 
-from tests.distributed.worlds import ROOT, start_command
+from tests.distributed.worlds import ROOT, run_on_hosts
 from tests.tiny import make_config, make_conversations, make_target
 
 TIMEOUT_S = 240
@@ -33,31 +31,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     LlamaForCausalLM.from_pretrained(whole).save_pretrained(shards, max_shard_size="100KB")
     assert (shards / "model.safetensors.index.json").exists()
     return shards, make_conversations(directory / "prompts.jsonl")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def run_on_hosts(commands: dict[str, Sequence[str]]) -> dict[str, subprocess.CompletedProcess[str]]:
-    """Run one rank on each host, `python -m COMMAND`, and wait for all of them."""
-    port, processes = free_port(), {}
-    for node, (host, command) in enumerate(commands.items()):
-        rendezvous = ["--nnodes", str(len(commands)), "--node-rank", str(node), "--nproc-per-node", "1"]
-        rendezvous += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-        launcher = ["env", f"SPECDIST_HOST={host}", "SPECDIST_JOB=7", sys.executable, "-m", "torch.distributed.run"]
-        processes[host] = start_command([*launcher, *rendezvous, "-m", *command])
-    try:
-        said = {host: process.communicate(timeout=TIMEOUT_S) for host, process in processes.items()}
-    finally:
-        for process in processes.values():
-            process.kill()
-    return {
-        host: subprocess.CompletedProcess(process.args, process.returncode, *said[host])
-        for host, process in processes.items()
-    }
 
 
 def test_a_healthy_host(tmp_path: Path, material: tuple[Path, Path]) -> None:

@@ -14,6 +14,7 @@ import psutil
 
 from specdist.channel.mooncake.engine import check_installed
 from specdist.errors import ConfigError
+from specdist_launch.meeting import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,6 +52,32 @@ def start_command(command: Sequence[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
+
+
+def run_on_hosts(
+    commands: Mapping[str, Sequence[str]],
+    environments: Mapping[str, Mapping[str, str]] | None = None,
+    python: Path = Path(sys.executable),
+    timeout: float = 240,
+) -> dict[str, subprocess.CompletedProcess[str]]:
+    """Run one rank on each of several hosts, `python -m COMMAND`, and wait for all of them. A torchrun agent of this
+    machine stands for each host. `environments`: variables of single hosts."""
+    port, processes = str(free_port()), {}
+    for node, (host, command) in enumerate(commands.items()):
+        own = {"SPECDIST_HOST": host, "SPECDIST_JOB": "7", **(environments or {}).get(host, {})}
+        rendezvous = ["--nnodes", str(len(commands)), "--node-rank", str(node), "--nproc-per-node", "1"]
+        rendezvous += ["--master-addr", "127.0.0.1", "--master-port", port]
+        agent = [str(python), "-m", "torch.distributed.run", *rendezvous]
+        processes[host] = start_command(["env", *(f"{k}={v}" for k, v in own.items()), *agent, "-m", *command])
+    try:
+        said = {host: process.communicate(timeout=timeout) for host, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.kill()
+    return {
+        host: subprocess.CompletedProcess(process.args, process.returncode, *said[host])
+        for host, process in processes.items()
+    }
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:

@@ -11,13 +11,15 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from specdist.target.sglang import versions
+from tests.distributed.worlds import run_on_hosts
 from tests.sglang.environment import run
-from tests.sglang.models import MODELS, make_model, plain_features, relative
+from tests.sglang.models import MODELS, make_model, plain_features, quantise, relative
 from tests.sglang.world import make_batch
 
 pytestmark = [
@@ -34,31 +36,84 @@ LENGTHS = [300, 1, 517, 64, 0, 8]
 DENSE = 5e-2
 EXPERTS = 0.2
 """Mean over the rows: near ties between experts may fall either way, and such a row is another one."""
+FP8 = 0.15
+"""Weights or inputs of three mantissa bits, each product off by some percent."""
+OTHER = 0.4
+"""What features of other layers are off at least."""
+
+
+def make(kind: str, folder: Path) -> Path:
+    return make_model(kind, folder / kind, **SIZES, **({"moe_intermediate_size": 128} if "moe" in kind else {}))
+
+
+def compare(
+    path: Path, plain: Path, limit: float, *, tp: int = 1, against: str = "itself", hosts: bool = False, **sglang: Any
+) -> None:
+    """The features of the model at `path` are those of transformers for the one at `plain`, up to `limit`.
+
+    Args:
+        hosts: every rank believes that it is alone on its host, for topology, torchrun and NCCL.
+        sglang: keys of target.sglang.
+    """
+    if torch.cuda.device_count() < tp:
+        pytest.skip(f"needs {tp} devices")
+    folder, batch = path.parent, make_batch(LENGTHS)
+    sglang = {"attention_backend": os.environ.get("SPECDIST_SGLANG_ATTENTION"), "memory_fraction": 0.3, **sglang}
+    case = {
+        "target": {"path": str(path), "tp": tp, "dtype": "bfloat16", "verify_against": against},
+        "sglang": sglang, "wire": "bfloat16", "hidden_size": 256, "lengths": LENGTHS, "result": str(folder / "result"),
+    }  # fmt: skip
+    cases = folder / "cases.json"
+    cases.write_text(json.dumps({"device": "cuda", "span_nodes": hosts, "cases": [case]}))
+    command = ["-m", "tests.sglang.world", str(cases)]
+    run_apart(tp + 1, command) if hosts else run(Path(sys.executable), tp + 1, command, {})
+    expected, shifted = (plain_features(plain, batch, shift=shift) for shift in (1, 0))
+    for rank in range(1, tp + 1):
+        result = torch.load(folder / f"result-{rank}.pt")
+        assert "error" not in result, result["error"]
+        found = relative(result["rows"], expected, 256).mean(dim=0)
+        print(f"{path.name} tp {tp}: mean relative errors {found.tolist()}, packed or not {result['deviation']:.1e}")
+        assert found.max() < limit
+        assert relative(result["rows"], shifted, 256)[:, :2].mean(dim=0).min() > OTHER
+
+
+def run_apart(ranks: int, command: list[str]) -> None:
+    """Rank by rank in a world of as many hosts, all of them this one. The first rank shares the last one's device."""
+    names = {f"host{rank}": ["tests.sglang.world", command[-1]] for rank in range(ranks)}
+    devices = {f"host{rank}": str((rank - 1) % (ranks - 1)) for rank in range(ranks)}
+    environments = {
+        host: {"CUDA_VISIBLE_DEVICES": devices[host], "NCCL_HOSTID": host, "NCCL_DEBUG": "INFO"} for host in names
+    }
+    for done in run_on_hosts(names, environments).values():
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("kind", MODELS)
 def test_features_are_those_of_transformers(kind: str, tp: int, tmp_path: Path) -> None:
-    if torch.cuda.device_count() < tp:
-        pytest.skip(f"needs {tp} devices")
-    sizes = SIZES | ({"moe_intermediate_size": 128} if kind == "qwen3_moe" else {})
-    path = make_model(kind, tmp_path / kind, **sizes)
-    backend = os.environ.get("SPECDIST_SGLANG_ATTENTION")
-    against = "itself" if "moe" in kind else "hf"
-    case = {
-        "target": {"path": str(path), "tp": tp, "dtype": "bfloat16", "verify_against": against},
-        "sglang": {"attention_backend": backend, "memory_fraction": 0.5},
-        "wire": "bfloat16", "hidden_size": 256, "lengths": LENGTHS, "result": str(tmp_path / "result"),
-    }  # fmt: skip
-    cases = tmp_path / "cases.json"
-    cases.write_text(json.dumps({"device": "cuda", "cases": [case]}))
-    run(Path(sys.executable), tp + 1, ["-m", "tests.sglang.world", str(cases)], {})
-    expected = plain_features(path, make_batch(LENGTHS))
-    shifted = plain_features(path, make_batch(LENGTHS), shift=0)
-    for rank in range(1, tp + 1):
-        result = torch.load(tmp_path / f"result-{rank}.pt")
-        assert "error" not in result, result["error"]
-        found = relative(result["rows"], expected, 256).mean(dim=0)
-        print(f"{kind} tp {tp}: mean relative errors {found.tolist()}, packed or not {result['deviation']:.1e}")
-        assert found.max() < (EXPERTS if "moe" in kind else DENSE)
-        assert relative(result["rows"], shifted, 256)[:, :2].mean(dim=0).min() > 2 * EXPERTS
+    path, moe = make(kind, tmp_path), "moe" in kind
+    compare(path, path, EXPERTS if moe else DENSE, tp=tp, against="itself" if moe else "hf")
+
+
+def test_expert_parallel_ranks(tmp_path: Path) -> None:
+    path = make("qwen3_moe", tmp_path)
+    compare(path, path, EXPERTS, tp=2, ep=2)
+
+
+def test_a_replica_over_two_hosts(tmp_path: Path) -> None:
+    path = make("qwen3", tmp_path)
+    compare(path, path, DENSE, tp=2, hosts=True)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_weights_quantised_at_load(kind: str, tmp_path: Path) -> None:
+    path = make(kind, tmp_path)
+    compare(path, path, FP8, quantization="fp8")
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_quantised_checkpoint(kind: str, tp: int, tmp_path: Path) -> None:
+    plain = make(kind, tmp_path)
+    quantise(plain, tmp_path / "fp8")
+    compare(tmp_path / "fp8", plain, EXPERTS if "moe" in kind else FP8, tp=tp)

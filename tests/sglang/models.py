@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -36,6 +38,32 @@ def make_model(kind: str, path: Path, **sizes: Any) -> Path:
             torch.nn.init.uniform_(p, 0.5, 1.5)
     model.save_pretrained(path)
     return path
+
+
+def quantise(path: Path, quantised: Path) -> None:
+    """Quantise the decoder's matrices of a saved model as checkpoints like Qwen3-8B-FP8 and DeepSeek-V3 are.
+
+    `quantised` gets e4m3 weights with one scale for each block of 128 x 128, and the model at `path` the values that
+    these stand for.
+    """
+    weights, coded = load_file(path / "model.safetensors"), {}
+    for name, weight in weights.items():
+        coded[name] = weight
+        if weight.ndim < 2 or ".layers." not in name or name.endswith(".mlp.gate.weight"):
+            continue
+        blocks = weight.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))  # [rows / 128, 128, columns / 128, 128]
+        scale = blocks.abs().amax(dim=(1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+        code = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        weights[name] = (code.float() * scale[:, None, :, None]).reshape(weight.shape)
+        coded[name], coded[f"{name}_scale_inv"] = code.reshape(weight.shape), scale
+    quantised.mkdir()
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    save_file(coded, quantised / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+    }  # fmt: skip
+    (quantised / "config.json").write_text(json.dumps(config))
 
 
 def plain_features(path: Path, batch: PackedTokens, shift: int = 1, norm: bool = True) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.worlds import train
+from tests.distributed.worlds import run_on_hosts, train
 from tests.environments import python_with_sglang
 from tests.sglang.environment import on_the_cpu, run
 from tests.sglang.models import MODELS, make_model, plain_features, relative
@@ -94,6 +94,17 @@ def test_tensor_parallel_ranks_have_the_whole_features(
         assert relative(rows(two_ranks, kind, rank), plain_features(models / kind, make_batch())).max() < FP32
         assert torch.load(two_ranks / f"{kind}-{rank}.pt")["parameters"] < 0.9 * whole
     assert not (two_ranks / f"{kind}-0.pt").exists()
+
+
+def test_a_replica_spans_hosts(python: Path, models: Path, tmp_path: Path) -> None:
+    case = {"target": {"path": str(models / "qwen3"), "replicas": 1, "tp": 2}, "result": str(tmp_path / "qwen3")}
+    file = tmp_path / "cases.json"
+    file.write_text(json.dumps({"device": "cpu", "span_nodes": True, "cases": [case]}))
+    hosts = {name: ["tests.sglang.world", str(file)] for name in ("draft", "a", "b")}
+    for done in run_on_hosts(hosts, dict.fromkeys(hosts, on_the_cpu()), python).values():
+        assert done.returncode == 0, done.stderr
+    for rank in (1, 2):
+        assert relative(rows(tmp_path, "qwen3", rank), plain_features(models / "qwen3", make_batch())).max() < FP32
 
 
 def test_expert_parallel_ranks_load_their_experts(python: Path, models: Path) -> None:

@@ -49,7 +49,12 @@ def main(cases_file: Path) -> None:
     torch.set_num_threads(1)
     told: dict[str, Any] = json.loads(cases_file.read_text())
     world_config = WorldConfig(
-        device=told["device"], share_devices=True, order="draft_first", join_timeout_s=60, wait_timeout_s=120
+        device=told["device"],
+        share_devices=True,
+        span_nodes=told.get("span_nodes", False),
+        order="draft_first",
+        join_timeout_s=60,
+        wait_timeout_s=120,
     )
     world = join_world(world_config, RankFacts.from_environment())
     first = target_config(told["cases"][0])
