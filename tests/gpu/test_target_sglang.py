@@ -34,10 +34,10 @@ SIZES = {
 }  # fmt: skip
 LENGTHS = [300, 1, 517, 64, 0, 8]
 DENSE = 5e-2
-EXPERTS = 0.2
+EXPERTS = 0.1
 """Mean over the rows: near ties between experts may fall either way, and such a row is another one."""
-FP8 = 0.15
-"""Weights or inputs of three mantissa bits, each product off by some percent."""
+FP8 = 0.25
+"""Weights and inputs of three mantissa bits: each product is off by some percent."""
 OTHER = 0.4
 """What features of other layers are off at least."""
 
@@ -116,4 +116,4 @@ def test_weights_quantised_at_load(kind: str, tmp_path: Path) -> None:
 def test_a_quantised_checkpoint(kind: str, tp: int, tmp_path: Path) -> None:
     plain = make(kind, tmp_path)
     quantise(plain, tmp_path / "fp8")
-    compare(tmp_path / "fp8", plain, EXPERTS if "moe" in kind else FP8, tp=tp)
+    compare(tmp_path / "fp8", plain, FP8, tp=tp)

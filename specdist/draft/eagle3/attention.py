@@ -129,8 +129,9 @@ def flex_attention(rows: Rows, tokens: int, scale: float) -> DocumentAttention:
 
 
 def in_blocks(rows: int) -> int:
-    """The rows of as many whole blocks as hold so many."""
-    return -(-rows // BLOCK) * BLOCK
+    """The rows of as many whole blocks as hold so many; two at least, for the compiler makes a graph of its own for a
+    size of one."""
+    return max(-(-rows // BLOCK), 2) * BLOCK
 
 
 def whole_blocks(heads: Tensor) -> Tensor:
