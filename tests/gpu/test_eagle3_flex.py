@@ -28,7 +28,7 @@ HIDDEN, VOCAB = 256, 1000
 @pytest.fixture(autouse=True)
 def _full_fp32_products_and_no_graphs_of_other_dtypes() -> None:
     torch.set_float32_matmul_precision("highest")
-    torch._dynamo.reset()  # a process has one dtype and shape of heads, and a limit of graphs
+    torch.compiler.reset()  # a process has one dtype and shape of heads, and a limit of graphs
 
 
 def batch_of(lengths: tuple[int, ...], share: float) -> PackedTokens:

@@ -67,7 +67,7 @@ def run(draft: Eagle3Draft, lengths: tuple[int, ...]) -> tuple[float, dict[str, 
 
 
 def test_a_step_stays_close_to_bf16_and_lengths_do_not_recompile() -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     plain, rounded = draft_of("compute"), draft_of("fp8")
     for lengths in ((130, 3, 127), (512,)):
         loss, gradients = run(plain, lengths)
