@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig
 
 from specdist.draft.config import DraftConfig
-from specdist.draft.eagle3 import fp8, fused
+from specdist.draft.eagle3 import compiling, fp8
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.registry import build_draft
@@ -84,15 +86,22 @@ def test_a_step_stays_close_to_the_plain_one(recompute: int) -> None:
         assert error < 0.15, name
 
 
-def test_rounding_has_few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A function with more graphs than torch.compile allows is not compiled any more."""
+@pytest.mark.parametrize("products", ["compute", "fp8"])
+def test_lengths_share_their_graphs(products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where lengths equal other sizes: 64 is hidden, 128 the MLP's. A function of more graphs than torch.compile
+    allows is not compiled any more."""
     torch.compiler.reset()
+    compiling.compiled.cache_clear()
     counter = CompileCounter()
-    counted = {f: torch.compile(f, dynamic=True, backend=counter) for f in (fp8.quantise, fp8.quantise_both_ways)}
-    monkeypatch.setattr(fused, "_compiled", lambda function: counted.get(function, function))
-    for lengths in ((40, 3, 60), (200,), (66, 7)):
-        step("fp8", 0, lengths, compiled=True)
-    assert 2 <= counter.frame_count <= 4  # three layouts of weights, one of activations
+    monkeypatch.setattr(compiling.torch, "compile", functools.partial(torch.compile, backend=counter))
+    for lengths in ((64, 65), (200,)):
+        step(products, 0, lengths, compiled=True)
+    graphs = counter.frame_count
+    assert graphs > 8
+    for lengths in ((100, 3, 30), (66, 7), (129,), (33, 33)):
+        step(products, 0, lengths, compiled=True)
+    compiling.compiled.cache_clear()
+    assert counter.frame_count == graphs
 
 
 def test_widths_that_fp8_does_not_take_are_told() -> None:

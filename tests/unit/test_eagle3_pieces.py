@@ -40,7 +40,7 @@ def test_the_gradients_of_states_reach_their_rows() -> None:
     leaves = [x.requires_grad_(), weight.requires_grad_()]
     out = pieces.norm(x[rows], weight, EPS)
     with torch.no_grad():
-        pieces.state(states, 1, x, rows, weight, EPS)
+        pieces.state(states[:, 1], x, rows, weight, EPS)
     torch.testing.assert_close(states[:, 1], out)
     d_x, d_weight = gradients(out[:3], leaves, grads[:3])
     with torch.no_grad():

@@ -9,13 +9,13 @@ of its scores too, through which the few own keys are merged (`pieces.merge`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import flex_attention as flex
 
+from specdist.draft.eagle3.compiling import compiled
 from specdist.draft.eagle3.pieces import at_least_fp32
 from specdist.draft.eagle3.rows import BLOCK, Rows
 
@@ -108,16 +108,10 @@ def blockwise_attention(
     )
 
 
-@cache
-def _compiled_blockwise_attention() -> Callable[..., tuple[Tensor, flex.AuxOutput]]:
-    # Dynamic from the start: every micro-batch has its own length, and a recompilation costs more than it gains.
-    return torch.compile(blockwise_attention, dynamic=True)
-
-
 def flex_attention(rows: Rows, tokens: int, scale: float) -> DocumentAttention:
     """FlexAttention with a mask made here, once. Compiled on CUDA; elsewhere uncompiled and without a backward."""
     mask, count = document_block_mask(rows, tokens), len(rows.active)
-    attention = _compiled_blockwise_attention() if rows.active.is_cuda else blockwise_attention
+    attention = compiled(blockwise_attention) if rows.active.is_cuda else blockwise_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         query, key, value = (t.unflatten(0, (-1, BLOCK)) for t in (q, k, v))

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from specdist.draft.eagle3 import fp8, loss, pieces, teacher
+from specdist.draft.eagle3 import compiling, fp8, loss, pieces, teacher
 from specdist.draft.eagle3.loss import LossKind
 from specdist.draft.eagle3.products import PlainProducts
 from specdist.records import LogitMap
@@ -24,22 +23,25 @@ class Fused:
     compiler makes several passes of."""
 
     def __init__(self, compiled: bool, device: torch.device) -> None:
-        fuse = _compiled if compiled else _as_it_is
-        self.norm, self.norm_backward = fuse(pieces.norm), fuse(pieces.norm_backward)
-        self.state, self.state_backward = fuse(pieces.state), fuse(pieces.state_backward)
-        self.state_grad = fuse(pieces.state_grad)
-        self.swiglu, self.swiglu_backward = fuse(pieces.swiglu), fuse(pieces.swiglu_backward)
+        fuse = compiling.compiled if compiled else _as_it_is
+        self.norm = fuse(pieces.norm, "x")
+        self.norm_backward = fuse(pieces.norm_backward, "grad", "x", "carry")
+        self.state = fuse(pieces.state, "place", "x", "rows")
+        self.state_backward = fuse(pieces.state_backward, "grads", "which", "x", "carry")
+        self.state_grad = fuse(pieces.state_grad, "grads", "which", "carry")
+        self.swiglu = fuse(pieces.swiglu, "gate", "up")
+        self.swiglu_backward = fuse(pieces.swiglu_backward, "grad", "gate", "up")
         self.heads, self.heads_backward = fuse(pieces.heads), fuse(pieces.heads_backward)
         self.merge, self.merge_backward = fuse(pieces.merge), fuse(pieces.merge_backward)
-        self.row_terms = fuse(loss.row_terms)
+        self.row_terms = fuse(loss.row_terms, "student", "teacher", "log_sum_exp", "choice", "weights")
         self._rounding = fp8.Rounding(
-            fuse(fp8.quantise),
+            fuse(fp8.quantise, "x"),
             fuse(fp8.quantise_both_ways),
-            fuse(fp8.rounded_norm),
-            fuse(fp8.rounded_swiglu),
-            fuse(fp8.rounded_swiglu_backward),
+            fuse(fp8.rounded_norm, "x"),
+            fuse(fp8.rounded_swiglu, "gate", "up"),
+            fuse(fp8.rounded_swiglu_backward, "grad", "gate", "up"),
         )
-        self.summarise_logits = fuse(teacher.summarise_logits)
+        self.summarise_logits = fuse(teacher.summarise_logits, "products")
         if compiled and device.type == "cuda":
             self._take_kernels()
 
@@ -70,11 +72,5 @@ class Fused:
         self._rounding = replace(self._rounding, swiglu_backward=rounded_swiglu.rounded_swiglu_backward)
 
 
-def _as_it_is(function: F) -> F:
+def _as_it_is(function: F, *_rows: str) -> F:
     return function
-
-
-@cache
-def _compiled(function: F) -> F:
-    # Dynamic from the start: every micro-batch has its own length, and a recompilation costs more than it gains.
-    return torch.compile(function, dynamic=True)  # type: ignore[return-value]

@@ -34,9 +34,9 @@ def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, carry: Te
     return (carry + inner).to(x.dtype), (grad * normed).sum(0)
 
 
-def state(states: Tensor, step: int, x: Tensor, rows: Tensor, weight: Tensor, eps: float) -> None:
-    """Writes `norm` of x[rows] to states[:, step], of [P, K, H]."""
-    states[:, step] = norm(x[rows], weight, eps)
+def state(place: Tensor, x: Tensor, rows: Tensor, weight: Tensor, eps: float) -> None:
+    """Writes `norm` of x[rows] to `place` [P, H]."""
+    place.copy_(norm(x[rows], weight, eps))
 
 
 def chosen(rows: Tensor, which: Tensor) -> Tensor:

@@ -98,7 +98,9 @@ class Unroll(torch.autograd.Function):
     def forward(
         ctx: Any, task: Task, with_grad: bool, hidden: Tensor, entry: Tensor, key: Tensor, value: Tensor, *rest: Tensor
     ) -> tuple[Tensor, Tensor]:
-        weights = Weights(*rest)
+        # Detached: the compiler makes graphs of their own for what requires gradients.
+        hidden, entry, key, value = (t.detach() for t in (hidden, entry, key, value))
+        weights = Weights(*(t.detach() for t in rest))
         unrolled = Unrolled(task, weights, entry, key, value, with_grad)
         sums, head_grad = losses(task.loss, weights.head, unrolled.run(hidden), with_grad)
         if with_grad:
@@ -153,7 +155,7 @@ class Unrolled:
             normed = fused.norm(after, weights.norm, task.eps)
             self.states[:, step] = normed[rows]
             return normed
-        fused.state(self.states, step, after, rows, weights.norm, task.eps)
+        fused.state(self.states[:, step], after, rows, weights.norm, task.eps)
         return after
 
     def gate_and_up(self, taken: Any) -> tuple[Tensor, Tensor]:
