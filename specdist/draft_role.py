@@ -98,7 +98,7 @@ def _draft_dtype(job: JobConfig, device: torch.device) -> torch.dtype:
 def _source(rank: Rank, items: Items, shard: int) -> FeatureSource:
     job, topology, layout, device = rank.job, rank.topology, rank.facts.layout, rank.world.device
     if topology.mode == "draft_only":
-        return SyntheticSource(layout, shard, device, job.run.seed)
+        return SyntheticSource(layout, rank.facts.target.vocab_size, shard, device, job.run.seed)
     if topology.mode == "colocated":
         own = local_shards(topology, rank.rank)
         rows = len(own) * job.prompts.tokens_per_rank

@@ -21,9 +21,9 @@ from specdist.target.vocabulary import load_target_vocabulary
 
 def new_draft(job: JobConfig, facts: JobFacts, run_dir: RunDirectory, device: torch.device) -> DraftModel:
     """The draft before training, in fp32: from `draft.init_from`, or a function of `run.seed` alone."""
-    vocabulary = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code).to(device)
+    vocabulary = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code)
     draft = build_draft(
-        job.draft, facts.target.config, vocabulary, run_dir.vocabulary(), job.run.seed, facts.layout.dtype
+        job.draft, facts.target.config, vocabulary, run_dir.vocabulary(), job.run.seed, facts.layout.dtype, device
     )
     if job.draft.init_from is not None:
         draft.load_state_dict(load_exported(job.draft.init_from).state)

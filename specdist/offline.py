@@ -71,8 +71,10 @@ def _newest_draft(job: JobConfig, facts: JobFacts, device: torch.device) -> Draf
 def _exported_draft(job: JobConfig, facts: JobFacts, directory: str, device: torch.device) -> DraftModel:
     exported = load_exported(directory)
     config = replace(job.draft, eagle3=exported.eagle3_config(job.draft.eagle3, facts.target.config))
-    vocabulary = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code).to(device)
-    model = build_draft(config, facts.target.config, vocabulary, exported.vocabulary, layout_dtype=facts.layout.dtype)
+    vocabulary = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code)
+    model = build_draft(
+        config, facts.target.config, vocabulary, exported.vocabulary, layout_dtype=facts.layout.dtype, device=device
+    )
     model.load_state_dict(exported.state)
     return model.to(facts.target_dtype).eval()
 

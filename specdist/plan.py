@@ -21,6 +21,7 @@ from specdist.draft.registry import parameter_count, step_memory
 from specdist.errors import ConfigError
 from specdist.groups import ranges
 from specdist.job import JobConfig, JobFacts
+from specdist.target.summary import CHUNK
 from specdist.topology import Topology
 
 
@@ -113,6 +114,9 @@ def _target_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[N
         # One layer at a time: residual, normed input, q/k/v and attention output, and the gated MLP's two halves.
         Need("target", "activations of one layer", at_once * (8 * facts.target.hidden_size + 3 * inner) * width),
     ]
+    if facts.layout.summary:
+        head = facts.target.vocab_size * (facts.target.hidden_size // job.target.tp + CHUNK // job.target.tp) * width
+        needs.append(Need("target", f"output head, and logits of {CHUNK:,} tokens", head))
     if sglang:
         kept = at_once * facts.target.kv_values_per_token(job.target.tp) * width
         needs.append(Need("target", f"SGLang's KV cache of {at_once:,} tokens", kept))
@@ -126,11 +130,13 @@ def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Ne
     vocab = facts.target.vocab_size
     draft_vocab = eagle3.vocab_size or vocab
     compute = 4 if job.draft.dtype == "float32" else 2
-    tables = (1 if facts.target.tied else 2) * vocab * hidden + (draft_vocab * hidden if draft_vocab < vocab else 0)
+    whole_head, embedding = eagle3.teacher_head == "draft" or draft_vocab == vocab, eagle3.embedding == "device"
+    tables = whole_head + (embedding and not (facts.target.tied and whole_head))
+    rows = tables * vocab + (draft_vocab if draft_vocab < vocab else 0)
     needs = [
         Need("draft", f"fp32 weights and AdamW moments / {shards}", 12 * parameters // shards),
         Need("draft", "weights to compute with", compute * parameters),
-        Need("draft", "target embedding and head", tables * facts.target_dtype.itemsize),
+        Need("draft", "target embedding and head", rows * hidden * facts.target_dtype.itemsize),
     ]
     step = step_memory(job.draft, facts.target.config, tokens, compute)
     needs += [Need("draft", part, size) for part, size in step.items()]

@@ -103,12 +103,17 @@ class PackedTokens:
         return PackedTokens(*map(move, (self.tokens, self.supervised, self.cu_seqlens, self.positions)))
 
 
+SUMMARY_BYTES = 16
+"""What `FeatureLayout.summary` takes of a row."""
+
+
 @dataclass(frozen=True)
 class FeatureLayout:
-    """How the features of one token lie on the wire: its captured layer outputs, then (if asked for) the final state.
+    """How the features of one token lie on the wire: its captured layer outputs, then what else is asked for.
 
-    A token's row is `[layer_0 | layer_1 | ... | final]`, each part `hidden_size` values of `dtype`. The target writes
-    rows, the channel moves ranges of rows, and the draft reads column views: one layout from hook to loss, no copies.
+    A token's row is `[layer_0 | layer_1 | ... | final | summary]`, each but the last `hidden_size` values of `dtype`.
+    The target writes rows, the channel moves ranges of rows, and the draft reads column views: one layout from hook to
+    loss, no copies.
     """
 
     captured_layers: tuple[int, ...]
@@ -117,14 +122,36 @@ class FeatureLayout:
     final: bool
     """Whether the last hidden state (after the target's final norm) travels too."""
     dtype: torch.dtype
+    summary: bool = False
+    """Whether the target's choice and log-sum-exp travel too: as int32 and fp32, whatever `dtype` is. They take 16
+    bytes, so that rows stay aligned for the widest loads."""
 
     @property
     def captured_width(self) -> int:
         return len(self.captured_layers) * self.hidden_size
 
     @property
-    def width(self) -> int:
+    def states_width(self) -> int:
+        """Columns of hidden states."""
         return self.captured_width + self.hidden_size * self.final
+
+    @property
+    def width(self) -> int:
+        return self.states_width + SUMMARY_BYTES // self.dtype.itemsize * self.summary
+
+    def states(self, rows: Tensor) -> Tensor:
+        """The hidden states of rows [T, width], [T, parts, hidden_size]."""
+        return rows[:, : self.states_width].unflatten(1, (-1, self.hidden_size))
+
+    def final_state(self, rows: Tensor) -> Tensor:
+        """The last hidden state's columns of rows [T, width], [T, hidden_size]."""
+        return rows[:, self.captured_width : self.states_width]
+
+    def write_summary(self, rows: Tensor, where: Tensor, choice: Tensor, log_sum_exp: Tensor) -> None:
+        """Write choices [n] and log-sum-exps [n] to the rows `where` [n] of rows [T, width]."""
+        bits = torch.zeros(len(where), SUMMARY_BYTES // 4, dtype=torch.int32, device=rows.device)
+        bits[:, 0], bits[:, 1] = choice, log_sum_exp.float().view(torch.int32)
+        rows[where, self.states_width :] = bits.view(self.dtype)
 
     @property
     def bytes_per_token(self) -> int:
@@ -136,7 +163,7 @@ class FeatureLayout:
 
 @dataclass(frozen=True)
 class Features:
-    """The target's features of one shard, `rows` [T, layout.width], as two column views."""
+    """The target's features of one shard, `rows` [T, layout.width], as column views."""
 
     layout: FeatureLayout
     rows: Tensor
@@ -151,7 +178,14 @@ class Features:
         """The target's last hidden state after its final norm, [T, H]."""
         if not self.layout.final:
             raise ValueError("this draft does not ask for the target's final hidden state (FeatureLayout.final)")
-        return self.rows[:, self.layout.captured_width :]
+        return self.layout.final_state(self.rows)
+
+    def summary(self, where: Tensor) -> tuple[Tensor, Tensor]:
+        """The target's choice, int64 [n], and log-sum-exp, fp32 [n], at the rows `where` [n]."""
+        if not self.layout.summary:
+            raise ValueError("this draft does not ask for the target's choice (FeatureLayout.summary)")
+        bits = self.rows[where, self.layout.states_width :].view(torch.int32)
+        return bits[:, 0].long(), bits[:, 1].contiguous().view(torch.float32)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import time
 
@@ -195,13 +196,24 @@ def local_shards(topology: Topology, rank: int) -> list[int]:
 class SyntheticSource(FeatureSource):
     """Random features, the same for the same item: to measure the draft alone. Nothing sensible is learnt from them."""
 
-    def __init__(self, layout: FeatureLayout, shard: int, device: torch.device, seed: int):
-        self._layout, self._shard, self._device, self._seed = layout, shard, device, seed
+    def __init__(self, layout: FeatureLayout, vocab_size: int, shard: int, device: torch.device, seed: int):
+        self._layout, self._vocab_size, self._shard = layout, vocab_size, shard
+        self._device, self._seed = device, seed
 
     def take(self, item: WorkItem) -> Tensor:
         generator = torch.Generator(self._device).manual_seed(self._seed * 1_000_003 + item.index)
-        shape = (item.shards[self._shard].tokens, self._layout.width)
-        return torch.randn(shape, generator=generator, dtype=self._layout.dtype, device=self._device)
+        return random_rows(self._layout, item.shards[self._shard].tokens, self._vocab_size, generator)
 
     def release(self, item: WorkItem) -> None:
         """The rows are garbage-collected."""
+
+
+def random_rows(layout: FeatureLayout, tokens: int, vocab_size: int, generator: torch.Generator) -> Tensor:
+    """Rows [tokens, layout.width] on the generator's device: normal, and choices from a vocabulary of that size."""
+    device = generator.device
+    rows = torch.randn(tokens, layout.width, generator=generator, dtype=layout.dtype, device=device)
+    if layout.summary:
+        choice = torch.randint(vocab_size, (tokens,), generator=generator, device=device)
+        log_sum_exp = torch.full((tokens,), math.log(vocab_size), device=device)  # of logits around zero
+        layout.write_summary(rows, torch.arange(tokens, device=device), choice, log_sum_exp)
+    return rows

@@ -43,6 +43,7 @@ from specdist.items import Items
 from specdist.optim import OptimizerConfig, build_optimizer
 from specdist.prompts.store import PromptStore
 from specdist.records import Cursor, Features, PackedTokens, Shard, TargetVocabulary, WorkItem
+from specdist.sources import random_rows
 from specdist.topology import Topology, WorldConfig
 from specdist.trainer import FeatureSource, Trainer, shard_draft
 
@@ -127,13 +128,14 @@ def _mixed(tokens: int) -> list[int]:
     return lengths
 
 
-def flops(dims: Eagle3Dims, rows: Rows, tokens: int) -> float:
+def flops(dims: Eagle3Dims, rows: Rows, tokens: int, whole_head: bool = True) -> float:
     """Floating-point operations that a step over `tokens` packed ones needs, `rows` being those that the loss reaches.
 
     What is trained costs three times its forward. Once, on all tokens: the fusion of the captured layers, the step-0
     keys and values, and the embeddings' half of the projections. In every TTT step, on the active rows: the state's
     half of the projections, the output projection and the MLP, attention over the keys of the document so far, and the
-    head where something is taught. The teacher, the target's whole head and the draft's part of it, costs a forward.
+    head where something is taught. The teacher, the target's whole head where the draft runs it and the draft's part of
+    it, costs a forward.
     """
     hidden, active, taught = dims.hidden_size, len(rows.active), len(rows.taught)
     pairs = int((rows.student >= 0).sum())
@@ -142,7 +144,8 @@ def flops(dims: Eagle3Dims, rows: Rows, tokens: int) -> float:
     layer = 2 * hidden * (queries + 2 * keys) + 2 * queries * hidden + 3 * 2 * hidden * dims.intermediate_size
     attention = 4 * queries * int((rows.positions + 1).sum())
     trained = once + rows.steps * (layer * active + attention) + 2 * hidden * dims.draft_vocab_size * pairs
-    return 3.0 * trained + 2.0 * hidden * (dims.vocab_size + dims.draft_vocab_size) * taught
+    teacher = dims.draft_vocab_size + (dims.vocab_size if whole_head else 0)
+    return 3.0 * trained + 2.0 * hidden * teacher * taught
 
 
 class _Batch:
@@ -220,7 +223,8 @@ class Bench:
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
         middle, tokens = statistics.median(times), sum(batch.lengths)
         dims = Eagle3Dims.of(self._config.draft.eagle3, self._target)
-        work = flops(dims, Rows.of(batch.packed, self._config.draft.eagle3.ttt_length), tokens)
+        eagle3 = self._config.draft.eagle3
+        work = flops(dims, Rows.of(batch.packed, eagle3.ttt_length), tokens, eagle3.teacher_head == "draft")
         return StepSpeed(
             batch=name,
             ranks=self._ranks,
@@ -283,8 +287,7 @@ class Bench:
         ids = None if size is None else torch.arange(size) * (text.vocab_size // size)
         draft = build_draft(self._config.draft, self._target, vocabulary, ids, layout_dtype=self.dtype)
         draft.share = ContextShare(self._place.cp, self._config.draft.cp)
-        shape = (sum(batch.lengths), draft.layout.width)
-        return draft, torch.randn(shape, generator=generator, device=device, dtype=self.dtype)
+        return draft, random_rows(draft.layout, sum(batch.lengths), text.vocab_size, generator)
 
 
 def _target_config(run: Run) -> PretrainedConfig:

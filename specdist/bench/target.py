@@ -66,6 +66,8 @@ class Run:
     device: str
     words: tuple[str, ...]
     """Of `BenchConfig`."""
+    summary: bool = False
+    """Whether the head is run as well."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def worker(run: Run, output: str) -> None:
     )
     n = facts.layers
     captured = sorted({1, n // 2 - 1, n - 4} & set(range(n - 1)))  # EAGLE-3's default, as far as the model is so deep
-    layout = FeatureLayout(tuple(captured), facts.hidden_size, True, compute_dtype(target, facts))
+    layout = FeatureLayout(tuple(captured), facts.hidden_size, True, compute_dtype(target, facts), run.summary)
     group = groups.replica if target.tp > 1 else None
     engine = build_engine(target, layout, world.device, group, max(run.items))
     speeds = measure(engine, run, facts, target.tp)
@@ -151,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequences", nargs="+", type=int, default=[2048, 16384], metavar="TOKENS")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--summary", action="store_true", help="the head too, as with draft.eagle3.teacher_head=target")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--worker", nargs=2, metavar=("RUN", "OUTPUT"), help=argparse.SUPPRESS)
     options, words = apart(arguments)
@@ -163,7 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for engine in args.engines:
             own = [word for word in words if engine == "sglang" or not word.startswith("target.sglang.")]
             own += [f"target.path={model}", f"target.engine={engine}", f"target.tp={args.tp}"]
-            run = Run(engine, tuple(args.items), tuple(args.sequences), args.repeats, args.device, tuple(own))
+            run = Run(
+                engine, tuple(args.items), tuple(args.sequences), args.repeats, args.device, tuple(own), args.summary
+            )
             speeds += in_a_world("specdist.bench.target", engine, asdict(run), args.tp)
     print(json.dumps(speeds))
     print(render([TargetSpeed(**speed) for speed in speeds]))

@@ -24,4 +24,5 @@ def capture_layout(config: DraftConfig, target: PretrainedConfig, dtype: torch.d
         hidden_size=text.hidden_size,
         final=True,
         dtype=dtype,
+        summary=config.eagle3.teacher_head == "target",
     )

@@ -24,8 +24,9 @@ def build_draft(
     draft_ids: Tensor | None = None,
     seed: int = 0,
     layout_dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> Eagle3Draft:
-    """A draft with fp32 weights on the device of `vocabulary`, initialised from `seed`.
+    """A draft with fp32 weights on `device`, default that of `vocabulary`, initialised from `seed`.
 
     `draft_ids` are the target ids (CPU int64, ascending) of the draft vocabulary, None for all. `layout_dtype` is that
     of the features; default that of `vocabulary`.
@@ -34,7 +35,7 @@ def build_draft(
         ConfigError, DataError: the configuration, the target and the vocabulary do not go together.
     """
     rows, width = vocabulary.head.shape
-    draft_vocabulary = DraftVocabulary.from_ids(draft_ids, rows, vocabulary.head.device)
+    draft_vocabulary = DraftVocabulary.from_ids(draft_ids, rows, device or vocabulary.head.device)
     dims = Eagle3Dims.of(config.eagle3, target, draft_vocab_size=len(draft_vocabulary.ids))
     if (rows, width) != (dims.vocab_size, dims.hidden_size):
         raise DataError(

@@ -98,6 +98,17 @@ def build_engine(
             `device`. Other ranks of the world take no part.
         tokens: of the largest batch there will be, where that is known: memory is set aside for it, not more.
     """
+    engine = _build(config, layout, device, group, tokens)
+    if not layout.summary:
+        return engine
+    from specdist.target.summary import SummarisingEngine
+
+    return SummarisingEngine(engine, config, group)
+
+
+def _build(
+    config: TargetConfig, layout: FeatureLayout, device: torch.device, group: ProcessGroup | None, tokens: int | None
+) -> Engine:
     if config.engine == "sglang":
         from specdist.target.sglang.engine import SglangEngine  # imports SGLang, which only target ranks do
 
@@ -117,7 +128,7 @@ def build_engine(
 def deviations(layout: FeatureLayout, packed: Tensor, alone: Tensor, lengths: list[int]) -> list[Deviation]:
     """Of every document and part, from the features [T, layout.width] of a packed and of a one-by-one forward."""
     parts = [f"layer {i}" for i in layout.captured_layers] + ["final"] * layout.final
-    a, b = (rows.view(-1, len(parts), layout.hidden_size) for rows in (packed, alone))
+    a, b = (layout.states(rows) for rows in (packed, alone))
     errors = torch.stack([_row_errors(a[:, p], b[:, p]) for p in range(len(parts))], dim=1).cpu()
     return [
         Deviation(document, part, rows[:, p].mean().item(), rows[:BOUNDARY, p].mean().item())

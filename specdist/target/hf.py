@@ -76,7 +76,7 @@ class HfEngine(Engine):
         self._out = out
         states = self.decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, **kwargs)
         if self.layout.final:
-            out[:, self.layout.captured_width :].copy_(states.last_hidden_state[0])
+            self.layout.final_state(out).copy_(states.last_hidden_state[0])
         self._out = None
 
     def _capture(self, column: int) -> Callable[[nn.Module, Any, Any], None]:

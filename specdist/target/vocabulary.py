@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target's input embedding and output head, read from its checkpoint without loading the model.
 
-Every draft rank calls this: the two tensors are all that the drafts borrow from the target's weights.
+Every draft rank calls this: the two tensors are all that the drafts borrow from the target's weights. Where the target
+side makes the summary of its logits, its ranks take the head from here as well.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specdist.errors import DataError
-from specdist.records import TargetVocabulary
+from specdist.records import LogitMap, TargetVocabulary
 from specdist.target.facts import TargetFacts, describe
 from specdist.target.weights import StoredTensor, stored_tensors
 
@@ -52,6 +53,24 @@ def load_target_vocabulary(
     the tensors are not found (naming what was looked for and what is there) or the head does more than a matrix.
     """
     facts = describe(path, trust_remote_code)
+    stored_embedding, stored_head = _ends(facts)
+    embedding = _load(stored_embedding, facts, dtype)
+    head = embedding if stored_head is stored_embedding else _load(stored_head, facts, dtype)
+    scale, softcap = logit_transform(facts)
+    return TargetVocabulary(embedding, head, scale, softcap)
+
+
+def load_target_head(
+    path: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> tuple[Tensor, LogitMap]:
+    """The head alone, as `load_target_vocabulary` gives it, and how logits follow from its products."""
+    facts = describe(path, trust_remote_code)
+    _, stored_head = _ends(facts)
+    return _load(stored_head, facts, dtype), LogitMap(*logit_transform(facts))
+
+
+def _ends(facts: TargetFacts) -> tuple[StoredTensor, StoredTensor]:
+    """The stored input embedding and output head: one tensor where they are tied."""
     tensors = stored_tensors(facts.path)
     stored_embedding = _find("input embedding", EMBEDDINGS, tensors.values(), facts)
     stored_head = _find("output head", HEADS, tensors.values(), facts)
@@ -67,10 +86,7 @@ def load_target_vocabulary(
     bias = stored_head.name.removesuffix("weight") + "bias"
     if stored_head is not stored_embedding and bias in tensors:
         raise DataError(f"{facts.path}: the output head has a bias ({bias}); drafts for such targets are not supported")
-    embedding = _load(stored_embedding, facts, dtype)
-    head = embedding if stored_head is stored_embedding else _load(stored_head, facts, dtype)
-    scale, softcap = logit_transform(facts)
-    return TargetVocabulary(embedding, head, scale, softcap)
+    return stored_embedding, stored_head
 
 
 def logit_transform(facts: TargetFacts) -> tuple[float, float | None]:

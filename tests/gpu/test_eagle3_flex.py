@@ -106,9 +106,9 @@ def test_cuda_equals_cpu() -> None:
     frozen = cpu.frozen
     vocabulary = replace(frozen.vocabulary, ids=frozen.vocabulary.ids.cpu(), to_draft=frozen.vocabulary.to_draft.cpu())
     rotary = replace(frozen.rotary, inv_freq=frozen.rotary.inv_freq.cpu())
-    cpu.cpu().frozen = replace(
-        frozen, target=frozen.target.to("cpu"), head=frozen.head.cpu(), vocabulary=vocabulary, rotary=rotary
-    )
+    assert frozen.whole_head is not None
+    tables = {"embedding": frozen.embedding.cpu(), "head": frozen.head.cpu(), "whole_head": frozen.whole_head.cpu()}
+    cpu.cpu().frozen = replace(frozen, vocabulary=vocabulary, rotary=rotary, **tables)
     host = PackedTokens.from_documents([torch.arange(90), torch.arange(50)], [torch.ones(90), torch.ones(50)])
     rows = torch.randn(140, cpu.layout.width, generator=torch.Generator().manual_seed(1))
     losses = []

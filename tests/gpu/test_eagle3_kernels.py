@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdist.draft.eagle3 import fp8, loss, pieces, teacher
+from specdist.draft.eagle3 import fp8, loss, pieces
 from specdist.draft.eagle3.loss import LossKind
+from specdist.logits import summary
 from specdist.records import LogitMap
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -124,11 +125,12 @@ def test_rounded_swiglu(width: int, dtype: torch.dtype, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("vocabulary", [1000, 5003])
 def test_logits(vocabulary: int, logit_map: LogitMap, dtype: torch.dtype) -> None:
     from specdist.draft.eagle3.kernels import logits
+    from specdist.logits import kernel
 
     rows, steps = 9, 7
     whole, student, products = randoms(dtype, (rows, 2 * vocabulary), (rows, steps, vocabulary), (rows, vocabulary))
-    found = logits.summarise_logits(whole, logit_map)
-    expected = teacher.summarise_logits(whole.float(), logit_map)
+    found = kernel.summarise_logits(whole, logit_map)
+    expected = summary.summarise_logits(whole.float(), logit_map)
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
 
@@ -143,3 +145,16 @@ def test_logits(vocabulary: int, logit_map: LogitMap, dtype: torch.dtype) -> Non
     assert bool(terms[2][1, 2])
     torch.testing.assert_close(others, terms, rtol=1e-4, atol=1e-4)
     assert_close([student], [wide], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [48, 4096, 5000])
+def test_rows_of_a_table_on_the_host(width: int, dtype: torch.dtype) -> None:
+    from specdist.draft.eagle3.kernels.host_rows import host_rows
+
+    table = torch.randn(300, width).to(dtype)
+    if not INTERPRETED:
+        table = table.pin_memory()
+    for count in (0, 1, 700):
+        ids = torch.randint(300, (count,), device=DEVICE)
+        assert torch.equal(host_rows(table, ids).cpu(), table[ids.cpu()])

@@ -185,11 +185,18 @@ class Reference:
         return result
 
 
+def target_of(draft: Eagle3Draft) -> TargetVocabulary:
+    """The ends of the target that a draft was built with."""
+    frozen = draft.frozen
+    assert frozen.whole_head is not None
+    return TargetVocabulary(frozen.embedding, frozen.whole_head, frozen.logit_map.scale, frozen.logit_map.softcap)
+
+
 def expected(case: Case, totals: Tensor | None = None) -> Expected:
     """The definition on every document of a case; the graph leads to the draft's own parameters."""
     draft, config = case.draft, case.draft.config
     ids = draft.frozen.vocabulary.ids.tolist()
-    reference = Reference(dict(draft.named_parameters()), config, draft.frozen.target)
+    reference = Reference(dict(draft.named_parameters()), config, target_of(draft))
     losses: list[list[Tensor]] = [[] for _ in range(STEPS)]
     sums = dict.fromkeys(draft.metric_names, 0.0)
     start = 0

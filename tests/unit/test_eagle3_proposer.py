@@ -13,7 +13,7 @@ from specdist.draft.eagle3.proposer import Eagle3Proposer
 from specdist.draft.eagle3.teacher import teach
 from specdist.draft.eagle3.unroll import Unrolled, Weights
 from specdist.records import Features
-from tests.unit.eagle3_reference import HIDDEN, STEPS, Case, Reference, build_case, run
+from tests.unit.eagle3_reference import HIDDEN, STEPS, Case, Reference, build_case, run, target_of
 
 NORMS = [{}, {"fc_norm": True, "norm_output": True}]
 
@@ -32,8 +32,8 @@ def drafted_case(prefix: int, options: dict[str, bool]) -> tuple[Case, list[int]
 def training_logits(case: Case, row: int) -> Tensor:
     """The logits [K, V_d] of steps k = 0..K-1 at one position, from the states the loss is given."""
     draft, batch = case.draft, case.batch
-    vocabulary, target = draft.frozen.vocabulary, draft.frozen.target
-    teacher = teach(batch, case.features.final, target, vocabulary, STEPS, 100)
+    frozen = draft.frozen
+    teacher = teach(batch, case.features, frozen.whole_head, frozen.logit_map, frozen.vocabulary, STEPS, 100)
     task = draft.task(case.features, teacher, tuple(batch.lengths), teacher.counts())
     hidden, entry, key, value, *weights = draft.inputs(batch, case.features, teacher)
     states = Unrolled(task, Weights(*weights), entry, key, value, with_grad=False).run(hidden)
@@ -58,7 +58,7 @@ def test_the_chain_is_the_definition(options: dict[str, bool]) -> None:
     case, _, logits = drafted_case(5, options)
     draft = case.draft
     with torch.no_grad():
-        reference = Reference(dict(draft.named_parameters()), draft.config, draft.frozen.target)
+        reference = Reference(dict(draft.named_parameters()), draft.config, target_of(draft))
         students = reference.students(case.documents[0].tolist(), case.rows[:, : 3 * HIDDEN])
     torch.testing.assert_close(logits, torch.stack([students[4, k] for k in range(STEPS)]), rtol=1e-9, atol=1e-12)
 
@@ -107,6 +107,6 @@ def test_training_accuracy_is_the_decoders() -> None:
     for i in range(len(tokens) - 2):
         proposer = case.draft.proposer()
         proposer.extend(Features(case.draft.layout, case.rows[: i + 1]), tokens[1 : i + 2])
-        best = case.draft.frozen.target.logits(case.features.final[i + 1 : i + 2]).argmax()
+        best = target_of(case.draft).logits(case.features.final[i + 1 : i + 2]).argmax()
         matches += bool(mask[i + 2]) and proposer.propose(1) == [int(best)]
     assert run(case)[1]["correct/0"] == matches

@@ -53,6 +53,11 @@ class Eagle3Config:
     """Those with the layer's weights, in the TTT steps: in the draft's compute dtype, or in FP8 (e4m3, a scale for each
     row; the gradients of weights as ever). fp8 needs a GPU of compute capability 8.9 or more; a CPU plays its rounding.
     """
+    teacher_head: Literal["draft", "target"] = "draft"
+    """Which side runs the target's whole output head, whose argmax and log-sum-exp the loss needs. The target's ranks
+    share it, the draft's have it each; so `target` makes the draft side faster and smaller, and the target slower."""
+    embedding: Literal["device", "host"] = "device"
+    """Where the target's input embedding lies: in page-locked host memory the GPU reads only the rows it needs."""
     recompute: int = 0
     """TTT steps whose MLP is computed again in the backward instead of kept: each saves 4 x intermediate size bytes a
     token in bf16, and costs about 1.4 % of the time."""

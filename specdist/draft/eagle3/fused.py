@@ -10,9 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from specdist.draft.eagle3 import compiling, fp8, loss, pieces, teacher
+from specdist.draft.eagle3 import compiling, fp8, loss, pieces
 from specdist.draft.eagle3.loss import LossKind
 from specdist.draft.eagle3.products import PlainProducts
+from specdist.logits import summary
 from specdist.records import LogitMap
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -41,7 +42,7 @@ class Fused:
             fuse(fp8.rounded_swiglu, "gate", "up"),
             fuse(fp8.rounded_swiglu_backward, "grad", "gate", "up"),
         )
-        self.summarise_logits = fuse(teacher.summarise_logits, "products")
+        self.summarise_logits = fuse(summary.summarise_logits, "products")
         if compiled and device.type == "cuda":
             self._take_kernels()
 
@@ -54,6 +55,7 @@ class Fused:
     def _take_kernels(self) -> None:
         # Here, because Triton comes with torch for CUDA only.
         from specdist.draft.eagle3.kernels import heads, logits, own_keys, rounded_swiglu
+        from specdist.logits import kernel
 
         any_row_terms = self.row_terms
 
@@ -66,7 +68,7 @@ class Fused:
             return any_row_terms(student, products, logit_map, log_sum_exp, choice, weights, kind)
 
         self.row_terms = row_terms
-        self.summarise_logits = logits.summarise_logits
+        self.summarise_logits = kernel.summarise_logits
         self.heads, self.heads_backward = heads.heads, heads.heads_backward
         self.merge, self.merge_backward = own_keys.merge, own_keys.merge_backward
         self._rounding = replace(self._rounding, swiglu_backward=rounded_swiglu.rounded_swiglu_backward)

@@ -30,7 +30,7 @@ from specdist.draft.eagle3.summary import summarize
 from specdist.draft.eagle3.teacher import Teacher, teach
 from specdist.draft.eagle3.unroll import Task, Unroll, Weights
 from specdist.draft.vocabulary import DraftVocabulary
-from specdist.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
+from specdist.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,38 @@ class Frozen:
     """Tensors the draft reads and never trains. A plain object, so that neither FSDP nor state_dict sees them.
 
     Attributes:
-        target: the target's embedding and head.
-        vocabulary: the draft vocabulary.
+        embedding: [V, H], the target's input embedding.
         head: [V_d, H], the target's head rows of the draft vocabulary.
+        whole_head: [V, H], the target's head; None where the target side runs it.
+        logit_map: the target's, from products with its head to logits.
+        vocabulary: the draft vocabulary.
         rotary: the RoPE frequencies.
     """
 
-    target: TargetVocabulary
-    vocabulary: DraftVocabulary
+    embedding: Tensor
     head: Tensor
+    whole_head: Tensor | None
+    logit_map: LogitMap
+    vocabulary: DraftVocabulary
     rotary: Rotary
+
+    @classmethod
+    def of(cls, config: Eagle3Config, target: TargetVocabulary, vocabulary: DraftVocabulary, rotary: Rotary) -> Frozen:
+        """What the draft needs of the target, on the device of `vocabulary`."""
+        device, tied = vocabulary.ids.device, target.head is target.embedding
+        host = config.embedding == "host" and device.type == "cuda"
+        embedding = target.embedding.cpu().pin_memory() if host else target.embedding.to(device)
+        whole = None
+        if config.teacher_head == "draft" or vocabulary.whole:
+            whole = embedding if tied and not host else target.head.to(device)
+        head = target.head[vocabulary.ids.to(target.head.device)].to(device) if not vocabulary.whole else whole
+        assert head is not None
+        needed = whole if config.teacher_head == "draft" else None
+        return cls(embedding, head, needed, target.logit_map, vocabulary, rotary)
 
 
 class Eagle3Draft(DraftModel):
-    """EAGLE-3. Lives on the device of the target's embedding; the frozen tensors do not follow `.to()`.
+    """EAGLE-3. Lives on the device of the draft vocabulary; the frozen tensors do not follow `.to()`.
 
     Computes in the precision its parameters have inside `forward` (FSDP2's mixed precision sets it).
     """
@@ -67,11 +85,10 @@ class Eagle3Draft(DraftModel):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        device = target.embedding.device
+        device = vocabulary.ids.device
         hidden = dims.hidden_size
         self.config, self.dims, self.layout = config, dims, layout
-        head = target.head if vocabulary.whole else target.head[vocabulary.ids]
-        self.frozen = Frozen(target, vocabulary, head, Rotary.of(dims, device))
+        self.frozen = Frozen.of(config, target, vocabulary, Rotary.of(dims, device))
         self.scale = dims.head_dim**-0.5
         self.loss_kind = LossKind(config.loss, config.lk_eta)
         self.metric_names = tuple(f"{name}/{k}" for k in range(config.ttt_length) for name in (*SUMS, "positions"))
@@ -107,11 +124,12 @@ class Eagle3Draft(DraftModel):
         frozen = self.frozen
         teacher = teach(
             host_batch,
-            features.final,
-            frozen.target,
+            features,
+            frozen.whole_head,
+            frozen.logit_map,
             frozen.vocabulary,
             self.config.ttt_length,
-            max(self.config.loss_chunk * len(frozen.head) // len(frozen.target.head), 1),
+            max(self.config.loss_chunk * len(frozen.head) // len(frozen.embedding), 1),
             self.fused.summarise_logits,
             self.share,
         )
@@ -146,7 +164,7 @@ class Eagle3Draft(DraftModel):
             teacher=teacher,
             final=features.final,
             head=self.frozen.head,
-            logit_map=self.frozen.target.logit_map,
+            logit_map=self.frozen.logit_map,
             weights=self.config.step_decay**steps / totals.clamp(min=1.0),
             kind=self.loss_kind,
             chunk=self.config.loss_chunk,
@@ -208,7 +226,13 @@ class Eagle3Draft(DraftModel):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The normed target embeddings [n, H] of tokens [n]."""
-        embeddings = functional.embedding(tokens, self.frozen.target.embedding)
+        table = self.frozen.embedding
+        if table.device == tokens.device:
+            embeddings = functional.embedding(tokens, table)
+        else:  # Triton comes with torch for CUDA only
+            from specdist.draft.eagle3.kernels.host_rows import host_rows
+
+            embeddings = host_rows(table, tokens)
         return self.midlayer.input_layernorm(embeddings.to(self.fc.weight.dtype))
 
     def fuse(self, captured: Tensor) -> Tensor:

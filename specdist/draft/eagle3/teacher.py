@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 from specdist.draft.base import WHOLE, ContextShare
 from specdist.draft.eagle3.rows import Rows
 from specdist.draft.vocabulary import DraftVocabulary
-from specdist.records import LogitMap, PackedTokens, TargetVocabulary
+from specdist.logits.summary import Summarise, summarise_logits
+from specdist.records import Features, LogitMap, PackedTokens
 
 
 @dataclass(frozen=True)
@@ -38,32 +38,32 @@ class Teacher:
         return (self.rows.student >= 0).sum(0).double()
 
 
-Summarise = Callable[[Tensor, LogitMap], tuple[Tensor, Tensor]]
-
-
-def summarise_logits(products: Tensor, logit_map: LogitMap) -> tuple[Tensor, Tensor]:
-    """The argmax [n] and log-sum-exp [n] of the logits whose plain products [n, V] with the head are given."""
-    logits = logit_map(products)
-    return logits.argmax(-1), logits.logsumexp(-1)
-
-
 @torch.no_grad()
 def teach(
     host_batch: PackedTokens,
-    final: Tensor,
-    target: TargetVocabulary,
+    features: Features,
+    whole_head: Tensor | None,
+    logit_map: LogitMap,
     vocabulary: DraftVocabulary,
     steps: int,
     chunk: int,
     summarise: Summarise = summarise_logits,
     share: ContextShare = WHOLE,
 ) -> Teacher:
-    """Run the target's head over the last hidden states `final` [T, H], `chunk` rows of logits at a time.
-    `summarise`: `summarise_logits`, or its compiled form."""
-    rows = Rows.of(host_batch, steps, share).to(final.device)
+    """Find what the target chose at the supervised positions.
+
+    Args:
+        whole_head: [V, H], run over the last hidden states, `chunk` rows of logits at a time; None where the features
+            bring the target's own summary.
+        summarise: `summarise_logits`, or its compiled form.
+    """
+    rows = Rows.of(host_batch, steps, share).to(features.rows.device)
+    if whole_head is None:
+        choice, log_sum_exp = features.summary(rows.taught)
+        return Teacher(rows, vocabulary.to_draft[choice], log_sum_exp)
     choices, log_sum_exps = [], []
     for part in rows.taught.split(chunk):  # one empty part when there are no rows
-        choice, log_sum_exp = summarise(final[part].to(target.head.dtype) @ target.head.T, target.logit_map)
+        choice, log_sum_exp = summarise(features.final[part].to(whole_head.dtype) @ whole_head.T, logit_map)
         choices.append(vocabulary.to_draft[choice])
         log_sum_exps.append(log_sum_exp)
     return Teacher(rows, torch.cat(choices), torch.cat(log_sum_exps))

@@ -87,7 +87,7 @@ class SglangEngine(Engine):
         for column, index in enumerate(self.layout.captured_layers):
             out[:, column * hidden : (column + 1) * hidden].copy_(layers[self._columns.index(index)])
         if self.layout.final:
-            out[:, self.layout.captured_width :].copy_(captured.final)
+            self.layout.final_state(out).copy_(captured.final)
 
     def _forwards(self, documents: list[Tensor]) -> Iterator[list[Tensor]]:
         """Divide documents into forwards that fit, in order."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`teacher.summarise_logits`, and `loss.row_terms` of the `kl` loss: rows of logits, read as rarely as can be."""
+"""`loss.row_terms` of the `kl` loss: rows of logits, read as rarely as can be."""
 
 from __future__ import annotations
 
@@ -8,37 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specdist.logits.kernel import BLOCK, map_arguments, mapped, summarise_logits
 from specdist.records import LogitMap
-
-BLOCK = 4096
-"""Columns of logits a program holds at one time."""
-
-
-@triton.jit
-def _mapped(product, scale, cap, CAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
-    logits = product.to(tl.float32) * scale
-    if CAPPED:
-        logits = (2.0 * tl.sigmoid(2.0 * logits / cap) - 1.0) * cap  # tanh
-    return logits
-
-
-@triton.jit
-def _summarise(  # type: ignore[no-untyped-def]
-    products, choice, log_sum_exp, vocabulary, scale, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    peak, mass, best = float("-inf"), 0.0, 0
-    for start in range(0, vocabulary, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        product = tl.load(products + row * vocabulary + column, mask=column < vocabulary, other=0.0)
-        logits = tl.where(column < vocabulary, _mapped(product, scale, cap, CAPPED), float("-inf"))
-        highest = tl.max(logits, axis=0)
-        best = tl.where(highest > peak, start + tl.argmax(logits, axis=0), best)
-        higher = tl.maximum(peak, highest)
-        mass = mass * tl.exp(peak - higher) + tl.sum(tl.exp(logits - higher), axis=0)
-        peak = higher
-    tl.store(choice + row, best)
-    tl.store(log_sum_exp + row, peak + tl.log(mass))
 
 
 @triton.jit
@@ -67,7 +38,7 @@ def _row_terms(  # type: ignore[no-untyped-def]
         column = start + tl.arange(0, BLOCK)
         inside = column < vocabulary
         s = tl.load(mine + column, mask=inside, other=0.0).to(tl.float32)
-        t = _mapped(tl.load(teacher + row * vocabulary + column, mask=inside, other=0.0), scale, cap, CAPPED)
+        t = mapped(tl.load(teacher + row * vocabulary + column, mask=inside, other=0.0), scale, cap, CAPPED)
         q = tl.where(inside, tl.exp(s - log_q), 0.0)
         p = tl.where(inside, tl.exp(t - log_p_here), 0.0)
         accepted += tl.sum(tl.minimum(q, p * full_share), axis=0)
@@ -78,16 +49,6 @@ def _row_terms(  # type: ignore[no-untyped-def]
     tl.store(agree + pair, (best == taught).to(tl.float32))
 
 
-def summarise_logits(products: Tensor, logit_map: LogitMap) -> tuple[Tensor, Tensor]:
-    """`teacher.summarise_logits`. Contiguous."""
-    rows, vocabulary = products.shape
-    choice = torch.empty(rows, dtype=torch.int64, device=products.device)
-    log_sum_exp = torch.empty(rows, dtype=torch.float32, device=products.device)
-    if rows:
-        _summarise[(rows,)](products, choice, log_sum_exp, vocabulary, *_map(logit_map), BLOCK=BLOCK, num_warps=8)
-    return choice, log_sum_exp
-
-
 def kl_row_terms(
     student: Tensor, teacher: Tensor, logit_map: LogitMap, log_sum_exp: Tensor, choice: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,12 +57,7 @@ def kl_row_terms(
     found = torch.empty(3, rows, steps, dtype=torch.float32, device=student.device)
     _, log_p = summarise_logits(teacher, logit_map)
     _row_terms[(rows * steps,)](
-        student, teacher, log_p, log_sum_exp, choice, weights, *found, steps, vocabulary, *_map(logit_map),
+        student, teacher, log_p, log_sum_exp, choice, weights, *found, steps, vocabulary, *map_arguments(logit_map),
         BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return found[0], found[1], found[2]
-
-
-def _map(logit_map: LogitMap) -> tuple[float, float, bool]:
-    capped = logit_map.softcap is not None
-    return logit_map.scale, logit_map.softcap if logit_map.softcap is not None else 1.0, capped

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target's choice and log-sum-exp beside the features, where the draft asks the target side for them.
+
+Works with any engine: what it has written as the last hidden state goes through the output head of the checkpoint. Each
+rank of a replica has a part of the vocabulary, and the parts are put together for the supervised rows only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from specdist.logits.summary import summariser
+from specdist.records import PackedTokens
+from specdist.target.config import TargetConfig
+from specdist.target.engine import Engine
+from specdist.target.vocabulary import load_target_head
+
+CHUNK = 1024
+"""Rows of logits that are held at one time."""
+
+
+class SummarisingEngine(Engine):
+    """An engine whose rows get the summary that their layout has room for."""
+
+    def __init__(self, engine: Engine, config: TargetConfig, group: ProcessGroup | None = None) -> None:
+        """`group`: the replica's, where it has several ranks; all of them call this."""
+        self.engine, self.layout, self.device, self.dtype = engine, engine.layout, engine.device, engine.dtype
+        self._group = group if config.tp > 1 else None
+        head, self._logit_map = load_target_head(config.path, engine.dtype, config.trust_remote_code)
+        index, of = (0, 1) if self._group is None else (dist.get_rank(self._group), dist.get_world_size(self._group))
+        self._first = len(head) * index // of
+        self._head = head[self._first : len(head) * (index + 1) // of].to(engine.device)
+        self._summarise = summariser(engine.device)
+
+    @torch.no_grad()
+    def forward(self, batch: PackedTokens, out: Tensor) -> None:
+        self.engine.forward(batch, out)
+        out[:, self.layout.states_width :].zero_()
+        where = supervised_rows(batch)
+        if self.device.type == "cuda":
+            where = where.pin_memory()
+        where = where.to(self.device, non_blocking=True)
+        for rows in where.split(CHUNK):
+            self.layout.write_summary(out, rows, *self._of(self.layout.final_state(out)[rows]))
+
+    def _of(self, final: Tensor) -> tuple[Tensor, Tensor]:
+        """Choice and log-sum-exp [n] over the whole vocabulary, of last hidden states [n, H]."""
+        products = final.to(self._head.dtype) @ self._head.T
+        choice, log_sum_exp = self._summarise(products, self._logit_map)
+        if self._group is None:
+            return choice, log_sum_exp
+        highest = self._logit_map(products.gather(1, choice[:, None])[:, 0])
+        return _put_together(choice + self._first, highest, log_sum_exp, self._group)
+
+
+def supervised_rows(batch: PackedTokens) -> Tensor:
+    """int64 [n], on the CPU: the rows whose next token is supervised and of the same document."""
+    return (batch.supervised[1:] & (batch.positions[1:] > 0)).nonzero().flatten()
+
+
+def _put_together(choice: Tensor, highest: Tensor, log_sum_exp: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Of the whole vocabulary, from the parts of the ranks. Among equal logits the lowest token is the choice, as with
+    argmax: ranks have ascending parts."""
+    mine = torch.stack([choice.double(), highest.double(), log_sum_exp.double()])
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group=group)
+    choices, peaks, sums = torch.stack(parts, dim=1)  # each [ranks, n]
+    best = peaks.argmax(0, keepdim=True)
+    return choices.gather(0, best)[0].long(), sums.logsumexp(0)
