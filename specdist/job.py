@@ -78,7 +78,8 @@ CHANGEABLE = (
     "run.dir", "train", "target.replicas", "target.tp", "target.verify", "target.verify_against", "target.prefill",
     "target.engine", "target.sglang.prefill_tokens", "target.sglang.memory_fraction",
     "target.sglang.attention_backend", "target.sglang.ep", "draft.dp", "draft.cp", "draft.sharding", "draft.compile",
-    "prompts.workers", "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer",
+    "draft.eagle3.teacher_head", "draft.eagle3.embedding", "draft.eagle3.recompute", "draft.eagle3.loss_chunk",
+    "draft.eagle3.attention", "prompts.workers", "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer",
 )  # fmt: skip
 """Keys that may differ when a run directory is used again: they do not change what the draft is or learns from."""
 

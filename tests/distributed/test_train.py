@@ -150,6 +150,17 @@ def test_tensor_parallel_target_and_accumulation(tmp_path, material):
         assert loss == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_target_side_may_run_its_head(tmp_path, material, undisturbed):
+    """Its ranks share the vocabulary. A run may change sides."""
+    run(4, tmp_path, material, target__tp=2, draft__dp=2, draft__eagle3__teacher_head="target")
+    for (_, loss, norm), (_, expected, expected_norm) in zip(losses(tmp_path), undisturbed, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
+    run(2, tmp_path, material, world__mode="colocated", draft__eagle3__teacher_head="target", train__steps=STEPS + 1)
+    run(2, tmp_path, material, train__steps=STEPS + 2)
+    assert len(losses(tmp_path)) == STEPS + 2
+
+
 def test_epochs_end_with_nothing_dropped(tmp_path, material):
     err = run(3, tmp_path, material, train__steps="null", train__epochs=2, checkpoint__every=0)
     progress = read_progress(committed(tmp_path / "run/checkpoints")[-1])
@@ -169,7 +180,8 @@ def sum_of_tokens(directory: Path, material) -> int:
 
 @pytest.mark.parametrize(("mode", "ranks"), [("target_only", 2), ("draft_only", 2)])
 def test_debug_modes_run(tmp_path, material, mode, ranks):
-    err = run(ranks, tmp_path, material, world__mode=mode, train__steps=3)
+    options = {"draft__eagle3__teacher_head": "target", "draft__eagle3__vocab_size": 100}
+    err = run(ranks, tmp_path, material, world__mode=mode, train__steps=3, **options)
     if mode == "target_only":
         summary = json.loads((tmp_path / "run/summary.json").read_text())
         assert summary["items"] > 0, err

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target's choice beside its features: on the wire, from an engine, and as a draft reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from specdist.draft.config import DraftConfig
+from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.registry import build_draft
+from specdist.records import FeatureLayout, Features, PackedTokens
+from specdist.sources import random_rows
+from specdist.target.config import TargetConfig
+from specdist.target.engine import build_engine, verify
+from specdist.target.summary import supervised_rows
+from specdist.target.vocabulary import load_target_head, load_target_vocabulary
+from tests.tiny import make_target
+
+CPU = torch.device("cpu")
+VOCAB = 259
+
+
+def layout_of(dtype: torch.dtype = torch.float32, hidden: int = 32) -> FeatureLayout:
+    return FeatureLayout((0, 2, 4), hidden, final=True, dtype=dtype, summary=True)
+
+
+def make_batch() -> PackedTokens:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, VOCAB, (n,), generator=generator) for n in (9, 1, 30)]
+    return PackedTokens.from_documents(ids, [torch.rand(len(i), generator=generator) < 0.6 for i in ids])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_summary_travels_whole_in_any_dtype(dtype: torch.dtype) -> None:
+    layout = layout_of(dtype, hidden=8)
+    assert layout.bytes_per_token == 4 * 8 * dtype.itemsize + 16
+    rows = torch.randn(6, layout.width).to(dtype)
+    before = rows.clone()
+    where, choice = torch.tensor([4, 0]), torch.tensor([0, 2**31 - 1])
+    log_sum_exp = torch.tensor([-3.25e-7, 1234.5678])
+    layout.write_summary(rows, where, choice, log_sum_exp)
+    features = Features(layout, rows)
+    found = features.summary(where)
+    assert torch.equal(found[0], choice)
+    assert torch.equal(found[1], log_sum_exp)
+    assert torch.equal(features.captured, before[:, :24])
+    assert torch.equal(features.final, before[:, 24:32])
+    assert torch.equal(rows[[1, 2, 3, 5]].view(torch.uint8), before[[1, 2, 3, 5]].view(torch.uint8))
+
+
+def test_a_layout_without_a_summary_has_none() -> None:
+    layout = FeatureLayout((0,), 8, True, torch.float32)
+    assert layout.width == 16
+    with pytest.raises(ValueError, match="does not ask for the target's choice"):
+        Features(layout, torch.zeros(3, 16)).summary(torch.tensor([0]))
+
+
+def test_an_engine_adds_what_its_head_says(tmp_path: Path) -> None:
+    config = TargetConfig(path=str(make_target(tmp_path)))
+    layout, batch = layout_of(), make_batch()
+    engine = build_engine(config, layout, CPU)
+    rows = torch.full((len(batch.tokens), layout.width), torch.nan)
+    engine.forward(batch, rows)
+    assert rows.isfinite().all()
+    features, head = Features(layout, rows), load_target_head(config.path)[0]
+    where = supervised_rows(batch)
+    assert 5 < len(where) < 30
+    choice, log_sum_exp = features.summary(where)
+    logits = features.final[where] @ head.T
+    assert torch.equal(choice, logits.argmax(-1))
+    torch.testing.assert_close(log_sum_exp, logits.logsumexp(-1))
+    others = torch.ones(len(rows), dtype=torch.bool).index_fill_(0, where, False)
+    assert not rows[others, layout.states_width :].any()
+    verify(engine, batch)  # compares hidden states
+
+
+def test_supervised_rows_are_those_before_supervised_tokens() -> None:
+    masks = [torch.tensor([1, 0, 1, 1]).bool(), torch.tensor([1, 1]).bool()]
+    batch = PackedTokens.from_documents([torch.zeros(4), torch.zeros(2)], masks)
+    assert supervised_rows(batch).tolist() == [1, 2, 4]
+
+
+def test_a_draft_learns_the_same_from_either_side(tmp_path: Path) -> None:
+    config = TargetConfig(path=str(make_target(tmp_path)))
+    batch, target = make_batch(), LlamaConfig.from_pretrained(config.path)
+    found = []
+    for side in ("draft", "target"):
+        options = Eagle3Config(layers=(0, 2, 4), ttt_length=3, teacher_head=side)  # type: ignore[arg-type]
+        vocabulary = load_target_vocabulary(config.path)
+        draft = build_draft(DraftConfig(eagle3=options), target, vocabulary, torch.arange(0, VOCAB, 3))
+        assert (draft.frozen.whole_head is None) == (side == "target")
+        engine = build_engine(config, draft.layout, CPU)
+        rows = draft.layout.empty(len(batch.tokens))
+        engine.forward(batch, rows)
+        features = Features(draft.layout, rows)
+        supervision = draft.supervise(batch, batch, features)
+        loss, sums = draft(batch, features, supervision, supervision.counts)
+        assert sums.sum() > 0
+        found.append((loss.item(), sums))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    torch.testing.assert_close(found[1][1], found[0][1])
+
+
+def test_random_rows_have_choices_of_the_vocabulary() -> None:
+    layout = layout_of(torch.bfloat16)
+    rows = random_rows(layout, 500, VOCAB, torch.Generator().manual_seed(0))
+    choice, log_sum_exp = Features(layout, rows).summary(torch.arange(500))
+    assert choice.min() >= 0
+    assert 200 < choice.max() < VOCAB
+    assert log_sum_exp.isfinite().all()
