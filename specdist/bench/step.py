@@ -47,8 +47,8 @@ from specdist.sources import random_rows
 from specdist.topology import Topology, WorldConfig
 from specdist.trainer import FeatureSource, Trainer, shard_draft
 
-IN_A_ROW = 5
-"""Steps between two waits for the device: in training the host runs ahead of it."""
+REPEAT_S = 2.0
+"""About so many seconds of steps, ten at most, lie between two waits for the device: in training the host runs ahead."""
 
 PARTS = {
     "attention": ("flex_attention", "flash", "sdpa", "fmha"),
@@ -98,7 +98,7 @@ class StepSpeed:
     peak_tflops: float
     """Of a square matrix product in the draft's compute dtype, on the same device, in the same run."""
     ms: float
-    """Of a step: the median of the repeats, each of `IN_A_ROW` steps."""
+    """Of a step: the median of the repeats, each of several steps in a row."""
     spread_ms: float
     """Slowest less fastest."""
     memory_gib: float
@@ -211,14 +211,15 @@ class Bench:
             torch.cuda.reset_peak_memory_stats(device)
         batch = _Batch(name, self._run.supervised, self._target.get_text_config().vocab_size, self._dp)
         step = self._bare_step(batch) if self._run.bare else self._whole_step(batch)
-        seconds(step, device, 0, warm=4)  # compiles, and compiles again for lengths that change
+        (once,) = seconds(step, device, 1, warm=3)  # compiles, and compiles again for lengths that change
+        count = self._agreed(min(max(round(REPEAT_S / once), 1), 10))
 
         def in_a_row() -> None:
-            for _ in range(IN_A_ROW):
+            for _ in range(count):
                 step()
 
         before = _graphs()
-        times = [t / IN_A_ROW for t in seconds(in_a_row, device, self._run.repeats, warm=1)]
+        times = [t / count for t in seconds(in_a_row, device, self._run.repeats, warm=0)]
         compilations = _graphs() - before
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
         middle, tokens = statistics.median(times), sum(batch.lengths)
@@ -240,6 +241,12 @@ class Bench:
             compilations=compilations,
             parts_ms=_parts(step, device),
         )
+
+    def _agreed(self, count: int) -> int:
+        """The first rank's number, on all ranks."""
+        agreed = [count]
+        torch.distributed.broadcast_object_list(agreed, src=0, group=self._groups.control)
+        return agreed[0]
 
     def _whole_step(self, batch: _Batch) -> Callable[[], object]:
         """The trainer's step."""

@@ -28,12 +28,13 @@ def step_bytes(config: Eagle3Config, dims: Eagle3Dims, tokens: int, active: int,
     kept_mlp = steps - config.recompute
     # Embeddings raw and normed, fused state and its norm, the entry and its gradient, step-0 keys and values.
     once = tokens * ((4 * hidden + 2 * joint + 4 * keys) * itemsize + 2 * keys * WIDE)
-    # State before and after attention, normed state for the loss, queries, attention output; own keys and values.
-    kept = active * steps * (3 * hidden + 2 * queries) * itemsize + active * hidden * itemsize
-    kept += active * kept_mlp * 2 * inner * itemsize
+    # State before the attention, normed state for the loss, queries, attention output; own keys and values.
+    kept = active * steps * (2 * hidden + 2 * queries) * itemsize + active * hidden * itemsize
+    kept += active * kept_mlp * (hidden + 2 * inner) * itemsize  # the state after it, the MLP
     kept += active * (steps - 1) * 2 * keys * (itemsize + WIDE)
-    # The MLP's backward of one step: activations, gate and up again where not kept, and four states.
-    working = active * ((inner * (3 if config.recompute == steps else 1)) + 4 * hidden) * itemsize
+    # The MLP's backward of one step: activations, what is computed again, attention output, and four states.
+    again = 2 * inner + hidden if config.recompute == steps else 0
+    working = active * (inner + again + queries + 4 * hidden) * itemsize
     weights = 3 * inner * hidden + queries * hidden + joint * hidden
     layer = weights * WIDE + (2 * (weights + queries * hidden) if config.products == "fp8" else 0)
     head = dims.draft_vocab_size * hidden

@@ -56,7 +56,7 @@ class Task:
         scale: of attention scores.
         eps: of the norms.
         norm_output: whether the next step takes the normed state (EAGLE-3.1).
-        recompute: the first steps whose gate and up projections are computed again in the backward.
+        recompute: the first steps of which the backward computes the MLP's input and projections again.
     """
 
     rows: Rows
@@ -76,13 +76,13 @@ class Task:
 @dataclass
 class _Step:
     """What the backward of a step needs. `out` and `lse` carry the graph of the attention, whose leaf is `q`. The
-    gradients of gate and up take their place."""
+    gradients of gate and up take their place. None is computed again."""
 
     hidden: Tensor
     q: Tensor
     out: Tensor
     lse: Tensor
-    middle: Tensor
+    middle: Tensor | None
     gate_and_up: tuple[Tensor, Tensor] | None
     after: Tensor
 
@@ -144,12 +144,13 @@ class Unrolled:
         with torch.set_grad_enabled(self.with_grad):
             out, lse = task.attend(q, self.key, self.value)
         merged, _ = self.merged(step, q, out, lse)
-        middle = products.forward(products.take(merged.flatten(1)), "o", onto=hidden)
+        middle = self.middle(hidden, merged)
         gate, up = self.gate_and_up(products.take_norm(middle, weights.post_norm, task.eps))
         after = products.forward(products.take_swiglu(gate, up), "down", onto=middle)
         if self.with_grad:
-            kept = (gate, up) if step >= task.recompute else None
-            self.tape.append(_Step(hidden, q, out, lse, middle, kept, after))
+            again = step < task.recompute
+            kept = None if again else (gate, up)
+            self.tape.append(_Step(hidden, q, out, lse, None if again else middle, kept, after))
         rows = task.rows.student[:, step].clamp(min=0)  # what no row reaches has no weight in the loss
         if task.norm_output:
             normed = fused.norm(after, weights.norm, task.eps)
@@ -157,6 +158,10 @@ class Unrolled:
             return normed
         fused.state(self.states[:, step], after, rows, weights.norm, task.eps)
         return after
+
+    def middle(self, hidden: Tensor, merged: Tensor) -> Tensor:
+        """The state after the attention."""
+        return self.products.forward(self.products.take(merged.flatten(1)), "o", onto=hidden)
 
     def gate_and_up(self, taken: Any) -> tuple[Tensor, Tensor]:
         """Of the normed state, as `Products.take` gives it."""
@@ -213,7 +218,9 @@ class _Backward:
         fused, eps, products = task.fused, task.eps, unrolled.products
         carry = self._through_norm(step, saved, carry)
 
-        normed = fused.norm(saved.middle, weights.post_norm, eps)
+        attended = unrolled.merged(step, saved.q, saved.out, saved.lse)
+        middle = unrolled.middle(saved.hidden, attended[0]) if saved.middle is None else saved.middle
+        normed = fused.norm(middle, weights.post_norm, eps)
         gate, up = saved.gate_and_up or unrolled.gate_and_up(products.take(normed))
         act = products.backward(products.take(carry), "down")
         # In place: these are then the activations, and the gradients of gate and up.
@@ -222,10 +229,10 @@ class _Backward:
         add_product(grads.gate, gate.T, normed)
         add_product(grads.up, up.T, normed)
         del act, gate, up
-        carry, d_weight = fused.norm_backward(d_normed, saved.middle, weights.post_norm, eps, carry)
+        carry, d_weight = fused.norm_backward(d_normed, middle, weights.post_norm, eps, carry)
         grads.post_norm.add_(d_weight)
 
-        d_product = self._through_attention(step, saved, carry)
+        d_product = self._through_attention(step, saved, attended, carry)
 
         normed = fused.norm(saved.hidden, weights.hidden_norm, eps)
         width = d_product.shape[1]
@@ -249,10 +256,11 @@ class _Backward:
         self._grads.norm.add_(d_weight)
         return carry
 
-    def _through_attention(self, step: int, saved: _Step, carry: Tensor) -> Tensor:
-        """From the gradient of the state after the attention to that of the projections before it."""
+    def _through_attention(self, step: int, saved: _Step, attended: tuple[Tensor, Tensor], carry: Tensor) -> Tensor:
+        """From the gradient of the state after the attention to that of the projections before it. `attended`: what
+        `Unrolled.merged` gives."""
         task, unrolled, products = self._unrolled.task, self._unrolled, self._unrolled.products
-        merged, total = unrolled.merged(step, saved.q, saved.out, saved.lse)
+        merged, total = attended
         add_product(self._grads.o, carry.T, merged.flatten(1))
         q = saved.q.detach()[: len(carry)]
         d_out, d_lse = products.backward(products.take(carry), "o"), torch.zeros_like(saved.lse)
