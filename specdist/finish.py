@@ -45,12 +45,14 @@ class Sides:
     target_wait: float | None = None
     replicas: int | None = None
     draft_ranks: int | None = None
+    teacher_head: str | None = None
+    """`draft.eagle3.teacher_head`, in a split world."""
 
     def verdict(self) -> str:
         """Which side starves, in words."""
         if self.target_wait is None:
             return "both roles share the ranks, so neither waits for the other"
-        return balance.verdict(self.draft_wait, self.target_wait)
+        return balance.verdict(self.draft_wait, self.target_wait, self.teacher_head)
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,8 @@ def _sides(job: JobConfig, outcome: Outcome) -> Sides:
         return Sides(figures["tokens_per_s"], 0.0, draft_ranks=outcome.draft_ranks)
     able = sum(p.busy_tokens_per_s for p in outcome.producers)
     waits, ranks = (figures["draft_wait"], figures["target_wait"]), (len(outcome.producers), outcome.draft_ranks)
-    return Sides(figures["tokens_per_s"], waits[0], able, waits[1], *ranks)
+    head = job.draft.eagle3.teacher_head
+    return Sides(figures["tokens_per_s"], waits[0], able, waits[1], *ranks, head)
 
 
 def _tell(

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from specdist import job as jobs
 from specdist.contract import Role
-from specdist.draft.registry import parameter_count, step_memory
+from specdist.draft.registry import frozen_memory, parameter_count, step_memory
 from specdist.errors import ConfigError
 from specdist.groups import ranges
 from specdist.job import JobConfig, JobFacts
@@ -126,17 +126,14 @@ def _target_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[N
 def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Need]:
     parameters = parameter_count(job.draft, facts.target.config)
     shards = len(topology.draft) if job.draft.sharding == "fsdp" else 1
-    eagle3, hidden, tokens = job.draft.eagle3, facts.target.hidden_size, job.prompts.tokens_per_rank
-    vocab = facts.target.vocab_size
-    draft_vocab = eagle3.vocab_size or vocab
+    tokens = job.prompts.tokens_per_rank
     compute = 4 if job.draft.dtype == "float32" else 2
-    whole_head, embedding = eagle3.teacher_head == "draft" or draft_vocab == vocab, eagle3.embedding == "device"
-    tables = whole_head + (embedding and not (facts.target.tied and whole_head))
-    rows = tables * vocab + (draft_vocab if draft_vocab < vocab else 0)
+    frozen = frozen_memory(job.draft, facts.target.config, facts.target.tied, facts.target_dtype.itemsize)
+    tables = "target head" if job.draft.eagle3.embedding == "host" else "target embedding and head"
     needs = [
         Need("draft", f"fp32 weights and AdamW moments / {shards}", 12 * parameters // shards),
         Need("draft", "weights to compute with", compute * parameters),
-        Need("draft", "target embedding and head", rows * hidden * facts.target_dtype.itemsize),
+        Need("draft", tables, frozen),
     ]
     step = step_memory(job.draft, facts.target.config, tokens, compute)
     needs += [Need("draft", part, size) for part, size in step.items()]

@@ -224,8 +224,3 @@ class TargetVocabulary:
     def logits(self, final: Tensor) -> Tensor:
         """Logits [T, V] of last hidden states `final` [T, H]. In fp32, or in fp64 for fp64 inputs."""
         return self.logit_map(final @ self.head.T)
-
-    def to(self, device: torch.device | str) -> TargetVocabulary:
-        embedding = self.embedding.to(device)
-        head = embedding if self.head is self.embedding else self.head.to(device)
-        return TargetVocabulary(embedding, head, self.logit_scale, self.logit_softcap)

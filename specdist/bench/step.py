@@ -48,7 +48,7 @@ from specdist.topology import Topology, WorldConfig
 from specdist.trainer import FeatureSource, Trainer, shard_draft
 
 REPEAT_S = 2.0
-"""About so many seconds of steps, ten at most, lie between two waits for the device: in training the host runs ahead."""
+"""About so many seconds of steps, ten at most, between two waits for the device: in training the host runs ahead."""
 
 PARTS = {
     "attention": ("flex_attention", "flash", "sdpa", "fmha"),

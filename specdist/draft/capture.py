@@ -8,6 +8,8 @@ from transformers import PretrainedConfig
 
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.memory import needs_head
+from specdist.errors import ConfigError
 from specdist.records import FeatureLayout
 
 
@@ -15,10 +17,17 @@ def capture_layout(config: DraftConfig, target: PretrainedConfig, dtype: torch.d
     """What the draft needs of every token, from the target's configuration alone; `dtype` is that of the wire.
 
     Raises:
-        ConfigError: a captured layer does not exist, the layers do not ascend, or sizes do not go together.
+        ConfigError: a captured layer does not exist, the layers do not ascend, or sizes do not go together; or the
+            embedding is to lie on the host although the head, which is the same table, does not.
     """
     Eagle3Dims.of(config.eagle3, target)  # sizes that do not go together are told here, before there is a draft
     text = target.get_text_config()
+    tied = target.tie_word_embeddings or text.tie_word_embeddings
+    if config.eagle3.embedding == "host" and tied and needs_head(config.eagle3, text.vocab_size):
+        raise ConfigError(
+            "draft.eagle3.embedding=host saves nothing: the target's embedding is its output head, which the draft "
+            "needs on the device: leave it at device, or set draft.eagle3.teacher_head=target and a vocab_size"
+        )
     return FeatureLayout(
         captured_layers=config.eagle3.captured_layers(text.num_hidden_layers),
         hidden_size=text.hidden_size,

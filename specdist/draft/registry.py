@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from specdist.draft.capture import capture_layout
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.dims import Eagle3Dims
-from specdist.draft.eagle3.memory import step_bytes
+from specdist.draft.eagle3.memory import frozen_rows, step_bytes
 from specdist.draft.eagle3.model import Eagle3Draft
 from specdist.draft.vocabulary import DraftVocabulary
 from specdist.errors import DataError
@@ -52,6 +52,12 @@ def step_memory(config: DraftConfig, target: PretrainedConfig, tokens: int, item
     weights, optimizer and features. `itemsize`: bytes of a number in the compute dtype."""
     dims = Eagle3Dims.of(config.eagle3, target)
     return step_bytes(config.eagle3, dims, tokens, -(-tokens // config.cp), itemsize)
+
+
+def frozen_memory(config: DraftConfig, target: PretrainedConfig, tied: bool, itemsize: int) -> int:
+    """Bytes of the target's tables that a draft rank holds on its device. `itemsize`: bytes of one of their numbers."""
+    text = target.get_text_config()
+    return frozen_rows(config.eagle3, text.vocab_size, tied) * int(text.hidden_size) * itemsize
 
 
 def parameter_count(config: DraftConfig, target: PretrainedConfig) -> int:

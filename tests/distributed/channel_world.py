@@ -76,7 +76,7 @@ CASES = (
 NCCL_CASES = (
     *CASES,
     # A send that fits into NCCL's own buffers ends although nobody takes it.
-    Case("a pair, beyond the buffers of NCCL", replicas=1, tp=1, dp=1, items=4, slots=2, rows=150_000, layout=WIDE),
+    Case("a pair, beyond the buffers of NCCL", replicas=1, tp=1, dp=1, items=2, slots=2, rows=64_000, layout=WIDE),
 )
 LOCAL_CASES = (
     Case("every rank alone", replicas=5, tp=1, dp=5, slots=2),

@@ -57,6 +57,26 @@ def test_impossible_values_name_their_key(options: dict[str, float]) -> None:
         Eagle3Config(**options)  # type: ignore[arg-type]
 
 
+def test_a_tied_embedding_that_the_draft_needs_as_a_head_stays_on_the_device() -> None:
+    target = target_config()
+    target.tie_word_embeddings = True
+    for options in ({}, {"teacher_head": "target"}, {"vocab_size": 5}):
+        config = DraftConfig(eagle3=Eagle3Config(embedding="host", **options))  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"embedding=host saves nothing: .*teacher_head=target and a"):
+            capture_layout(config, target, torch.float32)
+    config = DraftConfig(eagle3=Eagle3Config(embedding="host", teacher_head="target", vocab_size=5))
+    assert capture_layout(config, target, torch.float32).summary
+
+
+def test_on_a_cpu_the_embedding_is_on_the_host_anyway() -> None:
+    drafts = [
+        build_draft(DraftConfig(eagle3=Eagle3Config(embedding=where)), target_config(), target_vocabulary())  # type: ignore[arg-type]
+        for where in ("device", "host")
+    ]
+    tokens = torch.tensor([3, 0, VOCAB - 1, 3])
+    assert torch.equal(drafts[0].embed(tokens), drafts[1].embed(tokens))
+
+
 def test_the_config_is_an_omegaconf_structure() -> None:
     merged = OmegaConf.merge(OmegaConf.structured(DraftConfig), {"eagle3": {"layers": [1, 2, 3], "loss": "lk_alpha"}})
     config = OmegaConf.to_object(merged)

@@ -54,6 +54,20 @@ def test_exact_parts_of_the_memory(job):
     assert needs["draft", "receive ring of 8 slots"] == 2**20
 
 
+def test_the_tables_of_the_target_are_where_they_are_asked_for(job):
+    options = {"draft__eagle3__vocab_size": 100, "draft__eagle3__teacher_head": "target"}
+    sizes = {}
+    for name, more in {"draft": {}, "target": options, "host": options | {"draft__eagle3__embedding": "host"}}.items():
+        plan = make_plan(job(**({"draft__eagle3__vocab_size": 100} | more)), ["a"] * 3, 2**30)
+        sizes[name] = {(need.role, need.what): need.bytes for need in plan.needs}
+    row, rows = 32 * 4, plan.facts.target.vocab_size
+    assert sizes["draft"]["draft", "target embedding and head"] == (2 * rows + 100) * row
+    assert sizes["target"]["draft", "target embedding and head"] == (rows + 100) * row
+    assert sizes["host"]["draft", "target head"] == 100 * row
+    assert sizes["host"]["target", "output head, and logits of 1,024 tokens"] == rows * (32 + 1024) * 4
+    assert not any("output head" in what for _, what in sizes["draft"])
+
+
 def test_what_does_not_fit_is_said_with_advice(job):
     plan = make_plan(job(), ["a"] * 3, 2**20)
     assert not plan.fits

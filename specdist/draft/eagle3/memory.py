@@ -14,6 +14,18 @@ WIDE = 4
 """Bytes of what is added up in fp32."""
 
 
+def needs_head(config: Eagle3Config, vocab_size: int) -> bool:
+    """Whether the target's whole head lies on a draft rank's device."""
+    return config.teacher_head == "draft" or (config.vocab_size or vocab_size) >= vocab_size
+
+
+def frozen_rows(config: Eagle3Config, vocab_size: int, tied: bool) -> int:
+    """Rows of the target's tables on a draft rank's device: its embedding, its head, and that of the draft's tokens."""
+    head, own = needs_head(config, vocab_size), config.vocab_size or vocab_size
+    embedding = config.embedding == "device" and not (tied and head)
+    return (head + embedding) * vocab_size + (own if own < vocab_size else 0)
+
+
 def step_bytes(config: Eagle3Config, dims: Eagle3Dims, tokens: int, active: int, itemsize: int) -> dict[str, int]:
     """The parts of the peak in bytes, without weights, optimizer and features.
 

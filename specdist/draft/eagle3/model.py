@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ from specdist.draft.eagle3.summary import summarize
 from specdist.draft.eagle3.teacher import Teacher, teach
 from specdist.draft.eagle3.unroll import Task, Unroll, Weights
 from specdist.draft.vocabulary import DraftVocabulary
+from specdist.errors import ConfigError
 from specdist.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
 
 
@@ -55,9 +57,11 @@ class Frozen:
 
     @classmethod
     def of(cls, config: Eagle3Config, target: TargetVocabulary, vocabulary: DraftVocabulary, rotary: Rotary) -> Frozen:
-        """What the draft needs of the target, on the device of `vocabulary`."""
+        """What the draft needs of the target, on the device of `vocabulary`. Raises ConfigError: no Triton."""
         device, tied = vocabulary.ids.device, target.head is target.embedding
         host = config.embedding == "host" and device.type == "cuda"
+        if host and importlib.util.find_spec("triton") is None:
+            raise ConfigError("draft.eagle3.embedding=host needs Triton, which is not installed: use device")
         embedding = target.embedding.cpu().pin_memory() if host else target.embedding.to(device)
         whole = None
         if config.teacher_head == "draft" or vocabulary.whole:
@@ -227,12 +231,12 @@ class Eagle3Draft(DraftModel):
     def embed(self, tokens: Tensor) -> Tensor:
         """The normed target embeddings [n, H] of tokens [n]."""
         table = self.frozen.embedding
-        if table.device == tokens.device:
-            embeddings = functional.embedding(tokens, table)
-        else:  # Triton comes with torch for CUDA only
+        if tokens.is_cuda and table.is_cpu:  # Triton comes with torch for CUDA only
             from specdist.draft.eagle3.kernels.host_rows import host_rows
 
             embeddings = host_rows(table, tokens)
+        else:
+            embeddings = functional.embedding(tokens, table)
         return self.midlayer.input_layernorm(embeddings.to(self.fc.weight.dtype))
 
     def fuse(self, captured: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 @triton.jit
 def _rows(table, ids, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
-    source = tl.load(ids + row)
+    source = tl.load(ids + row).to(tl.int64)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         values = tl.load(table + source * width + column, mask=column < width)
