@@ -59,8 +59,8 @@ class Eagle3Config:
     embedding: Literal["device", "host"] = "device"
     """Where the target's input embedding lies: in page-locked host memory the GPU reads only the rows it needs."""
     recompute: int = 0
-    """TTT steps whose MLP is computed again in the backward instead of kept: each saves 4 x intermediate size bytes a
-    token in bf16, and costs about 1.4 % of the time."""
+    """TTT steps whose MLP and its input are computed again in the backward instead of kept: each saves 4 x intermediate
+    size + 2 x hidden size bytes a token in bf16, and costs 1 to 2 % of the time."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.recompute <= self.ttt_length:
