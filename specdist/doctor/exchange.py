@@ -9,7 +9,7 @@ import socket
 import socketserver
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -22,6 +22,8 @@ DOOR_S = 5.0
 """How long a host tries to reach rank 0's port."""
 _POLL_S = 0.05
 """How soon the port notices that it is to be closed."""
+_LAST_LOOK_S = 0.05
+"""How long rank 0 waits for a rank's report when the time of all is over."""
 _ROUNDS = 3
 """Readings of a clock: the quickest counts."""
 
@@ -52,6 +54,16 @@ class Exchange:
         """What every rank handed in, in rank order; rank 0 only."""
         return [self._wait(f"report/{rank}", speaker=rank) for rank in range(len(self._hosts))]
 
+    def answers(self, ranks: Iterable[int]) -> dict[int, bytes]:
+        """What these ranks handed in within one limit for all of them; without those that did not. Rank 0 only."""
+        deadline = time.monotonic() + self._timeout_s
+        found: dict[int, bytes] = {}
+        for rank in ranks:
+            with contextlib.suppress(WorldError):
+                left = max(deadline - time.monotonic(), _LAST_LOOK_S)
+                found[rank] = self._wait(f"report/{rank}", speaker=rank, timeout_s=left)
+        return found
+
     def serve_clock(self, ranks: Sequence[int]) -> None:
         """Rank 0 tells each of these ranks, one after the other, what time it has."""
         for rank in ranks:
@@ -70,9 +82,9 @@ class Exchange:
             readings.append(Clock(ahead_s=asked + half - told, uncertain_s=half))
         return min(readings, key=lambda clock: clock.uncertain_s)
 
-    def _wait(self, key: str, speaker: int) -> bytes:
+    def _wait(self, key: str, speaker: int, timeout_s: float | None = None) -> bytes:
         try:
-            self._store.wait([key], timedelta(seconds=self._timeout_s))
+            self._store.wait([key], timedelta(seconds=timeout_s or self._timeout_s))
             found: bytes = self._store.get(key)
         except dist.DistError as error:
             raise WorldError(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from specdist.doctor.config import PreflightConfig
 from specdist.doctor.findings import Finding, Severity, merge
-from specdist.doctor.links import LinkSpeed, Speeds
+from specdist.doctor.speeds import LinkSpeed, Speeds
 from specdist.topology import Topology
 
 _SLOW = 0.5

@@ -12,43 +12,15 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
+from specdist.doctor.mooncake_links import WriteProbe
+from specdist.doctor.speeds import PAYLOAD, REPETITIONS, GroupSpeed, LinkSpeed, Speeds
 from specdist.errors import WorldError
 from specdist.groups import Groups, World, first_line, ranges
 from specdist.links import TransferError, bounded, on_device, rounds, wait_work
 from specdist.topology import Link, Topology
 
-REPETITIONS = 5
-"""The median of so many transfers counts; one more goes before them, unmeasured."""
-_PAYLOAD = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
 _MARGIN_S = 2.0
 """So much later than the library's own limit the measurement is given up."""
-
-
-@dataclass(frozen=True)
-class LinkSpeed:
-    """Bandwidth from a target rank to a draft rank, in 10^9 bytes a second, as the draft rank sees it."""
-
-    source: int
-    destination: int
-    gb_per_s: float
-
-
-@dataclass(frozen=True)
-class GroupSpeed:
-    """Bandwidth of an all-reduce: what each rank's connection carries, in 10^9 bytes a second."""
-
-    name: str
-    ranks: tuple[int, ...]
-    gb_per_s: float
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """What one rank measured: the links that end at it, the groups it leads; and what broke, empty for nothing."""
-
-    links: tuple[LinkSpeed, ...] = ()
-    groups: tuple[GroupSpeed, ...] = ()
-    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +31,7 @@ class Probe:
         payload: bytes of one transfer; None for what suits the device.
         timeout_s: how long all transfers of one link may take.
         share_devices: ranks may share a GPU, between which NCCL cannot reduce.
+        writes: what measures the links instead, where Mooncake carries the features.
     """
 
     topology: Topology
@@ -67,6 +40,7 @@ class Probe:
     payload: int | None
     timeout_s: float
     share_devices: bool
+    writes: WriteProbe | None = None
 
     def measure(self) -> Speeds:
         """Try every link and group of this rank. All ranks call it once the links are connected.
@@ -76,17 +50,21 @@ class Probe:
         """
         links: list[LinkSpeed] = []
         try:
-            payload = self._payload(on_device(self.groups, self.world))
-            for link in rounds(self.topology) if self.groups.links else ():
-                if link in self.groups.links:
-                    links += self._link(link, payload)
+            for speed in self._transfers() if self.writes is None else self.writes.measure():
+                links.append(speed)
             return Speeds(tuple(links), tuple(self._reductions()))
         except WorldError as error:
             return Speeds(tuple(links), error=str(error))
 
+    def _transfers(self) -> Iterator[LinkSpeed]:
+        payload = self._payload(on_device(self.groups, self.world))
+        for link in rounds(self.topology) if self.groups.links else ():
+            if link in self.groups.links:
+                yield from self._link(link, payload)
+
     def _payload(self, on_device: bool) -> torch.Tensor:
         device = self.world.device if on_device else torch.device("cpu")
-        return torch.zeros(self.payload or _PAYLOAD[device.type], dtype=torch.uint8, device=device)
+        return torch.zeros(self.payload or PAYLOAD[device.type], dtype=torch.uint8, device=device)
 
     def _link(self, link: Link, payload: torch.Tensor) -> list[LinkSpeed]:
         """Nothing at the sending end: a send may be over before the data is there."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from specdist import job as jobs
 from specdist.channel.config import parse_bytes
 from specdist.contract import local_address
 from specdist.doctor.codec import decode, encode
@@ -17,9 +18,11 @@ from specdist.doctor.facts import HostFacts, RankReport, network_facts, report_h
 from specdist.doctor.findings import Finding, merge, problems, to_exclude
 from specdist.doctor.judge import judge
 from specdist.doctor.judge_links import judge_links
-from specdist.doctor.links import Probe, Speeds
+from specdist.doctor.links import Probe
+from specdist.doctor.mooncake_links import WriteProbe
 from specdist.doctor.needs import needs_of
 from specdist.doctor.report import Report, line_of, speed_line
+from specdist.doctor.speeds import Speeds
 from specdist.doctor.storage import Mark, examine_storage, marked
 from specdist.errors import ConfigError, WorldError
 from specdist.groups import Groups, World
@@ -40,6 +43,7 @@ class Preflight:
     def __init__(self, job: JobConfig, world: World, topology: Topology):
         self._job, self._world, self._topology = job, world, topology
         self.report: Report | None = None
+        self._silent: tuple[int, ...] = ()
 
     def hosts(self, facts: JobFacts) -> None:
         """Check the hosts at the start of a run. A second or less; the store is asked a few times per rank.
@@ -85,13 +89,36 @@ class Preflight:
         Args:
             broken: why this rank's links could not even be connected: told, and nothing measured.
         """
-        exchange = self._exchange("links", _LINK_LIMITS * self._job.world.join_timeout_s)
+        exchange = self._exchange("links", self._limit_s())
         exchange.report(encode(Speeds(error=broken) if broken else self._probe(groups).measure()))
         if self.report is None:
             return
-        speeds = tuple(decode(Speeds, text) for text in exchange.reports())
+        everyone = range(self._topology.world_size)
+        answers = exchange.answers(everyone)
+        speeds = tuple(decode(Speeds, text) for text in answers.values())
         found = judge_links(speeds, self._topology, self._job.preflight)
-        self._keep(replace(self.report, speeds=speeds, findings=merge((*self.report.findings, *found))))
+        self._silent = tuple(rank for rank in everyone if rank not in answers)
+        silent = (self._silence(rank) for rank in self._silent)
+        self._keep(replace(self.report, speeds=speeds, findings=merge((*self.report.findings, *found, *silent))))
+
+    def part(self) -> None:
+        """The end of an examination, after `examine_links`: rank 0, which may serve the store, stays until the others
+        have heard it. It does not wait for ranks that did not tell what their links are like."""
+        exchange = self._exchange("end", 2 * self._limit_s())
+        if self._world.facts.rank != 0:
+            exchange.hear("over")
+            exchange.report("")
+            return
+        exchange.tell_all("over", [])
+        exchange.answers(set(range(1, self._topology.world_size)) - set(self._silent))
+
+    def _silence(self, rank: int) -> Finding:
+        seen = f"{self._topology.describe(rank)} did not hand in the bandwidth of its links"
+        seen += f" within {self._limit_s():.0f} s ({_LINK_LIMITS} x world.join_timeout_s)"
+        return Finding("problem", (self._world.hosts[rank],), seen, "look at its log", certain=True)
+
+    def _limit_s(self) -> float:
+        return _LINK_LIMITS * self._job.world.join_timeout_s
 
     def _keep(self, report: Report) -> None:
         self.report = report
@@ -102,15 +129,12 @@ class Preflight:
         return Exchange(world.store, f"preflight/{name}", world.hosts, world.facts.rank, timeout_s)
 
     def _probe(self, groups: Groups) -> Probe:
-        payload = self._job.preflight.link_payload
-        return Probe(
-            self._topology,
-            groups,
-            self._world,
-            None if payload is None else parse_bytes(payload, "preflight.link_payload"),
-            self._job.world.join_timeout_s,
-            self._job.world.share_devices,
-        )
+        job, world, topology = self._job, self._world, self._topology
+        text, timeout_s, writes = job.preflight.link_payload, job.world.join_timeout_s, None
+        payload = None if text is None else parse_bytes(text, "preflight.link_payload")
+        if jobs.transport(job, world.device) == "mooncake" and topology.links:
+            writes = WriteProbe(topology, world, job.channel.mooncake, payload, timeout_s)
+        return Probe(topology, groups, world, payload, timeout_s, job.world.share_devices, writes)
 
     def _collect(self, model: str) -> tuple[RankReport, ...] | None:
         """The reports of all ranks, on rank 0."""
@@ -143,7 +167,7 @@ class Preflight:
 
     def _settle(self, name: str, findings: Sequence[Finding]) -> None:
         """Rank 0 says what was found and whether the run goes on; all ranks obey."""
-        exchange = self._exchange(f"{name}/verdict", 2 * self._job.world.join_timeout_s)
+        exchange = self._exchange(f"{name}/verdict", 2 * self._limit_s())
         if self._world.facts.rank == 0:
             for finding in findings:
                 if finding.severity != "note":

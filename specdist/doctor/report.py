@@ -17,8 +17,8 @@ from specdist.doctor.facts import HostFacts, RankReport
 from specdist.doctor.findings import Finding, problems, to_exclude
 from specdist.doctor.judge_gpu import seats_of
 from specdist.doctor.judge_links import across_hosts
-from specdist.doctor.links import Speeds
 from specdist.doctor.nvml import GpuFacts
+from specdist.doctor.speeds import Speeds
 from specdist.errors import ConfigError
 from specdist.files import write_atomically
 from specdist.groups import ranges

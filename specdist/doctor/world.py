@@ -14,8 +14,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-import torch.distributed as dist
-
 from specdist import job as jobs
 from specdist.contract import RankFacts
 from specdist.doctor.local import examine_model
@@ -62,7 +60,7 @@ def examine_world(job: JobConfig, who: RankFacts) -> int:
     if told is not None and check.report is not None:
         print(check.report.render_links(told.findings), flush=True)
         status = 0 if check.report.healthy else 1
-    dist.barrier(group=groups.control)  # whoever serves the store stays until the others have left it
+    check.part()
     return status
 
 

@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM
 
-from tests.distributed.worlds import ROOT, run_on_hosts
+from tests.distributed.worlds import ROOT, mooncake_loads, run_on_hosts, start_by_hand
 from tests.tiny import make_config, make_conversations, make_target
 
 TIMEOUT_S = 240
+
+mooncake = pytest.mark.skipif(not mooncake_loads(), reason="needs mooncake-transfer-engine, and libibverbs1")
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +117,55 @@ def test_a_job_tells_what_it_saw_and_goes_on(tmp_path: Path, material: tuple[Pat
     assert "preflight: problem: n2: torch is 2.11.0+another on ranks 1" in done["n1"].stderr
     assert "preflight: 1 links across hosts" in done["n1"].stderr
     assert "preflight" not in done["n2"].stderr
+
+
+@mooncake
+def test_over_mooncake_every_link_is_measured(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    report = tmp_path / "report.json"
+    split = {"target__replicas": 2, "draft__dp": 2, "channel__transport": "mooncake"}
+    words = make_config(tmp_path, *material, preflight__link_payload="64KiB", **split)
+    command = [sys.executable, "-m", "specdist.cli", "doctor", *words, "--json", str(report)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 links inside a host" in done.stdout
+    assert "rank 1 (target replica 1 tp 0" in done.stdout
+    assert "draft all-reduce" in done.stdout
+    found = json.loads(report.read_text())
+    assert found["healthy"]
+    pairs = sorted((link["source"], link["destination"]) for link in found["links"])
+    assert pairs == [(0, 2), (0, 3), (1, 2), (1, 3)]
+    assert all(link["gb_per_s"] > 0 for link in found["links"])
+
+
+@mooncake
+@pytest.mark.parametrize(
+    ("fault", "limit_s", "why"),
+    [
+        ("broken", 60, "did not come up: rank 2 (draft dp 1 cp 0, host n2): Mooncake's Transfer Engine does not start"),
+        ("stopped", 15, "broke while it was measured: "),
+    ],
+)
+def test_a_host_where_mooncake_does_not_work_is_named(
+    tmp_path: Path, material: tuple[Path, Path], fault: str, limit_s: int, why: str
+) -> None:
+    """Rank 2 is alone on host n2. The link to the other draft rank is measured none the less."""
+    channel = {"channel__transport": "mooncake", "channel__mooncake__stall_s": 2, "preflight__link_payload": "16MiB"}
+    words = make_config(tmp_path, *material, draft__dp=2, preflight__report=tmp_path / "report.json", **channel)
+    words.append(f"world.join_timeout_s={limit_s}")
+    hosts = ("n1", "n1", "n2")
+    ranks = start_by_hand(
+        range(3), 3, ["-m", "tests.distributed.faulty_mooncake", fault, *words], tmp_path,
+        {rank: {"SPECDIST_HOST": host, "SPECDIST_JOB": "7"} for rank, host in enumerate(hosts)},
+    )  # fmt: skip
+    try:
+        assert ranks[0].wait(TIMEOUT_S) == 1, (tmp_path / "0").read_text()
+    finally:
+        for process in ranks.values():
+            process.kill()
+            process.wait()
+    found = json.loads((tmp_path / "report.json").read_text())
+    link = "link rank 0 (target replica 0 tp 0, host n1) -> rank 2 (draft dp 1 cp 0, host n2) "
+    seen = [finding["seen"] for finding in found["findings"] if finding["severity"] == "problem"]
+    assert sum(words.startswith(link + why) for words in seen) == 1, seen
+    assert [(x["source"], x["destination"]) for x in found["links"]] == [(0, 1)]
+    assert (found["exclude"] == "n2") == (fault == "stopped"), found

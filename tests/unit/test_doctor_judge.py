@@ -15,10 +15,10 @@ from specdist.doctor.findings import Finding, problems, to_exclude
 from specdist.doctor.judge import judge
 from specdist.doctor.judge_links import judge_links
 from specdist.doctor.kernel_log import Xid
-from specdist.doctor.links import LinkSpeed, Speeds
 from specdist.doctor.needs import Needs
 from specdist.doctor.nvml import GpuFacts, GpuProcess
 from specdist.doctor.report import Report
+from specdist.doctor.speeds import LinkSpeed, Speeds
 from specdist.doctor.storage import Storage
 from specdist.errors import ConfigError
 from specdist.topology import Topology, WorldConfig

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from specdist.contract import RankFacts
-from specdist.doctor.links import REPETITIONS, Probe, Speeds
+from specdist.doctor.links import Probe
+from specdist.doctor.speeds import REPETITIONS, Speeds
 from specdist.groups import Groups, World
 from specdist.topology import Link, Topology, WorldConfig
 

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bandwidths that one rank hands in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+REPETITIONS = 5
+"""The median of so many transfers counts; one more goes before them, unmeasured."""
+PAYLOAD = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
+"""Bytes, by the device of the ranks."""
+
+
+@dataclass(frozen=True)
+class LinkSpeed:
+    """Bandwidth from a target rank to a draft rank, in 10^9 bytes a second, as the end sees it that knows when all has
+    arrived: the draft rank, with Mooncake the target rank."""
+
+    source: int
+    destination: int
+    gb_per_s: float
+
+
+@dataclass(frozen=True)
+class GroupSpeed:
+    """Bandwidth of an all-reduce: what each rank's connection carries, in 10^9 bytes a second."""
+
+    name: str
+    ranks: tuple[int, ...]
+    gb_per_s: float
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What one rank measured: its links, where it is the end that sees them, and the groups it leads; and what broke,
+    empty for nothing."""
+
+    links: tuple[LinkSpeed, ...] = ()
+    groups: tuple[GroupSpeed, ...] = ()
+    error: str = ""

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""specdist.doctor.world on a host where Mooncake does not work: `python -m tests.distributed.faulty_mooncake FAULT
+[key=value ...]`. FAULT, on host n2 alone: `broken`: the Transfer Engine does not start; `stopped`: the process stops as
+soon as others may write to its memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from specdist.channel.mooncake.directory import Directory
+from specdist.doctor import mooncake_links, world
+from specdist.errors import WorldError
+from specdist.train import leave
+
+publish = Directory.publish
+
+
+def broken(*arguments: Any) -> None:
+    raise WorldError("Mooncake's Transfer Engine does not start")
+
+
+def publish_and_stop(*arguments: Any) -> None:
+    publish(*arguments)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def spoil(fault: str) -> None:
+    if fault == "broken":
+        mooncake_links.TransferEngine = broken  # type: ignore[assignment,misc]
+    else:
+        Directory.publish = publish_and_stop  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    if os.environ["SPECDIST_HOST"] == "n2":
+        spoil(sys.argv[1])
+    leave(world.main(sys.argv[2:]))
