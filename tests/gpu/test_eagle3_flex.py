@@ -59,7 +59,7 @@ def test_flex_attention_and_its_gradients(share: float, dtype: torch.dtype, tole
             torch.testing.assert_close(found.float(), expected.float(), rtol=tolerance, atol=tolerance * scale)
 
 
-def draft_of(attention: str, dtype: torch.dtype, compiled: bool) -> Eagle3Draft:
+def draft_of(attention: str, dtype: torch.dtype, compiled: bool, **options: str) -> Eagle3Draft:
     target = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
@@ -70,7 +70,7 @@ def draft_of(attention: str, dtype: torch.dtype, compiled: bool) -> Eagle3Draft:
     )
     generator = torch.Generator().manual_seed(0)
     ends = (torch.randn(VOCAB, HIDDEN, generator=generator).div(16).to("cuda", dtype) for _ in range(2))
-    config = DraftConfig(eagle3=Eagle3Config(attention=attention, loss_chunk=300), compile=compiled)  # type: ignore[arg-type]
+    config = DraftConfig(eagle3=Eagle3Config(attention=attention, loss_chunk=300, **options), compile=compiled)  # type: ignore[arg-type]
     return build_draft(config, target, TargetVocabulary(*ends), torch.arange(0, VOCAB, 2)).to(dtype)
 
 
@@ -117,6 +117,23 @@ def test_cuda_equals_cpu() -> None:
         supervision = draft.supervise(batch, host, features)
         losses.append(draft(batch, features, supervision, supervision.counts)[0].item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_an_embedding_on_the_host_is_read_as_on_the_device() -> None:
+    device, host = (draft_of("auto", torch.bfloat16, True, embedding=where) for where in ("device", "host"))
+    assert host.frozen.embedding.is_pinned()
+    loss, sums, gradients = run(device, (300, 41))
+    other_loss, other_sums, others = run(host, (300, 41))
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(other_sums, sums)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
+    chosen, ids = torch.arange(7, 400, 3, device="cuda"), torch.zeros(131, dtype=torch.int64, device="cuda")
+    torch.cuda._sleep(10**7)  # noqa: SLF001 - what is queued before comes first
+    ids.copy_(chosen)
+    found = host.embed(ids)
+    ids.zero_()
+    assert torch.equal(found, device.embed(chosen))
 
 
 def test_lengths_do_not_recompile_and_nothing_waits_for_the_device() -> None:

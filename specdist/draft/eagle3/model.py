@@ -63,13 +63,14 @@ class Frozen:
         if host and importlib.util.find_spec("triton") is None:
             raise ConfigError("draft.eagle3.embedding=host needs Triton, which is not installed: use device")
         embedding = target.embedding.cpu().pin_memory() if host else target.embedding.to(device)
-        whole = None
-        if config.teacher_head == "draft" or vocabulary.whole:
+        here, whole = config.teacher_head == "draft", None
+        if here or vocabulary.whole:
             whole = embedding if tied and not host else target.head.to(device)
-        head = target.head[vocabulary.ids.to(target.head.device)].to(device) if not vocabulary.whole else whole
-        assert head is not None
-        needed = whole if config.teacher_head == "draft" else None
-        return cls(embedding, head, needed, target.logit_map, vocabulary, rotary)
+        if vocabulary.whole and whole is not None:
+            head = whole
+        else:
+            head = target.head[vocabulary.ids.to(target.head.device)].to(device)
+        return cls(embedding, head, whole if here else None, target.logit_map, vocabulary, rotary)
 
 
 class Eagle3Draft(DraftModel):
