@@ -21,6 +21,7 @@ from specdist.draft.registry import frozen_memory, parameter_count, step_memory
 from specdist.errors import ConfigError
 from specdist.groups import ranges
 from specdist.job import JobConfig, JobFacts
+from specdist.records import SUMMARY_BYTES
 from specdist.target.summary import CHUNK
 from specdist.topology import Topology
 
@@ -206,6 +207,8 @@ def _link_lines(plan: Plan) -> list[str]:
     per_token = layout.bytes_per_token
     parts = f"{len(layout.captured_layers)} captured layers" + (" and the last hidden state" if layout.final else "")
     lines = [f"{per_token:,} B of features per token: {parts} x {layout.hidden_size} x {_name(layout.dtype)}"]
+    if layout.summary:
+        lines[0] += f", and {SUMMARY_BYTES} B of the target's choice"
     if plan.job.world.role != "both":
         return [*lines, "links: between every target rank and every draft rank of the other worlds, over Mooncake"]
     if not topology.links:

@@ -86,8 +86,10 @@ def estimated(job: JobConfig, facts: JobFacts) -> Rates:
 
     dims, length = Eagle3Dims.of(job.draft.eagle3, facts.target.config), job.prompts.max_length
     document = PackedTokens.from_documents([torch.zeros(length)], [torch.ones(length)])  # all of it supervised
-    training = step.flops(dims, Rows.of(document, job.draft.eagle3.ttt_length), length) / length
+    summary = facts.layout.summary  # the target runs its head, and the draft does not
+    training = step.flops(dims, Rows.of(document, job.draft.eagle3.ttt_length), length, not summary) / length
     forward = target.flops(facts.target, [length]) / length
+    forward += 2.0 * facts.target.hidden_size * facts.target.vocab_size * summary
     able = ESTIMATED_TFLOPS * 1e12
     source = (
         f"an estimate: {forward / 1e9:,.2g} and {training / 1e9:,.2g} GFLOP a token at {ESTIMATED_TFLOPS:.0f} TFLOP/s "
