@@ -1,68 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank of a channel's benchmark: it drives the project's own sender or receiver as training does.
 
-The scheduler's part, what was sent and what is free, is told from rank to rank over loopback. A draft rank posts from
-a thread of its own, so that transfers go on while it waits for an item.
+The scheduler's part, what was sent and what is free, is told from rank to rank (`channel_notes`). A draft rank posts
+from a thread of its own, so that transfers go on while it waits for an item.
 """
 
 from __future__ import annotations
 
-import contextlib
-import struct
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-import zmq
 from torch import Tensor
 
+from specdist.bench.channel_notes import Notes
 from specdist.bench.channel_work import Work
 from specdist.channel.base import FeatureReceiver, FeatureSender, share
 from specdist.channel.build import make_receiver, make_sender
 from specdist.channel.wire import Wire
 from specdist.errors import WorldError
-from specdist.groups import World
 from specdist.records import Cursor, Shard, WorkItem
 from specdist.topology import Topology
 
-_NOTE = struct.Struct("<q")
 _LOOK_S = 0.0002
 """Between two looks at what runs on the device."""
-
-
-class Notes:
-    """Numbers of items, told to other ranks of this machine. One thread tells and one hears."""
-
-    def __init__(self, world: World, partners: Iterable[int]):
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        store = dist.PrefixStore("bench/notes", world.store)
-        self._inbox = context.socket(zmq.PULL)
-        self._inbox.setsockopt(zmq.RCVHWM, 0)
-        store.set(str(world.facts.rank), str(self._inbox.bind_to_random_port("tcp://127.0.0.1")))
-        self._outboxes = []
-        for partner in partners:
-            outbox = context.socket(zmq.PUSH)
-            outbox.setsockopt(zmq.SNDHWM, 0)
-            outbox.connect(f"tcp://127.0.0.1:{store.get(str(partner)).decode()}")
-            self._outboxes.append(outbox)
-
-    def tell(self, item: int) -> None:
-        """Tell all partners."""
-        for outbox in self._outboxes:
-            outbox.send(_NOTE.pack(item))
-
-    def heard(self, timeout_ms: int) -> list[int]:
-        """What has been told to this rank; waits at most `timeout_ms` milliseconds for the first."""
-        found: list[int] = []
-        if self._inbox.poll(timeout_ms):
-            with contextlib.suppress(zmq.Again):
-                while True:
-                    found.append(_NOTE.unpack(self._inbox.recv(zmq.NOBLOCK))[0])
-        return found
 
 
 @dataclass(frozen=True)
@@ -111,7 +74,8 @@ class Target:
                 self._sender.send(done, rows)
             if running:
                 time.sleep(_LOOK_S)
-            self._releases.update(self._notes.heard(0 if running or not left or self._free(left[0]) else 1))
+            if left and not self._free(left[0]):
+                self._releases.update(self._notes.heard(0 if running else 1))
             if time.monotonic() > deadline:
                 raise WorldError(f"{self._topology.describe(self._rank)} got no slot within {self._timeout_s:.0f} s")
         self._sender.flush(self._timeout_s)

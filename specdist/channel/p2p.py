@@ -48,7 +48,7 @@ class P2PSender(FeatureSender):
         self._in_flight: dict[int, _Transfer] = {}
         self._handed_out = self._sent = 0
         # Sends must not queue behind the next forward, which is on the current stream by the time this one is sent.
-        self._stream = torch.cuda.Stream(device) if wire.on_gpu else None
+        self._on_stream = torch.cuda.stream(torch.cuda.Stream(device) if wire.on_gpu else None)
         self._timeout_s = wire.timeout_s
         self._staged = wire.on_gpu and any(dist.get_backend(g) == "gloo" for g in links.values())
         self._on_device = wire.on_gpu and not self._staged
@@ -71,7 +71,7 @@ class P2PSender(FeatureSender):
         return self._ring.slot(number, item.tokens)
 
     def send(self, item: WorkItem, rows: Tensor) -> None:
-        with torch.cuda.stream(self._stream):  # does nothing where there is no stream
+        with self._on_stream:  # does nothing where there is no stream
             transfer = self._issue(item, rows)
         self._in_flight[self._sent % self._ring.slots] = transfer
         self._sent += 1
@@ -126,6 +126,7 @@ class P2PReceiver(FeatureReceiver):
         self._host_ring = Ring(wire.layout, slots, shard_rows, torch.device("cpu"), pinned=True) if staged else None
         self._on_device = wire.on_gpu and not staged
         self._stream = torch.cuda.Stream(device) if self._on_device else None
+        self._on_stream = torch.cuda.stream(self._stream)
         self._freed: dict[int, torch.cuda.Event] = {}
         self._transfers: dict[int, _Transfer] = {}
         self._posts = Posts(topology, rank, check)
@@ -148,9 +149,7 @@ class P2PReceiver(FeatureReceiver):
             freed = self._freed.pop(item.index % self.slots, None)
             if freed is not None:
                 self._stream.wait_event(freed)
-            with torch.cuda.stream(self._stream):
-                self._issue(item.index, rows, replica, transfer)
-        else:
+        with self._on_stream:  # does nothing where there is no stream
             self._issue(item.index, rows, replica, transfer)
         self._transfers[item.index] = transfer
         self._posts.add(item, replica)

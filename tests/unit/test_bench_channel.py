@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from specdist.bench.channel import ChannelSpeed, main, render
+from specdist.bench.channel_notes import Notes
 from specdist.bench.channel_rank import make_item, pattern
 from specdist.cli import main as specdist
+from specdist.contract import RankFacts
 from specdist.errors import ConfigError
+from specdist.groups import World
 from specdist.topology import Topology
 from tests.distributed.worlds import mooncake_loads
 
@@ -73,3 +78,19 @@ def test_what_cannot_be_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="benchmark of the channel"):
         main([*SMALL, "--payload", "1"])
     assert "holds 1 items of 1,048,576 B a draft rank" in capfd.readouterr().err
+
+
+def test_ranks_hear_what_they_are_told_in_order() -> None:
+    store = dist.HashStore()
+    facts = [RankFacts(rank, 3, rank, 3, node=0, host="host") for rank in range(3)]
+    worlds = [World(who, torch.device("cpu"), ("host",) * 3, (None,) * 3, store) for who in facts]
+    with ThreadPoolExecutor() as pool:  # each waits for its partners
+        target, *drafts = pool.map(Notes, worlds, ([1, 2], [0], [0]))
+    assert target.heard(0) == []
+    for item in (3, 5, 2**40):
+        target.tell(item)
+    assert [draft.heard(1000) for draft in drafts] == [[3, 5, 2**40]] * 2
+    for draft in drafts:
+        draft.tell(7)
+    assert target.heard(1000) == [7, 7]
+    assert drafts[0].heard(1) == []
