@@ -56,3 +56,8 @@ class TargetConfig:
                 raise ConfigError(f"target.{key}={value}: at least {least} is needed")
         if self.engine == "sglang" and self.tp % self.sglang.ep:
             raise ConfigError(f"target.sglang.ep={self.sglang.ep} does not divide target.tp={self.tp}")
+        if self.verify_against == "hf" and self.sglang.quantization is not None:
+            raise ConfigError(
+                f"target.verify_against=hf beside target.sglang.quantization={self.sglang.quantization}: the hf engine "
+                "has unrounded weights, whose features are others: leave verify_against at itself"
+            )

@@ -65,6 +65,11 @@ def test_impossible_settings(keys: dict[str, Any], said: str) -> None:
         SglangConfig(**keys)
 
 
+def test_rounded_weights_are_not_compared_with_unrounded_ones() -> None:
+    with pytest.raises(ConfigError, match=r"verify_against=hf beside target\.sglang\.quantization=fp8: .* at itself"):
+        TargetConfig(engine="sglang", verify_against="hf", sglang=SglangConfig(quantization="fp8"))
+
+
 def test_expert_parallelism_divides_tensor_parallelism() -> None:
     with pytest.raises(ConfigError, match=r"target\.sglang\.ep=3 does not divide target\.tp=4"):
         TargetConfig(path="x", engine="sglang", tp=4, sglang=SglangConfig(ep=3))
