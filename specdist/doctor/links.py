@@ -46,15 +46,23 @@ class Probe:
         """Try every link and group of this rank. All ranks call it once the links are connected.
 
         The links are tried in rounds, in which every rank has one partner and all pairs are busy at once, as in
-        training. A link that breaks ends this rank's part, and is told rather than raised: rank 0 hears of all.
+        training. A link that breaks ends this rank's part, but for the groups where Mooncake has the links, and is told
+        rather than raised: rank 0 hears of all.
         """
         links: list[LinkSpeed] = []
+        groups: list[GroupSpeed] = []
+        errors: list[str] = []
         try:
-            for speed in self._transfers() if self.writes is None else self.writes.measure():
-                links.append(speed)
-            return Speeds(tuple(links), tuple(self._reductions()))
+            for link in self._transfers() if self.writes is None else self.writes.measure():
+                links.append(link)
         except WorldError as error:
-            return Speeds(tuple(links), error=str(error))
+            errors.append(str(error))
+        try:
+            for group in self._reductions() if self.writes is not None or not errors else ():
+                groups.append(group)
+        except WorldError as error:
+            errors.append(str(error))
+        return Speeds(tuple(links), tuple(groups), "; ".join(errors))
 
     def _transfers(self) -> Iterator[LinkSpeed]:
         payload = self._payload(on_device(self.groups, self.world))

@@ -169,3 +169,4 @@ def test_a_host_where_mooncake_does_not_work_is_named(
     assert sum(words.startswith(link + why) for words in seen) == 1, seen
     assert [(x["source"], x["destination"]) for x in found["links"]] == [(0, 1)]
     assert (found["exclude"] == "n2") == (fault == "stopped"), found
+    assert [group["name"] for group in found["groups"]] == ["draft all-reduce"] * (fault == "broken")

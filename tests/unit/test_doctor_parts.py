@@ -147,3 +147,9 @@ def test_a_rank_that_does_not_answer_is_named():
     exchange.report("fine")
     with pytest.raises(WorldError, match=r"rank 1 \(host n2\) did not answer rank 0 \(host n1\)"):
         exchange.reports()
+
+
+def test_reports_of_some_ranks_have_one_limit_for_all():
+    exchange = Exchange(dist.HashStore(), "x", ["n1", "n2", "n3"], 0, timeout_s=0.05)
+    exchange.report("fine")
+    assert exchange.answers(range(3)) == {0: b"fine"}
