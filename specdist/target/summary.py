@@ -40,6 +40,8 @@ class SummarisingEngine(Engine):
         self.engine.forward(batch, out)
         out[:, self.layout.states_width :].zero_()
         where = supervised_rows(batch)
+        if not len(where):  # on all ranks alike
+            return
         if self.device.type == "cuda":
             where = where.pin_memory()
         where = where.to(self.device, non_blocking=True)

@@ -76,6 +76,9 @@ def test_an_engine_adds_what_its_head_says(tmp_path: Path) -> None:
     others = torch.ones(len(rows), dtype=torch.bool).index_fill_(0, where, False)
     assert not rows[others, layout.states_width :].any()
     verify(engine, batch)  # compares hidden states
+    alone = PackedTokens.from_documents([torch.tensor([5])], [torch.tensor([True])])
+    engine.forward(alone, rows[:1])
+    assert not rows[0, layout.states_width :].any()
 
 
 def test_supervised_rows_are_those_before_supervised_tokens() -> None:
