@@ -140,11 +140,11 @@ def wait_work(work: dist.Work, timeout_s: float, on_device: bool) -> None:
             work.wait(timedelta(seconds=timeout_s))
             return
         pause = _SHORTEST_LOOK_S
-        while not work.is_completed() and time.monotonic() < deadline:
+        while not (completed := work.is_completed()) and time.monotonic() < deadline:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_LOOK_S)
-        if work.is_completed():
-            work.wait()
+        if completed:
+            work.wait()  # raises what it failed with
             return
     except RuntimeError as error:  # gloo knows no narrower type, for a timeout neither
         if time.monotonic() < deadline:

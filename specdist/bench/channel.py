@@ -12,9 +12,14 @@ Engine's writes from host memory. What arrives is compared bit by bit in a pass 
 of all links together, a figure is the median of the repeats.
 
 With `--products N` (the default on GPUs) each rank also computes, for each item, N products of bf16 matrices, whose
-operations are those of a forward of an 8B model. `exposed` is by how much the pair gets slower with transfers going on,
-`target` and `draft` by how much each one's compute does. The words `key=value` are keys of the configuration's
-`channel` section, such as channel.memory, a draft rank's ring, and channel.send_buffers. Prints JSON, then a table.
+operations are those of a forward of an 8B model. `target` and `draft` are the shares of the time in which the device of
+the idlest rank of each side had no product to run, and `exposed` is that of the busier side, less the same without
+transfers: the slower side does not wait for the faster one, so transfers are what it waits for. `slower` is by how much
+the products of all ranks together got slower beside transfers. (Shares and sums, because a device that throttles may
+make one side faster and the other one slower from pass to pass.)
+
+The words `key=value` are keys of the configuration's `channel` section, such as channel.memory, a draft rank's ring,
+and channel.send_buffers. Prints JSON, then a table.
 """
 
 from __future__ import annotations
@@ -26,14 +31,14 @@ import statistics
 import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from specdist import config as configuration
 from specdist.bench.channel_limit import make_limit
 from specdist.bench.channel_rank import Batch, Draft, Target
-from specdist.bench.channel_work import Work, largest, timed
+from specdist.bench.channel_work import Work, largest, timed, total
 from specdist.bench.measure import apart, in_a_world, leave, told_to
 from specdist.channel.config import ChannelConfig, parse_bytes
 from specdist.channel.wire import Wire
@@ -100,10 +105,12 @@ class ChannelSpeed:
     compute_ms: float | None = None
     """The products of one item, alone, on the slower rank; None: nothing was computed."""
     exposed: float | None = None
-    """From first to last product, with transfers against without, on the slower rank: the share that is added."""
-    target_slowdown: float | None = None
-    """Share added to the time of the products on target ranks, waits for a buffer included."""
-    draft_slowdown: float | None = None
+    """Share of the time from first to last product in which the busier side ran none, less that without transfers."""
+    target_idle: float | None = None
+    """That share of the idlest target rank, with transfers."""
+    draft_idle: float | None = None
+    slower: float | None = None
+    """Share that transfers add to the time of the products of all ranks together."""
 
 
 class Bench:
@@ -146,10 +153,10 @@ class Bench:
             for depth, move in depths.items():
                 limits[depth].append(timed(move, self._device, self._control))
             channel.append(self._pass(each, rows, idle))
-        total = each * size * len(topology.links) / 1e9
-        rates = [total / seconds for seconds in channel[1:]]  # the first one warms up
+        moved_gb = each * size * len(topology.links) / 1e9
+        rates = [moved_gb / seconds for seconds in channel[1:]]  # the first one warms up
         speed = statistics.median(rates)
-        limit = max(total / statistics.median(times[1:]) for times in limits.values())
+        limit = max(moved_gb / statistics.median(times[1:]) for times in limits.values())
         found = ChannelSpeed(
             transport=self._wire.config.transport,
             target_ranks=len(topology.target_ranks),
@@ -185,28 +192,43 @@ class Bench:
             for _ in range(count):
                 work.run(work.begin())
 
-        quiet, moving = list[list[float]](), list[list[float]]()
+        quiet, moving = list[_Computed](), list[_Computed]()
         for _ in range(self._run.repeats + 1):
             timed(alone, self._device, self._control)
-            quiet.append(self._spent(work, target))
+            quiet.append(self._computed(work, target))
             self._pass(each, rows, work)
-            moving.append(self._spent(work, target))
-        before, after = (
-            [statistics.median(times) for times in zip(*found[1:], strict=True)] for found in (quiet, moving)
-        )
-        added = [y / x - 1 for x, y in zip(before, after, strict=True)]
+            moving.append(self._computed(work, target))
+        before, after = (_Computed(*map(statistics.median, zip(*found[1:], strict=True))) for found in (quiet, moving))
         return replace(
             found,
-            compute_ms=before[0] / each * 1e3,
-            exposed=added[0],
-            target_slowdown=added[1],
-            draft_slowdown=added[2],
+            compute_ms=before.slowest / each * 1e3,
+            exposed=after.busier_idle - before.busier_idle,
+            target_idle=after.target_idle,
+            draft_idle=after.draft_idle,
+            slower=after.busy / before.busy - 1,
         )
 
-    def _spent(self, work: Work, target: bool) -> list[float]:
-        """From first to last product, and busy as a target and as a draft rank: of the slowest ranks."""
+    def _computed(self, work: Work, target: bool) -> _Computed:
+        """Of everything computed since the last call. All ranks call it."""
         spent = work.spent()
-        return largest([spent.span, spent.busy if target else 0.0, 0.0 if target else spent.busy], self._control)
+        idle = spent.idle
+        slowest, target_idle, draft_idle = largest(
+            [spent.busy, idle if target else 0.0, 0.0 if target else idle], self._control
+        )
+        return _Computed(
+            total(spent.busy, self._control), slowest, min(target_idle, draft_idle), target_idle, draft_idle
+        )
+
+
+class _Computed(NamedTuple):
+    """Seconds of products, and shares of the time without one, of one pass over all ranks."""
+
+    busy: float
+    """Of all ranks together."""
+    slowest: float
+    busier_idle: float
+    target_idle: float
+    draft_idle: float
 
 
 def worker(run: Run, output: str) -> None:
@@ -272,7 +294,7 @@ def render(speeds: Sequence[ChannelSpeed]) -> str:
     """A line for every payload."""
     head = (
         f"{'transport':<10}{'ranks':>8}{'MiB':>9}{'GB/s':>9}{'limit':>9}{'of it':>7}{'spread':>8}"
-        f"{'compute ms':>12}{'exposed':>9}{'target':>8}{'draft':>8}"
+        f"{'compute ms':>12}{'exposed':>9}{'target':>8}{'draft':>8}{'slower':>8}"
     )
 
     def percent(share: float | None, width: int) -> str:
@@ -282,7 +304,7 @@ def render(speeds: Sequence[ChannelSpeed]) -> str:
         f"{s.transport:<10}{f'{s.target_ranks}+{s.draft_ranks}':>8}{s.payload_mib:>9,.3g}{s.gb_per_s:>9.2f}"
         f"{s.limit_gb_per_s:>9.2f}{s.ratio:>7.0%}{s.spread:>8.0%}"
         f"{'-' if s.compute_ms is None else f'{s.compute_ms:.2f}':>12}"
-        f"{percent(s.exposed, 9)}{percent(s.target_slowdown, 8)}{percent(s.draft_slowdown, 8)}"
+        f"{percent(s.exposed, 9)}{percent(s.target_idle, 8)}{percent(s.draft_idle, 8)}{percent(s.slower, 8)}"
         for s in speeds
     ]
     return "\n".join(

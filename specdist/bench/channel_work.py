@@ -15,10 +15,15 @@ Mark = torch.cuda.Event | float
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds that a rank's work on the device took: `busy` with waits inside the stream, `span` from first to last."""
+    """Seconds that a rank's work on the device took: `busy` the products, `span` from the first to the last."""
 
     busy: float = 0.0
     span: float = 0.0
+
+    @property
+    def idle(self) -> float:
+        """Share of the span in which no product ran."""
+        return 1 - self.busy / self.span if self.span else 0.0
 
 
 class Work:
@@ -88,6 +93,15 @@ def timed(move: Callable[[], object], device: torch.device, control: dist.Proces
 
 def largest(values: list[float], control: dist.ProcessGroup) -> list[float]:
     """The largest of every value over all ranks."""
+    return _reduced(values, dist.ReduceOp.MAX, control)
+
+
+def total(value: float, control: dist.ProcessGroup) -> float:
+    """The sum over all ranks."""
+    return _reduced([value], dist.ReduceOp.SUM, control)[0]
+
+
+def _reduced(values: list[float], operation: dist.ReduceOp.RedOpType, control: dist.ProcessGroup) -> list[float]:
     found = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=control)
+    dist.all_reduce(found, operation, group=control)
     return [float(value) for value in found]

@@ -28,6 +28,13 @@ def share(rows: int, tp_index: int, tp: int) -> slice:
     return slice(rows * tp_index // tp, rows * (tp_index + 1) // tp)
 
 
+def share_of_item(item: WorkItem, shard: int, tp_index: int, tp: int) -> slice:
+    """The same of shard `shard`, as rows of the packed forward."""
+    rows = item.rows(shard)
+    part = share(rows.stop - rows.start, tp_index, tp)
+    return slice(rows.start + part.start, rows.start + part.stop)
+
+
 class FeatureSender(ABC):
     """The target rank's end."""
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from specdist.channel.base import FeatureReceiver, FeatureSender, Freed, Posts, share
+from specdist.channel.base import FeatureReceiver, FeatureSender, Freed, Posts, share, share_of_item
 from specdist.channel.ring import Ring
 from specdist.channel.wire import Wire
 from specdist.errors import WorldError
@@ -79,7 +79,7 @@ class P2PSender(FeatureSender):
     def _issue(self, item: WorkItem, rows: Tensor) -> _Transfer:
         transfer = _Transfer()
         for d, draft_ranks in enumerate(self._topology.draft):
-            part = rows[item.rows(d)][share(item.shards[d].tokens, self._place.tp, self._tp)]
+            part = rows[share_of_item(item, d, self._place.tp, self._tp)]
             if len(part) == 0:
                 continue
             payload = _to_host(part) if self._staged else part
@@ -126,9 +126,8 @@ class P2PReceiver(FeatureReceiver):
         self._host_ring = Ring(wire.layout, slots, shard_rows, torch.device("cpu"), pinned=True) if staged else None
         self._on_device = wire.on_gpu and not staged
         self._stream = torch.cuda.Stream(device) if self._on_device else None
-        self._on_stream = torch.cuda.stream(self._stream)
-        self._freed: dict[int, torch.cuda.Event] = {}
-        self._transfers: dict[int, _Transfer] = {}
+        self._read = [torch.cuda.Event() for _ in range(slots)] if self._on_device else []
+        self._transfers: dict[int, tuple[Tensor, _Transfer]] = {}
         self._posts = Posts(topology, rank, check)
         self._check = check
 
@@ -137,27 +136,26 @@ class P2PReceiver(FeatureReceiver):
         return self._ring.slots
 
     def enter_thread(self) -> None:
-        """A new thread's device is GPU 0, whatever the rank's is; it would leave a context there."""
+        """All that the thread issues is on the receiver's stream. Without this its device would be GPU 0, whatever this
+        rank's is, where it would leave a context."""
         if self._stream is not None:
             torch.cuda.set_device(self._stream.device)
+            torch.cuda.set_stream(self._stream)
 
     def post(self, item: WorkItem, replica: int) -> None:
         rows = (self._host_ring or self._ring).slot(item.index, item.shards[self._shard].tokens)
         transfer = _Transfer()
         if self._stream is not None:
             # The step that released the slot may still be reading it: the receive is ordered behind that read.
-            freed = self._freed.pop(item.index % self.slots, None)
-            if freed is not None:
-                self._stream.wait_event(freed)
-        with self._on_stream:  # does nothing where there is no stream
-            self._issue(item.index, rows, replica, transfer)
-        self._transfers[item.index] = transfer
+            self._stream.wait_event(self._read[item.index % self.slots])
+        self._issue(item.index, rows, replica, transfer)
+        self._transfers[item.index] = rows, transfer
         self._posts.add(item, replica)
 
     def _issue(self, index: int, rows: Tensor, replica: int, transfer: _Transfer) -> None:
         sources = self._topology.replicas[replica]
         for t, source in enumerate(sources):
-            part = rows[share(len(rows), t, len(sources))]
+            part = rows if len(sources) == 1 else rows[share(len(rows), t, len(sources))]
             if len(part) == 0:
                 continue
             link = Link(source, self._rank)
@@ -168,7 +166,7 @@ class P2PReceiver(FeatureReceiver):
     def take(self, item: WorkItem, timeout_s: float) -> Tensor:
         deadline = time.monotonic() + timeout_s
         self._posts.take(item, timeout_s)
-        transfer = self._transfers.pop(item.index)
+        rows, transfer = self._transfers.pop(item.index)
         for link, work in transfer.works:
             try:
                 wait_work(work, max(deadline - time.monotonic(), 0.001), self._on_device)
@@ -178,17 +176,14 @@ class P2PReceiver(FeatureReceiver):
                     f"{self._topology.describe(self._rank)} did not receive its rows of item {item.index} from "
                     f"{self._topology.describe(link.source)} (limit {timeout_s:.0f} s): {error}"
                 ) from error
-        tokens = item.shards[self._shard].tokens
-        rows = self._ring.slot(item.index, tokens)
-        if self._host_ring is not None:
-            rows.copy_(self._host_ring.slot(item.index, tokens), non_blocking=True)
-        return rows
+        if self._host_ring is None:
+            return rows
+        on_device = self._ring.slot(item.index, len(rows))
+        return on_device.copy_(rows, non_blocking=True)
 
     def release(self, item: WorkItem, freed: Freed) -> None:
-        if self._stream is not None:
-            event = torch.cuda.Event()
-            event.record()
-            self._freed[item.index % self.slots] = event
+        if self._on_device:
+            self._read[item.index % self.slots].record()
         elif self._host_ring is not None:
             torch.cuda.current_stream().synchronize()  # the staging copy must have been read before gloo writes again
         freed()  # whatever comes next into this slot is ordered behind the reads of it

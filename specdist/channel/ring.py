@@ -28,11 +28,12 @@ class Ring:
             device=device,
             pin_memory=pinned,
         )
+        self._slots = self.memory.unbind()
 
     def slot(self, index: int, rows: int) -> Tensor:
         """The first `rows` rows of the slot of item `index`, contiguous."""
         assert rows <= self._rows, f"{rows} rows do not fit into a slot of {self._rows}"
-        return self.memory[index % self.slots, :rows]
+        return self._slots[index % self.slots][:rows]
 
 
 def ring_slots(memory: int, rows: int, bytes_per_row: int, needed: int) -> int:

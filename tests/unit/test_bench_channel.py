@@ -37,7 +37,7 @@ def test_a_pair_over_gloo(capfd: pytest.CaptureFixture[str]) -> None:
     assert specdist(["bench", "channel", *SMALL, "--payload", "0.0625", "0.25", "--products", "2"]) == 0
     speeds = measured(capfd.readouterr().out)
     assert [(s.transport, s.payload_mib, s.in_flight) for s in speeds] == [("gloo", 0.0625, 4), ("gloo", 0.25, 4)]
-    assert all(s.compute_ms and s.exposed is not None and s.target_slowdown is not None for s in speeds)
+    assert all(s.compute_ms and s.exposed is not None and s.slower is not None for s in speeds)
 
 
 def test_two_replicas_and_two_draft_ranks(capfd: pytest.CaptureFixture[str]) -> None:

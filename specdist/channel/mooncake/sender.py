@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specdist.channel.base import FeatureSender, share
+from specdist.channel.base import FeatureSender, share, share_of_item
 from specdist.channel.mooncake.directory import Endpoint, Finder, stamp
 from specdist.channel.mooncake.engine import TransferEngine, TransferFailed
 from specdist.channel.ring import Ring
@@ -182,7 +182,7 @@ class MooncakeSender(FeatureSender):
         item = sending.item
         parts: dict[int, Tensor] = {}
         for d, ranks in enumerate(self._topology.draft):
-            part = sending.rows[item.rows(d)][share(item.shards[d].tokens, self._place.tp, self._tp)]
+            part = sending.rows[share_of_item(item, d, self._place.tp, self._tp)]
             if len(part):
                 parts |= dict.fromkeys(ranks, part)
         return parts
