@@ -16,6 +16,7 @@ from torch import Tensor
 from specdist.channel.mooncake.config import MooncakeConfig
 from specdist.channel.mooncake.directory import Directory, Endpoint
 from specdist.channel.mooncake.engine import TransferEngine
+from specdist.channel.mooncake.memory import device_of
 from specdist.contract import local_address
 from specdist.doctor.speeds import PAYLOAD, REPETITIONS, LinkSpeed
 from specdist.errors import ConfigError, WorldError
@@ -71,12 +72,13 @@ class WriteProbe:
 
     def _open(self) -> tuple[TransferEngine, Tensor]:
         """The engine, and registered memory for one payload, where the channel has its own."""
-        device = self.world.device.type
-        size = self.payload or PAYLOAD[device]
-        memory = torch.zeros(size, dtype=torch.uint8, pin_memory=device == "cuda")
+        device = self.world.device
+        size = self.payload or PAYLOAD[device.type]
         try:
             engine = TransferEngine(local_address(), self.config)
             _kept.append(engine)
+            lies = device_of(engine, self.config, device)
+            memory = torch.zeros(size, dtype=torch.uint8, device=lies, pin_memory=lies != device)
             engine.register(memory)
         except (ConfigError, WorldError) as error:
             raise WorldError(f"{self.topology.describe(self._rank)}: {error}", culprit=self._rank) from error

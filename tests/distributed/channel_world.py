@@ -108,9 +108,10 @@ class Rank:
         )
 
 
-def ends(rank: Rank, transport: Transport) -> Ends:
+def ends(rank: Rank, transport: Transport, memory: Literal["host", "device"] = "host") -> Ends:
     case = rank.case
-    config = ChannelConfig(transport=transport, send_buffers=case.buffers, mooncake=MooncakeConfig("tcp"))
+    mooncake = MooncakeConfig("tcp", memory=memory)
+    config = ChannelConfig(transport=transport, send_buffers=case.buffers, mooncake=mooncake)
     wire = Wire(config, rank.topology, rank.world, rank.groups, case.layout, PATIENCE_S)
     if rank.topology.target_place(rank.rank) is None:
         return None, make_receiver(wire, case.slots, case.rows, check=lambda: None)
@@ -125,6 +126,10 @@ def p2p_ends(rank: Rank) -> Ends:
 
 def mooncake_ends(rank: Rank) -> Ends:
     return ends(rank, "mooncake")
+
+
+def mooncake_device_ends(rank: Rank) -> Ends:
+    return ends(rank, "mooncake", "device")
 
 
 def local_ends(rank: Rank) -> Ends:
@@ -153,6 +158,7 @@ IMPLEMENTATIONS = {
     "nccl": Implementation(p2p_ends, NCCL_CASES, "cuda", "nccl"),
     "mooncake": Implementation(mooncake_ends, CASES, "cpu", "mooncake"),
     "mooncake-staged": Implementation(mooncake_ends, CASES, "cuda", "mooncake"),
+    "mooncake-device": Implementation(mooncake_device_ends, CASES, "cuda", "mooncake"),
 }
 
 

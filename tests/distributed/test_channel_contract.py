@@ -22,6 +22,7 @@ needs = {
     "nccl": pytest.mark.skipif(DEVICES < 2, reason="needs two CUDA devices"),
     "mooncake": mooncake,
     "mooncake-staged": [mooncake, a_gpu],
+    "mooncake-device": [mooncake, a_gpu],
 }
 
 

@@ -20,6 +20,10 @@ class MooncakeConfig:
     """auto takes rdma where the host has an InfiniBand or RoCE device, else tcp. All ranks must come to the same."""
     devices: tuple[str, ...] = ()
     """RDMA devices to use, such as mlx5_0; empty: those that Mooncake finds near the memory."""
+    memory: Literal["auto", "device", "host"] = "auto"
+    """Where the rings of ranks on GPUs lie. device: in the GPU's memory, which the network card reads and writes
+    (GPUDirect RDMA; over tcp Mooncake copies). host: in page-locked memory, to and from which this project copies.
+    auto: device over rdma where the GPU and the host allow it, else host."""
     stall_s: int = 30
     """A transfer that has not moved for so many seconds has failed (tcp)."""
 

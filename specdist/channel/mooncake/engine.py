@@ -66,10 +66,14 @@ class TransferEngine:
         size = memory.numel() * memory.element_size()
         status = self._engine.register_memory(memory.data_ptr(), size)
         if status != 0:
-            raise WorldError(
-                f"Mooncake cannot register {size:,} bytes on {memory.device} for {self.protocol} (status {status}): "
-                "is the limit of locked memory (ulimit -l) unlimited?"
+            hint = (
+                "is nvidia-peermem loaded, or can the kernel share the GPU's memory (dma-buf)? "
+                "channel.mooncake.memory=host does without"
+                if memory.is_cuda
+                else "is the limit of locked memory (ulimit -l) unlimited?"
             )
+            what = f"{size:,} bytes on {memory.device} for {self.protocol}"
+            raise WorldError(f"Mooncake cannot register {what} (status {status}): {hint}")
         self._registered.append(memory)
 
     def forget(self, memory: Tensor) -> None:

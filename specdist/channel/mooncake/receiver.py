@@ -16,6 +16,7 @@ from torch import Tensor
 from specdist.channel.base import FeatureReceiver, Freed, Posts, share
 from specdist.channel.mooncake.directory import MAX_SHARES, Endpoint, Publisher, stamp
 from specdist.channel.mooncake.engine import TransferEngine
+from specdist.channel.mooncake.memory import device_of
 from specdist.channel.ring import Ring
 from specdist.channel.wire import Wire
 from specdist.errors import WorldError
@@ -45,7 +46,8 @@ class _Whereabouts:
 
 
 class MooncakeReceiver(FeatureReceiver):
-    """Owns the ring. On a GPU the ring is in pinned host memory, and `take` copies an item to the device.
+    """Owns the ring. Where that of a rank on a GPU is in pinned host memory (`memory.device_of`), `take` copies an item
+    to the device.
 
     In a draft world, which has no target ranks, the scheduler says where each item is (`place`).
     """
@@ -63,12 +65,15 @@ class MooncakeReceiver(FeatureReceiver):
         place = topology.draft_place(rank)
         assert place is not None, f"rank {rank} is not a draft rank"
         self._topology, self._rank, self._shard, self._check = topology, rank, place.dp, check
-        self._host = Ring(layout, slots, shard_rows, torch.device("cpu"), pinned=wire.on_gpu)
-        self._device = Ring(layout, slots, shard_rows, wire.device) if wire.on_gpu else None
+        lies = device_of(engine, wire.config.mooncake, wire.device)
+        staged = lies != wire.device
+        self._ring = Ring(layout, slots, shard_rows, lies, pinned=staged)
+        self._copies = Ring(layout, slots, shard_rows, wire.device) if staged else None
+        self._on_gpu = wire.on_gpu
         self._flags = torch.zeros(slots + 1, len(topology.target_ranks) or MAX_SHARES, dtype=torch.int64)
         self._seen = self._flags.numpy()  # the same memory; reading it costs no dispatch
         self._column = {source: i for i, source in enumerate(topology.target_ranks)}
-        for memory in (self._host.memory, self._flags):
+        for memory in (self._ring.memory, self._flags):
             engine.register(memory)
         self._engine = engine  # others reach the memory as long as it lives
         self._posts = Posts(topology, rank, check)
@@ -85,7 +90,7 @@ class MooncakeReceiver(FeatureReceiver):
             Endpoint(
                 session=engine.session,
                 protocol=engine.protocol,
-                ring=self._host.memory.data_ptr(),
+                ring=self._ring.memory.data_ptr(),
                 slot_bytes=shard_rows * layout.bytes_per_token,
                 slots=slots,
                 flags=self._flags.data_ptr(),
@@ -95,7 +100,7 @@ class MooncakeReceiver(FeatureReceiver):
 
     @property
     def slots(self) -> int:
-        return self._host.slots
+        return self._ring.slots
 
     def place(self, item: int, slot: int, shares: int) -> None:
         self._placed[item] = (slot, shares)
@@ -125,14 +130,12 @@ class MooncakeReceiver(FeatureReceiver):
             if source.source >= 0:
                 self._traced.pop((item.index, source.source)).ended()
         tokens = item.shards[self._shard].tokens
-        rows = self._host.slot(where.slot, tokens)
-        if self._device is None:
+        rows = self._ring.slot(where.slot, tokens)
+        if self._copies is None:
             return rows
-        on_device = self._device.slot(item.index, tokens)
-        on_device.copy_(rows, non_blocking=True)
-        self._copied[item.index] = torch.cuda.Event()
-        self._copied[item.index].record()
-        return on_device
+        copy = self._copies.slot(item.index, tokens).copy_(rows, non_blocking=True)
+        self._copied[item.index] = _here()
+        return copy
 
     def _whereabouts(self, item: WorkItem, replica: int) -> _Whereabouts:
         if item.index in self._placed:
@@ -159,19 +162,28 @@ class MooncakeReceiver(FeatureReceiver):
             time.sleep(_POLL_S)
 
     def release(self, item: WorkItem, freed: Freed) -> None:
-        if self._device is None:
+        if not self._on_gpu:
             freed()
-        else:  # the slot in host memory is free once it is copied; that of the device is written in stream order
+        elif self._copies is None:  # free once all that was launched to read it has run
+            self._freeing.put((_here(), freed))
+        else:  # free once it is copied; what comes into the copy's place next comes in stream order
             self._freeing.put((self._copied.pop(item.index), freed))
 
     def retire(self) -> object:
-        self._device = None
+        self._copies = None
         return self
 
     def _free(self, device: torch.device) -> None:
         torch.cuda.set_device(device)
         while True:
-            copied, freed = self._freeing.get()
-            copied.synchronize()
+            read, freed = self._freeing.get()
+            read.synchronize()
             with contextlib.suppress(WorldError):  # the world has failed: the trainer hears of it by itself
                 freed()
+
+
+def _here() -> torch.cuda.Event:
+    """The end of what the current stream has been given so far."""
+    event = torch.cuda.Event()
+    event.record()
+    return event

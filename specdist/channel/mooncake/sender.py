@@ -14,6 +14,7 @@ from torch import Tensor
 from specdist.channel.base import FeatureSender, share, share_of_item
 from specdist.channel.mooncake.directory import Endpoint, Finder, stamp
 from specdist.channel.mooncake.engine import TransferEngine, TransferFailed
+from specdist.channel.mooncake.memory import device_of
 from specdist.channel.ring import Ring
 from specdist.channel.wire import Wire
 from specdist.errors import WorldError
@@ -63,11 +64,13 @@ class MooncakeSender(FeatureSender):
         self._places: dict[int, tuple[int, int]] = {}
         self._engine, self._directory, self._timeout_s = engine, directory, wire.timeout_s
         self._trace = wire.trace
-        self._host = Ring(wire.layout, buffers, item_rows, torch.device("cpu"), pinned=wire.on_gpu)
-        self._device = Ring(wire.layout, buffers, item_rows, wire.device) if wire.on_gpu else self._host
-        self._copying = torch.cuda.Stream(wire.device) if wire.on_gpu else None
+        lies = device_of(engine, wire.config.mooncake, wire.device)
+        staged = lies != wire.device
+        self._ring = Ring(wire.layout, buffers, item_rows, lies, pinned=staged)
+        self._computed = Ring(wire.layout, buffers, item_rows, wire.device) if staged else self._ring
+        self._copying = torch.cuda.Stream(wire.device) if staged else None
         self._flag = torch.zeros(1, dtype=torch.int64)
-        for memory in (self._host.memory, self._flag):
+        for memory in (self._ring.memory, self._flag):
             engine.register(memory)
         self._endpoints: dict[int, Endpoint] = {}
         self._sending: dict[int, _Sending] = {}
@@ -79,7 +82,7 @@ class MooncakeSender(FeatureSender):
 
     @property
     def buffers(self) -> int:
-        return self._host.slots
+        return self._ring.slots
 
     def connect(self, timeout_s: float, check: Callable[[], None]) -> None:
         for draft in self._topology.draft_ranks:
@@ -106,12 +109,12 @@ class MooncakeSender(FeatureSender):
         earlier = self._sending.pop(number % self.buffers, None)
         if earlier is not None:
             self._finish(earlier, self._timeout_s)
-        return self._device.slot(number, item.tokens)
+        return self._computed.slot(number, item.tokens)
 
     def send(self, item: WorkItem, rows: Tensor) -> None:
         copied = None
         if self._copying is not None:
-            host = self._host.slot(self._sent, item.tokens)
+            host = self._ring.slot(self._sent, item.tokens)
             with torch.cuda.stream(self._copying):
                 host.copy_(rows, non_blocking=True)
                 copied = torch.cuda.Event()
@@ -132,7 +135,7 @@ class MooncakeSender(FeatureSender):
         self._jobs.put(None)
         self._thread.join(timeout_s)
         if self._error is None and not self._thread.is_alive():
-            for memory in (self._host.memory, self._flag):
+            for memory in (self._ring.memory, self._flag):
                 self._engine.forget(memory)
 
     def _finish(self, sending: _Sending, timeout_s: float) -> None:
