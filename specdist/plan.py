@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PretrainedConfig
 
 from specdist import job as jobs
 from specdist.contract import Role
+from specdist.draft.config import DraftConfig
 from specdist.draft.registry import frozen_memory, parameter_count, step_memory
 from specdist.errors import ConfigError
 from specdist.groups import ranges
@@ -125,27 +127,42 @@ def _target_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[N
 
 
 def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Need]:
-    parameters = parameter_count(job.draft, facts.target.config)
-    shards = len(topology.draft) if job.draft.sharding == "fsdp" else 1
-    tokens = job.prompts.tokens_per_rank
-    compute = 4 if job.draft.dtype == "float32" else 2
-    frozen = frozen_memory(job.draft, facts.target.config, facts.target.tied, facts.target_dtype.itemsize)
-    tables = "target head" if job.draft.eagle3.embedding == "host" else "target embedding and head"
-    needs = [
-        Need("draft", f"fp32 weights and AdamW moments / {shards}", 12 * parameters // shards),
-        Need("draft", "weights to compute with", compute * parameters),
-        Need("draft", tables, frozen),
-    ]
-    step = step_memory(job.draft, facts.target.config, tokens, compute)
-    needs += [Need("draft", part, size) for part, size in step.items()]
-    # Gradients come when what the steps kept has gone: as they are computed, in fp32 to be reduced, and this rank's.
-    gradients = (compute + 4) * parameters + 4 * parameters // shards
-    needs.append(Need("draft", "gradients, beyond that", max(gradients - sum(step.values()), 0)))
+    tokens, ranks = job.prompts.tokens_per_rank, len(topology.draft_ranks)
+    parts = training_memory(
+        job.draft, facts.target.config, facts.target.tied, facts.target_dtype.itemsize, tokens, ranks
+    )
+    needs = [Need("draft", part, size) for part, size in parts.items()]
     if topology.mode == "split":
         slots = jobs.slots(job, facts.layout)
         ring = slots * tokens * facts.layout.bytes_per_token
         needs.append(Need("draft", f"receive ring of {slots} slots", ring))
     return needs
+
+
+def training_memory(
+    draft: DraftConfig, target: PretrainedConfig, tied: bool, itemsize: int, tokens: int, ranks: int
+) -> dict[str, int]:
+    """Bytes on one of `ranks` draft ranks that trains with micro-batches of `tokens`, without the features.
+
+    Args:
+        tied: whether the target's embedding is its head.
+        itemsize: bytes of a number of the target's tables.
+    """
+    parameters = parameter_count(draft, target)
+    shards = ranks if draft.sharding == "fsdp" else draft.cp
+    compute = 4 if draft.dtype == "float32" else 2
+    step = step_memory(draft, target, tokens, compute)
+    # Gradients come when what the steps kept has gone: as they are computed, in fp32 to be reduced, and this rank's.
+    gradients = (compute + 4) * parameters + 4 * parameters // shards
+    return {
+        f"fp32 weights and AdamW moments / {shards}": 12 * parameters // shards,
+        "weights to compute with": compute * parameters,
+        "target head" if draft.eagle3.embedding == "host" else "target embedding and head": frozen_memory(
+            draft, target, tied, itemsize
+        ),
+        **step,
+        "gradients, beyond that": max(gradients - sum(step.values()), 0),
+    }
 
 
 def _mlp_width(facts: JobFacts) -> int:

@@ -9,9 +9,11 @@ import pytest
 from transformers import AutoConfig
 
 from specdist.bench.shapes import SHAPES
+from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.memory import frozen_rows, step_bytes
+from specdist.plan import training_memory
 
 TARGET: dict[str, Any] = {"teacher_head": "target"}
 FP8: dict[str, Any] = {**TARGET, "embedding": "host", "products": "fp8"}
@@ -40,3 +42,22 @@ def test_the_peak_is_foreseen(case: tuple[int, int, dict[str, Any], float]) -> N
     weights = 2 * (3 * 4096**2 + 6144 * 8192 + 4096**2 + 3 * 12288 * 4096 + 32000 * 4096)
     features = 2 * tokens * 4 * 4096
     assert (step + tables + weights + features) / 2**30 == pytest.approx(measured, rel=0.1)
+
+
+WHOLE: list[tuple[int, int, dict[str, Any], dict[str, Any], float]] = [
+    (8192, 1, {}, {}, 15.8),
+    (8192, 2, {}, {}, 13.5),
+    (8192, 2, {"sharding": "replicate"}, {}, 15.8),
+    (131072, 2, {"cp": 2}, {**FP8, "recompute": 7}, 46.3),
+]
+"""GiB of `specdist bench step` with optimizer and FSDP, by tokens, ranks, and options of the draft and of EAGLE-3."""
+
+
+@pytest.mark.parametrize("case", WHOLE, ids=str)
+def test_the_peak_of_a_rank_is_foreseen(case: tuple[int, int, dict[str, Any], dict[str, Any], float]) -> None:
+    tokens, ranks, options, eagle3, measured = case
+    draft = DraftConfig(eagle3=Eagle3Config(vocab_size=32000, **eagle3), **options)
+    target = AutoConfig.for_model(**SHAPES["qwen3-8b"])
+    rank = sum(training_memory(draft, target, tied=False, itemsize=2, tokens=tokens, ranks=ranks).values())
+    features = 2 * tokens * 4 * 4096
+    assert (rank + features) / 2**30 == pytest.approx(measured, rel=0.1)
