@@ -82,12 +82,12 @@ def estimated(job: JobConfig, facts: JobFacts) -> Rates:
     for sequences of prompts.max_length."""
     import torch
 
-    from specdist.bench import step, target  # they import much that a plan with rates does without
+    from specdist.bench import step_cost, target  # they import much that a plan with rates does without
 
     dims, length = Eagle3Dims.of(job.draft.eagle3, facts.target.config), job.prompts.max_length
     document = PackedTokens.from_documents([torch.zeros(length)], [torch.ones(length)])  # all of it supervised
     summary = facts.layout.summary  # the target runs its head, and the draft does not
-    training = step.flops(dims, Rows.of(document, job.draft.eagle3.ttt_length), length, not summary) / length
+    training = step_cost.flops(dims, Rows.of(document, job.draft.eagle3.ttt_length), length, not summary) / length
     forward = target.flops(facts.target, [length]) / length
     forward += 2.0 * facts.target.hidden_size * facts.target.vocab_size * summary
     able = ESTIMATED_TFLOPS * 1e12

@@ -27,7 +27,7 @@ import numpy as np
 
 from specdist.bench.measure import apart
 from specdist.bench.shapes import SHAPES, in_a_process
-from specdist.bench.step import lengths_of
+from specdist.bench.step_batch import lengths_of
 from specdist.errors import ConfigError
 from specdist.job import JobConfig, examine, load_job
 from specdist.prompts.report import PrepareReport

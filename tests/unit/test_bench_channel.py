@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from specdist.bench.channel import ChannelSpeed, main, render
+from specdist.bench.channel import main, render
+from specdist.bench.channel_measure import ChannelSpeed
 from specdist.bench.channel_notes import Notes
 from specdist.bench.channel_rank import make_item, pattern
 from specdist.cli import main as specdist

@@ -12,7 +12,10 @@ import torch
 from transformers import AutoConfig
 
 from specdist.bench.shapes import SHAPES
-from specdist.bench.step import StepSpeed, flops, lengths_of, main, part_of, render
+from specdist.bench.step import main, render
+from specdist.bench.step_batch import lengths_of
+from specdist.bench.step_cost import flops, part_of
+from specdist.bench.step_rank import StepSpeed
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.rows import Rows
