@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import Progress as Bar
-from rich.progress import TaskID
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -22,6 +18,7 @@ from specdist import balance
 from specdist.attempts import Ending
 from specdist.drafts import served_draft
 from specdist.evaluate import EvaluationTarget, evaluate
+from specdist.evaluate_progress import EvaluationProgress
 from specdist.evaluate_prompts import read_prompts
 from specdist.evaluate_report import Comparison, EvaluationReport, Tally
 from specdist.export import export_draft
@@ -179,18 +176,18 @@ def compare(
     prompts = read_prompts(job.evaluate.prompts, tokenizer, job.evaluate.limit, job.prompts.template_kwargs)
     tokens, files = [p.tokens for p in prompts], [p.file for p in prompts]
     reports: list[EvaluationReport] = []
-    with Bar(console=Console(stderr=True), transient=True) as bar:
+    with EvaluationProgress() as progress:
+
+        def tick(done: int, total: int, tally: Tally) -> None:
+            if stop:
+                raise _StopAsked
+            progress.show(done, total, tally)
+
         for name, weights in (("before", None), ("after", state)):
             draft = served_draft(job, facts, run_dir, device, weights)
-            tick = functools.partial(_tick, bar, bar.add_task(f"evaluate {name} training", total=len(prompts)), stop)
+            progress.begin(f"evaluate {name} training", len(prompts))
             reports.append(evaluate(target, draft.proposer, tokens, job.evaluate, tick, files))
     return Comparison(*reports)
-
-
-def _tick(bar: Bar, task: TaskID, stop: StopFlag, done: int, total: int, tally: Tally) -> None:
-    if stop:
-        raise _StopAsked
-    bar.update(task, completed=done, total=total)
 
 
 def _sides(job: JobConfig, outcome: Outcome) -> Sides:

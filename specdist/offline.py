@@ -16,6 +16,7 @@ from specdist.draft.registry import build_draft
 from specdist.drafts import load_state, new_draft, served_draft
 from specdist.errors import ConfigError
 from specdist.evaluate import EvaluationTarget, evaluate
+from specdist.evaluate_progress import EvaluationProgress
 from specdist.evaluate_prompts import read_prompts
 from specdist.export import load_exported
 from specdist.files import write_atomically
@@ -54,9 +55,10 @@ def evaluate_draft(
     )
     tokenizer = AutoTokenizer.from_pretrained(job.target.path)
     prompts = read_prompts(job.evaluate.prompts, tokenizer, job.evaluate.limit, job.prompts.template_kwargs)
-    report = evaluate(
-        target, model.proposer, [p.tokens for p in prompts], job.evaluate, sources=[p.file for p in prompts]
-    )
+    tokens, names = [p.tokens for p in prompts], [p.file for p in prompts]
+    with EvaluationProgress() as progress:
+        progress.begin("evaluate", len(prompts))
+        report = evaluate(target, model.proposer, tokens, job.evaluate, progress.show, names)
     if output:
         write_atomically(Path(output), json.dumps(report.to_dict(), indent=1) + "\n")
     return report.render()

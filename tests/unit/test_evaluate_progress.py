@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an evaluation shows while it runs where there is no terminal, and a command that is interrupted."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from specdist import cli, evaluate_progress
+from specdist.evaluate_progress import EvaluationProgress
+from specdist.evaluate_report import Tally
+
+HALF = Tally(prompts=1, tokens=9, forwards=4, seconds=3.0, drafted=(4,), reached=(4,), accepted=(2,))
+
+
+def test_a_log_file_gets_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(evaluate_progress.time, "monotonic", lambda: now[0])
+    with EvaluationProgress() as progress:
+        progress.begin("evaluate before training", 3)
+        for done, moment in enumerate((4.0, 11.0, 15.0), 1):
+            now[0] = moment
+            progress.show(done, 3, HALF)
+    said = "evaluate before training: 2 of 3 prompts, acceptance length 2.00, 3 tokens/s\n"
+    assert capsys.readouterr() == ("", said)
+
+
+def test_an_interrupted_command_ends_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_status", interrupted)
+    assert cli.main(["status", "run"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "specdist: interrupted\n"
