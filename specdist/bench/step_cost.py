@@ -52,7 +52,7 @@ def parts(step: Any, device: torch.device, steps: int = 3) -> dict[str, float]:
     """Milliseconds of a step in each kind of kernel; empty where there is no GPU."""
     if device.type != "cuda":
         return {}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         seconds(step, device, steps, warm=0)
     found: Counter[str] = Counter()
     for event in profile.key_averages():
