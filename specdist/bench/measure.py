@@ -62,7 +62,7 @@ def in_a_world(module: str, what: str, told: Mapping[str, Any], ranks: int) -> A
         source.write_text(json.dumps(told))
         world = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command = [*world, "-m", module, "--worker", str(source), str(output)]
-        threads = str(max((os.cpu_count() or 1) // ranks, 1))
+        threads = str(max(len(os.sched_getaffinity(0)) // ranks, 1))
         done = subprocess.run(command, stdout=sys.stderr, env={"OMP_NUM_THREADS": threads} | os.environ, check=False)
         if done.returncode or not output.exists():
             raise SystemExit(f"specdist: the benchmark of {what} failed: its error is above")
