@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import platform
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -164,7 +165,8 @@ def _train(args: argparse.Namespace) -> int:
         return int(importlib.import_module("specdist_launch.ssh").main(args))
     import torch
 
-    from specdist.job import check_installed, examine, load_job
+    from specdist.evaluate_prompts import check_prompts
+    from specdist.job import check_installed, examine, load_job, topology
     from specdist.prompts.prepare import prepare
     from specdist.run_dir import RunDirectory
     from specdist_launch.local import start, world_size
@@ -176,9 +178,11 @@ def _train(args: argparse.Namespace) -> int:
     RunDirectory(Path(job.run.dir)).check(job)
     devices = 0 if job.world.device == "cpu" else torch.cuda.device_count()
     ranks = args.nproc_per_node or world_size(job, devices)
+    topology(job, [platform.node()] * ranks)
     report = prepare(job.prompts, job.target.path, progress=True).report  # before any rank could wait for another
     if report.bad_total:
         print(f"prompts: {report}", file=sys.stderr)
+    check_prompts(job.evaluate.prompts, job.target.path, job.evaluate.limit, job.prompts.template_kwargs)
     return start(files, overrides, ranks, retries=args.retries, role=job.world.role)
 
 

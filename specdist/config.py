@@ -65,10 +65,8 @@ def load(schema: type[T], files: Sequence[str | Path], overrides: Sequence[str] 
         try:
             config = OmegaConf.merge(config, layer.values)
         except OmegaConfBaseException as error:
-            key = error.full_key or ""
-            raise ConfigError(
-                f"{layer.places.get(key, layer.name)}: {key}: {_first_line(error)}", sources=""
-            ) from error
+            key, wrong = _told(error, config, layer)
+            raise ConfigError(f"{layer.places.get(key, layer.name)}: {key}: {wrong}", sources="") from error
     with naming_sources(schema, files, overrides):
         try:
             return typing.cast(T, OmegaConf.to_object(config))
@@ -80,6 +78,22 @@ def load(schema: type[T], files: Sequence[str | Path], overrides: Sequence[str] 
             ) from error
         except OmegaConfBaseException as error:
             raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+
+
+def _told(error: OmegaConfBaseException, config: Any, layer: _Layer) -> tuple[str, str]:
+    """The key that a layer sets wrongly, and what is wrong with it. Of items of a list OmegaConf knows neither key nor
+    value: then it is the key that is refused alone."""
+    if error.full_key:
+        return error.full_key, _first_line(error)
+    for key in layer.places:
+        value, alone = OmegaConf.select(layer.values, key), OmegaConf.create()
+        OmegaConf.update(alone, key, value)
+        try:
+            OmegaConf.merge(config, alone)
+        except OmegaConfBaseException:
+            if not OmegaConf.is_dict(value):
+                return key, _first_line(error).replace("'$VALUE'", str(value))
+    return "", _first_line(error)
 
 
 @contextmanager

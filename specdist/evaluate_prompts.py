@@ -69,6 +69,20 @@ def read_prompts(
     return prompts
 
 
+def check_prompts(
+    files: Sequence[str | Path], tokenizer: str | Path, limit: int | None, template_kwargs: Mapping[str, Any]
+) -> None:
+    """Read prompts as an evaluation will that may come hours later, with the tokenizer of a model directory.
+
+    Raises:
+        DataError: see `read_prompts`.
+    """
+    if files:
+        from transformers import AutoTokenizer
+
+        read_prompts(files, AutoTokenizer.from_pretrained(tokenizer), limit, template_kwargs)
+
+
 def _read(file: str) -> Iterator[Sample]:
     for source in find_files((file,)):
         for piece in pieces(source):

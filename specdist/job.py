@@ -109,6 +109,8 @@ def load_job(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> JobC
             )
         if not job.prompts.files:
             raise ConfigError("prompts.files is empty: give JSONL, JSON, Parquet files or dataset directories")
+        if job.world.device == "cpu":
+            transport(job, torch.device("cpu"))
         job.trace.check(job.train.steps)
         return job
 
@@ -135,6 +137,11 @@ def examine(job: JobConfig) -> JobFacts:
             f"prompts.max_length={job.prompts.max_length} is more than target.sglang.prefill_tokens={longest}, and a "
             "document is not divided between forwards: raise the one or lower the other"
         )
+    if job.world.mode == "split" and job.world.role != "target":
+        slots(job, layout)
+    absent = [file for file in job.evaluate.prompts if not Path(file).expanduser().exists()]
+    if absent:
+        raise ConfigError(f"evaluate.prompts: there is no {', '.join(absent)} (working directory {Path.cwd()})")
     for format in job.export.formats:
         check_servable(layout.captured_layers, target.layers, format)
     return JobFacts(target, dtype, layout)
@@ -165,7 +172,9 @@ def slots(job: JobConfig, layout: FeatureLayout) -> int:
 
 
 def transport(job: JobConfig, device: torch.device) -> Transport:
-    """What carries features between ranks on such devices."""
+    """What carries features between ranks on such devices. Raises ConfigError."""
+    if job.channel.transport == "nccl" and device.type != "cuda":
+        raise ConfigError("channel.transport=nccl moves features between GPUs, and none is used: auto finds what fits")
     if job.channel.transport != "auto":
         return job.channel.transport
     return "nccl" if device.type == "cuda" else "gloo"

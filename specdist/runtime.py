@@ -28,6 +28,7 @@ from specdist.control.wire import new_token
 from specdist.doctor.preflight import Preflight
 from specdist.draft_role import consume
 from specdist.errors import DataError, Dismissed, UserError, WorldError
+from specdist.evaluate_prompts import check_prompts
 from specdist.export import load_exported
 from specdist.groups import Groups, World, join_world, make_groups
 from specdist.itinerary import Itinerary, find_itinerary, share_itinerary
@@ -76,6 +77,8 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     """Take part in the run as rank `facts.rank`; returns when the run is done or was asked to stop."""
     job_facts = jobs.examine(job)
     prompts = prepare(job.prompts, job.target.path, progress=facts.rank == 0)
+    if facts.rank == 0 and job.world.mode != "draft_only":
+        check_prompts(job.evaluate.prompts, job.target.path, job.evaluate.limit, job.prompts.template_kwargs)
     world = join_world(job.world, facts)
     topology = jobs.topology(job, world.hosts, world.roles)
     run_dir = RunDirectory(Path(job.run.dir))

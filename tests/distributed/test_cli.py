@@ -69,6 +69,16 @@ def test_an_empty_shard_trains_as_if_it_were_not_there(trained, tmp_path):
     assert two == pytest.approx(one, rel=1e-6)
 
 
+def test_a_prompt_that_could_not_be_evaluated_is_told_before_training(trained, tmp_path, capsys):
+    _, words, _ = trained
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"prompt": "good night"}\n{"prompt": 3}\n')
+    changed = [w for w in words if not w.startswith(("run.dir", "evaluate.prompts"))]
+    assert main(["train", *changed, f"run.dir={tmp_path / 'run'}", f"evaluate.prompts=[{held}]"]) == 2
+    assert f"evaluate.prompts: {held}:2: not text: the prompt is 3" in capsys.readouterr().err
+    assert not (tmp_path / "run/logs").exists()
+
+
 def test_a_run_directory_belongs_to_one_job(trained, capsys):
     _, words, _ = trained
     assert main(["train", *words, "draft.eagle3.ttt_length=2", "run.seed=5"]) == 2

@@ -31,6 +31,7 @@ class Outer:
     path: str = MISSING
     names: tuple[str, ...] = ()
     inner: Inner = field(default_factory=Inner)
+    kinds: tuple[Literal["a", "b"], ...] = ()
 
 
 def write(tmp_path, text, name="x.yaml"):
@@ -56,7 +57,7 @@ def test_saved_yaml_loads_to_the_same_value(tmp_path):
     [
         ("path: p\ninner:\n  lenght: 3\n", [], r"x\.yaml:3: unknown key 'inner\.lenght'; did you mean 'inner\.length'"),
         ("path: p\nlength: 3\n", [], r"x\.yaml:2: unknown key 'length'; did you mean 'inner\.length'"),
-        ("path: p\nzzz: 3\n", [], r"x\.yaml:2: unknown key 'zzz'; valid here: path, names, inner"),
+        ("path: p\nzzz: 3\n", [], r"x\.yaml:2: unknown key 'zzz'; valid here: path, names, inner, kinds"),
         ("path: p\ninner:\n  length: many\n", [], r"x\.yaml:3: inner\.length: .*'many'.*Integer"),
         (
             "path: p\ninner: 3\n",
@@ -64,6 +65,8 @@ def test_saved_yaml_loads_to_the_same_value(tmp_path):
             r"x\.yaml:2: inner is a section with keys of its own: length, kind, options, length_max",
         ),
         ("path: p\n", ["inner.kind=c"], r"command line: inner\.kind: .*\['a', 'b'\]"),
+        ("path: p\n", ["kinds=[a,c]"], r"command line: kinds: Invalid value \['a', 'c'\], expected one of"),
+        ("path: p\nkinds: [c]\n", [], r"x\.yaml:2: kinds: Invalid value \['c'\]"),
         ("path: p\n", ["inner.knid=c"], r"command line: unknown key 'inner\.knid'; did you mean 'inner\.kind'"),
         ("path: p\n", ["inner"], r"'inner' is not of the form key=value"),
         ("path: p\n", ["inner.length=-1"], r"inner\.length is >= 0, not -1"),

@@ -84,6 +84,10 @@ def test_what_does_not_fit_is_said_with_advice(job):
         ({"draft__eagle3__layers": "[1,2,5]"}, ConfigError, "last layer"),
         ({"train__epochs": 1}, ConfigError, r"give train.steps \(4\) or train.epochs \(1\), not both"),
         ({"target__tp": 3}, ConfigError, r"target.tp=3 does not divide num_attention_heads=4"),
+        ({"draft__eagle3__vocab_size": 9999}, ConfigError, "vocab_size is 9999: the target has"),
+        ({"channel__memory": "128KiB"}, ConfigError, "channel.memory = 131,072 B holds 1 micro-batches"),
+        ({"channel__transport": "nccl"}, ConfigError, "channel.transport=nccl moves features between GPUs"),
+        ({"evaluate__prompts": "[/no.jsonl]"}, ConfigError, r"evaluate.prompts: there is no /no.jsonl \(working dir"),
     ],
 )
 def test_what_cannot_be_is_refused_on_the_login_node(job, overrides, error, said):

@@ -74,6 +74,10 @@ class Eagle3Dims:
         if config.products == "fp8":
             _check_fp8({"hidden size": hidden, "MLP": inner, "queries": heads * head_dim, "keys": kv_heads * head_dim})
         vocab_size = _read(text, "vocab_size")
+        if config.vocab_size is not None and config.vocab_size > vocab_size:
+            raise ConfigError(
+                f"draft.eagle3.vocab_size is {config.vocab_size}: the target has {vocab_size} tokens (null takes all)"
+            )
         return cls(
             hidden_size=hidden,
             intermediate_size=inner,
