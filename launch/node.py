@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from specdist import contract
@@ -15,6 +16,7 @@ from specdist.attempts import AttemptRecord, Ending, Failure, Started
 from specdist.contract import Attempt
 from specdist.errors import ConfigError, Dismissed, UserError
 from specdist.job import JobConfig, home
+from specdist.lease import Lease, refuse_if_held
 from specdist.run_dir import RunDirectory
 from specdist_launch.meeting import Meeting, Node, meet
 from specdist_launch.network import interface_towards
@@ -39,10 +41,16 @@ class Agent:
     def run(self, arguments: Sequence[str], kept: bool, stop: StopForwarding) -> int:
         """Run `python ARGUMENTS` as this node's ranks; `kept`: as an attempt of the run, with a record.
 
+        Raises:
+            ConfigError: another job is at work in the run directory; nothing is on record then.
+
         Returns:
             The exit status: on node 0 the verdict's (see verdict.py), elsewhere 0 unless nobody knows why.
         """
         place = self._place
+        leads = place.number == 0 and kept
+        if leads:
+            refuse_if_held(self._home, self._attempt.job)
         me, limit = Node(place.number, place.host, place.ranks), self._job.launch.meet_timeout_s
         try:
             self._check_time()
@@ -52,9 +60,10 @@ class Agent:
             return self._leave_early(str(error), kept)
         except UserError as error:
             return self._not_met(error, kept)
-        if me.number == 0 and kept:
+        if leads:
             self._record.begin(self._started(meeting))
-        failed = run_ranks(meeting, me.number, place.leader[0], self._attempt.name, arguments, self._environment())
+        with Lease(self._record) if leads else nullcontext():
+            failed = run_ranks(meeting, me.number, place.leader[0], self._attempt.name, arguments, self._environment())
         self._tell(failed, stop.reason)
         if not kept:
             return GIVE_UP if failed else 0
@@ -123,6 +132,7 @@ class Agent:
         if failed and not self._known():
             self._await_record()
         failure, leads = self._record.failure(), self._place.number == 0
+        told = self._record.ending() is not None
         if self._record.ending() is None and stopped is not None and (failure is None or failure.of_leaving):
             if leads:
                 self._record.end(Ending("stopped", saved_step(self._run_dir), stopped))
@@ -131,8 +141,9 @@ class Agent:
             self._fail(Failure("lost", f"ended without a word: {ends}", host=self._place.host))
         if not leads:
             return 0 if self._known() or stopped is not None or not failed else GIVE_UP
-        verdict = judge(self._home, self._job.launch)
-        if verdict.status != DONE and self._launcher != "slurm":  # there the batch script says it
+        verdict = judge(self._home, self._job.launch, self._record)
+        # On Slurm the batch script says it; and what has been trained rank 0 has told.
+        if (verdict.status != DONE or not told) and self._launcher != "slurm":
             print(f"specdist: {verdict.words}", file=sys.stderr)
         return verdict.status
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from specdist.attempts import AttemptRecord, Failure, Started, attempts
 from specdist.contract import Attempt
 from specdist.errors import UserError
+from specdist.lease import holder
 from specdist.progress import committed, read_progress
 from specdist.run_dir import RunDirectory
 from specdist_launch.config import LaunchConfig
@@ -40,9 +41,11 @@ class Verdict:
     words: str
 
 
-def judge(run_dir: Path, config: LaunchConfig) -> Verdict:
-    """Judge the last attempt of the run by its records and those before it."""
+def judge(run_dir: Path, config: LaunchConfig, record: AttemptRecord | None = None) -> Verdict:
+    """Judge an attempt of the run, the last one by default, by its records and those before it."""
     history = attempts(run_dir)
+    if record is not None:
+        history = history[: history.index(record) + 1] if record in history else []
     if not history:
         return Verdict(GIVE_UP, f"{run_dir} has no record of an attempt: it failed before the ranks were started")
     last = history[-1]
@@ -124,7 +127,7 @@ def saved_step(run_dir: Path) -> int:
 def _account_for(attempt: Attempt, run_dir: Path) -> None:
     """Record an attempt whose agents ended before they had met: an earlier one would be taken for it."""
     record = AttemptRecord(attempt.directory(run_dir))
-    if record.started() is None:
+    if record.started() is None and holder(run_dir, attempt.job) is None:
         record.begin(Started("slurm", (), 0, saved_step(run_dir)))
         record.fail(Failure("error", "the nodes' agents ended before they had met; the job's output says more"))
 
@@ -144,9 +147,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
     attempt = Attempt.from_environment()
     directory = home(job, attempt)
+    own = AttemptRecord(attempt.directory(directory)) if args.slurm else None
     if args.slurm:
         _account_for(attempt, directory)
-    verdict = judge(directory, job.launch)
+    verdict = judge(directory, job.launch, own)
     print(f"specdist: {verdict.words}", file=sys.stderr)
     return verdict.status
 

@@ -33,6 +33,7 @@ from specdist.export import load_exported
 from specdist.groups import Groups, World, join_world, make_groups
 from specdist.itinerary import Itinerary, find_itinerary, share_itinerary
 from specdist.job import JobConfig, JobFacts
+from specdist.lease import Lease, refuse_if_held
 from specdist.links import connect_links
 from specdist.observer import RunObserver
 from specdist.prompts.prepare import prepare
@@ -90,8 +91,10 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
         _join_another_world(job, job_facts, world, topology, prompts, start)
         return
     itinerary = _agree_on_itinerary(job, world, topology, run_dir, prompts)
+    alone = start.record.started() is None  # no agent of ours has started this world
     if facts.rank == 0:
-        if start.record.started() is None:  # no agent of ours has started this world
+        if alone:
+            refuse_if_held(run_dir.path, start.attempt.job)
             hosts = tuple(dict.fromkeys(world.hosts))
             start.record.begin(Started("torchrun", hosts, topology.world_size, itinerary.progress.step))
         _introduce(job, topology, job_facts, prompts, itinerary)
@@ -99,6 +102,7 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     terms = Terms.of(job, job_facts, prompts, topology, itinerary) if job.world.role == "draft" else None
     trace = _trace(job, world, topology, itinerary, start)
     with (
+        Lease(start.record) if alone and facts.rank == 0 else contextlib.nullcontext(),
         _control_plane(job, job_facts, world, topology, itinerary, start, stop, trace, terms) as (client, server),
         trace.recording(client.ask_clock),
     ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from specdist.stop import end_with_launcher
 
 def main(argv: Sequence[str] | None = None) -> int:
     end_with_launcher()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `StopFlag` is there, Ctrl-C ends a rank without a traceback
     parser = argparse.ArgumentParser(prog="python -m specdist.train", description=__doc__)
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; several are merged")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override single keys")

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One job at a time in a run directory: who is there says so, and who comes second is refused."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from specdist import lease
+from specdist.attempts import AttemptRecord, Ending, Failure, Started
+from specdist.contract import Attempt
+from specdist.errors import ConfigError
+from specdist.lease import Lease, holder, refuse_if_held
+from specdist_launch.config import LaunchConfig
+from specdist_launch.verdict import AGAIN, GIVE_UP, judge
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "PULSE_S", 0.05)
+    monkeypatch.setattr(lease, "WATCH_S", 20.0)
+
+
+def begin(run_dir: Path, job: str, when: float = 1.0) -> AttemptRecord:
+    record = AttemptRecord(Attempt(job).directory(run_dir))
+    record.begin(Started("local", ("n1", "n2"), 3, time=when))
+    return record
+
+
+def leave_unsaid(record: AttemptRecord, monkeypatch: pytest.MonkeyPatch, age_s: float = 0.0) -> None:
+    """What an attempt leaves behind whose host is lost."""
+    (record.directory / "alive").write_text(f"7 {time.time() - age_s:.0f}\n")
+    monkeypatch.setattr(lease, "WATCH_S", 0.3)
+
+
+def test_who_comes_second_is_refused(tmp_path: Path) -> None:
+    with Lease(begin(tmp_path, "17")):
+        said = rf"run.dir: {tmp_path} is in use: attempt 17.0 has been at work .* led by host n1: wait for it, stop it"
+        with pytest.raises(ConfigError, match=said):
+            refuse_if_held(tmp_path, "18")
+        refuse_if_held(tmp_path, "17")  # started again: the start before is over
+    refuse_if_held(tmp_path, "18")  # it has left
+
+
+def test_what_has_ended_or_failed_holds_nothing(tmp_path: Path) -> None:
+    record = begin(tmp_path, "17")
+    with Lease(record):
+        record.end(Ending("stopped", 5, "SIGINT"))
+        assert holder(tmp_path, "18") is None
+    record = begin(tmp_path, "18", when=2.0)
+    with Lease(record):
+        record.fail(Failure("lost", "gone"))
+        assert holder(tmp_path, "19") is None
+
+
+def test_a_lost_job_is_watched_for_a_while_and_an_old_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert holder(tmp_path / "empty", "17") is None
+    record = begin(tmp_path, "17")
+    leave_unsaid(record, monkeypatch)
+    looks: list[str] = []
+    monkeypatch.setattr(lease, "_read", lambda record, read=lease._read: looks.append("") or read(record))  # noqa: SLF001
+    assert holder(tmp_path, "18") is None
+    assert len(looks) > 2
+    looks.clear()
+    leave_unsaid(record, monkeypatch, age_s=1000)
+    assert holder(tmp_path, "18") is None
+    assert len(looks) == 1
+
+
+def test_a_start_that_was_refused_is_not_what_the_other_one_is_judged_by(tmp_path: Path) -> None:
+    first, config = begin(tmp_path, "17"), LaunchConfig(retries=1)
+    first.end(Ending("stopped", 5, "SIGUSR2"))
+    second = begin(tmp_path, "18", when=2.0)
+    second.fail(Failure("input", "no such file"))
+    assert judge(tmp_path, config, first).status == AGAIN
+    assert judge(tmp_path, config, AttemptRecord(Attempt("19").directory(tmp_path))).status == GIVE_UP
