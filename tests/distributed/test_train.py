@@ -150,15 +150,43 @@ def test_tensor_parallel_target_and_accumulation(tmp_path, material):
         assert loss == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_target_side_may_run_its_head(tmp_path, material, undisturbed):
-    """Its ranks share the vocabulary. A run may change sides."""
-    run(4, tmp_path, material, target__tp=2, draft__dp=2, draft__eagle3__teacher_head="target")
+TARGET_SIDE = {"draft__eagle3__teacher_head": "target"}
+OVER_MOONCAKE = pytest.param(
+    3,
+    {"channel__transport": "mooncake"},
+    marks=pytest.mark.skipif(not mooncake_loads(), reason="needs mooncake-transfer-engine, and libibverbs1"),
+)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (4, {"target__tp": 2, "draft__dp": 2}),  # its ranks share the vocabulary
+        (5, {"draft__dp": 2, "draft__cp": 2}),
+        (2, {"world__mode": "colocated"}),
+        OVER_MOONCAKE,
+    ],
+)
+def test_the_target_side_may_run_its_head(tmp_path, material, undisturbed, ranks, options):
+    run(ranks, tmp_path, material, **TARGET_SIDE, **options)
     for (_, loss, norm), (_, expected, expected_norm) in zip(losses(tmp_path), undisturbed, strict=True):
         assert loss == pytest.approx(expected, rel=1e-5)
         assert norm == pytest.approx(expected_norm, rel=1e-4)
-    run(2, tmp_path, material, world__mode="colocated", draft__eagle3__teacher_head="target", train__steps=STEPS + 1)
-    run(2, tmp_path, material, train__steps=STEPS + 2)
-    assert len(losses(tmp_path)) == STEPS + 2
+
+
+def test_a_run_may_change_sides_with_a_smaller_vocabulary(tmp_path, material):
+    """And its losses are those of one that has not; what is drafted is evaluated with the target's head on its side."""
+    held, whole = tmp_path / "held.jsonl", tmp_path / "whole"
+    held.write_text('{"prompt": "good night"}\n')
+    whole.mkdir()
+    options = {"draft__eagle3__vocab_size": 100, "evaluate__prompts": f"[{held}]", "evaluate__max_new_tokens": 8}
+    run(2, whole, material, **options, train__steps=4)
+    run(3, tmp_path, material, **options, target__tp=2, train__steps=2)
+    run(3, tmp_path, material, **options, **TARGET_SIDE, target__tp=2, train__steps=4)
+    for (_, loss, _), (_, expected, _) in zip(losses(tmp_path), losses(whole), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)
+    evaluations = [json.loads((d / "run/summary.json").read_text())["evaluation"] for d in (tmp_path, whole)]
+    assert evaluations[0]["after"]["accepted"] == evaluations[1]["after"]["accepted"]
 
 
 def test_epochs_end_with_nothing_dropped(tmp_path, material):
