@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far an evaluation is, on stderr: a bar on a terminal, in a log file a line now and then."""
+"""How far an evaluation is, on stderr: a bar on a terminal, in a log file a line now and then, and where it was
+interrupted."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ class EvaluationProgress:
             disable=not self._live,
         )  # fmt: skip
         self._name, self._task = "", self._bar.add_task("", visible=False, figures="")
-        self._said = time.monotonic()
+        self._said, self._line = time.monotonic(), ""
 
     def __enter__(self) -> EvaluationProgress:
         self._bar.start()
@@ -34,6 +35,8 @@ class EvaluationProgress:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
+        if isinstance(error, KeyboardInterrupt) and self._line:
+            print(self._line, file=sys.stderr, flush=True)
 
     def begin(self, name: str, prompts: int) -> None:
         """Another evaluation, of so many prompts."""
@@ -43,7 +46,8 @@ class EvaluationProgress:
         """What `done` of `prompts` prompts have come to; as `evaluate` calls its `progress`."""
         figures = f"acceptance length {tally.acceptance_length:.2f}, {tally.tokens_per_second:,.0f} tokens/s"
         self._bar.update(self._task, completed=done, figures=figures)
+        self._line = f"{self._name}: {done} of {prompts} prompts, {figures}"
         now = time.monotonic()
         if not self._live and now - self._said >= LINE_EVERY_S:
             self._said = now
-            print(f"{self._name}: {done} of {prompts} prompts, {figures}", file=sys.stderr, flush=True)
+            print(self._line, file=sys.stderr, flush=True)

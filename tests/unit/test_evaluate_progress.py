@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 
 import pytest
@@ -26,6 +27,15 @@ def test_a_log_file_gets_a_line_now_and_then(
             progress.show(done, 3, HALF)
     said = "evaluate before training: 2 of 3 prompts, acceptance length 2.00, 3 tokens/s\n"
     assert capsys.readouterr() == ("", said)
+
+
+def test_what_was_found_so_far_is_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = EvaluationProgress()
+    with contextlib.suppress(KeyboardInterrupt), progress:
+        progress.begin("evaluate", 3)
+        progress.show(2, 3, HALF)
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "evaluate: 2 of 3 prompts, acceptance length 2.00, 3 tokens/s\n"
 
 
 def test_an_interrupted_command_ends_in_a_line(
