@@ -24,10 +24,10 @@ SHOWN = (
     ("loss", "loss"),
     ("simulated_acceptance_length", "accept length (simulated)"),
     ("tokens_per_s", "tokens/s"),
-    ("draft_wait", "draft waits"),
-    ("target_wait", "target waits"),
 )
 """Figures of the progress line, with the words for them."""
+WAITS = (("draft_wait", "draft waits"), ("target_wait", "target waits"))
+"""Those of roles that are apart; where ranks have both, neither waits for the other."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class RunReporter(Reporter):
         step = itinerary.progress.step
         self._trackers.append(JsonlTracker(run_dir.metrics, step))
         if job.metrics.progress:
-            self._bar = ProgressTracker(itinerary.total_steps, step, SHOWN)
+            shown = SHOWN + (WAITS if job.world.mode == "split" else ())
+            self._bar = ProgressTracker(itinerary.total_steps, step, shown)
             self._trackers.append(self._bar)
         if job.metrics.tensorboard:
             self._trackers.append(TensorBoardTracker(run_dir.tensorboard, step))
