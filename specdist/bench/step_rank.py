@@ -84,7 +84,7 @@ class StepSpeed:
     compilations: int
     """Graphs that were compiled after the warm-up: 0 if all is well."""
     parts_ms: dict[str, float]
-    """Time of the device's kernels in one step, see `PARTS`."""
+    """Time of the device's kernels in one step, see `step_cost.PARTS`."""
 
 
 class Bench:
