@@ -142,7 +142,7 @@ def test_over_mooncake_every_link_is_measured(tmp_path: Path, material: tuple[Pa
     ("fault", "limit_s", "why"),
     [
         ("broken", 60, "did not come up: rank 2 (draft dp 1 cp 0, host n2): Mooncake's Transfer Engine does not start"),
-        ("stopped", 15, "broke while it was measured: "),
+        ("stopped", 10, "broke while it was measured: "),
     ],
 )
 def test_a_host_where_mooncake_does_not_work_is_named(
