@@ -30,11 +30,12 @@ from specdist.topology import Topology
 
 @dataclass(frozen=True)
 class Need:
-    """One part of the memory of a role, in bytes."""
+    """One part of the memory of a role, in bytes; `host`: page-locked memory of the host, and not of the GPU."""
 
     role: str
     what: str
     bytes: int
+    host: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,11 @@ class Plan:
     limit: int
 
     def total(self, role: str) -> int:
-        return sum(need.bytes for need in self.needs if need.role == role)
+        """Bytes of GPU memory."""
+        return sum(need.bytes for need in self.needs if need.role == role and not need.host)
 
     def demand(self) -> dict[str, int]:
-        """Bytes each kind of rank needs; in colocated mode one rank needs both roles'."""
+        """Bytes of GPU memory that each kind of rank needs; in colocated mode one rank needs both roles'."""
         totals = {role: self.total(role) for role in dict.fromkeys(need.role for need in self.needs)}
         return {"target + draft": sum(totals.values())} if self.topology.mode == "colocated" else totals
 
@@ -132,6 +134,10 @@ def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Ne
         job.draft, facts.target.config, facts.target.tied, facts.target_dtype.itemsize, tokens, ranks
     )
     needs = [Need("draft", part, size) for part, size in parts.items()]
+    if job.draft.eagle3.embedding == "host":
+        table = facts.target.vocab_size * facts.target.hidden_size * facts.target_dtype.itemsize
+        locked = 1 << (table - 1).bit_length()  # torch locks pages in powers of two
+        needs.append(Need("draft", "target embedding, in page-locked host memory", locked, host=True))
     if topology.mode == "split":
         slots = jobs.slots(job, facts.layout)
         ring = slots * tokens * facts.layout.bytes_per_token
@@ -244,7 +250,7 @@ def _memory_table(plan: Plan) -> Table:
     table.add_column("role")
     table.add_column("what")
     table.add_column("per rank", justify="right")
-    for need in plan.needs:
+    for need in sorted(plan.needs, key=lambda need: need.host):
         table.add_row(need.role, need.what, _size(need.bytes))
     return table
 

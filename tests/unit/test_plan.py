@@ -64,6 +64,9 @@ def test_the_tables_of_the_target_are_where_they_are_asked_for(job):
     assert sizes["draft"]["draft", "target embedding and head"] == (2 * rows + 100) * row
     assert sizes["target"]["draft", "target embedding and head"] == (rows + 100) * row
     assert sizes["host"]["draft", "target head"] == 100 * row
+    locked = sizes["host"]["draft", "target embedding, in page-locked host memory"]
+    assert locked // 2 < rows * row <= locked
+    assert plan.total("draft") == sum(n for (role, _), n in sizes["host"].items() if role == "draft") - locked
     assert sizes["host"]["target", "output head, and logits of 1,024 tokens"] == rows * (32 + 1024) * 4
     assert not any("output head" in what for _, what in sizes["draft"])
 
