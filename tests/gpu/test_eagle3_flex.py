@@ -12,10 +12,11 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig
 
 from specdist.draft.config import DraftConfig
-from specdist.draft.eagle3.attention import eager_attention, flex_attention, whole_blocks
+from specdist.draft.eagle3.attention import eager_attention, flex_attention
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.model import Eagle3Draft
 from specdist.draft.eagle3.rows import Rows
+from specdist.draft.flex import whole_blocks
 from specdist.draft.registry import build_draft
 from specdist.records import Features, PackedTokens, TargetVocabulary
 

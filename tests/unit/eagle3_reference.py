@@ -16,8 +16,8 @@ from transformers import LlamaConfig
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.model import Eagle3Draft
-from specdist.draft.eagle3.rotary import Rotary
 from specdist.draft.registry import build_draft
+from specdist.draft.rotary import Rotary
 from specdist.records import Features, PackedTokens, TargetVocabulary
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, EPS, THETA = 16, 4, 2, 6, 37, 1e-5, 100.0

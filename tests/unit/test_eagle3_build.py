@@ -13,8 +13,8 @@ from specdist.draft.capture import capture_layout
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
-from specdist.draft.eagle3.rotary import Rotary, rotate
 from specdist.draft.registry import build_draft, parameter_count
+from specdist.draft.rotary import Rotary, rotate
 from specdist.draft.vocabulary import DraftVocabulary
 from specdist.errors import ConfigError, DataError
 from specdist.records import TargetVocabulary
@@ -192,7 +192,7 @@ def test_sizes_follow_the_target_and_the_config() -> None:
     dims = Eagle3Dims.of(Eagle3Config(), target)
     assert (dims.num_attention_heads, dims.num_key_value_heads, dims.head_dim) == (8, 2, 16)
     assert dims.intermediate_size == target.intermediate_size
-    assert dims.llama_config().head_dim == 16
+    assert dims.rope_config().head_dim == 16
     other = Eagle3Dims.of(Eagle3Config(num_attention_heads=4, num_key_value_heads=1, intermediate_size=96), target)
     assert (other.num_attention_heads, other.num_key_value_heads, other.intermediate_size) == (4, 1, 96)
     with pytest.raises(ConfigError, match=r"8 is not a multiple of draft\.eagle3\.num_key_value_heads 3"):

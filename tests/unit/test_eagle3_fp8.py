@@ -11,8 +11,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig
 
+from specdist.draft import compiling
 from specdist.draft.config import DraftConfig
-from specdist.draft.eagle3 import compiling, fp8
+from specdist.draft.eagle3 import fp8
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.registry import build_draft

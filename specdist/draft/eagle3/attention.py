@@ -12,19 +12,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.attention import flex_attention as flex
 
-from specdist.draft.eagle3.compiling import compiled
-from specdist.draft.eagle3.pieces import at_least_fp32
-from specdist.draft.eagle3.rows import BLOCK, Rows
+from specdist.draft.compiling import compiled
+from specdist.draft.eagle3.rows import Rows
+from specdist.draft.flex import BLOCK, block_list, blockwise_attention, in_blocks
+from specdist.draft.precision import at_least_fp32
 
 DocumentAttention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(q, k, v) -> (output [n, Hq, D], log-sum-exp [n, Hq] in at least fp32). q [n, Hq, D], k and v [T, Hkv, D] are filled
 up with `whole_blocks`."""
-
-FLEX_LEAST_HEAD_DIM = 16
-"""FlexAttention's kernels refuse narrower heads (seen with torch 2.11 on an H100)."""
 
 
 def causal_attention(
@@ -82,29 +79,11 @@ def document_block_mask(rows: Rows, tokens: int) -> flex.BlockMask:
         return (column <= ends[row]) & (column >= starts[row])
 
     return flex.BlockMask.from_kv_blocks(
-        *_block_list(needed & ~whole),
-        *_block_list(whole),
+        *block_list(needed & ~whole),
+        *block_list(whole),
         BLOCK_SIZE=BLOCK,
         mask_mod=document_causal,
         seq_lengths=(in_blocks(count), in_blocks(tokens)),
-    )
-
-
-def _block_list(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """How many, and which, of the column blocks are chosen per row block, in FlexAttention's form."""
-    indices = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
-    return chosen.sum(-1).to(torch.int32)[None, None], indices.to(torch.int32)[None, None]
-
-
-def blockwise_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: flex.BlockMask, scale: float
-) -> tuple[Tensor, flex.AuxOutput]:
-    """FlexAttention of whole blocks, q [m, BLOCK, Hq, D], k and v likewise. That lengths are multiples of the block is
-    seen by the compiler here, and saves its kernels a check of every load."""
-    query, key, value = (t.flatten(0, 1).transpose(0, 1)[None] for t in (q, k, v))
-    gqa = q.shape[2] != k.shape[2]
-    return flex.flex_attention(
-        query, key, value, block_mask=mask, scale=scale, enable_gqa=gqa, return_aux=flex.AuxRequest(lse=True)
     )
 
 
@@ -120,15 +99,3 @@ def flex_attention(rows: Rows, tokens: int, scale: float) -> DocumentAttention:
         return out[0].transpose(0, 1)[:count], aux.lse[0].transpose(0, 1)[:count]
 
     return attend
-
-
-def in_blocks(rows: int) -> int:
-    """The rows of as many whole blocks as hold so many; two at least, for the compiler makes a graph of its own for a
-    size of one."""
-    return max(-(-rows // BLOCK), 2) * BLOCK
-
-
-def whole_blocks(heads: Tensor) -> Tensor:
-    """[n, H, D] filled up with zeros to whole blocks."""
-    missing = in_blocks(len(heads)) - len(heads)
-    return functional.pad(heads, (0, 0, 0, 0, 0, missing)) if missing else heads

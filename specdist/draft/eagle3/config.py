@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from specdist.draft.sizes import check_layers, check_sizes
 from specdist.errors import ConfigError
 
 
@@ -70,10 +71,9 @@ class Eagle3Config:
         for key in ("ttt_length", "loss_chunk"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"draft.eagle3.{key} is {getattr(self, key)}: it must be at least 1")
-        for key in ("vocab_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"draft.eagle3.{key} is {value}: it must be at least 1, or null for the default")
+        check_sizes("draft.eagle3", self)
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ConfigError(f"draft.eagle3.vocab_size is {self.vocab_size}: it must be at least 1, or null for all")
         if not 0.0 < self.step_decay <= 1.0:
             raise ConfigError(f"draft.eagle3.step_decay is {self.step_decay}: it must be above 0 and at most 1")
         if self.lk_eta < 0.0:
@@ -93,15 +93,7 @@ class Eagle3Config:
                     f"draft.eagle3.layers: the default [1, n//2 - 1, n - 4] gives {list(layers)} for a target of "
                     f"{num_layers} layers; give ascending layers between 0 and {num_layers - 1}"
                 )
-        if missing := [layer for layer in layers if not 0 <= layer < num_layers]:
-            raise ConfigError(
-                f"draft.eagle3.layers: {missing} not in a target of {num_layers} layers (0 to {num_layers - 1})"
-            )
-        if list(layers) != sorted(set(layers)):
-            raise ConfigError(
-                f"draft.eagle3.layers: {list(layers)}: engines hand over captured layers from the lowest to the "
-                f"highest, each once; give {sorted(set(layers))}"
-            )
+        check_layers("draft.eagle3.layers", layers, num_layers)
         if len(layers) < 2:
             # SGLang applies fc only where the features are wider than the hidden state.
             raise ConfigError(f"draft.eagle3.layers: {list(layers)} is one layer; serving engines need several (3)")

@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from specdist.draft.eagle3 import compiling, fp8, loss, pieces
+from specdist.draft import compiling
+from specdist.draft.eagle3 import fp8, loss, pieces
 from specdist.draft.eagle3.loss import LossKind
 from specdist.draft.eagle3.products import PlainProducts
 from specdist.logits import summary

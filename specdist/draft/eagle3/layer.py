@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from specdist.draft.eagle3.dims import Eagle3Dims
-from specdist.draft.eagle3.rotary import rotate
+from specdist.draft.mlp import MLP
+from specdist.draft.rotary import rotate
 
 
 class Attention(nn.Module):
@@ -38,20 +38,6 @@ class Attention(nn.Module):
     def joint_weight(self) -> Tensor:
         """The weights of queries, keys and values one below the other, [sum(sizes), 2H]."""
         return torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
-
-
-class MLP(nn.Module):
-    """The gated MLP of Llama."""
-
-    def __init__(self, dims: Eagle3Dims, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__()
-        hidden, intermediate = dims.hidden_size, dims.intermediate_size
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False, device=device, dtype=dtype)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=False, device=device, dtype=dtype)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MidLayer(nn.Module):

@@ -21,9 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from specdist.draft.eagle3.pieces import at_least_fp32
 from specdist.draft.eagle3.products import add_product, wide_zeros
 from specdist.draft.eagle3.teacher import Teacher
+from specdist.draft.precision import at_least_fp32
 from specdist.records import LogitMap
 
 SUMS = ("loss", "counted", "accepted", "correct")

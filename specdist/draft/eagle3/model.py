@@ -12,12 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specdist.draft.base import DraftModel, Supervision, empty_like_loss
-from specdist.draft.eagle3.attention import (
-    FLEX_LEAST_HEAD_DIM,
-    DocumentAttention,
-    eager_attention,
-    flex_attention,
-)
+from specdist.draft.eagle3.attention import DocumentAttention, eager_attention, flex_attention
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.fp8 import check_device
@@ -25,11 +20,12 @@ from specdist.draft.eagle3.fused import Fused
 from specdist.draft.eagle3.layer import MidLayer
 from specdist.draft.eagle3.loss import SUMS, LossInputs, LossKind
 from specdist.draft.eagle3.proposer import Eagle3Proposer
-from specdist.draft.eagle3.rotary import Rotary, rotate
 from specdist.draft.eagle3.rows import Rows
 from specdist.draft.eagle3.summary import summarize
 from specdist.draft.eagle3.teacher import Teacher, teach
 from specdist.draft.eagle3.unroll import Task, Unroll, Weights
+from specdist.draft.flex import FLEX_LEAST_HEAD_DIM
+from specdist.draft.rotary import Rotary, rotate
 from specdist.draft.vocabulary import DraftVocabulary
 from specdist.errors import ConfigError
 from specdist.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary

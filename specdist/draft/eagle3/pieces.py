@@ -12,11 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdist.draft.eagle3.rotary import rotate
-
-
-def at_least_fp32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+from specdist.draft.precision import at_least_fp32
+from specdist.draft.rotary import rotate
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

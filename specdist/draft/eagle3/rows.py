@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from specdist.draft.base import WHOLE, ContextShare
+from specdist.draft.flex import BLOCK
 from specdist.records import PackedTokens
-
-BLOCK = 128
-"""Rows of a block of the attention's mask: stripes are whole blocks, if there are so many rows."""
 
 STRIPES_PER_RANK = 8
 """A boundary between stripes costs the head K more positions, few stripes balance the attention less well."""
@@ -102,7 +100,7 @@ def _own(count: int, share: ContextShare) -> Tensor:
     """Which of `count` active rows are this rank's: stripes dealt out forth and back (0 1 1 0 0 1 ...), for the later
     rows of a document have more keys to attend to."""
     stripe = max(-(-count // (share.of * STRIPES_PER_RANK)), 1)
-    if stripe > BLOCK:
+    if stripe > BLOCK:  # whole blocks of the attention's mask
         stripe = -(-stripe // BLOCK) * BLOCK
     number = torch.arange(count) // stripe
     turn, place = number // share.of, number % share.of

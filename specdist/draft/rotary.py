@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embedding of the draft: frequencies from transformers, applied in fp32 to packed heads."""
+"""Rotary position embedding of a draft: frequencies from transformers, applied in fp32 to packed heads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.sizes import LayerSizes
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Rotary:
     scaling: float
 
     @classmethod
-    def of(cls, dims: Eagle3Dims, device: torch.device | str) -> Rotary:
-        parameters = dims.rope_parameters
+    def of(cls, sizes: LayerSizes, device: torch.device | str) -> Rotary:
+        parameters = sizes.rope_parameters
         kind = parameters["rope_type"]
         with torch.device("cpu"):  # a draft built on the meta device still has real frequencies
             if kind == "default":
-                exponents = torch.arange(0, dims.head_dim, 2, dtype=torch.float) / dims.head_dim
+                exponents = torch.arange(0, sizes.head_dim, 2, dtype=torch.float) / sizes.head_dim
                 inv_freq, scaling = 1.0 / parameters["rope_theta"] ** exponents, 1.0
             else:
-                inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](dims.llama_config())
+                inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](sizes.rope_config())
         return cls(inv_freq.to(device), float(scaling))
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FlexAttention as drafts use it: packed rows filled up to whole blocks, and masks put together without a host sync."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import flex_attention as flex
+
+BLOCK = 128
+"""Rows, and columns, of a block of the mask."""
+
+FLEX_LEAST_HEAD_DIM = 16
+"""FlexAttention's kernels refuse narrower heads (seen with torch 2.11 on an H100)."""
+
+
+def block_list(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many, and which, of the column blocks are chosen per row block, in FlexAttention's form."""
+    indices = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1).to(torch.int32)[None, None], indices.to(torch.int32)[None, None]
+
+
+def blockwise_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: flex.BlockMask, scale: float
+) -> tuple[Tensor, flex.AuxOutput]:
+    """FlexAttention of whole blocks, q [m, BLOCK, Hq, D], k and v likewise. That lengths are multiples of the block is
+    seen by the compiler here, and saves its kernels a check of every load."""
+    query, key, value = (t.flatten(0, 1).transpose(0, 1)[None] for t in (q, k, v))
+    gqa = q.shape[2] != k.shape[2]
+    return flex.flex_attention(
+        query, key, value, block_mask=mask, scale=scale, enable_gqa=gqa, return_aux=flex.AuxRequest(lse=True)
+    )
+
+
+def in_blocks(rows: int) -> int:
+    """The rows of as many whole blocks as hold so many; two at least, for the compiler makes a graph of its own for a
+    size of one."""
+    return max(-(-rows // BLOCK), 2) * BLOCK
+
+
+def whole_blocks(heads: Tensor) -> Tensor:
+    """[n, H, D] filled up with zeros to whole blocks."""
+    missing = in_blocks(len(heads)) - len(heads)
+    return functional.pad(heads, (0, 0, 0, 0, 0, missing)) if missing else heads

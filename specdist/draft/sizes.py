@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sizes of a draft's decoder layers, derived from its target. What is exported is what was trained: both read them
+here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from transformers import PretrainedConfig
+
+from specdist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+SCALINGS = ("default", "linear", "llama3", "yarn")
+"""RoPE types whose frequencies do not depend on the length of the sequence: the same in training and when served."""
+
+
+class SizeOptions(Protocol):
+    """What a draft's section of the configuration says about its layers; None is the target's."""
+
+    @property
+    def intermediate_size(self) -> int | None: ...
+    @property
+    def num_attention_heads(self) -> int | None: ...
+    @property
+    def num_key_value_heads(self) -> int | None: ...
+    @property
+    def head_dim(self) -> int | None: ...
+    @property
+    def rope_scaling(self) -> bool: ...
+
+
+SIZES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Sizes of decoder layers as wide as the target's.
+
+    Attributes:
+        hidden_size: H, of the draft and of the target.
+        rope_parameters: as transformers 5 writes them (`rope_type`, `rope_theta`, and those of the scaling).
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_parameters: Mapping[str, Any]
+
+    @property
+    def query_width(self) -> int:
+        """Columns of all heads' queries."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        """Columns of all heads' keys, and of their values."""
+        return self.num_key_value_heads * self.head_dim
+
+    def rope_config(self) -> LlamaConfig:
+        """What transformers computes the frequencies of a scaled RoPE from."""
+        from transformers import LlamaConfig  # takes seconds to import; only a draft that is built needs it
+
+        return LlamaConfig(
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_parameters=dict(self.rope_parameters),
+        )
+
+
+def layer_sizes(section: str, options: SizeOptions, target: PretrainedConfig) -> dict[str, Any]:
+    """The fields of `LayerSizes` for a target's configuration; `section` is where `options` were read from.
+
+    Raises:
+        ConfigError: the target does not state a size, or sizes do not go together.
+    """
+    text = target.get_text_config()
+    hidden = read(text, "hidden_size", section)
+    heads = options.num_attention_heads or read(text, "num_attention_heads", section)
+    kv_heads = options.num_key_value_heads or read(text, "num_key_value_heads", section, default=heads)
+    if heads % kv_heads:
+        raise ConfigError(
+            f"{section}.num_attention_heads {heads} is not a multiple of {section}.num_key_value_heads {kv_heads}"
+        )
+    if hidden % heads:
+        raise ConfigError(f"{section}.num_attention_heads is {heads}: it must divide the target's hidden size {hidden}")
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": options.intermediate_size or read(text, "intermediate_size", section),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": options.head_dim or read(text, "head_dim", section, default=hidden // heads),
+        "rms_norm_eps": read(text, "rms_norm_eps", section, default=1e-6),
+        "max_position_embeddings": read(text, "max_position_embeddings", section, default=32768),
+        "rope_parameters": rope_parameters(text, options.rope_scaling, section),
+    }
+
+
+def check_sizes(section: str, options: SizeOptions) -> None:
+    """Raises ConfigError: a size is less than 1."""
+    for key in SIZES:
+        value = getattr(options, key)
+        if value is not None and value < 1:
+            raise ConfigError(f"{section}.{key} is {value}: it must be at least 1, or null for the default")
+
+
+def check_layers(key: str, layers: tuple[int, ...], num_layers: int) -> None:
+    """Check captured layers, 0-based, of a target of `num_layers`; `key` is where they were read from.
+
+    Raises:
+        ConfigError: a layer does not exist, or the layers do not ascend.
+    """
+    if missing := [layer for layer in layers if not 0 <= layer < num_layers]:
+        raise ConfigError(f"{key}: {missing} not in a target of {num_layers} layers (0 to {num_layers - 1})")
+    if list(layers) != sorted(set(layers)):
+        raise ConfigError(
+            f"{key}: {list(layers)}: engines hand over captured layers from the lowest to the highest, each once; "
+            f"give {sorted(set(layers))}"
+        )
+
+
+def read(config: PretrainedConfig, key: str, section: str, default: Any = None) -> Any:
+    """A key of a target's configuration, where model families differ in what they state."""
+    value = getattr(config, key) if hasattr(config, key) else None
+    if value is None:
+        value = default
+    if value is None:
+        raise ConfigError(f"the target ({config.model_type}) states no {key}; give it as {section}.{key}")
+    return value
+
+
+def rope_parameters(config: PretrainedConfig, scaling: bool, section: str) -> dict[str, Any]:
+    """The target's RoPE for a whole head, without what a plain Llama layer does not have (sections, partial rotary)."""
+    written = config.to_dict()
+    rope = dict(written.get("rope_parameters") or written.get("rope_scaling") or {})
+    if isinstance(rope.get("full_attention"), dict):  # one set per layer type: the draft attends to everything
+        rope = dict(rope["full_attention"])
+    theta = rope.pop("rope_theta", None) or written.get("rope_theta") or 10000.0
+    legacy_type = rope.pop("type", "default")
+    kind = rope.pop("rope_type", legacy_type)
+    if not scaling or kind in ("default", "mrope"):
+        return {"rope_type": "default", "rope_theta": theta}
+    if kind not in SCALINGS:
+        raise ConfigError(
+            f"the target's RoPE scaling is {kind!r}, which engines apply by the length of the sequence; a draft can "
+            f"have {', '.join(SCALINGS)}, or none of it with {section}.rope_scaling=false"
+        )
+    dropped = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
+    return {"rope_type": kind, "rope_theta": theta, **{k: v for k, v in rope.items() if k not in dropped}}
