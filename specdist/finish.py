@@ -43,7 +43,7 @@ class Sides:
     replicas: int | None = None
     draft_ranks: int | None = None
     teacher_head: str | None = None
-    """`draft.eagle3.teacher_head`, in a split world."""
+    """`draft.eagle3.teacher_head`, in a split world of an EAGLE-3 draft."""
 
     def verdict(self) -> str:
         """Which side starves, in words."""
@@ -141,7 +141,7 @@ def export_all(
             embedding,
             overwrite=True,
         )
-        for name in job.export.formats
+        for name in job.export.written(job.draft.algorithm)
     ]
 
 
@@ -196,8 +196,7 @@ def _sides(job: JobConfig, outcome: Outcome) -> Sides:
         return Sides(figures["tokens_per_s"], 0.0, draft_ranks=outcome.draft_ranks)
     able = sum(p.busy_tokens_per_s for p in outcome.producers)
     waits, ranks = (figures["draft_wait"], figures["target_wait"]), (len(outcome.producers), outcome.draft_ranks)
-    head = job.draft.eagle3.teacher_head
-    return Sides(figures["tokens_per_s"], waits[0], able, waits[1], *ranks, head)
+    return Sides(figures["tokens_per_s"], waits[0], able, waits[1], *ranks, job.draft.teacher_head)
 
 
 def _tell(

@@ -20,10 +20,10 @@ from specdist.control.config import ControlConfig
 from specdist.doctor.config import PreflightConfig
 from specdist.draft.capture import capture_layout
 from specdist.draft.config import DraftConfig
+from specdist.draft.dflash.mask_token import find_mask_token
 from specdist.errors import ConfigError
 from specdist.evaluate import EvaluateConfig
-from specdist.export import ExportConfig, load_exported
-from specdist.export.eagle3 import check_servable
+from specdist.export import ExportConfig, check_servable, load_exported
 from specdist.groups import Transport
 from specdist.metrics import MetricsConfig
 from specdist.optim import OptimizerConfig
@@ -79,7 +79,8 @@ CHANGEABLE = (
     "target.engine", "target.sglang.prefill_tokens", "target.sglang.memory_fraction",
     "target.sglang.attention_backend", "target.sglang.ep", "draft.dp", "draft.cp", "draft.sharding", "draft.compile",
     "draft.eagle3.teacher_head", "draft.eagle3.embedding", "draft.eagle3.recompute", "draft.eagle3.loss_chunk",
-    "draft.eagle3.attention", "prompts.workers", "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer",
+    "draft.eagle3.attention", "draft.dflash.loss_chunk", "draft.dflash.attention", "prompts.workers",
+    "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer",
 )  # fmt: skip
 """Keys that may differ when a run directory is used again: they do not change what the draft is or learns from."""
 
@@ -97,11 +98,16 @@ def load_job(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> JobC
     """Read and check a job's configuration. Raises ConfigError."""
     with naming_sources(files, overrides):
         job = config.load(JobConfig, files, overrides)
-        if job.draft.init_from is not None and job.draft.algorithm == "eagle3":
+        if job.draft.init_from is not None:
             # What the weights decide follows from the weights, so that it cannot contradict them.
-            target = describe(job.target.path, job.target.trust_remote_code).config
-            eagle3 = load_exported(job.draft.init_from).eagle3_config(job.draft.eagle3, target)
-            job = replace(job, draft=replace(job.draft, eagle3=eagle3))
+            target = describe(job.target.path, job.target.trust_remote_code)
+            draft = load_exported(job.draft.init_from).draft_config(job.draft, target.config)
+            job = replace(job, draft=draft)
+        if job.draft.algorithm == "dflash" and job.draft.dflash.mask_token_id is None:
+            # It is part of the draft from here on: a tokenizer that changes later does not change it.
+            target = describe(job.target.path, job.target.trust_remote_code)
+            token = find_mask_token(target.path, target.vocab_size)
+            job = replace(job, draft=replace(job.draft, dflash=replace(job.draft.dflash, mask_token_id=token)))
         if job.world.role != "both" and job.channel.transport != "mooncake":
             raise ConfigError(
                 f"channel.transport={job.channel.transport} with world.role={job.world.role}: a process group cannot "
@@ -142,8 +148,13 @@ def examine(job: JobConfig) -> JobFacts:
     absent = [file for file in job.evaluate.prompts if not Path(file).expanduser().exists()]
     if absent:
         raise ConfigError(f"evaluate.prompts: there is no {', '.join(absent)} (working directory {Path.cwd()})")
-    for format in job.export.formats:
-        check_servable(layout.captured_layers, target.layers, format)
+    most = job.draft.most_tokens
+    if job.evaluate.prompts and most is not None and job.evaluate.draft_tokens > most:
+        raise ConfigError(
+            f"evaluate.draft_tokens={job.evaluate.draft_tokens} is more than the {most} that a block drafts "
+            f"(draft.dflash.block_size={job.draft.dflash.block_size}, less the verified token)"
+        )
+    check_servable(job.draft, job.export, target.layers)
     return JobFacts(target, dtype, layout)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -72,7 +71,7 @@ def _newest_draft(job: JobConfig, facts: JobFacts, device: torch.device) -> Draf
 
 def _exported_draft(job: JobConfig, facts: JobFacts, directory: str, device: torch.device) -> DraftModel:
     exported = load_exported(directory)
-    config = replace(job.draft, eagle3=exported.eagle3_config(job.draft.eagle3, facts.target.config))
+    config = exported.draft_config(job.draft, facts.target.config)
     vocabulary = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code)
     model = build_draft(
         config, facts.target.config, vocabulary, exported.vocabulary, layout_dtype=facts.layout.dtype, device=device

@@ -2,7 +2,7 @@
 """What a job will look like, worked out on a machine without a GPU: ranks, links, bytes and memory.
 
 Memory figures are estimates: weights, optimizer state and buffers are counted exactly, the target's activations by the
-rule stated beside them, the draft's step by what it keeps (`draft/eagle3/memory.py`).
+rule stated beside them, the draft's step by what it keeps (`draft/eagle3/memory.py`, `draft/dflash/cost.py`).
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Ne
         job.draft, facts.target.config, facts.target.tied, facts.target_dtype.itemsize, tokens, ranks
     )
     needs = [Need("draft", part, size) for part, size in parts.items()]
-    if job.draft.eagle3.embedding == "host":
+    if job.draft.embedding_on_host:
         table = facts.target.vocab_size * facts.target.hidden_size * facts.target_dtype.itemsize
         locked = 1 << (table - 1).bit_length()  # torch locks pages in powers of two
         needs.append(Need("draft", "target embedding, in page-locked host memory", locked, host=True))
@@ -163,7 +163,7 @@ def training_memory(
     return {
         f"fp32 weights and AdamW moments / {shards}": 12 * parameters // shards,
         "weights to compute with": compute * parameters,
-        "target head" if draft.eagle3.embedding == "host" else "target embedding and head": frozen_memory(
+        "target head" if draft.embedding_on_host else "target embedding and head": frozen_memory(
             draft, target, tied, itemsize
         ),
         **step,

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from specdist.draft.eagle3.dims import Eagle3Dims
-from specdist.draft.eagle3.rows import Rows
 from specdist.errors import ConfigError, DataError
 from specdist.job import JobConfig, JobFacts
 from specdist.records import PackedTokens
@@ -82,12 +80,13 @@ def estimated(job: JobConfig, facts: JobFacts) -> Rates:
     for sequences of prompts.max_length."""
     import torch
 
-    from specdist.bench import step_cost, target  # they import much that a plan with rates does without
+    from specdist.bench import target  # they import much that a plan with rates does without
+    from specdist.draft.registry import step_flops
 
-    dims, length = Eagle3Dims.of(job.draft.eagle3, facts.target.config), job.prompts.max_length
+    length = job.prompts.max_length
     document = PackedTokens.from_documents([torch.zeros(length)], [torch.ones(length)])  # all of it supervised
-    summary = facts.layout.summary  # the target runs its head, and the draft does not
-    training = step_cost.flops(dims, Rows.of(document, job.draft.eagle3.ttt_length), length, not summary) / length
+    summary = facts.layout.summary  # the target runs its head
+    training = step_flops(job.draft, facts.target.config, document) / length
     forward = target.flops(facts.target, [length]) / length
     forward += 2.0 * facts.target.hidden_size * facts.target.vocab_size * summary
     able = ESTIMATED_TFLOPS * 1e12

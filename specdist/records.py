@@ -7,7 +7,7 @@ layout of the features on the wire follow from it, so every rank derives them fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -94,13 +94,16 @@ class PackedTokens:
         return torch.diff(self.cu_seqlens).tolist()
 
     def to(self, device: torch.device | str) -> PackedTokens:
-        """A copy on `device`. To a GPU it goes through pinned memory: from pageable memory the host would wait."""
-        pinned = torch.device(device).type == "cuda" and self.tokens.device.type == "cpu"
+        """A copy on `device`."""
+        device, parts = torch.device(device), (self.tokens, self.supervised, self.cu_seqlens, self.positions)
+        return PackedTokens(*(to_device(part, device) for part in parts))
 
-        def move(t: Tensor) -> Tensor:
-            return (t.pin_memory() if pinned else t).to(device, non_blocking=True)
 
-        return PackedTokens(*map(move, (self.tokens, self.supervised, self.cu_seqlens, self.positions)))
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor without making the host wait: to a GPU from pinned memory, for only that is copied so."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 SUMMARY_BYTES = 16
@@ -220,6 +223,12 @@ class TargetVocabulary:
     @property
     def logit_map(self) -> LogitMap:
         return LogitMap(self.logit_scale, self.logit_softcap)
+
+    def to(self, device: torch.device | str) -> TargetVocabulary:
+        """The same on `device`; tied tables stay one."""
+        head = self.head.to(device)
+        embedding = head if self.embedding is self.head else self.embedding.to(device)
+        return replace(self, embedding=embedding, head=head)
 
     def logits(self, final: Tensor) -> Tensor:
         """Logits [T, V] of last hidden states `final` [T, H]. In fp32, or in fp64 for fp64 inputs."""

@@ -173,12 +173,12 @@ def _draft_vocabulary(job: JobConfig, prompts: PromptStore) -> Tensor | None:
     whole = jobs.examine(job).target.vocab_size
     if job.draft.init_from is not None:
         ids = load_exported(job.draft.init_from).vocabulary
-    elif job.draft.eagle3.vocab_size is not None:
-        ids, coverage = frequent_tokens(prompts, job.draft.eagle3.vocab_size, whole)
+    elif job.draft.vocab_size is not None:
+        ids, coverage = frequent_tokens(prompts, job.draft.vocab_size, whole)
         print(f"specdist: the draft vocabulary covers {coverage:.2%} of the supervised tokens", file=sys.stderr)
     else:
         return None
-    return ids if len(ids) < whole else None
+    return ids if ids is not None and len(ids) < whole else None
 
 
 def _trace(job: JobConfig, world: World, topology: Topology, itinerary: Itinerary, start: Start) -> Trace:

@@ -235,7 +235,8 @@ class Trainer:
             features = Features(self.model.layout, self.source.take(item))
         with self._trace.compute("supervise", item.index):
             batch = host_batch.to(self._device)
-            supervision = self.model.supervise(batch, host_batch, features)
+            draw = item.index * len(item.shards) + self._shard
+            supervision = self.model.supervise(batch, host_batch, features, draw)
         return MicroBatch(item, batch, features, supervision)
 
     def _sync_gradients(self, last: bool) -> None:

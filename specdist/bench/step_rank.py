@@ -17,13 +17,11 @@ from specdist import config as configuration
 from specdist.bench.measure import leave, peak_tflops, seconds
 from specdist.bench.shapes import SHAPES
 from specdist.bench.step_batch import Batch, SameRows
-from specdist.bench.step_cost import flops, graphs, parts
+from specdist.bench.step_cost import graphs, parts
 from specdist.contract import RankFacts
 from specdist.draft.base import ContextShare, DraftModel
 from specdist.draft.config import DraftConfig
-from specdist.draft.eagle3.dims import Eagle3Dims
-from specdist.draft.eagle3.rows import Rows
-from specdist.draft.registry import build_draft
+from specdist.draft.registry import build_draft, step_flops
 from specdist.groups import Groups, World, join_world, make_groups
 from specdist.items import Items
 from specdist.optim import OptimizerConfig, build_optimizer
@@ -128,9 +126,7 @@ class Bench:
         compilations = graphs() - before
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
         middle, tokens = statistics.median(times), sum(batch.lengths)
-        dims = Eagle3Dims.of(self._config.draft.eagle3, self._target)
-        eagle3 = self._config.draft.eagle3
-        work = flops(dims, Rows.of(batch.packed, eagle3.ttt_length), tokens, eagle3.teacher_head == "draft")
+        work = step_flops(self._config.draft, self._target, batch.packed)
         return StepSpeed(
             batch=name,
             ranks=self._ranks,
@@ -195,7 +191,7 @@ class Bench:
 
         embedding = table()
         vocabulary = TargetVocabulary(embedding, embedding if text.tie_word_embeddings else table())
-        size = self._config.draft.eagle3.vocab_size
+        size = self._config.draft.vocab_size
         ids = None if size is None else torch.arange(size) * (text.vocab_size // size)
         draft = build_draft(self._config.draft, self._target, vocabulary, ids, layout_dtype=self.dtype)
         draft.share = ContextShare(self._place.cp, self._config.draft.cp)

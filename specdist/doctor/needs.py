@@ -37,7 +37,7 @@ def needs_of(job: JobConfig, facts: JobFacts, topology: Topology | None) -> Need
     """
     parameters = 0 if job.world.mode == "target_only" else parameter_count(job.draft, facts.target.config)
     checkpoint = _SAVED_BYTES * parameters
-    exports = len(job.export.formats) * _EXPORT_BYTES[job.export.dtype] * parameters
+    exports = len(job.export.written(job.draft.algorithm)) * _EXPORT_BYTES[job.export.dtype] * parameters
     present = len(committed(RunDirectory(Path(job.run.dir)).checkpoints))
     # One more than are kept: the oldest goes when the newest is whole.
     missing = max(job.checkpoint.keep + 1 - present, 1)

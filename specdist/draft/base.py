@@ -50,9 +50,17 @@ class DraftModel(nn.Module, ABC):
     """The names of the sums `forward` returns, in a fixed order that is the same on every rank."""
 
     @abstractmethod
-    def supervise(self, batch: PackedTokens, host_batch: PackedTokens, features: Features) -> Supervision:
-        """Find what counts in a micro-batch; no gradients. `host_batch` is the same batch on the CPU: index
-        arithmetic that only needs tokens and masks is done there, so nothing waits for the device."""
+    def supervise(
+        self, batch: PackedTokens, host_batch: PackedTokens, features: Features, draw: int = 0
+    ) -> Supervision:
+        """Find what counts in a micro-batch; no gradients.
+
+        Args:
+            host_batch: the same batch on the CPU: index arithmetic that only needs tokens and masks is done there, so
+                nothing waits for the device.
+            draw: what an algorithm draws at random follows from the batch and this number, which is another one for
+                every micro-batch and the same whenever that is trained again.
+        """
 
     @abstractmethod
     def forward(

@@ -7,6 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from specdist.draft.config import DraftConfig
+from specdist.draft.dflash.dims import DFlashDims
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.memory import needs_head
 from specdist.errors import ConfigError
@@ -20,8 +21,12 @@ def capture_layout(config: DraftConfig, target: PretrainedConfig, dtype: torch.d
         ConfigError: a captured layer does not exist, the layers do not ascend, or sizes do not go together; or the
             embedding is to lie on the host although the head, which is the same table, does not.
     """
-    Eagle3Dims.of(config.eagle3, target)  # sizes that do not go together are told here, before there is a draft
     text = target.get_text_config()
+    if config.algorithm == "dflash":
+        DFlashDims.of(config.dflash, target)  # sizes that do not go together are told here, before there is a draft
+        layers = config.dflash.captured_layers(text.num_hidden_layers)
+        return FeatureLayout(layers, text.hidden_size, final=False, dtype=dtype)
+    Eagle3Dims.of(config.eagle3, target)
     tied = target.tie_word_embeddings or text.tie_word_embeddings
     if config.eagle3.embedding == "host" and tied and needs_head(config.eagle3, text.vocab_size):
         raise ConfigError(

@@ -6,16 +6,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.errors import ConfigError
+
+Algorithm = Literal["eagle3", "dflash"]
 
 
 @dataclass(frozen=True)
 class DraftConfig:
     """The draft model and how its ranks share it."""
 
-    algorithm: Literal["eagle3"] = "eagle3"
-    """Which draft to train; its own options are in the section of that name."""
+    algorithm: Algorithm = "eagle3"
+    """Which draft to train, eagle3 or dflash; its own options are in the section of that name."""
     dp: int | None = None
     """Data-parallel draft ranks; null takes all ranks the target leaves."""
     cp: int = 1
@@ -32,6 +35,28 @@ class DraftConfig:
     """An exported draft directory to start from; its draft vocabulary, layers and norms are taken too."""
     eagle3: Eagle3Config = field(default_factory=Eagle3Config)
     """Options of EAGLE-3."""
+    dflash: DFlashConfig = field(default_factory=DFlashConfig)
+    """Options of DFlash."""
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Tokens of a draft vocabulary smaller than the target's; None where the draft proposes any token."""
+        return self.eagle3.vocab_size if self.algorithm == "eagle3" else None
+
+    @property
+    def teacher_head(self) -> Literal["draft", "target"] | None:
+        """Which side runs the target's whole head for the loss to compare with; None: it compares with the tokens."""
+        return self.eagle3.teacher_head if self.algorithm == "eagle3" else None
+
+    @property
+    def embedding_on_host(self) -> bool:
+        """Whether the target's embedding stays in the host's memory."""
+        return self.algorithm == "eagle3" and self.eagle3.embedding == "host"
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens it can draft at once; None: any number."""
+        return self.dflash.block_size - 1 if self.algorithm == "dflash" else None
 
     def __post_init__(self) -> None:
         if self.eagle3.products == "fp8" and self.dtype == "float32":

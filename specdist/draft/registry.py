@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the configuration to a draft. The one place that knows the algorithms by name."""
+"""From the configuration to a draft, and to what it costs. The place that knows the algorithms by name."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from specdist.draft.base import DraftModel
 from specdist.draft.capture import capture_layout
 from specdist.draft.config import DraftConfig
+from specdist.draft.dflash import cost as dflash_cost
+from specdist.draft.dflash.dims import DFlashDims
+from specdist.draft.dflash.model import DFlashDraft
+from specdist.draft.eagle3 import cost as eagle3_cost
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.memory import frozen_rows, step_bytes
 from specdist.draft.eagle3.model import Eagle3Draft
 from specdist.draft.vocabulary import DraftVocabulary
 from specdist.errors import DataError
-from specdist.records import TargetVocabulary
+from specdist.records import FeatureLayout, PackedTokens, TargetVocabulary
 
 
 def build_draft(
@@ -25,7 +30,7 @@ def build_draft(
     seed: int = 0,
     layout_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-) -> Eagle3Draft:
+) -> DraftModel:
     """A draft with fp32 weights on `device`, default that of `vocabulary`, initialised from `seed`.
 
     `draft_ids` are the target ids (CPU int64, ascending) of the draft vocabulary, None for all. `layout_dtype` is that
@@ -34,42 +39,70 @@ def build_draft(
     Raises:
         ConfigError, DataError: the configuration, the target and the vocabulary do not go together.
     """
-    rows, width = vocabulary.head.shape
-    draft_vocabulary = DraftVocabulary.from_ids(draft_ids, rows, device or vocabulary.head.device)
-    dims = Eagle3Dims.of(config.eagle3, target, draft_vocab_size=len(draft_vocabulary.ids))
-    if (rows, width) != (dims.vocab_size, dims.hidden_size):
-        raise DataError(
-            f"the target's head is [{rows}, {width}]; its configuration says [{dims.vocab_size}, {dims.hidden_size}]"
-        )
     layout = capture_layout(config, target, layout_dtype or vocabulary.head.dtype)
-    draft = Eagle3Draft(config.eagle3, dims, layout, vocabulary, draft_vocabulary, compiled=config.compile)
+    draft = _draft(config, target, vocabulary, draft_ids, layout, device or vocabulary.head.device)
     draft.initialize(torch.Generator().manual_seed(seed))
     return draft
+
+
+def _draft(
+    config: DraftConfig,
+    target: PretrainedConfig,
+    vocabulary: TargetVocabulary,
+    draft_ids: Tensor | None,
+    layout: FeatureLayout,
+    device: torch.device | str,
+) -> Eagle3Draft | DFlashDraft:
+    if config.algorithm == "dflash":
+        dims = DFlashDims.of(config.dflash, target)
+        _check_tables(vocabulary, dims.vocab_size, dims.hidden_size)
+        if draft_ids is not None:
+            raise DataError("a draft vocabulary was given, but a DFlash draft has the target's")
+        return DFlashDraft(config.dflash, dims, layout, vocabulary.to(device), compiled=config.compile)
+    draft_vocabulary = DraftVocabulary.from_ids(draft_ids, len(vocabulary.head), device)
+    sizes = Eagle3Dims.of(config.eagle3, target, draft_vocab_size=len(draft_vocabulary.ids))
+    _check_tables(vocabulary, sizes.vocab_size, sizes.hidden_size)
+    return Eagle3Draft(config.eagle3, sizes, layout, vocabulary, draft_vocabulary, compiled=config.compile)
+
+
+def _check_tables(vocabulary: TargetVocabulary, vocab_size: int, hidden_size: int) -> None:
+    rows, width = vocabulary.head.shape
+    if (rows, width) != (vocab_size, hidden_size):
+        raise DataError(f"the target's head is [{rows}, {width}]; its configuration says [{vocab_size}, {hidden_size}]")
 
 
 def step_memory(config: DraftConfig, target: PretrainedConfig, tokens: int, itemsize: int) -> dict[str, int]:
     """Bytes that a micro-batch of `tokens`, all supervised, needs on a draft rank: the parts of the peak, without
     weights, optimizer and features. `itemsize`: bytes of a number in the compute dtype."""
-    dims = Eagle3Dims.of(config.eagle3, target)
-    return step_bytes(config.eagle3, dims, tokens, -(-tokens // config.cp), itemsize)
+    share = -(-tokens // config.cp)
+    if config.algorithm == "dflash":
+        return dflash_cost.step_bytes(config.dflash, DFlashDims.of(config.dflash, target), tokens, share, itemsize)
+    return step_bytes(config.eagle3, Eagle3Dims.of(config.eagle3, target), tokens, share, itemsize)
+
+
+def step_flops(config: DraftConfig, target: PretrainedConfig, batch: PackedTokens) -> float:
+    """Floating-point operations that a step over `batch`, on the CPU, needs on all ranks that share it."""
+    if config.algorithm == "dflash":
+        return dflash_cost.flops(config.dflash, DFlashDims.of(config.dflash, target), batch)
+    return eagle3_cost.flops(config.eagle3, Eagle3Dims.of(config.eagle3, target), batch)
 
 
 def frozen_memory(config: DraftConfig, target: PretrainedConfig, tied: bool, itemsize: int) -> int:
     """Bytes of the target's tables that a draft rank holds on its device. `itemsize`: bytes of one of their numbers."""
     text = target.get_text_config()
-    return frozen_rows(config.eagle3, text.vocab_size, tied) * int(text.hidden_size) * itemsize
+    if config.algorithm == "dflash":
+        rows = int(text.vocab_size) * (1 if tied else 2)
+    else:
+        rows = frozen_rows(config.eagle3, text.vocab_size, tied)
+    return rows * int(text.hidden_size) * itemsize
 
 
 def parameter_count(config: DraftConfig, target: PretrainedConfig) -> int:
     """Trainable parameters of the draft, without allocating any."""
-    dims = Eagle3Dims.of(config.eagle3, target)
-    empty = torch.empty(dims.vocab_size, dims.hidden_size, device="meta")
-    ids = torch.arange(dims.draft_vocab_size)
-    draft = Eagle3Draft(
-        config.eagle3,
-        dims,
-        capture_layout(config, target, torch.float32),
-        TargetVocabulary(empty, empty),
-        DraftVocabulary.from_ids(ids, dims.vocab_size, "meta"),
-    )
+    text = target.get_text_config()
+    empty = torch.empty(text.vocab_size, text.hidden_size, device="meta")
+    size = config.vocab_size
+    ids = None if size is None else torch.arange(size)
+    layout = capture_layout(config, target, torch.float32)
+    draft = _draft(config, target, TargetVocabulary(empty, empty), ids, layout, "meta")
     return sum(parameter.numel() for parameter in draft.parameters())

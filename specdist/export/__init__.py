@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from specdist.draft.config import DraftConfig
-    from specdist.export.read_eagle3 import ExportedDraft
+    from specdist.export.exported import ExportedDraft
 
-__all__ = ["ExportConfig", "Format", "export_draft", "load_exported"]
+__all__ = ["ExportConfig", "Format", "check_servable", "export_draft", "load_exported"]
 
 
 def export_draft(
@@ -51,6 +51,7 @@ def export_draft(
         DataError: a tensor is missing, unknown, of the wrong shape or not finite, or the vocabulary is none.
     """
     # Imported here: the configuration of a job, which imports this package, has no use for torch and transformers.
+    from specdist.export.dflash import DFlashExport
     from specdist.export.directory import check_free, write_directory
     from specdist.export.eagle3 import Eagle3Export
 
@@ -58,21 +59,37 @@ def export_draft(
     if options.embedding and embedding is None:
         raise ConfigError("export.embedding is true, but the target's embedding was not given")
     check_free(Path(directory), overwrite)
-    exporters = {"eagle3": Eagle3Export}
-    export = exporters[draft.algorithm].of(draft, target, vocabulary, format)
+    exporter = DFlashExport if draft.algorithm == "dflash" else Eagle3Export
+    export = exporter.of(draft, target, vocabulary, format)
     config = export.config_json(str(target_path), options)
     tensors = export.tensors(state, vocabulary, options, embedding if options.embedding else None)
     return write_directory(Path(directory), config, tensors, overwrite)
 
 
+def check_servable(draft: DraftConfig, options: ExportConfig, target_layers: int) -> None:
+    """Raise ConfigError where the engines could not serve the draft as it is to be written.
+
+    Args:
+        target_layers: of the target.
+    """
+    from specdist.export import dflash, eagle3
+
+    for format in options.written(draft.algorithm):
+        if draft.algorithm == "dflash":
+            dflash.check_servable(draft.dflash.captured_layers(target_layers), target_layers)
+        else:
+            eagle3.check_servable(draft.eagle3.captured_layers(target_layers), target_layers, format)
+
+
 def load_exported(directory: str | Path) -> ExportedDraft:
-    """Read an exported draft of either format, ours or another's, with the names that the draft's state dict has.
+    """Read an exported draft of any format, ours or another's, with the names that the draft's state dict has.
 
     Raises:
         DataError: files or keys are missing, or a tensor is missing, unknown or of the wrong shape.
     """
+    from specdist.export import read_dflash, read_eagle3
     from specdist.export.directory import read_directory
-    from specdist.export.read_eagle3 import read
 
     config, tensors = read_directory(Path(directory))
-    return read(Path(directory), config, tensors)
+    reader = read_dflash if read_dflash.ARCHITECTURE in (config.get("architectures") or ()) else read_eagle3
+    return reader.read(Path(directory), config, tensors)

@@ -34,12 +34,12 @@ from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.vocabulary import DraftVocabulary
 from specdist.errors import ConfigError, DataError
 from specdist.export.config import ExportConfig, Format
+from specdist.export.tensors import DTYPES, check_tensors, converted, layers_json
 
 SPECULATORS_VERSION = "0.7.0"
 """The version of the speculators library whose format is written."""
 MAPS = ("d2t", "t2d")
 EMBEDDING = "embed_tokens.weight"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,16 @@ class Eagle3Export:
         """Everything the weight file holds, checked, in the type and under the names of the format."""
         dtype = DTYPES[options.dtype]
         trained = {name: tensor for name, tensor in state.items() if name not in MAPS}
-        check_tensors(trained, tensor_shapes(self.dims, self.fc_norm), "the state dict")
+        check_tensors(trained, tensor_shapes(self.dims, self.fc_norm), "the state dict", "EAGLE-3")
         maps = DraftVocabulary.from_ids(vocabulary, self.dims.vocab_size)
         for name, mapping in zip(MAPS, (maps.d2t, maps.t2d), strict=True):
             if name in state and not torch.equal(state[name].cpu(), mapping):
                 raise DataError(f"`{name}` of the state dict is not that of the vocabulary it is exported with")
         if embedding is not None:
-            check_tensors({EMBEDDING: embedding}, {EMBEDDING: self._embedding_shape}, "the target")
+            check_tensors({EMBEDDING: embedding}, {EMBEDDING: self._embedding_shape}, "the target", "EAGLE-3")
             trained[EMBEDDING] = embedding
         prefix = {"sglang": "midlayer.", "speculators": "layers.0."}[self.format]
-        written = {name.replace("midlayer.", prefix, 1): _convert(name, t, dtype) for name, t in trained.items()}
+        written = {name.replace("midlayer.", prefix, 1): converted(name, t, dtype) for name, t in trained.items()}
         return written | {"d2t": maps.d2t, "t2d": maps.t2d}
 
     def config_json(self, target_path: str, options: ExportConfig) -> dict[str, Any]:
@@ -122,32 +122,11 @@ class Eagle3Export:
 
     def _llama_json(self, dtype: str) -> dict[str, Any]:
         """The draft as a Llama of one layer, in words that transformers 4 and 5 both read the same way."""
-        dims, text = self.dims, self.target.get_text_config()
-        rope = dict(dims.rope_parameters)
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        return {
+        return layers_json(self.dims, self.target, dtype) | {
             "model_type": "llama",
-            "vocab_size": dims.vocab_size,
-            "hidden_size": dims.hidden_size,
-            "intermediate_size": dims.intermediate_size,
+            "vocab_size": self.dims.vocab_size,
             "num_hidden_layers": 1,
-            "num_attention_heads": dims.num_attention_heads,
-            "num_key_value_heads": dims.num_key_value_heads,
-            "head_dim": dims.head_dim,
-            "hidden_act": "silu",
-            "max_position_embeddings": dims.max_position_embeddings,
-            "rms_norm_eps": dims.rms_norm_eps,
-            "rope_theta": rope["rope_theta"],
-            "rope_scaling": None if rope["rope_type"] == "default" else scaling,
-            "rope_parameters": rope,
-            "attention_bias": False,
             "mlp_bias": False,
-            "tie_word_embeddings": False,
-            "use_cache": True,
-            "bos_token_id": text.bos_token_id,
-            "eos_token_id": text.eos_token_id,
-            "pad_token_id": text.pad_token_id,
-            "torch_dtype": dtype,
         }
 
     def _speculators_config(self, target_path: str, speculative_tokens: int) -> dict[str, Any]:
@@ -200,23 +179,3 @@ def tensor_shapes(d: Eagle3Dims, fc_norm: bool) -> dict[str, tuple[int, ...]]:
     if fc_norm:
         shapes |= {f"fc_norm.{i}.weight": (hidden,) for i in range(d.num_captured)}
     return shapes
-
-
-def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raise DataError naming every tensor that is missing, unknown or of the wrong shape."""
-    faults = [f"missing: {name} {list(expected[name])}" for name in sorted(expected.keys() - state.keys())]
-    faults += [f"unknown: {name} {list(state[name].shape)}" for name in sorted(state.keys() - expected.keys())]
-    faults += [
-        f"wrong shape: {name} is {list(tensor.shape)}, must be {list(expected[name])}"
-        for name, tensor in state.items()
-        if name in expected and tuple(tensor.shape) != expected[name]
-    ]
-    if faults:
-        raise DataError(f"the tensors of {where} are not those of this EAGLE-3 draft:\n  " + "\n  ".join(faults))
-
-
-def _convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    converted = tensor.detach().to("cpu", dtype)
-    if not bool(converted.isfinite().all()):
-        raise DataError(f"{name} holds NaN or Inf as {dtype}: this draft cannot be served")
-    return converted

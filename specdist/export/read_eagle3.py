@@ -12,42 +12,39 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.vocabulary import DraftVocabulary
-from specdist.errors import ConfigError, DataError
-from specdist.export.eagle3 import EMBEDDING, check_tensors, tensor_shapes
+from specdist.errors import DataError
+from specdist.export.eagle3 import EMBEDDING, tensor_shapes
+from specdist.export.exported import ExportedDraft, check_algorithm, check_sizes
+from specdist.export.tensors import check_tensors, need, read_layers
 
 
 @dataclass(frozen=True)
-class ExportedDraft:
-    """An exported draft, read back.
+class ExportedEagle3(ExportedDraft):
+    """An exported EAGLE-3 draft.
 
     Attributes:
-        config: config.json as it is.
-        state: the trained tensors under the names of the draft's state dict, in the type they were written in.
-        vocabulary: int64 [V_d], the target id of every draft id.
         dims: the draft's sizes.
         captured_layers: 0-based decoder layers, or None where the configuration leaves them to the engine.
         fc_norm, norm_output: the norms of EAGLE-3.1.
         embedding: [V, H], the target's embedding if the export brings it.
     """
 
-    config: Mapping[str, Any]
-    state: dict[str, Tensor]
-    vocabulary: Tensor
     dims: Eagle3Dims
     captured_layers: tuple[int, ...] | None
     fc_norm: bool
     norm_output: bool
     embedding: Tensor | None = None
 
-    def eagle3_config(self, base: Eagle3Config, target: PretrainedConfig) -> Eagle3Config:
-        """`base` with everything that the weights decide set to what they are; its losses and lengths stay.
+    def draft_config(self, base: DraftConfig, target: PretrainedConfig) -> DraftConfig:
+        check_algorithm("eagle3", base)
+        return replace(base, eagle3=self.eagle3_config(base.eagle3, target))
 
-        Raises:
-            ConfigError: no configuration gives this draft beside this target.
-        """
+    def eagle3_config(self, base: Eagle3Config, target: PretrainedConfig) -> Eagle3Config:
+        """Of `draft_config`, the part that is EAGLE-3's."""
         scaled = self.dims.rope_parameters["rope_type"] != "default"
         config = replace(
             base,
@@ -61,22 +58,18 @@ class ExportedDraft:
             fc_norm=self.fc_norm,
             norm_output=self.norm_output,
         )
-        ours, theirs = Eagle3Dims.of(config, target, self.dims.draft_vocab_size), self.dims
-        differing = [key for key in vars(ours) if vars(ours)[key] != vars(theirs)[key]]
-        if unlike := [key for key in differing if key != "max_position_embeddings"]:
-            listed = "; ".join(f"{key} is {vars(theirs)[key]}, {vars(ours)[key]} beside this target" for key in unlike)
-            raise ConfigError(f"the exported draft does not fit this target: {listed}")
+        check_sizes(Eagle3Dims.of(config, target, self.dims.draft_vocab_size), self.dims)
         return config
 
 
-def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedDraft:
+def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedEagle3:
     """Understand a directory of either format."""
     path = directory / "config.json"
     layers: tuple[int, ...] | None
     if "speculators_model_type" in config:
         if config["speculators_model_type"] != "eagle3" or config.get("norm_before_residual", True):
             raise DataError(f"{path}: only speculators of type eagle3 with norm_before_residual false can be read")
-        llama = dict(_need(config, "transformer_layer_config", path))
+        llama = dict(need(config, "transformer_layer_config", path))
         layers = _layers(config.get("eagle_aux_hidden_state_layer_ids"), 1)
     else:
         llama = dict(config)
@@ -89,8 +82,9 @@ def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     state.pop("t2d", None)
     dims = _dims(config, llama, len(layers) if layers else 3, path)
     fc_norm, norm_output = bool(config.get("fc_norm")), bool(config.get("norm_output"))
-    check_tensors(state, tensor_shapes(dims, fc_norm), str(directory))
-    return ExportedDraft(config, state, _vocabulary(d2t, dims, path), dims, layers, fc_norm, norm_output, embedding)
+    check_tensors(state, tensor_shapes(dims, fc_norm), str(directory), "EAGLE-3")
+    vocabulary = _vocabulary(d2t, dims, path)
+    return ExportedEagle3(config, state, vocabulary, dims, layers, fc_norm, norm_output, embedding)
 
 
 def _training_name(name: str) -> str:
@@ -102,33 +96,16 @@ def _layers(ids: list[int] | None, offset: int) -> tuple[int, ...] | None:
     return tuple(i - offset for i in ids) if ids else None
 
 
-def _need(config: Mapping[str, Any], key: str, path: Path) -> Any:
-    if config.get(key) is None:
-        raise DataError(f"{path}: the key {key} is missing")
-    return config[key]
-
-
 def _dims(config: Mapping[str, Any], llama: Mapping[str, Any], captured: int, path: Path) -> Eagle3Dims:
-    hidden = int(_need(llama, "hidden_size", path))
-    heads = int(_need(llama, "num_attention_heads", path))
+    hidden = int(need(llama, "hidden_size", path))
     if config.get("target_hidden_size") not in (None, hidden):
         raise DataError(f"{path}: target_hidden_size {config['target_hidden_size']} differs from hidden_size {hidden}")
-    scaling = llama.get("rope_parameters") or llama.get("rope_scaling") or {}
-    rope = {"rope_type": scaling.get("type", "default"), "rope_theta": llama.get("rope_theta") or 10000.0, **scaling}
-    rope.pop("type", None)
-    vocab_size = int(_need(llama, "vocab_size", path))
+    vocab_size = int(need(llama, "vocab_size", path))
     return Eagle3Dims(
-        hidden_size=hidden,
-        intermediate_size=int(_need(llama, "intermediate_size", path)),
-        num_attention_heads=heads,
-        num_key_value_heads=int(llama.get("num_key_value_heads") or heads),
-        head_dim=int(llama.get("head_dim") or hidden // heads),
+        **read_layers(llama, path),
         num_captured=captured,
         vocab_size=vocab_size,
         draft_vocab_size=int(config.get("draft_vocab_size") or vocab_size),
-        rms_norm_eps=float(llama.get("rms_norm_eps", 1e-6)),
-        max_position_embeddings=int(llama.get("max_position_embeddings", 2048)),
-        rope_parameters=rope,
     )
 
 

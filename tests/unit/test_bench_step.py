@@ -14,11 +14,11 @@ from transformers import AutoConfig
 from specdist.bench.shapes import SHAPES
 from specdist.bench.step import main, render
 from specdist.bench.step_batch import lengths_of
-from specdist.bench.step_cost import flops, part_of
+from specdist.bench.step_cost import part_of
 from specdist.bench.step_rank import StepSpeed
+from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
-from specdist.draft.eagle3.dims import Eagle3Dims
-from specdist.draft.eagle3.rows import Rows
+from specdist.draft.registry import step_flops
 from specdist.errors import ConfigError
 from specdist.records import PackedTokens
 from tests.tiny import make_target
@@ -27,20 +27,20 @@ from tests.tiny import make_target
 def test_operations_of_the_qwen3_8b_shape() -> None:
     """By hand, for 4 documents of 2,048: products with weights, and causal attention."""
     target = AutoConfig.for_model(**SHAPES["qwen3-8b"])
-    dims = Eagle3Dims.of(Eagle3Config(vocab_size=32000), target)
+    config = DraftConfig(eagle3=Eagle3Config(vocab_size=32000))
     layer = 4096 * 6144 + 4096 * 4096 + 3 * 4096 * 12288  # the state's half of q, k, v
     once = 3 * 4096 * 4096 + 4096 * 6144 + 4096 * 2048  # fusion, the embeddings' half, the first keys and values
     attention = 2 * 4096 * 2049 / 2  # multiply-adds of a token
     teacher = 4096 * (151936 + 32000)
     per_token = 2 * (3 * (once + 7 * (layer + attention + 4096 * 32000)) + teacher)
-    assert flops(dims, rows_of([2048] * 4, 1.0), 8192) / 8192 == pytest.approx(per_token, rel=2e-3)
+    assert step_flops(config, target, packed([2048] * 4, 1.0)) / 8192 == pytest.approx(per_token, rel=2e-3)
     late = 2 * (3 * (once + 7 * (layer + 1.5 * attention + 4096 * 32000) / 2) + teacher / 2)
-    assert flops(dims, rows_of([2048] * 4, 0.5), 8192) / 8192 == pytest.approx(late, rel=5e-3)
+    assert step_flops(config, target, packed([2048] * 4, 0.5)) / 8192 == pytest.approx(late, rel=5e-3)
 
 
-def rows_of(lengths: list[int], supervised: float) -> Rows:
+def packed(lengths: list[int], supervised: float) -> PackedTokens:
     masks = [torch.arange(n) >= n * (1 - supervised) for n in lengths]
-    return Rows.of(PackedTokens.from_documents([torch.zeros(n) for n in lengths], masks), 7)
+    return PackedTokens.from_documents([torch.zeros(n) for n in lengths], masks)
 
 
 def test_batches_are_named() -> None:

@@ -120,7 +120,9 @@ class Eagle3Draft(DraftModel):
                 values = torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5
                 parameter.copy_(values)
 
-    def supervise(self, batch: PackedTokens, host_batch: PackedTokens, features: Features) -> Supervision:
+    def supervise(
+        self, batch: PackedTokens, host_batch: PackedTokens, features: Features, draw: int = 0
+    ) -> Supervision:
         """`counts` is N_k for k = 0..K-1: supervised positions whose target argmax the draft can propose."""
         frozen = self.frozen
         teacher = teach(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specdist.draft.base import WHOLE, ContextShare
 from specdist.draft.flex import BLOCK
-from specdist.records import PackedTokens
+from specdist.records import PackedTokens, to_device
 
 STRIPES_PER_RANK = 8
 """A boundary between stripes costs the head K more positions, few stripes balance the attention less well."""
@@ -105,10 +105,3 @@ def _own(count: int, share: ContextShare) -> Tensor:
     number = torch.arange(count) // stripe
     turn, place = number // share.of, number % share.of
     return torch.where(turn % 2 == 0, place, share.of - 1 - place) == share.index
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor without making the host wait (only pinned memory is copied asynchronously)."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

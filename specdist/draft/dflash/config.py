@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of the DFlash draft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from specdist.draft.sizes import check_layers, check_sizes
+from specdist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DFlashConfig:
+    """DFlash (arXiv 2602.06036): a block of masked tokens is filled in one forward. D-PACE weighs its losses anew."""
+
+    block_size: int = 16
+    """Tokens of a block: the last verified one, and block_size - 1 that are drafted at once. Serve with the same."""
+    num_layers: int = 5
+    """Decoder layers of the draft."""
+    layers: tuple[int, ...] | None = None
+    """Captured target layers, as ascending 0-based layer outputs; default as many as num_layers, evenly from 1 to
+    n - 3 of n layers."""
+    mask_token_id: int | None = None
+    """The token that stands for one to be drafted; null takes the first row of the target's embedding that no token of
+    its tokenizer has. Another one must never occur in text: give a reserved token."""
+    anchors: int = 512
+    """Blocks trained of a micro-batch at most: they begin at supervised tokens drawn at random."""
+    loss: Literal["decay", "dpace"] = "decay"
+    """decay: slot k of a block weighs exp(-(k - 1) / gamma); dpace: by the draft's own chance of being accepted that
+    far (D-PACE)."""
+    decay_gamma: float | None = None
+    """gamma of the decay; default 0.375 x block_size + 1, rounded: 7, 5 and 4 for blocks of 16, 10 and 8."""
+    dpace_alpha: float = 0.5
+    """D-PACE: how much of a slot's acceptance is taken for granted, 0 to 1."""
+    intermediate_size: int | None = None
+    """Width of the draft's MLPs; default the target's."""
+    num_attention_heads: int | None = None
+    """Query heads of the draft; default the target's."""
+    num_key_value_heads: int | None = None
+    """Key and value heads of the draft; default the target's."""
+    head_dim: int | None = None
+    """Width of one attention head; default the target's."""
+    rope_scaling: bool = True
+    """Take the target's RoPE scaling (linear, llama3, yarn); false keeps only its base frequency."""
+    attention: Literal["auto", "eager", "flex"] = "auto"
+    """Training attention: flex (FlexAttention) needs CUDA, eager is the reference; auto takes eager where
+    flex cannot work."""
+    loss_chunk: int = 2048
+    """Rows of logits that are held at one time. Memory of the loss: about loss_chunk x vocabulary x 8 bytes."""
+
+    def __post_init__(self) -> None:
+        if self.block_size < 2:
+            raise ConfigError(
+                f"draft.dflash.block_size is {self.block_size}: it must be at least 2, for its first token is verified"
+            )
+        for key in ("num_layers", "anchors", "loss_chunk"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"draft.dflash.{key} is {getattr(self, key)}: it must be at least 1")
+        if self.decay_gamma is not None and self.decay_gamma <= 0.0:
+            raise ConfigError(f"draft.dflash.decay_gamma is {self.decay_gamma}: it must be above 0, or null")
+        if not 0.0 <= self.dpace_alpha <= 1.0:
+            raise ConfigError(f"draft.dflash.dpace_alpha is {self.dpace_alpha}: it must be between 0 and 1")
+        check_sizes("draft.dflash", self)
+
+    @property
+    def gamma(self) -> float:
+        """The decay in use."""
+        return self.decay_gamma if self.decay_gamma is not None else float(round(0.375 * self.block_size + 1))
+
+    def captured_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The captured layers of a target of `num_layers` layers.
+
+        Raises:
+            ConfigError: a layer does not exist, or the layers do not ascend.
+        """
+        layers = self.layers
+        if layers is None:
+            layers = _spread(num_layers, self.num_layers)
+            if list(layers) != sorted(set(layers)) or layers[0] < 0:
+                raise ConfigError(
+                    f"draft.dflash.layers: the default gives {list(layers)} for {self.num_layers} draft layers and a "
+                    f"target of {num_layers}; give ascending layers between 0 and {num_layers - 1}"
+                )
+        check_layers("draft.dflash.layers", layers, num_layers)
+        if not layers:
+            raise ConfigError("draft.dflash.layers is empty: the draft needs at least one of the target's layers")
+        return tuple(layers)
+
+
+def _spread(num_layers: int, count: int) -> tuple[int, ...]:
+    """`count` layers evenly from 1 to n - 3, or the middle one."""
+    if count == 1:
+        return (num_layers // 2,)
+    return tuple(round(1 + i * (num_layers - 4) / (count - 1)) for i in range(count))

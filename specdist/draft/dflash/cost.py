@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step has to compute, and the memory that it needs."""
+
+from __future__ import annotations
+
+from specdist.draft.dflash.blocks import Blocks
+from specdist.draft.dflash.config import DFlashConfig
+from specdist.draft.dflash.dims import DFlashDims
+from specdist.records import PackedTokens
+
+WIDE = 4
+"""Bytes of a number in fp32."""
+
+
+def flops(config: DFlashConfig, dims: DFlashDims, batch: PackedTokens) -> float:
+    """Floating-point operations that a step over `batch`, on the CPU, needs.
+
+    What is trained costs three times its forward: on all tokens the fusion of the captured layers and each layer's keys
+    and values, on the rows of the blocks the layers and attention. The target's head, which is frozen, costs twice its
+    forward on all slots.
+    """
+    blocks, hidden = Blocks.draw(batch, config.block_size, config.anchors, draw=0), dims.hidden_size
+    rows, slots = len(blocks.anchors) * blocks.size, len(blocks.anchors) * (blocks.size - 1)
+    once = 2 * hidden * (dims.num_captured * hidden + dims.num_layers * 2 * dims.key_width) * len(batch.tokens)
+    projections = 2 * hidden * (2 * dims.query_width + 2 * dims.key_width + 3 * dims.intermediate_size)
+    attention = 4 * dims.query_width * blocks.size * int((blocks.positions + blocks.size).sum())
+    trained = once + dims.num_layers * (projections * rows + attention)
+    return 3.0 * trained + 2.0 * 2 * hidden * dims.vocab_size * slots
+
+
+def step_bytes(config: DFlashConfig, dims: DFlashDims, tokens: int, share: int, itemsize: int) -> dict[str, int]:
+    """The parts of the peak in bytes, without weights, optimizer and features.
+
+    Args:
+        tokens: of the micro-batch.
+        share: of them, those that a context-parallel rank could begin blocks at: no more than `anchors` do.
+        itemsize: bytes of a number in the compute dtype.
+    """
+    hidden, inner, keys, queries = dims.hidden_size, dims.intermediate_size, dims.key_width, dims.query_width
+    rows = min(config.anchors, share) * config.block_size
+    # The fused states and their norm; in each layer keys raw, normed and rotated, and values.
+    context = tokens * (2 * hidden + dims.num_layers * 4 * keys) * itemsize
+    # States before and after attention, both norms; queries raw, normed, rotated, and what they attend to; keys and
+    # values twice, once side by side with those of the context; gate, up, activation and product of the MLP.
+    layer = rows * (4 * hidden + 4 * queries + 6 * keys + 4 * inner) * itemsize + tokens * 2 * keys * itemsize
+    head = config.loss_chunk * dims.vocab_size * (itemsize + 2 * WIDE) + rows * hidden * itemsize
+    working = rows * (4 * inner + 4 * hidden) * itemsize
+    return {
+        f"target's states of {tokens:,} tokens": context,
+        f"kept of {dims.num_layers} layers of {rows:,} rows": dims.num_layers * layer,
+        "the backward, or the loss": max(working, head),
+    }

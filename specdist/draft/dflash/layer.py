@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder layer of the draft: Qwen3's, whose attention also reads the target's states. Attribute names are the
+exported tensor names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from specdist.draft.dflash.attention import BlockAttention, KeysValues
+from specdist.draft.mlp import MLP
+from specdist.draft.rotary import rotate
+from specdist.draft.sizes import LayerSizes
+
+Rotation = tuple[Tensor, Tensor]
+"""cos and sin, each [n, 1, D / 2]."""
+
+
+class Attention(nn.Module):
+    """The projections of the attention, with norms of queries and keys by head. Keys and values of the verified tokens
+    and of the block come from the same weights."""
+
+    def __init__(self, sizes: LayerSizes, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
+
+        hidden = sizes.hidden_size
+        self.heads = (-1, sizes.head_dim)
+        self.q_proj, self.o_proj = linear(hidden, sizes.query_width), linear(sizes.query_width, hidden)
+        self.k_proj, self.v_proj = linear(hidden, sizes.key_width), linear(hidden, sizes.key_width)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(sizes.head_dim, eps=sizes.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)
+        )
+
+    def queries(self, states: Tensor, rotation: Rotation) -> Tensor:
+        """[n, Hq, D] of normed states [n, H]."""
+        return rotate(self.q_norm(self.q_proj(states).unflatten(-1, self.heads)), *rotation)
+
+    def keys_values(self, states: Tensor, rotation: Rotation) -> KeysValues:
+        """Of normed states [n, H]: those of the block, or those made of the target's."""
+        keys = self.k_norm(self.k_proj(states).unflatten(-1, self.heads))
+        return rotate(keys, *rotation), self.v_proj(states).unflatten(-1, self.heads)
+
+
+class Layer(nn.Module):
+    """One of the decoder layers."""
+
+    def __init__(self, sizes: LayerSizes, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.self_attn = Attention(sizes, device, dtype)
+        self.mlp = MLP(sizes, device, dtype)
+        self.input_layernorm, self.post_attention_layernorm = (
+            nn.RMSNorm(sizes.hidden_size, eps=sizes.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)
+        )
+
+    def forward(self, hidden: Tensor, rotation: Rotation, context: KeysValues, attend: BlockAttention) -> Tensor:
+        """The next states [n, H] of the blocks' rows, from theirs and the keys and values of the verified tokens."""
+        normed = self.input_layernorm(hidden)
+        attention = self.self_attn
+        attended = attend(attention.queries(normed, rotation), context, attention.keys_values(normed, rotation))
+        hidden = hidden + attention.o_proj(attended.flatten(1))
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))

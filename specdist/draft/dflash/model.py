@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The DFlash draft under training: fuse the captured features, fill the blocks, compare with the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from specdist.draft import compiling
+from specdist.draft.base import DraftModel, Supervision, empty_like_loss
+from specdist.draft.dflash.attention import BlockAttention, eager_attention, flex_attention
+from specdist.draft.dflash.blocks import Blocks
+from specdist.draft.dflash.config import DFlashConfig
+from specdist.draft.dflash.dims import DFlashDims
+from specdist.draft.dflash.layer import Layer
+from specdist.draft.dflash.loss import SUMS, BlockLoss, LossInputs, Weighing, block_terms
+from specdist.draft.dflash.proposer import DFlashProposer
+from specdist.draft.dflash.summary import summarize
+from specdist.draft.flex import FLEX_LEAST_HEAD_DIM
+from specdist.draft.rotary import Rotary
+from specdist.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Tensors the draft reads and never trains. A plain object, so that neither FSDP nor state_dict sees them.
+
+    Attributes:
+        target: the target's embedding and head, on the draft's device.
+        rotary: the RoPE frequencies.
+        weighing: of the slots of a block.
+    """
+
+    target: TargetVocabulary
+    rotary: Rotary
+    weighing: Weighing
+
+
+class DFlashDraft(DraftModel):
+    """DFlash. Lives on the device of `target`; the frozen tensors do not follow `.to()`.
+
+    Computes in the precision its parameters have inside `forward` (FSDP2's mixed precision sets it).
+    """
+
+    def __init__(
+        self,
+        config: DFlashConfig,
+        dims: DFlashDims,
+        layout: FeatureLayout,
+        target: TargetVocabulary,
+        compiled: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        device, hidden = target.head.device, dims.hidden_size
+        assert config.mask_token_id is not None, "the configuration was not completed"
+        self.config, self.dims, self.layout, self.mask_token = config, dims, layout, config.mask_token_id
+        self.frozen = Frozen(target, Rotary.of(dims, device), Weighing.of(config, device))
+        self.scale = dims.head_dim**-0.5
+        slots = range(1, config.block_size)
+        self.metric_names = ("total", "weighted", *(f"{name}/{k}" for k in slots for name in SUMS))
+
+        def norm() -> nn.RMSNorm:
+            return nn.RMSNorm(hidden, eps=dims.rms_norm_eps, device=device, dtype=dtype)
+
+        self.fc = nn.Linear(dims.num_captured * hidden, hidden, bias=False, device=device, dtype=dtype)
+        self.hidden_norm, self.norm = norm(), norm()
+        self.layers = nn.ModuleList(Layer(dims, device, dtype) for _ in range(dims.num_layers))
+        self._terms = compiling.compiled(block_terms, "products", "labels", "valid") if compiled else block_terms
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """Fresh weights: normal with standard deviation 1 / sqrt(inputs), and norms one.
+
+        `generator` lives on the CPU, so the weights do not depend on the device.
+        """
+        for parameter in self.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                values = torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5
+                parameter.copy_(values)
+
+    def supervise(
+        self, batch: PackedTokens, host_batch: PackedTokens, features: Features, draw: int = 0
+    ) -> Supervision:
+        """`counts` is what the weighted losses are divided by: see `Weighing.total`."""
+        blocks = Blocks.draw(host_batch, self.config.block_size, self.config.anchors, draw, self.share)
+        blocks = blocks.to(features.rows.device)
+        return Supervision(
+            self.frozen.weighing.total(blocks.valid), {"blocks": blocks, "lengths": tuple(host_batch.lengths)}
+        )
+
+    def forward(
+        self, batch: PackedTokens, features: Features, supervision: Supervision, totals: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        blocks, lengths = supervision.data["blocks"], supervision.data["lengths"]
+        assert isinstance(blocks, Blocks)
+        assert isinstance(lengths, tuple)
+        if not len(blocks.anchors):
+            empty = torch.zeros(len(self.metric_names), dtype=torch.float64, device=totals.device)
+            return empty_like_loss(self), empty
+        states = self.states(batch, features, blocks, self.attention(blocks, lengths))
+        inputs = LossInputs(
+            blocks=blocks,
+            head=self.frozen.target.head.to(states.dtype),
+            logit_map=self.frozen.target.logit_map,
+            weighing=self.frozen.weighing,
+            total=totals,
+            chunk=self.config.loss_chunk,
+            terms=self._terms,
+        )
+        loss, told = BlockLoss.apply(inputs, states[:, 1:])
+        return loss, torch.cat([supervision.counts, told])
+
+    def states(self, batch: PackedTokens, features: Features, blocks: Blocks, attend: BlockAttention) -> Tensor:
+        """The normed states [N, B, H] of the blocks. The first of each, its anchor's, teaches nothing."""
+        context = self.context(features.captured)
+        tokens = blocks.anchors.new_full((len(blocks.anchors), blocks.size), self.mask_token)
+        tokens[:, 0] = batch.tokens[blocks.anchors]
+        places = blocks.positions[:, None] + torch.arange(blocks.size, device=tokens.device)
+        rotations = self.frozen.rotary(batch.positions), self.frozen.rotary(places.flatten())
+        hidden = self.embed(tokens.flatten())
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            hidden = layer(hidden, rotations[1], layer.self_attn.keys_values(context, rotations[0]), attend)
+        return self.norm(hidden).unflatten(0, (-1, blocks.size))
+
+    def context(self, captured: Tensor) -> Tensor:
+        """What keys and values of verified tokens are made of, [T, H], from the captured layers side by side."""
+        return self.hidden_norm(self.fc(captured.to(self.fc.weight.dtype)))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The target's embeddings [n, H] of tokens [n]."""
+        return functional.embedding(tokens, self.frozen.target.embedding).to(self.fc.weight.dtype)
+
+    def attention(self, blocks: Blocks, lengths: tuple[int, ...]) -> BlockAttention:
+        """The attention of a micro-batch; its mask is made here, once for all layers."""
+        backend = self.config.attention
+        fits_flex = blocks.anchors.is_cuda and self.dims.head_dim >= FLEX_LEAST_HEAD_DIM
+        if backend == "flex" or (backend == "auto" and fits_flex):
+            return flex_attention(blocks, sum(lengths), self.scale)
+        return eager_attention(blocks, lengths, self.scale)
+
+    def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return summarize(sums, self.config.block_size - 1)
+
+    def proposer(self) -> DFlashProposer:
+        return DFlashProposer(self)

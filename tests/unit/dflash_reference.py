@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DFlash written out block by block in fp64, straight from its definition; and small random cases for it.
+
+Only `build_case` uses the package: to make the draft under test. The reference shares no code with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from specdist.draft.config import DraftConfig
+from specdist.draft.dflash.config import DFlashConfig
+from specdist.draft.dflash.model import DFlashDraft
+from specdist.draft.registry import build_draft
+from specdist.draft.rotary import Rotary
+from specdist.records import Features, PackedTokens, TargetVocabulary
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, EPS, THETA = 16, 4, 2, 6, 37, 1e-5, 100.0
+LAYERS, BLOCK, MASK, CAPTURED = 2, 5, 36, 3
+
+
+def target_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=24,
+        num_hidden_layers=8,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        rms_norm_eps=EPS,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A draft in fp64 and packed documents with random features."""
+
+    draft: DFlashDraft
+    documents: list[Tensor]
+    masks: list[Tensor]
+    rows: Tensor
+
+    @property
+    def batch(self) -> PackedTokens:
+        return PackedTokens.from_documents(self.documents, self.masks)
+
+    @property
+    def features(self) -> Features:
+        return Features(self.draft.layout, self.rows)
+
+    def only(self, document: int) -> Case:
+        """The same draft on one document alone."""
+        start = sum(len(d) for d in self.documents[:document])
+        rows = self.rows[start : start + len(self.documents[document])]
+        return replace(self, documents=[self.documents[document]], masks=[self.masks[document]], rows=rows)
+
+
+def build_case(
+    lengths: tuple[int, ...] = (9, 1, 2, 13, 3, 6),
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    **options: object,
+) -> Case:
+    settings = {"block_size": BLOCK, "num_layers": LAYERS, "layers": (1, 3, 5), "mask_token_id": MASK, "loss_chunk": 9}
+    config = DraftConfig(algorithm="dflash", dflash=DFlashConfig(**{**settings, **options}))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    target = TargetVocabulary(normal(VOCAB, HIDDEN), normal(VOCAB, HIDDEN), logit_scale=0.5, logit_softcap=7.0)
+    draft = build_draft(config, target_config(), target, seed=seed)
+    assert isinstance(draft, DFlashDraft)
+    draft = draft.to(dtype)
+    exact = THETA ** -(torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
+    draft.frozen = replace(draft.frozen, rotary=Rotary(exact.to(dtype), 1.0))
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(0.3 * normal(*parameter.shape))  # no norm weight stays one
+    documents = [torch.randint(0, VOCAB - 1, (n,), generator=generator) for n in lengths]
+    masks = [torch.rand(n, generator=generator) < 0.8 for n in lengths]
+    if len(masks) > 5:
+        masks[5] = torch.zeros(lengths[5], dtype=torch.bool)
+    return Case(draft, documents, masks, normal(sum(lengths), draft.layout.width))
+
+
+def run(case: Case, totals: Tensor | None = None, draw: int = 0) -> tuple[Tensor, dict[str, float], Tensor]:
+    """Loss (with a graph), metric sums and counts of the draft under test, as the trainer would call it."""
+    batch, features = case.batch, case.features
+    supervision = case.draft.supervise(batch, batch, features, draw)
+    loss, sums = case.draft(batch, features, supervision, supervision.counts if totals is None else totals)
+    return loss, dict(zip(case.draft.metric_names, sums.tolist(), strict=True)), supervision.counts
+
+
+def gradients(case: Case, totals: Tensor | None = None, draw: int = 0) -> dict[str, Tensor]:
+    case.draft.zero_grad()
+    run(case, totals, draw)[0].backward()
+    return {name: parameter.grad.clone() for name, parameter in case.draft.named_parameters()}
+
+
+# The reference.
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One document at a time. `weights` by the exported tensor names."""
+
+    weights: Mapping[str, Tensor]
+    embedding: Tensor
+    head: Tensor
+    scale: float = 0.5
+    softcap: float | None = 7.0
+    block: int = BLOCK
+    mask: int = MASK
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * self.weights[f"{name}.weight"]
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return x @ self.weights[f"{name}.weight"].T
+
+    def rotate(self, x: Tensor, position: int) -> Tensor:
+        half = x.shape[-1] // 2
+        angles = position * THETA ** -(torch.arange(half, dtype=x.dtype) / half)
+        first, last = x[..., :half], x[..., half:]
+        return torch.cat([first * angles.cos() - last * angles.sin(), last * angles.cos() + first * angles.sin()], -1)
+
+    def key_value(self, layer: int, state: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        name = f"layers.{layer}.self_attn"
+        key = self.linear(state, f"{name}.k_proj").view(KV_HEADS, HEAD_DIM)
+        value = self.linear(state, f"{name}.v_proj").view(KV_HEADS, HEAD_DIM)
+        return self.rotate(self.norm(key, f"{name}.k_norm"), position), value
+
+    def products(self, tokens: list[int], captured: Tensor, anchor: int) -> Tensor:
+        """Products with the head [B - 1, V] of the slots of the block that begins at `anchor`."""
+        context = [self.norm(self.linear(captured[j], "fc"), "hidden_norm") for j in range(anchor)]
+        hidden = [self.embedding[t] for t in (tokens[anchor], *[self.mask] * (self.block - 1))]
+        layers = 1 + max(int(name.split(".")[1]) for name in self.weights if name.startswith("layers."))
+        for layer in range(layers):
+            name = f"layers.{layer}"
+            normed = [self.norm(h, f"{name}.input_layernorm") for h in hidden]
+            seen = [self.key_value(layer, c, j) for j, c in enumerate(context)]
+            seen += [self.key_value(layer, n, anchor + k) for k, n in enumerate(normed)]
+            for k in range(self.block):
+                query = self.linear(normed[k], f"{name}.self_attn.q_proj").view(HEADS, HEAD_DIM)
+                query = self.rotate(self.norm(query, f"{name}.self_attn.q_norm"), anchor + k)
+                outputs = []
+                for h in range(HEADS):
+                    g = h // (HEADS // KV_HEADS)
+                    scores = torch.stack([query[h] @ key[g] for key, _ in seen]) / math.sqrt(HEAD_DIM)
+                    shares = scores.softmax(0)
+                    outputs.append(sum(p * value[g] for p, (_, value) in zip(shares, seen, strict=True)))
+                state = hidden[k] + self.linear(torch.cat(outputs), f"{name}.self_attn.o_proj")
+                normed_state = self.norm(state, f"{name}.post_attention_layernorm")
+                gate = self.linear(normed_state, f"{name}.mlp.gate_proj")
+                up = self.linear(normed_state, f"{name}.mlp.up_proj")
+                hidden[k] = state + self.linear(gate * torch.sigmoid(gate) * up, f"{name}.mlp.down_proj")
+        return torch.stack([self.head @ self.norm(h, "norm") for h in hidden[1:]])
+
+    def log_chances(self, products: Tensor) -> Tensor:
+        logits = products * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits.log_softmax(-1)
+
+
+def labelled(tokens: list[int], mask: list[bool], anchor: int) -> list[int]:
+    """What the slots of a block predict, up to the first token that is not the assistant's."""
+    labels = []
+    for place in range(anchor + 1, min(anchor + BLOCK, len(tokens))):
+        if not mask[place]:
+            break
+        labels.append(tokens[place])
+    return labels
+
+
+def places(mask: list[bool]) -> list[int]:
+    """Where blocks of a document can begin."""
+    return [a for a in range(1, len(mask) - 1) if mask[a] and mask[a + 1]]
+
+
+def block_weights(log_chances: list[float], alpha: float | None, gamma: float) -> list[float]:
+    """Weights of the labelled slots of a block; `alpha` None: decay."""
+    count = len(log_chances)
+    if alpha is None:
+        return [math.exp(-k / gamma) for k in range(count)]
+    going = [(1 - alpha) * math.exp(c) + alpha for c in log_chances]
+    return [sum(math.prod(going[: m + 1]) for m in range(k, count)) for k in range(count)]

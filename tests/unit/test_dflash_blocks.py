@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which blocks are trained: drawn the same way every time, inside one turn of one document, and shared by ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from specdist.draft.base import ContextShare
+from specdist.draft.dflash.blocks import Blocks
+from tests.unit.dflash_reference import BLOCK, build_case, labelled, places
+
+LENGTHS = (9, 1, 2, 30, 3, 6, 40)
+
+
+def all_places() -> list[int]:
+    case, start, found = build_case(LENGTHS), 0, []
+    for mask in case.masks:
+        found += [start + a for a in places(mask.tolist())]
+        start += len(mask)
+    return found
+
+
+def test_blocks_begin_wherever_two_tokens_are_supervised() -> None:
+    blocks = Blocks.draw(build_case(LENGTHS).batch, BLOCK, 1000, draw=0)
+    assert blocks.anchors.tolist() == all_places()
+    assert sum(blocks.counts) == len(blocks.anchors)
+    assert blocks.valid[:, 0].all()
+
+
+def test_labels_end_with_the_turn_and_the_document() -> None:
+    case = build_case(LENGTHS)
+    blocks = Blocks.draw(case.batch, BLOCK, 1000, draw=0)
+    starts = [sum(LENGTHS[:d]) for d in range(len(LENGTHS))]
+    for anchor, start, labels, valid in zip(blocks.anchors, blocks.starts, blocks.labels, blocks.valid, strict=True):
+        document = starts.index(int(start))
+        expected = labelled(case.documents[document].tolist(), case.masks[document].tolist(), int(anchor - start))
+        assert labels[valid].tolist() == expected
+        assert valid[: len(expected)].all()
+
+
+def test_what_is_drawn_follows_from_the_number() -> None:
+    batch = build_case(LENGTHS).batch
+    first, again, other = (Blocks.draw(batch, BLOCK, 10, draw).anchors for draw in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert len(first) == len(first.unique()) == 10
+    assert not torch.equal(first, other)
+    assert set(first.tolist()) <= set(all_places())
+    drawn = torch.cat([Blocks.draw(batch, BLOCK, 10, draw).anchors for draw in range(60)])
+    assert set(drawn.tolist()) == set(all_places())
+
+
+def test_ranks_share_what_is_drawn() -> None:
+    batch = build_case(LENGTHS).batch
+    whole = Blocks.draw(batch, BLOCK, 10, draw=1)
+    shares = [Blocks.draw(batch, BLOCK, 10, 1, ContextShare(index, 3)) for index in range(3)]
+    assert [len(share.anchors) for share in shares] == [4, 3, 3]
+    assert torch.equal(torch.cat([share.anchors for share in shares]).sort().values, whole.anchors)
+
+
+def test_nothing_to_train() -> None:
+    for lengths in ((1,), (2, 1), (3,)):
+        blocks = Blocks.draw(build_case(lengths, seed=1).batch, BLOCK, 10, draw=0)
+        assert len(blocks.anchors) <= 1
+    empty = build_case((1,)).batch
+    assert Blocks.draw(empty, BLOCK, 10, draw=0).labels.shape == (0, BLOCK - 1)

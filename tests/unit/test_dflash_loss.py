@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss of DFlash and its gradients are those of the definition, however a micro-batch is cut up."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from specdist.draft.base import ContextShare
+from tests.unit.dflash_reference import (
+    BLOCK,
+    Case,
+    Reference,
+    block_weights,
+    build_case,
+    gradients,
+    labelled,
+    places,
+    run,
+)
+
+KINDS: list[dict[str, object]] = [{}, {"decay_gamma": 1.5}, {"loss": "dpace"}, {"loss": "dpace", "dpace_alpha": 0.0}]
+
+
+def reference_of(case: Case) -> Reference:
+    target = case.draft.frozen.target
+    weights = {name: p.detach().clone().requires_grad_() for name, p in case.draft.named_parameters()}
+    return Reference(weights, target.embedding, target.head)
+
+
+def expected(case: Case, reference: Reference) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss, with a graph to the reference's weights, and the sums that a person's figures come from."""
+    config = case.draft.config
+    alpha = config.dpace_alpha if config.loss == "dpace" else None
+    weighted, total, start = torch.zeros((), dtype=torch.float64), 0.0, 0
+    sums = dict.fromkeys(case.draft.metric_names, 0.0)
+    for document, mask in zip(case.documents, case.masks, strict=True):
+        captured, tokens = case.rows[start : start + len(document)], document.tolist()
+        start += len(document)
+        for anchor in places(mask.tolist()):
+            labels = labelled(tokens, mask.tolist(), anchor)
+            logs = reference.log_chances(reference.products(tokens, captured, anchor))
+            chosen = logs[torch.arange(len(labels)), labels]
+            weights = block_weights(chosen.tolist(), alpha, config.gamma)
+            weighted = weighted - (chosen * torch.tensor(weights, dtype=chosen.dtype)).sum()
+            total += 1.0 if alpha is not None else sum(weights)
+            right = (logs.argmax(-1)[: len(labels)] == torch.tensor(labels)).tolist()
+            for k in range(len(labels)):
+                sums[f"loss/{k + 1}"] -= chosen[k].item()
+                sums[f"counted/{k + 1}"] += 1
+                sums[f"correct/{k + 1}"] += right[k]
+                sums[f"prefix/{k + 1}"] += all(right[: k + 1])
+    sums |= {"weighted": weighted.item(), "total": total}
+    return weighted / total, sums
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_loss_sums_and_gradients_are_the_definition(options: dict[str, object]) -> None:
+    case = build_case(**options)  # type: ignore[arg-type]
+    reference = reference_of(case)
+    loss, sums = expected(case, reference)
+    loss.backward()
+    found, told, counts = run(case)
+    assert found.item() == pytest.approx(loss.item(), rel=1e-9)
+    assert told == pytest.approx(sums)
+    assert counts.item() == pytest.approx(sums["total"])
+    for name, grad in gradients(case).items():
+        torch.testing.assert_close(grad, reference.weights[name].grad, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_chunks_do_not_matter(options: dict[str, object]) -> None:
+    one, all_at_once = (gradients(build_case(loss_chunk=chunk, **options)) for chunk in (1, 10_000))  # type: ignore[arg-type]
+    for name, grad in one.items():
+        torch.testing.assert_close(grad, all_at_once[name], rtol=1e-9, atol=1e-12)
+
+
+def test_micro_batches_add_up_to_the_step() -> None:
+    case = build_case()
+    _, _, totals = run(case)
+    whole = gradients(case, totals)
+    parts = [case.only(d) for d in range(len(case.documents))]
+    assert sum(float(run(part, totals)[0]) for part in parts) == pytest.approx(float(run(case)[0]))
+    summed = [gradients(part, totals) for part in parts]
+    for name, grad in whole.items():
+        torch.testing.assert_close(sum(part[name] for part in summed), grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("anchors", [4, 512])
+def test_context_parallel_ranks_add_up(anchors: int) -> None:
+    case = build_case(anchors=anchors)
+    loss, sums, totals = run(case, draw=5)
+    found, added, counts = 0.0, dict.fromkeys(sums, 0.0), torch.zeros(1, dtype=torch.float64)
+    for index in range(3):
+        case.draft.share = ContextShare(index, 3)
+        part, told, count = run(case, totals, draw=5)
+        found, counts = found + float(part), counts + count
+        added = {name: added[name] + value for name, value in told.items()}
+    assert found == pytest.approx(loss.item())
+    assert counts.item() == pytest.approx(totals.item())
+    assert added == pytest.approx(sums)
+
+
+def test_nothing_supervised_is_a_loss_of_zero_with_a_graph() -> None:
+    case = build_case((4,))
+    case.masks[0][:] = False
+    loss, sums, counts = run(case)
+    loss.backward()
+    assert loss.item() == counts.item() == sum(sums.values()) == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in case.draft.parameters())
+
+
+def test_what_a_person_reads() -> None:
+    case = build_case(anchors=6)
+    figures = case.draft.summarize(run(case)[1])
+    assert figures["loss"] == pytest.approx(float(run(case)[0]))
+    assert 1.0 <= figures["simulated_acceptance_length"] <= BLOCK
+    assert math.isfinite(figures["accuracy/1"])
+    empty = case.draft.summarize(dict.fromkeys(case.draft.metric_names, 0.0))
+    assert empty["loss"] == 0.0
+    assert empty["simulated_acceptance_length"] == 1.0
+
+
+def test_a_draft_that_is_always_right_is_accepted_whole() -> None:
+    sums = {name: 4.0 for name in build_case().draft.metric_names}
+    assert build_case().draft.summarize(sums)["simulated_acceptance_length"] == BLOCK
