@@ -3,6 +3,7 @@
 
     specdist bench step --batch 4x2048 1x16384             # EAGLE-3 of the Qwen3-8B shape, random weights and features
     specdist bench step --ranks 2 draft.eagle3.vocab_size=16384 draft.sharding=replicate
+    specdist bench step draft.algorithm=dflash draft.dflash.anchors=1024
 
 The step is the trainer's own, FSDP and optimizer included, in a torchrun world of `--ranks` draft ranks; each takes a
 whole batch, or with draft.cp=N every N ranks take one together. `--bare` leaves FSDP and optimizer out and holds the
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(options)
     if args.worker:
         worker(Run(**told_to(args.worker[0])), args.worker[1])
-    words = ["draft.compile=true", "draft.eagle3.vocab_size=32000", *words]
+    words = ["draft.compile=true", "draft.eagle3.vocab_size=32000", "draft.dflash.mask_token_id=0", *words]
     run = Run(
         batches=tuple(args.batch),
         shape=args.shape,

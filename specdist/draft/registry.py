@@ -76,7 +76,8 @@ def step_memory(config: DraftConfig, target: PretrainedConfig, tokens: int, item
     weights, optimizer and features. `itemsize`: bytes of a number in the compute dtype."""
     share = -(-tokens // config.cp)
     if config.algorithm == "dflash":
-        return dflash_cost.step_bytes(config.dflash, DFlashDims.of(config.dflash, target), tokens, share, itemsize)
+        dims = DFlashDims.of(config.dflash, target)
+        return dflash_cost.step_bytes(config.dflash, dims, tokens, share, itemsize, config.compile)
     return step_bytes(config.eagle3, Eagle3Dims.of(config.eagle3, target), tokens, share, itemsize)
 
 

@@ -124,5 +124,5 @@ def test_what_a_person_reads() -> None:
 
 
 def test_a_draft_that_is_always_right_is_accepted_whole() -> None:
-    sums = {name: 4.0 for name in build_case().draft.metric_names}
+    sums = dict.fromkeys(build_case().draft.metric_names, 4.0)
     assert build_case().draft.summarize(sums)["simulated_acceptance_length"] == BLOCK

@@ -47,7 +47,8 @@ class DFlashConfig:
     """Training attention: flex (FlexAttention) needs CUDA, eager is the reference; auto takes eager where
     flex cannot work."""
     loss_chunk: int = 2048
-    """Rows of logits that are held at one time. Memory of the loss: about loss_chunk x vocabulary x 8 bytes."""
+    """Rows of logits that are held at one time. Memory of the loss: about loss_chunk x vocabulary x 4 bytes, and five
+    times that without draft.compile."""
 
     def __post_init__(self) -> None:
         if self.block_size < 2:
@@ -80,7 +81,7 @@ class DFlashConfig:
             if list(layers) != sorted(set(layers)) or layers[0] < 0:
                 raise ConfigError(
                     f"draft.dflash.layers: the default gives {list(layers)} for {self.num_layers} draft layers and a "
-                    f"target of {num_layers}; give ascending layers between 0 and {num_layers - 1}"
+                    f"target of {num_layers}; give ascending layers between 0 and {num_layers - 1}, or fewer layers"
                 )
         check_layers("draft.dflash.layers", layers, num_layers)
         if not layers:

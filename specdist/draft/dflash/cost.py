@@ -28,25 +28,28 @@ def flops(config: DFlashConfig, dims: DFlashDims, batch: PackedTokens) -> float:
     return 3.0 * trained + 2.0 * 2 * hidden * dims.vocab_size * slots
 
 
-def step_bytes(config: DFlashConfig, dims: DFlashDims, tokens: int, share: int, itemsize: int) -> dict[str, int]:
+def step_bytes(
+    config: DFlashConfig, dims: DFlashDims, tokens: int, share: int, itemsize: int, compiled: bool
+) -> dict[str, int]:
     """The parts of the peak in bytes, without weights, optimizer and features.
 
     Args:
         tokens: of the micro-batch.
         share: of them, those that a context-parallel rank could begin blocks at: no more than `anchors` do.
         itemsize: bytes of a number in the compute dtype.
+        compiled: whether what lies between products is made into one kernel.
     """
     hidden, inner, keys, queries = dims.hidden_size, dims.intermediate_size, dims.key_width, dims.query_width
     rows = min(config.anchors, share) * config.block_size
-    # The fused states and their norm; in each layer keys raw, normed and rotated, and values.
-    context = tokens * (2 * hidden + dims.num_layers * 4 * keys) * itemsize
-    # States before and after attention, both norms; queries raw, normed, rotated, and what they attend to; keys and
-    # values twice, once side by side with those of the context; gate, up, activation and product of the MLP.
-    layer = rows * (4 * hidden + 4 * queries + 6 * keys + 4 * inner) * itemsize + tokens * 2 * keys * itemsize
-    head = config.loss_chunk * dims.vocab_size * (itemsize + 2 * WIDE) + rows * hidden * itemsize
-    working = rows * (4 * inner + 4 * hidden) * itemsize
+    # The fused states and their norm; in each layer keys before and after norm and rotation, and values.
+    context = tokens * (2 * hidden + dims.num_layers * 3 * keys) * itemsize
+    # States before and after attention and both norms; queries before and after rotation, what they attend to and a
+    # copy of it; keys twice, values; gate, up and what comes of them.
+    layers = dims.num_layers * rows * (4 * hidden + 4 * queries + 3 * keys + 3 * inner) * itemsize
+    logits = config.loss_chunk * dims.vocab_size * (2 * itemsize if compiled else itemsize + 5 * WIDE)
+    backward = rows * 3 * inner * itemsize + 3 * hidden * inner * itemsize
     return {
         f"target's states of {tokens:,} tokens": context,
-        f"kept of {dims.num_layers} layers of {rows:,} rows": dims.num_layers * layer,
-        "the backward, or the loss": max(working, head),
+        f"kept of {dims.num_layers} layers of {rows:,} rows": layers,
+        "the loss, or the backward": max(logits, backward),
     }

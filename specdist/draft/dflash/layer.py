@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from specdist.draft.dflash.attention import BlockAttention, KeysValues
+from specdist.draft.dflash.pieces import PLAIN, Pieces
 from specdist.draft.mlp import MLP
-from specdist.draft.rotary import rotate
 from specdist.draft.sizes import LayerSizes
 
 Rotation = tuple[Tensor, Tensor]
@@ -27,21 +27,23 @@ class Attention(nn.Module):
             return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
 
         hidden = sizes.hidden_size
-        self.heads = (-1, sizes.head_dim)
+        self.heads, self.eps = (-1, sizes.head_dim), sizes.rms_norm_eps
         self.q_proj, self.o_proj = linear(hidden, sizes.query_width), linear(sizes.query_width, hidden)
         self.k_proj, self.v_proj = linear(hidden, sizes.key_width), linear(hidden, sizes.key_width)
         self.q_norm, self.k_norm = (
             nn.RMSNorm(sizes.head_dim, eps=sizes.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)
         )
 
-    def queries(self, states: Tensor, rotation: Rotation) -> Tensor:
+    def queries(self, states: Tensor, rotation: Rotation, pieces: Pieces = PLAIN) -> Tensor:
         """[n, Hq, D] of normed states [n, H]."""
-        return rotate(self.q_norm(self.q_proj(states).unflatten(-1, self.heads)), *rotation)
+        heads = self.q_proj(states).unflatten(-1, self.heads)
+        return pieces.turned_heads(heads, self.q_norm.weight, self.eps, *rotation)
 
-    def keys_values(self, states: Tensor, rotation: Rotation) -> KeysValues:
+    def keys_values(self, states: Tensor, rotation: Rotation, pieces: Pieces = PLAIN) -> KeysValues:
         """Of normed states [n, H]: those of the block, or those made of the target's."""
-        keys = self.k_norm(self.k_proj(states).unflatten(-1, self.heads))
-        return rotate(keys, *rotation), self.v_proj(states).unflatten(-1, self.heads)
+        heads = self.k_proj(states).unflatten(-1, self.heads)
+        keys = pieces.turned_heads(heads, self.k_norm.weight, self.eps, *rotation)
+        return keys, self.v_proj(states).unflatten(-1, self.heads)
 
 
 class Layer(nn.Module):
@@ -55,10 +57,18 @@ class Layer(nn.Module):
             nn.RMSNorm(sizes.hidden_size, eps=sizes.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)
         )
 
-    def forward(self, hidden: Tensor, rotation: Rotation, context: KeysValues, attend: BlockAttention) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: Rotation,
+        context: KeysValues,
+        attend: BlockAttention,
+        pieces: Pieces = PLAIN,
+    ) -> Tensor:
         """The next states [n, H] of the blocks' rows, from theirs and the keys and values of the verified tokens."""
-        normed = self.input_layernorm(hidden)
-        attention = self.self_attn
-        attended = attend(attention.queries(normed, rotation), context, attention.keys_values(normed, rotation))
+        attention, mlp, normed = self.self_attn, self.mlp, self.input_layernorm(hidden)
+        own = attention.keys_values(normed, rotation, pieces)
+        attended = attend(attention.queries(normed, rotation, pieces), context, own)
         hidden = hidden + attention.o_proj(attended.flatten(1))
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        normed = self.post_attention_layernorm(hidden)
+        return hidden + mlp.down_proj(pieces.swiglu(mlp.gate_proj(normed), mlp.up_proj(normed)))

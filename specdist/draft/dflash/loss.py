@@ -47,7 +47,7 @@ class Weighing:
         """What the losses of blocks are divided by, float64 [1]: the sum of all weights, or, as D-PACE's follow from
         the draft, the number of blocks. `valid` bool [N, B - 1]."""
         if self.decay is None:
-            return torch.tensor([len(valid)], dtype=torch.float64, device=valid.device)
+            return torch.full((1,), len(valid), dtype=torch.float64, device=valid.device)
         return (valid * self.decay).sum()[None]
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from specdist.draft import compiling
 from specdist.draft.base import DraftModel, Supervision, empty_like_loss
 from specdist.draft.dflash.attention import BlockAttention, eager_attention, flex_attention
 from specdist.draft.dflash.blocks import Blocks
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.dflash.dims import DFlashDims
 from specdist.draft.dflash.layer import Layer
-from specdist.draft.dflash.loss import SUMS, BlockLoss, LossInputs, Weighing, block_terms
+from specdist.draft.dflash.loss import SUMS, BlockLoss, LossInputs, Weighing
+from specdist.draft.dflash.pieces import PLAIN, compiled_pieces
 from specdist.draft.dflash.proposer import DFlashProposer
 from specdist.draft.dflash.summary import summarize
 from specdist.draft.flex import FLEX_LEAST_HEAD_DIM
@@ -70,7 +70,7 @@ class DFlashDraft(DraftModel):
         self.fc = nn.Linear(dims.num_captured * hidden, hidden, bias=False, device=device, dtype=dtype)
         self.hidden_norm, self.norm = norm(), norm()
         self.layers = nn.ModuleList(Layer(dims, device, dtype) for _ in range(dims.num_layers))
-        self._terms = compiling.compiled(block_terms, "products", "labels", "valid") if compiled else block_terms
+        self._pieces = compiled_pieces() if compiled else PLAIN
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
@@ -112,7 +112,7 @@ class DFlashDraft(DraftModel):
             weighing=self.frozen.weighing,
             total=totals,
             chunk=self.config.loss_chunk,
-            terms=self._terms,
+            terms=self._pieces.block_terms,
         )
         loss, told = BlockLoss.apply(inputs, states[:, 1:])
         return loss, torch.cat([supervision.counts, told])
@@ -127,7 +127,8 @@ class DFlashDraft(DraftModel):
         hidden = self.embed(tokens.flatten())
         for layer in self.layers:
             assert isinstance(layer, Layer)
-            hidden = layer(hidden, rotations[1], layer.self_attn.keys_values(context, rotations[0]), attend)
+            verified = layer.self_attn.keys_values(context, rotations[0], self._pieces)
+            hidden = layer(hidden, rotations[1], verified, attend, self._pieces)
         return self.norm(hidden).unflatten(0, (-1, blocks.size))
 
     def context(self, captured: Tensor) -> Tensor:

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functions between the matrix products of a layer: as they are, or made into one kernel each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+
+from specdist.draft.compiling import compiled
+from specdist.draft.dflash.loss import block_terms
+from specdist.draft.rotary import rotate
+
+
+def turned_heads(heads: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads [n, h, D], each normed and then rotated; `weight` [D]."""
+    return rotate(functional.rms_norm(heads, weight.shape, weight, eps), cos, sin)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """What a gated MLP does between its products."""
+    return functional.silu(gate) * up
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """One of each, see the functions of those names."""
+
+    turned_heads: Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]
+    swiglu: Callable[[Tensor, Tensor], Tensor]
+    block_terms: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+PLAIN = Pieces(turned_heads, swiglu, block_terms)
+
+
+def compiled_pieces() -> Pieces:
+    """Each is compiled to one graph for all lengths and layers."""
+    return Pieces(
+        compiled(turned_heads, "heads", "cos", "sin"),
+        compiled(swiglu, "gate", "up"),
+        compiled(block_terms, "products", "labels", "valid"),
+    )

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DFlash in real torchrun worlds: any split trains the same, a killed job goes on, and what was trained is served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from specdist.cli import main
+from specdist.progress import committed, read_progress
+from tests.distributed.worlds import kill_all, start_torchrun, train
+from tests.tiny import make_config, make_conversations, make_target
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("material")
+    (directory / "held.jsonl").write_text('{"prompt": "good night"}\n{"prompt": "speak again"}\n')
+    return make_target(directory / "target"), make_conversations(directory / "prompts.jsonl")
+
+
+def words(directory: Path, material, **overrides) -> list[str]:
+    settings = {
+        "draft__algorithm": "dflash",
+        "draft__dflash__num_layers": 2,
+        "draft__dflash__layers": "[1,3]",
+        "draft__dflash__block_size": 6,
+        "draft__dflash__anchors": 20,
+        "draft__dflash__mask_token_id": 256,
+        "prompts__cache_dir": material[1].parent / "cache",
+        "train__steps": STEPS,
+        "checkpoint__every": 2,
+        "evaluate__prompts": f"[{material[1].parent / 'held.jsonl'}]",
+        "evaluate__max_new_tokens": 12,
+        "evaluate__check": "true",
+    }
+    return make_config(directory, *material, **(settings | overrides))
+
+
+def losses(directory: Path) -> list[tuple[int, float, float]]:
+    records = [json.loads(line) for line in (directory / "run/metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records]
+
+
+def run(ranks: int, directory: Path, material, **overrides) -> str:
+    done = train(ranks, words(directory, material, **overrides))
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, material) -> Path:
+    """A job that nothing happened to: one target rank and two draft ranks."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    run(3, directory, material)
+    assert [step for step, _, _ in losses(directory)] == list(range(1, STEPS + 1))
+    return directory
+
+
+def test_a_killed_job_draws_the_same_blocks_and_has_the_same_losses_bitwise(tmp_path, material, undisturbed):
+    process = start_torchrun(3, ["-m", "specdist.train", *words(tmp_path, material)])
+    while not committed(tmp_path / "run/checkpoints"):
+        assert process.poll() is None, process.communicate()
+    kill_all(process)
+    killed_at = read_progress(committed(tmp_path / "run/checkpoints")[-1]).step
+    assert f"resuming from step-{killed_at:08d}" in run(3, tmp_path, material)
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (5, {"draft__dp": 2, "draft__cp": 2}),
+        (2, {"world__mode": "colocated"}),
+        (4, {"target__tp": 2, "draft__sharding": "replicate"}),
+    ],
+    ids=str,
+)
+def test_every_split_trains_the_same(tmp_path, material, undisturbed, ranks, options):
+    run(ranks, tmp_path, material, **options)
+    for (_, loss, norm), (_, expected, expected_norm) in zip(losses(tmp_path), losses(undisturbed), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)  # another order of summation
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def test_what_was_trained_is_served(tmp_path, material, undisturbed, capsys):
+    """The export drafts the text that the run's own evaluation has drafted, and a run that starts from it goes on."""
+    summary = json.loads((undisturbed / "run/summary.json").read_text())
+    (export,) = summary["exports"]
+    assert summary["evaluation"]["after"]["differing"] == 0
+    job = words(tmp_path, material, run__dir=undisturbed / "run")
+    assert main(["eval", *job, "--draft", export, "--output", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["accepted"] == summary["evaluation"]["after"]["accepted"]
+    capsys.readouterr()
+    other = {"draft__init_from": export, "draft__dflash__num_layers": 1, "draft__dflash__layers": "null"}
+    run(2, tmp_path, material, **other, evaluate__prompts="[]", train__steps=1)
+    assert losses(tmp_path)[0][1] < losses(undisturbed)[0][1]
+
+
+def test_a_draft_alone_and_a_plan(tmp_path, material, capsys):
+    run(2, tmp_path, material, world__mode="draft_only", train__steps=2)
+    assert len(losses(tmp_path)) == 2
+    assert main(["plan", *words(tmp_path, material, draft__dp=2)]) == 0
+    told = capsys.readouterr().out
+    assert "draft dflash: captures layers [1, 3]" in told
+    assert "256 B of features per token: 2 captured layers x 32" in told

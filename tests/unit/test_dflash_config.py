@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of DFlash: its defaults, what is told before anything starts, and the mask token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from specdist.draft.config import DraftConfig
+from specdist.draft.dflash.config import DFlashConfig
+from specdist.draft.registry import build_draft
+from specdist.errors import ConfigError, DataError
+from specdist.job import examine, load_job
+from specdist.records import TargetVocabulary
+from tests.tiny import make_config, make_conversations, make_target
+from tests.unit.dflash_reference import HIDDEN, VOCAB, target_config
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    directory = tmp_path_factory.mktemp("material")
+    return make_target(directory / "target"), make_conversations(directory / "prompts.jsonl")
+
+
+def words(directory: Path, material: tuple[Path, Path], **overrides: object) -> list[str]:
+    settings = {"draft__algorithm": "dflash", "draft__dflash__num_layers": 2, "draft__dflash__layers": "[1,3]"}
+    return make_config(directory, *material, **(settings | overrides))
+
+
+@pytest.mark.parametrize(
+    ("layers", "count", "captured"), [(36, 5, (1, 9, 17, 25, 33)), (28, 1, (14,)), (8, 3, (1, 3, 5))]
+)
+def test_default_layers(layers: int, count: int, captured: tuple[int, ...]) -> None:
+    assert DFlashConfig(num_layers=count).captured_layers(layers) == captured
+
+
+def test_default_decay() -> None:
+    assert [DFlashConfig(block_size=size).gamma for size in (16, 10, 8)] == [7.0, 5.0, 4.0]
+    assert DFlashConfig(decay_gamma=2.5).gamma == 2.5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"block_size": 1}, r"draft\.dflash\.block_size is 1: it must be at least 2"),
+        ({"anchors": 0}, r"draft\.dflash\.anchors is 0"),
+        ({"decay_gamma": 0.0}, r"draft\.dflash\.decay_gamma is 0\.0"),
+        ({"dpace_alpha": 1.5}, r"draft\.dflash\.dpace_alpha is 1\.5"),
+        ({"head_dim": 0}, r"draft\.dflash\.head_dim is 0"),
+    ],
+)
+def test_values_out_of_range(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        DFlashConfig(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"num_layers": 5}, r"the default gives \[1, 2, 2, 2, 3\] for 5 draft layers and a target of 6"),
+        ({"layers": "[1,9]"}, r"draft\.dflash\.layers: \[9\] not in a target of 6 layers"),
+        ({"layers": "[3,1]"}, r"give \[1, 3\]"),
+        ({"layers": "[]"}, r"draft\.dflash\.layers is empty"),
+        ({"layers": "[1,5]"}, "cannot capture the output of the target's last layer, 5"),
+        ({"mask_token_id": 259}, "the target has tokens 0 to 258"),
+        ({"num_attention_heads": 3}, r"draft\.dflash\.num_attention_heads"),
+    ],
+)
+def test_what_does_not_fit_the_target(
+    tmp_path: Path, material: tuple[Path, Path], options: dict[str, object], told: str
+) -> None:
+    given: dict[str, object] = {"mask_token_id": 256, "num_layers": 2, "layers": "[1,3]"} | options
+    if "num_layers" in options:
+        given["layers"] = "null"
+    keys = {f"draft__dflash__{key}": value for key, value in given.items()}
+    with pytest.raises(ConfigError, match=told):
+        examine(load_job([], words(tmp_path, material, **keys)))
+
+
+def test_more_tokens_than_a_block_has(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    prompts = {"evaluate__prompts": f"[{material[1]}]", "draft__dflash__mask_token_id": 256}
+    job = load_job([], words(tmp_path, material, draft__dflash__block_size=4, evaluate__draft_tokens=4, **prompts))
+    with pytest.raises(ConfigError, match=r"evaluate\.draft_tokens=4 is more than the 3 that a block drafts"):
+        examine(job)
+
+
+def test_the_mask_token_is_a_free_row_of_the_embedding(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"every one of the 259 rows .* of 256 \(<\|endoftext\|>\), 257"):
+        load_job([], words(tmp_path, material))
+    wide = make_target(tmp_path / "wide")
+    config = LlamaConfig.from_pretrained(wide)
+    config.vocab_size = 272  # padded, as many a model's embedding is
+    config.save_pretrained(wide)
+    job = load_job([], words(tmp_path, (wide, material[1])))
+    assert job.draft.dflash.mask_token_id == 259
+    (wide / "tokenizer.json").unlink()
+    (wide / "tokenizer_config.json").unlink()
+    with pytest.raises(DataError, match=r"no usable tokenizer in .*draft\.dflash\.mask_token_id"):
+        load_job([], words(tmp_path, (wide, material[1])))
+
+
+def test_a_draft_vocabulary_is_not_for_it() -> None:
+    table = torch.zeros(VOCAB, HIDDEN)
+    config = DraftConfig(algorithm="dflash", dflash=DFlashConfig(num_layers=2, layers=(1, 3), mask_token_id=0))
+    with pytest.raises(DataError, match="a DFlash draft has the target's"):
+        build_draft(config, target_config(), TargetVocabulary(table, table), torch.arange(5))
+    assert config.vocab_size is None

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A DFlash directory is what the engines load: names, shapes and keys, and the same products from the two files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specdist.draft.config import DraftConfig
+from specdist.draft.dflash.config import DFlashConfig
+from specdist.draft.registry import build_draft
+from specdist.errors import ConfigError, DataError
+from specdist.export import ExportConfig, export_draft, load_exported
+from specdist.records import Features, TargetVocabulary
+from tests.unit import dflash_reference as reference
+from tests.unit.dflash_reference import BLOCK, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MASK, VOCAB, Case, build_case
+
+LAYER = {
+    "self_attn.q_proj.weight": [HEADS * HEAD_DIM, HIDDEN],
+    "self_attn.k_proj.weight": [KV_HEADS * HEAD_DIM, HIDDEN],
+    "self_attn.v_proj.weight": [KV_HEADS * HEAD_DIM, HIDDEN],
+    "self_attn.o_proj.weight": [HIDDEN, HEADS * HEAD_DIM],
+    "self_attn.q_norm.weight": [HEAD_DIM],
+    "self_attn.k_norm.weight": [HEAD_DIM],
+    "mlp.gate_proj.weight": [24, HIDDEN],
+    "mlp.up_proj.weight": [24, HIDDEN],
+    "mlp.down_proj.weight": [HIDDEN, 24],
+    "input_layernorm.weight": [HIDDEN],
+    "post_attention_layernorm.weight": [HIDDEN],
+}
+NAMES_AND_SHAPES = {
+    "fc.weight": [HIDDEN, 3 * HIDDEN],
+    "hidden_norm.weight": [HIDDEN],
+    "norm.weight": [HIDDEN],
+    **{f"layers.{i}.{name}": shape for i in range(2) for name, shape in LAYER.items()},
+}
+
+
+def draft_config(**options: object) -> DraftConfig:
+    return DraftConfig(algorithm="dflash", dflash=DFlashConfig(**options))  # type: ignore[arg-type]
+
+
+def export(directory: Path, case: Case, state: dict[str, Tensor] | None = None, **options: object) -> Path:
+    return export_draft(
+        directory,
+        "sglang",
+        DraftConfig(algorithm="dflash", dflash=case.draft.config),
+        case.draft.state_dict() if state is None else state,
+        torch.arange(VOCAB),
+        reference.target_config(),
+        "org/model",
+        ExportConfig(**{"dtype": "float32", **options}),  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return build_case((30,), dtype=torch.float32)
+
+
+def test_names_shapes_and_keys(case: Case, tmp_path: Path) -> None:
+    directory = export(tmp_path / "draft", case)
+    tensors, config = load_file(directory / "model.safetensors"), json.loads((directory / "config.json").read_text())
+    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == NAMES_AND_SHAPES
+    assert config["architectures"] == ["DFlashDraftModel"]
+    assert config["model_type"] == "qwen3"
+    assert (config["num_hidden_layers"], config["layer_types"]) == (2, ["full_attention"] * 2)
+    assert (config["block_size"], config["num_target_layers"], config["vocab_size"]) == (BLOCK, 8, VOCAB)
+    assert config["dflash_config"] == {"block_size": BLOCK, "mask_token_id": MASK, "target_layer_ids": [1, 3, 5]}
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 6]
+    assert (config["attention_bias"], config["head_dim"]) == (False, HEAD_DIM)
+
+
+def test_transformers_reads_the_configuration(case: Case, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(export(tmp_path / "draft", case))
+    assert config.rope_parameters["rope_theta"] == reference.THETA
+    assert config.dflash_config["mask_token_id"] == MASK
+    assert (config.num_key_value_heads, config.rms_norm_eps) == (KV_HEADS, reference.EPS)
+
+
+def test_the_files_alone_draft_what_the_draft_does(case: Case, tmp_path: Path) -> None:
+    """By the reference, which computes as the engines do and knows nothing but the two files and the target."""
+    directory, target, tokens = export(tmp_path / "draft", case), case.draft.frozen.target, case.documents[0]
+    config = json.loads((directory / "config.json").read_text())
+    served = reference.Reference(
+        load_file(directory / "model.safetensors"),
+        target.embedding,
+        target.head,
+        block=config["block_size"],
+        mask=config["dflash_config"]["mask_token_id"],
+    )
+    proposer = case.draft.proposer()
+    proposer.extend(Features(case.draft.layout, case.rows[:12]), tokens[1:13])
+    products = served.products(tokens.tolist(), case.rows, 12)
+    torch.testing.assert_close(proposer.block()[1], products, rtol=1e-3, atol=1e-3)
+
+
+def test_read_back(case: Case, tmp_path: Path) -> None:
+    exported = load_exported(export(tmp_path / "draft", case))
+    assert exported.vocabulary is None
+    assert all(torch.equal(exported.state[name], tensor) for name, tensor in case.draft.state_dict().items())
+    base = draft_config(block_size=4, num_layers=7, loss="dpace")
+    restored = exported.draft_config(base, reference.target_config())
+    assert restored.dflash == replace(
+        base.dflash,
+        block_size=BLOCK,
+        num_layers=2,
+        layers=(1, 3, 5),
+        mask_token_id=MASK,
+        intermediate_size=24,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        rope_scaling=False,
+    )
+    target = TargetVocabulary(torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN))
+    build_draft(restored, reference.target_config(), target).load_state_dict(exported.state)
+
+
+def test_what_others_publish_can_be_read(case: Case, tmp_path: Path) -> None:
+    """With `model.` before the names, and sizes inside or outside of `dflash_config`."""
+    directory = export(tmp_path / "draft", case)
+    tensors = load_file(directory / "model.safetensors")
+    save_file({f"model.{name}": tensor for name, tensor in tensors.items()}, directory / "model.safetensors")
+    change(directory, dflash_config={"mask_token_id": MASK, "target_layer_ids": [1, 3, 5]})
+    assert load_exported(directory).draft_config(draft_config(), reference.target_config()).dflash.block_size == BLOCK
+
+
+def change(directory: Path, **keys: object) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | keys
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"num_hidden_layers": 3}, r"missing: layers\.2\.input_layernorm"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "only plain DFlash drafts"),
+        ({"dflash_config": {"projector_type": "domino"}}, "only plain DFlash drafts"),
+        ({"dflash_config": {"target_layer_ids": [1, 3, 5]}}, "the key mask_token_id is missing"),
+        ({"vocab_size": None}, "the key vocab_size is missing"),
+    ],
+)
+def test_a_directory_that_cannot_be_read(case: Case, tmp_path: Path, keys: dict[str, object], words: str) -> None:
+    directory = export(tmp_path / "draft", case)
+    change(directory, **keys)
+    with pytest.raises(DataError, match=words):
+        load_exported(directory)
+
+
+def test_a_draft_that_does_not_fit(case: Case, tmp_path: Path) -> None:
+    exported = load_exported(export(tmp_path / "draft", case))
+    other = reference.target_config()
+    other.num_hidden_layers = 9
+    with pytest.raises(ConfigError, match="one of 8 layers, and this one has 9"):
+        exported.draft_config(draft_config(), other)
+    other = reference.target_config()
+    other.vocab_size = VOCAB + 3
+    with pytest.raises(ConfigError, match="vocab_size is 37, 40 beside this target"):
+        exported.draft_config(draft_config(), other)
+    with pytest.raises(ConfigError, match=r"draft\.algorithm=dflash, and the configuration says eagle3"):
+        exported.draft_config(DraftConfig(), reference.target_config())
+
+
+def test_what_cannot_be_served_is_not_written(case: Case, tmp_path: Path) -> None:
+    broken = {name: tensor.clone() for name, tensor in case.draft.state_dict().items()}
+    broken["norm.weight"][0] = float("nan")
+    with pytest.raises(DataError, match=r"norm\.weight holds NaN"):
+        export(tmp_path / "draft", case, broken)
+    del broken["norm.weight"]
+    with pytest.raises(DataError, match=r"missing: norm\.weight"):
+        export(tmp_path / "draft", case, broken)
+    last = build_case((4,), layers=(1, 3, 7))
+    with pytest.raises(ConfigError, match="SGLang cannot capture the output of the target's last layer, 7"):
+        export(tmp_path / "draft", last)
+    with pytest.raises(ConfigError, match=r"export\.formats: speculators is not for drafts of draft\.algorithm=dflash"):
+        ExportConfig(formats=("sglang", "speculators")).written("dflash")
+    assert not (tmp_path / "draft").exists()
