@@ -18,9 +18,11 @@ _OPS = torch.library.Library("sgl_kernel", "DEF")
 _CHAIN, _FREE = 1, -1
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The last len(q) positions of a sequence over all of it; q, k, v are [tokens, heads, dim]."""
-    mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Tensor:
+    """The last len(q) positions of a sequence over all of it, or each over what is before it; q, k, v are [tokens,
+    heads, dim]."""
+    mask = torch.ones(len(q), len(k), dtype=torch.bool)
+    mask = mask.tril(len(k) - len(q)) if causal else mask
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     out = scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, scale=scale, enable_gqa=True)
     return out.squeeze(0).transpose(0, 1)
@@ -51,13 +53,14 @@ def _extend_attention(
     max_extend: int, scale: float, logit_cap: float, cross: bool, window: int, encoder_lens: Tensor | None,
     sinks: Tensor | None, tree_mask: Tensor | None, causal: bool,
 ) -> None:  # fmt: skip
-    """Some new tokens a request (prefill, verification): over the cached ones before them, and causally each other."""
-    _plain((k_scale, v_scale), logit_cap, cross, window, (encoder_lens, sinks, tree_mask, None if causal else causal))
+    """Some new tokens a request (prefill, verification): over the cached ones before them, and causally each other, or
+    all (a block of DFlash)."""
+    _plain((k_scale, v_scale), logit_cap, cross, window, (encoder_lens, sinks, tree_mask))
     sizes = zip(requests.tolist(), seq_lens.tolist(), extend_lens.tolist(), extend_starts.tolist(), strict=True)
     for request, length, new, start in sizes:
         slots, rows = req_to_token[request, : length - new], slice(start, start + new)
         keys, values = torch.cat([k_cache[slots], k[rows]]), torch.cat([v_cache[slots], v[rows]])
-        out[rows] = _attend(q[rows], keys, values, scale)
+        out[rows] = _attend(q[rows], keys, values, scale, causal)
 
 
 _OPS.define(
