@@ -117,9 +117,7 @@ def main() -> None:
     parser.add_argument("--prompts", required=True, metavar="FILE")
     parser.add_argument("--limit", type=int, default=32, metavar="N", help="prompts (default 32)")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="new tokens of each (default 64)")
-    parser.add_argument(
-        "--drafted", type=int, default=5, metavar="N", help="EAGLE-3: drafted tokens a step (default 5)"
-    )
+    parser.add_argument("--drafted", type=int, default=5, metavar="N", help="EAGLE-3: drafts a step (default 5)")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     prompts = [list(prompt.tokens) for prompt in read_prompts([args.prompts], tokenizer, args.limit)]
