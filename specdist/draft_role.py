@@ -113,7 +113,7 @@ def _source(rank: Rank, items: Items, shard: int) -> FeatureSource:
         timeout_s += job.control.replica_timeout_s
     receiver = make_receiver(rank.wire(), slots, job.prompts.tokens_per_rank, rank.client.check, publisher)
     number = topology.draft_ranks.index(rank.rank)
-    return RemoteSource(rank.client, receiver, items, number, rank.stop, timeout_s, rank.trace)
+    return RemoteSource(rank.client, receiver, items, number, rank.stop, timeout_s, rank.world.device, rank.trace)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from specdist.target.engine import Engine, verify
 from specdist.topology import Topology
 from specdist.trace.base import NO_TRACE, Trace
 from specdist.trainer import FeatureSource
+from specdist.waits import WaitClock
 
 
 class RemoteSource(FeatureSource):
@@ -38,8 +39,10 @@ class RemoteSource(FeatureSource):
         draft: int,
         stop: StopFlag,
         timeout_s: float,
+        device: torch.device,
         trace: Trace = NO_TRACE,
     ):
+        self._waits = WaitClock(device)
         self._client, self.receiver, self._items = client, receiver, items
         self._draft, self._stop, self._timeout_s = draft, stop, timeout_s
         self._trace = trace
@@ -50,14 +53,17 @@ class RemoteSource(FeatureSource):
         self._thread = threading.Thread(target=self._listen, name="specdist-receiver", daemon=True)
         self._thread.start()
 
+    @property
+    def waited_s(self) -> float:
+        return self._waits.seconds
+
     def take(self, item: WorkItem) -> Tensor:
         self._client.phase = f"waiting for the features of item {item.index}"
-        began = time.monotonic()
-        with self._trace.span("wait for the forward", item.index):
-            self._await(item.index)
-        with self._trace.span("wait for the transfer", item.index):
-            rows = self.receiver.take(item, self._timeout_s)
-        self.waited_s += time.monotonic() - began
+        with self._waits.waiting():
+            with self._trace.span("wait for the forward", item.index):
+                self._await(item.index)
+            with self._trace.span("wait for the transfer", item.index):
+                rows = self.receiver.take(item, self._timeout_s)
         self._client.phase = f"training on item {item.index}"
         return rows
 

@@ -40,8 +40,10 @@ class TrainingDiverged(RuntimeError):
 class FeatureSource(ABC):
     """Where a draft rank gets the target's features from."""
 
-    waited_s: float = 0.0
-    """Seconds this rank has waited for features so far."""
+    @property
+    def waited_s(self) -> float:
+        """Seconds so far in which this rank had nothing to compute because it waited for features."""
+        return 0.0
 
     @abstractmethod
     def take(self, item: WorkItem) -> Tensor:
