@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from specdist import config
 from specdist.draft.config import DraftConfig
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.registry import build_draft
 from specdist.errors import ConfigError, DataError
-from specdist.job import examine, load_job
+from specdist.job import JobConfig, examine, load_job
 from specdist.records import TargetVocabulary
 from tests.tiny import make_config, make_conversations, make_target
 from tests.unit.dflash_reference import HIDDEN, VOCAB, target_config
@@ -91,9 +92,9 @@ def test_the_mask_token_is_a_free_row_of_the_embedding(tmp_path: Path, material:
     with pytest.raises(ConfigError, match=r"every one of the 259 rows .* of 256 \(<\|endoftext\|>\), 257"):
         load_job([], words(tmp_path, material))
     wide = make_target(tmp_path / "wide")
-    config = LlamaConfig.from_pretrained(wide)
-    config.vocab_size = 272  # padded, as many a model's embedding is
-    config.save_pretrained(wide)
+    padded = LlamaConfig.from_pretrained(wide)
+    padded.vocab_size = 272  # as many a model's embedding is
+    padded.save_pretrained(wide)
     job = load_job([], words(tmp_path, (wide, material[1])))
     assert job.draft.dflash.mask_token_id == 259
     (wide / "tokenizer.json").unlink()
@@ -104,7 +105,16 @@ def test_the_mask_token_is_a_free_row_of_the_embedding(tmp_path: Path, material:
 
 def test_a_draft_vocabulary_is_not_for_it() -> None:
     table = torch.zeros(VOCAB, HIDDEN)
-    config = DraftConfig(algorithm="dflash", dflash=DFlashConfig(num_layers=2, layers=(1, 3), mask_token_id=0))
+    draft = DraftConfig(algorithm="dflash", dflash=DFlashConfig(num_layers=2, layers=(1, 3), mask_token_id=0))
     with pytest.raises(DataError, match="a DFlash draft has the target's"):
-        build_draft(config, target_config(), TargetVocabulary(table, table), torch.arange(5))
-    assert config.vocab_size is None
+        build_draft(draft, target_config(), TargetVocabulary(table, table), torch.arange(5))
+    assert draft.vocab_size is None
+
+
+def test_the_configurations_that_ship() -> None:
+    job = load_job(["configs/quickstart.yaml", "configs/quickstart-dflash.yaml"])
+    assert (job.draft.algorithm, job.draft.dflash.block_size) == ("dflash", 6)
+    examine(job)
+    large = config.load(JobConfig, ["configs/qwen3-8b.yaml", "configs/qwen3-8b-dflash.yaml"])
+    assert large.evaluate.draft_tokens == large.draft.most_tokens
+    assert large.export.written(large.draft.algorithm) == ("sglang",)
