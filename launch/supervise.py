@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 
@@ -29,6 +30,7 @@ def supervise(
         status = start(Attempt(job, restart))
         if status != AGAIN or stopped():
             return status
+    print("specdist: this launcher starts it no more: the same command goes on from there", file=sys.stderr)
     return AGAIN
 
 

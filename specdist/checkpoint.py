@@ -10,9 +10,12 @@ sharding. A directory without COMMIT is what a kill left behind; it is ignored a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import pickle
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from specdist.errors import DataError
 from specdist.files import sync_directory, write_atomically
 from specdist.progress import COMMIT, CheckpointConfig, Progress, committed, read_progress
 
@@ -74,11 +79,12 @@ class Checkpointer:
         """Load into this world's ranks and sharding, whatever wrote it."""
         progress = read_progress(path)
         state = self._state(model, optimizer)
-        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        same_split = self._rng_key in saved
-        if not same_split:
-            del state[self._rng_key]
-        dcp.load(state, checkpoint_id=path, process_group=self._group)
+        with naming_damage(path):
+            saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            same_split = self._rng_key in saved
+            if not same_split:
+                del state[self._rng_key]
+            dcp.load(state, checkpoint_id=path, process_group=self._group)
         configured = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups]
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         for group, settings in zip(optimizer.param_groups, configured, strict=True):
@@ -112,3 +118,30 @@ class Checkpointer:
 def _as_future(saved: Any) -> Future[Any]:
     """`async_save` returns a Future, or in newer versions an object that holds one for the upload."""
     return saved if isinstance(saved, Future) else saved.upload_completion
+
+
+_UNREADABLE = (OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError)
+
+
+@contextlib.contextmanager
+def naming_damage(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged checkpoint raises into an error of one line. What else goes wrong stays as it is: a
+    rank that is lost meanwhile says nothing about the files.
+
+    Raises:
+        DataError: a file of the checkpoint is missing, cut off or no file of it.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        if not all(isinstance(cause, _UNREADABLE) or "PytorchStreamReader" in str(cause) for cause in causes):
+            raise
+        raise _damaged(path, causes[0]) from error
+    except _UNREADABLE as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, cause: BaseException) -> DataError:
+    what = (str(cause).splitlines() or [""])[0] or type(cause).__name__
+    return DataError(f"the checkpoint {path} is damaged ({what}): remove it, and the run goes on from the one before")

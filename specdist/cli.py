@@ -175,13 +175,15 @@ def _train(args: argparse.Namespace) -> int:
     job = load_job(files, overrides)
     examine(job)
     check_installed(job, target=job.world.mode != "draft_only" and job.world.role != "draft")
-    RunDirectory(Path(job.run.dir)).check(job)
+    run_dir = RunDirectory(Path(job.run.dir))
+    run_dir.check(job)
+    run_dir.create()
     devices = 0 if job.world.device == "cpu" else torch.cuda.device_count()
     ranks = args.nproc_per_node or world_size(job, devices)
     topology(job, [platform.node()] * ranks)
-    report = prepare(job.prompts, job.target.path, progress=True).report  # before any rank could wait for another
-    if report.bad_total:
-        print(f"prompts: {report}", file=sys.stderr)
+    prompts = prepare(job.prompts, job.target.path, progress=True)  # before any rank could wait for another
+    if prompts.report.bad_total:
+        print(f"prompts: {prompts.described()}", file=sys.stderr)
     check_prompts(job.evaluate.prompts, job.target.path, job.evaluate.limit, job.prompts.template_kwargs)
     return start(files, overrides, ranks, retries=args.retries, role=job.world.role)
 
@@ -218,7 +220,7 @@ def _prepare(args: argparse.Namespace) -> int:
     from specdist.prompts.prepare import prepare
 
     job = load_job(*_split(args.config))
-    print(prepare(job.prompts, job.target.path, progress=True).report)
+    print(prepare(job.prompts, job.target.path, progress=True).described())
     return 0
 
 

@@ -288,5 +288,19 @@ def _field_docstrings(schema: type) -> dict[str, str]:
     return found
 
 
+_WORDS = (
+    (r".* is not a TupleConfig, ListConfig, list, or tuple\.", "it takes a list: write [a, b]"),
+    (r"TupleConfig length (\d+) does not match type hint length (\d+)", r"it has \1 items and needs \2"),
+    (r"Merge error: .* is not a subclass of .*", "it is a section with keys of its own, not a value"),
+    (r"Incompatible value 'None' for field of type '(\w+)'.*", r"it needs a value (\1)"),
+    (r"while parsing a flow .*", "its value is not YAML: is a bracket or a quote left open?"),
+)
+"""What OmegaConf and YAML say, and what it means to the writer of a configuration."""
+
+
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    for pattern, words in _WORDS:
+        if match := re.fullmatch(pattern, line):
+            return match.expand(words)
+    return line

@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from specdist.checkpoint import naming_damage
 from specdist.draft.base import DraftModel
 from specdist.draft.registry import build_draft
 from specdist.export import load_exported
@@ -45,5 +46,7 @@ def load_state(draft: DraftModel, checkpoint: Path) -> dict[str, Tensor]:
     state = {"model": {name: torch.empty_like(t, device="cpu") for name, t in draft.state_dict().items()}}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is the point
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+        with naming_damage(checkpoint):
+            dcp.FileSystemReader(checkpoint).read_metadata()  # without it DCP says much and means this
+            dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     return state["model"]

@@ -44,9 +44,13 @@ class Sides:
     draft_ranks: int | None = None
     teacher_head: str | None = None
     """`draft.eagle3.teacher_head`, in a split world of an EAGLE-3 draft."""
+    alone: bool = False
+    """Whether there was no target (`world.mode=draft_only`)."""
 
     def verdict(self) -> str:
         """Which side starves, in words."""
+        if self.alone:
+            return "there was no target: the draft trained on random features"
         if self.target_wait is None:
             return "both roles share the ranks, so neither waits for the other"
         return balance.verdict(self.draft_wait, self.target_wait, self.teacher_head)
@@ -85,6 +89,8 @@ def finish(
         "checkpoint": str(run_dir.checkpoints / f"step-{outcome.progress.step:08d}"),
         "exports": [],
     }
+    if not outcome.figures["steps"]:
+        summary |= _earlier(run_dir, outcome.progress.step)
     exports: list[Path] = []
     comparison = None
     if outcome.finished and job.world.mode != "draft_only":
@@ -105,6 +111,15 @@ def finish(
     if outcome.finished:
         return Ending("finished", outcome.progress.step)
     return Ending("stopped", outcome.progress.step, stop.reason or "another rank was asked to")
+
+
+def _earlier(run_dir: RunDirectory, step: int) -> dict[str, object]:
+    """What a start that had nothing left to train keeps of the summary before it: the figures of training."""
+    try:
+        earlier = json.loads(run_dir.summary.read_text())
+        return {key: earlier[key] for key in ("training", "sides")} if earlier["step"] == step else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 class _StopAsked(Exception):
@@ -193,7 +208,8 @@ def compare(
 def _sides(job: JobConfig, outcome: Outcome) -> Sides:
     figures = outcome.figures
     if job.world.mode != "split":
-        return Sides(figures["tokens_per_s"], 0.0, draft_ranks=outcome.draft_ranks)
+        alone = job.world.mode == "draft_only"
+        return Sides(figures["tokens_per_s"], 0.0, draft_ranks=outcome.draft_ranks, alone=alone)
     able = sum(p.busy_tokens_per_s for p in outcome.producers)
     waits, ranks = (figures["draft_wait"], figures["target_wait"]), (len(outcome.producers), outcome.draft_ranks)
     return Sides(figures["tokens_per_s"], waits[0], able, waits[1], *ranks, job.draft.teacher_head)

@@ -21,7 +21,7 @@ from specdist.doctor.config import PreflightConfig
 from specdist.draft.capture import capture_layout
 from specdist.draft.config import DraftConfig
 from specdist.draft.dflash.mask_token import find_mask_token
-from specdist.errors import ConfigError
+from specdist.errors import ConfigError, DataError
 from specdist.evaluate import EvaluateConfig
 from specdist.export import ExportConfig, check_servable, load_exported
 from specdist.groups import Transport
@@ -48,6 +48,10 @@ class RunConfig:
     """Run directory: configuration, checkpoints, metrics, export. All hosts must see it. A second start resumes."""
     seed: int = 0
     """Fixes the order of the prompts and the draft's initial weights."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"run.seed is {self.seed}: it must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,10 @@ def load_job(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> JobC
         if job.draft.init_from is not None:
             # What the weights decide follows from the weights, so that it cannot contradict them.
             target = describe(job.target.path, job.target.trust_remote_code)
-            draft = load_exported(job.draft.init_from).draft_config(job.draft, target.config)
+            try:
+                draft = load_exported(job.draft.init_from).draft_config(job.draft, target.config)
+            except (ConfigError, DataError) as error:
+                raise ConfigError(f"draft.init_from={job.draft.init_from}: {error}") from error
             job = replace(job, draft=draft)
         if job.draft.algorithm == "dflash" and job.draft.dflash.mask_token_id is None:
             # It is part of the draft from here on: a tokenizer that changes later does not change it.
@@ -117,6 +124,11 @@ def load_job(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> JobC
             raise ConfigError("prompts.files is empty: give JSONL, JSON, Parquet files or dataset directories")
         if job.world.device == "cpu":
             transport(job, torch.device("cpu"))
+            if job.draft.attention == "flex":
+                raise ConfigError(
+                    f"draft.{job.draft.algorithm}.attention=flex needs a CUDA device, and world.device is cpu: auto "
+                    "takes what works"
+                )
         job.trace.check(job.train.steps)
         return job
 

@@ -113,6 +113,10 @@ class WandbTracker(Tracker):
         self._run.finish()
 
 
+_BAR_WIDTH = 50
+"""Columns of the live line before its figures, but for the steps: figures are cut off rather than the time to go."""
+
+
 class ProgressTracker(Tracker):
     """A live bar on a terminal; in a log file a plain line now and then, the first and the last record among them."""
 
@@ -142,7 +146,9 @@ class ProgressTracker(Tracker):
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         text = _shown(figures, self._shown)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, figures=text)
+            room = max(self._bar.console.width - _BAR_WIDTH - 2 * len(str(self._total)), 0)
+            shown = text if len(text) <= room else text[: max(room - 1, 0)] + "…"
+            self._bar.update(self._task, completed=step, figures=shown)
         elif step >= self._total or time.monotonic() - self._written_at >= _LINES_S:
             self._written_at = time.monotonic()
             print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)

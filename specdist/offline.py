@@ -34,6 +34,7 @@ def export_checkpoint(
     """Write a checkpoint (default: the run's newest) in every format of `export.formats`; returns the directories."""
     job = load_job(files, overrides)
     facts, run_dir = examine(job), RunDirectory(Path(job.run.dir))
+    run_dir.check_draft(job)
     path = _checkpoint(run_dir, checkpoint)
     state = load_state(new_draft(job, facts, run_dir, CPU), path)
     return export_all(job, facts, run_dir, state, Path(output) if output else None)
@@ -46,6 +47,8 @@ def evaluate_draft(
     job = load_job(files, overrides)
     if not job.evaluate.prompts:
         raise ConfigError("evaluate.prompts is empty: give files of held-out prompts")
+    if output and not Path(output).absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no directory {Path(output).absolute().parent}")
     facts = examine(job)
     device = _device(job)
     model = _exported_draft(job, facts, draft, device) if draft else _newest_draft(job, facts, device)
@@ -65,6 +68,7 @@ def evaluate_draft(
 
 def _newest_draft(job: JobConfig, facts: JobFacts, device: torch.device) -> DraftModel:
     run_dir = RunDirectory(Path(job.run.dir))
+    run_dir.check_draft(job)
     state = load_state(new_draft(job, facts, run_dir, CPU), _checkpoint(run_dir, None))
     return served_draft(job, facts, run_dir, device, state)
 

@@ -72,6 +72,19 @@ class RunDirectory:
                 "choose another run.dir for another job"
             )
 
+    def check_draft(self, job: JobConfig) -> None:
+        """Raise ConfigError where the job describes another draft than the one that was trained here."""
+        if not self.config.exists():
+            return
+        different = [
+            key for key in differing_keys(job, load_job([self.config])) if key.startswith(("draft.", "target.path"))
+        ]
+        if different:
+            raise ConfigError(
+                f"the draft in run.dir ({self.path}) was trained with other values of {', '.join(different)}: give "
+                f"those, which {self.config} has, or that file itself"
+            )
+
     def create(self) -> None:
         """Create the directory. Raises ConfigError where that cannot be."""
         try:

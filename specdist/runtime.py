@@ -207,12 +207,13 @@ def _introduce(job: JobConfig, topology: Topology, facts: JobFacts, prompts: Pro
     if job.world.role == "draft":
         target = "target replicas join it (specdist train CONFIG --role target), "
     start = f"resuming from {itinerary.checkpoint.name}" if itinerary.checkpoint else "starting"
-    steps = itinerary.total_steps - itinerary.progress.step
+    done, total = itinerary.progress.step, itinerary.total_steps
+    steps = f"{total - done} steps to go" if done < total else f"{done} of {total} steps are done, nothing to train"
     print(
         f"specdist: {topology.mode} world of {topology.world_size} ranks: {target}"
         f"{len(topology.draft)} draft rank(s). {len(prompts)} sequences, "
         f"{int(prompts.lengths.sum()):,} tokens, {facts.layout.bytes_per_token:,} B of features per token. "
-        f"{start}: {steps} steps to go. Run directory {job.run.dir}",
+        f"{start}: {steps}. Run directory {job.run.dir}",
         file=sys.stderr,
         flush=True,
     )

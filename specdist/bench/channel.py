@@ -32,6 +32,7 @@ from dataclasses import asdict
 from specdist import config as configuration
 from specdist.bench.channel_measure import PRODUCTS, BenchConfig, ChannelSpeed, Run, worker
 from specdist.bench.measure import apart, in_a_world, told_to
+from specdist.channel.mooncake import engine as mooncake
 from specdist.errors import ConfigError
 
 
@@ -56,8 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(options)
     if args.worker:
         worker(Run(**told_to(args.worker[0])), args.worker[1])
+    for name in ("target_ranks", "tp", "draft_ranks", "repeats"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    if min(args.payload) <= 0:
+        raise ConfigError(f"--payload {min(args.payload):g}: it must be more than 0 MiB")
     if args.target_ranks % args.tp:
         raise ConfigError(f"--tp {args.tp} does not divide --target-ranks {args.target_ranks}")
+    if "mooncake" in args.transport:
+        mooncake.check_installed()
     speeds = []
     for transport in args.transport:
         own = (*words, f"channel.transport={transport}")

@@ -49,6 +49,11 @@ class DraftConfig:
         return self.eagle3.teacher_head if self.algorithm == "eagle3" else None
 
     @property
+    def attention(self) -> Literal["auto", "eager", "flex"]:
+        """How the algorithm in use computes its attention in training."""
+        return self.dflash.attention if self.algorithm == "dflash" else self.eagle3.attention
+
+    @property
     def embedding_on_host(self) -> bool:
         """Whether the target's embedding stays in the host's memory."""
         return self.algorithm == "eagle3" and self.eagle3.embedding == "host"

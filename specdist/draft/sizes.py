@@ -95,12 +95,15 @@ def layer_sizes(section: str, options: SizeOptions, target: PretrainedConfig) ->
         )
     if hidden % heads:
         raise ConfigError(f"{section}.num_attention_heads is {heads}: it must divide the target's hidden size {hidden}")
+    head_dim = options.head_dim or read(text, "head_dim", section, default=hidden // heads)
+    if head_dim % 2:
+        raise ConfigError(f"{section}.head_dim is {head_dim}: RoPE turns pairs of numbers, so it must be even")
     return {
         "hidden_size": hidden,
         "intermediate_size": options.intermediate_size or read(text, "intermediate_size", section),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": options.head_dim or read(text, "head_dim", section, default=hidden // heads),
+        "head_dim": head_dim,
         "rms_norm_eps": read(text, "rms_norm_eps", section, default=1e-6),
         "max_position_embeddings": read(text, "max_position_embeddings", section, default=32768),
         "rope_parameters": rope_parameters(text, options.rope_scaling, section),

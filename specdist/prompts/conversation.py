@@ -92,7 +92,10 @@ def _message(turn: object, number: int) -> Message:
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         raise UnusableError("unknown role", f"turn {number} has role {name!r}; known: {', '.join(ROLES)}")
-    message: Message = {"role": role, "content": _text(turn.get("content", turn.get("value")), f"turn {number}")}
+    content = turn.get("content", turn.get("value"))
+    if content is None and role == "user":
+        raise UnusableError("not text", f"turn {number} is a {name}'s and has no content")
+    message: Message = {"role": role, "content": _text(content, f"turn {number}")}
     message.update({key: turn[key] for key in KEPT_KEYS if turn.get(key) is not None})
     reasoning = next((turn[key] for key in REASONING_KEYS if turn.get(key)), None)
     if reasoning is not None:

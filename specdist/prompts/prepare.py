@@ -32,11 +32,10 @@ from specdist.prompts.lock import lock_or_done
 from specdist.prompts.read import PIECE_BYTES, Piece, SourceFile, find_files, pieces
 from specdist.prompts.render import load_tokenizer
 from specdist.prompts.report import PrepareReport
-from specdist.prompts.store import FORMAT, MANIFEST, PromptStore, StoreWriter, is_store
+from specdist.prompts.store import BAD_SAMPLES, FORMAT, MANIFEST, PromptStore, StoreWriter, is_store
 from specdist.prompts.worker import Tokenized, leave_with_parent, settings, tokenize
 
 DEFAULT_CACHE = "~/.cache/specdist"
-BAD_SAMPLES = "bad.jsonl"
 SETTLED_S = 10.0
 """Seconds after which an unchanged time of modification is taken for unchanged content."""
 SMALL_BYTES = 4 << 20

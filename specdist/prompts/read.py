@@ -54,6 +54,12 @@ def find_files(patterns: tuple[str, ...]) -> list[SourceFile]:
     """
     if not patterns:
         raise ConfigError("prompts.files is empty: name at least one file or directory of conversations")
+    for pattern in patterns:
+        if patterns.count(pattern) > 1:
+            raise ConfigError(
+                f"prompts.files names {pattern} {patterns.count(pattern)} times, and a file is read once: name it once "
+                "(train.epochs repeats all)"
+            )
     files: list[SourceFile] = []
     for pattern in patterns:
         expanded = str(Path(pattern).expanduser())

@@ -108,4 +108,6 @@ class PrepareReport:
         for reason, count in Counter(self.bad).most_common():
             lines.append(f"{count:,} bad, {reason}:")
             lines += [f"    {example}" for example in self.examples[reason]]
+            if count > len(self.examples[reason]):
+                lines.append(f"    and {count - len(self.examples[reason]):,} more")
         return "\n".join(lines + self.notes)

@@ -21,6 +21,7 @@ from specdist.records import PackedTokens
 
 FORMAT = 1
 """Of the files of a store. Raise it when they change, or when the same samples give other tokens than before."""
+BAD_SAMPLES = "bad.jsonl"
 MANIFEST = "manifest.json"
 COLUMNS: dict[str, np.dtype] = {
     "tokens": np.dtype("<i4"),
@@ -149,6 +150,12 @@ class PromptStore:
 
     def __len__(self) -> int:
         return len(self._columns["lines"])
+
+    def described(self) -> str:
+        """The report, and where all bad samples are listed if it does not show them all."""
+        shown = sum(map(len, self.report.examples.values()))
+        bad = self.directory / BAD_SAMPLES
+        return f"{self.report}\n{bad} lists all" if self.report.bad_total > shown and bad.exists() else str(self.report)
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -79,6 +79,27 @@ def test_a_prompt_that_could_not_be_evaluated_is_told_before_training(trained, t
     assert not (tmp_path / "run/logs").exists()
 
 
+def test_another_draft_than_the_trained_one_is_neither_exported_nor_evaluated(trained, tmp_path, capsys):
+    _, words, _ = trained
+    for command in ("export", "eval"):
+        assert main([command, *words, "draft.eagle3.layers=[1,2,3]"]) == 2
+        assert "was trained with other values of draft.eagle3.layers: give those" in capsys.readouterr().err
+    assert main(["eval", *words, "--output", str(tmp_path / "nowhere/report.json")]) == 2
+    assert "--output" in capsys.readouterr().err
+
+
+def test_a_finished_run_keeps_its_figures(trained):
+    directory, words, _ = trained
+    summary = directory / "run/summary.json"
+    before = json.loads(summary.read_text())
+    done = specdist("train", *words)
+    assert done.returncode == 0, done.stderr
+    assert "4 of 4 steps are done, nothing to train" in done.stderr
+    after = json.loads(summary.read_text())
+    assert (after["training"], after["sides"]) == (before["training"], before["sides"])
+    assert after["training"]["steps"] == 4
+
+
 def test_a_run_directory_belongs_to_one_job(trained, capsys):
     _, words, _ = trained
     assert main(["train", *words, "draft.eagle3.ttt_length=2", "run.seed=5"]) == 2

@@ -68,6 +68,24 @@ def test_a_checkpoint_without_its_marker_does_not_exist(tmp_path, group):
     assert read_progress(committed(tmp_path)[-1]) == progress(2)
 
 
+@pytest.mark.parametrize("harm", ["cut off", "missing", "no metadata"])
+def test_damage_is_named(tmp_path, group, harm):
+    model, optimizer = state()
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(asynchronous=False), group, 0)
+    checkpointer.save(model, optimizer, progress(1))
+    checkpointer.finish()
+    (path,) = committed(tmp_path)
+    data = path / ".metadata" if harm == "no metadata" else next(path.glob("*.distcp"))
+    if harm == "cut off":
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    else:
+        data.unlink()
+    for read in (lambda: checkpointer.load(path, model, optimizer), lambda: load_state(model, path)):
+        with pytest.raises(DataError, match=r"the checkpoint .*step-00000001 is damaged \(.*\): remove it") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
 def test_a_strange_marker_is_named(tmp_path):
     (tmp_path / COMMIT).write_text("{}")
     with pytest.raises(DataError, match="is not a commit marker"):

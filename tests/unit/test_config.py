@@ -32,6 +32,7 @@ class Outer:
     names: tuple[str, ...] = ()
     inner: Inner = field(default_factory=Inner)
     kinds: tuple[Literal["a", "b"], ...] = ()
+    pair: tuple[float, float] = (0.0, 0.0)
 
 
 def write(tmp_path, text, name="x.yaml"):
@@ -57,7 +58,7 @@ def test_saved_yaml_loads_to_the_same_value(tmp_path):
     [
         ("path: p\ninner:\n  lenght: 3\n", [], r"x\.yaml:3: unknown key 'inner\.lenght'; did you mean 'inner\.length'"),
         ("path: p\nlength: 3\n", [], r"x\.yaml:2: unknown key 'length'; did you mean 'inner\.length'"),
-        ("path: p\nzzz: 3\n", [], r"x\.yaml:2: unknown key 'zzz'; valid here: path, names, inner, kinds"),
+        ("path: p\nzzz: 3\n", [], r"x\.yaml:2: unknown key 'zzz'; valid here: path, names, inner, kinds, pair"),
         ("path: p\ninner:\n  length: many\n", [], r"x\.yaml:3: inner\.length: .*'many'.*Integer"),
         (
             "path: p\ninner: 3\n",
@@ -78,6 +79,12 @@ def test_saved_yaml_loads_to_the_same_value(tmp_path):
         ("path: p\nnames: [a]\npath: q\n", [], r"x\.yaml:3: path is set already on line 1"),
         ("path: p\ninner:\n  options:\n    a: 1\n    a: 2\n", [], r"x\.yaml:5: inner\.options\.a is set .* line 4"),
         ("- path\n", [], r"x\.yaml:1: a config file is a mapping"),
+        ("path: p\n", ["names=a"], r"command line: names: it takes a list: write \[a, b\]"),
+        ("path: p\nnames: a\n", [], r"x\.yaml:2: names: it takes a list"),
+        ("path: p\n", ["pair=[1]"], r"command line: pair: it has 1 items and needs 2"),
+        ("path: p\n", ["inner=3"], r"command line: inner: it is a section with keys of its own"),
+        ("path: p\n", ["path="], r"command line: path: it needs a value"),
+        ("path: p\n", ["names=[a"], r"command line: names: its value is not YAML"),
     ],
 )
 def test_bad_input_is_named(tmp_path, text, overrides, said):

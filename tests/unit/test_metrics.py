@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trackers: what they write, and that a resumed run tells one story."""
 
+import io
 import json
+import re
 import sys
 
 import pytest
@@ -39,6 +41,26 @@ def test_wandb_missing_says_how_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"pip install 'specdist\[trackers\]'"):
         WandbTracker("project", tmp_path, {})
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 140])
+def test_a_narrow_terminal_cuts_the_figures_and_nothing_else(columns, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    tracker = ProgressTracker(1000, 0, [("loss", "loss"), ("x", "accept length (simulated)"), ("y", "tokens/s")])
+    tracker.log(500, {"loss": 11.2, "x": 1.3, "y": 7786.0})
+    tracker.close()
+    line = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", sys.stderr.getvalue()).replace("\r", "\n").strip().splitlines()[-1]
+    assert "500/1000" in line
+    assert "eta" in line
+    assert len(line) <= columns
+    assert columns < 80 or "loss 11.2" in line
+    assert (columns < 140) == ("…" in line)
 
 
 def test_a_log_file_gets_plain_lines(capsys):

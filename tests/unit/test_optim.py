@@ -37,7 +37,18 @@ def test_constant_stays():
     assert set(rates(schedule="constant")[10:]) == {2.0}
 
 
-@pytest.mark.parametrize("settings", [{"lr": 0.0}, {"warmup": 1.5}, {"schedule": "wsd", "warmup": 0.6, "decay": 0.6}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr": 0.0},
+        {"warmup": 1.5},
+        {"schedule": "wsd", "warmup": 0.6, "decay": 0.6},
+        {"clip_norm": -1.0},
+        {"weight_decay": -0.1},
+        {"eps": -1e-8},
+        {"betas": (0.9, 1.0)},
+    ],
+)
 def test_what_cannot_be(settings):
     with pytest.raises(ConfigError, match=r"optimizer\."):
         OptimizerConfig(**settings)

@@ -84,6 +84,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
         ([("user", "Hi"), ("tool", "5"), ("assistant", "a")], "wrong role order", "turn 2"),
         ([("user", "Hi"), ("assistant", " \n")], "empty answer", "turn 2"),
         ([("user", "Hi"), ("assistant", None)], "empty answer", "turn 2"),
+        ([("user", None), ("assistant", "Hi")], "not text", "turn 1 is a user's and has no content"),
         ([("user", "Hi")], "nothing to supervise", "1 turns"),
         ([("user", "Hi"), ("oracle", "Hello")], "unknown role", "'oracle'"),
         ([("user", "Hi"), (None, "Hello")], "unknown role", "None"),
@@ -217,6 +218,8 @@ def test_what_is_named_and_what_is_not_there(tmp_path: Path) -> None:
         find_files((str(tmp_path / "c*.jsonl"),))
     with pytest.raises(DataError, match=r"readme\.md is none of \.jsonl"):
         find_files((str(tmp_path / "readme.md"),))
+    with pytest.raises(ConfigError, match=r"prompts\.files names .*a\.jsonl 2 times, and a file is read once"):
+        find_files((a, b, a))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no \.jsonl"):
         find_files((str(tmp_path / "empty"),))
