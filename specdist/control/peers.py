@@ -135,6 +135,9 @@ class Peers:
         for (role, what), ranks in groups.items():
             slowest = min(ranks, key=lambda rank: self._peers[rank].phase_since or self._started)
             since = self._peers[slowest].phase_since or self._started
+            exact = {self._peers[rank].phase for rank in ranks if self._peers[rank].phase}
+            if len(exact) == 1:  # else they are at items of different numbers
+                (what,) = exact
             found.append(Phase(role, what, len(ranks), slowest, self.host(slowest), now - since))
         return sorted(found, key=lambda phase: -phase.seconds)
 

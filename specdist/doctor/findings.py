@@ -56,6 +56,6 @@ def to_exclude(findings: Iterable[Finding]) -> str:
 
 
 def blame(affected: Iterable[str], everyone: Sequence[str]) -> tuple[str, ...]:
-    """The hosts to name: none where all of several are affected, for then no host is to blame but what they share."""
+    """The hosts to name: none where all are affected, for then no host is to blame but what they share."""
     hosts = tuple(dict.fromkeys(affected))
-    return () if len(set(everyone)) > 1 and set(hosts) == set(everyone) else hosts
+    return () if set(hosts) == set(everyone) else hosts

@@ -111,7 +111,7 @@ def test_a_silent_start_says_what_the_ranks_do_less_and_less_often(run_dir: Path
     watcher, peers = observer(run_dir), Peers(TOPOLOGY, 0.0)
     for rank in range(3):
         peers.join(rank, 100 + rank)
-        peers.note_phase(rank, "loading the target" if rank == 0 else "building the draft 7", 1.0, -1)
+        peers.note_phase(rank, "loading part 5" if rank == 0 else f"building the draft {rank}", 1.0, -1)
     told = []
     for second in range(0, 100, 5):
         watcher.pulse(peers, Statistics(), False, float(second))
@@ -120,13 +120,13 @@ def test_a_silent_start_says_what_the_ranks_do_less_and_less_often(run_dir: Path
     watcher.close()
     assert [second for second, _ in told] == [20, 40, 80]
     assert (
-        "starting, 20 s: 1 target rank loading the target (rank 0 on a for 19 s); 2 draft ranks building the"
+        "starting, 20 s: 1 target rank loading part 5 (rank 0 on a for 19 s); 2 draft ranks building the"
         in told[0][1]
     )
     status = Status.from_json((run_dir / "status.json").read_text())
     assert (status.step, status.total_steps, status.started, status.attempt) == (10, 100, False, "17.1")
     assert {(phase.what, phase.count) for phase in status.phases} == {
-        ("loading the target", 1),
+        ("loading part 5", 1),
         ("building the draft N", 2),
     }
 
