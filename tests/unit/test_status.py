@@ -120,8 +120,7 @@ def test_a_silent_start_says_what_the_ranks_do_less_and_less_often(run_dir: Path
     watcher.close()
     assert [second for second, _ in told] == [20, 40, 80]
     assert (
-        "starting, 20 s: 1 target rank loading part 5 (rank 0 on a for 19 s); 2 draft ranks building the"
-        in told[0][1]
+        "starting, 20 s: 1 target rank loading part 5 (rank 0 on a for 19 s); 2 draft ranks building the" in told[0][1]
     )
     status = Status.from_json((run_dir / "status.json").read_text())
     assert (status.step, status.total_steps, status.started, status.attempt) == (10, 100, False, "17.1")
