@@ -14,6 +14,7 @@ logs/<job>.<restart>/  every attempt's logs, first failure and end (specdist/att
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,11 +87,16 @@ class RunDirectory:
             )
 
     def create(self) -> None:
-        """Create the directory. Raises ConfigError where that cannot be."""
+        """Create the directory. Raises ConfigError where that cannot be, or nothing can be written into it."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run.dir: {self.path} cannot be created: {error}") from error
+        try:
+            with tempfile.TemporaryFile(dir=self.path) as probe:
+                probe.write(b"x")
+        except OSError as error:
+            raise ConfigError(f"run.dir: {self.path} cannot be written: {error}") from error
 
     def save_config(self, job: JobConfig) -> None:
         """Record the configuration of a run that has been accepted."""

@@ -12,55 +12,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
 from specdist.draft.config import DraftConfig
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.dflash.model import DFlashDraft
 from specdist.draft.registry import build_draft
 from specdist.draft.rotary import Rotary
-from specdist.records import Features, PackedTokens, TargetVocabulary
+from specdist.records import TargetVocabulary
+from tests.unit.draft_case import EPS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, THETA, VOCAB, Case, target_config
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, EPS, THETA = 16, 4, 2, 6, 37, 1e-5, 100.0
-LAYERS, BLOCK, MASK, CAPTURED = 2, 5, 36, 3
-
-
-def target_config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=24,
-        num_hidden_layers=8,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        rms_norm_eps=EPS,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
-    )
-
-
-@dataclass(frozen=True)
-class Case:
-    """A draft in fp64 and packed documents with random features."""
-
-    draft: DFlashDraft
-    documents: list[Tensor]
-    masks: list[Tensor]
-    rows: Tensor
-
-    @property
-    def batch(self) -> PackedTokens:
-        return PackedTokens.from_documents(self.documents, self.masks)
-
-    @property
-    def features(self) -> Features:
-        return Features(self.draft.layout, self.rows)
-
-    def only(self, document: int) -> Case:
-        """The same draft on one document alone."""
-        start = sum(len(d) for d in self.documents[:document])
-        rows = self.rows[start : start + len(self.documents[document])]
-        return replace(self, documents=[self.documents[document]], masks=[self.masks[document]], rows=rows)
+LAYERS, BLOCK, MASK = 2, 5, 36
 
 
 def build_case(
@@ -68,7 +29,7 @@ def build_case(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
     **options: object,
-) -> Case:
+) -> Case[DFlashDraft]:
     settings = {"block_size": BLOCK, "num_layers": LAYERS, "layers": (1, 3, 5), "mask_token_id": MASK, "loss_chunk": 9}
     config = DraftConfig(algorithm="dflash", dflash=DFlashConfig(**{**settings, **options}))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +53,9 @@ def build_case(
     return Case(draft, documents, masks, normal(sum(lengths), draft.layout.width))
 
 
-def run(case: Case, totals: Tensor | None = None, draw: int = 0) -> tuple[Tensor, dict[str, float], Tensor]:
+def run(
+    case: Case[DFlashDraft], totals: Tensor | None = None, draw: int = 0
+) -> tuple[Tensor, dict[str, float], Tensor]:
     """Loss (with a graph), metric sums and counts of the draft under test, as the trainer would call it."""
     batch, features = case.batch, case.features
     supervision = case.draft.supervise(batch, batch, features, draw)
@@ -100,7 +63,7 @@ def run(case: Case, totals: Tensor | None = None, draw: int = 0) -> tuple[Tensor
     return loss, dict(zip(case.draft.metric_names, sums.tolist(), strict=True)), supervision.counts
 
 
-def gradients(case: Case, totals: Tensor | None = None, draw: int = 0) -> dict[str, Tensor]:
+def gradients(case: Case[DFlashDraft], totals: Tensor | None = None, draw: int = 0) -> dict[str, Tensor]:
     case.draft.zero_grad()
     run(case, totals, draw)[0].backward()
     return {name: parameter.grad.clone() for name, parameter in case.draft.named_parameters()}

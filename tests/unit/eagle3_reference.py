@@ -11,56 +11,17 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.model import Eagle3Draft
 from specdist.draft.registry import build_draft
 from specdist.draft.rotary import Rotary
-from specdist.records import Features, PackedTokens, TargetVocabulary
+from specdist.records import TargetVocabulary
+from tests.unit.draft_case import EPS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, THETA, VOCAB, Case, target_config
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, EPS, THETA = 16, 4, 2, 6, 37, 1e-5, 100.0
 STEPS, DECAY = 4, 0.8
 PRUNED = (0, 1, 3, 4, 7, 8, 9, 11, 14, 15, 18, 20, 21, 22, 26, 28, 30, 31, 33, 36)
-
-
-def target_config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=24,
-        num_hidden_layers=8,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        rms_norm_eps=EPS,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
-    )
-
-
-@dataclass(frozen=True)
-class Case:
-    """A draft in fp64 and packed documents with random features."""
-
-    draft: Eagle3Draft
-    documents: list[Tensor]
-    masks: list[Tensor]
-    rows: Tensor
-
-    @property
-    def batch(self) -> PackedTokens:
-        return PackedTokens.from_documents(self.documents, self.masks)
-
-    @property
-    def features(self) -> Features:
-        return Features(self.draft.layout, self.rows)
-
-    def only(self, document: int) -> Case:
-        """The same draft on one document alone."""
-        start = sum(len(d) for d in self.documents[:document])
-        rows = self.rows[start : start + len(self.documents[document])]
-        return replace(self, documents=[self.documents[document]], masks=[self.masks[document]], rows=rows)
 
 
 def build_case(
@@ -69,7 +30,7 @@ def build_case(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
     **options: object,
-) -> Case:
+) -> Case[Eagle3Draft]:
     config = DraftConfig(eagle3=Eagle3Config(**{"ttt_length": STEPS, "loss_chunk": 5, **options}))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
 
@@ -91,7 +52,7 @@ def build_case(
     return Case(draft, documents, masks, normal(sum(lengths), draft.layout.width))
 
 
-def run(case: Case, totals: Tensor | None = None) -> tuple[Tensor, dict[str, float], Tensor]:
+def run(case: Case[Eagle3Draft], totals: Tensor | None = None) -> tuple[Tensor, dict[str, float], Tensor]:
     """Loss (with a graph), metric sums and counts of the draft under test, as the trainer would call it."""
     batch, features = case.batch, case.features
     supervision = case.draft.supervise(batch, batch, features)
@@ -99,7 +60,7 @@ def run(case: Case, totals: Tensor | None = None) -> tuple[Tensor, dict[str, flo
     return loss, dict(zip(case.draft.metric_names, sums.tolist(), strict=True)), supervision.counts
 
 
-def gradients(case: Case, totals: Tensor | None = None) -> dict[str, Tensor]:
+def gradients(case: Case[Eagle3Draft], totals: Tensor | None = None) -> dict[str, Tensor]:
     case.draft.zero_grad()
     run(case, totals)[0].backward()
     return {name: parameter.grad.clone() for name, parameter in case.draft.named_parameters()}
@@ -192,7 +153,7 @@ def target_of(draft: Eagle3Draft) -> TargetVocabulary:
     return TargetVocabulary(frozen.embedding, frozen.whole_head, frozen.logit_map.scale, frozen.logit_map.softcap)
 
 
-def expected(case: Case, totals: Tensor | None = None) -> Expected:
+def expected(case: Case[Eagle3Draft], totals: Tensor | None = None) -> Expected:
     """The definition on every document of a case; the graph leads to the draft's own parameters."""
     draft, config = case.draft, case.draft.config
     ids = draft.frozen.vocabulary.ids.tolist()

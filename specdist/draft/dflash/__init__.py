@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DFlash: a block of tokens in one forward, conditioned on the target's hidden states."""
+"""The DFlash draft: config -> dims -> model (blocks, layer, attention, pieces, loss) -> proposer."""
