@@ -74,6 +74,8 @@ def check_servable(draft: DraftConfig, options: ExportConfig, target_layers: int
     """
     from specdist.export import dflash, eagle3
 
+    if draft.algorithm == "dflash" and options.embedding:
+        raise ConfigError("export.embedding=true: engines serve DFlash drafts with the target's embedding only")
     for format in options.written(draft.algorithm):
         if draft.algorithm == "dflash":
             dflash.check_servable(draft.dflash.captured_layers(target_layers), target_layers)

@@ -58,7 +58,7 @@ class DFlashExport:
     ) -> dict[str, Tensor]:
         """Everything the weight file holds, checked, in the type and under the names of the format."""
         if embedding is not None:
-            raise ConfigError("export.embedding=true: DFlash drafts are served with the target's embedding only")
+            raise ConfigError("engines serve DFlash drafts with the target's embedding only: export none")
         check_tensors(state, tensor_shapes(self.dims), "the state dict", "DFlash")
         return {name: converted(name, tensor, DTYPES[options.dtype]) for name, tensor in state.items()}
 

@@ -88,6 +88,12 @@ def test_more_tokens_than_a_block_has(tmp_path: Path, material: tuple[Path, Path
         examine(job)
 
 
+def test_an_embedding_is_not_exported(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    job = load_job([], words(tmp_path, material, draft__dflash__mask_token_id=256, export__embedding="true"))
+    with pytest.raises(ConfigError, match=r"export\.embedding=true: engines serve DFlash drafts"):
+        examine(job)
+
+
 def test_the_mask_token_is_a_free_row_of_the_embedding(tmp_path: Path, material: tuple[Path, Path]) -> None:
     with pytest.raises(ConfigError, match=r"every one of the 259 rows .* of 256 \(<\|endoftext\|>\), 257"):
         load_job([], words(tmp_path, material))
