@@ -15,6 +15,11 @@ FLEX_LEAST_HEAD_DIM = 16
 """FlexAttention's kernels refuse narrower heads (seen with torch 2.11 on an H100)."""
 
 
+def takes_flex(backend: str, on_gpu: bool, head_dim: int) -> bool:
+    """Whether FlexAttention computes the attention; `backend` is what the configuration says (auto, eager, flex)."""
+    return backend == "flex" or (backend == "auto" and on_gpu and head_dim >= FLEX_LEAST_HEAD_DIM)
+
+
 def block_list(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """How many, and which, of the column blocks are chosen per row block, in FlexAttention's form."""
     indices = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)

@@ -20,7 +20,7 @@ from specdist.draft.dflash.loss import SUMS, BlockLoss, LossInputs, Weighing
 from specdist.draft.dflash.pieces import PLAIN, compiled_pieces
 from specdist.draft.dflash.proposer import DFlashProposer
 from specdist.draft.dflash.summary import summarize
-from specdist.draft.flex import FLEX_LEAST_HEAD_DIM
+from specdist.draft.flex import takes_flex
 from specdist.draft.rotary import Rotary
 from specdist.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
 
@@ -141,9 +141,7 @@ class DFlashDraft(DraftModel):
 
     def attention(self, blocks: Blocks, lengths: tuple[int, ...]) -> BlockAttention:
         """The attention of a micro-batch; its mask is made here, once for all layers."""
-        backend = self.config.attention
-        fits_flex = blocks.anchors.is_cuda and self.dims.head_dim >= FLEX_LEAST_HEAD_DIM
-        if backend == "flex" or (backend == "auto" and fits_flex):
+        if takes_flex(self.config.attention, blocks.anchors.is_cuda, self.dims.head_dim):
             return flex_attention(blocks, sum(lengths), self.scale)
         return eager_attention(blocks, lengths, self.scale)
 

@@ -24,7 +24,7 @@ from specdist.draft.eagle3.rows import Rows
 from specdist.draft.eagle3.summary import summarize
 from specdist.draft.eagle3.teacher import Teacher, teach
 from specdist.draft.eagle3.unroll import Task, Unroll, Weights
-from specdist.draft.flex import FLEX_LEAST_HEAD_DIM
+from specdist.draft.flex import takes_flex
 from specdist.draft.rotary import Rotary, rotate
 from specdist.draft.vocabulary import DraftVocabulary
 from specdist.errors import ConfigError
@@ -248,9 +248,7 @@ class Eagle3Draft(DraftModel):
 
     def attention(self, rows: Rows, lengths: tuple[int, ...]) -> DocumentAttention:
         """The attention over the step-0 keys of a micro-batch; its mask is made here, once."""
-        backend = self.config.attention
-        fits_flex = rows.active.is_cuda and self.dims.head_dim >= FLEX_LEAST_HEAD_DIM
-        if backend == "flex" or (backend == "auto" and fits_flex):
+        if takes_flex(self.config.attention, rows.active.is_cuda, self.dims.head_dim):
             return flex_attention(rows, sum(lengths), self.scale)
         return eager_attention(lengths, rows, self.scale)
 
