@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.distributed.worlds import kill_all, start_torchrun, train
 from tests.tiny import make_config, make_conversations, make_target
 
 STEPS = 6
+UNEVALUATED = {"evaluate__prompts": "[]"}
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +64,13 @@ def undisturbed(tmp_path_factory, material) -> Path:
 
 
 def test_a_killed_job_draws_the_same_blocks_and_has_the_same_losses_bitwise(tmp_path, material, undisturbed):
-    process = start_torchrun(3, ["-m", "specdist.train", *words(tmp_path, material)])
+    process = start_torchrun(3, ["-m", "specdist.train", *words(tmp_path, material, **UNEVALUATED)])
     while not committed(tmp_path / "run/checkpoints"):
         assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
     kill_all(process)
     killed_at = read_progress(committed(tmp_path / "run/checkpoints")[-1]).step
-    assert f"resuming from step-{killed_at:08d}" in run(3, tmp_path, material)
+    assert f"resuming from step-{killed_at:08d}" in run(3, tmp_path, material, **UNEVALUATED)
     assert losses(tmp_path) == losses(undisturbed)
 
 
@@ -76,12 +79,11 @@ def test_a_killed_job_draws_the_same_blocks_and_has_the_same_losses_bitwise(tmp_
     [
         (5, {"draft__dp": 2, "draft__cp": 2}),
         (2, {"world__mode": "colocated"}),
-        (4, {"target__tp": 2, "draft__sharding": "replicate"}),
     ],
     ids=str,
 )
 def test_every_split_trains_the_same(tmp_path, material, undisturbed, ranks, options):
-    run(ranks, tmp_path, material, **options)
+    run(ranks, tmp_path, material, **options, **UNEVALUATED)
     for (_, loss, norm), (_, expected, expected_norm) in zip(losses(tmp_path), losses(undisturbed), strict=True):
         assert loss == pytest.approx(expected, rel=1e-5)  # another order of summation
         assert norm == pytest.approx(expected_norm, rel=1e-4)
@@ -98,12 +100,12 @@ def test_what_was_trained_is_served(tmp_path, material, undisturbed, capsys):
     assert report["accepted"] == summary["evaluation"]["after"]["accepted"]
     capsys.readouterr()
     other = {"draft__init_from": export, "draft__dflash__num_layers": 1, "draft__dflash__layers": "null"}
-    run(2, tmp_path, material, **other, evaluate__prompts="[]", train__steps=1)
+    run(2, tmp_path, material, **other, **UNEVALUATED, train__steps=1)
     assert losses(tmp_path)[0][1] < losses(undisturbed)[0][1]
 
 
 def test_a_draft_alone_and_a_plan(tmp_path, material, capsys):
-    run(2, tmp_path, material, world__mode="draft_only", train__steps=2)
+    run(2, tmp_path, material, **UNEVALUATED, world__mode="draft_only", train__steps=2)
     assert len(losses(tmp_path)) == 2
     assert main(["plan", *words(tmp_path, material, draft__dp=2)]) == 0
     told = capsys.readouterr().out
