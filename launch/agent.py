@@ -5,7 +5,7 @@
     python -m specdist_launch.agent --slurm CONFIG.yaml key=value        # the rest is what the Slurm step says
 
 Every launcher (this machine, ssh, sbatch, submitit, Ray) starts one of these a node, and the ranks see one contract
-(specdist/contract.py) whoever did. It ends when its ranks have; and they do when it is gone.
+(specdist/core/launch_env.py) whoever did. It ends when its ranks have; and they do when it is gone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-from specdist.errors import UserError
-from specdist.stop import end_with_launcher
+from specdist.core.errors import UserError
+from specdist.core.stop import end_with_launcher
 from specdist_launch.stopping import StopForwarding
 
 TRAIN = "specdist.train"
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with StopForwarding() as stop:  # before the seconds that the other imports take
         if args.stdin:
             threading.Thread(target=_obey_stdin, name="specdist-stdin", daemon=True).start()
-        from specdist.job import load_job
+        from specdist.job.config import load_job
         from specdist_launch.node import Agent
         from specdist_launch.place import place_from_arguments, place_from_slurm
 

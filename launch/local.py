@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from specdist.contract import Attempt
-from specdist.errors import ConfigError
-from specdist.job import JobConfig
-from specdist.stop import STOP_SIGNALS
+from specdist.core.errors import ConfigError
+from specdist.core.launch_env import Attempt
+from specdist.core.stop import STOP_SIGNALS
+from specdist.job.config import JobConfig
 from specdist_launch.supervise import new_job, supervise
 
 TRAIN = "specdist.train"

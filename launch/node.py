@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from specdist import contract
-from specdist.attempts import AttemptRecord, Ending, Failure, Started
-from specdist.contract import Attempt
-from specdist.errors import ConfigError, Dismissed, UserError
-from specdist.job import JobConfig, home
-from specdist.lease import Lease, refuse_if_held
-from specdist.run_dir import RunDirectory
-from specdist_launch.meeting import Meeting, Node, meet
-from specdist_launch.network import interface_towards
+from specdist.core import launch_env as contract
+from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
+from specdist.core.errors import ConfigError, Dismissed, UserError
+from specdist.core.launch_env import Attempt
+from specdist.core.network import interface_towards
+from specdist.core.run_lock import Lease, refuse_if_held
+from specdist.job.config import JobConfig, home
+from specdist.job.run_dir import RunDirectory
+from specdist.world.roll_call import Meeting, Node, meet
 from specdist_launch.place import Place
 from specdist_launch.ranks import run_ranks
 from specdist_launch.stopping import StopForwarding

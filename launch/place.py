@@ -7,10 +7,10 @@ import argparse
 import socket
 from dataclasses import dataclass
 
-from specdist import contract
-from specdist.contract import Attempt
-from specdist.errors import UserError
-from specdist.job import JobConfig
+from specdist.core import launch_env as contract
+from specdist.core.errors import UserError
+from specdist.core.launch_env import Attempt
+from specdist.job.config import JobConfig
 from specdist_launch.local import ranks_per_node
 from specdist_launch.slurm_step import step_from_environment
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from specdist_launch.meeting import Meeting
+from specdist.world.roll_call import Meeting
 
 _UNUSED_SIGNAL = "SIGQUIT"
 """torchrun ends with an error at the signals it handles, so it is given one that stands for nothing here."""

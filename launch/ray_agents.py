@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The agents of a job on a Ray cluster's hosts: each the child of a Ray task, which streams its output to the driver.
 
-When the driver or its connection dies, Ray ends the task, and the kernel the agent (specdist.stop.end_with_launcher).
+When the driver or its connection dies, Ray ends the task, and the kernel the agent (`core.stop.end_with_launcher`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from specdist.contract import Attempt
-from specdist.errors import UserError
-from specdist.stop import STOP_SIGNALS
-from specdist_launch.meeting import free_port
+from specdist.core.errors import UserError
+from specdist.core.launch_env import Attempt
+from specdist.core.stop import STOP_SIGNALS
+from specdist.world.roll_call import free_port
 from specdist_launch.ray_hosts import Place
 
 _LISTEN_S = 1.0

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from specdist.errors import ConfigError, UserError
+from specdist.core.errors import ConfigError, UserError
 
 LOCAL = "local"
 """The address that stands for this machine, without any Ray."""

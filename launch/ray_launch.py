@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specdist.errors import ConfigError, UserError
+from specdist.core.errors import ConfigError, UserError
 
 if TYPE_CHECKING:  # light at import: `specdist --help` answers at once
-    from specdist.contract import Attempt
-    from specdist.job import JobConfig
+    from specdist.core.launch_env import Attempt
+    from specdist.job.config import JobConfig
     from specdist_launch.ray_hosts import Place
 
 
@@ -49,8 +49,8 @@ def main(args: argparse.Namespace) -> int:
     if not _join_cluster(args):
         return _train_here(args)
 
-    from specdist.job import examine, load_job
-    from specdist.run_dir import RunDirectory
+    from specdist.job.config import examine, load_job
+    from specdist.job.run_dir import RunDirectory
     from specdist_launch.ray_agents import Stop, run_agents
     from specdist_launch.ray_hosts import choose_shape, gpu_hosts, reserve
     from specdist_launch.supervise import new_job, supervise
@@ -106,7 +106,7 @@ def _join_cluster(args: argparse.Namespace) -> bool:
 
 
 def _train_here(args: argparse.Namespace) -> int:
-    from specdist import cli
+    from specdist_launch import cli
 
     retries = [] if args.retries is None else ["--retries", str(args.retries)]
     return cli.main(["train", *args.config, *retries])
@@ -121,8 +121,8 @@ def _ranks(job: JobConfig) -> int | None:
 
 def _snapshot(job: JobConfig, job_id: str) -> Path:
     """Write the resolved configuration where all hosts see it."""
-    from specdist.config import to_yaml
-    from specdist.files import write_atomically
+    from specdist.core.config import to_yaml
+    from specdist.core.files import write_atomically
 
     path = Path(job.run.dir).absolute() / "logs" / f"{job_id}.yaml"
     try:

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specdist.errors import ConfigError
+from specdist.core.errors import ConfigError
 
 if TYPE_CHECKING:  # light at import: `specdist --help` answers at once
-    from specdist.contract import Role
-    from specdist.job import JobConfig
+    from specdist.core.launch_env import Role
+    from specdist.job.config import JobConfig
     from specdist_launch.slurm_script import Place
 
 OPTIONS = {
@@ -54,7 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from specdist.job import naming_sources
+    from specdist.job.config import naming_sources
 
     files = [word for word in args.config if "=" not in word]
     overrides = [word for word in args.config if "=" in word] + as_overrides(args)
@@ -64,9 +64,9 @@ def main(args: argparse.Namespace) -> int:
 
 def launch(files: Sequence[str], overrides: Sequence[str], dry_run: bool) -> int:
     """Submit the job, or print its script; returns the exit status. Raises UserError where it cannot be run."""
-    from specdist import config
-    from specdist.job import examine, load_job
-    from specdist.run_dir import RunDirectory
+    from specdist.core import config
+    from specdist.job.config import examine, load_job
+    from specdist.job.run_dir import RunDirectory
     from specdist_launch.slurm_cluster import check_fits, node_kinds, submit
     from specdist_launch.slurm_script import render
 
@@ -97,7 +97,7 @@ def as_overrides(args: argparse.Namespace) -> list[str]:
 
 def check_ranks(job: JobConfig) -> None:
     """Raise ConfigError where the job's ranks cannot be divided as it asks on the nodes it asks for."""
-    from specdist.job import topology
+    from specdist.job.config import topology
     from specdist_launch.local import ranks_per_node
 
     slurm = job.launch.slurm
@@ -124,7 +124,7 @@ def make_place(run_dir: Path, snapshot: str) -> Place:
 
 def _save(place: Place, snapshot: str, script: str) -> Path:
     """Write the configuration and the script; returns the script's path."""
-    from specdist.files import write_atomically
+    from specdist.core.files import write_atomically
 
     file = place.config.with_suffix(".sbatch")
     try:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdist.errors import ConfigError, UserError
-from specdist_launch.slurm_config import NodesConfig, SlurmConfig
+from specdist.core.errors import ConfigError, UserError
+from specdist.job.slurm_config import NodesConfig, SlurmConfig
 
 SUBMIT_TIMEOUT_S = 120.0
 """A controller that is this slow to answer is down or overrun."""

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdist.errors import ConfigError
-from specdist_launch.config import LaunchConfig
-from specdist_launch.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
+from specdist.core.errors import ConfigError
+from specdist.job.launch_config import LaunchConfig
+from specdist.job.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
 
 HEADER = """\
 #!/bin/bash

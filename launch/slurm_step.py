@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from specdist.contract import Role
-from specdist.errors import WorldError
+from specdist.core.errors import WorldError
+from specdist.core.launch_env import Role
 
 FIRST_PORT, PORTS = 20000, 12000
 """Ports of meetings: above what services listen on, below the range Linux takes ephemeral ports from (32768)."""

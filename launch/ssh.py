@@ -24,12 +24,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from specdist.errors import ConfigError, UserError
-from specdist.stop import STOP_SIGNALS
+from specdist.core.errors import ConfigError, UserError
+from specdist.core.stop import STOP_SIGNALS
 
 if TYPE_CHECKING:  # light at import: `specdist --help` answers at once
-    from specdist.contract import Attempt
-    from specdist.job import JobConfig
+    from specdist.core.launch_env import Attempt
+    from specdist.job.config import JobConfig
 
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=15")
 """Asks for no password, and gives up a dead connection after three unanswered signs of life."""
@@ -56,8 +56,8 @@ class Host:
 
 
 def main(args: argparse.Namespace) -> int:
-    from specdist.job import examine, load_job
-    from specdist.run_dir import RunDirectory
+    from specdist.job.config import examine, load_job
+    from specdist.job.run_dir import RunDirectory
     from specdist_launch.supervise import new_job, supervise
 
     files = [word for word in args.config if "=" not in word]

@@ -9,9 +9,9 @@ from types import FrameType, TracebackType
 
 import psutil
 
-from specdist.contract import STOP
-from specdist.errors import Dismissed
-from specdist.stop import STOP_SIGNALS
+from specdist.core.errors import Dismissed
+from specdist.core.launch_env import STOP
+from specdist.core.stop import STOP_SIGNALS
 
 
 class StopForwarding:

@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specdist import config as configuration
-from specdist.errors import ConfigError, UserError
-from specdist.files import write_atomically
-from specdist.job import JobConfig, examine, load_job, naming_sources, topology
-from specdist.run_dir import RunDirectory
+from specdist.core import config as configuration
+from specdist.core.errors import ConfigError, UserError
+from specdist.core.files import write_atomically
+from specdist.job.config import JobConfig, examine, load_job, naming_sources, topology
+from specdist.job.run_dir import RunDirectory
+from specdist.job.slurm_config import SlurmConfig
 from specdist_launch.slurm import check_ranks
 from specdist_launch.slurm_cluster import check_fits, node_kinds
-from specdist_launch.slurm_config import SlurmConfig
 from specdist_launch.submit_points import name_points
 from specdist_launch.supervise import new_job
 
@@ -207,7 +207,7 @@ class _Request:
         return Task(Run(_snapshot(job, run_dir.path), run_dir.path, self.cluster, patience(delay), self._here(job)))
 
     def _here(self, job: JobConfig) -> Here | None:
-        from specdist.contract import Attempt
+        from specdist.core.launch_env import Attempt
         from specdist_launch.submit_executor import gpus_here
         from specdist_launch.submit_task import Here
 

@@ -14,9 +14,9 @@ from typing import Any, get_args
 import torch
 from submitit import AutoExecutor, DebugExecutor, Executor, LocalExecutor, SlurmExecutor
 
-from specdist.errors import ConfigError, UserError
-from specdist.job import JobConfig
-from specdist_launch.config import LaunchConfig
+from specdist.core.errors import ConfigError, UserError
+from specdist.job.config import JobConfig
+from specdist.job.launch_config import LaunchConfig
 from specdist_launch.submit_task import Cluster
 
 _NO_LIMIT_MIN = 366 * 24 * 60

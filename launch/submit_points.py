@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-from specdist.errors import ConfigError
+from specdist.core.errors import ConfigError
 
 _LONGEST = 100
 """File systems take 255 bytes."""

@@ -24,9 +24,9 @@ from submitit import JobEnvironment
 from submitit.core.utils import UncompletedJobError
 from submitit.helpers import DelayedSubmission
 
-from specdist.attempts import AttemptRecord
-from specdist.contract import Attempt
-from specdist.stop import STOP_SIGNALS
+from specdist.core.attempts import AttemptRecord
+from specdist.core.launch_env import Attempt
+from specdist.core.stop import STOP_SIGNALS
 from specdist_launch.slurm_step import scontrol
 from specdist_launch.submit_summary import RunSummary, read_summary
 from specdist_launch.supervise import supervise

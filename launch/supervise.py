@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from specdist.contract import Attempt
+from specdist.core.launch_env import Attempt
 from specdist_launch.verdict import AGAIN
 
 
@@ -28,8 +28,10 @@ def supervise(
     """
     for restart in range(retries + 1):
         status = start(Attempt(job, restart))
-        if status != AGAIN or stopped():
+        if status != AGAIN:
             return status
+        if stopped():
+            break
     print("specdist: this launcher starts it no more: the same command goes on from there", file=sys.stderr)
     return AGAIN
 

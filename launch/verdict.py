@@ -4,7 +4,7 @@
     python -m specdist_launch.verdict CONFIG.yaml key=value     # exit status 0: done, 75: start it again, 1: give up
     python -m specdist_launch.verdict --slurm CONFIG.yaml ...   # in a batch script: of this start of this Slurm job
 
-Preemption, lost nodes and errors are told apart by what the attempt has left behind (specdist/attempts.py). What
+Preemption, lost nodes and errors are told apart by what the attempt has left behind (specdist/core/attempts.py). What
 stopped on request is started again without limit, but not where the time limit leaves no time to get anywhere. What
 failed is started again `launch.retries` times in a row, unless the error is the user's, or the same one at the same
 step as the time before: that one would come back for ever.
@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdist.attempts import AttemptRecord, Failure, Started, attempts
-from specdist.contract import Attempt
-from specdist.errors import UserError
-from specdist.lease import holder
-from specdist.progress import committed, read_progress
-from specdist.run_dir import RunDirectory
-from specdist_launch.config import LaunchConfig
+from specdist.core.attempts import AttemptRecord, Failure, Started, attempts
+from specdist.core.errors import UserError
+from specdist.core.launch_env import Attempt
+from specdist.core.progress import committed, read_progress
+from specdist.core.run_lock import holder
+from specdist.job.launch_config import LaunchConfig
+from specdist.job.run_dir import RunDirectory
 
 DONE, GIVE_UP, USER_ERROR, AGAIN = 0, 1, 2, 75
 """Exit statuses; 75 is sysexits' EX_TEMPFAIL."""
@@ -133,7 +133,7 @@ def _account_for(attempt: Attempt, run_dir: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from specdist.job import home, load_job
+    from specdist.job.config import home, load_job
 
     parser = argparse.ArgumentParser(prog="python -m specdist_launch.verdict", description=__doc__)
     parser.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="as the job was started with")

@@ -3,6 +3,7 @@
 
 __version__ = "0.1.0"
 
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,9 +12,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """What is used from Python; not imported before it is asked for, so that `specdist --help` answers at once."""
-    if name in ("submit", "submit_sweep"):
-        from specdist_launch import submit
-
-        return getattr(submit, name)
+    """`submit` and `submit_sweep`, loaded when they are asked for: launch/ is above this package, which imports none of
+    it, so they are entry points (pyproject.toml)."""
+    for entry in entry_points(group="specdist", name=name):
+        return entry.load()
     raise AttributeError(f"module 'specdist' has no attribute '{name}'")

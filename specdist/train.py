@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
 
-from specdist.errors import ConfigError, Dismissed, UserError
-from specdist.stop import end_with_launcher
+from specdist.core.errors import ConfigError, Dismissed, UserError
+from specdist.core.stop import end_with_launcher, leave
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,11 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import transformers
 
-    from specdist.attempts import AttemptRecord
-    from specdist.contract import Attempt, RankFacts
-    from specdist.job import home, load_job, naming_sources
-    from specdist.rank_log import RankLog
-    from specdist.runtime import Start, run
+    from specdist.core.attempts import AttemptRecord
+    from specdist.core.launch_env import Attempt, RankFacts
+    from specdist.job.config import home, load_job, naming_sources
+    from specdist.run.rank_log import RankLog
+    from specdist.run.runtime import Start, run
 
     try:
         facts, attempt = RankFacts.from_environment(), Attempt.from_environment()
@@ -64,14 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         start.report(error, facts)
         return 1
     return 0
-
-
-def leave(status: int) -> None:
-    """End the process without finalisers: those of the process groups would wait for ranks that are gone, after a
-    failure in threads that are stuck in a transfer with them. All files of the run are closed by now."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 if __name__ == "__main__":

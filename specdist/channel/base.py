@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from specdist.errors import WorldError
-from specdist.records import WorkItem
-from specdist.topology import Topology
+from specdist.core.errors import WorldError
+from specdist.core.records import WorkItem
+from specdist.core.topology import Topology
 
 Freed = Callable[[], None]
 """Called, from any thread, once the slot of a released item may be written again."""

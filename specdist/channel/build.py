@@ -11,7 +11,7 @@ import torch.distributed as dist
 from specdist.channel.base import FeatureReceiver, FeatureSender
 from specdist.channel.p2p import P2PReceiver, P2PSender
 from specdist.channel.wire import Wire
-from specdist.contract import local_address, reachable_address
+from specdist.core.launch_env import local_address, reachable_address
 
 if TYPE_CHECKING:
     from specdist.channel.mooncake.directory import Directory, Publisher

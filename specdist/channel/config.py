@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from specdist.channel.mooncake.config import MooncakeConfig
-from specdist.errors import ConfigError
+from specdist.core.errors import ConfigError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

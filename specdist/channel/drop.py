@@ -8,7 +8,7 @@ from torch import Tensor
 
 from specdist.channel.base import FeatureSender
 from specdist.channel.ring import Ring
-from specdist.records import FeatureLayout, WorkItem
+from specdist.core.records import FeatureLayout, WorkItem
 
 
 class DropSender(FeatureSender):

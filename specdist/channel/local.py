@@ -8,8 +8,8 @@ from torch import Tensor
 
 from specdist.channel.base import FeatureReceiver, FeatureSender, Freed
 from specdist.channel.ring import Ring
-from specdist.errors import WorldError
-from specdist.records import FeatureLayout, WorkItem
+from specdist.core.errors import WorldError
+from specdist.core.records import FeatureLayout, WorkItem
 
 
 class LocalChannel(FeatureSender, FeatureReceiver):

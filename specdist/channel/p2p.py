@@ -20,10 +20,10 @@ from torch import Tensor
 from specdist.channel.base import FeatureReceiver, FeatureSender, Freed, Posts, share, share_of_item
 from specdist.channel.ring import Ring
 from specdist.channel.wire import Wire
-from specdist.errors import WorldError
-from specdist.links import TransferError, wait_work
-from specdist.records import WorkItem
-from specdist.topology import Link, Topology
+from specdist.core.errors import WorldError
+from specdist.core.records import WorkItem
+from specdist.core.topology import Link, Topology
+from specdist.world.links import TransferError, wait_work
 
 
 @dataclass

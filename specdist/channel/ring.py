@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdist.errors import ConfigError
-from specdist.records import FeatureLayout
+from specdist.core.errors import ConfigError
+from specdist.core.records import FeatureLayout
 
 
 class Ring:

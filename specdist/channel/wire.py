@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from specdist.channel.config import ChannelConfig
-from specdist.groups import Groups, World
-from specdist.records import FeatureLayout
-from specdist.topology import Topology
-from specdist.trace.base import NO_TRACE, Trace
+from specdist.core.records import FeatureLayout
+from specdist.core.topology import Topology
+from specdist.core.trace import NO_TRACE, Trace
+from specdist.world.groups import Groups, World
 
 
 @dataclass(frozen=True)

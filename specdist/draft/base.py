@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from specdist.records import FeatureLayout, Features, PackedTokens
+from specdist.core.records import FeatureLayout, Features, PackedTokens
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class DraftModel(nn.Module, ABC):
     """Set before training. Every rank gets the whole micro-batch, and the losses of the ranks add up to its loss."""
     metric_names: tuple[str, ...]
     """The names of the sums `forward` returns, in a fixed order that is the same on every rank."""
+
+    @abstractmethod
+    def initialize(self, generator: torch.Generator) -> None:
+        """Fresh weights. `generator` lives on the CPU, so that they do not depend on the device."""
 
     @abstractmethod
     def supervise(

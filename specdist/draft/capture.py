@@ -6,12 +6,12 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig
 
+from specdist.core.errors import ConfigError
+from specdist.core.records import FeatureLayout
 from specdist.draft.config import DraftConfig
 from specdist.draft.dflash.dims import DFlashDims
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.memory import needs_head
-from specdist.errors import ConfigError
-from specdist.records import FeatureLayout
 
 
 def capture_layout(config: DraftConfig, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:

@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from specdist.core.errors import ConfigError
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.eagle3.config import Eagle3Config
-from specdist.errors import ConfigError
 
 Algorithm = Literal["eagle3", "dflash"]
 

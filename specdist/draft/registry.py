@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the configuration to a draft, and to what it costs. The place that knows the algorithms by name."""
+"""From the configuration to a draft, and to what it costs. Here, in capture.py and in export/ an algorithm is known by
+name, and nowhere else."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from specdist.core.errors import DataError
+from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
 from specdist.draft.base import DraftModel
 from specdist.draft.capture import capture_layout
 from specdist.draft.config import DraftConfig
@@ -18,8 +21,6 @@ from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.memory import frozen_rows, step_bytes
 from specdist.draft.eagle3.model import Eagle3Draft
 from specdist.draft.vocabulary import DraftVocabulary
-from specdist.errors import DataError
-from specdist.records import FeatureLayout, PackedTokens, TargetVocabulary
 
 
 def build_draft(
@@ -52,7 +53,7 @@ def _draft(
     draft_ids: Tensor | None,
     layout: FeatureLayout,
     device: torch.device | str,
-) -> Eagle3Draft | DFlashDraft:
+) -> DraftModel:
     if config.algorithm == "dflash":
         dims = DFlashDims.of(config.dflash, target)
         _check_tables(vocabulary, dims.vocab_size, dims.hidden_size)

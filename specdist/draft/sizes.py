@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import PretrainedConfig
 
-from specdist.errors import ConfigError
+from specdist.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdist.errors import DataError
+from specdist.core.errors import DataError
 
 
 @dataclass(frozen=True)

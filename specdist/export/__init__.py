@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specdist.errors import ConfigError
-from specdist.export.config import ExportConfig, Format
+from specdist.core.errors import ConfigError
+from specdist.draft.export_config import ExportConfig, Format
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
     from specdist.draft.config import DraftConfig
-    from specdist.export.exported import ExportedDraft
+    from specdist.draft.exported import ExportedDraft
 
 __all__ = ["ExportConfig", "Format", "check_servable", "export_draft", "load_exported"]
 
@@ -51,9 +51,9 @@ def export_draft(
         DataError: a tensor is missing, unknown, of the wrong shape or not finite, or the vocabulary is none.
     """
     # Imported here: the configuration of a job, which imports this package, has no use for torch and transformers.
-    from specdist.export.dflash import DFlashExport
+    from specdist.draft.dflash.export import DFlashExport
+    from specdist.draft.eagle3.export import Eagle3Export
     from specdist.export.directory import check_free, write_directory
-    from specdist.export.eagle3 import Eagle3Export
 
     options = options or ExportConfig()
     if options.embedding and embedding is None:
@@ -72,7 +72,8 @@ def check_servable(draft: DraftConfig, options: ExportConfig, target_layers: int
     Args:
         target_layers: of the target.
     """
-    from specdist.export import dflash, eagle3
+    from specdist.draft.dflash import export as dflash
+    from specdist.draft.eagle3 import export as eagle3
 
     if draft.algorithm == "dflash" and options.embedding:
         raise ConfigError("export.embedding=true: engines serve DFlash drafts with the target's embedding only")
@@ -89,7 +90,8 @@ def load_exported(directory: str | Path) -> ExportedDraft:
     Raises:
         DataError: files or keys are missing, or a tensor is missing, unknown or of the wrong shape.
     """
-    from specdist.export import read_dflash, read_eagle3
+    from specdist.draft.dflash import reader as read_dflash
+    from specdist.draft.eagle3 import reader as read_eagle3
     from specdist.export.directory import read_directory
 
     config, tensors = read_directory(Path(directory))

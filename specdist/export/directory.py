@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specdist.errors import ConfigError, DataError
+from specdist.core.errors import ConfigError, DataError
 
 CONFIG, WEIGHTS, LEGACY_WEIGHTS = "config.json", "model.safetensors", "pytorch_model.bin"
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from specdist.errors import WorldError
+from specdist.core.errors import WorldError
 
 HEARTBEAT_S = 5.0
 STALE_AFTER_S = 60.0

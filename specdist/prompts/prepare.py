@@ -24,8 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from specdist.errors import DataError
-from specdist.files import sync_directory
+from specdist.core.errors import DataError
+from specdist.core.files import sync_directory
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.display import Display
 from specdist.prompts.lock import lock_or_done

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from specdist.errors import ConfigError, DataError
+from specdist.core.errors import ConfigError, DataError
 from specdist.prompts.conversation import Sample, to_sample
 from specdist.prompts.report import BadSample, UnusableError
 

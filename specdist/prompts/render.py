@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from specdist.errors import DataError
+from specdist.core.errors import DataError
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import Message, Sample
 from specdist.prompts.report import UnusableError

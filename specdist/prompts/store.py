@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from specdist.errors import DataError
+from specdist.core.errors import DataError
+from specdist.core.records import PackedTokens
 from specdist.prompts.report import PrepareReport
-from specdist.records import PackedTokens
 
 FORMAT = 1
 """Of the files of a store. Raise it when they change, or when the same samples give other tokens than before."""

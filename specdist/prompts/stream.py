@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from specdist.errors import ConfigError, DataError
-from specdist.records import Cursor, Shard, WorkItem
+from specdist.core.errors import ConfigError, DataError
+from specdist.core.records import Cursor, Shard, WorkItem
 
 
 class Stream:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from specdist.errors import DataError
+from specdist.core.errors import DataError
 from specdist.prompts.conversation import COLUMNS
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 
-from specdist.errors import DataError
+from specdist.core.errors import DataError
 from specdist.prompts.conversation import Message
 from specdist.prompts.report import UnusableError
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdist.errors import ConfigError, DataError
+from specdist.core.errors import ConfigError, DataError
 from specdist.prompts.store import PromptStore
 
 

@@ -13,7 +13,7 @@ from multiprocessing.connection import wait
 
 import numpy as np
 
-from specdist.errors import DataError
+from specdist.core.errors import DataError
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.read import Piece, samples
 from specdist.prompts.render import Renderer, Rendering

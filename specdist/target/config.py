@@ -8,7 +8,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from specdist.errors import ConfigError
+from specdist.core.errors import ConfigError
 from specdist.target.sglang.config import SglangConfig
 
 

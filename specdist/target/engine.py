@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from specdist.errors import DataError
-from specdist.records import FeatureLayout, PackedTokens
+from specdist.core.errors import DataError
+from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target.config import TargetConfig
 
 if TYPE_CHECKING:
-    from specdist.groups import EngineGroups
+    from specdist.core.engine_groups import EngineGroups
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest mean relative error of a row, packed against document by document, by computation dtype.

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from specdist.errors import ConfigError, DataError
-from specdist.records import FeatureLayout
+from specdist.core.errors import ConfigError, DataError
+from specdist.core.records import FeatureLayout
 from specdist.target.config import TargetConfig
 from specdist.target.sglang import versions
 from specdist.target.weights import stored_tensors

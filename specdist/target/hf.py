@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import PretrainedConfig, PreTrainedModel
 
-from specdist.errors import ConfigError, DataError
-from specdist.records import FeatureLayout, PackedTokens
+from specdist.core.errors import ConfigError, DataError
+from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target import attention
 from specdist.target.attention import Documents, NotPackable
 from specdist.target.config import TargetConfig

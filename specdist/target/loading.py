@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from specdist.errors import ConfigError, DataError
+from specdist.core.errors import ConfigError, DataError
 from specdist.target.facts import TargetFacts
 from specdist.target.weights import weight_files
 

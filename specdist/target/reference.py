@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from specdist.errors import DataError
-from specdist.records import FeatureLayout, PackedTokens
+from specdist.core.errors import DataError
+from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target.config import TargetConfig
 from specdist.target.engine import BOUNDARY, TOLERANCE, Engine, beyond, deviations
 from specdist.target.facts import describe

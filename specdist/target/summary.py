@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from specdist.logits.summary import summariser
-from specdist.records import PackedTokens
+from specdist.core.argmax_lse import summariser
+from specdist.core.records import PackedTokens
 from specdist.target.config import TargetConfig
 from specdist.target.engine import Engine
 from specdist.target.vocabulary import load_target_head

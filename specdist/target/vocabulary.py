@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdist.errors import DataError
-from specdist.records import LogitMap, TargetVocabulary
+from specdist.core.errors import DataError
+from specdist.core.records import LogitMap, TargetVocabulary
 from specdist.target.facts import TargetFacts, describe
 from specdist.target.weights import StoredTensor, stored_tensors
 

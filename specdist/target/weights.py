@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from specdist.errors import DataError
+from specdist.core.errors import DataError
 
 DTYPES = {
     "F64": torch.float64,

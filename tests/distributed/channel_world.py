@@ -28,13 +28,13 @@ from specdist.channel.config import ChannelConfig
 from specdist.channel.local import LocalChannel
 from specdist.channel.mooncake.config import MooncakeConfig
 from specdist.channel.wire import Wire
-from specdist.contract import RankFacts
-from specdist.errors import WorldError
-from specdist.groups import Groups, Transport, World, join_world, make_groups
-from specdist.links import connect_links
-from specdist.records import Cursor, FeatureLayout, Shard, WorkItem
-from specdist.sources import local_shards
-from specdist.topology import Topology, WorldConfig
+from specdist.core.errors import WorldError
+from specdist.core.launch_env import RankFacts
+from specdist.core.records import Cursor, FeatureLayout, Shard, WorkItem
+from specdist.core.topology import Topology, WorldConfig
+from specdist.run.feature_source import local_shards
+from specdist.world.groups import Groups, Transport, World, join_world, make_groups
+from specdist.world.links import connect_links
 
 PATIENCE_S = 30.0
 GIVE_UP_S = 1.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""specdist.doctor.world, or another module's `main`, in an environment that has another torch than it says:
+"""specdist.run.preflight.world, or another module's `main`, in an environment that has another torch than it says:
 `python -m tests.distributed.faulty_doctor MODULE [key=value ...]`."""
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from specdist.doctor import facts
-from specdist.train import leave
+from specdist.core.stop import leave
+from specdist.run.preflight import facts
 
 versions = facts._versions  # noqa: SLF001 - what the environment tells has no other door
 

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""specdist.doctor.world on a host where Mooncake does not work: `python -m tests.distributed.faulty_mooncake FAULT
-[key=value ...]`. FAULT, on host n2 alone: `broken`: the Transfer Engine does not start; `stopped`: the process stops as
-soon as others may write to its memory."""
+"""specdist.run.preflight.world on a host where Mooncake does not work:
+`python -m tests.distributed.faulty_mooncake FAULT [key=value ...]`.
+
+FAULT, on host n2 alone: `broken`: the Transfer Engine does not start; `stopped`: the process stops as soon as others
+may write to its memory.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ import sys
 from typing import Any
 
 from specdist.channel.mooncake.directory import Directory
-from specdist.doctor import mooncake_links, world
-from specdist.errors import WorldError
-from specdist.train import leave
+from specdist.core.errors import WorldError
+from specdist.core.stop import leave
+from specdist.run.preflight import mooncake_links, world
 
 publish = Directory.publish
 

@@ -20,12 +20,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from specdist.contract import RankFacts
-from specdist.errors import WorldError
-from specdist.groups import Groups, World, join_world, make_groups
-from specdist.links import connect_links
-from specdist.topology import Topology, WorldConfig
-from specdist.train import leave
+from specdist.core.errors import WorldError
+from specdist.core.launch_env import RankFacts
+from specdist.core.stop import leave
+from specdist.core.topology import Topology, WorldConfig
+from specdist.world.groups import Groups, World, join_world, make_groups
+from specdist.world.links import connect_links
 
 LATE_S = 4.0
 LATE_RANK = 3

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from specdist import rank
+from specdist.core.stop import leave
+from specdist.run import context as rank
 from specdist.target.engine import Engine, build_engine
-from specdist.train import leave, main
+from specdist.train import main
 
 
 def held_engine(*arguments: Any) -> Engine:

@@ -15,10 +15,10 @@ from specdist.channel.mooncake.directory import Directory
 from specdist.channel.mooncake.engine import TransferEngine
 from specdist.channel.mooncake.receiver import MooncakeReceiver
 from specdist.channel.wire import Wire
-from specdist.contract import RankFacts
-from specdist.groups import Groups, World
-from specdist.records import Cursor, FeatureLayout, Shard, WorkItem
-from specdist.topology import Topology, WorldConfig
+from specdist.core.launch_env import RankFacts
+from specdist.core.records import Cursor, FeatureLayout, Shard, WorkItem
+from specdist.core.topology import Topology, WorldConfig
+from specdist.world.groups import Groups, World
 
 HOST = "127.0.0.1"
 ROWS = 65536

@@ -15,10 +15,10 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from specdist.attempts import attempts
-from specdist.progress import committed
-from specdist.status import describe
-from specdist_launch.meeting import free_port
+from specdist.core.attempts import attempts
+from specdist.core.progress import committed
+from specdist.run.status import describe
+from specdist.world.roll_call import free_port
 from tests.distributed.worlds import ROOT, start_command
 from tests.tiny import make_config, make_conversations, make_target
 
@@ -52,7 +52,7 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def launch(hosts: str, *config: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "specdist.cli", "launch", "torchrun", "--hosts", hosts]
+    command = [sys.executable, "-m", "specdist_launch.cli", "launch", "torchrun", "--hosts", hosts]
     return start_command([*command, "--master-port", str(free_port()), *config])
 
 
@@ -107,7 +107,7 @@ def test_a_job_without_time_to_train_is_not_started(tmp_path: Path, material: tu
 
 
 def test_a_lost_rank_is_started_again_and_a_defect_only_once(tmp_path: Path, material: tuple[Path, Path]) -> None:
-    train = [sys.executable, "-m", "specdist.cli", "train", "--retries", "3"]
+    train = [sys.executable, "-m", "specdist_launch.cli", "train", "--retries", "3"]
     process = start_command([*train, *words(tmp_path, material, train__steps=400, checkpoint__every=5)])
     deadline = time.monotonic() + TIMEOUT_S
     while not committed(tmp_path / "run/checkpoints"):
@@ -133,7 +133,7 @@ def test_the_same_error_at_the_same_step_ends_it(tmp_path: Path, material: tuple
     weights = load_file(target / "model.safetensors")
     weights["model.norm.weight"][5] = float("nan")
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    train = [sys.executable, "-m", "specdist.cli", "train", "--retries", "3"]
+    train = [sys.executable, "-m", "specdist_launch.cli", "train", "--retries", "3"]
     settings = {"target__verify": 0, "train__steps": 400}
     process = start_command([*train, *words(tmp_path, (target, material[1]), **settings)])
     _, said = process.communicate(timeout=TIMEOUT_S)
@@ -168,7 +168,7 @@ def test_a_stop_during_the_evaluation_is_made_good_by_the_next_start(
     held = tmp_path / "held.jsonl"
     held.write_text('{"prompt": "good night"}\n' * 200)
     settings = {"evaluate__prompts": f"[{held}]", "evaluate__max_new_tokens": 64, "train__steps": 2}
-    train = [sys.executable, "-m", "specdist.cli", "train", *words(tmp_path, material, **settings)]
+    train = [sys.executable, "-m", "specdist_launch.cli", "train", *words(tmp_path, material, **settings)]
     process = start_command(train)
     deadline = time.monotonic() + TIMEOUT_S
     while not (tmp_path / "run/summary.json").exists():  # written after the export, before the evaluation

@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-from specdist.cli import main
 from specdist.export import load_exported
+from specdist_launch.cli import main
 from tests.distributed.worlds import ROOT
 from tests.tiny import make_config, make_conversations, make_target
 
 
 def specdist(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "specdist.cli", *words]
+    command = [sys.executable, "-m", "specdist_launch.cli", *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
 
 
@@ -95,6 +95,8 @@ def test_a_finished_run_keeps_its_figures(trained):
     done = specdist("train", *words)
     assert done.returncode == 0, done.stderr
     assert "4 of 4 steps are done, nothing to train" in done.stderr
+    assert "nothing was left to train" in done.stderr
+    assert "tokens/s trained" not in done.stderr
     after = json.loads(summary.read_text())
     assert (after["training"], after["sides"]) == (before["training"], before["sides"])
     assert after["training"]["steps"] == 4

@@ -38,7 +38,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_healthy_host(tmp_path: Path, material: tuple[Path, Path]) -> None:
     report = tmp_path / "report.json"
     words = make_config(tmp_path, *material, draft__dp=2, preflight__link_payload="64KiB")
-    command = [sys.executable, "-m", "specdist.cli", "doctor", *words, "--json", str(report)]
+    command = [sys.executable, "-m", "specdist_launch.cli", "doctor", *words, "--json", str(report)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 links inside a host" in done.stdout
@@ -64,8 +64,8 @@ def test_faults_of_a_host_are_named_with_it(tmp_path: Path, material: tuple[Path
     (tmp_path / "elsewhere").write_text("a file where a directory should be")
     done = run_on_hosts(
         {
-            "n1": ["specdist.doctor.world", *sound],
-            "n2": ["tests.distributed.faulty_doctor", "specdist.doctor.world", *there],
+            "n1": ["specdist.run.preflight.world", *sound],
+            "n2": ["tests.distributed.faulty_doctor", "specdist.run.preflight.world", *there],
         }
     )
     said = done["n1"].stdout
@@ -124,7 +124,7 @@ def test_over_mooncake_every_link_is_measured(tmp_path: Path, material: tuple[Pa
     report = tmp_path / "report.json"
     split = {"target__replicas": 2, "draft__dp": 2, "channel__transport": "mooncake"}
     words = make_config(tmp_path, *material, preflight__link_payload="64KiB", **split)
-    command = [sys.executable, "-m", "specdist.cli", "doctor", *words, "--json", str(report)]
+    command = [sys.executable, "-m", "specdist_launch.cli", "doctor", *words, "--json", str(report)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 links inside a host" in done.stdout

@@ -22,8 +22,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from specdist.attempts import AttemptRecord, Failure, attempts
-from specdist.progress import committed, read_progress
+from specdist.core.attempts import AttemptRecord, Failure, attempts
+from specdist.core.progress import committed, read_progress
 from tests.distributed.worlds import start_by_hand, start_command, start_torchrun
 from tests.tiny import make_config, make_conversations, make_target
 
@@ -226,7 +226,7 @@ def stopped_at(words: str) -> int:
 
 def test_an_interrupt_of_specdist_train_saves_and_ends_well(job: Job) -> None:
     began = job.step
-    command = [sys.executable, "-m", "specdist.cli", "train", *job.words(), "--nproc-per-node", "3"]
+    command = [sys.executable, "-m", "specdist_launch.cli", "train", *job.words(), "--nproc-per-node", "3"]
     job.process = start_command(command)
     job.wait_until(lambda: job.step > began)
     os.killpg(job.process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from specdist.contract import HOST, NODE_ROLE
+from specdist.core.launch_env import HOST, NODE_ROLE
 from tests.distributed.groups_world import LATE_RANK, LATE_S
 from tests.distributed.worlds import start_by_hand, torchrun
 

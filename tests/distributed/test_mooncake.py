@@ -13,7 +13,7 @@ import torch.distributed as dist
 from specdist.channel.mooncake.directory import Directory
 from specdist.channel.mooncake.engine import TransferEngine
 from specdist.channel.mooncake.sender import MooncakeSender
-from specdist.errors import WorldError
+from specdist.core.errors import WorldError
 from tests.distributed.mooncake_peer import CONFIG, HOST, PATIENCE_S, ROWS, STALL_S, TARGET, check, make_item, wire_of
 from tests.distributed.worlds import mooncake_loads, start_command
 

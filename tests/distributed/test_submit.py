@@ -14,7 +14,7 @@ import pytest
 import submitit
 
 import specdist
-from specdist.attempts import attempts
+from specdist.core.attempts import attempts
 from tests.tiny import make_config, make_conversations, make_target
 
 STEPS = 20

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from specdist.records import FeatureLayout, PackedTokens
+from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target.config import TargetConfig
 from specdist.target.engine import build_engine, verify
 from specdist.target.hf import HfEngine

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from specdist.contract import Attempt
-from specdist.trace.collect import collect_newest
-from specdist.trace.part import read_parts
+from specdist.core.launch_env import Attempt
+from specdist.run.trace.collect import collect_newest
+from specdist.run.trace.part import read_parts
 from tests.distributed.worlds import mooncake_loads, start_by_hand, torchrun, train
 from tests.timeline import arrows, check_format, slices
 from tests.tiny import make_config, make_conversations, make_target

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from specdist.progress import committed, read_progress
+from specdist.core.progress import committed, read_progress
 from tests.distributed.worlds import kill_all, mooncake_loads, start_torchrun, train
 from tests.tiny import make_config, make_conversations, make_target
 
@@ -199,7 +199,7 @@ def test_epochs_end_with_nothing_dropped(tmp_path, material):
 
 
 def sum_of_tokens(directory: Path, material) -> int:
-    from specdist.job import load_job
+    from specdist.job.config import load_job
     from specdist.prompts.prepare import prepare
 
     job = load_job([], words(directory, material))

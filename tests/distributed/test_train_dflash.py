@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from specdist.cli import main
-from specdist.progress import committed, read_progress
+from specdist.core.progress import committed, read_progress
+from specdist_launch.cli import main
 from tests.distributed.worlds import kill_all, start_torchrun, train
 from tests.tiny import make_config, make_conversations, make_target
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from specdist.progress import committed
+from specdist.core.progress import committed
 from tests.distributed.worlds import kill_all, mooncake_loads, start_command, start_torchrun, train
 from tests.tiny import make_config, make_conversations, make_target
 
@@ -94,7 +94,9 @@ class Worlds:
         """A world as `specdist train` starts it."""
         overrides = {"draft__dp": 2, "control__heartbeat_s": 0.2}
         config = words(self.directory, self.material, **overrides)
-        process = start_command([sys.executable, "-m", "specdist.cli", "train", *config, "--role", role, *options])
+        process = start_command(
+            [sys.executable, "-m", "specdist_launch.cli", "train", *config, "--role", role, *options]
+        )
         self.all.append(process)
         return process
 

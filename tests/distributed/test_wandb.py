@@ -10,7 +10,7 @@ import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
-from specdist.metrics import WandbTracker
+from specdist.training.metrics import WandbTracker
 
 
 def records(file: Path) -> list[Record]:

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 from specdist.channel.mooncake.engine import check_installed
-from specdist.errors import ConfigError
-from specdist_launch.meeting import free_port
+from specdist.core.errors import ConfigError
+from specdist.world.roll_call import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig
 
+from specdist.core.records import Features, PackedTokens, TargetVocabulary
 from specdist.draft.config import DraftConfig
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.dflash.model import DFlashDraft
 from specdist.draft.registry import build_draft
-from specdist.records import Features, PackedTokens, TargetVocabulary
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

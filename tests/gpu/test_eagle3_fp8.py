@@ -9,12 +9,12 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig
 
+from specdist.core.records import Features, PackedTokens, TargetVocabulary
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3 import fp8
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.model import Eagle3Draft
 from specdist.draft.registry import build_draft
-from specdist.records import Features, PackedTokens, TargetVocabulary
 
 HIDDEN, VOCAB = 256, 1000
 pytestmark = [

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from specdist.core import argmax_lse as summary
+from specdist.core.records import LogitMap
 from specdist.draft.eagle3 import fp8, loss, pieces
 from specdist.draft.eagle3.loss import LossKind
-from specdist.logits import summary
-from specdist.records import LogitMap
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -124,8 +124,8 @@ def test_rounded_swiglu(width: int, dtype: torch.dtype, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("logit_map", [LogitMap(), LogitMap(0.5, 3.0)], ids=str)
 @pytest.mark.parametrize("vocabulary", [1000, 5003])
 def test_logits(vocabulary: int, logit_map: LogitMap, dtype: torch.dtype) -> None:
+    from specdist.core import argmax_lse_kernel as kernel
     from specdist.draft.eagle3.kernels import logits
-    from specdist.logits import kernel
 
     rows, steps = 9, 7
     whole, student, products = randoms(dtype, (rows, 2 * vocabulary), (rows, steps, vocabulary), (rows, vocabulary))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from specdist.records import FeatureLayout, PackedTokens
+from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target import attention
 from specdist.target.config import TargetConfig
 from specdist.target.engine import TOLERANCE, build_engine, deviations, verify

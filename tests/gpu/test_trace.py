@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdist.topology import Link
-from specdist.trace.clock import ClockReading
-from specdist.trace.config import Window
-from specdist.trace.device import DeviceClock
-from specdist.trace.part import read_parts
-from specdist.trace.recorder import Recorder
-from specdist.trace.writer import Who
+from specdist.core.clock import ClockReading
+from specdist.core.topology import Link
+from specdist.run.trace.device import DeviceClock
+from specdist.run.trace.part import read_parts
+from specdist.run.trace.recorder import Recorder
+from specdist.run.trace.writer import Who
+from specdist.training.trace_config import Window
 from tests.distributed.worlds import train
 from tests.timeline import arrows, check_format, slices
 from tests.tiny import make_config, make_conversations, make_target

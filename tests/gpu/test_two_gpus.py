@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdist.bench.channel import main
-from specdist.bench.channel_measure import ChannelSpeed
+from specdist_launch.bench.channel import main
+from specdist_launch.bench.channel_measure import ChannelSpeed
 from tests.distributed.worlds import train
 from tests.tiny import make_config, make_conversations, make_target
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from specdist.waits import WaitClock
+from specdist.run.stall_timer import WaitClock
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from specdist_launch.meeting import free_port
+from specdist.world.roll_call import free_port
 from tests.distributed.worlds import ROOT
 
 SECOND = "127.0.0.2"
@@ -40,7 +40,17 @@ class Cluster:
     @contextlib.contextmanager
     def started(self, words: Sequence[str], output: Path) -> Iterator[subprocess.Popen[str]]:
         """A job on the two nodes; what it says goes to the file `output`. Its driver is gone afterwards."""
-        command = [str(self.python), "-m", "specdist.cli", "launch", "ray", "--address", self.address, "--nodes", "2"]
+        command = [
+            str(self.python),
+            "-m",
+            "specdist_launch.cli",
+            "launch",
+            "ray",
+            "--address",
+            self.address,
+            "--nodes",
+            "2",
+        ]
         with output.open("w") as file:
             driver = subprocess.Popen(
                 [*command, *words], cwd=ROOT, env=driver_environment(), stderr=file, text=True, start_new_session=True

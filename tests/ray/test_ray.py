@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from specdist_launch.meeting import free_port
+from specdist.world.roll_call import free_port
 from tests.environments import python_with_ray
 from tests.ray.cluster import SECOND, Cluster, running_cluster
 from tests.tiny import make_config, make_conversations, make_target
@@ -59,7 +59,7 @@ def agents(run: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if any(str(run) in word for word in process.cmdline()) and "specdist.cli" not in process.cmdline():
+            if any(str(run) in word for word in process.cmdline()) and "specdist_launch.cli" not in process.cmdline():
                 found.append(process)
     return found
 
@@ -90,7 +90,7 @@ def test_a_lost_host_is_replaced_ctrl_c_saves_and_the_next_start_goes_on(cluster
     assert (attempts[1] / "target" / f"{SECOND}-rank0.log").exists()
 
     end = outcome["step"] + 2
-    launch = ["-m", "specdist.cli", "launch", "ray", *words, f"train.steps={end}"]
+    launch = ["-m", "specdist_launch.cli", "launch", "ray", *words, f"train.steps={end}"]
     done = cluster.run(*launch, RAY_ADDRESS=cluster.address)
     assert done.returncode == 0, done.stderr
     assert f"Trained {end} steps." in done.stderr

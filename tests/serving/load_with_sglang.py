@@ -28,7 +28,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from transformers import AutoTokenizer
 
-from specdist.evaluate_prompts import read_prompts
+from specdist.evaluate.prompts import read_prompts
 
 # Here, for the processes of the engine import this module too.
 add_draft_attention_backend_choices(["intel_amx"])

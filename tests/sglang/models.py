@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from specdist.records import PackedTokens
+from specdist.core.records import PackedTokens
 from tests.sglang.world import LAYERS
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from specdist.contract import RankFacts
-from specdist.errors import UserError
-from specdist.groups import Groups, World, join_world, make_groups
-from specdist.records import FeatureLayout, PackedTokens
+from specdist.core.errors import UserError
+from specdist.core.launch_env import RankFacts
+from specdist.core.records import FeatureLayout, PackedTokens
+from specdist.core.topology import Topology, WorldConfig
 from specdist.target.config import TargetConfig
 from specdist.target.engine import build_engine, engine_groups, verify
 from specdist.target.sglang import versions
 from specdist.target.sglang.config import SglangConfig
-from specdist.topology import Topology, WorldConfig
+from specdist.world.groups import Groups, World, join_world, make_groups
 
 LAYERS = (2, 0)
 """Not in ascending order, in which SGLang hands them out."""

@@ -75,7 +75,7 @@ class Cluster:
 
     def specdist(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run the specdist command to its end."""
-        command = [sys.executable, "-m", "specdist.cli", *words]
+        command = [sys.executable, "-m", "specdist_launch.cli", *words]
         return subprocess.run(
             command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=BOUND_S, check=False
         )

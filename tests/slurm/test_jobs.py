@@ -92,7 +92,7 @@ def test_a_node_whose_agent_never_comes_is_named(cluster: Cluster, material, tmp
 
 
 def test_what_the_cluster_does_not_have_is_one_line(cluster: Cluster, material, tmp_path, monkeypatch, capsys):
-    from specdist.cli import main
+    from specdist_launch.cli import main
 
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     job = [*words(tmp_path, material), "draft.dp=null", "draft.sharding=replicate"]

@@ -10,7 +10,7 @@ import pytest
 import submitit
 
 import specdist
-from specdist.attempts import attempts
+from specdist.core.attempts import attempts
 from tests.slurm.cluster import STEPS, Cluster, Job, words
 
 pytestmark = pytest.mark.timeout(900)

@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 from torch import Tensor
 from transformers import LlamaConfig
 
+from specdist.core.records import Features, PackedTokens
 from specdist.draft.base import DraftModel
-from specdist.records import Features, PackedTokens
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, EPS, THETA = 16, 4, 2, 6, 37, 1e-5, 100.0
 D = TypeVar("D", bound=DraftModel)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdist.attempts import AttemptRecord, Ending, Failure, Started, attempts
-from specdist.contract import Attempt
-from specdist.errors import ConfigError, WorldError
-from specdist_launch.config import LaunchConfig
+from specdist.core.attempts import AttemptRecord, Ending, Failure, Started, attempts
+from specdist.core.errors import ConfigError, WorldError
+from specdist.core.launch_env import Attempt
+from specdist.job.launch_config import LaunchConfig
 from specdist_launch.verdict import AGAIN, DONE, GIVE_UP, USER_ERROR, judge
 
 CONFIG = LaunchConfig(retries=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from specdist.balance import verdict
+from specdist.job.balance import verdict
 
 
 @pytest.mark.parametrize(

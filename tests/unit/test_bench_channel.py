@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from specdist.bench.channel import main, render
-from specdist.bench.channel_measure import ChannelSpeed
-from specdist.bench.channel_notes import Notes
-from specdist.bench.channel_rank import make_item, pattern
-from specdist.cli import main as specdist
-from specdist.contract import RankFacts
-from specdist.errors import ConfigError
-from specdist.groups import World
-from specdist.topology import Topology
+from specdist.core.errors import ConfigError
+from specdist.core.launch_env import RankFacts
+from specdist.core.topology import Topology
+from specdist.world.groups import World
+from specdist_launch.bench.channel import main, render
+from specdist_launch.bench.channel_measure import ChannelSpeed
+from specdist_launch.bench.channel_notes import Notes
+from specdist_launch.bench.channel_rank import make_item, pattern
+from specdist_launch.cli import main as specdist
 from tests.distributed.worlds import mooncake_loads
 
 SMALL = ["--device", "cpu", "--hidden", "64", "--moved", "1", "--repeats", "2", "channel.memory=1MiB"]

@@ -8,9 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from specdist.bench.pipeline import MODES, ModeSpeed, PipelineSpeed, conclude, main, render, speed_of, write_prompts
-from specdist.errors import ConfigError
+from specdist.core.errors import ConfigError
 from specdist.prompts.store import PromptStore
+from specdist_launch.bench.pipeline import (
+    MODES,
+    ModeSpeed,
+    PipelineSpeed,
+    conclude,
+    main,
+    render,
+    speed_of,
+    write_prompts,
+)
 from tests.tiny import make_target
 
 TINY = (

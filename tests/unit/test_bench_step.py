@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from specdist.bench.shapes import SHAPES
-from specdist.bench.step import main, render
-from specdist.bench.step_batch import lengths_of
-from specdist.bench.step_cost import part_of
-from specdist.bench.step_rank import StepSpeed
+from specdist.core.errors import ConfigError
+from specdist.core.records import PackedTokens
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.registry import step_flops
-from specdist.errors import ConfigError
-from specdist.records import PackedTokens
+from specdist_launch.bench.shapes import SHAPES
+from specdist_launch.bench.step import main, render
+from specdist_launch.bench.step_batch import lengths_of
+from specdist_launch.bench.step_cost import part_of
+from specdist_launch.bench.step_rank import StepSpeed
 from tests.tiny import make_target
 
 

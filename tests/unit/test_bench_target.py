@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from specdist.bench.target import TargetSpeed, flops, main, render
 from specdist.target.facts import describe
+from specdist_launch.bench.target import TargetSpeed, flops, main, render
 from tests.tiny import make_target
 
 

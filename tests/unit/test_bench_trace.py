@@ -3,7 +3,7 @@
 
 import json
 
-from specdist.bench import trace
+from specdist_launch.bench import trace
 
 
 def test_it_reports_every_cost(capsys, monkeypatch):

@@ -12,15 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from specdist.bench.channel_rank import make_item
 from specdist.channel.config import ChannelConfig
 from specdist.channel.p2p import P2PReceiver, P2PSender
 from specdist.channel.wire import Wire
-from specdist.contract import RankFacts
-from specdist.errors import WorldError
-from specdist.groups import Groups, World
-from specdist.records import FeatureLayout
-from specdist.topology import Link, Topology, WorldConfig
+from specdist.core.errors import WorldError
+from specdist.core.launch_env import RankFacts
+from specdist.core.records import FeatureLayout
+from specdist.core.topology import Link, Topology, WorldConfig
+from specdist.world.groups import Groups, World
+from specdist_launch.bench.channel_rank import make_item
 
 HOSTS = ("n1", "n2")
 TOPOLOGY = Topology.build(WorldConfig(), HOSTS, replicas=1, tp=1, dp=1, cp=1)

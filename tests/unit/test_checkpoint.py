@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from specdist.checkpoint import Checkpointer
-from specdist.drafts import load_state
-from specdist.errors import DataError
-from specdist.progress import COMMIT, CheckpointConfig, Progress, committed, read_progress
-from specdist.records import Cursor
+from specdist.core.errors import DataError
+from specdist.core.progress import COMMIT, CheckpointConfig, Progress, committed, read_progress
+from specdist.core.records import Cursor
+from specdist.run.drafts import load_state
+from specdist.training.checkpoint import Checkpointer
 
 
 @pytest.fixture(scope="module")

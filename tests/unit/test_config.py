@@ -7,8 +7,8 @@ from typing import Literal
 import pytest
 from omegaconf import MISSING
 
-from specdist import config
-from specdist.errors import ConfigError, DataError
+from specdist.core import config
+from specdist.core.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,14 @@ from dataclasses import fields, replace
 import pytest
 import zmq
 
-from specdist.control import messages
-from specdist.control.client import ControlClient
-from specdist.control.conductor import Conductor
-from specdist.control.config import ControlConfig
-from specdist.control.messages import (
+from specdist.core.clock import clock_offset
+from specdist.core.errors import ConfigError, Dismissed, WorldError
+from specdist.core.topology import Topology
+from specdist.scheduler import messages
+from specdist.scheduler.client import ControlClient
+from specdist.scheduler.config import ControlConfig
+from specdist.scheduler.coordinator import Conductor
+from specdist.scheduler.messages import (
     Computed,
     DecodeError,
     Deliver,
@@ -45,12 +48,9 @@ from specdist.control.messages import (
     decode,
     encode,
 )
-from specdist.control.server import ControlServer
-from specdist.control.wire import identity, new_token
-from specdist.errors import ConfigError, Dismissed, WorldError
-from specdist.scheduler import Scheduler
-from specdist.topology import Topology
-from specdist.trace.clock import clock_offset
+from specdist.scheduler.scheduler import Scheduler
+from specdist.scheduler.server import ControlServer
+from specdist.scheduler.wire import identity, new_token
 
 QUICK = ControlConfig(heartbeat_s=0.2, silence_s=30.0, load_timeout_s=30.0)
 WORLD = Topology("split", ("a", "a", "a", "b", "b", "b", "c"), ((0, 1), (2, 3)), ((4,), (5,), (6,)), 3)
@@ -685,8 +685,8 @@ def test_the_socket_binds_to_one_interface_only() -> None:
 
 PEER = """
 import sys, time
-from specdist.control.client import ControlClient
-from specdist.control.config import ControlConfig
+from specdist.scheduler.client import ControlClient
+from specdist.scheduler.config import ControlConfig
 client = ControlClient(sys.argv[1], bytes.fromhex(sys.argv[2]), int(sys.argv[3]), ControlConfig(heartbeat_s=0.2))
 client.phase = "forward item 17"
 client.ready()

@@ -57,9 +57,16 @@ def test_ranks_share_what_is_drawn() -> None:
     assert torch.equal(torch.cat([share.anchors for share in shares]).sort().values, whole.anchors)
 
 
-def test_nothing_to_train() -> None:
-    for lengths in ((1,), (2, 1), (3,)):
-        blocks = Blocks.draw(build_case(lengths, seed=1).batch, BLOCK, 10, draw=0)
-        assert len(blocks.anchors) <= 1
-    empty = build_case((1,)).batch
-    assert Blocks.draw(empty, BLOCK, 10, draw=0).labels.shape == (0, BLOCK - 1)
+def test_documents_too_short_for_a_block() -> None:
+    for lengths in ((1,), (2,), (2, 1), (1, 2, 2)):
+        case = build_case(lengths)
+        for mask in case.masks:
+            mask[:] = True
+        blocks = Blocks.draw(case.batch, BLOCK, 10, draw=0)
+        assert blocks.labels.shape == (0, BLOCK - 1)
+        assert blocks.counts == (0,) * len(lengths)
+    case = build_case((3, 2))
+    case.masks[0][:] = case.masks[1][:] = True
+    blocks = Blocks.draw(case.batch, BLOCK, 10, draw=0)
+    assert blocks.anchors.tolist() == [1]
+    assert blocks.valid.tolist() == [[True, False, False, False]]

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from specdist import config
+from specdist.core import config
+from specdist.core.errors import ConfigError, DataError
+from specdist.core.records import TargetVocabulary
 from specdist.draft.config import DraftConfig
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.registry import build_draft
-from specdist.errors import ConfigError, DataError
-from specdist.job import JobConfig, examine, load_job
-from specdist.records import TargetVocabulary
+from specdist.job.config import JobConfig, examine, load_job
 from tests.tiny import make_config, make_conversations, make_target
 from tests.unit.dflash_reference import HIDDEN, VOCAB, target_config
 

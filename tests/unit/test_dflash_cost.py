@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from specdist.bench.shapes import SHAPES
+from specdist.core.records import PackedTokens
 from specdist.draft.config import DraftConfig
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.registry import frozen_memory, parameter_count, step_flops, step_memory
-from specdist.plan import training_memory
-from specdist.records import PackedTokens
+from specdist.job.plan import training_memory
+from specdist_launch.bench.shapes import SHAPES
 
 TARGET = AutoConfig.for_model(**SHAPES["qwen3-8b"])
 DRAFT = DraftConfig(algorithm="dflash", dflash=DFlashConfig(mask_token_id=151_669), compile=True)

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from specdist.core.errors import ConfigError, DataError
+from specdist.core.records import Features, TargetVocabulary
 from specdist.draft.config import DraftConfig
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.registry import build_draft
-from specdist.errors import ConfigError, DataError
 from specdist.export import ExportConfig, export_draft, load_exported
-from specdist.records import Features, TargetVocabulary
 from tests.unit import dflash_reference as reference
 from tests.unit.dflash_reference import BLOCK, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MASK, VOCAB, Case, build_case
 

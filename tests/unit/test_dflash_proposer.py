@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from specdist.core.records import Features
 from specdist.draft.dflash.blocks import Blocks
 from specdist.draft.dflash.proposer import DFlashProposer
-from specdist.records import Features
 from tests.unit.dflash_reference import BLOCK, Case, Reference, build_case
 
 

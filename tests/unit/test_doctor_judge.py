@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 
-from specdist.doctor.codec import decode, encode
-from specdist.doctor.config import PreflightConfig
-from specdist.doctor.facts import Clock, HostFacts, Network, RankReport, Versions
-from specdist.doctor.findings import Finding, problems, to_exclude
-from specdist.doctor.judge import judge
-from specdist.doctor.judge_links import judge_links
-from specdist.doctor.kernel_log import Xid
-from specdist.doctor.needs import Needs
-from specdist.doctor.nvml import GpuFacts, GpuProcess
-from specdist.doctor.report import Report
-from specdist.doctor.speeds import LinkSpeed, Speeds
-from specdist.doctor.storage import Storage
-from specdist.errors import ConfigError
-from specdist.topology import Topology, WorldConfig
+from specdist.core.errors import ConfigError
+from specdist.core.topology import Topology, WorldConfig
+from specdist.job.preflight_config import PreflightConfig
+from specdist.run.preflight.codec import decode, encode
+from specdist.run.preflight.facts import Clock, HostFacts, Network, RankReport, Versions
+from specdist.run.preflight.findings import Finding, problems, to_exclude
+from specdist.run.preflight.judge import judge
+from specdist.run.preflight.judge_links import judge_links
+from specdist.run.preflight.kernel_log import Xid
+from specdist.run.preflight.needs import Needs
+from specdist.run.preflight.nvml import GpuFacts, GpuProcess
+from specdist.run.preflight.report import Report
+from specdist.run.preflight.speeds import LinkSpeed, Speeds
+from specdist.run.preflight.storage import Storage
 
 GIB = 2**30
 VERSIONS = Versions("0.1 (abc)", "2.13.0", "12.8", "2.27.3", "5.0.0", "3.11.7", "580.1", "c0ffee")

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from specdist.contract import RankFacts
-from specdist.doctor.links import Probe
-from specdist.doctor.speeds import REPETITIONS, Speeds
-from specdist.groups import Groups, World
-from specdist.topology import Link, Topology, WorldConfig
+from specdist.core.launch_env import RankFacts
+from specdist.core.topology import Link, Topology, WorldConfig
+from specdist.run.preflight.links import Probe
+from specdist.run.preflight.speeds import REPETITIONS, Speeds
+from specdist.world.groups import Groups, World
 
 PAYLOAD = 1_000_000
 HOSTS = ("n1", "n2", "n3")

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from specdist import job as jobs
-from specdist.cli import main
-from specdist.doctor.facts import _buses
-from specdist.doctor.local import examine_model
-from specdist.doctor.needs import needs_of
 from specdist.draft.registry import parameter_count
+from specdist.job import config as jobs
+from specdist.run.preflight.facts import _buses
+from specdist.run.preflight.local import examine_model
+from specdist.run.preflight.needs import needs_of
+from specdist_launch.cli import main
 from tests.tiny import make_config, make_target
 
 

@@ -15,13 +15,13 @@ import torch.distributed as dist
 
 from specdist.channel.mooncake.config import MooncakeConfig
 from specdist.channel.mooncake.engine import TransferFailed
-from specdist.contract import RankFacts
-from specdist.doctor import mooncake_links
-from specdist.doctor.mooncake_links import WriteProbe
-from specdist.doctor.speeds import REPETITIONS
-from specdist.errors import WorldError
-from specdist.groups import World
-from specdist.topology import Topology, WorldConfig
+from specdist.core.errors import WorldError
+from specdist.core.launch_env import RankFacts
+from specdist.core.topology import Topology, WorldConfig
+from specdist.run.preflight import mooncake_links
+from specdist.run.preflight.mooncake_links import WriteProbe
+from specdist.run.preflight.speeds import REPETITIONS
+from specdist.world.groups import World
 
 HOSTS = ("n1", "n2", "n3", "n4")
 TOPOLOGY = Topology.build(WorldConfig(), HOSTS, replicas=2, tp=1, dp=2, cp=1)

@@ -10,7 +10,7 @@ from typing import Any
 import pynvml
 import pytest
 
-from specdist.doctor.nvml import RECOVERY_FIELD, THROTTLES, GpuFacts, GpuProcess, read_gpus
+from specdist.run.preflight.nvml import RECOVERY_FIELD, THROTTLES, GpuFacts, GpuProcess, read_gpus
 
 GIB = 2**30
 

@@ -10,13 +10,13 @@ import time
 import pytest
 import torch.distributed as dist
 
-from specdist.doctor import exchange as exchange_module
-from specdist.doctor import storage as storage_module
-from specdist.doctor.exchange import Door, Exchange, opened_door
-from specdist.doctor.hostlist import compress
-from specdist.doctor.kernel_log import parse_xids, read_xids
-from specdist.doctor.storage import examine_storage, marked
-from specdist.errors import WorldError
+from specdist.core.errors import WorldError
+from specdist.run.preflight import exchange as exchange_module
+from specdist.run.preflight import storage as storage_module
+from specdist.run.preflight.exchange import Door, Exchange, opened_door
+from specdist.run.preflight.hostlist import compress
+from specdist.run.preflight.kernel_log import parse_xids, read_xids
+from specdist.run.preflight.storage import examine_storage, marked
 
 
 @pytest.mark.parametrize(

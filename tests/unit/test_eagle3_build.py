@@ -9,6 +9,8 @@ from omegaconf import OmegaConf
 from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from specdist.core.errors import ConfigError, DataError
+from specdist.core.records import TargetVocabulary
 from specdist.draft.capture import capture_layout
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
@@ -16,8 +18,6 @@ from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.registry import build_draft, parameter_count
 from specdist.draft.rotary import Rotary, rotate
 from specdist.draft.vocabulary import DraftVocabulary
-from specdist.errors import ConfigError, DataError
-from specdist.records import TargetVocabulary
 from tests.unit.eagle3_reference import HIDDEN, PRUNED, VOCAB, build_case, target_config
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig
 
+from specdist.core.errors import ConfigError
+from specdist.core.records import Features, PackedTokens, TargetVocabulary
 from specdist.draft import compiling
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3 import fp8
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.registry import build_draft
-from specdist.errors import ConfigError
-from specdist.records import Features, PackedTokens, TargetVocabulary
 
 HIDDEN, VOCAB = 64, 200
 

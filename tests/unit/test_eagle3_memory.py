@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from specdist.bench.shapes import SHAPES
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.memory import frozen_rows, step_bytes
-from specdist.plan import training_memory
+from specdist.job.plan import training_memory
+from specdist_launch.bench.shapes import SHAPES
 
 TARGET: dict[str, Any] = {"teacher_head": "target"}
 FP8: dict[str, Any] = {**TARGET, "embedding": "host", "products": "fp8"}

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from specdist.core.records import Features
 from specdist.draft.eagle3.proposer import Eagle3Proposer
 from specdist.draft.eagle3.teacher import teach
 from specdist.draft.eagle3.unroll import Unrolled, Weights
-from specdist.records import Features
 from tests.unit.eagle3_reference import HIDDEN, STEPS, Case, Reference, build_case, run, target_of
 
 NORMS = [{}, {"fc_norm": True, "norm_output": True}]

@@ -19,15 +19,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from specdist.core.errors import ConfigError, DataError
+from specdist.core.records import FeatureLayout, TargetVocabulary
 from specdist.draft.base import Proposer
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.registry import build_draft
-from specdist.errors import ConfigError, DataError
-from specdist.evaluate import EvaluateConfig, EvaluationTarget, decode_greedily, evaluate, speculate
-from specdist.evaluate_prompts import read_prompts
-from specdist.evaluate_report import Comparison, EvaluationReport, Tally, render
-from specdist.records import FeatureLayout, TargetVocabulary
+from specdist.evaluate.decoding import EvaluateConfig, EvaluationTarget, decode_greedily, evaluate, speculate
+from specdist.evaluate.prompts import read_prompts
+from specdist.evaluate.report import Comparison, EvaluationReport, Tally, render
 
 VOCAB, HIDDEN, LAYERS = 64, 32, 5
 LAYOUT = FeatureLayout(captured_layers=(0, 2, 4), hidden_size=HIDDEN, final=True, dtype=torch.float32)
@@ -237,7 +237,7 @@ def test_reports_merge_by_file_and_survive_json(target, prompts):
 
 def test_the_check_counts_what_differs(target, prompts, monkeypatch):
     assert evaluate(target, Guess, prompts, SETTINGS).total.differing == 0
-    monkeypatch.setattr("specdist.evaluate.decode_greedily", lambda *_: [1, 2, 3])
+    monkeypatch.setattr("specdist.evaluate.decoding.decode_greedily", lambda *_: [1, 2, 3])
     report = evaluate(target, Guess, prompts, SETTINGS)
     assert report.total.differing == 4
     assert "0 of 4 sequences equal the target's plain greedy decoding, 4 differ" in render(report)

@@ -8,9 +8,10 @@ import signal
 
 import pytest
 
-from specdist import cli, evaluate_progress
-from specdist.evaluate_progress import EvaluationProgress
-from specdist.evaluate_report import Tally
+from specdist.evaluate import progress as evaluate_progress
+from specdist.evaluate.progress import EvaluationProgress
+from specdist.evaluate.report import Tally
+from specdist_launch import cli
 
 HALF = Tally(prompts=1, tokens=9, forwards=4, seconds=3.0, drafted=(4,), reached=(4,), accepted=(2,))
 

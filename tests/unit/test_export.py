@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from specdist.core.errors import ConfigError, DataError
+from specdist.core.records import TargetVocabulary
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.registry import build_draft
-from specdist.errors import ConfigError, DataError
-from specdist.evaluate import EvaluationTarget
+from specdist.evaluate.decoding import EvaluationTarget
 from specdist.export import ExportConfig, export_draft, load_exported
-from specdist.records import TargetVocabulary
 
 V, V_D, H, LAYERS, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 40, 24, 32, 8, 48, 4, 2, 12
 CAPTURED = (1, 3, 4)

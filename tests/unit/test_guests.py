@@ -11,10 +11,16 @@ from collections.abc import Iterable
 
 import pytest
 
-from specdist.control.conductor import Conductor, Observer
-from specdist.control.config import ControlConfig
-from specdist.control.guests import GuestRules
-from specdist.control.messages import (
+from specdist.core.errors import ConfigError
+from specdist.core.progress import Progress
+from specdist.core.records import Cursor
+from specdist.core.topology import Topology, WorldConfig
+from specdist.job.resume_plan import Itinerary
+from specdist.run.worlds.rendezvous import Door, Rendezvous
+from specdist.run.worlds.terms import Terms
+from specdist.scheduler.config import ControlConfig
+from specdist.scheduler.coordinator import Conductor, Observer
+from specdist.scheduler.messages import (
     PROTOCOL_VERSION,
     Abort,
     Arrived,
@@ -37,16 +43,10 @@ from specdist.control.messages import (
     decode,
     encode,
 )
-from specdist.control.wire import guest_identity, identity, is_guest, new_token
-from specdist.errors import ConfigError
-from specdist.itinerary import Itinerary
-from specdist.places import Places
-from specdist.progress import Progress
-from specdist.records import Cursor
-from specdist.scheduler import Scheduler
-from specdist.topology import Topology, WorldConfig
-from specdist.worlds.rendezvous import Door, Rendezvous
-from specdist.worlds.terms import Terms
+from specdist.scheduler.remote_replicas import GuestRules
+from specdist.scheduler.scheduler import Scheduler
+from specdist.scheduler.slots import Places
+from specdist.scheduler.wire import guest_identity, identity, is_guest, new_token
 
 DRAFT = Topology("split", ("d", "d"), (), ((0,), (1,)), 2)
 CONFIG = ControlConfig(heartbeat_s=1.0, silence_s=5.0, replica_timeout_s=20.0)

@@ -10,10 +10,9 @@ import time
 
 import pytest
 
-from specdist import cli
-from specdist.contract import Attempt
-from specdist.errors import ConfigError, UserError
-from specdist_launch import ray_agents, ray_hosts
+from specdist.core.errors import ConfigError, UserError
+from specdist.core.launch_env import Attempt
+from specdist_launch import cli, ray_agents, ray_hosts
 from specdist_launch.ray_agents import Begun, Ended, Stop, agent_commands, agent_environment, host_names, run_agent
 from specdist_launch.ray_hosts import (
     LOCAL,

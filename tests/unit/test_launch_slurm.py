@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from specdist import config
-from specdist.attempts import AttemptRecord, Ending, Started
-from specdist.cli import main
-from specdist.errors import ConfigError
-from specdist.job import load_job
-from specdist_launch.config import LaunchConfig
+from specdist.core import config
+from specdist.core.attempts import AttemptRecord, Ending, Started
+from specdist.core.errors import ConfigError
+from specdist.job.config import load_job
+from specdist.job.launch_config import LaunchConfig
+from specdist.job.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
+from specdist_launch.cli import main
 from specdist_launch.slurm_cluster import NodeKind, check_fits, parse_kinds
-from specdist_launch.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
 from specdist_launch.slurm_script import Place, by_hand, render
 from specdist_launch.verdict import AGAIN, GIVE_UP
 from specdist_launch.verdict import main as judge_by_command

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from specdist.contract import Attempt
-from specdist.errors import ConfigError, UserError
-from specdist.job import JobConfig, RunConfig
+from specdist.core.errors import ConfigError, UserError
+from specdist.core.launch_env import Attempt
+from specdist.job.config import JobConfig, RunConfig
 from specdist_launch.ssh import Host, agent_command, find_hosts, plain_torchrun, read_hostfile
 
 HOSTS = [Host("gpu1", 4), Host("gpu2", 2)]

@@ -10,13 +10,13 @@ import pytest
 import submitit
 
 import specdist
-from specdist import config
-from specdist.contract import Attempt
-from specdist.errors import ConfigError, UserError
-from specdist.job import load_job
+from specdist.core import config
+from specdist.core.errors import ConfigError, UserError
+from specdist.core.launch_env import Attempt
+from specdist.job.config import load_job
+from specdist.job.launch_config import LaunchConfig
+from specdist.job.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
 from specdist_launch import submit_task
-from specdist_launch.config import LaunchConfig
-from specdist_launch.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
 from specdist_launch.submit_executor import Gpus, gpus_here, minutes, slurm_parameters
 from specdist_launch.submit_points import name_points
 from specdist_launch.submit_task import Here, Run

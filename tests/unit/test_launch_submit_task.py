@@ -18,8 +18,8 @@ import submitit
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE, LocalJobEnvironment
 
-from specdist.attempts import AttemptRecord, Failure
-from specdist.contract import Attempt
+from specdist.core.attempts import AttemptRecord, Failure
+from specdist.core.launch_env import Attempt
 from specdist_launch import submit_task
 from specdist_launch.submit_summary import RunSummary, read_summary
 from specdist_launch.submit_task import AgentProcess, Here, Run, RunFailed, Task

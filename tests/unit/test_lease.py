@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from specdist import lease
-from specdist.attempts import AttemptRecord, Ending, Failure, Started
-from specdist.contract import Attempt
-from specdist.errors import ConfigError
-from specdist.lease import Lease, holder, refuse_if_held
-from specdist_launch.config import LaunchConfig
+from specdist.core import run_lock as lease
+from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
+from specdist.core.errors import ConfigError
+from specdist.core.launch_env import Attempt
+from specdist.core.run_lock import Lease, holder, refuse_if_held
+from specdist.job.launch_config import LaunchConfig
 from specdist_launch.verdict import AGAIN, GIVE_UP, judge
 
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from specdist.errors import Dismissed, UserError, WorldError
-from specdist_launch.meeting import Meeting, Node, free_port, meet
-from specdist_launch.network import interface_towards
+from specdist.core.errors import Dismissed, UserError, WorldError
+from specdist.core.network import interface_towards
+from specdist.world.roll_call import Meeting, Node, free_port, meet
 
 HOSTS = ("a", "b", "c")
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from specdist.errors import ConfigError
-from specdist.metrics import JsonlTracker, ProgressTracker, TensorBoardTracker, WandbTracker
+from specdist.core.errors import ConfigError
+from specdist.training.metrics import JsonlTracker, ProgressTracker, TensorBoardTracker, WandbTracker
 
 
 def test_jsonl_drops_the_steps_that_are_done_again(tmp_path):

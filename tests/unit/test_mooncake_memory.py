@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from specdist.bench.channel_rank import make_item
 from specdist.channel.mooncake import memory
 from specdist.channel.mooncake.config import MooncakeConfig
 from specdist.channel.mooncake.directory import Endpoint, stamp
 from specdist.channel.mooncake.receiver import MooncakeReceiver
 from specdist.channel.wire import Wire
-from specdist.errors import WorldError
+from specdist.core.errors import WorldError
+from specdist_launch.bench.channel_rank import make_item
 from tests.unit.test_channel_p2p import ROWS, TOPOLOGY, wire
 
 GPU, HOST = torch.device("cuda", 1), torch.device("cpu")

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from specdist.errors import ConfigError
-from specdist.optim import OptimizerConfig, learning_rate
+from specdist.core.errors import ConfigError
+from specdist.training.optimizer import OptimizerConfig, learning_rate
 
 
 def rates(total=100, **settings):

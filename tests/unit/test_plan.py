@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from specdist.cli import main
-from specdist.errors import ConfigError, DataError
-from specdist.job import examine, load_job
-from specdist.plan import make_plan, render
+from specdist.core.errors import ConfigError, DataError
+from specdist.job.config import examine, load_job
+from specdist.job.plan import make_plan, render
+from specdist_launch.cli import main
 from tests.tiny import make_config, make_conversations, make_target
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from specdist.producer import ProducerReport
+from specdist.run.target_loop import ProducerReport
 
 
 def test_rates_are_those_once_warm() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from specdist.errors import ConfigError, DataError, WorldError
+from specdist.core.errors import ConfigError, DataError, WorldError
 from specdist.prompts import lock as lock_module
 from specdist.prompts import prepare as prepare_module
 from specdist.prompts.config import PromptsConfig

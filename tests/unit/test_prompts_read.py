@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from specdist.errors import ConfigError, DataError
+from specdist.core.errors import ConfigError, DataError
 from specdist.prompts import read as read_module
 from specdist.prompts.conversation import Sample, to_sample
 from specdist.prompts.read import find_files, pieces, read, samples

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specdist.errors import DataError
+from specdist.core.errors import DataError
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import to_sample
 from specdist.prompts.render import Renderer, Sequenced

@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from specdist.errors import ConfigError, DataError
+from specdist.core.errors import ConfigError, DataError
+from specdist.core.records import Cursor, WorkItem
 from specdist.prompts.stream import Stream
-from specdist.records import Cursor, WorkItem
 
 BUDGET = 256
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from specdist.errors import ConfigError, DataError
+from specdist.core.errors import ConfigError, DataError
 from specdist.prompts.store import PromptStore, write_store
 from specdist.prompts.vocabulary import frequent_tokens
 

@@ -7,7 +7,7 @@ import contextlib
 import io
 import os
 
-from specdist.rank_log import Spoken
+from specdist.run.rank_log import Spoken
 
 
 def test_a_terminal_that_is_gone_does_not_end_the_run():

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from specdist import reporter
-from specdist.control.messages import Statistics
-from specdist.reporter import RunReporter
-from specdist.trainer import Window
+from specdist.run import reporter
+from specdist.run.reporter import RunReporter
+from specdist.scheduler.messages import Statistics
+from specdist.training.trainer import Window
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import pytest
 
-from specdist.bench.scheduler import measure
-from specdist.control.messages import Deliver, Dispatch
-from specdist.errors import ConfigError, WorldError
-from specdist.scheduler import ProtocolError, Scheduler, SchedulerConfig
+from specdist.core.errors import ConfigError, WorldError
+from specdist.scheduler.messages import Deliver, Dispatch
+from specdist.scheduler.scheduler import ProtocolError, Scheduler, SchedulerConfig
+from specdist_launch.bench.scheduler import measure
 
 
 def make(**changes: object) -> Scheduler:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from specdist.errors import WorldError
+from specdist.core.errors import WorldError
 from specdist_launch.slurm_step import FIRST_PORT, PORTS, expand_hostlist, meeting_port, read_step
 
 PLAIN = {

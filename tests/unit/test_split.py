@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from specdist.bench.pipeline import ModeSpeed, conclude
-from specdist.cli import main
-from specdist.errors import ConfigError, DataError
-from specdist.rates import read_rates
-from specdist.split import Rates, render, splits, suggest
+from specdist.core.errors import ConfigError, DataError
+from specdist.job.rates import read_rates
+from specdist.job.split import Rates, render, splits, suggest
+from specdist_launch.bench.pipeline import ModeSpeed, conclude
+from specdist_launch.cli import main
 from tests.tiny import make_config, make_conversations, make_target
 
 RATES = Rates(38_800, 28_400, "measured")

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from specdist.attempts import AttemptRecord, Ending, Failure, Started
-from specdist.contract import Attempt
-from specdist.control.messages import Statistics
-from specdist.control.peers import Peers, Phase
-from specdist.errors import ConfigError
-from specdist.itinerary import Itinerary
-from specdist.observer import RunObserver
-from specdist.progress import Progress
-from specdist.records import Cursor
-from specdist.status import Status, describe
-from specdist.topology import Topology
+from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
+from specdist.core.errors import ConfigError
+from specdist.core.launch_env import Attempt
+from specdist.core.progress import Progress
+from specdist.core.records import Cursor
+from specdist.core.topology import Topology
+from specdist.job.resume_plan import Itinerary
+from specdist.run.status import Status, describe
+from specdist.run.status_writer import RunObserver
+from specdist.scheduler.messages import Statistics
+from specdist.scheduler.peers import Peers, Phase
 
 NOW = 1_000_000.0
 ATTEMPT = Attempt("17", 1, deadline=NOW + 3600)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from specdist.stop import STOP_SIGNALS, StopFlag
+from specdist.core.stop import STOP_SIGNALS, StopFlag
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from specdist.errors import ConfigError, DataError
-from specdist.records import FeatureLayout, PackedTokens
+from specdist.core.errors import ConfigError, DataError
+from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target import attention
 from specdist.target.config import TargetConfig
 from specdist.target.engine import TOLERANCE, build_engine, verify

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdist.errors import ConfigError, DataError
-from specdist.job import examine, load_job
-from specdist.plan import make_plan
-from specdist.records import FeatureLayout, PackedTokens
+from specdist.core.errors import ConfigError, DataError
+from specdist.core.records import FeatureLayout, PackedTokens
+from specdist.job.config import examine, load_job
+from specdist.job.plan import make_plan
 from specdist.target import reference
 from specdist.target.config import TargetConfig
 from specdist.target.engine import Engine, build_engine, check_installed, engine_groups

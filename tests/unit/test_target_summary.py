@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from specdist.core.records import FeatureLayout, Features, PackedTokens
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.registry import build_draft
-from specdist.records import FeatureLayout, Features, PackedTokens
-from specdist.sources import random_rows
+from specdist.run.feature_source import random_rows
 from specdist.target.config import TargetConfig
 from specdist.target.engine import build_engine, verify
 from specdist.target.summary import supervised_rows

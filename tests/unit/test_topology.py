@@ -3,10 +3,10 @@
 
 import pytest
 
-from specdist.contract import RankFacts
-from specdist.errors import ConfigError, WorldError
-from specdist.groups import ranges
-from specdist.topology import DraftPlace, Link, TargetPlace, Topology, WorldConfig
+from specdist.core.errors import ConfigError, WorldError
+from specdist.core.launch_env import RankFacts
+from specdist.core.topology import DraftPlace, Link, TargetPlace, Topology, WorldConfig
+from specdist.world.groups import ranges
 
 
 def build(ranks, *, per_host=8, **asked):

@@ -14,19 +14,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from specdist import cli
-from specdist.attempts import AttemptRecord, Started
-from specdist.errors import ConfigError, DataError, WorldError
-from specdist.progress import Progress
-from specdist.topology import Link
-from specdist.trace.base import NO_TRACE, Trace
-from specdist.trace.clock import ClockOffset, ClockReading, clock_offset
-from specdist.trace.collect import collect_newest
-from specdist.trace.config import TraceConfig, Window, find_window
-from specdist.trace.merge import merge
-from specdist.trace.part import Count, Part, Span, read_parts
-from specdist.trace.recorder import Recorder
-from specdist.trace.writer import Who
+from specdist.core.attempts import AttemptRecord, Started
+from specdist.core.clock import ClockOffset, ClockReading, clock_offset
+from specdist.core.errors import ConfigError, DataError, WorldError
+from specdist.core.progress import Progress
+from specdist.core.topology import Link
+from specdist.core.trace import NO_TRACE, Trace
+from specdist.run.trace.collect import collect_newest
+from specdist.run.trace.merge import merge
+from specdist.run.trace.part import Count, Part, Span, read_parts
+from specdist.run.trace.recorder import Recorder
+from specdist.run.trace.writer import Who
+from specdist.training.trace_config import TraceConfig, Window, find_window
+from specdist_launch import cli
 from tests.timeline import arrows, check_format, slices
 
 WINDOW = Window(11, 12, range(20, 24))

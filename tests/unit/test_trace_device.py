@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from specdist.topology import Link
-from specdist.trace.clock import ClockReading
-from specdist.trace.config import Window
-from specdist.trace.device import DeviceClock
-from specdist.trace.part import Span, read_parts
-from specdist.trace.recorder import Recorder
-from specdist.trace.writer import Who, one_after_another
+from specdist.core.clock import ClockReading
+from specdist.core.topology import Link
+from specdist.run.trace.device import DeviceClock
+from specdist.run.trace.part import Span, read_parts
+from specdist.run.trace.recorder import Recorder
+from specdist.run.trace.writer import Who, one_after_another
+from specdist.training.trace_config import Window
 
 RATE = 1.0002
 """Ticks of the played device in a nanosecond of the host: 200 ppm, more than real ones are apart."""

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from specdist.waits import WaitClock
+from specdist.run.stall_timer import WaitClock
 
 
 def test_waits_of_a_cpu_are_added_up() -> None:

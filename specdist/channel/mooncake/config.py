@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from specdist.errors import ConfigError
+from specdist.core.errors import ConfigError
 
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 

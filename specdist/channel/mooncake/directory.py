@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the memory of each draft rank lies, as told over a store that all ranks share; two worlds have no such store
-and tell it through the control plane (specdist/worlds/target_world.py)."""
+and tell it through the control plane (specdist/run/worlds/target_world.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from specdist.errors import WorldError
+from specdist.core.errors import WorldError
 
 _LOOK_S = 0.2
 _REPLICA_SHIFT = 40

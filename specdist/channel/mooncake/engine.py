@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from specdist.channel.mooncake.config import MooncakeConfig
-from specdist.errors import ConfigError, WorldError
+from specdist.core.errors import ConfigError, WorldError
 
 _POLL_S = 0.0002
 """Between two looks at a transfer. Mooncake's own blocking calls spin on a core instead."""

@@ -11,7 +11,7 @@ import torch
 
 from specdist.channel.mooncake.config import MooncakeConfig
 from specdist.channel.mooncake.engine import TransferEngine
-from specdist.errors import WorldError
+from specdist.core.errors import WorldError
 
 log = logging.getLogger(__name__)
 

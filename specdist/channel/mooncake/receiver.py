@@ -19,10 +19,10 @@ from specdist.channel.mooncake.engine import TransferEngine
 from specdist.channel.mooncake.memory import device_of
 from specdist.channel.ring import Ring
 from specdist.channel.wire import Wire
-from specdist.errors import WorldError
-from specdist.records import WorkItem
-from specdist.topology import Link
-from specdist.trace.base import Transfer
+from specdist.core.errors import WorldError
+from specdist.core.records import WorkItem
+from specdist.core.topology import Link
+from specdist.core.trace import Transfer
 
 _POLL_S = 0.0002
 

@@ -7,13 +7,13 @@ x_{a+k}. Slots count up to the first token that the assistant does not generate:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from specdist.core.records import PackedTokens, on_device
 from specdist.draft.base import WHOLE, ContextShare
-from specdist.records import PackedTokens, to_device
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,4 @@ class Blocks:
 
     def to(self, device: torch.device) -> Blocks:
         """On a device, without making the host wait."""
-        return replace(
-            self,
-            anchors=to_device(self.anchors, device),
-            starts=to_device(self.starts, device),
-            positions=to_device(self.positions, device),
-            labels=to_device(self.labels, device),
-            valid=to_device(self.valid, device),
-        )
+        return on_device(self, device)

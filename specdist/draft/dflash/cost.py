@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+from specdist.core.records import PackedTokens
 from specdist.draft.dflash.blocks import Blocks
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.dflash.dims import DFlashDims
-from specdist.records import PackedTokens
 
 WIDE = 4
 """Bytes of a number in fp32."""

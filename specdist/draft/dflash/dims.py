@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from specdist.core.errors import ConfigError
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.sizes import LayerSizes, layer_sizes, read
-from specdist.errors import ConfigError
 
 SECTION = "draft.dflash"
 

@@ -37,12 +37,12 @@ class Attention(nn.Module):
     def queries(self, states: Tensor, rotation: Rotation, pieces: Pieces = PLAIN) -> Tensor:
         """[n, Hq, D] of normed states [n, H]."""
         heads = self.q_proj(states).unflatten(-1, self.heads)
-        return pieces.turned_heads(heads, self.q_norm.weight, self.eps, *rotation)
+        return pieces.qk_norm_rope(heads, self.q_norm.weight, self.eps, *rotation)
 
     def keys_values(self, states: Tensor, rotation: Rotation, pieces: Pieces = PLAIN) -> KeysValues:
         """Of normed states [n, H]: those of the block, or those made of the target's."""
         heads = self.k_proj(states).unflatten(-1, self.heads)
-        keys = pieces.turned_heads(heads, self.k_norm.weight, self.eps, *rotation)
+        keys = pieces.qk_norm_rope(heads, self.k_norm.weight, self.eps, *rotation)
         return keys, self.v_proj(states).unflatten(-1, self.heads)
 
 

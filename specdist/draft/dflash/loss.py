@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from specdist.core.records import LogitMap
 from specdist.draft.dflash.blocks import Blocks
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.precision import at_least_fp32
-from specdist.records import LogitMap
 
 SUMS = ("loss", "counted", "correct", "prefix")
 """What is summed per slot: cross entropy and number of counted slots, argmax matches, and those whose slots before

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from specdist.errors import ConfigError, DataError
+from specdist.core.errors import ConfigError, DataError
 
 
 def find_mask_token(target: Path, vocab_size: int) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from specdist.core.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
 from specdist.draft.base import DraftModel, Supervision, empty_like_loss
 from specdist.draft.dflash.attention import BlockAttention, eager_attention, flex_attention
 from specdist.draft.dflash.blocks import Blocks
@@ -22,7 +23,6 @@ from specdist.draft.dflash.proposer import DFlashProposer
 from specdist.draft.dflash.summary import summarize
 from specdist.draft.flex import takes_flex
 from specdist.draft.rotary import Rotary
-from specdist.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
 
 
 @dataclass(frozen=True)

@@ -11,35 +11,31 @@ from torch.nn import functional
 
 from specdist.draft.compiling import compiled
 from specdist.draft.dflash.loss import block_terms
+from specdist.draft.mlp import swiglu
 from specdist.draft.rotary import rotate
 
 
-def turned_heads(heads: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads [n, h, D], each normed and then rotated; `weight` [D]."""
+def qk_norm_rope(heads: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys [n, h, D], normed by head and then rotated; `weight` [D]."""
     return rotate(functional.rms_norm(heads, weight.shape, weight, eps), cos, sin)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """What a gated MLP does between its products."""
-    return functional.silu(gate) * up
 
 
 @dataclass(frozen=True)
 class Pieces:
     """One of each, see the functions of those names."""
 
-    turned_heads: Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]
+    qk_norm_rope: Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     block_terms: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-PLAIN = Pieces(turned_heads, swiglu, block_terms)
+PLAIN = Pieces(qk_norm_rope, swiglu, block_terms)
 
 
 def compiled_pieces() -> Pieces:
     """Each is compiled to one graph for all lengths and layers."""
     return Pieces(
-        compiled(turned_heads, "heads", "cos", "sin"),
+        compiled(qk_norm_rope, "heads", "cos", "sin"),
         compiled(swiglu, "gate", "up"),
         compiled(block_terms, "products", "labels", "valid"),
     )

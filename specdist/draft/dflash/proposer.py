@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from specdist.core.records import Features
 from specdist.draft.base import Proposer
 from specdist.draft.dflash.attention import KeysValues, attend_block
 from specdist.draft.dflash.layer import Attention, Layer
-from specdist.records import Features
 
 if TYPE_CHECKING:
     from specdist.draft.dflash.model import DFlashDraft

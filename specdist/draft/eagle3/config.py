@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from specdist.core.errors import ConfigError
 from specdist.draft.sizes import check_layers, check_sizes
-from specdist.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+from specdist.core.records import PackedTokens
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.rows import Rows
-from specdist.records import PackedTokens
 
 
 def flops(config: Eagle3Config, dims: Eagle3Dims, batch: PackedTokens) -> float:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdist.core.errors import ConfigError
 from specdist.draft.eagle3.pieces import norm, swiglu, swiglu_backward
 from specdist.draft.precision import at_least_fp32
-from specdist.errors import ConfigError
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max

@@ -10,12 +10,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from specdist.core import argmax_lse as summary
+from specdist.core.records import LogitMap
 from specdist.draft import compiling
 from specdist.draft.eagle3 import fp8, loss, pieces
 from specdist.draft.eagle3.loss import LossKind
 from specdist.draft.eagle3.products import PlainProducts
-from specdist.logits import summary
-from specdist.records import LogitMap
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -55,8 +55,8 @@ class Fused:
 
     def _take_kernels(self) -> None:
         # Here, because Triton comes with torch for CUDA only.
+        from specdist.core import argmax_lse_kernel as kernel
         from specdist.draft.eagle3.kernels import heads, logits, own_keys, rounded_swiglu
-        from specdist.logits import kernel
 
         any_row_terms = self.row_terms
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from specdist.core.errors import ConfigError
+from specdist.core.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
 from specdist.draft.base import DraftModel, Supervision, empty_like_loss
 from specdist.draft.eagle3.attention import DocumentAttention, eager_attention, flex_attention
 from specdist.draft.eagle3.config import Eagle3Config
@@ -27,8 +29,6 @@ from specdist.draft.eagle3.unroll import Task, Unroll, Weights
 from specdist.draft.flex import takes_flex
 from specdist.draft.rotary import Rotary, rotate
 from specdist.draft.vocabulary import DraftVocabulary
-from specdist.errors import ConfigError
-from specdist.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
 
 
 @dataclass(frozen=True)

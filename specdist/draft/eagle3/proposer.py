@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from specdist.core.records import Features
 from specdist.draft.base import Proposer
 from specdist.draft.eagle3.attention import causal_attention
-from specdist.records import Features
 
 if TYPE_CHECKING:
     from specdist.draft.eagle3.model import Eagle3Draft

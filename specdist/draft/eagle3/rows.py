@@ -10,14 +10,14 @@ gradients of the weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from specdist.core.records import PackedTokens, on_device
 from specdist.draft.base import WHOLE, ContextShare
 from specdist.draft.flex import BLOCK
-from specdist.records import PackedTokens, to_device
 
 STRIPES_PER_RANK = 8
 """A boundary between stripes costs the head K more positions, few stripes balance the attention less well."""
@@ -77,14 +77,7 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """On a device, without making the host wait."""
-        return replace(
-            self,
-            active=to_device(self.active, device),
-            positions=to_device(self.positions, device),
-            taught=to_device(self.taught, device),
-            student=to_device(self.student, device),
-            teacher=to_device(self.teacher, device),
-        )
+        return on_device(self, device)
 
 
 def reached_by(host_batch: PackedTokens, steps: int) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from specdist.errors import ConfigError, DataError
+from specdist.core.errors import ConfigError, DataError
 from specdist.target.sglang import versions
 
 GroupLists = list[tuple[str, list[list[int]]]]

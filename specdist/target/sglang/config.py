@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from specdist.errors import ConfigError
+from specdist.core.errors import ConfigError
 
 OWNED = {
     "model_path": "target.path",

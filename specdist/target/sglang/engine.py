@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from specdist.errors import ConfigError, DataError
-from specdist.records import FeatureLayout, PackedTokens
+from specdist.core.errors import ConfigError, DataError
+from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target.config import TargetConfig
 from specdist.target.engine import Engine
 from specdist.target.facts import check, check_layout, compute_dtype

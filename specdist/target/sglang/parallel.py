@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from specdist.groups import EngineGroups
+from specdist.core.engine_groups import EngineGroups
 from specdist.target.sglang import adapter
 
 

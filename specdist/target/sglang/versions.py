@@ -15,7 +15,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from specdist.errors import ConfigError
+from specdist.core.errors import ConfigError
 
 OLDEST, NEWEST = "0.5.16", "0.5.20"
 INSTALL = f"pip install 'sglang>={OLDEST},<={NEWEST}'"

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdist.logits.kernel import BLOCK, map_arguments, mapped, summarise_logits
-from specdist.records import LogitMap
+from specdist.core.argmax_lse_kernel import BLOCK, map_arguments, mapped, summarise_logits
+from specdist.core.records import LogitMap
 
 
 @triton.jit

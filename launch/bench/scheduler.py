@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one work item costs the rank that hosts the scheduler, in processor time of one thread.
+
+    python -m specdist_launch.bench.scheduler --draft-ranks 1024 --replicas 128
+
+`protocol_ms` is everything but the sockets: decoding and applying 1 Computed and one Released per draft rank, deciding
+and encoding the dispatches and the delivery. `server_ms` is the whole server thread, its socket calls included, with
+real connections over loopback; it takes time from the hosting rank's own Python code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import zmq
+
+from specdist.core.topology import Topology
+from specdist.scheduler.config import ControlConfig
+from specdist.scheduler.coordinator import Conductor
+from specdist.scheduler.messages import (
+    PROTOCOL_VERSION,
+    Computed,
+    Deliver,
+    Dispatch,
+    Goodbye,
+    Hello,
+    Ready,
+    Released,
+    Stop,
+    decode,
+    encode,
+)
+from specdist.scheduler.scheduler import Scheduler
+from specdist.scheduler.server import ControlServer
+from specdist.scheduler.wire import identity, new_token
+
+_CONFIG = ControlConfig(heartbeat_s=60.0, silence_s=600.0)
+
+
+@dataclass(frozen=True)
+class SchedulerCost:
+    """Cost per work item; see the module's docstring."""
+
+    draft_ranks: int
+    replicas: int
+    items: int
+    messages_per_item: int
+    """Received and sent by the scheduler: Computed, Dispatch, and a Deliver and a Released per draft rank."""
+    protocol_ms: float
+    protocol_us_per_release: float
+    server_draft_ranks: int
+    """Connections of the measurement with sockets; 0 if it was left out."""
+    server_ms: float
+    server_us_per_message: float
+
+
+def measure(draft_ranks: int = 1024, replicas: int = 128, items: int = 200, connections: int = 128) -> SchedulerCost:
+    """Measure both costs; `connections` draft ranks take part over loopback (3 file descriptors each; 0: none do)."""
+    protocol = protocol_seconds(draft_ranks, replicas, items) / items
+    server = server_seconds(connections, items) / items if connections else 0.0
+    return SchedulerCost(
+        draft_ranks=draft_ranks,
+        replicas=replicas,
+        items=items,
+        messages_per_item=2 * draft_ranks + 2,
+        protocol_ms=protocol * 1e3,
+        protocol_us_per_release=protocol / draft_ranks * 1e6,
+        server_draft_ranks=connections,
+        server_ms=server * 1e3,
+        server_us_per_message=server / (2 * connections + 2) * 1e6 if connections else 0.0,
+    )
+
+
+def protocol_seconds(draft_ranks: int, replicas: int, items: int) -> float:
+    """Processor seconds in which the conductor takes `items` items from dispatch to release, without sockets."""
+    topology, scheduler = _world(draft_ranks, replicas, items)
+    outbox: list[bytes] = []
+
+    def send(ranks: Iterable[int], payload: bytes) -> list[int]:
+        outbox.append(payload)
+        return []
+
+    conductor = Conductor(scheduler, topology, _CONFIG, send, join_timeout_s=600.0, now=0.0)
+    for rank in range(topology.world_size):
+        conductor.receive(rank, encode(Hello(PROTOCOL_VERSION, 0)), 0.0)
+        conductor.receive(rank, encode(Ready()), 0.0)
+    conductor.advance(0.0)
+    dispatched = [message for message in map(decode, outbox) if isinstance(message, Dispatch)]
+    seconds = 0.0
+    for item in range(items):
+        replica = dispatched[item].replica
+        computed = encode(Computed(item, replica))
+        releases = [(r, encode(Released(item, d))) for d, r in enumerate(topology.draft_ranks)]
+        outbox.clear()
+        begin = time.thread_time()
+        conductor.receive(topology.replicas[replica][0], computed, 0.0)
+        conductor.advance(0.0)
+        for rank, payload in releases:
+            conductor.receive(rank, payload, 0.0)
+        conductor.advance(0.0)
+        seconds += time.thread_time() - begin
+        dispatched += [message for message in map(decode, outbox) if isinstance(message, Dispatch)]
+    assert scheduler.finished
+    return seconds
+
+
+def server_seconds(draft_ranks: int, items: int) -> float:
+    """Processor seconds of the server's thread for `items` items between real sockets of this machine."""
+    topology, scheduler = _world(draft_ranks, 1, items)
+    token = new_token()
+    server = ControlServer("127.0.0.1", token, topology, scheduler, _CONFIG, join_timeout_s=60.0)
+    peers = threading.Thread(target=_play_ranks, args=(server.address, token, topology), daemon=True)
+    peers.start()
+    begin = time.thread_time()
+    server.run()
+    seconds = time.thread_time() - begin
+    peers.join()
+    server.close()
+    assert scheduler.finished
+    return seconds
+
+
+def _world(draft_ranks: int, replicas: int, items: int) -> tuple[Topology, Scheduler]:
+    size = replicas + draft_ranks
+    targets, drafts = tuple((r,) for r in range(replicas)), tuple((r,) for r in range(replicas, size))
+    topology = Topology("split", ("host",) * size, targets, drafts, draft_ranks)
+    scheduler = Scheduler(
+        replicas=replicas,
+        draft_ranks=draft_ranks,
+        slots=2 * replicas,
+        slot_bytes=2**28,
+        queue_depth=2,
+        timeout=600.0,
+        end_item=items,
+    )
+    return topology, scheduler
+
+
+def _play_ranks(address: str, token: bytes, topology: Topology) -> None:
+    """All ranks of `topology` in one thread, each with its own connection, answering at once."""
+    context = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, 2 * topology.world_size + 16)
+    poller, ranks = zmq.Poller(), {}
+    for rank in range(topology.world_size):
+        dealer = context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.IDENTITY, identity(token, rank))
+        dealer.connect(address)
+        dealer.send(encode(Hello(PROTOCOL_VERSION, 0)))
+        dealer.send(encode(Ready()))
+        poller.register(dealer, zmq.POLLIN)
+        ranks[dealer] = rank
+    left = set(ranks)
+    draft_of = {rank: draft for draft, rank in enumerate(topology.draft_ranks)}
+    while left:
+        for dealer, _ in poller.poll():
+            message = decode(dealer.recv())
+            if isinstance(message, Dispatch):
+                dealer.send(encode(Computed(message.item, message.replica)))
+            elif isinstance(message, Deliver):
+                dealer.send(encode(Released(message.item, draft_of[ranks[dealer]])))
+            elif isinstance(message, Stop):
+                dealer.send(encode(Goodbye()))
+                left.remove(dealer)
+    context.destroy(linger=2000)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="What one work item costs the rank that hosts the scheduler.")
+    parser.add_argument("--draft-ranks", type=int, default=1024)
+    parser.add_argument("--replicas", type=int, default=128)
+    parser.add_argument("--items", type=int, default=200)
+    parser.add_argument("--connections", type=int, default=128, help="draft ranks over real sockets; 0: none")
+    options = parser.parse_args(arguments)
+    cost = measure(options.draft_ranks, options.replicas, options.items, options.connections)
+    print(json.dumps(asdict(cost)))
+    print(f"{'':24}{'draft ranks':>12}{'ms per item':>13}{'us per message':>16}")
+    row = "{:24}{:>12}{:>13.3f}{:>16.3f}"
+    print(row.format("protocol, no sockets", cost.draft_ranks, cost.protocol_ms, cost.protocol_us_per_release))
+    if cost.server_draft_ranks:
+        print(
+            row.format("server thread, loopback", cost.server_draft_ranks, cost.server_ms, cost.server_us_per_message)
+        )
+
+
+if __name__ == "__main__":
+    main()

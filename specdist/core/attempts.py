@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept of every start of a job: when and where it began, how it ended, and its first failure.
+
+One directory per attempt, RUN_DIR/logs/<job>.<restart>/ (see `contract.Attempt.directory`):
+
+started.json     when, on which hosts, with how many ranks
+outcome.json     finished, or stopped (a signal, the time limit): written by the rank that saved
+failure.json     the first failure; whoever meets it first writes it, what the others meet later is a consequence
+ROLE/HOST-rankN.log
+trace/rank-N.json, trace.json   what every rank recorded of the traced steps, and all of it together (specdist/trace/)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from specdist.core.errors import UserError, WorldError
+from specdist.core.files import write_atomically
+
+Kind = Literal["input", "error", "device", "lost", "world"]
+"""input: the user's configuration or data; error: an exception of the code; device: a GPU or its communication; lost: a
+rank was killed or stopped answering; world: the ranks did not come together."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Started:
+    """The beginning of an attempt."""
+
+    launcher: str
+    hosts: tuple[str, ...]
+    """One entry a node, in rank order."""
+    ranks: int
+    step: int = 0
+    """Optimizer steps that were saved when it began."""
+    time: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt that did not fail ended."""
+
+    state: Literal["finished", "stopped"]
+    step: int
+    reason: str = ""
+    """Why it stopped: the signal, or the time limit."""
+    time: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first failure of an attempt. `rank` is -1 where no rank is to blame."""
+
+    kind: Kind
+    message: str
+    rank: int = -1
+    role: str = ""
+    host: str = ""
+    step: int = -1
+    """Optimizer steps done; -1 where it is not known."""
+    doing: str = ""
+    """What the rank was doing or waiting for, in words."""
+    exception: str = ""
+    """The exception's type."""
+    traceback: str = ""
+    time: float = field(default_factory=time.time)
+
+    @property
+    def of_leaving(self) -> bool:
+        """Whether it may be no more than what a rank meets when another one was stopped before it could say so."""
+        return self.kind in ("lost", "world")
+
+    @classmethod
+    def of(cls, error: BaseException, rank: int = -1, host: str = "") -> Failure:
+        """The failure that an exception is which `rank` on `host` has met; a WorldError is not that rank's fault."""
+        if isinstance(error, WorldError):
+            kind: Kind = "world" if error.culprit < 0 else "lost"
+            return cls(kind, str(error), rank=error.culprit, exception=type(error).__name__)
+        return cls(
+            kind_of(error),
+            str(error) or type(error).__name__,
+            rank=rank,
+            host=host,
+            exception=type(error).__name__,
+            traceback="" if isinstance(error, UserError) else "".join(traceback.format_exception(error)),
+        )
+
+    def render(self, record: Path) -> str:
+        """The block on the terminal. `record` is the file that has it all."""
+        place = ", ".join(filter(None, (self.role, f"host {self.host}" if self.host else "")))
+        if self.rank >= 0 and place:  # without a place the message says it
+            place = f"rank {self.rank} ({place})"
+        exception = f"{self.exception}: " if self.exception and self.traceback else ""
+        lines = [f"specdist: {place}: {exception}{self.message}" if place else f"specdist: {self.message}"]
+        if self.step >= 0:
+            lines.append(f"  step     {self.step}")
+        if self.doing:
+            lines.append(f"  doing    {self.doing}")
+        lines += [f"  {line}" for line in self.traceback.rstrip().splitlines()[-_SHOWN_LINES:]]
+        lines.append(f"  record   {record}; logs of all ranks beside it")
+        return "\n".join(lines)
+
+
+_SHOWN_LINES = 12
+"""Lines of a traceback on the terminal; the record has all of them."""
+
+
+def kind_of(error: BaseException) -> Kind:
+    """Whose fault an exception is, as far as its type tells."""
+    import torch  # here, so that those who only read records start quickly
+    import torch.distributed as dist
+
+    if isinstance(error, UserError):
+        return "input"
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, torch.AcceleratorError)):
+        return "device"
+    return "error"
+
+
+@dataclass(frozen=True)
+class AttemptRecord:
+    """The files of one attempt."""
+
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def failure_file(self) -> Path:
+        return self.directory / "failure.json"
+
+    @property
+    def trace_parts(self) -> Path:
+        return self.directory / "trace"
+
+    @property
+    def trace(self) -> Path:
+        return self.directory / "trace.json"
+
+    def begin(self, started: Started) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.directory / "started.json", json.dumps(asdict(started), indent=1) + "\n")
+
+    def end(self, ending: Ending) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.directory / "outcome.json", json.dumps(asdict(ending), indent=1) + "\n")
+
+    def fail(self, failure: Failure) -> bool:
+        """Record the failure unless one is recorded; whether this was the first.
+
+        Raises:
+            OSError: the directory cannot be written.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        own = self.directory / f".failure-{failure.host}-{os.getpid()}"
+        own.write_text(json.dumps(asdict(failure), indent=1) + "\n")
+        try:
+            os.link(own, self.failure_file)  # atomic, also over NFS, and refused where the file exists
+        except FileExistsError:
+            return False
+        finally:
+            own.unlink()
+        return True
+
+    def started(self) -> Started | None:
+        found = self._read("started.json")
+        return None if found is None else Started(**(found | {"hosts": tuple(found["hosts"])}))
+
+    def ending(self) -> Ending | None:
+        found = self._read("outcome.json")
+        return None if found is None else Ending(**found)
+
+    def failed(self) -> Failure | None:
+        """The failure that ended the attempt: not what ranks met because others had been stopped."""
+        failure = self.failure()
+        return None if failure is not None and failure.of_leaving and self.ending() is not None else failure
+
+    def failure(self) -> Failure | None:
+        found = self._read("failure.json")
+        return None if found is None else Failure(**found)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads((self.directory / name).read_text())
+        except FileNotFoundError:
+            return None
+        return found
+
+
+def attempts(run_dir: Path) -> list[AttemptRecord]:
+    """All attempts of a run that have begun, in the order in which they did."""
+    return [record for _, record in sorted(_begun(run_dir), key=lambda pair: pair[0])]
+
+
+def _begun(run_dir: Path) -> Iterator[tuple[float, AttemptRecord]]:
+    for file in (run_dir / "logs").glob("*/started.json"):
+        record = AttemptRecord(file.parent)
+        started = record.started()
+        assert started is not None
+        yield started.time, record

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed configuration: defaults <- YAML files <- `key=value` overrides, checked against frozen dataclasses.
+
+This module knows no section. Each section's dataclass lives beside the code it configures and
+`specdist/job/config.py` puts them together. An unknown key, a wrong type or a missing value raises ConfigError with
+the source (`file:line` or `command line`), the key, and the nearest valid name. Errors about values are raised by whom
+they concern, often long after loading, and name keys only: `naming_sources` adds where each of them came from.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from specdist.core.errors import ConfigError, InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One key of a configuration, as help shows it."""
+
+    key: str
+    type: str
+    default: Any
+    help: str
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One file or `key=value` word: what it sets, and where each full key is set (`file:line` or `command line`)."""
+
+    name: str
+    values: DictConfig
+    places: Mapping[str, str]
+
+
+def load(schema: type[T], files: Sequence[str | Path], overrides: Sequence[str] = ()) -> T:
+    """Merge `files` in order and then `overrides` (`a.b=value`) over the defaults of the dataclass `schema`.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key, a key set twice in a file, a wrong type, a value still
+            missing, or a combination that a section's own validation refuses.
+    """
+    config = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(config, False)
+    for layer in _layers(schema, files, overrides):
+        try:
+            config = OmegaConf.merge(config, layer.values)
+        except OmegaConfBaseException as error:
+            key, wrong = _told(error, config, layer)
+            raise ConfigError(f"{layer.places.get(key, layer.name)}: {key}: {wrong}", sources="") from error
+    with naming_sources(schema, files, overrides):
+        try:
+            return typing.cast(T, OmegaConf.to_object(config))
+        except MissingMandatoryValue as error:
+            given = ", ".join(map(str, files)) or "no file given"
+            key = error.full_key or ""
+            raise ConfigError(
+                f"{key} has no value: set it in a config file ({given}) or as {key}=...", sources=""
+            ) from error
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+
+
+def _told(error: OmegaConfBaseException, config: Any, layer: _Layer) -> tuple[str, str]:
+    """The key that a layer sets wrongly, and what is wrong with it. Of items of a list OmegaConf knows neither key nor
+    value: then it is the key that is refused alone."""
+    if error.full_key:
+        return error.full_key, _first_line(error)
+    for key in layer.places:
+        value, alone = OmegaConf.select(layer.values, key), OmegaConf.create()
+        OmegaConf.update(alone, key, value)
+        try:
+            OmegaConf.merge(config, alone)
+        except OmegaConfBaseException:
+            if not OmegaConf.is_dict(value):
+                return key, _first_line(error).replace("'$VALUE'", str(value))
+    return "", _first_line(error)
+
+
+@contextmanager
+def naming_sources(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Let errors about the configuration also say where the values of the keys they name came from: `file:line`,
+    `command line` or `default`."""
+    places: dict[str, str] = {}
+    for layer in _layers(schema, files, overrides):
+        places |= layer.places
+    try:
+        yield
+    except InputError as error:
+        if error.sources is None:
+            named = _named_keys(str(error), [field.key for field in fields(schema)])
+            error.sources = "; ".join(f"{key}: {places.get(key, 'default')}" for key in named)
+        raise
+
+
+def _named_keys(text: str, keys: Sequence[str]) -> list[str]:
+    """The keys that a message names, in its order; a path or a longer key that contains one does not name it."""
+    found = {key: re.search(rf"(?<![\w./-]){re.escape(key)}(?!\w|[./-]\w)", text) for key in keys}
+    places = {match.start(): key for key, match in found.items() if match}
+    return [places[start] for start in sorted(places)]
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as YAML; `load` on it gives the same value back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved configuration as nested plain dictionaries."""
+    return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+
+
+def fields(schema: type, prefix: str = "") -> Iterator[Field]:
+    """Every key of a schema with its type, default and help (the string literal under the field)."""
+    helps = _field_docstrings(schema)
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        key, hint = f"{prefix}{field.name}", hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from fields(typing.cast(type, hint), f"{key}.")
+            continue
+        default = field.default
+        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        yield Field(key, _type_name(hint), default, helps.get(field.name, ""))
+
+
+def _layers(schema: type, files: Sequence[str | Path], overrides: Sequence[str]) -> Iterator[_Layer]:
+    """Everything that is laid over the defaults, in order, with its keys checked. Raises ConfigError."""
+    yield from (_file_layer(schema, Path(file)) for file in files)
+    yield from (_override_layer(schema, override) for override in overrides)
+
+
+def _file_layer(schema: type, path: Path) -> _Layer:
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist (working directory {Path.cwd()})", sources="") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}", sources="") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}", sources="") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {_first_line(error)}", sources="") from error
+    if node is None:
+        return _Layer(str(path), OmegaConf.create(), {})
+    if not isinstance(node, yaml.MappingNode):
+        line = node.start_mark.line + 1
+        raise ConfigError(f"{path}:{line}: a config file is a mapping of sections to keys", sources="")
+    _refuse_duplicates(node, path)
+    places = dict(_check_keys(schema, node, path))
+    try:
+        return _Layer(str(path), typing.cast(DictConfig, OmegaConf.create(text)), places)
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        raise ConfigError(f"{places.get(key, path)}: {key}: {_first_line(error)}", sources="") from error
+
+
+def _override_layer(schema: type, override: str) -> _Layer:
+    key, equals, _ = override.partition("=")
+    if not equals:
+        raise ConfigError(f"command line: '{override}' is not of the form key=value", sources="")
+    _check_key(schema, key, "command line")
+    try:
+        values = OmegaConf.from_dotlist([override])
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"command line: {key}: {_first_line(error)}", sources="") from error
+    return _Layer("command line", values, dict.fromkeys(_full_keys(OmegaConf.to_container(values)), "command line"))
+
+
+def _full_keys(values: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of a mapping and of the mappings in it."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield f"{prefix}{name}"
+            yield from _full_keys(value, f"{prefix}{name}.")
+
+
+def _refuse_duplicates(node: yaml.Node, path: Path, prefix: str = "") -> None:
+    """Raise where a mapping, at any depth, has a key twice: the first value would be lost silently."""
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            _refuse_duplicates(item, path, f"{prefix}{i}.")
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[object, int] = {}
+    for key_node, value in node.value:
+        name, line = str(key_node.value), key_node.start_mark.line + 1
+        if name in lines:
+            raise ConfigError(f"{path}:{line}: {prefix}{name} is set already on line {lines[name]}", sources="")
+        lines[name] = line
+        _refuse_duplicates(value, path, f"{prefix}{name}.")
+
+
+def _check_keys(schema: type, node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Check every key of a YAML mapping; yield each full key with its place."""
+    for key_node, value in node.value:
+        key, place = f"{prefix}{key_node.value}", f"{path}:{key_node.start_mark.line + 1}"
+        section = _check_key(schema, key, place)
+        yield key, place
+        if isinstance(value, yaml.MappingNode) and section is not None:
+            yield from _check_keys(schema, value, path, f"{key}.")
+        elif section is not None and value.tag != "tag:yaml.org,2002:null":
+            names = ", ".join(_names(section))
+            raise ConfigError(f"{place}: {key} is a section with keys of its own: {names}", sources="")
+
+
+def _check_key(schema: type, key: str, where: str) -> type | None:
+    """Raise unless `key` names a field of `schema`; returns the section's dataclass if it names one."""
+    section: type | None = schema
+    prefix = ""
+    for part in key.split("."):
+        if section is None:  # inside a free mapping, whose keys are the user's own
+            return None
+        names = _names(section)
+        if part not in names:
+            raise ConfigError(
+                f"{where}: unknown key '{prefix}{part}'{_suggest(schema, prefix, part, names)}", sources=""
+            )
+        hint = _plain(typing.get_type_hints(section)[part])
+        section = typing.cast(type, hint) if dataclasses.is_dataclass(hint) else None
+        prefix += f"{part}."
+    return section
+
+
+def _suggest(schema: type, prefix: str, part: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(part, names, n=1) or [name for name in names if part in name]
+    if near:
+        return f"; did you mean '{prefix}{near[0]}'?"
+    elsewhere = [f.key for f in fields(schema) if f.key.rsplit(".", 1)[-1] == part]
+    if elsewhere:
+        return f"; did you mean '{elsewhere[0]}'?"
+    return f"; valid here: {', '.join(names)}"
+
+
+def _names(schema: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(schema)]
+
+
+def _plain(hint: Any) -> Any:
+    """The type inside `X | None`."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return next(a for a in typing.get_args(hint) if a is not type(None))
+    return hint
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(map(str, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _field_docstrings(schema: type) -> dict[str, str]:
+    """The string literal that follows each field in the source of a dataclass."""
+    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]).body
+    found = {}
+    for field, after in itertools.pairwise(body):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+            and isinstance(after.value.value, str)
+        ):
+            found[field.target.id] = " ".join(after.value.value.split())
+    return found
+
+
+_WORDS = (
+    (r".* is not a TupleConfig, ListConfig, list, or tuple\.", "it takes a list: write [a, b]"),
+    (r"TupleConfig length (\d+) does not match type hint length (\d+)", r"it has \1 items and needs \2"),
+    (r"Merge error: .* is not a subclass of .*", "it is a section with keys of its own, not a value"),
+    (r"Incompatible value 'None' for field of type '(\w+)'.*", r"it needs a value (\1)"),
+    (r"while parsing a flow .*", "its value is not YAML: is a bracket or a quote left open?"),
+)
+"""What OmegaConf and YAML say, and what it means to the writer of a configuration."""
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    for pattern, words in _WORDS:
+        if match := re.fullmatch(pattern, line):
+            return match.expand(words)
+    return line

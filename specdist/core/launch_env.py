@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What whoever starts a world tells its ranks: the one contract between `launch/` and `specdist/`.
+
+Torchrun's own variables say which rank this is. A few of ours, which `launch/agent.py` sets, say which start of which
+job it is; a world started by plain torchrun lacks them and gets the defaults below. Nothing else in `specdist/` reads
+the environment.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from specdist.core.errors import ConfigError, WorldError
+
+Role = Literal["target", "draft"]
+
+JOB, RESTART, DEADLINE, NODE_ROLE, HOST, STOP, TOKEN = (
+    f"SPECDIST_{name}" for name in ("JOB", "RESTART", "DEADLINE", "NODE_ROLE", "HOST", "STOP", "TOKEN")
+)
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """What the launcher tells one rank about itself."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node: int
+    host: str
+    node_role: Role | None = None
+    """The role that every rank of this node takes, where the launcher decides it (a heterogeneous job)."""
+
+    @classmethod
+    def from_environment(cls) -> RankFacts:
+        """Read the torchrun contract (RANK, WORLD_SIZE, LOCAL_RANK, ...).
+
+        Raises:
+            WorldError: a variable is missing: the process was not started by a launcher.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        missing = [n for n in names if n not in os.environ]
+        if missing:
+            raise WorldError(
+                f"{', '.join(missing)} not set: start the world with `specdist train CONFIG` on this machine, or with "
+                "`torchrun --nproc-per-node N -m specdist.train --config CONFIG`"
+            )
+        env = os.environ
+        return cls(
+            rank=int(env["RANK"]),
+            world_size=int(env["WORLD_SIZE"]),
+            local_rank=int(env["LOCAL_RANK"]),
+            local_world_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
+            node=int(env.get("GROUP_RANK", "0")),
+            host=env.get(HOST) or socket.gethostname(),
+            node_role=parse_role(env.get(NODE_ROLE)),
+        )
+
+
+def parse_role(text: str | None) -> Role | None:
+    """A node's role as the launcher writes it; raises ConfigError for anything but target, draft or nothing."""
+    match text:
+        case None | "":
+            return None
+        case "target":
+            return "target"
+        case "draft":
+            return "draft"
+    raise ConfigError(f"a node's role ({NODE_ROLE}) is target or draft, not '{text}'")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a job. A job that is preempted, or that fails in a way that a restart may mend, has several."""
+
+    job: str
+    """The batch system's job id, or one that the launcher made up; unique among the jobs of a run directory."""
+    restart: int = 0
+    """How often this job was started before."""
+    deadline: float | None = None
+    """When the batch system ends it, in seconds since the epoch; None: never."""
+
+    @classmethod
+    def from_environment(cls) -> Attempt:
+        """Which attempt this rank is part of. Started by plain torchrun: its run id, or that of the Slurm job."""
+        env = os.environ
+        job = env.get(JOB) or env.get("SLURM_JOB_ID") or _run_id(env) or f"pid{os.getppid()}"
+        restart = env.get(RESTART) or env.get("SLURM_RESTART_COUNT") or env.get("TORCHELASTIC_RESTART_COUNT") or "0"
+        deadline = env.get(DEADLINE) or env.get("SLURM_JOB_END_TIME")
+        return cls(job, int(restart), float(deadline) if deadline else None)
+
+    def environment(self) -> dict[str, str]:
+        """The variables that carry this value to the ranks."""
+        deadline = {} if self.deadline is None else {DEADLINE: str(self.deadline)}
+        return {JOB: self.job, RESTART: str(self.restart), **deadline}
+
+    @property
+    def name(self) -> str:
+        return f"{self.job}.{self.restart}"
+
+    def directory(self, run_dir: Path) -> Path:
+        """Where this attempt's logs, its failure.json and its outcome.json are."""
+        return run_dir / "logs" / self.name
+
+
+def stop_asked() -> str | None:
+    """The signal that asked the launcher to stop before this rank existed; nobody could pass it on."""
+    return os.environ.get(STOP)
+
+
+def shared_token(size: int) -> bytes:
+    """The secret of two worlds that the user has given to both; raises ConfigError unless it has `size` bytes."""
+    text = os.environ.get(TOKEN, "")
+    if len(text) != 2 * size or not all(c in "0123456789abcdefABCDEF" for c in text):
+        raise ConfigError(
+            f"world.scheduler is set, so both worlds need the same {TOKEN} in their environment: {2 * size} "
+            f"hexadecimal digits, for example from `openssl rand -hex {size}`"
+        )
+    return bytes.fromhex(text)
+
+
+def _run_id(env: Mapping[str, str]) -> str | None:
+    """torchrun's rendezvous id, unless it is its default, which all runs share."""
+    run_id = env.get("TORCHELASTIC_RUN_ID")
+    return None if run_id == "none" else run_id
+
+
+def rendezvous_address() -> tuple[str, int]:
+    """The host and port of the world's store (MASTER_ADDR, MASTER_PORT)."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def launcher_serves_store() -> bool:
+    """Whether the launcher serves the world's store, as torchrun's agent does; under srun, say, rank 0 has to."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+
+
+def local_address() -> str:
+    """The IP address under which the other hosts of this world reach this one: that of the route to the rendezvous."""
+    return address_towards(*rendezvous_address())
+
+
+def reachable_address() -> str:
+    """The IP address under which hosts of other worlds reach this one: where the rendezvous does not leave this
+    machine, that of its default route (without one, nobody else can reach it)."""
+    address = local_address()
+    if not ipaddress.ip_address(address).is_loopback:
+        return address
+    try:
+        return address_towards("203.0.113.1", 9)  # an address for documentation: only the route to it is looked up
+    except OSError:
+        return address
+
+
+def address_towards(host: str, port: int) -> str:
+    """The IP address of this host on the route to another one."""
+    family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # a datagram socket sends nothing by connecting; it only picks the route
+        return str(probe.getsockname()[0])

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rank does what: a frozen value computed from the config and the launcher's facts, without a GPU or a group."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Literal
+
+from specdist.core.errors import ConfigError
+from specdist.core.launch_env import Role
+
+Mode = Literal["split", "colocated", "target_only", "draft_only"]
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """How the ranks of the one world are divided between the two roles."""
+
+    mode: Mode = "split"
+    """split: each rank has one role; colocated: every rank has both, in turns; target_only: measure the target and
+    drop its features; draft_only: train on synthetic features (random, for measuring)."""
+    role: Literal["both", "draft", "target"] = "both"
+    """both: one world has both roles; draft, target: a world of one of them, started on its own (--role). The draft
+    world leads the run, and any number of target worlds join it. Needs channel.transport=mooncake."""
+    scheduler: str = ""
+    """Two worlds without a run directory that both see: HOST:PORT of rank 0 of the draft world, where it opens the
+    control plane and target worlds look for it; SPECDIST_TOKEN is then their common secret. Empty: it is told in the
+    run directory."""
+    order: Literal["target_first", "draft_first"] = "target_first"
+    """Which role takes the lowest ranks."""
+    target_hosts: tuple[str, ...] = ()
+    """Patterns of host names, such as 'gpu0[12]': target replicas are placed on these hosts only, and the draft takes
+    every other rank. Empty: on any host, or on the target nodes of a heterogeneous job."""
+    span_nodes: bool = False
+    """Whether a tensor-parallel target replica may straddle nodes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the ranks compute; auto takes CUDA where there is a device."""
+    share_devices: bool = False
+    """Let several ranks of a host share one GPU (development on one GPU; needs channel.transport=gloo)."""
+    join_timeout_s: float = 300.0
+    """How long a rank waits for the others to come up, in seconds, before it names those that are missing."""
+    wait_timeout_s: float = 600.0
+    """How long any later wait may last, in seconds, before it names whom it waited for."""
+
+    def __post_init__(self) -> None:
+        if self.target_hosts and self.mode != "split":
+            raise ConfigError(f"world.target_hosts divides the hosts of world.mode=split, not of {self.mode}")
+        if self.role != "both" and self.mode != "split":
+            raise ConfigError(f"world.role={self.role} divides the roles of world.mode=split, not of {self.mode}")
+        host, _, port = self.scheduler.rpartition(":")
+        if self.scheduler and (not host or not port.isdigit() or not 0 < int(port) < 65536):
+            raise ConfigError(f"world.scheduler is HOST:PORT, not '{self.scheduler}'")
+        for key in ("join_timeout_s", "wait_timeout_s"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"world.{key} is a number of seconds > 0, not {getattr(self, key)}")
+
+
+@dataclass(frozen=True)
+class TargetPlace:
+    """The coordinates of a target rank."""
+
+    replica: int
+    tp: int
+
+    def __str__(self) -> str:
+        return f"target replica {self.replica} tp {self.tp}"
+
+
+@dataclass(frozen=True)
+class DraftPlace:
+    """The coordinates of a draft rank: data-parallel and context-parallel index."""
+
+    dp: int
+    cp: int
+
+    def __str__(self) -> str:
+        return f"draft dp {self.dp} cp {self.cp}"
+
+
+@dataclass(frozen=True)
+class Link:
+    """A directed path for features, from a target rank to a draft rank (the same one in colocated mode)."""
+
+    source: int
+    destination: int
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The division of the world.
+
+    Attributes:
+        mode: see WorldConfig.
+        hosts: the host name of every rank.
+        replicas: `replicas[r][t]` is the rank of tensor-parallel index t of target replica r.
+        draft: `draft[d][c]` is the rank of data-parallel index d, context-parallel index c.
+        shards: the number of shards a work item is cut into (draft data parallelism; 1 where there is no draft).
+    """
+
+    mode: Mode
+    hosts: tuple[str, ...]
+    replicas: tuple[tuple[int, ...], ...]
+    draft: tuple[tuple[int, ...], ...]
+    shards: int
+
+    scheduler_rank = 0
+
+    @classmethod
+    def build(
+        cls,
+        world: WorldConfig,
+        hosts: Sequence[str],
+        *,
+        replicas: int | None,
+        tp: int,
+        dp: int | None,
+        cp: int,
+        roles: Sequence[Role | None] = (),
+    ) -> Topology:
+        """Divide `len(hosts)` ranks; None means "as many as the world has room for".
+
+        Args:
+            hosts: the host of every rank, in rank order. Launchers number ranks by (node, GPU), and hosts may have
+                different numbers of them, so the same nodes always give the same division.
+            roles: the role of every rank's node, where the launcher decides it: such a node has that role whole.
+
+        Raises:
+            ConfigError: with the arithmetic that does not come out, and the hosts.
+        """
+        for key, value in {"target.replicas": replicas, "target.tp": tp, "draft.dp": dp, "draft.cp": cp}.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"{key} is at least 1, not {value}")
+        build = {
+            "split": _SPLIT[world.role],
+            "colocated": _colocated,
+            "target_only": _target_only,
+            "draft_only": _draft_only,
+        }
+        request = _Request(world, tuple(hosts), tuple(roles) or (None,) * len(hosts), replicas, tp, dp, cp)
+        return build[world.mode](request)
+
+    def beside(self, hosts: Sequence[str], cp: int) -> Topology:
+        """This target world together with a draft world on `hosts`, whose ranks come first."""
+        size = len(hosts)
+        replicas = tuple(tuple(size + rank for rank in ranks) for ranks in self.replicas)
+        return Topology(self.mode, (*hosts, *self.hosts), replicas, _rows(range(size), cp), shards=size // cp)
+
+    @property
+    def world_size(self) -> int:
+        return len(self.hosts)
+
+    @cached_property
+    def _target_places(self) -> dict[int, TargetPlace]:
+        return {rank: TargetPlace(r, t) for r, ranks in enumerate(self.replicas) for t, rank in enumerate(ranks)}
+
+    @cached_property
+    def _draft_places(self) -> dict[int, DraftPlace]:
+        return {rank: DraftPlace(d, c) for d, ranks in enumerate(self.draft) for c, rank in enumerate(ranks)}
+
+    def target_place(self, rank: int) -> TargetPlace | None:
+        return self._target_places.get(rank)
+
+    def draft_place(self, rank: int) -> DraftPlace | None:
+        return self._draft_places.get(rank)
+
+    @cached_property
+    def target_ranks(self) -> tuple[int, ...]:
+        return tuple(rank for replica in self.replicas for rank in replica)
+
+    @cached_property
+    def draft_ranks(self) -> tuple[int, ...]:
+        return tuple(rank for row in self.draft for rank in row)
+
+    @cached_property
+    def links(self) -> tuple[Link, ...]:
+        """Every (target rank, draft rank) pair that features cross, in an order that is the same on all ranks."""
+        if self.mode != "split":
+            return ()
+        return tuple(Link(s, d) for s in self.target_ranks for d in self.draft_ranks)
+
+    def describe(self, rank: int) -> str:
+        """A rank as errors and tables name it: its number, role, coordinates and host."""
+        places = [str(p) for p in (self.target_place(rank), self.draft_place(rank)) if p is not None]
+        return f"rank {rank} ({' + '.join(places) or 'idle'}, host {self.hosts[rank]})"
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be divided: the ranks that there are, and the sizes that were asked for."""
+
+    world: WorldConfig
+    hosts: tuple[str, ...]
+    roles: tuple[Role | None, ...]
+    replicas: int | None
+    tp: int
+    dp: int | None
+    cp: int
+
+    @property
+    def kind(self) -> str:
+        """The key that says what kind of world it is."""
+        world = self.world
+        return f"world.mode={world.mode}" if world.role == "both" else f"world.role={world.role}"
+
+    @property
+    def ranks(self) -> range:
+        return range(len(self.hosts))
+
+    def with_role(self, role: Role | None) -> list[int]:
+        return [rank for rank in self.ranks if self.roles[rank] == role]
+
+    def name_hosts(self, ranks: Iterable[int]) -> str:
+        """The hosts of some ranks, and how many of them each has in brackets, as errors name them."""
+        counts = list(Counter(self.hosts[rank] for rank in ranks).items())
+        named = [f"{host} ({count})" for host, count in counts[:8]]
+        return ", ".join(named) + (f" and {len(counts) - 8} more hosts" if len(counts) > 8 else "")
+
+
+def _split(ask: _Request) -> Topology:
+    replicas = ask.replicas or 1
+    candidates, whose = _target_candidates(ask)
+    placed = _place_replicas(ask, replicas, candidates, whose)
+    taken = {rank for replica in placed for rank in replica}
+    if any(rank not in taken for rank in ask.with_role("target")):
+        raise ConfigError(
+            f"target.replicas({replicas}) x target.tp({ask.tp}) = {replicas * ask.tp} ranks, but the launcher's target "
+            f"nodes have {len(candidates)}, and none may be idle: {ask.name_hosts(candidates)}"
+        )
+    free = [rank for rank in ask.ranks if rank not in taken]
+    dp = ask.dp if ask.dp is not None else len(free) // ask.cp
+    if dp < 1 or dp * ask.cp != len(free):
+        raise ConfigError(
+            f"target.replicas({replicas}) x target.tp({ask.tp}) + draft.dp({dp}) x draft.cp({ask.cp}) = "
+            f"{replicas * ask.tp + dp * ask.cp} ranks, but the world has {len(ask.hosts)}: {len(free)} are left for "
+            f"the draft{f', on {ask.name_hosts(free)}' if free else ''}"
+        )
+    return Topology("split", ask.hosts, placed, _rows(free, ask.cp), shards=dp)
+
+
+def _target_candidates(ask: _Request) -> tuple[list[int], str]:
+    """The ranks that target replicas may be placed on (the launcher's word, world.target_hosts, or all), and whose
+    they are, in words."""
+    patterns = ask.world.target_hosts
+    for pattern in patterns:
+        if not any(fnmatchcase(host, pattern) for host in ask.hosts):
+            raise ConfigError(
+                f"world.target_hosts: no host matches '{pattern}'; the hosts, and their ranks, are "
+                f"{ask.name_hosts(ask.ranks)}"
+            )
+    matching = [rank for rank in ask.ranks if any(fnmatchcase(ask.hosts[rank], pattern) for pattern in patterns)]
+    target, undecided = ask.with_role("target"), ask.with_role(None)
+    if len(undecided) == len(ask.hosts):
+        return (matching, "the hosts of world.target_hosts: ") if patterns else (list(ask.ranks), "")
+    if undecided:
+        raise ConfigError(
+            f"the launcher gave nodes a role, but none to {ask.name_hosts(undecided)}: give every node one, or none"
+        )
+    if patterns and matching != target:
+        raise ConfigError(
+            f"world.target_hosts matches {ask.name_hosts(matching)}, but the target nodes of the launcher are "
+            f"{ask.name_hosts(target) or 'none'}: leave world.target_hosts out"
+        )
+    return target, "the launcher's target nodes: "
+
+
+def _place_replicas(
+    ask: _Request, replicas: int, candidates: list[int], whose: str = ""
+) -> tuple[tuple[int, ...], ...]:
+    """Give each replica `tp` candidates that follow each other, on one host unless it may span nodes."""
+    # Where the draft comes first, the target takes the highest ranks; replicas are still numbered upwards.
+    ranks = candidates if ask.world.order == "target_first" else candidates[::-1]
+    placed: list[tuple[int, ...]] = []
+    start = 0
+    while len(placed) < replicas and start + ask.tp <= len(ranks):
+        block = ranks[start : start + ask.tp]
+        if ask.world.span_nodes or len({ask.hosts[r] for r in block}) == 1:
+            placed.append(tuple(sorted(block)))
+            start += ask.tp
+        else:  # leave this rank to the draft and try from the next: a replica that straddles nodes is slow
+            start += 1
+    if len(placed) < replicas:
+        raise ConfigError(
+            f"target.replicas({replicas}) x target.tp({ask.tp}) = {replicas * ask.tp} ranks do not fit on "
+            f"{whose}{ask.name_hosts(candidates) or 'none'}"
+            + ("" if ask.world.span_nodes else " (a replica stays on one host unless world.span_nodes=true)")
+        )
+    return tuple(sorted(placed))
+
+
+def _colocated(ask: _Request) -> Topology:
+    _refuse_role(ask, "target", "every rank both roles")
+    _refuse_role(ask, "draft", "every rank both roles")
+    size = len(ask.hosts)
+    replicas, dp = ask.replicas or max(size // ask.tp, 1), ask.dp or max(size // ask.cp, 1)
+    if replicas * ask.tp != size or dp * ask.cp != size:
+        raise ConfigError(
+            "world.mode=colocated gives every rank both roles: "
+            f"target.replicas({replicas}) x target.tp({ask.tp}) = {replicas * ask.tp} and draft.dp({dp}) x "
+            f"draft.cp({ask.cp}) = {dp * ask.cp} must both equal the world's {size} ranks, "
+            f"{ask.name_hosts(ask.ranks)}"
+        )
+    placed = _place_replicas(ask, replicas, list(ask.ranks))
+    return Topology("colocated", ask.hosts, placed, _rows(ask.ranks, ask.cp), shards=dp)
+
+
+def _target_only(ask: _Request) -> Topology:
+    _refuse_role(ask, "draft", "no rank to the draft")
+    size = len(ask.hosts)
+    replicas = ask.replicas or max(size // ask.tp, 1)
+    if replicas * ask.tp != size:
+        raise ConfigError(
+            f"{ask.kind}: target.replicas({replicas}) x target.tp({ask.tp}) = {replicas * ask.tp} != "
+            f"{size} ranks, {ask.name_hosts(ask.ranks)}"
+        )
+    placed = _place_replicas(ask, replicas, list(ask.ranks))
+    return Topology(ask.world.mode, ask.hosts, placed, (), shards=ask.dp or 1)
+
+
+def _draft_only(ask: _Request) -> Topology:
+    _refuse_role(ask, "target", "no rank to the target")
+    size = len(ask.hosts)
+    dp = ask.dp or max(size // ask.cp, 1)
+    if dp * ask.cp != size:
+        raise ConfigError(
+            f"{ask.kind}: draft.dp({dp}) x draft.cp({ask.cp}) = {dp * ask.cp} != {size} ranks, "
+            f"{ask.name_hosts(ask.ranks)}"
+        )
+    return Topology(ask.world.mode, ask.hosts, (), _rows(ask.ranks, ask.cp), shards=dp)
+
+
+_SPLIT = {"both": _split, "draft": _draft_only, "target": _target_only}
+
+
+def _refuse_role(ask: _Request, role: Role, instead: str) -> None:
+    if ranks := ask.with_role(role):
+        raise ConfigError(
+            f"{ask.kind} gives {instead}, but the launcher made these {role} nodes: {ask.name_hosts(ranks)}"
+        )
+
+
+def _rows(ranks: Sequence[int], cp: int) -> tuple[tuple[int, ...], ...]:
+    """The draft's ranks by data-parallel index; the `cp` ranks of a row follow each other."""
+    return tuple(tuple(ranks[start : start + cp]) for start in range(0, len(ranks), cp))

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading an EAGLE-3 directory back: our own exports, and what SpecForge, TorchSpec and speculators publish."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from specdist.core.errors import DataError
+from specdist.draft.config import DraftConfig
+from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.export import EMBEDDING, tensor_shapes
+from specdist.draft.exported import ExportedDraft, check_algorithm, check_sizes
+from specdist.draft.tensors import check_tensors, need, read_layers
+from specdist.draft.vocabulary import DraftVocabulary
+
+
+@dataclass(frozen=True)
+class ExportedEagle3(ExportedDraft):
+    """An exported EAGLE-3 draft.
+
+    Attributes:
+        dims: the draft's sizes.
+        captured_layers: 0-based decoder layers, or None where the configuration leaves them to the engine.
+        fc_norm, norm_output: the norms of EAGLE-3.1.
+        embedding: [V, H], the target's embedding if the export brings it.
+    """
+
+    dims: Eagle3Dims
+    captured_layers: tuple[int, ...] | None
+    fc_norm: bool
+    norm_output: bool
+    embedding: Tensor | None = None
+
+    def draft_config(self, base: DraftConfig, target: PretrainedConfig) -> DraftConfig:
+        check_algorithm("eagle3", base)
+        return replace(base, eagle3=self.eagle3_config(base.eagle3, target))
+
+    def eagle3_config(self, base: Eagle3Config, target: PretrainedConfig) -> Eagle3Config:
+        """Of `draft_config`, the part that is EAGLE-3's."""
+        scaled = self.dims.rope_parameters["rope_type"] != "default"
+        config = replace(
+            base,
+            layers=self.captured_layers,
+            vocab_size=self.dims.draft_vocab_size,
+            intermediate_size=self.dims.intermediate_size,
+            num_attention_heads=self.dims.num_attention_heads,
+            num_key_value_heads=self.dims.num_key_value_heads,
+            head_dim=self.dims.head_dim,
+            rope_scaling=scaled,
+            fc_norm=self.fc_norm,
+            norm_output=self.norm_output,
+        )
+        check_sizes(Eagle3Dims.of(config, target, self.dims.draft_vocab_size), self.dims)
+        return config
+
+
+def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedEagle3:
+    """Understand a directory of either format."""
+    path = directory / "config.json"
+    layers: tuple[int, ...] | None
+    if "speculators_model_type" in config:
+        if config["speculators_model_type"] != "eagle3" or config.get("norm_before_residual", True):
+            raise DataError(f"{path}: only speculators of type eagle3 with norm_before_residual false can be read")
+        llama = dict(need(config, "transformer_layer_config", path))
+        layers = _layers(config.get("eagle_aux_hidden_state_layer_ids"), 1)
+    else:
+        llama = dict(config)
+        nested = _layers((config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids"), 0)
+        layers = nested or _layers(config.get("eagle_aux_hidden_state_layer_ids"), 1)
+    if llama.get("num_hidden_layers", 1) != 1 or config.get("norm_before_fc"):
+        raise DataError(f"{path}: only drafts of one layer without norm_before_fc can be read")
+    state = {_training_name(name): tensor for name, tensor in tensors.items()}
+    embedding, d2t = state.pop(EMBEDDING, None), state.pop("d2t", None)
+    state.pop("t2d", None)
+    dims = _dims(config, llama, len(layers) if layers else 3, path)
+    fc_norm, norm_output = bool(config.get("fc_norm")), bool(config.get("norm_output"))
+    check_tensors(state, tensor_shapes(dims, fc_norm), str(directory), "EAGLE-3")
+    vocabulary = _vocabulary(d2t, dims, path)
+    return ExportedEagle3(config, state, vocabulary, dims, layers, fc_norm, norm_output, embedding)
+
+
+def _training_name(name: str) -> str:
+    name = name.removeprefix("model.")
+    return "midlayer." + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name
+
+
+def _layers(ids: list[int] | None, offset: int) -> tuple[int, ...] | None:
+    return tuple(i - offset for i in ids) if ids else None
+
+
+def _dims(config: Mapping[str, Any], llama: Mapping[str, Any], captured: int, path: Path) -> Eagle3Dims:
+    hidden = int(need(llama, "hidden_size", path))
+    if config.get("target_hidden_size") not in (None, hidden):
+        raise DataError(f"{path}: target_hidden_size {config['target_hidden_size']} differs from hidden_size {hidden}")
+    vocab_size = int(need(llama, "vocab_size", path))
+    return Eagle3Dims(
+        **read_layers(llama, path),
+        num_captured=captured,
+        vocab_size=vocab_size,
+        draft_vocab_size=int(config.get("draft_vocab_size") or vocab_size),
+    )
+
+
+def _vocabulary(d2t: Tensor | None, dims: Eagle3Dims, path: Path) -> Tensor:
+    ids = torch.arange(dims.draft_vocab_size)
+    if d2t is not None:
+        if tuple(d2t.shape) != (dims.draft_vocab_size,):
+            raise DataError(f"{path}: d2t is {list(d2t.shape)}, must be [{dims.draft_vocab_size}] (draft_vocab_size)")
+        ids = ids + d2t.long()
+    elif dims.draft_vocab_size != dims.vocab_size:
+        raise DataError(
+            f"{path}: d2t is missing, but the draft has {dims.draft_vocab_size} of {dims.vocab_size} tokens"
+        )
+    return DraftVocabulary.from_ids(ids, dims.vocab_size).ids

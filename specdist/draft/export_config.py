@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a finished draft is written as."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from specdist.core.errors import ConfigError
+
+Format = Literal["sglang", "speculators"]
+FORMATS: dict[str, tuple[Format, ...]] = {"eagle3": ("sglang", "speculators"), "dflash": ("sglang",)}
+"""What a draft of each algorithm can be written as."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What a run writes for serving when training ends."""
+
+    formats: tuple[Format, ...] | None = None
+    """sglang: the directory that SGLang and vLLM load; speculators (EAGLE-3 only): the format of the speculators
+    library, which vLLM serves without naming the target. null: all that the draft's algorithm has."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the exported weights; choose the one the target is served in."""
+    embedding: bool = False
+    """Write the target's input embedding too. Engines share the target's; vLLM's pipeline parallelism cannot."""
+    speculative_tokens: int = 5
+    """speculators only: draft tokens that vLLM asks for unless told otherwise."""
+
+    def __post_init__(self) -> None:
+        if self.speculative_tokens < 1:
+            raise ConfigError(f"export.speculative_tokens is {self.speculative_tokens}; it must be at least 1")
+        if self.formats is not None and len(set(self.formats)) < len(self.formats):
+            raise ConfigError(f"export.formats names a format twice: {list(self.formats)}")
+
+    def written(self, algorithm: str) -> tuple[Format, ...]:
+        """The formats that a draft of `algorithm` is written in. Raises ConfigError: one is not for it."""
+        formats = FORMATS[algorithm] if self.formats is None else self.formats
+        for name in formats:
+            if name not in FORMATS[algorithm]:
+                raise ConfigError(
+                    f"export.formats: {name} is not for drafts of draft.algorithm={algorithm}: give "
+                    f"[{', '.join(FORMATS[algorithm])}], or null"
+                )
+        return formats

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the directories of all algorithms have in common: checked tensors, and decoder layers as engines read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from specdist.core.errors import DataError
+from specdist.draft.sizes import LayerSizes
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def check_tensors(
+    state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str, algorithm: str
+) -> None:
+    """Raise DataError naming every tensor that is missing, unknown or of the wrong shape."""
+    faults = [f"missing: {name} {list(expected[name])}" for name in sorted(expected.keys() - state.keys())]
+    faults += [f"unknown: {name} {list(state[name].shape)}" for name in sorted(state.keys() - expected.keys())]
+    faults += [
+        f"wrong shape: {name} is {list(tensor.shape)}, must be {list(expected[name])}"
+        for name, tensor in state.items()
+        if name in expected and tuple(tensor.shape) != expected[name]
+    ]
+    if faults:
+        raise DataError(f"the tensors of {where} are not those of this {algorithm} draft:\n  " + "\n  ".join(faults))
+
+
+def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`, on the CPU. Raises DataError: it is not finite."""
+    result = tensor.detach().to("cpu", dtype)
+    if not bool(result.isfinite().all()):
+        raise DataError(f"{name} holds NaN or Inf as {dtype}: this draft cannot be served")
+    return result
+
+
+def layers_json(sizes: LayerSizes, target: PretrainedConfig, dtype: str) -> dict[str, Any]:
+    """Decoder layers in words that transformers 4 and 5 both read the same way."""
+    text, rope = target.get_text_config(), dict(sizes.rope_parameters)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "num_attention_heads": sizes.num_attention_heads,
+        "num_key_value_heads": sizes.num_key_value_heads,
+        "head_dim": sizes.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": sizes.max_position_embeddings,
+        "rms_norm_eps": sizes.rms_norm_eps,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+        "rope_parameters": rope,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": text.eos_token_id,
+        "pad_token_id": text.pad_token_id,
+        "torch_dtype": dtype,
+    }
+
+
+def read_layers(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of `LayerSizes` that a configuration says, of `layers_json` or of another project.
+
+    Raises:
+        DataError: a key is missing.
+    """
+    hidden, heads = int(need(config, "hidden_size", path)), int(need(config, "num_attention_heads", path))
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = {"rope_type": scaling.get("type", "default"), "rope_theta": config.get("rope_theta") or 10000.0, **scaling}
+    rope.pop("type", None)
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": int(need(config, "intermediate_size", path)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(config.get("num_key_value_heads") or heads),
+        "head_dim": int(config.get("head_dim") or hidden // heads),
+        "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+        "max_position_embeddings": int(config.get("max_position_embeddings", 2048)),
+        "rope_parameters": rope,
+    }
+
+
+def need(config: Mapping[str, Any], key: str, path: Path) -> Any:
+    """A key of config.json. Raises DataError: it is missing."""
+    if config.get(key) is None:
+        raise DataError(f"{path}: the key {key} is missing")
+    return config[key]

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prompts of an evaluation: records of several shapes, rendered by the target's own chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specdist.core.errors import DataError
+from specdist.prompts.conversation import ROLES, Sample, to_sample
+from specdist.prompts.read import find_files, pieces, samples
+from specdist.prompts.report import BadSample, UnusableError
+from specdist.prompts.template import RENDER_ERRORS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHAPES = ("messages", "conversations", "prompt", "turns", "text")
+STAND_IN = {"role": "assistant", "content": "-"}
+"""In the place of the answer, which a prompt may lack: it then reads as a training sample does. Dropped again."""
+
+
+@dataclass(frozen=True)
+class EvaluationPrompt:
+    """One prompt, ready to decode, and where it was read."""
+
+    file: str
+    line: int
+    tokens: tuple[int, ...]
+
+
+def read_prompts(
+    files: Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[EvaluationPrompt]:
+    """Read and render the first `limit` prompts of every file (all of them by default).
+
+    Files are those that training reads (JSONL, JSON, Parquet, Arrow, directories of them). A record has one of
+      - `messages` or `conversations`, as for training; what the assistant says last is dropped, for the target to say;
+      - `prompt`: a user's message;
+      - `turns`: the user's messages of a conversation, of which the first is asked (MT-Bench);
+      - `text`: plain text to go on with, tokenised as it is, without the chat template.
+
+    Args:
+        template_kwargs: variables of the chat template, as `prompts.template_kwargs` gives them for training.
+
+    Raises:
+        DataError: a file cannot be read, a record has another shape, or the template does not take it; the message
+            names the file and the line.
+    """
+    prompts: list[EvaluationPrompt] = []
+    for file in files:
+        if not Path(file).expanduser().exists():
+            raise DataError(f"evaluate.prompts: there is no {file}")
+        found = 0
+        for sample in _read(str(file)):
+            if limit is not None and found >= limit:
+                break
+            tokens = _tokens(sample, tokenizer, template_kwargs or {})
+            prompts.append(EvaluationPrompt(str(file), sample.line, tuple(tokens)))
+            found += 1
+        if not found:
+            raise DataError(f"evaluate.prompts: there is no prompt in {file}")
+    return prompts
+
+
+def check_prompts(
+    files: Sequence[str | Path], tokenizer: str | Path, limit: int | None, template_kwargs: Mapping[str, Any]
+) -> None:
+    """Read prompts as an evaluation will that may come hours later, with the tokenizer of a model directory.
+
+    Raises:
+        DataError: see `read_prompts`.
+    """
+    if files:
+        from transformers import AutoTokenizer
+
+        read_prompts(files, AutoTokenizer.from_pretrained(tokenizer), limit, template_kwargs)
+
+
+def _read(file: str) -> Iterator[Sample]:
+    for source in find_files((file,)):
+        for piece in pieces(source):
+            found = samples(piece) if piece.table is not None else (_sample(text, source.path) for text in piece.texts)
+            for sample in found:
+                if isinstance(sample, BadSample):
+                    raise DataError(f"evaluate.prompts: {sample}")
+                yield sample
+
+
+def _sample(text: tuple[int, bytes] | BadSample, file: str) -> Sample | BadSample:
+    if isinstance(text, BadSample):
+        return text
+    line, content = text
+    try:
+        record = json.loads(content)
+    except ValueError as error:
+        return BadSample(file, line, "malformed record", str(error))
+    try:
+        return to_sample(_answered(record), file, line)
+    except UnusableError as error:
+        return BadSample(file, line, error.reason, error.detail)
+
+
+def _answered(record: object) -> object:
+    """The record as a conversation that ends with an answer; what is neither prompt nor conversation, as it is."""
+    if not isinstance(record, dict):
+        return record
+    for key in ("messages", "conversations"):
+        turns = record.get(key)
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+            last = turns[-1].get("role", turns[-1].get("from"))
+            answered = isinstance(last, str) and ROLES.get(last.strip().lower()) == "assistant"
+            return {**record, key: [*(turns[:-1] if answered else turns), STAND_IN]}
+    if record.keys().isdisjoint(SHAPES):
+        keys = ", ".join(map(str, record)) or "none"
+        raise UnusableError("unknown format", f"none of {', '.join(SHAPES)} among the keys: {keys}")
+    if record.keys().isdisjoint(("prompt", "turns")):
+        return record
+    turns = record.get("turns")
+    asked = record.get("prompt", turns[0] if isinstance(turns, list) and turns else None)
+    if not isinstance(asked, str) or not asked.strip():
+        raise UnusableError("not text", f"the prompt is {asked!r:.60}, not a text with something in it")
+    return {"messages": [{"role": "user", "content": asked}, STAND_IN]}
+
+
+def _tokens(sample: Sample, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> list[int]:
+    where = f"evaluate.prompts: {sample.file}:{sample.line}"
+    if sample.text is not None:
+        return tokenizer.encode(sample.text)
+    if tokenizer.chat_template is None:
+        raise DataError(f"{where}: the target's tokenizer has no chat template; only `text` prompts can be used")
+    try:
+        rendered = tokenizer.apply_chat_template(
+            list(sample.messages[:-1]),
+            tools=list(sample.tools) or None,
+            add_generation_prompt=True,
+            tokenize=False,
+            **variables,
+        )
+    except RENDER_ERRORS as error:
+        raise DataError(f"{where}: refused by the chat template: {error}") from error
+    return tokenizer.encode(str(rendered), add_special_tokens=False)

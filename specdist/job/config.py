@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole configuration of a run, put together from the stations' sections, and what follows without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from omegaconf import MISSING
+
+from specdist.channel.config import ChannelConfig, parse_bytes
+from specdist.channel.mooncake import engine as mooncake
+from specdist.channel.ring import ring_slots
+from specdist.core import config
+from specdist.core.errors import ConfigError, DataError
+from specdist.core.launch_env import Attempt, Role
+from specdist.core.progress import CheckpointConfig
+from specdist.core.records import FeatureLayout
+from specdist.core.topology import Topology, WorldConfig
+from specdist.draft.capture import capture_layout
+from specdist.draft.config import DraftConfig
+from specdist.draft.dflash.mask_token import find_mask_token
+from specdist.evaluate.decoding import EvaluateConfig
+from specdist.export import ExportConfig, check_servable, load_exported
+from specdist.job.launch_config import LaunchConfig
+from specdist.job.preflight_config import PreflightConfig
+from specdist.prompts.config import PromptsConfig
+from specdist.scheduler.config import ControlConfig
+from specdist.scheduler.scheduler import SchedulerConfig
+from specdist.target import engine
+from specdist.target.config import TargetConfig
+from specdist.target.facts import TargetFacts, check, check_layout, compute_dtype, describe
+from specdist.training.metrics import MetricsConfig
+from specdist.training.optimizer import OptimizerConfig
+from specdist.training.recipe import TrainConfig
+from specdist.training.trace_config import TraceConfig
+from specdist.world.groups import Transport
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run itself."""
+
+    dir: str = MISSING
+    """Run directory: configuration, checkpoints, metrics, export. All hosts must see it. A second start resumes."""
+    seed: int = 0
+    """Fixes the order of the prompts and the draft's initial weights."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"run.seed is {self.seed}: it must be at least 0")
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """Everything a run is made of, one section a station."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    channel: ChannelConfig = field(default_factory=ChannelConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
+
+
+CHANGEABLE = (
+    "world", "scheduler", "control", "channel", "checkpoint", "metrics", "trace", "export", "evaluate", "launch",
+    "run.dir", "train", "target.replicas", "target.tp", "target.verify", "target.verify_against", "target.prefill",
+    "target.engine", "target.sglang.prefill_tokens", "target.sglang.memory_fraction",
+    "target.sglang.attention_backend", "target.sglang.ep", "draft.dp", "draft.cp", "draft.sharding", "draft.compile",
+    "draft.eagle3.teacher_head", "draft.eagle3.embedding", "draft.eagle3.recompute", "draft.eagle3.loss_chunk",
+    "draft.eagle3.attention", "draft.dflash.loss_chunk", "draft.dflash.attention", "prompts.workers",
+    "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer",
+)  # fmt: skip
+"""Keys that may differ when a run directory is used again: they do not change what the draft is or learns from."""
+
+
+@dataclass(frozen=True)
+class JobFacts:
+    """What a login node can know of a job."""
+
+    target: TargetFacts
+    target_dtype: torch.dtype
+    layout: FeatureLayout
+
+
+def load_job(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> JobConfig:
+    """Read and check a job's configuration. Raises ConfigError."""
+    with naming_sources(files, overrides):
+        job = config.load(JobConfig, files, overrides)
+        if job.draft.init_from is not None:
+            # What the weights decide follows from the weights, so that it cannot contradict them.
+            target = describe(job.target.path, job.target.trust_remote_code)
+            try:
+                draft = load_exported(job.draft.init_from).draft_config(job.draft, target.config)
+            except (ConfigError, DataError) as error:
+                raise ConfigError(f"draft.init_from={job.draft.init_from}: {error}") from error
+            job = replace(job, draft=draft)
+        if job.draft.algorithm == "dflash" and job.draft.dflash.mask_token_id is None:
+            # It is part of the draft from here on: a tokenizer that changes later does not change it.
+            target = describe(job.target.path, job.target.trust_remote_code)
+            token = find_mask_token(target.path, target.vocab_size)
+            job = replace(job, draft=replace(job.draft, dflash=replace(job.draft.dflash, mask_token_id=token)))
+        if job.world.role != "both" and job.channel.transport != "mooncake":
+            raise ConfigError(
+                f"channel.transport={job.channel.transport} with world.role={job.world.role}: a process group cannot "
+                "span two worlds, so only Mooncake can carry features between them: set channel.transport=mooncake"
+            )
+        if not job.prompts.files:
+            raise ConfigError("prompts.files is empty: give JSONL, JSON, Parquet files or dataset directories")
+        if job.world.device == "cpu":
+            transport(job, torch.device("cpu"))
+            if job.draft.attention == "flex":
+                raise ConfigError(
+                    f"draft.{job.draft.algorithm}.attention=flex needs a CUDA device, and world.device is cpu: auto "
+                    "takes what works"
+                )
+        job.trace.check(job.train.steps)
+        return job
+
+
+def naming_sources(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> AbstractContextManager[None]:
+    """Whatever comes of a job loaded from these: its errors say where the values of the keys they name came from."""
+    return config.naming_sources(JobConfig, files, overrides)
+
+
+def examine(job: JobConfig) -> JobFacts:
+    """Check the job against the model directory. Raises ConfigError or DataError; needs no GPU."""
+    target = check(job.target)
+    dtype = compute_dtype(job.target, target)
+    layout = capture_layout(job.draft, target.config, dtype)
+    if target.max_positions is not None and job.prompts.max_length > target.max_positions:
+        raise ConfigError(
+            f"prompts.max_length={job.prompts.max_length} is more than the {target.max_positions} positions of "
+            f"{job.target.path} (max_position_embeddings)"
+        )
+    check_layout(layout, target, job.target.engine)
+    longest = job.target.sglang.prefill_tokens
+    if job.target.engine == "sglang" and longest is not None and job.prompts.max_length > longest:
+        raise ConfigError(
+            f"prompts.max_length={job.prompts.max_length} is more than target.sglang.prefill_tokens={longest}, and a "
+            "document is not divided between forwards: raise the one or lower the other"
+        )
+    if job.world.mode == "split" and job.world.role != "target":
+        slots(job, layout)
+    absent = [file for file in job.evaluate.prompts if not Path(file).expanduser().exists()]
+    if absent:
+        raise ConfigError(f"evaluate.prompts: there is no {', '.join(absent)} (working directory {Path.cwd()})")
+    most = job.draft.most_tokens
+    if job.evaluate.prompts and most is not None and job.evaluate.draft_tokens > most:
+        raise ConfigError(
+            f"evaluate.draft_tokens={job.evaluate.draft_tokens} is more than the {most} that a block drafts "
+            f"(draft.dflash.block_size={job.draft.dflash.block_size}, less the verified token)"
+        )
+    check_servable(job.draft, job.export, target.layers)
+    return JobFacts(target, dtype, layout)
+
+
+def check_installed(job: JobConfig, target: bool) -> None:
+    """Raise ConfigError, with what to install, where an optional library that the job asks for is missing here.
+
+    Args:
+        target: whether the target's engine is to run here.
+    """
+    if target:
+        engine.check_installed(job.target)
+    if job.channel.transport == "mooncake" and job.world.mode == "split":
+        mooncake.check_installed()
+
+
+def topology(job: JobConfig, hosts: Sequence[str], roles: Sequence[Role | None] = ()) -> Topology:
+    """Divide the ranks on `hosts` as the job asks; `roles` are those the launcher gave to their nodes."""
+    replicas, tp, dp, cp = _replicas(job), job.target.tp, job.draft.dp, job.draft.cp
+    return Topology.build(job.world, hosts, replicas=replicas, tp=tp, dp=dp, cp=cp, roles=roles)
+
+
+def slots(job: JobConfig, layout: FeatureLayout) -> int:
+    """Slots of a draft rank's receive ring. Raises ConfigError when channel.memory is too small for a step."""
+    memory = parse_bytes(job.channel.memory, "channel.memory")
+    return ring_slots(memory, job.prompts.tokens_per_rank, layout.bytes_per_token, job.train.accumulation + 1)
+
+
+def transport(job: JobConfig, device: torch.device) -> Transport:
+    """What carries features between ranks on such devices. Raises ConfigError."""
+    if job.channel.transport == "nccl" and device.type != "cuda":
+        raise ConfigError("channel.transport=nccl moves features between GPUs, and none is used: auto finds what fits")
+    if job.channel.transport != "auto":
+        return job.channel.transport
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def differing_keys(new: JobConfig, old: JobConfig) -> list[str]:
+    """The keys, of those that make a run what it is, in which two configurations differ."""
+    found = []
+    for entry in config.fields(JobConfig):
+        if entry.key.startswith(tuple(f"{k}." for k in CHANGEABLE)) or entry.key in CHANGEABLE:
+            continue
+        if _value(new, entry.key) != _value(old, entry.key):
+            found.append(entry.key)
+    return found
+
+
+def _value(job: object, key: str) -> object:
+    for part in key.split("."):
+        job = getattr(job, part)
+    return job
+
+
+def _replicas(job: JobConfig) -> int | None:
+    """In modes where every rank is a target rank, one replica means as many as fit."""
+    shared = job.world.mode == "split" and job.world.role != "target"
+    return job.target.replicas if shared or job.target.replicas > 1 else None
+
+
+def home(job: JobConfig, attempt: Attempt) -> Path:
+    """Where the attempts of this world are recorded: the run directory, or, of a target world, a folder in it. The
+    draft world alone leads the run, and there may be several target worlds."""
+    run_dir = Path(job.run.dir)
+    return run_dir / "targets" / attempt.job if job.world.role == "target" else run_dir

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a job will look like, worked out on a machine without a GPU: ranks, links, bytes and memory.
+
+Memory figures are estimates: weights, optimizer state and buffers are counted exactly, the target's activations by the
+rule stated beside them, the draft's step by what it keeps (`draft/eagle3/memory.py`, `draft/dflash/cost.py`).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PretrainedConfig
+
+from specdist.core.errors import ConfigError
+from specdist.core.launch_env import Role
+from specdist.core.records import SUMMARY_BYTES
+from specdist.core.topology import Topology
+from specdist.draft.config import DraftConfig
+from specdist.draft.registry import frozen_memory, parameter_count, step_memory
+from specdist.job import config as jobs
+from specdist.job.config import JobConfig, JobFacts
+from specdist.target.summary import CHUNK
+from specdist.world.groups import ranges
+
+
+@dataclass(frozen=True)
+class Need:
+    """One part of the memory of a role, in bytes; `host`: page-locked memory of the host, and not of the GPU."""
+
+    role: str
+    what: str
+    bytes: int
+    host: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job as it would run. `needs` are per rank of the role; `limit` is the memory of one GPU, in bytes."""
+
+    job: JobConfig
+    facts: JobFacts
+    topology: Topology
+    needs: tuple[Need, ...]
+    limit: int
+
+    def total(self, role: str) -> int:
+        """Bytes of GPU memory."""
+        return sum(need.bytes for need in self.needs if need.role == role and not need.host)
+
+    def demand(self) -> dict[str, int]:
+        """Bytes of GPU memory that each kind of rank needs; in colocated mode one rank needs both roles'."""
+        totals = {role: self.total(role) for role in dict.fromkeys(need.role for need in self.needs)}
+        return {"target + draft": sum(totals.values())} if self.topology.mode == "colocated" else totals
+
+    @property
+    def fits(self) -> bool:
+        return all(total <= self.limit for total in self.demand().values())
+
+
+def make_plan(job: JobConfig, hosts: Sequence[str], limit: int, roles: Sequence[Role | None] = ()) -> Plan:
+    """Work out the plan of a job on `hosts` (one entry a rank) with `limit` bytes of memory per GPU. `roles`: those
+    that a launcher would give to the nodes of the ranks.
+
+    Raises:
+        ConfigError, DataError: what could not be, with the arithmetic.
+    """
+    return plan_of(job, jobs.examine(job), jobs.topology(job, hosts, roles), limit)
+
+
+def plan_of(job: JobConfig, facts: JobFacts, topology: Topology, limit: int) -> Plan:
+    """The plan of a job that has been examined and divided."""
+    needs: list[Need] = []
+    if topology.replicas:
+        needs += _target_needs(job, facts, topology)
+    if topology.draft:
+        needs += _draft_needs(job, facts, topology)
+    return Plan(job, facts, topology, tuple(needs), limit)
+
+
+def nodes_of_roles(job: JobConfig, target_nodes: int, draft_nodes: int) -> tuple[list[str], list[Role]]:
+    """The hosts and roles of the ranks of a heterogeneous job: `target_nodes` equal machines target0, target1, ... and
+    `draft_nodes` equal ones of the draft. Raises ConfigError."""
+    if job.draft.dp is None:
+        raise ConfigError("draft.dp is not set: it says how many ranks the draft's nodes have")
+    target, draft = job.target.replicas * job.target.tp, job.draft.dp * job.draft.cp
+    kinds: list[tuple[Role, str, int, int]] = [
+        ("target", "target.replicas x target.tp", target, target_nodes),
+        ("draft", "draft.dp x draft.cp", draft, draft_nodes),
+    ]
+    hosts: list[str] = []
+    roles: list[Role] = []
+    for role, product, ranks, nodes in kinds:
+        if ranks % nodes:
+            raise ConfigError(f"{product} = {ranks} ranks do not divide among {nodes} {role} nodes")
+        hosts += [f"{role}{n}" for n in range(nodes) for _ in range(ranks // nodes)]
+        roles += [role] * ranks
+    return hosts, roles
+
+
+def _target_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Need]:
+    width = facts.target_dtype.itemsize
+    shards = topology.shards // len(topology.replicas) if topology.mode == "colocated" else topology.shards
+    tokens = max(shards, 1) * job.prompts.tokens_per_rank
+    inner = _mlp_width(facts)
+    buffers = {"split": job.channel.send_buffers, "colocated": job.train.accumulation}.get(topology.mode, 1)
+    sglang = job.target.engine == "sglang"
+    at_once = min(tokens, job.target.sglang.prefill_tokens or tokens) if sglang else tokens
+    weights = facts.target.checkpoint_bytes if sglang and facts.target.quantised else facts.target.parameters * width
+    needs = [
+        Need("target", f"weights / tp {job.target.tp}", weights // job.target.tp),
+        Need(
+            "target", f"{buffers} feature buffers of {tokens:,} tokens", buffers * tokens * facts.layout.bytes_per_token
+        ),
+        # One layer at a time: residual, normed input, q/k/v and attention output, and the gated MLP's two halves.
+        Need("target", "activations of one layer", at_once * (8 * facts.target.hidden_size + 3 * inner) * width),
+    ]
+    if facts.layout.summary:
+        head = facts.target.vocab_size * (facts.target.hidden_size // job.target.tp + CHUNK // job.target.tp) * width
+        needs.append(Need("target", f"output head, and logits of {CHUNK:,} tokens", head))
+    if sglang:
+        kept = at_once * facts.target.kv_values_per_token(job.target.tp) * width
+        needs.append(Need("target", f"SGLang's KV cache of {at_once:,} tokens", kept))
+    return needs
+
+
+def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Need]:
+    tokens, ranks = job.prompts.tokens_per_rank, len(topology.draft_ranks)
+    parts = training_memory(
+        job.draft, facts.target.config, facts.target.tied, facts.target_dtype.itemsize, tokens, ranks
+    )
+    needs = [Need("draft", part, size) for part, size in parts.items()]
+    if job.draft.embedding_on_host:
+        table = facts.target.vocab_size * facts.target.hidden_size * facts.target_dtype.itemsize
+        locked = 1 << (table - 1).bit_length()  # torch locks pages in powers of two
+        needs.append(Need("draft", "target embedding, in page-locked host memory", locked, host=True))
+    if topology.mode == "split":
+        slots = jobs.slots(job, facts.layout)
+        ring = slots * tokens * facts.layout.bytes_per_token
+        needs.append(Need("draft", f"receive ring of {slots} slots", ring))
+    return needs
+
+
+def training_memory(
+    draft: DraftConfig, target: PretrainedConfig, tied: bool, itemsize: int, tokens: int, ranks: int
+) -> dict[str, int]:
+    """Bytes on one of `ranks` draft ranks that trains with micro-batches of `tokens`, without the features.
+
+    Args:
+        tied: whether the target's embedding is its head.
+        itemsize: bytes of a number of the target's tables.
+    """
+    parameters = parameter_count(draft, target)
+    shards = ranks if draft.sharding == "fsdp" else draft.cp
+    compute = 4 if draft.dtype == "float32" else 2
+    step = step_memory(draft, target, tokens, compute)
+    # Gradients come when what the steps kept has gone: as they are computed, in fp32 to be reduced, and this rank's.
+    gradients = (compute + 4) * parameters + 4 * parameters // shards
+    return {
+        f"fp32 weights and AdamW moments / {shards}": 12 * parameters // shards,
+        "weights to compute with": compute * parameters,
+        "target head" if draft.embedding_on_host else "target embedding and head": frozen_memory(
+            draft, target, tied, itemsize
+        ),
+        **step,
+        "gradients, beyond that": max(gradients - sum(step.values()), 0),
+    }
+
+
+def _mlp_width(facts: JobFacts) -> int:
+    """The target's own MLP width, or the customary four times its hidden size where it does not say."""
+    return int(getattr(facts.target.text_config, "intermediate_size", None) or 4 * facts.target.hidden_size)
+
+
+def render(plan: Plan) -> str:
+    """The plan as plain text tables."""
+    out = Console(file=io.StringIO(), width=110)
+    facts, topology, job = plan.facts, plan.topology, plan.job
+    target = facts.target
+    out.print(
+        f"target {job.target.path}: {', '.join(target.architectures)}, {target.parameters:,} parameters, "
+        f"{target.layers} layers of {target.hidden_size}, vocabulary {target.vocab_size:,}, "
+        f"{_name(facts.target_dtype)}",
+        highlight=False,
+    )
+    out.print(f"draft {job.draft.algorithm}: captures layers {list(facts.layout.captured_layers)}", highlight=False)
+    out.print(_rank_table(topology, _has_scheduler(plan)))
+    for line in _link_lines(plan):
+        out.print(line, highlight=False)
+    out.print(_memory_table(plan))
+    for role, total in plan.demand().items():
+        verdict = "fits" if total <= plan.limit else "does NOT fit"
+        out.print(f"{role}: {_size(total)} of {_size(plan.limit)}: {verdict}", highlight=False)
+    if not plan.fits:
+        out.print(_advice(plan), highlight=False)
+    assert isinstance(out.file, io.StringIO)
+    return out.file.getvalue().rstrip()
+
+
+def _rank_table(topology: Topology, scheduler: bool) -> Table:
+    table = Table(title="ranks", title_justify="left", box=None, header_style="bold")
+    for column in ("rank", "host", "role", "replica", "tp", "dp", "cp", ""):
+        table.add_column(column, justify="left")
+    for rank, host in enumerate(topology.hosts):
+        target, draft = topology.target_place(rank), topology.draft_place(rank)
+        role = " + ".join(name for name, place in (("target", target), ("draft", draft)) if place)
+        table.add_row(
+            str(rank),
+            host,
+            role,
+            str(target.replica) if target else "",
+            str(target.tp) if target else "",
+            str(draft.dp) if draft else "",
+            str(draft.cp) if draft else "",
+            "scheduler" if rank == topology.scheduler_rank and scheduler else "",
+        )
+    return table
+
+
+def _has_scheduler(plan: Plan) -> bool:
+    return plan.topology.mode in ("split", "target_only") and plan.job.world.role != "target"
+
+
+def _link_lines(plan: Plan) -> list[str]:
+    layout, topology, tp = plan.facts.layout, plan.topology, plan.job.target.tp
+    per_token = layout.bytes_per_token
+    parts = f"{len(layout.captured_layers)} captured layers" + (" and the last hidden state" if layout.final else "")
+    lines = [f"{per_token:,} B of features per token: {parts} x {layout.hidden_size} x {_name(layout.dtype)}"]
+    if layout.summary:
+        lines[0] += f", and {SUMMARY_BYTES} B of the target's choice"
+    if plan.job.world.role != "both":
+        return [*lines, "links: between every target rank and every draft rank of the other worlds, over Mooncake"]
+    if not topology.links:
+        return [*lines, "no links: features stay on the rank that computes them"]
+    tokens = plan.job.prompts.tokens_per_rank
+    return [
+        *lines,
+        f"{len(topology.links)} links: target ranks {ranges(topology.target_ranks)} -> draft ranks "
+        f"{ranges(topology.draft_ranks)}; each carries {per_token // tp:,} B per token of its draft rank "
+        f"(1/{tp} of the shard), up to {tokens * per_token // tp / 2**20:,.1f} MiB per item",
+    ]
+
+
+def _memory_table(plan: Plan) -> Table:
+    table = Table(title="memory (estimate)", title_justify="left", box=None, header_style="bold")
+    table.add_column("role")
+    table.add_column("what")
+    table.add_column("per rank", justify="right")
+    for need in sorted(plan.needs, key=lambda need: need.host):
+        table.add_row(need.role, need.what, _size(need.bytes))
+    return table
+
+
+def _advice(plan: Plan) -> str:
+    roles = [role for role, total in plan.demand().items() if total > plan.limit]
+    advice = {
+        "target": "raise target.tp, or lower prompts.tokens_per_rank or draft.dp (items hold all draft ranks' tokens)",
+        "draft": "raise draft.dp with draft.sharding=fsdp, or lower prompts.tokens_per_rank or channel.memory",
+        "target + draft": "use world.mode=split, or lower prompts.tokens_per_rank",
+    }
+    return "\n".join(f"{role}: {advice[role]}" for role in roles)
+
+
+def _size(size: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

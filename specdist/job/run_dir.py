@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run directory: one place for the configuration, the checkpoints, the figures and what came of the run.
+
+config.yaml            the resolved configuration
+draft_vocabulary.safetensors   target ids of the draft vocabulary (absent when it is the whole)
+checkpoints/step-*/    training state
+metrics.jsonl          one record every metrics.every steps
+tensorboard/
+export/<format>/       the draft as serving engines load it
+summary.json           what came of it
+status.json            what rank 0 knew a few seconds ago
+logs/<job>.<restart>/  every attempt's logs, first failure and end (specdist/core/attempts.py)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specdist.core import config
+from specdist.core.errors import ConfigError
+from specdist.core.files import write_atomically
+from specdist.job.config import JobConfig, differing_keys, load_job
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of a run, and the rule that a directory belongs to one job."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    def check(self, job: JobConfig) -> None:
+        """Raise ConfigError where the directory holds a run of another job; names the keys that differ."""
+        if not self.config.exists():
+            return
+        different = differing_keys(job, load_job([self.config]))
+        if different:
+            raise ConfigError(
+                f"run.dir: {self.path} holds a run with other values of {', '.join(different)} (see {self.config}): "
+                "choose another run.dir for another job"
+            )
+
+    def check_draft(self, job: JobConfig) -> None:
+        """Raise ConfigError where the job describes another draft than the one that was trained here."""
+        if not self.config.exists():
+            return
+        different = [
+            key for key in differing_keys(job, load_job([self.config])) if key.startswith(("draft.", "target.path"))
+        ]
+        if different:
+            raise ConfigError(
+                f"the draft in run.dir ({self.path}) was trained with other values of {', '.join(different)}: give "
+                f"those, which {self.config} has, or that file itself"
+            )
+
+    def create(self) -> None:
+        """Create the directory. Raises ConfigError where that cannot be, or nothing can be written into it."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run.dir: {self.path} cannot be created: {error}") from error
+        try:
+            with tempfile.TemporaryFile(dir=self.path) as probe:
+                probe.write(b"x")
+        except OSError as error:
+            raise ConfigError(f"run.dir: {self.path} cannot be written: {error}") from error
+
+    def save_config(self, job: JobConfig) -> None:
+        """Record the configuration of a run that has been accepted."""
+        write_atomically(self.config, config.to_yaml(job))
+
+    @property
+    def _vocabulary(self) -> Path:
+        return self.path / "draft_vocabulary.safetensors"
+
+    def save_vocabulary(self, ids: Tensor | None) -> None:
+        """Keep the target ids of the draft vocabulary; None for the whole one."""
+        if ids is None:
+            self._vocabulary.unlink(missing_ok=True)
+            return
+        temporary = self._vocabulary.with_suffix(".tmp")
+        save_file({"ids": ids.to(torch.int64).contiguous()}, temporary)
+        temporary.rename(self._vocabulary)
+
+    def vocabulary(self) -> Tensor | None:
+        """int64 [V_d] target ids, ascending; None where the draft vocabulary is the whole one."""
+        return load_file(self._vocabulary)["ids"] if self._vocabulary.exists() else None

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How to divide GPUs between target replicas and draft ranks, so that neither side waits for long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from specdist.core.errors import ConfigError
+from specdist.job.balance import WAITS_MATTER
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What each role can do, in tokens/s: `target` a replica of `target.tp` ranks, `draft` a rank.
+
+    `source` says in words where the figures come from."""
+
+    target: float
+    draft: float
+    source: str
+
+    def __post_init__(self) -> None:
+        for name, rate in (("target", self.target), ("draft", self.draft)):
+            if rate <= 0:
+                raise ConfigError(f"the {name}'s rate is more than 0 tokens/s, not {rate:g} ({self.source})")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A division of GPUs: what the two sides can do, and what comes of it."""
+
+    replicas: int
+    tp: int
+    draft_ranks: int
+    rates: Rates
+
+    @property
+    def target_tokens_per_s(self) -> float:
+        return self.replicas * self.rates.target
+
+    @property
+    def draft_tokens_per_s(self) -> float:
+        return self.draft_ranks * self.rates.draft
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the slower side, which the other one waits for."""
+        return min(self.target_tokens_per_s, self.draft_tokens_per_s)
+
+    @property
+    def waits(self) -> str:
+        """Who waits, and for what share of the time."""
+        faster = max(self.target_tokens_per_s, self.draft_tokens_per_s)
+        share = 1 - self.tokens_per_s / faster
+        if share < WAITS_MATTER:
+            return f"balanced to {share:.0%}"
+        return f"{'draft' if faster == self.draft_tokens_per_s else 'target'} ranks wait {share:.0%} of the time"
+
+
+def splits(gpus: int, tp: int, rates: Rates) -> list[Split]:
+    """All divisions of `gpus` GPUs, by number of replicas of `tp` ranks; the draft takes what they leave.
+
+    Raises:
+        ConfigError: not even one replica and one draft rank fit.
+    """
+    found = [Split(r, tp, gpus - r * tp, rates) for r in range(1, (gpus - 1) // tp + 1)]
+    if not found:
+        raise ConfigError(f"{gpus} GPUs: a target replica of target.tp={tp} ranks and a draft rank need {tp + 1}")
+    return found
+
+
+def suggest(gpus: int, tp: int, rates: Rates) -> tuple[Split, list[Split]]:
+    """The fastest division, and the up to three around it, itself included. Of equal ones, that with fewer replicas.
+
+    Raises:
+        ConfigError: see `splits`.
+    """
+    found = splits(gpus, tp, rates)
+    best = max(range(len(found)), key=lambda i: found[i].tokens_per_s)
+    return found[best], found[max(0, best - 1) : best + 2]
+
+
+def render(gpus: int, best: Split, around: Sequence[Split]) -> str:
+    """The suggestion in a few lines."""
+    rates = best.rates
+    lines = [
+        f"split of {gpus} GPUs at {rates.target:,.0f} tokens/s a target replica of tp {best.tp} and {rates.draft:,.0f} "
+        f"a draft rank ({rates.source}):"
+    ]
+    for split in around:
+        keys = f"target.replicas={split.replicas} draft.dp={split.draft_ranks}"
+        mark = "  <- suggested" if split == best else ""
+        lines.append(f"  {keys:<36}{split.tokens_per_s:>12,.0f} tokens/s, {split.waits}{mark}")
+    return "\n".join(lines)

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What comes after training: export for serving, real speculative decoding before and after, and a summary in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from specdist.core.attempts import Ending
+from specdist.core.files import write_atomically
+from specdist.core.progress import Progress
+from specdist.core.stop import StopFlag
+from specdist.evaluate.decoding import EvaluationTarget, evaluate
+from specdist.evaluate.progress import EvaluationProgress
+from specdist.evaluate.prompts import read_prompts
+from specdist.evaluate.report import Comparison, EvaluationReport, Tally
+from specdist.export import export_draft
+from specdist.job import balance
+from specdist.job.config import JobConfig, JobFacts
+from specdist.job.run_dir import RunDirectory
+from specdist.run.drafts import served_draft
+from specdist.run.target_loop import ProducerReport
+from specdist.target.vocabulary import load_target_vocabulary
+
+
+@dataclass(frozen=True)
+class Sides:
+    """How fast each side was and how much of the time it waited for the other one."""
+
+    draft_tokens_per_s: float
+    draft_wait: float
+    target_tokens_per_s: float | None = None
+    """What the target side can do: the sum over replicas of tokens/s while computing."""
+    target_wait: float | None = None
+    replicas: int | None = None
+    draft_ranks: int | None = None
+    teacher_head: str | None = None
+    """`draft.eagle3.teacher_head`, in a split world of an EAGLE-3 draft."""
+    alone: bool = False
+    """Whether there was no target (`world.mode=draft_only`)."""
+
+    def lines(self) -> list[str]:
+        """What a person reads of it."""
+        found = [f"  draft side     {self.draft_tokens_per_s:,.0f} tokens/s trained, once warm"]
+        if self.target_tokens_per_s is not None:
+            found.append(f"  target side    {self.target_tokens_per_s:,.0f} tokens/s while computing")
+        return [*found, f"  balance        {self.verdict()}"]
+
+    def verdict(self) -> str:
+        """Which side starves, in words."""
+        if self.alone:
+            return "there was no target: the draft trained on random features"
+        if self.target_wait is None:
+            return "both roles share the ranks, so neither waits for the other"
+        return balance.verdict(self.draft_wait, self.target_wait, self.teacher_head)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training has come to: the whole weights on the CPU, where it stopped, and what was measured on the way."""
+
+    state: Mapping[str, Tensor]
+    progress: Progress
+    total_steps: int
+    figures: Mapping[str, float]
+    producers: Sequence[ProducerReport]
+    draft_ranks: int
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.total_steps
+
+
+def finish(
+    job: JobConfig, facts: JobFacts, run_dir: RunDirectory, outcome: Outcome, device: torch.device, stop: StopFlag
+) -> Ending:
+    """Export, evaluate, write summary.json and print it; returns how the attempt ended. One rank calls this.
+
+    A stop that is asked for meanwhile ends the evaluation; the same command then does it anew.
+    """
+    sides = _sides(job, outcome)
+    summary: dict[str, object] = {
+        "step": outcome.progress.step,
+        "total_steps": outcome.total_steps,
+        "finished": outcome.finished,
+        "training": dict(outcome.figures),
+        "sides": dataclasses.asdict(sides) | {"verdict": sides.verdict()},
+        "checkpoint": str(run_dir.checkpoints / f"step-{outcome.progress.step:08d}"),
+        "exports": [],
+    }
+    if not outcome.figures["steps"]:
+        summary |= _earlier(run_dir, outcome.progress.step)
+    exports: list[Path] = []
+    comparison = None
+    if outcome.finished and job.world.mode != "draft_only":
+        exports = export_all(job, facts, run_dir, outcome.state)
+        summary["exports"] = [str(path) for path in exports]
+        write_atomically(run_dir.summary, json.dumps(summary, indent=1) + "\n")  # whatever the evaluation comes to
+        if job.evaluate.prompts and (reason := obstacle(facts, device)):
+            print(f"specdist: not evaluated: {reason}; `specdist eval` does it elsewhere", file=sys.stderr)
+            summary["not_evaluated"] = reason
+        elif job.evaluate.prompts:
+            try:
+                comparison = compare(job, facts, run_dir, outcome.state, device, stop)
+            except _StopAsked:
+                return _stopped_evaluating(outcome, stop)
+            summary["evaluation"] = comparison.to_dict()
+    write_atomically(run_dir.summary, json.dumps(summary, indent=1) + "\n")
+    _tell(run_dir, outcome, sides, exports, comparison)
+    if outcome.finished:
+        return Ending("finished", outcome.progress.step)
+    return Ending("stopped", outcome.progress.step, stop.reason or "another rank was asked to")
+
+
+def _earlier(run_dir: RunDirectory, step: int) -> dict[str, object]:
+    """What a start that had nothing left to train keeps of the summary before it: the figures of training."""
+    try:
+        earlier = json.loads(run_dir.summary.read_text())
+        return {key: earlier[key] for key in ("training", "sides")} if earlier["step"] == step else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+class _StopAsked(Exception):
+    """Ends an evaluation."""
+
+
+def _stopped_evaluating(outcome: Outcome, stop: StopFlag) -> Ending:
+    reason = f"{stop.reason}, during the evaluation"
+    print(
+        f"specdist: stopped after {outcome.progress.step} steps ({reason}); the same command evaluates again.",
+        file=sys.stderr,
+        flush=True,
+    )
+    return Ending("stopped", outcome.progress.step, reason)
+
+
+def export_all(
+    job: JobConfig, facts: JobFacts, run_dir: RunDirectory, state: Mapping[str, Tensor], directory: Path | None = None
+) -> list[Path]:
+    """Write every format of `export.formats` into a directory of its name (under the run's export/ by default)."""
+    ids = run_dir.vocabulary()
+    vocabulary = torch.arange(facts.target.vocab_size) if ids is None else ids
+    embedding = _embedding(job, facts) if job.export.embedding else None
+    return [
+        export_draft(
+            (directory or run_dir.exports) / name,
+            name,
+            job.draft,
+            state,
+            vocabulary,
+            facts.target.config,
+            job.target.path,
+            job.export,
+            embedding,
+            overwrite=True,
+        )
+        for name in job.export.written(job.draft.algorithm)
+    ]
+
+
+def _embedding(job: JobConfig, facts: JobFacts) -> Tensor:
+    return load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code).embedding
+
+
+def obstacle(facts: JobFacts, device: torch.device) -> str | None:
+    """Why the target cannot be loaded once more on this device, whole, to evaluate with; None where it can."""
+    if device.type != "cuda":
+        return None
+    free, needed = torch.cuda.mem_get_info(device)[0], facts.target.parameters * facts.target_dtype.itemsize
+    if needed < 0.9 * free:
+        return None
+    sizes = f"{needed / 2**30:.1f} GiB, of which {free / 2**30:.1f} GiB are free on this GPU"
+    return f"the whole target needs {sizes}"
+
+
+def compare(
+    job: JobConfig,
+    facts: JobFacts,
+    run_dir: RunDirectory,
+    state: Mapping[str, Tensor],
+    device: torch.device,
+    stop: StopFlag,
+) -> Comparison:
+    """Decode the held-out prompts with the untrained and with the trained draft, until a stop is asked for."""
+    target = EvaluationTarget.load(
+        job.target.path, facts.layout, device, facts.target_dtype, job.target.trust_remote_code
+    )
+    tokenizer = AutoTokenizer.from_pretrained(job.target.path)
+    prompts = read_prompts(job.evaluate.prompts, tokenizer, job.evaluate.limit, job.prompts.template_kwargs)
+    tokens, files = [p.tokens for p in prompts], [p.file for p in prompts]
+    reports: list[EvaluationReport] = []
+    with EvaluationProgress() as progress:
+
+        def tick(done: int, total: int, tally: Tally) -> None:
+            if stop:
+                raise _StopAsked
+            progress.show(done, total, tally)
+
+        for name, weights in (("before", None), ("after", state)):
+            draft = served_draft(job, facts, run_dir, device, weights)
+            progress.begin(f"evaluate {name} training", len(prompts))
+            reports.append(evaluate(target, draft.proposer, tokens, job.evaluate, tick, files))
+    return Comparison(*reports)
+
+
+def _sides(job: JobConfig, outcome: Outcome) -> Sides:
+    figures = outcome.figures
+    if job.world.mode != "split":
+        alone = job.world.mode == "draft_only"
+        return Sides(figures["tokens_per_s"], 0.0, draft_ranks=outcome.draft_ranks, alone=alone)
+    able = sum(p.busy_tokens_per_s for p in outcome.producers)
+    waits, ranks = (figures["draft_wait"], figures["target_wait"]), (len(outcome.producers), outcome.draft_ranks)
+    return Sides(figures["tokens_per_s"], waits[0], able, waits[1], *ranks, job.draft.teacher_head)
+
+
+def _tell(
+    run_dir: RunDirectory, outcome: Outcome, sides: Sides, exports: Sequence[Path], comparison: Comparison | None
+) -> None:
+    progress, figures = outcome.progress, outcome.figures
+    lines = [""]
+    if not outcome.finished:
+        stopped = f"Stopped at step {progress.step} of {outcome.total_steps}"
+        lines.append(f"{stopped}; the same command goes on from there.")
+    else:
+        lines.append(f"Trained {progress.step} steps.")
+    trained = bool(figures["steps"])
+    if trained:
+        tokens, seconds = figures["tokens"], figures["seconds"]
+        lines.append(f"  this start     {figures['steps']:,.0f} steps, {tokens:,.0f} tokens in {seconds:.0f} s")
+    else:
+        lines.append("  this start     nothing was left to train")
+    if comparison is not None:
+        lines += [f"  {line}" for line in comparison.render().splitlines()]
+    if trained:
+        lines += sides.lines()
+    lines.append(f"  checkpoint     {run_dir.checkpoints / f'step-{progress.step:08d}'}")
+    lines += [f"  export         {path}" for path in exports]
+    lines.append(f"  figures        {run_dir.summary}, {run_dir.metrics}")
+    print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts as whole models on one device: fresh ones as a run starts from, and trained ones as they are served."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from specdist.draft.base import DraftModel
+from specdist.draft.registry import build_draft
+from specdist.export import load_exported
+from specdist.job.config import JobConfig, JobFacts
+from specdist.job.run_dir import RunDirectory
+from specdist.target.vocabulary import load_target_vocabulary
+from specdist.training.checkpoint import naming_damage
+
+
+def new_draft(job: JobConfig, facts: JobFacts, run_dir: RunDirectory, device: torch.device) -> DraftModel:
+    """The draft before training, in fp32: from `draft.init_from`, or a function of `run.seed` alone."""
+    vocabulary = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code)
+    draft = build_draft(
+        job.draft, facts.target.config, vocabulary, run_dir.vocabulary(), job.run.seed, facts.layout.dtype, device
+    )
+    if job.draft.init_from is not None:
+        draft.load_state_dict(load_exported(job.draft.init_from).state)
+    return draft
+
+
+def served_draft(
+    job: JobConfig, facts: JobFacts, run_dir: RunDirectory, device: torch.device, state: Mapping[str, Tensor] | None
+) -> DraftModel:
+    """The draft as it is served, in the target's precision; `state` None gives it as it was before training."""
+    draft = new_draft(job, facts, run_dir, device)
+    if state is not None:
+        draft.load_state_dict(dict(state))
+    return draft.to(facts.target_dtype).eval()
+
+
+def load_state(draft: DraftModel, checkpoint: Path) -> dict[str, Tensor]:
+    """The whole weights in a checkpoint, whatever split wrote it; needs no process group. `draft` gives the shapes."""
+    state = {"model": {name: torch.empty_like(t, device="cpu") for name, t in draft.state_dict().items()}}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is the point
+        with naming_damage(checkpoint):
+            dcp.FileSystemReader(checkpoint).read_metadata()  # without it DCP says much and means this
+            dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state["model"]

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a draft rank's features come from: target ranks over the channel, its own target, or a random generator."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import time
+
+import torch
+from torch import Tensor
+
+from specdist.channel.base import FeatureReceiver
+from specdist.channel.local import LocalChannel
+from specdist.core.errors import WorldError
+from specdist.core.records import FeatureLayout, PackedTokens, WorkItem
+from specdist.core.stop import StopFlag
+from specdist.core.topology import Topology
+from specdist.core.trace import NO_TRACE, Trace
+from specdist.prompts.items import Items
+from specdist.prompts.store import PromptStore
+from specdist.run.stall_timer import WaitClock
+from specdist.scheduler.client import ControlClient
+from specdist.scheduler.messages import Arrived, Deliver, Released, Stop, StopRequested
+from specdist.target.engine import Engine, verify
+from specdist.training.trainer import FeatureSource
+
+
+class RemoteSource(FeatureSource):
+    """Features from target ranks. A thread of its own posts each receive as soon as the scheduler says that the data
+    exists, so transfers run while the trainer computes."""
+
+    def __init__(
+        self,
+        client: ControlClient,
+        receiver: FeatureReceiver,
+        items: Items,
+        draft: int,
+        stop: StopFlag,
+        timeout_s: float,
+        device: torch.device,
+        trace: Trace = NO_TRACE,
+    ):
+        self._waits = WaitClock(device)
+        self._client, self.receiver, self._items = client, receiver, items
+        self._draft, self._stop, self._timeout_s = draft, stop, timeout_s
+        self._trace = trace
+        self._delivered: set[int] = set()
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._listen, name="specdist-receiver", daemon=True)
+        self._thread.start()
+
+    @property
+    def waited_s(self) -> float:
+        return self._waits.seconds
+
+    def take(self, item: WorkItem) -> Tensor:
+        self._client.phase = f"waiting for the features of item {item.index}"
+        with self._waits.waiting():
+            with self._trace.span("wait for the forward", item.index):
+                self._await(item.index)
+            with self._trace.span("wait for the transfer", item.index):
+                rows = self.receiver.take(item, self._timeout_s)
+        self._client.phase = f"training on item {item.index}"
+        return rows
+
+    def release(self, item: WorkItem) -> None:
+        with self._changed:
+            self._delivered.discard(item.index)
+        self.receiver.release(item, functools.partial(self._freed, item.index))
+
+    def _freed(self, index: int) -> None:
+        self._client.send(Released(index, self._draft))
+
+    def drain(self, next_item: int) -> None:
+        """Receive and release, untrained, what was on its way beyond the last item, until the scheduler stops."""
+        self._client.phase = "draining"
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            with self._changed:
+                if not self._stopped and next_item not in self._delivered:
+                    self._changed.wait(timeout=0.5)
+                arrived = next_item in self._delivered
+            if arrived:
+                item = self._items[next_item]
+                self.receiver.take(item, self._timeout_s)
+                self.release(item)
+                next_item += 1
+            elif self._stopped:
+                return
+            self._check()
+            if time.monotonic() > deadline:
+                raise WorldError(f"the scheduler on rank 0 did not end the run within {self._timeout_s:.0f} s")
+
+    def _await(self, index: int) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        with self._changed:
+            while index not in self._delivered:
+                self._check()
+                if time.monotonic() > deadline:
+                    limit = f"{self._timeout_s:.0f} s (world.wait_timeout_s)"
+                    raise WorldError(f"no target replica delivered item {index} within {limit}")
+                self._changed.wait(timeout=0.5)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._client.check()
+
+    def _listen(self) -> None:
+        try:
+            self.receiver.enter_thread()
+            while not self._stopped:
+                for message in self._client.poll(1.0):
+                    self._handle(message)
+        except BaseException as error:  # noqa: BLE001 - raised in the trainer's thread by _check
+            self._error = error
+            with self._changed:
+                self._changed.notify_all()
+
+    def _handle(self, message: object) -> None:
+        match message:
+            case Deliver(index, replica):
+                self._post(index, replica)
+            case Arrived(index, replica, slot, shares):
+                self.receiver.place(index, slot, shares)
+                self._post(index, replica)
+            case StopRequested(rank, reason):
+                self._stop.request(f"{reason} on rank {rank}")
+            case Stop():
+                with self._changed:
+                    self._stopped = True
+                    self._changed.notify_all()
+
+    def _post(self, index: int, replica: int) -> None:
+        with self._trace.span("post the receives", index):
+            self.receiver.post(self._items[index], replica)
+        with self._changed:
+            self._delivered.add(index)
+            self._changed.notify_all()
+
+
+class ColocatedSource(FeatureSource):
+    """Features from the target on the same ranks: each item is computed when the trainer asks for it.
+
+    A replica computes, in one packed forward, the shards of its own ranks.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        channel: LocalChannel,
+        topology: Topology,
+        rank: int,
+        prompts: PromptStore,
+        trace: Trace = NO_TRACE,
+    ):
+        self._engine, self._channel, self._prompts, self._trace = engine, channel, prompts, trace
+        self._shards = local_shards(topology, rank)
+
+    def verify(self, items: Items, count: int) -> None:
+        """Compare the packed forward of the next `count` items with one of each document alone."""
+        for index in range(items.first, min(items.first + count, items.end)):
+            own = self._own(items[index])
+            if own.tokens:
+                verify(self._engine, self._pack(own))
+
+    def take(self, item: WorkItem) -> Tensor:
+        own = self._own(item)
+        rows = self._channel.buffer(own)
+        if own.tokens:
+            with self._trace.compute("target forward", item.index, tokens=own.tokens):
+                self._engine.forward(self._pack(own), rows)
+        self._channel.send(own, rows)
+        return self._channel.take(own, timeout_s=0)
+
+    def release(self, item: WorkItem) -> None:
+        self._channel.release(item, lambda: None)
+
+    def _pack(self, item: WorkItem) -> PackedTokens:
+        return self._prompts.pack([s for shard in item.shards for s in shard.sequences])
+
+    def _own(self, item: WorkItem) -> WorkItem:
+        return WorkItem(item.index, item.start, item.end, tuple(item.shards[d] for d in self._shards))
+
+
+def local_shards(topology: Topology, rank: int) -> list[int]:
+    """Colocated mode: the shards that the replica of `rank` computes, those of its own ranks."""
+    place = topology.target_place(rank)
+    assert place is not None
+    shards = []
+    for member in topology.replicas[place.replica]:
+        draft = topology.draft_place(member)
+        if draft is not None and draft.dp not in shards:
+            shards.append(draft.dp)
+    return sorted(shards)
+
+
+class SyntheticSource(FeatureSource):
+    """Random features, the same for the same item: to measure the draft alone. Nothing sensible is learnt from them."""
+
+    def __init__(self, layout: FeatureLayout, vocab_size: int, shard: int, device: torch.device, seed: int):
+        self._layout, self._vocab_size, self._shard = layout, vocab_size, shard
+        self._device, self._seed = device, seed
+
+    def take(self, item: WorkItem) -> Tensor:
+        generator = torch.Generator(self._device).manual_seed(self._seed * 1_000_003 + item.index)
+        return random_rows(self._layout, item.shards[self._shard].tokens, self._vocab_size, generator)
+
+    def release(self, item: WorkItem) -> None:
+        """The rows are garbage-collected."""
+
+
+def random_rows(layout: FeatureLayout, tokens: int, vocab_size: int, generator: torch.Generator) -> Tensor:
+    """Rows [tokens, layout.width] on the generator's device: normal, and choices from a vocabulary of that size."""
+    device = generator.device
+    rows = torch.randn(tokens, layout.width, generator=generator, dtype=layout.dtype, device=device)
+    if layout.summary:
+        choice = torch.randint(vocab_size, (tokens,), generator=generator, device=device)
+        log_sum_exp = torch.full((tokens,), math.log(vocab_size), device=device)  # of logits around zero
+        layout.write_summary(rows, torch.arange(tokens, device=device), choice, log_sum_exp)
+    return rows

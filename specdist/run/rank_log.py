@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every rank's output in a file of its own; the terminal hears of the run from few of them.
+
+Both output descriptors go to the file, so that what libraries and a dying interpreter write is there too. Rank 0 and
+the first draft rank also speak on the terminal, and any rank does that meets the world's first failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from specdist.core.launch_env import RankFacts
+
+_ESCAPE = "\x1b"
+
+
+class RankLog:
+    """Redirects this process's output to `directory`/starting/HOST-rankN.log, and into its role's folder once that is
+    known.
+
+    Raises:
+        OSError: the file cannot be created.
+    """
+
+    def __init__(self, directory: Path, facts: RankFacts):
+        self._directory, self._name = directory, f"{facts.host}-rank{facts.rank}.log"
+        self.path = self._place("starting")
+        file = self.path.open("a", buffering=1)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.terminal: TextIO = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+        sys.stdout = sys.stderr = self.file = file
+        if facts.rank == 0:
+            self.speak()
+
+    def settle(self, role: str) -> None:
+        """Move the file into the folder of this rank's role."""
+        path = self._place(role)
+        self.path.rename(path)
+        with contextlib.suppress(OSError):  # others are still in there
+            self.path.parent.rmdir()
+        self.path = path
+
+    def speak(self) -> None:
+        """From here on what this rank prints is shown on the terminal too."""
+        sys.stderr = Spoken(self.file, self.terminal)
+
+    def _place(self, folder: str) -> Path:
+        path = self._directory / folder / self._name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+class Spoken(io.TextIOBase):
+    """Writes to a rank's log and to the terminal; what moves the cursor (a live display) to the terminal only."""
+
+    def __init__(self, log: TextIO, terminal: TextIO):
+        self._log, self._terminal = log, terminal
+
+    def write(self, text: str) -> int:
+        if _ESCAPE not in text:
+            self._log.write(text)
+        with contextlib.suppress(BrokenPipeError):  # who read the terminal is gone: the run has to save, and can log
+            self._terminal.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._log.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self._terminal.flush()
+
+    def isatty(self) -> bool:
+        return self._terminal.isatty()
+
+    def fileno(self) -> int:
+        return self._log.fileno()
+
+    def writable(self) -> bool:
+        return True

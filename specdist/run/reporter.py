@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of a run as it goes: joins what the trainer measured with what the scheduler counted."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from specdist.core import config
+from specdist.job.config import JobConfig
+from specdist.job.resume_plan import Itinerary
+from specdist.job.run_dir import RunDirectory
+from specdist.scheduler.client import ControlClient
+from specdist.scheduler.messages import Statistics
+from specdist.training.metrics import JsonlTracker, ProgressTracker, TensorBoardTracker, Tracker, WandbTracker
+from specdist.training.trainer import Reporter, Window
+
+SHOWN = (
+    ("loss", "loss"),
+    ("simulated_acceptance_length", "accept length (simulated)"),
+    ("tokens_per_s", "tokens/s"),
+)
+"""Figures of the progress line, with the words for them."""
+WAITS = (("draft_wait", "draft waits"), ("target_wait", "target waits"))
+"""Those of roles that are apart; where ranks have both, neither waits for the other."""
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What was done and waited for up to a moment of the run."""
+
+    time: float
+    steps: int
+    tokens: int
+    draft_waited_s: float
+    statistics: Statistics
+
+
+class RunReporter(Reporter):
+    """Writes the records of the first draft rank; on the others it only takes part."""
+
+    def __init__(
+        self, job: JobConfig, run_dir: RunDirectory, itinerary: Itinerary, client: ControlClient, leader: bool
+    ):
+        self._client = client
+        self._trackers: list[Tracker] = []
+        self._bar: ProgressTracker | None = None
+        self._last_figures: dict[str, float] = {}
+        self._seen, self._target_waits = Statistics(), 0.0
+        self._tokens = self._steps = 0
+        self._waited_s = 0.0
+        self._began = self._latest = self._mark()
+        self._warm: _Mark | None = None
+        if leader:
+            self._open(job, run_dir, itinerary)
+
+    def _open(self, job: JobConfig, run_dir: RunDirectory, itinerary: Itinerary) -> None:
+        step = itinerary.progress.step
+        self._trackers.append(JsonlTracker(run_dir.metrics, step))
+        if job.metrics.progress:
+            shown = SHOWN + (WAITS if job.world.mode == "split" else ())
+            self._bar = ProgressTracker(itinerary.total_steps, step, shown)
+            self._trackers.append(self._bar)
+        if job.metrics.tensorboard:
+            self._trackers.append(TensorBoardTracker(run_dir.tensorboard, step))
+        if job.metrics.wandb:
+            self._trackers.append(WandbTracker(job.metrics.wandb_project, run_dir.path, config.to_dict(job)))
+
+    def step(self, step: int) -> None:
+        self._client.step = step
+        if self._bar is not None:
+            self._bar.advance(step)
+
+    def figures(self, step: int, figures: Mapping[str, float], window: Window) -> None:
+        self._tokens += window.tokens
+        self._steps += window.steps
+        self._waited_s += window.waited_share * window.seconds
+        record = {
+            **figures,
+            "tokens_per_s": window.tokens / window.seconds,
+            "step_s": window.seconds / window.steps,
+            "draft_wait": window.waited_share,
+            "target_wait": self._target_wait(),
+            "bytes_moved": float(window.bytes),
+        }
+        if torch.cuda.is_available():
+            record["gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._last_figures = record
+        self._latest = self._mark()
+        self._warm = self._warm or self._latest
+        for tracker in self._trackers:
+            tracker.log(step, record)
+
+    def totals(self) -> dict[str, float]:
+        """The run so far: steps, tokens, tokens/s, the share of the time each side waited, and the last record.
+
+        Rates and shares leave out what comes before the first record (compilation, allocation, full queues), where
+        there is a second one.
+        """
+        latest = self._latest
+        since = self._warm if self._warm is not None and self._warm.steps < latest.steps else self._began
+        seconds = latest.time - since.time or math.inf
+        return {
+            "steps": float(latest.steps),
+            "tokens": float(latest.tokens),
+            "seconds": time.monotonic() - self._began.time,
+            "tokens_per_s": (latest.tokens - since.tokens) / seconds,
+            "draft_wait": (latest.draft_waited_s - since.draft_waited_s) / seconds,
+            "target_wait": _target_wait(since.statistics, latest.statistics),
+            **{f"last/{name}": value for name, value in self._last_figures.items()},
+        }
+
+    def _mark(self) -> _Mark:
+        return _Mark(time.monotonic(), self._steps, self._tokens, self._waited_s, self._client.statistics)
+
+    def _target_wait(self) -> float:
+        """Share of the replicas' time without credits since the last record, or of the last one told, if that is all
+        that was told: the scheduler tells its statistics now and then only."""
+        now = self._client.statistics
+        if now is not self._seen:
+            self._target_waits, self._seen = _target_wait(self._seen, now), now
+        return self._target_waits
+
+    def __enter__(self) -> RunReporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def _target_wait(before: Statistics, now: Statistics) -> float:
+    elapsed = (now.elapsed_s - before.elapsed_s) * now.replicas
+    return (now.target_wait_s - before.target_wait_s) / elapsed if elapsed > 0 else 0.0

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`specdist status RUN_DIR`: where a run is, told from its files alone, on any host that sees them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specdist.core.attempts import AttemptRecord, attempts
+from specdist.core.errors import ConfigError
+from specdist.core.progress import committed, read_progress
+from specdist.job.balance import verdict
+from specdist.job.run_dir import RunDirectory
+from specdist.scheduler.messages import Statistics
+from specdist.scheduler.peers import Phase
+
+_STALE_S = 60.0
+"""A run that has written nothing for longer than this, or than ten of its pulses, is taken for gone."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What rank 0 knows of a run, as it is written every few seconds."""
+
+    attempt: str
+    deadline: float | None
+    """When the batch system ends the job, in seconds since the epoch."""
+    hosts: tuple[str, ...]
+    started: bool
+    """Whether all ranks have loaded their models."""
+    step: int
+    total_steps: int
+    statistics: Statistics
+    phases: tuple[Phase, ...]
+    time: float = field(default_factory=time.time)
+
+    @classmethod
+    def from_json(cls, text: str) -> Status:
+        raw: dict[str, Any] = json.loads(text)
+        raw["statistics"] = Statistics(**raw["statistics"])
+        raw["phases"] = tuple(Phase(**phase) for phase in raw["phases"])
+        raw["hosts"] = tuple(raw["hosts"])
+        return cls(**raw)
+
+
+def describe(run_dir: Path, now: float | None = None) -> str:
+    """The state of a run in a few lines.
+
+    Raises:
+        ConfigError: there is no run in this directory.
+    """
+    now = time.time() if now is None else now
+    paths = RunDirectory(run_dir)
+    if not paths.config.exists() and not attempts(run_dir):
+        raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml (give the run.dir of a job)")
+    history = attempts(run_dir)
+    status = Status.from_json(paths.status.read_text()) if paths.status.exists() else None
+    lines = [f"{run_dir}: {_headline(history, status, now)}"]
+    if status is not None and _is_current(history, status):
+        lines += _running(status, _last_record(paths.metrics), now)
+    lines += _saved(paths, now)
+    if len(history) > 1:
+        lines.append(f"  attempts    {len(history)}, before this one: {', '.join(map(_ended, history[:-1]))}")
+    return "\n".join(lines)
+
+
+def _headline(history: list[AttemptRecord], status: Status | None, now: float) -> str:
+    if not history:
+        return "not started through a launcher that keeps records" if status is None else _alive(status, now)
+    last = history[-1]
+    ending, failure = last.ending(), last.failed()
+    if failure is not None:
+        who = f"rank {failure.rank} ({failure.role}, host {failure.host}): " if failure.rank >= 0 else ""
+        return f"failed in attempt {last.name}: {who}{failure.message.splitlines()[0]} (see {last.failure_file})"
+    if ending is not None:
+        return f"{ending.state} at step {ending.step}" + (f" ({ending.reason})" if ending.reason else "")
+    if status is None or status.attempt != last.name:
+        return f"attempt {last.name} is starting: its ranks have not met yet (logs in {last.directory})"
+    return _alive(status, now)
+
+
+def _alive(status: Status, now: float) -> str:
+    age = now - status.time
+    state = "training" if status.started else "starting"
+    if age > _STALE_S:
+        return f"silent: was {state}, but rank 0 has written nothing for {_duration(age)} (attempt {status.attempt})"
+    return f"{state}, attempt {status.attempt} on {', '.join(dict.fromkeys(status.hosts))}; as of {age:.0f} s ago"
+
+
+def _is_current(history: list[AttemptRecord], status: Status) -> bool:
+    if not history:
+        return True
+    last = history[-1]
+    return last.name == status.attempt and last.ending() is None and last.failed() is None
+
+
+def _running(status: Status, record: Mapping[str, float], now: float) -> list[str]:
+    done = f"{status.step:,} of {status.total_steps:,} ({status.step / max(status.total_steps, 1):.0%})"
+    lines = [f"  step        {done}{_remaining(status, record, now)}"]
+    if record:
+        lines.append(f"  figures     loss {record['loss']:.4g}, {record['tokens_per_s']:,.0f} tokens/s")
+        lines.append(f"  balance     {verdict(record['draft_wait'], record['target_wait'])}")
+    counts = status.statistics
+    if counts.replicas:
+        waiting = counts.delivered - counts.released
+        queues = f"{counts.queued} queued and {counts.computing} computing at the targets, {waiting} before the draft"
+        lines.append(f"  queues      {queues} (items)")
+    elif counts.bytes_limit:
+        lines.append("  queues      no target replica is there: `specdist train CONFIG --role target` starts one")
+    for phase in status.phases:
+        many = f"{phase.count} {phase.role} rank{'s' if phase.count > 1 else ''}"
+        lines.append(f"  doing       {many}: {phase.what} (rank {phase.rank}, {phase.seconds:.0f} s)")
+    return lines
+
+
+def _remaining(status: Status, record: Mapping[str, float], now: float) -> str:
+    """How long it takes still, against what the batch system leaves."""
+    words = ""
+    if record:
+        left = (status.total_steps - status.step) * record["step_s"]
+        words = f", {record['step_s']:.2f} s a step, {_duration(left)} to go"
+    if status.deadline is not None:
+        words += f"; the time limit is in {_duration(status.deadline - now)}"
+        if record and left > status.deadline - now:
+            words += ": it will be saved and started again"
+    return words
+
+
+def _saved(paths: RunDirectory, now: float) -> list[str]:
+    found = committed(paths.checkpoints)
+    if not found:
+        return ["  checkpoint  none yet"]
+    age = now - found[-1].stat().st_mtime
+    return [f"  checkpoint  step {read_progress(found[-1]).step:,}, {_duration(age)} ago ({found[-1]})"]
+
+
+def _ended(record: AttemptRecord) -> str:
+    ending, failure = record.ending(), record.failed()
+    if failure is not None:
+        return f"{record.name} failed ({failure.kind})"
+    return f"{record.name} {'vanished' if ending is None else ending.state}"
+
+
+def _last_record(metrics: Path) -> Mapping[str, float]:
+    if not metrics.exists():
+        return {}
+    with metrics.open("rb") as file:
+        file.seek(max(metrics.stat().st_size - 65536, 0))
+        lines = file.read().splitlines()
+    complete = [line for line in lines if line.startswith(b"{") and line.endswith(b"}")]
+    return dict(json.loads(complete[-1])) if complete else {}
+
+
+def _duration(seconds: float) -> str:
+    """A length of time as people say it."""
+    if seconds < 120:
+        return f"{max(seconds, 0):.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rank 0 lets people know of a run: status.json every few seconds, words on the terminal when nothing happens for
+long, and the first failure."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from specdist.core.attempts import AttemptRecord, Ending, Failure
+from specdist.core.files import write_atomically
+from specdist.core.launch_env import Attempt
+from specdist.core.trace import NO_TRACE, Trace
+from specdist.job.resume_plan import Itinerary
+from specdist.run.status import Status
+from specdist.scheduler.coordinator import Observer
+from specdist.scheduler.messages import Statistics
+from specdist.scheduler.peers import Peers, Phase
+from specdist.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+_QUIET_S = 20.0
+"""After so long without progress the terminal is told what the ranks are doing; then after twice as long, and so on."""
+_TOLD = 3
+"""So many phases are told at once."""
+
+
+class RunObserver(Observer):
+    """Writes on rank 0, in the control server's thread.
+
+    Args:
+        status_file: replaced at every pulse; `specdist status` reads it.
+    """
+
+    def __init__(
+        self,
+        status_file: Path,
+        record: AttemptRecord,
+        attempt: Attempt,
+        itinerary: Itinerary,
+        began: float,
+        trace: Trace = NO_TRACE,
+    ):
+        self._file, self._record, self._attempt, self._itinerary = status_file, record, attempt, itinerary
+        self._trace = trace
+        self._writer = ThreadPoolExecutor(1, "specdist-status")
+        self._writing: Future[None] | None = None
+        self._unwritten: str | None = None
+        self._moved_at = began
+        self._progress = 0
+        self._quiet_s = _QUIET_S
+
+    def failed(self, failure: Failure) -> None:
+        if self._record.fail(failure):
+            print(failure.render(self._record.failure_file), file=sys.stderr, flush=True)
+
+    def dismissed(self, reason: str) -> None:
+        step = self._itinerary.progress.step
+        self._record.end(Ending("stopped", step, reason))
+        print(f"specdist: stopped at step {step} ({reason}); the same command goes on from there.", file=sys.stderr)
+
+    def tell(self, words: str) -> None:
+        print(f"specdist: {words}", file=sys.stderr, flush=True)
+
+    def pulse(self, peers: Peers, statistics: Statistics, started: bool, now: float) -> None:
+        phases, step = peers.phases(now), max(peers.step, self._itinerary.progress.step)
+        status = Status(
+            attempt=self._attempt.name,
+            deadline=self._attempt.deadline,
+            hosts=peers.hosts,
+            started=started,
+            step=step,
+            total_steps=self._itinerary.total_steps,
+            statistics=statistics,
+            phases=tuple(phases),
+        )
+        self._write(json.dumps(asdict(status), indent=1) + "\n")
+        self._break_the_silence(step, statistics.released, phases, started, now)
+
+    def advanced(self, scheduler: Scheduler, now: float) -> None:
+        """Give the timeline the slots of a ring: their sum is always the same."""
+        if not self._trace.on:
+            return
+        s, first = scheduler.statistics(now), self._itinerary.progress.next_item
+        self._trace.count(
+            "slots",
+            lowest=first + s.released,
+            highest=first + s.dispatched,
+            computing=s.computing,
+            queued=s.queued,
+            delivered=s.delivered - s.released,
+            free=scheduler.slots - (s.dispatched - s.released),
+        )
+
+    def _write(self, text: str) -> None:
+        """Replace the status file, in a thread: a slow file system must not hold up the scheduler. A text that comes
+        while it is still busy with an earlier one waits for the next pulse."""
+        self._unwritten = text
+        if self._writing is not None:
+            if not self._writing.done():
+                return
+            error = self._writing.exception()
+            if error is not None:
+                logger.warning("%s cannot be written: %s", self._file, error)
+        self._unwritten = None
+        self._writing = self._writer.submit(write_atomically, self._file, text)
+
+    def close(self) -> None:
+        """Wait until the last status is written."""
+        if self._unwritten is not None:
+            self._writer.submit(write_atomically, self._file, self._unwritten)
+        self._writer.shutdown()
+
+    def _break_the_silence(self, step: int, released: int, phases: list[Phase], started: bool, now: float) -> None:
+        progress = step + released
+        if progress != self._progress:
+            self._progress, self._moved_at, self._quiet_s = progress, now, _QUIET_S
+        trained = started and step >= self._itinerary.total_steps  # an evaluation shows progress of its own
+        if trained or now - self._moved_at < self._quiet_s:
+            return
+        self._quiet_s *= 2
+        what = "no step done for" if started else "starting,"
+        doing = "; ".join(_words(phase) for phase in phases[:_TOLD])
+        print(f"specdist: {what} {now - self._moved_at:.0f} s: {doing}", file=sys.stderr, flush=True)
+
+
+def _words(phase: Phase) -> str:
+    who = f"{phase.count} {phase.role} rank{'s' if phase.count > 1 else ''}"
+    return f"{who} {phase.what} (rank {phase.rank} on {phase.host} for {phase.seconds:.0f} s)"

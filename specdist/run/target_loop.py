@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop of a target rank: take an item the scheduler sends, run the packed forward, send the features, report."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdist.channel.base import FeatureSender
+from specdist.core.records import WorkItem
+from specdist.core.topology import TargetPlace
+from specdist.core.trace import NO_TRACE, Trace
+from specdist.prompts.items import Items
+from specdist.prompts.store import PromptStore
+from specdist.scheduler.client import ControlClient
+from specdist.scheduler.messages import Assign, Computed, Dispatch, Stop
+from specdist.target.engine import Engine, verify
+
+WARM_ITEMS = 3
+"""Rates leave out so many items, in which kernels are compiled and memory is allocated."""
+
+
+@dataclass
+class ProducerReport:
+    """What a target rank did."""
+
+    items: int = 0
+    tokens: int = 0
+    busy_s: float = 0.0
+    """Seconds in which a forward was running."""
+    elapsed_s: float = 0.0
+    """Seconds from the first item to the last."""
+    cold_tokens: float = 0.0
+    """Those of the first items, see `WARM_ITEMS`, like the seconds."""
+    cold_busy_s: float = 0.0
+    cold_elapsed_s: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """While work was under way, waits included, once warm."""
+        return self._rate(self.elapsed_s, self.cold_elapsed_s)
+
+    @property
+    def busy_tokens_per_s(self) -> float:
+        """While a forward was running, once warm: what this rank could do if it never waited."""
+        return self._rate(self.busy_s, self.cold_busy_s)
+
+    def is_warm(self, elapsed_s: float) -> None:
+        """What was reported so far, in `elapsed_s` seconds, is left out of the rates if more comes."""
+        self.cold_tokens, self.cold_busy_s, self.cold_elapsed_s = float(self.tokens), self.busy_s, elapsed_s
+
+    def _rate(self, seconds: float, cold_s: float) -> float:
+        if self.tokens > self.cold_tokens and seconds > cold_s:
+            return (self.tokens - self.cold_tokens) / (seconds - cold_s)
+        return self.tokens / seconds if seconds else 0.0
+
+
+@dataclass
+class _Forward:
+    """A forward that was launched and perhaps still runs. On CPU it has finished when it returns."""
+
+    item: WorkItem
+    rows: Tensor
+    began: torch.cuda.Event | float
+    ended: torch.cuda.Event | float
+
+    def finished(self) -> bool:
+        return not isinstance(self.ended, torch.cuda.Event) or self.ended.query()
+
+    def seconds(self) -> float:
+        if isinstance(self.began, torch.cuda.Event):
+            assert isinstance(self.ended, torch.cuda.Event)
+            return self.began.elapsed_time(self.ended) / 1000
+        assert isinstance(self.ended, float)
+        return self.ended - self.began
+
+
+class Producer:
+    """Drives one target rank. All ranks of a replica get the same items in the same order, so they stay in step."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        sender: FeatureSender,
+        client: ControlClient,
+        items: Items,
+        prompts: PromptStore,
+        place: TargetPlace,
+        verify_items: int,
+        timeout_s: float,
+        trace: Trace = NO_TRACE,
+        announce: bool = True,
+        window: int = 0,
+    ):
+        """
+        Args:
+            announce: tell the scheduler of every item when its forward has finished. Else the sender does, later.
+            window: so many items before the last one may still be asked for, where another replica has lost them.
+        """
+        self._engine, self._sender, self._client = engine, sender, client
+        self._items, self._prompts, self._place = items, prompts, place
+        self._verify_left, self._timeout_s = verify_items, timeout_s
+        self._window = window
+        self._announce = announce and place.tp == 0
+        self.stop: Stop | None = None
+        """What the scheduler ended the work with."""
+        self._queue: deque[int] = deque()
+        self._running: deque[_Forward] = deque()
+        self.report = ProducerReport()
+        self._began = 0.0
+        self._trace, self._idle_ns = trace, 0
+
+    def run(self) -> ProducerReport:
+        """Work until the scheduler says stop; raises WorldError when the world fails."""
+        self._idle_ns = time.monotonic_ns()
+        while self.stop is None or self._queue or self._running:  # what was given before the stop is finished
+            for message in self._client.poll(self._patience()):
+                match message:
+                    case Dispatch(index, _):
+                        self._queue.append(index)
+                    case Assign(index, replica, slot):
+                        self._sender.place(index, slot, replica)
+                        self._items.forget(before=index - self._window)  # of a run that others began long ago
+                        self._queue.append(index)
+                    case Stop():
+                        self.stop = message
+            if self._may_launch():
+                self._began = self._began or time.monotonic()
+                self._launch(self._items[self._queue.popleft()])
+            self._report_finished()
+        self._sender.flush(self._timeout_s)
+        if self._began:
+            self.report.elapsed_s = time.monotonic() - self._began
+        return self.report
+
+    def _may_launch(self) -> bool:
+        """One forward runs and one is queued behind it, so that the device never waits for the host."""
+        return bool(self._queue) and len(self._running) < min(2, self._sender.buffers)
+
+    def _patience(self) -> float:
+        """How long to wait for a message: not at all with work at hand, briefly with a forward under way."""
+        if self._may_launch():
+            return 0.0
+        return 0.0005 if self._running else 1.0
+
+    def _launch(self, item: WorkItem) -> None:
+        self._client.phase = f"forward of item {item.index}"
+        self._trace.reach(self._running[0].item.index if self._running else item.index)
+        if not self._running:
+            self._trace.waited("wait for an item", self._idle_ns, item.index)
+        with self._trace.span("pack", item.index, tokens=item.tokens):
+            batch = self._prompts.pack([s for shard in item.shards for s in shard.sequences])
+        if self._verify_left > 0:
+            self._verify_left -= 1
+            verify(self._engine, batch)
+        with self._trace.span("wait for a buffer", item.index):
+            rows = self._sender.buffer(item)
+        began = self._now()
+        with self._trace.compute("forward", item.index, tokens=item.tokens):
+            self._engine.forward(batch, rows)
+        ended = self._now()
+        self._running.append(_Forward(item, rows, began, ended))
+
+    def _now(self) -> torch.cuda.Event | float:
+        if self._engine.device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _report_finished(self) -> None:
+        """Tell the scheduler first and send then: a send waits on the device for its receive, which is posted only once
+        the scheduler knows, and meanwhile anything here that waits for the device would wait for ever."""
+        while self._running and self._running[0].finished():
+            done = self._running.popleft()
+            if self._announce:
+                self._client.send(Computed(done.item.index, self._place.replica))
+            with self._trace.span("issue the sends", done.item.index):
+                self._sender.send(done.item, done.rows)
+            self.report.items += 1
+            self.report.tokens += done.item.tokens
+            self.report.busy_s += done.seconds()
+            if self.report.items == WARM_ITEMS:
+                self.report.is_warm(time.monotonic() - self._began)
+            self._items.forget(before=done.item.index - self._window)
+            self._idle_ns = time.monotonic_ns()
+            self._client.phase = "waiting for an item"

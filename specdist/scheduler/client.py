@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rank's end of the control plane.
+
+One thread owns the socket: it sends what other threads put into its outbox, keeps what arrives until somebody polls,
+and shows the scheduler every few seconds that this process lives and what it is doing. A failure anywhere in the world,
+or a scheduler that has gone silent, ends every wait here with a WorldError that names the culprit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from specdist.core.attempts import Failure
+from specdist.core.clock import ClockReading
+from specdist.core.errors import UserError, WorldError
+from specdist.core.stop import StopFlag
+from specdist.scheduler.config import ControlConfig
+from specdist.scheduler.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    AskClock,
+    Dismiss,
+    Failed,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Join,
+    Message,
+    Ready,
+    Start,
+    Statistics,
+    Stop,
+    StopRequest,
+    TellClock,
+    decode,
+    encode,
+)
+from specdist.scheduler.wire import identity, inproc_pair
+
+logger = logging.getLogger(__name__)
+
+_CLOSE = b""
+_LINGER_MS = 2000
+_STOP_POLL_S = 0.5
+_PHASE_S = 1.0
+"""A new phase is told at once, but not more often than this: heartbeats tell it anyway."""
+_LINGER_AFTER_ABORT_MS = 300
+
+
+class ControlClient:
+    """Connects a rank to the scheduler. Everything but `close` may be used from any thread, but nothing from a signal
+    handler (set a flag there).
+
+    Args:
+        address: `ControlServer.address`, as handed out by rank 0.
+        scheduler: how errors name the rank at the other end.
+        on_abort: called once, in the client's thread, when the world has failed: to abort communicators in which the
+            main thread may be stuck.
+        stop: this process's request to stop; the client passes it on, whatever the main thread is busy with.
+        name, hello: socket identity and first message of a rank of a target world, which is not one of the scheduler's.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        token: bytes,
+        rank: int,
+        config: ControlConfig,
+        *,
+        scheduler: str = "rank 0",
+        on_abort: Callable[[UserError], None] | None = None,
+        stop: StopFlag | None = None,
+        name: bytes | None = None,
+        hello: Join | None = None,
+    ):
+        self._hello = hello or Hello(PROTOCOL_VERSION, os.getpid())
+        self.rank, self.statistics = rank, Statistics()
+        self.step = -1
+        """Optimizer steps done, for the scheduler's reports; free to set."""
+        self._stop, self._stop_told = stop, False
+        self._config, self._on_abort = config, on_abort
+        self._scheduler = f"{scheduler}, the scheduler at {address},"
+        self._phase, self._phase_told = ("starting", time.monotonic()), 0.0
+        self._error: BaseException | None = None
+        self._failed = threading.Event()
+        self._culprit: int | None = None
+        self.abort: Abort | None = None
+        """The world's failure as rank 0 has told it."""
+        self.stop: Stop | None = None
+        """The end of the work, once the scheduler has told it; what breaks after it does not matter any more."""
+        self._started = threading.Event()
+        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._clocks: queue.SimpleQueue[ClockReading] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._open = True
+        self._context = zmq.Context()
+        self._outbox, self._outgoing = inproc_pair(self._context)
+        self._dealer = self._connect(address, name or identity(token, rank))
+        self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._lost_at: float | None = None
+        self._thread = threading.Thread(target=self._thread_main, name="specdist-control-client", daemon=True)
+        self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the world has failed, or its scheduler is gone."""
+        return self._error is not None
+
+    @property
+    def phase(self) -> str:
+        """What this rank is doing, in words, for the error of whoever waits for it; free to set."""
+        return self._phase[0]
+
+    @phase.setter
+    def phase(self, text: str) -> None:
+        now = time.monotonic()
+        self._phase = (text, now)
+        if now - self._phase_told >= _PHASE_S:
+            self._phase_told = now
+            self._post(self._heartbeat(now))
+
+    def ready(self) -> None:
+        """This rank can take its part; nothing is dispatched before all ranks said so."""
+        self.send(Ready())
+
+    def wait_for_start(self) -> None:
+        """Wait until every rank is ready; the scheduler names those that are not within control.load_timeout_s.
+
+        Raises:
+            WorldError: the world has failed.
+        """
+        while not self._started.wait(timeout=0.2):
+            self.check()
+
+    def send(self, message: Message) -> None:
+        """Hand a message to the scheduler, in order, without waiting.
+
+        Raises:
+            WorldError: the world has failed.
+        """
+        self.check()
+        self._post(message)
+
+    def poll(self, timeout_s: float) -> list[Message]:
+        """All messages that are there, in order; waits up to `timeout_s` for the first, and returns none if none came.
+
+        Raises:
+            WorldError: the world has failed; names the rank, its role and host.
+        """
+        self.check()
+        messages: list[Message] = []
+        try:
+            message = self._inbox.get(timeout=timeout_s)
+            while message is not None:
+                messages.append(message)
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            pass  # everything that was there is taken
+        self.check()
+        return messages
+
+    def ask_clock(self, timeout_s: float) -> ClockReading:
+        """What rank 0's clock says. One thread asks at a time.
+
+        Raises:
+            WorldError: no answer within `timeout_s` seconds, or the world has failed.
+        """
+        asked, deadline = time.monotonic_ns(), time.monotonic() + timeout_s
+        self.send(AskClock(asked))
+        try:
+            while True:
+                reading = self._clocks.get(timeout=max(deadline - time.monotonic(), 0.0))
+                if reading.asked == asked:  # else the late answer to a question that was given up
+                    return reading
+        except queue.Empty:
+            raise WorldError(f"{self._scheduler} did not say what time it is within {timeout_s:.0f} s") from None
+
+    def check(self) -> None:
+        """Raise the world's failure, if it has failed."""
+        if self._error is not None:
+            raise self._error
+
+    def fail(self, error: BaseException) -> None:
+        """Tell everyone that this rank failed. Does not raise: the caller's own error is the one to show here."""
+        self._post(self._heartbeat(time.monotonic()))  # what it was doing
+        failure = Failure.of(error)
+        self._post(Failed(failure.kind, failure.exception, failure.message, failure.traceback))
+
+    def close(self) -> None:
+        """Leave: what was sent still goes out. Safe to call twice."""
+        with self._lock:
+            if not self._open:
+                return
+            self._open = False
+            self._outbox.send(encode(Goodbye()))
+            self._outbox.send(_CLOSE)
+        self._thread.join()
+        self._outbox.close(0)
+        self._outgoing.close(0)
+        self._context.term()
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """After an error of this rank's own: say so, and raise the world's failure instead if another rank began it.
+
+        Until the verdict is there the process stays, so that no connection of it breaks before the others know why.
+        """
+        if error is not None and error is not self._error:
+            self.fail(error)
+            self._failed.wait(2 * self._config.heartbeat_s)
+        self.close()
+        if isinstance(error, Exception) and self._culprit not in (None, self.rank):
+            assert self._error is not None
+            raise self._error from error
+
+    def _connect(self, address: str, name: bytes) -> zmq.Socket[bytes]:
+        dealer = self._context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.IDENTITY, name)
+        dealer.setsockopt(zmq.SNDHWM, 0)
+        dealer.setsockopt(zmq.RCVHWM, 0)
+        dealer.setsockopt(zmq.IPV6, int("[" in address))
+        dealer.connect(address)
+        return dealer
+
+    def _heartbeat(self, now: float) -> Heartbeat:
+        text, since = self._phase
+        return Heartbeat(now - since, self.step, text)
+
+    def _post(self, message: Message) -> None:
+        with self._lock:
+            if self._open:
+                self._outbox.send(encode(message))
+
+    def _thread_main(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # whatever ended this thread is raised where the rank waits
+            logger.exception("rank %d: the control client failed", self.rank)
+            self._break(error)
+        finally:
+            self._dealer.disable_monitor()
+            self._monitor.close(0)
+            self._dealer.close(_LINGER_MS if self._error is None else _LINGER_AFTER_ABORT_MS)
+
+    def _loop(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._outgoing, zmq.POLLIN)
+        poller.register(self._dealer, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        heard = now = next_beat = time.monotonic()
+        self._dealer.send(encode(self._hello))
+        while True:
+            wake = next_beat if self._lost_at is None else min(next_beat, self._lost_at + self._config.heartbeat_s)
+            if self._stop is not None and not self._stop_told:
+                wake = min(wake, now + _STOP_POLL_S)  # a signal handler can only set a flag
+            poller.poll(math.ceil(max(wake - now, 0.0) * 1000))
+            if self._stop and not self._stop_told:  # before what the main thread said after it: Ready may be among it
+                self._stop_told = True
+                self._dealer.send(encode(StopRequest(self._stop.reason or "stop")))
+            if self._send_all():
+                return
+            received = self._receive_all()
+            now = time.monotonic()
+            if received:
+                heard = now
+            if now >= next_beat:
+                self._dealer.send(encode(self._heartbeat(now)))
+                next_beat = now + self._config.heartbeat_s
+            self._watch_connection(now)
+            if self._error is None:
+                self._check_scheduler(now, heard)
+            else:
+                self._lost_at = None
+
+    def _watch_connection(self, now: float) -> None:
+        """Note since when the connection is down; ZeroMQ restores one that a network broke by itself."""
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            self._lost_at = now if event == zmq.EVENT_DISCONNECTED else None
+
+    def _check_scheduler(self, now: float, heard: float) -> None:
+        if self._lost_at is not None and now - self._lost_at >= self._config.heartbeat_s:
+            what = f"is gone: the connection to it from rank {self.rank} is lost"
+        elif now - heard > self._config.silence_s:
+            limit = f"{self._config.silence_s:.0f} s (control.silence_s)"
+            what = f"was not heard by rank {self.rank} for more than {limit}"
+        else:
+            return
+        self._culprit = 0
+        self._break(WorldError(f"{self._scheduler} {what}", culprit=0))
+
+    def _send_all(self) -> bool:
+        """Pass on the outbox; whether the client is to close."""
+        while True:
+            try:
+                payload = self._outgoing.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            if payload == _CLOSE:
+                return True
+            self._dealer.send(payload)
+
+    def _receive_all(self) -> bool:
+        """Take what has arrived; whether there was anything."""
+        received = False
+        while True:
+            try:
+                payload = self._dealer.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return received
+            received = True
+            message = decode(payload)
+            if isinstance(message, Statistics):
+                self.statistics = message
+            elif isinstance(message, TellClock):
+                self._clocks.put(ClockReading(message.asked, message.told, time.monotonic_ns()))
+            elif isinstance(message, Start):
+                self._started.set()
+            elif isinstance(message, Abort):
+                self._culprit, self.abort = message.rank, message
+                self._break(message.error())
+            elif isinstance(message, Dismiss):
+                self._culprit = -1
+                self._break(message.error())
+            else:
+                self.stop = message if isinstance(message, Stop) else self.stop
+                self._inbox.put(message)
+
+    def _break(self, error: BaseException) -> None:
+        """Remember the world's failure, the first one, and wake whoever waits."""
+        if self._error is not None:
+            return
+        self._error = error
+        self._failed.set()
+        self._inbox.put(None)
+        if self._on_abort is not None:
+            self._on_abort(error if isinstance(error, UserError) else WorldError(f"{type(error).__name__}: {error}"))

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long the control plane waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specdist.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """Liveness of the ranks, seen from the scheduler and back."""
+
+    heartbeat_s: float = 5.0
+    """Seconds between signs of life, in both directions."""
+    silence_s: float = 120.0
+    """A rank (or the scheduler) that was not heard for so many seconds is taken for dead and named."""
+    load_timeout_s: float = 1800.0
+    """Seconds from the start until every rank must have loaded its models and be ready."""
+
+    replica_timeout_s: float = 1800.0
+    """Two worlds: seconds for which the draft world goes on without any target replica before it gives up."""
+    scheduler_timeout_s: float = 1800.0
+    """Two worlds: seconds for which a target world looks for the scheduler, or waits for it to come back."""
+
+    def __post_init__(self) -> None:
+        if self.heartbeat_s <= 0:
+            raise ConfigError(f"control.heartbeat_s is a number of seconds > 0, not {self.heartbeat_s}")
+        if self.silence_s < 2 * self.heartbeat_s:
+            raise ConfigError(
+                f"control.silence_s ({self.silence_s}) must be at least twice control.heartbeat_s ({self.heartbeat_s})"
+            )
+        for key in ("load_timeout_s", "replica_timeout_s", "scheduler_timeout_s"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"control.{key} is a number of seconds > 0, not {getattr(self, key)}")

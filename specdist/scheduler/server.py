@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler's end of the control plane: a ROUTER socket and a thread on rank 0, beside that rank's own role."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterable
+from types import TracebackType
+
+import zmq
+
+from specdist.core.errors import WorldError
+from specdist.core.topology import Topology
+from specdist.scheduler.config import ControlConfig
+from specdist.scheduler.coordinator import Conductor, Observer
+from specdist.scheduler.messages import MAX_MESSAGE_BYTES, Produced, TellClock, decode_ask_clock, encode
+from specdist.scheduler.remote_replicas import GuestRules
+from specdist.scheduler.scheduler import Scheduler
+from specdist.scheduler.wire import identity, inproc_pair, is_guest
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+_BATCH = 4096
+"""Messages applied before the scheduler may answer: a flood of releases must not hold up a dispatch."""
+_LINGER_MS = 2000
+# As plain numbers: combining pyzmq's flags costs as much as decoding a message.
+_NOBLOCK, _IDENTITY_FRAME = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+
+
+class ControlServer:
+    """Binds to a free port of one interface; `address` goes to the other ranks with the token.
+
+    Args:
+        interface: IP address to bind to, the one that the other hosts reach. Not a wildcard.
+        token: the run's secret; messages from sockets that do not carry it are dropped and counted in `unknown`.
+        scheduler, observer, rules: see Conductor.
+        port: the port to bind to; 0: a free one.
+        join_timeout_s: seconds from now until every rank must have said hello.
+    """
+
+    def __init__(
+        self,
+        interface: str,
+        token: bytes,
+        topology: Topology,
+        scheduler: Scheduler | None,
+        config: ControlConfig,
+        *,
+        join_timeout_s: float,
+        observer: Observer | None = None,
+        rules: GuestRules | None = None,
+        port: int = 0,
+    ):
+        self._config, self._token = config, token
+        self._identities = [identity(token, rank) for rank in range(topology.world_size)]
+        self._ranks = {peer: rank for rank, peer in enumerate(self._identities)}
+        self._context = zmq.Context()
+        self._router = self._bind(interface, port)
+        self._wake, self._woken = inproc_pair(self._context)
+        self._poller = zmq.Poller()
+        self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._woken, zmq.POLLIN)
+        self._conductor = Conductor(
+            scheduler,
+            topology,
+            config,
+            self._send,
+            join_timeout_s=join_timeout_s,
+            now=time.monotonic(),
+            observer=observer,
+            rules=rules,
+        )
+        self._next_tick = time.monotonic()
+        self._closing = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._thread_main, name="specdist-control-server", daemon=True)
+        self.unknown = 0
+
+    @property
+    def malformed(self) -> int:
+        """How many messages of ranks of this run could not be decoded and were dropped."""
+        return self._conductor.peers.malformed
+
+    def start(self) -> ControlServer:
+        self._thread.start()
+        return self
+
+    def run(self) -> None:
+        """Serve until every rank has left (or was given time to, after a failure)."""
+        while not self._closing and not self._conductor.done(time.monotonic()):
+            self.step(_TICK_S)
+
+    def step(self, timeout_s: float) -> None:
+        """Wait up to `timeout_s` for messages, apply those that are there, answer."""
+        self._poller.poll(math.ceil(min(timeout_s, max(self._next_tick - time.monotonic(), 0.0)) * 1000))
+        now = time.monotonic()
+        drained = self._receive_batch(now)
+        self._conductor.advance(now)
+        if drained and now >= self._next_tick:  # never call a rank silent whose words have not been read yet
+            self._next_tick = now + _TICK_S
+            self._conductor.tick(now)
+
+    def check(self) -> None:
+        """Raise the world's failure, or what ended the server's thread, if there was one."""
+        if self._error is not None:
+            raise self._error
+        if self._conductor.aborted is not None:
+            raise self._conductor.aborted.error()
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait until every rank has left. Without `timeout_s` as long as all that have not show signs of life.
+
+        Raises:
+            WorldError: the run failed, or some rank has not left within `timeout_s`.
+        """
+        self._thread.join(timeout_s)
+        if timeout_s is not None and self._thread.is_alive():
+            now = time.monotonic()
+            left = self._conductor.peers.describe_all(self._conductor.peers.present, now)
+            raise WorldError(f"after {timeout_s:.0f} s these ranks have not left the control plane:\n{left}")
+        self.check()
+
+    def reports(self, timeout_s: float) -> list[Produced]:
+        """What the replicas of target worlds did: those that have left, and, after the end of the run, those that do so
+        within `timeout_s` seconds."""
+        conductor, deadline = self._conductor, time.monotonic() + timeout_s
+        assert conductor.guests is not None
+        while any(map(conductor.peers.is_guest, conductor.peers.present)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return list(conductor.guests.reports)
+
+    def close(self) -> None:
+        """End the server, whatever state it is in; nobody is told."""
+        if self._thread.is_alive():
+            self._closing = True
+            self._wake.send(b"")
+            self._thread.join()
+        for socket in (self._wake, self._woken, self._router):
+            socket.close(0)  # the thread has closed the router already, if it ran
+        self._context.term()
+
+    def __enter__(self) -> ControlServer:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """After an error: give the other ranks time to hear of it. Else wait until they have left."""
+        try:
+            if error is None:
+                self.join(self._config.silence_s)
+            else:
+                self._thread.join(2 * self._config.heartbeat_s)
+        finally:
+            self.close()
+
+    def _thread_main(self) -> None:
+        try:
+            self.run()
+            if self._conductor.aborted is not None:
+                self._error = self._conductor.aborted.error()
+        except BaseException as error:  # whatever ended this thread is raised on rank 0 by check() and join()
+            logger.exception("the scheduler failed")
+            self._error = error
+            self._conductor.abort(0, f"the scheduler failed: {type(error).__name__}: {error}", time.monotonic())
+        finally:
+            self._router.close(_LINGER_MS)
+
+    def _bind(self, interface: str, port: int) -> zmq.Socket[bytes]:
+        if interface in ("*", "0.0.0.0", "::", ""):
+            raise ValueError(f"the control socket binds to one interface address, not to '{interface}'")
+        router = self._context.socket(zmq.ROUTER)
+        router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a message to a lost peer is an error, not dropped
+        router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that reconnects takes its place again
+        router.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        router.setsockopt(zmq.SNDHWM, 0)  # credits bound what is queued
+        router.setsockopt(zmq.RCVHWM, 0)
+        router.setsockopt(zmq.IPV6, int(":" in interface))
+        host = f"[{interface}]" if ":" in interface else interface
+        try:
+            if port:
+                router.bind(f"tcp://{host}:{port}")
+            else:
+                port = router.bind_to_random_port(f"tcp://{host}")
+        except zmq.ZMQError as error:
+            router.close(0)
+            self._context.term()
+            where = f"{interface}, port {port}" if port else interface
+            raise WorldError(f"rank 0 cannot open its control socket on {where}: {error}") from error
+        self.address = f"tcp://{host}:{port}"
+        return router
+
+    def _receive_batch(self, now: float) -> bool:
+        """Apply the messages that are there, up to a batch; whether these were all."""
+        for _ in range(_BATCH):
+            try:
+                frames = self._router.recv_multipart(_NOBLOCK)
+            except zmq.Again:
+                return True
+            self._receive(frames, now)
+        return False
+
+    def _receive(self, frames: list[bytes], now: float) -> None:
+        rank = self._ranks.get(frames[0])
+        if rank is None and self._conductor.guests is not None and is_guest(frames[0], self._token):
+            rank = self._ranks[frames[0]] = self._conductor.admit(now)
+            self._identities.append(frames[0])
+        if rank is None or len(frames) != 2:
+            self.unknown += 1
+            if self.unknown == 1:
+                logger.warning("dropped a control message from a socket without this run's token (more are counted)")
+            return
+        asked = decode_ask_clock(frames[1])
+        if asked is not None:  # answered here, where there is a clock: `now` is that of a whole batch of messages
+            self._send([rank], encode(TellClock(asked, time.monotonic_ns())))
+            return
+        self._conductor.receive(rank, frames[1], now)
+
+    def _send(self, ranks: Iterable[int], payload: bytes) -> list[int]:
+        lost = []
+        for rank in ranks:
+            try:
+                self._router.send(self._identities[rank], _IDENTITY_FRAME)
+                self._router.send(payload, _NOBLOCK)
+            except zmq.ZMQError as error:
+                if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                    raise
+                lost.append(rank)
+        return lost

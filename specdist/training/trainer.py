@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only training loop: take features, forward and backward, step, log, checkpoint.
+
+It knows neither which draft algorithm it trains nor where the features come from.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from specdist.core.errors import WorldError
+from specdist.core.progress import Progress
+from specdist.core.records import Features, PackedTokens, WorkItem
+from specdist.core.stop import StopFlag
+from specdist.core.trace import NO_TRACE, Trace
+from specdist.draft.base import DraftModel, Supervision
+from specdist.prompts.items import Items
+from specdist.prompts.store import PromptStore
+from specdist.training.checkpoint import Checkpointer
+from specdist.training.optimizer import learning_rate, set_learning_rate
+from specdist.training.recipe import Recipe
+from specdist.world.groups import Groups
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is not finite; names the items and the prompts they were made of."""
+
+
+class FeatureSource(ABC):
+    """Where a draft rank gets the target's features from."""
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds so far in which this rank had nothing to compute because it waited for features."""
+        return 0.0
+
+    @abstractmethod
+    def take(self, item: WorkItem) -> Tensor:
+        """The feature rows of this rank's shard of `item`; items are taken in order."""
+
+    @abstractmethod
+    def release(self, item: WorkItem) -> None:
+        """The rows of `item` are not needed after the work already on the current stream."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one draft rank trains on at once."""
+
+    item: WorkItem
+    batch: PackedTokens
+    features: Features
+    supervision: Supervision
+
+
+@dataclass(frozen=True)
+class Window:
+    """What was measured since the last record, over all draft ranks."""
+
+    steps: int
+    seconds: float
+    tokens: int
+    bytes: int
+    waited_share: float
+    """Mean share of the time in which a draft rank waited for features."""
+
+
+class Reporter(ABC):
+    """Takes what the loop has to tell; every draft rank calls it, and it decides who speaks."""
+
+    @abstractmethod
+    def step(self, step: int) -> None:
+        """An optimizer step is done."""
+
+    @abstractmethod
+    def figures(self, step: int, figures: Mapping[str, float], window: Window) -> None:
+        """The figures of the steps since the last record."""
+
+
+def shard_draft(model: DraftModel, groups: Groups, dtype: torch.dtype, sharding: str) -> DraftModel:
+    """FSDP2 over the draft ranks: fp32 master weights, `dtype` compute, fp32 gradient reduction.
+
+    The losses of all ranks add up to the step's loss, so gradients are summed, not averaged. "replicate" is FSDP2's
+    hybrid form: weights are sharded over the context-parallel ranks alone, often one, and gradients all-reduced over
+    the data-parallel ones.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    assert groups.draft is not None
+    assert groups.draft_mesh is not None
+    mesh = groups.draft_mesh
+    if sharding != "replicate":
+        mesh = DeviceMesh.from_group(groups.draft, mesh.device_type, mesh_dim_names=("draft",))
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    assert isinstance(model, FSDPModule)
+    model.set_gradient_divide_factor(1.0)
+    model.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+    return model
+
+
+class Trainer:
+    """Trains a sharded draft until the recipe's last step, or until a stop is asked for."""
+
+    def __init__(
+        self,
+        model: DraftModel,
+        optimizer: torch.optim.Optimizer,
+        source: FeatureSource,
+        items: Items,
+        prompts: PromptStore,
+        groups: Groups,
+        shard: int,
+        device: torch.device,
+        trace: Trace = NO_TRACE,
+    ):
+        self.model, self.optimizer, self.source, self.items = model, optimizer, source, items
+        self._prompts, self._groups, self._shard, self._device = prompts, groups, shard, device
+        self._sums = torch.zeros(len(model.metric_names), dtype=torch.float64, device=device)
+        self._trace = trace
+        self._last: _StepResult | None = None
+        self._saved_step = -1
+        self.steps_done = self.tokens_done = 0
+        """Steps, and tokens over all draft ranks, since this trainer was made."""
+
+    @property
+    def draft_cpu(self) -> dist.ProcessGroup:
+        """The draft ranks' gloo group."""
+        assert self._groups.draft_cpu is not None
+        return self._groups.draft_cpu
+
+    def train(
+        self, recipe: Recipe, progress: Progress, checkpointer: Checkpointer, stop: StopFlag, reporter: Reporter
+    ) -> Progress:
+        """Train on from `progress`; returns where it stopped, which `commit` then saves."""
+        self._saved_step, window = progress.step, _WindowClock(self)
+        try:
+            while progress.step < recipe.total_steps and not self._agree(bool(stop), progress.next_item):
+                set_learning_rate(self.optimizer, learning_rate(recipe.optimizer, progress.step, recipe.total_steps))
+                end = min(progress.next_item + recipe.train.accumulation, self.items.end)
+                last = self.train_step(progress.step, range(progress.next_item, end), recipe.optimizer.clip_norm)
+                progress = Progress(progress.step + 1, end, last.end, progress.fingerprint)
+                reporter.step(progress.step)
+                if progress.step % recipe.log_every == 0 or progress.step == recipe.total_steps:
+                    with self._trace.span("figures", end - 1):
+                        reporter.figures(progress.step, self._figures(), window.close())
+                checkpointer.poll()
+                if recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0:
+                    self._save(progress, checkpointer)
+            self.check_finite()
+        except TrainingDiverged:
+            checkpointer.finish()  # all ranks come here, and what was saved before the step is good
+            raise
+        except WorldError:
+            checkpointer.poll()
+            raise
+        return progress
+
+    def commit(self, progress: Progress, checkpointer: Checkpointer) -> None:
+        """Save `progress` unless it has been, and wait until it is on the disk."""
+        if self._saved_step != progress.step:
+            self._save(progress, checkpointer)
+        checkpointer.finish()
+
+    def train_step(self, step: int, indices: range, clip_norm: float) -> WorkItem:
+        """One optimizer step over the items `indices`; returns the last of them."""
+        self._trace.reach(indices.start)
+        with self._trace.span(f"step {step + 1}", indices.start):
+            return self._train_step(step, indices, clip_norm)
+
+    def _train_step(self, step: int, indices: range, clip_norm: float) -> WorkItem:
+        trace, first = self._trace, indices.start
+        micro_batches = [self._receive(self.items[i]) for i in indices]
+        with trace.compute("agree on the counts", first):
+            totals = torch.stack([m.supervision.counts for m in micro_batches]).sum(0)
+            dist.all_reduce(totals, group=self._groups.draft)
+        losses = torch.zeros((), device=self._device)
+        for micro in micro_batches:
+            self._sync_gradients(micro is micro_batches[-1])
+            with trace.compute("forward", micro.item.index, tokens=len(micro.batch.tokens)):
+                loss, sums = self.model(micro.batch, micro.features, micro.supervision, totals)
+            with trace.compute("backward", micro.item.index, reduces=micro is micro_batches[-1]):
+                loss.backward()
+            losses += loss.detach()
+            self._sums += sums
+            self.source.release(micro.item)
+        with trace.compute("clip", first):
+            norm = self._clip(clip_norm)
+        with trace.span("check the step before", first):
+            self.check_finite()
+        self._last = _StepResult(step, [m.item for m in micro_batches], _Reading(losses, norm))
+        with trace.compute("optimizer", first):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.items.forget(before=indices.stop)
+        self.steps_done += 1
+        self.tokens_done += sum(m.item.tokens for m in micro_batches)
+        return micro_batches[-1].item
+
+    def check_finite(self) -> None:
+        """Stop on a NaN or Inf of the last step. Read one step late, so that the host never waits for the device in
+        between; a state is saved only after its own check.
+
+        Raises:
+            TrainingDiverged: on the rank whose loss it was, with its prompts; on the others with the gradient norm.
+        """
+        if self._last is None:
+            return
+        result, self._last = self._last, None
+        loss, norm = result.reading.get()
+        if not math.isfinite(loss):
+            places = {self._prompts.provenance(s) for i in result.items for s in i.shards[self._shard].sequences}
+            prompts = ", ".join(f"{file}:{line}" for file, line in sorted(places))
+            raise TrainingDiverged(
+                f"the loss of step {result.step} is {loss} on draft dp {self._shard}; items "
+                f"{[i.index for i in result.items]}, made of {prompts}"
+            )
+        if not math.isfinite(norm):
+            raise TrainingDiverged(
+                f"the gradient norm of step {result.step} is {norm}, items {[i.index for i in result.items]}; the loss "
+                f"of draft dp {self._shard} itself is finite ({loss:.4g})"
+            )
+
+    def _receive(self, item: WorkItem) -> MicroBatch:
+        with self._trace.span("pack", item.index):
+            host_batch = self._prompts.pack(item.shards[self._shard].sequences)
+        with self._trace.span("take the features", item.index):
+            features = Features(self.model.layout, self.source.take(item))
+        with self._trace.compute("supervise", item.index):
+            batch = host_batch.to(self._device)
+            draw = item.index * len(item.shards) + self._shard
+            supervision = self.model.supervise(batch, host_batch, features, draw)
+        return MicroBatch(item, batch, features, supervision)
+
+    def _sync_gradients(self, last: bool) -> None:
+        """Gradients are reduced over the ranks once per step, with the last micro-batch."""
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(last)
+        self.model.set_is_last_backward(last)
+
+    def _clip(self, clip_norm: float) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm or math.inf)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _agree(self, stop: bool, next_item: int) -> bool:
+        """Whether any draft rank was asked to stop."""
+        with self._trace.span("agree to go on", next_item):
+            flag = torch.tensor(int(stop))
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.draft_cpu)
+            return bool(flag)
+
+    def _figures(self) -> dict[str, float]:
+        sums = self._sums.clone()
+        self._sums.zero_()
+        dist.all_reduce(sums, group=self._groups.draft)
+        figures = self.model.summarize(dict(zip(self.model.metric_names, sums.tolist(), strict=True)))
+        assert self._last is not None
+        _, norm = self._last.reading.get()
+        return figures | {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
+
+    def _save(self, progress: Progress, checkpointer: Checkpointer) -> None:
+        self.check_finite()
+        with self._trace.span("save", progress.next_item - 1):
+            checkpointer.save(self.model, self.optimizer, progress)
+        self._saved_step = progress.step
+
+
+class _Reading:
+    """Loss and gradient norm on their way to the host. Reading a device tensor directly would wait for all that is
+    queued on the stream, the next step included; this waits for the two numbers alone."""
+
+    def __init__(self, loss: Tensor, norm: Tensor):
+        values = torch.stack([loss.float(), norm.float()])
+        self._copied = torch.cuda.Event() if values.is_cuda else None
+        self._host = torch.empty(2, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def get(self) -> tuple[float, float]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, norm = self._host.tolist()
+        return loss, norm
+
+
+@dataclass(frozen=True)
+class _StepResult:
+    step: int
+    items: list[WorkItem]
+    reading: _Reading
+
+
+class _WindowClock:
+    """Measures the stretch between two records."""
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self._start()
+
+    def _start(self) -> None:
+        self._began, self._waited = time.monotonic(), self._trainer.source.waited_s
+        self._steps_began, self._tokens_began = self._trainer.steps_done, self._trainer.tokens_done
+
+    def close(self) -> Window:
+        """End the window and begin the next; the share waited is the mean over the draft ranks."""
+        trainer = self._trainer
+        seconds = time.monotonic() - self._began
+        share = torch.tensor((trainer.source.waited_s - self._waited) / seconds, dtype=torch.float64)
+        dist.all_reduce(share, group=trainer.draft_cpu)
+        tokens = trainer.tokens_done - self._tokens_began
+        window = Window(
+            steps=trainer.steps_done - self._steps_began,
+            seconds=seconds,
+            tokens=tokens,
+            bytes=tokens * trainer.model.layout.bytes_per_token,
+            waited_share=float(share) / dist.get_world_size(trainer.draft_cpu),
+        )
+        self._start()
+        return window

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Joining the world and making its process groups, once, by one function that every rank runs in the same order.
+
+`new_group` is collective over the world and communicators must be created in the same order everywhere, so nothing
+else in the project makes a group, and afterwards no code uses the default group for data.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from specdist.core.engine_groups import EngineGroups
+from specdist.core.errors import ConfigError, WorldError
+from specdist.core.launch_env import RankFacts, Role, launcher_serves_store, rendezvous_address
+from specdist.core.topology import Link, Topology, WorldConfig
+
+Transport = Literal["nccl", "gloo", "mooncake"]
+
+_VERDICT_MARGIN_S = 15.0
+"""Rank 0 publishes who is missing at its own deadline; the other ranks wait so much longer for it to arrive."""
+_READ_S = 5.0
+"""How long rank 0, which may serve the store, stays for the others to read who is missing."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The world this rank has joined: every rank's host and its node's role, and a store that all ranks share."""
+
+    facts: RankFacts
+    device: torch.device
+    hosts: tuple[str, ...]
+    roles: tuple[Role | None, ...]
+    store: dist.Store
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups of one rank. A group this rank is no member of is absent, never a placeholder.
+
+    Attributes:
+        control: all ranks, gloo: start-up barriers only.
+        replica: this rank's target replica (tensor parallelism), or None.
+        draft: all draft ranks, or None where this rank is not one of them.
+        draft_cpu: the same ranks with gloo, for agreements on CPU tensors.
+        checkpoint: the same once more, for the checkpoint writer: it runs in the background, beside the others.
+        draft_mesh: a ("dp", "cp") DeviceMesh over the draft ranks, or None.
+        links: a two-rank group for every link of this rank; none where Mooncake carries the features.
+    """
+
+    control: dist.ProcessGroup
+    replica: dist.ProcessGroup | None = None
+    draft: dist.ProcessGroup | None = None
+    draft_cpu: dist.ProcessGroup | None = None
+    checkpoint: dist.ProcessGroup | None = None
+    draft_mesh: DeviceMesh | None = None
+    links: dict[Link, dist.ProcessGroup] = field(default_factory=dict)
+
+
+def pick_device(config: WorldConfig, facts: RankFacts) -> torch.device:
+    """This rank's device; raises ConfigError when the host has fewer GPUs than ranks."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ConfigError(
+            f"world.device=cuda, but host {facts.host} shows no CUDA device (world.device=cpu runs anywhere)"
+        )
+    if facts.local_rank >= count and not config.share_devices:
+        raise ConfigError(
+            f"host {facts.host} runs {facts.local_world_size} ranks but shows {count} CUDA devices: start at most one "
+            "rank per GPU (--nproc-per-node), or set world.share_devices=true and channel.transport=gloo to share them"
+        )
+    return torch.device("cuda", facts.local_rank % count)
+
+
+def join_world(config: WorldConfig, facts: RankFacts) -> World:
+    """Meet all other ranks within `world.join_timeout_s` and initialise torch.distributed.
+
+    Raises:
+        WorldError: naming the ranks (and, where known, the hosts) that did not arrive.
+    """
+    device = pick_device(config, facts)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = _open_store(facts, config.join_timeout_s)
+    hosts, roles = _roll_call(dist.PrefixStore("specdist/roll-call", store), facts, config.join_timeout_s)
+    with _forming(facts, "the world", config.wait_timeout_s):
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("specdist/world", store),
+            rank=facts.rank,
+            world_size=facts.world_size,
+            timeout=timedelta(seconds=config.wait_timeout_s),
+        )
+    return World(facts, device, hosts, roles, dist.PrefixStore("specdist/run", store))
+
+
+def _open_store(facts: RankFacts, timeout_s: float) -> dist.Store:
+    """Connect to the world's store, or serve it where that falls to rank 0."""
+    timeout = timedelta(seconds=timeout_s)
+    address, port = rendezvous_address()
+    try:
+        if launcher_serves_store():
+            return next(iter(dist.rendezvous("env://", facts.rank, facts.world_size, timeout=timeout)))[0]
+        # torch's own rendezvous would keep rank 0 here until all have come, and could only count who is missing.
+        return dist.TCPStore(
+            address, port, facts.world_size, is_master=facts.rank == 0, timeout=timeout, wait_for_workers=False
+        )
+    except (dist.DistError, TimeoutError) as error:
+        raise WorldError(
+            f"rank {facts.rank} (host {facts.host}) did not reach the rendezvous at {address}:{port} within "
+            f"{timeout_s:.0f} s (world.join_timeout_s): {first_line(error)}"
+        ) from error
+
+
+def _roll_call(
+    store: dist.Store, facts: RankFacts, timeout_s: float
+) -> tuple[tuple[str, ...], tuple[Role | None, ...]]:
+    """Every rank reports; rank 0 publishes all hosts and roles, or who is missing. Linear in the world's size."""
+    try:
+        store.set(f"here/{facts.rank}", json.dumps([facts.host, facts.node_role]))
+        if facts.rank == 0:
+            verdict = _count_ranks(store, facts.world_size, timeout_s)
+            store.set("verdict", json.dumps(verdict))
+            if "error" in verdict:
+                _await_readers(store, facts.world_size)
+        store.wait(["verdict"], timedelta(seconds=timeout_s + _VERDICT_MARGIN_S))
+        verdict = json.loads(store.get("verdict"))
+        store.set(f"read/{facts.rank}", "")
+    except dist.DistError as error:
+        raise WorldError(
+            f"rank {facts.rank} (host {facts.host}) has no answer to its roll call from rank 0 (limit "
+            f"{timeout_s + _VERDICT_MARGIN_S:.0f} s): look at rank 0's log first. {first_line(error)}"
+        ) from error
+    if "error" in verdict:
+        raise WorldError(verdict["error"])
+    return tuple(verdict["hosts"]), tuple(verdict["roles"])
+
+
+def _await_readers(store: dist.Store, world_size: int) -> None:
+    """Wait, a little, until all present ranks but this one have read the verdict."""
+    present = [rank for rank in range(1, world_size) if store.check([f"here/{rank}"])]
+    deadline = time.monotonic() + _READ_S
+    while present and time.monotonic() < deadline:
+        present = [rank for rank in present if not store.check([f"read/{rank}"])]
+        time.sleep(0.05)
+
+
+def _count_ranks(store: dist.Store, world_size: int, timeout_s: float) -> dict[str, object]:
+    deadline = time.monotonic() + timeout_s
+    present: dict[int, tuple[str, Role | None]] = {}
+    for rank in range(world_size):
+        key = [f"here/{rank}"]
+        remaining = deadline - time.monotonic()
+        if remaining > 0:
+            try:
+                store.wait(key, timedelta(seconds=remaining))
+            except dist.DistStoreError:
+                continue
+        elif not store.check(key):
+            continue
+        host, role = json.loads(store.get(key[0]))
+        present[rank] = (host, role)
+    missing = [rank for rank in range(world_size) if rank not in present]
+    if not missing:
+        hosts, roles = zip(*(present[rank] for rank in range(world_size)), strict=True)
+        return {"hosts": hosts, "roles": roles}
+    return {"error": _missing_message(missing, {r: host for r, (host, _) in present.items()}, world_size, timeout_s)}
+
+
+def _missing_message(missing: list[int], present: dict[int, str], world_size: int, timeout_s: float) -> str:
+    hosts = ", ".join(sorted(set(present.values())))
+    return (
+        f"the world did not come up: {len(missing)} of {world_size} ranks missing after {timeout_s:.0f} s: ranks "
+        f"{ranges(missing)}. Present: ranks {ranges(sorted(present))} on {hosts}. Look at the "
+        "missing ranks' logs for the first error; a host not listed here has not reported at all (world.join_timeout_s)"
+    )
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """1, 2, 3, 7 as '1-3, 7'."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+@contextmanager
+def _forming(facts: RankFacts, what: str, timeout_s: float) -> Iterator[None]:
+    """Say in words what torch.distributed was doing when it failed."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo and NCCL know no narrower type
+        raise WorldError(
+            f"rank {facts.rank} (host {facts.host}): the process groups of {what} did not form within "
+            f"{timeout_s:.0f} s (world.wait_timeout_s); another rank has died or a network interface does not reach "
+            f"the other hosts: {first_line(error)}"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def make_groups(
+    topology: Topology, world: World, transport: Transport, timeout_s: float, engine: EngineGroups | None = None
+) -> Groups:
+    """Create every group of the topology, and the engine's. All ranks call it once, right after `join_world`."""
+    with _forming(world.facts, "the topology", timeout_s):
+        groups = _make_groups(topology, world, transport, timeout_s)
+        if engine is not None:  # last, because target ranks may import the engine first: nobody waits for that here
+            _make_engine_groups(
+                engine, topology.target_place(world.facts.rank) is not None, timedelta(seconds=timeout_s)
+            )
+        return groups
+
+
+def _make_groups(topology: Topology, world: World, transport: Transport, timeout_s: float) -> Groups:
+    rank, timeout = world.facts.rank, timedelta(seconds=timeout_s)
+
+    def group(ranks: Iterable[int], name: str, backend: str | None = None) -> dist.ProcessGroup | None:
+        members = sorted(ranks)
+        made = dist.new_group(members, timeout=timeout, backend=backend, group_desc=name)
+        return made if rank in members else None
+
+    control = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
+    replica = None
+    for r, ranks in enumerate(topology.replicas):
+        made = group(ranks, f"target replica {r}")
+        replica = made or replica
+    draft = draft_cpu = checkpoint = draft_mesh = None
+    if topology.draft:
+        draft = group(topology.draft_ranks, "draft")
+        draft_cpu = group(topology.draft_ranks, "draft cpu", "gloo")
+        checkpoint = group(topology.draft_ranks, "checkpoint", "gloo")
+        draft_mesh = _draft_mesh(topology, world, group)
+    links = {}
+    for link in topology.links if transport != "mooncake" else ():
+        made = group((link.source, link.destination), f"link {link.source} to {link.destination}", transport)
+        if made is not None:
+            links[link] = made
+    return Groups(control, replica, draft, draft_cpu, checkpoint, draft_mesh, links)
+
+
+def _make_engine_groups(engine: EngineGroups, target: bool, timeout: timedelta) -> None:
+    if target:
+        engine.make(timeout)
+        return
+    for ranks, backend in engine.calls:
+        dist.new_group(list(ranks), timeout=timeout, backend=backend)
+
+
+def _draft_mesh(topology: Topology, world: World, group) -> DeviceMesh | None:  # type: ignore[no-untyped-def]
+    """A true ("dp", "cp") mesh over the subset of draft ranks, from groups that all ranks helped to create."""
+    ranks = torch.tensor(topology.draft)
+    own = {}
+    for dim, rows in {"dp": ranks.T, "cp": ranks}.items():
+        for i, row in enumerate(rows.tolist()):
+            made = group(row, f"draft {dim} {i}")
+            if made is not None:
+                own[dim] = made
+    if not own:
+        return None
+    return DeviceMesh.from_group([own["dp"], own["cp"]], world.device.type, mesh=ranks, mesh_dim_names=("dp", "cp"))

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bringing up the links between target and draft ranks, and waiting for a transfer within a limit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from specdist.core.errors import WorldError
+from specdist.core.topology import Link, Topology
+from specdist.world.groups import Groups, World, first_line
+
+_LIBRARY_S = 2.0
+"""So much longer than its limit may a transfer that the library bounds take to say so itself."""
+
+_SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.00002, 0.0002
+"""Between two looks at a device's transfer: the first ones soon, for a small one takes less than a sleep."""
+
+
+class TransferError(RuntimeError):
+    """A transfer did not end, or its connection broke: says which, in words."""
+
+
+def connect_links(topology: Topology, groups: Groups, world: World, timeout_s: float) -> None:
+    """Move one byte over every link and back, in rounds in which no rank has two partners, under a host-side timeout.
+
+    The first operation on a communicator sets it up; here, and not inside a training step, is where a broken network
+    shows, with the pair named.
+    """
+    if not groups.links:
+        return
+    _await_all(topology, groups, world, timeout_s)
+    byte = torch.zeros(1, dtype=torch.uint8, device=world.device if on_device(groups, world) else "cpu")
+    for link in rounds(topology):
+        if link in groups.links:
+            _touch(link, groups.links[link], byte, topology, world.facts.rank, timeout_s)
+
+
+def _await_all(topology: Topology, groups: Groups, world: World, timeout_s: float) -> None:
+    """Wait until every rank that has a link has come this far.
+
+    Before the rounds, in which a rank that does not come also holds up ranks that have no link to it.
+    """
+    store = dist.PrefixStore(f"links/{groups.control.group_name}", world.store)
+    ranks = sorted({*topology.target_ranks, *topology.draft_ranks})
+    try:
+        store.set(str(world.facts.rank), "")
+        if store.add("arrived", 1) == len(ranks):
+            store.set("complete", "")
+        store.wait(["complete"], timedelta(seconds=timeout_s))
+    except dist.DistStoreError as error:
+        absent = {rank for rank in ranks if not store.check([str(rank)])}
+        if not absent:  # the last one came at this very moment
+            return
+        broken = [link for link in topology.links if absent & {link.source, link.destination}]
+        named = ", ".join(topology.describe(rank) for rank in sorted(absent)[:4])
+        raise WorldError(
+            f"{_pairs(broken, topology)} did not come up: {len(absent)} ranks were not there after {timeout_s:.0f} s "
+            f"(world.join_timeout_s), {named}"
+        ) from error
+
+
+def _pairs(links: list[Link], topology: Topology) -> str:
+    named = [f"link {topology.describe(x.source)} -> {topology.describe(x.destination)}" for x in links[:4]]
+    return ", ".join(named) + (f" and {len(links) - 4} more links" if len(links) > 4 else "")
+
+
+def rounds(topology: Topology) -> Iterator[Link]:
+    """All links, such that every rank meets its partners in the same order and nobody waits in a circle."""
+    sources, destinations = topology.target_ranks, topology.draft_ranks
+    rounds = max(len(sources), len(destinations))
+    for shift in range(rounds):
+        for i in range(rounds):
+            j = (i + shift) % rounds
+            if i < len(sources) and j < len(destinations):
+                yield Link(sources[i], destinations[j])
+
+
+def on_device(groups: Groups, world: World) -> bool:
+    """Whether what travels over this rank's links lies on its GPU."""
+    some = next(iter(groups.links.values()), None)
+    return world.device.type == "cuda" and some is not None and dist.get_backend(some) == "nccl"
+
+
+def _touch(
+    link: Link, group: dist.ProcessGroup, byte: torch.Tensor, topology: Topology, rank: int, timeout_s: float
+) -> None:
+    def there_and_back() -> None:
+        partner = link.destination if rank == link.source else link.source
+        for sending in (rank == link.source, rank != link.source):
+            operation = dist.isend if sending else dist.irecv
+            work = operation(byte, partner, group=group)
+            assert work is not None
+            wait_work(work, timeout_s, on_device=byte.is_cuda)
+
+    try:
+        bounded(there_and_back, timeout_s + _LIBRARY_S, byte.device)
+    except RuntimeError as error:
+        limit = f"{timeout_s:.0f} s, world.join_timeout_s"
+        raise WorldError(f"{_pairs([link], topology)} did not come up (limit {limit}): {first_line(error)}") from error
+
+
+def bounded(action: Callable[[], None], timeout_s: float, device: torch.device) -> None:
+    """Run `action` in a thread: setting up a communicator may block inside the library, where no timeout reaches."""
+    failures: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            action()
+        except RuntimeError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=body, name="specdist-connect", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        raise TransferError("it is not up in time")
+    if failures:
+        raise failures[0]
+
+
+def wait_work(work: dist.Work, timeout_s: float, on_device: bool) -> None:
+    """Wait on the host, bounded, until a transfer has finished.
+
+    NCCL's own `wait` only orders streams, so a device transfer is polled; gloo's blocks with a timeout.
+
+    Raises:
+        TransferError: not finished after `timeout_s` seconds, or the connection is lost.
+    """
+    deadline = time.monotonic() + timeout_s
+    try:
+        if not on_device:
+            work.wait(timedelta(seconds=timeout_s))
+            return
+        pause = _SHORTEST_LOOK_S
+        while not (completed := work.is_completed()) and time.monotonic() < deadline:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_LOOK_S)
+        if completed:
+            work.wait()  # raises what it failed with
+            return
+    except RuntimeError as error:  # gloo knows no narrower type, for a timeout neither
+        if time.monotonic() < deadline:
+            raise TransferError(f"the connection is lost: {first_line(error)}") from error
+    raise TransferError("it did not end in time")
