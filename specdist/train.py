@@ -28,14 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     import transformers
 
     from specdist.core.attempts import AttemptRecord
+    from specdist.core.config import Sources
     from specdist.core.launch_env import Attempt, RankFacts
-    from specdist.job.config import home, load_job, naming_sources
+    from specdist.job.config import home, job_of, naming
     from specdist.run.rank_log import RankLog
     from specdist.run.runtime import Start, run
 
     try:
         facts, attempt = RankFacts.from_environment(), Attempt.from_environment()
-        job = load_job(args.config, args.overrides)
+        sources = Sources(args.config, args.overrides)
+        job = job_of(sources)
         record = AttemptRecord(attempt.directory(home(job, attempt)))
         try:
             log = RankLog(record.directory, facts)
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()  # one per rank would overwrite the run's own
     start = Start(attempt, record, log)
     try:
-        with naming_sources(args.config, args.overrides):
+        with naming(sources):
             run(job, facts, start)
     except Dismissed as error:
         print(f"specdist: {error}", file=log.file)

@@ -4,7 +4,7 @@
 This module knows no section. Each section's dataclass lives beside the code it configures and
 `specdist/job/config.py` puts them together. An unknown key, a wrong type or a missing value raises ConfigError with
 the source (`file:line` or `command line`), the key, and the nearest valid name. Errors about values are raised by whom
-they concern, often long after loading, and name keys only: `naming_sources` adds where each of them came from.
+they concern, often long after loading, and name keys only: `Sources.naming` adds where each of them came from.
 """
 
 from __future__ import annotations
@@ -50,66 +50,87 @@ class _Layer:
     name: str
     values: DictConfig
     places: Mapping[str, str]
+    sections: frozenset[str]
+    """The keys whose value is a mapping, or null."""
+
+
+class Sources:
+    """Configuration files and `key=value` words, in the order in which they are merged; they are parsed once.
+
+    Raises:
+        ConfigError: a file that cannot be read or is not YAML, a key set twice in a file, a word without `=`.
+    """
+
+    def __init__(self, files: Sequence[str | Path], overrides: Sequence[str] = ()):
+        self._files = tuple(map(str, files))
+        self._layers = [*(_file_layer(Path(file)) for file in files), *map(_override_layer, overrides)]
+
+    def value(self, key: str) -> Any:
+        """What is given for a key, before any check; None where nothing is."""
+        merged = OmegaConf.merge(*(layer.values for layer in self._layers)) if self._layers else OmegaConf.create()
+        found = OmegaConf.select(merged, key, throw_on_resolution_failure=False)
+        return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+
+    def where(self, key: str) -> str:
+        """Where a key was last set: `file:line`, `command line` or `default`."""
+        return next((layer.places[key] for layer in reversed(self._layers) if key in layer.places), "default")
+
+    def load(self, schema: type[T]) -> T:
+        """Merge everything over the defaults of the dataclass `schema`.
+
+        Raises:
+            ConfigError: an unknown key, a wrong type, a value still missing, or a combination that a section's own
+                validation refuses.
+        """
+        config = OmegaConf.structured(schema)
+        OmegaConf.set_readonly(config, False)
+        for layer in self._layers:
+            _check_keys(schema, layer)
+            try:
+                config = OmegaConf.merge(config, layer.values)
+            except OmegaConfBaseException as error:
+                key, wrong = _refused(error, config, layer)
+                raise ConfigError(f"{layer.places.get(key, layer.name)}: {key}: {wrong}", sources="") from error
+        with self.naming(schema):
+            try:
+                return typing.cast(T, OmegaConf.to_object(config))
+            except MissingMandatoryValue as error:
+                given, key = ", ".join(self._files) or "no file given", error.full_key or ""
+                words = f"{key} has no value: set it in a config file ({given}) or as {key}=..."
+                raise ConfigError(words, sources="") from error
+            except OmegaConfBaseException as error:
+                raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+
+    @contextmanager
+    def naming(self, schema: type) -> Iterator[None]:
+        """Let errors about the configuration also say where the values of the keys they name came from."""
+        try:
+            yield
+        except InputError as error:
+            if error.sources is None:
+                named = _named_keys(str(error), [field.key for field in fields(schema)])
+                error.sources = "; ".join(f"{key}: {self.where(key)}" for key in named)
+            raise
 
 
 def load(schema: type[T], files: Sequence[str | Path], overrides: Sequence[str] = ()) -> T:
-    """Merge `files` in order and then `overrides` (`a.b=value`) over the defaults of the dataclass `schema`.
-
-    Raises:
-        ConfigError: a file that cannot be read, an unknown key, a key set twice in a file, a wrong type, a value still
-            missing, or a combination that a section's own validation refuses.
-    """
-    config = OmegaConf.structured(schema)
-    OmegaConf.set_readonly(config, False)
-    for layer in _layers(schema, files, overrides):
-        try:
-            config = OmegaConf.merge(config, layer.values)
-        except OmegaConfBaseException as error:
-            key, wrong = _told(error, config, layer)
-            raise ConfigError(f"{layer.places.get(key, layer.name)}: {key}: {wrong}", sources="") from error
-    with naming_sources(schema, files, overrides):
-        try:
-            return typing.cast(T, OmegaConf.to_object(config))
-        except MissingMandatoryValue as error:
-            given = ", ".join(map(str, files)) or "no file given"
-            key = error.full_key or ""
-            raise ConfigError(
-                f"{key} has no value: set it in a config file ({given}) or as {key}=...", sources=""
-            ) from error
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+    """Merge `files` in order and then `overrides` (`a.b=value`) over the defaults of `schema`. Raises ConfigError."""
+    return Sources(files, overrides).load(schema)
 
 
-def _told(error: OmegaConfBaseException, config: Any, layer: _Layer) -> tuple[str, str]:
+def _refused(error: OmegaConfBaseException, config: Any, layer: _Layer) -> tuple[str, str]:
     """The key that a layer sets wrongly, and what is wrong with it. Of items of a list OmegaConf knows neither key nor
     value: then it is the key that is refused alone."""
     if error.full_key:
         return error.full_key, _first_line(error)
-    for key in layer.places:
+    for key in (key for key in layer.places if key not in layer.sections):
         value, alone = OmegaConf.select(layer.values, key), OmegaConf.create()
         OmegaConf.update(alone, key, value)
         try:
             OmegaConf.merge(config, alone)
         except OmegaConfBaseException:
-            if not OmegaConf.is_dict(value):
-                return key, _first_line(error).replace("'$VALUE'", str(value))
+            return key, _first_line(error).replace("'$VALUE'", str(value))
     return "", _first_line(error)
-
-
-@contextmanager
-def naming_sources(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Let errors about the configuration also say where the values of the keys they name came from: `file:line`,
-    `command line` or `default`."""
-    places: dict[str, str] = {}
-    for layer in _layers(schema, files, overrides):
-        places |= layer.places
-    try:
-        yield
-    except InputError as error:
-        if error.sources is None:
-            named = _named_keys(str(error), [field.key for field in fields(schema)])
-            error.sources = "; ".join(f"{key}: {places.get(key, 'default')}" for key in named)
-        raise
 
 
 def _named_keys(text: str, keys: Sequence[str]) -> list[str]:
@@ -144,13 +165,7 @@ def fields(schema: type, prefix: str = "") -> Iterator[Field]:
         yield Field(key, _type_name(hint), default, helps.get(field.name, ""))
 
 
-def _layers(schema: type, files: Sequence[str | Path], overrides: Sequence[str]) -> Iterator[_Layer]:
-    """Everything that is laid over the defaults, in order, with its keys checked. Raises ConfigError."""
-    yield from (_file_layer(schema, Path(file)) for file in files)
-    yield from (_override_layer(schema, override) for override in overrides)
-
-
-def _file_layer(schema: type, path: Path) -> _Layer:
+def _file_layer(path: Path) -> _Layer:
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -165,64 +180,71 @@ def _file_layer(schema: type, path: Path) -> _Layer:
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {path} is not valid YAML: {_first_line(error)}", sources="") from error
     if node is None:
-        return _Layer(str(path), OmegaConf.create(), {})
+        return _Layer(str(path), OmegaConf.create(), {}, frozenset())
     if not isinstance(node, yaml.MappingNode):
         line = node.start_mark.line + 1
         raise ConfigError(f"{path}:{line}: a config file is a mapping of sections to keys", sources="")
-    _refuse_duplicates(node, path)
-    places = dict(_check_keys(schema, node, path))
+    found = _Walk(path)
+    found.visit(node)
     try:
-        return _Layer(str(path), typing.cast(DictConfig, OmegaConf.create(text)), places)
+        values = typing.cast(DictConfig, OmegaConf.create(text))
     except OmegaConfBaseException as error:
         key = error.full_key or ""
-        raise ConfigError(f"{places.get(key, path)}: {key}: {_first_line(error)}", sources="") from error
+        raise ConfigError(f"{found.places.get(key, path)}: {key}: {_first_line(error)}", sources="") from error
+    return _Layer(str(path), values, found.places, frozenset(found.sections))
 
 
-def _override_layer(schema: type, override: str) -> _Layer:
+class _Walk:
+    """The keys of a YAML file with their places. A key that a mapping has twice, at any depth, is refused: the first
+    value would be lost silently."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.places: dict[str, str] = {}
+        self.sections: set[str] = set()
+
+    def visit(self, node: yaml.Node, prefix: str = "") -> None:
+        if isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                self.visit(item, f"{prefix}{i}.")
+        if not isinstance(node, yaml.MappingNode):
+            return
+        lines: dict[str, int] = {}
+        for key_node, value in node.value:
+            key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
+            if key in lines:
+                raise ConfigError(f"{self._path}:{line}: {key} is set already on line {lines[key]}", sources="")
+            lines[key], self.places[key] = line, f"{self._path}:{line}"
+            if isinstance(value, yaml.MappingNode) or value.tag == "tag:yaml.org,2002:null":
+                self.sections.add(key)
+            self.visit(value, f"{key}.")
+
+
+def _override_layer(override: str) -> _Layer:
     key, equals, _ = override.partition("=")
     if not equals:
         raise ConfigError(f"command line: '{override}' is not of the form key=value", sources="")
-    _check_key(schema, key, "command line")
     try:
         values = OmegaConf.from_dotlist([override])
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"command line: {key}: {_first_line(error)}", sources="") from error
-    return _Layer("command line", values, dict.fromkeys(_full_keys(OmegaConf.to_container(values)), "command line"))
+    keys = dict(_full_keys(OmegaConf.to_container(values)))
+    sections = frozenset(key for key, value in keys.items() if value is None or isinstance(value, dict))
+    return _Layer("command line", values, dict.fromkeys(keys, "command line"), sections)
 
 
-def _full_keys(values: Any, prefix: str = "") -> Iterator[str]:
-    """Every key of a mapping and of the mappings in it."""
+def _full_keys(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a mapping and of the mappings in it, with its value."""
     if isinstance(values, dict):
         for name, value in values.items():
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", value
             yield from _full_keys(value, f"{prefix}{name}.")
 
 
-def _refuse_duplicates(node: yaml.Node, path: Path, prefix: str = "") -> None:
-    """Raise where a mapping, at any depth, has a key twice: the first value would be lost silently."""
-    if isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            _refuse_duplicates(item, path, f"{prefix}{i}.")
-    if not isinstance(node, yaml.MappingNode):
-        return
-    lines: dict[object, int] = {}
-    for key_node, value in node.value:
-        name, line = str(key_node.value), key_node.start_mark.line + 1
-        if name in lines:
-            raise ConfigError(f"{path}:{line}: {prefix}{name} is set already on line {lines[name]}", sources="")
-        lines[name] = line
-        _refuse_duplicates(value, path, f"{prefix}{name}.")
-
-
-def _check_keys(schema: type, node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Check every key of a YAML mapping; yield each full key with its place."""
-    for key_node, value in node.value:
-        key, place = f"{prefix}{key_node.value}", f"{path}:{key_node.start_mark.line + 1}"
+def _check_keys(schema: type, layer: _Layer) -> None:
+    for key, place in layer.places.items():
         section = _check_key(schema, key, place)
-        yield key, place
-        if isinstance(value, yaml.MappingNode) and section is not None:
-            yield from _check_keys(schema, value, path, f"{key}.")
-        elif section is not None and value.tag != "tag:yaml.org,2002:null":
+        if section is not None and key not in layer.sections:
             names = ", ".join(_names(section))
             raise ConfigError(f"{place}: {key} is a section with keys of its own: {names}", sources="")
 
@@ -291,7 +313,6 @@ def _field_docstrings(schema: type) -> dict[str, str]:
 _WORDS = (
     (r".* is not a TupleConfig, ListConfig, list, or tuple\.", "it takes a list: write [a, b]"),
     (r"TupleConfig length (\d+) does not match type hint length (\d+)", r"it has \1 items and needs \2"),
-    (r"Merge error: .* is not a subclass of .*", "it is a section with keys of its own, not a value"),
     (r"Incompatible value 'None' for field of type '(\w+)'.*", r"it needs a value (\1)"),
     (r"while parsing a flow .*", "its value is not YAML: is a bracket or a quote left open?"),
 )

@@ -10,7 +10,7 @@ class InputError(UserError, ValueError):
     """Something that the configuration asks for and that cannot be.
 
     `sources` says where the values of the keys in the message came from, as far as that is known: see
-    `specdist.core.config.naming_sources`. It is empty where the message says it itself.
+    `specdist.core.config.Sources`. It is empty where the message says it itself.
     """
 
     def __init__(self, message: str, sources: str | None = None):

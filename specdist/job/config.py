@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,9 @@ class RunConfig:
     """Run directory: configuration, checkpoints, metrics, export. All hosts must see it. A second start resumes."""
     seed: int = 0
     """Fixes the order of the prompts and the draft's initial weights."""
+    plugins: tuple[str, ...] = ()
+    """Python modules that are imported before the rest of the configuration is checked, by every process that reads it.
+    An algorithm, a transport or an engine from outside registers itself so. They must be installed on every host."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -84,7 +88,7 @@ CHANGEABLE = (
     "target.sglang.attention_backend", "target.sglang.ep", "draft.dp", "draft.cp", "draft.sharding", "draft.compile",
     "draft.eagle3.teacher_head", "draft.eagle3.embedding", "draft.eagle3.recompute", "draft.eagle3.loss_chunk",
     "draft.eagle3.attention", "draft.dflash.loss_chunk", "draft.dflash.attention", "prompts.workers",
-    "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer",
+    "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer", "run.plugins",
 )  # fmt: skip
 """Keys that may differ when a run directory is used again: they do not change what the draft is or learns from."""
 
@@ -100,8 +104,14 @@ class JobFacts:
 
 def load_job(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> JobConfig:
     """Read and check a job's configuration. Raises ConfigError."""
-    with naming_sources(files, overrides):
-        job = config.load(JobConfig, files, overrides)
+    return job_of(config.Sources(files, overrides))
+
+
+def job_of(sources: config.Sources) -> JobConfig:
+    """The job that a configuration is, checked. Imports `run.plugins` first. Raises ConfigError."""
+    with naming(sources):
+        _import_plugins(sources.value("run.plugins"))
+        job = sources.load(JobConfig)
         if job.draft.init_from is not None:
             # What the weights decide follows from the weights, so that it cannot contradict them.
             target = describe(job.target.path, job.target.trust_remote_code)
@@ -133,9 +143,27 @@ def load_job(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> JobC
         return job
 
 
+def _import_plugins(modules: object) -> None:
+    if not isinstance(modules, list):
+        return  # absent, or refused with the rest of the configuration
+    for name in modules:
+        try:
+            importlib.import_module(str(name))
+        except (ImportError, ValueError) as error:
+            raise ConfigError(
+                f"run.plugins: the module {name!r} cannot be imported ({error}): install it on this host, or name its "
+                "directory in PYTHONPATH"
+            ) from error
+
+
+def naming(sources: config.Sources) -> AbstractContextManager[None]:
+    """Errors that come of a job say where the values of the keys they name were set."""
+    return sources.naming(JobConfig)
+
+
 def naming_sources(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> AbstractContextManager[None]:
-    """Whatever comes of a job loaded from these: its errors say where the values of the keys they name came from."""
-    return config.naming_sources(JobConfig, files, overrides)
+    """`naming` for files and overrides that have not been read yet. Raises ConfigError."""
+    return naming(config.Sources(files, overrides))
 
 
 def examine(job: JobConfig) -> JobFacts:

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from specdist.core import config
 from specdist.core.errors import ConfigError, DataError
+from specdist.job.config import load_job
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def test_saved_yaml_loads_to_the_same_value(tmp_path):
         ("path: p\n", ["names=a"], r"command line: names: it takes a list: write \[a, b\]"),
         ("path: p\nnames: a\n", [], r"x\.yaml:2: names: it takes a list"),
         ("path: p\n", ["pair=[1]"], r"command line: pair: it has 1 items and needs 2"),
-        ("path: p\n", ["inner=3"], r"command line: inner: it is a section with keys of its own"),
+        ("path: p\n", ["inner=3"], r"command line: inner is a section with keys of its own"),
         ("path: p\n", ["path="], r"command line: path: it needs a value"),
         ("path: p\n", ["names=[a"], r"command line: names: its value is not YAML"),
     ],
@@ -125,8 +126,8 @@ def test_errors_that_come_long_after_loading_say_where_the_values_came_from(tmp_
     file = write(tmp_path, "path: p\n")
     with (
         pytest.raises(DataError) as caught,
-        config.naming_sources(Outer, [file]),
-        config.naming_sources(Outer, [], ["path=q"]),  # what is nearer knows better, and it is said once
+        config.Sources([file]).naming(Outer),
+        config.Sources([], ["path=q"]).naming(Outer),  # what is nearer knows better, and it is said once
     ):
         raise DataError("path=q: inner.length/names and out.path.x are no keys")
     assert str(caught.value) == "path=q: inner.length/names and out.path.x are no keys (path: command line)"
@@ -141,3 +142,15 @@ def test_fields_carry_their_help():
     found = {f.key: f for f in config.fields(Outer)}
     assert found["inner.length"].help == "How long."
     assert found["inner.kind"].type == "a | b"
+
+
+def test_a_plugin_is_imported_before_the_rest_of_the_configuration_is_checked(tmp_path, monkeypatch):
+    (tmp_path / "toy_plugin.py").write_text("raise ImportError('toy_plugin was here')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = write(tmp_path, "run:\n  plugins: [json]\n  plugins_: 1\n")
+    with pytest.raises(ConfigError, match=r"'toy_plugin' cannot be imported \(toy_plugin was here\).*command line"):
+        load_job([file], ["run.plugins=[toy_plugin]"])
+    with pytest.raises(ConfigError, match=r"'no_such_plugin' cannot be imported .*No module named"):
+        load_job([], ["run.plugins=[no_such_plugin]"])
+    with pytest.raises(ConfigError, match=r"x\.yaml:3: unknown key 'run\.plugins_'"):
+        load_job([file])
