@@ -2,9 +2,11 @@
 """Typed configuration: defaults <- YAML files <- `key=value` overrides, checked against frozen dataclasses.
 
 This module knows no section. Each section's dataclass lives beside the code it configures and
-`specdist/job/config.py` puts them together. An unknown key, a wrong type or a missing value raises ConfigError with
-the source (`file:line` or `command line`), the key, and the nearest valid name. Errors about values are raised by whom
-they concern, often long after loading, and name keys only: `Sources.naming` adds where each of them came from.
+`specdist/job/config.py` puts them together. A section that holds those of registered implementations says by a
+classmethod `registered` which fields these are: see `complete`. An unknown key, a wrong type or a missing value raises
+ConfigError with the source (`file:line` or `command line`), the key, and the nearest valid name. Errors about values
+are raised by whom they concern, often long after loading, and name keys only: `Sources.naming` adds where each of them
+came from.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import re
@@ -82,6 +85,7 @@ class Sources:
             ConfigError: an unknown key, a wrong type, a value still missing, or a combination that a section's own
                 validation refuses.
         """
+        schema = complete(schema)
         config = OmegaConf.structured(schema)
         OmegaConf.set_readonly(config, False)
         for layer in self._layers:
@@ -150,8 +154,36 @@ def to_dict(config: Any) -> dict[str, Any]:
     return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
 
 
+def complete(schema: type[T]) -> type[T]:
+    """A dataclass with the fields, of itself and of its sections, that follow from registries.
+
+    `schema.registered()`, where there is such a classmethod, gives their types by name: the section of every registered
+    implementation, or another type (the names to choose from) for a field that there is already. Where nothing is
+    added it is `schema` itself, else a subclass.
+    """
+    hints = typing.get_type_hints(schema)
+    added: dict[str, Any] = dict(getattr(schema, "registered", dict)())
+    for name, hint in hints.items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            added.setdefault(name, complete(hint))
+    added = {name: hint for name, hint in added.items() if hints.get(name) != hint}
+    return typing.cast(type[T], _extended(schema, tuple(added.items()))) if added else schema
+
+
+@functools.cache
+def _extended(schema: type, added: tuple[tuple[str, Any], ...]) -> type:
+    present = {field.name: field for field in dataclasses.fields(schema)}
+    made = []
+    for name, hint in added:
+        default = dataclasses.field(default_factory=hint) if dataclasses.is_dataclass(hint) else present[name].default
+        made.append((name, hint, default))
+    namespace = {"__module__": schema.__module__, "__qualname__": schema.__qualname__, "__doc__": schema.__doc__}
+    return dataclasses.make_dataclass(schema.__name__, made, bases=(schema,), frozen=True, namespace=namespace)
+
+
 def fields(schema: type, prefix: str = "") -> Iterator[Field]:
     """Every key of a schema with its type, default and help (the string literal under the field)."""
+    schema = complete(schema)
     helps = _field_docstrings(schema)
     hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
@@ -295,10 +327,9 @@ def _type_name(hint: Any) -> str:
 
 
 def _field_docstrings(schema: type) -> dict[str, str]:
-    """The string literal that follows each field in the source of a dataclass."""
-    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]).body
+    """The string literal that follows each field in the source of a dataclass and of those it inherits from."""
     found = {}
-    for field, after in itertools.pairwise(body):
+    for field, after in itertools.chain.from_iterable(map(_statements, reversed(schema.__mro__))):
         if (
             isinstance(field, ast.AnnAssign)
             and isinstance(field.target, ast.Name)
@@ -308,6 +339,15 @@ def _field_docstrings(schema: type) -> dict[str, str]:
         ):
             found[field.target.id] = " ".join(after.value.value.split())
     return found
+
+
+@functools.cache
+def _statements(schema: type) -> tuple[tuple[ast.stmt, ast.stmt], ...]:
+    """Every statement of a dataclass with the one after it."""
+    if not dataclasses.is_dataclass(schema):
+        return ()
+    source = ast.parse(textwrap.dedent(inspect.getsource(schema)))
+    return tuple(itertools.pairwise(typing.cast(ast.ClassDef, source.body[0]).body))
 
 
 _WORDS = (

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
+from specdist.draft.common.sizes import LayerSizes
 from specdist.draft.config import DraftConfig
-from specdist.draft.sizes import LayerSizes
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from specdist.core.errors import DataError
 from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
 from specdist.draft.base import DraftModel
 from specdist.draft.capture import capture_layout
+from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.config import DraftConfig
 from specdist.draft.dflash import cost as dflash_cost
 from specdist.draft.dflash.dims import DFlashDims
@@ -20,7 +21,6 @@ from specdist.draft.eagle3 import cost as eagle3_cost
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.memory import frozen_rows, step_bytes
 from specdist.draft.eagle3.model import Eagle3Draft
-from specdist.draft.vocabulary import DraftVocabulary
 
 
 def build_draft(

@@ -12,12 +12,12 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig
 
 from specdist.core.records import Features, PackedTokens, TargetVocabulary
+from specdist.draft.common.flex import whole_blocks
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.attention import eager_attention, flex_attention
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.model import Eagle3Draft
 from specdist.draft.eagle3.rows import Rows
-from specdist.draft.flex import whole_blocks
 from specdist.draft.registry import build_draft
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from specdist.core.records import TargetVocabulary
+from specdist.draft.common.rotary import Rotary
 from specdist.draft.config import DraftConfig
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.dflash.model import DFlashDraft
 from specdist.draft.registry import build_draft
-from specdist.draft.rotary import Rotary
 from tests.unit.draft_case import EPS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, THETA, VOCAB, Case, target_config
 
 LAYERS, BLOCK, MASK = 2, 5, 36

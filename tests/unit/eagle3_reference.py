@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from specdist.core.records import TargetVocabulary
+from specdist.draft.common.rotary import Rotary
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.model import Eagle3Draft
 from specdist.draft.registry import build_draft
-from specdist.draft.rotary import Rotary
 from tests.unit.draft_case import EPS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, THETA, VOCAB, Case, target_config
 
 STEPS, DECAY = 4, 0.8

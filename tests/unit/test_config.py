@@ -154,3 +154,43 @@ def test_a_plugin_is_imported_before_the_rest_of_the_configuration_is_checked(tm
         load_job([], ["run.plugins=[no_such_plugin]"])
     with pytest.raises(ConfigError, match=r"x\.yaml:3: unknown key 'run\.plugins_'"):
         load_job([file])
+
+
+IMPLEMENTATIONS: dict[str, type] = {}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    kind: str = "plain"
+    """Which one."""
+
+    @classmethod
+    def registered(cls) -> dict[str, object]:
+        return {"kind": Literal[("plain", *IMPLEMENTATIONS)], **IMPLEMENTATIONS}
+
+
+@dataclass(frozen=True)
+class WithSections:
+    chosen: Chosen = field(default_factory=Chosen)
+    count: int = 1
+
+
+def test_a_registered_implementation_has_a_section_of_its_own(tmp_path, monkeypatch):
+    assert config.load(WithSections, []) == config.complete(WithSections)()
+    monkeypatch.setitem(IMPLEMENTATIONS, "inner", Inner)
+    file = write(tmp_path, "chosen:\n  kind: inner\n  inner:\n    length: 3\n")
+    loaded = config.load(WithSections, [file], ["chosen.inner.kind=b"])
+    assert isinstance(loaded, WithSections)
+    assert loaded.chosen.inner == Inner(length=3, kind="b")
+    assert config.complete(type(loaded)) is type(loaded)
+    assert config.load(WithSections, [write(tmp_path, config.to_yaml(loaded))]) == loaded
+    found = {f.key: f for f in config.fields(WithSections)}
+    assert (found["chosen.kind"].type, found["chosen.kind"].help) == ("plain | inner", "Which one.")
+    assert found["chosen.inner.length"].help == "How long."
+    with pytest.raises(ConfigError, match=r"unknown key 'chosen\.inner\.lenght'; did you mean"):
+        config.load(WithSections, [], ["chosen.inner.lenght=1"])
+    with pytest.raises(ConfigError, match=r"command line: chosen\.kind: .*'other'"):
+        config.load(WithSections, [], ["chosen.kind=other"])
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"x\.yaml:3: unknown key 'chosen\.inner'"):
+        config.load(WithSections, [file])

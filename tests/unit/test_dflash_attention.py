@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from specdist.core.records import PackedTokens
+from specdist.draft.common.flex import BLOCK, in_blocks
 from specdist.draft.dflash.attention import block_mask, eager_attention, flex_attention
 from specdist.draft.dflash.blocks import Blocks
-from specdist.draft.flex import BLOCK, in_blocks
 
 LENGTHS = ((40,), (5, 1, 30), (130, 3, 60, 127, 1), (BLOCK, BLOCK, 2 * BLOCK), (1, 300, 40, 2))
 SIZES = (2, 10, 16)

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from specdist.core.records import PackedTokens
+from specdist.draft.common.flex import BLOCK, whole_blocks
 from specdist.draft.eagle3.attention import causal_attention, document_block_mask, eager_attention, flex_attention
 from specdist.draft.eagle3.rows import Rows
-from specdist.draft.flex import BLOCK, whole_blocks
 
 LENGTHS = ((5,), (2, 1, 3), (130, 3, 0, 127, 1), (BLOCK, BLOCK, 2 * BLOCK), (1, 300, 40, 2))
 SHARES = (1.0, 0.3, 0.02)

@@ -12,12 +12,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import TargetVocabulary
 from specdist.draft.capture import capture_layout
+from specdist.draft.common.rotary import Rotary, rotate
+from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.registry import build_draft, parameter_count
-from specdist.draft.rotary import Rotary, rotate
-from specdist.draft.vocabulary import DraftVocabulary
 from tests.unit.eagle3_reference import HIDDEN, PRUNED, VOCAB, build_case, target_config
 
 

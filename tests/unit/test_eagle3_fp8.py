@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from specdist.core.errors import ConfigError
 from specdist.core.records import Features, PackedTokens, TargetVocabulary
-from specdist.draft import compiling
+from specdist.draft.common import compiling
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3 import fp8
 from specdist.draft.eagle3.config import Eagle3Config

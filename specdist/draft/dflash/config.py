@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from specdist.core.errors import ConfigError
-from specdist.draft.sizes import check_layers, check_sizes
+from specdist.draft.common.sizes import check_layers, check_sizes
 
 
 @dataclass(frozen=True)

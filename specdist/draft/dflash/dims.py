@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
+from specdist.draft.common.sizes import LayerSizes, layer_sizes, read
 from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.sizes import LayerSizes, layer_sizes, read
 
 SECTION = "draft.dflash"
 

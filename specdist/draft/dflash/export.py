@@ -22,11 +22,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
+from specdist.draft.common.tensors import DTYPES, check_tensors, converted, layers_json
 from specdist.draft.config import DraftConfig
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.dflash.dims import DFlashDims
 from specdist.draft.export_config import ExportConfig, Format
-from specdist.draft.tensors import DTYPES, check_tensors, converted, layers_json
 
 ARCHITECTURE = "DFlashDraftModel"
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from specdist.draft.common.mlp import MLP
+from specdist.draft.common.sizes import LayerSizes
 from specdist.draft.dflash.attention import BlockAttention, KeysValues
 from specdist.draft.dflash.pieces import PLAIN, Pieces
-from specdist.draft.mlp import MLP
-from specdist.draft.sizes import LayerSizes
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin, each [n, 1, D / 2]."""

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from specdist.core.records import LogitMap
+from specdist.draft.common.precision import at_least_fp32
 from specdist.draft.dflash.blocks import Blocks
 from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.precision import at_least_fp32
 
 SUMS = ("loss", "counted", "correct", "prefix")
 """What is summed per slot: cross entropy and number of counted slots, argmax matches, and those whose slots before

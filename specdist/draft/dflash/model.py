@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from specdist.core.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
 from specdist.draft.base import DraftModel, Supervision, empty_like_loss
+from specdist.draft.common.flex import takes_flex
+from specdist.draft.common.rotary import Rotary
 from specdist.draft.dflash.attention import BlockAttention, eager_attention, flex_attention
 from specdist.draft.dflash.blocks import Blocks
 from specdist.draft.dflash.config import DFlashConfig
@@ -21,8 +23,6 @@ from specdist.draft.dflash.loss import SUMS, BlockLoss, LossInputs, Weighing
 from specdist.draft.dflash.pieces import PLAIN, compiled_pieces
 from specdist.draft.dflash.proposer import DFlashProposer
 from specdist.draft.dflash.summary import summarize
-from specdist.draft.flex import takes_flex
-from specdist.draft.rotary import Rotary
 
 
 @dataclass(frozen=True)

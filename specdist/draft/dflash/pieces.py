@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
-from specdist.draft.compiling import compiled
+from specdist.draft.common.compiling import compiled
+from specdist.draft.common.mlp import swiglu
+from specdist.draft.common.rotary import rotate
 from specdist.draft.dflash.loss import block_terms
-from specdist.draft.mlp import swiglu
-from specdist.draft.rotary import rotate
 
 
 def qk_norm_rope(heads: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
+from specdist.draft.common.tensors import check_tensors, need, read_layers
 from specdist.draft.config import DraftConfig
 from specdist.draft.dflash.dims import DFlashDims
 from specdist.draft.dflash.export import ARCHITECTURE, tensor_shapes
 from specdist.draft.exported import ExportedDraft, check_algorithm, check_sizes
-from specdist.draft.tensors import check_tensors, need, read_layers
 
 __all__ = ["ARCHITECTURE", "ExportedDFlash", "read"]
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from specdist.draft.compiling import compiled
+from specdist.draft.common.compiling import compiled
+from specdist.draft.common.flex import BLOCK, block_list, blockwise_attention, in_blocks
+from specdist.draft.common.precision import at_least_fp32
 from specdist.draft.eagle3.rows import Rows
-from specdist.draft.flex import BLOCK, block_list, blockwise_attention, in_blocks
-from specdist.draft.precision import at_least_fp32
 
 DocumentAttention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(q, k, v) -> (output [n, Hq, D], log-sum-exp [n, Hq] in at least fp32). q [n, Hq, D], k and v [T, Hkv, D] are filled

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
+from specdist.draft.common.sizes import LayerSizes, layer_sizes, read
 from specdist.draft.eagle3.config import Eagle3Config
-from specdist.draft.sizes import LayerSizes, layer_sizes, read
 
 SECTION = "draft.eagle3"
 FP8_MULTIPLE = 16

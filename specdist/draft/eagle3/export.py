@@ -30,11 +30,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
+from specdist.draft.common.tensors import DTYPES, check_tensors, converted, layers_json
+from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.export_config import ExportConfig, Format
-from specdist.draft.tensors import DTYPES, check_tensors, converted, layers_json
-from specdist.draft.vocabulary import DraftVocabulary
 
 SPECULATORS_VERSION = "0.7.0"
 """The version of the speculators library whose format is written."""

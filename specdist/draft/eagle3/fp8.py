@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from specdist.core.errors import ConfigError
+from specdist.draft.common.precision import at_least_fp32
 from specdist.draft.eagle3.pieces import norm, swiglu, swiglu_backward
-from specdist.draft.precision import at_least_fp32
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max

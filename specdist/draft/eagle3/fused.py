@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specdist.core import argmax_lse as summary
 from specdist.core.records import LogitMap
-from specdist.draft import compiling
+from specdist.draft.common import compiling
 from specdist.draft.eagle3 import fp8, loss, pieces
 from specdist.draft.eagle3.loss import LossKind
 from specdist.draft.eagle3.products import PlainProducts

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from specdist.draft.common.mlp import MLP
+from specdist.draft.common.rotary import rotate
 from specdist.draft.eagle3.dims import Eagle3Dims
-from specdist.draft.mlp import MLP
-from specdist.draft.rotary import rotate
 
 
 class Attention(nn.Module):

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from specdist.core.records import LogitMap
+from specdist.draft.common.precision import at_least_fp32
 from specdist.draft.eagle3.products import add_product, wide_zeros
 from specdist.draft.eagle3.teacher import Teacher
-from specdist.draft.precision import at_least_fp32
 
 SUMS = ("loss", "counted", "accepted", "correct")
 """What is summed per step: the loss and number of counted positions, acceptance rate and argmax matches of all."""

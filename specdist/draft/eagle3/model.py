@@ -14,6 +14,9 @@ from torch.nn import functional
 from specdist.core.errors import ConfigError
 from specdist.core.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
 from specdist.draft.base import DraftModel, Supervision, empty_like_loss
+from specdist.draft.common.flex import takes_flex
+from specdist.draft.common.rotary import Rotary, rotate
+from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.attention import DocumentAttention, eager_attention, flex_attention
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
@@ -26,9 +29,6 @@ from specdist.draft.eagle3.rows import Rows
 from specdist.draft.eagle3.summary import summarize
 from specdist.draft.eagle3.teacher import Teacher, teach
 from specdist.draft.eagle3.unroll import Task, Unroll, Weights
-from specdist.draft.flex import takes_flex
-from specdist.draft.rotary import Rotary, rotate
-from specdist.draft.vocabulary import DraftVocabulary
 
 
 @dataclass(frozen=True)

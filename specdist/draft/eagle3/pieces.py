@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdist.draft.precision import at_least_fp32
-from specdist.draft.rotary import rotate
+from specdist.draft.common.precision import at_least_fp32
+from specdist.draft.common.rotary import rotate
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import DataError
+from specdist.draft.common.tensors import check_tensors, need, read_layers
+from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.export import EMBEDDING, tensor_shapes
 from specdist.draft.exported import ExportedDraft, check_algorithm, check_sizes
-from specdist.draft.tensors import check_tensors, need, read_layers
-from specdist.draft.vocabulary import DraftVocabulary
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specdist.core.records import PackedTokens, on_device
 from specdist.draft.base import WHOLE, ContextShare
-from specdist.draft.flex import BLOCK
+from specdist.draft.common.flex import BLOCK
 
 STRIPES_PER_RANK = 8
 """A boundary between stripes costs the head K more positions, few stripes balance the attention less well."""

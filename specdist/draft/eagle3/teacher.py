@@ -11,8 +11,8 @@ from torch import Tensor
 from specdist.core.argmax_lse import Summarise, summarise_logits
 from specdist.core.records import Features, LogitMap, PackedTokens
 from specdist.draft.base import WHOLE, ContextShare
+from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.rows import Rows
-from specdist.draft.vocabulary import DraftVocabulary
 
 
 @dataclass(frozen=True)

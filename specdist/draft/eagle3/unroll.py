@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from specdist.draft.common.flex import in_blocks, whole_blocks
 from specdist.draft.eagle3.attention import DocumentAttention
 from specdist.draft.eagle3.fused import Fused
 from specdist.draft.eagle3.loss import LossInputs, losses
 from specdist.draft.eagle3.products import Products, add_product, wide_zeros
 from specdist.draft.eagle3.rows import Rows
-from specdist.draft.flex import in_blocks, whole_blocks
 
 
 class Weights(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from specdist.draft.sizes import LayerSizes
+from specdist.draft.common.sizes import LayerSizes
 
 
 @dataclass(frozen=True)

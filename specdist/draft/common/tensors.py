@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import DataError
-from specdist.draft.sizes import LayerSizes
+from specdist.draft.common.sizes import LayerSizes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

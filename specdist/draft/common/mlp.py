@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from specdist.draft.sizes import LayerSizes
+from specdist.draft.common.sizes import LayerSizes
 
 
 class MLP(nn.Module):
