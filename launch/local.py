@@ -28,9 +28,10 @@ def world_size(job: JobConfig, devices: int) -> int:
             return target + draft * job.draft.cp
         if devices > target:
             return devices
-        raise ConfigError(
-            f"draft.dp is not set and this machine shows {devices} GPUs: set draft.dp, or --nproc-per-node, to say how "
-            f"many ranks beside the {target} of the target to start"
+        raise ConfigError.at(
+            "draft.dp",
+            f"is not set and this machine shows {devices} GPUs: set draft.dp, or --nproc-per-node, to say how "
+            f"many ranks beside the {target} of the target to start",
         )
     if job.world.role == "draft":
         target = 0
@@ -43,7 +44,8 @@ def ranks_per_node(job: JobConfig, nodes: int, devices: int = 0) -> int:
     if ranks % nodes:
         raise ConfigError(
             f"{ranks} ranks (target.replicas x target.tp + draft.dp x draft.cp) do not divide among {nodes} nodes: "
-            "change one of them, or say with --nproc-per-node how many ranks each node has"
+            "change one of them, or say with --nproc-per-node how many ranks each node has",
+            "target.replicas target.tp draft.dp draft.cp",
         )
     return ranks // nodes
 

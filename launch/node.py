@@ -73,9 +73,10 @@ class Agent:
         """Raise ConfigError where the job is to stop before it has begun: every start would be in vain."""
         deadline, margin = self._attempt.deadline, self._job.launch.stop_before_end_s
         if deadline is not None and deadline - time.time() <= margin:
-            raise ConfigError(
-                f"launch.stop_before_end_s={margin:g}: this job has only {deadline - time.time():.0f} s, and would "
-                "save and leave at once: give it more time, or set launch.stop_before_end_s lower"
+            raise ConfigError.at(
+                "launch.stop_before_end_s",
+                f"={margin:g}: this job has only {deadline - time.time():.0f} s, and would "
+                "save and leave at once: give it more time, or set launch.stop_before_end_s lower",
             )
 
     def _leave_early(self, reason: str, kept: bool) -> int:

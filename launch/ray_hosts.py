@@ -193,7 +193,8 @@ def choose_shape(ranks: int | None, hosts: int | None, gpus: int | None, cluster
         if shape.ranks != ranks:
             raise ConfigError(
                 f"{shape} are not the job's {ranks} ranks (target.replicas x target.tp + draft.dp x draft.cp): change "
-                "--nodes, --gpus-per-node or one of those"
+                "--nodes, --gpus-per-node or one of those",
+                "target.replicas target.tp draft.dp draft.cp",
             )
         return shape
     gpus = gpus or _largest(cluster)

@@ -129,7 +129,7 @@ def _snapshot(job: JobConfig, job_id: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, to_yaml(job))
     except OSError as error:
-        raise ConfigError(f"run.dir: {job.run.dir} cannot be written: {error}") from error
+        raise ConfigError.at("run.dir", f": {job.run.dir} cannot be written: {error}") from error
     return path
 
 

@@ -116,7 +116,7 @@ def make_place(run_dir: Path, snapshot: str) -> Place:
     from specdist_launch.slurm_script import Place
 
     if "=" in str(run_dir):
-        raise ConfigError(f"run.dir: {run_dir} has an equals sign in its path, which tells key=value from files")
+        raise ConfigError.at("run.dir", f": {run_dir} has an equals sign in its path, which tells key=value from files")
     name = f"job-{hashlib.sha256(snapshot.encode()).hexdigest()[:8]}.yaml"
     directory = run_dir / "slurm"
     return Place(Path.cwd(), run_dir, directory / name, directory / "%j.out", sys.executable)
@@ -132,7 +132,7 @@ def _save(place: Place, snapshot: str, script: str) -> Path:
         write_atomically(place.config, snapshot)
         write_atomically(file, script)
     except OSError as error:
-        raise ConfigError(f"run.dir: {place.config.parent} cannot be written: {error}") from error
+        raise ConfigError.at("run.dir", f": {place.config.parent} cannot be written: {error}") from error
     return file
 
 

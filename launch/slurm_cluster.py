@@ -60,8 +60,8 @@ def _check_names(names: Sequence[str], kinds: Sequence[NodeKind]) -> None:
     known = sorted({kind.partition for kind in kinds})
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ConfigError(
-            f"launch.slurm.partition: this cluster has no partition '{unknown[0]}'; it has {', '.join(known)}"
+        raise ConfigError.at(
+            "launch.slurm.partition", f": this cluster has no partition '{unknown[0]}'; it has {', '.join(known)}"
         )
 
 
@@ -69,13 +69,15 @@ def _check_size(component: NodesConfig, partition: str, kinds: Sequence[NodeKind
     gpus = component.gpus_per_node or 0
     most = max(kind.gpus for kind in kinds)
     if gpus > most:
-        raise ConfigError(
-            f"launch.slurm.gpus_per_node={gpus}: the nodes of partition {partition} have {most} GPUs at most"
+        raise ConfigError.at(
+            "launch.slurm.gpus_per_node", f"={gpus}: the nodes of partition {partition} have {most} GPUs at most"
         )
     fitting = sum(kind.nodes for kind in kinds if kind.gpus >= gpus)
     if component.nodes > fitting:
         having = f" with {gpus} GPUs" if gpus else ""
-        raise ConfigError(f"launch.slurm.nodes={component.nodes}: partition {partition} has {fitting} nodes{having}")
+        raise ConfigError.at(
+            "launch.slurm.nodes", f"={component.nodes}: partition {partition} has {fitting} nodes{having}"
+        )
 
 
 def submit(script: Path) -> str:

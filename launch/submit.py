@@ -162,7 +162,7 @@ class _Request:
             run_dir = Path(job.run.dir).absolute()
             for sign, use in {"=": "tells key=value from files", "%": "starts a pattern in submitit's paths"}.items():
                 if sign in str(run_dir):
-                    raise ConfigError(f"run.dir: {run_dir} has a '{sign}' in its path, which {use}")
+                    raise ConfigError.at("run.dir", f": {run_dir} has a '{sign}' in its path, which {use}")
             RunDirectory(run_dir).check(job)
         return job
 
@@ -257,5 +257,5 @@ def _snapshot(job: JobConfig, run_dir: Path) -> Path:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, text)
     except OSError as error:
-        raise ConfigError(f"run.dir: {path.parent} cannot be written: {error}") from error
+        raise ConfigError.at("run.dir", f": {path.parent} cannot be written: {error}") from error
     return path

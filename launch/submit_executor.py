@@ -102,17 +102,19 @@ def slurm_parameters(launch: LaunchConfig, array_parallelism: int | None = None)
     if slurm.heterogeneous:
         raise ConfigError(
             "launch.slurm.target.nodes, launch.slurm.draft.nodes: submitit knows no heterogeneous jobs; "
-            "`specdist launch slurm` does"
+            "`specdist launch slurm` does",
+            "launch.slurm.target.nodes launch.slurm.draft.nodes",
         )
     if launch.container.kind != "none":
-        raise ConfigError(
-            f"launch.container.kind={launch.container.kind}: submitit's tasks do not run in containers; "
-            "`specdist launch slurm` starts ranks in them"
+        raise ConfigError.at(
+            "launch.container.kind",
+            f"={launch.container.kind}: submitit's tasks do not run in containers; "
+            "`specdist launch slurm` starts ranks in them",
         )
     if slurm.time is None:
-        raise ConfigError(
-            "launch.slurm.time is not set: submitit needs the time limit, and takes 5 minutes without: give it as "
-            "time='4:00:00'"
+        raise ConfigError.at(
+            "launch.slurm.time",
+            "is not set: submitit needs the time limit, and takes 5 minutes without: give it as time='4:00:00'",
         )
     # submitit calculates with minutes; Slurm gets the limit as it was given.
     others = {"time": slurm.time, "requeue": True, **dict(map(_option, slurm.options))}
@@ -163,7 +165,9 @@ def gpus_here(job: JobConfig, wanted: int | None) -> Gpus:
 
     shown = [] if job.world.device == "cpu" else _shown(os.environ)
     if wanted is not None and wanted > len(shown):
-        raise ConfigError(f"launch.slurm.gpus_per_node={wanted}: this machine shows {len(shown)} GPUs to the job")
+        raise ConfigError.at(
+            "launch.slurm.gpus_per_node", f"={wanted}: this machine shows {len(shown)} GPUs to the job"
+        )
     devices = shown[:wanted]
     return Gpus(",".join(devices), wanted or world_size(job, len(devices)))
 
@@ -192,5 +196,5 @@ def _option(word: str) -> tuple[str, str | bool]:
     """An option of sbatch, --KEY=VALUE or --KEY, as submitit takes it."""
     key, equals, value = word.removeprefix("--").partition("=")
     if not word.startswith("--") or not word.isprintable():
-        raise ConfigError(f"launch.slurm.options: write {word!r} as --KEY=VALUE or --KEY")
+        raise ConfigError.at("launch.slurm.options", f": write {word!r} as --KEY=VALUE or --KEY")
     return key, value if equals else True

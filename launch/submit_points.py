@@ -42,7 +42,8 @@ def _check_points(sweep: Sequence[Point]) -> None:
             if key == "run.dir" or key.partition(".")[0] == "launch":
                 raise ConfigError(
                     f"point {number} of the sweep sets {key}: run directories are made of the points' overrides, below "
-                    "the run.dir that is common to all; and all points are started alike"
+                    "the run.dir that is common to all; and all points are started alike",
+                    "run.dir",
                 )
         first = seen.setdefault(_canonical(point), number)
         if first != number:

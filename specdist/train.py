@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from specdist.core.attempts import AttemptRecord
     from specdist.core.config import Sources
     from specdist.core.launch_env import Attempt, RankFacts
-    from specdist.job.config import home, job_of, naming
+    from specdist.job.config import home, job_of
     from specdist.run.rank_log import RankLog
     from specdist.run.runtime import Start, run
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             log = RankLog(record.directory, facts)
         except OSError as error:
-            raise ConfigError(f"run.dir: {job.run.dir} cannot be written on {facts.host}: {error}") from error
+            raise ConfigError.at("run.dir", f": {job.run.dir} cannot be written on {facts.host}: {error}") from error
     except UserError as error:
         print(f"specdist: {error}", file=sys.stderr, flush=True)
         return 2
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()  # one per rank would overwrite the run's own
     start = Start(attempt, record, log)
     try:
-        with naming(sources):
+        with sources.naming():
             run(job, facts, start)
     except Dismissed as error:
         print(f"specdist: {error}", file=log.file)

@@ -99,9 +99,10 @@ class Bench:
         largest_shard = max(self._rows) * layout.bytes_per_token
         self._slots = parse_bytes(wire.config.memory, "channel.memory") // largest_shard
         if self._slots < 2:
-            raise ConfigError(
-                f"channel.memory={wire.config.memory} holds {self._slots} items of {largest_shard:,} B a draft rank, "
-                "and a transfer that overlaps another needs 2: raise it, or lower --payload"
+            raise ConfigError.at(
+                "channel.memory",
+                f"={wire.config.memory} holds {self._slots} items of {largest_shard:,} B a draft rank, "
+                "and a transfer that overlaps another needs 2: raise it, or lower --payload",
             )
         self._limit = make_limit(wire, self._slots, largest_shard // run.tp)
         self._end: Target | Draft

@@ -173,7 +173,7 @@ def _plan(args: argparse.Namespace, words: Sequence[str], directory: Path) -> Pl
     )  # fmt: skip
     job = load_job([], [*own, f"run.dir={directory / 'run'}"])
     if job.draft.dp is None:
-        raise ConfigError("draft.dp is not set: it says how many ranks beside the target's are measured")
+        raise ConfigError.at("draft.dp", "is not set: it says how many ranks beside the target's are measured")
     facts = examine(job)
     if args.length != "mixed":
         lengths *= max(1, _PROMPT_TOKENS // longest)

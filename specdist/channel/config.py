@@ -31,12 +31,12 @@ class ChannelConfig:
     def __post_init__(self) -> None:
         parse_bytes(self.memory, "channel.memory")
         if self.send_buffers < 1:
-            raise ConfigError(f"channel.send_buffers is at least 1, not {self.send_buffers}")
+            raise ConfigError.at("channel.send_buffers", f"is at least 1, not {self.send_buffers}")
 
 
 def parse_bytes(text: str, key: str) -> int:
     """'4GiB', '512 MB', '1048576' as a number of bytes (units are powers of 1024)."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if not match:
-        raise ConfigError(f"{key}: '{text}' is not an amount of memory; write for example 512MiB or 4GiB")
+        raise ConfigError.at(key, f": '{text}' is not an amount of memory; write for example 512MiB or 4GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -45,10 +45,12 @@ def ring_slots(memory: int, rows: int, bytes_per_row: int, needed: int) -> int:
     slot = rows * bytes_per_row
     slots = memory // slot
     if slots < needed:
-        raise ConfigError(
-            f"channel.memory = {memory:,} B holds {slots} micro-batches of prompts.tokens_per_rank = {rows:,} tokens x "
+        raise ConfigError.at(
+            "channel.memory",
+            f" = {memory:,} B holds {slots} micro-batches of prompts.tokens_per_rank = {rows:,} tokens x "
             f"{bytes_per_row:,} B = {slot:,} B, but {needed} are needed (train.accumulation micro-batches of a step, "
             f"and one more to overlap): set channel.memory to at least {-(-needed * slot // 1024)}KiB or lower "
-            "prompts.tokens_per_rank"
+            "prompts.tokens_per_rank",
+            "prompts.tokens_per_rank train.accumulation",
         )
     return int(slots)

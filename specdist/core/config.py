@@ -5,8 +5,8 @@ This module knows no section. Each section's dataclass lives beside the code it 
 `specdist/job/config.py` puts them together. A section that holds those of registered implementations says by a
 classmethod `registered` which fields these are: see `complete`. An unknown key, a wrong type or a missing value raises
 ConfigError with the source (`file:line` or `command line`), the key, and the nearest valid name. Errors about values
-are raised by whom they concern, often long after loading, and name keys only: `Sources.naming` adds where each of them
-came from.
+are raised by the code that they concern, often long after loading, and know their keys: `Sources.naming` adds where
+each of them was set.
 """
 
 from __future__ import annotations
@@ -94,26 +94,25 @@ class Sources:
                 config = OmegaConf.merge(config, layer.values)
             except OmegaConfBaseException as error:
                 key, wrong = _refused(error, config, layer)
-                raise ConfigError(f"{layer.places.get(key, layer.name)}: {key}: {wrong}", sources="") from error
-        with self.naming(schema):
+                raise ConfigError(f"{layer.places.get(key, layer.name)}: {key}: {wrong}") from error
+        with self.naming():
             try:
                 return typing.cast(T, OmegaConf.to_object(config))
             except MissingMandatoryValue as error:
                 given, key = ", ".join(self._files) or "no file given", error.full_key or ""
                 words = f"{key} has no value: set it in a config file ({given}) or as {key}=..."
-                raise ConfigError(words, sources="") from error
+                raise ConfigError(words) from error
             except OmegaConfBaseException as error:
-                raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+                raise ConfigError(f"{error.full_key}: {_first_line(error)}", error.full_key or "") from error
 
     @contextmanager
-    def naming(self, schema: type) -> Iterator[None]:
-        """Let errors about the configuration also say where the values of the keys they name came from."""
+    def naming(self) -> Iterator[None]:
+        """Let errors about the configuration also say where their keys were set; of several, the nearest."""
         try:
             yield
         except InputError as error:
             if error.sources is None:
-                named = _named_keys(str(error), [field.key for field in fields(schema)])
-                error.sources = "; ".join(f"{key}: {self.where(key)}" for key in named)
+                error.sources = "; ".join(f"{key}: {self.where(key)}" for key in error.keys.split())
             raise
 
 
@@ -135,13 +134,6 @@ def _refused(error: OmegaConfBaseException, config: Any, layer: _Layer) -> tuple
         except OmegaConfBaseException:
             return key, _first_line(error).replace("'$VALUE'", str(value))
     return "", _first_line(error)
-
-
-def _named_keys(text: str, keys: Sequence[str]) -> list[str]:
-    """The keys that a message names, in its order; a path or a longer key that contains one does not name it."""
-    found = {key: re.search(rf"(?<![\w./-]){re.escape(key)}(?!\w|[./-]\w)", text) for key in keys}
-    places = {match.start(): key for key, match in found.items() if match}
-    return [places[start] for start in sorted(places)]
 
 
 def to_yaml(config: Any) -> str:
@@ -201,28 +193,28 @@ def _file_layer(path: Path) -> _Layer:
     try:
         text = path.read_text()
     except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist (working directory {Path.cwd()})", sources="") from None
+        raise ConfigError(f"config file {path} does not exist (working directory {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}", sources="") from error
+        raise ConfigError(f"config file {path} cannot be read: {error}") from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}", sources="") from error
+        raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not valid YAML: {_first_line(error)}", sources="") from error
+        raise ConfigError(f"config file {path} is not valid YAML: {_first_line(error)}") from error
     if node is None:
         return _Layer(str(path), OmegaConf.create(), {}, frozenset())
     if not isinstance(node, yaml.MappingNode):
         line = node.start_mark.line + 1
-        raise ConfigError(f"{path}:{line}: a config file is a mapping of sections to keys", sources="")
+        raise ConfigError(f"{path}:{line}: a config file is a mapping of sections to keys")
     found = _Walk(path)
     found.visit(node)
     try:
         values = typing.cast(DictConfig, OmegaConf.create(text))
     except OmegaConfBaseException as error:
         key = error.full_key or ""
-        raise ConfigError(f"{found.places.get(key, path)}: {key}: {_first_line(error)}", sources="") from error
+        raise ConfigError(f"{found.places.get(key, path)}: {key}: {_first_line(error)}") from error
     return _Layer(str(path), values, found.places, frozenset(found.sections))
 
 
@@ -245,7 +237,7 @@ class _Walk:
         for key_node, value in node.value:
             key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
             if key in lines:
-                raise ConfigError(f"{self._path}:{line}: {key} is set already on line {lines[key]}", sources="")
+                raise ConfigError(f"{self._path}:{line}: {key} is set already on line {lines[key]}")
             lines[key], self.places[key] = line, f"{self._path}:{line}"
             if isinstance(value, yaml.MappingNode) or value.tag == "tag:yaml.org,2002:null":
                 self.sections.add(key)
@@ -255,11 +247,11 @@ class _Walk:
 def _override_layer(override: str) -> _Layer:
     key, equals, _ = override.partition("=")
     if not equals:
-        raise ConfigError(f"command line: '{override}' is not of the form key=value", sources="")
+        raise ConfigError(f"command line: '{override}' is not of the form key=value")
     try:
         values = OmegaConf.from_dotlist([override])
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"command line: {key}: {_first_line(error)}", sources="") from error
+        raise ConfigError(f"command line: {key}: {_first_line(error)}") from error
     keys = dict(_full_keys(OmegaConf.to_container(values)))
     sections = frozenset(key for key, value in keys.items() if value is None or isinstance(value, dict))
     return _Layer("command line", values, dict.fromkeys(keys, "command line"), sections)
@@ -278,7 +270,7 @@ def _check_keys(schema: type, layer: _Layer) -> None:
         section = _check_key(schema, key, place)
         if section is not None and key not in layer.sections:
             names = ", ".join(_names(section))
-            raise ConfigError(f"{place}: {key} is a section with keys of its own: {names}", sources="")
+            raise ConfigError(f"{place}: {key} is a section with keys of its own: {names}")
 
 
 def _check_key(schema: type, key: str, where: str) -> type | None:
@@ -290,9 +282,7 @@ def _check_key(schema: type, key: str, where: str) -> type | None:
             return None
         names = _names(section)
         if part not in names:
-            raise ConfigError(
-                f"{where}: unknown key '{prefix}{part}'{_suggest(schema, prefix, part, names)}", sources=""
-            )
+            raise ConfigError(f"{where}: unknown key '{prefix}{part}'{_suggest(schema, prefix, part, names)}")
         hint = _plain(typing.get_type_hints(section)[part])
         section = typing.cast(type, hint) if dataclasses.is_dataclass(hint) else None
         prefix += f"{part}."

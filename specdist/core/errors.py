@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The errors a user can cause or meet. Each message says what is wrong, where, and what would be right."""
 
+from typing import Self
+
 
 class UserError(Exception):
     """Something the user can mend: the command line shows the message alone, without a traceback."""
@@ -9,13 +11,19 @@ class UserError(Exception):
 class InputError(UserError, ValueError):
     """Something that the configuration asks for and that cannot be.
 
-    `sources` says where the values of the keys in the message came from, as far as that is known: see
-    `specdist.core.config.Sources`. It is empty where the message says it itself.
+    `keys`: those of the configuration that the message is about, with blanks between them. `sources` says where they
+    were set, once `specdist.core.config.Sources.naming` has found it out.
     """
 
-    def __init__(self, message: str, sources: str | None = None):
+    def __init__(self, message: str, keys: str = ""):
         super().__init__(message)
-        self.sources = sources
+        self.keys = keys
+        self.sources: str | None = None
+
+    @classmethod
+    def at(cls, key: str, text: str, others: str = "") -> Self:
+        """About the value of `key`, and of `others`; the message is the key and `text`."""
+        return cls(f"{key}{'' if text[0] in ' :=' else ' '}{text}", f"{key} {others}")
 
     def __str__(self) -> str:
         return f"{super().__str__()} ({self.sources})" if self.sources else super().__str__()

@@ -119,9 +119,10 @@ def shared_token(size: int) -> bytes:
     """The secret of two worlds that the user has given to both; raises ConfigError unless it has `size` bytes."""
     text = os.environ.get(TOKEN, "")
     if len(text) != 2 * size or not all(c in "0123456789abcdefABCDEF" for c in text):
-        raise ConfigError(
-            f"world.scheduler is set, so both worlds need the same {TOKEN} in their environment: {2 * size} "
-            f"hexadecimal digits, for example from `openssl rand -hex {size}`"
+        raise ConfigError.at(
+            "world.scheduler",
+            f"is set, so both worlds need the same {TOKEN} in their environment: {2 * size} "
+            f"hexadecimal digits, for example from `openssl rand -hex {size}`",
         )
     return bytes.fromhex(text)
 

@@ -30,7 +30,9 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.keep < 1:
-            raise ConfigError(f"checkpoint.every ({self.every}) is >= 0 and checkpoint.keep ({self.keep}) >= 1")
+            raise ConfigError.at(
+                "checkpoint.every", f"({self.every}) is >= 0 and checkpoint.keep ({self.keep}) >= 1", "checkpoint.keep"
+            )
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,10 @@ def refuse_if_held(home: Path, job: str) -> None:
     started = held.started()
     assert started is not None
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started.time))
-    raise ConfigError(
-        f"run.dir: {home} is in use: attempt {held.name} has been at work there since {since}, led by host "
-        f"{started.hosts[0]}: wait for it, stop it, or choose another run.dir"
+    raise ConfigError.at(
+        "run.dir",
+        f": {home} is in use: attempt {held.name} has been at work there since {since}, led by host "
+        f"{started.hosts[0]}: wait for it, stop it, or choose another run.dir",
     )
 
 

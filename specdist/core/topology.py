@@ -48,15 +48,19 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         if self.target_hosts and self.mode != "split":
-            raise ConfigError(f"world.target_hosts divides the hosts of world.mode=split, not of {self.mode}")
+            raise ConfigError.at(
+                "world.target_hosts", f"divides the hosts of world.mode=split, not of {self.mode}", "world.mode"
+            )
         if self.role != "both" and self.mode != "split":
-            raise ConfigError(f"world.role={self.role} divides the roles of world.mode=split, not of {self.mode}")
+            raise ConfigError.at(
+                "world.role", f"={self.role} divides the roles of world.mode=split, not of {self.mode}", "world.mode"
+            )
         host, _, port = self.scheduler.rpartition(":")
         if self.scheduler and (not host or not port.isdigit() or not 0 < int(port) < 65536):
-            raise ConfigError(f"world.scheduler is HOST:PORT, not '{self.scheduler}'")
+            raise ConfigError.at("world.scheduler", f"is HOST:PORT, not '{self.scheduler}'")
         for key in ("join_timeout_s", "wait_timeout_s"):
             if getattr(self, key) <= 0:
-                raise ConfigError(f"world.{key} is a number of seconds > 0, not {getattr(self, key)}")
+                raise ConfigError.at(f"world.{key}", f"is a number of seconds > 0, not {getattr(self, key)}")
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Topology:
         """
         for key, value in {"target.replicas": replicas, "target.tp": tp, "draft.dp": dp, "draft.cp": cp}.items():
             if value is not None and value < 1:
-                raise ConfigError(f"{key} is at least 1, not {value}")
+                raise ConfigError.at(key, f"is at least 1, not {value}")
         build = {
             "split": _SPLIT[world.role],
             "colocated": _colocated,
@@ -228,7 +232,8 @@ def _split(ask: _Request) -> Topology:
     if any(rank not in taken for rank in ask.with_role("target")):
         raise ConfigError(
             f"target.replicas({replicas}) x target.tp({ask.tp}) = {replicas * ask.tp} ranks, but the launcher's target "
-            f"nodes have {len(candidates)}, and none may be idle: {ask.name_hosts(candidates)}"
+            f"nodes have {len(candidates)}, and none may be idle: {ask.name_hosts(candidates)}",
+            "target.replicas target.tp",
         )
     free = [rank for rank in ask.ranks if rank not in taken]
     dp = ask.dp if ask.dp is not None else len(free) // ask.cp
@@ -236,7 +241,8 @@ def _split(ask: _Request) -> Topology:
         raise ConfigError(
             f"target.replicas({replicas}) x target.tp({ask.tp}) + draft.dp({dp}) x draft.cp({ask.cp}) = "
             f"{replicas * ask.tp + dp * ask.cp} ranks, but the world has {len(ask.hosts)}: {len(free)} are left for "
-            f"the draft{f', on {ask.name_hosts(free)}' if free else ''}"
+            f"the draft{f', on {ask.name_hosts(free)}' if free else ''}",
+            "target.replicas target.tp draft.dp draft.cp",
         )
     return Topology("split", ask.hosts, placed, _rows(free, ask.cp), shards=dp)
 
@@ -247,9 +253,9 @@ def _target_candidates(ask: _Request) -> tuple[list[int], str]:
     patterns = ask.world.target_hosts
     for pattern in patterns:
         if not any(fnmatchcase(host, pattern) for host in ask.hosts):
-            raise ConfigError(
-                f"world.target_hosts: no host matches '{pattern}'; the hosts, and their ranks, are "
-                f"{ask.name_hosts(ask.ranks)}"
+            raise ConfigError.at(
+                "world.target_hosts",
+                f": no host matches '{pattern}'; the hosts, and their ranks, are {ask.name_hosts(ask.ranks)}",
             )
     matching = [rank for rank in ask.ranks if any(fnmatchcase(ask.hosts[rank], pattern) for pattern in patterns)]
     target, undecided = ask.with_role("target"), ask.with_role(None)
@@ -260,9 +266,10 @@ def _target_candidates(ask: _Request) -> tuple[list[int], str]:
             f"the launcher gave nodes a role, but none to {ask.name_hosts(undecided)}: give every node one, or none"
         )
     if patterns and matching != target:
-        raise ConfigError(
-            f"world.target_hosts matches {ask.name_hosts(matching)}, but the target nodes of the launcher are "
-            f"{ask.name_hosts(target) or 'none'}: leave world.target_hosts out"
+        raise ConfigError.at(
+            "world.target_hosts",
+            f"matches {ask.name_hosts(matching)}, but the target nodes of the launcher are "
+            f"{ask.name_hosts(target) or 'none'}: leave world.target_hosts out",
         )
     return target, "the launcher's target nodes: "
 
@@ -286,7 +293,8 @@ def _place_replicas(
         raise ConfigError(
             f"target.replicas({replicas}) x target.tp({ask.tp}) = {replicas * ask.tp} ranks do not fit on "
             f"{whose}{ask.name_hosts(candidates) or 'none'}"
-            + ("" if ask.world.span_nodes else " (a replica stays on one host unless world.span_nodes=true)")
+            + ("" if ask.world.span_nodes else " (a replica stays on one host unless world.span_nodes=true)"),
+            "target.replicas target.tp",
         )
     return tuple(sorted(placed))
 
@@ -297,11 +305,13 @@ def _colocated(ask: _Request) -> Topology:
     size = len(ask.hosts)
     replicas, dp = ask.replicas or max(size // ask.tp, 1), ask.dp or max(size // ask.cp, 1)
     if replicas * ask.tp != size or dp * ask.cp != size:
-        raise ConfigError(
-            "world.mode=colocated gives every rank both roles: "
+        raise ConfigError.at(
+            "world.mode",
+            "=colocated gives every rank both roles: "
             f"target.replicas({replicas}) x target.tp({ask.tp}) = {replicas * ask.tp} and draft.dp({dp}) x "
             f"draft.cp({ask.cp}) = {dp * ask.cp} must both equal the world's {size} ranks, "
-            f"{ask.name_hosts(ask.ranks)}"
+            f"{ask.name_hosts(ask.ranks)}",
+            "target.replicas target.tp draft.dp draft.cp",
         )
     placed = _place_replicas(ask, replicas, list(ask.ranks))
     return Topology("colocated", ask.hosts, placed, _rows(ask.ranks, ask.cp), shards=dp)
@@ -314,7 +324,8 @@ def _target_only(ask: _Request) -> Topology:
     if replicas * ask.tp != size:
         raise ConfigError(
             f"{ask.kind}: target.replicas({replicas}) x target.tp({ask.tp}) = {replicas * ask.tp} != "
-            f"{size} ranks, {ask.name_hosts(ask.ranks)}"
+            f"{size} ranks, {ask.name_hosts(ask.ranks)}",
+            "target.replicas target.tp",
         )
     placed = _place_replicas(ask, replicas, list(ask.ranks))
     return Topology(ask.world.mode, ask.hosts, placed, (), shards=ask.dp or 1)
@@ -327,7 +338,8 @@ def _draft_only(ask: _Request) -> Topology:
     if dp * ask.cp != size:
         raise ConfigError(
             f"{ask.kind}: draft.dp({dp}) x draft.cp({ask.cp}) = {dp * ask.cp} != {size} ranks, "
-            f"{ask.name_hosts(ask.ranks)}"
+            f"{ask.name_hosts(ask.ranks)}",
+            "draft.dp draft.cp",
         )
     return Topology(ask.world.mode, ask.hosts, (), _rows(ask.ranks, ask.cp), shards=dp)
 

@@ -29,9 +29,11 @@ def capture_layout(config: DraftConfig, target: PretrainedConfig, dtype: torch.d
     Eagle3Dims.of(config.eagle3, target)
     tied = target.tie_word_embeddings or text.tie_word_embeddings
     if config.eagle3.embedding == "host" and tied and needs_head(config.eagle3, text.vocab_size):
-        raise ConfigError(
-            "draft.eagle3.embedding=host saves nothing: the target's embedding is its output head, which the draft "
-            "needs on the device: leave it at device, or set draft.eagle3.teacher_head=target and a vocab_size"
+        raise ConfigError.at(
+            "draft.eagle3.embedding",
+            "=host saves nothing: the target's embedding is its output head, which the draft "
+            "needs on the device: leave it at device, or set draft.eagle3.teacher_head=target and a vocab_size",
+            "draft.eagle3.teacher_head",
         )
     return FeatureLayout(
         captured_layers=config.eagle3.captured_layers(text.num_hidden_layers),

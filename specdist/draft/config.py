@@ -65,8 +65,12 @@ class DraftConfig:
 
     def __post_init__(self) -> None:
         if self.eagle3.products == "fp8" and self.dtype == "float32":
-            raise ConfigError("draft.eagle3.products=fp8 rounds what is in bfloat16: leave draft.dtype at auto")
+            raise ConfigError.at(
+                "draft.eagle3.products", "=fp8 rounds what is in bfloat16: leave draft.dtype at auto", "draft.dtype"
+            )
         if self.dp is not None and self.dp < 1:
-            raise ConfigError(f"draft.dp is {self.dp}: it must be at least 1, or null for all ranks the target leaves")
+            raise ConfigError.at(
+                "draft.dp", f"is {self.dp}: it must be at least 1, or null for all ranks the target leaves"
+            )
         if self.cp < 1:
-            raise ConfigError(f"draft.cp is {self.cp}: it must be at least 1")
+            raise ConfigError.at("draft.cp", f"is {self.cp}: it must be at least 1")

@@ -29,17 +29,19 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         if self.speculative_tokens < 1:
-            raise ConfigError(f"export.speculative_tokens is {self.speculative_tokens}; it must be at least 1")
+            raise ConfigError.at("export.speculative_tokens", f"is {self.speculative_tokens}; it must be at least 1")
         if self.formats is not None and len(set(self.formats)) < len(self.formats):
-            raise ConfigError(f"export.formats names a format twice: {list(self.formats)}")
+            raise ConfigError.at("export.formats", f"names a format twice: {list(self.formats)}")
 
     def written(self, algorithm: str) -> tuple[Format, ...]:
         """The formats that a draft of `algorithm` is written in. Raises ConfigError: one is not for it."""
         formats = FORMATS[algorithm] if self.formats is None else self.formats
         for name in formats:
             if name not in FORMATS[algorithm]:
-                raise ConfigError(
-                    f"export.formats: {name} is not for drafts of draft.algorithm={algorithm}: give "
-                    f"[{', '.join(FORMATS[algorithm])}], or null"
+                raise ConfigError.at(
+                    "export.formats",
+                    f": {name} is not for drafts of draft.algorithm={algorithm}: give "
+                    f"[{', '.join(FORMATS[algorithm])}], or null",
+                    "draft.algorithm",
                 )
         return formats

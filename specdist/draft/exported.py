@@ -43,7 +43,8 @@ def check_algorithm(found: str, base: DraftConfig) -> None:
     """Raises ConfigError: the configuration is for drafts of another algorithm than `found`."""
     if base.algorithm != found:
         raise ConfigError(
-            f"the exported draft is one of draft.algorithm={found}, and the configuration says {base.algorithm}"
+            f"the exported draft is one of draft.algorithm={found}, and the configuration says {base.algorithm}",
+            "draft.algorithm",
         )
 
 

@@ -47,14 +47,15 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         if self.draft_tokens < 1:
-            raise ConfigError(f"evaluate.draft_tokens is {self.draft_tokens}; drafting needs at least 1")
+            raise ConfigError.at("evaluate.draft_tokens", f"is {self.draft_tokens}; drafting needs at least 1")
         if self.max_new_tokens < 2:
-            raise ConfigError(
-                f"evaluate.max_new_tokens is {self.max_new_tokens}; it must be at least 2, "
-                "because the first token comes from the prefill and drafting starts after it"
+            raise ConfigError.at(
+                "evaluate.max_new_tokens",
+                f"is {self.max_new_tokens}; it must be at least 2, "
+                "because the first token comes from the prefill and drafting starts after it",
             )
         if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"evaluate.limit is {self.limit}; it must be at least 1, or null for all prompts")
+            raise ConfigError.at("evaluate.limit", f"is {self.limit}; it must be at least 1, or null for all prompts")
 
 
 class EvaluationTarget:
@@ -282,7 +283,8 @@ def evaluate(
     if not done.prompts:
         raise DataError(
             f"all {len(prompts)} prompts are too long: with {settings.max_new_tokens} new tokens they exceed the "
-            f"target's {target.max_positions} positions (evaluate.max_new_tokens)"
+            f"target's {target.max_positions} positions (evaluate.max_new_tokens)",
+            "evaluate.max_new_tokens",
         )
     return EvaluationReport(settings.draft_tokens, files)
 

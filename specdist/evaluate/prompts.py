@@ -56,7 +56,7 @@ def read_prompts(
     prompts: list[EvaluationPrompt] = []
     for file in files:
         if not Path(file).expanduser().exists():
-            raise DataError(f"evaluate.prompts: there is no {file}")
+            raise DataError.at("evaluate.prompts", f": there is no {file}")
         found = 0
         for sample in _read(str(file)):
             if limit is not None and found >= limit:
@@ -65,7 +65,7 @@ def read_prompts(
             prompts.append(EvaluationPrompt(str(file), sample.line, tuple(tokens)))
             found += 1
         if not found:
-            raise DataError(f"evaluate.prompts: there is no prompt in {file}")
+            raise DataError.at("evaluate.prompts", f": there is no prompt in {file}")
     return prompts
 
 
@@ -89,7 +89,7 @@ def _read(file: str) -> Iterator[Sample]:
             found = samples(piece) if piece.table is not None else (_sample(text, source.path) for text in piece.texts)
             for sample in found:
                 if isinstance(sample, BadSample):
-                    raise DataError(f"evaluate.prompts: {sample}")
+                    raise DataError.at("evaluate.prompts", f": {sample}")
                 yield sample
 
 

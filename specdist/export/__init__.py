@@ -57,7 +57,7 @@ def export_draft(
 
     options = options or ExportConfig()
     if options.embedding and embedding is None:
-        raise ConfigError("export.embedding is true, but the target's embedding was not given")
+        raise ConfigError.at("export.embedding", "is true, but the target's embedding was not given")
     check_free(Path(directory), overwrite)
     exporter = DFlashExport if draft.algorithm == "dflash" else Eagle3Export
     export = exporter.of(draft, target, vocabulary, format)
@@ -76,7 +76,7 @@ def check_servable(draft: DraftConfig, options: ExportConfig, target_layers: int
     from specdist.draft.eagle3 import export as eagle3
 
     if draft.algorithm == "dflash" and options.embedding:
-        raise ConfigError("export.embedding=true: engines serve DFlash drafts with the target's embedding only")
+        raise ConfigError.at("export.embedding", "=true: engines serve DFlash drafts with the target's embedding only")
     for format in options.written(draft.algorithm):
         if draft.algorithm == "dflash":
             dflash.check_servable(draft.dflash.captured_layers(target_layers), target_layers)

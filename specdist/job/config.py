@@ -55,7 +55,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.seed < 0:
-            raise ConfigError(f"run.seed is {self.seed}: it must be at least 0")
+            raise ConfigError.at("run.seed", f"is {self.seed}: it must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def load_job(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> JobC
 
 def job_of(sources: config.Sources) -> JobConfig:
     """The job that a configuration is, checked. Imports `run.plugins` first. Raises ConfigError."""
-    with naming(sources):
+    with sources.naming():
         _import_plugins(sources.value("run.plugins"))
         job = sources.load(JobConfig)
         if job.draft.init_from is not None:
@@ -118,7 +118,7 @@ def job_of(sources: config.Sources) -> JobConfig:
             try:
                 draft = load_exported(job.draft.init_from).draft_config(job.draft, target.config)
             except (ConfigError, DataError) as error:
-                raise ConfigError(f"draft.init_from={job.draft.init_from}: {error}") from error
+                raise ConfigError.at("draft.init_from", f"={job.draft.init_from}: {error}", error.keys) from error
             job = replace(job, draft=draft)
         if job.draft.algorithm == "dflash" and job.draft.dflash.mask_token_id is None:
             # It is part of the draft from here on: a tokenizer that changes later does not change it.
@@ -126,18 +126,21 @@ def job_of(sources: config.Sources) -> JobConfig:
             token = find_mask_token(target.path, target.vocab_size)
             job = replace(job, draft=replace(job.draft, dflash=replace(job.draft.dflash, mask_token_id=token)))
         if job.world.role != "both" and job.channel.transport != "mooncake":
-            raise ConfigError(
-                f"channel.transport={job.channel.transport} with world.role={job.world.role}: a process group cannot "
-                "span two worlds, so only Mooncake can carry features between them: set channel.transport=mooncake"
+            raise ConfigError.at(
+                "channel.transport",
+                f"={job.channel.transport} with world.role={job.world.role}: a process group cannot "
+                "span two worlds, so only Mooncake can carry features between them: set channel.transport=mooncake",
+                "world.role",
             )
         if not job.prompts.files:
-            raise ConfigError("prompts.files is empty: give JSONL, JSON, Parquet files or dataset directories")
+            raise ConfigError.at("prompts.files", "is empty: give JSONL, JSON, Parquet files or dataset directories")
         if job.world.device == "cpu":
             transport(job, torch.device("cpu"))
             if job.draft.attention == "flex":
-                raise ConfigError(
-                    f"draft.{job.draft.algorithm}.attention=flex needs a CUDA device, and world.device is cpu: auto "
-                    "takes what works"
+                raise ConfigError.at(
+                    f"draft.{job.draft.algorithm}.attention",
+                    "=flex needs a CUDA device, and world.device is cpu: auto takes what works",
+                    "world.device",
                 )
         job.trace.check(job.train.steps)
         return job
@@ -150,20 +153,16 @@ def _import_plugins(modules: object) -> None:
         try:
             importlib.import_module(str(name))
         except (ImportError, ValueError) as error:
-            raise ConfigError(
-                f"run.plugins: the module {name!r} cannot be imported ({error}): install it on this host, or name its "
-                "directory in PYTHONPATH"
+            raise ConfigError.at(
+                "run.plugins",
+                f": the module {name!r} cannot be imported ({error}): install it on this host, or name its "
+                "directory in PYTHONPATH",
             ) from error
 
 
-def naming(sources: config.Sources) -> AbstractContextManager[None]:
-    """Errors that come of a job say where the values of the keys they name were set."""
-    return sources.naming(JobConfig)
-
-
 def naming_sources(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> AbstractContextManager[None]:
-    """`naming` for files and overrides that have not been read yet. Raises ConfigError."""
-    return naming(config.Sources(files, overrides))
+    """Errors that come of a job say where the values of the keys they name were set. Raises ConfigError."""
+    return config.Sources(files, overrides).naming()
 
 
 def examine(job: JobConfig) -> JobFacts:
@@ -172,27 +171,32 @@ def examine(job: JobConfig) -> JobFacts:
     dtype = compute_dtype(job.target, target)
     layout = capture_layout(job.draft, target.config, dtype)
     if target.max_positions is not None and job.prompts.max_length > target.max_positions:
-        raise ConfigError(
-            f"prompts.max_length={job.prompts.max_length} is more than the {target.max_positions} positions of "
-            f"{job.target.path} (max_position_embeddings)"
+        raise ConfigError.at(
+            "prompts.max_length",
+            f"={job.prompts.max_length} is more than the {target.max_positions} positions of "
+            f"{job.target.path} (max_position_embeddings)",
         )
     check_layout(layout, target, job.target.engine)
     longest = job.target.sglang.prefill_tokens
     if job.target.engine == "sglang" and longest is not None and job.prompts.max_length > longest:
-        raise ConfigError(
-            f"prompts.max_length={job.prompts.max_length} is more than target.sglang.prefill_tokens={longest}, and a "
-            "document is not divided between forwards: raise the one or lower the other"
+        raise ConfigError.at(
+            "prompts.max_length",
+            f"={job.prompts.max_length} is more than target.sglang.prefill_tokens={longest}, and a "
+            "document is not divided between forwards: raise the one or lower the other",
+            "target.sglang.prefill_tokens",
         )
     if job.world.mode == "split" and job.world.role != "target":
         slots(job, layout)
     absent = [file for file in job.evaluate.prompts if not Path(file).expanduser().exists()]
     if absent:
-        raise ConfigError(f"evaluate.prompts: there is no {', '.join(absent)} (working directory {Path.cwd()})")
+        raise ConfigError.at("evaluate.prompts", f": there is no {', '.join(absent)} (working directory {Path.cwd()})")
     most = job.draft.most_tokens
     if job.evaluate.prompts and most is not None and job.evaluate.draft_tokens > most:
-        raise ConfigError(
-            f"evaluate.draft_tokens={job.evaluate.draft_tokens} is more than the {most} that a block drafts "
-            f"(draft.dflash.block_size={job.draft.dflash.block_size}, less the verified token)"
+        raise ConfigError.at(
+            "evaluate.draft_tokens",
+            f"={job.evaluate.draft_tokens} is more than the {most} that a block drafts "
+            f"(draft.dflash.block_size={job.draft.dflash.block_size}, less the verified token)",
+            "draft.dflash.block_size",
         )
     check_servable(job.draft, job.export, target.layers)
     return JobFacts(target, dtype, layout)
@@ -225,7 +229,9 @@ def slots(job: JobConfig, layout: FeatureLayout) -> int:
 def transport(job: JobConfig, device: torch.device) -> Transport:
     """What carries features between ranks on such devices. Raises ConfigError."""
     if job.channel.transport == "nccl" and device.type != "cuda":
-        raise ConfigError("channel.transport=nccl moves features between GPUs, and none is used: auto finds what fits")
+        raise ConfigError.at(
+            "channel.transport", "=nccl moves features between GPUs, and none is used: auto finds what fits"
+        )
     if job.channel.transport != "auto":
         return job.channel.transport
     return "nccl" if device.type == "cuda" else "gloo"

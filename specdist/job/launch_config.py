@@ -28,7 +28,7 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         if self.retries < 0:
-            raise ConfigError(f"launch.retries is at least 0, not {self.retries}")
+            raise ConfigError.at("launch.retries", f"is at least 0, not {self.retries}")
         for key in ("stop_before_end_s", "meet_timeout_s"):
             if getattr(self, key) <= 0:
-                raise ConfigError(f"launch.{key} is a number of seconds > 0, not {getattr(self, key)}")
+                raise ConfigError.at(f"launch.{key}", f"is a number of seconds > 0, not {getattr(self, key)}")

@@ -86,7 +86,7 @@ def nodes_of_roles(job: JobConfig, target_nodes: int, draft_nodes: int) -> tuple
     """The hosts and roles of the ranks of a heterogeneous job: `target_nodes` equal machines target0, target1, ... and
     `draft_nodes` equal ones of the draft. Raises ConfigError."""
     if job.draft.dp is None:
-        raise ConfigError("draft.dp is not set: it says how many ranks the draft's nodes have")
+        raise ConfigError.at("draft.dp", "is not set: it says how many ranks the draft's nodes have")
     target, draft = job.target.replicas * job.target.tp, job.draft.dp * job.draft.cp
     kinds: list[tuple[Role, str, int, int]] = [
         ("target", "target.replicas x target.tp", target, target_nodes),

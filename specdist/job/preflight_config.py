@@ -32,10 +32,14 @@ class PreflightConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_free_memory <= 1:
-            raise ConfigError(f"preflight.min_free_memory is a share from 0 to 1, not {self.min_free_memory}")
+            raise ConfigError.at("preflight.min_free_memory", f"is a share from 0 to 1, not {self.min_free_memory}")
         if self.max_clock_skew_s <= 0:
-            raise ConfigError(f"preflight.max_clock_skew_s is a number of seconds > 0, not {self.max_clock_skew_s}")
+            raise ConfigError.at(
+                "preflight.max_clock_skew_s", f"is a number of seconds > 0, not {self.max_clock_skew_s}"
+            )
         if self.min_link_gb_per_s is not None and self.min_link_gb_per_s <= 0:
-            raise ConfigError(f"preflight.min_link_gb_per_s is more than 0, or null, not {self.min_link_gb_per_s}")
+            raise ConfigError.at(
+                "preflight.min_link_gb_per_s", f"is more than 0, or null, not {self.min_link_gb_per_s}"
+            )
         if self.link_payload is not None and parse_bytes(self.link_payload, "preflight.link_payload") < 1:
-            raise ConfigError("preflight.link_payload is at least one byte")
+            raise ConfigError.at("preflight.link_payload", "is at least one byte")

@@ -55,7 +55,7 @@ def read_rates(path: Path, engine: str) -> tuple[float | None, float | None]:
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise DataError(f"{path} tells no rates ({type(error).__name__}: {error}): {right}") from error
     if target is None and draft is None:
-        raise DataError(f"{path} tells no rates of target.engine={engine} or of a draft: {right}")
+        raise DataError(f"{path} tells no rates of target.engine={engine} or of a draft: {right}", "target.engine")
     return target, draft
 
 

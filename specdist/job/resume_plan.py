@@ -57,16 +57,19 @@ def find_itinerary(job: JobConfig, run_dir: RunDirectory, prompts: PromptStore, 
     progress, checkpoint = Progress(fingerprint=prompts.fingerprint), None
     if found:
         if not job.checkpoint.resume:
-            raise ConfigError(
-                f"run.dir: {run_dir.path} has checkpoints ({found[-1].name}) and checkpoint.resume=false would "
-                "overwrite them: choose another run.dir, or set checkpoint.resume=true to go on"
+            raise ConfigError.at(
+                "run.dir",
+                f": {run_dir.path} has checkpoints ({found[-1].name}) and checkpoint.resume=false would "
+                "overwrite them: choose another run.dir, or set checkpoint.resume=true to go on",
+                "checkpoint.resume",
             )
         checkpoint, progress = found[-1], read_progress(found[-1])
         if progress.fingerprint != prompts.fingerprint:
             raise ConfigError(
                 f"{checkpoint} was trained on other prompts (fingerprint {progress.fingerprint}, now "
                 f"{prompts.fingerprint}): its place in the data means nothing here. Restore the files, or choose "
-                "another run.dir (draft.init_from starts from an exported draft)"
+                "another run.dir (draft.init_from starts from an exported draft)",
+                "run.dir draft.init_from",
             )
     accumulation = job.train.accumulation
     if job.train.steps is not None:

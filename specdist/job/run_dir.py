@@ -68,9 +68,10 @@ class RunDirectory:
             return
         different = differing_keys(job, load_job([self.config]))
         if different:
-            raise ConfigError(
-                f"run.dir: {self.path} holds a run with other values of {', '.join(different)} (see {self.config}): "
-                "choose another run.dir for another job"
+            raise ConfigError.at(
+                "run.dir",
+                f": {self.path} holds a run with other values of {', '.join(different)} (see {self.config}): "
+                "choose another run.dir for another job",
             )
 
     def check_draft(self, job: JobConfig) -> None:
@@ -83,7 +84,8 @@ class RunDirectory:
         if different:
             raise ConfigError(
                 f"the draft in run.dir ({self.path}) was trained with other values of {', '.join(different)}: give "
-                f"those, which {self.config} has, or that file itself"
+                f"those, which {self.config} has, or that file itself",
+                "run.dir",
             )
 
     def create(self) -> None:
@@ -91,12 +93,12 @@ class RunDirectory:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"run.dir: {self.path} cannot be created: {error}") from error
+            raise ConfigError.at("run.dir", f": {self.path} cannot be created: {error}") from error
         try:
             with tempfile.TemporaryFile(dir=self.path) as probe:
                 probe.write(b"x")
         except OSError as error:
-            raise ConfigError(f"run.dir: {self.path} cannot be written: {error}") from error
+            raise ConfigError.at("run.dir", f": {self.path} cannot be written: {error}") from error
 
     def save_config(self, job: JobConfig) -> None:
         """Record the configuration of a run that has been accepted."""

@@ -66,27 +66,30 @@ class SlurmConfig:
 
     def __post_init__(self) -> None:
         if self.nodes < 1:
-            raise ConfigError(f"launch.slurm.nodes is at least 1, not {self.nodes}")
+            raise ConfigError.at("launch.slurm.nodes", f"is at least 1, not {self.nodes}")
         if self.time is not None and not _TIME.fullmatch(self.time):
-            raise ConfigError(
-                f"launch.slurm.time is [DAYS-]HOURS:MINUTES:SECONDS in quotes ('4:00:00'; YAML reads a bare 4:00:00 as "
-                f"the number 14400), not '{self.time}'"
+            raise ConfigError.at(
+                "launch.slurm.time",
+                f"is [DAYS-]HOURS:MINUTES:SECONDS in quotes ('4:00:00'; YAML reads a bare 4:00:00 as "
+                f"the number 14400), not '{self.time}'",
             )
         if (self.target.nodes > 0) != (self.draft.nodes > 0) or min(self.target.nodes, self.draft.nodes) < 0:
-            raise ConfigError(
-                f"launch.slurm.target.nodes={self.target.nodes}, launch.slurm.draft.nodes={self.draft.nodes}: a "
-                "heterogeneous job has nodes of both, any other job sets neither"
+            raise ConfigError.at(
+                "launch.slurm.target.nodes",
+                f"={self.target.nodes}, launch.slurm.draft.nodes={self.draft.nodes}: a "
+                "heterogeneous job has nodes of both, any other job sets neither",
+                "launch.slurm.draft.nodes",
             )
         if self.heterogeneous and any(component.gpus_per_node is None for component in self.components):
-            raise ConfigError(
-                "launch.slurm.gpus_per_node: a heterogeneous job sets it for target and draft, or for all nodes; each "
-                "GPU gets a rank"
+            raise ConfigError.at(
+                "launch.slurm.gpus_per_node",
+                ": a heterogeneous job sets it for target and draft, or for all nodes; each GPU gets a rank",
             )
         for component in (self, self.target, self.draft):
             if component.gpus_per_node is not None and component.gpus_per_node < 1:
                 raise ConfigError(f"launch.slurm: gpus_per_node is at least 1, not {component.gpus_per_node}")
         if self.cpus_per_task is not None and self.cpus_per_task < 1:
-            raise ConfigError(f"launch.slurm.cpus_per_task is at least 1, not {self.cpus_per_task}")
+            raise ConfigError.at("launch.slurm.cpus_per_task", f"is at least 1, not {self.cpus_per_task}")
 
     @property
     def components(self) -> list[NodesConfig]:
@@ -124,7 +127,8 @@ class ContainerConfig:
 
     def __post_init__(self) -> None:
         if (self.kind == "none") != (self.image is None):
-            raise ConfigError(
-                f"launch.container.kind={self.kind} with launch.container.image={self.image or 'null'}: set both, "
-                "or neither"
+            raise ConfigError.at(
+                "launch.container.kind",
+                f"={self.kind} with launch.container.image={self.image or 'null'}: set both, or neither",
+                "launch.container.image",
             )

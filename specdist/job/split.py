@@ -66,7 +66,9 @@ def splits(gpus: int, tp: int, rates: Rates) -> list[Split]:
     """
     found = [Split(r, tp, gpus - r * tp, rates) for r in range(1, (gpus - 1) // tp + 1)]
     if not found:
-        raise ConfigError(f"{gpus} GPUs: a target replica of target.tp={tp} ranks and a draft rank need {tp + 1}")
+        raise ConfigError(
+            f"{gpus} GPUs: a target replica of target.tp={tp} ranks and a draft rank need {tp + 1}", "target.tp"
+        )
     return found
 
 

@@ -48,16 +48,21 @@ class PromptsConfig:
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
-            raise ConfigError(f"prompts.max_length is {self.max_length}: a sequence needs at least 2 tokens")
+            raise ConfigError.at("prompts.max_length", f"is {self.max_length}: a sequence needs at least 2 tokens")
         if self.tokens_per_rank < self.max_length:
-            raise ConfigError(
-                f"prompts.tokens_per_rank ({self.tokens_per_rank}) is less than prompts.max_length "
-                f"({self.max_length}): a sequence is never split, so the budget of a micro-batch must hold the longest"
+            raise ConfigError.at(
+                "prompts.tokens_per_rank",
+                f"({self.tokens_per_rank}) is less than prompts.max_length "
+                f"({self.max_length}): a sequence is never split, so the budget of a micro-batch must hold the longest",
+                "prompts.max_length",
             )
         if not 0 <= self.max_bad_fraction <= 1:
-            raise ConfigError(f"prompts.max_bad_fraction is {self.max_bad_fraction}: it is a share, from 0 to 1")
+            raise ConfigError.at("prompts.max_bad_fraction", f"is {self.max_bad_fraction}: it is a share, from 0 to 1")
         if self.workers is not None and self.workers < 0:
-            raise ConfigError(f"prompts.workers is {self.workers}: give a number of processes, or 0 for none")
+            raise ConfigError.at("prompts.workers", f"is {self.workers}: give a number of processes, or 0 for none")
         for name in RESERVED:
             if name in self.template_kwargs:
-                raise ConfigError(f"prompts.template_kwargs.{name} is given by specdist itself and cannot be set")
+                raise ConfigError(
+                    f"prompts.template_kwargs.{name} is given by specdist itself and cannot be set",
+                    "prompts.template_kwargs",
+                )

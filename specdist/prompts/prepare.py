@@ -100,7 +100,8 @@ def _ready(directory: Path, config: PromptsConfig) -> PromptStore:
     if longest > config.max_length:
         raise DataError(
             f"{directory} is a prompt store with a sequence of {longest} tokens, and is not cut: raise "
-            f"prompts.max_length from {config.max_length}"
+            f"prompts.max_length from {config.max_length}",
+            "prompts.max_length",
         )
     return store
 
@@ -212,7 +213,7 @@ def _in_order(
             return number, piece, future.result(PIECE_TIMEOUT_S)
         except BrokenProcessPool as error:
             raise DataError(
-                f"a tokenising process died at or after {place} (out of memory? see prompts.workers)"
+                f"a tokenising process died at or after {place} (out of memory? see prompts.workers)", "prompts.workers"
             ) from error
         except TimeoutError as error:
             for process in multiprocessing.active_children():
@@ -283,9 +284,10 @@ def _judge(report: PrepareReport, config: PromptsConfig, directory: Path) -> Non
     everything = f"All of them: {directory / BAD_SAMPLES}"
     if unusable and config.on_bad == "stop":
         first = next(examples[0] for reason, examples in report.examples.items() if reason != "overlong")
-        raise DataError(f"{unusable:,} bad samples (prompts.on_bad=stop): {first}. {everything}")
+        raise DataError(f"{unusable:,} bad samples (prompts.on_bad=stop): {first}. {everything}", "prompts.on_bad")
     if unusable > config.max_bad_fraction * report.samples:
         raise DataError(
             f"{unusable:,} of {report.samples:,} samples are bad, more than prompts.max_bad_fraction = "
-            f"{config.max_bad_fraction:.0%}. {everything}\n{report}"
+            f"{config.max_bad_fraction:.0%}. {everything}\n{report}",
+            "prompts.max_bad_fraction",
         )

@@ -53,19 +53,21 @@ def find_files(patterns: tuple[str, ...]) -> list[SourceFile]:
         ConfigError, DataError: nothing is named, nothing matches, or a file's kind is unknown.
     """
     if not patterns:
-        raise ConfigError("prompts.files is empty: name at least one file or directory of conversations")
+        raise ConfigError.at("prompts.files", "is empty: name at least one file or directory of conversations")
     for pattern in patterns:
         if patterns.count(pattern) > 1:
-            raise ConfigError(
-                f"prompts.files names {pattern} {patterns.count(pattern)} times, and a file is read once: name it once "
-                "(train.epochs repeats all)"
+            raise ConfigError.at(
+                "prompts.files",
+                f"names {pattern} {patterns.count(pattern)} times, and a file is read once: name it once "
+                "(train.epochs repeats all)",
+                "train.epochs",
             )
     files: list[SourceFile] = []
     for pattern in patterns:
         expanded = str(Path(pattern).expanduser())
         matches = [expanded] if Path(expanded).exists() else sorted(glob.glob(expanded, recursive=True))
         if not matches:
-            raise DataError(f"prompts.files: nothing is called or matches {pattern!r}")
+            raise DataError.at("prompts.files", f": nothing is called or matches {pattern!r}")
         for match in matches:
             files += _in_directory(Path(match)) if Path(match).is_dir() else [_source(Path(match))]
     return list(dict.fromkeys(files))
@@ -74,20 +76,23 @@ def find_files(patterns: tuple[str, ...]) -> list[SourceFile]:
 def _source(path: Path) -> SourceFile:
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
-        raise DataError(f"prompts.files: {path} is none of {', '.join(KINDS)}, nor a directory of them")
+        raise DataError.at("prompts.files", f": {path} is none of {', '.join(KINDS)}, nor a directory of them")
     return SourceFile(str(path), kind)  # type: ignore[arg-type]
 
 
 def _in_directory(path: Path) -> list[SourceFile]:
     if (path / "dataset_dict.json").exists():
         names = _metadata(path / "dataset_dict.json", "splits")
-        raise DataError(f"{path} holds the splits {', '.join(names)}: name one in prompts.files, as {path / names[0]}")
+        raise DataError(
+            f"{path} holds the splits {', '.join(names)}: name one in prompts.files, as {path / names[0]}",
+            "prompts.files",
+        )
     if (path / "state.json").exists():
         found = [path / entry["filename"] for entry in _metadata(path / "state.json", "_data_files")]
     else:
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.name not in HF_METADATA)
     if not found:
-        raise DataError(f"prompts.files: no {', '.join(KINDS)} file in the directory {path}")
+        raise DataError.at("prompts.files", f": no {', '.join(KINDS)} file in the directory {path}")
     return [_source(p) for p in found]
 
 

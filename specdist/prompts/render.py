@@ -70,7 +70,8 @@ def load_tokenizer(directory: str | Path, config: PromptsConfig) -> PreTrainedTo
             tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise DataError(
-            f"no usable tokenizer in {directory}, or no template at prompts.chat_template: {error}"
+            f"no usable tokenizer in {directory}, or no template at prompts.chat_template: {error}",
+            "prompts.chat_template",
         ) from error
     return tokenizer
 

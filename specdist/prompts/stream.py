@@ -36,7 +36,8 @@ class Stream:
             raise ConfigError(
                 f"the longest sequence has {longest} tokens, more than the budget of a micro-batch: lower "
                 f"prompts.max_length to {tokens_per_shard} or raise prompts.tokens_per_rank from {tokens_per_shard} "
-                f"to {longest}"
+                f"to {longest}",
+                "prompts.max_length prompts.tokens_per_rank",
             )
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.shards = shards

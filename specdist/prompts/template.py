@@ -207,7 +207,8 @@ class Template:
         except ValueError as error:
             raise DataError(
                 f"the tokenizer in {self.tokenizer.name_or_path} has no chat template for conversations: "
-                f"give prompts.chat_template ({error})"
+                f"give prompts.chat_template ({error})",
+                "prompts.chat_template",
             ) from error
 
 

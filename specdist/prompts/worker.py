@@ -71,7 +71,8 @@ def tokenize(piece: Piece, tokenizer_dir: str, settings_json: str) -> Tokenized:
             except UnusableError as error:
                 bad.append(BadSample(sample.file, sample.line, error.reason, error.detail))
         if is_fatal(bad[-1], renderer.config):
-            raise DataError(f"{bad[-1]} (prompts.{'overlong' if bad[-1].reason == 'overlong' else 'on_bad'}=stop)")
+            key = "prompts.overlong" if bad[-1].reason == "overlong" else "prompts.on_bad"
+            raise DataError(f"{bad[-1]} ({key}=stop)", key)
     sequences = [(line, sequence) for line, rendering in done for sequence in rendering.sequences]
     return Tokenized(
         lengths=np.array([len(sequence.tokens) for _, sequence in sequences], dtype=np.int64),

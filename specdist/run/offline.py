@@ -46,7 +46,7 @@ def evaluate_draft(
     """Evaluate an exported draft, or the run's newest checkpoint; returns the report as text."""
     job = load_job(files, overrides)
     if not job.evaluate.prompts:
-        raise ConfigError("evaluate.prompts is empty: give files of held-out prompts")
+        raise ConfigError.at("evaluate.prompts", "is empty: give files of held-out prompts")
     if output and not Path(output).absolute().parent.is_dir():
         raise ConfigError(f"--output {output}: there is no directory {Path(output).absolute().parent}")
     facts = examine(job)
@@ -90,7 +90,7 @@ def _checkpoint(run_dir: RunDirectory, given: str | None) -> Path:
         return Path(given)
     found = committed(run_dir.checkpoints)
     if not found:
-        raise ConfigError(f"run.dir: there is no complete checkpoint in {run_dir.checkpoints}")
+        raise ConfigError.at("run.dir", f": there is no complete checkpoint in {run_dir.checkpoints}")
     return found[-1]
 
 

@@ -26,11 +26,13 @@ class ControlConfig:
 
     def __post_init__(self) -> None:
         if self.heartbeat_s <= 0:
-            raise ConfigError(f"control.heartbeat_s is a number of seconds > 0, not {self.heartbeat_s}")
+            raise ConfigError.at("control.heartbeat_s", f"is a number of seconds > 0, not {self.heartbeat_s}")
         if self.silence_s < 2 * self.heartbeat_s:
-            raise ConfigError(
-                f"control.silence_s ({self.silence_s}) must be at least twice control.heartbeat_s ({self.heartbeat_s})"
+            raise ConfigError.at(
+                "control.silence_s",
+                f"({self.silence_s}) must be at least twice control.heartbeat_s ({self.heartbeat_s})",
+                "control.heartbeat_s",
             )
         for key in ("load_timeout_s", "replica_timeout_s", "scheduler_timeout_s"):
             if getattr(self, key) <= 0:
-                raise ConfigError(f"control.{key} is a number of seconds > 0, not {getattr(self, key)}")
+                raise ConfigError.at(f"control.{key}", f"is a number of seconds > 0, not {getattr(self, key)}")

@@ -33,7 +33,7 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         if self.queue_depth < 1:
-            raise ConfigError(f"scheduler.queue_depth is at least 1, not {self.queue_depth}")
+            raise ConfigError.at("scheduler.queue_depth", f"is at least 1, not {self.queue_depth}")
 
 
 class ProtocolError(WorldError):

@@ -53,11 +53,15 @@ class TargetConfig:
         for key, least in (("replicas", 1), ("tp", 1), ("verify", 0)):
             value = getattr(self, key)
             if value < least:
-                raise ConfigError(f"target.{key}={value}: at least {least} is needed")
+                raise ConfigError.at(f"target.{key}", f"={value}: at least {least} is needed")
         if self.engine == "sglang" and self.tp % self.sglang.ep:
-            raise ConfigError(f"target.sglang.ep={self.sglang.ep} does not divide target.tp={self.tp}")
+            raise ConfigError.at(
+                "target.sglang.ep", f"={self.sglang.ep} does not divide target.tp={self.tp}", "target.tp"
+            )
         if self.verify_against == "hf" and self.sglang.quantization is not None:
-            raise ConfigError(
-                f"target.verify_against=hf beside target.sglang.quantization={self.sglang.quantization}: the hf engine "
-                "has unrounded weights, whose features are others: leave verify_against at itself"
+            raise ConfigError.at(
+                "target.verify_against",
+                f"=hf beside target.sglang.quantization={self.sglang.quantization}: the hf engine "
+                "has unrounded weights, whose features are others: leave verify_against at itself",
+                "target.sglang.quantization",
             )

@@ -161,7 +161,8 @@ def verify(engine: Engine, batch: PackedTokens) -> Deviation | None:
             f"target features of document {d.document} ({d.part}) differ between the packed forward and "
             f"one of that document alone: mean relative error {d.mean:.2e}, {d.boundary:.2e} over its first "
             f"{BOUNDARY} rows; {TOLERANCE[engine.dtype]:.0e} is allowed for {engine.dtype}. Set "
-            "target.prefill=documents, and report the model"
+            "target.prefill=documents, and report the model",
+            "target.prefill",
         )
     return max(found, key=lambda d: d.worst, default=None)
 

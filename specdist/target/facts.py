@@ -67,9 +67,11 @@ def describe(path: str | Path, trust_remote_code: bool = False) -> TargetFacts:
     """Read the facts of the model directory `path`. Raises DataError naming the file or the key that is missing."""
     path = Path(path)
     if not path.is_dir():
-        raise DataError(f"target.path={path}: no such directory (download the model first: only local ones are read)")
+        raise DataError.at(
+            "target.path", f"={path}: no such directory (download the model first: only local ones are read)"
+        )
     if not (path / "config.json").is_file():
-        raise DataError(f"target.path={path}: it has no config.json, so it is not a model directory")
+        raise DataError.at("target.path", f"={path}: it has no config.json, so it is not a model directory")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, OSError) as e:
@@ -107,9 +109,10 @@ def compute_dtype(config: TargetConfig, facts: TargetFacts) -> torch.dtype:
     if config.dtype != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[config.dtype]
     if facts.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ConfigError(
-            f"target.dtype=auto: the checkpoint in {facts.path} is {facts.dtype}, which features cannot travel in: "
-            "set target.dtype to bfloat16, float16 or float32"
+        raise ConfigError.at(
+            "target.dtype",
+            f"=auto: the checkpoint in {facts.path} is {facts.dtype}, which features cannot travel in: "
+            "set target.dtype to bfloat16, float16 or float32",
         )
     return facts.dtype
 
@@ -124,15 +127,17 @@ def check(config: TargetConfig) -> TargetFacts:
     if config.tp == 1:
         return facts
     if facts.heads is None or facts.kv_heads is None or not facts.has_tp_plan:
-        raise ConfigError(
-            f"target.tp={config.tp}: transformers has no tensor-parallel plan for "
-            f"{facts.text_config.model_type} ({facts.path}): use target.tp=1"
+        raise ConfigError.at(
+            "target.tp",
+            f"={config.tp}: transformers has no tensor-parallel plan for "
+            f"{facts.text_config.model_type} ({facts.path}): use target.tp=1",
         )
     for key, heads in (("num_attention_heads", facts.heads), ("num_key_value_heads", facts.kv_heads)):
         if heads % config.tp:
-            raise ConfigError(
-                f"target.tp={config.tp} does not divide {key}={heads} of {facts.path}: "
-                f"use one of {_common_divisors(facts.heads, facts.kv_heads)}"
+            raise ConfigError.at(
+                "target.tp",
+                f"={config.tp} does not divide {key}={heads} of {facts.path}: "
+                f"use one of {_common_divisors(facts.heads, facts.kv_heads)}",
             )
     return facts
 
@@ -140,13 +145,15 @@ def check(config: TargetConfig) -> TargetFacts:
 def _check_sglang(config: TargetConfig, facts: TargetFacts) -> None:
     """Of SGLang's own rules, those that a login node can check. Its arguments are looked up where it is installed."""
     if facts.heads is not None and facts.heads % config.tp:
-        raise ConfigError(
-            f"target.tp={config.tp} does not divide num_attention_heads={facts.heads} of {facts.path}: use one of "
-            f"{_common_divisors(facts.heads, facts.heads)}"
+        raise ConfigError.at(
+            "target.tp",
+            f"={config.tp} does not divide num_attention_heads={facts.heads} of {facts.path}: use one of "
+            f"{_common_divisors(facts.heads, facts.heads)}",
         )
     if facts.kv_heads and facts.kv_heads % config.tp and config.tp % facts.kv_heads:
-        raise ConfigError(
-            f"target.tp={config.tp} and num_key_value_heads={facts.kv_heads} of {facts.path}: one must divide the other"
+        raise ConfigError.at(
+            "target.tp",
+            f"={config.tp} and num_key_value_heads={facts.kv_heads} of {facts.path}: one must divide the other",
         )
     version = versions.installed()
     if version is not None:
@@ -170,7 +177,8 @@ def check_layout(layout: FeatureLayout, facts: TargetFacts, engine: str = "hf") 
     if engine == "sglang" and facts.layers - 1 in layout.captured_layers:
         raise ConfigError(
             f"captured layer {facts.layers - 1} is the last one of {facts.path}, and SGLang hands out what goes into a "
-            f"next layer: 0 to {facts.layers - 2} can be captured, or all with target.engine=hf"
+            f"next layer: 0 to {facts.layers - 2} can be captured, or all with target.engine=hf",
+            "target.engine",
         )
 
 

@@ -103,7 +103,7 @@ class HfEngine(Engine):
             log.info("target %s: the documents of an item share one forward", facts.path)
             return
         if config.prefill == "packed":
-            raise ConfigError(f"target.prefill=packed: {facts.path} cannot be packed: {obstacle}")
+            raise ConfigError.at("target.prefill", f"=packed: {facts.path} cannot be packed: {obstacle}")
         log.warning("target %s: documents run one after the other, which is slower: %s", facts.path, obstacle)
 
     def _try_packing(self, vocab_size: int) -> str | None:

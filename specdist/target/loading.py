@@ -66,7 +66,7 @@ def _model_class(facts: TargetFacts, trust_remote_code: bool) -> type[PreTrained
     elif type(facts.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         auto = AutoModelForImageTextToText
     else:
-        raise ConfigError(f"target.path={facts.path}: {facts.config.model_type} is not a causal language model")
+        raise ConfigError.at("target.path", f"={facts.path}: {facts.config.model_type} is not a causal language model")
     with torch.device("meta"):  # the public way to the class that an auto class picks
         return type(auto.from_config(facts.config, trust_remote_code=trust_remote_code))
 

@@ -64,10 +64,12 @@ def verify_against_hf(engine: Engine, reference: Reference) -> None:
     engine.forward(reference.batch, rows)
     found = deviations(engine.layout, rows, reference.rows, reference.batch.lengths)
     if (d := beyond(found, engine.dtype)) is not None:
-        raise DataError(
-            f"target.verify_against=hf: the features of document {d.document} ({d.part}) differ from those of the hf "
+        raise DataError.at(
+            "target.verify_against",
+            f"=hf: the features of document {d.document} ({d.part}) differ from those of the hf "
             f"engine: mean relative error {d.mean:.2e}, {d.boundary:.2e} over its first {BOUNDARY} rows; "
-            f"{TOLERANCE[engine.dtype]:.0e} is allowed for {engine.dtype}. Use target.engine=hf, and report the model"
+            f"{TOLERANCE[engine.dtype]:.0e} is allowed for {engine.dtype}. Use target.engine=hf, and report the model",
+            "target.engine",
         )
     worst = max(found, key=lambda d: d.worst)
     log.info("features equal the hf engine's: largest mean relative error %.1e (%s)", worst.worst, worst.part)

@@ -40,7 +40,7 @@ class MetricsConfig:
 
     def __post_init__(self) -> None:
         if self.every < 1:
-            raise ConfigError(f"metrics.every is at least 1, not {self.every}")
+            raise ConfigError.at("metrics.every", f"is at least 1, not {self.every}")
 
 
 class Tracker(ABC):
@@ -92,7 +92,7 @@ class WandbTracker(Tracker):
         try:
             import wandb
         except ImportError as error:
-            raise ConfigError("metrics.wandb=true needs wandb: pip install 'specdist[trackers]'") from error
+            raise ConfigError.at("metrics.wandb", "=true needs wandb: pip install 'specdist[trackers]'") from error
         # The id is kept with the run, so that a resumed job goes on in the same W&B run and nobody else's does.
         identity = run_dir / "wandb-id"
         if not identity.exists():

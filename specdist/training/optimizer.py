@@ -38,18 +38,22 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
-            raise ConfigError(f"optimizer.lr is > 0, not {self.lr}")
+            raise ConfigError.at("optimizer.lr", f"is > 0, not {self.lr}")
         for key in ("clip_norm", "weight_decay", "eps"):
             if getattr(self, key) < 0:
                 off = " (0 turns it off)" if key != "eps" else ""
-                raise ConfigError(f"optimizer.{key} is at least 0{off}, not {getattr(self, key)}")
+                raise ConfigError.at(f"optimizer.{key}", f"is at least 0{off}, not {getattr(self, key)}")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"optimizer.betas are at least 0 and less than 1, not {list(self.betas)}")
+            raise ConfigError.at("optimizer.betas", f"are at least 0 and less than 1, not {list(self.betas)}")
         for key in ("warmup", "decay", "final_lr"):
             if not 0 <= getattr(self, key) <= 1:
-                raise ConfigError(f"optimizer.{key} is a share between 0 and 1, not {getattr(self, key)}")
+                raise ConfigError.at(f"optimizer.{key}", f"is a share between 0 and 1, not {getattr(self, key)}")
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
-            raise ConfigError(f"optimizer.warmup + optimizer.decay = {self.warmup + self.decay} is more than all steps")
+            raise ConfigError.at(
+                "optimizer.warmup",
+                f"+ optimizer.decay = {self.warmup + self.decay} is more than all steps",
+                "optimizer.decay",
+            )
 
 
 def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:

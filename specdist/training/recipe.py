@@ -24,11 +24,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
-            raise ConfigError(f"give train.steps ({self.steps}) or train.epochs ({self.epochs}), not both")
+            raise ConfigError(
+                f"give train.steps ({self.steps}) or train.epochs ({self.epochs}), not both", "train.steps train.epochs"
+            )
         for key in ("steps", "epochs", "accumulation"):
             value = getattr(self, key)
             if value is not None and value < 1:
-                raise ConfigError(f"train.{key} is at least 1, not {value}")
+                raise ConfigError.at(f"train.{key}", f"is at least 1, not {value}")
 
 
 @dataclass(frozen=True)

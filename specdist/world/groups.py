@@ -72,13 +72,14 @@ def pick_device(config: WorldConfig, facts: RankFacts) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 0:
-        raise ConfigError(
-            f"world.device=cuda, but host {facts.host} shows no CUDA device (world.device=cpu runs anywhere)"
+        raise ConfigError.at(
+            "world.device", f"=cuda, but host {facts.host} shows no CUDA device (world.device=cpu runs anywhere)"
         )
     if facts.local_rank >= count and not config.share_devices:
         raise ConfigError(
             f"host {facts.host} runs {facts.local_world_size} ranks but shows {count} CUDA devices: start at most one "
-            "rank per GPU (--nproc-per-node), or set world.share_devices=true and channel.transport=gloo to share them"
+            "rank per GPU (--nproc-per-node), or set world.share_devices=true and channel.transport=gloo to share them",
+            "world.share_devices channel.transport",
         )
     return torch.device("cuda", facts.local_rank % count)
 

@@ -22,9 +22,12 @@ class Inner:
 
     def __post_init__(self) -> None:
         if self.length < 0:
-            raise ConfigError(f"inner.length is >= 0, not {self.length}")
+            raise ConfigError(f"inner.length is >= 0, not {self.length}", "inner.length")
         if self.length > self.length_max:
-            raise ConfigError(f"inner.length_max ({self.length_max}) is less than inner.length ({self.length})")
+            raise ConfigError(
+                f"inner.length_max ({self.length_max}) is less than inner.length ({self.length})",
+                "inner.length_max inner.length",
+            )
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,11 @@ def test_errors_that_come_long_after_loading_say_where_the_values_came_from(tmp_
     file = write(tmp_path, "path: p\n")
     with (
         pytest.raises(DataError) as caught,
-        config.Sources([file]).naming(Outer),
-        config.Sources([], ["path=q"]).naming(Outer),  # what is nearer knows better, and it is said once
+        config.Sources([file]).naming(),
+        config.Sources([], ["path=q"]).naming(),  # what is nearer knows better, and it is said once
     ):
-        raise DataError("path=q: inner.length/names and out.path.x are no keys")
-    assert str(caught.value) == "path=q: inner.length/names and out.path.x are no keys (path: command line)"
+        raise DataError("path=q is of no use", "path")
+    assert str(caught.value) == "path=q is of no use (path: command line)"
 
 
 def test_missing_file_is_named(tmp_path):

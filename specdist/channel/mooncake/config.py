@@ -29,7 +29,7 @@ class MooncakeConfig:
 
     def __post_init__(self) -> None:
         if self.stall_s < 1:
-            raise ConfigError(f"channel.mooncake.stall_s is at least 1, not {self.stall_s}")
+            raise ConfigError.at("channel.mooncake.stall_s", f"is at least 1, not {self.stall_s}")
 
     def chosen_protocol(self) -> Literal["rdma", "tcp"]:
         """What `protocol` means on this host."""

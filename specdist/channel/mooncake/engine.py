@@ -117,10 +117,11 @@ def _load():  # type: ignore[no-untyped-def]
     try:
         from mooncake.engine import TransferEngine as Engine
     except ImportError as error:
-        raise ConfigError(
-            "channel.transport=mooncake: Mooncake's Transfer Engine does not load here "
+        raise ConfigError.at(
+            "channel.transport",
+            "=mooncake: Mooncake's Transfer Engine does not load here "
             f"({error}): pip install 'specdist[mooncake]' (CUDA 12), mooncake-transfer-engine-cuda13, or "
             "mooncake-transfer-engine-non-cuda on machines without a GPU; on Debian and Ubuntu also apt-get install "
-            "libibverbs1"
+            "libibverbs1",
         ) from error
     return Engine

@@ -115,7 +115,7 @@ def check_sizes(section: str, options: SizeOptions) -> None:
     for key in SIZES:
         value = getattr(options, key)
         if value is not None and value < 1:
-            raise ConfigError(f"{section}.{key} is {value}: it must be at least 1, or null for the default")
+            raise ConfigError.at(f"{section}.{key}", f"is {value}: it must be at least 1, or null for the default")
 
 
 def check_layers(key: str, layers: tuple[int, ...], num_layers: int) -> None:
@@ -125,11 +125,12 @@ def check_layers(key: str, layers: tuple[int, ...], num_layers: int) -> None:
         ConfigError: a layer does not exist, or the layers do not ascend.
     """
     if missing := [layer for layer in layers if not 0 <= layer < num_layers]:
-        raise ConfigError(f"{key}: {missing} not in a target of {num_layers} layers (0 to {num_layers - 1})")
+        raise ConfigError.at(key, f": {missing} not in a target of {num_layers} layers (0 to {num_layers - 1})")
     if list(layers) != sorted(set(layers)):
         raise ConfigError(
             f"{key}: {list(layers)}: engines hand over captured layers from the lowest to the highest, each once; "
-            f"give {sorted(set(layers))}"
+            f"give {sorted(set(layers))}",
+            key,
         )
 
 

@@ -52,16 +52,17 @@ class DFlashConfig:
 
     def __post_init__(self) -> None:
         if self.block_size < 2:
-            raise ConfigError(
-                f"draft.dflash.block_size is {self.block_size}: it must be at least 2, for its first token is verified"
+            raise ConfigError.at(
+                "draft.dflash.block_size",
+                f"is {self.block_size}: it must be at least 2, for its first token is verified",
             )
         for key in ("num_layers", "anchors", "loss_chunk"):
             if getattr(self, key) < 1:
-                raise ConfigError(f"draft.dflash.{key} is {getattr(self, key)}: it must be at least 1")
+                raise ConfigError.at(f"draft.dflash.{key}", f"is {getattr(self, key)}: it must be at least 1")
         if self.decay_gamma is not None and self.decay_gamma <= 0.0:
-            raise ConfigError(f"draft.dflash.decay_gamma is {self.decay_gamma}: it must be above 0, or null")
+            raise ConfigError.at("draft.dflash.decay_gamma", f"is {self.decay_gamma}: it must be above 0, or null")
         if not 0.0 <= self.dpace_alpha <= 1.0:
-            raise ConfigError(f"draft.dflash.dpace_alpha is {self.dpace_alpha}: it must be between 0 and 1")
+            raise ConfigError.at("draft.dflash.dpace_alpha", f"is {self.dpace_alpha}: it must be between 0 and 1")
         check_sizes("draft.dflash", self)
 
     @property
@@ -79,13 +80,14 @@ class DFlashConfig:
         if layers is None:
             layers = _spread(num_layers, self.num_layers)
             if list(layers) != sorted(set(layers)) or layers[0] < 0:
-                raise ConfigError(
-                    f"draft.dflash.layers: the default gives {list(layers)} for {self.num_layers} draft layers and a "
-                    f"target of {num_layers}; give ascending layers between 0 and {num_layers - 1}, or fewer layers"
+                raise ConfigError.at(
+                    "draft.dflash.layers",
+                    f": the default gives {list(layers)} for {self.num_layers} draft layers and a "
+                    f"target of {num_layers}; give ascending layers between 0 and {num_layers - 1}, or fewer layers",
                 )
         check_layers("draft.dflash.layers", layers, num_layers)
         if not layers:
-            raise ConfigError("draft.dflash.layers is empty: the draft needs at least one of the target's layers")
+            raise ConfigError.at("draft.dflash.layers", "is empty: the draft needs at least one of the target's layers")
         return tuple(layers)
 
 

@@ -38,8 +38,8 @@ class DFlashDims(LayerSizes):
         text = target.get_text_config()
         vocab_size = read(text, "vocab_size", SECTION)
         if config.mask_token_id is not None and not 0 <= config.mask_token_id < vocab_size:
-            raise ConfigError(
-                f"draft.dflash.mask_token_id is {config.mask_token_id}: the target has tokens 0 to {vocab_size - 1}"
+            raise ConfigError.at(
+                "draft.dflash.mask_token_id", f"is {config.mask_token_id}: the target has tokens 0 to {vocab_size - 1}"
             )
         return cls(
             **layer_sizes(SECTION, config, target),

@@ -50,7 +50,7 @@ class DFlashExport:
         captured = draft.dflash.captured_layers(layers)
         check_servable(captured, layers)
         if draft.dflash.mask_token_id is None:
-            raise ConfigError("draft.dflash.mask_token_id is null: an export needs the token that was trained")
+            raise ConfigError.at("draft.dflash.mask_token_id", "is null: an export needs the token that was trained")
         return cls(draft.dflash, DFlashDims.of(draft.dflash, target), captured, target)
 
     def tensors(
@@ -90,9 +90,10 @@ class DFlashExport:
 def check_servable(layers: tuple[int, ...], target_layers: int) -> None:
     """Raise ConfigError if an engine would not feed the draft the captured layers it was trained on."""
     if max(layers) == target_layers - 1:
-        raise ConfigError(
-            f"draft.dflash.layers: {list(layers)}: SGLang cannot capture the output of the target's last layer, "
-            f"{target_layers - 1}; train without it"
+        raise ConfigError.at(
+            "draft.dflash.layers",
+            f": {list(layers)}: SGLang cannot capture the output of the target's last layer, "
+            f"{target_layers - 1}; train without it",
         )
 
 

@@ -20,7 +20,10 @@ def find_mask_token(target: Path, vocab_size: int) -> int:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(target))
     except (OSError, ValueError) as error:
-        raise DataError(f"no usable tokenizer in {target} to find draft.dflash.mask_token_id with: {error}") from error
+        raise DataError(
+            f"no usable tokenizer in {target} to find draft.dflash.mask_token_id with: {error}",
+            "draft.dflash.mask_token_id",
+        ) from error
     if tokenizer.mask_token_id is not None:
         return int(tokenizer.mask_token_id)
     free = max(tokenizer.get_vocab().values()) + 1
@@ -29,8 +32,9 @@ def find_mask_token(target: Path, vocab_size: int) -> int:
     used = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     spare = [(number, str(token)) for number, token in tokenizer.added_tokens_decoder.items() if number not in used]
     listed = ", ".join(f"{number} ({token})" for number, token in spare[:5])
-    raise ConfigError(
-        f"draft.dflash.mask_token_id is null, and every one of the {vocab_size} rows of the target's embedding is a "
+    raise ConfigError.at(
+        "draft.dflash.mask_token_id",
+        f"is null, and every one of the {vocab_size} rows of the target's embedding is a "
         f"token of its tokenizer: give a token that never occurs in text, such as one that is reserved"
-        + (f", of {listed}" if listed else "")
+        + (f", of {listed}" if listed else ""),
     )

@@ -65,19 +65,22 @@ class Eagle3Config:
 
     def __post_init__(self) -> None:
         if not 0 <= self.recompute <= self.ttt_length:
-            raise ConfigError(
-                f"draft.eagle3.recompute is {self.recompute}: it must be between 0 and ttt_length ({self.ttt_length})"
+            raise ConfigError.at(
+                "draft.eagle3.recompute",
+                f"is {self.recompute}: it must be between 0 and ttt_length ({self.ttt_length})",
             )
         for key in ("ttt_length", "loss_chunk"):
             if getattr(self, key) < 1:
-                raise ConfigError(f"draft.eagle3.{key} is {getattr(self, key)}: it must be at least 1")
+                raise ConfigError.at(f"draft.eagle3.{key}", f"is {getattr(self, key)}: it must be at least 1")
         check_sizes("draft.eagle3", self)
         if self.vocab_size is not None and self.vocab_size < 1:
-            raise ConfigError(f"draft.eagle3.vocab_size is {self.vocab_size}: it must be at least 1, or null for all")
+            raise ConfigError.at(
+                "draft.eagle3.vocab_size", f"is {self.vocab_size}: it must be at least 1, or null for all"
+            )
         if not 0.0 < self.step_decay <= 1.0:
-            raise ConfigError(f"draft.eagle3.step_decay is {self.step_decay}: it must be above 0 and at most 1")
+            raise ConfigError.at("draft.eagle3.step_decay", f"is {self.step_decay}: it must be above 0 and at most 1")
         if self.lk_eta < 0.0:
-            raise ConfigError(f"draft.eagle3.lk_eta is {self.lk_eta}: it must not be negative")
+            raise ConfigError.at("draft.eagle3.lk_eta", f"is {self.lk_eta}: it must not be negative")
 
     def captured_layers(self, num_layers: int) -> tuple[int, ...]:
         """The captured layers of a target of `num_layers` layers.
@@ -89,12 +92,15 @@ class Eagle3Config:
         if layers is None:
             layers = (1, num_layers // 2 - 1, num_layers - 4)
             if not 0 <= layers[0] < layers[1] < layers[2]:
-                raise ConfigError(
-                    f"draft.eagle3.layers: the default [1, n//2 - 1, n - 4] gives {list(layers)} for a target of "
-                    f"{num_layers} layers; give ascending layers between 0 and {num_layers - 1}"
+                raise ConfigError.at(
+                    "draft.eagle3.layers",
+                    f": the default [1, n//2 - 1, n - 4] gives {list(layers)} for a target of "
+                    f"{num_layers} layers; give ascending layers between 0 and {num_layers - 1}",
                 )
         check_layers("draft.eagle3.layers", layers, num_layers)
         if len(layers) < 2:
             # SGLang applies fc only where the features are wider than the hidden state.
-            raise ConfigError(f"draft.eagle3.layers: {list(layers)} is one layer; serving engines need several (3)")
+            raise ConfigError.at(
+                "draft.eagle3.layers", f": {list(layers)} is one layer; serving engines need several (3)"
+            )
         return tuple(layers)

@@ -54,8 +54,9 @@ class Eagle3Dims(LayerSizes):
                 {"hidden size": dims.hidden_size, "MLP": dims.intermediate_size, "queries": queries, "keys": keys}
             )
         if config.vocab_size is not None and config.vocab_size > vocab_size:
-            raise ConfigError(
-                f"draft.eagle3.vocab_size is {config.vocab_size}: the target has {vocab_size} tokens (null takes all)"
+            raise ConfigError.at(
+                "draft.eagle3.vocab_size",
+                f"is {config.vocab_size}: the target has {vocab_size} tokens (null takes all)",
             )
         return dims
 
@@ -63,7 +64,8 @@ class Eagle3Dims(LayerSizes):
 def _check_fp8(widths: Mapping[str, int]) -> None:
     for name, width in widths.items():
         if width % FP8_MULTIPLE:
-            raise ConfigError(
-                f"draft.eagle3.products=fp8 needs widths that are multiples of {FP8_MULTIPLE}, and the draft's {name} "
-                f"has {width}: use draft.eagle3.products=compute"
+            raise ConfigError.at(
+                "draft.eagle3.products",
+                f"=fp8 needs widths that are multiples of {FP8_MULTIPLE}, and the draft's {name} "
+                f"has {width}: use draft.eagle3.products=compute",
             )

@@ -147,14 +147,17 @@ class Eagle3Export:
 def check_servable(layers: tuple[int, ...], target_layers: int, format: Format) -> None:
     """Raise ConfigError if an engine would not feed the draft the captured layers it was trained on."""
     if list(layers) != sorted(layers):
-        raise ConfigError(
-            f"draft.eagle3.layers: {list(layers)}: SGLang and vLLM hand over captured layers from the lowest to the "
-            f"highest, so a draft trained on another order cannot be served; train with {sorted(layers)}"
+        raise ConfigError.at(
+            "draft.eagle3.layers",
+            f": {list(layers)}: SGLang and vLLM hand over captured layers from the lowest to the "
+            f"highest, so a draft trained on another order cannot be served; train with {sorted(layers)}",
         )
     if format == "sglang" and max(layers) == target_layers - 1:
-        raise ConfigError(
-            f"draft.eagle3.layers: {list(layers)}: SGLang cannot capture the output of the target's last layer, "
-            f"{target_layers - 1}; train without it, or serve with vLLM (export.formats=[speculators])"
+        raise ConfigError.at(
+            "draft.eagle3.layers",
+            f": {list(layers)}: SGLang cannot capture the output of the target's last layer, "
+            f"{target_layers - 1}; train without it, or serve with vLLM (export.formats=[speculators])",
+            "export.formats",
         )
 
 

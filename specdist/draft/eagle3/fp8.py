@@ -115,7 +115,8 @@ class Fp8Products:
 def check_device(device: torch.device) -> None:
     """Raises ConfigError where the GPU has no FP8 products."""
     if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < CAPABILITY:
-        raise ConfigError(
-            f"draft.eagle3.products=fp8 needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or more; "
-            f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: use draft.eagle3.products=compute"
+        raise ConfigError.at(
+            "draft.eagle3.products",
+            f"=fp8 needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or more; "
+            f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: use draft.eagle3.products=compute",
         )

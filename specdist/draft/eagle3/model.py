@@ -57,7 +57,7 @@ class Frozen:
         device, tied = vocabulary.ids.device, target.head is target.embedding
         host = config.embedding == "host" and device.type == "cuda"
         if host and importlib.util.find_spec("triton") is None:
-            raise ConfigError("draft.eagle3.embedding=host needs Triton, which is not installed: use device")
+            raise ConfigError.at("draft.eagle3.embedding", "=host needs Triton, which is not installed: use device")
         embedding = target.embedding.cpu().pin_memory() if host else target.embedding.to(device)
         here, whole = config.teacher_head == "draft", None
         if here or vocabulary.whole:

@@ -61,7 +61,7 @@ class Report:
         try:
             write_atomically(Path(path), self.to_json())
         except OSError as error:
-            raise ConfigError(f"preflight.report: {path} cannot be written: {error}") from error
+            raise ConfigError.at("preflight.report", f": {path} cannot be written: {error}") from error
 
     def render_hosts(self) -> str:
         """The hosts, their GPUs, and the findings, as plain text."""

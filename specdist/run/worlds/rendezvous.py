@@ -48,7 +48,7 @@ class Rendezvous:
         try:
             found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
         except socket.gaierror as error:
-            raise ConfigError(f"world.scheduler: host '{host}' is not known here: {error}") from error
+            raise ConfigError.at("world.scheduler", f": host '{host}' is not known here: {error}") from error
         return str(found[0][4][0]), int(port), shared_token(TOKEN_BYTES)
 
     def publish(self, door: Door) -> None:

@@ -64,8 +64,8 @@ class Terms:
         }
         text = json.dumps(raw)
         if len(text.encode()) > MAX_TEXT_BYTES:
-            raise ConfigError(
-                f"world.role=draft: the names of {len(hosts)} hosts do not fit into {MAX_TEXT_BYTES} bytes"
+            raise ConfigError.at(
+                "world.role", f"=draft: the names of {len(hosts)} hosts do not fit into {MAX_TEXT_BYTES} bytes"
             )
         return text
 

@@ -159,9 +159,10 @@ class Runner:
         # beside them. A module in its stead computes no logits and gathers none over the ranks.
         found = [name for name, module in runner.model.named_modules() if isinstance(module, LogitsProcessor)]
         if len(found) != 1:
-            raise ConfigError(
-                f"target.engine=sglang: {type(runner.model).__name__} has {len(found)} logits processors ({found}), "
-                "and features are taken at a single one: use target.engine=hf"
+            raise ConfigError.at(
+                "target.engine",
+                f"=sglang: {type(runner.model).__name__} has {len(found)} logits processors ({found}), "
+                "and features are taken at a single one: use target.engine=hf",
             )
         parent, _, name = found[0].rpartition(".")
         setattr(runner.model.get_submodule(parent), name, self._capture)
@@ -172,9 +173,10 @@ class Runner:
             return
         model = self._runner.model
         if not hasattr(model, "set_eagle3_layers_to_capture"):
-            raise ConfigError(
-                f"target.engine=sglang: SGLang's {type(model).__name__} cannot hand out layer outputs (it has no "
-                "set_eagle3_layers_to_capture): use target.engine=hf"
+            raise ConfigError.at(
+                "target.engine",
+                f"=sglang: SGLang's {type(model).__name__} cannot hand out layer outputs (it has no "
+                "set_eagle3_layers_to_capture): use target.engine=hf",
             )
         # Public, and the same in all versions. Hooks on the layers would be wrong: residuals and sums over ranks are
         # left to later layers where that is faster.
@@ -209,8 +211,8 @@ class Runner:
         runner.token_to_kv_pool_allocator.clear()
         seen, self._capture.seen = self._capture.seen, None
         if seen is None:
-            raise DataError(
-                f"target.engine=sglang: {type(runner.model).__name__} ran without coming to its logits processor"
+            raise DataError.at(
+                "target.engine", f"=sglang: {type(runner.model).__name__} ran without coming to its logits processor"
             )
         return seen
 
@@ -287,7 +289,7 @@ def _import(device: torch.device) -> None:
         with _known_configs_may_come_again():
             importlib.import_module("sglang.srt.model_executor.model_runner")
     except ImportError as error:
-        raise ConfigError(f"target.engine=sglang: SGLang {version} cannot be imported here: {error}") from error
+        raise ConfigError.at("target.engine", f"=sglang: SGLang {version} cannot be imported here: {error}") from error
 
 
 @contextmanager

@@ -77,13 +77,15 @@ class SglangConfig:
 
     def __post_init__(self) -> None:
         if self.prefill_tokens is not None and self.prefill_tokens < 1:
-            raise ConfigError(f"target.sglang.prefill_tokens={self.prefill_tokens}: at least 1 is needed")
+            raise ConfigError.at("target.sglang.prefill_tokens", f"={self.prefill_tokens}: at least 1 is needed")
         if self.memory_fraction is not None and not 0 < self.memory_fraction < 1:
-            raise ConfigError(f"target.sglang.memory_fraction={self.memory_fraction} is a share between 0 and 1")
+            raise ConfigError.at("target.sglang.memory_fraction", f"={self.memory_fraction} is a share between 0 and 1")
         if self.ep < 1:
-            raise ConfigError(f"target.sglang.ep={self.ep}: at least 1 is needed")
+            raise ConfigError.at("target.sglang.ep", f"={self.ep}: at least 1 is needed")
         for name in self.arguments:
             if name in OWNED:
-                raise ConfigError(f"target.sglang.arguments: {name} is set by {OWNED[name]}")
+                raise ConfigError.at("target.sglang.arguments", f": {name} is set by {OWNED[name]}")
             if name in FIXED:
-                raise ConfigError(f"target.sglang.arguments: {name} is always {FIXED[name]}: the engine depends on it")
+                raise ConfigError.at(
+                    "target.sglang.arguments", f": {name} is always {FIXED[name]}: the engine depends on it"
+                )

@@ -57,10 +57,12 @@ class SglangEngine(Engine):
         with _memory_errors_named(config):
             self.runner = adapter.load(self._settings(config, budget), device, group)
         if budget is not None and self.runner.tokens < budget:
-            raise ConfigError(
-                f"target.engine=sglang: beside the weights of {facts.path} there is room for the KV cache of "
+            raise ConfigError.at(
+                "target.engine",
+                f"=sglang: beside the weights of {facts.path} there is room for the KV cache of "
                 f"{self.runner.tokens:,} tokens, but a forward has {budget:,}: lower target.sglang.prefill_tokens, "
-                "raise target.sglang.memory_fraction or target.tp"
+                "raise target.sglang.memory_fraction or target.tp",
+                "target.sglang.prefill_tokens target.sglang.memory_fraction target.tp",
             )
         self._config = config
         self._limit = min(budget or self.runner.tokens, self.runner.tokens)
@@ -99,7 +101,8 @@ class SglangEngine(Engine):
             if needed > max(self._limit, page):
                 raise DataError(
                     f"a document of {len(tokens):,} tokens is longer than the {self._limit:,} that one forward of "
-                    "SGLang may have: raise target.sglang.prefill_tokens, or lower prompts.max_length"
+                    "SGLang may have: raise target.sglang.prefill_tokens, or lower prompts.max_length",
+                    "target.sglang.prefill_tokens prompts.max_length",
                 )
             if together and (used + needed > self._limit or len(together) == most):
                 yield together
@@ -139,12 +142,14 @@ def _memory_errors_named(config: TargetConfig) -> Iterator[None]:
         raise ConfigError(
             f"the target ran out of memory ({str(error).splitlines()[0]}): lower target.sglang.prefill_tokens (now "
             f"{config.sglang.prefill_tokens or 'a whole item'}) or target.sglang.memory_fraction (now "
-            f"{config.sglang.memory_fraction or 'chosen by SGLang'}), or raise target.tp (now {config.tp})"
+            f"{config.sglang.memory_fraction or 'chosen by SGLang'}), or raise target.tp (now {config.tp})",
+            "target.sglang.prefill_tokens target.sglang.memory_fraction target.tp",
         ) from error
     except RuntimeError as error:
         if "mem-fraction-static" not in str(error) and "mem_fraction_static" not in str(error):
             raise
         raise ConfigError(
             f"the target's weights leave no room for a KV cache: raise target.sglang.memory_fraction (now "
-            f"{config.sglang.memory_fraction or 'chosen by SGLang'}) or target.tp (now {config.tp}): {error}"
+            f"{config.sglang.memory_fraction or 'chosen by SGLang'}) or target.tp (now {config.tp}): {error}",
+            "target.sglang.memory_fraction target.tp",
         ) from error

@@ -33,7 +33,9 @@ def require() -> str:
     """The installed version. Raises ConfigError, with what to install, when there is none or it is not a known one."""
     version = installed()
     if version is None:
-        raise ConfigError(f"target.engine=sglang: SGLang is not installed here: {INSTALL} (or use target.engine=hf)")
+        raise ConfigError.at(
+            "target.engine", f"=sglang: SGLang is not installed here: {INSTALL} (or use target.engine=hf)"
+        )
     check_version(version)
     return version
 
@@ -41,8 +43,8 @@ def require() -> str:
 def check_version(version: str) -> None:
     """Raise ConfigError unless `version` is one whose internals the adapter knows."""
     if not Version(OLDEST) <= Version(version) <= Version(NEWEST):
-        raise ConfigError(
-            f"target.engine=sglang: SGLang {version} is installed, {OLDEST} to {NEWEST} are supported: {INSTALL}"
+        raise ConfigError.at(
+            "target.engine", f"=sglang: SGLang {version} is installed, {OLDEST} to {NEWEST} are supported: {INSTALL}"
         )
 
 
@@ -53,7 +55,9 @@ def check_arguments(names: Iterable[str]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else "`python -m sglang.launch_server --help` lists them"
-            raise ConfigError(f"target.sglang.arguments: SGLang {installed()} has no server argument '{name}'; {hint}")
+            raise ConfigError.at(
+                "target.sglang.arguments", f": SGLang {installed()} has no server argument '{name}'; {hint}"
+            )
 
 
 @cache
