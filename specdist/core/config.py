@@ -159,7 +159,7 @@ def complete(schema: type[T]) -> type[T]:
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             added.setdefault(name, complete(hint))
     added = {name: hint for name, hint in added.items() if hints.get(name) != hint}
-    return typing.cast(type[T], _extended(schema, tuple(added.items()))) if added else schema
+    return typing.cast(type[T], _extended(typing.cast(Any, schema), tuple(added.items()))) if added else schema
 
 
 @functools.cache
@@ -167,8 +167,8 @@ def _extended(schema: type, added: tuple[tuple[str, Any], ...]) -> type:
     present = {field.name: field for field in dataclasses.fields(schema)}
     made = []
     for name, hint in added:
-        default = dataclasses.field(default_factory=hint) if dataclasses.is_dataclass(hint) else present[name].default
-        made.append((name, hint, default))
+        section = dataclasses.is_dataclass(hint) and isinstance(hint, type)
+        made.append((name, hint, dataclasses.field(default_factory=hint) if section else present[name].default))
     namespace = {"__module__": schema.__module__, "__qualname__": schema.__qualname__, "__doc__": schema.__doc__}
     return dataclasses.make_dataclass(schema.__name__, made, bases=(schema,), frozen=True, namespace=namespace)
 

@@ -21,7 +21,7 @@ from specdist.prompts.stream import Stream
 
 
 @dataclass(frozen=True)
-class Itinerary:
+class ResumePlan:
     """`progress` is where training goes on from, `checkpoint` what it is loaded from (None at the beginning).
 
     Items `progress.next_item` to `end_item` - 1 are trained on, and `total_steps` optimizer steps are done then.
@@ -40,14 +40,14 @@ class Itinerary:
         return json.dumps(dataclasses.asdict(self), default=str)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Itinerary:
+    def from_json(cls, text: str | bytes) -> ResumePlan:
         raw = json.loads(text)
         progress = Progress(**(raw["progress"] | {"cursor": Cursor(**raw["progress"]["cursor"])}))
         path = Path(raw["checkpoint"]) if raw["checkpoint"] else None
         return cls(progress, path, raw["end_item"], raw["total_steps"])
 
 
-def find_itinerary(job: JobConfig, run_dir: RunDirectory, prompts: PromptStore, stream: Stream) -> Itinerary:
+def find_resume_plan(job: JobConfig, run_dir: RunDirectory, prompts: PromptStore, stream: Stream) -> ResumePlan:
     """Look for a checkpoint to resume from, and count what is left to do.
 
     Raises:
@@ -74,18 +74,18 @@ def find_itinerary(job: JobConfig, run_dir: RunDirectory, prompts: PromptStore, 
     accumulation = job.train.accumulation
     if job.train.steps is not None:
         left = max(job.train.steps - progress.step, 0) * accumulation
-        return Itinerary(progress, checkpoint, progress.next_item + left, job.train.steps)
+        return ResumePlan(progress, checkpoint, progress.next_item + left, job.train.steps)
     left = stream.count_items(job.train.epochs or 1, start=progress.cursor)
-    return Itinerary(progress, checkpoint, progress.next_item + left, progress.step + -(-left // accumulation))
+    return ResumePlan(progress, checkpoint, progress.next_item + left, progress.step + -(-left // accumulation))
 
 
-def share_itinerary(store: dist.Store, itinerary: Itinerary | None, timeout_s: float) -> Itinerary:
-    """Publish (the rank that has one) or receive the itinerary."""
-    if itinerary is not None:
-        store.set("itinerary", itinerary.to_json())
-        return itinerary
+def share_resume_plan(store: dist.Store, resume: ResumePlan | None, timeout_s: float) -> ResumePlan:
+    """Publish (the rank that has one) or receive the resume plan."""
+    if resume is not None:
+        store.set("resume", resume.to_json())
+        return resume
     try:
-        store.wait(["itinerary"], timedelta(seconds=timeout_s))
+        store.wait(["resume"], timedelta(seconds=timeout_s))
     except dist.DistError as error:
         raise WorldError(f"the leading rank did not say where the run starts within {timeout_s:.0f} s") from error
-    return Itinerary.from_json(store.get("itinerary"))
+    return ResumePlan.from_json(store.get("resume"))

@@ -11,7 +11,7 @@ from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
 from specdist.core.trace import Trace
 from specdist.job.config import JobConfig, JobFacts
-from specdist.job.resume_plan import Itinerary
+from specdist.job.resume_plan import ResumePlan
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.items import Items
 from specdist.prompts.store import PromptStore
@@ -38,7 +38,7 @@ class Rank:
     groups: Groups
     run_dir: RunDirectory
     prompts: PromptStore
-    itinerary: Itinerary
+    resume: ResumePlan
     client: ControlClient
     stop: StopFlag
     record: AttemptRecord
@@ -55,8 +55,8 @@ class Rank:
         return self.job.world.wait_timeout_s
 
     def items(self) -> Items:
-        progress, stream = self.itinerary.progress, stream_of(self.job, self.topology, self.prompts)
-        return Items(stream, progress.cursor, progress.next_item, self.itinerary.end_item)
+        progress, stream = self.resume.progress, stream_of(self.job, self.topology, self.prompts)
+        return Items(stream, progress.cursor, progress.next_item, self.resume.end_item)
 
     def wire(self) -> Wire:
         return Wire(

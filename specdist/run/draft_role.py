@@ -43,19 +43,19 @@ def consume(rank: Rank) -> None:
     optimizer = build_optimizer(draft, job.optimizer)
     number = topology.draft_ranks.index(rank.rank)
     checkpointer = Checkpointer(rank.run_dir.checkpoints, job.checkpoint, rank.groups.checkpoint, number)
-    if rank.itinerary.checkpoint is not None:
-        client.phase = f"loading {rank.itinerary.checkpoint.name}"
-        checkpointer.load(rank.itinerary.checkpoint, draft, optimizer)
+    if rank.resume.checkpoint is not None:
+        client.phase = f"loading {rank.resume.checkpoint.name}"
+        checkpointer.load(rank.resume.checkpoint, draft, optimizer)
     source = _source(rank, items, place.dp)
     trainer = Trainer(
         draft, optimizer, source, items, rank.prompts, rank.groups, place.dp, rank.world.device, rank.trace
     )
-    recipe = Recipe(job.train, job.optimizer, job.checkpoint, job.metrics.every, rank.itinerary.total_steps)
+    recipe = Recipe(job.train, job.optimizer, job.checkpoint, job.metrics.every, rank.resume.total_steps)
     leader = rank.rank == topology.draft_ranks[0]
     client.ready()
     client.wait_for_start()
-    with RunReporter(job, rank.run_dir, rank.itinerary, client, leader) as reporter:
-        progress = trainer.train(recipe, rank.itinerary.progress, checkpointer, rank.stop, reporter)
+    with RunReporter(job, rank.run_dir, rank.resume, client, leader) as reporter:
+        progress = trainer.train(recipe, rank.resume.progress, checkpointer, rank.stop, reporter)
         figures = reporter.totals()
     # The targets are let go first, so that nothing waits for however long the last save takes.
     _end_the_run(rank, source, progress.next_item, leader)
@@ -71,7 +71,7 @@ def consume(rank: Rank) -> None:
     if leader:  # stays in the control plane, which keeps the run's status alive
         client.phase = "exporting and evaluating"
         ranks = len(topology.draft_ranks)
-        outcome = Outcome(state, progress, rank.itinerary.total_steps, figures, producers, ranks)
+        outcome = Outcome(state, progress, rank.resume.total_steps, figures, producers, ranks)
         rank.record.end(finish(job, rank.facts, rank.run_dir, outcome, rank.world.device, rank.stop))
     rank.trace.finish()
     client.close()

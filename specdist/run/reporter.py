@@ -13,7 +13,7 @@ import torch
 
 from specdist.core import config
 from specdist.job.config import JobConfig
-from specdist.job.resume_plan import Itinerary
+from specdist.job.resume_plan import ResumePlan
 from specdist.job.run_dir import RunDirectory
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Statistics
@@ -44,9 +44,7 @@ class _Mark:
 class RunReporter(Reporter):
     """Writes the records of the first draft rank; on the others it only takes part."""
 
-    def __init__(
-        self, job: JobConfig, run_dir: RunDirectory, itinerary: Itinerary, client: ControlClient, leader: bool
-    ):
+    def __init__(self, job: JobConfig, run_dir: RunDirectory, resume: ResumePlan, client: ControlClient, leader: bool):
         self._client = client
         self._trackers: list[Tracker] = []
         self._bar: ProgressTracker | None = None
@@ -57,14 +55,14 @@ class RunReporter(Reporter):
         self._began = self._latest = self._mark()
         self._warm: _Mark | None = None
         if leader:
-            self._open(job, run_dir, itinerary)
+            self._open(job, run_dir, resume)
 
-    def _open(self, job: JobConfig, run_dir: RunDirectory, itinerary: Itinerary) -> None:
-        step = itinerary.progress.step
+    def _open(self, job: JobConfig, run_dir: RunDirectory, resume: ResumePlan) -> None:
+        step = resume.progress.step
         self._trackers.append(JsonlTracker(run_dir.metrics, step))
         if job.metrics.progress:
             shown = SHOWN + (WAITS if job.world.mode == "split" else ())
-            self._bar = ProgressTracker(itinerary.total_steps, step, shown)
+            self._bar = ProgressTracker(resume.total_steps, step, shown)
             self._trackers.append(self._bar)
         if job.metrics.tensorboard:
             self._trackers.append(TensorBoardTracker(run_dir.tensorboard, step))

@@ -29,7 +29,7 @@ from specdist.evaluate.prompts import check_prompts
 from specdist.export import load_exported
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
-from specdist.job.resume_plan import Itinerary, find_itinerary, share_itinerary
+from specdist.job.resume_plan import ResumePlan, find_resume_plan, share_resume_plan
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.prepare import prepare
 from specdist.prompts.store import PromptStore
@@ -90,25 +90,25 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     if job.world.role == "target":
         _join_another_world(job, job_facts, world, topology, prompts, start)
         return
-    itinerary = _agree_on_itinerary(job, world, topology, run_dir, prompts)
+    resume = _agree_on_resume_plan(job, world, topology, run_dir, prompts)
     alone = start.record.started() is None  # no agent of ours has started this world
     if facts.rank == 0:
         if alone:
             refuse_if_held(run_dir.path, start.attempt.job)
             hosts = tuple(dict.fromkeys(world.hosts))
-            start.record.begin(Started("torchrun", hosts, topology.world_size, itinerary.progress.step))
-        _introduce(job, topology, job_facts, prompts, itinerary)
+            start.record.begin(Started("torchrun", hosts, topology.world_size, resume.progress.step))
+        _introduce(job, topology, job_facts, prompts, resume)
     groups, stop = _groups(job, world, topology), _stop_flag(job, start)
-    terms = Terms.of(job, job_facts, prompts, topology, itinerary) if job.world.role == "draft" else None
-    trace = _trace(job, world, topology, itinerary, start)
+    terms = Terms.of(job, job_facts, prompts, topology, resume) if job.world.role == "draft" else None
+    trace = _trace(job, world, topology, resume, start)
     with (
         Lease(start.record) if alone and facts.rank == 0 else contextlib.nullcontext(),
-        _control_plane(job, job_facts, world, topology, itinerary, start, stop, trace, terms) as (client, server),
+        _control_plane(job, job_facts, world, topology, resume, start, stop, trace, terms) as (client, server),
         trace.recording(client.ask_clock),
     ):
         stop.install()  # before the control plane is up nobody could be told, and there is nothing to save
         rank = Rank(
-            job, job_facts, world, topology, groups, run_dir, prompts, itinerary, client, stop, start.record, trace,
+            job, job_facts, world, topology, groups, run_dir, prompts, resume, client, stop, start.record, trace,
             server,
         )  # fmt: skip
         client.phase = "connecting links"
@@ -153,19 +153,19 @@ def _join_another_world(
     TargetWorld(job, facts, world, topology, groups, prompts, run_dir, stop, start.record).run()
 
 
-def _agree_on_itinerary(
+def _agree_on_resume_plan(
     job: JobConfig, world: World, topology: Topology, run_dir: RunDirectory, prompts: PromptStore
-) -> Itinerary:
+) -> ResumePlan:
     found = None
     if world.facts.rank == 0:
         run_dir.check(job)
         run_dir.create()
-        found = find_itinerary(job, run_dir, prompts, stream_of(job, topology, prompts))
+        found = find_resume_plan(job, run_dir, prompts, stream_of(job, topology, prompts))
         if found.checkpoint is None:  # a run that was saved keeps the vocabulary it has
             run_dir.save_vocabulary(_draft_vocabulary(job, prompts))
         run_dir.save_config(job)
     # Rank 0 may have billions of tokens to count by now; loading is what this waiting belongs to.
-    return share_itinerary(world.store, found, job.control.load_timeout_s)
+    return share_resume_plan(world.store, found, job.control.load_timeout_s)
 
 
 def _draft_vocabulary(job: JobConfig, prompts: PromptStore) -> Tensor | None:
@@ -181,13 +181,13 @@ def _draft_vocabulary(job: JobConfig, prompts: PromptStore) -> Tensor | None:
     return ids if ids is not None and len(ids) < whole else None
 
 
-def _trace(job: JobConfig, world: World, topology: Topology, itinerary: Itinerary, start: Start) -> Trace:
+def _trace(job: JobConfig, world: World, topology: Topology, resume: ResumePlan, start: Start) -> Trace:
     """This rank's recorder, where the job asks for one and this start comes to the steps it asks for."""
-    window = find_window(job.trace, itinerary.progress, itinerary.end_item, job.train.accumulation)
-    rank, first = world.facts.rank, itinerary.progress.step + 1
+    window = find_window(job.trace, resume.progress, resume.end_item, job.train.accumulation)
+    rank, first = world.facts.rank, resume.progress.step + 1
     if job.trace.steps is not None and rank == 0:
         what = "nothing is traced" if window is None else f"steps {window.first_step} to {window.last_step} are traced"
-        print(f"specdist: {what}; this start does steps {first} to {itinerary.total_steps}", file=sys.stderr)
+        print(f"specdist: {what}; this start does steps {first} to {resume.total_steps}", file=sys.stderr)
     if window is None:
         return NO_TRACE
     who = Who(rank, topology.world_size, topology.describe(rank), world.hosts[rank], world.device)
@@ -202,12 +202,12 @@ def _tell_trace(record: AttemptRecord) -> None:
     print(f"specdist: trace {words}", file=sys.stderr)
 
 
-def _introduce(job: JobConfig, topology: Topology, facts: JobFacts, prompts: PromptStore, itinerary: Itinerary) -> None:
+def _introduce(job: JobConfig, topology: Topology, facts: JobFacts, prompts: PromptStore, resume: ResumePlan) -> None:
     target = f"{len(topology.replicas)} target replica(s) x tp {job.target.tp}, "
     if job.world.role == "draft":
         target = "target replicas join it (specdist train CONFIG --role target), "
-    start = f"resuming from {itinerary.checkpoint.name}" if itinerary.checkpoint else "starting"
-    done, total = itinerary.progress.step, itinerary.total_steps
+    start = f"resuming from {resume.checkpoint.name}" if resume.checkpoint else "starting"
+    done, total = resume.progress.step, resume.total_steps
     steps = f"{total - done} steps to go" if done < total else f"{done} of {total} steps are done, nothing to train"
     print(
         f"specdist: {topology.mode} world of {topology.world_size} ranks: {target}"
@@ -232,7 +232,7 @@ def _control_plane(
     facts: JobFacts,
     world: World,
     topology: Topology,
-    itinerary: Itinerary,
+    resume: ResumePlan,
     start: Start,
     stop: StopFlag,
     trace: Trace,
@@ -247,7 +247,7 @@ def _control_plane(
         server, secret = None, new_token()
         if world.facts.rank == 0:
             status = RunDirectory(Path(job.run.dir)).status
-            observer = RunObserver(status, start.record, start.attempt, itinerary, time.monotonic(), trace)
+            observer = RunObserver(status, start.record, start.attempt, resume, time.monotonic(), trace)
             stack.callback(observer.close)
             rendezvous = Rendezvous(Path(job.run.dir), job.world.scheduler)
             interface, port = local_address(), 0
@@ -257,7 +257,7 @@ def _control_plane(
                 interface,
                 secret,
                 topology,
-                _scheduler(job, facts, topology, itinerary),
+                _scheduler(job, facts, topology, resume),
                 job.control,
                 join_timeout_s=job.world.join_timeout_s,
                 observer=observer,
@@ -303,7 +303,7 @@ def _leave_soon(start: Start, facts: RankFacts, trace: Trace, error: UserError) 
     timer.start()
 
 
-def _scheduler(job: JobConfig, facts: JobFacts, topology: Topology, itinerary: Itinerary) -> Scheduler | None:
+def _scheduler(job: JobConfig, facts: JobFacts, topology: Topology, resume: ResumePlan) -> Scheduler | None:
     if topology.mode in ("colocated", "draft_only"):
         return None
     return Scheduler(
@@ -313,7 +313,7 @@ def _scheduler(job: JobConfig, facts: JobFacts, topology: Topology, itinerary: I
         slot_bytes=job.prompts.tokens_per_rank * facts.layout.bytes_per_token,
         queue_depth=job.scheduler.queue_depth,
         timeout=job.world.wait_timeout_s,
-        first_item=itinerary.progress.next_item,
-        end_item=itinerary.end_item,
+        first_item=resume.progress.next_item,
+        end_item=resume.end_item,
         elastic=job.world.role == "draft",
     )

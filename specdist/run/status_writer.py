@@ -15,7 +15,7 @@ from specdist.core.attempts import AttemptRecord, Ending, Failure
 from specdist.core.files import write_atomically
 from specdist.core.launch_env import Attempt
 from specdist.core.trace import NO_TRACE, Trace
-from specdist.job.resume_plan import Itinerary
+from specdist.job.resume_plan import ResumePlan
 from specdist.run.status import Status
 from specdist.scheduler.coordinator import Observer
 from specdist.scheduler.messages import Statistics
@@ -42,11 +42,11 @@ class RunObserver(Observer):
         status_file: Path,
         record: AttemptRecord,
         attempt: Attempt,
-        itinerary: Itinerary,
+        resume: ResumePlan,
         began: float,
         trace: Trace = NO_TRACE,
     ):
-        self._file, self._record, self._attempt, self._itinerary = status_file, record, attempt, itinerary
+        self._file, self._record, self._attempt, self._resume = status_file, record, attempt, resume
         self._trace = trace
         self._writer = ThreadPoolExecutor(1, "specdist-status")
         self._writing: Future[None] | None = None
@@ -60,7 +60,7 @@ class RunObserver(Observer):
             print(failure.render(self._record.failure_file), file=sys.stderr, flush=True)
 
     def dismissed(self, reason: str) -> None:
-        step = self._itinerary.progress.step
+        step = self._resume.progress.step
         self._record.end(Ending("stopped", step, reason))
         print(f"specdist: stopped at step {step} ({reason}); the same command goes on from there.", file=sys.stderr)
 
@@ -68,14 +68,14 @@ class RunObserver(Observer):
         print(f"specdist: {words}", file=sys.stderr, flush=True)
 
     def pulse(self, peers: Peers, statistics: Statistics, started: bool, now: float) -> None:
-        phases, step = peers.phases(now), max(peers.step, self._itinerary.progress.step)
+        phases, step = peers.phases(now), max(peers.step, self._resume.progress.step)
         status = Status(
             attempt=self._attempt.name,
             deadline=self._attempt.deadline,
             hosts=peers.hosts,
             started=started,
             step=step,
-            total_steps=self._itinerary.total_steps,
+            total_steps=self._resume.total_steps,
             statistics=statistics,
             phases=tuple(phases),
         )
@@ -86,7 +86,7 @@ class RunObserver(Observer):
         """Give the timeline the slots of a ring: their sum is always the same."""
         if not self._trace.on:
             return
-        s, first = scheduler.statistics(now), self._itinerary.progress.next_item
+        s, first = scheduler.statistics(now), self._resume.progress.next_item
         self._trace.count(
             "slots",
             lowest=first + s.released,
@@ -120,7 +120,7 @@ class RunObserver(Observer):
         progress = step + released
         if progress != self._progress:
             self._progress, self._moved_at, self._quiet_s = progress, now, _QUIET_S
-        trained = started and step >= self._itinerary.total_steps  # an evaluation shows progress of its own
+        trained = started and step >= self._resume.total_steps  # an evaluation shows progress of its own
         if trained or now - self._moved_at < self._quiet_s:
             return
         self._quiet_s *= 2

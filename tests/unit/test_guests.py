@@ -15,7 +15,7 @@ from specdist.core.errors import ConfigError
 from specdist.core.progress import Progress
 from specdist.core.records import Cursor
 from specdist.core.topology import Topology, WorldConfig
-from specdist.job.resume_plan import Itinerary
+from specdist.job.resume_plan import ResumePlan
 from specdist.run.worlds.rendezvous import Door, Rendezvous
 from specdist.run.worlds.terms import Terms
 from specdist.scheduler.config import ControlConfig
@@ -341,8 +341,8 @@ def test_a_given_address_needs_a_common_secret(tmp_path, monkeypatch):
 
 
 def test_the_terms_survive_the_wire_and_name_what_differs():
-    itinerary = Itinerary(Progress(3, 6, Cursor(0, 9), "f"), None, 20, 10)
-    terms = Terms(("a", "a", "b"), 1, 8, itinerary, {"run.seed": 0, "prompts": "f"})
+    resume = ResumePlan(Progress(3, 6, Cursor(0, 9), "f"), None, 20, 10)
+    terms = Terms(("a", "a", "b"), 1, 8, resume, {"run.seed": 0, "prompts": "f"})
     assert Terms.from_json(terms.to_json()) == terms
     terms.check({"run.seed": 0, "prompts": "f"})
     with pytest.raises(ConfigError, match=r"differs in run\.seed \(1 here, 0 there\)$"):

@@ -15,7 +15,7 @@ from specdist.core.launch_env import Attempt
 from specdist.core.progress import Progress
 from specdist.core.records import Cursor
 from specdist.core.topology import Topology
-from specdist.job.resume_plan import Itinerary
+from specdist.job.resume_plan import ResumePlan
 from specdist.run.status import Status, describe
 from specdist.run.status_writer import RunObserver
 from specdist.scheduler.messages import Statistics
@@ -103,8 +103,8 @@ def test_any_other_directory_is_refused(tmp_path: Path) -> None:
 
 def observer(run_dir: Path) -> RunObserver:
     progress = Progress(10, 10, Cursor(0, 0), "prompts")
-    itinerary = Itinerary(progress, None, 100, 100)
-    return RunObserver(run_dir / "status.json", AttemptRecord(run_dir / "logs/17.1"), ATTEMPT, itinerary, began=0.0)
+    resume = ResumePlan(progress, None, 100, 100)
+    return RunObserver(run_dir / "status.json", AttemptRecord(run_dir / "logs/17.1"), ATTEMPT, resume, began=0.0)
 
 
 def test_a_silent_start_says_what_the_ranks_do_less_and_less_often(run_dir: Path, capsys) -> None:

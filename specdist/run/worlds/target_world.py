@@ -133,7 +133,7 @@ class TargetWorld:
     def _work(self, session: Session) -> Stop:
         terms, client = session.terms, session.client
         terms.check(self._own)
-        self._step = terms.itinerary.progress.step
+        self._step = terms.resume.progress.step
         rank = self._rank(session)
         item_rows = rank.topology.shards * self._job.prompts.tokens_per_rank
         engine = self._loaded(rank, item_rows)
@@ -189,7 +189,7 @@ class TargetWorld:
             self._groups,
             self._run_dir,
             self._prompts,
-            terms.itinerary,
+            terms.resume,
             session.client,
             self._stop,
             self._record,

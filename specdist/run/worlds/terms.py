@@ -11,7 +11,7 @@ from specdist.core.errors import ConfigError
 from specdist.core.topology import Topology
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
-from specdist.job.resume_plan import Itinerary
+from specdist.job.resume_plan import ResumePlan
 from specdist.prompts.store import PromptStore
 from specdist.scheduler.messages import MAX_TEXT_BYTES
 
@@ -34,23 +34,21 @@ class Terms:
     hosts: the host of every draft rank.
     cp: the draft's context parallelism.
     slots: the slots of the receive rings, so many items can be in flight.
-    itinerary: where the run starts and ends.
+    resume: where the run starts and ends.
     common: see `common_facts`.
     """
 
     hosts: tuple[str, ...]
     cp: int
     slots: int
-    itinerary: Itinerary
+    resume: ResumePlan
     common: dict[str, object]
 
     @classmethod
-    def of(
-        cls, job: JobConfig, facts: JobFacts, prompts: PromptStore, topology: Topology, itinerary: Itinerary
-    ) -> Terms:
+    def of(cls, job: JobConfig, facts: JobFacts, prompts: PromptStore, topology: Topology, resume: ResumePlan) -> Terms:
         """The terms of a draft world."""
         common, slots = common_facts(job, facts, prompts), jobs.slots(job, facts.layout)
-        return cls(topology.hosts, len(topology.draft[0]), slots, itinerary, common)
+        return cls(topology.hosts, len(topology.draft[0]), slots, resume, common)
 
     def to_json(self) -> str:
         """As `Welcome` carries it. Raises ConfigError where there are too many hosts for one message."""
@@ -59,7 +57,7 @@ class Terms:
             "hosts": hosts,
             "cp": self.cp,
             "slots": self.slots,
-            "itinerary": self.itinerary.to_json(),
+            "resume": self.resume.to_json(),
             "common": self.common,
         }
         text = json.dumps(raw)
@@ -73,7 +71,7 @@ class Terms:
     def from_json(cls, text: str) -> Terms:
         raw = json.loads(text)
         hosts = tuple(host for host, count in raw["hosts"] for _ in range(count))
-        return cls(hosts, raw["cp"], raw["slots"], Itinerary.from_json(raw["itinerary"]), raw["common"])
+        return cls(hosts, raw["cp"], raw["slots"], ResumePlan.from_json(raw["resume"]), raw["common"])
 
     def check(self, own: dict[str, object]) -> None:
         """Raise ConfigError where this world's `common_facts` are others than those of the draft world."""
