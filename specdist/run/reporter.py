@@ -17,17 +17,8 @@ from specdist.job.resume_plan import ResumePlan
 from specdist.job.run_dir import RunDirectory
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Statistics
-from specdist.training.metrics import JsonlTracker, ProgressTracker, TensorBoardTracker, Tracker, WandbTracker
+from specdist.training.metrics import WAITS, JsonlTracker, ProgressTracker, TensorBoardTracker, Tracker, WandbTracker
 from specdist.training.trainer import Reporter, Window
-
-SHOWN = (
-    ("loss", "loss"),
-    ("simulated_acceptance_length", "accept length (simulated)"),
-    ("tokens_per_s", "tokens/s"),
-)
-"""Figures of the progress line, with the words for them."""
-WAITS = (("draft_wait", "draft waits"), ("target_wait", "target waits"))
-"""Those of roles that are apart; where ranks have both, neither waits for the other."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +52,7 @@ class RunReporter(Reporter):
         step = resume.progress.step
         self._trackers.append(JsonlTracker(run_dir.metrics, step))
         if job.metrics.progress:
-            shown = SHOWN + (WAITS if job.world.mode == "split" else ())
-            self._bar = ProgressTracker(resume.total_steps, step, shown)
+            self._bar = ProgressTracker(resume.total_steps, step, () if job.world.mode == "split" else WAITS)
             self._trackers.append(self._bar)
         if job.metrics.tensorboard:
             self._trackers.append(TensorBoardTracker(run_dir.tensorboard, step))

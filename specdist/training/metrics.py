@@ -1,23 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the figures of a run go: a JSONL file always; the terminal, TensorBoard and Weights & Biases by config."""
+"""Where the figures of a run go: metrics.jsonl always; TensorBoard, Weights & Biases and a progress line by config.
+
+All take every record, which is made of
+
+    the draft's own             loss, simulated_acceptance_length, ...: `DraftModel.summarize`
+    the step's                  lr, grad_norm: `Trainer`
+    tokens_per_s, step_s        over the steps since the last record
+    draft_wait, target_wait     the share of that time in which a side had to wait for the other
+    bytes_moved, gpu_peak_gib   features that the draft took in that time; the most memory allocated so far
+
+and the progress line shows the few of them in `_LINE`. `specdist status` reads metrics.jsonl.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-import sys
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from specdist.core.errors import ConfigError
+from specdist.core.progress_bar import ProgressBar
 
 _LINES_S = 5.0
 """Seconds between two lines of progress in a log file, at least. metrics.jsonl has every record."""
@@ -113,60 +120,45 @@ class WandbTracker(Tracker):
         self._run.finish()
 
 
-_BEFORE_FIGURES = 50
-"""Columns that the live line has before its figures, but for the steps: figures are cut off rather than the time to go,
-and the bar, which takes 20 of them, gives way to times of a day and more."""
-
-
-class ProgressTracker(Tracker):
-    """A live bar on a terminal; in a log file a plain line now and then, the first and the last record among them."""
-
-    def __init__(self, total: int, start: int, shown: Sequence[tuple[str, str]]):
-        self._shown, self._total = shown, total
-        self._written_at = -math.inf
-        self._bar: Progress | None = None
-        if sys.stderr.isatty():
-            columns = (
-                TextColumn("[bold]train"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("eta"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True), expand=True)
-            self._bar.start()
-            self._task = self._bar.add_task("train", total=total, completed=start, figures="")
-
-    def advance(self, step: int) -> None:
-        """Move the bar; the figures stay those of the last record."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        text = _shown(figures, self._shown)
-        if self._bar is not None:
-            room = max(self._bar.console.width - _BEFORE_FIGURES - 2 * len(str(self._total)), 0)
-            shown = text if len(text) <= room else text[: max(room - 1, 0)] + "…"
-            self._bar.update(self._task, completed=step, figures=shown)
-        elif step >= self._total or time.monotonic() - self._written_at >= _LINES_S:
-            self._written_at = time.monotonic()
-            print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def _short(value: float) -> str:
+def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _shown(figures: Mapping[str, float], shown: Sequence[tuple[str, str]]) -> str:
-    """Labels and values of a progress line; shares, whose labels say "waits", as percentages."""
-    return "  ".join(
-        f"{label} {figures[name]:.0%}" if "waits" in label else f"{label} {_short(figures[name])}"
-        for name, label in shown
-        if name in figures
-    )
+def _share(value: float) -> str:
+    return f"{value:.0%}"
+
+
+_LINE: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("loss", "loss", _number),
+    ("simulated_acceptance_length", "accept length (simulated)", _number),
+    ("tokens_per_s", "tokens/s", _number),
+    ("draft_wait", "draft waits", _share),
+    ("target_wait", "target waits", _share),
+)
+"""The figures of the progress line, the words for them, and how they are written."""
+WAITS = ("draft_wait", "target_wait")
+"""Figures of roles that are apart: where ranks have both roles, neither waits for the other."""
+
+
+class ProgressTracker(Tracker):
+    """The progress bar; in a log the first and the last record are among its lines.
+
+    Args:
+        leave_out: figures that the line does not show.
+    """
+
+    def __init__(self, total: int, start: int, leave_out: Collection[str] = ()):
+        self._total, self._leave_out = total, leave_out
+        self._bar = ProgressBar("train", total, start, every_s=_LINES_S, at_once=True, transient=False)
+
+    def advance(self, step: int) -> None:
+        """Move the bar; the figures stay those of the last record."""
+        self._bar.move(step)
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        shown = [entry for entry in _LINE if entry[0] in figures and entry[0] not in self._leave_out]
+        text = "  ".join(f"{words} {written(figures[name])}" for name, words, written in shown)
+        self._bar.update(step, text, f"step {step}/{self._total}  {text}", now=step >= self._total)
+
+    def close(self) -> None:
+        self._bar.close()

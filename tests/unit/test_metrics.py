@@ -52,8 +52,8 @@ def test_a_narrow_terminal_cuts_the_figures_and_nothing_else(columns, monkeypatc
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
-    tracker = ProgressTracker(1000, 0, [("loss", "loss"), ("x", "accept length (simulated)"), ("y", "tokens/s")])
-    tracker.log(500, {"loss": 11.2, "x": 1.3, "y": 7786.0})
+    tracker = ProgressTracker(1000, 0)
+    tracker.log(500, {"loss": 11.2, "simulated_acceptance_length": 1.3, "tokens_per_s": 7786.0})
     tracker.close()
     line = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", sys.stderr.getvalue()).replace("\r", "\n").strip().splitlines()[-1]
     assert "500/1000" in line
@@ -64,8 +64,8 @@ def test_a_narrow_terminal_cuts_the_figures_and_nothing_else(columns, monkeypatc
 
 
 def test_a_log_file_gets_plain_lines(capsys):
-    tracker = ProgressTracker(10, 0, (("loss", "loss"), ("draft_wait", "draft waits"), ("absent", "absent")))
-    tracker.log(4, {"loss": 1.2345, "draft_wait": 0.051})
+    tracker = ProgressTracker(10, 0, leave_out=("target_wait",))
+    tracker.log(4, {"loss": 1.2345, "draft_wait": 0.051, "target_wait": 0.1, "lr": 1e-4})
     tracker.log(8, {"loss": 1.0})  # too soon
     tracker.log(10, {"loss": 0.5})
     tracker.close()

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far something is that takes long, on stderr: a live bar on a terminal, in a log a plain line now and then."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_BEFORE_TEXT = 45
+"""Columns that the live line has before its text, but for name and counts: the text is cut off rather than the time to
+go, and the bar, which takes 20 of them, gives way to times of a day and more."""
+
+
+class ProgressBar:
+    """One stretch of work. As a context, it says how far the work came when Ctrl-C ends it.
+
+    Args:
+        total: in the unit of `done`; None: not known yet, see `set_total`.
+        counted: whether "done/total" is shown, else a percentage.
+        every_s: seconds between two lines in a log, at least.
+        at_once: whether the first line comes at once.
+        transient: whether the bar is removed in the end.
+        enabled: False shows nothing at all.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total: int | None,
+        done: int = 0,
+        *,
+        counted: bool = True,
+        every_s: float = 10.0,
+        at_once: bool = False,
+        transient: bool = True,
+        enabled: bool = True,
+    ):
+        self._enabled, self._live = enabled, enabled and sys.stderr.isatty()
+        self._every_s, self._written_at = every_s, -math.inf if at_once else time.monotonic()
+        self._before = _BEFORE_TEXT + len(name) + (2 * len(str(total)) if counted else 4)
+        self._line = self._said = ""
+        columns = (
+            TextColumn(f"[bold]{name}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn() if counted else TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+        )
+        self._bar = Progress(
+            *columns, console=Console(stderr=True), expand=True, transient=transient, disable=not self._live
+        )
+        self._task = self._bar.add_task(name, total=total, completed=done, text="")
+        self._bar.start()
+
+    def set_total(self, total: int) -> None:
+        self._bar.update(self._task, total=total, completed=0, text="")
+
+    def move(self, done: int) -> None:
+        """Move the live bar; its text stays."""
+        self._bar.update(self._task, completed=done)
+
+    def update(self, done: int, text: str, line: str, now: bool = False) -> None:
+        """`text` stands beside the live bar. In a log `line` is written, if it is time for one or `now`."""
+        self._bar.update(self._task, completed=done, text=self._cut(text))
+        self._line = line
+        if now or time.monotonic() - self._written_at >= self._every_s:
+            self._write(line)
+
+    def say(self, text: str, line: str) -> None:
+        """What is being waited for. In a log the same line again is written only after a while."""
+        self._bar.update(self._task, text=self._cut(text))
+        if line != self._said or time.monotonic() - self._written_at >= self._every_s:
+            self._said = line
+            self._write(line)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+        if isinstance(error, KeyboardInterrupt) and self._line and self._enabled:
+            print(self._line, file=sys.stderr, flush=True)
+
+    def _cut(self, text: str) -> str:
+        room = max(self._bar.console.width - self._before, 0)
+        return text if len(text) <= room else text[: max(room - 1, 0)] + "…"
+
+    def _write(self, line: str) -> None:
+        if self._enabled and not self._live:
+            self._written_at = time.monotonic()
+            print(line, file=sys.stderr, flush=True)
