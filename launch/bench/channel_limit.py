@@ -9,9 +9,9 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
-from specdist.channel.mooncake.directory import Directory, Endpoint
+from specdist.channel.mooncake.endpoint import Endpoint
 from specdist.channel.mooncake.engine import TransferEngine
-from specdist.channel.wire import Wire
+from specdist.channel.wire import StoreBook, Wire
 from specdist.core.launch_env import local_address
 from specdist.core.topology import Link
 
@@ -75,17 +75,18 @@ class MooncakeLimit(Limit):
         writers = 1 if target else len(topology.target_ranks)
         self._memory = torch.zeros(writers, slots, size, dtype=torch.uint8, pin_memory=wire.on_gpu)
         self._engine.register(self._memory)
-        directory = Directory(dist.PrefixStore("bench/limit", wire.world.store))
+        directory = StoreBook(dist.PrefixStore("bench/limit", wire.world.store))
         self._endpoints: list[Endpoint] = []
         if not target:
             ring, protocol = self._memory.data_ptr(), self._engine.protocol
             directory.publish(
-                wire.rank, Endpoint(self._engine.session, protocol, ring, size, slots, flags=0, columns=0)
+                wire.rank, Endpoint(self._engine.session, protocol, ring, size, slots, flags=0, columns=0).to_json()
             )
             return
         self._column = topology.target_ranks.index(wire.rank)
         for rank in topology.draft_ranks:
-            self._endpoints.append(directory.find(rank, topology.describe(rank), wire.timeout_s, check=lambda: None))
+            found = directory.find(rank, topology.describe(rank), wire.timeout_s, check=lambda: None)
+            self._endpoints.append(Endpoint.from_json(found))
 
     def move(self, items: int, size: int, depth: int) -> None:
         writes: deque[int] = deque()

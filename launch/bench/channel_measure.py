@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from specdist.channel.config import ChannelConfig, parse_bytes
+from specdist.channel.registry import transport_for
 from specdist.channel.wire import Wire
 from specdist.core import config as configuration
 from specdist.core.errors import ConfigError
@@ -216,15 +217,13 @@ def worker(run: Run, output: str) -> None:
     device = typing.cast(Literal["auto", "cpu", "cuda"], run.device)
     world_config = WorldConfig(mode="split", device=device, share_devices=shared, wait_timeout_s=_WAIT_S)
     world = join_world(world_config, facts)
-    transport = config.transport
-    if transport == "auto":
-        transport = "nccl" if world.device.type == "cuda" else "gloo"
+    transport = transport_for(config.transport, world.device)
     if run.products is None:
         run = replace(run, products=PRODUCTS if world.device.type == "cuda" else 0)
     topology = Topology.build(world_config, world.hosts, replicas=run.replicas, tp=run.tp, dp=run.draft_ranks, cp=1)
-    groups = make_groups(topology, world, transport, _WAIT_S)
+    groups = make_groups(topology, world, transport.link_backend, _WAIT_S)
     connect_links(topology, groups, world, _WAIT_S)
     layout = FeatureLayout((0, 1, 2), run.hidden, True, torch.bfloat16)
-    wire = Wire(replace(config, transport=transport), topology, world, groups, layout, _WAIT_S)
+    wire = Wire(replace(config, transport=transport.name), topology, world, groups, layout, _WAIT_S)
     speeds = Bench(run, wire).measure()
     leave(output, [asdict(speed) for speed in speeds] if facts.rank == 0 else None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specdist.channel.base import FeatureReceiver, FeatureSender, share
-from specdist.channel.build import make_receiver, make_sender
+from specdist.channel.registry import transport_for
 from specdist.channel.wire import Wire
 from specdist.core.errors import WorldError
 from specdist.core.records import Cursor, Shard, WorkItem
@@ -51,7 +51,9 @@ class Target:
         place = wire.topology.target_place(wire.rank)
         assert place is not None
         self._place = place
-        self._sender: FeatureSender = make_sender(wire, len(wire.topology.draft) * shard_rows)
+        self._sender: FeatureSender = transport_for(wire.config.transport).sender(
+            wire, len(wire.topology.draft) * shard_rows, None
+        )
         self._sender.connect(wire.timeout_s, check=lambda: None)
         self._notes = Notes(wire.world, wire.topology.draft_ranks)
         self._releases: Counter[int] = Counter()
@@ -104,7 +106,9 @@ class Draft:
         place = wire.topology.draft_place(wire.rank)
         assert place is not None
         self._rank, self._place = wire.rank, place
-        self._receiver: FeatureReceiver = make_receiver(wire, slots, shard_rows, check=self._check)
+        self._receiver: FeatureReceiver = transport_for(wire.config.transport).receiver(
+            wire, slots, shard_rows, self._check
+        )
         self._notes = Notes(wire.world, wire.topology.target_ranks)
         self._rows = 0
         self._error: BaseException | None = None

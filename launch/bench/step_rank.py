@@ -210,7 +210,6 @@ def worker(run: Run, output: str) -> None:
     world = join_world(world_config, RankFacts.from_environment())
     cp = configuration.load(BenchConfig, [], run.words).draft.cp
     topology = Topology.build(world_config, world.hosts, replicas=None, tp=1, dp=None, cp=cp)
-    transport = "nccl" if world.device.type == "cuda" else "gloo"
-    groups = make_groups(topology, world, transport, world_config.wait_timeout_s)  # type: ignore[arg-type]
+    groups = make_groups(topology, world, None, world_config.wait_timeout_s)
     speeds = Bench(run, world, groups, topology).measure()
     leave(output, [asdict(speed) for speed in speeds] if world.facts.rank == 0 else None)

@@ -12,9 +12,12 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from specdist.channel.config import ChannelConfig
+from specdist.channel.wire import Check, Wire
 from specdist.core.errors import WorldError
 from specdist.core.records import WorkItem
 from specdist.core.topology import Topology
@@ -70,6 +73,10 @@ class FeatureSender(ABC):
     def flush(self, timeout_s: float) -> None:
         """Wait until everything sent has left; raises WorldError naming the link that has not."""
 
+    def close(self, timeout_s: float) -> None:
+        """Send nothing more, and give the buffers back. Waits at most `timeout_s` seconds."""
+        return
+
 
 class FeatureReceiver(ABC):
     """The draft rank's end: a ring of equal slots, one per item in flight."""
@@ -110,6 +117,31 @@ class FeatureReceiver(ABC):
         """After the last item: give back the memory that only this rank uses. What is returned must be kept as long as
         a target rank may still write to it."""
         return None
+
+
+@dataclass(frozen=True)
+class Transport:
+    """What carries features between ranks: one value per transport, in `specdist.channel.registry`.
+
+    Attributes:
+        name: the value of channel.transport.
+        sender: makes a target rank's end, with `channel.send_buffers` buffers of so many rows.
+        receiver: makes a draft rank's end, a ring of so many slots of so many rows.
+        link_backend: torch.distributed's backend of the two-rank group that every link needs; None: it needs none.
+        one_sided: the target writes and the draft takes no part, so a target world may join and leave at any time.
+        needs_gpus: it moves features between GPUs only.
+        check_installed: raises ConfigError, with what to install, where it cannot be used on this host.
+        drain_s: seconds after which nothing that a lost target rank has sent is on its way any more (one-sided).
+    """
+
+    name: str
+    sender: Callable[[Wire, int, Callable[[int], None] | None], FeatureSender]
+    receiver: Callable[[Wire, int, int, Check], FeatureReceiver]
+    link_backend: str | None = None
+    one_sided: bool = False
+    needs_gpus: bool = False
+    check_installed: Callable[[], None] = lambda: None
+    drain_s: Callable[[ChannelConfig], float] = lambda config: 0.0
 
 
 class Posts:

@@ -5,21 +5,48 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from specdist.channel.mooncake.config import MooncakeConfig
 from specdist.core.errors import ConfigError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_RDMA_DEVICES = Path("/sys/class/infiniband")
+
+
+@dataclass(frozen=True)
+class MooncakeConfig:
+    """How Mooncake's Transfer Engine moves features."""
+
+    protocol: Literal["auto", "rdma", "tcp"] = "auto"
+    """auto takes rdma where the host has an InfiniBand or RoCE device, else tcp. All ranks must come to the same."""
+    devices: tuple[str, ...] = ()
+    """RDMA devices to use, such as mlx5_0; empty: those that Mooncake finds near the memory."""
+    memory: Literal["auto", "device", "host"] = "auto"
+    """Where the rings of ranks on GPUs lie. device: in the GPU's memory, which the network card reads and writes
+    (GPUDirect RDMA; over tcp Mooncake copies). host: in page-locked memory, to and from which this project copies.
+    auto: device over rdma where the GPU and the host allow it, else host."""
+    stall_s: int = 30
+    """A transfer that has not moved for so many seconds has failed (tcp)."""
+
+    def __post_init__(self) -> None:
+        if self.stall_s < 1:
+            raise ConfigError.at("channel.mooncake.stall_s", f"is at least 1, not {self.stall_s}")
+
+    def chosen_protocol(self) -> Literal["rdma", "tcp"]:
+        """What `protocol` means on this host."""
+        if self.protocol != "auto":
+            return self.protocol
+        return "rdma" if _RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir()) else "tcp"
 
 
 @dataclass(frozen=True)
 class ChannelConfig:
-    """The wire and the memory it may use."""
+    """The transport of features and the memory it may use."""
 
-    transport: Literal["auto", "nccl", "gloo", "mooncake"] = "auto"
+    transport: str = "auto"
     """What carries features: auto is nccl between GPUs and gloo between CPUs; mooncake writes over RDMA or TCP into the
-    draft ranks' rings. gloo and mooncake stage the features of GPUs through the host."""
+    draft ranks' rings. gloo and mooncake stage the features of GPUs through the host. Plugins may add others."""
     memory: str = "2GiB"
     """Receive ring of one draft rank, for example 512MiB or 4GiB. It holds whole micro-batches of
     prompts.tokens_per_rank tokens; items in flight never exceed it."""

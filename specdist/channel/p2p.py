@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from specdist.channel.base import FeatureReceiver, FeatureSender, Freed, Posts, share, share_of_item
+from specdist.channel.base import FeatureReceiver, FeatureSender, Freed, Posts, Transport, share, share_of_item
 from specdist.channel.ring import Ring
 from specdist.channel.wire import Wire
 from specdist.core.errors import WorldError
@@ -210,3 +210,7 @@ def _start(
 def _to_host(part: Tensor) -> Tensor:
     """A host copy of device rows; gloo cannot read device memory (shared-GPU development only)."""
     return part.cpu()
+
+
+NCCL = Transport("nccl", lambda wire, rows, _: P2PSender(wire, rows), P2PReceiver, link_backend="nccl", needs_gpus=True)
+GLOO = Transport("gloo", lambda wire, rows, _: P2PSender(wire, rows), P2PReceiver, link_backend="gloo")

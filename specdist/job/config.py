@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from omegaconf import MISSING
 
+from specdist.channel.base import Transport
 from specdist.channel.config import ChannelConfig, parse_bytes
-from specdist.channel.mooncake import engine as mooncake
+from specdist.channel.registry import transport_for
 from specdist.channel.ring import ring_slots
 from specdist.core import config
 from specdist.core.errors import ConfigError, DataError
@@ -38,7 +39,6 @@ from specdist.training.metrics import MetricsConfig
 from specdist.training.optimizer import OptimizerConfig
 from specdist.training.recipe import TrainConfig
 from specdist.training.trace_config import TraceConfig
-from specdist.world.groups import Transport
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ def job_of(sources: config.Sources) -> JobConfig:
             target = describe(job.target.path, job.target.trust_remote_code)
             token = find_mask_token(target.path, target.vocab_size)
             job = replace(job, draft=replace(job.draft, dflash=replace(job.draft.dflash, mask_token_id=token)))
-        if job.world.role != "both" and job.channel.transport != "mooncake":
+        if not transport_for(job.channel.transport).one_sided and job.world.role != "both":
             raise ConfigError.at(
                 "channel.transport",
                 f"={job.channel.transport} with world.role={job.world.role}: a process group cannot "
-                "span two worlds, so only Mooncake can carry features between them: set channel.transport=mooncake",
+                "span two worlds, so only a one-sided transport can: set channel.transport=mooncake",
                 "world.role",
             )
         if not job.prompts.files:
@@ -210,8 +210,8 @@ def check_installed(job: JobConfig, target: bool) -> None:
     """
     if target:
         engine.check_installed(job.target)
-    if job.channel.transport == "mooncake" and job.world.mode == "split":
-        mooncake.check_installed()
+    if job.world.mode == "split":
+        transport_for(job.channel.transport).check_installed()
 
 
 def topology(job: JobConfig, hosts: Sequence[str], roles: Sequence[Role | None] = ()) -> Topology:
@@ -228,13 +228,7 @@ def slots(job: JobConfig, layout: FeatureLayout) -> int:
 
 def transport(job: JobConfig, device: torch.device) -> Transport:
     """What carries features between ranks on such devices. Raises ConfigError."""
-    if job.channel.transport == "nccl" and device.type != "cuda":
-        raise ConfigError.at(
-            "channel.transport", "=nccl moves features between GPUs, and none is used: auto finds what fits"
-        )
-    if job.channel.transport != "auto":
-        return job.channel.transport
-    return "nccl" if device.type == "cuda" else "gloo"
+    return transport_for(job.channel.transport, device)
 
 
 def differing_keys(new: JobConfig, old: JobConfig) -> list[str]:

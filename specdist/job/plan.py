@@ -233,7 +233,8 @@ def _link_lines(plan: Plan) -> list[str]:
     if layout.summary:
         lines[0] += f", and {SUMMARY_BYTES} B of the target's choice"
     if plan.job.world.role != "both":
-        return [*lines, "links: between every target rank and every draft rank of the other worlds, over Mooncake"]
+        over = plan.job.channel.transport
+        return [*lines, f"links: between every target rank and every draft rank of the other worlds, over {over}"]
     if not topology.links:
         return [*lines, "no links: features stay on the rank that computes them"]
     tokens = plan.job.prompts.tokens_per_rank

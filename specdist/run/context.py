@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specdist.channel.wire import Wire
+from specdist.channel.base import Transport
+from specdist.channel.wire import AddressBook, Wire
 from specdist.core.attempts import AttemptRecord
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
 from specdist.core.trace import Trace
+from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.resume_plan import ResumePlan
 from specdist.job.run_dir import RunDirectory
@@ -58,7 +60,11 @@ class Rank:
         progress, stream = self.resume.progress, stream_of(self.job, self.topology, self.prompts)
         return Items(stream, progress.cursor, progress.next_item, self.resume.end_item)
 
-    def wire(self) -> Wire:
+    @property
+    def transport(self) -> Transport:
+        return jobs.transport(self.job, self.world.device)
+
+    def wire(self, between_worlds: AddressBook | None = None) -> Wire:
         return Wire(
             self.job.channel,
             self.topology,
@@ -67,6 +73,7 @@ class Rank:
             self.facts.layout,
             self.timeout_s,
             self.trace,
+            between_worlds,
         )
 
     def load_engine(self, tokens: int) -> Engine:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from specdist.channel.build import make_receiver
 from specdist.channel.local import LocalChannel
-from specdist.channel.mooncake.directory import Endpoint
+from specdist.channel.wire import Check
+from specdist.core.launch_env import reachable_address
 from specdist.draft.base import ContextShare, DraftModel
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig
@@ -108,22 +108,26 @@ def _source(rank: Rank, items: Items, shard: int) -> FeatureSource:
         source.verify(items, job.target.verify)
         return source
     slots, timeout_s = jobs.slots(job, layout), rank.timeout_s
-    publisher = _RingPublisher(rank.client) if job.world.role == "draft" else None
-    if publisher is not None:  # the scheduler says first when there is no replica for too long
+    book = _RingBook(rank.client, reachable_address()) if job.world.role == "draft" else None
+    if book is not None:  # the scheduler says first when there is no replica for too long
         timeout_s += job.control.replica_timeout_s
-    receiver = make_receiver(rank.wire(), slots, job.prompts.tokens_per_rank, rank.client.check, publisher)
+    receiver = rank.transport.receiver(rank.wire(book), slots, job.prompts.tokens_per_rank, rank.client.check)
     number = topology.draft_ranks.index(rank.rank)
     return RemoteSource(rank.client, receiver, items, number, rank.stop, timeout_s, rank.world.device, rank.trace)
 
 
 @dataclass(frozen=True)
-class _RingPublisher:
+class _RingBook:
     """Tells target worlds, through the scheduler, where the memory of a draft rank lies."""
 
     client: ControlClient
+    host: str
 
-    def publish(self, rank: int, endpoint: Endpoint) -> None:
-        self.client.send(Ring(rank, endpoint.to_json()))
+    def publish(self, rank: int, text: str) -> None:
+        self.client.send(Ring(rank, text))
+
+    def find(self, rank: int, name: str, timeout_s: float, check: Check) -> str:
+        raise NotImplementedError("target ranks look for the rings of draft ranks, not the reverse")
 
 
 def _end_the_run(rank: Rank, source: FeatureSource, next_item: int, leader: bool) -> None:

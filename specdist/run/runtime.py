@@ -126,7 +126,7 @@ def _groups(job: JobConfig, world: World, topology: Topology) -> Groups:
     return make_groups(
         topology,
         world,
-        jobs.transport(job, world.device),
+        jobs.transport(job, world.device).link_backend,
         job.world.wait_timeout_s,
         engine_groups(job.target, topology.replicas, world.device),
     )
@@ -251,6 +251,7 @@ def _control_plane(
             stack.callback(observer.close)
             rendezvous = Rendezvous(Path(job.run.dir), job.world.scheduler)
             interface, port = local_address(), 0
+            transport = jobs.transport(job, world.device)
             if terms is not None:
                 interface, port, secret = rendezvous.place()
             server = ControlServer(
@@ -261,7 +262,7 @@ def _control_plane(
                 job.control,
                 join_timeout_s=job.world.join_timeout_s,
                 observer=observer,
-                rules=None if terms is None else GuestRules(terms.to_json(), job.channel.mooncake.stall_s),
+                rules=None if terms is None else GuestRules(terms.to_json(), transport.drain_s(job.channel)),
                 port=port,
             )
             stack.enter_context(server)

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from specdist.channel.base import FeatureSender
-from specdist.channel.build import make_sender
 from specdist.channel.drop import DropSender
 from specdist.core.attempts import Ending
 from specdist.core.files import write_atomically
@@ -31,7 +30,7 @@ def produce(rank: Rank) -> None:
     if topology.mode == "target_only":
         sender = DropSender(layout, item_rows, device)
     else:
-        sender = make_sender(rank.wire(), item_rows)
+        sender = rank.transport.sender(rank.wire(), item_rows, None)
         rank.client.phase = "connecting to the draft ranks"
         sender.connect(job.control.load_timeout_s, rank.client.check)
     producer = Producer(

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -23,8 +22,6 @@ from specdist.core.engine_groups import EngineGroups
 from specdist.core.errors import ConfigError, WorldError
 from specdist.core.launch_env import RankFacts, Role, launcher_serves_store, rendezvous_address
 from specdist.core.topology import Link, Topology, WorldConfig
-
-Transport = Literal["nccl", "gloo", "mooncake"]
 
 _VERDICT_MARGIN_S = 15.0
 """Rank 0 publishes who is missing at its own deadline; the other ranks wait so much longer for it to arrive."""
@@ -54,7 +51,7 @@ class Groups:
         draft_cpu: the same ranks with gloo, for agreements on CPU tensors.
         checkpoint: the same once more, for the checkpoint writer: it runs in the background, beside the others.
         draft_mesh: a ("dp", "cp") DeviceMesh over the draft ranks, or None.
-        links: a two-rank group for every link of this rank; none where Mooncake carries the features.
+        links: a two-rank group for every link of this rank; none where the transport needs none.
     """
 
     control: dist.ProcessGroup
@@ -217,11 +214,15 @@ def first_line(error: BaseException) -> str:
 
 
 def make_groups(
-    topology: Topology, world: World, transport: Transport, timeout_s: float, engine: EngineGroups | None = None
+    topology: Topology, world: World, link_backend: str | None, timeout_s: float, engine: EngineGroups | None = None
 ) -> Groups:
-    """Create every group of the topology, and the engine's. All ranks call it once, right after `join_world`."""
+    """Create every group of the topology, and the engine's. All ranks call it once, right after `join_world`.
+
+    Args:
+        link_backend: of the two-rank group of every link; None: links have no groups.
+    """
     with _forming(world.facts, "the topology", timeout_s):
-        groups = _make_groups(topology, world, transport, timeout_s)
+        groups = _make_groups(topology, world, link_backend, timeout_s)
         if engine is not None:  # last, because target ranks may import the engine first: nobody waits for that here
             _make_engine_groups(
                 engine, topology.target_place(world.facts.rank) is not None, timedelta(seconds=timeout_s)
@@ -229,7 +230,7 @@ def make_groups(
         return groups
 
 
-def _make_groups(topology: Topology, world: World, transport: Transport, timeout_s: float) -> Groups:
+def _make_groups(topology: Topology, world: World, link_backend: str | None, timeout_s: float) -> Groups:
     rank, timeout = world.facts.rank, timedelta(seconds=timeout_s)
 
     def group(ranks: Iterable[int], name: str, backend: str | None = None) -> dist.ProcessGroup | None:
@@ -249,8 +250,8 @@ def _make_groups(topology: Topology, world: World, transport: Transport, timeout
         checkpoint = group(topology.draft_ranks, "checkpoint", "gloo")
         draft_mesh = _draft_mesh(topology, world, group)
     links = {}
-    for link in topology.links if transport != "mooncake" else ():
-        made = group((link.source, link.destination), f"link {link.source} to {link.destination}", transport)
+    for link in topology.links if link_backend is not None else ():
+        made = group((link.source, link.destination), f"link {link.source} to {link.destination}", link_backend)
         if made is not None:
             links[link] = made
     return Groups(control, replica, draft, draft_cpu, checkpoint, draft_mesh, links)

@@ -23,17 +23,16 @@ import torch
 import torch.distributed as dist
 
 from specdist.channel.base import FeatureReceiver, FeatureSender
-from specdist.channel.build import make_receiver, make_sender
-from specdist.channel.config import ChannelConfig
+from specdist.channel.config import ChannelConfig, MooncakeConfig
 from specdist.channel.local import LocalChannel
-from specdist.channel.mooncake.config import MooncakeConfig
+from specdist.channel.registry import transport_for
 from specdist.channel.wire import Wire
 from specdist.core.errors import WorldError
 from specdist.core.launch_env import RankFacts
 from specdist.core.records import Cursor, FeatureLayout, Shard, WorkItem
 from specdist.core.topology import Topology, WorldConfig
 from specdist.run.feature_source import local_shards
-from specdist.world.groups import Groups, Transport, World, join_world, make_groups
+from specdist.world.groups import Groups, World, join_world, make_groups
 from specdist.world.links import connect_links
 
 PATIENCE_S = 30.0
@@ -108,14 +107,14 @@ class Rank:
         )
 
 
-def ends(rank: Rank, transport: Transport, memory: Literal["host", "device"] = "host") -> Ends:
+def ends(rank: Rank, transport: str, memory: Literal["host", "device"] = "host") -> Ends:
     case = rank.case
     mooncake = MooncakeConfig("tcp", memory=memory)
     config = ChannelConfig(transport=transport, send_buffers=case.buffers, mooncake=mooncake)
     wire = Wire(config, rank.topology, rank.world, rank.groups, case.layout, PATIENCE_S)
     if rank.topology.target_place(rank.rank) is None:
-        return None, make_receiver(wire, case.slots, case.rows, check=lambda: None)
-    sender = make_sender(wire, case.dp * case.rows)
+        return None, transport_for(transport).receiver(wire, case.slots, case.rows, lambda: None)
+    sender = transport_for(transport).sender(wire, case.dp * case.rows, None)
     sender.connect(PATIENCE_S, check=lambda: None)
     return sender, None
 
@@ -147,7 +146,7 @@ class Implementation:
     ends: Callable[[Rank], Ends]
     cases: tuple[Case, ...]
     device: Literal["cpu", "cuda"]
-    transport: Transport = "gloo"
+    transport: str = "gloo"
     colocated: bool = False
 
 
@@ -362,7 +361,7 @@ def main(name: str, folder: Path) -> None:
 
     def enter(case: Case) -> Rank:
         topology = Topology.build(config, world.hosts, replicas=case.replicas, tp=case.tp, dp=case.dp, cp=case.cp)
-        groups = make_groups(topology, world, implementation.transport, 60.0)
+        groups = make_groups(topology, world, transport_for(implementation.transport).link_backend, 60.0)
         connect_links(topology, groups, world, PATIENCE_S)
         return Rank(case, world, topology, groups)
 

@@ -13,12 +13,12 @@ import signal
 import sys
 from typing import Any
 
-from specdist.channel.mooncake.directory import Directory
+from specdist.channel.wire import StoreBook
 from specdist.core.errors import WorldError
 from specdist.core.stop import leave
 from specdist.run.preflight import mooncake_links, world
 
-publish = Directory.publish
+publish = StoreBook.publish
 
 
 def broken(*arguments: Any) -> None:
@@ -34,7 +34,7 @@ def spoil(fault: str) -> None:
     if fault == "broken":
         mooncake_links.TransferEngine = broken  # type: ignore[assignment,misc]
     else:
-        Directory.publish = publish_and_stop  # type: ignore[method-assign]
+        StoreBook.publish = publish_and_stop  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -9,12 +9,10 @@ import time
 import torch
 import torch.distributed as dist
 
-from specdist.channel.config import ChannelConfig
-from specdist.channel.mooncake.config import MooncakeConfig
-from specdist.channel.mooncake.directory import Directory
+from specdist.channel.config import ChannelConfig, MooncakeConfig
 from specdist.channel.mooncake.engine import TransferEngine
 from specdist.channel.mooncake.receiver import MooncakeReceiver
-from specdist.channel.wire import Wire
+from specdist.channel.wire import StoreBook, Wire
 from specdist.core.launch_env import RankFacts
 from specdist.core.records import Cursor, FeatureLayout, Shard, WorkItem
 from specdist.core.topology import Topology, WorldConfig
@@ -35,7 +33,8 @@ def wire_of(rank: int, store: dist.Store) -> Wire:
     facts = RankFacts(rank=rank, world_size=2, local_rank=0, local_world_size=1, node=rank, host="ab"[rank])
     world = World(facts, torch.device("cpu"), TOPOLOGY.hosts, (None, None), store)
     config = ChannelConfig(transport="mooncake", mooncake=CONFIG)
-    return Wire(config, TOPOLOGY, world, Groups(control=None), LAYOUT, PATIENCE_S)  # type: ignore[arg-type]
+    groups = Groups(control=None)  # type: ignore[arg-type]
+    return Wire(config, TOPOLOGY, world, groups, LAYOUT, PATIENCE_S, between_worlds=StoreBook(store))
 
 
 def make_item(index: int) -> WorkItem:
@@ -50,5 +49,5 @@ def check() -> None:
 if __name__ == "__main__":
     store = dist.TCPStore(HOST, int(sys.argv[1]))
     engine = TransferEngine(HOST, CONFIG)
-    receiver = MooncakeReceiver(wire_of(DRAFT, store), 2, ROWS, check, engine, Directory(store))
+    receiver = MooncakeReceiver(wire_of(DRAFT, store), 2, ROWS, check, engine)
     time.sleep(600)

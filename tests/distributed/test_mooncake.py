@@ -10,7 +10,6 @@ import time
 import pytest
 import torch.distributed as dist
 
-from specdist.channel.mooncake.directory import Directory
 from specdist.channel.mooncake.engine import TransferEngine
 from specdist.channel.mooncake.sender import MooncakeSender
 from specdist.core.errors import WorldError
@@ -35,7 +34,7 @@ def peer(store):
 
 @pytest.fixture
 def sender(store):
-    return MooncakeSender(wire_of(TARGET, store), ROWS, TransferEngine(HOST, CONFIG), Directory(store))
+    return MooncakeSender(wire_of(TARGET, store), ROWS, TransferEngine(HOST, CONFIG))
 
 
 def send(sender: MooncakeSender, index: int) -> None:

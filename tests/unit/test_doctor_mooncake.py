@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from specdist.channel.mooncake.config import MooncakeConfig
+from specdist.channel.config import MooncakeConfig
 from specdist.channel.mooncake.engine import TransferFailed
 from specdist.core.errors import WorldError
 from specdist.core.launch_env import RankFacts

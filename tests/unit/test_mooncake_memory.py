@@ -6,17 +6,18 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from specdist.channel.config import MooncakeConfig
 from specdist.channel.mooncake import memory
-from specdist.channel.mooncake.config import MooncakeConfig
-from specdist.channel.mooncake.directory import Endpoint, stamp
+from specdist.channel.mooncake.endpoint import Endpoint, stamp
 from specdist.channel.mooncake.receiver import MooncakeReceiver
-from specdist.channel.wire import Wire
+from specdist.channel.wire import StoreBook, Wire
 from specdist.core.errors import WorldError
 from specdist_launch.bench.channel_rank import make_item
 from tests.unit.test_channel_p2p import ROWS, TOPOLOGY, wire
@@ -121,15 +122,10 @@ def test_a_slot_of_the_gpus_own_ring_is_free_once_its_reads_have_run(monkeypatch
     monkeypatch.setattr(torch.cuda, "Event", PlayedEvent)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     engine: Any = PlayedEngine()
-    places: list[Endpoint] = []
-
-    class Here:
-        def publish(self, rank: int, endpoint: Endpoint) -> None:
-            places.append(endpoint)
-
-    receiver = MooncakeReceiver(wire(1), 2, ROWS, lambda: None, engine, Here())
+    book = StoreBook(dist.HashStore())
+    receiver = MooncakeReceiver(replace(wire(1), between_worlds=book), 2, ROWS, lambda: None, engine)
     ring, flags = engine.registered
-    assert places[0].ring == ring.data_ptr()
+    assert Endpoint.from_json(book.find(1, "rank 1", 1.0, lambda: None)).ring == ring.data_ptr()
     item = make_item(TOPOLOGY, 3, ROWS)
     receiver.post(item, 0)
     flags[1, 0] = stamp(3)

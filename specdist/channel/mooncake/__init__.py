@@ -1,2 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Mooncake channel: one-sided writes over RDMA or TCP into rings that the draft ranks own."""
+
+from __future__ import annotations
+
+from specdist.channel.base import Transport
+from specdist.channel.mooncake.engine import TransferEngine, check_installed, process_engine
+from specdist.channel.mooncake.receiver import MooncakeReceiver
+from specdist.channel.mooncake.sender import MooncakeSender
+from specdist.channel.wire import Wire
+
+
+def _engine(wire: Wire) -> TransferEngine:
+    return process_engine(wire.book.host, wire.config.mooncake)
+
+
+MOONCAKE = Transport(
+    name="mooncake",
+    sender=lambda wire, rows, written: MooncakeSender(wire, rows, _engine(wire), written),
+    receiver=lambda wire, slots, rows, check: MooncakeReceiver(wire, slots, rows, check, _engine(wire)),
+    one_sided=True,
+    check_installed=check_installed,
+    drain_s=lambda config: config.mooncake.stall_s,
+)

@@ -9,13 +9,14 @@ asks nobody who they are, like NCCL: use it inside a network that you trust.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Iterable
 
 from torch import Tensor
 
-from specdist.channel.mooncake.config import MooncakeConfig
+from specdist.channel.config import MooncakeConfig
 from specdist.core.errors import ConfigError, WorldError
 
 _POLL_S = 0.0002
@@ -106,6 +107,13 @@ class TransferEngine:
                 time.sleep(_POLL_S)
             if status < 0:
                 raise TransferFailed(_WORDS.get(status, f"status {status}"))
+
+
+@functools.cache
+def process_engine(address: str, config: MooncakeConfig) -> TransferEngine:
+    """The engine of this process. There is one until it ends: a write that has failed may still use its memory, and
+    starting one takes a second."""
+    return TransferEngine(address, config)
 
 
 def check_installed() -> None:

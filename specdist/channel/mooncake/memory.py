@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from specdist.channel.mooncake.config import MooncakeConfig
+from specdist.channel.config import MooncakeConfig
 from specdist.channel.mooncake.engine import TransferEngine
 from specdist.core.errors import WorldError
 

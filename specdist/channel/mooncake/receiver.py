@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specdist.channel.base import FeatureReceiver, Freed, Posts, share
-from specdist.channel.mooncake.directory import MAX_SHARES, Endpoint, Publisher, stamp
+from specdist.channel.mooncake.endpoint import MAX_SHARES, Endpoint, stamp
 from specdist.channel.mooncake.engine import TransferEngine
 from specdist.channel.mooncake.memory import device_of
 from specdist.channel.ring import Ring
@@ -59,7 +59,6 @@ class MooncakeReceiver(FeatureReceiver):
         shard_rows: int,
         check: Callable[[], None],
         engine: TransferEngine,
-        directory: Publisher,
     ):
         topology, rank, layout = wire.topology, wire.rank, wire.layout
         place = topology.draft_place(rank)
@@ -85,18 +84,16 @@ class MooncakeReceiver(FeatureReceiver):
         self._freeing: queue.SimpleQueue[tuple[torch.cuda.Event, Freed]] = queue.SimpleQueue()
         if wire.on_gpu:
             threading.Thread(target=self._free, args=(wire.device,), name="specdist-freeing", daemon=True).start()
-        directory.publish(
-            rank,
-            Endpoint(
-                session=engine.session,
-                protocol=engine.protocol,
-                ring=self._ring.memory.data_ptr(),
-                slot_bytes=shard_rows * layout.bytes_per_token,
-                slots=slots,
-                flags=self._flags.data_ptr(),
-                columns=self._flags.shape[1],
-            ),
+        endpoint = Endpoint(
+            session=engine.session,
+            protocol=engine.protocol,
+            ring=self._ring.memory.data_ptr(),
+            slot_bytes=shard_rows * layout.bytes_per_token,
+            slots=slots,
+            flags=self._flags.data_ptr(),
+            columns=self._flags.shape[1],
         )
+        wire.book.publish(rank, endpoint.to_json())
 
     @property
     def slots(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specdist.channel.base import FeatureSender, share, share_of_item
-from specdist.channel.mooncake.directory import Endpoint, Finder, stamp
+from specdist.channel.mooncake.endpoint import Endpoint, stamp
 from specdist.channel.mooncake.engine import TransferEngine, TransferFailed
 from specdist.channel.mooncake.memory import device_of
 from specdist.channel.ring import Ring
@@ -51,7 +51,6 @@ class MooncakeSender(FeatureSender):
         wire: Wire,
         item_rows: int,
         engine: TransferEngine,
-        directory: Finder,
         written: Callable[[int], None] | None = None,
     ):
         topology, rank, buffers = wire.topology, wire.rank, wire.config.send_buffers
@@ -62,7 +61,7 @@ class MooncakeSender(FeatureSender):
         self._column = place.tp if written else topology.target_ranks.index(rank)
         self._written = written
         self._places: dict[int, tuple[int, int]] = {}
-        self._engine, self._directory, self._timeout_s = engine, directory, wire.timeout_s
+        self._engine, self._book, self._timeout_s = engine, wire.book, wire.timeout_s
         self._trace = wire.trace
         lies = device_of(engine, wire.config.mooncake, wire.device)
         staged = lies != wire.device
@@ -87,7 +86,7 @@ class MooncakeSender(FeatureSender):
     def connect(self, timeout_s: float, check: Callable[[], None]) -> None:
         for draft in self._topology.draft_ranks:
             named = self._topology.describe(draft)
-            endpoint = self._directory.find(draft, named, timeout_s, check)
+            endpoint = Endpoint.from_json(self._book.find(draft, named, timeout_s, check))
             if endpoint.protocol != self._engine.protocol:
                 raise WorldError(
                     f"{named} speaks {endpoint.protocol} and {self._topology.describe(self._rank)} "

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from specdist.channel.mooncake.config import MooncakeConfig
-from specdist.channel.mooncake.directory import Directory, Endpoint
+from specdist.channel.config import MooncakeConfig
+from specdist.channel.mooncake.endpoint import Endpoint
 from specdist.channel.mooncake.engine import TransferEngine
 from specdist.channel.mooncake.memory import device_of
+from specdist.channel.wire import StoreBook
 from specdist.core.errors import ConfigError, WorldError
 from specdist.core.launch_env import local_address
 from specdist.core.topology import Link, Topology
@@ -91,7 +92,7 @@ class WriteProbe:
             self._store.set(f"absent/{self._rank}", str(error))
             raise
         here = Endpoint(engine.session, engine.protocol, memory.data_ptr(), memory.numel(), slots=1, flags=0, columns=0)
-        Directory(self._store).publish(self._rank, here)
+        StoreBook(self._store).publish(self._rank, here.to_json())
         links = [link for link in rounds(self.topology) if link.destination == self._rank]
         if all(self._await(link) for link in links):  # else somebody may still write
             engine.forget(memory)
@@ -118,7 +119,7 @@ class WriteProbe:
 
         named = self.topology.describe(link.destination)
         try:
-            found = Directory(self._store).find(link.destination, named, self.timeout_s, check)
+            found = Endpoint.from_json(StoreBook(self._store).find(link.destination, named, self.timeout_s, check))
         except WorldError as error:
             raise WorldError(f"{self._ends(link)} did not come up: {error}", culprit=link.destination) from error
         if found.protocol != engine.protocol:

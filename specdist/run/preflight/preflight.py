@@ -132,7 +132,7 @@ class Preflight:
         job, world, topology = self._job, self._world, self._topology
         text, timeout_s, writes = job.preflight.link_payload, job.world.join_timeout_s, None
         payload = None if text is None else parse_bytes(text, "preflight.link_payload")
-        if jobs.transport(job, world.device) == "mooncake" and topology.links:
+        if jobs.transport(job, world.device).one_sided and topology.links:
             writes = WriteProbe(topology, world, job.channel.mooncake, payload, timeout_s)
         return Probe(topology, groups, world, payload, timeout_s, job.world.share_devices, writes)
 

@@ -53,7 +53,7 @@ def examine_world(job: JobConfig, who: RankFacts) -> int:
     told = check.report
     if told is not None:  # now, in case that the groups or the links do not come up
         print(told.render_hosts(), flush=True)
-    groups = make_groups(topology, world, jobs.transport(job, world.device), job.world.wait_timeout_s)
+    groups = make_groups(topology, world, jobs.transport(job, world.device).link_backend, job.world.wait_timeout_s)
     check.examine_links(groups, _connect(job, topology, groups, world))
     status = 0
     if told is not None and check.report is not None:

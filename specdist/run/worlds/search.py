@@ -8,13 +8,14 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 from pathlib import Path
 
-from specdist.channel.mooncake.directory import Endpoint
+from specdist.channel.wire import Check, not_published
 from specdist.core.attempts import AttemptRecord, attempts
 from specdist.core.errors import ConfigError, Dismissed, UserError, WorldError
+from specdist.core.launch_env import address_towards
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
 from specdist.job.config import JobConfig
@@ -69,12 +70,20 @@ class Session:
     stop: Stop | None = None
 
     def __post_init__(self, early: Sequence[Message]) -> None:
-        self._rings: dict[int, Endpoint] = {}
+        self._rings: dict[int, str] = {}
         for message in early:
             self._note(message)
 
-    def find(self, rank: int, named: str, timeout_s: float, check: Callable[[], None]) -> Endpoint:
-        """See `mooncake.directory.Finder`: draft ranks say it to the scheduler, which passes it on."""
+    @property
+    def host(self) -> str:
+        host, _, port = self.door.address.removeprefix("tcp://").rpartition(":")
+        return address_towards(host.strip("[]"), int(port))
+
+    def publish(self, rank: int, text: str) -> None:
+        raise NotImplementedError("draft ranks publish their rings, not target ranks")
+
+    def find(self, rank: int, name: str, timeout_s: float, check: Check) -> str:
+        """See `channel.wire.AddressBook`: draft ranks tell the scheduler, which passes it on."""
         deadline = time.monotonic() + timeout_s
         while rank not in self._rings:
             for message in self.client.poll(_LOOK_S):
@@ -83,13 +92,13 @@ class Session:
             if self.stop is not None:
                 raise Over
             if time.monotonic() > deadline:
-                raise WorldError(f"{named} did not say within {timeout_s:.0f} s where its ring is", culprit=rank)
+                raise not_published(rank, name, timeout_s)
         return self._rings[rank]
 
     def _note(self, message: Message) -> None:
         match message:
             case Ring(draft, text):
-                self._rings[draft] = Endpoint.from_json(text)
+                self._rings[draft] = text
             case Stop():
                 self.stop = message
 

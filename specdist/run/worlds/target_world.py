@@ -11,11 +11,8 @@ import dataclasses
 import os
 import threading
 
-from specdist.channel.mooncake.engine import TransferEngine
-from specdist.channel.mooncake.sender import MooncakeSender
 from specdist.core.attempts import AttemptRecord, Ending
 from specdist.core.errors import Dismissed, WorldError
-from specdist.core.launch_env import address_towards
 from specdist.core.stop import StopFlag
 from specdist.core.topology import TargetPlace, Topology
 from specdist.core.trace import NO_TRACE
@@ -24,7 +21,6 @@ from specdist.job.run_dir import RunDirectory
 from specdist.prompts.store import PromptStore
 from specdist.run.context import Rank
 from specdist.run.target_loop import Producer, ProducerReport
-from specdist.run.worlds.rendezvous import Door
 from specdist.run.worlds.search import Lost, Over, Search, Session, say
 from specdist.run.worlds.terms import common_facts
 from specdist.scheduler.client import ControlClient
@@ -61,7 +57,6 @@ class TargetWorld:
         self._own = common_facts(job, facts, prompts)
         self._engine: Engine | None = None
         self._engine_rows = 0
-        self._transfers: TransferEngine | None = None
         self._items = self._step = 0
 
     def run(self) -> None:
@@ -137,9 +132,7 @@ class TargetWorld:
         rank = self._rank(session)
         item_rows = rank.topology.shards * self._job.prompts.tokens_per_rank
         engine = self._loaded(rank, item_rows)
-        sender = MooncakeSender(
-            rank.wire(), item_rows, self._connected(session.door), session, lambda i: client.send(Written(i))
-        )
+        sender = rank.transport.sender(rank.wire(session), item_rows, lambda i: client.send(Written(i)))
         try:
             client.phase = "connecting to the draft ranks"
             sender.connect(self._job.control.load_timeout_s, client.check)
@@ -202,9 +195,3 @@ class TargetWorld:
             self._engine = None
             self._engine, self._engine_rows = rank.load_engine(item_rows), item_rows
         return self._engine
-
-    def _connected(self, door: Door) -> TransferEngine:
-        if self._transfers is None:
-            host, _, port = door.address.removeprefix("tcp://").rpartition(":")
-            self._transfers = TransferEngine(address_towards(host.strip("[]"), int(port)), self._job.channel.mooncake)
-        return self._transfers
