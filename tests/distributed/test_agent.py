@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +18,7 @@ from specdist.core.attempts import attempts
 from specdist.core.progress import committed
 from specdist.run.status import describe
 from specdist.world.roll_call import free_port
-from tests.distributed.worlds import ROOT, start_command
+from tests.distributed.worlds import ranks_below, specdist, start_command
 from tests.tiny import make_config, make_conversations, make_target
 
 TIMEOUT_S = 200
@@ -114,8 +113,7 @@ def test_a_lost_rank_is_started_again_and_a_defect_only_once(tmp_path: Path, mat
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "specdist.train" in p.cmdline()]
-    ranks[-1].kill()
+    ranks_below(process.pid)[1].kill()
     _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, said
     assert "was killed by SIGKILL" in said
@@ -182,6 +180,6 @@ def test_a_stop_during_the_evaluation_is_made_good_by_the_next_start(
     ending = record.ending()
     assert ending is not None
     assert (ending.state, ending.step, ending.reason) == ("stopped", 2, "SIGTERM, during the evaluation")
-    again = subprocess.run([*train, "evaluate.limit=2"], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    again = specdist(*train[3:], "evaluate.limit=2", timeout=TIMEOUT_S)
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "run/summary.json").read_text())["evaluation"]["after"]["prompts"] == 2

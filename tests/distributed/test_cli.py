@@ -4,20 +4,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from specdist.export import load_exported
 from specdist_launch.cli import main
-from tests.distributed.worlds import ROOT
+from tests.distributed.worlds import ROOT, specdist
 from tests.tiny import make_config, make_conversations, make_target
-
-
-def specdist(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "specdist_launch.cli", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import LlamaForCausalLM
 
-from tests.distributed.worlds import ROOT, mooncake_loads, run_on_hosts, start_by_hand
+from tests.distributed.worlds import mooncake_loads, run_on_hosts, specdist, start_by_hand
 from tests.tiny import make_config, make_conversations, make_target
 
 TIMEOUT_S = 240
@@ -38,8 +36,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_healthy_host(tmp_path: Path, material: tuple[Path, Path]) -> None:
     report = tmp_path / "report.json"
     words = make_config(tmp_path, *material, draft__dp=2, preflight__link_payload="64KiB")
-    command = [sys.executable, "-m", "specdist_launch.cli", "doctor", *words, "--json", str(report)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    done = specdist("doctor", *words, "--json", str(report), timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 links inside a host" in done.stdout
     assert "draft all-reduce" in done.stdout
@@ -124,8 +121,7 @@ def test_over_mooncake_every_link_is_measured(tmp_path: Path, material: tuple[Pa
     report = tmp_path / "report.json"
     split = {"target__replicas": 2, "draft__dp": 2, "channel__transport": "mooncake"}
     words = make_config(tmp_path, *material, preflight__link_payload="64KiB", **split)
-    command = [sys.executable, "-m", "specdist_launch.cli", "doctor", *words, "--json", str(report)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    done = specdist("doctor", *words, "--json", str(report), timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 links inside a host" in done.stdout
     assert "rank 1 (target replica 1 tp 0" in done.stdout

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from specdist.core.attempts import AttemptRecord, Failure, attempts
 from specdist.core.progress import committed, read_progress
-from tests.distributed.worlds import start_by_hand, start_command, start_torchrun
+from tests.distributed.worlds import kill_all, ranks_below, start_by_hand, start_command, start_torchrun
 from tests.tiny import make_config, make_conversations, make_target
 
 HOST = socket.gethostname()
@@ -84,8 +84,7 @@ class Job:
 
     def ranks(self) -> dict[int, psutil.Process]:
         assert self.process is not None
-        children = psutil.Process(self.process.pid).children()
-        return {int(child.environ()["RANK"]): child for child in children}
+        return ranks_below(self.process.pid)
 
     def end(self, seconds: float = SOON_S) -> str:
         """Wait for the job's end; returns what it said."""
@@ -108,9 +107,7 @@ class Job:
 
     def clear(self) -> None:
         if self.process is not None and self.process.poll() is None:
-            for member in (*psutil.Process(self.process.pid).children(recursive=True), self.process):
-                member.kill()
-            self.process.communicate()
+            kill_all(self.process)
 
 
 def running(processes: Iterable[psutil.Process]) -> list[psutil.Process]:

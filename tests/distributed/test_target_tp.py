@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +15,7 @@ from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target.config import TargetConfig
 from specdist.target.engine import build_engine, verify
 from specdist.target.hf import HfEngine
+from tests.distributed.worlds import torchrun
 
 MODELS = {
     "llama": {},
@@ -75,8 +75,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if p.ndim >= 2:
                 torch.nn.init.normal_(p, 0, 1.5 * p.shape[-1] ** -0.5)
         model.save_pretrained(folder / kind)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", __file__]
-    done = subprocess.run([*command, str(folder)], timeout=240, capture_output=True, text=True, check=False)
+    done = torchrun(3, [__file__, str(folder)])
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

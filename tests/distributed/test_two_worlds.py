@@ -15,11 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from specdist.core.progress import committed
-from tests.distributed.worlds import kill_all, mooncake_loads, start_command, start_torchrun, train
+from tests.distributed.worlds import kill_all, mooncake_loads, ranks_below, start_command, start_torchrun, train
 from tests.tiny import make_config, make_conversations, make_target
 
 pytestmark = pytest.mark.skipif(not mooncake_loads(), reason="needs mooncake-transfer-engine, and libibverbs1")
@@ -234,7 +233,7 @@ def test_a_target_world_that_is_stopped_leaves_in_order(worlds, undisturbed):
 def test_a_target_world_that_was_given_up_cannot_spoil_what_others_write(worlds, undisturbed):
     draft, first = worlds.draft(), worlds.target(hold_after=4)
     worlds.wait_for_steps(4)
-    ranks = psutil.Process(first.pid).children()
+    ranks = ranks_below(first.pid).values()
     for rank in ranks:
         rank.suspend()
     worlds.wait_for_words(r"is dropped after 4 items: not heard for more than 4 s")
@@ -280,8 +279,7 @@ def test_the_command_starts_either_world_and_a_target_world_that_failed_again(wo
     target, other = worlds.command("target", "--retries", "1"), worlds.command("target")
     logs = worlds.directory / "run/targets"
     worlds.wait_until(lambda: len(list(logs.glob("*/logs/*/target/*.log"))) == 2, "two target ranks")
-    agent = psutil.Process(target.pid).children()[0]
-    for rank in agent.children():
+    for rank in ranks_below(target.pid).values():
         rank.kill()
     worlds.end(worlds.command("draft"))
     said = worlds.end(target)
@@ -294,7 +292,7 @@ def test_a_target_world_that_comes_too_late_ends_with_the_run(worlds, undisturbe
     late = worlds.target()
     begun = worlds.directory / "run/targets"
     worlds.wait_until(lambda: list(begun.glob("*/logs/*/started.json")), "the target world's record")
-    ranks = psutil.Process(late.pid).children()
+    ranks = ranks_below(late.pid).values()
     for rank in ranks:
         rank.suspend()
     other = worlds.target()

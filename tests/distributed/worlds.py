@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import psutil
 from specdist.channel.mooncake.engine import check_installed
 from specdist.core.errors import ConfigError
 from specdist.world.roll_call import free_port
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,12 +32,20 @@ def mooncake_loads() -> bool:
 
 def torchrun(ranks: int, arguments: Sequence[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run `torchrun --nproc-per-node RANKS ARGUMENTS` from the project's root and wait for it."""
-    process = start_torchrun(ranks, arguments)
+    return _finished(start_torchrun(ranks, arguments), timeout)
+
+
+def specdist(*words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run the specdist command to its end."""
+    return _finished(start_command([sys.executable, "-m", "specdist_launch.cli", *words]), timeout)
+
+
+def _finished(process: subprocess.Popen[str], timeout: float) -> subprocess.CompletedProcess[str]:
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         kill_all(process)
-        raise AssertionError(f"the world did not end within {timeout} s") from None
+        raise AssertionError(f"{process.args} did not end within {timeout} s") from None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -46,11 +56,13 @@ def start_torchrun(ranks: int, arguments: Sequence[str]) -> subprocess.Popen[str
 
 
 def start_command(command: Sequence[str]) -> subprocess.Popen[str]:
-    """Start a command from the project's root, in a process group of its own."""
+    """Start a command from the project's root, in a process group of its own; this interpreter's are forked."""
+    python = forks.python()
+    words = [python if word == sys.executable else word for word in command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        words, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
 
 
@@ -82,10 +94,20 @@ def run_on_hosts(
 
 def kill_all(process: subprocess.Popen[str]) -> None:
     """SIGKILL the agent and all its ranks: nobody has time to save anything."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
+    for member in forks.family(process.pid):
         member.kill()
     process.communicate()
+
+
+def ranks_below(pid: int) -> dict[int, psutil.Process]:
+    """The ranks that a process has started, itself or through others, by number."""
+    found = {}
+    for process in forks.family(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            number = process.environ().get("RANK")
+            if number is not None and process != forks.fork_of(process):
+                found[int(number)] = forks.fork_of(process)
+    return found
 
 
 def train(ranks: int, words: Sequence[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -112,12 +134,13 @@ def start_by_hand(
         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
     }  # fmt: skip
-    processes = {}
+    python, processes = forks.python(), {}
+    environment |= {key: value for key, value in os.environ.items() if key.startswith("SPECDIST_FORKS")}
     for rank in ranks:
         own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environments or {}).get(rank, {})}
         with (stderr / str(rank)).open("w") as file:
             processes[rank] = subprocess.Popen(
-                [*(wrappers or {}).get(rank, ()), sys.executable, *arguments],
+                [*(wrappers or {}).get(rank, ()), python, *arguments],
                 cwd=ROOT,
                 env=own,
                 stdout=subprocess.DEVNULL,

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Python processes for tests that need no time to import torch: forked from a server that has done so.
+
+`python()` is the path of a program that is called as the interpreter is, `-m MODULE ARGUMENTS`. It asks the server for
+a fork with its own arguments, environment, directory and standard streams, passes signals on to it, and ends as it
+ends. `family` finds the forks below a process, which the system does not show as its children.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+_CLIENT = Path(__file__).with_name("client")
+_START_S = 120.0
+
+
+@cache
+def _directory() -> Path:
+    """Start the server of this process; the directory of its socket and of its notes, one a fork."""
+    holder = tempfile.TemporaryDirectory(prefix="forks-")
+    atexit.register(holder.cleanup)
+    directory = Path(holder.name)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # a thread of pyarrow's allocator
+    log = (directory / "log").open("w")
+    command = [sys.executable, "-m", "tests.forks.server", str(directory)]
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.PIPE)
+    atexit.register(server.kill)
+    deadline = time.monotonic() + _START_S
+    while not (directory / "socket").exists():
+        assert server.poll() is None, (directory / "log").read_text()
+        assert time.monotonic() < deadline, "the fork server did not start"
+        time.sleep(0.05)
+    return directory
+
+
+def python() -> str:
+    """The interpreter that forks; sets what its processes need in the environment of this one."""
+    os.environ["SPECDIST_FORKS"] = str(_directory())
+    os.environ["SPECDIST_FORKS_PYTHON"] = sys.executable
+    return str(_CLIENT)
+
+
+def fork_of(process: psutil.Process) -> psutil.Process:
+    """The process that does the work of `process`: its fork, or itself."""
+    with contextlib.suppress(FileNotFoundError):
+        return psutil.Process(int((_directory() / str(process.pid)).read_text()))
+    return process
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process, its fork, and all that descends from them."""
+    found: list[psutil.Process] = []
+    waiting = [psutil.Process(pid)]
+    while waiting:
+        process = waiting.pop()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(process)
+            fork = fork_of(process)
+            waiting += [*process.children(), *([fork] if fork != process else [])]
+    return found

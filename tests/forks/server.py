@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports what a run needs, once, and forks for whoever asks: `python -m tests.forks.server DIRECTORY`.
+
+One thread serves all: forks are made by a process without threads. A client that is gone takes its fork along, as a
+SIGKILL would have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+PRELOADED = (
+    "torch.distributed.run", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict_saver", "torch.utils.tensorboard", "accelerate", "pyarrow.parquet",
+    "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen3.modeling_qwen3", "specdist.run.runtime", "specdist_launch.cli", "specdist_launch.agent",
+)  # fmt: skip
+PACKAGES = ("specdist", "specdist_launch")
+
+
+def main(directory: Path) -> None:
+    ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: nothing is served for tests that are gone
+    for name in PRELOADED:
+        importlib.import_module(name)
+    for package in PACKAGES:  # those that need what is not installed are left to who uses them
+        for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module.name)
+    threads = [thread.name for thread in threading.enumerate()]
+    assert len(os.listdir("/proc/self/task")) == 1, f"an import has started threads: {threads}"
+    Server(directory).serve()
+
+
+class Server:
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._selector = selectors.DefaultSelector()
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(directory / "starting"))
+        self._listener.listen(64)
+        (directory / "starting").rename(directory / "socket")
+        self._selector.register(self._listener, selectors.EVENT_READ, None)
+
+    def serve(self) -> NoReturn:
+        while True:
+            for key, _ in self._selector.select():
+                if key.data is None:
+                    self._accept()
+                elif key.fileobj in self._selector.get_map():  # not ended by an event before it
+                    self._ended(*key.data)
+
+    def _accept(self) -> None:
+        client, _ = self._listener.accept()
+        head, streams, _, _ = socket.recv_fds(client, 4, 3)
+        text = b""
+        while len(text) < int.from_bytes(head, "big"):
+            text += client.recv(1 << 16)
+        wanted = json.loads(text)
+        pid = os.fork()
+        if pid == 0:
+            self._selector.close()
+            self._listener.close()
+            client.close()
+            run(wanted, streams)
+        for stream in streams:
+            os.close(stream)
+        note = self._directory / f"{wanted['pid']}"
+        note.with_suffix(".new").write_text(str(pid))
+        note.with_suffix(".new").rename(note)
+        end = os.pidfd_open(pid)
+        self._selector.register(end, selectors.EVENT_READ, (pid, end, client, False))
+        self._selector.register(client, selectors.EVENT_READ, (pid, end, client, True))
+        _say(client, pid)
+
+    def _ended(self, pid: int, end: int, client: socket.socket, killed: bool) -> None:
+        """A fork has ended, or its client is gone."""
+        if killed:
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        for source in (end, client):
+            self._selector.unregister(source)
+        os.close(end)
+        _say(client, os.waitstatus_to_exitcode(status))
+        client.close()
+
+
+def _say(client: socket.socket, number: int) -> None:
+    with contextlib.suppress(OSError):
+        client.sendall(f"{number}\n".encode())
+
+
+def run(wanted: dict[str, Any], streams: list[int]) -> NoReturn:
+    """In the fork: become the interpreter that the client was called as."""
+    status = 1
+    try:
+        _become(wanted, streams)
+        if sys.argv[0] == "-m":
+            del sys.argv[0]
+            sys.modules.pop(sys.argv[0], None)  # it is run as __main__, not imported
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        status = 0
+    except SystemExit as leaving:
+        status = _status(leaving.code)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        _flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:  # noqa: BLE001 - what an interpreter does with what nobody has caught
+        traceback.print_exc()
+    finally:
+        _leave(status)
+
+
+def _become(wanted: dict[str, Any], streams: list[int]) -> None:
+    import torch
+
+    os.setsid()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    sys.stdin = os.fdopen(os.dup(0))
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    for original, stream in zip(
+        ("__stdin__", "__stdout__", "__stderr__"), (sys.stdin, sys.stdout, sys.stderr), strict=True
+    ):
+        setattr(sys, original, stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(wanted["environment"])
+    os.chdir(wanted["directory"])
+    os.getppid = lambda: wanted["parent"]
+    sys.executable, sys.argv = wanted["executable"], wanted["arguments"][:]
+    sys.path[0] = wanted["directory"]
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+
+
+def _status(code: object) -> int:
+    if isinstance(code, int):
+        return code & 0xFF
+    if code is not None:
+        print(code, file=sys.stderr)
+    return 0 if code is None else 1
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
+def _leave(status: int) -> NoReturn:
+    import atexit
+
+    threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - as the interpreter does at its end
+    atexit._run_exitfuncs()  # noqa: SLF001
+    _flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
