@@ -26,10 +26,10 @@ from specdist.core.errors import UserError
 from specdist.core.launch_env import RankFacts
 from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.core.topology import Topology, WorldConfig
+from specdist.target.base import TargetModel
 from specdist.target.config import TargetConfig
-from specdist.target.engine import Engine, build_engine, engine_groups
-from specdist.target.facts import TargetFacts, compute_dtype, describe
-from specdist.target.flops import flops
+from specdist.target.description import TargetDescription, compute_dtype, describe
+from specdist.target.registry import ENGINES, engine_groups, load_target
 from specdist.world.groups import join_world, make_groups
 from specdist_launch.bench.measure import apart, in_a_world, leave, peak_tflops, seconds, told_to
 from specdist_launch.bench.shapes import SHAPES, in_a_process
@@ -78,7 +78,7 @@ class BenchConfig:
     target: TargetConfig = field(default_factory=TargetConfig)
 
 
-def measure(engine: Engine, run: Run, facts: TargetFacts, tp: int) -> list[TargetSpeed]:
+def measure(engine: TargetModel, run: Run, facts: TargetDescription, tp: int) -> list[TargetSpeed]:
     """Every combination of item and sequence length in which a sequence fits an item. All ranks call it."""
     device = engine.device
     found = []
@@ -94,7 +94,7 @@ def measure(engine: Engine, run: Run, facts: TargetFacts, tp: int) -> list[Targe
             if not torch.isfinite(rows).all():
                 raise UserError(f"{run.engine}: features are not finite")
             middle = statistics.median(times)
-            tflops = flops(facts, lengths) / tp / middle / 1e12
+            tflops = facts.flops(lengths) / tp / middle / 1e12
             spread = (max(times) - min(times)) * 1e3
             memory = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0
             found.append(
@@ -125,7 +125,7 @@ def worker(run: Run, output: str) -> None:
     captured = sorted({1, n // 2 - 1, n - 4} & set(range(n - 1)))  # EAGLE-3's default, as far as the model is so deep
     layout = FeatureLayout(tuple(captured), facts.hidden_size, True, compute_dtype(target, facts), run.summary)
     group = groups.replica if target.tp > 1 else None
-    engine = build_engine(target, layout, world.device, group, max(run.items))
+    engine = load_target(target, layout, world.device, group, max(run.items))
     speeds = measure(engine, run, facts, target.tp)
     leave(output, [asdict(speed) for speed in speeds] if world.facts.rank == 0 else None)
 
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="specdist bench target", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--engines", nargs="+", choices=["hf", "sglang"], default=["hf", "sglang"])
+    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b", help="random weights of this shape")
     parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the shape has")
     parser.add_argument("--model", metavar="DIR", help="a model directory, instead of a shape")
@@ -153,8 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="specdist-bench-") as directory:
         model = Path(args.model) if args.model else in_a_process(args.shape, args.layers, Path(directory))
         for engine in args.engines:
-            own = [word for word in words if engine == "sglang" or not word.startswith("target.sglang.")]
-            own += [f"target.path={model}", f"target.engine={engine}", f"target.tp={args.tp}"]
+            own = [*words, f"target.path={model}", f"target.engine={engine}", f"target.tp={args.tp}"]
             run = Run(
                 engine, tuple(args.items), tuple(args.sequences), args.repeats, args.device, tuple(own), args.summary
             )

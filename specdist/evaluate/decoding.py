@@ -98,11 +98,11 @@ class EvaluationTarget:
         trust_remote_code: bool = False,
     ) -> EvaluationTarget:
         """The model of a transformers directory, on `device`, in `dtype`."""
-        from specdist.target.facts import describe
+        from specdist.target.description import describe
         from specdist.target.loading import load_model
 
-        facts = describe(path, trust_remote_code)
-        return cls(load_model(facts, dtype, torch.device(device), trust_remote_code=trust_remote_code), layout)
+        described = describe(path, trust_remote_code)
+        return cls(load_model(described, dtype, torch.device(device), trust_remote_code=trust_remote_code), layout)
 
     @staticmethod
     def new_cache() -> DynamicCache:

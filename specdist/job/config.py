@@ -32,9 +32,9 @@ from specdist.job.preflight_config import PreflightConfig
 from specdist.prompts.config import PromptsConfig
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.scheduler import SchedulerConfig
-from specdist.target import engine
+from specdist.target import registry as engines
 from specdist.target.config import TargetConfig
-from specdist.target.facts import TargetFacts, check, check_layout, compute_dtype, describe
+from specdist.target.description import TargetDescription, compute_dtype, describe
 from specdist.training.metrics import MetricsConfig
 from specdist.training.optimizer import OptimizerConfig
 from specdist.training.recipe import TrainConfig
@@ -84,8 +84,7 @@ class JobConfig:
 CHANGEABLE = (
     "world", "scheduler", "control", "channel", "checkpoint", "metrics", "trace", "export", "evaluate", "launch",
     "run.dir", "train", "target.replicas", "target.tp", "target.verify", "target.verify_against", "target.prefill",
-    "target.engine", "target.sglang.prefill_tokens", "target.sglang.memory_fraction",
-    "target.sglang.attention_backend", "target.sglang.ep", "draft.dp", "draft.cp", "draft.sharding", "draft.compile",
+    "target.engine", "draft.dp", "draft.cp", "draft.sharding", "draft.compile",
     "draft.eagle3.teacher_head", "draft.eagle3.embedding", "draft.eagle3.recompute", "draft.eagle3.loss_chunk",
     "draft.eagle3.attention", "draft.dflash.loss_chunk", "draft.dflash.attention", "prompts.workers",
     "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer", "run.plugins",
@@ -97,7 +96,7 @@ CHANGEABLE = (
 class JobFacts:
     """What a login node can know of a job."""
 
-    target: TargetFacts
+    target: TargetDescription
     target_dtype: torch.dtype
     layout: FeatureLayout
 
@@ -167,7 +166,7 @@ def naming_sources(files: Sequence[str | Path], overrides: Sequence[str] = ()) -
 
 def examine(job: JobConfig) -> JobFacts:
     """Check the job against the model directory. Raises ConfigError or DataError; needs no GPU."""
-    target = check(job.target)
+    target = engines.check_target(job.target)
     dtype = compute_dtype(job.target, target)
     layout = capture_layout(job.draft, target.config, dtype)
     if target.max_positions is not None and job.prompts.max_length > target.max_positions:
@@ -176,14 +175,13 @@ def examine(job: JobConfig) -> JobFacts:
             f"={job.prompts.max_length} is more than the {target.max_positions} positions of "
             f"{job.target.path} (max_position_embeddings)",
         )
-    check_layout(layout, target, job.target.engine)
-    longest = job.target.sglang.prefill_tokens
-    if job.target.engine == "sglang" and longest is not None and job.prompts.max_length > longest:
-        raise ConfigError.at(
-            "prompts.max_length",
-            f"={job.prompts.max_length} is more than target.sglang.prefill_tokens={longest}, and a "
+    engines.check_layout(job.target, target, layout)
+    limits = engines.ENGINES[job.target.engine].limits(job.target)
+    if limits.document is not None and job.prompts.max_length > limits.document:
+        raise ConfigError(
+            f"prompts.max_length={job.prompts.max_length} is more than {limits.key}={limits.document}, and a "
             "document is not divided between forwards: raise the one or lower the other",
-            "target.sglang.prefill_tokens",
+            f"prompts.max_length {limits.key}",
         )
     if job.world.mode == "split" and job.world.role != "target":
         slots(job, layout)
@@ -209,7 +207,7 @@ def check_installed(job: JobConfig, target: bool) -> None:
         target: whether the target's engine is to run here.
     """
     if target:
-        engine.check_installed(job.target)
+        engines.check_installed(job.target)
     if job.world.mode == "split":
         transport_for(job.channel.transport).check_installed()
 
@@ -233,9 +231,9 @@ def transport(job: JobConfig, device: torch.device) -> Transport:
 
 def differing_keys(new: JobConfig, old: JobConfig) -> list[str]:
     """The keys, of those that make a run what it is, in which two configurations differ."""
-    found = []
+    found, changeable = [], (*CHANGEABLE, *engines.changeable_keys())
     for entry in config.fields(JobConfig):
-        if entry.key.startswith(tuple(f"{k}." for k in CHANGEABLE)) or entry.key in CHANGEABLE:
+        if entry.key.startswith(tuple(f"{k}." for k in changeable)) or entry.key in changeable:
             continue
         if _value(new, entry.key) != _value(old, entry.key):
             found.append(entry.key)

@@ -24,7 +24,8 @@ from specdist.draft.config import DraftConfig
 from specdist.draft.registry import frozen_memory, parameter_count, step_memory
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
-from specdist.target.summary import CHUNK
+from specdist.target.argmax_lse import CHUNK
+from specdist.target.registry import ENGINES
 from specdist.world.groups import ranges
 
 
@@ -106,26 +107,13 @@ def _target_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[N
     width = facts.target_dtype.itemsize
     shards = topology.shards // len(topology.replicas) if topology.mode == "colocated" else topology.shards
     tokens = max(shards, 1) * job.prompts.tokens_per_rank
-    inner = _mlp_width(facts)
     buffers = {"split": job.channel.send_buffers, "colocated": job.train.accumulation}.get(topology.mode, 1)
-    sglang = job.target.engine == "sglang"
-    at_once = min(tokens, job.target.sglang.prefill_tokens or tokens) if sglang else tokens
-    weights = facts.target.checkpoint_bytes if sglang and facts.target.quantised else facts.target.parameters * width
-    needs = [
-        Need("target", f"weights / tp {job.target.tp}", weights // job.target.tp),
-        Need(
-            "target", f"{buffers} feature buffers of {tokens:,} tokens", buffers * tokens * facts.layout.bytes_per_token
-        ),
-        # One layer at a time: residual, normed input, q/k/v and attention output, and the gated MLP's two halves.
-        Need("target", "activations of one layer", at_once * (8 * facts.target.hidden_size + 3 * inner) * width),
-    ]
+    parts = ENGINES[job.target.engine].memory(job.target, facts.target, facts.target_dtype, tokens)
+    parts[f"{buffers} feature buffers of {tokens:,} tokens"] = buffers * tokens * facts.layout.bytes_per_token
     if facts.layout.summary:
         head = facts.target.vocab_size * (facts.target.hidden_size // job.target.tp + CHUNK // job.target.tp) * width
-        needs.append(Need("target", f"output head, and logits of {CHUNK:,} tokens", head))
-    if sglang:
-        kept = at_once * facts.target.kv_values_per_token(job.target.tp) * width
-        needs.append(Need("target", f"SGLang's KV cache of {at_once:,} tokens", kept))
-    return needs
+        parts[f"output head, and logits of {CHUNK:,} tokens"] = head
+    return [Need("target", part, size) for part, size in parts.items()]
 
 
 def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Need]:
@@ -169,11 +157,6 @@ def training_memory(
         **step,
         "gradients, beyond that": max(gradients - sum(step.values()), 0),
     }
-
-
-def _mlp_width(facts: JobFacts) -> int:
-    """The target's own MLP width, or the customary four times its hidden size where it does not say."""
-    return int(getattr(facts.target.text_config, "intermediate_size", None) or 4 * facts.target.hidden_size)
 
 
 def render(plan: Plan) -> str:

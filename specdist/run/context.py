@@ -20,7 +20,8 @@ from specdist.prompts.store import PromptStore
 from specdist.prompts.stream import Stream
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.server import ControlServer
-from specdist.target.engine import Engine, build_engine
+from specdist.target.base import TargetModel
+from specdist.target.registry import load_target
 from specdist.world.groups import Groups, World
 
 
@@ -76,7 +77,7 @@ class Rank:
             between_worlds,
         )
 
-    def load_engine(self, tokens: int) -> Engine:
+    def load_engine(self, tokens: int) -> TargetModel:
         """The target of this rank's replica, for batches of up to `tokens`; all ranks of the replica call it."""
         self.client.phase = "loading the target"
-        return build_engine(self.job.target, self.facts.layout, self.world.device, self.groups.replica, tokens)
+        return load_target(self.job.target, self.facts.layout, self.world.device, self.groups.replica, tokens)

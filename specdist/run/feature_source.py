@@ -23,7 +23,8 @@ from specdist.prompts.store import PromptStore
 from specdist.run.stall_timer import WaitClock
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Arrived, Deliver, Released, Stop, StopRequested
-from specdist.target.engine import Engine, verify
+from specdist.target.base import TargetModel
+from specdist.target.verify import verify
 from specdist.training.trainer import FeatureSource
 
 
@@ -151,7 +152,7 @@ class ColocatedSource(FeatureSource):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: TargetModel,
         channel: LocalChannel,
         topology: Topology,
         rank: int,

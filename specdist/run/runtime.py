@@ -50,7 +50,7 @@ from specdist.scheduler.remote_replicas import GuestRules
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.server import ControlServer
 from specdist.scheduler.wire import new_token
-from specdist.target.engine import engine_groups
+from specdist.target.registry import engine_groups
 from specdist.training.trace_config import find_window
 from specdist.world.groups import Groups, World, join_world, make_groups
 from specdist.world.links import connect_links

@@ -18,7 +18,8 @@ from specdist.prompts.items import Items
 from specdist.prompts.store import PromptStore
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Assign, Computed, Dispatch, Stop
-from specdist.target.engine import Engine, verify
+from specdist.target.base import TargetModel
+from specdist.target.verify import verify
 
 WARM_ITEMS = 3
 """Rates leave out so many items, in which kernels are compiled and memory is allocated."""
@@ -84,7 +85,7 @@ class Producer:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: TargetModel,
         sender: FeatureSender,
         client: ControlClient,
         items: Items,

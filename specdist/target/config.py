@@ -3,23 +3,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
 from specdist.core.errors import ConfigError
-from specdist.target.sglang.config import SglangConfig
+
+SECTIONS: dict[str, type | None] = {}
+"""The dataclass of the settings of every engine, filled by the registry."""
 
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """The `target` section of a run's configuration."""
+    """The `target` section of a run's configuration, and, of each engine that has settings, a section in its name."""
 
     path: str = MISSING
     """Directory of the target model: its config.json and its weights (safetensors, or pytorch_model.bin)."""
 
-    engine: Literal["hf", "sglang"] = "hf"
+    engine: str = "hf"
     """What runs the forward: `hf` is transformers, the reference (CPU and GPU); `sglang` is SGLang, the fast one."""
 
     replicas: int = 1
@@ -46,22 +48,13 @@ class TargetConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the model directory."""
 
-    sglang: SglangConfig = field(default_factory=SglangConfig)
-    """Settings of `engine: sglang`."""
+    @classmethod
+    def registered(cls) -> dict[str, Any]:
+        """The choice between the engines, and their sections: see `core.config.complete`."""
+        return {"engine": Literal[tuple(SECTIONS)]} | {name: own for name, own in SECTIONS.items() if own is not None}
 
     def __post_init__(self) -> None:
         for key, least in (("replicas", 1), ("tp", 1), ("verify", 0)):
             value = getattr(self, key)
             if value < least:
                 raise ConfigError.at(f"target.{key}", f"={value}: at least {least} is needed")
-        if self.engine == "sglang" and self.tp % self.sglang.ep:
-            raise ConfigError.at(
-                "target.sglang.ep", f"={self.sglang.ep} does not divide target.tp={self.tp}", "target.tp"
-            )
-        if self.verify_against == "hf" and self.sglang.quantization is not None:
-            raise ConfigError.at(
-                "target.verify_against",
-                f"=hf beside target.sglang.quantization={self.sglang.quantization}: the hf engine "
-                "has unrounded weights, whose features are others: leave verify_against at itself",
-                "target.sglang.quantization",
-            )

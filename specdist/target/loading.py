@@ -19,12 +19,12 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.target.facts import TargetFacts
+from specdist.target.description import TargetDescription
 from specdist.target.weights import weight_files
 
 
 def load_model(
-    facts: TargetFacts,
+    target: TargetDescription,
     dtype: torch.dtype,
     device: torch.device,
     group: ProcessGroup | None = None,
@@ -34,12 +34,12 @@ def load_model(
 
     Raises DataError when weights that the model needs are missing: transformers would fill them with random numbers.
     """
-    model_class = _model_class(facts, trust_remote_code)
-    options: dict[str, Any] = {"config": facts.config, "dtype": dtype, "local_files_only": True}
-    if getattr(facts.text_config, "attn_logit_softcapping", None) is not None:
+    model_class = _model_class(target, trust_remote_code)
+    options: dict[str, Any] = {"config": target.config, "dtype": dtype, "local_files_only": True}
+    if getattr(target.text_config, "attn_logit_softcapping", None) is not None:
         options["attn_implementation"] = "eager"  # up to 5.17 at least, sdpa drops the soft cap without a word
-    files = weight_files(facts.path)
-    if len(files) > 1 and not list(facts.path.glob("*.index.json")):
+    files = weight_files(target.path)
+    if len(files) > 1 and not list(target.path.glob("*.index.json")):
         # transformers reads several files only through an index; safetensors are mapped, not read, by load_file
         options["state_dict"] = {name: t for file in files for name, t in load_file(file).items()}
     if group is not None and group.size() > 1 and hasattr(DistributedConfig, "tp_size"):
@@ -49,26 +49,28 @@ def load_model(
         options |= {"tp_plan": "auto", "device_mesh": DeviceMesh.from_group(group, device.type)}
     else:
         options["device_map"] = device
-    where = None if "state_dict" in options else facts.path
+    where = None if "state_dict" in options else target.path
     loaded: Any = model_class.from_pretrained(where, output_loading_info=True, **options)
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise DataError(
-            f"{facts.path}: the checkpoint lacks {len(missing)} of the model's weights: {', '.join(missing[:8])}"
+            f"{target.path}: the checkpoint lacks {len(missing)} of the model's weights: {', '.join(missing[:8])}"
         )
     return model.eval().requires_grad_(False)
 
 
-def _model_class(facts: TargetFacts, trust_remote_code: bool) -> type[PreTrainedModel]:
-    if type(facts.config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust_remote_code:
+def _model_class(target: TargetDescription, trust_remote_code: bool) -> type[PreTrainedModel]:
+    if type(target.config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust_remote_code:
         auto: Any = AutoModelForCausalLM
-    elif type(facts.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    elif type(target.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         auto = AutoModelForImageTextToText
     else:
-        raise ConfigError.at("target.path", f"={facts.path}: {facts.config.model_type} is not a causal language model")
+        raise ConfigError.at(
+            "target.path", f"={target.path}: {target.config.model_type} is not a causal language model"
+        )
     with torch.device("meta"):  # the public way to the class that an auto class picks
-        return type(auto.from_config(facts.config, trust_remote_code=trust_remote_code))
+        return type(auto.from_config(target.config, trust_remote_code=trust_remote_code))
 
 
 class _SubgroupMesh:

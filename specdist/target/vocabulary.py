@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specdist.core.errors import DataError
 from specdist.core.records import LogitMap, TargetVocabulary
-from specdist.target.facts import TargetFacts, describe
+from specdist.target.description import TargetDescription, describe
 from specdist.target.weights import StoredTensor, stored_tensors
 
 EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "wte", "embed_in", "embeddings", "embedding")
@@ -52,11 +52,11 @@ def load_target_vocabulary(
     A checkpoint whose tables are padded beyond the configuration's `vocab_size` is cut to it. Raises DataError when
     the tensors are not found (naming what was looked for and what is there) or the head does more than a matrix.
     """
-    facts = describe(path, trust_remote_code)
-    stored_embedding, stored_head = _ends(facts)
-    embedding = _load(stored_embedding, facts, dtype)
-    head = embedding if stored_head is stored_embedding else _load(stored_head, facts, dtype)
-    scale, softcap = logit_transform(facts)
+    target = describe(path, trust_remote_code)
+    stored_embedding, stored_head = _ends(target)
+    embedding = _load(stored_embedding, target, dtype)
+    head = embedding if stored_head is stored_embedding else _load(stored_head, target, dtype)
+    scale, softcap = logit_transform(target)
     return TargetVocabulary(embedding, head, scale, softcap)
 
 
@@ -64,40 +64,42 @@ def load_target_head(
     path: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> tuple[Tensor, LogitMap]:
     """The head alone, as `load_target_vocabulary` gives it, and how logits follow from its products."""
-    facts = describe(path, trust_remote_code)
-    _, stored_head = _ends(facts)
-    return _load(stored_head, facts, dtype), LogitMap(*logit_transform(facts))
+    target = describe(path, trust_remote_code)
+    _, stored_head = _ends(target)
+    return _load(stored_head, target, dtype), LogitMap(*logit_transform(target))
 
 
-def _ends(facts: TargetFacts) -> tuple[StoredTensor, StoredTensor]:
+def _ends(target: TargetDescription) -> tuple[StoredTensor, StoredTensor]:
     """The stored input embedding and output head: one tensor where they are tied."""
-    tensors = stored_tensors(facts.path)
-    stored_embedding = _find("input embedding", EMBEDDINGS, tensors.values(), facts)
-    stored_head = _find("output head", HEADS, tensors.values(), facts)
-    if stored_head is None and facts.tied:
+    tensors = stored_tensors(target.path)
+    stored_embedding = _find("input embedding", EMBEDDINGS, tensors.values(), target)
+    stored_head = _find("output head", HEADS, tensors.values(), target)
+    if stored_head is None and target.tied:
         stored_head = stored_embedding
-    if stored_embedding is None and facts.tied:  # tied weights are stored once, under either name
+    if stored_embedding is None and target.tied:  # tied weights are stored once, under either name
         stored_embedding = stored_head
     for what, names, found in (("input embedding", EMBEDDINGS, stored_embedding), ("output head", HEADS, stored_head)):
         if found is None:
-            raise DataError(_not_found(what, names, tensors.values(), facts))
+            raise DataError(_not_found(what, names, tensors.values(), target))
     assert stored_embedding is not None
     assert stored_head is not None
     bias = stored_head.name.removesuffix("weight") + "bias"
     if stored_head is not stored_embedding and bias in tensors:
-        raise DataError(f"{facts.path}: the output head has a bias ({bias}); drafts for such targets are not supported")
+        raise DataError(
+            f"{target.path}: the output head has a bias ({bias}); drafts for such targets are not supported"
+        )
     return stored_embedding, stored_head
 
 
-def logit_transform(facts: TargetFacts) -> tuple[float, float | None]:
+def logit_transform(target: TargetDescription) -> tuple[float, float | None]:
     """Scale and soft cap that the target applies to its logits. Raises DataError for a key that is not known."""
-    values: dict[str, Any] = facts.config.to_dict() | facts.text_config.to_dict()
+    values: dict[str, Any] = target.config.to_dict() | target.text_config.to_dict()
     values = {key: value for key, value in values.items() if LOGIT_KEY.search(key) and value is not None}
     known = (*MULTIPLIERS, *DIVISORS, *SOFTCAPS)
     strange = {k: v for k, v in values.items() if k not in known or not isinstance(v, int | float)}
     if strange:
         raise DataError(
-            f"{facts.path / 'config.json'}: {strange} may change the logits in a way that is not known here "
+            f"{target.path / 'config.json'}: {strange} may change the logits in a way that is not known here "
             f"(known, as numbers: {', '.join(known)})"
         )
     scale = 1.0
@@ -105,40 +107,41 @@ def logit_transform(facts: TargetFacts) -> tuple[float, float | None]:
         scale *= values.get(key, 1.0)
     for key in DIVISORS:
         # HyperCLOVA X took the name from Granite and multiplies
-        scale *= values.get(key, 1.0) ** (1 if "hyperclovax" in facts.text_config.model_type else -1)
+        scale *= values.get(key, 1.0) ** (1 if "hyperclovax" in target.text_config.model_type else -1)
     softcaps = [float(values[key]) for key in SOFTCAPS if key in values]
     return float(scale), softcaps[0] if softcaps else None
 
 
 def _find(
-    what: str, names: tuple[str, ...], tensors: Iterable[StoredTensor], facts: TargetFacts
+    what: str, names: tuple[str, ...], tensors: Iterable[StoredTensor], target: TargetDescription
 ) -> StoredTensor | None:
     def fits(tensor: StoredTensor) -> bool:
         *_, module, last = ("", *tensor.name.split("."))
-        return module in names and last == "weight" and _is_table(tensor, facts) and not ELSEWHERE.search(tensor.name)
+        return module in names and last == "weight" and _is_table(tensor, target) and not ELSEWHERE.search(tensor.name)
 
     found = [t for t in tensors if fits(t)]
     if len(found) > 1:
-        raise DataError(f"{facts.path}: several tensors could be the {what}: {', '.join(t.name for t in found)}")
+        raise DataError(f"{target.path}: several tensors could be the {what}: {', '.join(t.name for t in found)}")
     return found[0] if found else None
 
 
-def _is_table(tensor: StoredTensor, facts: TargetFacts) -> bool:
-    return len(tensor.shape) == 2 and tensor.shape[0] >= facts.vocab_size and tensor.shape[1] == facts.hidden_size
+def _is_table(tensor: StoredTensor, target: TargetDescription) -> bool:
+    return len(tensor.shape) == 2 and tensor.shape[0] >= target.vocab_size and tensor.shape[1] == target.hidden_size
 
 
-def _not_found(what: str, names: tuple[str, ...], tensors: Iterable[StoredTensor], facts: TargetFacts) -> str:
-    tables = [f"{t.name} {list(t.shape)}" for t in tensors if len(t.shape) == 2 and max(t.shape) >= facts.vocab_size]
+def _not_found(what: str, names: tuple[str, ...], tensors: Iterable[StoredTensor], target: TargetDescription) -> str:
+    tables = [f"{t.name} {list(t.shape)}" for t in tensors if len(t.shape) == 2 and max(t.shape) >= target.vocab_size]
     others = [t.name for t in tensors if not re.search(r"\.\d+\.", t.name)]
     return (
-        f"{facts.path}: no {what} of shape [{facts.vocab_size}, {facts.hidden_size}] (vocab_size, hidden_size) found. "
-        f"Looked for names that end in {', '.join(f'{n}.weight' for n in names)}; of that height the checkpoint holds: "
-        f"{', '.join(tables) or 'nothing'}; outside its layers: {', '.join(others[:20]) or 'nothing'}"
+        f"{target.path}: no {what} of shape [{target.vocab_size}, {target.hidden_size}] (vocab_size, hidden_size) "
+        f"found. Looked for names that end in {', '.join(f'{n}.weight' for n in names)}; of that height the "
+        f"checkpoint holds: {', '.join(tables) or 'nothing'}; outside its layers: "
+        f"{', '.join(others[:20]) or 'nothing'}"
     )
 
 
-def _load(stored: StoredTensor, facts: TargetFacts, dtype: torch.dtype | None) -> Tensor:
+def _load(stored: StoredTensor, target: TargetDescription, dtype: torch.dtype | None) -> Tensor:
     if stored.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise DataError(f"{stored.file}: {stored.name} is quantised ({stored.dtype}), which is not supported")
-    table = stored.load()[: facts.vocab_size]
+    table = stored.load()[: target.vocab_size]
     return table.to(dtype or stored.dtype).contiguous()

@@ -14,7 +14,8 @@ from typing import Any
 
 from specdist.core.stop import leave
 from specdist.run import context as rank
-from specdist.target.engine import Engine, build_engine
+from specdist.target.base import TargetModel
+from specdist.target.registry import load_target
 from specdist.train import main
 
 
@@ -22,8 +23,8 @@ class DefectError(RuntimeError):
     """What the fault raises."""
 
 
-def failing_forward(*arguments: Any) -> Engine:
-    engine = build_engine(*arguments)
+def failing_forward(*arguments: Any) -> TargetModel:
+    engine = load_target(*arguments)
     forward, calls = engine.forward, []
 
     def fail(*batch: Any) -> None:
@@ -36,13 +37,13 @@ def failing_forward(*arguments: Any) -> Engine:
     return engine
 
 
-def signalled_load(*arguments: Any) -> Engine:
+def signalled_load(*arguments: Any) -> TargetModel:
     os.kill(os.getpid(), signal.SIGTERM)
-    return build_engine(*arguments)
+    return load_target(*arguments)
 
 
 FAULTS = {"forward": failing_forward, "signal": signalled_load}
 
 if __name__ == "__main__":
-    rank.build_engine = FAULTS[sys.argv[1]]  # type: ignore[assignment]
+    rank.load_target = FAULTS[sys.argv[1]]  # type: ignore[assignment]
     leave(main(sys.argv[2:]))

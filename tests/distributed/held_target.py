@@ -12,12 +12,13 @@ from typing import Any
 
 from specdist.core.stop import leave
 from specdist.run import context as rank
-from specdist.target.engine import Engine, build_engine
+from specdist.target.base import TargetModel
+from specdist.target.registry import load_target
 from specdist.train import main
 
 
-def held_engine(*arguments: Any) -> Engine:
-    engine = build_engine(*arguments)
+def held_engine(*arguments: Any) -> TargetModel:
+    engine = load_target(*arguments)
     forward, hold, free, done = engine.forward, Path(sys.argv[1]), int(sys.argv[2]), []
 
     def held(*batch: Any) -> None:
@@ -31,5 +32,5 @@ def held_engine(*arguments: Any) -> Engine:
 
 
 if __name__ == "__main__":
-    rank.build_engine = held_engine  # type: ignore[assignment]
+    rank.load_target = held_engine  # type: ignore[assignment]
     leave(main(sys.argv[3:]))

@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target.config import TargetConfig
-from specdist.target.engine import build_engine, verify
-from specdist.target.hf import HfEngine
+from specdist.target.hf.model import HfTarget
+from specdist.target.registry import load_target
+from specdist.target.verify import verify
 from tests.distributed.worlds import torchrun
 
 MODELS = {
@@ -31,9 +32,9 @@ def make_batch() -> PackedTokens:
     return PackedTokens.from_documents(ids, [torch.ones(len(i), dtype=torch.bool) for i in ids])
 
 
-def features(path: Path, tp: int, group: torch.distributed.ProcessGroup | None = None) -> tuple[HfEngine, torch.Tensor]:
-    engine = build_engine(TargetConfig(path=str(path), tp=tp), LAYOUT, torch.device("cpu"), group)
-    assert isinstance(engine, HfEngine)
+def features(path: Path, tp: int, group: torch.distributed.ProcessGroup | None = None) -> tuple[HfTarget, torch.Tensor]:
+    engine = load_target(TargetConfig(path=str(path), tp=tp), LAYOUT, torch.device("cpu"), group)
+    assert isinstance(engine, HfTarget)
     batch = make_batch()
     out = LAYOUT.empty(len(batch.tokens))
     engine.forward(batch, out)

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from specdist.core.records import FeatureLayout, PackedTokens
-from specdist.target import attention
 from specdist.target.config import TargetConfig
-from specdist.target.engine import TOLERANCE, build_engine, deviations, verify
-from specdist.target.hf import HfEngine
+from specdist.target.hf import attention
+from specdist.target.hf.model import HfTarget
+from specdist.target.registry import load_target
+from specdist.target.verify import TOLERANCE, deviations, verify
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -66,7 +67,7 @@ def _no_syncs_left() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def make_engine(kind: str, path: Path, dtype: str, **keys: Any) -> HfEngine:
+def make_engine(kind: str, path: Path, dtype: str, **keys: Any) -> HfTarget:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**COMMON, **MODELS[kind]}))
     for p in model.parameters():
@@ -74,8 +75,8 @@ def make_engine(kind: str, path: Path, dtype: str, **keys: Any) -> HfEngine:
             torch.nn.init.normal_(p, 0, p.shape[-1] ** -0.5)
     model.save_pretrained(path)
     layout = FeatureLayout((0, 2, 3), 256, True, getattr(torch, dtype))
-    engine = build_engine(TargetConfig(path=str(path), dtype=dtype, **keys), layout, DEVICE)
-    assert isinstance(engine, HfEngine)
+    engine = load_target(TargetConfig(path=str(path), dtype=dtype, **keys), layout, DEVICE)
+    assert isinstance(engine, HfTarget)
     return engine
 
 
@@ -85,7 +86,7 @@ def make_batch() -> PackedTokens:
     return PackedTokens.from_documents(ids, [torch.ones(n, dtype=torch.bool) for n in LENGTHS])
 
 
-def run(engine: HfEngine, batch: PackedTokens) -> Tensor:
+def run(engine: HfTarget, batch: PackedTokens) -> Tensor:
     out = engine.layout.empty(len(batch.tokens), DEVICE)
     engine.forward(batch, out)
     return out

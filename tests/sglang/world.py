@@ -17,14 +17,16 @@ from typing import Any
 
 import torch
 
+from specdist.core.config import complete
 from specdist.core.errors import UserError
 from specdist.core.launch_env import RankFacts
 from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.core.topology import Topology, WorldConfig
 from specdist.target.config import TargetConfig
-from specdist.target.engine import build_engine, engine_groups, verify
+from specdist.target.registry import engine_groups, load_target
 from specdist.target.sglang import versions
 from specdist.target.sglang.config import SglangConfig
+from specdist.target.verify import verify
 from specdist.world.groups import Groups, World, join_world, make_groups
 
 LAYERS = (2, 0)
@@ -42,7 +44,9 @@ def make_layout(hidden_size: int = 32, dtype: torch.dtype = torch.float32) -> Fe
 
 
 def target_config(case: dict[str, Any]) -> TargetConfig:
-    return TargetConfig(engine="sglang", **{**case["target"], "sglang": SglangConfig(**case.get("sglang", {}))})
+    return complete(TargetConfig)(
+        engine="sglang", **{**case["target"], "sglang": SglangConfig(**case.get("sglang", {}))}
+    )
 
 
 def main(cases_file: Path) -> None:
@@ -74,13 +78,13 @@ def main(cases_file: Path) -> None:
 
 def run_case(case: dict[str, Any], world: World, groups: Groups) -> dict[str, Any]:
     """The features, or the error that there was."""
-    from specdist.target.sglang.engine import SglangEngine
+    from specdist.target.sglang.model import SglangTarget
 
     config, batch = target_config(case), make_batch(case.get("lengths", LENGTHS))
     layout = make_layout(case.get("hidden_size", 32), getattr(torch, case.get("wire", "float32")))
     try:
-        engine = build_engine(config, layout, world.device, groups.replica, case.get("tokens", len(batch.tokens)))
-        assert isinstance(engine, SglangEngine)
+        engine = load_target(config, layout, world.device, groups.replica, case.get("tokens", len(batch.tokens)))
+        assert isinstance(engine, SglangTarget)
         if not case.get("forward", True):
             return describe_parallelism(engine)
         rows = layout.empty(len(batch.tokens), world.device).fill_(torch.nan)

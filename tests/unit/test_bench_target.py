@@ -10,22 +10,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from specdist.target.facts import describe
-from specdist_launch.bench.target import TargetSpeed, flops, main, render
+from specdist.target.description import TargetDescription, describe
+from specdist_launch.bench.target import TargetSpeed, main, render
 from tests.tiny import make_target
 
 
 def test_operations_of_the_qwen3_8b_shape() -> None:
     """By hand: 36 layers of q, o (4096 x 4096), k, v (4096 x 1024) and three of 4096 x 12288."""
     layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288
-    text = SimpleNamespace(head_dim=128)
     tables = 2 * 151936 * 4096
     facts = SimpleNamespace(
         tied=False, vocab_size=151936, hidden_size=4096, heads=32, layers=36, parameters=36 * layer + tables,
-        text_config=text,
+        head_dim=128,
     )  # fmt: skip
     # A query meets (n + 1) / 2 keys on average, in two products of 4096 columns
-    assert flops(facts, [2048] * 4) == pytest.approx(  # type: ignore[arg-type]
+    assert TargetDescription.flops(facts, [2048] * 4) == pytest.approx(  # type: ignore[arg-type]
         2 * 36 * layer * 8192 + 4 * 36 * 4096 * 4 * 2048 * 2049 / 2, rel=1e-4
     )
 
@@ -42,7 +41,7 @@ def test_a_run_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         assert speed.tokens_per_s == pytest.approx(speed.item_tokens / speed.ms * 1e3)
         lengths = [speed.sequence_tokens] * (speed.item_tokens // speed.sequence_tokens)
         lengths.append(speed.item_tokens % speed.sequence_tokens)
-        expected = flops(describe(target), lengths) / speed.ms * 1e3 / 1e12
+        expected = describe(target).flops(lengths) / speed.ms * 1e3 / 1e12
         assert speed.tflops == pytest.approx(expected)
         assert 0 < speed.share_of_peak == pytest.approx(speed.tflops / speed.peak_tflops)
         assert asdict(speed)["engine"] == "hf"

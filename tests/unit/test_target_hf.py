@@ -14,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import FeatureLayout, PackedTokens
-from specdist.target import attention
 from specdist.target.config import TargetConfig
-from specdist.target.engine import TOLERANCE, build_engine, verify
-from specdist.target.hf import HfEngine, packing_obstacle
+from specdist.target.hf import attention
+from specdist.target.hf.model import HfTarget, packing_obstacle
+from specdist.target.registry import load_target
+from specdist.target.verify import TOLERANCE, verify
 
 torch.set_num_threads(1)
 
@@ -92,10 +93,10 @@ def make_batch(lengths: list[int] = LENGTHS) -> PackedTokens:
     return PackedTokens.from_documents(ids, [torch.ones(n, dtype=torch.bool) for n in lengths])
 
 
-def make_engine(path: Path, wire: torch.dtype = torch.float32, **keys: Any) -> HfEngine:
+def make_engine(path: Path, wire: torch.dtype = torch.float32, **keys: Any) -> HfTarget:
     layout = FeatureLayout(captured_layers=LAYERS, hidden_size=32, final=True, dtype=wire)
-    engine = build_engine(TargetConfig(path=str(path), **keys), layout, torch.device("cpu"))
-    assert isinstance(engine, HfEngine)
+    engine = load_target(TargetConfig(path=str(path), **keys), layout, torch.device("cpu"))
+    assert isinstance(engine, HfTarget)
     return engine
 
 
@@ -126,7 +127,7 @@ def before_final_norm(model: nn.Module, ids: Tensor) -> Tensor:
     return seen[-1]
 
 
-def run(engine: HfEngine, batch: PackedTokens) -> Tensor:
+def run(engine: HfTarget, batch: PackedTokens) -> Tensor:
     out = engine.layout.empty(len(batch.tokens)).fill_(torch.nan)
     engine.forward(batch, out)
     return out
@@ -246,7 +247,7 @@ def test_layouts_without_final_or_without_layers(tmp_path: Path) -> None:
     config = TargetConfig(path=str(path))
     for layers, final, columns in (((3, 0), False, [64, 0]), ((), True, [96])):
         layout = FeatureLayout(layers, 32, final, torch.bfloat16)
-        engine = build_engine(config, layout, torch.device("cpu"))
+        engine = load_target(config, layout, torch.device("cpu"))
         out = layout.empty(len(batch.tokens))
         engine.forward(batch, out)
         assert torch.equal(out, torch.cat([full[:, c : c + 32] for c in columns], dim=1).bfloat16())
@@ -305,9 +306,9 @@ def test_errors_before_loading(tmp_path: Path) -> None:
     path = make_model("llama", tmp_path)
     layout = FeatureLayout((1, 4, -1), 32, True, torch.float32)
     with pytest.raises(ConfigError, match=r"captured layers \[4, -1\].*0 to 3"):
-        build_engine(TargetConfig(path=str(path)), layout, torch.device("cpu"))
+        load_target(TargetConfig(path=str(path)), layout, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"hidden size 16 .* hidden_size is 32"):
-        build_engine(TargetConfig(path=str(path)), FeatureLayout((1,), 16, True, torch.float32), torch.device("cpu"))
+        load_target(TargetConfig(path=str(path)), FeatureLayout((1,), 16, True, torch.float32), torch.device("cpu"))
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:

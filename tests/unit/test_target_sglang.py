@@ -12,22 +12,28 @@ import pytest
 import torch
 from torch import Tensor
 
+from specdist.core.config import complete
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.job.config import examine, load_job
 from specdist.job.plan import make_plan
-from specdist.target import reference
+from specdist.target.base import TargetModel
 from specdist.target.config import TargetConfig
-from specdist.target.engine import Engine, build_engine, check_installed, engine_groups
-from specdist.target.facts import check, check_layout, describe
+from specdist.target.description import describe
+from specdist.target.registry import check_installed, check_layout, check_target, engine_groups, load_target
 from specdist.target.sglang import adapter, versions
 from specdist.target.sglang.config import FIXED, OWNED, SglangConfig
-from specdist.target.sglang.engine import SglangEngine
+from specdist.target.sglang.model import SglangTarget
+from specdist.target.verify import compare, reference_features, spot_check_batch
 from tests.tiny import make_config, make_conversations, make_target
 
 CPU = torch.device("cpu")
 HIDDEN = 32
 PARTS = 4
+
+
+def sglang(**keys: Any) -> TargetConfig:
+    return complete(TargetConfig)(**{"engine": "sglang", **keys})
 
 
 @pytest.fixture(scope="module")
@@ -65,26 +71,27 @@ def test_impossible_settings(keys: dict[str, Any], said: str) -> None:
         SglangConfig(**keys)
 
 
-def test_rounded_weights_are_not_compared_with_unrounded_ones() -> None:
+def test_rounded_weights_are_not_compared_with_unrounded_ones(target: Path) -> None:
+    wrong = sglang(path=str(target), verify_against="hf", sglang=SglangConfig(quantization="fp8"))
     with pytest.raises(ConfigError, match=r"verify_against=hf beside target\.sglang\.quantization=fp8: .* at itself"):
-        TargetConfig(engine="sglang", verify_against="hf", sglang=SglangConfig(quantization="fp8"))
+        check_target(wrong)
 
 
-def test_expert_parallelism_divides_tensor_parallelism() -> None:
+def test_expert_parallelism_divides_tensor_parallelism(target: Path) -> None:
     with pytest.raises(ConfigError, match=r"target\.sglang\.ep=3 does not divide target\.tp=4"):
-        TargetConfig(path="x", engine="sglang", tp=4, sglang=SglangConfig(ep=3))
+        check_target(sglang(path=str(target), tp=4, sglang=SglangConfig(ep=3)))
 
 
 def test_a_missing_sglang_is_one_line_that_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, target: Path
 ) -> None:
     monkeypatch.setattr(versions, "installed", lambda: None)
-    config = TargetConfig(path=str(target), engine="sglang")
-    check(config)  # a login node without SGLang may still plan the job
+    config = sglang(path=str(target))
+    check_target(config)  # a login node without SGLang may still plan the job
     check_installed(replace(config, engine="hf"))
     for attempt in (
         lambda: check_installed(config),
-        lambda: build_engine(config, FeatureLayout((0,), HIDDEN, True, torch.float32), CPU),
+        lambda: load_target(config, FeatureLayout((0,), HIDDEN, True, torch.float32), CPU),
     ):
         with pytest.raises(ConfigError, match=r"not installed here: pip install 'sglang>=0\.5\.16,<=0\.5\.20'") as e:
             attempt()
@@ -95,7 +102,7 @@ def test_a_missing_sglang_is_one_line_that_says_how_to_install_it(
 def test_other_versions_are_refused(version: str, monkeypatch: pytest.MonkeyPatch, target: Path) -> None:
     monkeypatch.setattr(versions, "installed", lambda: version)
     with pytest.raises(ConfigError, match=rf"SGLang {version} is installed, 0\.5\.16 to 0\.5\.20 are supported: pip"):
-        check(TargetConfig(path=str(target), engine="sglang"))
+        check_target(sglang(path=str(target)))
 
 
 @pytest.mark.parametrize("version", ["0.5.16", "0.5.18", "0.5.19.post1", "0.5.20"])
@@ -107,11 +114,11 @@ def test_unknown_arguments_are_named_before_a_rank_starts_without_importing_sgla
     installed: Path, target: Path
 ) -> None:
     assert versions.argument_names() == {"model_path", "moe_runner_backend"}
-    config = TargetConfig(path=str(target), engine="sglang", sglang=SglangConfig(arguments={"moe_runner_backend": 1}))
-    check(config)
+    config = sglang(path=str(target), sglang=SglangConfig(arguments={"moe_runner_backend": 1}))
+    check_target(config)
     wrong = SglangConfig(arguments={"moe_runner_bakend": "triton"})
     with pytest.raises(ConfigError, match=r"no server argument 'moe_runner_bakend'; did you mean 'moe_runner_backend'"):
-        check(replace(config, sglang=wrong))
+        check_target(replace(config, sglang=wrong))
     assert "sglang" not in sys.modules
 
 
@@ -122,14 +129,14 @@ def test_nothing_can_be_set_twice() -> None:
 def test_heads_and_ranks(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed", lambda: None)
     with pytest.raises(ConfigError, match=r"target\.tp=3 does not divide num_attention_heads=4 .* \[1, 2, 4\]"):
-        check(TargetConfig(path=str(target), engine="sglang", tp=3))
-    check(TargetConfig(path=str(target), engine="sglang", tp=4))  # two key/value heads, each on two ranks
+        check_target(sglang(path=str(target), tp=3))
+    check_target(sglang(path=str(target), tp=4))  # two key/value heads, each on two ranks
     assert describe(target).kv_values_per_token(1) == 6 * 2 * 2 * 8
     assert describe(target).kv_values_per_token(4) == 6 * 2 * 1 * 8
 
 
 def test_the_groups_of_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = TargetConfig(path="x", engine="sglang", tp=2)
+    config = sglang(path="x", tp=2)
     wanted = engine_groups(config, [(1, 2), (3, 4)], CPU)
     assert wanted is not None
     whole, single = [[1, 2], [3, 4]], [[1], [2], [3], [4]]
@@ -168,15 +175,17 @@ class FakeRunner:
 
 @pytest.fixture
 def engine_of(monkeypatch: pytest.MonkeyPatch, installed: Path, target: Path) -> Any:
-    def make(runner: Any, tokens: int | None = 64, **keys: Any) -> SglangEngine:
+    def make(runner: Any, tokens: int | None = 64, **keys: Any) -> SglangTarget:
         def load(settings: dict[str, Any], device: torch.device, group: Any) -> Any:
             runner.settings = settings
             return runner
 
         monkeypatch.setattr(adapter, "load", load)
-        keys = {"path": str(target), "engine": "sglang", **keys}
+        keys = {"path": str(target), **keys}
         layout = FeatureLayout((4, 1, 2), HIDDEN, True, torch.float32)
-        return SglangEngine(TargetConfig(**keys), layout, CPU, None, tokens)
+        model = load_target(sglang(**keys), layout, CPU, None, tokens)
+        assert isinstance(model, SglangTarget)
+        return model
 
     return make
 
@@ -187,7 +196,7 @@ def batch(lengths: list[int]) -> PackedTokens:
     )
 
 
-def run(engine: Engine, packed: PackedTokens) -> Tensor:
+def run(engine: TargetModel, packed: PackedTokens) -> Tensor:
     rows = engine.layout.empty(len(packed.tokens)).fill_(torch.nan)
     engine.forward(packed, rows)
     return rows
@@ -276,7 +285,7 @@ def test_other_features_than_asked_for_are_refused(engine_of: Any, wrong: str) -
         run(engine_of(Wrong()), batch([3, 4]))
 
 
-class Stub(Engine):
+class Stub(TargetModel):
     """Gives out `rows` in order."""
 
     def __init__(self, rows: Tensor, layout: FeatureLayout) -> None:
@@ -289,24 +298,25 @@ class Stub(Engine):
 @pytest.mark.parametrize("mistake", [None, "layer", "final", "token"])
 def test_verification_against_the_hf_engine(mistake: str | None, target: Path) -> None:
     layout = FeatureLayout((1, 2, 4), HIDDEN, True, torch.float32)
-    config = TargetConfig(path=str(target), engine="sglang", verify_against="hf")
-    expected = reference.hf_features(config, layout, CPU, None, tokens=100)
-    assert max(expected.batch.lengths) == 100
+    config = TargetConfig(path=str(target))
+    batch = spot_check_batch(259, [None, 100])
+    assert max(batch.lengths) == 100
+    expected = reference_features(lambda: load_target(config, layout, CPU), batch)
     given = expected
     if mistake == "layer":
         other = replace(layout, captured_layers=(0, 1, 3))
-        given = reference.hf_features(config, other, CPU, None, tokens=100)
-    rows = given.rows.clone()
+        given = reference_features(lambda: load_target(config, other, CPU), batch)
+    rows = given.clone()
     if mistake == "final":
         rows[:, 3 * HIDDEN :] *= 1.001
     elif mistake == "token":
         rows[1] = rows[2]
     engine = Stub(rows, layout)
     if mistake is None:
-        reference.verify_against_hf(engine, expected)
+        compare(engine, batch, expected)
         return
     with pytest.raises(DataError, match=r"target\.verify_against=hf: the features of document 0"):
-        reference.verify_against_hf(engine, expected)
+        compare(engine, batch, expected)
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +351,6 @@ def test_what_cannot_be_is_refused_on_the_login_node(job: Any, overrides: dict[s
 
 def test_the_last_layer_cannot_be_captured(target: Path, installed: Path) -> None:
     layout = FeatureLayout((1, 5), HIDDEN, True, torch.float32)
-    check_layout(layout, describe(target))
+    check_layout(TargetConfig(path=str(target)), describe(target), layout)
     with pytest.raises(ConfigError, match=r"captured layer 5 is the last one .* 0 to 4 can be captured"):
-        check_layout(layout, describe(target), "sglang")
+        check_layout(sglang(path=str(target)), describe(target), layout)

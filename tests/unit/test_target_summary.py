@@ -14,9 +14,10 @@ from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.registry import build_draft
 from specdist.run.feature_source import random_rows
+from specdist.target.argmax_lse import supervised_rows
 from specdist.target.config import TargetConfig
-from specdist.target.engine import build_engine, verify
-from specdist.target.summary import supervised_rows
+from specdist.target.registry import load_target
+from specdist.target.verify import verify
 from specdist.target.vocabulary import load_target_head, load_target_vocabulary
 from tests.tiny import make_target
 
@@ -62,7 +63,7 @@ def test_a_layout_without_a_summary_has_none() -> None:
 def test_an_engine_adds_what_its_head_says(tmp_path: Path) -> None:
     config = TargetConfig(path=str(make_target(tmp_path)))
     layout, batch = layout_of(), make_batch()
-    engine = build_engine(config, layout, CPU)
+    engine = load_target(config, layout, CPU)
     rows = torch.full((len(batch.tokens), layout.width), torch.nan)
     engine.forward(batch, rows)
     assert rows.isfinite().all()
@@ -96,7 +97,7 @@ def test_a_draft_learns_the_same_from_either_side(tmp_path: Path) -> None:
         vocabulary = load_target_vocabulary(config.path)
         draft = build_draft(DraftConfig(eagle3=options), target, vocabulary, torch.arange(0, VOCAB, 3))
         assert (draft.frozen.whole_head is None) == (side == "target")
-        engine = build_engine(config, draft.layout, CPU)
+        engine = load_target(config, draft.layout, CPU)
         rows = draft.layout.empty(len(batch.tokens))
         engine.forward(batch, rows)
         features = Features(draft.layout, rows)

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.target.config import TargetConfig
-from specdist.target.facts import check, describe
+from specdist.target.description import describe
+from specdist.target.registry import check_target
 from specdist.target.vocabulary import load_target_vocabulary
 
 torch.set_num_threads(1)
@@ -195,25 +196,25 @@ def test_errors_before_a_gpu_is_asked_for(tmp_path: Path) -> None:
         describe(tmp_path)
     build("llama").save_pretrained(tmp_path, max_shard_size="4KB")
     with pytest.raises(ConfigError, match=r"target\.tp=4 .*num_key_value_heads=2 .*one of \[1, 2\]"):
-        check(TargetConfig(path=str(tmp_path), tp=4))
+        check_target(TargetConfig(path=str(tmp_path), tp=4))
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     content = shard.read_bytes()
     shard.write_bytes(content[:20])
     with pytest.raises(DataError, match=rf"{shard.name}: not a readable weight file"):
-        check(TargetConfig(path=str(tmp_path)))
+        check_target(TargetConfig(path=str(tmp_path)))
     shard.unlink()
     with pytest.raises(DataError, match=rf"index\.json: 1 of the .* missing: {shard.name}"):
-        check(TargetConfig(path=str(tmp_path)))
+        check_target(TargetConfig(path=str(tmp_path)))
     for file in tmp_path.glob("model*"):
         file.unlink()
     with pytest.raises(DataError, match=r"no weights found.*holds: config\.json"):
-        check(TargetConfig(path=str(tmp_path)))
+        check_target(TargetConfig(path=str(tmp_path)))
 
 
 def test_a_model_without_a_tensor_parallel_plan(tmp_path: Path) -> None:
     build("bloom").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"target\.tp=2: transformers has no tensor-parallel plan for bloom"):
-        check(TargetConfig(path=str(tmp_path), tp=2))
+        check_target(TargetConfig(path=str(tmp_path), tp=2))
 
 
 @pytest.mark.parametrize(("key", "value"), [("replicas", 0), ("tp", 0), ("verify", -1)])

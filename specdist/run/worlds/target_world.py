@@ -25,7 +25,7 @@ from specdist.run.worlds.search import Lost, Over, Search, Session, say
 from specdist.run.worlds.terms import common_facts
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Produced, Stop, Written
-from specdist.target.engine import Engine
+from specdist.target.base import TargetModel
 from specdist.world.groups import Groups, World
 
 _LOOK_S = 0.5
@@ -55,7 +55,7 @@ class TargetWorld:
         self._place: TargetPlace = place
         self._search = Search(job, world, topology, stop, record)
         self._own = common_facts(job, facts, prompts)
-        self._engine: Engine | None = None
+        self._engine: TargetModel | None = None
         self._engine_rows = 0
         self._items = self._step = 0
 
@@ -189,7 +189,7 @@ class TargetWorld:
             NO_TRACE,
         )
 
-    def _loaded(self, rank: Rank, item_rows: int) -> Engine:
+    def _loaded(self, rank: Rank, item_rows: int) -> TargetModel:
         """The engine; another one only where the draft world has come back in another size."""
         if self._engine is None or self._engine_rows != item_rows:
             self._engine = None

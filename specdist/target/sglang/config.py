@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specdist.core.errors import ConfigError
+from specdist.target.config import TargetConfig
 
 OWNED = {
     "model_path": "target.path",
@@ -53,7 +54,7 @@ FIXED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class SglangConfig:
-    """What `target.engine: sglang` is told."""
+    """The settings of `target.engine: sglang`."""
 
     prefill_tokens: int | None = None
     """Tokens of one forward at most: an item of more runs as several forwards of whole documents. The KV cache has room
@@ -89,3 +90,8 @@ class SglangConfig:
                 raise ConfigError.at(
                     "target.sglang.arguments", f": {name} is always {FIXED[name]}: the engine depends on it"
                 )
+
+
+def settings_of(config: TargetConfig) -> SglangConfig:
+    """The `target.sglang` section."""
+    return getattr(config, "sglang", SglangConfig())

@@ -1,155 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `sglang` engine: SGLang's model runner on a subgroup of the world, prefill only.
-
-An item is one forward, or several of whole documents where `target.sglang.prefill_tokens` or SGLang's limits ask for
-it. What reaches the place of the logits, the captured layers and the state after the norm, is copied into the rows.
-"""
+"""The `sglang` engine as a value. Only loading imports SGLang, which only target ranks do."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from specdist.core.errors import ConfigError, DataError
-from specdist.core.records import FeatureLayout, PackedTokens
+from specdist.core.engine_groups import EngineGroups
+from specdist.core.errors import ConfigError
+from specdist.core.records import FeatureLayout
+from specdist.target.base import Engine, Limits, TargetModel, weights_and_activations
 from specdist.target.config import TargetConfig
-from specdist.target.engine import Engine
-from specdist.target.facts import check, check_layout, compute_dtype
-from specdist.target.sglang import adapter
-from specdist.target.sglang.config import FIXED
-from specdist.target.sglang.versions import check_arguments, require
-
-log = logging.getLogger(__name__)
-
-DOCUMENTS = 256
-"""Documents of one forward at most: SGLang keeps a table of the longest sequence's size for each."""
+from specdist.target.description import TargetDescription, common_divisors
+from specdist.target.sglang import adapter, versions
+from specdist.target.sglang.config import SglangConfig, settings_of
 
 
-class SglangEngine(Engine):
-    """SGLang as an `Engine`. Its parallel groups were made with the world's (`engine_groups`).
-
-    Attributes:
-        runner: SGLang's model runner.
-    """
-
-    def __init__(
-        self,
-        config: TargetConfig,
-        layout: FeatureLayout,
-        device: torch.device,
-        group: ProcessGroup | None = None,
-        tokens: int | None = None,
-    ) -> None:
-        """`tokens`: of the largest batch there will be; None sizes the KV cache by the memory there is."""
-        require()
-        check_arguments(config.sglang.arguments)
-        facts = check(config)
-        check_layout(layout, facts, "sglang")
-        self.layout, self.device, self.dtype = layout, device, compute_dtype(config, facts)
-        self._path, self._one_by_one = facts.path, config.prefill == "documents"
-        budget = min((n for n in (tokens, config.sglang.prefill_tokens) if n is not None), default=None)
-        with _memory_errors_named(config):
-            self.runner = adapter.load(self._settings(config, budget), device, group)
-        if budget is not None and self.runner.tokens < budget:
-            raise ConfigError.at(
-                "target.engine",
-                f"=sglang: beside the weights of {facts.path} there is room for the KV cache of "
-                f"{self.runner.tokens:,} tokens, but a forward has {budget:,}: lower target.sglang.prefill_tokens, "
-                "raise target.sglang.memory_fraction or target.tp",
-                "target.sglang.prefill_tokens target.sglang.memory_fraction target.tp",
-            )
-        self._config = config
-        self._limit = min(budget or self.runner.tokens, self.runner.tokens)
-        self._columns = sorted(set(layout.captured_layers))
-        self.runner.capture_layers(self._columns)
-        log.info("target %s: SGLang's KV cache holds %d tokens", facts.path, self.runner.tokens)
-
-    @torch.no_grad()
-    def forward(self, batch: PackedTokens, out: Tensor) -> None:
-        first = 0
-        with _memory_errors_named(self._config):
-            for documents in self._forwards([tokens for tokens in batch.tokens.split(batch.lengths) if len(tokens)]):
-                rows = sum(map(len, documents))
-                self._write(self.runner.forward(documents), out[first : first + rows])
-                first += rows
-
-    def _write(self, captured: adapter.Captured, out: Tensor) -> None:
-        hidden, layers = self.layout.hidden_size, captured.layers
-        if len(layers) != len(self._columns) or any(len(x) != len(out) for x in (*layers, captured.final)):
-            raise DataError(
-                f"{self._path}: SGLang handed out {len(layers)} layers of {[len(x) for x in layers]} rows and "
-                f"{len(captured.final)} last hidden states, instead of {len(self._columns)} layers and {len(out)} rows"
-            )
-        for column, index in enumerate(self.layout.captured_layers):
-            out[:, column * hidden : (column + 1) * hidden].copy_(layers[self._columns.index(index)])
-        if self.layout.final:
-            self.layout.final_state(out).copy_(captured.final)
-
-    def _forwards(self, documents: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Divide documents into forwards that fit, in order."""
-        together: list[Tensor] = []
-        used, page = 0, self.runner.page
-        most = 1 if self._one_by_one else min(self.runner.documents, DOCUMENTS)
-        for tokens in documents:
-            needed = -(-len(tokens) // page) * page
-            if needed > max(self._limit, page):
-                raise DataError(
-                    f"a document of {len(tokens):,} tokens is longer than the {self._limit:,} that one forward of "
-                    "SGLang may have: raise target.sglang.prefill_tokens, or lower prompts.max_length",
-                    "target.sglang.prefill_tokens prompts.max_length",
-                )
-            if together and (used + needed > self._limit or len(together) == most):
-                yield together
-                together, used = [], 0
-            together.append(tokens)
-            used += needed
-        if together:
-            yield together
-
-    def _settings(self, config: TargetConfig, budget: int | None) -> dict[str, Any]:
-        """SGLang's arguments; None leaves one to SGLang."""
-        sglang, cpu = config.sglang, self.device.type == "cpu"
-        settings = {
-            "model_path": str(self._path),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "trust_remote_code": config.trust_remote_code,
-            "tp_size": config.tp,
-            "ep_size": sglang.ep,
-            "device": self.device.type,
-            "mem_fraction_static": sglang.memory_fraction,
-            "attention_backend": sglang.attention_backend or ("torch_native" if cpu else None),
-            "quantization": sglang.quantization,
-            "max_total_tokens": budget,
-            "max_running_requests": DOCUMENTS,
-            "random_seed": 0,
-        }
-        settings = {**FIXED, **settings, **sglang.arguments}
-        return {name: value for name, value in settings.items() if value is not None}
+def check(config: TargetConfig, target: TargetDescription) -> None:
+    """Of SGLang's own rules, those that a login node can check. Its arguments are looked up where it is installed."""
+    settings, heads, kv_heads = settings_of(config), target.heads, target.kv_heads
+    if config.tp % settings.ep:
+        raise ConfigError.at("target.sglang.ep", f"={settings.ep} does not divide target.tp={config.tp}", "target.tp")
+    if config.verify_against != "itself" and settings.quantization is not None:
+        raise ConfigError.at(
+            "target.verify_against",
+            f"={config.verify_against} beside target.sglang.quantization={settings.quantization}: "
+            "the hf engine has unrounded weights, whose features are others: leave verify_against at itself",
+            "target.sglang.quantization",
+        )
+    if heads is not None and heads % config.tp:
+        raise ConfigError.at(
+            "target.tp",
+            f"={config.tp} does not divide num_attention_heads={heads} of {target.path}: use one of "
+            f"{common_divisors(heads, heads)}",
+        )
+    if kv_heads and kv_heads % config.tp and config.tp % kv_heads:
+        raise ConfigError.at(
+            "target.tp",
+            f"={config.tp} and num_key_value_heads={kv_heads} of {target.path}: one must divide the other",
+        )
+    version = versions.installed()
+    if version is not None:
+        versions.check_version(version)
+        versions.check_arguments(settings.arguments)
 
 
-@contextmanager
-def _memory_errors_named(config: TargetConfig) -> Iterator[None]:
-    """Say of an out-of-memory error which settings decide about memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"the target ran out of memory ({str(error).splitlines()[0]}): lower target.sglang.prefill_tokens (now "
-            f"{config.sglang.prefill_tokens or 'a whole item'}) or target.sglang.memory_fraction (now "
-            f"{config.sglang.memory_fraction or 'chosen by SGLang'}), or raise target.tp (now {config.tp})",
-            "target.sglang.prefill_tokens target.sglang.memory_fraction target.tp",
-        ) from error
-    except RuntimeError as error:
-        if "mem-fraction-static" not in str(error) and "mem_fraction_static" not in str(error):
-            raise
-        raise ConfigError(
-            f"the target's weights leave no room for a KV cache: raise target.sglang.memory_fraction (now "
-            f"{config.sglang.memory_fraction or 'chosen by SGLang'}) or target.tp (now {config.tp}): {error}",
-            "target.sglang.memory_fraction target.tp",
-        ) from error
+def memory(config: TargetConfig, target: TargetDescription, dtype: torch.dtype, tokens: int) -> dict[str, int]:
+    tokens = min(tokens, settings_of(config).prefill_tokens or tokens)
+    weights = target.checkpoint_bytes if target.quantised else target.parameters * dtype.itemsize
+    kept = tokens * target.kv_values_per_token(config.tp) * dtype.itemsize
+    return {
+        **weights_and_activations(config, target, dtype, weights, tokens),
+        f"SGLang's KV cache of {tokens:,} tokens": kept,
+    }
+
+
+def limits(config: TargetConfig) -> Limits:
+    return Limits(settings_of(config).prefill_tokens, "target.sglang.prefill_tokens", last_layer=False)
+
+
+def groups(config: TargetConfig, replicas: Sequence[Sequence[int]], device: torch.device) -> EngineGroups:
+    """SGLang's parallel groups, as every rank of the world has to know them."""
+    ep = settings_of(config).ep
+    lists = adapter.group_lists(replicas, ep)
+    backends = (adapter.backend(device), "gloo")  # a coordinator has a group of each
+    calls = [(ranks, backend) for _, divided in lists for ranks in divided for backend in backends]
+    return EngineGroups(calls, partial(adapter.make_coordinators, lists, device, ep))
+
+
+def load(
+    config: TargetConfig,
+    target: TargetDescription,
+    layout: FeatureLayout,
+    device: torch.device,
+    group: ProcessGroup | None,
+    tokens: int | None,
+) -> TargetModel:
+    from specdist.target.sglang.model import SglangTarget
+
+    return SglangTarget(config, target, layout, device, group, tokens)
+
+
+SGLANG = Engine(
+    check,
+    memory,
+    load,
+    limits=limits,
+    groups=groups,
+    require=versions.require,
+    settings=SglangConfig,
+    changeable=("prefill_tokens", "memory_fraction", "attention_backend", "ep"),
+)

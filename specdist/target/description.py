@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +12,12 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.core.records import FeatureLayout
 from specdist.target.config import TargetConfig
-from specdist.target.sglang import versions
 from specdist.target.weights import stored_tensors
 
 
 @dataclass(frozen=True)
-class TargetFacts:
+class TargetDescription:
     """The target as its config.json and the headers of its weight files describe it."""
 
     path: Path
@@ -52,6 +51,24 @@ class TargetFacts:
         """Whether the checkpoint says that its weights are quantised."""
         return getattr(self.config, "quantization_config", None) is not None
 
+    @property
+    def mlp_width(self) -> int:
+        """The model's own, or the customary four times its hidden size where it does not say."""
+        return int(getattr(self.text_config, "intermediate_size", None) or 4 * self.hidden_size)
+
+    @property
+    def head_dim(self) -> int:
+        return int(getattr(self.text_config, "head_dim", None) or self.hidden_size // (self.heads or 1))
+
+    def flops(self, lengths: Sequence[int]) -> float:
+        """Floating-point operations of the layers for sequences of these lengths, causal attention counted by half.
+
+        The layers' weights are all parameters but the embedding and the head: for a dense model.
+        """
+        tables = (1 if self.tied else 2) * self.vocab_size * self.hidden_size
+        attention = 2.0 * self.layers * (self.heads or 0) * self.head_dim * sum(n * n for n in lengths)
+        return 2.0 * (self.parameters - tables) * sum(lengths) + attention
+
     def kv_values_per_token(self, tp: int) -> int:
         """Numbers that one of `tp` ranks keeps of a token for attention, in all layers."""
         text = self.text_config
@@ -59,12 +76,14 @@ class TargetFacts:
             return int(self.layers * (text.kv_lora_rank + text.qk_rope_head_dim))
         if not self.heads or not self.kv_heads:
             return 0
-        head = getattr(text, "head_dim", None) or self.hidden_size // self.heads
-        return int(self.layers * 2 * head * -(-self.kv_heads // tp))
+        return self.layers * 2 * self.head_dim * -(-self.kv_heads // tp)
 
 
-def describe(path: str | Path, trust_remote_code: bool = False) -> TargetFacts:
-    """Read the facts of the model directory `path`. Raises DataError naming the file or the key that is missing."""
+def describe(path: str | Path, trust_remote_code: bool = False) -> TargetDescription:
+    """Read the configuration and the weights' headers in the model directory `path`.
+
+    Raises DataError naming the file or the key that is missing.
+    """
     path = Path(path)
     if not path.is_dir():
         raise DataError.at(
@@ -86,7 +105,7 @@ def describe(path: str | Path, trust_remote_code: bool = False) -> TargetFacts:
     bytes_per_dtype = Counter[torch.dtype]()
     for tensor in tensors:
         bytes_per_dtype[tensor.dtype] += tensor.bytes
-    return TargetFacts(
+    return TargetDescription(
         path=path,
         architectures=tuple(config.architectures or ()),
         layers=text.num_hidden_layers,
@@ -104,83 +123,18 @@ def describe(path: str | Path, trust_remote_code: bool = False) -> TargetFacts:
     )
 
 
-def compute_dtype(config: TargetConfig, facts: TargetFacts) -> torch.dtype:
+def compute_dtype(config: TargetConfig, target: TargetDescription) -> torch.dtype:
     """The type of the target's weights and computation under `target.dtype`."""
     if config.dtype != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[config.dtype]
-    if facts.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if target.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ConfigError.at(
             "target.dtype",
-            f"=auto: the checkpoint in {facts.path} is {facts.dtype}, which features cannot travel in: "
+            f"=auto: the checkpoint in {target.path} is {target.dtype}, which features cannot travel in: "
             "set target.dtype to bfloat16, float16 or float32",
         )
-    return facts.dtype
+    return target.dtype
 
 
-def check(config: TargetConfig) -> TargetFacts:
-    """Describe the target and check everything about it that needs no GPU. Raises ConfigError or DataError."""
-    facts = describe(config.path, config.trust_remote_code)
-    compute_dtype(config, facts)
-    if config.engine == "sglang":
-        _check_sglang(config, facts)
-        return facts
-    if config.tp == 1:
-        return facts
-    if facts.heads is None or facts.kv_heads is None or not facts.has_tp_plan:
-        raise ConfigError.at(
-            "target.tp",
-            f"={config.tp}: transformers has no tensor-parallel plan for "
-            f"{facts.text_config.model_type} ({facts.path}): use target.tp=1",
-        )
-    for key, heads in (("num_attention_heads", facts.heads), ("num_key_value_heads", facts.kv_heads)):
-        if heads % config.tp:
-            raise ConfigError.at(
-                "target.tp",
-                f"={config.tp} does not divide {key}={heads} of {facts.path}: "
-                f"use one of {_common_divisors(facts.heads, facts.kv_heads)}",
-            )
-    return facts
-
-
-def _check_sglang(config: TargetConfig, facts: TargetFacts) -> None:
-    """Of SGLang's own rules, those that a login node can check. Its arguments are looked up where it is installed."""
-    if facts.heads is not None and facts.heads % config.tp:
-        raise ConfigError.at(
-            "target.tp",
-            f"={config.tp} does not divide num_attention_heads={facts.heads} of {facts.path}: use one of "
-            f"{_common_divisors(facts.heads, facts.heads)}",
-        )
-    if facts.kv_heads and facts.kv_heads % config.tp and config.tp % facts.kv_heads:
-        raise ConfigError.at(
-            "target.tp",
-            f"={config.tp} and num_key_value_heads={facts.kv_heads} of {facts.path}: one must divide the other",
-        )
-    version = versions.installed()
-    if version is not None:
-        versions.check_version(version)
-        versions.check_arguments(config.sglang.arguments)
-
-
-def check_layout(layout: FeatureLayout, facts: TargetFacts, engine: str = "hf") -> None:
-    """Raise ConfigError when the features asked for are not ones that this target, or its engine, has."""
-    if layout.hidden_size != facts.hidden_size:
-        raise ConfigError(
-            f"features of hidden size {layout.hidden_size} are asked of {facts.path}, whose hidden_size is "
-            f"{facts.hidden_size}"
-        )
-    outside = [i for i in layout.captured_layers if not 0 <= i < facts.layers]
-    if outside:
-        raise ConfigError(
-            f"captured layers {outside} are outside the {facts.layers} layers of {facts.path}: "
-            f"0 to {facts.layers - 1} can be captured"
-        )
-    if engine == "sglang" and facts.layers - 1 in layout.captured_layers:
-        raise ConfigError(
-            f"captured layer {facts.layers - 1} is the last one of {facts.path}, and SGLang hands out what goes into a "
-            f"next layer: 0 to {facts.layers - 2} can be captured, or all with target.engine=hf",
-            "target.engine",
-        )
-
-
-def _common_divisors(a: int, b: int) -> list[int]:
+def common_divisors(a: int, b: int) -> list[int]:
     return [d for d in range(1, min(a, b) + 1) if a % d == 0 and b % d == 0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target's choice and log-sum-exp beside the features, where the draft asks the target side for them.
+"""The argmax and log-sum-exp of the target's logits beside the features, where the draft asks the target side for them.
 
 Works with any engine: what it has written as the last hidden state goes through the output head of the checkpoint. Each
 rank of a replica has a part of the vocabulary, and the parts are put together for the supervised rows only.
@@ -14,30 +14,30 @@ from torch.distributed import ProcessGroup
 
 from specdist.core.argmax_lse import summariser
 from specdist.core.records import PackedTokens
+from specdist.target.base import TargetModel
 from specdist.target.config import TargetConfig
-from specdist.target.engine import Engine
 from specdist.target.vocabulary import load_target_head
 
 CHUNK = 1024
 """Rows of logits that are held at one time."""
 
 
-class SummarisingEngine(Engine):
-    """An engine whose rows get the summary that their layout has room for."""
+class WithArgmaxLse(TargetModel):
+    """A target whose rows also get the argmax and log-sum-exp that their layout has room for."""
 
-    def __init__(self, engine: Engine, config: TargetConfig, group: ProcessGroup | None = None) -> None:
+    def __init__(self, model: TargetModel, config: TargetConfig, group: ProcessGroup | None = None) -> None:
         """`group`: the replica's, where it has several ranks; all of them call this."""
-        self.engine, self.layout, self.device, self.dtype = engine, engine.layout, engine.device, engine.dtype
+        self.model, self.layout, self.device, self.dtype = model, model.layout, model.device, model.dtype
         self._group = group if config.tp > 1 else None
-        head, self._logit_map = load_target_head(config.path, engine.dtype, config.trust_remote_code)
+        head, self._logit_map = load_target_head(config.path, model.dtype, config.trust_remote_code)
         index, of = (0, 1) if self._group is None else (dist.get_rank(self._group), dist.get_world_size(self._group))
         self._first = len(head) * index // of
-        self._head = head[self._first : len(head) * (index + 1) // of].to(engine.device)
-        self._summarise = summariser(engine.device)
+        self._head = head[self._first : len(head) * (index + 1) // of].to(model.device)
+        self._summarise = summariser(model.device)
 
     @torch.no_grad()
     def forward(self, batch: PackedTokens, out: Tensor) -> None:
-        self.engine.forward(batch, out)
+        self.model.forward(batch, out)
         out[:, self.layout.states_width :].zero_()
         where = supervised_rows(batch)
         if not len(where):  # on all ranks alike
@@ -49,7 +49,7 @@ class SummarisingEngine(Engine):
             self.layout.write_summary(out, rows, *self._of(self.layout.final_state(out)[rows]))
 
     def _of(self, final: Tensor) -> tuple[Tensor, Tensor]:
-        """Choice and log-sum-exp [n] over the whole vocabulary, of last hidden states [n, H]."""
+        """Argmax and log-sum-exp [n] over the whole vocabulary, of last hidden states [n, H]."""
         products = final.to(self._head.dtype) @ self._head.T
         choice, log_sum_exp = self._summarise(products, self._logit_map)
         if self._group is None:

@@ -20,18 +20,19 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import FeatureLayout, PackedTokens
-from specdist.target import attention
-from specdist.target.attention import Documents, NotPackable
+from specdist.target.base import TargetModel
 from specdist.target.config import TargetConfig
-from specdist.target.engine import TOLERANCE, Engine, beyond, deviations
-from specdist.target.facts import TargetFacts, check, check_layout, compute_dtype
+from specdist.target.description import TargetDescription, compute_dtype
+from specdist.target.hf import attention
+from specdist.target.hf.attention import Documents, NotPackable
 from specdist.target.loading import load_model
+from specdist.target.verify import TOLERANCE, beyond, deviations
 
 log = logging.getLogger(__name__)
 
 
-class HfEngine(Engine):
-    """A transformers model as an `Engine`.
+class HfTarget(TargetModel):
+    """A target that transformers runs.
 
     Attributes:
         decoder: the model without its head, and without the encoders of a multimodal one.
@@ -39,23 +40,26 @@ class HfEngine(Engine):
     """
 
     def __init__(
-        self, config: TargetConfig, layout: FeatureLayout, device: torch.device, group: ProcessGroup | None = None
+        self,
+        config: TargetConfig,
+        target: TargetDescription,
+        layout: FeatureLayout,
+        device: torch.device,
+        group: ProcessGroup | None = None,
     ) -> None:
-        facts = check(config)
-        check_layout(layout, facts)
-        self.layout, self.device, self.dtype = layout, device, compute_dtype(config, facts)
+        self.layout, self.device, self.dtype = layout, device, compute_dtype(config, target)
         # Of the model only the decoder is kept: what else was loaded is freed with it.
-        model = load_model(facts, self.dtype, device, group, config.trust_remote_code)
+        model = load_model(target, self.dtype, device, group, config.trust_remote_code)
         self.decoder: PreTrainedModel = model.get_decoder()
-        self._own_attention = own_attention(self.decoder, facts.text_config)
+        self._own_attention = own_attention(self.decoder, target.text_config)
         self.decoder.set_attn_implementation(self._own_attention)
         self.packs = False
         self._out: Tensor | None = None
-        layers = find_layers(self.decoder, facts)
+        layers = find_layers(self.decoder, target)
         self._layers = len(layers)
         for column, index in enumerate(layout.captured_layers):
             layers[index].register_forward_hook(self._capture(column))
-        self._settle_prefill(config, facts)
+        self._settle_prefill(config, target)
 
     @torch.no_grad()
     def forward(self, batch: PackedTokens, out: Tensor) -> None:
@@ -84,7 +88,7 @@ class HfEngine(Engine):
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             hidden_1TH = output[0] if isinstance(output, tuple) else output
-            assert self._out is not None, "the decoder runs only inside HfEngine.forward"
+            assert self._out is not None, "the decoder runs only inside HfTarget.forward"
             self._out[:, columns].copy_(hidden_1TH[0])
 
         return hook
@@ -94,17 +98,17 @@ class HfEngine(Engine):
             values = values.pin_memory()
         return values.to(self.device, non_blocking=True)
 
-    def _settle_prefill(self, config: TargetConfig, facts: TargetFacts) -> None:
+    def _settle_prefill(self, config: TargetConfig, target: TargetDescription) -> None:
         """Decide, once, whether documents share a forward: `self.packs`, and the decoder's attention with it."""
         if config.prefill == "documents":
             return
-        obstacle = packing_obstacle(self.decoder, facts.text_config) or self._try_packing(facts.vocab_size)
+        obstacle = packing_obstacle(self.decoder, target.text_config) or self._try_packing(target.vocab_size)
         if obstacle is None:
-            log.info("target %s: the documents of an item share one forward", facts.path)
+            log.info("target %s: the documents of an item share one forward", target.path)
             return
         if config.prefill == "packed":
-            raise ConfigError.at("target.prefill", f"=packed: {facts.path} cannot be packed: {obstacle}")
-        log.warning("target %s: documents run one after the other, which is slower: %s", facts.path, obstacle)
+            raise ConfigError.at("target.prefill", f"=packed: {target.path} cannot be packed: {obstacle}")
+        log.warning("target %s: documents run one after the other, which is slower: %s", target.path, obstacle)
 
     def _try_packing(self, vocab_size: int) -> str | None:
         """Run three short documents with the model's own attention, one by one, and packed; what is wrong, if so."""
@@ -131,14 +135,14 @@ class HfEngine(Engine):
         return obstacle
 
 
-def find_layers(decoder: nn.Module, facts: TargetFacts) -> nn.ModuleList:
+def find_layers(decoder: nn.Module, target: TargetDescription) -> nn.ModuleList:
     """The decoder layers: the first list of modules, from the outside in, that has one for every hidden layer."""
     lists = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList)]
     for _, modules in sorted(lists, key=lambda found: found[0].count(".")):
-        if len(modules) == facts.layers:
+        if len(modules) == target.layers:
             return modules
     held = ", ".join(f"{name} ({len(m)})" for name, m in lists) or "none"
-    raise DataError(f"{facts.path}: no list of {facts.layers} layers in {type(decoder).__name__}; it has: {held}")
+    raise DataError(f"{target.path}: no list of {target.layers} layers in {type(decoder).__name__}; it has: {held}")
 
 
 def own_attention(decoder: PreTrainedModel, config: PretrainedConfig) -> str:

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `hf` engine as a value. Loading imports transformers' model code, which only target ranks need."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed import ProcessGroup
+
+from specdist.core.errors import ConfigError
+from specdist.core.records import FeatureLayout
+from specdist.target.base import Engine, TargetModel, weights_and_activations
+from specdist.target.config import TargetConfig
+from specdist.target.description import TargetDescription, common_divisors
+
+
+def check(config: TargetConfig, target: TargetDescription) -> None:
+    if config.tp == 1:
+        return
+    heads, kv_heads, path = target.heads, target.kv_heads, target.path
+    if heads is None or kv_heads is None or not target.has_tp_plan:
+        raise ConfigError.at(
+            "target.tp",
+            f"={config.tp}: transformers has no tensor-parallel plan for "
+            f"{target.text_config.model_type} ({path}): use target.tp=1",
+        )
+    for key, number in (("num_attention_heads", heads), ("num_key_value_heads", kv_heads)):
+        if number % config.tp:
+            raise ConfigError.at(
+                "target.tp",
+                f"={config.tp} does not divide {key}={number} of {path}: use one of {common_divisors(heads, kv_heads)}",
+            )
+
+
+def memory(config: TargetConfig, target: TargetDescription, dtype: torch.dtype, tokens: int) -> dict[str, int]:
+    return weights_and_activations(config, target, dtype, target.parameters * dtype.itemsize, tokens)
+
+
+def load(
+    config: TargetConfig,
+    target: TargetDescription,
+    layout: FeatureLayout,
+    device: torch.device,
+    group: ProcessGroup | None,
+    tokens: int | None,
+) -> TargetModel:
+    from specdist.target.hf.model import HfTarget
+
+    return HfTarget(config, target, layout, device, group)
+
+
+HF = Engine(check, memory, load)

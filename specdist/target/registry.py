@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engines by name, and what is done with the one that the configuration names. Nothing else names an engine.
+
+A module that `run.plugins` names may `register` further ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch.distributed import ProcessGroup
+
+from specdist.core.engine_groups import EngineGroups
+from specdist.core.errors import ConfigError
+from specdist.core.records import FeatureLayout
+from specdist.target.argmax_lse import WithArgmaxLse
+from specdist.target.base import Engine, TargetModel
+from specdist.target.config import SECTIONS, TargetConfig
+from specdist.target.description import TargetDescription, compute_dtype, describe
+from specdist.target.hf.engine import HF
+from specdist.target.sglang.engine import SGLANG
+from specdist.target.verify import compare, reference_features, spot_check_batch
+
+REFERENCE = "hf"
+ENGINES: dict[str, Engine] = {}
+
+
+def register(name: str, engine: Engine) -> None:
+    """Let `target.engine` take this name, and `target.NAME` be the section of the engine's settings, if it has any."""
+    ENGINES[name], SECTIONS[name] = engine, engine.settings
+
+
+def changeable_keys() -> tuple[str, ...]:
+    """The engines' keys that may differ when a run goes on."""
+    return tuple(f"target.{name}.{key}" for name, engine in ENGINES.items() for key in engine.changeable)
+
+
+def check_installed(config: TargetConfig) -> None:
+    """Raise ConfigError where the engine that `config` names is not installed; it says what to install."""
+    ENGINES[config.engine].require()
+
+
+def engine_groups(config: TargetConfig, replicas: Sequence[Sequence[int]], device: torch.device) -> EngineGroups | None:
+    """What `make_groups` has to make for the engine: every rank of the world asks, whatever its role."""
+    return ENGINES[config.engine].groups(config, replicas, device) if replicas else None
+
+
+def check_target(config: TargetConfig) -> TargetDescription:
+    """Describe the target and check everything about it that needs no GPU. Raises ConfigError or DataError."""
+    target = describe(config.path, config.trust_remote_code)
+    compute_dtype(config, target)
+    ENGINES[config.engine].check(config, target)
+    if _is_compared(config):
+        ENGINES[REFERENCE].check(config, target)
+    return target
+
+
+def check_layout(config: TargetConfig, target: TargetDescription, layout: FeatureLayout) -> None:
+    """Raise ConfigError when the features asked for are not ones that this target, or its engine, has."""
+    path, last = target.path, target.layers - 1
+    if layout.hidden_size != target.hidden_size:
+        raise ConfigError(
+            f"features of hidden size {layout.hidden_size} are asked of {path}, whose hidden_size is "
+            f"{target.hidden_size}"
+        )
+    outside = [i for i in layout.captured_layers if not 0 <= i <= last]
+    if outside:
+        raise ConfigError(
+            f"captured layers {outside} are outside the {target.layers} layers of {path}: 0 to {last} can be captured"
+        )
+    if last in layout.captured_layers and not ENGINES[config.engine].limits(config).last_layer:
+        raise ConfigError(
+            f"captured layer {last} is the last one of {path}, and target.engine={config.engine} hands out what goes "
+            f"into a next layer: 0 to {last - 1} can be captured, or all with target.engine={REFERENCE}",
+            "target.engine",
+        )
+
+
+def load_target(
+    config: TargetConfig,
+    layout: FeatureLayout,
+    device: torch.device,
+    group: ProcessGroup | None = None,
+    tokens: int | None = None,
+) -> TargetModel:
+    """Load the target that `config` names onto `device`.
+
+    Args:
+        group: the replica's process group when `target.tp` > 1 (all its ranks call this), of a backend that serves
+            `device`. Other ranks of the world take no part.
+        tokens: of the largest batch there will be, where that is known: memory is set aside for it, not more.
+    """
+    check_installed(config)
+    target = check_target(config)
+    check_layout(config, target, layout)
+
+    def load(name: str) -> TargetModel:
+        return ENGINES[name].load(replace(config, engine=name), target, layout, device, group, tokens)
+
+    if _is_compared(config):  # the reference first: a GPU holds one of the two at a time
+        longest = (tokens, ENGINES[config.engine].limits(config).document, target.max_positions)
+        batch = spot_check_batch(target.vocab_size, longest)
+        expected = reference_features(lambda: load(REFERENCE), batch)
+        model = load(config.engine)
+        compare(model, batch, expected)
+    else:
+        model = load(config.engine)
+    return WithArgmaxLse(model, config, group) if layout.summary else model
+
+
+def _is_compared(config: TargetConfig) -> bool:
+    return config.verify_against == REFERENCE != config.engine
+
+
+register(REFERENCE, HF)
+register("sglang", SGLANG)
