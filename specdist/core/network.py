@@ -20,5 +20,5 @@ def interface_towards(host: str, port: int) -> str | None:
         return None
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address.partition("%")[0] == str(own) for address in addresses):
-            return name
+            return str(name)
     return None

@@ -153,7 +153,7 @@ class FeatureLayout:
 
     def states(self, rows: Tensor) -> Tensor:
         """The hidden states of rows [T, width], [T, parts, hidden_size]."""
-        return rows[:, : self.states_width].unflatten(1, (-1, self.hidden_size))
+        return rows[:, : self.states_width].view(len(rows), self.states_width // self.hidden_size, self.hidden_size)
 
     def final_state(self, rows: Tensor) -> Tensor:
         """The last hidden state's columns of rows [T, width], [T, hidden_size]."""
