@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import FeatureLayout, Features
 from specdist.draft.base import Proposer
+from specdist.evaluate.config import EvaluateConfig
 from specdist.evaluate.report import EvaluationReport, Tally
 
 if TYPE_CHECKING:
@@ -28,34 +29,6 @@ if TYPE_CHECKING:
 
 ROLLBACK_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Layer types whose cache is a list of keys and values, so that rejected tokens can be cut off its end."""
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Evaluation by speculative decoding with the target."""
-
-    prompts: tuple[str, ...] = ()
-    """JSONL files of held-out prompts; empty: no evaluation."""
-    limit: int | None = None
-    """At most this many prompts of each file (null: all)."""
-    draft_tokens: int = 5
-    """K, the number of tokens drafted in a chain before each target forward."""
-    max_new_tokens: int = 128
-    """Tokens generated for each prompt at most; less when the target ends the sequence."""
-    check: bool = False
-    """Also decode every prompt with the target alone and count the sequences that differ."""
-
-    def __post_init__(self) -> None:
-        if self.draft_tokens < 1:
-            raise ConfigError.at("evaluate.draft_tokens", f"is {self.draft_tokens}; drafting needs at least 1")
-        if self.max_new_tokens < 2:
-            raise ConfigError.at(
-                "evaluate.max_new_tokens",
-                f"is {self.max_new_tokens}; it must be at least 2, "
-                "because the first token comes from the prefill and drafting starts after it",
-            )
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError.at("evaluate.limit", f"is {self.limit}; it must be at least 1, or null for all prompts")
 
 
 class EvaluationTarget:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation found: sums that add up over prompts and ranks, the figures read from them, and their text."""
+"""The result of an evaluation: sums that add up over prompts and ranks, the figures read from them, and their text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 BAR_WIDTH = 30
@@ -115,73 +115,14 @@ class EvaluationReport:
         """Of all files together; see `Tally.acceptance_length` for the definition."""
         return self.total.acceptance_length
 
-    @classmethod
-    def merge(cls, reports: Iterable[EvaluationReport]) -> EvaluationReport:
-        """One report of several over different prompts, e.g. of the ranks that shared them.
-
-        `seconds` add up too, so tokens per second of a merged report is that of one rank.
-        """
-        reports = list(reports)
-        lengths = {r.draft_tokens for r in reports}
-        if len(lengths) != 1:
-            raise ValueError(f"reports to merge must have one number of draft tokens, not {sorted(lengths)}")
-        draft_tokens = lengths.pop()
-        files: dict[str, Tally] = {}
-        for report in reports:
-            for name, tally in report.files.items():
-                files[name] = files.get(name, Tally.empty(draft_tokens)) + tally
-        return cls(draft_tokens, files)
-
     def to_dict(self) -> dict[str, object]:
         files = {name: tally.to_dict() for name, tally in self.files.items()}
         return {"draft_tokens": self.draft_tokens, **self.total.to_dict(), "files": files}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> EvaluationReport:
-        """The inverse of `to_dict`, also after a trip through JSON."""
-        names = {f.name for f in fields(Tally)}
-        files = {}
-        for name, tally in values["files"].items():
-            sums: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tally.items() if k in names}
-            files[name] = Tally(**sums)
-        return cls(int(values["draft_tokens"]), files)
-
-    def render(self, before: EvaluationReport | None = None) -> str:
-        """Plain words and bars for a terminal; `before` is the same evaluation before training."""
-        return render(self, before)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two evaluations of the same prompts, before and after training."""
-
-    before: EvaluationReport
-    after: EvaluationReport
-
-    def __post_init__(self) -> None:
-        old, new = self.before, self.after
-        if old.draft_tokens != new.draft_tokens:
-            raise ValueError(
-                f"acceptance lengths compare only at one draft length, not {old.draft_tokens} and {new.draft_tokens}"
-            )
-        counts = [{name: tally.prompts for name, tally in report.files.items()} for report in (old, new)]
-        if counts[0] != counts[1]:
-            raise ValueError(f"the two evaluations saw different prompts: {counts[0]} before, {counts[1]} after")
-
-    @property
-    def gain(self) -> float:
-        """How many more tokens each target forward gives than before."""
-        return self.after.acceptance_length - self.before.acceptance_length
-
-    def to_dict(self) -> dict[str, object]:
-        return {"before": self.before.to_dict(), "after": self.after.to_dict(), "gain": self.gain}
-
-    def render(self) -> str:
-        return render(self.after, self.before)
-
 
 def render(report: EvaluationReport, before: EvaluationReport | None = None) -> str:
-    """The report as lines of plain text, with a bar for every draft position and a line for every prompts file."""
+    """The report as lines of plain text, with a bar for every draft position and a line for every prompts file;
+    `before` is the same evaluation before training."""
     total = report.total
     lines = [f"acceptance length {_length(total, before.total if before else None)}"]
     lines.append(
@@ -200,11 +141,6 @@ def render(report: EvaluationReport, before: EvaluationReport | None = None) -> 
             old = before.files.get(name) if before else None
             lines.append(f"{name}: {_length(tally, old)}, {tally.prompts:,} prompts")
     return "\n".join(lines + _notes(total))
-
-
-def with_names(report: EvaluationReport, names: Mapping[str, str]) -> EvaluationReport:
-    """The same report with its files called by other names (e.g. without their folders)."""
-    return replace(report, files={names.get(name, name): tally for name, tally in report.files.items()})
 
 
 def _notes(total: Tally) -> list[str]:

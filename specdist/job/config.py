@@ -25,7 +25,7 @@ from specdist.core.topology import Topology, WorldConfig
 from specdist.draft.capture import capture_layout
 from specdist.draft.config import DraftConfig
 from specdist.draft.dflash.mask_token import find_mask_token
-from specdist.evaluate.decoding import EvaluateConfig
+from specdist.evaluate.config import EvaluateConfig
 from specdist.export import ExportConfig, check_servable, load_exported
 from specdist.job.launch_config import LaunchConfig
 from specdist.job.preflight_config import PreflightConfig

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes after training: export for serving, real speculative decoding before and after, and a summary in words."""
+"""What comes after training: export for serving, the evaluation before and after, and a summary in words."""
 
 from __future__ import annotations
 
@@ -8,25 +8,23 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from specdist.core.attempts import Ending
 from specdist.core.files import write_atomically
 from specdist.core.progress import Progress
 from specdist.core.stop import StopFlag
-from specdist.evaluate.decoding import EvaluationTarget, evaluate
-from specdist.evaluate.progress import EvaluationProgress
-from specdist.evaluate.prompts import read_prompts
-from specdist.evaluate.report import Comparison, EvaluationReport, Tally
+from specdist.evaluate.report import EvaluationReport, render
 from specdist.export import export_draft
-from specdist.job import balance
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.run_dir import RunDirectory
+from specdist.job.split import verdict
 from specdist.run.drafts import served_draft
+from specdist.run.evaluation import evaluate_drafts, obstacle
 from specdist.run.target_loop import ProducerReport
 from specdist.target.vocabulary import load_target_vocabulary
 
@@ -60,7 +58,7 @@ class Sides:
             return "there was no target: the draft trained on random features"
         if self.target_wait is None:
             return "both roles share the ranks, so neither waits for the other"
-        return balance.verdict(self.draft_wait, self.target_wait, self.teacher_head)
+        return verdict(self.draft_wait, self.target_wait, self.teacher_head)
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def finish(
     if not outcome.figures["steps"]:
         summary |= _earlier(run_dir, outcome.progress.step)
     exports: list[Path] = []
-    comparison = None
+    found = ""
     if outcome.finished and job.world.mode != "draft_only":
         exports = export_all(job, facts, run_dir, outcome.state)
         summary["exports"] = [str(path) for path in exports]
@@ -109,12 +107,14 @@ def finish(
             summary["not_evaluated"] = reason
         elif job.evaluate.prompts:
             try:
-                comparison = compare(job, facts, run_dir, outcome.state, device, stop)
+                before, after = _compare(job, facts, run_dir, outcome.state, device, stop)
             except _StopAsked:
                 return _stopped_evaluating(outcome, stop)
-            summary["evaluation"] = comparison.to_dict()
+            gain = after.acceptance_length - before.acceptance_length
+            summary["evaluation"] = {"before": before.to_dict(), "after": after.to_dict(), "gain": gain}
+            found = render(after, before)
     write_atomically(run_dir.summary, json.dumps(summary, indent=1) + "\n")
-    _tell(run_dir, outcome, sides, exports, comparison)
+    _tell(run_dir, outcome, sides, exports, found)
     if outcome.finished:
         return Ending("finished", outcome.progress.step)
     return Ending("stopped", outcome.progress.step, stop.reason or "another rank was asked to")
@@ -133,6 +133,27 @@ class _StopAsked(Exception):
     """Ends an evaluation."""
 
 
+def _compare(
+    job: JobConfig,
+    facts: JobFacts,
+    run_dir: RunDirectory,
+    state: Mapping[str, Tensor],
+    device: torch.device,
+    stop: StopFlag,
+) -> list[EvaluationReport]:
+    """The draft as it was before training, and as it is."""
+
+    def check() -> None:
+        if stop:
+            raise _StopAsked
+
+    drafts = {
+        f"evaluate {name} training": partial(served_draft, job, facts, run_dir, device, weights)
+        for name, weights in (("before", None), ("after", state))
+    }
+    return evaluate_drafts(job, facts, drafts, device, check)
+
+
 def _stopped_evaluating(outcome: Outcome, stop: StopFlag) -> Ending:
     reason = f"{stop.reason}, during the evaluation"
     print(
@@ -149,7 +170,9 @@ def export_all(
     """Write every format of `export.formats` into a directory of its name (under the run's export/ by default)."""
     ids = run_dir.vocabulary()
     vocabulary = torch.arange(facts.target.vocab_size) if ids is None else ids
-    embedding = _embedding(job, facts) if job.export.embedding else None
+    embedding = None
+    if job.export.embedding:
+        embedding = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code).embedding
     return [
         export_draft(
             (directory or run_dir.exports) / name,
@@ -167,51 +190,6 @@ def export_all(
     ]
 
 
-def _embedding(job: JobConfig, facts: JobFacts) -> Tensor:
-    return load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code).embedding
-
-
-def obstacle(facts: JobFacts, device: torch.device) -> str | None:
-    """Why the target cannot be loaded once more on this device, whole, to evaluate with; None where it can."""
-    if device.type != "cuda":
-        return None
-    free, needed = torch.cuda.mem_get_info(device)[0], facts.target.parameters * facts.target_dtype.itemsize
-    if needed < 0.9 * free:
-        return None
-    sizes = f"{needed / 2**30:.1f} GiB, of which {free / 2**30:.1f} GiB are free on this GPU"
-    return f"the whole target needs {sizes}"
-
-
-def compare(
-    job: JobConfig,
-    facts: JobFacts,
-    run_dir: RunDirectory,
-    state: Mapping[str, Tensor],
-    device: torch.device,
-    stop: StopFlag,
-) -> Comparison:
-    """Decode the held-out prompts with the untrained and with the trained draft, until a stop is asked for."""
-    target = EvaluationTarget.load(
-        job.target.path, facts.layout, device, facts.target_dtype, job.target.trust_remote_code
-    )
-    tokenizer = AutoTokenizer.from_pretrained(job.target.path)
-    prompts = read_prompts(job.evaluate.prompts, tokenizer, job.evaluate.limit, job.prompts.template_kwargs)
-    tokens, files = [p.tokens for p in prompts], [p.file for p in prompts]
-    reports: list[EvaluationReport] = []
-    with EvaluationProgress() as progress:
-
-        def tick(done: int, total: int, tally: Tally) -> None:
-            if stop:
-                raise _StopAsked
-            progress.show(done, total, tally)
-
-        for name, weights in (("before", None), ("after", state)):
-            draft = served_draft(job, facts, run_dir, device, weights)
-            progress.begin(f"evaluate {name} training", len(prompts))
-            reports.append(evaluate(target, draft.proposer, tokens, job.evaluate, tick, files))
-    return Comparison(*reports)
-
-
 def _sides(job: JobConfig, outcome: Outcome) -> Sides:
     figures = outcome.figures
     if job.world.mode != "split":
@@ -222,9 +200,7 @@ def _sides(job: JobConfig, outcome: Outcome) -> Sides:
     return Sides(figures["tokens_per_s"], waits[0], able, waits[1], *ranks, job.draft.teacher_head)
 
 
-def _tell(
-    run_dir: RunDirectory, outcome: Outcome, sides: Sides, exports: Sequence[Path], comparison: Comparison | None
-) -> None:
+def _tell(run_dir: RunDirectory, outcome: Outcome, sides: Sides, exports: Sequence[Path], evaluation: str) -> None:
     progress, figures = outcome.progress, outcome.figures
     lines = [""]
     if not outcome.finished:
@@ -238,8 +214,7 @@ def _tell(
         lines.append(f"  this start     {figures['steps']:,.0f} steps, {tokens:,.0f} tokens in {seconds:.0f} s")
     else:
         lines.append("  this start     nothing was left to train")
-    if comparison is not None:
-        lines += [f"  {line}" for line in comparison.render().splitlines()]
+    lines += [f"  {line}" for line in evaluation.splitlines()]
     if trained:
         lines += sides.lines()
     lines.append(f"  checkpoint     {run_dir.checkpoints / f'step-{progress.step:08d}'}")

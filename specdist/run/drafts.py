@@ -41,6 +41,18 @@ def served_draft(
     return draft.to(facts.target_dtype).eval()
 
 
+def exported_draft(job: JobConfig, facts: JobFacts, directory: str, device: torch.device) -> DraftModel:
+    """The draft in an export, as it is served."""
+    exported = load_exported(directory)
+    config = exported.draft_config(job.draft, facts.target.config)
+    vocabulary = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code)
+    model = build_draft(
+        config, facts.target.config, vocabulary, exported.vocabulary, layout_dtype=facts.layout.dtype, device=device
+    )
+    model.load_state_dict(exported.state)
+    return model.to(facts.target_dtype).eval()
+
+
 def load_state(draft: DraftModel, checkpoint: Path) -> dict[str, Tensor]:
     """The whole weights in a checkpoint, whatever split wrote it; needs no process group. `draft` gives the shapes."""
     state = {"model": {name: torch.empty_like(t, device="cpu") for name, t in draft.state_dict().items()}}

@@ -5,25 +5,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from specdist.core.errors import ConfigError
 from specdist.core.files import write_atomically
 from specdist.core.progress import committed, read_progress
 from specdist.draft.base import DraftModel
-from specdist.draft.registry import build_draft
-from specdist.evaluate.decoding import EvaluationTarget, evaluate
-from specdist.evaluate.progress import EvaluationProgress
-from specdist.evaluate.prompts import read_prompts
-from specdist.export import load_exported
+from specdist.evaluate.report import render
 from specdist.job.config import JobConfig, JobFacts, examine, load_job
 from specdist.job.run_dir import RunDirectory
 from specdist.run.after_training import export_all
-from specdist.run.drafts import load_state, new_draft, served_draft
-from specdist.target.vocabulary import load_target_vocabulary
+from specdist.run.drafts import exported_draft, load_state, new_draft, served_draft
+from specdist.run.evaluation import evaluate_drafts
 
 CPU = torch.device("cpu")
 
@@ -49,21 +45,12 @@ def evaluate_draft(
         raise ConfigError.at("evaluate.prompts", "is empty: give files of held-out prompts")
     if output and not Path(output).absolute().parent.is_dir():
         raise ConfigError(f"--output {output}: there is no directory {Path(output).absolute().parent}")
-    facts = examine(job)
-    device = _device(job)
-    model = _exported_draft(job, facts, draft, device) if draft else _newest_draft(job, facts, device)
-    target = EvaluationTarget.load(
-        job.target.path, model.layout, device, facts.target_dtype, job.target.trust_remote_code
-    )
-    tokenizer = AutoTokenizer.from_pretrained(job.target.path)
-    prompts = read_prompts(job.evaluate.prompts, tokenizer, job.evaluate.limit, job.prompts.template_kwargs)
-    tokens, names = [p.tokens for p in prompts], [p.file for p in prompts]
-    with EvaluationProgress() as progress:
-        progress.begin("evaluate", len(prompts))
-        report = evaluate(target, model.proposer, tokens, job.evaluate, progress.show, names)
+    facts, device = examine(job), _device(job)
+    make = partial(exported_draft, job, facts, draft, device) if draft else partial(_newest_draft, job, facts, device)
+    (report,) = evaluate_drafts(job, facts, {"evaluate": make}, device)
     if output:
         write_atomically(Path(output), json.dumps(report.to_dict(), indent=1) + "\n")
-    return report.render()
+    return render(report)
 
 
 def _newest_draft(job: JobConfig, facts: JobFacts, device: torch.device) -> DraftModel:
@@ -71,17 +58,6 @@ def _newest_draft(job: JobConfig, facts: JobFacts, device: torch.device) -> Draf
     run_dir.check_draft(job)
     state = load_state(new_draft(job, facts, run_dir, CPU), _checkpoint(run_dir, None))
     return served_draft(job, facts, run_dir, device, state)
-
-
-def _exported_draft(job: JobConfig, facts: JobFacts, directory: str, device: torch.device) -> DraftModel:
-    exported = load_exported(directory)
-    config = exported.draft_config(job.draft, facts.target.config)
-    vocabulary = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code)
-    model = build_draft(
-        config, facts.target.config, vocabulary, exported.vocabulary, layout_dtype=facts.layout.dtype, device=device
-    )
-    model.load_state_dict(exported.state)
-    return model.to(facts.target_dtype).eval()
 
 
 def _checkpoint(run_dir: RunDirectory, given: str | None) -> Path:

@@ -13,8 +13,8 @@ from typing import Any
 from specdist.core.attempts import AttemptRecord, attempts
 from specdist.core.errors import ConfigError
 from specdist.core.progress import committed, read_progress
-from specdist.job.balance import verdict
 from specdist.job.run_dir import RunDirectory
+from specdist.job.split import verdict
 from specdist.scheduler.messages import Statistics
 from specdist.scheduler.peers import Phase
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from specdist.job.balance import verdict
+from specdist.job.split import verdict
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation of drafts on one device, with the target loaded once more, whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from transformers import AutoTokenizer
+
+from specdist.core.progress_bar import ProgressBar
+from specdist.draft.base import DraftModel
+from specdist.evaluate.decoding import EvaluationTarget, evaluate
+from specdist.evaluate.prompts import read_prompts
+from specdist.evaluate.report import EvaluationReport, Tally
+from specdist.job.config import JobConfig, JobFacts
+
+
+def obstacle(facts: JobFacts, device: torch.device) -> str | None:
+    """Why the target cannot be loaded once more on this device, whole, to evaluate with; None where it can."""
+    if device.type != "cuda":
+        return None
+    free, needed = torch.cuda.mem_get_info(device)[0], facts.target.parameters * facts.target_dtype.itemsize
+    if needed < 0.9 * free:
+        return None
+    sizes = f"{needed / 2**30:.1f} GiB, of which {free / 2**30:.1f} GiB are free on this GPU"
+    return f"the whole target needs {sizes}"
+
+
+def evaluate_drafts(
+    job: JobConfig,
+    facts: JobFacts,
+    drafts: Mapping[str, Callable[[], DraftModel]],
+    device: torch.device,
+    check: Callable[[], None] = lambda: None,
+) -> list[EvaluationReport]:
+    """Decode the prompts of `evaluate.prompts` with each of `drafts`, by names for the progress bar.
+
+    Args:
+        drafts: made one after the other, on `device`; all take the same features.
+        check: called after every prompt; what it raises ends the evaluation.
+
+    Raises:
+        ConfigError, DataError: see `read_prompts`, `EvaluationTarget` and `evaluate`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(job.target.path)
+    prompts = read_prompts(job.evaluate.prompts, tokenizer, job.evaluate.limit, job.prompts.template_kwargs)
+    tokens, files = [p.tokens for p in prompts], [p.file for p in prompts]
+    target: EvaluationTarget | None = None
+    reports = []
+    for name, make in drafts.items():
+        draft = make()
+        target = target or EvaluationTarget.load(
+            job.target.path, draft.layout, device, facts.target_dtype, job.target.trust_remote_code
+        )
+        with ProgressBar(name, len(prompts)) as bar:
+
+            def show(done: int, total: int, tally: Tally, name: str = name, bar: ProgressBar = bar) -> None:
+                check()
+                text = f"acceptance length {tally.acceptance_length:.2f}, {tally.tokens_per_second:,.0f} tokens/s"
+                bar.update(done, text, f"{name}: {done} of {total} prompts, {text}")
+
+            reports.append(evaluate(target, draft.proposer, tokens, job.evaluate, show, files))
+    return reports
