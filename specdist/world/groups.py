@@ -7,12 +7,11 @@ else in the project makes a group, and afterwards no code uses the default group
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,11 +21,7 @@ from specdist.core.engine_groups import EngineGroups
 from specdist.core.errors import ConfigError, WorldError
 from specdist.core.launch_env import RankFacts, Role, launcher_serves_store, rendezvous_address
 from specdist.core.topology import Link, Topology, WorldConfig
-
-_VERDICT_MARGIN_S = 15.0
-"""Rank 0 publishes who is missing at its own deadline; the other ranks wait so much longer for it to arrive."""
-_READ_S = 5.0
-"""How long rank 0, which may serve the store, stays for the others to read who is missing."""
+from specdist.world.roll_call import RollCall, first_line
 
 
 @dataclass(frozen=True)
@@ -90,8 +85,12 @@ def join_world(config: WorldConfig, facts: RankFacts) -> World:
     device = pick_device(config, facts)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = _open_store(facts, config.join_timeout_s)
-    hosts, roles = _roll_call(dist.PrefixStore("specdist/roll-call", store), facts, config.join_timeout_s)
+    name, timeout_s = f"rank {facts.rank} (host {facts.host})", config.join_timeout_s
+    call = RollCall(facts.rank, facts.world_size, name, "rank 0", timeout_s, "world.join_timeout_s")
+    store = _launchers_store(facts, timeout_s) if launcher_serves_store() else call.open_store(rendezvous_address())
+    here = dist.PrefixStore("specdist/roll-call", store)
+    entries, _ = call.answer(here, [facts.host, facts.node_role], lambda x: _missing_ranks(x, facts, timeout_s))
+    hosts, roles = zip(*entries, strict=True)
     with _forming(facts, "the world", config.wait_timeout_s):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -103,84 +102,23 @@ def join_world(config: WorldConfig, facts: RankFacts) -> World:
     return World(facts, device, hosts, roles, dist.PrefixStore("specdist/run", store))
 
 
-def _open_store(facts: RankFacts, timeout_s: float) -> dist.Store:
-    """Connect to the world's store, or serve it where that falls to rank 0."""
+def _launchers_store(facts: RankFacts, timeout_s: float) -> dist.Store:
     timeout = timedelta(seconds=timeout_s)
-    address, port = rendezvous_address()
     try:
-        if launcher_serves_store():
-            return next(iter(dist.rendezvous("env://", facts.rank, facts.world_size, timeout=timeout)))[0]
-        # torch's own rendezvous would keep rank 0 here until all have come, and could only count who is missing.
-        return dist.TCPStore(
-            address, port, facts.world_size, is_master=facts.rank == 0, timeout=timeout, wait_for_workers=False
-        )
+        return next(iter(dist.rendezvous("env://", facts.rank, facts.world_size, timeout=timeout)))[0]
     except (dist.DistError, TimeoutError) as error:
         raise WorldError(
-            f"rank {facts.rank} (host {facts.host}) did not reach the rendezvous at {address}:{port} within "
-            f"{timeout_s:.0f} s (world.join_timeout_s): {first_line(error)}"
+            f"rank {facts.rank} (host {facts.host}) did not reach the launcher's store within {timeout_s:.0f} s "
+            f"(world.join_timeout_s): {first_line(error)}"
         ) from error
 
 
-def _roll_call(
-    store: dist.Store, facts: RankFacts, timeout_s: float
-) -> tuple[tuple[str, ...], tuple[Role | None, ...]]:
-    """Every rank reports; rank 0 publishes all hosts and roles, or who is missing. Linear in the world's size."""
-    try:
-        store.set(f"here/{facts.rank}", json.dumps([facts.host, facts.node_role]))
-        if facts.rank == 0:
-            verdict = _count_ranks(store, facts.world_size, timeout_s)
-            store.set("verdict", json.dumps(verdict))
-            if "error" in verdict:
-                _await_readers(store, facts.world_size)
-        store.wait(["verdict"], timedelta(seconds=timeout_s + _VERDICT_MARGIN_S))
-        verdict = json.loads(store.get("verdict"))
-        store.set(f"read/{facts.rank}", "")
-    except dist.DistError as error:
-        raise WorldError(
-            f"rank {facts.rank} (host {facts.host}) has no answer to its roll call from rank 0 (limit "
-            f"{timeout_s + _VERDICT_MARGIN_S:.0f} s): look at rank 0's log first. {first_line(error)}"
-        ) from error
-    if "error" in verdict:
-        raise WorldError(verdict["error"])
-    return tuple(verdict["hosts"]), tuple(verdict["roles"])
-
-
-def _await_readers(store: dist.Store, world_size: int) -> None:
-    """Wait, a little, until all present ranks but this one have read the verdict."""
-    present = [rank for rank in range(1, world_size) if store.check([f"here/{rank}"])]
-    deadline = time.monotonic() + _READ_S
-    while present and time.monotonic() < deadline:
-        present = [rank for rank in present if not store.check([f"read/{rank}"])]
-        time.sleep(0.05)
-
-
-def _count_ranks(store: dist.Store, world_size: int, timeout_s: float) -> dict[str, object]:
-    deadline = time.monotonic() + timeout_s
-    present: dict[int, tuple[str, Role | None]] = {}
-    for rank in range(world_size):
-        key = [f"here/{rank}"]
-        remaining = deadline - time.monotonic()
-        if remaining > 0:
-            try:
-                store.wait(key, timedelta(seconds=remaining))
-            except dist.DistStoreError:
-                continue
-        elif not store.check(key):
-            continue
-        host, role = json.loads(store.get(key[0]))
-        present[rank] = (host, role)
-    missing = [rank for rank in range(world_size) if rank not in present]
-    if not missing:
-        hosts, roles = zip(*(present[rank] for rank in range(world_size)), strict=True)
-        return {"hosts": hosts, "roles": roles}
-    return {"error": _missing_message(missing, {r: host for r, (host, _) in present.items()}, world_size, timeout_s)}
-
-
-def _missing_message(missing: list[int], present: dict[int, str], world_size: int, timeout_s: float) -> str:
-    hosts = ", ".join(sorted(set(present.values())))
+def _missing_ranks(present: Mapping[int, Any], facts: RankFacts, timeout_s: float) -> str:
+    missing = [rank for rank in range(facts.world_size) if rank not in present]
+    hosts = ", ".join(sorted({host for host, _ in present.values()}))
     return (
-        f"the world did not come up: {len(missing)} of {world_size} ranks missing after {timeout_s:.0f} s: ranks "
-        f"{ranges(missing)}. Present: ranks {ranges(sorted(present))} on {hosts}. Look at the "
+        f"the world did not come up: {len(missing)} of {facts.world_size} ranks missing after {timeout_s:.0f} s: ranks "
+        f"{ranges(missing)}. Present: ranks {ranges(present)} on {hosts}. Look at the "
         "missing ranks' logs for the first error; a host not listed here has not reported at all (world.join_timeout_s)"
     )
 
@@ -207,10 +145,6 @@ def _forming(facts: RankFacts, what: str, timeout_s: float) -> Iterator[None]:
             f"{timeout_s:.0f} s (world.wait_timeout_s); another rank has died or a network interface does not reach "
             f"the other hosts: {first_line(error)}"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def make_groups(

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from specdist.core.errors import WorldError
 from specdist.core.topology import Link, Topology
-from specdist.world.groups import Groups, World, first_line
+from specdist.world.groups import Groups, World
+from specdist.world.roll_call import RollCall, first_line
 
 _LIBRARY_S = 2.0
 """So much longer than its limit may a transfer that the library bounds take to say so itself."""
@@ -42,27 +44,23 @@ def connect_links(topology: Topology, groups: Groups, world: World, timeout_s: f
 
 
 def _await_all(topology: Topology, groups: Groups, world: World, timeout_s: float) -> None:
-    """Wait until every rank that has a link has come this far.
+    """Wait until every rank has come this far.
 
     Before the rounds, in which a rank that does not come also holds up ranks that have no link to it.
     """
-    store = dist.PrefixStore(f"links/{groups.control.group_name}", world.store)
-    ranks = sorted({*topology.target_ranks, *topology.draft_ranks})
-    try:
-        store.set(str(world.facts.rank), "")
-        if store.add("arrived", 1) == len(ranks):
-            store.set("complete", "")
-        store.wait(["complete"], timedelta(seconds=timeout_s))
-    except dist.DistStoreError as error:
-        absent = {rank for rank in ranks if not store.check([str(rank)])}
-        if not absent:  # the last one came at this very moment
-            return
-        broken = [link for link in topology.links if absent & {link.source, link.destination}]
-        named = ", ".join(topology.describe(rank) for rank in sorted(absent)[:4])
-        raise WorldError(
+    rank, key = world.facts.rank, "world.join_timeout_s"
+    call = RollCall(rank, topology.world_size, topology.describe(rank), topology.describe(0), timeout_s, key)
+
+    def missing(present: Mapping[int, Any]) -> str:
+        absent = [rank for rank in range(topology.world_size) if rank not in present]
+        broken = [link for link in topology.links if link.source in absent or link.destination in absent]
+        named = ", ".join(topology.describe(rank) for rank in absent[:4])
+        return (
             f"{_pairs(broken, topology)} did not come up: {len(absent)} ranks were not there after {timeout_s:.0f} s "
-            f"(world.join_timeout_s), {named}"
-        ) from error
+            f"({key}), {named}"
+        )
+
+    call.answer(dist.PrefixStore(f"links/{groups.control.group_name}", world.store), None, missing)
 
 
 def _pairs(links: list[Link], topology: Topology) -> str:

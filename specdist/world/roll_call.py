@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the agents of a job's nodes meet before they start ranks: who is there, how many ranks each has, and on which
-port of the leader torchrun's own rendezvous is.
+"""One roll call for the agents of a job's nodes and for the ranks of a world: all learn who is there or missing.
 
-torchrun alone waits for missing agents without saying which; and its port must be free on a host that nobody has asked.
+torchrun alone waits for missing members without naming them, and its port must be free on a host that nobody has asked.
 """
 
 from __future__ import annotations
@@ -10,20 +9,140 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 from specdist.core.errors import WorldError
 
 _MARGIN_S = 15.0
-"""The leader publishes who is missing at its own deadline; the others wait so much longer for it."""
+"""The leader publishes who is missing at its own deadline; the others wait this much longer for it to arrive."""
 _READ_S = 5.0
-"""How long the leader, which serves the store, stays for the others to read its verdict."""
+"""How long the leader, which may serve the store, stays until the others have read what it published."""
 _SLICE_S = 1.0
 """The store waits in C++, where no signal handler of ours runs; so it waits in slices."""
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@dataclass(frozen=True)
+class RollCall:
+    """One member's part in a roll call; member 0 leads.
+
+    Attributes:
+        count: how many members there are.
+        name: this member, as errors name it.
+        leader: member 0, as errors name it.
+        key: the configuration key of `timeout_s`.
+        check: called about once a second while waiting; what it raises ends the wait.
+    """
+
+    number: int
+    count: int
+    name: str
+    leader: str
+    timeout_s: float
+    key: str
+    check: Callable[[], None] = lambda: None
+
+    def open_store(self, address: tuple[str, int]) -> dist.Store:
+        """Serve the store of the roll call at `address`, or connect to it.
+
+        Raises:
+            WorldError: its port is taken on the leader, or the others do not reach it in time.
+        """
+        where = f"{address[0]}:{address[1]}"
+        if self.number == 0:
+            try:
+                return dist.TCPStore(*address, is_master=True, wait_for_workers=False)
+            except dist.DistError as error:
+                raise WorldError(f"{self.name} cannot open {where}, is its port taken? {first_line(error)}") from error
+        deadline, last = time.monotonic() + self.timeout_s, ""
+        while time.monotonic() < deadline:
+            self.check()
+            try:
+                socket.create_connection(address, timeout=_SLICE_S).close()
+                return dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=self.timeout_s))
+            except (OSError, dist.DistError) as error:  # not listening yet, no such name yet, another protocol
+                last = first_line(error)
+                time.sleep(_SLICE_S / 4)
+        raise WorldError(
+            f"{self.name} did not reach the rendezvous at {where} within {self.timeout_s:.0f} s ({self.key}): is "
+            f"{self.leader} running, and is the port open to the other hosts? {last}"
+        )
+
+    def answer(
+        self,
+        store: dist.Store,
+        entry: object,
+        missing: Callable[[Mapping[int, Any]], str],
+        extra: Callable[[], object] = lambda: None,
+    ) -> tuple[list[Any], Any]:
+        """Report `entry`, as JSON, and wait for the others; linear in their number.
+
+        Args:
+            missing: makes the error from the entries of those that are there.
+            extra: what the leader adds once all are there.
+
+        Returns:
+            The entries of all members in order, and the leader's `extra`.
+
+        Raises:
+            WorldError: the text of `missing`, the same on all members; or the leader has no answer.
+        """
+        try:
+            store.set(f"here/{self.number}", json.dumps(entry))
+            if self.number == 0:
+                store.set("verdict", json.dumps(self._count(store, missing, extra)))
+            limit = self.timeout_s + _MARGIN_S
+            if not self._await(store, "verdict", time.monotonic() + limit):
+                raise WorldError(f"{self.name} got no answer to its roll call from {self.leader} within {limit:.0f} s")
+            verdict = json.loads(store.get("verdict"))
+            store.set(f"read/{self.number}", "")
+            if self.number == 0:
+                self._await_readers(store)
+        except dist.DistError as error:
+            raise WorldError(
+                f"{self.name} lost {self.leader} at the roll call: look at its log first. {first_line(error)}"
+            ) from error
+        if "error" in verdict:
+            raise WorldError(verdict["error"])
+        return verdict["entries"], verdict["extra"]
+
+    def _await(self, store: dist.Store, key: str, deadline: float) -> bool:
+        """Wait for a key until the deadline; whether it came."""
+        while True:
+            self.check()
+            try:
+                store.wait([key], timedelta(seconds=max(min(_SLICE_S, deadline - time.monotonic()), 0.01)))
+                return True
+            except dist.DistStoreError:
+                if time.monotonic() > deadline:
+                    return False
+
+    def _count(
+        self, store: dist.Store, missing: Callable[[Mapping[int, Any]], str], extra: Callable[[], object]
+    ) -> dict[str, object]:
+        deadline = time.monotonic() + self.timeout_s
+        present = {
+            number: json.loads(store.get(f"here/{number}"))
+            for number in range(self.count)
+            if self._await(store, f"here/{number}", deadline)
+        }
+        if len(present) < self.count:
+            return {"error": missing(present)}
+        return {"entries": list(present.values()), "extra": extra()}
+
+    def _await_readers(self, store: dist.Store) -> None:
+        deadline = time.monotonic() + _READ_S
+        for number in range(1, self.count):
+            if store.check([f"here/{number}"]):
+                self._await(store, f"read/{number}", deadline)
 
 
 @dataclass(frozen=True)
@@ -55,7 +174,7 @@ def meet(
     expected: Sequence[str] = (),
     check: Callable[[], None] = lambda: None,
 ) -> Meeting:
-    """Meet the agents of the other nodes at the leader's (host, port).
+    """Meet the agents of the other nodes at the leader's (host, port), before any rank is started.
 
     Args:
         count: how many nodes the job has; node 0 leads.
@@ -67,23 +186,18 @@ def meet(
     """
     if count == 1:
         return Meeting((me,), free_port())
-    store = _open(me, leader, timeout_s, check)
-    try:
-        store.set(f"node/{me.number}", json.dumps([me.host, me.ranks]))
-        if me.number == 0:
-            store.set("verdict", json.dumps(_count(store, count, timeout_s, expected, check)))
-        if not _await(store, "verdict", time.monotonic() + timeout_s + _MARGIN_S, check):
-            raise WorldError(f"node {me.number} ({me.host}): the leader at {_text(leader)} does not say who is there")
-        verdict = json.loads(store.get("verdict"))
-        store.set(f"read/{me.number}", "")
-        if me.number == 0:
-            _await_readers(store, count, check)
-    except dist.DistError as error:
-        raise WorldError(f"node {me.number} ({me.host}) lost the leader at {_text(leader)}: {error}") from error
-    if "error" in verdict:
-        raise WorldError(verdict["error"])
-    nodes = tuple(Node(number, host, ranks) for number, (host, ranks) in enumerate(verdict["nodes"]))
-    return Meeting(nodes, verdict["port"])
+    key = "launch.meet_timeout_s"
+    call = RollCall(me.number, count, f"node {me.number} ({me.host})", "the agent of node 0", timeout_s, key, check)
+
+    def missing(present: Mapping[int, Any]) -> str:
+        absent = [expected[n] if expected else f"node {n}" for n in range(count) if n not in present]
+        return (
+            f"{len(absent)} of {count} nodes did not come to the meeting within {timeout_s:.0f} s ({key}): "
+            f"{', '.join(absent)}. Present: {', '.join(host for host, _ in present.values())}"
+        )
+
+    entries, port = call.answer(call.open_store(leader), [me.host, me.ranks], missing, free_port)
+    return Meeting(tuple(Node(number, host, ranks) for number, (host, ranks) in enumerate(entries)), port)
 
 
 def free_port() -> int:
@@ -91,70 +205,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
-
-
-def _text(leader: tuple[str, int]) -> str:
-    return f"{leader[0]}:{leader[1]}"
-
-
-def _open(me: Node, leader: tuple[str, int], timeout_s: float, check: Callable[[], None]) -> dist.Store:
-    where = f"node {me.number} ({me.host}): the meeting of the job's nodes at {_text(leader)}"
-    if me.number == 0:
-        try:
-            return dist.TCPStore(*leader, is_master=True, wait_for_workers=False)
-        except dist.DistError as error:
-            raise WorldError(f"{where} cannot be opened here, is its port taken? {error}") from error
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        check()
-        try:
-            socket.create_connection(leader, timeout=_SLICE_S).close()
-            return dist.TCPStore(*leader, is_master=False, timeout=timedelta(seconds=timeout_s))
-        except OSError:  # nobody listens there yet, or the name is not known yet
-            time.sleep(_SLICE_S / 4)
-        except dist.DistError as error:
-            raise WorldError(f"{where} does not speak our protocol: {error}") from error
-    raise WorldError(
-        f"{where} did not answer within {timeout_s:.0f} s (launch.meet_timeout_s): is the agent of node 0 running, and "
-        "is the port open to the other nodes?"
-    )
-
-
-def _await(store: dist.Store, key: str, deadline: float, check: Callable[[], None]) -> bool:
-    """Wait for a key until the deadline; whether it came."""
-    while True:
-        check()
-        try:
-            store.wait([key], timedelta(seconds=_SLICE_S))
-            return True
-        except dist.DistStoreError:
-            if time.monotonic() > deadline:
-                return False
-
-
-def _count(
-    store: dist.Store, count: int, timeout_s: float, expected: Sequence[str], check: Callable[[], None]
-) -> dict[str, object]:
-    deadline = time.monotonic() + timeout_s
-    present: dict[int, tuple[str, int]] = {}
-    for number in range(count):
-        if _await(store, f"node/{number}", deadline, check):
-            host, ranks = json.loads(store.get(f"node/{number}"))
-            present[number] = (host, ranks)
-    if len(present) == count:
-        return {"nodes": [present[number] for number in range(count)], "port": free_port()}
-    missing = [number for number in range(count) if number not in present]
-    names = [expected[number] if expected else f"node {number}" for number in missing]
-    there = ", ".join(host for host, _ in present.values())
-    return {
-        "error": f"{len(missing)} of {count} nodes did not come to the meeting within {timeout_s:.0f} s "
-        f"(launch.meet_timeout_s): {', '.join(names)}. Present: {there}"
-    }
-
-
-def _await_readers(store: dist.Store, count: int, check: Callable[[], None]) -> None:
-    """Serve the store, a little, until all present nodes have read the verdict."""
-    deadline = time.monotonic() + _READ_S
-    for number in range(1, count):
-        if store.check([f"node/{number}"]):
-            _await(store, f"read/{number}", deadline, check)

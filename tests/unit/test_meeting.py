@@ -61,8 +61,8 @@ def test_everyone_learns_who_is_missing() -> None:
 def test_without_a_leader_the_wait_is_bounded() -> None:
     error = meet_all((1,), 2.0)[1]
     assert isinstance(error, WorldError)
-    assert "node 1 (b): the meeting of the job's nodes at 127.0.0.1:" in str(error)
-    assert "did not answer within 2 s" in str(error)
+    assert "node 1 (b) did not reach the rendezvous at 127.0.0.1:" in str(error)
+    assert "within 2 s (launch.meet_timeout_s)" in str(error)
 
 
 def test_one_node_meets_nobody() -> None:

@@ -16,8 +16,9 @@ from specdist.core.errors import WorldError
 from specdist.core.topology import Link, Topology
 from specdist.run.preflight.mooncake_links import WriteProbe
 from specdist.run.preflight.speeds import PAYLOAD, REPETITIONS, GroupSpeed, LinkSpeed, Speeds
-from specdist.world.groups import Groups, World, first_line, ranges
+from specdist.world.groups import Groups, World, ranges
 from specdist.world.links import TransferError, bounded, on_device, rounds, wait_work
+from specdist.world.roll_call import first_line
 
 _MARGIN_S = 2.0
 """So much later than the library's own limit the measurement is given up."""

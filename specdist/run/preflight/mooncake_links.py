@@ -22,8 +22,9 @@ from specdist.core.errors import ConfigError, WorldError
 from specdist.core.launch_env import local_address
 from specdist.core.topology import Link, Topology
 from specdist.run.preflight.speeds import PAYLOAD, REPETITIONS, LinkSpeed
-from specdist.world.groups import World, first_line
+from specdist.world.groups import World
 from specdist.world.links import bounded, rounds
+from specdist.world.roll_call import first_line
 
 _MARGIN_S = 2.0
 """So much later than the engine's own limit a link is given up: opening one blocks inside the library."""
