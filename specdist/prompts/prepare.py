@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenises the prompts once, in parallel, into a cache keyed by content. Runs before any rank waits for another.
+"""Tokenises the prompts once, in parallel, into a cache keyed by content.
 
 The key is a hash of the files' bytes, of the tokenizer's files, and of the settings that change tokens or marks, so a
 cache can be stale in no way. A store is prepared in a directory of its own and renamed into place when it is on the
-disk: a preparation that is killed leaves nothing that could be opened.
+disk: a preparation that is killed leaves nothing that could be opened, and two at once would do the same work twice and
+harm nothing.
 """
 
 from __future__ import annotations
@@ -13,22 +14,25 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from specdist.core.errors import DataError
+from filelock import FileLock, Timeout
+
+from specdist.core.errors import DataError, WorldError
 from specdist.core.files import sync_directory
+from specdist.core.progress_bar import ProgressBar
 from specdist.prompts.config import PromptsConfig
-from specdist.prompts.display import Display
-from specdist.prompts.lock import lock_or_done
 from specdist.prompts.read import PIECE_BYTES, Piece, SourceFile, find_files, pieces
 from specdist.prompts.render import load_tokenizer
 from specdist.prompts.report import PrepareReport
@@ -57,40 +61,86 @@ TOKENIZER_FILES = (
 
 
 def prepare(
-    config: PromptsConfig, tokenizer_dir: str | Path, progress: bool = True, timeout: float = 3600.0
+    config: PromptsConfig,
+    tokenizer_dir: str | Path,
+    progress: bool = True,
+    timeout: float = 3600.0,
+    told: Callable[[str], None] = lambda text: None,
 ) -> PromptStore:
-    """The store of the configured prompts: from the cache, or tokenised now.
+    """The store of the configured prompts: from the cache, or tokenised now. Of several processes that share a cache
+    one works at a time. In a world see `in_world.prepare_in_world`.
 
-    May be called by many processes and hosts at once: one works, the others wait for it up to `timeout` seconds. Ranks
-    that only read open `store.directory` with `PromptStore.open`.
+    Args:
+        progress: whether it is shown on stderr.
+        timeout: seconds to wait for another process that prepares the same.
+        told: is given the progress in words.
 
     Raises:
         ConfigError, DataError: nothing to read, an unusable file or tokenizer, no usable sample, more bad samples than
             `max_bad_fraction`, or a bad one with on_bad=stop.
-        WorldError: another process holds the lock for longer than `timeout`.
+        WorldError: another process prepares the same for longer than `timeout`.
     """
     if len(config.files) == 1 and is_store(Path(config.files[0])):
         return _ready(Path(config.files[0]), config)
     sources = find_files(config.files)
-    with Display(progress) as display:
-        total = sum(os.path.getsize(source.path) for source in sources)
-        display.say(f"looking up {len(sources)} files ({total / 1e6:,.1f} MB) in the cache")
-        root = Path(config.cache_dir or DEFAULT_CACHE).expanduser() / "prompts"
-        root.mkdir(parents=True, exist_ok=True)
-        key = cache_key(config, sources, Path(tokenizer_dir), root.with_name("digests"))
-        final = root / key
+    total = sum(os.path.getsize(source.path) for source in sources)
+    root = Path(config.cache_dir or DEFAULT_CACHE).expanduser() / "prompts"
+    root.mkdir(parents=True, exist_ok=True)
+    with ProgressBar("prompts", None, counted=False, enabled=progress) as bar:
 
-        def is_there() -> bool:
-            return (final / MANIFEST).exists()
+        def say(text: str) -> None:
+            bar.say(text, f"prompts: {text}")
+            told(text)
 
-        with lock_or_done(root / f"{key}.lock", is_there, timeout, display.say) as mine:
-            if mine:
-                _remove_remains(root, key)
-                display.start(total)
-                _prepare_into(final, config, sources, str(tokenizer_dir), total, display)
+        def advance(done: int, text: str) -> None:
+            line = f"{min(done / max(total, 1), 1):.0%}: {text}"
+            bar.update(done, text, f"prompts: {line}")
+            told(line)
+
+        say(f"looking up {len(sources)} files ({total / 1e6:,.1f} MB) in the cache")
+        final = root / cache_key(config, sources, Path(tokenizer_dir), root.with_name("digests"))
+        with _locked(final, timeout, say):
+            if not (final / MANIFEST).exists():
+                for remains in root.glob(f"{final.name}.*.tmp"):  # of preparations that were killed
+                    shutil.rmtree(remains, ignore_errors=True)
+                bar.set_total(total)
+                _prepare_into(final, config, sources, str(tokenizer_dir), total, advance)
     store = PromptStore.open(final, [source.path for source in sources])
     _judge(store.report, config, final)
     return store
+
+
+@contextmanager
+def _locked(final: Path, timeout: float, say: Callable[[str], None]) -> Iterator[None]:
+    """Keep other processes from preparing the same, if it is not there yet."""
+    path = final.with_suffix(".lock")
+    lock = FileLock(path)
+    if not (final / MANIFEST).exists():
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"{_at_work(final)} prepares them; waiting")
+            try:
+                lock.acquire(timeout, poll_interval=0.5)
+            except Timeout:
+                raise WorldError(
+                    f"waited {timeout:.0f} s for {_at_work(final)} to prepare the prompts. Its lock is {path}"
+                ) from None
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            path.unlink(missing_ok=True)  # whoever waits for it finds the store, or makes a lock of its own
+            lock.release()
+
+
+def _work_directory(final: Path) -> Path:
+    return final.with_name(f"{final.name}.process {os.getpid()} on {socket.gethostname()}.{uuid.uuid4().hex}.tmp")
+
+
+def _at_work(final: Path) -> str:
+    """Who prepares a store, as its directory says."""
+    return next((path.name.split(".", 1)[1][:-37] for path in final.parent.glob(f"{final.name}.*.tmp")), "another one")
 
 
 def _ready(directory: Path, config: PromptsConfig) -> PromptStore:
@@ -158,20 +208,26 @@ def _read_digest(path: Path) -> str:
 
 
 def _prepare_into(
-    final: Path, config: PromptsConfig, sources: list[SourceFile], tokenizer_dir: str, total: int, display: Display
+    final: Path,
+    config: PromptsConfig,
+    sources: list[SourceFile],
+    tokenizer_dir: str,
+    total: int,
+    advance: Callable[[int, str], None],
 ) -> None:
     """Prepare in a directory of this process, then rename it to `final`."""
     tokenizer = load_tokenizer(tokenizer_dir, config)
-    work = final.with_name(f"{final.name}.{uuid.uuid4().hex}.tmp")
+    work = _work_directory(final)
     work.mkdir()
     try:
-        report = PrepareReport()
+        report, size = PrepareReport(), 0
         with StoreWriter(work) as writer, open(work / BAD_SAMPLES, "w", encoding="utf-8") as bad:
-            workers = _workers(config, total)
-            for source, piece, done in _tokenized(sources, workers, tokenizer_dir, settings(config)):
+            tokenized = partial(tokenize, tokenizer_dir=tokenizer_dir, settings_json=settings(config))
+            for source, piece, done in _in_order(sources, _workers(config, total), tokenized):
                 writer.extend(done.lengths, done.tokens, done.supervised, source, done.lines)
                 _add(report, done, writer, bad)
-                display.advance(piece.size, report.sequences, report.tokens, report.bad_total)
+                size += piece.size
+                advance(size, report.counted())
             bad.flush()
             os.fsync(bad.fileno())
             if not report.sequences:
@@ -183,49 +239,40 @@ def _prepare_into(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _tokenized(
-    sources: list[SourceFile], workers: int, tokenizer_dir: str, settings_json: str
+def _in_order(
+    sources: list[SourceFile], workers: int, work: Callable[[Piece], Tokenized]
 ) -> Iterator[tuple[int, Piece, Tokenized]]:
     """Every piece of every file in order, with the file's number, tokenised here or by `workers` processes."""
     cut = ((number, piece) for number, source in enumerate(sources) for piece in pieces(source))
-    work = partial(tokenize, tokenizer_dir=tokenizer_dir, settings_json=settings_json)
     if workers == 0:
-        for number, piece in cut:
-            yield number, piece, work(piece)
+        yield from ((number, piece, work(piece)) for number, piece in cut)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads (torch, gloo) can hang
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=leave_with_parent)
+    waiting: deque[tuple[int, Piece, Future[Tokenized]]] = deque()
     try:
-        yield from _in_order(pool, workers * 4, cut, work)
+        for number, piece in cut:
+            waiting.append((number, piece, pool.submit(work, piece)))
+            if len(waiting) >= 4 * workers:
+                yield _finished(*waiting.popleft())
+        while waiting:
+            yield _finished(*waiting.popleft())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _in_order(
-    pool: ProcessPoolExecutor, ahead: int, cut: Iterable[tuple[int, Piece]], work: partial[Tokenized]
-) -> Iterator[tuple[int, Piece, Tokenized]]:
-    waiting: deque[tuple[int, Piece, Future[Tokenized]]] = deque()
-
-    def first() -> tuple[int, Piece, Tokenized]:
-        number, piece, future = waiting.popleft()
-        place = f"{piece.file}:{piece.first}-{piece.last}"
-        try:
-            return number, piece, future.result(PIECE_TIMEOUT_S)
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"a tokenising process died at or after {place} (out of memory? see prompts.workers)", "prompts.workers"
-            ) from error
-        except TimeoutError as error:
-            for process in multiprocessing.active_children():
-                process.kill()
-            raise DataError(f"{place} was not tokenised within {PIECE_TIMEOUT_S:.0f} s") from error
-
-    for number, piece in cut:
-        waiting.append((number, piece, pool.submit(work, piece)))
-        if len(waiting) >= ahead:
-            yield first()
-    while waiting:
-        yield first()
+def _finished(number: int, piece: Piece, future: Future[Tokenized]) -> tuple[int, Piece, Tokenized]:
+    place = f"{piece.file}:{piece.first}-{piece.last}"
+    try:
+        return number, piece, future.result(PIECE_TIMEOUT_S)
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a tokenising process died at or after {place} (out of memory? see prompts.workers)", "prompts.workers"
+        ) from error
+    except TimeoutError as error:
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise DataError(f"{place} was not tokenised within {PIECE_TIMEOUT_S:.0f} s") from error
 
 
 def _workers(config: PromptsConfig, total: int) -> int:
@@ -270,12 +317,6 @@ def _publish(work: Path, final: Path) -> None:
             raise
         return  # another process was faster, with the same content
     sync_directory(final.parent)
-
-
-def _remove_remains(root: Path, key: str) -> None:
-    """Delete what killed preparations of the same content left: only the holder of the lock prepares."""
-    for remains in root.glob(f"{key}.*.tmp"):
-        shutil.rmtree(remains, ignore_errors=True)
 
 
 def _judge(report: PrepareReport, config: PromptsConfig, directory: Path) -> None:

@@ -226,10 +226,3 @@ def _table_rows(stream: bytes, piece: Piece) -> Iterator[tuple[int, object] | Ba
             yield BadSample(piece.file, row, "not text", str(record))
         else:
             yield row, record
-
-
-def read(patterns: tuple[str, ...]) -> Iterator[Sample | BadSample]:
-    """Every record of the files, in order, in this process."""
-    for source in find_files(patterns):
-        for piece in pieces(source):
-            yield from samples(piece)

@@ -19,7 +19,6 @@ A plain text is supervised everywhere, with the special tokens that the tokenize
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,9 +27,9 @@ import numpy as np
 
 from specdist.core.errors import DataError
 from specdist.prompts.config import PromptsConfig
-from specdist.prompts.conversation import Message, Sample
+from specdist.prompts.conversation import Sample
 from specdist.prompts.report import UnusableError
-from specdist.prompts.template import Template, Tools, Turn
+from specdist.prompts.template import Template, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,10 +90,6 @@ class Renderer:
     @classmethod
     def from_directory(cls, directory: str | Path, config: PromptsConfig) -> Renderer:
         return cls(load_tokenizer(directory, config), config)
-
-    def prompt_ids(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
-        """What the server feeds the target to answer `messages`: rendered, generation prompt included."""
-        return self._encode(self.template.prompt(messages, tools))[0]
 
     def render(self, sample: Sample) -> Rendering:
         """The training sequences of a sample, none longer than max_length, each with something to learn.

@@ -90,6 +90,11 @@ class PrepareReport:
     def bad_total(self) -> int:
         return sum(self.bad.values())
 
+    def counted(self) -> str:
+        """How far a preparation is, in a few words."""
+        bad = f", {self.bad_total:,} bad samples" if self.bad_total else ""
+        return f"{self.sequences:,} sequences, {self.tokens:,} tokens{bad}"
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -112,6 +112,7 @@ class PromptStore:
 
     Attributes:
         directory: where the store lies. Another process opens the same store by it.
+        files: the names of its source files.
         fingerprint: the identity of the content: equal for equal sequences in equal order.
         report: what came of the preparation.
         max_token: the largest token id, which must be less than the target's vocabulary.
@@ -124,8 +125,8 @@ class PromptStore:
         self.supervised: int = manifest["supervised"]
         self.max_token: int = manifest["max_token"]
         self.report = PrepareReport(**manifest["report"])
-        self._names: list[str] = list(files) if files is not None else manifest["files"]
-        self.report.rename(dict(zip(manifest["files"], self._names, strict=True)))
+        self.files: list[str] = list(files) if files is not None else manifest["files"]
+        self.report.rename(dict(zip(manifest["files"], self.files, strict=True)))
         sizes = dict.fromkeys(COLUMNS, manifest["sequences"])
         sizes |= {"tokens": self.tokens, "supervised": self.tokens, "offsets": manifest["sequences"] + 1}
         self._columns = {name: _mapped(directory / f"{name}.bin", COLUMNS[name], sizes[name]) for name in COLUMNS}
@@ -185,7 +186,7 @@ class PromptStore:
 
     def provenance(self, index: int) -> tuple[str, int]:
         """The file and the line (or row) that the sequence comes from."""
-        return self._names[self._columns["files"][index]], int(self._columns["lines"][index])
+        return self.files[self._columns["files"][index]], int(self._columns["lines"][index])
 
     def supervised_tokens(self, chunk: int = 1 << 24) -> Iterable[np.ndarray]:
         """All supervised token ids, in chunks of arrays."""
@@ -209,18 +210,3 @@ def _mapped(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
             f"{path} has {found} bytes where the manifest says {size * dtype.itemsize}: delete {path.parent}"
         )
     return np.memmap(path, dtype=dtype, mode="r", shape=(size,)) if size else np.zeros(0, dtype)
-
-
-def write_store(
-    directory: str | Path, sequences: Iterable[tuple[Sequence[int], Sequence[bool]]], name: str = "synthetic"
-) -> PromptStore:
-    """Write a store from token ids and supervision marks, for tests and synthetic data. Lines count from 1."""
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    with StoreWriter(directory) as writer:
-        for line, (tokens, supervised) in enumerate(sequences, start=1):
-            ids = np.asarray(tokens)
-            writer.extend(np.array([len(ids)]), ids, np.asarray(supervised, dtype=bool), 0, np.array([line]))
-        n = writer.sequences
-        report = PrepareReport(n, n, n, writer.tokens, writer.supervised)
-        writer.finish([name], report)
-    return PromptStore.open(directory)

@@ -66,10 +66,6 @@ class Template:
         alternatives = "|".join(re.escape(name) for name in sorted(filter(None, names), key=len, reverse=True))
         self._added = re.compile(alternatives or r"(?!)")
 
-    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> str:
-        """What the server gives the target to answer `messages`."""
-        return self._render(messages, tools, True)
-
     def turn(self, messages: Sequence[Message], tools: Tools = ()) -> Turn:
         """The last message of `messages`, which is the assistant's.
 

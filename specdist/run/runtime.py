@@ -31,7 +31,7 @@ from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.resume_plan import ResumePlan, find_resume_plan, share_resume_plan
 from specdist.job.run_dir import RunDirectory
-from specdist.prompts.prepare import prepare
+from specdist.prompts.in_world import prepare_in_world
 from specdist.prompts.store import PromptStore
 from specdist.prompts.vocabulary import frequent_tokens
 from specdist.run.context import Rank, stream_of
@@ -77,7 +77,6 @@ class Start:
 def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     """Take part in the run as rank `facts.rank`; returns when the run is done or was asked to stop."""
     job_facts = jobs.examine(job)
-    prompts = prepare(job.prompts, job.target.path, progress=facts.rank == 0)
     if facts.rank == 0 and job.world.mode != "draft_only":
         check_prompts(job.evaluate.prompts, job.target.path, job.evaluate.limit, job.prompts.template_kwargs)
     world = join_world(job.world, facts)
@@ -87,6 +86,7 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     jobs.check_installed(job, target=topology.target_place(facts.rank) is not None)
     preflight = Preflight(job, world, topology)
     preflight.hosts(job_facts)
+    prompts = prepare_in_world(job.prompts, job.target.path, world.store, world.hosts, facts.rank)
     if job.world.role == "target":
         _join_another_world(job, job_facts, world, topology, prompts, start)
         return

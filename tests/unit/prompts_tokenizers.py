@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small tokenizers with the chat templates that the tests of the prompts need."""
+"""Small tokenizers with the chat templates that the tests of the prompts need, and stores of given tokens."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from specdist.prompts.report import PrepareReport
+from specdist.prompts.store import PromptStore, StoreWriter
 
 SPECIAL = ["<|bos|>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>", "<|eot|>", "<|eos|>"]
 TEXT = [
@@ -94,3 +99,14 @@ def save_tokenizer(directory: Path, template: str | None = CHATML) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     make_tokenizer(template).save_pretrained(directory)
     return directory
+
+
+def write_store(directory: Path, sequences: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> PromptStore:
+    """A store of token ids and supervision marks."""
+    directory.mkdir()
+    with StoreWriter(directory) as writer:
+        for line, (tokens, supervised) in enumerate(sequences, start=1):
+            lengths, marks = np.array([len(tokens)]), np.asarray(supervised, dtype=bool)
+            writer.extend(lengths, np.asarray(tokens), marks, 0, np.array([line]))
+        writer.finish(["given"], PrepareReport())
+    return PromptStore.open(directory)

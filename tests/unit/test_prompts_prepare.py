@@ -4,25 +4,26 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from specdist.core.errors import ConfigError, DataError, WorldError
-from specdist.prompts import lock as lock_module
 from specdist.prompts import prepare as prepare_module
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import to_sample
-from specdist.prompts.lock import Holder, lock_or_done
+from specdist.prompts.in_world import prepare_in_world
 from specdist.prompts.prepare import _digest, prepare
 from specdist.prompts.render import Renderer
-from specdist.prompts.store import PromptStore, write_store
+from specdist.prompts.store import PromptStore
 from tests.unit import prompts_tokenizers as t
 
 ANSWERS = ["Hello there", "I am well, thank you", "The answer is 42", "é 🎉"]
@@ -193,7 +194,7 @@ def test_combinations_that_cannot_be() -> None:
 
 
 def test_a_store_is_taken_as_it_is(tmp_path: Path, model: Path, preparations: list[Path]) -> None:
-    written = write_store(tmp_path / "a", [([1, 2, 3, 4], [False, True, True, True])])
+    written = t.write_store(tmp_path / "a", [([1, 2, 3, 4], [False, True, True, True])])
     config = PromptsConfig(files=(str(tmp_path / "a"),), max_length=4)
     assert prepare(config, model, progress=False).fingerprint == written.fingerprint
     assert not preparations
@@ -204,8 +205,8 @@ def test_a_store_is_taken_as_it_is(tmp_path: Path, model: Path, preparations: li
 def test_stores_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no prompt store"):
         PromptStore.open(tmp_path)
-    store = write_store(tmp_path / "a", [([1, 2, 3], [False, True, True])])
-    assert store.fingerprint != write_store(tmp_path / "b", [([1, 2, 3], [True, True, True])]).fingerprint
+    store = t.write_store(tmp_path / "a", [([1, 2, 3], [False, True, True])])
+    assert store.fingerprint != t.write_store(tmp_path / "b", [([1, 2, 3], [True, True, True])]).fingerprint
     (tmp_path / "a" / "tokens.bin").write_bytes(b"1234")
     with pytest.raises(DataError, match=r"4 bytes where the manifest says 12"):
         PromptStore.open(tmp_path / "a")
@@ -236,11 +237,12 @@ if __name__ == "__main__":
 """
 
 
-def start_slow(config: PromptsConfig, model: Path, tmp_path: Path, workers: int) -> subprocess.Popen[str]:
+def start_slow(config: PromptsConfig, model: Path, tmp_path: Path) -> subprocess.Popen[str]:
+    """A preparation with one worker process that stays at its first piece."""
     script = tmp_path / "slow.py"
     script.write_text(SLOW)
     process = subprocess.Popen(
-        [sys.executable, str(script), config.files[0], str(config.cache_dir), str(workers), str(model)],
+        [sys.executable, str(script), config.files[0], str(config.cache_dir), "1", str(model)],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
@@ -264,82 +266,64 @@ def runs(pid: int) -> bool:
         return False
 
 
-def test_a_killed_preparation_leaves_nothing_wrong(config: PromptsConfig, model: Path, tmp_path: Path) -> None:
-    process = start_slow(config, model, tmp_path, workers=1)
+def test_others_wait_a_bounded_time_and_a_killed_preparation_leaves_nothing_wrong(
+    config: PromptsConfig, model: Path, tmp_path: Path
+) -> None:
+    process = start_slow(config, model, tmp_path)
     with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
         children = [int(pid) for pid in file.read().split()]
-    assert children
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        assert children
+        name = f"process {process.pid} on {socket.gethostname()}"
+        with pytest.raises(WorldError, match=rf"waited 1 s for {name} .*\.lock"):
+            prepare(config, model, progress=False, timeout=1.0)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert until(lambda: not any(map(runs, children))), "workers outlive their parent"
     cache = Path(config.cache_dir or "") / "prompts"
     assert sorted(p.suffix for p in cache.iterdir()) == [".lock", ".tmp"]
     started = time.monotonic()
     store = prepare(config, model, progress=False)
-    assert time.monotonic() - started < 20, "the lock of a dead process of this host is taken over at once"
+    assert time.monotonic() - started < 20, "the lock of a dead process is free at once"
     assert len(store) == 600
     assert [p.name for p in cache.iterdir()] == [store.directory.name]
 
 
-def test_others_wait_a_bounded_time_and_name_who_works(config: PromptsConfig, model: Path, tmp_path: Path) -> None:
-    process = start_slow(config, model, tmp_path, workers=0)
-    try:
-        with pytest.raises(WorldError, match=rf"waited 1 s for process {process.pid} on .*\.lock"):
-            prepare(config, model, progress=False, timeout=1.0)
-    finally:
-        process.kill()
-        process.wait()
-
-
 def test_of_many_one_prepares(config: PromptsConfig, model: Path, preparations: list[Path]) -> None:
-    stores: list[PromptStore] = []
-    threads = [
-        threading.Thread(target=lambda: stores.append(prepare(config, model, progress=False, timeout=60)))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        stores = list(threads.map(lambda _: prepare(config, model, progress=False, timeout=60), range(4)))
     assert len(preparations) == 1
     assert {store.fingerprint for store in stores} == {stores[0].fingerprint}
-    assert len(stores) == 4
 
 
-def test_a_lock_without_heartbeat_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock_module, "POLL_S", 0.05)
-    path = tmp_path / "x.lock"
-    elsewhere = Holder("another-host", 1, "", "n")
-    for content in (json.dumps(asdict(elsewhere)), "", "{}"):
-        path.write_text(content)
-        said: list[str] = []
-        started = time.monotonic()
-        with lock_or_done(path, lambda: False, 10, said.append, stale_after=0.5) as mine:
-            assert mine
-            assert json.loads(path.read_text())["pid"] == os.getpid()
-        assert 0.5 <= time.monotonic() - started < 5
-        assert not path.exists()
-        assert any("taking over" in message for message in said)
+HOSTS = ["a", "b", "a", "b"]
 
 
-def test_a_lock_with_a_heartbeat_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock_module, "POLL_S", 0.05)
-    monkeypatch.setattr(lock_module, "HEARTBEAT_S", 0.1)
-    path = tmp_path / "x.lock"
-    ignored: list[str] = []
-    with lock_or_done(path, lambda: False, 1, ignored.append) as mine:
-        assert mine
-        with (
-            pytest.raises(WorldError, match=f"process {os.getpid()} on"),
-            lock_or_done(path, lambda: False, 2, ignored.append, stale_after=1.0),
-        ):
-            pass
-        finished = threading.Event()
-        threading.Timer(0.3, finished.set).start()
-        with lock_or_done(path, finished.is_set, 10, ignored.append) as second:
-            assert not second
-        assert path.exists()
-    assert not path.exists()
+@pytest.mark.parametrize("shared", [True, False])
+def test_in_a_world_one_rank_of_a_host_prepares(
+    config: PromptsConfig, model: Path, preparations: list[Path], shared: bool
+) -> None:
+    store = dist.HashStore()
+
+    def of_rank(rank: int) -> PromptStore:
+        cache = Path(config.cache_dir or "") / ("" if shared else HOSTS[rank])
+        return prepare_in_world(replace(config, cache_dir=str(cache)), model, store, HOSTS, rank)
+
+    with ThreadPoolExecutor(4) as threads:
+        stores = list(threads.map(of_rank, [3, 2, 1, 0]))
+    assert len(preparations) == (1 if shared else 2)
+    assert {store.fingerprint for store in stores} == {stores[0].fingerprint}
+    assert [store.directory for store in stores[:2]] == [store.directory for store in stores[2:]]
+    assert stores[0].provenance(599) == (config.files[0], 600)
+
+
+def test_in_a_world_a_rank_that_comes_no_further_is_named(config: PromptsConfig, model: Path) -> None:
+    store = dist.HashStore()
+    store.set("prompts/0/progress", "42%: 7 sequences")
+    with pytest.raises(WorldError, match=r"rank 0 \(host a\) .* no further for 0 s; its last word: 42%: 7") as error:
+        prepare_in_world(config, model, store, HOSTS, 1, silence_s=0.1)
+    assert error.value.culprit == 0
 
 
 def test_a_moved_file_keeps_its_store_and_is_named_as_it_is_called_now(tmp_path: Path, model: Path) -> None:

@@ -2,6 +2,7 @@
 """Every format and every defect of the files, by file and line."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,17 @@ import pytest
 from specdist.core.errors import ConfigError, DataError
 from specdist.prompts import read as read_module
 from specdist.prompts.conversation import Sample, to_sample
-from specdist.prompts.read import find_files, pieces, read, samples
+from specdist.prompts.read import find_files, pieces, samples
 from specdist.prompts.report import BadSample, UnusableError
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+
+
+def read(patterns: tuple[str, ...]) -> Iterator[Sample | BadSample]:
+    for source in find_files(patterns):
+        for piece in pieces(source):
+            yield from samples(piece)
 
 
 def messages(sample: Sample | BadSample) -> list[dict[str, Any]]:

@@ -194,7 +194,8 @@ def test_without_offsets_prompt_and_answer_are_tokenised_apart(monkeypatch: pyte
 
 def test_the_prompt_of_the_server_is_the_unsupervised_head() -> None:
     renderer, (sequence,) = rendered(t.HEADERS, PLAIN[:2])
-    prompt = renderer.prompt_ids(PLAIN[:1])
+    text = renderer.tokenizer.apply_chat_template(PLAIN[:1], tokenize=False, add_generation_prompt=True)
+    prompt = renderer.tokenizer.encode(text, add_special_tokens=False)
     assert sequence.tokens[: len(prompt)].tolist() == prompt
     assert not sequence.supervised[: len(prompt)].any()
     assert sequence.supervised[len(prompt) :].all()

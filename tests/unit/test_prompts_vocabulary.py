@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.prompts.store import PromptStore, write_store
+from specdist.prompts.store import PromptStore
 from specdist.prompts.vocabulary import frequent_tokens
+from tests.unit.prompts_tokenizers import write_store
 
 
 @pytest.fixture
