@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from specdist.core.errors import ConfigError
+from specdist.draft.registry import benchmark_words
 from specdist.job.config import JobConfig, examine, load_job
 from specdist.prompts.report import PrepareReport
 from specdist.prompts.store import StoreWriter
@@ -167,7 +168,7 @@ def _plan(args: argparse.Namespace, words: Sequence[str], directory: Path) -> Pl
     own = (
         f"target.path={model}", f"prompts.files=[{prompts}]", f"prompts.max_length={longest}",
         f"prompts.tokens_per_rank={max(longest, 8192)}", "draft.dp=1", "draft.compile=true", "target.verify=0",
-        "draft.eagle3.vocab_size=32000", "draft.dflash.mask_token_id=0", "export.formats=[]", "checkpoint.every=0",
+        *benchmark_words(), "export.formats=[]", "checkpoint.every=0",
         "metrics.tensorboard=false", "control.heartbeat_s=0.2",
         f"train.steps={args.steps}", f"metrics.every={args.warm}", *words,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from specdist.core import config as configuration
+from specdist.draft.registry import benchmark_words
 from specdist_launch.bench.measure import apart, in_a_world, told_to
 from specdist_launch.bench.shapes import SHAPES
 from specdist_launch.bench.step_batch import lengths_of
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(options)
     if args.worker:
         worker(Run(**told_to(args.worker[0])), args.worker[1])
-    words = ["draft.compile=true", "draft.eagle3.vocab_size=32000", "draft.dflash.mask_token_id=0", *words]
+    words = ["draft.compile=true", *benchmark_words(), *words]
     run = Run(
         batches=tuple(args.batch),
         shape=args.shape,
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device=args.device,
         words=tuple(words),
     )
-    configuration.load(BenchConfig, [], run.words)
+    draft = configuration.load(BenchConfig, [], run.words).draft
+    draft.chosen.check(draft.dtype, run.device, draft_tokens=None)
     for batch in run.batches:
         lengths_of(batch)
     speeds = in_a_world("specdist_launch.bench.step", "the step", asdict(run), args.ranks)

@@ -18,8 +18,8 @@ from specdist.core.launch_env import RankFacts
 from specdist.core.records import Features, TargetVocabulary
 from specdist.core.topology import Topology, WorldConfig
 from specdist.draft.base import ContextShare, DraftModel
+from specdist.draft.build import build_draft
 from specdist.draft.config import DraftConfig
-from specdist.draft.registry import build_draft, step_flops
 from specdist.prompts.items import Items
 from specdist.prompts.store import PromptStore
 from specdist.run.feature_source import random_rows
@@ -126,7 +126,7 @@ class Bench:
         compilations = graphs() - before
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
         middle, tokens = statistics.median(times), sum(batch.lengths)
-        work = step_flops(self._config.draft, self._target, batch.packed)
+        work = self._config.draft.chosen.flops(self._target, batch.packed)
         return StepSpeed(
             batch=name,
             ranks=self._ranks,
@@ -191,7 +191,7 @@ class Bench:
 
         embedding = table()
         vocabulary = TargetVocabulary(embedding, embedding if text.tie_word_embeddings else table())
-        size = self._config.draft.vocab_size
+        size = self._config.draft.chosen.vocab_size
         ids = None if size is None else torch.arange(size) * (text.vocab_size // size)
         draft = build_draft(self._config.draft, self._target, vocabulary, ids, layout_dtype=self.dtype)
         draft.share = ContextShare(self._place.cp, self._config.draft.cp)

@@ -5,7 +5,7 @@
     specdist bench target --model models/Qwen3-8B --tp 2 target.sglang.attention_backend=fa3
 
 Each engine runs in a torchrun world of its own, of `--tp` ranks. Items are packed of sequences of equal length, with
-EAGLE-3's default layers captured and no logits; a figure is the median of the repeats. The words `key=value` are keys
+three layers captured and no logits; a figure is the median of the repeats. The words `key=value` are keys
 of the configuration's `target` section. Prints JSON, then a table.
 """
 
@@ -122,7 +122,7 @@ def worker(run: Run, output: str) -> None:
         topology, world, "nccl" if world.device.type == "cuda" else "gloo", world_config.wait_timeout_s, wanted
     )
     n = facts.layers
-    captured = sorted({1, n // 2 - 1, n - 4} & set(range(n - 1)))  # EAGLE-3's default, as far as the model is so deep
+    captured = sorted({1, n // 2 - 1, n - 4} & set(range(n - 1)))  # as far as the model is so deep
     layout = FeatureLayout(tuple(captured), facts.hidden_size, True, compute_dtype(target, facts), run.summary)
     group = groups.replica if target.tp > 1 else None
     engine = load_target(target, layout, world.device, group, max(run.items))
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequences", nargs="+", type=int, default=[2048, 16384], metavar="TOKENS")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--summary", action="store_true", help="the head too, as with draft.eagle3.teacher_head=target")
+    parser.add_argument("--summary", action="store_true", help="the head too, as a draft may ask for")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--worker", nargs=2, metavar=("RUN", "OUTPUT"), help=argparse.SUPPRESS)
     options, words = apart(arguments)

@@ -3,22 +3,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+from transformers import PretrainedConfig
+
+from specdist.core.config import complete
 from specdist.core.errors import ConfigError
-from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.eagle3.config import Eagle3Config
-
-Algorithm = Literal["eagle3", "dflash"]
+from specdist.draft.algorithm import Algorithm, ExportedDraft
+from specdist.draft.registry import ALGORITHMS, DEFAULT
 
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """The draft model and how its ranks share it."""
+    """The draft model and how its ranks share it. Loaded ones also have the section of every registered algorithm."""
 
-    algorithm: Algorithm = "eagle3"
-    """Which draft to train, eagle3 or dflash; its own options are in the section of that name."""
+    algorithm: str = DEFAULT
+    """Which draft to train; its own options are in the section of that name."""
     dp: int | None = None
     """Data-parallel draft ranks; null takes all ranks the target leaves."""
     cp: int = 1
@@ -33,44 +34,46 @@ class DraftConfig:
     """torch.compile the draft's hot functions (CUDA; the first steps take a minute or so longer)."""
     init_from: str | None = None
     """An exported draft directory to start from; its draft vocabulary, layers and norms are taken too."""
-    eagle3: Eagle3Config = field(default_factory=Eagle3Config)
-    """Options of EAGLE-3."""
-    dflash: DFlashConfig = field(default_factory=DFlashConfig)
-    """Options of DFlash."""
 
-    @property
-    def vocab_size(self) -> int | None:
-        """Tokens of a draft vocabulary smaller than the target's; None where the draft proposes any token."""
-        return self.eagle3.vocab_size if self.algorithm == "eagle3" else None
-
-    @property
-    def teacher_head(self) -> Literal["draft", "target"] | None:
-        """Which side runs the target's whole head for the loss to compare with; None: it compares with the tokens."""
-        return self.eagle3.teacher_head if self.algorithm == "eagle3" else None
-
-    @property
-    def attention(self) -> Literal["auto", "eager", "flex"]:
-        """How the algorithm in use computes its attention in training."""
-        return self.dflash.attention if self.algorithm == "dflash" else self.eagle3.attention
-
-    @property
-    def embedding_on_host(self) -> bool:
-        """Whether the target's embedding stays in the host's memory."""
-        return self.algorithm == "eagle3" and self.eagle3.embedding == "host"
-
-    @property
-    def most_tokens(self) -> int | None:
-        """How many tokens it can draft at once; None: any number."""
-        return self.dflash.block_size - 1 if self.algorithm == "dflash" else None
+    @classmethod
+    def registered(cls) -> dict[str, object]:
+        """The fields that follow from the registry: see `specdist.core.config.complete`."""
+        sections = {name: algorithm.section for name, algorithm in ALGORITHMS.items()}
+        return {"algorithm": Literal[tuple(ALGORITHMS)], **sections}
 
     def __post_init__(self) -> None:
-        if self.eagle3.products == "fp8" and self.dtype == "float32":
-            raise ConfigError.at(
-                "draft.eagle3.products", "=fp8 rounds what is in bfloat16: leave draft.dtype at auto", "draft.dtype"
-            )
         if self.dp is not None and self.dp < 1:
             raise ConfigError.at(
                 "draft.dp", f"is {self.dp}: it must be at least 1, or null for all ranks the target leaves"
             )
         if self.cp < 1:
             raise ConfigError.at("draft.cp", f"is {self.cp}: it must be at least 1")
+
+    @property
+    def chosen(self) -> Algorithm[Any]:
+        """The algorithm in use, with its options."""
+        return ALGORITHMS[self.algorithm](getattr(self, self.algorithm))
+
+    def with_options(self, options: object) -> DraftConfig:
+        """With another section of the algorithm in use."""
+        sections: dict[str, Any] = {self.algorithm: options}
+        return replace(self, **sections)
+
+    def of_exported(self, exported: ExportedDraft[Any], target: PretrainedConfig) -> DraftConfig:
+        """With everything that the weights of `exported` decide set to what they are.
+
+        Raises:
+            ConfigError: it is a draft of another algorithm, or no configuration gives it beside this target.
+        """
+        if exported.algorithm != self.algorithm:
+            raise ConfigError(
+                f"the exported draft is one of draft.algorithm={exported.algorithm}, and the configuration says "
+                f"{self.algorithm}",
+                "draft.algorithm",
+            )
+        return self.with_options(exported.options(self.chosen.config, target))
+
+
+def draft_config(**keys: Any) -> DraftConfig:
+    """A configuration made in code: `keys` are those of `DraftConfig`, and sections of algorithms by their names."""
+    return complete(DraftConfig)(**keys)

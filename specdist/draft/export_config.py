@@ -8,18 +8,14 @@ from typing import Literal
 
 from specdist.core.errors import ConfigError
 
-Format = Literal["sglang", "speculators"]
-FORMATS: dict[str, tuple[Format, ...]] = {"eagle3": ("sglang", "speculators"), "dflash": ("sglang",)}
-"""What a draft of each algorithm can be written as."""
-
 
 @dataclass(frozen=True)
 class ExportConfig:
     """What a run writes for serving when training ends."""
 
-    formats: tuple[Format, ...] | None = None
-    """sglang: the directory that SGLang and vLLM load; speculators (EAGLE-3 only): the format of the speculators
-    library, which vLLM serves without naming the target. null: all that the draft's algorithm has."""
+    formats: tuple[str, ...] | None = None
+    """sglang: the directory that SGLang and vLLM load; speculators, where the algorithm has it: the format of the
+    speculators library, which vLLM serves without naming the target. null: all that the draft's algorithm has."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the exported weights; choose the one the target is served in."""
     embedding: bool = False
@@ -32,16 +28,3 @@ class ExportConfig:
             raise ConfigError.at("export.speculative_tokens", f"is {self.speculative_tokens}; it must be at least 1")
         if self.formats is not None and len(set(self.formats)) < len(self.formats):
             raise ConfigError.at("export.formats", f"names a format twice: {list(self.formats)}")
-
-    def written(self, algorithm: str) -> tuple[Format, ...]:
-        """The formats that a draft of `algorithm` is written in. Raises ConfigError: one is not for it."""
-        formats = FORMATS[algorithm] if self.formats is None else self.formats
-        for name in formats:
-            if name not in FORMATS[algorithm]:
-                raise ConfigError.at(
-                    "export.formats",
-                    f": {name} is not for drafts of draft.algorithm={algorithm}: give "
-                    f"[{', '.join(FORMATS[algorithm])}], or null",
-                    "draft.algorithm",
-                )
-        return formats

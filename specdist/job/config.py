@@ -22,9 +22,8 @@ from specdist.core.launch_env import Attempt, Role
 from specdist.core.progress import CheckpointConfig
 from specdist.core.records import FeatureLayout
 from specdist.core.topology import Topology, WorldConfig
-from specdist.draft.capture import capture_layout
+from specdist.draft import registry as algorithms
 from specdist.draft.config import DraftConfig
-from specdist.draft.dflash.mask_token import find_mask_token
 from specdist.evaluate.config import EvaluateConfig
 from specdist.export import ExportConfig, check_servable, load_exported
 from specdist.job.launch_config import LaunchConfig
@@ -84,12 +83,11 @@ class JobConfig:
 CHANGEABLE = (
     "world", "scheduler", "control", "channel", "checkpoint", "metrics", "trace", "export", "evaluate", "launch",
     "run.dir", "train", "target.replicas", "target.tp", "target.verify", "target.verify_against", "target.prefill",
-    "target.engine", "draft.dp", "draft.cp", "draft.sharding", "draft.compile",
-    "draft.eagle3.teacher_head", "draft.eagle3.embedding", "draft.eagle3.recompute", "draft.eagle3.loss_chunk",
-    "draft.eagle3.attention", "draft.dflash.loss_chunk", "draft.dflash.attention", "prompts.workers",
+    "target.engine", "draft.dp", "draft.cp", "draft.sharding", "draft.compile", "prompts.workers",
     "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer", "run.plugins",
 )  # fmt: skip
-"""Keys that may differ when a run directory is used again: they do not change what the draft is or learns from."""
+"""Keys that may differ when a run directory is used again: they do not change what the draft is or learns from. An
+algorithm says the same of its own keys (`Algorithm.changeable`)."""
 
 
 @dataclass(frozen=True)
@@ -115,15 +113,14 @@ def job_of(sources: config.Sources) -> JobConfig:
             # What the weights decide follows from the weights, so that it cannot contradict them.
             target = describe(job.target.path, job.target.trust_remote_code)
             try:
-                draft = load_exported(job.draft.init_from).draft_config(job.draft, target.config)
+                draft = job.draft.of_exported(load_exported(job.draft.init_from), target.config)
             except (ConfigError, DataError) as error:
                 raise ConfigError.at("draft.init_from", f"={job.draft.init_from}: {error}", error.keys) from error
             job = replace(job, draft=draft)
-        if job.draft.algorithm == "dflash" and job.draft.dflash.mask_token_id is None:
-            # It is part of the draft from here on: a tokenizer that changes later does not change it.
-            target = describe(job.target.path, job.target.trust_remote_code)
-            token = find_mask_token(target.path, target.vocab_size)
-            job = replace(job, draft=replace(job.draft, dflash=replace(job.draft.dflash, mask_token_id=token)))
+        options = job.draft.chosen.completed(lambda: describe(job.target.path, job.target.trust_remote_code))
+        job = replace(job, draft=job.draft.with_options(options))
+        draft_tokens = job.evaluate.draft_tokens if job.evaluate.prompts else None
+        job.draft.chosen.check(job.draft.dtype, job.world.device, draft_tokens)
         if not transport_for(job.channel.transport).one_sided and job.world.role != "both":
             raise ConfigError.at(
                 "channel.transport",
@@ -135,12 +132,6 @@ def job_of(sources: config.Sources) -> JobConfig:
             raise ConfigError.at("prompts.files", "is empty: give JSONL, JSON, Parquet files or dataset directories")
         if job.world.device == "cpu":
             transport(job, torch.device("cpu"))
-            if job.draft.attention == "flex":
-                raise ConfigError.at(
-                    f"draft.{job.draft.algorithm}.attention",
-                    "=flex needs a CUDA device, and world.device is cpu: auto takes what works",
-                    "world.device",
-                )
         job.trace.check(job.train.steps)
         return job
 
@@ -168,7 +159,7 @@ def examine(job: JobConfig) -> JobFacts:
     """Check the job against the model directory. Raises ConfigError or DataError; needs no GPU."""
     target = engines.check_target(job.target)
     dtype = compute_dtype(job.target, target)
-    layout = capture_layout(job.draft, target.config, dtype)
+    layout = job.draft.chosen.layout(target.config, dtype)
     if target.max_positions is not None and job.prompts.max_length > target.max_positions:
         raise ConfigError.at(
             "prompts.max_length",
@@ -188,14 +179,6 @@ def examine(job: JobConfig) -> JobFacts:
     absent = [file for file in job.evaluate.prompts if not Path(file).expanduser().exists()]
     if absent:
         raise ConfigError.at("evaluate.prompts", f": there is no {', '.join(absent)} (working directory {Path.cwd()})")
-    most = job.draft.most_tokens
-    if job.evaluate.prompts and most is not None and job.evaluate.draft_tokens > most:
-        raise ConfigError.at(
-            "evaluate.draft_tokens",
-            f"={job.evaluate.draft_tokens} is more than the {most} that a block drafts "
-            f"(draft.dflash.block_size={job.draft.dflash.block_size}, less the verified token)",
-            "draft.dflash.block_size",
-        )
     check_servable(job.draft, job.export, target.layers)
     return JobFacts(target, dtype, layout)
 
@@ -231,7 +214,7 @@ def transport(job: JobConfig, device: torch.device) -> Transport:
 
 def differing_keys(new: JobConfig, old: JobConfig) -> list[str]:
     """The keys, of those that make a run what it is, in which two configurations differ."""
-    found, changeable = [], (*CHANGEABLE, *engines.changeable_keys())
+    found, changeable = [], (*CHANGEABLE, *engines.changeable_keys(), *algorithms.changeable_keys())
     for entry in config.fields(JobConfig):
         if entry.key.startswith(tuple(f"{k}." for k in changeable)) or entry.key in changeable:
             continue

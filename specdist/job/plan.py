@@ -2,7 +2,7 @@
 """What a job will look like, worked out on a machine without a GPU: ranks, links, bytes and memory.
 
 Memory figures are estimates: weights, optimizer state and buffers are counted exactly, the target's activations by the
-rule stated beside them, the draft's step by what it keeps (`draft/eagle3/memory.py`, `draft/dflash/cost.py`).
+rule stated beside them, the draft's step by what it keeps (`Algorithm.step_bytes`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from specdist.core.errors import ConfigError
 from specdist.core.launch_env import Role
 from specdist.core.records import SUMMARY_BYTES
 from specdist.core.topology import Topology
+from specdist.draft.build import parameter_count
 from specdist.draft.config import DraftConfig
-from specdist.draft.registry import frozen_memory, parameter_count, step_memory
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
 from specdist.target.argmax_lse import CHUNK
@@ -122,7 +122,7 @@ def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Ne
         job.draft, facts.target.config, facts.target.tied, facts.target_dtype.itemsize, tokens, ranks
     )
     needs = [Need("draft", part, size) for part, size in parts.items()]
-    if job.draft.embedding_on_host:
+    if job.draft.chosen.embedding_on_host:
         table = facts.target.vocab_size * facts.target.hidden_size * facts.target_dtype.itemsize
         locked = 1 << (table - 1).bit_length()  # torch locks pages in powers of two
         needs.append(Need("draft", "target embedding, in page-locked host memory", locked, host=True))
@@ -142,18 +142,17 @@ def training_memory(
         tied: whether the target's embedding is its head.
         itemsize: bytes of a number of the target's tables.
     """
-    parameters = parameter_count(draft, target)
+    parameters, algorithm, text = parameter_count(draft, target), draft.chosen, target.get_text_config()
     shards = ranks if draft.sharding == "fsdp" else draft.cp
     compute = 4 if draft.dtype == "float32" else 2
-    step = step_memory(draft, target, tokens, compute)
+    step = algorithm.step_bytes(target, tokens, -(-tokens // draft.cp), compute, draft.compile)
+    tables = algorithm.frozen_rows(text.vocab_size, tied) * text.hidden_size * itemsize
     # Gradients come when what the steps kept has gone: as they are computed, in fp32 to be reduced, and this rank's.
     gradients = (compute + 4) * parameters + 4 * parameters // shards
     return {
         f"fp32 weights and AdamW moments / {shards}": 12 * parameters // shards,
         "weights to compute with": compute * parameters,
-        "target head" if draft.embedding_on_host else "target embedding and head": frozen_memory(
-            draft, target, tied, itemsize
-        ),
+        "target head" if algorithm.embedding_on_host else "target embedding and head": tables,
         **step,
         "gradients, beyond that": max(gradients - sum(step.values()), 0),
     }

@@ -80,12 +80,10 @@ def estimated(job: JobConfig, facts: JobFacts) -> Rates:
     for sequences of prompts.max_length."""
     import torch
 
-    from specdist.draft.registry import step_flops  # it imports much that a plan with rates does without
-
     length = job.prompts.max_length
     document = PackedTokens.from_documents([torch.zeros(length)], [torch.ones(length)])  # all of it supervised
     summary = facts.layout.summary  # the target runs its head
-    training = step_flops(job.draft, facts.target.config, document) / length
+    training = job.draft.chosen.flops(facts.target.config, document) / length
     forward = facts.target.flops([length]) / length
     forward += 2.0 * facts.target.hidden_size * facts.target.vocab_size * summary
     able = ESTIMATED_TFLOPS * 1e12

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from specdist.core.errors import ConfigError
@@ -12,17 +12,17 @@ WAITS_MATTER = 0.05
 """Below this share of waiting a side counts as busy."""
 
 
-def verdict(draft_wait: float, target_wait: float, teacher_head: str | None = None) -> str:
+def verdict(draft_wait: float, target_wait: float, moves: Mapping[str, str]) -> str:
     """Which side starves, from the shares of the time (0 to 1) in which each waited for the other, and what would help.
-    `teacher_head`: `draft.eagle3.teacher_head`, where it is known."""
+    `moves`: the `key=value` that moves work to a side, where the draft's algorithm has one."""
     waits = f"draft ranks waited {draft_wait:.0%} of the time, target ranks {target_wait:.0%}"
     if max(draft_wait, target_wait) < WAITS_MATTER:
         return f"balanced: {waits}"
     if draft_wait > target_wait:
-        move = " or draft.eagle3.teacher_head=draft" if teacher_head == "target" else ""
-        return f"the draft side starves: {waits}; more target ranks{move} would help"
-    move = " or draft.eagle3.teacher_head=target" if teacher_head == "draft" else ""
-    return f"the target side starves: {waits}; more draft ranks{move} would help"
+        starves, helps, move = "draft", "target", moves.get("draft")
+    else:
+        starves, helps, move = "target", "draft", moves.get("target")
+    return f"the {starves} side starves: {waits}; more {helps} ranks{f' or {move}' if move else ''} would help"
 
 
 @dataclass(frozen=True)

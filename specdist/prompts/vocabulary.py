@@ -21,9 +21,7 @@ def frequent_tokens(store: PromptStore, size: int, target_size: int) -> tuple[Te
         DataError: the prompts hold tokens that the target does not have.
     """
     if not 0 < size <= target_size:
-        raise ConfigError.at(
-            "draft.eagle3.vocab_size", f"={size}: the target has {target_size} tokens, so give 1 to {target_size}"
-        )
+        raise ConfigError(f"draft vocab_size={size}: the target has {target_size} tokens, so give 1 to {target_size}")
     if store.max_token >= target_size:
         raise DataError(
             f"the prompts hold token {store.max_token} and the target's vocabulary has {target_size} entries: "

@@ -19,7 +19,7 @@ from specdist.core.files import write_atomically
 from specdist.core.progress import Progress
 from specdist.core.stop import StopFlag
 from specdist.evaluate.report import EvaluationReport, render
-from specdist.export import export_draft
+from specdist.export import Trained, export_draft, written_formats
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.run_dir import RunDirectory
 from specdist.job.split import verdict
@@ -40,8 +40,8 @@ class Sides:
     target_wait: float | None = None
     replicas: int | None = None
     draft_ranks: int | None = None
-    teacher_head: str | None = None
-    """`draft.eagle3.teacher_head`, in a split world of an EAGLE-3 draft."""
+    moves: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """The `key=value` that moves work to a side, where there is one."""
     alone: bool = False
     """Whether there was no target (`world.mode=draft_only`)."""
 
@@ -58,7 +58,7 @@ class Sides:
             return "there was no target: the draft trained on random features"
         if self.target_wait is None:
             return "both roles share the ranks, so neither waits for the other"
-        return verdict(self.draft_wait, self.target_wait, self.teacher_head)
+        return verdict(self.draft_wait, self.target_wait, self.moves)
 
 
 @dataclass(frozen=True)
@@ -173,20 +173,11 @@ def export_all(
     embedding = None
     if job.export.embedding:
         embedding = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code).embedding
+    trained = Trained(state, vocabulary, facts.target.config, job.target.path, embedding)
+    exports = directory or run_dir.exports
     return [
-        export_draft(
-            (directory or run_dir.exports) / name,
-            name,
-            job.draft,
-            state,
-            vocabulary,
-            facts.target.config,
-            job.target.path,
-            job.export,
-            embedding,
-            overwrite=True,
-        )
-        for name in job.export.written(job.draft.algorithm)
+        export_draft(exports / name, name, job.draft, trained, job.export, overwrite=True)
+        for name in written_formats(job.draft, job.export)
     ]
 
 
@@ -197,7 +188,7 @@ def _sides(job: JobConfig, outcome: Outcome) -> Sides:
         return Sides(figures["tokens_per_s"], 0.0, draft_ranks=outcome.draft_ranks, alone=alone)
     able = sum(p.busy_tokens_per_s for p in outcome.producers)
     waits, ranks = (figures["draft_wait"], figures["target_wait"]), (len(outcome.producers), outcome.draft_ranks)
-    return Sides(figures["tokens_per_s"], waits[0], able, waits[1], *ranks, job.draft.teacher_head)
+    return Sides(figures["tokens_per_s"], waits[0], able, waits[1], *ranks, job.draft.chosen.moves)
 
 
 def _tell(run_dir: RunDirectory, outcome: Outcome, sides: Sides, exports: Sequence[Path], evaluation: str) -> None:

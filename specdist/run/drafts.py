@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from specdist.draft.base import DraftModel
-from specdist.draft.registry import build_draft
+from specdist.draft.build import build_draft
 from specdist.export import load_exported
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.run_dir import RunDirectory
@@ -44,7 +44,7 @@ def served_draft(
 def exported_draft(job: JobConfig, facts: JobFacts, directory: str, device: torch.device) -> DraftModel:
     """The draft in an export, as it is served."""
     exported = load_exported(directory)
-    config = exported.draft_config(job.draft, facts.target.config)
+    config = job.draft.of_exported(exported, facts.target.config)
     vocabulary = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code)
     model = build_draft(
         config, facts.target.config, vocabulary, exported.vocabulary, layout_dtype=facts.layout.dtype, device=device

@@ -173,8 +173,8 @@ def _draft_vocabulary(job: JobConfig, prompts: PromptStore) -> Tensor | None:
     whole = jobs.examine(job).target.vocab_size
     if job.draft.init_from is not None:
         ids = load_exported(job.draft.init_from).vocabulary
-    elif job.draft.vocab_size is not None:
-        ids, coverage = frequent_tokens(prompts, job.draft.vocab_size, whole)
+    elif job.draft.chosen.vocab_size is not None:
+        ids, coverage = frequent_tokens(prompts, job.draft.chosen.vocab_size, whole)
         print(f"specdist: the draft vocabulary covers {coverage:.2%} of the supervised tokens", file=sys.stderr)
     else:
         return None

@@ -103,7 +103,7 @@ def _running(status: Status, record: Mapping[str, float], now: float) -> list[st
     lines = [f"  step        {done}{_remaining(status, record, now)}"]
     if record:
         lines.append(f"  figures     loss {record['loss']:.4g}, {record['tokens_per_s']:,.0f} tokens/s")
-        lines.append(f"  balance     {verdict(record['draft_wait'], record['target_wait'])}")
+        lines.append(f"  balance     {verdict(record['draft_wait'], record['target_wait'], {})}")
     counts = status.statistics
     if counts.replicas:
         waiting = counts.delivered - counts.released

@@ -15,7 +15,7 @@ from specdist.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule. The defaults are what published EAGLE-3 drafts were trained with."""
+    """AdamW and its schedule. The defaults are what published drafts were trained with."""
 
     lr: float = 1e-4
     """Peak learning rate."""

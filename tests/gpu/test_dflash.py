@@ -10,10 +10,10 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig
 
 from specdist.core.records import Features, PackedTokens, TargetVocabulary
-from specdist.draft.config import DraftConfig
+from specdist.draft.build import build_draft
+from specdist.draft.config import draft_config
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.dflash.model import DFlashDraft
-from specdist.draft.registry import build_draft
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -54,7 +54,7 @@ def draft_of(
         "attention": attention,
         **options,
     }
-    config = DraftConfig(algorithm="dflash", dflash=DFlashConfig(**settings), compile=compiled)  # type: ignore[arg-type]
+    config = draft_config(algorithm="dflash", dflash=DFlashConfig(**settings), compile=compiled)  # type: ignore[arg-type]
     draft = build_draft(config, target, TargetVocabulary(*ends)).to(dtype)
     assert isinstance(draft, DFlashDraft)
     return draft

@@ -12,13 +12,13 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig
 
 from specdist.core.records import Features, PackedTokens, TargetVocabulary
+from specdist.draft.build import build_draft
 from specdist.draft.common.flex import whole_blocks
-from specdist.draft.config import DraftConfig
+from specdist.draft.config import draft_config
 from specdist.draft.eagle3.attention import eager_attention, flex_attention
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.model import Eagle3Draft
 from specdist.draft.eagle3.rows import Rows
-from specdist.draft.registry import build_draft
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -71,7 +71,7 @@ def draft_of(attention: str, dtype: torch.dtype, compiled: bool, **options: str)
     )
     generator = torch.Generator().manual_seed(0)
     ends = (torch.randn(VOCAB, HIDDEN, generator=generator).div(16).to("cuda", dtype) for _ in range(2))
-    config = DraftConfig(eagle3=Eagle3Config(attention=attention, loss_chunk=300, **options), compile=compiled)  # type: ignore[arg-type]
+    config = draft_config(eagle3=Eagle3Config(attention=attention, loss_chunk=300, **options), compile=compiled)  # type: ignore[arg-type]
     return build_draft(config, target, TargetVocabulary(*ends), torch.arange(0, VOCAB, 2)).to(dtype)
 
 

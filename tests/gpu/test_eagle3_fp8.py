@@ -10,11 +10,11 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig
 
 from specdist.core.records import Features, PackedTokens, TargetVocabulary
-from specdist.draft.config import DraftConfig
+from specdist.draft.build import build_draft
+from specdist.draft.config import draft_config
 from specdist.draft.eagle3 import fp8
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.model import Eagle3Draft
-from specdist.draft.registry import build_draft
 
 HIDDEN, VOCAB = 256, 1000
 pytestmark = [
@@ -49,7 +49,7 @@ def draft_of(products: str) -> Eagle3Draft:
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     ends = (torch.randn(VOCAB, HIDDEN, generator=generator).div(16).to("cuda", torch.bfloat16) for _ in range(2))
-    config = DraftConfig(eagle3=Eagle3Config(products=products), compile=True)  # type: ignore[arg-type]
+    config = draft_config(eagle3=Eagle3Config(products=products), compile=True)  # type: ignore[arg-type]
     return build_draft(config, target, TargetVocabulary(*ends), torch.arange(0, VOCAB, 2)).to(torch.bfloat16)
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from specdist.core.records import TargetVocabulary
+from specdist.draft.build import build_draft
 from specdist.draft.common.rotary import Rotary
-from specdist.draft.config import DraftConfig
+from specdist.draft.config import draft_config
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.dflash.model import DFlashDraft
-from specdist.draft.registry import build_draft
 from tests.unit.draft_case import EPS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, THETA, VOCAB, Case, target_config
 
 LAYERS, BLOCK, MASK = 2, 5, 36
@@ -31,7 +31,7 @@ def build_case(
     **options: object,
 ) -> Case[DFlashDraft]:
     settings = {"block_size": BLOCK, "num_layers": LAYERS, "layers": (1, 3, 5), "mask_token_id": MASK, "loss_chunk": 9}
-    config = DraftConfig(algorithm="dflash", dflash=DFlashConfig(**{**settings, **options}))  # type: ignore[arg-type]
+    config = draft_config(algorithm="dflash", dflash=DFlashConfig(**{**settings, **options}))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from specdist.core.records import TargetVocabulary
+from specdist.draft.build import build_draft
 from specdist.draft.common.rotary import Rotary
-from specdist.draft.config import DraftConfig
+from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.model import Eagle3Draft
-from specdist.draft.registry import build_draft
 from tests.unit.draft_case import EPS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, THETA, VOCAB, Case, target_config
 
 STEPS, DECAY = 4, 0.8
@@ -31,7 +31,7 @@ def build_case(
     dtype: torch.dtype = torch.float64,
     **options: object,
 ) -> Case[Eagle3Draft]:
-    config = DraftConfig(eagle3=Eagle3Config(**{"ttt_length": STEPS, "loss_chunk": 5, **options}))  # type: ignore[arg-type]
+    config = draft_config(eagle3=Eagle3Config(**{"ttt_length": STEPS, "loss_chunk": 5, **options}))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

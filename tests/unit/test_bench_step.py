@@ -13,9 +13,8 @@ from transformers import AutoConfig
 
 from specdist.core.errors import ConfigError
 from specdist.core.records import PackedTokens
-from specdist.draft.config import DraftConfig
+from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
-from specdist.draft.registry import step_flops
 from specdist_launch.bench.shapes import SHAPES
 from specdist_launch.bench.step import main, render
 from specdist_launch.bench.step_batch import lengths_of
@@ -27,15 +26,15 @@ from tests.tiny import make_target
 def test_operations_of_the_qwen3_8b_shape() -> None:
     """By hand, for 4 documents of 2,048: products with weights, and causal attention."""
     target = AutoConfig.for_model(**SHAPES["qwen3-8b"])
-    config = DraftConfig(eagle3=Eagle3Config(vocab_size=32000))
+    config = draft_config(eagle3=Eagle3Config(vocab_size=32000))
     layer = 4096 * 6144 + 4096 * 4096 + 3 * 4096 * 12288  # the state's half of q, k, v
     once = 3 * 4096 * 4096 + 4096 * 6144 + 4096 * 2048  # fusion, the embeddings' half, the first keys and values
     attention = 2 * 4096 * 2049 / 2  # multiply-adds of a token
     teacher = 4096 * (151936 + 32000)
     per_token = 2 * (3 * (once + 7 * (layer + attention + 4096 * 32000)) + teacher)
-    assert step_flops(config, target, packed([2048] * 4, 1.0)) / 8192 == pytest.approx(per_token, rel=2e-3)
+    assert config.chosen.flops(target, packed([2048] * 4, 1.0)) / 8192 == pytest.approx(per_token, rel=2e-3)
     late = 2 * (3 * (once + 7 * (layer + 1.5 * attention + 4096 * 32000) / 2) + teacher / 2)
-    assert step_flops(config, target, packed([2048] * 4, 0.5)) / 8192 == pytest.approx(late, rel=5e-3)
+    assert config.chosen.flops(target, packed([2048] * 4, 0.5)) / 8192 == pytest.approx(late, rel=5e-3)
 
 
 def packed(lengths: list[int], supervised: float) -> PackedTokens:

@@ -12,9 +12,10 @@ from transformers import LlamaConfig
 from specdist.core import config
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import TargetVocabulary
-from specdist.draft.config import DraftConfig
+from specdist.draft.build import build_draft
+from specdist.draft.config import draft_config
 from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.registry import build_draft
+from specdist.export import written_formats
 from specdist.job.config import JobConfig, examine, load_job
 from tests.tiny import make_config, make_conversations, make_target
 from tests.unit.dflash_reference import HIDDEN, VOCAB, target_config
@@ -83,9 +84,8 @@ def test_what_does_not_fit_the_target(
 
 def test_more_tokens_than_a_block_has(tmp_path: Path, material: tuple[Path, Path]) -> None:
     prompts = {"evaluate__prompts": f"[{material[1]}]", "draft__dflash__mask_token_id": 256}
-    job = load_job([], words(tmp_path, material, draft__dflash__block_size=4, evaluate__draft_tokens=4, **prompts))
     with pytest.raises(ConfigError, match=r"evaluate\.draft_tokens=4 is more than the 3 that a block drafts"):
-        examine(job)
+        load_job([], words(tmp_path, material, draft__dflash__block_size=4, evaluate__draft_tokens=4, **prompts))
 
 
 def test_an_embedding_is_not_exported(tmp_path: Path, material: tuple[Path, Path]) -> None:
@@ -111,10 +111,10 @@ def test_the_mask_token_is_a_free_row_of_the_embedding(tmp_path: Path, material:
 
 def test_a_draft_vocabulary_is_not_for_it() -> None:
     table = torch.zeros(VOCAB, HIDDEN)
-    draft = DraftConfig(algorithm="dflash", dflash=DFlashConfig(num_layers=2, layers=(1, 3), mask_token_id=0))
+    draft = draft_config(algorithm="dflash", dflash=DFlashConfig(num_layers=2, layers=(1, 3), mask_token_id=0))
     with pytest.raises(DataError, match="a DFlash draft has the target's"):
         build_draft(draft, target_config(), TargetVocabulary(table, table), torch.arange(5))
-    assert draft.vocab_size is None
+    assert draft.chosen.vocab_size is None
 
 
 def test_the_configurations_that_ship() -> None:
@@ -122,5 +122,5 @@ def test_the_configurations_that_ship() -> None:
     assert (job.draft.algorithm, job.draft.dflash.block_size) == ("dflash", 6)
     examine(job)
     large = config.load(JobConfig, ["configs/qwen3-8b.yaml", "configs/qwen3-8b-dflash.yaml"])
-    assert large.evaluate.draft_tokens == large.draft.most_tokens
-    assert large.export.written(large.draft.algorithm) == ("sglang",)
+    assert large.evaluate.draft_tokens == large.draft.dflash.block_size - 1
+    assert written_formats(large.draft, large.export) == ("sglang",)

@@ -8,14 +8,14 @@ import torch
 from transformers import AutoConfig
 
 from specdist.core.records import PackedTokens
-from specdist.draft.config import DraftConfig
+from specdist.draft.build import parameter_count
+from specdist.draft.config import draft_config
 from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.registry import frozen_memory, parameter_count, step_flops, step_memory
 from specdist.job.plan import training_memory
 from specdist_launch.bench.shapes import SHAPES
 
 TARGET = AutoConfig.for_model(**SHAPES["qwen3-8b"])
-DRAFT = DraftConfig(algorithm="dflash", dflash=DFlashConfig(mask_token_id=151_669), compile=True)
+DRAFT = draft_config(algorithm="dflash", dflash=DFlashConfig(mask_token_id=151_669), compile=True)
 LAYER = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288
 """Weights of a layer."""
 
@@ -27,7 +27,7 @@ def test_operations() -> None:
     attention = 2 * 4096 * (seen + 16)  # multiply-adds of a row
     trained = 8192 * (5 * 4096 * 4096 + 5 * 2 * 4096 * 1024) + rows * 5 * (LAYER + attention)
     head = 512 * 15 * 4096 * 151_936
-    assert step_flops(DRAFT, TARGET, packed) == pytest.approx(6 * trained + 4 * head, rel=0.01)
+    assert DRAFT.chosen.flops(TARGET, packed) == pytest.approx(6 * trained + 4 * head, rel=0.01)
 
 
 def test_parameters() -> None:
@@ -38,8 +38,8 @@ def test_parameters() -> None:
 @pytest.mark.parametrize(("tokens", "measured"), [(8192, 11.6), (16384, 12.3)])
 def test_the_peak_of_a_bare_step_is_foreseen(tokens: int, measured: float) -> None:
     """`specdist bench step --bare draft.algorithm=dflash`, GiB."""
-    step = sum(step_memory(DRAFT, TARGET, tokens, itemsize=2).values())
-    tables, features = frozen_memory(DRAFT, TARGET, tied=False, itemsize=2), 2 * tokens * 5 * 4096
+    step = sum(DRAFT.chosen.step_bytes(TARGET, tokens, tokens, itemsize=2, compiled=True).values())
+    tables, features = DRAFT.chosen.frozen_rows(TARGET.vocab_size, tied=False) * 4096 * 2, 2 * tokens * 5 * 4096
     foreseen = step + tables + features + 2 * parameter_count(DRAFT, TARGET)
     assert foreseen / 2**30 == pytest.approx(measured, rel=0.05)
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import Features, TargetVocabulary
-from specdist.draft.config import DraftConfig
+from specdist.draft.build import build_draft
+from specdist.draft.config import DraftConfig, draft_config
 from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.registry import build_draft
-from specdist.export import ExportConfig, export_draft, load_exported
+from specdist.export import ExportConfig, Trained, export_draft, load_exported, written_formats
 from tests.unit import dflash_reference as reference
 from tests.unit.dflash_reference import BLOCK, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MASK, VOCAB, Case, build_case
 
@@ -42,19 +42,21 @@ NAMES_AND_SHAPES = {
 }
 
 
-def draft_config(**options: object) -> DraftConfig:
-    return DraftConfig(algorithm="dflash", dflash=DFlashConfig(**options))  # type: ignore[arg-type]
+def dflash(**options: object) -> DraftConfig:
+    return draft_config(algorithm="dflash", dflash=DFlashConfig(**options))  # type: ignore[arg-type]
 
 
 def export(directory: Path, case: Case, state: dict[str, Tensor] | None = None, **options: object) -> Path:
     return export_draft(
         directory,
         "sglang",
-        DraftConfig(algorithm="dflash", dflash=case.draft.config),
-        case.draft.state_dict() if state is None else state,
-        torch.arange(VOCAB),
-        reference.target_config(),
-        "org/model",
+        draft_config(algorithm="dflash", dflash=case.draft.config),
+        Trained(
+            case.draft.state_dict() if state is None else state,
+            torch.arange(VOCAB),
+            reference.target_config(),
+            "org/model",
+        ),
         ExportConfig(**{"dtype": "float32", **options}),  # type: ignore[arg-type]
     )
 
@@ -107,8 +109,8 @@ def test_read_back(case: Case, tmp_path: Path) -> None:
     exported = load_exported(export(tmp_path / "draft", case))
     assert exported.vocabulary is None
     assert all(torch.equal(exported.state[name], tensor) for name, tensor in case.draft.state_dict().items())
-    base = draft_config(block_size=4, num_layers=7, loss="dpace")
-    restored = exported.draft_config(base, reference.target_config())
+    base = dflash(block_size=4, num_layers=7, loss="dpace")
+    restored = base.of_exported(exported, reference.target_config())
     assert restored.dflash == replace(
         base.dflash,
         block_size=BLOCK,
@@ -131,7 +133,7 @@ def test_what_others_publish_can_be_read(case: Case, tmp_path: Path) -> None:
     tensors = load_file(directory / "model.safetensors")
     save_file({f"model.{name}": tensor for name, tensor in tensors.items()}, directory / "model.safetensors")
     change(directory, dflash_config={"mask_token_id": MASK, "target_layer_ids": [1, 3, 5]})
-    assert load_exported(directory).draft_config(draft_config(), reference.target_config()).dflash.block_size == BLOCK
+    assert load_exported(directory).options(DFlashConfig(), reference.target_config()).block_size == BLOCK
 
 
 def change(directory: Path, **keys: object) -> None:
@@ -162,13 +164,13 @@ def test_a_draft_that_does_not_fit(case: Case, tmp_path: Path) -> None:
     other = reference.target_config()
     other.num_hidden_layers = 9
     with pytest.raises(ConfigError, match="one of 8 layers, and this one has 9"):
-        exported.draft_config(draft_config(), other)
+        exported.options(DFlashConfig(), other)
     other = reference.target_config()
     other.vocab_size = VOCAB + 3
     with pytest.raises(ConfigError, match="vocab_size is 37, 40 beside this target"):
-        exported.draft_config(draft_config(), other)
+        exported.options(DFlashConfig(), other)
     with pytest.raises(ConfigError, match=r"draft\.algorithm=dflash, and the configuration says eagle3"):
-        exported.draft_config(DraftConfig(), reference.target_config())
+        draft_config().of_exported(exported, reference.target_config())
 
 
 def test_what_cannot_be_served_is_not_written(case: Case, tmp_path: Path) -> None:
@@ -183,5 +185,5 @@ def test_what_cannot_be_served_is_not_written(case: Case, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="SGLang cannot capture the output of the target's last layer, 7"):
         export(tmp_path / "draft", last)
     with pytest.raises(ConfigError, match=r"export\.formats: speculators is not for drafts of draft\.algorithm=dflash"):
-        ExportConfig(formats=("sglang", "speculators")).written("dflash")
+        written_formats(dflash(), ExportConfig(formats=("sglang", "speculators")))
     assert not (tmp_path / "draft").exists()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from specdist.draft.registry import parameter_count
+from specdist.draft.build import parameter_count
 from specdist.job import config as jobs
 from specdist.run.preflight.facts import _buses
 from specdist.run.preflight.local import examine_model

@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from specdist.core.config import load
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import TargetVocabulary
-from specdist.draft.capture import capture_layout
+from specdist.draft.build import build_draft, parameter_count
 from specdist.draft.common.rotary import Rotary, rotate
 from specdist.draft.common.vocabulary import DraftVocabulary
-from specdist.draft.config import DraftConfig
+from specdist.draft.config import DraftConfig, draft_config
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
-from specdist.draft.registry import build_draft, parameter_count
 from tests.unit.eagle3_reference import HIDDEN, PRUNED, VOCAB, build_case, target_config
 
 
@@ -61,31 +60,29 @@ def test_a_tied_embedding_that_the_draft_needs_as_a_head_stays_on_the_device() -
     target = target_config()
     target.tie_word_embeddings = True
     for options in ({}, {"teacher_head": "target"}, {"vocab_size": 5}):
-        config = DraftConfig(eagle3=Eagle3Config(embedding="host", **options))  # type: ignore[arg-type]
+        config = draft_config(eagle3=Eagle3Config(embedding="host", **options))  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=r"embedding=host saves nothing: .*teacher_head=target and a"):
-            capture_layout(config, target, torch.float32)
-    config = DraftConfig(eagle3=Eagle3Config(embedding="host", teacher_head="target", vocab_size=5))
-    assert capture_layout(config, target, torch.float32).summary
+            config.chosen.layout(target, torch.float32)
+    config = draft_config(eagle3=Eagle3Config(embedding="host", teacher_head="target", vocab_size=5))
+    assert config.chosen.layout(target, torch.float32).summary
 
 
 def test_on_a_cpu_the_embedding_is_on_the_host_anyway() -> None:
     drafts = [
-        build_draft(DraftConfig(eagle3=Eagle3Config(embedding=where)), target_config(), target_vocabulary())  # type: ignore[arg-type]
+        build_draft(draft_config(eagle3=Eagle3Config(embedding=where)), target_config(), target_vocabulary())  # type: ignore[arg-type]
         for where in ("device", "host")
     ]
     tokens = torch.tensor([3, 0, VOCAB - 1, 3])
     assert torch.equal(drafts[0].embed(tokens), drafts[1].embed(tokens))
 
 
-def test_the_config_is_an_omegaconf_structure() -> None:
-    merged = OmegaConf.merge(OmegaConf.structured(DraftConfig), {"eagle3": {"layers": [1, 2, 3], "loss": "lk_alpha"}})
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, DraftConfig)
-    assert tuple(config.eagle3.layers or ()) == (1, 2, 3)
+def test_its_section_is_read() -> None:
+    config = load(DraftConfig, [], ["eagle3.layers=[1,2,3]", "eagle3.loss=lk_alpha"])
+    assert config.chosen.config == Eagle3Config(layers=(1, 2, 3), loss="lk_alpha")
 
 
 def test_layout_needs_no_weights() -> None:
-    layout = capture_layout(DraftConfig(), target_config(), torch.bfloat16)
+    layout = draft_config().chosen.layout(target_config(), torch.bfloat16)
     assert layout.captured_layers == (1, 3, 4)
     assert (layout.width, layout.final, layout.bytes_per_token) == (4 * HIDDEN, True, 8 * HIDDEN)
 
@@ -111,20 +108,20 @@ def test_parameters_are_the_exported_tensors() -> None:
 
 
 def test_parameter_count_allocates_nothing() -> None:
-    config = DraftConfig(eagle3=Eagle3Config(vocab_size=len(PRUNED), fc_norm=True))
+    config = draft_config(eagle3=Eagle3Config(vocab_size=len(PRUNED), fc_norm=True))
     expected = sum(p.numel() for p in build_case(fc_norm=True).draft.parameters())
     assert parameter_count(config, target_config()) == expected
 
 
 def test_initial_weights_are_a_function_of_the_seed_and_the_target() -> None:
     vocabulary, ids = target_vocabulary(), torch.tensor(PRUNED)
-    first, same, other = (build_draft(DraftConfig(), target_config(), vocabulary, ids, seed) for seed in (0, 0, 1))
+    first, same, other = (build_draft(draft_config(), target_config(), vocabulary, ids, seed) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), same.parameters(), strict=True))
     assert not torch.equal(first.fc.weight, other.fc.weight)
     assert torch.equal(first.lm_head.weight, vocabulary.head[ids])
     assert torch.equal(first.norm.weight, torch.ones(HIDDEN))
     assert float(first.fc.weight.detach().std()) == pytest.approx((3 * HIDDEN) ** -0.5, rel=0.1)
-    random_head = DraftConfig(eagle3=Eagle3Config(init_head="random"))
+    random_head = draft_config(eagle3=Eagle3Config(init_head="random"))
     draft = build_draft(random_head, target_config(), vocabulary, ids)
     assert not torch.equal(draft.lm_head.weight, vocabulary.head[ids])
 
@@ -204,4 +201,4 @@ def test_sizes_follow_the_target_and_the_config() -> None:
 def test_a_head_that_is_not_the_targets_is_refused() -> None:
     wrong = TargetVocabulary(torch.zeros(VOCAB + 1, HIDDEN), torch.zeros(VOCAB + 1, HIDDEN))
     with pytest.raises(DataError, match=r"head is \[38, 16\]; its configuration says \[37, 16\]"):
-        build_draft(DraftConfig(), target_config(), wrong)
+        build_draft(draft_config(), target_config(), wrong)

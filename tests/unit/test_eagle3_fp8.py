@@ -13,12 +13,12 @@ from transformers import LlamaConfig
 
 from specdist.core.errors import ConfigError
 from specdist.core.records import Features, PackedTokens, TargetVocabulary
+from specdist.draft.build import build_draft
 from specdist.draft.common import compiling
-from specdist.draft.config import DraftConfig
+from specdist.draft.config import draft_config
 from specdist.draft.eagle3 import fp8
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
-from specdist.draft.registry import build_draft
 
 HIDDEN, VOCAB = 64, 200
 
@@ -65,7 +65,7 @@ def step(
 ) -> tuple[float, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(2)
     ends = (torch.randn(VOCAB, HIDDEN, generator=generator) / 8 for _ in range(2))
-    config = DraftConfig(eagle3=Eagle3Config(products=products, recompute=recompute), compile=compiled)  # type: ignore[arg-type]
+    config = draft_config(eagle3=Eagle3Config(products=products, recompute=recompute), compile=compiled)  # type: ignore[arg-type]
     draft = build_draft(config, target(), TargetVocabulary(*ends), torch.arange(0, VOCAB, 2))
     documents = [torch.randint(0, VOCAB, (n,), generator=generator) for n in lengths]
     batch = PackedTokens.from_documents(documents, [torch.ones(len(d)) for d in documents])
@@ -112,7 +112,7 @@ def test_widths_that_fp8_does_not_take_are_told() -> None:
 
 def test_fp8_beside_float32_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"products=fp8 rounds what is in bfloat16"):
-        DraftConfig(dtype="float32", eagle3=Eagle3Config(products="fp8"))
+        draft_config(eagle3=Eagle3Config(products="fp8")).chosen.check("float32", "auto", draft_tokens=None)
 
 
 def test_a_gpu_without_fp8_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

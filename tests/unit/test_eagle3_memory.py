@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from specdist.draft.config import DraftConfig
+from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.memory import frozen_rows, step_bytes
@@ -56,7 +56,7 @@ WHOLE: list[tuple[int, int, dict[str, Any], dict[str, Any], float]] = [
 @pytest.mark.parametrize("case", WHOLE, ids=str)
 def test_the_peak_of_a_rank_is_foreseen(case: tuple[int, int, dict[str, Any], dict[str, Any], float]) -> None:
     tokens, ranks, options, eagle3, measured = case
-    draft = DraftConfig(eagle3=Eagle3Config(vocab_size=32000, **eagle3), **options)
+    draft = draft_config(eagle3=Eagle3Config(vocab_size=32000, **eagle3), **options)
     target = AutoConfig.for_model(**SHAPES["qwen3-8b"])
     rank = sum(training_memory(draft, target, tied=False, itemsize=2, tokens=tokens, ranks=ranks).values())
     features = 2 * tokens * 4 * 4096

@@ -22,9 +22,9 @@ from transformers import (
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import FeatureLayout, TargetVocabulary
 from specdist.draft.base import Proposer
-from specdist.draft.config import DraftConfig
+from specdist.draft.build import build_draft
+from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
-from specdist.draft.registry import build_draft
 from specdist.evaluate.config import EvaluateConfig
 from specdist.evaluate.decoding import EvaluationTarget, decode_greedily, evaluate, speculate
 from specdist.evaluate.prompts import read_prompts
@@ -111,7 +111,7 @@ def test_any_proposer_leaves_the_text_as_it_is(target, prompts):
 def test_an_eagle3_draft_is_lossless_too(target, prompts):
     """Not trained, but with the target's head: it gets some tokens right."""
     head, embedding = target.model.lm_head.weight.detach(), target.model.get_input_embeddings().weight.detach()
-    config = DraftConfig(eagle3=Eagle3Config(layers=LAYOUT.captured_layers))
+    config = draft_config(eagle3=Eagle3Config(layers=LAYOUT.captured_layers))
     draft = build_draft(config, target.model.config, TargetVocabulary(embedding, head))
     total = evaluate(target, draft.proposer, prompts, SETTINGS).total
     assert (total.checked, total.differing) == (4, 0)
@@ -126,7 +126,7 @@ def test_the_shipped_model_decodes_the_same_with_and_without_drafts():
     prompts = read_prompts([BARD / "heldout.jsonl"], tokenizer, limit=4)
     tokens = [prompt.tokens for prompt in prompts]
     vocabulary = TargetVocabulary(target.model.get_input_embeddings().weight, target.model.lm_head.weight)
-    draft = build_draft(DraftConfig(), target.model.config, vocabulary)
+    draft = build_draft(draft_config(), target.model.config, vocabulary)
     total = evaluate(target, draft.proposer, tokens, replace(SETTINGS, max_new_tokens=48)).total
     assert (total.checked, total.differing) == (4, 0)
     assert total.acceptance_length >= 1.0

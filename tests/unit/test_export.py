@@ -14,11 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import TargetVocabulary
-from specdist.draft.config import DraftConfig
+from specdist.draft.build import build_draft
+from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
-from specdist.draft.registry import build_draft
 from specdist.evaluate.decoding import EvaluationTarget
-from specdist.export import ExportConfig, export_draft, load_exported
+from specdist.export import ExportConfig, Trained, export_draft, load_exported
 
 V, V_D, H, LAYERS, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 40, 24, 32, 8, 48, 4, 2, 12
 CAPTURED = (1, 3, 4)
@@ -79,7 +79,7 @@ class Case:
 
     def __init__(self, rope=PLAIN, whole=False, **options):
         self.target = make_target(rope)
-        self.config = DraftConfig(eagle3=Eagle3Config(layers=CAPTURED, init_head="random", **options))
+        self.config = draft_config(eagle3=Eagle3Config(layers=CAPTURED, init_head="random", **options))
         self.ids = torch.arange(V) if whole else torch.randperm(V)[:V_D].sort().values
         embedding = self.target.get_input_embeddings().weight.detach()
         borrowed = TargetVocabulary(embedding, self.target.lm_head.weight.detach())
@@ -90,16 +90,10 @@ class Case:
         self.state = {name: tensor.detach() for name, tensor in self.draft.state_dict().items()}
 
     def export(self, directory, options=FP32, format="sglang", **others):
-        arguments = {"state": self.state, "vocabulary": self.ids} | others
-        return export_draft(
-            directory,
-            format,
-            self.config,
-            target=self.target.config,
-            target_path="org/model",
-            options=options,
-            **arguments,
-        )
+        overwrite = others.pop("overwrite", False)
+        given = {"state": self.state, "vocabulary": self.ids} | others
+        trained = Trained(target=self.target.config, target_path="org/model", **given)
+        return export_draft(directory, format, self.config, trained, options, overwrite)
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +302,7 @@ def test_an_export_reads_back_as_it_was(tmp_path, format, options):
     assert exported.captured_layers == CAPTURED
     assert torch.equal(exported.embedding, embedding)
     assert exported.dims == case.draft.dims
-    restored = exported.eagle3_config(Eagle3Config(init_head="random"), case.target.config)
+    restored = exported.options(Eagle3Config(init_head="random"), case.target.config)
     assert restored.layers == CAPTURED
     assert (restored.fc_norm, restored.norm_output) == (exported.fc_norm, exported.norm_output)
     case.draft.load_state_dict(exported.state)
@@ -318,7 +312,7 @@ def test_a_draft_of_another_target_is_refused(case, tmp_path):
     case.export(tmp_path / "draft")
     other = make_target({"rope_type": "default", "rope_theta": 5.0}).config
     with pytest.raises(ConfigError, match=r"rope_parameters is .*700.*5\.0"):
-        load_exported(tmp_path / "draft").eagle3_config(Eagle3Config(), other)
+        load_exported(tmp_path / "draft").options(Eagle3Config(), other)
 
 
 def test_what_others_publish_can_be_read(case, tmp_path):
@@ -395,8 +389,8 @@ def test_layers_that_engines_cannot_capture_are_refused(case, tmp_path):
     last = replace(case.config, eagle3=replace(case.config.eagle3, layers=(1, 3, 7)))
 
     def attempt(config, format):
-        target = case.target.config
-        return export_draft(tmp_path / format, format, config, case.state, case.ids, target, "org/model", FP32)
+        trained = Trained(case.state, case.ids, case.target.config, "org/model")
+        return export_draft(tmp_path / format, format, config, trained, FP32)
 
     with pytest.raises(ConfigError, match="lowest to the"):
         attempt(descending, "speculators")

@@ -10,9 +10,9 @@ import torch
 from transformers import LlamaConfig
 
 from specdist.core.records import FeatureLayout, Features, PackedTokens
-from specdist.draft.config import DraftConfig
+from specdist.draft.build import build_draft
+from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
-from specdist.draft.registry import build_draft
 from specdist.run.feature_source import random_rows
 from specdist.target.argmax_lse import supervised_rows
 from specdist.target.config import TargetConfig
@@ -95,7 +95,7 @@ def test_a_draft_learns_the_same_from_either_side(tmp_path: Path) -> None:
     for side in ("draft", "target"):
         options = Eagle3Config(layers=(0, 2, 4), ttt_length=3, teacher_head=side)  # type: ignore[arg-type]
         vocabulary = load_target_vocabulary(config.path)
-        draft = build_draft(DraftConfig(eagle3=options), target, vocabulary, torch.arange(0, VOCAB, 3))
+        draft = build_draft(draft_config(eagle3=options), target, vocabulary, torch.arange(0, VOCAB, 3))
         assert (draft.frozen.whole_head is None) == (side == "target")
         engine = load_target(config, draft.layout, CPU)
         rows = draft.layout.empty(len(batch.tokens))

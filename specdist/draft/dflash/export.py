@@ -14,86 +14,59 @@ What the engines do with it, read in SGLang 0.5.20 (`models/dflash.py`, `specula
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
-from transformers import PretrainedConfig
-
 from specdist.core.errors import ConfigError
+from specdist.draft.algorithm import Contents, Trained
 from specdist.draft.common.tensors import DTYPES, check_tensors, converted, layers_json
-from specdist.draft.config import DraftConfig
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.dflash.dims import DFlashDims
-from specdist.draft.export_config import ExportConfig, Format
+from specdist.draft.export_config import ExportConfig
 
 ARCHITECTURE = "DFlashDraftModel"
 
 
-@dataclass(frozen=True)
-class DFlashExport:
-    """One draft on its way into its directory.
-
-    Attributes:
-        captured_layers: 0-based decoder layers whose outputs the draft reads.
-    """
-
-    config: DFlashConfig
-    dims: DFlashDims
-    captured_layers: tuple[int, ...]
-    target: PretrainedConfig
-
-    @classmethod
-    def of(cls, draft: DraftConfig, target: PretrainedConfig, vocabulary: Tensor, format: Format) -> DFlashExport:
-        layers = target.get_text_config().num_hidden_layers
-        captured = draft.dflash.captured_layers(layers)
-        check_servable(captured, layers)
-        if draft.dflash.mask_token_id is None:
-            raise ConfigError.at("draft.dflash.mask_token_id", "is null: an export needs the token that was trained")
-        return cls(draft.dflash, DFlashDims.of(draft.dflash, target), captured, target)
-
-    def tensors(
-        self, state: Mapping[str, Tensor], vocabulary: Tensor, options: ExportConfig, embedding: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Everything the weight file holds, checked, in the type and under the names of the format."""
-        if embedding is not None:
-            raise ConfigError("engines serve DFlash drafts with the target's embedding only: export none")
-        check_tensors(state, tensor_shapes(self.dims), "the state dict", "DFlash")
-        return {name: converted(name, tensor, DTYPES[options.dtype]) for name, tensor in state.items()}
-
-    def config_json(self, target_path: str, options: ExportConfig) -> dict[str, Any]:
-        """What config.json holds."""
-        layers, count = list(self.captured_layers), self.dims.num_layers
-        return {
-            "architectures": [ARCHITECTURE],
-            "model_type": "qwen3",
-            **layers_json(self.dims, self.target, options.dtype),
-            "vocab_size": self.dims.vocab_size,
-            "num_hidden_layers": count,
-            "layer_types": ["full_attention"] * count,
-            "use_sliding_window": False,
-            "sliding_window": None,
-            "max_window_layers": count,
-            "attention_dropout": 0.0,
-            "block_size": self.config.block_size,
-            "num_target_layers": self.target.get_text_config().num_hidden_layers,
-            "eagle_aux_hidden_state_layer_ids": [b + 1 for b in layers],
-            "dflash_config": {
-                "block_size": self.config.block_size,
-                "mask_token_id": self.config.mask_token_id,
-                "target_layer_ids": layers,
-            },
-        }
+def export(config: DFlashConfig, trained: Trained, options: ExportConfig) -> Contents:
+    """A draft in its directory: see `Algorithm.export`."""
+    target_layers = trained.target.get_text_config().num_hidden_layers
+    layers = config.captured_layers(target_layers)
+    check_servable(layers, target_layers, options)
+    if config.mask_token_id is None:
+        raise ConfigError.at("draft.dflash.mask_token_id", "is null: an export needs the token that was trained")
+    dims = DFlashDims.of(config, trained.target)
+    check_tensors(trained.state, tensor_shapes(dims), "the state dict", "DFlash")
+    tensors = {name: converted(name, tensor, DTYPES[options.dtype]) for name, tensor in trained.state.items()}
+    contents = {
+        "architectures": [ARCHITECTURE],
+        "model_type": "qwen3",
+        **layers_json(dims, trained.target, options.dtype),
+        "vocab_size": dims.vocab_size,
+        "num_hidden_layers": dims.num_layers,
+        "layer_types": ["full_attention"] * dims.num_layers,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": dims.num_layers,
+        "attention_dropout": 0.0,
+        "block_size": config.block_size,
+        "num_target_layers": target_layers,
+        "eagle_aux_hidden_state_layer_ids": [b + 1 for b in layers],
+        "dflash_config": {
+            "block_size": config.block_size,
+            "mask_token_id": config.mask_token_id,
+            "target_layer_ids": list(layers),
+        },
+    }
+    return contents, tensors
 
 
-def check_servable(layers: tuple[int, ...], target_layers: int) -> None:
-    """Raise ConfigError if an engine would not feed the draft the captured layers it was trained on."""
+def check_servable(layers: tuple[int, ...], target_layers: int, options: ExportConfig) -> None:
+    """Raise ConfigError if an engine would not feed the draft the captured layers it was trained on, or would not take
+    an embedding that is asked for."""
+    if options.embedding:
+        raise ConfigError.at("export.embedding", "=true: engines serve DFlash drafts with the target's embedding only")
     if max(layers) == target_layers - 1:
         raise ConfigError.at(
             "draft.dflash.layers",
-            f": {list(layers)}: SGLang cannot capture the output of the target's last layer, "
-            f"{target_layers - 1}; train without it",
+            f": {list(layers)}: SGLang cannot capture the output of the target's last layer, {target_layers - 1}; "
+            "train without it",
         )
 
 

@@ -12,17 +12,15 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
+from specdist.draft.algorithm import ExportedDraft, check_same_sizes
 from specdist.draft.common.tensors import check_tensors, need, read_layers
-from specdist.draft.config import DraftConfig
+from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.dflash.dims import DFlashDims
-from specdist.draft.dflash.export import ARCHITECTURE, tensor_shapes
-from specdist.draft.exported import ExportedDraft, check_algorithm, check_sizes
-
-__all__ = ["ARCHITECTURE", "ExportedDFlash", "read"]
+from specdist.draft.dflash.export import tensor_shapes
 
 
 @dataclass(frozen=True)
-class ExportedDFlash(ExportedDraft):
+class ExportedDFlash(ExportedDraft[DFlashConfig]):
     """An exported DFlash draft.
 
     Attributes:
@@ -31,14 +29,14 @@ class ExportedDFlash(ExportedDraft):
         captured_layers: 0-based decoder layers, or None where the configuration leaves them to the engine.
     """
 
+    algorithm = "dflash"
     dims: DFlashDims
     block_size: int
     mask_token_id: int
     target_layers: int | None
     captured_layers: tuple[int, ...] | None
 
-    def draft_config(self, base: DraftConfig, target: PretrainedConfig) -> DraftConfig:
-        check_algorithm("dflash", base)
+    def options(self, base: DFlashConfig, target: PretrainedConfig) -> DFlashConfig:
         layers = target.get_text_config().num_hidden_layers
         if self.target_layers not in (None, layers):
             raise ConfigError(
@@ -46,7 +44,7 @@ class ExportedDFlash(ExportedDraft):
                 f"one has {layers}"
             )
         config = replace(
-            base.dflash,
+            base,
             block_size=self.block_size,
             num_layers=self.dims.num_layers,
             layers=self.captured_layers,
@@ -57,8 +55,8 @@ class ExportedDFlash(ExportedDraft):
             head_dim=self.dims.head_dim,
             rope_scaling=self.dims.rope_parameters["rope_type"] != "default",
         )
-        check_sizes(DFlashDims.of(config, target), self.dims)
-        return replace(base, dflash=config)
+        check_same_sizes(DFlashDims.of(config, target), self.dims)
+        return config
 
 
 def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedDFlash:

@@ -21,20 +21,18 @@ What the engines do with them, read in SGLang 0.5.23 (`models/llama_eagle3.py`, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
+from specdist.draft.algorithm import Contents, Trained
 from specdist.draft.common.tensors import DTYPES, check_tensors, converted, layers_json
 from specdist.draft.common.vocabulary import DraftVocabulary
-from specdist.draft.config import DraftConfig
+from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
-from specdist.draft.export_config import ExportConfig, Format
+from specdist.draft.export_config import ExportConfig
 
 SPECULATORS_VERSION = "0.7.0"
 """The version of the speculators library whose format is written."""
@@ -42,109 +40,101 @@ MAPS = ("d2t", "t2d")
 EMBEDDING = "embed_tokens.weight"
 
 
-@dataclass(frozen=True)
-class Eagle3Export:
-    """One draft on its way into one format.
+def export(config: Eagle3Config, format: str, trained: Trained, options: ExportConfig) -> Contents:
+    """A draft in one of the two formats: see `Algorithm.export`."""
+    layers = trained.target.get_text_config().num_hidden_layers
+    check_servable(config.captured_layers(layers), layers, format)
+    dims = Eagle3Dims.of(config, trained.target, len(trained.vocabulary))
+    tensors = _tensors(config, dims, trained, DTYPES[options.dtype])
+    if format == "sglang":
+        return _sglang_json(config, dims, trained, options), tensors
+    layered = {name.replace("midlayer.", "layers.0.", 1): tensor for name, tensor in tensors.items()}
+    return _speculators_json(config, dims, trained, options), layered
 
-    Attributes:
-        captured_layers: 0-based decoder layers whose outputs the draft reads.
-        fc_norm, norm_output: the norms of EAGLE-3.1.
-    """
 
-    format: Format
-    dims: Eagle3Dims
-    captured_layers: tuple[int, ...]
-    fc_norm: bool
-    norm_output: bool
-    target: PretrainedConfig
+def _tensors(config: Eagle3Config, dims: Eagle3Dims, trained: Trained, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Everything the weight file holds, checked, in `dtype`."""
+    state = {name: tensor for name, tensor in trained.state.items() if name not in MAPS}
+    check_tensors(state, tensor_shapes(dims, config.fc_norm), "the state dict", "EAGLE-3")
+    vocabulary = DraftVocabulary.from_ids(trained.vocabulary, dims.vocab_size)
+    maps = dict(zip(MAPS, (vocabulary.d2t, vocabulary.t2d), strict=True))
+    for name, mapping in maps.items():
+        if name in trained.state and not torch.equal(trained.state[name].cpu(), mapping):
+            raise DataError(f"`{name}` of the state dict is not that of the vocabulary it is exported with")
+    if trained.embedding is not None:
+        state[EMBEDDING] = trained.embedding
+        check_tensors(
+            {EMBEDDING: trained.embedding}, {EMBEDDING: (dims.vocab_size, dims.hidden_size)}, "the target", "EAGLE-3"
+        )
+    return {name: converted(name, tensor, dtype) for name, tensor in state.items()} | maps
 
-    @classmethod
-    def of(cls, draft: DraftConfig, target: PretrainedConfig, vocabulary: Tensor, format: Format) -> Eagle3Export:
-        config, layers = draft.eagle3, target.get_text_config().num_hidden_layers
-        captured = config.captured_layers(layers)
-        check_servable(captured, layers, format)
-        dims = Eagle3Dims.of(config, target, len(vocabulary))
-        return cls(format, dims, captured, config.fc_norm, config.norm_output, target)
 
-    def tensors(
-        self, state: Mapping[str, Tensor], vocabulary: Tensor, options: ExportConfig, embedding: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Everything the weight file holds, checked, in the type and under the names of the format."""
-        dtype = DTYPES[options.dtype]
-        trained = {name: tensor for name, tensor in state.items() if name not in MAPS}
-        check_tensors(trained, tensor_shapes(self.dims, self.fc_norm), "the state dict", "EAGLE-3")
-        maps = DraftVocabulary.from_ids(vocabulary, self.dims.vocab_size)
-        for name, mapping in zip(MAPS, (maps.d2t, maps.t2d), strict=True):
-            if name in state and not torch.equal(state[name].cpu(), mapping):
-                raise DataError(f"`{name}` of the state dict is not that of the vocabulary it is exported with")
-        if embedding is not None:
-            check_tensors({EMBEDDING: embedding}, {EMBEDDING: self._embedding_shape}, "the target", "EAGLE-3")
-            trained[EMBEDDING] = embedding
-        prefix = {"sglang": "midlayer.", "speculators": "layers.0."}[self.format]
-        written = {name.replace("midlayer.", prefix, 1): converted(name, t, dtype) for name, t in trained.items()}
-        return written | {"d2t": maps.d2t, "t2d": maps.t2d}
+def _sglang_json(config: Eagle3Config, dims: Eagle3Dims, trained: Trained, options: ExportConfig) -> dict[str, Any]:
+    layers = _captured(config, trained)
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        **_llama_json(dims, trained, options.dtype),
+        **_common_json(config, dims, layers),
+        "num_aux_hidden_states": len(layers),
+        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": layers},
+    }
 
-    def config_json(self, target_path: str, options: ExportConfig) -> dict[str, Any]:
-        """What config.json holds."""
-        layers = list(self.captured_layers)
-        common = {
-            "draft_vocab_size": self.dims.draft_vocab_size,
-            "target_hidden_size": self.dims.hidden_size,
-            "eagle_aux_hidden_state_layer_ids": [b + 1 for b in layers],
-            "fc_norm": self.fc_norm,
-            "norm_output": self.norm_output,
-        }
-        if self.format == "speculators":
-            return {
-                "architectures": ["Eagle3Speculator"],
-                "speculators_model_type": "eagle3",
-                "speculators_version": SPECULATORS_VERSION,
-                "speculators_config": self._speculators_config(target_path, options.speculative_tokens),
-                "transformer_layer_config": self._llama_json(options.dtype),
-                **common,
-                "embed_requires_grad": False,
-                "norm_before_residual": False,
-                "norm_before_fc": False,
-                "tie_word_embeddings": False,
-                "torch_dtype": options.dtype,
-            }
-        return {
-            "architectures": ["LlamaForCausalLMEagle3"],
-            **self._llama_json(options.dtype),
-            **common,
-            "num_aux_hidden_states": len(layers),
-            "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": layers},
-        }
 
-    @property
-    def _embedding_shape(self) -> tuple[int, int]:
-        return self.dims.vocab_size, self.dims.hidden_size
-
-    def _llama_json(self, dtype: str) -> dict[str, Any]:
-        """The draft as a Llama of one layer, in words that transformers 4 and 5 both read the same way."""
-        return layers_json(self.dims, self.target, dtype) | {
-            "model_type": "llama",
-            "vocab_size": self.dims.vocab_size,
-            "num_hidden_layers": 1,
-            "mlp_bias": False,
-        }
-
-    def _speculators_config(self, target_path: str, speculative_tokens: int) -> dict[str, Any]:
-        proposal = {
-            "proposal_type": "greedy",
-            "speculative_tokens": speculative_tokens,
-            "verifier_accept_k": 1,
-            "accept_tolerance": 0.0,
-        }
-        return {
+def _speculators_json(
+    config: Eagle3Config, dims: Eagle3Dims, trained: Trained, options: ExportConfig
+) -> dict[str, Any]:
+    proposal = {
+        "proposal_type": "greedy",
+        "speculative_tokens": options.speculative_tokens,
+        "verifier_accept_k": 1,
+        "accept_tolerance": 0.0,
+    }
+    architectures = list(trained.target.architectures or [])
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": SPECULATORS_VERSION,
+        "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal],
-            "verifier": {"name_or_path": target_path, "architectures": list(self.target.architectures or [])},
-        }
+            "verifier": {"name_or_path": trained.target_path, "architectures": architectures},
+        },
+        "transformer_layer_config": _llama_json(dims, trained, options.dtype),
+        **_common_json(config, dims, _captured(config, trained)),
+        "embed_requires_grad": False,
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": options.dtype,
+    }
 
 
-def check_servable(layers: tuple[int, ...], target_layers: int, format: Format) -> None:
+def _captured(config: Eagle3Config, trained: Trained) -> list[int]:
+    return list(config.captured_layers(trained.target.get_text_config().num_hidden_layers))
+
+
+def _common_json(config: Eagle3Config, dims: Eagle3Dims, layers: list[int]) -> dict[str, Any]:
+    return {
+        "draft_vocab_size": dims.draft_vocab_size,
+        "target_hidden_size": dims.hidden_size,
+        "eagle_aux_hidden_state_layer_ids": [b + 1 for b in layers],
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
+    }
+
+
+def _llama_json(dims: Eagle3Dims, trained: Trained, dtype: str) -> dict[str, Any]:
+    """The draft as a Llama of one layer, in words that transformers 4 and 5 both read the same way."""
+    return layers_json(dims, trained.target, dtype) | {
+        "model_type": "llama",
+        "vocab_size": dims.vocab_size,
+        "num_hidden_layers": 1,
+        "mlp_bias": False,
+    }
+
+
+def check_servable(layers: tuple[int, ...], target_layers: int, format: str) -> None:
     """Raise ConfigError if an engine would not feed the draft the captured layers it was trained on."""
     if list(layers) != sorted(layers):
         raise ConfigError.at(

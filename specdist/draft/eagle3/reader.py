@@ -13,17 +13,16 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import DataError
+from specdist.draft.algorithm import ExportedDraft, check_same_sizes
 from specdist.draft.common.tensors import check_tensors, need, read_layers
 from specdist.draft.common.vocabulary import DraftVocabulary
-from specdist.draft.config import DraftConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.export import EMBEDDING, tensor_shapes
-from specdist.draft.exported import ExportedDraft, check_algorithm, check_sizes
 
 
 @dataclass(frozen=True)
-class ExportedEagle3(ExportedDraft):
+class ExportedEagle3(ExportedDraft[Eagle3Config]):
     """An exported EAGLE-3 draft.
 
     Attributes:
@@ -33,18 +32,14 @@ class ExportedEagle3(ExportedDraft):
         embedding: [V, H], the target's embedding if the export brings it.
     """
 
+    algorithm = "eagle3"
     dims: Eagle3Dims
     captured_layers: tuple[int, ...] | None
     fc_norm: bool
     norm_output: bool
     embedding: Tensor | None = None
 
-    def draft_config(self, base: DraftConfig, target: PretrainedConfig) -> DraftConfig:
-        check_algorithm("eagle3", base)
-        return replace(base, eagle3=self.eagle3_config(base.eagle3, target))
-
-    def eagle3_config(self, base: Eagle3Config, target: PretrainedConfig) -> Eagle3Config:
-        """Of `draft_config`, the part that is EAGLE-3's."""
+    def options(self, base: Eagle3Config, target: PretrainedConfig) -> Eagle3Config:
         scaled = self.dims.rope_parameters["rope_type"] != "default"
         config = replace(
             base,
@@ -58,7 +53,7 @@ class ExportedEagle3(ExportedDraft):
             fc_norm=self.fc_norm,
             norm_output=self.norm_output,
         )
-        check_sizes(Eagle3Dims.of(config, target, self.dims.draft_vocab_size), self.dims)
+        check_same_sizes(Eagle3Dims.of(config, target, self.dims.draft_vocab_size), self.dims)
         return config
 
 

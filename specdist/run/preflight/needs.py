@@ -8,7 +8,8 @@ from pathlib import Path
 
 from specdist.core.progress import committed
 from specdist.core.topology import Topology
-from specdist.draft.registry import parameter_count
+from specdist.draft.build import parameter_count
+from specdist.export import written_formats
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.plan import plan_of
 from specdist.job.run_dir import RunDirectory
@@ -37,7 +38,7 @@ def needs_of(job: JobConfig, facts: JobFacts, topology: Topology | None) -> Need
     """
     parameters = 0 if job.world.mode == "target_only" else parameter_count(job.draft, facts.target.config)
     checkpoint = _SAVED_BYTES * parameters
-    exports = len(job.export.written(job.draft.algorithm)) * _EXPORT_BYTES[job.export.dtype] * parameters
+    exports = len(written_formats(job.draft, job.export)) * _EXPORT_BYTES[job.export.dtype] * parameters
     present = len(committed(RunDirectory(Path(job.run.dir)).checkpoints))
     # One more than are kept: the oldest goes when the newest is whole.
     missing = max(job.checkpoint.keep + 1 - present, 1)

@@ -24,7 +24,7 @@ def common_facts(job: JobConfig, facts: JobFacts, prompts: PromptStore) -> dict[
         "prompts.tokens_per_rank": job.prompts.tokens_per_rank,
         "run.seed": job.run.seed,
         "target.path": f"{target.layers} layers, {target.parameters} parameters, vocabulary {target.vocab_size}",
-        "draft.algorithm and its layers, draft.eagle3.teacher_head, target.dtype": str(facts.layout),
+        "draft.algorithm and its section, target.dtype": str(facts.layout),
     }
 
 

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A draft algorithm: everything that the rest of the project asks of one. `registry.py` names those that there are.
+
+Login nodes use algorithms too, so their modules are light to import: `build`, `flops`, `export` and `read` import the
+model and what else is heavy when they are called.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from specdist.core.errors import ConfigError
+from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
+from specdist.draft.base import DraftModel
+from specdist.draft.common.sizes import LayerSizes
+from specdist.draft.export_config import ExportConfig
+
+C = TypeVar("C")
+Contents = tuple[dict[str, Any], dict[str, Tensor]]
+"""What a directory for a serving engine holds: config.json, and the tensors of the weight file."""
+
+
+class TargetDirectory(Protocol):
+    """The target's model directory."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained draft that is to be exported.
+
+    Attributes:
+        state: the whole state dict, on the CPU, in any floating-point type.
+        vocabulary: int64 [V_d], the target id of every draft id, ascending.
+        target: the target's configuration, as transformers reads it.
+        target_path: the target's directory or Hugging Face name, as a server would be given it.
+        embedding: [V, H], the target's input embedding, where it is exported too.
+    """
+
+    state: Mapping[str, Tensor]
+    vocabulary: Tensor
+    target: PretrainedConfig
+    target_path: str
+    embedding: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ExportedDraft(ABC, Generic[C]):
+    """An exported draft, read back.
+
+    Attributes:
+        config: config.json as it is.
+        state: the trained tensors under the names of the draft's state dict, in the type they were written in.
+        vocabulary: int64 [V_d], the target id of every draft id; None where the draft has the target's tokens.
+    """
+
+    algorithm: ClassVar[str]
+    config: Mapping[str, Any]
+    state: dict[str, Tensor]
+    vocabulary: Tensor | None
+
+    @abstractmethod
+    def options(self, base: C, target: PretrainedConfig) -> C:
+        """`base` with everything that the weights decide set to what they are; its losses and lengths stay.
+
+        Raises:
+            ConfigError: no options give this draft beside this target.
+        """
+
+
+class Algorithm(ABC, Generic[C]):
+    """One way to draft, with the options of its section of the configuration. Layers are 0-based.
+
+    Attributes:
+        name: in `draft.algorithm`, and of the section `draft.<name>`.
+        section: the frozen dataclass of that section. All its keys have defaults.
+        changeable: its keys that may differ when a run directory is used again.
+        benchmark: `key=value` words of its section for measurements, which have neither prompts nor a tokenizer.
+        formats: what a draft can be written as.
+    """
+
+    name: ClassVar[str]
+    section: ClassVar[type]
+    changeable: ClassVar[tuple[str, ...]] = ()
+    benchmark: ClassVar[tuple[str, ...]] = ()
+    formats: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    # What follows from the configuration.
+
+    def completed(self, target: Callable[[], TargetDirectory]) -> C:
+        """The options with what follows from the target filled in, which is part of the draft from then on.
+
+        Raises:
+            ConfigError, DataError: it does not follow.
+        """
+        return self.config
+
+    def check(self, dtype: str, device: str, draft_tokens: int | None) -> None:
+        """Check the options beside other sections' keys.
+
+        Args:
+            dtype: `draft.dtype`.
+            device: `world.device`.
+            draft_tokens: how many an evaluation asks for at once (`evaluate.draft_tokens`); None without one.
+
+        Raises:
+            ConfigError: they do not go together.
+        """
+
+    @abstractmethod
+    def layout(self, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:
+        """What the draft needs of every token; `dtype` is that of the wire.
+
+        Raises:
+            ConfigError: a captured layer does not exist, the layers do not ascend, or sizes do not go together.
+        """
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Tokens of a draft vocabulary smaller than the target's; None where the draft proposes any token."""
+        return None
+
+    @property
+    def moves(self) -> Mapping[str, str]:
+        """The `key=value` that moves work to the side `draft` or `target`, where there is one."""
+        return {}
+
+    # The draft, and what it costs.
+
+    @abstractmethod
+    def build(
+        self,
+        target: PretrainedConfig,
+        vocabulary: TargetVocabulary,
+        draft_ids: Tensor | None,
+        layout: FeatureLayout,
+        device: torch.device,
+        compiled: bool,
+    ) -> DraftModel:
+        """The draft with uninitialised fp32 weights on `device`. `draft_ids` int64 [V_d]: its vocabulary.
+
+        Raises:
+            ConfigError, DataError: the options, the target and the vocabulary do not go together.
+        """
+
+    @abstractmethod
+    def flops(self, target: PretrainedConfig, batch: PackedTokens) -> float:
+        """Floating-point operations that a step over `batch`, on the CPU, needs on all ranks that share it."""
+
+    @abstractmethod
+    def step_bytes(
+        self, target: PretrainedConfig, tokens: int, share: int, itemsize: int, compiled: bool
+    ) -> dict[str, int]:
+        """The parts of a step's peak of memory in bytes, by name, without weights, optimizer and features.
+
+        Args:
+            tokens: of the micro-batch, all supervised.
+            share: of them, those of one context-parallel rank.
+            itemsize: bytes of a number in the compute dtype.
+            compiled: `draft.compile`.
+        """
+
+    @abstractmethod
+    def frozen_rows(self, vocab_size: int, tied: bool) -> int:
+        """Rows of the target's tables on a draft rank's device. `tied`: whether embedding and head are one."""
+
+    @property
+    def embedding_on_host(self) -> bool:
+        """Whether the target's embedding stays in the host's memory."""
+        return False
+
+    # Directories of serving engines.
+
+    @abstractmethod
+    def check_export(self, format: str, options: ExportConfig, target_layers: int) -> None:
+        """Raise ConfigError where no engine could serve the draft as it is to be written."""
+
+    @abstractmethod
+    def export(self, format: str, trained: Trained, options: ExportConfig) -> Contents:
+        """A trained draft as a directory of `format`.
+
+        Raises:
+            ConfigError: the engines cannot serve such a draft.
+            DataError: a tensor is missing, unknown, of the wrong shape or not finite, or the vocabulary is none.
+        """
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a directory with this config.json holds such a draft, ours or another project's."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedDraft[C]:
+        """Understand a directory. Raises DataError: a key or a tensor is missing, or it is a variant that we lack."""
+
+
+def check_attention(key: str, backend: str, device: str) -> None:
+    """Raises ConfigError where FlexAttention is asked for on a CPU; `key` is where `backend` was read from."""
+    if backend == "flex" and device == "cpu":
+        raise ConfigError.at(
+            key, "=flex needs a CUDA device, and world.device is cpu: auto takes what works", "world.device"
+        )
+
+
+def check_same_sizes(ours: LayerSizes, theirs: LayerSizes) -> None:
+    """Raises ConfigError where `theirs`, those of an exported draft, are others than `ours`."""
+    differing = [key for key in vars(ours) if vars(ours)[key] != vars(theirs)[key]]
+    if unlike := [key for key in differing if key != "max_position_embeddings"]:
+        listed = "; ".join(f"{key} is {vars(theirs)[key]}, {vars(ours)[key]} beside this target" for key in unlike)
+        raise ConfigError(f"the exported draft does not fit this target: {listed}")

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DFlash as the project sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from specdist.core.errors import ConfigError, DataError
+from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
+from specdist.draft.algorithm import Algorithm, Contents, TargetDirectory, Trained, check_attention
+from specdist.draft.base import DraftModel
+from specdist.draft.dflash.config import DFlashConfig
+from specdist.draft.dflash.dims import DFlashDims
+from specdist.draft.dflash.mask_token import find_mask_token
+from specdist.draft.export_config import ExportConfig
+
+if TYPE_CHECKING:
+    from specdist.draft.dflash.reader import ExportedDFlash
+
+
+class DFlash(Algorithm[DFlashConfig]):
+    """See `Algorithm`."""
+
+    name = "dflash"
+    section = DFlashConfig
+    changeable = ("loss_chunk", "attention")
+    benchmark = ("mask_token_id=0",)
+    formats = ("sglang",)
+
+    def completed(self, target: Callable[[], TargetDirectory]) -> DFlashConfig:
+        if self.config.mask_token_id is not None:
+            return self.config
+        # A tokenizer that changes later does not change it.
+        directory = target()
+        return replace(self.config, mask_token_id=find_mask_token(directory.path, directory.vocab_size))
+
+    def check(self, dtype: str, device: str, draft_tokens: int | None) -> None:
+        check_attention("draft.dflash.attention", self.config.attention, device)
+        most = self.config.block_size - 1
+        if draft_tokens is not None and draft_tokens > most:
+            raise ConfigError.at(
+                "evaluate.draft_tokens",
+                f"={draft_tokens} is more than the {most} that a block drafts "
+                f"(draft.dflash.block_size={self.config.block_size}, less the verified token)",
+                "draft.dflash.block_size",
+            )
+
+    def layout(self, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:
+        DFlashDims.of(self.config, target)
+        text = target.get_text_config()
+        layers = self.config.captured_layers(text.num_hidden_layers)
+        return FeatureLayout(layers, text.hidden_size, final=False, dtype=dtype)
+
+    def build(
+        self,
+        target: PretrainedConfig,
+        vocabulary: TargetVocabulary,
+        draft_ids: Tensor | None,
+        layout: FeatureLayout,
+        device: torch.device,
+        compiled: bool,
+    ) -> DraftModel:
+        from specdist.draft.dflash.model import DFlashDraft
+
+        if draft_ids is not None:
+            raise DataError("a draft vocabulary was given, but a DFlash draft has the target's")
+        dims = DFlashDims.of(self.config, target)
+        return DFlashDraft(self.config, dims, layout, vocabulary.to(device), compiled)
+
+    def flops(self, target: PretrainedConfig, batch: PackedTokens) -> float:
+        from specdist.draft.dflash.cost import flops
+
+        return flops(self.config, DFlashDims.of(self.config, target), batch)
+
+    def step_bytes(
+        self, target: PretrainedConfig, tokens: int, share: int, itemsize: int, compiled: bool
+    ) -> dict[str, int]:
+        from specdist.draft.dflash.cost import step_bytes
+
+        return step_bytes(self.config, DFlashDims.of(self.config, target), tokens, share, itemsize, compiled)
+
+    def frozen_rows(self, vocab_size: int, tied: bool) -> int:
+        return vocab_size if tied else 2 * vocab_size
+
+    def check_export(self, format: str, options: ExportConfig, target_layers: int) -> None:
+        from specdist.draft.dflash.export import check_servable
+
+        check_servable(self.config.captured_layers(target_layers), target_layers, options)
+
+    def export(self, format: str, trained: Trained, options: ExportConfig) -> Contents:
+        from specdist.draft.dflash.export import export
+
+        return export(self.config, trained, options)
+
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any]) -> bool:
+        return "DFlashDraftModel" in (config.get("architectures") or ())
+
+    @classmethod
+    def read(cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedDFlash:
+        from specdist.draft.dflash.reader import read
+
+        return read(directory, config, tensors)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EAGLE-3 as the project sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from specdist.core.errors import ConfigError
+from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
+from specdist.draft.algorithm import Algorithm, Contents, Trained, check_attention
+from specdist.draft.base import DraftModel
+from specdist.draft.common.vocabulary import DraftVocabulary
+from specdist.draft.eagle3 import memory
+from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.export_config import ExportConfig
+
+if TYPE_CHECKING:
+    from specdist.draft.eagle3.reader import ExportedEagle3
+
+
+class Eagle3(Algorithm[Eagle3Config]):
+    """See `Algorithm`."""
+
+    name = "eagle3"
+    section = Eagle3Config
+    changeable = ("teacher_head", "embedding", "recompute", "loss_chunk", "attention")
+    benchmark = ("vocab_size=32000",)
+    formats = ("sglang", "speculators")
+
+    def check(self, dtype: str, device: str, draft_tokens: int | None) -> None:
+        if self.config.products == "fp8" and dtype == "float32":
+            raise ConfigError.at(
+                "draft.eagle3.products", "=fp8 rounds what is in bfloat16: leave draft.dtype at auto", "draft.dtype"
+            )
+        check_attention("draft.eagle3.attention", self.config.attention, device)
+
+    def layout(self, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:
+        text, on_target = target.get_text_config(), self.config.teacher_head == "target"
+        Eagle3Dims.of(self.config, target)
+        tied = target.tie_word_embeddings or text.tie_word_embeddings
+        if self.embedding_on_host and tied and memory.needs_head(self.config, text.vocab_size):
+            raise ConfigError.at(
+                "draft.eagle3.embedding",
+                "=host saves nothing: the target's embedding is its output head, which the draft needs on the device: "
+                "leave it at device, or set draft.eagle3.teacher_head=target and a vocab_size",
+                "draft.eagle3.teacher_head",
+            )
+        layers = self.config.captured_layers(text.num_hidden_layers)
+        return FeatureLayout(layers, text.hidden_size, final=True, dtype=dtype, summary=on_target)
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.config.vocab_size
+
+    @property
+    def moves(self) -> Mapping[str, str]:
+        if self.config.teacher_head == "draft":
+            return {"target": "draft.eagle3.teacher_head=target"}
+        return {"draft": "draft.eagle3.teacher_head=draft"}
+
+    def build(
+        self,
+        target: PretrainedConfig,
+        vocabulary: TargetVocabulary,
+        draft_ids: Tensor | None,
+        layout: FeatureLayout,
+        device: torch.device,
+        compiled: bool,
+    ) -> DraftModel:
+        from specdist.draft.eagle3.model import Eagle3Draft
+
+        own = DraftVocabulary.from_ids(draft_ids, len(vocabulary.head), device)
+        dims = Eagle3Dims.of(self.config, target, draft_vocab_size=len(own.ids))
+        return Eagle3Draft(self.config, dims, layout, vocabulary, own, compiled)
+
+    def flops(self, target: PretrainedConfig, batch: PackedTokens) -> float:
+        from specdist.draft.eagle3.cost import flops
+
+        return flops(self.config, Eagle3Dims.of(self.config, target), batch)
+
+    def step_bytes(
+        self, target: PretrainedConfig, tokens: int, share: int, itemsize: int, compiled: bool
+    ) -> dict[str, int]:
+        return memory.step_bytes(self.config, Eagle3Dims.of(self.config, target), tokens, share, itemsize)
+
+    def frozen_rows(self, vocab_size: int, tied: bool) -> int:
+        return memory.frozen_rows(self.config, vocab_size, tied)
+
+    @property
+    def embedding_on_host(self) -> bool:
+        return self.config.embedding == "host"
+
+    def check_export(self, format: str, options: ExportConfig, target_layers: int) -> None:
+        from specdist.draft.eagle3.export import check_servable
+
+        check_servable(self.config.captured_layers(target_layers), target_layers, format)
+
+    def export(self, format: str, trained: Trained, options: ExportConfig) -> Contents:
+        from specdist.draft.eagle3.export import export
+
+        return export(self.config, format, trained, options)
+
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any]) -> bool:
+        kind = config.get("speculators_model_type")
+        named = any("eagle" in str(name).lower() for name in config.get("architectures") or ())
+        return kind == cls.name if kind else named or not config.keys().isdisjoint({"draft_vocab_size", "eagle_config"})
+
+    @classmethod
+    def read(cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedEagle3:
+        from specdist.draft.eagle3.reader import read
+
+        return read(directory, config, tensors)
