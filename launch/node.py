@@ -17,6 +17,7 @@ from specdist.core.errors import ConfigError, Dismissed, UserError
 from specdist.core.launch_env import Attempt
 from specdist.core.network import interface_towards
 from specdist.core.run_lock import Lease, refuse_if_held
+from specdist.core.stop import StopReason
 from specdist.job.config import JobConfig, home
 from specdist.job.run_dir import RunDirectory
 from specdist.world.roll_call import Meeting, Node, meet
@@ -56,8 +57,8 @@ class Agent:
             self._check_time()
             meeting = meet(me, place.nodes, place.leader, limit, place.hosts, stop.check)
             stop.check()
-        except Dismissed as error:
-            return self._leave_early(str(error), kept)
+        except Dismissed:
+            return self._leave_early(stop.reason, kept)
         except UserError as error:
             return self._not_met(error, kept)
         if leads:
@@ -79,12 +80,12 @@ class Agent:
                 "save and leave at once: give it more time, or set launch.stop_before_end_s lower",
             )
 
-    def _leave_early(self, reason: str, kept: bool) -> int:
+    def _leave_early(self, reason: StopReason | None, kept: bool) -> int:
         """A stop was asked for before the ranks were started: there is nothing to save."""
         if not kept or self._place.number != 0:
             return 0
         self._begin_alone()
-        return self._account({}, reason)
+        return self._account({}, reason, " before the ranks were started")
 
     def _not_met(self, error: UserError, kept: bool) -> int:
         """The agents did not come together."""
@@ -128,7 +129,7 @@ class Agent:
                 name = signal.Signals(-status).name
                 print(f"specdist: rank {rank} on {self._place.host} was killed by {name}{hint}", file=sys.stderr)
 
-    def _account(self, failed: dict[int, int], stopped: str | None) -> int:
+    def _account(self, failed: dict[int, int], stopped: StopReason | None, detail: str = "") -> int:
         """Make sure that something is on record, and on node 0 judge it."""
         if failed and not self._known():
             self._await_record()
@@ -136,7 +137,7 @@ class Agent:
         told = self._record.ending() is not None
         if self._record.ending() is None and stopped is not None and (failure is None or failure.of_leaving):
             if leads:
-                self._record.end(Ending("stopped", saved_step(self._run_dir), stopped))
+                self._record.end(Ending("stopped", saved_step(self._run_dir), stopped, detail))
         elif failed and not self._known():
             ends = ", ".join(f"rank {rank}: {_status(status)}" for rank, status in sorted(failed.items()))
             self._fail(Failure("lost", f"ended without a word: {ends}", host=self._place.host))

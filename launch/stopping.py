@@ -11,7 +11,7 @@ import psutil
 
 from specdist.core.errors import Dismissed
 from specdist.core.launch_env import STOP
-from specdist.core.stop import STOP_SIGNALS
+from specdist.core.stop import STOP_SIGNALS, StopReason
 
 
 class StopForwarding:
@@ -22,7 +22,7 @@ class StopForwarding:
     """
 
     def __init__(self) -> None:
-        self.reason: str | None = None
+        self.reason: StopReason | None = None
         """The first signal that asked for a stop."""
 
     def __enter__(self) -> StopForwarding:
@@ -42,7 +42,7 @@ class StopForwarding:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self.reason is not None and number == signal.SIGINT
-        self.reason = self.reason or signal.Signals(number).name
+        self.reason = self.reason or StopReason(signal.Signals(number).name)
         os.environ[STOP] = self.reason  # for ranks that do not exist yet
         for child in psutil.Process().children():
             child.send_signal(signal.SIGKILL if again else number)

@@ -23,14 +23,12 @@ from specdist.core.errors import UserError
 from specdist.core.launch_env import Attempt
 from specdist.core.progress import committed, read_progress
 from specdist.core.run_lock import holder
+from specdist.core.stop import StopReason
 from specdist.job.launch_config import LaunchConfig
 from specdist.job.run_dir import RunDirectory
 
 DONE, GIVE_UP, USER_ERROR, AGAIN = 0, 1, 2, 75
 """Exit statuses; 75 is sysexits' EX_TEMPFAIL."""
-
-TIME_LIMIT = ("the end of the time limit", "SIGUSR1", "SIGUSR2")
-"""How the reason of a stop begins that comes with the time limit: the batch scripts ask for SIGUSR2 then."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def judge(run_dir: Path, config: LaunchConfig, record: AttemptRecord | None = No
         return _judge_failure(lost, history, config)
     if ending.state == "finished":
         return Verdict(DONE, f"finished at step {ending.step}")
-    if "SIGINT" in ending.reason:
+    if ending.reason == StopReason.INTERRUPT:
         return Verdict(DONE, f"stopped at step {ending.step} by Ctrl-C; the same command goes on")
     vain = _vain_starts(history)
     if vain > config.retries:
@@ -67,7 +65,7 @@ def judge(run_dir: Path, config: LaunchConfig, record: AttemptRecord | None = No
             f"give each start more time (--time), or less of it for the end (launch.stop_before_end_s="
             f"{config.stop_before_end_s:g}, --signal, which Slurm sends up to 60 s early)",
         )
-    return Verdict(AGAIN, f"stopped at step {ending.step} ({ending.reason}): to be started again from there")
+    return Verdict(AGAIN, f"stopped at step {ending.step} ({ending.why}): to be started again from there")
 
 
 def _judge_failure(failure: Failure, history: Sequence[AttemptRecord], config: LaunchConfig) -> Verdict:
@@ -90,7 +88,7 @@ def _vain_starts(history: Sequence[AttemptRecord]) -> int:
     for record in reversed(history):
         started, ending = record.started(), record.ending()
         assert started is not None
-        if ending is None or ending.step > started.step or not ending.reason.startswith(TIME_LIMIT):
+        if ending is None or ending.step > started.step or not (ending.reason and ending.reason.of_time_limit):
             break
         count += 1
     return count

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is kept of every start of a job: when and where it began, how it ended, and its first failure.
 
-One directory per attempt, RUN_DIR/logs/<job>.<restart>/ (see `contract.Attempt.directory`):
+One directory per attempt, RUN_DIR/logs/<job>.<restart>/ (see `launch_env.Attempt.directory`):
 
 started.json     when, on which hosts, with how many ranks
 outcome.json     finished, or stopped (a signal, the time limit): written by the rank that saved
@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from specdist.core.errors import UserError, WorldError
 from specdist.core.files import write_atomically
+from specdist.core.stop import StopReason
 
 Kind = Literal["input", "error", "device", "lost", "world"]
 """input: the user's configuration or data; error: an exception of the code; device: a GPU or its communication; lost: a
@@ -50,9 +51,15 @@ class Ending:
 
     state: Literal["finished", "stopped"]
     step: int
-    reason: str = ""
-    """Why it stopped: the signal, or the time limit."""
+    reason: StopReason | None = None
+    """Why it stopped."""
+    detail: str = ""
+    """Where or when the stop was asked for, as words that follow the reason."""
     time: float = field(default_factory=time.time)
+
+    @property
+    def why(self) -> str:
+        return f"{self.reason or ''}{self.detail}"
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,9 @@ class AttemptRecord:
 
     def ending(self) -> Ending | None:
         found = self._read("outcome.json")
-        return None if found is None else Ending(**found)
+        if found is None:
+            return None
+        return Ending(**(found | {"reason": StopReason(found["reason"]) if found["reason"] else None}))
 
     def failed(self) -> Failure | None:
         """The failure that ended the attempt: not what ranks met because others had been stopped."""

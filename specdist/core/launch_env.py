@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What whoever starts a world tells its ranks: the one contract between `launch/` and `specdist/`.
+"""The launch environment: the variables by which a launcher describes a world to its ranks.
 
 Torchrun's own variables say which rank this is. A few of ours, which `launch/agent.py` sets, say which start of which
 job it is; a world started by plain torchrun lacks them and gets the defaults below. Nothing else in `specdist/` reads
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from specdist.core.errors import ConfigError, WorldError
+from specdist.core.stop import StopReason
 
 Role = Literal["target", "draft"]
 
@@ -110,9 +111,10 @@ class Attempt:
         return run_dir / "logs" / self.name
 
 
-def stop_asked() -> str | None:
+def stop_asked() -> StopReason | None:
     """The signal that asked the launcher to stop before this rank existed; nobody could pass it on."""
-    return os.environ.get(STOP)
+    reason = os.environ.get(STOP)
+    return StopReason(reason) if reason else None
 
 
 def shared_token(size: int) -> bytes:

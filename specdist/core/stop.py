@@ -9,9 +9,26 @@ import os
 import signal
 import sys
 import time
+from enum import StrEnum
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopReason(StrEnum):
+    """Why a run was asked to stop: a signal, or the end of the batch system's time limit."""
+
+    INTERRUPT = "SIGINT"
+    TERMINATE = "SIGTERM"
+    USER1 = "SIGUSR1"
+    USER2 = "SIGUSR2"
+    TIME_LIMIT = "the end of the time limit"
+    ANOTHER_RANK = "another rank was asked to"
+
+    @property
+    def of_time_limit(self) -> bool:
+        """Whether the time limit is behind it: the batch scripts ask for SIGUSR2 shortly before it."""
+        return self in (StopReason.TIME_LIMIT, StopReason.USER1, StopReason.USER2)
 
 
 _PR_SET_PDEATHSIG = 1
@@ -37,13 +54,14 @@ class StopFlag:
     """
 
     def __init__(self, deadline: float | None = None, margin_s: float = 0.0) -> None:
-        self.reason: str | None = None
+        self.reason: StopReason | None = None
+        self.detail = ""
         self._interrupted = False
         self._stop_at = None if deadline is None else deadline - margin_s
 
     def __bool__(self) -> bool:
         if self.reason is None and self._stop_at is not None and time.time() >= self._stop_at:
-            self.reason = "the end of the time limit"
+            self.reason = StopReason.TIME_LIMIT
         return self.reason is not None
 
     def install(self) -> None:
@@ -55,9 +73,10 @@ class StopFlag:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
-    def request(self, reason: str) -> None:
-        """Ask for a stop from inside the process."""
-        self.reason = self.reason or reason
+    def request(self, reason: StopReason, detail: str = "") -> None:
+        """Ask for a stop from inside the process; the first request counts. `detail`: words that follow the reason."""
+        if self.reason is None:
+            self.reason, self.detail = reason, detail
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -65,7 +84,7 @@ class StopFlag:
                 signal.signal(number, signal.default_int_handler)
                 raise KeyboardInterrupt
             self._interrupted = True  # not `reason`: that of another rank may be here before our own signal
-        self.request(signal.Signals(number).name)
+        self.request(StopReason(signal.Signals(number).name))
 
 
 def leave(status: int) -> None:

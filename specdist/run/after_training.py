@@ -17,7 +17,7 @@ from torch import Tensor
 from specdist.core.attempts import Ending
 from specdist.core.files import write_atomically
 from specdist.core.progress import Progress
-from specdist.core.stop import StopFlag
+from specdist.core.stop import StopFlag, StopReason
 from specdist.evaluate.report import EvaluationReport, render
 from specdist.export import Trained, export_draft, written_formats
 from specdist.job.config import JobConfig, JobFacts
@@ -117,7 +117,7 @@ def finish(
     _tell(run_dir, outcome, sides, exports, found)
     if outcome.finished:
         return Ending("finished", outcome.progress.step)
-    return Ending("stopped", outcome.progress.step, stop.reason or "another rank was asked to")
+    return Ending("stopped", outcome.progress.step, stop.reason or StopReason.ANOTHER_RANK, stop.detail)
 
 
 def _earlier(run_dir: RunDirectory, step: int) -> dict[str, object]:
@@ -155,13 +155,13 @@ def _compare(
 
 
 def _stopped_evaluating(outcome: Outcome, stop: StopFlag) -> Ending:
-    reason = f"{stop.reason}, during the evaluation"
+    ending = Ending("stopped", outcome.progress.step, stop.reason, f"{stop.detail}, during the evaluation")
     print(
-        f"specdist: stopped after {outcome.progress.step} steps ({reason}); the same command evaluates again.",
+        f"specdist: stopped after {outcome.progress.step} steps ({ending.why}); the same command evaluates again.",
         file=sys.stderr,
         flush=True,
     )
-    return Ending("stopped", outcome.progress.step, reason)
+    return ending
 
 
 def export_all(

@@ -15,7 +15,7 @@ from specdist.channel.base import FeatureReceiver
 from specdist.channel.local import LocalChannel
 from specdist.core.errors import WorldError
 from specdist.core.records import FeatureLayout, PackedTokens, WorkItem
-from specdist.core.stop import StopFlag
+from specdist.core.stop import StopFlag, StopReason
 from specdist.core.topology import Topology
 from specdist.core.trace import NO_TRACE, Trace
 from specdist.prompts.items import Items
@@ -130,7 +130,7 @@ class RemoteSource(FeatureSource):
                 self.receiver.place(index, slot, shares)
                 self._post(index, replica)
             case StopRequested(rank, reason):
-                self._stop.request(f"{reason} on rank {rank}")
+                self._stop.request(StopReason(reason), f" on rank {rank}")
             case Stop():
                 with self._changed:
                     self._stopped = True

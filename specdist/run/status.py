@@ -77,7 +77,7 @@ def _headline(history: list[AttemptRecord], status: Status | None, now: float) -
         who = f"rank {failure.rank} ({failure.role}, host {failure.host}): " if failure.rank >= 0 else ""
         return f"failed in attempt {last.name}: {who}{failure.message.splitlines()[0]} (see {last.failure_file})"
     if ending is not None:
-        return f"{ending.state} at step {ending.step}" + (f" ({ending.reason})" if ending.reason else "")
+        return f"{ending.state} at step {ending.step}" + (f" ({ending.why})" if ending.why else "")
     if status is None or status.attempt != last.name:
         return f"attempt {last.name} is starting: its ranks have not met yet (logs in {last.directory})"
     return _alive(status, now)

@@ -14,6 +14,7 @@ from pathlib import Path
 from specdist.core.attempts import AttemptRecord, Ending, Failure
 from specdist.core.files import write_atomically
 from specdist.core.launch_env import Attempt
+from specdist.core.stop import StopReason
 from specdist.core.trace import NO_TRACE, Trace
 from specdist.job.resume_plan import ResumePlan
 from specdist.run.status import Status
@@ -59,10 +60,11 @@ class RunObserver(Observer):
         if self._record.fail(failure):
             print(failure.render(self._record.failure_file), file=sys.stderr, flush=True)
 
-    def dismissed(self, reason: str) -> None:
+    def dismissed(self, rank: int, reason: str) -> None:
         step = self._resume.progress.step
-        self._record.end(Ending("stopped", step, reason))
-        print(f"specdist: stopped at step {step} ({reason}); the same command goes on from there.", file=sys.stderr)
+        ending = Ending("stopped", step, StopReason(reason), f" on rank {rank}, before the first step")
+        self._record.end(ending)
+        print(f"specdist: stopped at step {step} ({ending.why}); the same command goes on from there.", file=sys.stderr)
 
     def tell(self, words: str) -> None:
         print(f"specdist: {words}", file=sys.stderr, flush=True)

@@ -51,7 +51,7 @@ def produce(rank: Rank) -> None:
     elif topology.mode == "target_only" and rank.rank == 0:
         _tell_target_only(rank, report)
         state: Literal["stopped", "finished"] = "stopped" if rank.stop else "finished"
-        rank.record.end(Ending(state, rank.resume.progress.step, rank.stop.reason or ""))
+        rank.record.end(Ending(state, rank.resume.progress.step, rank.stop.reason, rank.stop.detail))
 
 
 def _tell_target_only(rank: Rank, report: ProducerReport) -> None:

@@ -55,8 +55,8 @@ class Observer:
     def failed(self, failure: Failure) -> None:
         """The run has failed; called once."""
 
-    def dismissed(self, reason: str) -> None:
-        """The run was asked to stop before it had begun; called once."""
+    def dismissed(self, rank: int, reason: str) -> None:
+        """`rank` was asked to stop before the run had begun; called once."""
 
     def tell(self, words: str) -> None:
         """Something that happened to a target world."""
@@ -281,7 +281,7 @@ class Conductor:
         self._stop_requested = StopRequested(rank, reason)
         if not self._ready:
             self._end(Dismiss(rank, reason), now)
-            self._observer.dismissed(f"{reason} on rank {rank}, before the first step")
+            self._observer.dismissed(rank, reason)
             return
         self._broadcast(self._stop_requested, now)
         if not self._draft_ranks and self._scheduler is not None:  # no trainer to decide where the run ends

@@ -78,7 +78,7 @@ def test_a_host_that_ssh_does_not_reach_is_named_and_nobody_waits(
     assert "specdist: h3: ssh did not reach it, or lost it" in said
     ending = attempts(tmp_path / "run")[-1].ending()
     assert ending is not None
-    assert (ending.state, ending.reason) == ("stopped", "SIGTERM before the ranks were started")
+    assert (ending.state, ending.why) == ("stopped", "SIGTERM before the ranks were started")
 
 
 def test_a_job_that_cannot_meet_names_the_missing_node(tmp_path: Path, material: tuple[Path, Path]) -> None:
@@ -156,7 +156,7 @@ def test_ctrl_c_stops_a_job_of_several_hosts_for_good(tmp_path: Path, material: 
     ending = record.ending()
     assert ending is not None
     assert ending.state == "stopped"
-    assert "SIGINT" in ending.reason
+    assert ending.reason == "SIGINT"
     assert committed(tmp_path / "run/checkpoints")
 
 
@@ -179,7 +179,7 @@ def test_a_stop_during_the_evaluation_is_made_good_by_the_next_start(
     (record,) = attempts(tmp_path / "run")
     ending = record.ending()
     assert ending is not None
-    assert (ending.state, ending.step, ending.reason) == ("stopped", 2, "SIGTERM, during the evaluation")
+    assert (ending.state, ending.step, ending.why) == ("stopped", 2, "SIGTERM, during the evaluation")
     again = specdist(*train[3:], "evaluate.limit=2", timeout=TIMEOUT_S)
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "run/summary.json").read_text())["evaluation"]["after"]["prompts"] == 2

@@ -13,6 +13,7 @@ import torch
 from specdist.core.attempts import AttemptRecord, Ending, Failure, Started, attempts
 from specdist.core.errors import ConfigError, WorldError
 from specdist.core.launch_env import Attempt
+from specdist.core.stop import StopReason
 from specdist.job.launch_config import LaunchConfig
 from specdist_launch.verdict import AGAIN, DONE, GIVE_UP, USER_ERROR, judge
 
@@ -80,9 +81,9 @@ def test_only_the_first_failure_is_kept_whoever_writes_at_once(tmp_path: Path) -
     ("end", "status", "words"),
     [
         (Ending("finished", 50), DONE, "finished at step 50"),
-        (Ending("stopped", 30, "SIGUSR2 on rank 1"), AGAIN, "stopped at step 30 (SIGUSR2 on rank 1)"),
-        (Ending("stopped", 30, "the end of the time limit"), AGAIN, "the end of the time limit"),
-        (Ending("stopped", 30, "SIGINT on rank 0"), DONE, "by Ctrl-C"),
+        (Ending("stopped", 30, StopReason("SIGUSR2"), " on rank 1"), AGAIN, "stopped at step 30 (SIGUSR2 on rank 1)"),
+        (Ending("stopped", 30, StopReason.TIME_LIMIT), AGAIN, "the end of the time limit"),
+        (Ending("stopped", 30, StopReason("SIGINT"), " on rank 0"), DONE, "by Ctrl-C"),
         (Failure("input", "unknown key 'x'"), USER_ERROR, "not started again: unknown key"),
         (ERROR, AGAIN, "try 1 of 2 (kind: error)"),
         (LOST, AGAIN, "try 1 of 2 (kind: lost)"),
@@ -108,14 +109,17 @@ def test_retries_are_bounded_but_progress_counts_anew_and_preemptions_not_at_all
     assert History(tmp_path / "bounded").add(LOST).add(LOST).add(LOST).verdict()[0] == GIVE_UP
     progress = History(tmp_path / "progress").add(LOST).add(LOST).add(LOST, step=10)
     assert progress.verdict() == (AGAIN, "to be started again, try 1 of 2 (kind: lost): the connection to it is lost")
-    stop = Ending("stopped", 0, "SIGTERM on rank 0")
+    stop = Ending("stopped", 0, StopReason("SIGTERM"), " on rank 0")
     preempted = History(tmp_path / "preempted").add(LOST).add(stop).add(stop).add(LOST)
     assert "try 2 of 2" in preempted.verdict()[1]
     assert preempted.add(stop).add(LOST).verdict()[0] == GIVE_UP
 
 
 def test_a_time_limit_that_is_too_short_is_not_tried_for_ever(tmp_path: Path) -> None:
-    early, late = Ending("stopped", 30, "SIGUSR2 on rank 0"), Ending("stopped", 30, "the end of the time limit")
+    early, late = (
+        Ending("stopped", 30, StopReason("SIGUSR2"), " on rank 0"),
+        Ending("stopped", 30, StopReason.TIME_LIMIT),
+    )
     history = History(tmp_path / "short").add(early, step=30).add(late, step=30)
     assert history.verdict()[0] == AGAIN
     status, said = history.add(early, step=30).verdict()
@@ -124,7 +128,7 @@ def test_a_time_limit_that_is_too_short_is_not_tried_for_ever(tmp_path: Path) ->
         History(tmp_path / "progress").add(late, step=30).add(late, step=20).add(late, step=30).add(late, step=30)
     )
     assert progress.verdict()[0] == AGAIN
-    preempted = Ending("stopped", 30, "SIGTERM on rank 0")
+    preempted = Ending("stopped", 30, StopReason("SIGTERM"), " on rank 0")
     assert (
         History(tmp_path / "busy").add(preempted, step=30).add(preempted, step=30).add(late, step=30).verdict()[0]
         == AGAIN
@@ -136,7 +140,7 @@ def test_who_was_stopped_before_it_could_say_so_has_not_failed(tmp_path: Path) -
         history = History(tmp_path / failure.kind)
         for _ in range(4):
             history.add(failure)
-            attempts(history.run_dir)[-1].end(Ending("stopped", 0, "SIGTERM"))
+            attempts(history.run_dir)[-1].end(Ending("stopped", 0, StopReason("SIGTERM")))
         assert history.verdict()[0] == status
 
 

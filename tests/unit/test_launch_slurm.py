@@ -16,6 +16,7 @@ import pytest
 from specdist.core import config
 from specdist.core.attempts import AttemptRecord, Ending, Started
 from specdist.core.errors import ConfigError
+from specdist.core.stop import StopReason
 from specdist.job.config import load_job
 from specdist.job.launch_config import LaunchConfig
 from specdist.job.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
@@ -242,6 +243,6 @@ def test_a_start_without_a_record_is_not_taken_for_the_one_before(tmp_path, word
         if restart == 0:
             record = AttemptRecord(tmp_path / "run/logs/17.0")
             record.begin(Started("slurm", ("a", "b"), 2))
-            record.end(Ending("stopped", 0, "SIGTERM"))
+            record.end(Ending("stopped", 0, StopReason("SIGTERM")))
         assert judge_by_command(["--slurm", *words]) == expected
     assert "the nodes' agents ended before they had met" in capsys.readouterr().err

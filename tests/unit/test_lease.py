@@ -13,6 +13,7 @@ from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
 from specdist.core.errors import ConfigError
 from specdist.core.launch_env import Attempt
 from specdist.core.run_lock import Lease, holder, refuse_if_held
+from specdist.core.stop import StopReason
 from specdist.job.launch_config import LaunchConfig
 from specdist_launch.verdict import AGAIN, GIVE_UP, judge
 
@@ -47,7 +48,7 @@ def test_who_comes_second_is_refused(tmp_path: Path) -> None:
 def test_what_has_ended_or_failed_holds_nothing(tmp_path: Path) -> None:
     record = begin(tmp_path, "17")
     with Lease(record):
-        record.end(Ending("stopped", 5, "SIGINT"))
+        record.end(Ending("stopped", 5, StopReason("SIGINT")))
         assert holder(tmp_path, "18") is None
     record = begin(tmp_path, "18", when=2.0)
     with Lease(record):
@@ -73,7 +74,7 @@ def test_a_lost_job_is_watched_for_a_while_and_an_old_one_is_not(
 
 def test_a_start_that_was_refused_is_not_what_the_other_one_is_judged_by(tmp_path: Path) -> None:
     first, config = begin(tmp_path, "17"), LaunchConfig(retries=1)
-    first.end(Ending("stopped", 5, "SIGUSR2"))
+    first.end(Ending("stopped", 5, StopReason("SIGUSR2")))
     second = begin(tmp_path, "18", when=2.0)
     second.fail(Failure("input", "no such file"))
     assert judge(tmp_path, config, first).status == AGAIN

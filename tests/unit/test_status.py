@@ -14,6 +14,7 @@ from specdist.core.errors import ConfigError
 from specdist.core.launch_env import Attempt
 from specdist.core.progress import Progress
 from specdist.core.records import Cursor
+from specdist.core.stop import StopReason
 from specdist.core.topology import Topology
 from specdist.job.resume_plan import ResumePlan
 from specdist.run.status import Status, describe
@@ -74,7 +75,7 @@ def test_a_run_longer_than_its_time_limit_says_so(run_dir: Path) -> None:
 
 
 def test_the_end_of_an_attempt_outlives_its_status(run_dir: Path) -> None:
-    write(run_dir).end(Ending("stopped", 44, "SIGUSR2 on rank 1"))
+    write(run_dir).end(Ending("stopped", 44, StopReason("SIGUSR2"), " on rank 1"))
     said = describe(run_dir, NOW)
     assert said.startswith(f"{run_dir}: stopped at step 44 (SIGUSR2 on rank 1)")
     assert "queues" not in said

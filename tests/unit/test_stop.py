@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from specdist.core.stop import STOP_SIGNALS, StopFlag
+from specdist.core.stop import STOP_SIGNALS, StopFlag, StopReason
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_signal_sets_the_flag_and_the_first_one_is_the_reason(flag: StopFlag, 
 
 
 def test_a_second_ctrl_c_ends_the_process(flag: StopFlag) -> None:
-    flag.request("SIGINT on rank 0")  # the others may know of the first one before it arrives here
+    flag.request(StopReason.INTERRUPT, " on rank 0")  # the others may know of the first one before it arrives here
     os.kill(os.getpid(), signal.SIGINT)
     assert flag
     with pytest.raises(KeyboardInterrupt):
@@ -45,4 +45,4 @@ def test_the_end_of_the_time_limit_asks_for_a_stop_by_itself() -> None:
     assert not StopFlag(deadline=time.time() + 100, margin_s=60)
     near = StopFlag(deadline=time.time() + 59, margin_s=60)
     assert near
-    assert near.reason == "the end of the time limit"
+    assert near.reason == StopReason.TIME_LIMIT

@@ -76,9 +76,11 @@ class TargetWorld:
             waiting, paused = "the draft world has stopped before its end", True
             say(f"{waiting}; looking for another start of it at {self._search.rendezvous}")
         if self._world.facts.rank == 0:
-            reason = self._stop.reason or ""
-            self._record.end(Ending("stopped" if reason else "finished", self._step, reason))
-            say(f"target world ended after {self._items} items on replica 0 {f'({reason})' if reason else ''}".rstrip())
+            asked = self._stop
+            ending = Ending("stopped" if asked.reason else "finished", self._step, asked.reason, asked.detail)
+            self._record.end(ending)
+            why = f" ({ending.why})" if ending.why else ""
+            say(f"target world ended after {self._items} items on replica 0{why}")
 
     def _attend(self, session: Session) -> Stop:
         """Work until the draft world lets this rank go.
