@@ -130,7 +130,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _trace(args: argparse.Namespace) -> int:
-    from specdist.run.trace.collect import collect_newest
+    from specdist.run.timeline import collect_newest
 
     print(collect_newest(Path(args.run_dir), args.attempt))
     return 0

@@ -23,6 +23,7 @@ from specdist.channel.wire import Wire
 from specdist.core.errors import WorldError
 from specdist.core.records import WorkItem
 from specdist.core.topology import Link, Topology
+from specdist.core.trace import span
 from specdist.world.links import TransferError, wait_work
 
 
@@ -44,7 +45,6 @@ class P2PSender(FeatureSender):
         self._topology, self._rank, self._place, self._links = topology, rank, place, links
         self._tp = len(topology.replicas[place.replica])
         self._ring = Ring(wire.layout, wire.config.send_buffers, item_rows, device)
-        self._trace = wire.trace
         self._in_flight: dict[int, _Transfer] = {}
         self._handed_out = self._sent = 0
         # Sends must not queue behind the next forward, which is on the current stream by the time this one is sent.
@@ -85,9 +85,9 @@ class P2PSender(FeatureSender):
             payload = _to_host(part) if self._staged else part
             for destination in draft_ranks:
                 link = Link(self._rank, destination)
-                traced = self._trace.transfer("send", item.index, link, payload.nbytes, self._on_device)
-                work = _start(dist.isend, payload, destination, link, self._topology, self._links)
-                transfer.works.append((link, traced.issued(work)))
+                with span("send", item.index, destination=destination, bytes=payload.nbytes):
+                    work = _start(dist.isend, payload, destination, link, self._topology, self._links)
+                transfer.works.append((link, work))
             if self._staged:
                 transfer.staging.append((payload, part))  # gloo reads it until the work is done
         return transfer
@@ -121,7 +121,6 @@ class P2PReceiver(FeatureReceiver):
         assert place is not None, f"rank {rank} is not a draft rank"
         self._topology, self._rank, self._shard, self._links = topology, rank, place.dp, links
         self._ring = Ring(wire.layout, slots, shard_rows, device)
-        self._trace = wire.trace
         staged = wire.on_gpu and any(dist.get_backend(g) == "gloo" for g in links.values())
         self._host_ring = Ring(wire.layout, slots, shard_rows, torch.device("cpu"), pinned=True) if staged else None
         self._on_device = wire.on_gpu and not staged
@@ -159,9 +158,9 @@ class P2PReceiver(FeatureReceiver):
             if len(part) == 0:
                 continue
             link = Link(source, self._rank)
-            traced = self._trace.transfer("receive", index, link, part.nbytes, self._on_device)
-            work = _start(dist.irecv, part, source, link, self._topology, self._links)
-            transfer.works.append((link, traced.issued(work)))
+            with span("receive", index, source=source, bytes=part.nbytes):
+                work = _start(dist.irecv, part, source, link, self._topology, self._links)
+            transfer.works.append((link, work))
 
     def take(self, item: WorkItem, timeout_s: float) -> Tensor:
         deadline = time.monotonic() + timeout_s

@@ -16,7 +16,6 @@ from specdist.core.errors import WorldError
 from specdist.core.launch_env import local_address
 from specdist.core.records import FeatureLayout
 from specdist.core.topology import Topology
-from specdist.core.trace import NO_TRACE, Trace
 from specdist.world.groups import Groups, World
 
 Check = Callable[[], None]
@@ -81,7 +80,6 @@ class Wire:
     layout: FeatureLayout
     timeout_s: float
     """Limit of every single wait, in seconds."""
-    trace: Trace = NO_TRACE
     between_worlds: AddressBook | None = None
     """The address book of a channel between two worlds; None: both ends are in this one."""
 

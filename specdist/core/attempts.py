@@ -7,7 +7,7 @@ started.json     when, on which hosts, with how many ranks
 outcome.json     finished, or stopped (a signal, the time limit): written by the rank that saved
 failure.json     the first failure; whoever meets it first writes it, what the others meet later is a consequence
 ROLE/HOST-rankN.log
-trace/rank-N.json, trace.json   what every rank recorded of the traced steps, and all of it together (specdist/trace/)
+trace/, trace.json   what every rank recorded of the traced steps, and all of it together (specdist/run/timeline.py)
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a rank's monotonic clock is from rank 0's. Every host counts from its own start."""
+"""How far the clock of a rank's host is from that of rank 0's."""
 
 from __future__ import annotations
 

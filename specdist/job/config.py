@@ -36,8 +36,8 @@ from specdist.target.config import TargetConfig
 from specdist.target.description import TargetDescription, compute_dtype, describe
 from specdist.training.metrics import MetricsConfig
 from specdist.training.optimizer import OptimizerConfig
+from specdist.training.profile import TraceConfig
 from specdist.training.recipe import TrainConfig
-from specdist.training.trace_config import TraceConfig
 
 
 @dataclass(frozen=True)

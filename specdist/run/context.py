@@ -10,7 +10,6 @@ from specdist.channel.wire import AddressBook, Wire
 from specdist.core.attempts import AttemptRecord
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
-from specdist.core.trace import Trace
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.resume_plan import ResumePlan
@@ -22,6 +21,7 @@ from specdist.scheduler.client import ControlClient
 from specdist.scheduler.server import ControlServer
 from specdist.target.base import TargetModel
 from specdist.target.registry import load_target
+from specdist.training.profile import Profile
 from specdist.world.groups import Groups, World
 
 
@@ -45,7 +45,7 @@ class Rank:
     client: ControlClient
     stop: StopFlag
     record: AttemptRecord
-    trace: Trace
+    profile: Profile
     server: ControlServer | None = None
     """The scheduler's end of the control plane, on rank 0."""
 
@@ -73,7 +73,6 @@ class Rank:
             self.groups,
             self.facts.layout,
             self.timeout_s,
-            self.trace,
             between_worlds,
         )
 

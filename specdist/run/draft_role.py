@@ -48,7 +48,7 @@ def consume(rank: Rank) -> None:
         checkpointer.load(rank.resume.checkpoint, draft, optimizer)
     source = _source(rank, items, place.dp)
     trainer = Trainer(
-        draft, optimizer, source, items, rank.prompts, rank.groups, place.dp, rank.world.device, rank.trace
+        draft, optimizer, source, items, rank.prompts, rank.groups, place.dp, rank.world.device, rank.profile
     )
     recipe = Recipe(job.train, job.optimizer, job.checkpoint, job.metrics.every, rank.resume.total_steps)
     leader = rank.rank == topology.draft_ranks[0]
@@ -73,7 +73,7 @@ def consume(rank: Rank) -> None:
         ranks = len(topology.draft_ranks)
         outcome = Outcome(state, progress, rank.resume.total_steps, figures, producers, ranks)
         rank.record.end(finish(job, rank.facts, rank.run_dir, outcome, rank.world.device, rank.stop))
-    rank.trace.finish()
+    rank.profile.finish()
     client.close()
     rank.stop.uninstall()
     del landing  # until here: a replica that was dropped may still write into the ring
@@ -104,7 +104,7 @@ def _source(rank: Rank, items: Items, shard: int) -> FeatureSource:
         rows = len(own) * job.prompts.tokens_per_rank
         engine = rank.load_engine(rows)
         channel = LocalChannel(layout, own.index(shard), job.train.accumulation, rows, device)
-        source = ColocatedSource(engine, channel, topology, rank.rank, rank.prompts, rank.trace)
+        source = ColocatedSource(engine, channel, topology, rank.rank, rank.prompts)
         source.verify(items, job.target.verify)
         return source
     slots, timeout_s = jobs.slots(job, layout), rank.timeout_s
@@ -113,7 +113,7 @@ def _source(rank: Rank, items: Items, shard: int) -> FeatureSource:
         timeout_s += job.control.replica_timeout_s
     receiver = rank.transport.receiver(rank.wire(book), slots, job.prompts.tokens_per_rank, rank.client.check)
     number = topology.draft_ranks.index(rank.rank)
-    return RemoteSource(rank.client, receiver, items, number, rank.stop, timeout_s, rank.world.device, rank.trace)
+    return RemoteSource(rank.client, receiver, items, number, rank.stop, timeout_s, rank.world.device)
 
 
 @dataclass(frozen=True)

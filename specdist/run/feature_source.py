@@ -17,7 +17,7 @@ from specdist.core.errors import WorldError
 from specdist.core.records import FeatureLayout, PackedTokens, WorkItem
 from specdist.core.stop import StopFlag, StopReason
 from specdist.core.topology import Topology
-from specdist.core.trace import NO_TRACE, Trace
+from specdist.core.trace import span
 from specdist.prompts.items import Items
 from specdist.prompts.store import PromptStore
 from specdist.run.stall_timer import WaitClock
@@ -41,12 +41,10 @@ class RemoteSource(FeatureSource):
         stop: StopFlag,
         timeout_s: float,
         device: torch.device,
-        trace: Trace = NO_TRACE,
     ):
         self._waits = WaitClock(device)
         self._client, self.receiver, self._items = client, receiver, items
         self._draft, self._stop, self._timeout_s = draft, stop, timeout_s
-        self._trace = trace
         self._delivered: set[int] = set()
         self._changed = threading.Condition()
         self._stopped = False
@@ -61,9 +59,9 @@ class RemoteSource(FeatureSource):
     def take(self, item: WorkItem) -> Tensor:
         self._client.phase = f"waiting for the features of item {item.index}"
         with self._waits.waiting():
-            with self._trace.span("wait for the forward", item.index):
+            with span("wait for the forward", item.index):
                 self._await(item.index)
-            with self._trace.span("wait for the transfer", item.index):
+            with span("wait for the transfer", item.index):
                 rows = self.receiver.take(item, self._timeout_s)
         self._client.phase = f"training on item {item.index}"
         return rows
@@ -137,7 +135,7 @@ class RemoteSource(FeatureSource):
                     self._changed.notify_all()
 
     def _post(self, index: int, replica: int) -> None:
-        with self._trace.span("post the receives", index):
+        with span("post the receives", index):
             self.receiver.post(self._items[index], replica)
         with self._changed:
             self._delivered.add(index)
@@ -157,9 +155,8 @@ class ColocatedSource(FeatureSource):
         topology: Topology,
         rank: int,
         prompts: PromptStore,
-        trace: Trace = NO_TRACE,
     ):
-        self._engine, self._channel, self._prompts, self._trace = engine, channel, prompts, trace
+        self._engine, self._channel, self._prompts = engine, channel, prompts
         self._shards = local_shards(topology, rank)
 
     def verify(self, items: Items, count: int) -> None:
@@ -173,7 +170,7 @@ class ColocatedSource(FeatureSource):
         own = self._own(item)
         rows = self._channel.buffer(own)
         if own.tokens:
-            with self._trace.compute("target forward", item.index, tokens=own.tokens):
+            with span("target forward", item.index, tokens=own.tokens):
                 self._engine.forward(self._pack(own), rows)
         self._channel.send(own, rows)
         return self._channel.take(own, timeout_s=0)

@@ -24,7 +24,6 @@ from specdist.core.launch_env import Attempt, RankFacts, local_address, stop_ask
 from specdist.core.run_lock import Lease, refuse_if_held
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
-from specdist.core.trace import NO_TRACE, Trace
 from specdist.evaluate.prompts import check_prompts
 from specdist.export import load_exported
 from specdist.job import config as jobs
@@ -40,9 +39,7 @@ from specdist.run.preflight.preflight import Preflight
 from specdist.run.rank_log import RankLog
 from specdist.run.status_writer import RunObserver
 from specdist.run.target_role import produce
-from specdist.run.trace.collect import collect
-from specdist.run.trace.recorder import Recorder
-from specdist.run.trace.writer import Who
+from specdist.run.timeline import collect
 from specdist.run.worlds.rendezvous import Door, Rendezvous
 from specdist.run.worlds.terms import Terms
 from specdist.scheduler.client import ControlClient
@@ -51,7 +48,7 @@ from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.server import ControlServer
 from specdist.scheduler.wire import new_token
 from specdist.target.registry import engine_groups
-from specdist.training.trace_config import find_window
+from specdist.training.profile import NO_PROFILE, PartInfo, Profile, find_traced_steps
 from specdist.world.groups import Groups, World, join_world, make_groups
 from specdist.world.links import connect_links
 
@@ -100,15 +97,15 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
         _introduce(job, topology, job_facts, prompts, resume)
     groups, stop = _groups(job, world, topology), _stop_flag(job, start)
     terms = Terms.of(job, job_facts, prompts, topology, resume) if job.world.role == "draft" else None
-    trace = _trace(job, world, topology, resume, start)
+    profile = _profile(job, world, topology, resume, start)
     with (
         Lease(start.record) if alone and facts.rank == 0 else contextlib.nullcontext(),
-        _control_plane(job, job_facts, world, topology, resume, start, stop, trace, terms) as (client, server),
-        trace.recording(client.ask_clock),
+        _control_plane(job, job_facts, world, topology, resume, start, stop, profile, terms) as (client, server),
+        profile.recording(client.ask_clock),
     ):
         stop.install()  # before the control plane is up nobody could be told, and there is nothing to save
         rank = Rank(
-            job, job_facts, world, topology, groups, run_dir, prompts, resume, client, stop, start.record, trace,
+            job, job_facts, world, topology, groups, run_dir, prompts, resume, client, stop, start.record, profile,
             server,
         )  # fmt: skip
         client.phase = "connecting links"
@@ -118,7 +115,7 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
             produce(rank)
         else:
             consume(rank)
-    if trace.on and facts.rank == 0:  # all ranks have left
+    if profile.on and facts.rank == 0:  # all ranks have left
         _tell_trace(start.record)
 
 
@@ -181,17 +178,20 @@ def _draft_vocabulary(job: JobConfig, prompts: PromptStore) -> Tensor | None:
     return ids if ids is not None and len(ids) < whole else None
 
 
-def _trace(job: JobConfig, world: World, topology: Topology, resume: ResumePlan, start: Start) -> Trace:
-    """This rank's recorder, where the job asks for one and this start comes to the steps it asks for."""
-    window = find_window(job.trace, resume.progress, resume.end_item, job.train.accumulation)
+def _profile(job: JobConfig, world: World, topology: Topology, resume: ResumePlan, start: Start) -> Profile:
+    """This rank's profile, where the job asks for one and this start comes to the steps it asks for."""
+    traced = find_traced_steps(job.trace, resume.progress, resume.end_item, job.train.accumulation)
     rank, first = world.facts.rank, resume.progress.step + 1
     if job.trace.steps is not None and rank == 0:
-        what = "nothing is traced" if window is None else f"steps {window.first_step} to {window.last_step} are traced"
+        what = "nothing is traced" if traced is None else f"steps {traced.first} to {traced.last} are traced"
         print(f"specdist: {what}; this start does steps {first} to {resume.total_steps}", file=sys.stderr)
-    if window is None:
-        return NO_TRACE
-    who = Who(rank, topology.world_size, topology.describe(rank), world.hosts[rank], world.device)
-    return Recorder(window, who, start.record.trace_parts)
+    if traced is None:
+        return NO_PROFILE
+    label, host = topology.describe(rank), world.hosts[rank]
+    info = PartInfo(
+        rank, topology.world_size, label, host, traced.first, traced.last, (traced.items.start, traced.items.stop)
+    )
+    return Profile(traced, info, world.device, start.record.trace_parts)
 
 
 def _tell_trace(record: AttemptRecord) -> None:
@@ -235,7 +235,7 @@ def _control_plane(
     resume: ResumePlan,
     start: Start,
     stop: StopFlag,
-    trace: Trace,
+    profile: Profile,
     terms: Terms | None,
 ) -> Iterator[tuple[ControlClient, ControlServer | None]]:
     """This rank's client; on rank 0 the server beside it, which outlives all clients.
@@ -247,7 +247,7 @@ def _control_plane(
         server, secret = None, new_token()
         if world.facts.rank == 0:
             status = RunDirectory(Path(job.run.dir)).status
-            observer = RunObserver(status, start.record, start.attempt, resume, time.monotonic(), trace)
+            observer = RunObserver(status, start.record, start.attempt, resume, time.monotonic(), profile)
             stack.callback(observer.close)
             rendezvous = Rendezvous(Path(job.run.dir), job.world.scheduler)
             interface, port = local_address(), 0
@@ -281,7 +281,7 @@ def _control_plane(
             world.facts.rank,
             job.control,
             scheduler=topology.describe(topology.scheduler_rank),
-            on_abort=functools.partial(_leave_soon, start, world.facts, trace),
+            on_abort=functools.partial(_leave_soon, start, world.facts, profile),
             stop=stop,
         ) as client:
             yield client, server
@@ -289,9 +289,9 @@ def _control_plane(
             server.join()  # bounded by control.silence_s: a rank that saves for long still shows that it lives
 
 
-def _leave_soon(start: Start, facts: RankFacts, trace: Trace, error: UserError) -> None:
+def _leave_soon(start: Start, facts: RankFacts, profile: Profile, error: UserError) -> None:
     """End the process if it does not end by itself: the main thread may be stuck in a collective with a dead rank."""
-    trace.abandon()
+    profile.abandon()
     if not isinstance(error, Dismissed):
         start.report(error, facts)
 

@@ -15,13 +15,13 @@ from specdist.core.attempts import AttemptRecord, Ending, Failure
 from specdist.core.files import write_atomically
 from specdist.core.launch_env import Attempt
 from specdist.core.stop import StopReason
-from specdist.core.trace import NO_TRACE, Trace
 from specdist.job.resume_plan import ResumePlan
 from specdist.run.status import Status
 from specdist.scheduler.coordinator import Observer
 from specdist.scheduler.messages import Statistics
 from specdist.scheduler.peers import Peers, Phase
 from specdist.scheduler.scheduler import Scheduler
+from specdist.training.profile import NO_PROFILE, Profile
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,10 @@ class RunObserver(Observer):
         attempt: Attempt,
         resume: ResumePlan,
         began: float,
-        trace: Trace = NO_TRACE,
+        profile: Profile = NO_PROFILE,
     ):
         self._file, self._record, self._attempt, self._resume = status_file, record, attempt, resume
-        self._trace = trace
+        self._profile = profile
         self._writer = ThreadPoolExecutor(1, "specdist-status")
         self._writing: Future[None] | None = None
         self._unwritten: str | None = None
@@ -86,18 +86,16 @@ class RunObserver(Observer):
 
     def advanced(self, scheduler: Scheduler, now: float) -> None:
         """Give the timeline the slots of a ring: their sum is always the same."""
-        if not self._trace.on:
+        if not self._profile.on:
             return
         s, first = scheduler.statistics(now), self._resume.progress.next_item
-        self._trace.count(
-            "slots",
-            lowest=first + s.released,
-            highest=first + s.dispatched,
-            computing=s.computing,
-            queued=s.queued,
-            delivered=s.delivered - s.released,
-            free=scheduler.slots - (s.dispatched - s.released),
-        )
+        counts = {
+            "computing": s.computing,
+            "queued": s.queued,
+            "delivered": s.delivered - s.released,
+            "free": scheduler.slots - (s.dispatched - s.released),
+        }
+        self._profile.count_slots(first + s.released, first + s.dispatched, counts)
 
     def _write(self, text: str) -> None:
         """Replace the status file, in a thread: a slow file system must not hold up the scheduler. A text that comes

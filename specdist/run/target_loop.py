@@ -13,13 +13,14 @@ from torch import Tensor
 from specdist.channel.base import FeatureSender
 from specdist.core.records import WorkItem
 from specdist.core.topology import TargetPlace
-from specdist.core.trace import NO_TRACE, Trace
+from specdist.core.trace import span
 from specdist.prompts.items import Items
 from specdist.prompts.store import PromptStore
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.messages import Assign, Computed, Dispatch, Stop
+from specdist.scheduler.messages import Assign, Computed, Dispatch, Message, Stop
 from specdist.target.base import TargetModel
 from specdist.target.verify import verify
+from specdist.training.profile import NO_PROFILE, Profile
 
 WARM_ITEMS = 3
 """Rates leave out so many items, in which kernels are compiled and memory is allocated."""
@@ -93,7 +94,7 @@ class Producer:
         place: TargetPlace,
         verify_items: int,
         timeout_s: float,
-        trace: Trace = NO_TRACE,
+        profile: Profile = NO_PROFILE,
         announce: bool = True,
         window: int = 0,
     ):
@@ -113,13 +114,12 @@ class Producer:
         self._running: deque[_Forward] = deque()
         self.report = ProducerReport()
         self._began = 0.0
-        self._trace, self._idle_ns = trace, 0
+        self._profile = profile
 
     def run(self) -> ProducerReport:
         """Work until the scheduler says stop; raises WorldError when the world fails."""
-        self._idle_ns = time.monotonic_ns()
         while self.stop is None or self._queue or self._running:  # what was given before the stop is finished
-            for message in self._client.poll(self._patience()):
+            for message in self._poll():
                 match message:
                     case Dispatch(index, _):
                         self._queue.append(index)
@@ -142,26 +142,27 @@ class Producer:
         """One forward runs and one is queued behind it, so that the device never waits for the host."""
         return bool(self._queue) and len(self._running) < min(2, self._sender.buffers)
 
-    def _patience(self) -> float:
-        """How long to wait for a message: not at all with work at hand, briefly with a forward under way."""
+    def _poll(self) -> list[Message]:
+        """Messages; waits for one not at all with work at hand, and briefly with a forward under way."""
         if self._may_launch():
-            return 0.0
-        return 0.0005 if self._running else 1.0
+            return self._client.poll(0.0)
+        if self._running:
+            return self._client.poll(0.0005)
+        with span("wait for an item"):
+            return self._client.poll(1.0)
 
     def _launch(self, item: WorkItem) -> None:
         self._client.phase = f"forward of item {item.index}"
-        self._trace.reach(self._running[0].item.index if self._running else item.index)
-        if not self._running:
-            self._trace.waited("wait for an item", self._idle_ns, item.index)
-        with self._trace.span("pack", item.index, tokens=item.tokens):
+        self._profile.reach(self._running[0].item.index if self._running else item.index, item.index)
+        with span("pack", item.index, tokens=item.tokens):
             batch = self._prompts.pack([s for shard in item.shards for s in shard.sequences])
         if self._verify_left > 0:
             self._verify_left -= 1
             verify(self._engine, batch)
-        with self._trace.span("wait for a buffer", item.index):
+        with span("wait for a buffer", item.index):
             rows = self._sender.buffer(item)
         began = self._now()
-        with self._trace.compute("forward", item.index, tokens=item.tokens):
+        with span("forward", item.index, tokens=item.tokens):
             self._engine.forward(batch, rows)
         ended = self._now()
         self._running.append(_Forward(item, rows, began, ended))
@@ -180,7 +181,7 @@ class Producer:
             done = self._running.popleft()
             if self._announce:
                 self._client.send(Computed(done.item.index, self._place.replica))
-            with self._trace.span("issue the sends", done.item.index):
+            with span("issue the sends", done.item.index):
                 self._sender.send(done.item, done.rows)
             self.report.items += 1
             self.report.tokens += done.item.tokens
@@ -188,5 +189,4 @@ class Producer:
             if self.report.items == WARM_ITEMS:
                 self.report.is_warm(time.monotonic() - self._began)
             self._items.forget(before=done.item.index - self._window)
-            self._idle_ns = time.monotonic_ns()
             self._client.phase = "waiting for an item"

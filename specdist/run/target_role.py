@@ -42,7 +42,7 @@ def produce(rank: Rank) -> None:
         place,
         job.target.verify,
         rank.timeout_s,
-        rank.trace,
+        rank.profile,
     )
     rank.client.ready()
     report = producer.run()

@@ -175,7 +175,7 @@ class ControlClient:
         Raises:
             WorldError: no answer within `timeout_s` seconds, or the world has failed.
         """
-        asked, deadline = time.monotonic_ns(), time.monotonic() + timeout_s
+        asked, deadline = time.time_ns(), time.monotonic() + timeout_s
         self.send(AskClock(asked))
         try:
             while True:
@@ -327,7 +327,7 @@ class ControlClient:
             if isinstance(message, Statistics):
                 self.statistics = message
             elif isinstance(message, TellClock):
-                self._clocks.put(ClockReading(message.asked, message.told, time.monotonic_ns()))
+                self._clocks.put(ClockReading(message.asked, message.told, time.time_ns()))
             elif isinstance(message, Start):
                 self._started.set()
             elif isinstance(message, Abort):

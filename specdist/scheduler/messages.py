@@ -287,14 +287,14 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class AskClock:
-    """rank -> scheduler: what is the time? `asked` is the rank's own monotonic clock, in ns."""
+    """rank -> scheduler: what is the time? `asked` is the clock of the rank's host, in ns."""
 
     asked: int
 
 
 @dataclass(frozen=True, slots=True)
 class TellClock:
-    """scheduler -> the rank that asked, at once: rank 0's monotonic clock `told`, in ns, and the question's `asked`."""
+    """scheduler -> the rank that asked, at once: rank 0's clock `told`, in ns, and the question's `asked`."""
 
     asked: int
     told: int

@@ -216,7 +216,7 @@ class ControlServer:
             return
         asked = decode_ask_clock(frames[1])
         if asked is not None:  # answered here, where there is a clock: `now` is that of a whole batch of messages
-            self._send([rank], encode(TellClock(asked, time.monotonic_ns())))
+            self._send([rank], encode(TellClock(asked, time.time_ns())))
             return
         self._conductor.receive(rank, frames[1], now)
 

@@ -23,12 +23,13 @@ from specdist.core.errors import WorldError
 from specdist.core.progress import Progress
 from specdist.core.records import Features, PackedTokens, WorkItem
 from specdist.core.stop import StopFlag
-from specdist.core.trace import NO_TRACE, Trace
+from specdist.core.trace import span
 from specdist.draft.base import DraftModel, Supervision
 from specdist.prompts.items import Items
 from specdist.prompts.store import PromptStore
 from specdist.training.checkpoint import Checkpointer
 from specdist.training.optimizer import learning_rate, set_learning_rate
+from specdist.training.profile import NO_PROFILE, Profile
 from specdist.training.recipe import Recipe
 from specdist.world.groups import Groups
 
@@ -121,12 +122,12 @@ class Trainer:
         groups: Groups,
         shard: int,
         device: torch.device,
-        trace: Trace = NO_TRACE,
+        profile: Profile = NO_PROFILE,
     ):
         self.model, self.optimizer, self.source, self.items = model, optimizer, source, items
         self._prompts, self._groups, self._shard, self._device = prompts, groups, shard, device
         self._sums = torch.zeros(len(model.metric_names), dtype=torch.float64, device=device)
-        self._trace = trace
+        self._profile = profile
         self._last: _StepResult | None = None
         self._saved_step = -1
         self.steps_done = self.tokens_done = 0
@@ -151,7 +152,7 @@ class Trainer:
                 progress = Progress(progress.step + 1, end, last.end, progress.fingerprint)
                 reporter.step(progress.step)
                 if progress.step % recipe.log_every == 0 or progress.step == recipe.total_steps:
-                    with self._trace.span("figures", end - 1):
+                    with span("figures", end - 1):
                         reporter.figures(progress.step, self._figures(), window.close())
                 checkpointer.poll()
                 if recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0:
@@ -173,32 +174,32 @@ class Trainer:
 
     def train_step(self, step: int, indices: range, clip_norm: float) -> WorkItem:
         """One optimizer step over the items `indices`; returns the last of them."""
-        self._trace.reach(indices.start)
-        with self._trace.span(f"step {step + 1}", indices.start):
+        self._profile.reach(indices.start, indices.start)
+        with span(f"step {step + 1}", indices.start):
             return self._train_step(step, indices, clip_norm)
 
     def _train_step(self, step: int, indices: range, clip_norm: float) -> WorkItem:
-        trace, first = self._trace, indices.start
+        first = indices.start
         micro_batches = [self._receive(self.items[i]) for i in indices]
-        with trace.compute("agree on the counts", first):
+        with span("agree on the counts", first):
             totals = torch.stack([m.supervision.counts for m in micro_batches]).sum(0)
             dist.all_reduce(totals, group=self._groups.draft)
         losses = torch.zeros((), device=self._device)
         for micro in micro_batches:
             self._sync_gradients(micro is micro_batches[-1])
-            with trace.compute("forward", micro.item.index, tokens=len(micro.batch.tokens)):
+            with span("forward", micro.item.index, tokens=len(micro.batch.tokens)):
                 loss, sums = self.model(micro.batch, micro.features, micro.supervision, totals)
-            with trace.compute("backward", micro.item.index, reduces=micro is micro_batches[-1]):
+            with span("backward", micro.item.index, reduces=int(micro is micro_batches[-1])):
                 loss.backward()
             losses += loss.detach()
             self._sums += sums
             self.source.release(micro.item)
-        with trace.compute("clip", first):
+        with span("clip", first):
             norm = self._clip(clip_norm)
-        with trace.span("check the step before", first):
+        with span("check the step before", first):
             self.check_finite()
         self._last = _StepResult(step, [m.item for m in micro_batches], _Reading(losses, norm))
-        with trace.compute("optimizer", first):
+        with span("optimizer", first):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.items.forget(before=indices.stop)
@@ -231,11 +232,11 @@ class Trainer:
             )
 
     def _receive(self, item: WorkItem) -> MicroBatch:
-        with self._trace.span("pack", item.index):
+        with span("pack", item.index):
             host_batch = self._prompts.pack(item.shards[self._shard].sequences)
-        with self._trace.span("take the features", item.index):
+        with span("take the features", item.index):
             features = Features(self.model.layout, self.source.take(item))
-        with self._trace.compute("supervise", item.index):
+        with span("supervise", item.index):
             batch = host_batch.to(self._device)
             draw = item.index * len(item.shards) + self._shard
             supervision = self.model.supervise(batch, host_batch, features, draw)
@@ -253,7 +254,7 @@ class Trainer:
 
     def _agree(self, stop: bool, next_item: int) -> bool:
         """Whether any draft rank was asked to stop."""
-        with self._trace.span("agree to go on", next_item):
+        with span("agree to go on", next_item):
             flag = torch.tensor(int(stop))
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.draft_cpu)
             return bool(flag)
@@ -269,7 +270,7 @@ class Trainer:
 
     def _save(self, progress: Progress, checkpointer: Checkpointer) -> None:
         self.check_finite()
-        with self._trace.span("save", progress.next_item - 1):
+        with span("save", progress.next_item - 1):
             checkpointer.save(self.model, self.optimizer, progress)
         self._saved_step = progress.step
 

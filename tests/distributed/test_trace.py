@@ -4,17 +4,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from specdist.core.launch_env import Attempt
-from specdist.run.trace.collect import collect_newest
-from specdist.run.trace.part import read_parts
-from tests.distributed.worlds import mooncake_loads, start_by_hand, torchrun, train
+from specdist.run.timeline import collect_newest, read_parts
+from tests.distributed.worlds import mooncake_loads, torchrun, train
 from tests.timeline import arrows, check_format, slices
 from tests.tiny import make_config, make_conversations, make_target
 
@@ -45,7 +41,7 @@ def items(timeline: dict[str, Any], name: str, rank: int) -> list[int]:
 
 
 def check_draft_rank(timeline: dict[str, Any], rank: int) -> None:
-    """Steps 3 and 4 of two items each, and nothing else, on a draft rank."""
+    """Steps 3 and 4 of two items each on a draft rank, and nothing else."""
     for name in ("pack", "take the features", "supervise", "forward", "backward"):
         assert items(timeline, name, rank) == [4, 5, 6, 7], name
     for name in ("agree on the counts", "clip", "optimizer", "check the step before"):
@@ -65,21 +61,22 @@ def check_draft_rank(timeline: dict[str, Any], rank: int) -> None:
 )
 def test_a_split_world(tmp_path, material, transport):
     timeline = traced(3, tmp_path, material, train__accumulation=2, channel__transport=transport)
-    for name in ("wait for an item", "pack", "wait for a buffer", "forward", "issue the sends"):
+    for name in ("pack", "wait for a buffer", "forward", "issue the sends"):
         assert items(timeline, name, 0) == [4, 5, 6, 7], name
     for rank in (1, 2):
         check_draft_rank(timeline, rank)
         assert items(timeline, "wait for the forward", rank) == [4, 5, 6, 7]
         assert items(timeline, "wait for the transfer", rank) == [4, 5, 6, 7]
-        assert items(timeline, "receive", rank) == [4, 5, 6, 7]
         forwards = {e["args"]["item"]: e for e in slices(timeline, "forward", 0)}
-        sends = {e["args"]["item"]: e for e in slices(timeline, "send") if e["args"]["destination"] == rank}
-        for receive in slices(timeline, "receive", rank):
-            send = sends[receive["args"]["item"]]
-            assert send["args"]["bytes"] == receive["args"]["bytes"] > 0
-            computed = forwards[receive["args"]["item"]]
-            assert computed["ts"] + computed["dur"] <= send["ts"] < receive["ts"] + receive["dur"]
+        sends = {e["args"]["item"]: e for e in slices(timeline, "send", 0) if e["args"]["destination"] == rank}
+        for use in slices(timeline, "supervise", rank):
+            send, forward = sends[use["args"]["item"]], forwards[use["args"]["item"]]
+            assert send["args"]["bytes"] > 0
+            assert forward["ts"] + forward["dur"] <= send["ts"] < use["ts"]
     assert arrows(timeline) == 8
+    posts = [e["tid"] for rank in (1, 2) for e in slices(timeline, "post the receives", rank)]
+    if posts:  # those of the traced items may lie before the traced steps
+        assert 1 not in posts
     queues = [e["args"] for e in timeline["traceEvents"] if e["ph"] == "C"]
     assert {sum(counts.values()) for counts in queues} == {sum(queues[0].values())}  # all slots of a ring
     assert min(counts["free"] for counts in queues) >= 0
@@ -89,8 +86,10 @@ def test_a_split_world(tmp_path, material, transport):
 def test_shares_of_a_tensor_parallel_replica_are_told_apart(tmp_path, material):
     timeline = traced(3, tmp_path, material, target__tp=2)
     assert arrows(timeline) == 4  # two items from two ranks
-    assert [items(timeline, "receive", rank) for rank in (0, 1)] == [[], []]
-    assert sorted(items(timeline, "receive", 2)) == [2, 2, 3, 3]
+    for rank in (0, 1):
+        sends = slices(timeline, "send", rank)
+        assert [e["args"]["item"] for e in sends] == [2, 3]
+        assert {e["args"]["destination"] for e in sends} == {2}
 
 
 def test_a_colocated_world(tmp_path, material):
@@ -99,41 +98,6 @@ def test_a_colocated_world(tmp_path, material):
         check_draft_rank(timeline, rank)
         assert items(timeline, "target forward", rank) == [4, 5, 6, 7]
     assert arrows(timeline) == 0
-
-
-OTHER_CLOCK = ("unshare", "--fork", "--kill-child", "--time", "--monotonic", "5000", "--boottime", "5000")
-"""Starts a process whose monotonic clock is 5,000 s ahead, as on a host that was started earlier."""
-
-
-def other_clocks_work() -> bool:
-    tried = [*OTHER_CLOCK, "true"]
-    return shutil.which("unshare") is not None and subprocess.run(tried, capture_output=True).returncode == 0
-
-
-@pytest.mark.skipif(not other_clocks_work(), reason="needs time namespaces")
-def test_ranks_on_another_clock_are_put_onto_rank_0_s(tmp_path, material):
-    words = make_config(tmp_path, *material, **TRACED)
-    attempt = dict.fromkeys(range(3), Attempt("clocks").environment())  # else named after the ranks' parent process
-    ranks = start_by_hand([0, 1, 2], 3, ["-m", "specdist.train", *words], tmp_path, attempt, {1: OTHER_CLOCK})
-    try:
-        statuses = [process.wait(120) for process in ranks.values()]
-    finally:
-        for process in ranks.values():
-            process.kill()
-            process.wait()
-    assert statuses == [0, 0, 0], (tmp_path / "0").read_text()
-    (file,) = (tmp_path / "run/logs").glob("*/trace.json")
-    timeline = json.loads(file.read_text())
-    check_format(timeline)
-    clocks = timeline["otherData"]["clocks"]
-    assert clocks[0]["offset_us"] == clocks[2]["offset_us"] == 0
-    assert abs(clocks[1]["offset_us"] + 5000e6) <= clocks[1]["error_us"] < 0.1e6
-    slack = clocks[1]["error_us"]
-    for step in ("step 3", "step 4"):  # both draft ranks reduce gradients at the end of it: it ends together
-        one, two = (slices(timeline, step, rank)[0] for rank in (1, 2))
-        assert one["ts"] < two["ts"] + two["dur"] + slack
-        assert two["ts"] < one["ts"] + one["dur"] + slack
-    print(f"\n{clocks[1]}")
 
 
 def test_after_a_failure_every_rank_s_part_is_there(tmp_path, material):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The timeline in parts: which steps, what is kept, the clocks, and what comes of the parts of several ranks."""
+"""The timeline in parts: which steps, what a rank records, the clocks, and what comes of the parts of several ranks."""
 
 from __future__ import annotations
 
@@ -7,31 +7,30 @@ import json
 import random
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import torch
-import torch.distributed as dist
 
 from specdist.core.attempts import AttemptRecord, Started
 from specdist.core.clock import ClockOffset, ClockReading, clock_offset
 from specdist.core.errors import ConfigError, DataError, WorldError
 from specdist.core.progress import Progress
-from specdist.core.topology import Link
-from specdist.core.trace import NO_TRACE, Trace
-from specdist.run.trace.collect import collect_newest
-from specdist.run.trace.merge import merge
-from specdist.run.trace.part import Count, Part, Span, read_parts
-from specdist.run.trace.recorder import Recorder
-from specdist.run.trace.writer import Who
-from specdist.training.trace_config import TraceConfig, Window, find_window
+from specdist.core.trace import NOTHING, parse, span
+from specdist.run.timeline import collect_newest, merge, read_parts
+from specdist.training.profile import (
+    NO_PROFILE,
+    PartInfo,
+    Profile,
+    SlotCounts,
+    TraceConfig,
+    TracedSteps,
+    find_traced_steps,
+)
 from specdist_launch import cli
 from tests.timeline import arrows, check_format, slices
-
-WINDOW = Window(11, 12, range(20, 24))
-LINK = Link(0, 1)
-
 
 # ---- which steps
 
@@ -39,8 +38,8 @@ LINK = Link(0, 1)
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"steps": 0}, "1 to 1000"),
-        ({"steps": 1001}, "not 1001"),
+        ({"steps": 0}, "1 to 100"),
+        ({"steps": 101}, "not 101"),
         ({"steps": 3, "start": 0}, "at least 1"),
         ({"start": 3}, "trace.steps"),
     ],
@@ -64,191 +63,155 @@ def test_a_trace_that_no_start_could_reach_is_told():
     ("config", "progress", "end_item", "expected"),
     [
         (TraceConfig(), Progress(), 100, None),
-        (TraceConfig(steps=2, start=1), Progress(), 100, Window(1, 2, range(0, 4))),
-        (TraceConfig(steps=3, start=11), Progress(5, 10), 100, Window(11, 13, range(20, 26))),
-        (TraceConfig(steps=3), Progress(5, 10), 100, Window(26, 28, range(50, 56))),
-        (TraceConfig(steps=3, start=5), Progress(5, 10), 100, Window(6, 7, range(10, 14))),  # the first is done already
+        (TraceConfig(steps=2, start=1), Progress(), 100, TracedSteps(1, 2, range(0, 4))),
+        (TraceConfig(steps=3, start=11), Progress(5, 10), 100, TracedSteps(11, 13, range(20, 26))),
+        (TraceConfig(steps=3), Progress(5, 10), 100, TracedSteps(26, 28, range(50, 56))),
+        (
+            TraceConfig(steps=3, start=5),
+            Progress(5, 10),
+            100,
+            TracedSteps(6, 7, range(10, 14)),
+        ),  # the first is done
         (TraceConfig(steps=3, start=3), Progress(5, 10), 100, None),  # all of them are
-        (TraceConfig(steps=9, start=11), Progress(5, 10), 23, Window(11, 12, range(20, 23))),  # a short last step
+        (TraceConfig(steps=9, start=11), Progress(5, 10), 23, TracedSteps(11, 12, range(20, 23))),  # a short last step
         (TraceConfig(steps=9, start=13), Progress(5, 10), 23, None),
-        (TraceConfig(steps=2, start=7), Progress(5, 40), 100, Window(7, 8, range(42, 46))),  # other accumulation before
+        (
+            TraceConfig(steps=2, start=7),
+            Progress(5, 40),
+            100,
+            TracedSteps(7, 8, range(42, 46)),
+        ),  # another accumulation
     ],
 )
 def test_steps_are_items(config, progress, end_item, expected):
-    assert find_window(config, progress, end_item, accumulation=2) == expected
+    assert find_traced_steps(config, progress, end_item, accumulation=2) == expected
 
 
-# ---- what is kept
+# ---- what a rank records
 
 
-def recorder(directory: Path, **settings) -> Recorder:
-    return Recorder(WINDOW, Who(3, 4, "rank 3 (draft)", "a", torch.device("cpu")), directory, **settings)
-
-
-def only_part(directory: Path) -> Part:
-    (part,) = read_parts(directory)
-    return part
+def profile(directory: Path) -> Profile:
+    info = PartInfo(3, 4, "rank 3 (draft)", "a", 11, 12, (20, 24))
+    return Profile(TracedSteps(11, 12, range(20, 24)), info, torch.device("cpu"), directory)
 
 
 def same_clock(timeout_s: float) -> ClockReading:
-    asked = time.monotonic_ns()
-    return ClockReading(asked, time.monotonic_ns(), time.monotonic_ns())
+    asked = time.time_ns()
+    return ClockReading(asked, time.time_ns(), time.time_ns())
 
 
 def no_clock(timeout_s: float) -> ClockReading:
     raise WorldError("rank 0 did not say what time it is")
 
 
-class Sent(dist.Work):
-    """A transfer that ends when the test says so, and then for one waiter only, like gloo's."""
-
-    def __init__(self, error: str = ""):
-        super().__init__()
-        self.arrived, self.error, self.waiters = threading.Event(), error, 0
-
-    def wait(self, timeout=timedelta(0)) -> bool:
-        self.waiters += 1
-        assert self.waiters == 1
-        self.arrived.wait()
-        if self.error:
-            raise RuntimeError(self.error)
-        return True
+def recorded(directory: Path) -> dict[str, Any]:
+    timeline = merge(directory)
+    assert timeline is not None
+    check_format(timeline)
+    return timeline
 
 
-def test_only_what_belongs_to_traced_items_is_kept(tmp_path):
-    trace = recorder(tmp_path)
-    with trace.recording(same_clock):
-        for item in range(18, 26):
-            trace.reach(item)
-            since = time.monotonic_ns()
-            trace.waited("wait", since, item)
-            with trace.span("step", item), trace.compute("forward", item, tokens=7):
+def test_a_span_costs_nothing_while_no_profile_is_taken():
+    assert span("forward", 3, tokens=7) is NOTHING
+    assert parse("wait for the transfer item=3 tokens=7") == ("wait for the transfer", {"item": 3, "tokens": 7})
+    NO_PROFILE.reach(0, 0)
+    NO_PROFILE.count_slots(0, 10**9, {"free": 1})
+    with NO_PROFILE.recording(no_clock):
+        assert span("forward", 3) is NOTHING
+
+
+def test_the_traced_items_are_recorded_on_all_threads(tmp_path):
+    def receive() -> None:
+        for item in range(18, 30):
+            with span("post the receives", item):
                 time.sleep(0.001)
-            trace.count("slots", item, item + 1, free=item)
-    part = only_part(tmp_path)
-    assert (part.rank, part.ranks, part.label, part.first_step, part.last_step) == (3, 4, "rank 3 (draft)", 11, 12)
-    assert [s.args["item"] for s in part.spans if s.name == "forward"] == [20, 21, 22, 23]
-    assert sorted(s.name for s in part.spans) == sorted(["wait", "forward", "step"] * 4)
-    forwards = {s.args["item"]: s for s in part.spans if s.name == "forward"}
-    for step in (s for s in part.spans if s.name == "step"):
-        inner = forwards[step.args["item"]]
-        assert step.began <= inner.began < inner.ended <= step.ended
-        assert inner.ended - inner.began >= 1_000_000
-        assert (inner.track, inner.args["tokens"]) == ("host", 7)
-    assert [c.values["free"] for c in part.counts] == [19, 20, 21, 22, 23]  # while a traced item is on its way
+            posted[item].wait()
+
+    posted = [threading.Event() for _ in range(30)]
+    taken, thread = profile(tmp_path), threading.Thread(target=receive, name="specdist-receiver")
+    thread.start()
+    with taken.recording(same_clock):
+        for item in range(18, 26):
+            taken.reach(item, item)
+            posted[item].set()
+            with span("step", item), span("forward", item, tokens=7):
+                torch.ones(4).sum()
+                time.sleep(0.002)
+            taken.count_slots(item, item + 1, {"free": item})
+        for event in posted:
+            event.set()
+        thread.join()
+    timeline = recorded(tmp_path)
+    forwards = slices(timeline, "forward", 3)
+    assert [e["args"] for e in forwards] == [{"item": item, "tokens": 7} for item in range(20, 24)]
+    for step, forward in zip(slices(timeline, "step", 3), forwards, strict=True):
+        assert step["ts"] <= forward["ts"]
+        assert forward["dur"] >= 2000
+    (of_thread,) = {e["tid"] for e in slices(timeline, "post the receives", 3)}
+    names = {e["tid"]: e["args"]["name"] for e in timeline["traceEvents"] if e["name"] == "thread_name"}
+    assert names[of_thread] == "receiver"
+    assert names[forwards[0]["tid"]] == "host"
+    counts = [e["args"]["free"] for e in timeline["traceEvents"] if e["ph"] == "C"]
+    assert counts == [19, 20, 21, 22, 23]  # while a traced item is on its way
+    assert timeline["otherData"]["missing_ranks"] == [0, 1, 2]
 
 
 def test_a_part_is_written_when_the_last_item_is_over_not_at_the_end_of_the_run(tmp_path):
-    trace = recorder(tmp_path)
-    with trace.recording(same_clock):
-        trace.reach(20)
-        with trace.span("forward", 23):
+    taken = profile(tmp_path)
+    with taken.recording(same_clock):
+        taken.reach(19, 20)
+        taken.count_slots(18, 22, {"free": 1})
+        with span("forward", 23):
             pass
-        trace.reach(24)
+        taken.reach(24, 24)
+        time.sleep(0.5)
+        assert not read_parts(tmp_path)  # the items are still in the rings
+        taken.count_slots(24, 26, {"free": 2})
         deadline = time.monotonic() + 30
         while not read_parts(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        assert len(slices(recorded(tmp_path), "forward")) == 1
 
 
-def test_a_part_waits_for_its_transfers_and_for_rank_0s_queues(tmp_path):
-    trace, sent = recorder(tmp_path), Sent()
-    with trace.recording(same_clock):
-        trace.count("slots", 20, 22, free=1)
-        trace.reach(20)
-        transfer = trace.transfer("send", 22, LINK, 4096)
-        watched = transfer.issued(sent)
-        trace.reach(24)
-        time.sleep(0.2)
-        assert not watched.is_completed()
-        sent.arrived.set()
-        assert watched.wait()
-        time.sleep(0.2)
-        assert not read_parts(tmp_path)  # items are still in flight
-        trace.count("slots", 23, 24, free=2)
-        trace.count("slots", 24, 24, free=3)
-    part = only_part(tmp_path)
-    (send,) = part.spans
-    assert (send.track, send.name) == ("link 0 to 1", "send")
-    assert send.args == {"item": 22, "bytes": 4096, "source": 0, "destination": 1}
-    assert send.ended - send.began >= 200_000_000
-    assert [c.values["free"] for c in part.counts] == [1, 2]
+def test_what_fails_in_the_middle_is_written_without_asking_anyone(tmp_path):
+    taken, stuck, entered = profile(tmp_path), threading.Event(), threading.Event()
 
-
-def test_a_watched_transfer_fails_where_it_is_waited_for(tmp_path):
-    trace, sent, stuck = recorder(tmp_path), Sent("connection reset"), Sent()
-    watched = trace.transfer("send", 20, LINK, 1).issued(sent)
-    late = trace.transfer("send", 21, LINK, 1).issued(stuck)
-    sent.arrived.set()
-    with pytest.raises(RuntimeError, match="connection reset"):
-        watched.wait(timedelta(seconds=20))
-    with pytest.raises(RuntimeError, match=r"did not end within 0\.1 s"):
-        late.wait(timedelta(seconds=0.1))
-    stuck.arrived.set()
-    assert late.wait()
-
-
-def test_what_fails_in_the_middle_is_kept_and_written_without_waiting(tmp_path):
-    trace = recorder(tmp_path)
-    stuck = Sent()
+    def hang() -> None:
+        with span("receive", 20):
+            entered.set()
+            stuck.wait()
 
     def fail() -> None:
-        with trace.recording(no_clock):
-            trace.reach(20)
-            trace.transfer("send", 20, LINK, 1).issued(stuck)
-            with trace.span("forward", 20):
+        with taken.recording(no_clock):
+            taken.reach(20, 20)
+            threading.Thread(target=hang, daemon=True).start()
+            entered.wait()
+            with span("forward", 20):
                 raise KeyError("a defect")
 
     with pytest.raises(KeyError, match="a defect"):
         fail()
-    part = only_part(tmp_path)
-    assert part.clock is None
-    assert {s.name: s.args.get("unfinished", False) for s in part.spans} == {"forward": False, "send": True}
-    stuck.arrived.set()
+    assert [part.clock for part in read_parts(tmp_path)] == [None]
+    timeline = recorded(tmp_path)
+    assert not slices(timeline, "forward")[0]["args"].get("unfinished")
+    assert slices(timeline, "receive")[0]["args"]["unfinished"]
+    stuck.set()
 
 
-def test_a_run_that_ends_before_the_window_writes_nothing(tmp_path):
-    trace = recorder(tmp_path)
-    with trace.recording(same_clock):
-        trace.reach(19)
+def test_a_run_that_ends_before_the_traced_items_writes_nothing(tmp_path):
+    taken = profile(tmp_path)
+    with taken.recording(same_clock):
+        taken.reach(18, 19)
     assert read_parts(tmp_path) == []
-
-
-def test_rank_0_s_queues_are_written_even_if_none_of_the_items_came_to_it(tmp_path):
-    trace = recorder(tmp_path)
-    with trace.recording(same_clock):
-        trace.reach(19)
-        trace.count("slots", 18, 21, free=1)
-    assert [c.values for c in only_part(tmp_path).counts] == [{"free": 1}]
-
-
-def test_memory_is_bounded_and_what_was_left_out_is_counted(tmp_path):
-    trace = recorder(tmp_path, most=5)
-    with trace.recording(same_clock):
-        trace.reach(20)
-        for _ in range(8):
-            with trace.span("forward", 20):
-                pass
-    part = only_part(tmp_path)
-    assert (len(part.spans), part.dropped) == (5, 3)
 
 
 def test_a_directory_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    trace = recorder(tmp_path / "file")
-    with trace.recording(same_clock):
-        trace.reach(20)
+    taken = profile(tmp_path / "file")
+    with taken.recording(same_clock):
+        taken.reach(20, 20)
     assert "could not be written" in caplog.text
-
-
-def test_a_trace_that_is_off_does_what_the_recorder_does_without_keeping_it():
-    recorder_methods = {name for name in vars(Recorder) if not name.startswith("_")}
-    assert recorder_methods <= vars(Trace).keys()
-    work = Sent()
-    assert NO_TRACE.transfer("send", 20, LINK, 1).issued(work) is work
-    with NO_TRACE.recording(no_clock), NO_TRACE.span("a", 1, b=2), NO_TRACE.compute("c", 1, d=2):
-        NO_TRACE.reach(1)
-    assert not NO_TRACE.on
 
 
 # ---- clocks
@@ -278,75 +241,88 @@ def test_ranks_of_one_host_keep_their_common_clock():
 COMPARED = ClockOffset(0, 50)
 
 
-def part(rank: int, *spans: Span, host: str = "a", clock: ClockOffset | None = COMPARED, **more) -> Part:
-    wall = more.pop("wall_ns", 0)
-    return Part(rank, 3, f"rank {rank}", host, 11, 12, clock, wall, spans=list(spans), **more)
+def slice_(name: str, began: int, ended: int, category: str = "user_annotation", tid: int = 7) -> dict[str, Any]:
+    """An event of torch.profiler; times in ns."""
+    return {
+        "ph": "X", "cat": category, "name": name, "pid": 1, "tid": tid, "ts": began / 1e3, "dur": (ended - began) / 1e3,
+        "args": {"External id": 3},
+    }  # fmt: skip
 
 
-def transfer(name: str, began: int, ended: int, item: int, source: int = 0, destination: int = 1) -> Span:
-    args = {"item": item, "bytes": 3000, "source": source, "destination": destination}
-    return Span(f"link {source} to {destination}", name, began, ended, args)
+def write_part(
+    directory: Path,
+    rank: int,
+    *events: dict[str, Any],
+    host: str = "a",
+    clock: ClockOffset | None = COMPARED,
+    base: int = 10**18,
+    slots: tuple[SlotCounts, ...] = (),
+) -> None:
+    directory.mkdir(exist_ok=True, parents=True)
+    info = PartInfo(rank, 3, f"rank {rank}", host, 11, 12, (20, 24), clock, {7: "MainThread"}, list(slots))
+    (directory / f"rank-{rank}.json").write_bytes(msgspec.json.encode(info))
+    raw = {"schemaVersion": 1, "traceEvents": list(events), "baseTimeNanoseconds": base, "host_name": host}
+    (directory / f"rank-{rank}.profile.json").write_text(json.dumps(raw))
 
 
-def test_sends_and_receives_are_joined_across_clocks():
+def test_parts_are_joined_across_clocks(tmp_path):
     far = 10**15
-    target = part(
+    send, receive = "send item=20 destination=1 bytes=3000", "receive item=20 source=0 bytes=3000"
+    write_part(
+        tmp_path,
         0,
-        Span("host", "forward", 1_000, 5_000, {"item": 20}),
-        transfer("send", 5_000, 8_000, 20),
-        transfer("send", 6_000, 9_000, 21),  # overlaps: needs a track of its own
-        transfer("send", 9_000, 9_500, 22),
-        counts=[Count("slots", 4_000, {"free": 1})],
+        slice_("forward item=20", 1_000, 5_000),
+        slice_("aten::mm", 1_000, 2_000, "cpu_op"),
+        slice_("nvjet_hsh", 2_000, 4_000, "kernel", tid=20),
+        slice_(send, 5_000, 5_500),
+        slice_(send, 5_500, 8_500, "gpu_user_annotation", tid=21),
+        slice_("send item=21 destination=1 bytes=3000", 6_000, 7_000),  # the step on it is not there
+        {"ph": "i", "name": "Record Window End", "pid": "", "tid": "", "ts": 1},
+        slots=(SlotCounts(10**18 + 4_000, {"free": 1}),),
     )
-    draft = part(
+    write_part(
+        tmp_path,
         1,
-        Span("host", "step 11", 100 - far, 30_000 - far, {"item": 20}),
-        Span("host", "forward", 9_000 - far, 9_900 - far, {"item": 20}),
-        transfer("receive", 5_500 - far, 8_200 - far, 20),
-        transfer("receive", 6_500 - far, 9_200 - far, 21),
+        slice_("step 11 item=20", 100, 30_000),
+        slice_(receive, 6_500, 8_500, "gpu_user_annotation", tid=21),
+        slice_("supervise item=20", 9_000, 9_900),
         host="b",
         clock=ClockOffset(far, 70),
+        base=10**18 - far,
     )
-    timeline = merge([target, draft])
-    check_format(timeline)
-    assert arrows(timeline) == 2  # the receive of item 22 is not there
-    assert [(e["ts"], e["dur"]) for e in slices(timeline, "forward")] == [(0.9, 4.0), (8.9, 0.9)]
-    assert [(e["ts"], e["tid"]) for e in slices(timeline, "send", 0)] == [(4.9, 2), (5.9, 3), (8.9, 2)]
-    moving = [(e["pid"], e["ts"], e["dur"], e["args"]["GB/s"]) for e in slices(timeline, "moving")]
-    assert moving == [
-        (0, 5.401, 2.499, 1.2),
-        (1, 5.401, 2.699, 1.112),
-        (0, 6.401, 2.499, 1.2),
-        (1, 6.401, 2.699, 1.112),
-    ]
+    timeline = recorded(tmp_path)
+    assert arrows(timeline) == 1
+    assert [(e["ts"], e["dur"]) for e in slices(timeline, "forward", 0)] == [(0.9, 4.0)]
+    assert slices(timeline, "supervise", 1)[0]["ts"] == 8.9
+    assert not slices(timeline, "aten::mm")
+    assert len({e["tid"] for e in slices(timeline, "nvjet_hsh") + slices(timeline, "send")}) == 3
+    assert slices(timeline, "receive", 1)[0]["args"]["GB/s"] == 1.5  # from when both ends were there
     about = timeline["otherData"]
     assert about["missing_ranks"] == [2]
     assert [c["error_us"] for c in about["clocks"]] == [0.05, 0.07]
-    names = {e["args"]["name"] for e in timeline["traceEvents"] if e["name"] == "thread_name"}
-    assert names == {"host", "link 0 to 1", "link 0 to 1 (2)"}
+    names = {e["args"]["name"] for e in timeline["traceEvents"] if e["name"] == "thread_name" and e["pid"] == 0}
+    assert names == {"host", "device, stream 20", "device, stream 21"}
+    assert [(e["ts"], e["args"]) for e in timeline["traceEvents"] if e["ph"] == "C"] == [(3.9, {"free": 1})]
 
 
-def test_a_clock_that_was_not_compared_is_that_of_its_host_or_the_wall_s():
-    span = Span("host", "forward", 1_000, 2_000, {"item": 20})
-    parts = [
-        part(0, span, host="b", clock=ClockOffset(500, 9), wall_ns=70_000),
-        part(1, span, host="b", clock=None, wall_ns=70_001),
-        part(2, span, host="c", clock=None, wall_ns=60_000),
-    ]
-    timeline = merge(parts)
-    check_format(timeline)
-    clocks = timeline["otherData"]["clocks"]
-    assert [(c["offset_us"], c["error_us"]) for c in clocks] == [(0.5, 0.009), (0.5, 0.009), (-9.5, None)]
+def test_a_clock_that_was_not_compared_is_that_of_its_host_or_the_wall_s(tmp_path):
+    event = slice_("forward item=20", 1_000, 2_000)
+    write_part(tmp_path, 0, event, host="b", clock=ClockOffset(500, 9))
+    write_part(tmp_path, 1, event, host="b", clock=None)
+    write_part(tmp_path, 2, event, host="c", clock=None)
+    clocks = recorded(tmp_path)["otherData"]["clocks"]
+    assert [(c["offset_us"], c["error_us"]) for c in clocks] == [(0.5, 0.009), (0.5, 0.009), (0, None)]
 
 
-def test_parts_survive_the_file_and_others_are_refused(tmp_path):
-    whole = part(1, transfer("send", 5, 8, 20), counts=[Count("slots", 4, {"free": 1})], dropped=3)
-    whole.write(tmp_path / "trace")
-    assert read_parts(tmp_path / "trace") == [whole]
-    for text in ("{", "[]", '{"format": 0}', '{"format": 1, "rank": 2, "clock": null, "spans": [], "counts": []}'):
-        (tmp_path / "trace/rank-2.json").write_text(text)
+def test_files_that_are_no_parts_are_refused(tmp_path):
+    for text in ("{", "[]", '{"format": 0}', '{"rank": "2"}'):
+        (tmp_path / "rank-2.json").write_text(text)
         with pytest.raises(DataError, match=r"rank-2.json is not a rank's part"):
-            read_parts(tmp_path / "trace")
+            merge(tmp_path)
+    write_part(tmp_path, 2)
+    (tmp_path / "rank-2.profile.json").unlink()
+    with pytest.raises(DataError, match=r"rank-2.profile.json is not a rank's part"):
+        merge(tmp_path)
 
 
 def begun(run_dir: Path, name: str, moment: float) -> AttemptRecord:
@@ -360,7 +336,7 @@ def test_the_command_takes_the_newest_start_that_has_a_trace(tmp_path, capsys):
     assert "trace.steps=5" in capsys.readouterr().err
     old, newer, newest = (begun(tmp_path, f"7.{n}", n) for n in range(3))
     for record in (old, newer):
-        part(0, Span("host", "forward", 1, 2, {"item": 20})).write(record.trace_parts)
+        write_part(record.trace_parts, 0, slice_("forward item=20", 1_000, 2_000))
     assert cli.main(["trace", str(tmp_path)]) == 0
     words = capsys.readouterr().out
     assert f"{newer.trace}: steps 11 to 12, 1 of 3 ranks" in words

@@ -21,8 +21,6 @@ from specdist.channel.ring import Ring
 from specdist.channel.wire import Wire
 from specdist.core.errors import WorldError
 from specdist.core.records import WorkItem
-from specdist.core.topology import Link
-from specdist.core.trace import Transfer
 
 _POLL_S = 0.0002
 
@@ -76,8 +74,6 @@ class MooncakeReceiver(FeatureReceiver):
             engine.register(memory)
         self._engine = engine  # others reach the memory as long as it lives
         self._posts = Posts(topology, rank, check)
-        self._trace, self._row_bytes = wire.trace, layout.bytes_per_token
-        self._traced: dict[tuple[int, int], Transfer] = {}
         self._placed: dict[int, tuple[int, int]] = {}
         self._expected: dict[int, _Whereabouts] = {}
         self._copied: dict[int, torch.cuda.Event] = {}
@@ -103,29 +99,23 @@ class MooncakeReceiver(FeatureReceiver):
         self._placed[item] = (slot, shares)
 
     def post(self, item: WorkItem, replica: int) -> None:
-        where = self._expected[item.index] = self._whereabouts(item, replica)
-        for source, rows in self._owed(item, where):
-            if source.source >= 0:  # of another world there is no trace
-                link, size = Link(source.source, self._rank), rows * self._row_bytes
-                self._traced[item.index, source.source] = self._trace.transfer("receive", item.index, link, size)
+        self._expected[item.index] = self._whereabouts(item, replica)
         self._posts.add(item, replica)
 
-    def _owed(self, item: WorkItem, where: _Whereabouts) -> Iterator[tuple[_Share, int]]:
-        """Who sends rows of `item`, and how many."""
+    def _owed(self, item: WorkItem, where: _Whereabouts) -> Iterator[_Share]:
+        """Who sends rows of `item`."""
         tokens = item.shards[self._shard].tokens
         for t, source in enumerate(where.shares):
             part = share(tokens, t, len(where.shares))
             if part.start < part.stop:
-                yield source, part.stop - part.start
+                yield source
 
     def take(self, item: WorkItem, timeout_s: float) -> Tensor:
         deadline = time.monotonic() + timeout_s
         self._posts.take(item, timeout_s)
         where = self._expected.pop(item.index)
-        for source, _ in self._owed(item, where):
+        for source in self._owed(item, where):
             self._await(item, where, source, deadline, timeout_s)
-            if source.source >= 0:
-                self._traced.pop((item.index, source.source)).ended()
         tokens = item.shards[self._shard].tokens
         rows = self._ring.slot(where.slot, tokens)
         if self._copies is None:

@@ -19,8 +19,7 @@ from specdist.channel.ring import Ring
 from specdist.channel.wire import Wire
 from specdist.core.errors import WorldError
 from specdist.core.records import WorkItem
-from specdist.core.topology import Link
-from specdist.core.trace import Transfer
+from specdist.core.trace import span
 
 
 @dataclass
@@ -62,7 +61,6 @@ class MooncakeSender(FeatureSender):
         self._written = written
         self._places: dict[int, tuple[int, int]] = {}
         self._engine, self._book, self._timeout_s = engine, wire.book, wire.timeout_s
-        self._trace = wire.trace
         lies = device_of(engine, wire.config.mooncake, wire.device)
         staged = lies != wire.device
         self._ring = Ring(wire.layout, buffers, item_rows, lies, pinned=staged)
@@ -157,21 +155,19 @@ class MooncakeSender(FeatureSender):
     def _send(self, sending: _Sending) -> None:
         item = sending.item
         if sending.copied is not None:
-            with self._trace.span("wait for the copy to the host", item.index):
+            with span("wait for the copy to the host", item.index):
                 sending.copied.synchronize()
         parts, index = self._parts(sending), item.index
         writes: dict[int, int] = {}
-        traced: dict[int, Transfer] = {}
         draft = -1
         try:
             for draft, part in parts.items():
-                traced[draft] = self._trace.transfer("send", index, Link(self._rank, draft), part.nbytes)
                 writes[draft] = self._write(draft, sending, part)
             for draft, number in writes.items():
-                self._engine.wait([number], self._timeout_s)
-                mark = stamp(index, None if sending.place is None else sending.place[1])
-                self._write_flag(draft, self._slot(draft, sending), mark, self._timeout_s)
-                traced[draft].ended()
+                with span("send", index, destination=draft, bytes=parts[draft].nbytes):
+                    self._engine.wait([number], self._timeout_s)
+                    mark = stamp(index, None if sending.place is None else sending.place[1])
+                    self._write_flag(draft, self._slot(draft, sending), mark, self._timeout_s)
             if self._written is not None:
                 self._written(index)
         except TransferFailed as error:

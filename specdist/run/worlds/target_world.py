@@ -15,7 +15,6 @@ from specdist.core.attempts import AttemptRecord, Ending
 from specdist.core.errors import Dismissed, WorldError
 from specdist.core.stop import StopFlag
 from specdist.core.topology import TargetPlace, Topology
-from specdist.core.trace import NO_TRACE
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.store import PromptStore
@@ -26,6 +25,7 @@ from specdist.run.worlds.terms import common_facts
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Produced, Stop, Written
 from specdist.target.base import TargetModel
+from specdist.training.profile import NO_PROFILE
 from specdist.world.groups import Groups, World
 
 _LOOK_S = 0.5
@@ -188,7 +188,7 @@ class TargetWorld:
             session.client,
             self._stop,
             self._record,
-            NO_TRACE,
+            NO_PROFILE,
         )
 
     def _loaded(self, rank: Rank, item_rows: int) -> TargetModel:

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which steps are on the timeline, and a rank's part of it: torch.profiler over the items of these steps."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from torch.profiler import ProfilerActivity, _ExperimentalConfig
+
+from specdist.core.clock import ClockOffset, ClockReading, clock_offset
+from specdist.core.errors import ConfigError, WorldError
+from specdist.core.files import write_atomically
+from specdist.core.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_STEPS = 20
+"""Steps of a start that are over before it is traced, where trace.start does not say: compilation, allocations."""
+_MOST_STEPS = 100
+_LEAD_ITEMS = 8
+"""The profiler, which takes a second to load, is loaded this many items before the first traced one."""
+_READINGS = 32
+_ANSWER_S = 5.0
+_FINISH_S = 120.0
+_LEAVE_S = 2.0
+
+AskClock = Callable[[float], ClockReading]
+"""Asks rank 0 for its time, within a number of seconds; raises WorldError."""
+
+
+@dataclass(frozen=True)
+class TraceConfig:
+    """A timeline of a few steps over all ranks, for Perfetto (docs/trace.md)."""
+
+    steps: int | None = None
+    """Optimizer steps to record, at most 100; null records nothing. Every start of the job writes one timeline, and
+    `specdist trace RUN_DIR` puts it together."""
+    start: int | None = None
+    """The first of them, 1 being the first of the run; null is the 21st step of every start, after it has warmed up."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and not 1 <= self.steps <= _MOST_STEPS:
+            raise ConfigError(f"trace.steps is a number of steps, 1 to {_MOST_STEPS}, or null, not {self.steps}")
+        if self.start is not None and self.start < 1:
+            raise ConfigError(f"trace.start is at least 1, the first step of the run, not {self.start}")
+        if self.start is not None and self.steps is None:
+            raise ConfigError(
+                f"trace.start={self.start} records nothing: say with trace.steps how many steps it shall be"
+            )
+
+    def check(self, last_step: int | None) -> None:
+        """Raise ConfigError where no start of a job whose last step is known could reach the first traced one."""
+        first = self.start or WARM_UP_STEPS + 1
+        if self.steps is not None and last_step is not None and first > last_step:
+            default = "" if self.start else " (trace.start=null, after the warm-up)"
+            raise ConfigError(
+                f"trace.steps={self.steps} would record nothing: it begins with step {first}{default} and "
+                f"train.steps={last_step}; set trace.start to a step of the run"
+            )
+
+
+@dataclass(frozen=True)
+class TracedSteps:
+    """The traced steps, `first` being 1 for the first of the run, and the items that they are made of."""
+
+    first: int
+    last: int
+    items: range
+
+
+def find_traced_steps(config: TraceConfig, progress: Progress, end_item: int, accumulation: int) -> TracedSteps | None:
+    """What a start of the job records that goes on from `progress` and ends before item `end_item`; None for nothing.
+
+    Steps that an earlier start has done are left out.
+    """
+    if config.steps is None:
+        return None
+    first = config.start or progress.step + WARM_UP_STEPS + 1
+    last = first + config.steps - 1
+    first = max(first, progress.step + 1)
+
+    def item(step: int) -> int:
+        return min(progress.next_item + (step - progress.step) * accumulation, end_item)
+
+    items = range(item(first - 1), item(last)) if last >= first else range(0)
+    if not items:
+        return None
+    return TracedSteps(first, first + -(-len(items) // accumulation) - 1, items)
+
+
+class SlotCounts(msgspec.Struct, frozen=True, array_like=True):
+    """How many slots of a ring are in which state, at a moment of the host's clock in ns."""
+
+    time: int
+    counts: dict[str, int]
+
+
+class PartInfo(msgspec.Struct):
+    """What a rank's profile does not say, as it lies in ATTEMPT/trace/rank-N.json beside rank-N.profile.json.
+
+    Attributes:
+        label: the rank's role and coordinates.
+        first_step, last_step: the traced steps.
+        items: the first of their items, and the one after their last.
+        clock: the way to rank 0's clock, None where it could not be asked (the run had failed).
+        threads: their names by the system's number.
+        slots: of rank 0.
+    """
+
+    rank: int
+    ranks: int
+    label: str
+    host: str
+    first_step: int
+    last_step: int
+    items: tuple[int, int]
+    clock: ClockOffset | None = None
+    threads: dict[int, str] = {}
+    slots: list[SlotCounts] = []
+
+
+class Profile:
+    """The profile of one rank. `reach` is for the rank's main loop alone.
+
+    What takes time (waiting for the device, asking for the clock, the files) is done in a thread when the last traced
+    item is over. That thread also stops the profiler when the world has failed and the main thread is stuck.
+
+    Args:
+        traced: None records nothing.
+        directory: where the parts of all ranks go.
+    """
+
+    def __init__(self, traced: TracedSteps | None, info: PartInfo | None, device: torch.device, directory: Path):
+        self.on = traced is not None
+        self._items = range(0) if traced is None else traced.items
+        self._info, self._device, self._directory = info, device, directory
+        self._ask: AskClock | None = None
+        self._over, self._counted, self._failed = threading.Event(), threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._write, name="specdist-profile", daemon=True)
+        self._prepared = False
+
+    @functools.cached_property
+    def _profiler(self) -> torch.profiler.profile:
+        activities = [ProfilerActivity.CPU]
+        if self._device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        return torch.profiler.profile(
+            activities=activities,
+            experimental_config=_ExperimentalConfig(profile_all_threads=True, trace_only=True),
+        )
+
+    @contextmanager
+    def recording(self, ask: AskClock) -> Iterator[None]:
+        """Around the rank's work: what is not written when it ends is written then."""
+        self._ask = ask
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+        finally:
+            self.finish()
+
+    def reach(self, oldest: int, newest: int) -> None:
+        """Item `newest` is about to begin on this rank, and all before `oldest` are done."""
+        if not self.on or self._over.is_set():
+            return
+        if not self._prepared and newest >= self._items.start - _LEAD_ITEMS:
+            self._prepared = True
+            self._profiler.prepare_trace()
+        if not self._is_started() and self._items.start <= newest < self._items.stop:
+            self._profiler.start_trace()
+            self._thread.start()
+        if oldest >= self._items.stop:
+            self._over.set()
+
+    def count_slots(self, lowest: int, highest: int, counts: dict[str, int]) -> None:
+        """The state of a ring's slots now, while the items `lowest` to `highest` are on their way; rank 0 calls it."""
+        if not self.on:
+            return
+        if lowest >= self._items.stop:
+            self._counted.set()
+        elif highest >= self._items.start:
+            assert self._info is not None
+            slots = self._info.slots
+            if not slots or slots[-1].counts != counts:
+                slots.append(SlotCounts(time.time_ns(), counts))
+
+    def abandon(self) -> None:
+        """The world has failed: what was recorded is written without waiting for anything."""
+        self._failed.set()
+        self._over.set()
+        self._counted.set()
+
+    def finish(self) -> None:
+        """Nothing more comes: wait until what was recorded is written. The control plane is still up."""
+        self._over.set()
+        self._counted.set()
+        if self._is_started():
+            self._thread.join(_LEAVE_S if self._failed.is_set() else _FINISH_S)
+
+    def _is_started(self) -> bool:
+        return self._thread.ident is not None
+
+    def _write(self) -> None:
+        info, profiler = self._info, self._profiler
+        assert info is not None
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread
+        self._over.wait()
+        info.clock = self._clock_offset()
+        info.threads = {t.native_id: t.name for t in threading.enumerate() if t.native_id is not None}
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            if self._failed.is_set() and profiler.profiler is not None:
+                profiler.profiler.use_device = None  # else it waits for the device, where a transfer may be stuck
+            profiler.stop()
+            profiler.export_chrome_trace(str(self._directory / f"rank-{info.rank}.profile.json"))
+            if info.slots:
+                self._counted.wait()  # the items are in the rings for longer than at this rank
+            write_atomically(self._directory / f"rank-{info.rank}.json", msgspec.json.encode(info).decode() + "\n")
+        except (OSError, RuntimeError) as error:  # a trace is never worth a run
+            logger.warning("this rank's part of the trace could not be written: %s", error)
+
+    def _clock_offset(self) -> ClockOffset | None:
+        if self._ask is None or self._failed.is_set():
+            return None
+        try:
+            return clock_offset([self._ask(_ANSWER_S) for _ in range(_READINGS)])
+        except WorldError as error:
+            logger.warning("this rank's clock could not be compared with rank 0's: %s", error)
+            return None
+
+
+NO_PROFILE = Profile(None, None, torch.device("cpu"), Path())
