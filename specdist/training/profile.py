@@ -219,11 +219,11 @@ class Profile:
         self._over.wait()
         info.clock = self._clock_offset()
         info.threads = {t.native_id: t.name for t in threading.enumerate() if t.native_id is not None}
+        if self._failed.is_set() and profiler.profiler is not None:
+            profiler.profiler.use_device = None  # else it waits for the device, where a transfer may be stuck
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            if self._failed.is_set() and profiler.profiler is not None:
-                profiler.profiler.use_device = None  # else it waits for the device, where a transfer may be stuck
             profiler.stop()
+            self._directory.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self._directory / f"rank-{info.rank}.profile.json"))
             if info.slots:
                 self._counted.wait()  # the items are in the rings for longer than at this rank
