@@ -146,7 +146,7 @@ def test_the_traced_items_are_recorded_on_all_threads(tmp_path):
     assert [e["args"] for e in forwards] == [{"item": item, "tokens": 7} for item in range(20, 24)]
     for step, forward in zip(slices(timeline, "step", 3), forwards, strict=True):
         assert step["ts"] <= forward["ts"]
-        assert forward["dur"] >= 2000
+        assert forward["dur"] > 1000
     (of_thread,) = {e["tid"] for e in slices(timeline, "post the receives", 3)}
     names = {e["tid"]: e["args"]["name"] for e in timeline["traceEvents"] if e["name"] == "thread_name"}
     assert names[of_thread] == "receiver"
