@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The values that travel between the stations: cursors, work items, packed tokens, feature layouts.
 
-Nothing here knows a station. A work item is small and says which sequences go to which draft rank; tokens and the
+They belong to no station. A work item is small and says which sequences go to which draft rank; tokens and the
 layout of the features on the wire follow from it, so every rank derives them for itself and nothing sent is precious.
 """
 
@@ -115,17 +115,17 @@ def on_device(record: R, device: torch.device) -> R:
     return replace(record, **moved)  # type: ignore[type-var]
 
 
-SUMMARY_BYTES = 16
-"""What `FeatureLayout.summary` takes of a row."""
+ARGMAX_LSE_BYTES = 16
+"""What `FeatureLayout.argmax_lse` takes of a row."""
 
 
 @dataclass(frozen=True)
 class FeatureLayout:
     """How the features of one token lie on the wire: its captured layer outputs, then what else is asked for.
 
-    A token's row is `[layer_0 | layer_1 | ... | final | summary]`, each but the last `hidden_size` values of `dtype`.
-    The target writes rows, the channel moves ranges of rows, and the draft reads column views: one layout from hook to
-    loss, no copies.
+    A token's row is `[layer_0 | layer_1 | ... | final | argmax_lse]`, each but the last `hidden_size` values of
+    `dtype`. The target writes rows, the channel moves ranges of rows, and the draft reads column views: one layout from
+    hook to loss, no copies.
     """
 
     captured_layers: tuple[int, ...]
@@ -134,9 +134,9 @@ class FeatureLayout:
     final: bool
     """Whether the last hidden state (after the target's final norm) travels too."""
     dtype: torch.dtype
-    summary: bool = False
-    """Whether the target's choice and log-sum-exp travel too: as int32 and fp32, whatever `dtype` is. They take 16
-    bytes, so that rows stay aligned for the widest loads."""
+    argmax_lse: bool = False
+    """Whether the argmax and the log-sum-exp of the target's logits travel too: as int32 and fp32, whatever `dtype` is.
+    They take 16 bytes, so that rows stay aligned for the widest loads."""
 
     @property
     def captured_width(self) -> int:
@@ -149,7 +149,7 @@ class FeatureLayout:
 
     @property
     def width(self) -> int:
-        return self.states_width + SUMMARY_BYTES // self.dtype.itemsize * self.summary
+        return self.states_width + ARGMAX_LSE_BYTES // self.dtype.itemsize * self.argmax_lse
 
     def states(self, rows: Tensor) -> Tensor:
         """The hidden states of rows [T, width], [T, parts, hidden_size]."""
@@ -159,10 +159,10 @@ class FeatureLayout:
         """The last hidden state's columns of rows [T, width], [T, hidden_size]."""
         return rows[:, self.captured_width : self.states_width]
 
-    def write_summary(self, rows: Tensor, where: Tensor, choice: Tensor, log_sum_exp: Tensor) -> None:
-        """Write choices [n] and log-sum-exps [n] to the rows `where` [n] of rows [T, width]."""
-        bits = torch.zeros(len(where), SUMMARY_BYTES // 4, dtype=torch.int32, device=rows.device)
-        bits[:, 0], bits[:, 1] = choice, log_sum_exp.float().view(torch.int32)
+    def write_argmax_lse(self, rows: Tensor, where: Tensor, argmax: Tensor, log_sum_exp: Tensor) -> None:
+        """Write argmaxes [n] and log-sum-exps [n] to the rows `where` [n] of rows [T, width]."""
+        bits = torch.zeros(len(where), ARGMAX_LSE_BYTES // 4, dtype=torch.int32, device=rows.device)
+        bits[:, 0], bits[:, 1] = argmax, log_sum_exp.float().view(torch.int32)
         rows[where, self.states_width :] = bits.view(self.dtype)
 
     @property
@@ -192,10 +192,10 @@ class Features:
             raise ValueError("this draft does not ask for the target's final hidden state (FeatureLayout.final)")
         return self.layout.final_state(self.rows)
 
-    def summary(self, where: Tensor) -> tuple[Tensor, Tensor]:
-        """The target's choice, int64 [n], and log-sum-exp, fp32 [n], at the rows `where` [n]."""
-        if not self.layout.summary:
-            raise ValueError("this draft does not ask for the target's choice (FeatureLayout.summary)")
+    def argmax_lse(self, where: Tensor) -> tuple[Tensor, Tensor]:
+        """The target's argmax, int64 [n], and log-sum-exp, fp32 [n], at the rows `where` [n]."""
+        if not self.layout.argmax_lse:
+            raise ValueError("this draft does not ask for the target's argmax (FeatureLayout.argmax_lse)")
         bits = self.rows[where, self.layout.states_width :].view(torch.int32)
         return bits[:, 0].long(), bits[:, 1].contiguous().view(torch.float32)
 

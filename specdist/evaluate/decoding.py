@@ -52,7 +52,7 @@ class EvaluationTarget:
                 f"the draft expects hidden size {layout.hidden_size}; the target has {config.hidden_size}"
             )
         self.model = model.eval()
-        self.layout = replace(layout, summary=False)
+        self.layout = replace(layout, argmax_lse=False)
         self.device = next(model.parameters()).device
         self.max_positions: int | None = known.get("max_position_embeddings")
         self.eos_tokens = eos_tokens(model)

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
 from specdist.core.launch_env import Role
-from specdist.core.records import SUMMARY_BYTES
+from specdist.core.records import ARGMAX_LSE_BYTES
 from specdist.core.topology import Topology
 from specdist.draft.build import parameter_count
 from specdist.draft.config import DraftConfig
@@ -110,7 +110,7 @@ def _target_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[N
     buffers = {"split": job.channel.send_buffers, "colocated": job.train.accumulation}.get(topology.mode, 1)
     parts = ENGINES[job.target.engine].memory(job.target, facts.target, facts.target_dtype, tokens)
     parts[f"{buffers} feature buffers of {tokens:,} tokens"] = buffers * tokens * facts.layout.bytes_per_token
-    if facts.layout.summary:
+    if facts.layout.argmax_lse:
         head = facts.target.vocab_size * (facts.target.hidden_size // job.target.tp + CHUNK // job.target.tp) * width
         parts[f"output head, and logits of {CHUNK:,} tokens"] = head
     return [Need("target", part, size) for part, size in parts.items()]
@@ -212,8 +212,8 @@ def _link_lines(plan: Plan) -> list[str]:
     per_token = layout.bytes_per_token
     parts = f"{len(layout.captured_layers)} captured layers" + (" and the last hidden state" if layout.final else "")
     lines = [f"{per_token:,} B of features per token: {parts} x {layout.hidden_size} x {_name(layout.dtype)}"]
-    if layout.summary:
-        lines[0] += f", and {SUMMARY_BYTES} B of the target's choice"
+    if layout.argmax_lse:
+        lines[0] += f", and {ARGMAX_LSE_BYTES} B of the target's argmax and log-sum-exp"
     if plan.job.world.role != "both":
         over = plan.job.channel.transport
         return [*lines, f"links: between every target rank and every draft rank of the other worlds, over {over}"]

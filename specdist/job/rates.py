@@ -82,10 +82,10 @@ def estimated(job: JobConfig, facts: JobFacts) -> Rates:
 
     length = job.prompts.max_length
     document = PackedTokens.from_documents([torch.zeros(length)], [torch.ones(length)])  # all of it supervised
-    summary = facts.layout.summary  # the target runs its head
+    on_target = facts.layout.argmax_lse  # the target runs its head
     training = job.draft.chosen.flops(facts.target.config, document) / length
     forward = facts.target.flops([length]) / length
-    forward += 2.0 * facts.target.hidden_size * facts.target.vocab_size * summary
+    forward += 2.0 * facts.target.hidden_size * facts.target.vocab_size * on_target
     able = ESTIMATED_TFLOPS * 1e12
     source = (
         f"an estimate: {forward / 1e9:,.2g} and {training / 1e9:,.2g} GFLOP a token at {ESTIMATED_TFLOPS:.0f} TFLOP/s "

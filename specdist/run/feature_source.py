@@ -216,8 +216,8 @@ def random_rows(layout: FeatureLayout, tokens: int, vocab_size: int, generator: 
     """Rows [tokens, layout.width] on the generator's device: normal, and choices from a vocabulary of that size."""
     device = generator.device
     rows = torch.randn(tokens, layout.width, generator=generator, dtype=layout.dtype, device=device)
-    if layout.summary:
+    if layout.argmax_lse:
         choice = torch.randint(vocab_size, (tokens,), generator=generator, device=device)
         log_sum_exp = torch.full((tokens,), math.log(vocab_size), device=device)  # of logits around zero
-        layout.write_summary(rows, torch.arange(tokens, device=device), choice, log_sum_exp)
+        layout.write_argmax_lse(rows, torch.arange(tokens, device=device), choice, log_sum_exp)
     return rows

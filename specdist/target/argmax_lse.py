@@ -46,7 +46,7 @@ class WithArgmaxLse(TargetModel):
             where = where.pin_memory()
         where = where.to(self.device, non_blocking=True)
         for rows in where.split(CHUNK):
-            self.layout.write_summary(out, rows, *self._of(self.layout.final_state(out)[rows]))
+            self.layout.write_argmax_lse(out, rows, *self._of(self.layout.final_state(out)[rows]))
 
     def _of(self, final: Tensor) -> tuple[Tensor, Tensor]:
         """Argmax and log-sum-exp [n] over the whole vocabulary, of last hidden states [n, H]."""

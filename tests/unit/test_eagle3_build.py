@@ -64,7 +64,7 @@ def test_a_tied_embedding_that_the_draft_needs_as_a_head_stays_on_the_device() -
         with pytest.raises(ConfigError, match=r"embedding=host saves nothing: .*teacher_head=target and a"):
             config.chosen.layout(target, torch.float32)
     config = draft_config(eagle3=Eagle3Config(embedding="host", teacher_head="target", vocab_size=5))
-    assert config.chosen.layout(target, torch.float32).summary
+    assert config.chosen.layout(target, torch.float32).argmax_lse
 
 
 def test_on_a_cpu_the_embedding_is_on_the_host_anyway() -> None:

@@ -26,7 +26,7 @@ VOCAB = 259
 
 
 def layout_of(dtype: torch.dtype = torch.float32, hidden: int = 32) -> FeatureLayout:
-    return FeatureLayout((0, 2, 4), hidden, final=True, dtype=dtype, summary=True)
+    return FeatureLayout((0, 2, 4), hidden, final=True, dtype=dtype, argmax_lse=True)
 
 
 def make_batch() -> PackedTokens:
@@ -43,9 +43,9 @@ def test_a_summary_travels_whole_in_any_dtype(dtype: torch.dtype) -> None:
     before = rows.clone()
     where, choice = torch.tensor([4, 0]), torch.tensor([0, 2**31 - 1])
     log_sum_exp = torch.tensor([-3.25e-7, 1234.5678])
-    layout.write_summary(rows, where, choice, log_sum_exp)
+    layout.write_argmax_lse(rows, where, choice, log_sum_exp)
     features = Features(layout, rows)
-    found = features.summary(where)
+    found = features.argmax_lse(where)
     assert torch.equal(found[0], choice)
     assert torch.equal(found[1], log_sum_exp)
     assert torch.equal(features.captured, before[:, :24])
@@ -56,8 +56,8 @@ def test_a_summary_travels_whole_in_any_dtype(dtype: torch.dtype) -> None:
 def test_a_layout_without_a_summary_has_none() -> None:
     layout = FeatureLayout((0,), 8, True, torch.float32)
     assert layout.width == 16
-    with pytest.raises(ValueError, match="does not ask for the target's choice"):
-        Features(layout, torch.zeros(3, 16)).summary(torch.tensor([0]))
+    with pytest.raises(ValueError, match="does not ask for the target's argmax"):
+        Features(layout, torch.zeros(3, 16)).argmax_lse(torch.tensor([0]))
 
 
 def test_an_engine_adds_what_its_head_says(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_an_engine_adds_what_its_head_says(tmp_path: Path) -> None:
     features, head = Features(layout, rows), load_target_head(config.path)[0]
     where = supervised_rows(batch)
     assert 5 < len(where) < 30
-    choice, log_sum_exp = features.summary(where)
+    choice, log_sum_exp = features.argmax_lse(where)
     logits = features.final[where] @ head.T
     assert torch.equal(choice, logits.argmax(-1))
     torch.testing.assert_close(log_sum_exp, logits.logsumexp(-1))
@@ -112,7 +112,7 @@ def test_a_draft_learns_the_same_from_either_side(tmp_path: Path) -> None:
 def test_random_rows_have_choices_of_the_vocabulary() -> None:
     layout = layout_of(torch.bfloat16)
     rows = random_rows(layout, 500, VOCAB, torch.Generator().manual_seed(0))
-    choice, log_sum_exp = Features(layout, rows).summary(torch.arange(500))
+    choice, log_sum_exp = Features(layout, rows).argmax_lse(torch.arange(500))
     assert choice.min() >= 0
     assert 200 < choice.max() < VOCAB
     assert log_sum_exp.isfinite().all()

@@ -53,7 +53,7 @@ class Eagle3(Algorithm[Eagle3Config]):
                 "draft.eagle3.teacher_head",
             )
         layers = self.config.captured_layers(text.num_hidden_layers)
-        return FeatureLayout(layers, text.hidden_size, final=True, dtype=dtype, summary=on_target)
+        return FeatureLayout(layers, text.hidden_size, final=True, dtype=dtype, argmax_lse=on_target)
 
     @property
     def vocab_size(self) -> int | None:

@@ -59,7 +59,7 @@ def teach(
     """
     rows = Rows.of(host_batch, steps, share).to(features.rows.device)
     if whole_head is None:
-        choice, log_sum_exp = features.summary(rows.taught)
+        choice, log_sum_exp = features.argmax_lse(rows.taught)
         return Teacher(rows, vocabulary.to_draft[choice], log_sum_exp)
     choices, log_sum_exps = [], []
     for part in rows.taught.split(chunk):  # one empty part when there are no rows
