@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import replace
 from typing import Any
 
 from specdist.core.stop import leave
@@ -15,8 +14,8 @@ from specdist.run.preflight import facts
 versions = facts._versions  # noqa: SLF001 - what the environment tells has no other door
 
 
-def another(*arguments: Any) -> facts.Versions:
-    return replace(versions(*arguments), torch="2.11.0+another")
+def another(*arguments: Any) -> dict[str, str]:
+    return versions(*arguments) | {"torch": "2.11.0+another"}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 `python -m tests.distributed.faulty_mooncake FAULT [key=value ...]`.
 
 FAULT, on host n2 alone: `broken`: the Transfer Engine does not start; `stopped`: the process stops as soon as others
-may write to its memory.
+may write to its memory. Then the checks wait for less than the joining of the world.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from typing import Any
 
 from specdist.channel.wire import StoreBook
 from specdist.core.errors import WorldError
 from specdist.core.stop import leave
+from specdist.job.config import JobConfig
 from specdist.run.preflight import mooncake_links, world
 
-publish = StoreBook.publish
+publish, Preflight = StoreBook.publish, world.Preflight
+LIMIT_S = 4.0
+"""Of the checks, in place of world.join_timeout_s."""
 
 
 def broken(*arguments: Any) -> None:
@@ -37,7 +41,13 @@ def spoil(fault: str) -> None:
         StoreBook.publish = publish_and_stop  # type: ignore[method-assign]
 
 
+def impatient(job: JobConfig, *arguments: Any) -> Preflight:
+    return Preflight(replace(job, world=replace(job.world, join_timeout_s=LIMIT_S)), *arguments)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "stopped":
+        world.Preflight = impatient  # type: ignore[assignment,misc]
     if os.environ["SPECDIST_HOST"] == "n2":
         spoil(sys.argv[1])
     leave(world.main(sys.argv[2:]))

@@ -81,8 +81,8 @@ def test_faults_of_a_host_are_named_with_it(tmp_path: Path, material: tuple[Path
     assert "1 links across hosts" in said
     found = json.loads((tmp_path / "report.json").read_text())
     assert (found["healthy"], found["exclude"]) == (False, "n2")
-    clock = found["ranks"][1]["of_host"]["clock"]
-    assert abs(clock["ahead_s"]) <= clock["uncertain_s"] + 1  # one machine, one clock
+    here, there = (rank["of_host"]["clock"] for rank in found["ranks"])
+    assert abs(here["now_s"] - there["now_s"]) <= max(here["within_s"], there["within_s"])  # one machine, one clock
 
 
 def test_a_job_does_not_start_on_hosts_with_problems_where_that_is_asked(
@@ -135,19 +135,18 @@ def test_over_mooncake_every_link_is_measured(tmp_path: Path, material: tuple[Pa
 
 @mooncake
 @pytest.mark.parametrize(
-    ("fault", "limit_s", "why"),
+    ("fault", "why"),
     [
-        ("broken", 60, "did not come up: rank 2 (draft dp 1 cp 0, host n2): Mooncake's Transfer Engine does not start"),
-        ("stopped", 10, "broke while it was measured: "),
+        ("broken", "did not come up: rank 2 (draft dp 1 cp 0, host n2): Mooncake's Transfer Engine does not start"),
+        ("stopped", "broke while it was measured: "),
     ],
 )
 def test_a_host_where_mooncake_does_not_work_is_named(
-    tmp_path: Path, material: tuple[Path, Path], fault: str, limit_s: int, why: str
+    tmp_path: Path, material: tuple[Path, Path], fault: str, why: str
 ) -> None:
     """Rank 2 is alone on host n2. The link to the other draft rank is measured none the less."""
     channel = {"channel__transport": "mooncake", "channel__mooncake__stall_s": 2, "preflight__link_payload": "16MiB"}
     words = make_config(tmp_path, *material, draft__dp=2, preflight__report=tmp_path / "report.json", **channel)
-    words.append(f"world.join_timeout_s={limit_s}")
     hosts = ("n1", "n1", "n2")
     ranks = start_by_hand(
         range(3), 3, ["-m", "tests.distributed.faulty_mooncake", fault, *words], tmp_path,

@@ -1,49 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the doctor has to say: one thing that is wrong, where, and what would be right."""
+"""One thing that is wrong, where, and what to do about it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable
 from typing import Literal
 
-from specdist.run.preflight.hostlist import compress
+import msgspec
+from ClusterShell.NodeSet import NodeSet
 
-Severity = Literal["problem", "warning", "note"]
-_ORDER: tuple[Severity, ...] = ("problem", "warning", "note")
+Severity = Literal["problem", "warning"]
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was seen.
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that was found.
 
     Attributes:
-        severity: problem: a run would fail, be wrong or be slow; warning: it may; note: worth knowing.
+        severity: problem: a run would fail, be wrong or be slow; warning: it may.
         hosts: where, if another host would do better; empty where no host is to blame.
-        seen: what was seen.
-        advice: what would be right, or what to do.
+        seen: what was found.
+        advice: what to do.
         certain: whether a run would certainly fail.
     """
 
     severity: Severity
     hosts: tuple[str, ...]
     seen: str
-    advice: str
+    advice: str = ""
     certain: bool = False
 
     def __str__(self) -> str:
-        where = f"{compress(self.hosts)}: " if self.hosts else ""
-        return f"{where}{self.seen}: {self.advice}" if self.advice else f"{where}{self.seen}"
+        return ": ".join(filter(None, (fold_hosts(self.hosts), self.seen, self.advice)))
 
 
 def merge(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The worst first; what is the same on several hosts is said once."""
-    merged: dict[Finding, tuple[str, ...]] = {}
+    """Problems first; what is the same on several hosts becomes one finding."""
+    merged: dict[Finding, dict[str, None]] = {}
     for finding in findings:
-        key = replace(finding, hosts=())
-        merged[key] = tuple(dict.fromkeys((*merged.get(key, ()), *finding.hosts)))
-    whole = [replace(finding, hosts=hosts) for finding, hosts in merged.items()]
-    return tuple(sorted(whole, key=lambda finding: _ORDER.index(finding.severity)))
+        merged.setdefault(msgspec.structs.replace(finding, hosts=()), {}).update(dict.fromkeys(finding.hosts))
+    whole = (msgspec.structs.replace(finding, hosts=tuple(hosts)) for finding, hosts in merged.items())
+    return tuple(sorted(whole, key=lambda finding: finding.severity != "problem"))
 
 
 def problems(findings: Iterable[Finding]) -> tuple[Finding, ...]:
@@ -52,10 +48,19 @@ def problems(findings: Iterable[Finding]) -> tuple[Finding, ...]:
 
 def to_exclude(findings: Iterable[Finding]) -> str:
     """The hosts with problems, as Slurm's `--exclude` takes them."""
-    return compress(host for finding in problems(findings) for host in finding.hosts)
+    return fold_hosts({host for finding in problems(findings) for host in finding.hosts})
 
 
-def blame(affected: Iterable[str], everyone: Sequence[str]) -> tuple[str, ...]:
-    """The hosts to name: none where all are affected, for then no host is to blame but what they share."""
+def unless_all(affected: Iterable[str], everyone: Collection[str]) -> tuple[str, ...]:
+    """The hosts to name: none where all are affected, for then the fault lies in what they share."""
     hosts = tuple(dict.fromkeys(affected))
     return () if set(hosts) == set(everyone) else hosts
+
+
+def fold_hosts(hosts: Iterable[str]) -> str:
+    """gpu01, gpu02, gpu03, gpu07, login as 'gpu[01-03,07],login'."""
+    names = set(hosts)
+    # Slurm takes brackets only at the end of a name.
+    foldable = NodeSet.fromlist([name for name in names if name[-1:].isdigit()])
+    foldable.fold_axis = [-1]
+    return ",".join(filter(None, (str(foldable), *sorted(name for name in names if not name[-1:].isdigit()))))

@@ -7,31 +7,26 @@ many systems keep from ordinary users and containers: then it is unknown.
 
 from __future__ import annotations
 
-import errno
-import os
 import re
+import subprocess
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
-KERNEL_LOG = Path("/dev/kmsg")
-_RECORD_BYTES = 8192
-"""The kernel's own limit of a record."""
-_XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)(?:, *(.*))?")
+import msgspec
+
+_XID = re.compile(r"^(?:<\d+>)?\[ *([\d.]+)\] NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)(?:, *(.*))?$", re.MULTILINE)
+_LIMIT_S = 10.0
 
 APPLICATION_XIDS = frozenset({13, 31, 43, 45, 68, 69})
 """Errors that a program causes (a wrong address, an exception in a kernel) or that follow from its end."""
 
 
-@dataclass(frozen=True)
-class Xid:
-    """One report of the driver."""
+class Xid(msgspec.Struct, frozen=True):
+    """One report of the driver. `age_s`: how long ago it was, in seconds."""
 
     bus: str
     code: int
     age_s: float
-    """How long ago it was, in seconds."""
     text: str
 
     @property
@@ -40,37 +35,16 @@ class Xid:
         return self.code not in APPLICATION_XIDS
 
 
-def read_xids(log: Path = KERNEL_LOG) -> tuple[Xid, ...] | None:
+def read_xids() -> tuple[Xid, ...] | None:
     """The XID errors since the host was booted that its log still holds; None where the log cannot be read."""
     try:
-        return tuple(parse_xids(_records(log), time.monotonic()))
-    except OSError:
+        log = subprocess.run(["dmesg", "--raw"], capture_output=True, timeout=_LIMIT_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
         return None
+    return tuple(parse_xids(log.decode(errors="replace"), time.monotonic()))
 
 
-def parse_xids(records: Iterable[str], now_s: float) -> Iterator[Xid]:
-    """Find the XIDs in records of /dev/kmsg: `level,number,microseconds since boot,flags;text`."""
-    for record in records:
-        found = _XID.search(record)
-        if found:
-            stamp = record.split(";", 1)[0].split(",")[2]
-            yield Xid(found[1], int(found[2]), now_s - int(stamp) / 1e6, (found[3] or "").strip())
-
-
-def _records(log: Path) -> Iterator[str]:
-    descriptor = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        while True:
-            try:
-                record = os.read(descriptor, _RECORD_BYTES)
-            except BlockingIOError:  # that was the newest
-                return
-            except OSError as error:
-                if error.errno == errno.EPIPE:  # overwritten while we read: the next read goes on behind it
-                    continue
-                raise
-            if not record:
-                return
-            yield record.decode(errors="replace")
-    finally:
-        os.close(descriptor)
+def parse_xids(log: str, now_s: float) -> Iterator[Xid]:
+    """The XIDs in lines of `dmesg --raw`; `now_s` is the time since boot, in seconds."""
+    for stamp, bus, code, text in _XID.findall(log):
+        yield Xid(bus, int(code), now_s - float(stamp), text.strip())

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What NVML tells about GPUs. Everything it does not tell is None ("unknown"); no question can fail a run."""
+"""What NVML reports about GPUs. Everything it does not report is None ("unknown"); no question can fail a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
+import msgspec
 import pynvml
 
 THROTTLES = {
@@ -34,50 +35,50 @@ RECOVERIES = {
 }
 
 
-@dataclass(frozen=True)
-class GpuProcess:
+class GpuProcess(msgspec.Struct, frozen=True):
     """A process that has memory on a GPU. NVML counts in the host's process ids, also inside a container."""
 
     pid: int
+    name: str
     memory: int | None
 
+    def __str__(self) -> str:
+        size = "" if self.memory is None else f" ({self.memory / 2**30:.1f} GiB)"
+        return f"{self.name or 'process'} {self.pid}{size}"
 
-@dataclass(frozen=True)
-class GpuFacts:
-    """One GPU. None is unknown: the driver does not tell, or this GPU has no such thing.
+
+class GpuFacts(msgspec.Struct, frozen=True):
+    """One GPU. None is unknown: the driver does not report it, or this GPU has no such thing.
 
     Attributes:
         bus: the PCI address, domain:bus:device.function.
         gone: what NVML says of a GPU that does not answer any more; empty for one that does.
         uncorrected: uncorrectable memory errors since the driver was loaded.
-        uncorrected_ever: the same over the life of the board.
         rows_pending: whether a row of memory waits for a reset to be replaced by a spare one.
         rows_failed: whether the replacement of a row has failed.
         recovery: what the driver says the GPU needs after a fault; empty for nothing.
         links_up, links: NVLinks that are up, and all that there are.
+        pcie_lanes: the width of its PCIe link.
     """
 
-    bus: str
-    uuid: str
-    name: str
+    bus: str = ""
+    name: str = ""
     gone: str = ""
     memory: int | None = None
     memory_free: int | None = None
     mig: bool | None = None
-    ecc: bool | None = None
     uncorrected: int | None = None
-    uncorrected_ever: int | None = None
     rows_pending: bool | None = None
     rows_failed: bool | None = None
     recovery: str | None = None
     throttles: tuple[str, ...] | None = None
     links_up: int | None = None
     links: int | None = None
+    pcie_lanes: int | None = None
     processes: tuple[GpuProcess, ...] | None = None
 
 
-@dataclass(frozen=True)
-class NvmlFacts:
+class NvmlFacts(msgspec.Struct, frozen=True):
     """The driver and the GPUs of a host, or why there is nothing to know."""
 
     driver: str | None = None
@@ -93,13 +94,12 @@ def read_gpus(buses: Sequence[str] | None, nvml: Any = pynvml) -> NvmlFacts:
     """
     try:
         with _session(nvml):
-            reader = _Reader(nvml)
-            driver = reader.ask(nvml.nvmlSystemGetDriverVersion)
             if buses is None:
                 handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
             else:
                 handles = [nvml.nvmlDeviceGetHandleByPciBusId(bus) for bus in buses]
-            return NvmlFacts(driver, tuple(_gpu(nvml, handle) for handle in handles))
+            driver = _Reader(nvml).ask("nvmlSystemGetDriverVersion")
+            return NvmlFacts(driver, tuple(_read_gpu(nvml, handle) for handle in handles))
     except nvml.NVMLError as error:
         return NvmlFacts(error=str(error))
 
@@ -114,69 +114,68 @@ def _session(nvml: Any) -> Iterator[None]:
 
 
 class _Reader:
-    """Asks NVML and takes a refusal for "unknown"; remembers a GPU that has gone."""
+    """Asks NVML, about one GPU, and takes a refusal for "unknown"; remembers a GPU that has gone."""
 
-    def __init__(self, nvml: Any):
-        self._nvml, self.gone = nvml, ""
+    def __init__(self, nvml: Any, *handle: Any):
+        self.nvml, self.gone, self._handle = nvml, "", handle
 
-    def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
+    def ask(self, question: str, *arguments: Any) -> Any:
         try:
-            return question(*arguments)
-        except self._nvml.NVMLError as error:
-            if error.value in (self._nvml.NVML_ERROR_GPU_IS_LOST, self._nvml.NVML_ERROR_RESET_REQUIRED):
+            return getattr(self.nvml, question)(*self._handle, *arguments)
+        except self.nvml.NVMLError as error:
+            if error.value in (self.nvml.NVML_ERROR_GPU_IS_LOST, self.nvml.NVML_ERROR_RESET_REQUIRED):
                 self.gone = str(error)
             return None
 
 
-def _gpu(nvml: Any, handle: Any) -> GpuFacts:
-    reader = _Reader(nvml)
+def _read_gpu(nvml: Any, handle: Any) -> GpuFacts:
+    reader = _Reader(nvml, handle)
     ask = reader.ask
-    pci, memory = ask(nvml.nvmlDeviceGetPciInfo, handle), ask(nvml.nvmlDeviceGetMemoryInfo, handle)
-    mig, ecc = ask(nvml.nvmlDeviceGetMigMode, handle), ask(nvml.nvmlDeviceGetEccMode, handle)
-    uncorrected = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED
-    rows = ask(nvml.nvmlDeviceGetRemappedRows, handle)
-    reasons = ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
-    links = _nvlinks(nvml, reader, handle)
-    processes = ask(nvml.nvmlDeviceGetComputeRunningProcesses, handle)
-    facts: dict[str, Any] = {
-        "bus": "" if pci is None else _text(pci.busId),
-        "uuid": ask(nvml.nvmlDeviceGetUUID, handle) or "",
-        "name": ask(nvml.nvmlDeviceGetName, handle) or "",
-        "memory": None if memory is None else int(memory.total),
-        "memory_free": None if memory is None else int(memory.free),
-        "mig": None if mig is None else mig[0] == nvml.NVML_FEATURE_ENABLED,
-        "ecc": None if ecc is None else ecc[0] == nvml.NVML_FEATURE_ENABLED,
-        "uncorrected": ask(nvml.nvmlDeviceGetTotalEccErrors, handle, uncorrected, nvml.NVML_VOLATILE_ECC),
-        "uncorrected_ever": ask(nvml.nvmlDeviceGetTotalEccErrors, handle, uncorrected, nvml.NVML_AGGREGATE_ECC),
-        "rows_pending": None if rows is None else bool(rows[2]),
-        "rows_failed": None if rows is None else bool(rows[3]),
-        "recovery": _recovery(nvml, reader, handle),
-        "throttles": None if reasons is None else tuple(name for bit, name in THROTTLES.items() if reasons & bit),
-        "links_up": None if links is None else sum(links),
-        "links": None if links is None else len(links),
-        "processes": None if processes is None else tuple(GpuProcess(p.pid, p.usedGpuMemory) for p in processes),
-    }
-    return GpuFacts(**facts, gone=reader.gone)
+    pci, memory, mig = ask("nvmlDeviceGetPciInfo"), ask("nvmlDeviceGetMemoryInfo"), ask("nvmlDeviceGetMigMode")
+    rows, reasons = ask("nvmlDeviceGetRemappedRows"), ask("nvmlDeviceGetCurrentClocksThrottleReasons")
+    links = _read_nvlinks(reader)
+    facts = GpuFacts(
+        bus="" if pci is None else pci.busId if isinstance(pci.busId, str) else pci.busId.decode(),
+        name=ask("nvmlDeviceGetName") or "",
+        memory=None if memory is None else int(memory.total),
+        memory_free=None if memory is None else int(memory.free),
+        mig=None if mig is None else mig[0] == nvml.NVML_FEATURE_ENABLED,
+        uncorrected=ask("nvmlDeviceGetTotalEccErrors", nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC),
+        rows_pending=None if rows is None else bool(rows[2]),
+        rows_failed=None if rows is None else bool(rows[3]),
+        recovery=_read_recovery(reader),
+        throttles=None if reasons is None else tuple(name for bit, name in THROTTLES.items() if reasons & bit),
+        links_up=None if links is None else sum(links),
+        links=None if links is None else len(links),
+        pcie_lanes=ask("nvmlDeviceGetCurrPcieLinkWidth"),
+        processes=_read_processes(reader),
+    )
+    return msgspec.structs.replace(facts, gone=reader.gone)
 
 
-def _nvlinks(nvml: Any, reader: _Reader, handle: Any) -> list[bool] | None:
+def _read_nvlinks(reader: _Reader) -> list[bool] | None:
     """Whether each NVLink of the GPU is up; None where it has none."""
     found: list[bool] = []
-    for link in range(nvml.NVML_NVLINK_MAX_LINKS):
-        state = reader.ask(nvml.nvmlDeviceGetNvLinkState, handle, link)
+    for link in range(reader.nvml.NVML_NVLINK_MAX_LINKS):
+        state = reader.ask("nvmlDeviceGetNvLinkState", link)
         if state is None:  # the constant is that of the largest GPU there is
             break
-        found.append(state == nvml.NVML_FEATURE_ENABLED)
+        found.append(state == reader.nvml.NVML_FEATURE_ENABLED)
     return found or None
 
 
-def _recovery(nvml: Any, reader: _Reader, handle: Any) -> str | None:
-    values = reader.ask(nvml.nvmlDeviceGetFieldValues, handle, [RECOVERY_FIELD])
-    if values is None or values[0].nvmlReturn != nvml.NVML_SUCCESS:
+def _read_recovery(reader: _Reader) -> str | None:
+    values = reader.ask("nvmlDeviceGetFieldValues", [RECOVERY_FIELD])
+    if values is None or values[0].nvmlReturn != reader.nvml.NVML_SUCCESS:
         return None
     action = int(values[0].value.uiVal)
     return RECOVERIES.get(action, f"action {action}") if action else ""
 
 
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+def _read_processes(reader: _Reader) -> tuple[GpuProcess, ...] | None:
+    found = reader.ask("nvmlDeviceGetComputeRunningProcesses")
+    if found is None:
+        return None
+    host = _Reader(reader.nvml)
+    names = [PurePath(host.ask("nvmlSystemGetProcessName", process.pid) or "").name for process in found]
+    return tuple(GpuProcess(p.pid, name, p.usedGpuMemory) for p, name in zip(found, names, strict=True))

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of a world that has come up. Every rank takes part; rank 0 judges and speaks."""
+"""The checks of a world that has come up. Every rank takes part; rank 0 judges, prints and decides."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
+
+import msgspec
 
 from specdist.channel.config import parse_bytes
 from specdist.core.errors import ConfigError, WorldError
-from specdist.core.launch_env import local_address
 from specdist.core.topology import Topology
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
-from specdist.run.preflight.codec import decode, encode
-from specdist.run.preflight.exchange import Door, Exchange, opened_door
-from specdist.run.preflight.facts import HostFacts, RankReport, network_facts, report_host, report_rank
+from specdist.run.preflight.exchange import Exchange
+from specdist.run.preflight.facts import report_host, report_rank
 from specdist.run.preflight.findings import Finding, merge, problems, to_exclude
 from specdist.run.preflight.judge import judge
 from specdist.run.preflight.judge_links import judge_links
@@ -26,24 +25,24 @@ from specdist.run.preflight.mooncake_links import WriteProbe
 from specdist.run.preflight.needs import needs_of
 from specdist.run.preflight.report import Report, line_of, speed_line
 from specdist.run.preflight.speeds import Speeds
-from specdist.run.preflight.storage import Mark, examine_storage, marked
+from specdist.run.preflight.storage import examine_storage, marked
 from specdist.world.groups import Groups, World
 
 _LINK_LIMITS = 4
-"""A rank hands in its bandwidths after at most so many times the limit of one wait."""
+"""A rank hands in its bandwidths within this many times the limit of one wait."""
 
 
 class Preflight:
     """The checks of one world. All ranks make one and call its methods in the same order.
 
     `hosts` and `links` are for the start of a run: they do what `preflight.level` says. `examine_hosts` and
-    `examine_links` only look; `report` then has, on rank 0, what they found.
+    `examine_links` only look, and `conclude` ends that; `report` then has, on rank 0, what they found.
     """
 
     def __init__(self, job: JobConfig, world: World, topology: Topology):
         self._job, self._world, self._topology = job, world, topology
+        self._exchange = Exchange(world, "hosts", job.world.join_timeout_s)
         self.report: Report | None = None
-        self._silent: tuple[int, ...] = ()
 
     def hosts(self, facts: JobFacts) -> None:
         """Check the hosts at the start of a run. A second or less; the store is asked a few times per rank.
@@ -53,80 +52,77 @@ class Preflight:
                 `preflight.level` is strict.
         """
         if self._job.preflight.level != "skip":
-            self.examine_hosts(facts)
-            self._settle("hosts", () if self.report is None else self.report.findings)
+            self._decide(self.examine_hosts(facts))
 
     def links(self, groups: Groups) -> None:
         """Measure the links at the start of a run, once they are connected. Raises like `hosts`."""
-        config = self._job.preflight
-        if config.level == "skip" or not config.links:
+        if self._job.preflight.level == "skip" or not self._job.preflight.links:
             return
-        before = () if self.report is None else self.report.findings
-        self.examine_links(groups)
-        found = () if self.report is None else tuple(f for f in self.report.findings if f not in before)
+        findings = self.examine_links(groups)
         if self.report is not None and (speeds := speed_line(self._topology, self.report.speeds)):
-            _say(speeds)
-        self._settle("links", found)
+            _print(speeds)
+        self._decide(findings)
 
-    def examine_hosts(self, facts: JobFacts | None, model: str = "") -> None:
-        """Collect the facts of all ranks and judge them.
+    def examine_hosts(self, facts: JobFacts | None, model: str = "") -> tuple[Finding, ...]:
+        """Collect the facts of all ranks; on rank 0, judge them.
 
         Args:
             facts: of the job, where the model can be read.
             model: why it cannot.
-        """
-        reports = self._collect(model)
-        if reports is None:
-            return
-        # A model that only other hosts lack still tells rank 0 what the job needs.
-        needs = None if facts is None else needs_of(self._job, facts, self._topology)
-        findings = judge(reports, needs, self._job.preflight, self._job.world.share_devices)
-        self._keep(Report(reports, findings, self._topology))
 
-    def examine_links(self, groups: Groups, broken: str = "") -> None:
-        """Measure all links and judge them, after `examine_hosts`.
+        Raises:
+            WorldError: a rank did not report; names it.
+        """
+        job, exchange = self._job, self._exchange
+        hosts, directory = tuple(dict.fromkeys(self._world.hosts)), Path(job.run.dir)
+        of_host = None
+        with marked(directory) if self._rank == 0 else nullcontext() as mark:
+            if self._rank in map(self._world.hosts.index, hosts):
+                storage = examine_storage(directory, exchange.share(mark))
+                of_host = report_host(storage, exchange.read_clock(len(hosts)) if len(hosts) > 1 else None)
+            reports = exchange.gather(report_rank(job, self._world.facts, self._world.device, model, of_host))
+        if self._rank != 0:
+            return ()
+        for rank in exchange.silent:
+            raise WorldError(f"preflight: {self._silence(rank)} (world.join_timeout_s): look at its log")
+        # A model that only other hosts lack still tells rank 0 what the job needs.
+        needs = None if facts is None else needs_of(job, facts, self._topology)
+        findings = judge(tuple(reports.values()), needs, job.preflight, job.world.share_devices)
+        self._keep(Report(tuple(reports.values()), findings, self._topology))
+        return findings
+
+    def examine_links(self, groups: Groups, broken: str = "") -> tuple[Finding, ...]:
+        """Measure all links, after `examine_hosts`; on rank 0, judge them.
 
         Args:
-            broken: why this rank's links could not even be connected: told, and nothing measured.
+            broken: why this rank's links could not even be connected: reported, and nothing measured.
         """
-        exchange = self._exchange("links", self._limit_s())
-        exchange.report(encode(Speeds(error=broken) if broken else self._probe(groups).measure()))
+        exchange = self._exchange = Exchange(self._world, "links", _LINK_LIMITS * self._job.world.join_timeout_s)
+        speeds = tuple(exchange.gather(Speeds(error=broken) if broken else self._probe(groups).measure()).values())
         if self.report is None:
-            return
-        everyone = range(self._topology.world_size)
-        answers = exchange.answers(everyone)
-        speeds = tuple(decode(Speeds, text) for text in answers.values())
-        found = judge_links(speeds, self._topology, self._job.preflight)
-        self._silent = tuple(rank for rank in everyone if rank not in answers)
-        silent = (self._silence(rank) for rank in self._silent)
-        self._keep(replace(self.report, speeds=speeds, findings=merge((*self.report.findings, *found, *silent))))
+            return ()
+        findings = [*judge_links(speeds, self._topology, self._job.preflight.min_link_gb_per_s)]
+        for rank in exchange.silent:
+            seen = f"{self._silence(rank)} what its links are like ({_LINK_LIMITS} x world.join_timeout_s)"
+            findings.append(Finding("problem", (self._world.hosts[rank],), seen, "look at its log", certain=True))
+        merged = merge((*self.report.findings, *findings))
+        self._keep(msgspec.structs.replace(self.report, speeds=speeds, findings=merged))
+        return tuple(findings)
 
-    def part(self) -> None:
-        """The end of an examination, after `examine_links`: rank 0, which may serve the store, stays until the others
-        have heard it. It does not wait for ranks that did not tell what their links are like."""
-        exchange = self._exchange("end", 2 * self._limit_s())
-        if self._world.facts.rank != 0:
-            exchange.hear("over")
-            exchange.report("")
-            return
-        exchange.tell_all("over", [])
-        exchange.answers(set(range(1, self._topology.world_size)) - set(self._silent))
+    def conclude(self, words: Sequence[str] = ()) -> list[str]:
+        """End an examination: what rank 0 says, on every rank. No rank leaves the world before it has read that."""
+        return self._exchange.settle(words)
 
-    def _silence(self, rank: int) -> Finding:
-        seen = f"{self._topology.describe(rank)} did not hand in the bandwidth of its links"
-        seen += f" within {self._limit_s():.0f} s ({_LINK_LIMITS} x world.join_timeout_s)"
-        return Finding("problem", (self._world.hosts[rank],), seen, "look at its log", certain=True)
+    @property
+    def _rank(self) -> int:
+        return self._world.facts.rank
 
-    def _limit_s(self) -> float:
-        return _LINK_LIMITS * self._job.world.join_timeout_s
+    def _silence(self, rank: int) -> str:
+        return f"{self._topology.describe(rank)} did not report within {self._exchange.timeout_s:.0f} s"
 
     def _keep(self, report: Report) -> None:
         self.report = report
         report.write(self._job.preflight.report)
-
-    def _exchange(self, name: str, timeout_s: float) -> Exchange:
-        world = self._world
-        return Exchange(world.store, f"preflight/{name}", world.hosts, world.facts.rank, timeout_s)
 
     def _probe(self, groups: Groups) -> Probe:
         job, world, topology = self._job, self._world, self._topology
@@ -136,44 +132,12 @@ class Preflight:
             writes = WriteProbe(topology, world, job.channel.mooncake, payload, timeout_s)
         return Probe(topology, groups, world, payload, timeout_s, job.world.share_devices, writes)
 
-    def _collect(self, model: str) -> tuple[RankReport, ...] | None:
-        """The reports of all ranks, on rank 0."""
-        exchange, rank = self._exchange("hosts", self._job.world.join_timeout_s), self._world.facts.rank
-        leaders = [self._world.hosts.index(host) for host in dict.fromkeys(self._world.hosts)]
-        if rank == 0:
-            with marked(Path(self._job.run.dir)) as mark, self._door(mark, len(leaders)) as door:
-                exchange.tell_all("meet", [mark.name, mark.error, *(() if door is None else door.words())])
-                exchange.serve_clock(leaders[1:])
-                exchange.report(encode(self._report(model, self._of_host(mark, None, exchange))))
-                return tuple(decode(RankReport, text) for text in exchange.reports())
-        of_host = None
-        if rank in leaders:
-            name, error, *door_words = exchange.hear("meet")
-            of_host = self._of_host(Mark(name, error), Door.of(door_words), exchange)
-        exchange.report(encode(self._report(model, of_host)))
-        return None
-
-    @staticmethod
-    def _door(mark: Mark, hosts: int) -> contextlib.AbstractContextManager[Door | None]:
-        return opened_door(local_address(), mark.name) if hosts > 1 else contextlib.nullcontext()
-
-    def _report(self, model: str, of_host: HostFacts | None) -> RankReport:
-        return report_rank(self._job, self._world.facts, self._world.device, model, of_host)
-
-    def _of_host(self, mark: Mark, door: Door | None, exchange: Exchange) -> HostFacts:
-        clock = exchange.read_clock() if door is not None else None
-        storage = examine_storage(Path(self._job.run.dir), mark, self._world.facts.host)
-        return report_host(storage, network_facts("" if door is None else door.try_it()), clock)
-
-    def _settle(self, name: str, findings: Sequence[Finding]) -> None:
-        """Rank 0 says what was found and whether the run goes on; all ranks obey."""
-        exchange = self._exchange(f"{name}/verdict", 2 * self._limit_s())
-        if self._world.facts.rank == 0:
+    def _decide(self, findings: Sequence[Finding]) -> None:
+        """Rank 0 prints what was found and says whether the run goes on."""
+        if self._rank == 0:
             for finding in findings:
-                if finding.severity != "note":
-                    _say(line_of(finding))
-            exchange.tell_all("verdict", _reason_to_stop(findings, self._job.preflight.level == "strict"))
-        match exchange.hear("verdict"):
+                _print(line_of(finding))
+        match self.conclude(_reason_to_stop(findings, self._job.preflight.level == "strict")):
             case ["hosts", reason]:
                 raise WorldError(reason)
             case ["job", reason]:
@@ -181,8 +145,8 @@ class Preflight:
 
 
 def _reason_to_stop(findings: Sequence[Finding], strict: bool) -> list[str]:
-    """Who is to blame, hosts or the job, and why; empty where the run may go on."""
-    grave = problems(findings) if strict else tuple(f for f in findings if f.certain)
+    """What is to blame, hosts or the job, and why; empty where the run may go on."""
+    grave = problems(findings) if strict else tuple(finding for finding in findings if finding.certain)
     if not grave:
         return []
     why = "there are problems (preflight.level=strict)" if strict else "the run would fail"
@@ -191,5 +155,5 @@ def _reason_to_stop(findings: Sequence[Finding], strict: bool) -> list[str]:
     return ["hosts" if exclude else "job", f"preflight: {why}: {'; '.join(map(str, grave))}{advice}"]
 
 
-def _say(words: str) -> None:
+def _print(words: str) -> None:
     print(f"specdist: preflight: {words}", file=sys.stderr, flush=True)

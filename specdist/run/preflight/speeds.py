@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 REPETITIONS = 5
 """The median of so many transfers counts; one more goes before them, unmeasured."""
@@ -11,8 +11,7 @@ PAYLOAD = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
 """Bytes, by the device of the ranks."""
 
 
-@dataclass(frozen=True)
-class LinkSpeed:
+class LinkSpeed(msgspec.Struct, frozen=True):
     """Bandwidth from a target rank to a draft rank, in 10^9 bytes a second, as the end sees it that knows when all has
     arrived: the draft rank, with Mooncake the target rank."""
 
@@ -21,8 +20,7 @@ class LinkSpeed:
     gb_per_s: float
 
 
-@dataclass(frozen=True)
-class GroupSpeed:
+class GroupSpeed(msgspec.Struct, frozen=True):
     """Bandwidth of an all-reduce: what each rank's connection carries, in 10^9 bytes a second."""
 
     name: str
@@ -30,8 +28,7 @@ class GroupSpeed:
     gb_per_s: float
 
 
-@dataclass(frozen=True)
-class Speeds:
+class Speeds(msgspec.Struct, frozen=True):
     """What one rank measured: its links, where it is the end that sees them, and the groups it leads; and what broke,
     empty for nothing."""
 

@@ -4,31 +4,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from specdist.core.files import write_atomically
 
 VISIBLE_S = 5.0
-"""So long another host's file may take to show: network file systems cache directories."""
+"""How long another host's file may take to appear: network file systems cache directories."""
 _LOOK_AGAIN_S = 0.2
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A file that rank 0 puts into the run directory for the other hosts to find."""
-
-    name: str
-    error: str
-    """Why it could not be written; empty where it was."""
-
-
-@dataclass(frozen=True)
-class Storage:
+class Storage(msgspec.Struct, frozen=True):
     """The run directory as one host sees it.
 
     Attributes:
@@ -44,61 +36,46 @@ class Storage:
 
 
 @contextlib.contextmanager
-def marked(directory: Path) -> Iterator[Mark]:
-    """Put a mark into `directory`, which is created for as long where it does not exist."""
-    name = f".preflight-{secrets.token_hex(8)}"
-    file = directory / name
-    created: list[Path] = []
-    error = ""
-    try:
-        created = [path for path in (directory, *directory.parents) if not path.exists()]
+def marked(directory: Path) -> Iterator[str]:
+    """Put a file into `directory`, which is created for as long where it does not exist. Yields the file's name; empty
+    where it could not be written."""
+    file = directory / _new_name()
+    created = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
+    with contextlib.suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, name)
-    except OSError as failure:
-        error = words_of(failure)
+        write_atomically(file, file.name)
     try:
-        yield Mark(name, error)
+        yield file.name if os.path.exists(file) else ""
     finally:
-        with contextlib.suppress(OSError):  # what could not be written need not go
-            file.unlink()
-        for path in created:
-            with contextlib.suppress(OSError):  # somebody uses it by now
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others use it by now, or it could not be created
+            for path in created:
                 path.rmdir()
 
 
-def examine_storage(directory: Path, mark: Mark, host: str) -> Storage:
-    """Look for the mark in `directory`, and write a file of this host's own beside it."""
-    shared = None if mark.error else _appears(directory / mark.name, VISIBLE_S)
-    own = directory / f"{mark.name}-{host}"
-    error = ""
+def examine_storage(directory: Path, mark: str) -> Storage:
+    """Look for the file `mark` of rank 0 in `directory`, and write one of this host's own beside it."""
+    shared = _appears(directory / mark) if mark else None
+    own, error, free = directory / _new_name(), "", None
     try:
-        write_atomically(own, host)
+        write_atomically(own, "")
         own.unlink()
     except OSError as failure:
-        error = words_of(failure)
-    try:
+        error = failure.strerror or str(failure)  # without the name of the file: the same on all hosts
+    with contextlib.suppress(OSError):
         free = shutil.disk_usage(directory).free
-    except OSError:
-        free = None
     return Storage(str(directory), error, shared, free)
 
 
-def words_of(failure: OSError) -> str:
-    """What went wrong, without the name of the file, so that it is the same on all hosts."""
-    return failure.strerror or str(failure)
+def _new_name() -> str:
+    return f".preflight-{secrets.token_hex(8)}"
 
 
-def _appears(file: Path, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not _readable(file):
+def _appears(file: Path) -> bool:
+    deadline = time.monotonic() + VISIBLE_S
+    while not os.path.exists(file):
         if time.monotonic() > deadline:
             return False
-        time.sleep(_LOOK_AGAIN_S)  # a file system tells nobody what another host has done
+        time.sleep(_LOOK_AGAIN_S)  # a file system does not tell what another host has done
     return True
-
-
-def _readable(file: Path) -> bool:
-    try:
-        return file.read_text() == file.name
-    except OSError:
-        return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every rank of `specdist doctor` executes: join, examine, tell, leave. No model is loaded, no prompt is read.
+"""What every rank of `specdist doctor` executes: join, examine, report, leave. No model is loaded, no prompt is read.
 
 torchrun --nproc-per-node N -m specdist.run.preflight.world --config configs/X.yaml [key=value ...]
 
@@ -10,19 +10,27 @@ from __future__ import annotations
 
 import argparse
 import logging
+import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
-from specdist.core.errors import UserError, WorldError
+import torch
+
+from specdist.core.errors import DataError, UserError, WorldError
 from specdist.core.launch_env import RankFacts
 from specdist.core.stop import end_with_launcher, leave
-from specdist.core.topology import Topology
 from specdist.job import config as jobs
-from specdist.job.config import JobConfig, load_job
-from specdist.run.preflight.local import examine_model
+from specdist.job.config import JobConfig, JobFacts, load_job
+from specdist.run.preflight.facts import HostFacts, report_rank
+from specdist.run.preflight.judge import judge
+from specdist.run.preflight.kernel_log import read_xids
+from specdist.run.preflight.needs import needs_of
 from specdist.run.preflight.preflight import Preflight
-from specdist.world.groups import Groups, World, join_world, make_groups
+from specdist.run.preflight.report import Report
+from specdist.run.preflight.storage import examine_storage, marked
+from specdist.world.groups import join_world, make_groups
 from specdist.world.links import connect_links
 
 
@@ -49,27 +57,47 @@ def examine_world(job: JobConfig, who: RankFacts) -> int:
     world = join_world(job.world, who)
     topology = jobs.topology(job, world.hosts, world.roles)
     check = Preflight(job, world, topology)
-    check.examine_hosts(facts, model)
-    told = check.report
-    if told is not None:  # now, in case that the groups or the links do not come up
-        print(told.render_hosts(), flush=True)
+    shown = check.examine_hosts(facts, model)
+    if check.report is not None:  # now, in case that the groups or the links do not come up
+        print(check.report.render_hosts(), flush=True)
     groups = make_groups(topology, world, jobs.transport(job, world.device).link_backend, job.world.wait_timeout_s)
-    check.examine_links(groups, _connect(job, topology, groups, world))
-    status = 0
-    if told is not None and check.report is not None:
-        print(check.report.render_links(told.findings), flush=True)
-        status = 0 if check.report.healthy else 1
-    check.part()
-    return status
-
-
-def _connect(job: JobConfig, topology: Topology, groups: Groups, world: World) -> str:
-    """Why the links of this rank did not come up; empty where they did."""
+    broken = ""
     try:
         connect_links(topology, groups, world, job.world.join_timeout_s)
     except WorldError as error:
-        return str(error)
-    return ""
+        broken = str(error)
+    check.examine_links(groups, broken)
+    if check.report is not None:
+        print(check.report.render_links(shown), flush=True)
+    check.conclude()
+    return 0 if check.report is None or check.report.healthy else 1
+
+
+def examine_alone(job: JobConfig) -> Report:
+    """Examine this host without a world: its GPUs, the model, the run directory, the kernel's log."""
+    host = socket.gethostname()
+    alone = RankFacts(rank=0, world_size=1, local_rank=0, local_world_size=1, node=0, host=host)
+    facts, model = examine_model(job)
+    with marked(Path(job.run.dir)) as mark:
+        of_host = HostFacts(examine_storage(Path(job.run.dir), mark), read_xids())
+    device = torch.device("cpu") if job.world.device == "cpu" else None
+    reports = (report_rank(job, alone, device, model, of_host),)
+    needs = None if facts is None else needs_of(job, facts, topology=None)
+    return Report(reports, judge(reports, needs, job.preflight, job.world.share_devices))
+
+
+def examine_model(job: JobConfig) -> tuple[JobFacts | None, str]:
+    """The facts of the job, or why this host cannot know them.
+
+    Raises:
+        ConfigError: the model is there and readable, and the configuration does not fit it: no host's fault.
+    """
+    try:
+        return jobs.examine(job), ""
+    except OSError as error:
+        return None, f"target.path={job.target.path} cannot be read: {error}"
+    except DataError as error:
+        return None, str(error)
 
 
 if __name__ == "__main__":

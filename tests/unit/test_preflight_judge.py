@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 from specdist.core.errors import ConfigError
 from specdist.core.topology import Topology, WorldConfig
 from specdist.job.preflight_config import PreflightConfig
-from specdist.run.preflight.codec import decode, encode
-from specdist.run.preflight.facts import Clock, HostFacts, Network, RankReport, Versions
+from specdist.run.preflight.exchange import Clock
+from specdist.run.preflight.facts import HostFacts, Network, RankReport
 from specdist.run.preflight.findings import Finding, problems, to_exclude
 from specdist.run.preflight.judge import judge
 from specdist.run.preflight.judge_links import judge_links
@@ -24,31 +25,40 @@ from specdist.run.preflight.speeds import LinkSpeed, Speeds
 from specdist.run.preflight.storage import Storage
 
 GIB = 2**30
-VERSIONS = Versions("0.1 (abc)", "2.13.0", "12.8", "2.27.3", "5.0.0", "3.11.7", "580.1", "c0ffee")
+NOW = 1.7e9
+VERSIONS = {
+    "specdist": "0.1 (abc)",
+    "the configuration": "c0ffee",
+    "torch": "2.13.0",
+    "CUDA": "12.8",
+    "NCCL": "2.27.3",
+    "transformers": "5.0.0",
+    "Python": "3.11.7",
+    "the driver": "580.1",
+}
+OWN = GpuProcess(1003, "python3", GIB)
+"""Rank 3."""
 GPU = GpuFacts(
     bus="00000000:3B:00.0",
-    uuid="GPU-1",
     name="H100",
     memory=80 * GIB,
     memory_free=79 * GIB,
     mig=False,
-    ecc=True,
     uncorrected=0,
-    uncorrected_ever=0,
     rows_pending=False,
     rows_failed=False,
     recovery="",
     throttles=(),
     links_up=18,
     links=18,
+    pcie_lanes=16,
     processes=(),
 )
 NEEDS = Needs(memory=(60 * GIB,) * 8, checkpoint=10 * GIB, room=50 * GIB)
 
 
 def host_facts(number: int, **changes: Any) -> HostFacts:
-    network = Network(f"10.0.0.{number}", "ib0", 200_000, f"10.0.0.{number}")
-    clock = Clock(0.001, 0.0005) if number > 1 else None
+    network, clock = Network(f"10.0.0.{number}", "ib0", 200_000), Clock(NOW + 0.001 * number, 0.0005)
     return replace(HostFacts(Storage("/runs/a", "", True, 100 * GIB), (), network, clock), **changes)
 
 
@@ -99,7 +109,6 @@ def test_nothing_is_found_on_healthy_hosts():
     [
         ({"mig": True}, "problem", "MIG is on"),
         ({"uncorrected": 2}, "problem", "2 uncorrectable memory errors since the driver was loaded"),
-        ({"uncorrected_ever": 3}, "note", "3 uncorrectable memory errors in its life"),
         ({"rows_failed": True}, "problem", "could not be replaced"),
         ({"rows_pending": True}, "warning", "waits to be replaced"),
         ({"recovery": "reboot the node"}, "problem", "did not recover from: reboot the node"),
@@ -107,10 +116,9 @@ def test_nothing_is_found_on_healthy_hosts():
         ({"throttles": ("hardware power brake",)}, "problem", "slowed down by hardware power brake"),
         ({"throttles": ("software power cap",)}, "warning", "slowed down by software power cap"),
         ({"links_up": 17}, "problem", "17 NVLinks are up, 18 on the others"),
-        ({"ecc": False}, "warning", "ECC is off"),
+        ({"pcie_lanes": 8}, "warning", "8 PCIe lanes are in use, 16 on the others"),
         ({"memory": 48 * GIB, "memory_free": 48 * GIB}, "warning", "need about 60.0 GiB, it has 48.0"),
-        ({"mig": None, "throttles": None}, "note", "the driver does not tell throttling, MIG of H100"),
-        ({"processes": (GpuProcess(77, GIB),)}, "warning", "other processes are on it: process 77 (1.0 GiB)"),
+        ({"processes": (OWN, GpuProcess(77, "", GIB))}, "warning", "other processes are on it: process 77 (1.0 GiB)"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -118,8 +126,11 @@ def test_one_gpu_that_is_not_well(change, severity, words):
     found = only(judged(with_gpu(3, **change)))
     assert (found.severity, found.hosts, found.certain) == (severity, ("n2",), False)
     assert words in str(found)
-    if severity != "note" or "driver does not tell" not in str(found):
-        assert "GPU 00000000:01:00.0 (H100)" in str(found)
+    assert "GPU 00000000:01:00.0 (H100)" in str(found)
+
+
+def test_what_a_driver_does_not_report_is_no_finding():
+    assert judged(with_gpu(3, mig=None, throttles=None, memory=None, links_up=None, pcie_lanes=None)) == ()
 
 
 def test_a_lost_gpu_says_only_that_and_is_certain():
@@ -129,26 +140,27 @@ def test_a_lost_gpu_says_only_that_and_is_certain():
 
 
 def test_taken_memory_names_who_has_it():
-    reports = with_gpu(2, memory_free=60 * GIB, processes=(GpuProcess(77, 19 * GIB),))
-    reports[2] = replace(reports[2], programs={"77": "python3"})
+    processes = (GpuProcess(1002, "python3", GIB), GpuProcess(77, "python3", 19 * GIB))
+    reports = with_gpu(2, memory_free=60 * GIB, processes=processes)
     problem, warning = judged(reports)
-    assert "60.0 of 80.0 GiB of its memory free: end what is on it (python3 77)" in str(problem)
-    assert "python3 77 (19.0 GiB)" in str(warning)
+    assert "60.0 of 80.0 GiB of its memory free: end what is on it (" in str(problem)
+    assert "python3 77 (19.0 GiB)" in str(problem)
+    assert "other processes are on it: python3 77 (19.0 GiB): they take" in str(warning)
     assert problem.hosts == warning.hosts == ("n2",)
     assert only(judged(reports, min_free_memory=0.75)).severity == "warning"
 
 
 def test_ranks_of_this_world_are_no_strangers():
-    assert judged(with_gpu(3, processes=(GpuProcess(1003, GIB), GpuProcess(1002, GIB)))) == ()
+    assert judged(with_gpu(3, processes=(OWN, GpuProcess(1002, "python3", GIB)))) == ()
     # A process of another host has the number of a rank of this one.
-    assert only(judged(with_gpu(3, processes=(GpuProcess(1001, GIB),)))).severity == "warning"
+    assert only(judged(with_gpu(3, processes=(OWN, GpuProcess(1001, "python3", GIB))))).severity == "warning"
 
 
 def test_in_a_container_processes_are_only_counted():
-    reports = [replace(r, pid=None) for r in with_gpu(3, processes=(GpuProcess(5, GIB), GpuProcess(6, GIB)))]
-    assert "1 more processes on it than ranks" in str(only(judged(reports)))
-    reports = [replace(r, pid=None) for r in with_gpu(3, processes=(GpuProcess(5, GIB),))]
-    assert judged(reports) == ()
+    """Their numbers are the host's there, and those of the ranks the container's own."""
+    two = (GpuProcess(5, "", GIB), GpuProcess(6, "", GIB))
+    assert "other processes are on it: process 5" in str(only(judged(with_gpu(3, processes=two))))
+    assert judged(with_gpu(3, processes=two[:1])) == ()
 
 
 def test_ranks_that_share_a_gpu_share_its_memory():
@@ -159,37 +171,37 @@ def test_ranks_that_share_a_gpu_share_its_memory():
 
 def test_mig_is_no_problem_where_devices_are_shared():
     reports = [replace(r, gpus=(replace(r.gpus[0], mig=True),)) for r in world(hosts=1)]
-    found = judge(reports, None, PreflightConfig(), share_devices=True)
-    assert {f.severity for f in found} == {"note"}
+    assert judge(reports, None, PreflightConfig(), share_devices=True) == ()
 
 
 @pytest.mark.parametrize(
     ("field", "severity"),
-    [("torch", "problem"), ("nccl", "problem"), ("specdist", "problem"), ("configuration", "problem"),
-     ("transformers", "problem"), ("driver", "warning"), ("python", "warning")],
+    [("torch", "problem"), ("NCCL", "problem"), ("specdist", "problem"), ("the configuration", "problem"),
+     ("transformers", "problem"), ("the driver", "warning"), ("Python", "warning")],
 )  # fmt: skip
 def test_the_odd_ones_out_have_another_version(field, severity):
     reports = world()
     for rank in (0, 1):  # rank 0 may be the odd one
-        reports[rank] = replace(reports[rank], versions=replace(VERSIONS, **{field: "another"}))
+        reports[rank] = replace(reports[rank], versions=VERSIONS | {field: "another"})
     found = only(judged(reports))
     assert (found.severity, found.hosts) == (severity, ("n1",))
-    assert f"is another on ranks 0-1, {getattr(VERSIONS, field)} on the others" in str(found)
+    assert f"is another on ranks 0-1, {VERSIONS[field]} on the others" in str(found)
 
 
 def test_one_of_two_hosts_with_another_version_is_the_one_without_rank_0():
     reports = world(hosts=2)
     for rank in (2, 3):
-        reports[rank] = replace(reports[rank], versions=replace(VERSIONS, nccl=None))
+        reports[rank] = replace(reports[rank], versions=VERSIONS | {"NCCL": ""})
     assert "NCCL is missing on ranks 2-3, 2.27.3 on the others" in str(only(judged(reports)))
 
 
 def test_clocks():
-    ahead, behind = with_host(2, clock=Clock(3.0, 0.01)), with_host(4, clock=Clock(-2.5, 0.01))
+    ahead, behind = with_host(2, clock=Clock(NOW + 3.0, 0.01)), with_host(4, clock=Clock(NOW - 2.5, 0.01))
     assert "n2: its clock is 3.0 s ahead of that of rank 0" in str(only(judged(ahead)))
     assert "n3: its clock is 2.5 s behind that of rank 0" in str(only(judged(behind)))
     assert judged(ahead, max_clock_skew_s=5.0) == ()
-    assert judged(with_host(2, clock=Clock(2.5, 1.0))) == ()  # as far as could be measured
+    assert judged(with_host(2, clock=Clock(NOW + 2.5, 1.0))) == ()  # as far as could be measured
+    assert judged(with_host(2, clock=None)) == ()
 
 
 def test_the_run_directory():
@@ -240,14 +252,9 @@ def test_a_model_that_one_host_lacks():
 def test_the_network():
     good = host_facts(2).network
     assert good is not None
-    shut = only(judged(with_host(2, network=replace(good, door="10.0.0.1:4000: timed out"))))
-    assert (shut.hosts, shut.certain) == (("n2",), True)
-    assert "does not reach rank 0: 10.0.0.1:4000: timed out" in str(shut)
     slow = only(judged(with_host(2, network=replace(good, mbit_per_s=1000))))
     assert (slow.severity, slow.hosts) == ("warning", ("n2",))
     assert "1000 Mbit/s, those of most hosts 200000" in str(slow)
-    for name in ("127.0.1.1", None):
-        assert only(judged(with_host(2, network=replace(good, own_name=name)))).severity == "note"
 
 
 def test_xids():
@@ -257,13 +264,9 @@ def test_xids():
     recent = only(judged(with_host(2, xids=(xid(79, 7200),))))
     assert (recent.severity, recent.hosts) == ("problem", ("n2",))
     assert "GPU 0000:3b:00: 1 XID errors in the kernel log, last 79 2.0 h ago (pid=1)" in str(recent)
-    assert only(judged(with_host(2, xids=(xid(79, 200_000),)))).severity == "note"
-    assert only(judged(with_host(2, xids=(xid(31, 60),)))).severity == "note"  # a program's own fault
-    unread = only(judged(with_host(2, xids=None)))
-    assert unread.severity == "note"
-    assert "unknown: XID errors, because the kernel log is not readable" in str(unread)
-    without_gpus = [replace(report, gpus=()) for report in with_host(2, xids=None)]
-    assert judged(without_gpus) == ()
+    assert judged(with_host(2, xids=(xid(79, 200_000),))) == ()
+    assert judged(with_host(2, xids=(xid(31, 60),))) == ()  # a program's own fault
+    assert judged(with_host(2, xids=None)) == ()
 
 
 def test_the_same_on_several_hosts_is_said_once_the_worst_first():
@@ -281,7 +284,7 @@ def test_the_same_on_several_hosts_is_said_once_the_worst_first():
 
 def test_reports_travel_as_json():
     for report in with_host(2, xids=(Xid("0000:3b:00", 79, 1.5, "text"),)):
-        assert decode(RankReport, encode(report)) == report
+        assert msgspec.json.decode(msgspec.json.encode(report), type=RankReport) == report
 
 
 def test_the_report_has_tables_verdict_and_exclude():
@@ -292,8 +295,8 @@ def test_the_report_has_tables_verdict_and_exclude():
     assert "18 of 18" in text
     assert "unknown" in text
     assert "problem: n2: GPU 00000000:01:00.0 (H100): 2 uncorrectable" in text
-    assert report.render_links(told=report.findings).splitlines() == [
-        "3 hosts: 1 problem, 1 note",
+    assert report.render_links(shown=report.findings).splitlines() == [
+        "3 hosts: 1 problem",
         "sbatch and srun leave these hosts out with --exclude=n2",
     ]
     assert not report.healthy
@@ -312,11 +315,11 @@ def topology() -> Topology:
 
 
 def test_links_as_fast_as_each_other(topology):
-    assert judge_links(links(topology, {(0, 4): 11.0}), topology, PreflightConfig()) == ()
+    assert judge_links(links(topology, {(0, 4): 11.0}), topology, None) == ()
 
 
 def test_a_slow_link_names_both_ends(topology):
-    found = only(judge_links(links(topology, {(0, 6): 3.0}), topology, PreflightConfig()))
+    found = only(judge_links(links(topology, {(0, 6): 3.0}), topology, None))
     assert (found.severity, found.hosts) == ("warning", ("n1", "n4"))
     assert "rank 0 (target replica 0 tp 0, host n1) -> rank 6 (draft dp 2 cp 0, host n4) 3.00 GB/s" in str(found)
     assert "the median of the links across hosts is 20.00 GB/s" in str(found)
@@ -324,14 +327,14 @@ def test_a_slow_link_names_both_ends(topology):
 
 def test_what_slow_links_have_in_common_is_to_blame(topology):
     slow = {(source, 6): 3.0 for source in range(4)} | {(1, 5): 4.0}
-    first, second = judge_links(links(topology, slow), topology, PreflightConfig())
+    first, second = judge_links(links(topology, slow), topology, None)
     assert (first.hosts, second.hosts) == (("n4",), ("n1", "n3"))
     assert str(first).startswith("n4: 4 slow links")
 
 
 def test_of_ends_without_a_good_link_the_one_with_more_of_them_is_to_blame():
     star = Topology.build(WorldConfig(), ["n1", "n2", "n3", "n4"], replicas=1, tp=1, dp=3, cp=1)
-    found = only(judge_links(links(star, {}, usual=1.0), star, PreflightConfig(min_link_gb_per_s=5)))
+    found = only(judge_links(links(star, {}, usual=1.0), star, 5.0))
     assert found.hosts == ("n1",)
     assert str(found).startswith("n1: 3 slow links")
 
@@ -339,19 +342,19 @@ def test_of_ends_without_a_good_link_the_one_with_more_of_them_is_to_blame():
 def test_links_inside_a_host_are_compared_with_each_other(topology):
     inside = Topology.build(WorldConfig(), ["n1"] * 4 + ["n2"] * 4, replicas=2, tp=1, dp=6, cp=1)
     speeds = {(s, d): 300.0 for s in (0, 1) for d in (2, 3)}
-    assert judge_links(links(inside, speeds), inside, PreflightConfig()) == ()
-    found = only(judge_links(links(inside, speeds | {(0, 2): 40.0}), inside, PreflightConfig()))
+    assert judge_links(links(inside, speeds), inside, None) == ()
+    found = only(judge_links(links(inside, speeds | {(0, 2): 40.0}), inside, None))
     assert "inside a host is 300.00" in str(found)
 
 
 def test_a_least_bandwidth_makes_it_a_problem(topology):
-    found = only(judge_links(links(topology, {(0, 6): 3.0}), topology, PreflightConfig(min_link_gb_per_s=5)))
+    found = only(judge_links(links(topology, {(0, 6): 3.0}), topology, 5.0))
     assert (found.severity, found.hosts) == ("problem", ("n1", "n4"))
 
 
 def test_a_link_that_broke_is_certain(topology):
     speeds = (*links(topology, {}), Speeds(error="link a -> b broke"), Speeds(error="link a -> b broke"))
-    found = only(judge_links(speeds, topology, PreflightConfig()))
+    found = only(judge_links(speeds, topology, None))
     assert found.certain
     assert "link a -> b broke" in str(found)
 

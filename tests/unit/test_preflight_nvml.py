@@ -73,7 +73,7 @@ def link(handle: Any, number: int) -> int:
 
 def errors(handle: Any, kind: int, counter: int) -> int:
     assert kind == pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED
-    return {pynvml.NVML_VOLATILE_ECC: 1, pynvml.NVML_AGGREGATE_ECC: 7}[counter]
+    return {pynvml.NVML_VOLATILE_ECC: 1}[counter]
 
 
 def process(pid: int, used: int | None) -> Any:
@@ -91,16 +91,16 @@ def test_everything_that_a_gpu_tells():
         nvmlSystemGetDriverVersion="580.65.06",
         nvmlDeviceGetHandleByPciBusId=lambda bus: asked.append(bus) or "handle",
         nvmlDeviceGetPciInfo=pci("00000000:3B:00.0"),
-        nvmlDeviceGetUUID="GPU-1",
         nvmlDeviceGetName="NVIDIA H100 80GB HBM3",
         nvmlDeviceGetMemoryInfo=memory(80 * GIB, 79 * GIB),
         nvmlDeviceGetMigMode=[pynvml.NVML_FEATURE_ENABLED, 1],
-        nvmlDeviceGetEccMode=[pynvml.NVML_FEATURE_ENABLED, 1],
         nvmlDeviceGetTotalEccErrors=errors,
         nvmlDeviceGetRemappedRows=(0, 1, 1, 0),
         nvmlDeviceGetCurrentClocksThrottleReasons=pynvml.nvmlClocksThrottleReasonGpuIdle
         | pynvml.nvmlClocksThrottleReasonHwThermalSlowdown,
         nvmlDeviceGetNvLinkState=link,
+        nvmlDeviceGetCurrPcieLinkWidth=16,
+        nvmlSystemGetProcessName=lambda pid: {42: "/usr/bin/python3"}.get(pid, ""),
         nvmlDeviceGetComputeRunningProcesses=[process(42, GIB), process(43, None)],
         nvmlDeviceGetFieldValues=recovery(pynvml.NVML_GPU_RECOVERY_ACTION_NODE_REBOOT),
     )
@@ -111,21 +111,19 @@ def test_everything_that_a_gpu_tells():
     assert found.gpus == (
         GpuFacts(
             bus="00000000:3B:00.0",
-            uuid="GPU-1",
             name="NVIDIA H100 80GB HBM3",
             memory=80 * GIB,
             memory_free=79 * GIB,
             mig=True,
-            ecc=True,
             uncorrected=1,
-            uncorrected_ever=7,
             rows_pending=True,
             rows_failed=False,
             recovery="reboot the node",
             throttles=("hardware thermal slowdown",),
             links_up=17,
             links=18,
-            processes=(GpuProcess(42, GIB), GpuProcess(43, None)),
+            pcie_lanes=16,
+            processes=(GpuProcess(42, "python3", GIB), GpuProcess(43, "", None)),
         ),
     )
 
@@ -133,7 +131,7 @@ def test_everything_that_a_gpu_tells():
 def test_what_is_not_supported_is_unknown():
     nvml = FakeNvml(nvmlDeviceGetCount=2, nvmlDeviceGetHandleByIndex=lambda index: index)
     found = read_gpus(None, nvml)
-    assert found.gpus == (GpuFacts(bus="", uuid="", name=""),) * 2
+    assert found.gpus == (GpuFacts(),) * 2
     assert found.error == ""
 
 
