@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prompts in a world: one rank of a host prepares them, the others open what it has."""
+"""The prompts in a world: one rank prepares them, or one of every host, and the others open what it has."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch.distributed as dist
 from specdist.core.errors import WorldError
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.prepare import prepare
-from specdist.prompts.store import PromptStore
+from specdist.prompts.store import PromptStore, is_store
 
 SILENCE_S = 900.0
-"""Seconds in which the preparing rank must come further: as long as one piece may take, and the search in the cache."""
+"""Seconds in which the preparing rank must come further: more than one piece may take."""
 TELL_S, LOOK_S = 3.0, 2.0
 
 
@@ -31,25 +31,24 @@ def prepare_in_world(
 ) -> PromptStore:
     """The store of the configured prompts on every rank of a world, whose `hosts` are given in rank order.
 
-    Rank 0 prepares them first and shows its progress; then the first rank of every other host does, which finds them
-    done where the hosts share `prompts.cache_dir`. The other ranks open what the first one of their host has.
+    Rank 0 prepares them and shows its progress. Where `prompts.cache_dir` is not shared, the first rank of every other
+    host does so after it, for its host.
 
     Raises:
         ConfigError, DataError: see `prepare`.
         WorldError: the rank that is waited for has come no further for `silence_s` seconds.
     """
     first = hosts.index(hosts[rank])
-    if rank not in (0, first):
-        directory, files = json.loads(_await(store, first, hosts, silence_s))
-        return PromptStore.open(directory, files)
-    if rank:
-        _await(store, 0, hosts, silence_s)
-    last = 0.0
+    for preparing in sorted({0, first} - {rank}):
+        directory, files = json.loads(_await(store, preparing, hosts, silence_s))
+        if is_store(Path(directory)):
+            return PromptStore.open(directory, files)
+    told_at = 0.0
 
     def tell(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last > TELL_S:
-            last = time.monotonic()
+        nonlocal told_at
+        if time.monotonic() - told_at > TELL_S:
+            told_at = time.monotonic()
             store.set(f"prompts/{rank}/progress", text)
 
     prompts = prepare(config, tokenizer_dir, progress=rank == 0, told=tell)
@@ -59,25 +58,20 @@ def prepare_in_world(
 
 def _await(store: dist.Store, rank: int, hosts: Sequence[str], silence_s: float) -> bytes:
     """What `rank` says of its prompts when they are prepared."""
+    done, progress = f"prompts/{rank}", f"prompts/{rank}/progress"
     said, since = b"nothing yet", time.monotonic()
-    try:
-        while not store.check([f"prompts/{rank}"]):
-            if store.check([f"prompts/{rank}/progress"]) and (told := store.get(f"prompts/{rank}/progress")) != said:
-                said, since = told, time.monotonic()
-            if time.monotonic() - since > silence_s:
-                raise WorldError(
-                    f"rank {rank} (host {hosts[rank]}) prepares the prompts and has come no further for "
-                    f"{silence_s:.0f} s; its last word: {said.decode()}",
-                    culprit=rank,
-                )
-            _sleep_until(store, f"prompts/{rank}")
-        return store.get(f"prompts/{rank}")
-    except dist.DistError as error:
-        raise WorldError(f"the world's store was lost while rank {rank} prepared the prompts: {error}") from error
-
-
-def _sleep_until(store: dist.Store, key: str) -> None:
-    try:
-        store.wait([key], timedelta(seconds=LOOK_S))
-    except dist.DistStoreError:  # not yet
-        return
+    while True:
+        try:
+            store.wait([done], timedelta(seconds=LOOK_S))
+            return store.get(done)
+        except dist.DistStoreError:  # not yet
+            if store.check([progress]) and (text := store.get(progress)) != said:
+                said, since = text, time.monotonic()
+        except dist.DistError as error:
+            raise WorldError(f"the world's store was lost while rank {rank} prepared the prompts: {error}") from error
+        if time.monotonic() - since > silence_s:
+            raise WorldError(
+                f"rank {rank} (host {hosts[rank]}) prepares the prompts and has come no further for {silence_s:.0f} s; "
+                f"its last word: {said.decode()}",
+                culprit=rank,
+            )

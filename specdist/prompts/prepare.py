@@ -40,8 +40,6 @@ from specdist.prompts.store import BAD_SAMPLES, FORMAT, MANIFEST, PromptStore, S
 from specdist.prompts.worker import Tokenized, leave_with_parent, settings, tokenize
 
 DEFAULT_CACHE = "~/.cache/specdist"
-SETTLED_S = 10.0
-"""Seconds after which an unchanged time of modification is taken for unchanged content."""
 SMALL_BYTES = 4 << 20
 """Files of less than this are tokenised by this process: starting others would take longer."""
 PIECE_TIMEOUT_S = 600.0
@@ -98,7 +96,7 @@ def prepare(
             told(line)
 
         say(f"looking up {len(sources)} files ({total / 1e6:,.1f} MB) in the cache")
-        final = root / cache_key(config, sources, Path(tokenizer_dir), root.with_name("digests"))
+        final = root / cache_key(config, sources, Path(tokenizer_dir))
         with _locked(final, timeout, say):
             if not (final / MANIFEST).exists():
                 for remains in root.glob(f"{final.name}.*.tmp"):  # of preparations that were killed
@@ -106,7 +104,7 @@ def prepare(
                 bar.set_total(total)
                 _prepare_into(final, config, sources, str(tokenizer_dir), total, advance)
     store = PromptStore.open(final, [source.path for source in sources])
-    _judge(store.report, config, final)
+    _judge_all(store.report, config, final)
     return store
 
 
@@ -156,22 +154,16 @@ def _ready(directory: Path, config: PromptsConfig) -> PromptStore:
     return store
 
 
-def cache_key(
-    config: PromptsConfig, sources: list[SourceFile], tokenizer_dir: Path, digests: Path | None = None
-) -> str:
-    """What the cache is keyed by: 32 hex digits over everything that tokens and marks depend on.
-
-    `digests` is a directory in which the digests of files are kept, so that not every rank reads all prompts.
-    """
+def cache_key(config: PromptsConfig, sources: list[SourceFile], tokenizer_dir: Path) -> str:
+    """What the cache is keyed by: 32 hex digits over everything that tokens and marks depend on."""
     names = [tokenizer_dir / name for name in TOKENIZER_FILES]
     names += sorted((tokenizer_dir / "additional_chat_templates").glob("*.jinja"))
     tokenizer = [path for path in names if path.is_file()]
     override = [Path(config.chat_template).expanduser()] if config.chat_template is not None else []
     try:
         with ThreadPoolExecutor(8) as threads:  # hashing releases the interpreter's lock
-            digest = partial(_digest, kept=digests)
-            prompts = list(threads.map(digest, [Path(source.path) for source in sources]))
-            others = list(threads.map(digest, [*tokenizer, *override]))
+            prompts = list(threads.map(_digest, [Path(source.path) for source in sources]))
+            others = list(threads.map(_digest, [*tokenizer, *override]))
     except OSError as error:
         raise DataError(f"a prompts or tokenizer file cannot be read: {error}") from error
     content = {
@@ -183,26 +175,7 @@ def cache_key(
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _digest(path: Path, kept: Path | None) -> str:
-    """SHA-256 of a file, read from `kept` if the file has not changed since (same path, size and time)."""
-    if kept is None:
-        return _read_digest(path)
-    facts = path.stat()
-    identity = f"{path.resolve()}|{facts.st_size}|{facts.st_mtime_ns}"
-    note = kept / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    if note.exists():
-        return note.read_text(encoding="ascii")
-    digest = _read_digest(path)
-    # A file of the last seconds may change again without a change of its time.
-    if time.time() - facts.st_mtime > SETTLED_S:
-        kept.mkdir(parents=True, exist_ok=True)
-        work = note.with_suffix(f".{uuid.uuid4().hex}")
-        work.write_text(digest, encoding="ascii")
-        work.rename(note)
-    return digest
-
-
-def _read_digest(path: Path) -> str:
+def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -226,6 +199,7 @@ def _prepare_into(
             for source, piece, done in _in_order(sources, _workers(config, total), tokenized):
                 writer.extend(done.lengths, done.tokens, done.supervised, source, done.lines)
                 _add(report, done, writer, bad)
+                _judge(report, config)
                 size += piece.size
                 advance(size, report.counted())
             bad.flush()
@@ -319,16 +293,23 @@ def _publish(work: Path, final: Path) -> None:
     sync_directory(final.parent)
 
 
-def _judge(report: PrepareReport, config: PromptsConfig, directory: Path) -> None:
+def _judge(report: PrepareReport, config: PromptsConfig, listed: str = "") -> None:
+    """Raise DataError at bad samples that the configuration does not want to leave out. Overlong ones have a switch of
+    their own. `listed`: where all of them are."""
+    for key, reasons in (("overlong", {"overlong"}), ("on_bad", report.bad.keys() - {"overlong"})):
+        count = sum(report.bad.get(reason, 0) for reason in reasons)
+        if count and getattr(config, key) == "stop":
+            first = next(examples[0] for reason, examples in report.examples.items() if reason in reasons)
+            raise DataError(f"{first} (prompts.{key}=stop; {count:,} bad samples{listed})", f"prompts.{key}")
+
+
+def _judge_all(report: PrepareReport, config: PromptsConfig, directory: Path) -> None:
     """Apply the settings that do not change the store, so they hold for one found in the cache as well."""
+    _judge(report, config, f", all of them in {directory / BAD_SAMPLES}")
     unusable = report.bad_total - report.bad.get("overlong", 0)
-    everything = f"All of them: {directory / BAD_SAMPLES}"
-    if unusable and config.on_bad == "stop":
-        first = next(examples[0] for reason, examples in report.examples.items() if reason != "overlong")
-        raise DataError(f"{unusable:,} bad samples (prompts.on_bad=stop): {first}. {everything}", "prompts.on_bad")
     if unusable > config.max_bad_fraction * report.samples:
         raise DataError(
             f"{unusable:,} of {report.samples:,} samples are bad, more than prompts.max_bad_fraction = "
-            f"{config.max_bad_fraction:.0%}. {everything}\n{report}",
+            f"{config.max_bad_fraction:.0%}. All of them: {directory / BAD_SAMPLES}\n{report}",
             "prompts.max_bad_fraction",
         )

@@ -13,7 +13,6 @@ from multiprocessing.connection import wait
 
 import numpy as np
 
-from specdist.core.errors import DataError
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.read import Piece, samples
 from specdist.prompts.render import Renderer, Rendering
@@ -53,11 +52,7 @@ def _renderer(tokenizer_dir: str, settings_json: str) -> Renderer:
 
 
 def tokenize(piece: Piece, tokenizer_dir: str, settings_json: str) -> Tokenized:
-    """Read and render every record of a piece. With on_bad=stop, raises at the first that is bad.
-
-    Raises:
-        DataError: names the file and the line.
-    """
+    """Read and render every record of a piece."""
     renderer = _renderer(tokenizer_dir, settings_json)
     done: list[tuple[int, Rendering]] = []
     bad: list[BadSample] = []
@@ -67,12 +62,8 @@ def tokenize(piece: Piece, tokenizer_dir: str, settings_json: str) -> Tokenized:
         else:
             try:
                 done.append((sample.line, renderer.render(sample)))
-                continue
             except UnusableError as error:
                 bad.append(BadSample(sample.file, sample.line, error.reason, error.detail))
-        if is_fatal(bad[-1], renderer.config):
-            key = "prompts.overlong" if bad[-1].reason == "overlong" else "prompts.on_bad"
-            raise DataError(f"{bad[-1]} ({key}=stop)", key)
     sequences = [(line, sequence) for line, rendering in done for sequence in rendering.sequences]
     return Tokenized(
         lengths=np.array([len(sequence.tokens) for _, sequence in sequences], dtype=np.int64),
@@ -86,11 +77,6 @@ def tokenize(piece: Piece, tokenizer_dir: str, settings_json: str) -> Tokenized:
         cut_away=sum(rendering.cut_away for _, rendering in done),
         skipped=sum(rendering.skipped for _, rendering in done),
     )
-
-
-def is_fatal(bad: BadSample, config: PromptsConfig) -> bool:
-    """Whether the configuration wants to stop at this sample. Overlong ones have a switch of their own."""
-    return (config.overlong if bad.reason == "overlong" else config.on_bad) == "stop"
 
 
 def leave_with_parent() -> None:

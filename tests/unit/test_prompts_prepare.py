@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,12 @@ import pytest
 import torch.distributed as dist
 
 from specdist.core.errors import ConfigError, DataError, WorldError
+from specdist.prompts import in_world
 from specdist.prompts import prepare as prepare_module
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import to_sample
 from specdist.prompts.in_world import prepare_in_world
-from specdist.prompts.prepare import _digest, prepare
+from specdist.prompts.prepare import prepare
 from specdist.prompts.render import Renderer
 from specdist.prompts.store import PromptStore
 from tests.unit import prompts_tokenizers as t
@@ -154,7 +156,8 @@ def test_a_bad_sample_stops_if_it_is_to(config: PromptsConfig, model: Path) -> N
         prepare(stop, model, progress=False)
     assert not list(Path(config.cache_dir or "").glob("prompts/*"))
     prepare(config, model, progress=False)
-    with pytest.raises(DataError, match=r"2 bad samples .*train\.jsonl:601"):  # found in the cache
+    found = r"train\.jsonl:601: nothing .*on_bad=stop; 2 bad samples, all of them in .*bad\.jsonl"
+    with pytest.raises(DataError, match=found):  # in the cache
         prepare(stop, model, progress=False)
 
 
@@ -302,12 +305,13 @@ HOSTS = ["a", "b", "a", "b"]
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_in_a_world_one_rank_of_a_host_prepares(
-    config: PromptsConfig, model: Path, preparations: list[Path], shared: bool
+    config: PromptsConfig, model: Path, preparations: list[Path], monkeypatch: pytest.MonkeyPatch, shared: bool
 ) -> None:
-    store = dist.HashStore()
+    store, of_thread = dist.HashStore(), threading.local()
+    monkeypatch.setattr(in_world, "is_store", lambda path: path.is_relative_to(of_thread.cache))
 
     def of_rank(rank: int) -> PromptStore:
-        cache = Path(config.cache_dir or "") / ("" if shared else HOSTS[rank])
+        cache = of_thread.cache = Path(config.cache_dir or "") / ("" if shared else HOSTS[rank])
         return prepare_in_world(replace(config, cache_dir=str(cache)), model, store, HOSTS, rank)
 
     with ThreadPoolExecutor(4) as threads:
@@ -337,16 +341,3 @@ def test_a_moved_file_keeps_its_store_and_is_named_as_it_is_called_now(tmp_path:
     assert second.directory == first.directory
     assert second.provenance(0) == (str(after), 1)
     assert second.report.examples["malformed record"][0].startswith(f"{after}:2: ")
-
-
-def test_digests_are_kept_only_for_files_that_have_settled(tmp_path: Path) -> None:
-    path, kept = tmp_path / "file", tmp_path / "digests"
-    path.write_text("one")
-    first = _digest(path, kept)
-    assert not kept.exists()  # written a moment ago: it may change again within the same tick of its clock
-    os.utime(path, (1_000_000_000, 1_000_000_000))
-    assert _digest(path, kept) == first
-    assert len(list(kept.iterdir())) == 1
-    path.write_text("two")
-    os.utime(path, (1_000_000_001, 1_000_000_001))
-    assert _digest(path, kept) != first
