@@ -58,7 +58,7 @@ def test_it_says_what_it_cannot_do_and_what_it_needs(job_of: Callable[..., Any])
 
 def test_its_features_are_compared_with_the_references(job_of: Callable[..., Any]) -> None:
     job = job_of(target__toy__scale=2.0)
-    layout, batch = FeatureLayout((0, 3), 32, True, torch.float32, summary=True), torch.tensor([5, 7, 5])
+    layout, batch = FeatureLayout((0, 3), 32, True, torch.float32, argmax_lse=True), torch.tensor([5, 7, 5])
     model = load_target(job.target, layout, torch.device("cpu"))
     rows = layout.empty(3)
     model.forward(PackedTokens.from_documents([batch], [torch.ones(3, dtype=torch.bool)]), rows)
