@@ -155,7 +155,7 @@ class Profile:
             activities.append(ProfilerActivity.CUDA)
         return torch.profiler.profile(
             activities=activities,
-            experimental_config=_ExperimentalConfig(profile_all_threads=True, trace_only=True),
+            experimental_config=_ExperimentalConfig(profile_all_threads=True),
         )
 
     @contextmanager
