@@ -31,7 +31,7 @@ _LEAD_ITEMS = 8
 _READINGS = 32
 _ANSWER_S = 5.0
 _FINISH_S = 120.0
-_LEAVE_S = 2.0
+_LEAVE_S = 5.0
 
 AskClock = Callable[[float], ClockReading]
 """Asks rank 0 for its time, within a number of seconds; raises WorldError."""

@@ -76,13 +76,13 @@ def test_a_device_that_is_stuck_does_not_keep_a_failed_rank_from_writing(tmp_pat
             with span("forward", 0):
                 some_work()
                 torch.cuda.synchronize()
-                torch.cuda._sleep(20_000_000_000)  # noqa: SLF001 - about 10 s
+                torch.cuda._sleep(40_000_000_000)  # noqa: SLF001 - about 20 s
                 raise KeyError("a defect")
 
     began = time.monotonic()
     with pytest.raises(KeyError, match="a defect"):
         fail()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 8
     for thread in threading.enumerate():
         if thread.name == "specdist-profile":
             thread.join(5)
