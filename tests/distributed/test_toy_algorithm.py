@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An algorithm that the package does not know, in a world: from its section to its export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from specdist.core.errors import ConfigError
+from specdist.export import load_exported
+from specdist.job.config import load_job
+from specdist_launch.cli import main
+from tests.distributed.worlds import train
+from tests.tiny import make_config, make_conversations, make_target
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    directory: Path = tmp_path_factory.mktemp("toy")
+    material = make_target(directory / "target", layers=2), make_conversations(directory / "prompts.jsonl", 10)
+    (directory / "held.jsonl").write_text('{"prompt": "good night"}\n')
+    options = {
+        "run__plugins": "[tests.plugins.toy_algorithm]",
+        "draft__algorithm": "toy",
+        "draft__toy__layer": 0,
+        "evaluate__prompts": f"[{directory / 'held.jsonl'}]",
+        "evaluate__max_new_tokens": 8,
+        "evaluate__draft_tokens": 1,
+        "evaluate__check": "true",
+    }
+    return lambda **more: make_config(directory, *material, **(options | more))
+
+
+def test_its_section_is_one_as_any_other(words, capsys):
+    assert load_job([], words()).draft.toy.layer == 0
+    with pytest.raises(ConfigError, match=r"unknown key 'draft\.toy\.layr'; did you mean 'draft\.toy\.layer'"):
+        load_job([], [*words(), "draft.toy.layr=1"])
+    with pytest.raises(ConfigError, match=r"draft\.toy\.layer is -1: .* \(draft\.toy\.layer: command line\)"):
+        load_job([], words(draft__toy__layer=-1))
+    with pytest.raises(ConfigError, match="the toy drafts one token"):
+        load_job([], words(evaluate__draft_tokens=2))
+    assert main(["plan", *words(draft__dp=1)]) == 0
+    assert "draft toy: captures layers [0]" in capsys.readouterr().out
+    assert main(["keys"]) == 0
+    shown = capsys.readouterr().out
+    assert "draft.algorithm = eagle3    (eagle3 | dflash | toy)" in shown
+    assert "draft.toy.layer = 1    (int)\n    The captured target layer." in shown
+
+
+def test_it_trains_and_is_evaluated_exported_and_read_back(words, capsys):
+    done = train(2, words(train__steps=8, optimizer__lr=0.05))
+    assert done.returncode == 0, done.stderr
+    run = Path(load_job([], words()).run.dir)
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["evaluation"]["after"]["differing"] == 0
+    (export,) = map(Path, summary["exports"])
+    exported = load_exported(export)
+    assert (export.name, exported.algorithm, exported.layer) == ("toy", "toy", 0)
+    assert exported.state["head.weight"].dtype == torch.bfloat16
+    assert main(["eval", *words(), "--draft", str(export)]) == 0
+    assert "acceptance length" in capsys.readouterr().out
+    begun = load_job([], words(draft__toy__layer=1, draft__init_from=export))
+    assert begun.draft.toy.layer == 0

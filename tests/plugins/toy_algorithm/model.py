@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The toy's draft: from the state of row i to the token i + 2, the one after the token that serving knows already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from specdist.core.records import FeatureLayout, Features, PackedTokens
+from specdist.draft.base import DraftModel, Proposer, Supervision, empty_like_loss
+
+
+class ToyDraft(DraftModel):
+    metric_names = ("loss", "correct", "counted")
+
+    def __init__(self, layout: FeatureLayout, vocab_size: int, device: torch.device) -> None:
+        super().__init__()
+        self.layout = layout
+        self.head = nn.Linear(layout.hidden_size, vocab_size, bias=False, device=device)
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        self.head.weight.copy_(0.1 * torch.randn(self.head.weight.shape, generator=generator))
+
+    def supervise(
+        self, batch: PackedTokens, host_batch: PackedTokens, features: Features, draw: int = 0
+    ) -> Supervision:
+        told = host_batch.supervised[2:] & (host_batch.positions[2:] > 1)
+        rows = told.nonzero()[self.share.index :: self.share.of, 0].to(features.rows.device)
+        counts = torch.tensor([float(len(rows))], dtype=torch.float64, device=rows.device)
+        return Supervision(counts, {"rows": rows})
+
+    def forward(
+        self, batch: PackedTokens, features: Features, supervision: Supervision, totals: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rows = supervision.data["rows"]
+        assert isinstance(rows, Tensor)
+        if not len(rows):
+            return empty_like_loss(self), torch.zeros(3, dtype=torch.float64, device=rows.device)
+        logits, labels = self.head(features.captured[rows].to(self.head.weight.dtype)).float(), batch.tokens[rows + 2]
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
+        correct = (logits.argmax(-1) == labels).sum()
+        sums = torch.stack([loss.detach().double(), correct.double(), supervision.counts[0]])
+        return loss / totals[0].to(loss.dtype), sums
+
+    def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
+        counted = max(sums["counted"], 1.0)
+        accuracy = sums["correct"] / counted
+        return {"loss": sums["loss"] / counted, "accuracy": accuracy, "simulated_acceptance_length": 1 + accuracy}
+
+    def proposer(self) -> ToyProposer:
+        return ToyProposer(self)
+
+
+class ToyProposer(Proposer):
+    def __init__(self, draft: ToyDraft) -> None:
+        self._draft, self._last = draft, torch.empty(0)
+
+    def extend(self, features: Features, next_tokens: Tensor) -> None:
+        self._last = features.captured[-1:] if len(next_tokens) else self._last
+
+    @torch.no_grad()
+    def propose(self, count: int) -> list[int]:
+        head = self._draft.head
+        return head(self._last.to(head.weight.dtype)).argmax(-1).tolist()[:count]

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An algorithm is known by name in its own folder and in the registry, and nowhere else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from specdist.draft.registry import ALGORITHMS, register
+
+ROOT = Path(__file__).resolve().parents[2]
+ALLOWED = {
+    "specdist/draft/registry.py",
+    "specdist/target/sglang/adapter.py",  # calls a method of SGLang that is named so
+    "launch/bench/step.py",  # shows commands in its help
+}
+
+
+def test_nothing_else_names_an_algorithm() -> None:
+    built_in = [name for name, found in ALGORITHMS.items() if found.__module__.startswith("specdist.")]
+    names, own = re.compile("|".join(built_in), re.IGNORECASE), tuple(f"specdist/draft/{name}/" for name in built_in)
+    files = [path for folder in ("specdist", "launch") for path in (ROOT / folder).rglob("*.py")]
+    naming = {str(path.relative_to(ROOT)) for path in files if names.search(path.read_text())}
+    assert {name for name in naming if not name.startswith(own)} <= ALLOWED
+
+
+def test_a_name_belongs_to_one_algorithm() -> None:
+    first = next(iter(ALGORITHMS.values()))
+    register(first)  # a module that is imported twice
+
+    class Other(first):  # type: ignore[misc, valid-type]
+        pass
+
+    with pytest.raises(ValueError, match="already"):
+        register(Other)
