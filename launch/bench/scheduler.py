@@ -21,7 +21,7 @@ import zmq
 
 from specdist.core.topology import Topology
 from specdist.scheduler.config import ControlConfig
-from specdist.scheduler.coordinator import Conductor
+from specdist.scheduler.coordinator import Coordinator
 from specdist.scheduler.messages import (
     PROTOCOL_VERSION,
     Computed,
@@ -77,7 +77,7 @@ def measure(draft_ranks: int = 1024, replicas: int = 128, items: int = 200, conn
 
 
 def protocol_seconds(draft_ranks: int, replicas: int, items: int) -> float:
-    """Processor seconds in which the conductor takes `items` items from dispatch to release, without sockets."""
+    """Processor seconds in which the coordinator takes `items` items from dispatch to release, without sockets."""
     topology, scheduler = _world(draft_ranks, replicas, items)
     outbox: list[bytes] = []
 
@@ -85,24 +85,24 @@ def protocol_seconds(draft_ranks: int, replicas: int, items: int) -> float:
         outbox.append(payload)
         return []
 
-    conductor = Conductor(scheduler, topology, _CONFIG, send, join_timeout_s=600.0, now=0.0)
+    coordinator = Coordinator(scheduler, topology, _CONFIG, send, join_timeout_s=600.0, now=0.0)
     for rank in range(topology.world_size):
-        conductor.receive(rank, encode(Hello(PROTOCOL_VERSION, 0)), 0.0)
-        conductor.receive(rank, encode(Ready()), 0.0)
-    conductor.advance(0.0)
+        coordinator.receive(rank, encode(Hello(PROTOCOL_VERSION, 0)), 0.0)
+        coordinator.receive(rank, encode(Ready()), 0.0)
+    coordinator.advance(0.0)
     dispatched = [message for message in map(decode, outbox) if isinstance(message, Dispatch)]
     seconds = 0.0
     for item in range(items):
         replica = dispatched[item].replica
-        computed = encode(Computed(item, replica))
-        releases = [(r, encode(Released(item, d))) for d, r in enumerate(topology.draft_ranks)]
+        computed = encode(Computed(item))
+        releases = [(r, encode(Released(item))) for r in topology.draft_ranks]
         outbox.clear()
         begin = time.thread_time()
-        conductor.receive(topology.replicas[replica][0], computed, 0.0)
-        conductor.advance(0.0)
+        coordinator.receive(topology.replicas[replica][0], computed, 0.0)
+        coordinator.advance(0.0)
         for rank, payload in releases:
-            conductor.receive(rank, payload, 0.0)
-        conductor.advance(0.0)
+            coordinator.receive(rank, payload, 0.0)
+        coordinator.advance(0.0)
         seconds += time.thread_time() - begin
         dispatched += [message for message in map(decode, outbox) if isinstance(message, Dispatch)]
     assert scheduler.finished
@@ -130,7 +130,6 @@ def _world(draft_ranks: int, replicas: int, items: int) -> tuple[Topology, Sched
     targets, drafts = tuple((r,) for r in range(replicas)), tuple((r,) for r in range(replicas, size))
     topology = Topology("split", ("host",) * size, targets, drafts, draft_ranks)
     scheduler = Scheduler(
-        replicas=replicas,
         draft_ranks=draft_ranks,
         slots=2 * replicas,
         slot_bytes=2**28,
@@ -155,14 +154,13 @@ def _play_ranks(address: str, token: bytes, topology: Topology) -> None:
         poller.register(dealer, zmq.POLLIN)
         ranks[dealer] = rank
     left = set(ranks)
-    draft_of = {rank: draft for draft, rank in enumerate(topology.draft_ranks)}
     while left:
         for dealer, _ in poller.poll():
             message = decode(dealer.recv())
             if isinstance(message, Dispatch):
-                dealer.send(encode(Computed(message.item, message.replica)))
+                dealer.send(encode(Computed(message.item)))
             elif isinstance(message, Deliver):
-                dealer.send(encode(Released(message.item, draft_of[ranks[dealer]])))
+                dealer.send(encode(Released(message.item)))
             elif isinstance(message, Stop):
                 dealer.send(encode(Goodbye()))
                 left.remove(dealer)

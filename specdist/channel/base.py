@@ -57,7 +57,7 @@ class FeatureSender(ABC):
     def place(self, item: int, slot: int, replica: int) -> None:
         """Two worlds, before `send`: the slot of the draft ranks' rings that item number `item` goes to, and the number
         of this replica there. Only a channel that writes into the rings has this."""
-        raise NotImplementedError
+        return
 
     @abstractmethod
     def buffer(self, item: WorkItem) -> Tensor:
@@ -93,7 +93,7 @@ class FeatureReceiver(ABC):
     def place(self, item: int, slot: int, shares: int) -> None:
         """Two worlds, before `post`: the slot that item number `item` is in, and the number of its shares. Only a
         channel that the target writes through has this."""
-        raise NotImplementedError
+        return
 
     @abstractmethod
     def post(self, item: WorkItem, replica: int) -> None:

@@ -186,10 +186,14 @@ class Topology:
             return ()
         return tuple(Link(s, d) for s in self.target_ranks for d in self.draft_ranks)
 
+    def role(self, rank: int) -> str:
+        """The role and coordinates of a rank."""
+        places = [str(p) for p in (self.target_place(rank), self.draft_place(rank)) if p is not None]
+        return " + ".join(places) or "idle"
+
     def describe(self, rank: int) -> str:
         """A rank as errors and tables name it: its number, role, coordinates and host."""
-        places = [str(p) for p in (self.target_place(rank), self.draft_place(rank)) if p is not None]
-        return f"rank {rank} ({' + '.join(places) or 'idle'}, host {self.hosts[rank]})"
+        return f"rank {rank} ({self.role(rank)}, host {self.hosts[rank]})"
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,7 @@ from specdist.export import ExportConfig, check_servable, load_exported
 from specdist.job.launch_config import LaunchConfig
 from specdist.job.preflight_config import PreflightConfig
 from specdist.prompts.config import PromptsConfig
-from specdist.scheduler.config import ControlConfig
-from specdist.scheduler.scheduler import SchedulerConfig
+from specdist.scheduler.config import ControlConfig, SchedulerConfig
 from specdist.target import registry as engines
 from specdist.target.config import TargetConfig
 from specdist.target.description import TargetDescription, compute_dtype, describe

@@ -25,7 +25,7 @@ from specdist.job.run_dir import RunDirectory
 from specdist.job.split import verdict
 from specdist.run.drafts import served_draft
 from specdist.run.evaluation import evaluate_drafts, obstacle
-from specdist.run.target_loop import ProducerReport
+from specdist.scheduler.messages import ProducerReport
 from specdist.target.vocabulary import load_target_vocabulary
 
 

@@ -22,7 +22,6 @@ from specdist.run.context import Rank
 from specdist.run.drafts import new_draft
 from specdist.run.feature_source import ColocatedSource, RemoteSource, SyntheticSource, local_shards
 from specdist.run.reporter import RunReporter
-from specdist.run.target_role import receive_reports
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import LastItem, Ring, Stop
 from specdist.training.checkpoint import Checkpointer
@@ -59,8 +58,8 @@ def consume(rank: Rank) -> None:
         figures = reporter.totals()
     # The targets are let go first, so that nothing waits for however long the last save takes.
     _end_the_run(rank, source, progress.next_item, leader)
-    client.phase = "hearing what the target ranks did"
-    producers = receive_reports(rank) if leader else []
+    client.phase = "waiting for the reports of the target ranks"
+    producers = client.reports() if leader and topology.mode == "split" else ()
     client.phase = "saving"
     trainer.commit(progress, checkpointer)
     state = _whole_state(draft, keep=leader)
@@ -112,8 +111,7 @@ def _source(rank: Rank, items: Items, shard: int) -> FeatureSource:
     if book is not None:  # the scheduler says first when there is no replica for too long
         timeout_s += job.control.replica_timeout_s
     receiver = rank.transport.receiver(rank.wire(book), slots, job.prompts.tokens_per_rank, rank.client.check)
-    number = topology.draft_ranks.index(rank.rank)
-    return RemoteSource(rank.client, receiver, items, number, rank.stop, timeout_s, rank.world.device)
+    return RemoteSource(rank.client, receiver, items, rank.stop, timeout_s, rank.world.device)
 
 
 @dataclass(frozen=True)

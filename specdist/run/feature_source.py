@@ -20,9 +20,9 @@ from specdist.core.topology import Topology
 from specdist.core.trace import span
 from specdist.prompts.items import Items
 from specdist.prompts.store import PromptStore
-from specdist.run.stall_timer import WaitClock
+from specdist.run.stall_timer import StallTimer
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.messages import Arrived, Deliver, Released, Stop, StopRequested
+from specdist.scheduler.messages import Deliver, Message, Released, Stop, StopRequested
 from specdist.target.base import TargetModel
 from specdist.target.verify import verify
 from specdist.training.trainer import FeatureSource
@@ -37,15 +37,14 @@ class RemoteSource(FeatureSource):
         client: ControlClient,
         receiver: FeatureReceiver,
         items: Items,
-        draft: int,
         stop: StopFlag,
         timeout_s: float,
         device: torch.device,
     ):
-        self._waits = WaitClock(device)
+        self._waits = StallTimer(device)
         self._client, self.receiver, self._items = client, receiver, items
-        self._draft, self._stop, self._timeout_s = draft, stop, timeout_s
-        self._delivered: set[int] = set()
+        self._stop, self._timeout_s = stop, timeout_s
+        self._delivered: set[int] = set()  # items that are posted and not yet released
         self._changed = threading.Condition()
         self._stopped = False
         self._error: BaseException | None = None
@@ -60,7 +59,9 @@ class RemoteSource(FeatureSource):
         self._client.phase = f"waiting for the features of item {item.index}"
         with self._waits.waiting():
             with span("wait for the forward", item.index):
-                self._await(item.index)
+                delivered = self._await(item.index)
+            if not delivered:
+                raise WorldError(f"the scheduler on rank 0 ended the run before item {item.index}")
             with span("wait for the transfer", item.index):
                 rows = self.receiver.take(item, self._timeout_s)
         self._client.phase = f"training on item {item.index}"
@@ -69,45 +70,30 @@ class RemoteSource(FeatureSource):
     def release(self, item: WorkItem) -> None:
         with self._changed:
             self._delivered.discard(item.index)
-        self.receiver.release(item, functools.partial(self._freed, item.index))
-
-    def _freed(self, index: int) -> None:
-        self._client.send(Released(index, self._draft))
+        self.receiver.release(item, functools.partial(self._client.send, Released(item.index)))
 
     def drain(self, next_item: int) -> None:
         """Receive and release, untrained, what was on its way beyond the last item, until the scheduler stops."""
         self._client.phase = "draining"
-        deadline = time.monotonic() + self._timeout_s
-        while True:
-            with self._changed:
-                if not self._stopped and next_item not in self._delivered:
-                    self._changed.wait(timeout=0.5)
-                arrived = next_item in self._delivered
-            if arrived:
-                item = self._items[next_item]
-                self.receiver.take(item, self._timeout_s)
-                self.release(item)
-                next_item += 1
-            elif self._stopped:
-                return
-            self._check()
-            if time.monotonic() > deadline:
-                raise WorldError(f"the scheduler on rank 0 did not end the run within {self._timeout_s:.0f} s")
+        while self._await(next_item):
+            item = self._items[next_item]
+            self.receiver.take(item, self._timeout_s)
+            self.release(item)
+            next_item += 1
 
-    def _await(self, index: int) -> None:
+    def _await(self, index: int) -> bool:
+        """Wait until item `index` is delivered; False if the scheduler stops instead."""
         deadline = time.monotonic() + self._timeout_s
         with self._changed:
-            while index not in self._delivered:
-                self._check()
+            while index not in self._delivered and not self._stopped:
+                if self._error is not None:
+                    raise self._error
+                self._client.check()
                 if time.monotonic() > deadline:
                     limit = f"{self._timeout_s:.0f} s (world.wait_timeout_s)"
                     raise WorldError(f"no target replica delivered item {index} within {limit}")
                 self._changed.wait(timeout=0.5)
-
-    def _check(self) -> None:
-        if self._error is not None:
-            raise self._error
-        self._client.check()
+            return index in self._delivered
 
     def _listen(self) -> None:
         try:
@@ -115,31 +101,26 @@ class RemoteSource(FeatureSource):
             while not self._stopped:
                 for message in self._client.poll(1.0):
                     self._handle(message)
-        except BaseException as error:  # noqa: BLE001 - raised in the trainer's thread by _check
+        except BaseException as error:  # noqa: BLE001 - raised in the trainer's thread by _await
             self._error = error
             with self._changed:
                 self._changed.notify_all()
 
-    def _handle(self, message: object) -> None:
+    def _handle(self, message: Message) -> None:
         match message:
-            case Deliver(index, replica):
-                self._post(index, replica)
-            case Arrived(index, replica, slot, shares):
-                self.receiver.place(index, slot, shares)
-                self._post(index, replica)
+            case Deliver(index, replica, slot):
+                with span("post the receives", index):
+                    self.receiver.place(index, slot, 0)
+                    self.receiver.post(self._items[index], replica)
+                with self._changed:
+                    self._delivered.add(index)
+                    self._changed.notify_all()
             case StopRequested(rank, reason):
                 self._stop.request(StopReason(reason), f" on rank {rank}")
             case Stop():
                 with self._changed:
                     self._stopped = True
                     self._changed.notify_all()
-
-    def _post(self, index: int, replica: int) -> None:
-        with span("post the receives", index):
-            self.receiver.post(self._items[index], replica)
-        with self._changed:
-            self._delivered.add(index)
-            self._changed.notify_all()
 
 
 class ColocatedSource(FeatureSource):

@@ -37,13 +37,13 @@ from specdist.run.context import Rank, stream_of
 from specdist.run.draft_role import consume
 from specdist.run.preflight.preflight import Preflight
 from specdist.run.rank_log import RankLog
-from specdist.run.status_writer import RunObserver
+from specdist.run.status_writer import StatusWriter
 from specdist.run.target_role import produce
 from specdist.run.timeline import collect
-from specdist.run.worlds.rendezvous import Door, Rendezvous
+from specdist.run.worlds.rendezvous import ControlAddress, Rendezvous
 from specdist.run.worlds.terms import Terms
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.remote_replicas import GuestRules
+from specdist.scheduler.remote_replicas import RemoteRules
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.server import ControlServer
 from specdist.scheduler.wire import new_token
@@ -146,8 +146,7 @@ def _join_another_world(
         start.record.begin(Started("torchrun", tuple(dict.fromkeys(world.hosts)), topology.world_size))
     groups, stop = _groups(job, world, topology), _stop_flag(job, start)
     stop.install()
-    run_dir = RunDirectory(Path(job.run.dir))
-    TargetWorld(job, facts, world, topology, groups, prompts, run_dir, stop, start.record).run()
+    TargetWorld(job, facts, world, topology, groups, prompts, stop, start.record).run()
 
 
 def _agree_on_resume_plan(
@@ -247,7 +246,7 @@ def _control_plane(
         server, secret = None, new_token()
         if world.facts.rank == 0:
             status = RunDirectory(Path(job.run.dir)).status
-            observer = RunObserver(status, start.record, start.attempt, resume, time.monotonic(), profile)
+            observer = StatusWriter(status, start.record, start.attempt, resume, time.monotonic(), profile)
             stack.callback(observer.close)
             rendezvous = Rendezvous(Path(job.run.dir), job.world.scheduler)
             interface, port = local_address(), 0
@@ -262,12 +261,12 @@ def _control_plane(
                 job.control,
                 join_timeout_s=job.world.join_timeout_s,
                 observer=observer,
-                rules=None if terms is None else GuestRules(terms.to_json(), transport.drain_s(job.channel)),
+                rules=None if terms is None else RemoteRules(terms.to_json(), transport.drain_s(job.channel)),
                 port=port,
             )
             stack.enter_context(server)
             if terms is not None:
-                rendezvous.publish(Door(server.address, secret))
+                rendezvous.publish(ControlAddress(server.address, secret))
                 stack.callback(rendezvous.withdraw)
             world.store.set("control", json.dumps([server.address, secret.hex()]))
         try:
@@ -308,7 +307,6 @@ def _scheduler(job: JobConfig, facts: JobFacts, topology: Topology, resume: Resu
     if topology.mode in ("colocated", "draft_only"):
         return None
     return Scheduler(
-        replicas=len(topology.replicas),
         draft_ranks=len(topology.draft_ranks),
         slots=jobs.slots(job, facts.layout),
         slot_bytes=job.prompts.tokens_per_rank * facts.layout.bytes_per_token,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 
-class WaitClock:
+class StallTimer:
     """Adds up waits of one rank's host, but for the part in which its device still had work.
 
     A host that waits for a GPU's next work has often queued seconds of it: only what is left of the wait once that has

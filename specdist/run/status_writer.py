@@ -31,7 +31,7 @@ _TOLD = 3
 """So many phases are told at once."""
 
 
-class RunObserver(Observer):
+class StatusWriter(Observer):
     """Writes on rank 0, in the control server's thread.
 
     Args:
@@ -66,8 +66,8 @@ class RunObserver(Observer):
         self._record.end(ending)
         print(f"specdist: stopped at step {step} ({ending.why}); the same command goes on from there.", file=sys.stderr)
 
-    def tell(self, words: str) -> None:
-        print(f"specdist: {words}", file=sys.stderr, flush=True)
+    def inform(self, text: str) -> None:
+        print(f"specdist: {text}", file=sys.stderr, flush=True)
 
     def pulse(self, peers: Peers, statistics: Statistics, started: bool, now: float) -> None:
         phases, step = peers.phases(now), max(peers.step, self._resume.progress.step)
@@ -93,7 +93,7 @@ class RunObserver(Observer):
             "computing": s.computing,
             "queued": s.queued,
             "delivered": s.delivered - s.released,
-            "free": scheduler.slots - (s.dispatched - s.released),
+            "free": scheduler.slots.count - (s.dispatched - s.released),
         }
         self._profile.count_slots(first + s.released, first + s.dispatched, counts)
 

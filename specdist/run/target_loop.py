@@ -12,53 +12,14 @@ from torch import Tensor
 
 from specdist.channel.base import FeatureSender
 from specdist.core.records import WorkItem
-from specdist.core.topology import TargetPlace
 from specdist.core.trace import span
 from specdist.prompts.items import Items
 from specdist.prompts.store import PromptStore
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.messages import Assign, Computed, Dispatch, Message, Stop
+from specdist.scheduler.messages import Computed, Dispatch, Message, ProducerReport, Stop
 from specdist.target.base import TargetModel
 from specdist.target.verify import verify
 from specdist.training.profile import NO_PROFILE, Profile
-
-WARM_ITEMS = 3
-"""Rates leave out so many items, in which kernels are compiled and memory is allocated."""
-
-
-@dataclass
-class ProducerReport:
-    """What a target rank did."""
-
-    items: int = 0
-    tokens: int = 0
-    busy_s: float = 0.0
-    """Seconds in which a forward was running."""
-    elapsed_s: float = 0.0
-    """Seconds from the first item to the last."""
-    cold_tokens: float = 0.0
-    """Those of the first items, see `WARM_ITEMS`, like the seconds."""
-    cold_busy_s: float = 0.0
-    cold_elapsed_s: float = 0.0
-
-    @property
-    def tokens_per_s(self) -> float:
-        """While work was under way, waits included, once warm."""
-        return self._rate(self.elapsed_s, self.cold_elapsed_s)
-
-    @property
-    def busy_tokens_per_s(self) -> float:
-        """While a forward was running, once warm: what this rank could do if it never waited."""
-        return self._rate(self.busy_s, self.cold_busy_s)
-
-    def is_warm(self, elapsed_s: float) -> None:
-        """What was reported so far, in `elapsed_s` seconds, is left out of the rates if more comes."""
-        self.cold_tokens, self.cold_busy_s, self.cold_elapsed_s = float(self.tokens), self.busy_s, elapsed_s
-
-    def _rate(self, seconds: float, cold_s: float) -> float:
-        if self.tokens > self.cold_tokens and seconds > cold_s:
-            return (self.tokens - self.cold_tokens) / (seconds - cold_s)
-        return self.tokens / seconds if seconds else 0.0
 
 
 @dataclass
@@ -66,6 +27,7 @@ class _Forward:
     """A forward that was launched and perhaps still runs. On CPU it has finished when it returns."""
 
     item: WorkItem
+    slot: int
     rows: Tensor
     began: torch.cuda.Event | float
     ended: torch.cuda.Event | float
@@ -91,26 +53,25 @@ class Producer:
         client: ControlClient,
         items: Items,
         prompts: PromptStore,
-        place: TargetPlace,
+        slots: int,
         verify_items: int,
         timeout_s: float,
         profile: Profile = NO_PROFILE,
         announce: bool = True,
-        window: int = 0,
     ):
         """
         Args:
+            slots: items that may be in flight: an item that another replica has lost is never older than that.
             announce: tell the scheduler of every item when its forward has finished. Else the sender does, later.
-            window: so many items before the last one may still be asked for, where another replica has lost them.
         """
         self._engine, self._sender, self._client = engine, sender, client
-        self._items, self._prompts, self._place = items, prompts, place
+        self._items, self._prompts = items, prompts
         self._verify_left, self._timeout_s = verify_items, timeout_s
-        self._window = window
-        self._announce = announce and place.tp == 0
+        self._slots = slots
+        self._announce = announce
         self.stop: Stop | None = None
         """What the scheduler ended the work with."""
-        self._queue: deque[int] = deque()
+        self._queue: deque[Dispatch] = deque()
         self._running: deque[_Forward] = deque()
         self.report = ProducerReport()
         self._began = 0.0
@@ -121,21 +82,17 @@ class Producer:
         while self.stop is None or self._queue or self._running:  # what was given before the stop is finished
             for message in self._poll():
                 match message:
-                    case Dispatch(index, _):
-                        self._queue.append(index)
-                    case Assign(index, replica, slot):
-                        self._sender.place(index, slot, replica)
-                        self._items.forget(before=index - self._window)  # of a run that others began long ago
-                        self._queue.append(index)
+                    case Dispatch():
+                        self._sender.place(message.item, message.slot, message.replica)
+                        self._items.forget(before=message.item - self._slots)
+                        self._queue.append(message)
                     case Stop():
                         self.stop = message
             if self._may_launch():
                 self._began = self._began or time.monotonic()
-                self._launch(self._items[self._queue.popleft()])
+                self._launch(self._queue.popleft())
             self._report_finished()
         self._sender.flush(self._timeout_s)
-        if self._began:
-            self.report.elapsed_s = time.monotonic() - self._began
         return self.report
 
     def _may_launch(self) -> bool:
@@ -151,7 +108,8 @@ class Producer:
         with span("wait for an item"):
             return self._client.poll(1.0)
 
-    def _launch(self, item: WorkItem) -> None:
+    def _launch(self, dispatch: Dispatch) -> None:
+        item = self._items[dispatch.item]
         self._client.phase = f"forward of item {item.index}"
         self._profile.reach(self._running[0].item.index if self._running else item.index, item.index)
         with span("pack", item.index, tokens=item.tokens):
@@ -165,7 +123,7 @@ class Producer:
         with span("forward", item.index, tokens=item.tokens):
             self._engine.forward(batch, rows)
         ended = self._now()
-        self._running.append(_Forward(item, rows, began, ended))
+        self._running.append(_Forward(item, dispatch.slot, rows, began, ended))
 
     def _now(self) -> torch.cuda.Event | float:
         if self._engine.device.type != "cuda":
@@ -180,13 +138,8 @@ class Producer:
         while self._running and self._running[0].finished():
             done = self._running.popleft()
             if self._announce:
-                self._client.send(Computed(done.item.index, self._place.replica))
+                self._client.send(Computed(done.item.index))
             with span("issue the sends", done.item.index):
                 self._sender.send(done.item, done.rows)
-            self.report.items += 1
-            self.report.tokens += done.item.tokens
-            self.report.busy_s += done.seconds()
-            if self.report.items == WARM_ITEMS:
-                self.report.is_warm(time.monotonic() - self._began)
-            self._items.forget(before=done.item.index - self._window)
+            self.report.add(done.item.tokens, done.seconds(), time.monotonic() - self._began)
             self._client.phase = "waiting for an item"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A rank's end of the control plane.
 
-One thread owns the socket: it sends what other threads put into its outbox, keeps what arrives until somebody polls,
+One thread owns the socket: it sends what other threads put into its outbox, keeps what arrives until it is polled,
 and shows the scheduler every few seconds that this process lives and what it is doing. A failure anywhere in the world,
 or a scheduler that has gone silent, ends every wait here with a WorldError that names the culprit.
 """
@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -36,14 +37,20 @@ from specdist.scheduler.messages import (
     Hello,
     Join,
     Message,
+    ProducerReport,
+    Pulse,
     Ready,
+    Reports,
+    Ring,
     Start,
     Statistics,
     Stop,
     StopRequest,
     TellClock,
+    Welcome,
     decode,
     encode,
+    shorten,
 )
 from specdist.scheduler.wire import identity, inproc_pair
 
@@ -51,10 +58,10 @@ logger = logging.getLogger(__name__)
 
 _CLOSE = b""
 _LINGER_MS = 2000
+_LINGER_AFTER_ABORT_MS = 300
 _STOP_POLL_S = 0.5
 _PHASE_S = 1.0
 """A new phase is told at once, but not more often than this: heartbeats tell it anyway."""
-_LINGER_AFTER_ABORT_MS = 300
 
 
 class ControlClient:
@@ -67,7 +74,8 @@ class ControlClient:
         on_abort: called once, in the client's thread, when the world has failed: to abort communicators in which the
             main thread may be stuck.
         stop: this process's request to stop; the client passes it on, whatever the main thread is busy with.
-        name, hello: socket identity and first message of a rank of a target world, which is not one of the scheduler's.
+        join: the first message of a rank of a target world, which is not one of the scheduler's; `rank` is then its
+            number in its own world until `Welcome` tells it another.
     """
 
     def __init__(
@@ -80,11 +88,10 @@ class ControlClient:
         scheduler: str = "rank 0",
         on_abort: Callable[[UserError], None] | None = None,
         stop: StopFlag | None = None,
-        name: bytes | None = None,
-        hello: Join | None = None,
+        join: Join | None = None,
     ):
-        self._hello = hello or Hello(PROTOCOL_VERSION, os.getpid())
-        self.rank, self.statistics = rank, Statistics()
+        self._hello = join or Hello(PROTOCOL_VERSION, os.getpid())
+        self.rank, self.statistics = -2 if join else rank, Statistics()  # -2: not to blame for anything yet
         self.step = -1
         """Optimizer steps done, for the scheduler's reports; free to set."""
         self._stop, self._stop_told = stop, False
@@ -98,14 +105,18 @@ class ControlClient:
         """The world's failure as rank 0 has told it."""
         self.stop: Stop | None = None
         """The end of the work, once the scheduler has told it; what breaks after it does not matter any more."""
-        self._started = threading.Event()
+        self.rings: dict[int, str] = {}
+        """Target worlds: where the memory of each draft rank is, as far as the scheduler has told it."""
+        # None in one of these: the world has failed.
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._clocks: queue.SimpleQueue[ClockReading] = queue.SimpleQueue()
+        self._answers: dict[type, queue.SimpleQueue[Any]] = {
+            kind: queue.SimpleQueue() for kind in (Welcome, Start, TellClock, Reports)
+        }
         self._lock = threading.Lock()
         self._open = True
         self._context = zmq.Context()
         self._outbox, self._outgoing = inproc_pair(self._context)
-        self._dealer = self._connect(address, name or identity(token, rank))
+        self._dealer = self._connect(address, identity(token, rank, join.world if join else ""))
         self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._lost_at: float | None = None
         self._thread = threading.Thread(target=self._thread_main, name="specdist-control-client", daemon=True)
@@ -118,7 +129,7 @@ class ControlClient:
 
     @property
     def phase(self) -> str:
-        """What this rank is doing, in words, for the error of whoever waits for it; free to set."""
+        """What this rank is doing, in words, for errors of ranks that wait for it; free to set."""
         return self._phase[0]
 
     @phase.setter
@@ -128,6 +139,15 @@ class ControlClient:
         if now - self._phase_told >= _PHASE_S:
             self._phase_told = now
             self._post(self._heartbeat(now))
+
+    def welcome(self, timeout_s: float) -> str | None:
+        """Target worlds: the terms of the run, once the scheduler has let this rank in; None after `timeout_s` seconds.
+
+        Raises:
+            WorldError: it was refused, or the draft world has failed.
+        """
+        answer: Welcome | None = self._await(Welcome, timeout_s)
+        return None if answer is None else answer.terms
 
     def ready(self) -> None:
         """This rank can take its part; nothing is dispatched before all ranks said so."""
@@ -139,8 +159,17 @@ class ControlClient:
         Raises:
             WorldError: the world has failed.
         """
-        while not self._started.wait(timeout=0.2):
-            self.check()
+        self._await(Start)
+
+    def reports(self) -> tuple[ProducerReport, ...]:
+        """First draft rank, after the scheduler's `Stop`: what the target replicas did. The scheduler waits for them
+        for world.wait_timeout_s at most.
+
+        Raises:
+            WorldError: the world has failed.
+        """
+        answer: Reports = self._await(Reports)
+        return answer.reports
 
     def send(self, message: Message) -> None:
         """Hand a message to the scheduler, in order, without waiting.
@@ -177,13 +206,12 @@ class ControlClient:
         """
         asked, deadline = time.time_ns(), time.monotonic() + timeout_s
         self.send(AskClock(asked))
-        try:
-            while True:
-                reading = self._clocks.get(timeout=max(deadline - time.monotonic(), 0.0))
-                if reading.asked == asked:  # else the late answer to a question that was given up
-                    return reading
-        except queue.Empty:
-            raise WorldError(f"{self._scheduler} did not say what time it is within {timeout_s:.0f} s") from None
+        while True:
+            reading: ClockReading | None = self._await(TellClock, max(deadline - time.monotonic(), 0.0))
+            if reading is None:
+                raise WorldError(f"{self._scheduler} did not say what time it is within {timeout_s:.0f} s")
+            if reading.asked == asked:  # else the late answer to a question that was given up
+                return reading
 
     def check(self) -> None:
         """Raise the world's failure, if it has failed."""
@@ -194,7 +222,7 @@ class ControlClient:
         """Tell everyone that this rank failed. Does not raise: the caller's own error is the one to show here."""
         self._post(self._heartbeat(time.monotonic()))  # what it was doing
         failure = Failure.of(error)
-        self._post(Failed(failure.kind, failure.exception, failure.message, failure.traceback))
+        self._post(Failed(failure.kind, failure.exception, shorten(failure.message), shorten(failure.traceback)))
 
     def close(self) -> None:
         """Leave: what was sent still goes out. Safe to call twice."""
@@ -227,6 +255,20 @@ class ControlClient:
             assert self._error is not None
             raise self._error from error
 
+    def _await(self, kind: type[Message], timeout_s: float | None = None) -> Any:
+        """What the next message of one of the kinds that answer says, or None after `timeout_s` seconds.
+
+        Raises:
+            WorldError: the world has failed.
+        """
+        self.check()
+        try:
+            answer = self._answers[kind].get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        self.check()
+        return answer
+
     def _connect(self, address: str, name: bytes) -> zmq.Socket[bytes]:
         dealer = self._context.socket(zmq.DEALER)
         dealer.setsockopt(zmq.IDENTITY, name)
@@ -258,9 +300,8 @@ class ControlClient:
 
     def _loop(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._outgoing, zmq.POLLIN)
-        poller.register(self._dealer, zmq.POLLIN)
-        poller.register(self._monitor, zmq.POLLIN)
+        for socket in (self._outgoing, self._dealer, self._monitor):
+            poller.register(socket, zmq.POLLIN)
         heard = now = next_beat = time.monotonic()
         self._dealer.send(encode(self._hello))
         while True:
@@ -297,7 +338,7 @@ class ControlClient:
             what = f"is gone: the connection to it from rank {self.rank} is lost"
         elif now - heard > self._config.silence_s:
             limit = f"{self._config.silence_s:.0f} s (control.silence_s)"
-            what = f"was not heard by rank {self.rank} for more than {limit}"
+            what = f"has sent rank {self.rank} nothing for more than {limit}"
         else:
             return
         self._culprit = 0
@@ -305,47 +346,49 @@ class ControlClient:
 
     def _send_all(self) -> bool:
         """Pass on the outbox; whether the client is to close."""
-        while True:
-            try:
-                payload = self._outgoing.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return False
+        while self._outgoing.poll(0):
+            payload = self._outgoing.recv()
             if payload == _CLOSE:
                 return True
             self._dealer.send(payload)
+        return False
 
     def _receive_all(self) -> bool:
         """Take what has arrived; whether there was anything."""
         received = False
-        while True:
-            try:
-                payload = self._dealer.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return received
+        while self._dealer.poll(0):
+            self._take(decode(self._dealer.recv()))
             received = True
-            message = decode(payload)
-            if isinstance(message, Statistics):
-                self.statistics = message
-            elif isinstance(message, TellClock):
-                self._clocks.put(ClockReading(message.asked, message.told, time.time_ns()))
-            elif isinstance(message, Start):
-                self._started.set()
-            elif isinstance(message, Abort):
+        return received
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Pulse(statistics):
+                self.statistics = statistics
+            case Abort():
                 self._culprit, self.abort = message.rank, message
                 self._break(message.error())
-            elif isinstance(message, Dismiss):
+            case Dismiss():
                 self._culprit = -1
                 self._break(message.error())
-            else:
+            case TellClock(asked, told):
+                self._answers[TellClock].put(ClockReading(asked, told, time.time_ns()))
+            case Ring(draft, endpoint):
+                self.rings[draft] = endpoint
+            case Welcome() | Start() | Reports():
+                self.rank = message.rank if isinstance(message, Welcome) else self.rank
+                self._answers[type(message)].put(message)
+            case _:
                 self.stop = message if isinstance(message, Stop) else self.stop
                 self._inbox.put(message)
 
     def _break(self, error: BaseException) -> None:
-        """Remember the world's failure, the first one, and wake whoever waits."""
+        """Remember the world's failure, the first one, and wake all threads that wait."""
         if self._error is not None:
             return
         self._error = error
         self._failed.set()
-        self._inbox.put(None)
+        for inbox in (self._inbox, *self._answers.values()):
+            inbox.put(None)
         if self._on_abort is not None:
             self._on_abort(error if isinstance(error, UserError) else WorldError(f"{type(error).__name__}: {error}"))

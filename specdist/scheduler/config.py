@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the control plane waits."""
+"""How far the target runs ahead, and how long the control plane waits."""
 
 from __future__ import annotations
 
@@ -9,13 +9,25 @@ from specdist.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class SchedulerConfig:
+    """How far the target may run ahead of the draft; the receive rings (channel.memory) bound it too."""
+
+    queue_depth: int = 2
+    """Items outstanding at one target replica: 1 computing, the others queued so that it never waits for a message."""
+
+    def __post_init__(self) -> None:
+        if self.queue_depth < 1:
+            raise ConfigError.at("scheduler.queue_depth", f"is at least 1, not {self.queue_depth}")
+
+
+@dataclass(frozen=True)
 class ControlConfig:
     """Liveness of the ranks, seen from the scheduler and back."""
 
     heartbeat_s: float = 5.0
     """Seconds between signs of life, in both directions."""
     silence_s: float = 120.0
-    """A rank (or the scheduler) that was not heard for so many seconds is taken for dead and named."""
+    """After this many seconds without a message a rank (or the scheduler) is taken for dead and named."""
     load_timeout_s: float = 1800.0
     """Seconds from the start until every rank must have loaded its models and be ready."""
 

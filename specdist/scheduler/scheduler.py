@@ -2,8 +2,7 @@
 """Which target replica computes which work item, and when: a state machine without I/O, threads or a clock.
 
 Items are dispatched in index order, to the replica with the fewest outstanding ones. Credits bound what is in flight:
-an item holds one slot of every draft rank's receive ring from dispatch to release, item i always slot i mod slots, so
-it may be dispatched only while i - (lowest item that some draft rank still holds or awaits) < slots.
+an item holds one slot of every draft rank's receive ring from dispatch to release, and slots are freed in item order.
 
 No deadlock: the lowest unreleased item is always dispatched (it was first in line when a slot was free), a replica
 computes in the order of dispatch without waiting for the draft side beyond its own send buffers, and every receive has
@@ -17,23 +16,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-from specdist.core.errors import ConfigError, WorldError
+from specdist.core.errors import WorldError
 from specdist.scheduler.messages import Deliver, Dispatch, Statistics
-from specdist.scheduler.slots import Places
-
-_NOTHING = -1
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """How far the target may run ahead of the draft; the receive rings (channel.memory) bound it too."""
-
-    queue_depth: int = 2
-    """Items outstanding at one target replica: 1 computing, the others queued so that it never waits for a message."""
-
-    def __post_init__(self) -> None:
-        if self.queue_depth < 1:
-            raise ConfigError.at("scheduler.queue_depth", f"is at least 1, not {self.queue_depth}")
+from specdist.scheduler.slots import Slots
 
 
 class ProtocolError(WorldError):
@@ -52,11 +37,18 @@ class Culprit:
     """Whether no draft rank has released the item: then any of them may be the one that hangs."""
 
 
+@dataclass
+class _Delivery:
+    """A delivered item: since when it is, and how many draft ranks have not released it."""
+
+    since: float
+    holders: int
+
+
 class Scheduler:
     """The state of all items between the first dispatch and the last release.
 
     Args:
-        replicas: number of target replicas.
         draft_ranks: number of draft ranks, each with its own ring; 0 where features are dropped (target only).
         slots: slots of every ring.
         slot_bytes: bytes of one slot.
@@ -65,13 +57,12 @@ class Scheduler:
         first_item: index of the first item (not 0 after a resume).
         end_item: one past the last item, or None for a stream without an end.
         elastic: whether replicas come and go (two worlds). The run then ends with its last item: what was dispatched
-            beyond it is let go, for whoever was to compute it may be gone.
+            beyond it is let go, for its replica may be gone.
     """
 
     def __init__(
         self,
         *,
-        replicas: int,
         draft_ranks: int,
         slots: int,
         slot_bytes: int,
@@ -81,9 +72,10 @@ class Scheduler:
         end_item: int | None = None,
         elastic: bool = False,
     ):
-        if min(replicas + elastic, slots, queue_depth) < 1 or draft_ranks < 0:
-            raise ValueError(f"{replicas} replicas, {draft_ranks} draft ranks, {slots} slots, queue {queue_depth}")
-        self.slots, self.draft_ranks, self.timeout = slots, draft_ranks, timeout
+        if min(slots, queue_depth) < 1 or draft_ranks < 0:
+            raise ValueError(f"{draft_ranks} draft ranks, {slots} slots, queue {queue_depth}")
+        self.draft_ranks, self.timeout = draft_ranks, timeout
+        self.slots = Slots(slots)
         self._slot_bytes, self._depth = slot_bytes, queue_depth
         self._first = self._next = self._low = first_item
         self._end = end_item
@@ -91,15 +83,11 @@ class Scheduler:
         self.cut_short = False
         """Whether it was told to stop before its end."""
         self._requeued: list[int] = []
-        self.places = Places(slots, first_item)
         # Replicas with k items outstanding, sorted, for every k.
-        self._room = [list(range(replicas)), *([] for _ in range(queue_depth))]
-        self._outstanding: dict[int, deque[int]] = {r: deque() for r in range(replicas)}
-        self._head_since = dict.fromkeys(range(replicas), 0.0)
-        # Per slot: the delivered item that is in it, since when, and the draft ranks that still hold it.
-        self._delivered = [_NOTHING] * slots
-        self._delivered_at = [0.0] * slots
-        self._holders = [draft_ranks] * slots
+        self._room: list[list[int]] = [[] for _ in range(queue_depth + 1)]
+        self._outstanding: dict[int, deque[int]] = {}
+        self._head_since: dict[int, float] = {}
+        self._delivered: dict[int, _Delivery] = {}
         self._next_release = [first_item] * draft_ranks
         self._low_since = 0.0
         self._started: float | None = None
@@ -122,10 +110,10 @@ class Scheduler:
         while (replica := self._replica_with_room()) is not None and self._work_left:
             if self._requeued:
                 item = self._requeued.pop(0)
-                self.places.renew(item)
-            elif self._next - self._low < self.slots and self.places.free:
+                self.slots.renew(item)
+            elif self.slots.free:
                 item, self._next = self._next, self._next + 1
-                self.places.take(item)
+                self.slots.take(item)
             else:
                 break
             self._account(now)
@@ -134,7 +122,7 @@ class Scheduler:
                 self._head_since[replica] = now
             self._move(replica, +1)
             queue.append(item)
-            dispatches.append(Dispatch(item, replica))
+            dispatches.append(Dispatch(item, replica, self.slots[item]))
         self._peak = max(self._peak, self._next - self._low)
         return dispatches
 
@@ -153,12 +141,12 @@ class Scheduler:
         self._move(replica, -1)
         queue.popleft()
         self._head_since[replica] = now
-        slot = item % self.slots
-        self._delivered[slot], self._delivered_at[slot] = item, now
+        deliver = Deliver(item, replica, self.slots[item])
+        self._delivered[item] = _Delivery(now, self.draft_ranks)
         self._delivered_count += 1
         if not self.draft_ranks:
             self._advance(now)
-        return Deliver(item, replica)
+        return deliver
 
     def on_released(self, item: int, draft: int, now: float) -> None:
         """Draft rank number `draft` has freed the slot of `item`.
@@ -166,12 +154,16 @@ class Scheduler:
         Raises:
             ProtocolError: `item` is not delivered, or not the next one of this draft rank in item order.
         """
-        slot = item % self.slots
-        if not 0 <= draft < self.draft_ranks or self._next_release[draft] != item or self._delivered[slot] != item:
-            raise ProtocolError(self._bad_release(item, draft))
+        delivery = self._delivered.get(item)
+        due = self._next_release[draft]
+        if delivery is None or due != item:
+            state = "delivered" if due in self._delivered else "not delivered yet"
+            raise ProtocolError(
+                f"draft rank number {draft} released item {item}; its next one is item {due}, which is {state}"
+            )
         self._next_release[draft] = item + 1
-        self._holders[slot] -= 1
-        if not self._holders[slot]:
+        delivery.holders -= 1
+        if not delivery.holders:
             self._advance(now)
 
     def stop_after(self, item: int) -> None:
@@ -194,26 +186,20 @@ class Scheduler:
 
     def add_replica(self, replica: int) -> None:
         """Give work to one more replica, whose number no other has had."""
-        self._outstanding[replica] = deque()
+        self._outstanding[replica], self._head_since[replica] = deque(), 0.0
         insort(self._room[0], replica)
 
     def drop_replica(self, replica: int) -> tuple[int, ...]:
         """Forget a replica; its items that were not delivered go back to the front of the line, in item order. Their
-        slots stay in doubt (`places`).
-
-        Raises:
-            WorldError: it is the last one, and no other can come.
-        """
-        if len(self._outstanding) == 1 and not self._elastic:
-            raise WorldError(f"target replica {replica} is gone and it was the last one")
+        slots stay in doubt (`slots`)."""
         queue = self._outstanding.pop(replica)
         self._room[len(queue)].remove(replica)
-        self.places.doubt(queue, replica)
+        self.slots.doubt(queue, replica)
         self._requeued = sorted([*self._requeued, *(item for item in queue if not self._needless(item))])
         return tuple(sorted(queue))
 
     def watch(self, now: float) -> Culprit | None:
-        """Whoever has held an item for longer than the timeout since it could start; the longest wait wins."""
+        """Who has held an item for longer than the timeout since it could start; the longest wait wins."""
         culprits = [c for c in (self._slow_target(now), self._slow_draft(now)) if c and c.seconds > self.timeout]
         return max(culprits, key=lambda c: c.seconds, default=None)
 
@@ -232,7 +218,7 @@ class Scheduler:
             bytes_dispatched=(self._next - self._first) * self._slot_bytes,
             bytes_in_flight=(self._next - self._low) * self._slot_bytes,
             bytes_peak=self._peak * self._slot_bytes,
-            bytes_limit=self.slots * self._slot_bytes,
+            bytes_limit=self.slots.count * self._slot_bytes,
             target_wait_s=self._target_wait,
             draft_wait_s=self._draft_wait,
         )
@@ -259,13 +245,11 @@ class Scheduler:
     def _advance(self, now: float) -> None:
         """Move the low-water mark past every item that is delivered and that no draft rank holds."""
         self._account(now)
-        slot = self._low % self.slots
-        while self._delivered[slot] == self._low and not self._holders[slot]:
-            self._delivered[slot], self._holders[slot] = _NOTHING, self.draft_ranks
-            self.places.give_back(self._low)
+        while (lowest := self._delivered.get(self._low)) is not None and not lowest.holders:
+            del self._delivered[self._low]
+            self.slots.give_back(self._low)
             self._low += 1
             self._low_since = now
-            slot = self._low % self.slots
 
     def _account(self, now: float) -> None:
         """Add the time since the last change to whoever waited in it."""
@@ -273,7 +257,7 @@ class Scheduler:
         if self._work_left:
             # Dispatch is greedy, so a replica without work while there is some lacks nothing but credits.
             self._target_wait += passed * len(self._room[0])
-        if self.draft_ranks and self._delivered[self._low % self.slots] != self._low and not self.finished:
+        if self.draft_ranks and self._low not in self._delivered and not self.finished:
             self._draft_wait += passed
 
     def _slow_target(self, now: float) -> Culprit | None:
@@ -284,16 +268,9 @@ class Scheduler:
         return Culprit("target", (replica,), item, now - since, everyone=False)
 
     def _slow_draft(self, now: float) -> Culprit | None:
-        slot = self._low % self.slots
-        if self._delivered[slot] != self._low:
+        lowest = self._delivered.get(self._low)
+        if lowest is None:
             return None
         late = tuple(d for d, item in enumerate(self._next_release) if item == self._low)
-        since = max(self._delivered_at[slot], self._low_since)
+        since = max(lowest.since, self._low_since)
         return Culprit("draft", late, self._low, now - since, everyone=len(late) == self.draft_ranks)
-
-    def _bad_release(self, item: int, draft: int) -> str:
-        if not 0 <= draft < self.draft_ranks:
-            return f"draft rank number {draft} released item {item}, but there are {self.draft_ranks} draft ranks"
-        due = self._next_release[draft]
-        state = "delivered" if self._delivered[due % self.slots] == due else "not delivered yet"
-        return f"draft rank number {draft} released item {item}; its next one is item {due}, which is {state}"

@@ -15,11 +15,11 @@ import zmq
 from specdist.core.errors import WorldError
 from specdist.core.topology import Topology
 from specdist.scheduler.config import ControlConfig
-from specdist.scheduler.coordinator import Conductor, Observer
-from specdist.scheduler.messages import MAX_MESSAGE_BYTES, Produced, TellClock, decode_ask_clock, encode
-from specdist.scheduler.remote_replicas import GuestRules
+from specdist.scheduler.coordinator import Coordinator, Observer
+from specdist.scheduler.messages import MAX_MESSAGE_BYTES
+from specdist.scheduler.remote_replicas import RemoteRules
 from specdist.scheduler.scheduler import Scheduler
-from specdist.scheduler.wire import identity, inproc_pair, is_guest
+from specdist.scheduler.wire import identity, inproc_pair, is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class ControlServer:
     Args:
         interface: IP address to bind to, the one that the other hosts reach. Not a wildcard.
         token: the run's secret; messages from sockets that do not carry it are dropped and counted in `unknown`.
-        scheduler, observer, rules: see Conductor.
+        scheduler, observer, rules: see Coordinator.
         port: the port to bind to; 0: a free one.
         join_timeout_s: seconds from now until every rank must have said hello.
     """
@@ -52,10 +52,10 @@ class ControlServer:
         *,
         join_timeout_s: float,
         observer: Observer | None = None,
-        rules: GuestRules | None = None,
+        rules: RemoteRules | None = None,
         port: int = 0,
     ):
-        self._config, self._token = config, token
+        self._config, self._token, self._remote = config, token, rules is not None
         self._identities = [identity(token, rank) for rank in range(topology.world_size)]
         self._ranks = {peer: rank for rank, peer in enumerate(self._identities)}
         self._context = zmq.Context()
@@ -64,7 +64,7 @@ class ControlServer:
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         self._poller.register(self._woken, zmq.POLLIN)
-        self._conductor = Conductor(
+        self._coordinator = Coordinator(
             scheduler,
             topology,
             config,
@@ -83,7 +83,7 @@ class ControlServer:
     @property
     def malformed(self) -> int:
         """How many messages of ranks of this run could not be decoded and were dropped."""
-        return self._conductor.peers.malformed
+        return self._coordinator.peers.malformed
 
     def start(self) -> ControlServer:
         self._thread.start()
@@ -91,7 +91,7 @@ class ControlServer:
 
     def run(self) -> None:
         """Serve until every rank has left (or was given time to, after a failure)."""
-        while not self._closing and not self._conductor.done(time.monotonic()):
+        while not self._closing and not self._coordinator.done(time.monotonic()):
             self.step(_TICK_S)
 
     def step(self, timeout_s: float) -> None:
@@ -99,17 +99,17 @@ class ControlServer:
         self._poller.poll(math.ceil(min(timeout_s, max(self._next_tick - time.monotonic(), 0.0)) * 1000))
         now = time.monotonic()
         drained = self._receive_batch(now)
-        self._conductor.advance(now)
+        self._coordinator.advance(now)
         if drained and now >= self._next_tick:  # never call a rank silent whose words have not been read yet
             self._next_tick = now + _TICK_S
-            self._conductor.tick(now)
+            self._coordinator.tick(now)
 
     def check(self) -> None:
         """Raise the world's failure, or what ended the server's thread, if there was one."""
         if self._error is not None:
             raise self._error
-        if self._conductor.aborted is not None:
-            raise self._conductor.aborted.error()
+        if self._coordinator.aborted is not None:
+            raise self._coordinator.aborted.error()
 
     def join(self, timeout_s: float | None = None) -> None:
         """Wait until every rank has left. Without `timeout_s` as long as all that have not show signs of life.
@@ -120,21 +120,12 @@ class ControlServer:
         self._thread.join(timeout_s)
         if timeout_s is not None and self._thread.is_alive():
             now = time.monotonic()
-            left = self._conductor.peers.describe_all(self._conductor.peers.present, now)
-            raise WorldError(f"after {timeout_s:.0f} s these ranks have not left the control plane:\n{left}")
+            listed = self._coordinator.peers.describe_all(self._coordinator.peers.present, now)
+            raise WorldError(f"after {timeout_s:.0f} s these ranks have not left the control plane:\n{listed}")
         self.check()
 
-    def reports(self, timeout_s: float) -> list[Produced]:
-        """What the replicas of target worlds did: those that have left, and, after the end of the run, those that do so
-        within `timeout_s` seconds."""
-        conductor, deadline = self._conductor, time.monotonic() + timeout_s
-        assert conductor.guests is not None
-        while any(map(conductor.peers.is_guest, conductor.peers.present)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return list(conductor.guests.reports)
-
     def close(self) -> None:
-        """End the server, whatever state it is in; nobody is told."""
+        """End the server, whatever state it is in, without a message to the ranks."""
         if self._thread.is_alive():
             self._closing = True
             self._wake.send(b"")
@@ -149,7 +140,7 @@ class ControlServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """After an error: give the other ranks time to hear of it. Else wait until they have left."""
+        """After an error: give the other ranks time to receive it. Else wait until they have left."""
         try:
             if error is None:
                 self.join(self._config.silence_s)
@@ -161,12 +152,12 @@ class ControlServer:
     def _thread_main(self) -> None:
         try:
             self.run()
-            if self._conductor.aborted is not None:
-                self._error = self._conductor.aborted.error()
+            if self._coordinator.aborted is not None:
+                self._error = self._coordinator.aborted.error()
         except BaseException as error:  # whatever ended this thread is raised on rank 0 by check() and join()
             logger.exception("the scheduler failed")
             self._error = error
-            self._conductor.abort(0, f"the scheduler failed: {type(error).__name__}: {error}", time.monotonic())
+            self._coordinator.abort(0, f"the scheduler failed: {type(error).__name__}: {error}", time.monotonic())
         finally:
             self._router.close(_LINGER_MS)
 
@@ -206,19 +197,15 @@ class ControlServer:
 
     def _receive(self, frames: list[bytes], now: float) -> None:
         rank = self._ranks.get(frames[0])
-        if rank is None and self._conductor.guests is not None and is_guest(frames[0], self._token):
-            rank = self._ranks[frames[0]] = self._conductor.admit(now)
+        if rank is None and self._remote and is_remote(frames[0], self._token):
+            rank = self._ranks[frames[0]] = self._coordinator.peers.admit(now)
             self._identities.append(frames[0])
         if rank is None or len(frames) != 2:
             self.unknown += 1
             if self.unknown == 1:
                 logger.warning("dropped a control message from a socket without this run's token (more are counted)")
             return
-        asked = decode_ask_clock(frames[1])
-        if asked is not None:  # answered here, where there is a clock: `now` is that of a whole batch of messages
-            self._send([rank], encode(TellClock(asked, time.time_ns())))
-            return
-        self._conductor.receive(rank, frames[1], now)
+        self._coordinator.receive(rank, frames[1], now)
 
     def _send(self, ranks: Iterable[int], payload: bytes) -> list[int]:
         lost = []

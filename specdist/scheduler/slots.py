@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Iterable
 
 
-class Places:
-    """The slots of the rings. Where nobody is lost, item i has slot i mod `slots`: they are given out in a circle."""
+class Slots:
+    """The slots of the rings, which are alike on all draft ranks. The one that was free for longest is taken next."""
 
-    def __init__(self, slots: int, first_item: int):
-        self._free = deque((first_item + k) % slots for k in range(slots))
+    def __init__(self, count: int):
+        self.count = count
+        self._free = deque(range(count))
         self._of: dict[int, int] = {}
         self._doubted: dict[int, set[int]] = {}
 

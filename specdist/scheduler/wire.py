@@ -19,19 +19,14 @@ def new_token() -> bytes:
     return secrets.token_bytes(TOKEN_BYTES)
 
 
-def identity(token: bytes, rank: int) -> bytes:
-    """The socket identity of a rank."""
+def identity(token: bytes, rank: int, world: str = "") -> bytes:
+    """The socket identity of a rank. `world`: of a target world, 16 hexadecimal digits that no other world has."""
     if len(token) != TOKEN_BYTES:
         raise ValueError(f"a run token has {TOKEN_BYTES} bytes, not {len(token)}")
-    return _PREFIX + token + _RANK.pack(rank)
+    return _PREFIX + token + bytes.fromhex(world) + _RANK.pack(rank)
 
 
-def guest_identity(token: bytes, world: str, rank: int) -> bytes:
-    """The socket identity of a rank of a target world; `world`: 16 hexadecimal digits that no other world has."""
-    return identity(token, rank)[: -_RANK.size] + bytes.fromhex(world) + _RANK.pack(rank)
-
-
-def is_guest(name: bytes, token: bytes) -> bool:
+def is_remote(name: bytes, token: bytes) -> bool:
     """Whether a socket identity is that of a rank of a target world with this run's token."""
     return len(name) == len(_PREFIX) + TOKEN_BYTES + WORLD_BYTES + _RANK.size and name.startswith(_PREFIX + token)
 

@@ -164,7 +164,7 @@ def test_a_stopped_target_is_noticed_and_named(job: Job) -> None:
     words = job.end()
     assert job.process is not None
     assert job.process.returncode != 0
-    assert words.count(f"specdist: rank 2 (target replica 0 tp 0, host {HOST}): 1 ranks not heard") == 1, words
+    assert words.count(f"specdist: rank 2 (target replica 0 tp 0, host {HOST}): 1 ranks silent") == 1, words
     assert job.failure().kind == "lost"
     assert f"more than {SILENCE_S} s (control.silence_s)" in words
 

@@ -236,13 +236,13 @@ def test_a_target_world_that_was_given_up_cannot_spoil_what_others_write(worlds,
     ranks = ranks_below(first.pid).values()
     for rank in ranks:
         rank.suspend()
-    worlds.wait_for_words(r"is dropped after 4 items: not heard for more than 4 s")
+    worlds.wait_for_words(r"is dropped after 4 items: silent for more than 4 s")
     second = worlds.target(hold_after=6)
     worlds.wait_for_steps(10)
     worlds.release(first)
     for rank in ranks:
         rank.resume()
-    assert "was dropped: not heard" in worlds.end(first, status=1)
+    assert "was dropped: silent" in worlds.end(first, status=1)
     worlds.release(second)
     worlds.end(draft)
     worlds.end(second)

@@ -8,13 +8,13 @@ import time
 import pytest
 import torch
 
-from specdist.run.stall_timer import WaitClock
+from specdist.run.stall_timer import StallTimer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def test_only_what_the_queued_work_does_not_hide_is_lost() -> None:
-    clock, matrix = WaitClock(torch.device("cuda")), torch.randn(8192, 8192, device="cuda")
+    clock, matrix = StallTimer(torch.device("cuda")), torch.randn(8192, 8192, device="cuda")
 
     def lost(seconds: float, products: int) -> float:
         torch.cuda.synchronize()

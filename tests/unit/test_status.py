@@ -18,7 +18,7 @@ from specdist.core.stop import StopReason
 from specdist.core.topology import Topology
 from specdist.job.resume_plan import ResumePlan
 from specdist.run.status import Status, describe
-from specdist.run.status_writer import RunObserver
+from specdist.run.status_writer import StatusWriter
 from specdist.scheduler.messages import Statistics
 from specdist.scheduler.peers import Peers, Phase
 
@@ -102,17 +102,17 @@ def test_any_other_directory_is_refused(tmp_path: Path) -> None:
         describe(tmp_path)
 
 
-def observer(run_dir: Path) -> RunObserver:
+def observer(run_dir: Path) -> StatusWriter:
     progress = Progress(10, 10, Cursor(0, 0), "prompts")
     resume = ResumePlan(progress, None, 100, 100)
-    return RunObserver(run_dir / "status.json", AttemptRecord(run_dir / "logs/17.1"), ATTEMPT, resume, began=0.0)
+    return StatusWriter(run_dir / "status.json", AttemptRecord(run_dir / "logs/17.1"), ATTEMPT, resume, began=0.0)
 
 
 def test_a_silent_start_says_what_the_ranks_do_less_and_less_often(run_dir: Path, capsys) -> None:
     watcher, peers = observer(run_dir), Peers(TOPOLOGY, 0.0)
     for rank in range(3):
-        peers.join(rank, 100 + rank)
-        peers.note_phase(rank, "loading part 5" if rank == 0 else f"building the draft {rank}", 1.0, -1)
+        peers[rank].join(100 + rank)
+        peers[rank].note_phase("loading part 5" if rank == 0 else f"building the draft {rank}", 1.0, -1)
     told = []
     for second in range(0, 100, 5):
         watcher.pulse(peers, Statistics(), False, float(second))
@@ -133,9 +133,9 @@ def test_a_silent_start_says_what_the_ranks_do_less_and_less_often(run_dir: Path
 
 def test_progress_ends_the_silence(run_dir: Path, capsys) -> None:
     watcher, peers = observer(run_dir), Peers(TOPOLOGY, 0.0)
-    peers.join(1, 101)
+    peers[1].join(101)
     for second in range(0, 60, 5):
-        peers.note_phase(1, "training", float(second), 10 + second // 15)
+        peers[1].note_phase("training", float(second), 10 + second // 15)
         watcher.pulse(peers, Statistics(), True, float(second))
     assert capsys.readouterr().err == ""
     watcher.pulse(peers, Statistics(), True, 90.0)
@@ -146,9 +146,9 @@ def test_progress_ends_the_silence(run_dir: Path, capsys) -> None:
 
 def test_an_evaluation_is_no_silence(run_dir: Path, capsys) -> None:
     watcher, peers = observer(run_dir), Peers(TOPOLOGY, 0.0)
-    peers.join(1, 101)
+    peers[1].join(101)
     for second in range(0, 200, 5):
-        peers.note_phase(1, "exporting and evaluating", 0.0, 100)
+        peers[1].note_phase("exporting and evaluating", 0.0, 100)
         watcher.pulse(peers, Statistics(), True, float(second))
     watcher.close()
     assert capsys.readouterr().err == ""

@@ -8,11 +8,11 @@ import time
 import pytest
 import torch
 
-from specdist.run.stall_timer import WaitClock
+from specdist.run.stall_timer import StallTimer
 
 
 def test_waits_of_a_cpu_are_added_up() -> None:
-    clock = WaitClock(torch.device("cpu"))
+    clock = StallTimer(torch.device("cpu"))
     for _ in range(2):
         with clock.waiting():
             time.sleep(0.02)
@@ -44,7 +44,7 @@ class PlayedEvent:
 
 def test_work_that_a_gpu_still_has_hides_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", PlayedEvent)
-    clock = WaitClock(torch.device("cuda"))
+    clock = StallTimer(torch.device("cuda"))
 
     def wait(queued: float, seconds: float) -> None:
         PlayedEvent.ends = PlayedEvent.now + queued

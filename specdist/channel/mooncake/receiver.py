@@ -96,7 +96,8 @@ class MooncakeReceiver(FeatureReceiver):
         return self._ring.slots
 
     def place(self, item: int, slot: int, shares: int) -> None:
-        self._placed[item] = (slot, shares)
+        if not self._topology.target_ranks:
+            self._placed[item] = (slot, shares)
 
     def post(self, item: WorkItem, replica: int) -> None:
         self._expected[item.index] = self._whereabouts(item, replica)

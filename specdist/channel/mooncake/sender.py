@@ -97,7 +97,8 @@ class MooncakeSender(FeatureSender):
                 raise self._failed(draft, f"link did not come up: {error}") from error
 
     def place(self, item: int, slot: int, replica: int) -> None:
-        self._places[item] = (slot, replica)
+        if self._written:
+            self._places[item] = (slot, replica)
 
     def buffer(self, item: WorkItem) -> Tensor:
         assert self._handed_out - self._sent < self.buffers, "a buffer is asked for before an earlier one was sent"

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from specdist.core.errors import ConfigError
 from specdist.core.files import sync_directory
@@ -16,15 +17,15 @@ from specdist.scheduler.wire import TOKEN_BYTES, new_token
 
 
 @dataclass(frozen=True)
-class Door:
-    """The control plane of a draft world: its address, and the secret that opens it."""
+class ControlAddress:
+    """The control plane of a draft world: its address, and the secret that admits a rank to it."""
 
     address: str
     token: bytes
 
 
 class Rendezvous:
-    """Where the door of a run is told.
+    """Where the control plane of a run is published.
 
     Args:
         scheduler: `world.scheduler`; empty: the file is used.
@@ -51,14 +52,14 @@ class Rendezvous:
             raise ConfigError.at("world.scheduler", f": host '{host}' is not known here: {error}") from error
         return str(found[0][4][0]), int(port), shared_token(TOKEN_BYTES)
 
-    def publish(self, door: Door) -> None:
-        """Tell where the door is; only this user may read the secret."""
+    def publish(self, control: ControlAddress) -> None:
+        """Publish the address; only this user may read the secret."""
         if self._scheduler:
             return
         temporary = self._file.with_name(f"{self._file.name}.tmp")
         temporary.unlink(missing_ok=True)
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump({"address": door.address, "token": door.token.hex()}, file)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(msgspec.json.encode(control))
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(self._file)
@@ -69,12 +70,11 @@ class Rendezvous:
         if not self._scheduler:
             self._file.unlink(missing_ok=True)
 
-    def look(self) -> Door | None:
-        """For a target world: the door that was told last, if any. Nobody need be behind it."""
+    def look(self) -> ControlAddress | None:
+        """For a target world: what was published last, if anything. It may be out of date."""
         if self._scheduler:
-            return Door(f"tcp://{self._scheduler}", shared_token(TOKEN_BYTES))
+            return ControlAddress(f"tcp://{self._scheduler}", shared_token(TOKEN_BYTES))
         try:
-            told = json.loads(self._file.read_text())
+            return msgspec.json.decode(self._file.read_bytes(), type=ControlAddress)
         except FileNotFoundError:
             return None
-        return Door(told["address"], bytes.fromhex(told["token"]))

@@ -7,25 +7,29 @@ others follow, so that all of them work for the same one. The engine stays loade
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
+from collections.abc import Iterator
 
+from specdist.channel.wire import Wire
 from specdist.core.attempts import AttemptRecord, Ending
 from specdist.core.errors import Dismissed, WorldError
 from specdist.core.stop import StopFlag
-from specdist.core.topology import TargetPlace, Topology
+from specdist.core.topology import Topology
+from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
-from specdist.job.run_dir import RunDirectory
+from specdist.prompts.items import Items
 from specdist.prompts.store import PromptStore
-from specdist.run.context import Rank
-from specdist.run.target_loop import Producer, ProducerReport
+from specdist.run.context import stream_of
+from specdist.run.target_loop import Producer
 from specdist.run.worlds.search import Lost, Over, Search, Session, say
 from specdist.run.worlds.terms import common_facts
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.messages import Produced, Stop, Written
+from specdist.scheduler.messages import Computed, Produced, ProducerReport, Stop
 from specdist.target.base import TargetModel
-from specdist.training.profile import NO_PROFILE
+from specdist.target.registry import load_target
 from specdist.world.groups import Groups, World
 
 _LOOK_S = 0.5
@@ -44,15 +48,11 @@ class TargetWorld:
         topology: Topology,
         groups: Groups,
         prompts: PromptStore,
-        run_dir: RunDirectory,
         stop: StopFlag,
         record: AttemptRecord,
     ):
-        place = topology.target_place(world.facts.rank)
-        assert place is not None
         self._job, self._facts, self._world, self._topology, self._groups = job, facts, world, topology, groups
-        self._prompts, self._run_dir, self._stop, self._record = prompts, run_dir, stop, record
-        self._place: TargetPlace = place
+        self._prompts, self._stop, self._record = prompts, stop, record
         self._search = Search(job, world, topology, stop, record)
         self._own = common_facts(job, facts, prompts)
         self._engine: TargetModel | None = None
@@ -60,21 +60,16 @@ class TargetWorld:
         self._items = self._step = 0
 
     def run(self) -> None:
-        waiting, paused = "the draft world has not been there yet", False
+        lost = Lost("the draft world has not been there yet", stopped=False)
         while True:
             try:
-                session = self._search.next(waiting, paused)
-                if session is None:
+                session = self._search.next(lost)
+                if session is None or not self._attend(session).more:
                     break
-                stop = self._attend(session)
-            except Lost as lost:
-                waiting, paused = str(lost), lost.stopped
-                say(f"{waiting}; looking for another start of it at {self._search.rendezvous}")
-                continue
-            if not stop.more:
-                break
-            waiting, paused = "the draft world has stopped before its end", True
-            say(f"{waiting}; looking for another start of it at {self._search.rendezvous}")
+                lost = Lost("the draft world has stopped before its end", stopped=True)
+            except Lost as error:
+                lost = error
+            say(f"{lost}; looking for another start of it at {self._search.rendezvous}")
         if self._world.facts.rank == 0:
             asked = self._stop
             ending = Ending("stopped" if asked.reason else "finished", self._step, asked.reason, asked.detail)
@@ -90,32 +85,29 @@ class TargetWorld:
             WorldError: something is wrong with this replica.
         """
         client = session.client
-        guard = self._guard(client)
         try:
-            with client:
-                stop = self._work(session)
-        except Over:
-            assert session.stop is not None
-            return session.stop
+            with self._guard(client), client:
+                self._work(session)
         except Dismissed as error:
             raise Lost(str(error), stopped=True) from error
         except WorldError as error:
-            verdict = client.abort
+            abort = client.abort
             if client.stop is not None:
                 return client.stop
-            if verdict is not None and verdict.rank >= len(session.terms.hosts):
-                # What was stopped for so long that it was given up takes the others for silent.
-                raise (verdict.error() if error.culprit == 0 else error) from error
+            if abort is not None and abort.rank >= len(session.terms.hosts):  # it is this replica that was dropped
+                if error.culprit == 0:  # it was stopped for so long that it took the scheduler for silent
+                    raise abort.error() from error
+                raise
             if not client.failed:
                 raise
             raise Lost(str(error), stopped=False) from error
-        finally:
-            guard.set()
-        return stop
+        assert client.stop is not None
+        return client.stop
 
-    def _guard(self, client: ControlClient) -> threading.Event:
+    @contextlib.contextmanager
+    def _guard(self, client: ControlClient) -> Iterator[None]:
         """End the process if the ranks of a tensor-parallel replica wait for each other when the draft world is gone:
-        they may have begun different items. Set the event when the session has ended well."""
+        they may have begun different items."""
         ended = threading.Event()
 
         def watch() -> None:
@@ -123,77 +115,56 @@ class TargetWorld:
                 if client.failed and not ended.wait(_STUCK_S):
                     os._exit(3)
 
-        if len(self._topology.replicas[self._place.replica]) > 1:
+        if self._job.target.tp > 1:
             threading.Thread(target=watch, name="specdist-guard", daemon=True).start()
-        return ended
-
-    def _work(self, session: Session) -> Stop:
-        terms, client = session.terms, session.client
-        terms.check(self._own)
-        self._step = terms.resume.progress.step
-        rank = self._rank(session)
-        item_rows = rank.topology.shards * self._job.prompts.tokens_per_rank
-        engine = self._loaded(rank, item_rows)
-        sender = rank.transport.sender(rank.wire(session), item_rows, lambda i: client.send(Written(i)))
         try:
-            client.phase = "connecting to the draft ranks"
-            sender.connect(self._job.control.load_timeout_s, client.check)
-            if session.stop is not None:
-                raise Over
-            verify, timeout_s = self._job.target.verify, rank.timeout_s
-            place = rank.topology.target_place(rank.rank)
-            assert place is not None
-            producer = Producer(
-                engine,
-                sender,
-                client,
-                rank.items(),
-                self._prompts,
-                place,
-                verify,
-                timeout_s,
-                announce=False,
-                window=terms.slots,
-            )
-            client.ready()
-            report = producer.run()
-        except Over:
-            self._report(client, ProducerReport())
-            raise
+            yield
         finally:
-            sender.close(rank.timeout_s)
-        self._report(client, report)
-        assert producer.stop is not None
-        return producer.stop
+            ended.set()
 
-    def _report(self, client: ControlClient, report: ProducerReport) -> None:
+    def _work(self, session: Session) -> None:
+        terms, client, job = session.terms, session.client, self._job
+        terms.check(self._own)
+        self._step = terms.step
+        wire = self._wire(session)
+        timeout_s, stream = wire.timeout_s, stream_of(job, wire.topology, self._prompts)
+        item_rows = wire.topology.shards * job.prompts.tokens_per_rank
+        engine = self._loaded(client, item_rows)
+        transport = jobs.transport(job, self._world.device)
+        sender = transport.sender(wire, item_rows, lambda index: client.send(Computed(index)))
+        report = ProducerReport()
+        try:
+            with contextlib.suppress(Over):
+                client.phase = "connecting to the draft ranks"
+                sender.connect(job.control.load_timeout_s, session.check)
+                items = Items(stream, terms.cursor, terms.first_item, terms.end_item)
+                verify = job.target.verify
+                producer = Producer(
+                    engine, sender, client, items, self._prompts, terms.slots, verify, timeout_s, announce=False
+                )
+                client.ready()
+                report = producer.run()
+        finally:
+            sender.close(timeout_s)
         self._items += report.items
-        client.send(Produced(*dataclasses.astuple(report)))
+        client.send(Produced(report))
 
-    def _rank(self, session: Session) -> Rank:
-        """This rank as the draft world counts it."""
-        terms, facts = session.terms, self._world.facts
+    def _wire(self, session: Session) -> Wire:
+        """The channel's end of this rank, as the draft world counts its ranks."""
+        terms, world = session.terms, self._world
         topology = self._topology.beside(terms.hosts, terms.cp)
-        own = dataclasses.replace(facts, rank=len(terms.hosts) + facts.rank)
-        world = dataclasses.replace(self._world, facts=own, hosts=topology.hosts)
-        return Rank(
-            self._job,
-            self._facts,
-            world,
-            topology,
-            self._groups,
-            self._run_dir,
-            self._prompts,
-            terms.resume,
-            session.client,
-            self._stop,
-            self._record,
-            NO_PROFILE,
-        )
+        facts = dataclasses.replace(world.facts, rank=len(terms.hosts) + world.facts.rank)
+        world = dataclasses.replace(world, facts=facts, hosts=topology.hosts)
+        timeout_s, layout = self._job.world.wait_timeout_s, self._facts.layout
+        return Wire(self._job.channel, topology, world, self._groups, layout, timeout_s, between_worlds=session)
 
-    def _loaded(self, rank: Rank, item_rows: int) -> TargetModel:
+    def _loaded(self, client: ControlClient, item_rows: int) -> TargetModel:
         """The engine; another one only where the draft world has come back in another size."""
         if self._engine is None or self._engine_rows != item_rows:
             self._engine = None
-            self._engine, self._engine_rows = rank.load_engine(item_rows), item_rows
+            client.phase = "loading the target"
+            self._engine = load_target(
+                self._job.target, self._facts.layout, self._world.device, self._groups.replica, item_rows
+            )
+            self._engine_rows = item_rows
         return self._engine

@@ -3,26 +3,28 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import groupby
 
+import msgspec
+
 from specdist.core.errors import ConfigError
+from specdist.core.records import Cursor
 from specdist.core.topology import Topology
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.resume_plan import ResumePlan
 from specdist.prompts.store import PromptStore
-from specdist.scheduler.messages import MAX_TEXT_BYTES
+from specdist.scheduler.messages import MAX_TERMS_BYTES
 
 
-def common_facts(job: JobConfig, facts: JobFacts, prompts: PromptStore) -> dict[str, object]:
+def common_facts(job: JobConfig, facts: JobFacts, prompts: PromptStore) -> dict[str, str]:
     """What decides which rows an item has and what is in them, by the keys it comes from."""
     target = facts.target
     return {
         "prompts": prompts.fingerprint,
-        "prompts.tokens_per_rank": job.prompts.tokens_per_rank,
-        "run.seed": job.run.seed,
+        "prompts.tokens_per_rank": str(job.prompts.tokens_per_rank),
+        "run.seed": str(job.run.seed),
         "target.path": f"{target.layers} layers, {target.parameters} parameters, vocabulary {target.vocab_size}",
         "draft.algorithm and its section, target.dtype": str(facts.layout),
     }
@@ -31,49 +33,50 @@ def common_facts(job: JobConfig, facts: JobFacts, prompts: PromptStore) -> dict[
 @dataclass(frozen=True)
 class Terms:
     """Attributes:
-    hosts: the host of every draft rank.
+    host_ranks: the draft ranks in order, as hosts with the number of ranks that follow each other on each.
     cp: the draft's context parallelism.
-    slots: the slots of the receive rings, so many items can be in flight.
-    resume: where the run starts and ends.
+    slots: the slots of the receive rings, so as many items can be in flight.
+    step, cursor, first_item, end_item: where the run starts and ends, as in ResumePlan.
     common: see `common_facts`.
     """
 
-    hosts: tuple[str, ...]
+    host_ranks: tuple[tuple[str, int], ...]
     cp: int
     slots: int
-    resume: ResumePlan
-    common: dict[str, object]
+    step: int
+    cursor: Cursor
+    first_item: int
+    end_item: int
+    common: dict[str, str]
 
     @classmethod
     def of(cls, job: JobConfig, facts: JobFacts, prompts: PromptStore, topology: Topology, resume: ResumePlan) -> Terms:
         """The terms of a draft world."""
-        common, slots = common_facts(job, facts, prompts), jobs.slots(job, facts.layout)
-        return cls(topology.hosts, len(topology.draft[0]), slots, resume, common)
+        progress, common = resume.progress, common_facts(job, facts, prompts)
+        hosts = tuple((host, len(list(ranks))) for host, ranks in groupby(topology.hosts))
+        cp, slots = len(topology.draft[0]), jobs.slots(job, facts.layout)
+        return cls(hosts, cp, slots, progress.step, progress.cursor, progress.next_item, resume.end_item, common)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The host of every draft rank."""
+        return tuple(host for host, count in self.host_ranks for _ in range(count))
 
     def to_json(self) -> str:
         """As `Welcome` carries it. Raises ConfigError where there are too many hosts for one message."""
-        hosts = [(host, len(list(ranks))) for host, ranks in groupby(self.hosts)]
-        raw = {
-            "hosts": hosts,
-            "cp": self.cp,
-            "slots": self.slots,
-            "resume": self.resume.to_json(),
-            "common": self.common,
-        }
-        text = json.dumps(raw)
-        if len(text.encode()) > MAX_TEXT_BYTES:
+        text = msgspec.json.encode(self).decode()
+        if len(text) > MAX_TERMS_BYTES:
             raise ConfigError.at(
-                "world.role", f"=draft: the names of {len(hosts)} hosts do not fit into {MAX_TEXT_BYTES} bytes"
+                "world.role",
+                f"=draft: the names of {len(self.host_ranks)} hosts do not fit into {MAX_TERMS_BYTES} bytes",
             )
         return text
 
     @classmethod
     def from_json(cls, text: str) -> Terms:
-        raw = json.loads(text)
-        hosts = tuple(host for host, count in raw["hosts"] for _ in range(count))
-        return cls(hosts, raw["cp"], raw["slots"], ResumePlan.from_json(raw["resume"]), raw["common"])
+        return msgspec.json.decode(text, type=cls)
 
-    def check(self, own: dict[str, object]) -> None:
+    def check(self, own: dict[str, str]) -> None:
         """Raise ConfigError where this world's `common_facts` are others than those of the draft world."""
         different = [
             f"{key} ({own.get(key)} here, {value} there)" for key, value in self.common.items() if own.get(key) != value

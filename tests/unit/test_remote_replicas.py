@@ -12,19 +12,18 @@ from collections.abc import Iterable
 import pytest
 
 from specdist.core.errors import ConfigError
-from specdist.core.progress import Progress
 from specdist.core.records import Cursor
 from specdist.core.topology import Topology, WorldConfig
-from specdist.job.resume_plan import ResumePlan
-from specdist.run.worlds.rendezvous import Door, Rendezvous
+from specdist.run.worlds.rendezvous import ControlAddress, Rendezvous
 from specdist.run.worlds.terms import Terms
 from specdist.scheduler.config import ControlConfig
-from specdist.scheduler.coordinator import Conductor, Observer
+from specdist.scheduler.coordinator import Coordinator, Observer
 from specdist.scheduler.messages import (
     PROTOCOL_VERSION,
     Abort,
-    Arrived,
-    Assign,
+    Computed,
+    Deliver,
+    Dispatch,
     Failed,
     Goodbye,
     Heartbeat,
@@ -33,20 +32,20 @@ from specdist.scheduler.messages import (
     LastItem,
     Message,
     Produced,
+    ProducerReport,
     Ready,
     Released,
     Ring,
     Stop,
     StopRequest,
     Welcome,
-    Written,
     decode,
     encode,
 )
-from specdist.scheduler.remote_replicas import GuestRules
+from specdist.scheduler.remote_replicas import RemoteRules
 from specdist.scheduler.scheduler import Scheduler
-from specdist.scheduler.slots import Places
-from specdist.scheduler.wire import guest_identity, identity, is_guest, new_token
+from specdist.scheduler.slots import Slots
+from specdist.scheduler.wire import identity, is_remote, new_token
 
 DRAFT = Topology("split", ("d", "d"), (), ((0,), (1,)), 2)
 CONFIG = ControlConfig(heartbeat_s=1.0, silence_s=5.0, replica_timeout_s=20.0)
@@ -54,10 +53,11 @@ DRAIN_S = 3.0
 START = "start one with `specdist train CONFIG --role target`"
 SLOTS = 4
 A, B = "a" * 16, "b" * 16
+REPORT = ProducerReport(2, 20, 1.0, 2.0)
 
 
 class Office(Observer):
-    """The conductor of a draft world of two ranks, whose messages are collected."""
+    """The coordinator of a draft world of two ranks, whose messages are collected."""
 
     def __init__(self, end_item: int = 100):
         self.now, self.sent, self.lost, self.words = (
@@ -67,16 +67,16 @@ class Office(Observer):
             list[str](),
         )
         settings = {"slots": SLOTS, "slot_bytes": 1, "queue_depth": 2, "timeout": 1000.0, "end_item": end_item}
-        self.scheduler = Scheduler(replicas=0, draft_ranks=2, elastic=True, **settings)  # type: ignore[arg-type]
-        rules = GuestRules("terms", DRAIN_S)
-        self.conductor = Conductor(
+        self.scheduler = Scheduler(draft_ranks=2, elastic=True, **settings)  # type: ignore[arg-type]
+        rules = RemoteRules("terms", DRAIN_S)
+        self.coordinator = Coordinator(
             self.scheduler, DRAFT, CONFIG, self.send, join_timeout_s=10.0, now=0.0, observer=self, rules=rules
         )
         for rank in (0, 1):
             self.hear(rank, Hello(PROTOCOL_VERSION, 1), Ready())
 
-    def tell(self, words: str) -> None:
-        self.words.append(words)
+    def inform(self, text: str) -> None:
+        self.words.append(text)
 
     def send(self, ranks: Iterable[int], payload: bytes) -> list[int]:
         ranks = tuple(ranks)
@@ -87,31 +87,31 @@ class Office(Observer):
         """Apply messages of a rank; returns what was sent in answer."""
         self.sent.clear()
         for message in messages:
-            self.conductor.receive(rank, encode(message), self.now)
-        self.conductor.advance(self.now)
+            self.coordinator.receive(rank, encode(message), self.now)
+        self.coordinator.advance(self.now)
         return [message for _, message in self.sent]
 
     def join(
         self, world: str = A, replica: int = 0, tp: int = 0, shares: int = 1, version: int = PROTOCOL_VERSION
     ) -> int:
-        rank = self.conductor.admit(self.now)
+        rank = self.coordinator.peers.admit(self.now)
         self.hear(rank, Join(version, 1, replica, tp, shares, "t", world))
         return rank
 
     def pass_time(self, seconds: float, alive: Iterable[int] = (0, 1)) -> None:
         self.now += seconds
         for rank in alive:
-            self.conductor.receive(rank, encode(Heartbeat(0.0, -1, "idle")), self.now)
-        self.conductor.tick(self.now)
+            self.coordinator.receive(rank, encode(Heartbeat(0.0, -1, "idle")), self.now)
+        self.coordinator.tick(self.now)
         self.sent.clear()
-        self.conductor.advance(self.now)
+        self.coordinator.advance(self.now)
 
     def release(self, item: int) -> list[Message]:
-        self.hear(0, Released(item, 0))
-        return self.hear(1, Released(item, 1))
+        self.hear(0, Released(item))
+        return self.hear(1, Released(item))
 
-    def assigned(self) -> list[Assign]:
-        return [message for _, message in self.sent if isinstance(message, Assign)]
+    def assigned(self) -> list[Dispatch]:
+        return [message for _, message in self.sent if isinstance(message, Dispatch)]
 
 
 def test_a_replica_that_joins_is_told_the_terms_and_the_rings_and_given_work():
@@ -120,18 +120,18 @@ def test_a_replica_that_joins_is_told_the_terms_and_the_rings_and_given_work():
     rank = office.join()
     assert (rank, office.sent[0], office.sent[1]) == (2, ((2,), Welcome(2, "terms")), ((2,), Ring(0, "ring 0")))
     assert office.hear(1, Ring(1, "ring 1")) == [Ring(1, "ring 1")]
-    assert office.hear(rank, Ready()) == [Assign(0, 0, 0), Assign(1, 0, 1)]
-    assert office.hear(rank, Written(0)) == [Arrived(0, 0, 0, 1), Assign(2, 0, 2)]
+    assert office.hear(rank, Ready()) == [Dispatch(0, 0, 0), Dispatch(1, 0, 1)]
+    assert office.hear(rank, Computed(0)) == [Deliver(0, 0, 0), Dispatch(2, 0, 2)]
 
 
 def test_an_item_has_arrived_when_all_ranks_of_its_replica_have_written_it():
     office = Office()
     ranks = [office.join(tp=t, shares=2) for t in (0, 1)]
     assert office.hear(ranks[0], Ready()) == []
-    assert office.hear(ranks[1], Ready())[0] == Assign(0, 0, 0)
+    assert office.hear(ranks[1], Ready())[0] == Dispatch(0, 0, 0)
     assert office.sent[0][0] == tuple(ranks)
-    assert office.hear(ranks[1], Written(0), Written(1)) == []
-    assert office.hear(ranks[0], Written(0))[0] == Arrived(0, 0, 0, 2)
+    assert office.hear(ranks[1], Computed(0), Computed(1)) == []
+    assert office.hear(ranks[0], Computed(0))[0] == Deliver(0, 0, 0)
 
 
 @pytest.mark.parametrize("how", ["lost", "silent", "failed", "left", "slow", "nonsense"])
@@ -142,7 +142,7 @@ def test_whoever_is_gone_is_dropped_and_others_compute_what_it_owes(how):
     if how == "silent":
         office.pass_time(4.0, alive=(0, 1, second))
     office.hear(second, Ready())
-    office.hear(second, Written(2))
+    office.hear(second, Computed(2))
     match how:
         case "lost":
             office.lost.add(first)
@@ -158,11 +158,11 @@ def test_whoever_is_gone_is_dropped_and_others_compute_what_it_owes(how):
             office.pass_time(4.0, alive=(0, 1, first, second))
         case "nonsense":
             office.hear(first, LastItem(0))
-    assert not office.conductor.aborted
+    assert not office.coordinator.aborted
     assert "computed again: items 0, 1" in office.words[-1]
     assert office.scheduler.replicas == (1,)
-    assert office.hear(first, Written(0)) == []  # too late
-    office.hear(second, Written(3))
+    assert office.hear(first, Computed(0)) == []  # too late
+    office.hear(second, Computed(3))
     assert [assign.item for assign in office.assigned()][:1] in ([0], [1])
 
 
@@ -173,15 +173,15 @@ def test_slots_in_doubt_are_not_used_for_other_items_until_nobody_can_write_to_t
     office.lost.add(first)
     office.pass_time(1.0)
     office.hear(second, Ready())
-    assert office.assigned() == [Assign(0, 1, 2), Assign(1, 1, 3)]
-    office.hear(second, Written(0), Written(1))
+    assert office.assigned() == [Dispatch(0, 1, 2), Dispatch(1, 1, 3)]
+    office.hear(second, Computed(0), Computed(1))
     assert office.assigned() == []  # two slots hold items, two are in doubt
     office.release(0)
-    assert office.assigned() == [Assign(2, 1, 2)]
+    assert office.assigned() == [Dispatch(2, 1, 2)]
     office.pass_time(DRAIN_S - 0.5, alive=(0, 1, second))
     assert office.assigned() == []
     office.pass_time(1.0, alive=(0, 1, second))
-    assert office.assigned() == [Assign(3, 1, 0)]
+    assert office.assigned() == [Dispatch(3, 1, 0)]
 
 
 def test_a_replica_that_was_given_up_and_lives_on_keeps_its_slots_in_doubt():
@@ -191,25 +191,25 @@ def test_a_replica_that_was_given_up_and_lives_on_keeps_its_slots_in_doubt():
     office.pass_time(4.0, alive=(0, 1, second))
     office.pass_time(2.0, alive=(0, 1, second))
     office.hear(second, Ready())
-    office.hear(second, Written(0), Written(1))
+    office.hear(second, Computed(0), Computed(1))
     for _ in range(20):
         office.pass_time(2.0, alive=(0, 1, second))
-    assert office.scheduler.places.free == 0
-    office.hear(first, Produced(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0))  # all that it wrote has arrived
-    assert office.assigned() == [Assign(2, 1, 0), Assign(3, 1, 1)]
+    assert office.scheduler.slots.free == 0
+    office.hear(first, Produced(ProducerReport()))  # all that it wrote has arrived
+    assert office.assigned() == [Dispatch(2, 1, 0), Dispatch(3, 1, 1)]
 
 
 def test_where_no_slot_is_free_an_item_is_computed_again_into_its_own():
-    places = Places(2, 0)
-    places.take(0)
-    places.take(1)
-    places.doubt([0], replica=7)
-    places.renew(0)
-    assert places[0] == 0
-    places.give_back(0)
-    assert places.free == 0
-    places.clear(7)
-    assert places.free == 1
+    slots = Slots(2)
+    slots.take(0)
+    slots.take(1)
+    slots.doubt([0], replica=7)
+    slots.renew(0)
+    assert slots[0] == 0
+    slots.give_back(0)
+    assert slots.free == 0
+    slots.clear(7)
+    assert slots.free == 1
 
 
 def test_a_replica_that_is_asked_to_stop_leaves_without_a_trace():
@@ -217,22 +217,22 @@ def test_a_replica_that_is_asked_to_stop_leaves_without_a_trace():
     first = office.join()
     office.hear(first, Ready())
     assert office.hear(first, StopRequest("SIGTERM")) == [Stop()]
-    assert office.scheduler.places.free == SLOTS - 2
-    office.hear(first, Written(0), Written(1), Produced(2, 20, 1.0, 2.0, 0.0, 0.0, 0.0), Goodbye())
-    assert office.scheduler.places.free == SLOTS - 2  # the items wait for somebody, in their slots
-    assert office.conductor.guests is not None
-    assert office.conductor.guests.reports == [Produced(2, 20, 1.0, 2.0, 0.0, 0.0, 0.0)]
+    assert office.scheduler.slots.free == SLOTS - 2
+    office.hear(first, Computed(0), Computed(1), Produced(REPORT), Goodbye())
+    assert office.scheduler.slots.free == SLOTS - 2  # the items wait for somebody, in their slots
+    assert office.coordinator.replicas is not None
+    assert office.coordinator.replicas.reports == [REPORT]
     second = office.join(B)
-    assert office.hear(second, Ready()) == [Assign(0, 1, 0), Assign(1, 1, 1)]
+    assert office.hear(second, Ready()) == [Dispatch(0, 1, 0), Dispatch(1, 1, 1)]
 
 
-@pytest.mark.parametrize(("last", "more"), [(9, 0), (3, 1)])
+@pytest.mark.parametrize(("last", "more"), [(9, False), (3, True)])
 def test_at_the_end_all_are_let_go_and_told_whether_the_run_goes_on(last, more):
     office = Office(end_item=10)
     first = office.join()
     office.hear(first, Ready())
     for item in range(last + 1):
-        office.hear(first, Written(item))
+        office.hear(first, Computed(item))
         office.release(item)
     if more:
         office.hear(0, LastItem(last))
@@ -248,38 +248,38 @@ def test_without_a_replica_the_run_ends_in_time_and_says_so():
     for _ in range(7):
         office.pass_time(4.0)
     assert office.words == ["no target replica is there, waiting up to 20 s (control.replica_timeout_s): " + START]
-    assert office.conductor.aborted is not None
+    assert office.coordinator.aborted is not None
     said = "no target replica has been there for 20 s (control.replica_timeout_s): "
-    assert str(office.conductor.aborted.error()) == said + START
+    assert str(office.coordinator.aborted.error()) == said + START
 
 
 def test_who_speaks_another_version_or_comes_twice_is_refused():
     office = Office()
     old = office.join(version=1)
     assert isinstance(office.sent[-1][1], Abort)
-    assert office.sent[-1][1].kind == "refused"
+    assert office.sent[-1][1].refused
     assert "version 1" in office.sent[-1][1].message
     assert office.sent[-1][0] == (old,)
     office.join(A)
     office.join(A)
     assert "no place" in office.sent[-1][1].message  # type: ignore[union-attr]
-    assert not office.conductor.aborted
+    assert not office.coordinator.aborted
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_happens_every_item_is_delivered_once_and_no_slot_has_two_items(seed):
     chance, office = random.Random(seed), Office(end_item=60)
-    owed: dict[int, list[Assign]] = {}
+    owed: dict[int, list[Dispatch]] = {}
     ghosts: dict[int, tuple[float, list[int]]] = {}  # of replicas that are lost: when, slots they may still write to
     holding: dict[int, int] = {}
     trained = 0
     while trained < 60:
         for ranks, message in office.sent:
-            if isinstance(message, Assign):
+            if isinstance(message, Dispatch):
                 owed.setdefault(ranks[0], []).append(message)
                 assert message.slot not in {slot for item, slot in holding.items() if item != message.item}
                 in_doubt = {s for lost_at, slots in ghosts.values() if office.now <= lost_at + DRAIN_S for s in slots}
-                assert message.slot not in in_doubt or office.scheduler.places.free == 0
+                assert message.slot not in in_doubt or office.scheduler.slots.free == 0
         office.sent.clear()
         live = [rank for rank in owed if rank not in ghosts]
         step = chance.random()
@@ -300,8 +300,8 @@ def test_whatever_happens_every_item_is_delivered_once_and_no_slot_has_two_items
             assign = owed[rank].pop(0)
             assert assign.item not in holding
             holding[assign.item] = assign.slot
-            office.hear(rank, Written(assign.item))
-            assert (0, 1) in [ranks for ranks, message in office.sent if isinstance(message, Arrived)]
+            office.hear(rank, Computed(assign.item))
+            assert (0, 1) in [ranks for ranks, message in office.sent if isinstance(message, Deliver)]
             continue
         elif trained in holding:
             del holding[trained]
@@ -309,22 +309,22 @@ def test_whatever_happens_every_item_is_delivered_once_and_no_slot_has_two_items
             trained += 1
             continue
         office.pass_time(1.0, alive=(0, 1, *(rank for rank in owed if rank not in ghosts)))
-    assert not office.conductor.aborted
+    assert not office.coordinator.aborted
 
 
-def test_identities_of_guests_need_the_token():
+def test_identities_of_target_worlds_need_the_token():
     token = new_token()
-    assert is_guest(guest_identity(token, A, 3), token)
-    assert not is_guest(guest_identity(token, A, 3), new_token())
-    assert not is_guest(identity(token, 3), token)
+    assert is_remote(identity(token, 3, A), token)
+    assert not is_remote(identity(token, 3, A), new_token())
+    assert not is_remote(identity(token, 3), token)
 
 
 def test_a_rendezvous_is_for_the_user_alone_and_goes_with_the_draft_world(tmp_path):
     rendezvous = Rendezvous(tmp_path, "")
     assert rendezvous.look() is None
     for port in (1, 2):
-        rendezvous.publish(Door(f"tcp://h:{port}", b"0" * 16))
-    assert rendezvous.look() == Door("tcp://h:2", b"0" * 16)
+        rendezvous.publish(ControlAddress(f"tcp://h:{port}", b"0" * 16))
+    assert rendezvous.look() == ControlAddress("tcp://h:2", b"0" * 16)
     assert stat.S_IMODE((tmp_path / "scheduler.json").stat().st_mode) == 0o600
     rendezvous.withdraw()
     assert rendezvous.look() is None
@@ -337,18 +337,18 @@ def test_a_given_address_needs_a_common_secret(tmp_path, monkeypatch):
         rendezvous.look()
     monkeypatch.setenv("SPECDIST_TOKEN", "0" * 32)
     assert rendezvous.place() == ("127.0.0.1", 7000, bytes(16))
-    assert rendezvous.look() == Door("tcp://127.0.0.1:7000", bytes(16))
+    assert rendezvous.look() == ControlAddress("tcp://127.0.0.1:7000", bytes(16))
 
 
 def test_the_terms_survive_the_wire_and_name_what_differs():
-    resume = ResumePlan(Progress(3, 6, Cursor(0, 9), "f"), None, 20, 10)
-    terms = Terms(("a", "a", "b"), 1, 8, resume, {"run.seed": 0, "prompts": "f"})
+    terms = Terms((("a", 2), ("b", 1)), 1, 8, 3, Cursor(0, 9), 6, 20, {"run.seed": "0", "prompts": "f"})
     assert Terms.from_json(terms.to_json()) == terms
-    terms.check({"run.seed": 0, "prompts": "f"})
+    assert terms.hosts == ("a", "a", "b")
+    terms.check({"run.seed": "0", "prompts": "f"})
     with pytest.raises(ConfigError, match=r"differs in run\.seed \(1 here, 0 there\)$"):
-        terms.check({"run.seed": 1, "prompts": "f"})
+        terms.check({"run.seed": "1", "prompts": "f"})
     with pytest.raises(ConfigError, match="do not fit"):
-        dataclasses.replace(terms, hosts=tuple(f"a-very-long-name-of-a-host-{n}" for n in range(1000))).to_json()
+        dataclasses.replace(terms, host_ranks=tuple((f"a-long-name-of-a-host-{n}", 8) for n in range(1200))).to_json()
 
 
 def test_worlds_of_one_role_and_how_a_target_world_counts_beside_a_draft_world():
