@@ -31,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from specdist.core.config import Sources
     from specdist.core.launch_env import Attempt, RankFacts
     from specdist.job.config import home, job_of
+    from specdist.run.context import Start
     from specdist.run.rank_log import RankLog
-    from specdist.run.runtime import Start, run
+    from specdist.run.runtime import run
 
     try:
         facts, attempt = RankFacts.from_environment(), Attempt.from_environment()

@@ -5,31 +5,28 @@ One directory per attempt, RUN_DIR/logs/<job>.<restart>/ (see `launch_env.Attemp
 
 started.json     when, on which hosts, with how many ranks
 outcome.json     finished, or stopped (a signal, the time limit): written by the rank that saved
-failure.json     the first failure; whoever meets it first writes it, what the others meet later is a consequence
+failure.json     the first failure, by the rank that meets it first; what the others meet later is a consequence
 ROLE/HOST-rankN.log
 trace/, trace.json   what every rank recorded of the traced steps, and all of it together (specdist/run/timeline.py)
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from specdist.core.errors import UserError, WorldError
-from specdist.core.files import write_atomically
+from specdist.core.files import read_json, to_json, write_atomically
 from specdist.core.stop import StopReason
 
 Kind = Literal["input", "error", "device", "lost", "world"]
 """input: the user's configuration or data; error: an exception of the code; device: a GPU or its communication; lost: a
 rank was killed or stopped answering; world: the ranks did not come together."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -156,11 +153,11 @@ class AttemptRecord:
 
     def begin(self, started: Started) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.directory / "started.json", json.dumps(asdict(started), indent=1) + "\n")
+        write_atomically(self.directory / "started.json", to_json(started))
 
     def end(self, ending: Ending) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.directory / "outcome.json", json.dumps(asdict(ending), indent=1) + "\n")
+        write_atomically(self.directory / "outcome.json", to_json(ending))
 
     def fail(self, failure: Failure) -> bool:
         """Record the failure unless one is recorded; whether this was the first.
@@ -170,7 +167,7 @@ class AttemptRecord:
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         own = self.directory / f".failure-{failure.host}-{os.getpid()}"
-        own.write_text(json.dumps(asdict(failure), indent=1) + "\n")
+        own.write_text(to_json(failure))
         try:
             os.link(own, self.failure_file)  # atomic, also over NFS, and refused where the file exists
         except FileExistsError:
@@ -180,14 +177,10 @@ class AttemptRecord:
         return True
 
     def started(self) -> Started | None:
-        found = self._read("started.json")
-        return None if found is None else Started(**(found | {"hosts": tuple(found["hosts"])}))
+        return read_json(self.directory / "started.json", Started)
 
     def ending(self) -> Ending | None:
-        found = self._read("outcome.json")
-        if found is None:
-            return None
-        return Ending(**(found | {"reason": StopReason(found["reason"]) if found["reason"] else None}))
+        return read_json(self.directory / "outcome.json", Ending)
 
     def failed(self) -> Failure | None:
         """The failure that ended the attempt: not what ranks met because others had been stopped."""
@@ -195,15 +188,7 @@ class AttemptRecord:
         return None if failure is not None and failure.of_leaving and self.ending() is not None else failure
 
     def failure(self) -> Failure | None:
-        found = self._read("failure.json")
-        return None if found is None else Failure(**found)
-
-    def _read(self, name: str) -> dict[str, Any] | None:
-        try:
-            found: dict[str, Any] = json.loads((self.directory / name).read_text())
-        except FileNotFoundError:
-            return None
-        return found
+        return read_json(self.failure_file, Failure)
 
 
 def attempts(run_dir: Path) -> list[AttemptRecord]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process groups that a target's engine needs: told by the engine, made by the world."""
+"""The process groups that a target's engine needs: named by the engine, made by the world."""
 
 from __future__ import annotations
 

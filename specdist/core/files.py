@@ -5,6 +5,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -16,6 +21,19 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     temporary.rename(path)
     sync_directory(path.parent)
+
+
+def to_json(value: Any) -> str:
+    """A dataclass, or what JSON knows, as text for people and programs."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=1).decode() + "\n"
+
+
+def read_json(path: Path, kind: type[T]) -> T | None:
+    """The value of type `kind` in a file; None where there is no file. Raises msgspec.MsgspecError."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
 
 
 def sync_directory(directory: Path) -> None:

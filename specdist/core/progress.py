@@ -46,6 +46,10 @@ class Progress:
     """Identity of the prompts; a cursor means nothing in other data."""
 
 
+def checkpoint_path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}"
+
+
 def committed(directory: Path) -> list[Path]:
     """The complete checkpoints under `directory`, oldest first."""
     return sorted(path.parent for path in directory.glob(f"step-*/{COMMIT}"))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is at work in a run directory: the attempt that leads it says every few seconds that it is there.
+"""A lease on a run directory: the attempt that leads the run renews a file every few seconds.
 
-Two starts in one directory would mix their checkpoints and records. A lock of the file system would not do: not every
-shared one has them, and that of a host which is lost stays. Nor would an age: clocks differ, and shared file systems
-show what is old for a while. So whoever comes second watches whether the file still changes.
+Two starts in one directory would mix their checkpoints and records. `filelock` does not serve here: the starts are on
+different hosts, not every shared file system has locks, and the lock of a host that is lost stays. The age of the file
+does not serve either: clocks differ, and shared file systems show old contents for a while. So the second start watches
+whether the file still changes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _FILE = "alive"
 
 
 class Lease:
-    """Says that an attempt is at work, from a thread, until it is left."""
+    """Held by an attempt, and renewed from a thread, until the context is left."""
 
     def __init__(self, record: AttemptRecord) -> None:
         self._file = record.directory / _FILE
@@ -49,7 +50,7 @@ class Lease:
 
     def _say(self, count: int) -> None:
         fresh = self._file.with_name(f".{_FILE}")
-        with contextlib.suppress(OSError):  # a full disk is for those to tell who have something to keep
+        with contextlib.suppress(OSError):  # a full disk is reported by what has something to keep
             fresh.write_text(f"{count} {time.time():.0f}\n")
             fresh.rename(self._file)
 
@@ -90,7 +91,7 @@ def refuse_if_held(home: Path, job: str) -> None:
 
 
 def _read(record: AttemptRecord) -> str | None:
-    """What the attempt has said last; None: nothing, or it has left."""
+    """What the attempt has written last; None: nothing, or it has left."""
     try:
         return (record.directory / _FILE).read_text()
     except FileNotFoundError:

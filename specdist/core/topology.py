@@ -28,8 +28,8 @@ class WorldConfig:
     world leads the run, and any number of target worlds join it. Needs channel.transport=mooncake."""
     scheduler: str = ""
     """Two worlds without a run directory that both see: HOST:PORT of rank 0 of the draft world, where it opens the
-    control plane and target worlds look for it; SPECDIST_TOKEN is then their common secret. Empty: it is told in the
-    run directory."""
+    control plane and target worlds look for it; SPECDIST_TOKEN is then their common secret. Empty: the address
+    is in the run directory."""
     order: Literal["target_first", "draft_first"] = "target_first"
     """Which role takes the lowest ranks."""
     target_hosts: tuple[str, ...] = ()

@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run starts and where it ends: found by one rank, told to all, so that they cannot disagree."""
+"""Where a run starts and where it ends: found by one rank for all, so that they cannot disagree."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
+import msgspec
 
-from specdist.core.errors import ConfigError, WorldError
+from specdist.core.errors import ConfigError
 from specdist.core.progress import Progress, committed, read_progress
-from specdist.core.records import Cursor
 from specdist.job.config import JobConfig
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.store import PromptStore
@@ -37,14 +33,11 @@ class ResumePlan:
         return self.progress.step >= self.total_steps
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), default=str)
+        return msgspec.json.encode(self, enc_hook=str).decode()
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ResumePlan:
-        raw = json.loads(text)
-        progress = Progress(**(raw["progress"] | {"cursor": Cursor(**raw["progress"]["cursor"])}))
-        path = Path(raw["checkpoint"]) if raw["checkpoint"] else None
-        return cls(progress, path, raw["end_item"], raw["total_steps"])
+        return msgspec.json.decode(text, type=cls, dec_hook=lambda kind, value: kind(value))
 
 
 def find_resume_plan(job: JobConfig, run_dir: RunDirectory, prompts: PromptStore, stream: Stream) -> ResumePlan:
@@ -77,15 +70,3 @@ def find_resume_plan(job: JobConfig, run_dir: RunDirectory, prompts: PromptStore
         return ResumePlan(progress, checkpoint, progress.next_item + left, job.train.steps)
     left = stream.count_items(job.train.epochs or 1, start=progress.cursor)
     return ResumePlan(progress, checkpoint, progress.next_item + left, progress.step + -(-left // accumulation))
-
-
-def share_resume_plan(store: dist.Store, resume: ResumePlan | None, timeout_s: float) -> ResumePlan:
-    """Publish (the rank that has one) or receive the resume plan."""
-    if resume is not None:
-        store.set("resume", resume.to_json())
-        return resume
-    try:
-        store.wait(["resume"], timedelta(seconds=timeout_s))
-    except dist.DistError as error:
-        raise WorldError(f"the leading rank did not say where the run starts within {timeout_s:.0f} s") from error
-    return ResumePlan.from_json(store.get("resume"))

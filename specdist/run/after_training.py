@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from specdist.core.attempts import Ending
-from specdist.core.files import write_atomically
-from specdist.core.progress import Progress
-from specdist.core.stop import StopFlag, StopReason
+from specdist.core.files import to_json, write_atomically
+from specdist.core.progress import Progress, checkpoint_path
+from specdist.core.stop import StopReason
 from specdist.evaluate.report import EvaluationReport, render
 from specdist.export import Trained, export_draft, written_formats
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.run_dir import RunDirectory
 from specdist.job.split import verdict
+from specdist.run.context import RankContext
 from specdist.run.drafts import served_draft
 from specdist.run.evaluation import evaluate_drafts, obstacle
 from specdist.scheduler.messages import ProducerReport
@@ -63,65 +64,67 @@ class Sides:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training has come to: the whole weights on the CPU, where it stopped, and what was measured on the way."""
+    """The result of training: the whole weights on the CPU, where it stopped, and what was measured on the way."""
 
     state: Mapping[str, Tensor]
     progress: Progress
-    total_steps: int
-    figures: Mapping[str, float]
+    metrics: Mapping[str, float]
+    """See `RunReporter.totals`."""
     producers: Sequence[ProducerReport]
-    draft_ranks: int
-
-    @property
-    def finished(self) -> bool:
-        return self.progress.step >= self.total_steps
 
 
-def finish(
-    job: JobConfig, facts: JobFacts, run_dir: RunDirectory, outcome: Outcome, device: torch.device, stop: StopFlag
-) -> Ending:
+class _StopAsked(Exception):
+    """Ends an evaluation."""
+
+
+def finish(context: RankContext, outcome: Outcome) -> Ending:
     """Export, evaluate, write summary.json and print it; returns how the attempt ended. One rank calls this.
 
     A stop that is asked for meanwhile ends the evaluation; the same command then does it anew.
     """
-    sides = _sides(job, outcome)
+    job, run_dir, stop, step = context.job, context.run_dir, context.stop, outcome.progress.step
+    finished = step >= context.resume.total_steps
+    sides = _sides(context, outcome)
     summary: dict[str, object] = {
-        "step": outcome.progress.step,
-        "total_steps": outcome.total_steps,
-        "finished": outcome.finished,
-        "training": dict(outcome.figures),
+        "step": step,
+        "total_steps": context.resume.total_steps,
+        "finished": finished,
+        "training": dict(outcome.metrics),
         "sides": dataclasses.asdict(sides) | {"verdict": sides.verdict()},
-        "checkpoint": str(run_dir.checkpoints / f"step-{outcome.progress.step:08d}"),
+        "checkpoint": str(checkpoint_path(run_dir.checkpoints, step)),
         "exports": [],
     }
-    if not outcome.figures["steps"]:
-        summary |= _earlier(run_dir, outcome.progress.step)
+    if not outcome.metrics["steps"]:
+        summary |= _earlier(run_dir, step)
     exports: list[Path] = []
-    found = ""
-    if outcome.finished and job.world.mode != "draft_only":
-        exports = export_all(job, facts, run_dir, outcome.state)
+    evaluation = ""
+    if finished and job.world.mode != "draft_only":
+        exports = export_all(job, context.facts, run_dir, outcome.state)
         summary["exports"] = [str(path) for path in exports]
-        write_atomically(run_dir.summary, json.dumps(summary, indent=1) + "\n")  # whatever the evaluation comes to
-        if job.evaluate.prompts and (reason := obstacle(facts, device)):
+        write_atomically(run_dir.summary, to_json(summary))  # whatever the evaluation comes to
+        if job.evaluate.prompts and (reason := obstacle(context.facts, context.world.device)):
             print(f"specdist: not evaluated: {reason}; `specdist eval` does it elsewhere", file=sys.stderr)
             summary["not_evaluated"] = reason
         elif job.evaluate.prompts:
             try:
-                before, after = _compare(job, facts, run_dir, outcome.state, device, stop)
+                before, after = _compare(context, outcome.state)
             except _StopAsked:
-                return _stopped_evaluating(outcome, stop)
+                ending = Ending("stopped", step, stop.reason, f"{stop.detail}, during the evaluation")
+                words = f"specdist: stopped after {step} steps ({ending.why}); the same command evaluates again."
+                print(words, file=sys.stderr, flush=True)
+                return ending
             gain = after.acceptance_length - before.acceptance_length
             summary["evaluation"] = {"before": before.to_dict(), "after": after.to_dict(), "gain": gain}
-            found = render(after, before)
-    write_atomically(run_dir.summary, json.dumps(summary, indent=1) + "\n")
-    _tell(run_dir, outcome, sides, exports, found)
-    if outcome.finished:
-        return Ending("finished", outcome.progress.step)
-    return Ending("stopped", outcome.progress.step, stop.reason or StopReason.ANOTHER_RANK, stop.detail)
+            evaluation = render(after, before)
+    write_atomically(run_dir.summary, to_json(summary))
+    _print(context, outcome, sides, exports, evaluation)
+    if finished:
+        return Ending("finished", step)
+    return Ending("stopped", step, stop.reason or StopReason.ANOTHER_RANK, stop.detail)
 
 
 def _earlier(run_dir: RunDirectory, step: int) -> dict[str, object]:
-    """What a start that had nothing left to train keeps of the summary before it: the figures of training."""
+    """What a start that had nothing left to train keeps of the summary before it: what was measured in training."""
     try:
         earlier = json.loads(run_dir.summary.read_text())
         return {key: earlier[key] for key in ("training", "sides")} if earlier["step"] == step else {}
@@ -129,39 +132,19 @@ def _earlier(run_dir: RunDirectory, step: int) -> dict[str, object]:
         return {}
 
 
-class _StopAsked(Exception):
-    """Ends an evaluation."""
-
-
-def _compare(
-    job: JobConfig,
-    facts: JobFacts,
-    run_dir: RunDirectory,
-    state: Mapping[str, Tensor],
-    device: torch.device,
-    stop: StopFlag,
-) -> list[EvaluationReport]:
-    """The draft as it was before training, and as it is."""
+def _compare(context: RankContext, state: Mapping[str, Tensor]) -> list[EvaluationReport]:
+    """The draft as it was before training, and as it is. Raises _StopAsked."""
 
     def check() -> None:
-        if stop:
+        if context.stop:
             raise _StopAsked
 
+    job, facts, device = context.job, context.facts, context.world.device
     drafts = {
-        f"evaluate {name} training": partial(served_draft, job, facts, run_dir, device, weights)
+        f"evaluate {name} training": partial(served_draft, job, facts, context.run_dir, device, weights)
         for name, weights in (("before", None), ("after", state))
     }
     return evaluate_drafts(job, facts, drafts, device, check)
-
-
-def _stopped_evaluating(outcome: Outcome, stop: StopFlag) -> Ending:
-    ending = Ending("stopped", outcome.progress.step, stop.reason, f"{stop.detail}, during the evaluation")
-    print(
-        f"specdist: stopped after {outcome.progress.step} steps ({ending.why}); the same command evaluates again.",
-        file=sys.stderr,
-        flush=True,
-    )
-    return ending
 
 
 def export_all(
@@ -181,34 +164,31 @@ def export_all(
     ]
 
 
-def _sides(job: JobConfig, outcome: Outcome) -> Sides:
-    figures = outcome.figures
-    if job.world.mode != "split":
-        alone = job.world.mode == "draft_only"
-        return Sides(figures["tokens_per_s"], 0.0, draft_ranks=outcome.draft_ranks, alone=alone)
-    able = sum(p.busy_tokens_per_s for p in outcome.producers)
-    waits, ranks = (figures["draft_wait"], figures["target_wait"]), (len(outcome.producers), outcome.draft_ranks)
-    return Sides(figures["tokens_per_s"], waits[0], able, waits[1], *ranks, job.draft.chosen.moves)
+def _sides(context: RankContext, outcome: Outcome) -> Sides:
+    metrics, mode, ranks = outcome.metrics, context.job.world.mode, len(context.topology.draft_ranks)
+    if mode != "split":
+        return Sides(metrics["tokens_per_s"], 0.0, draft_ranks=ranks, alone=mode == "draft_only")
+    return Sides(
+        metrics["tokens_per_s"],
+        metrics["draft_wait"],
+        sum(p.busy_tokens_per_s for p in outcome.producers),
+        metrics["target_wait"],
+        len(outcome.producers),
+        ranks,
+        context.job.draft.chosen.moves,
+    )
 
 
-def _tell(run_dir: RunDirectory, outcome: Outcome, sides: Sides, exports: Sequence[Path], evaluation: str) -> None:
-    progress, figures = outcome.progress, outcome.figures
-    lines = [""]
-    if not outcome.finished:
-        stopped = f"Stopped at step {progress.step} of {outcome.total_steps}"
-        lines.append(f"{stopped}; the same command goes on from there.")
-    else:
-        lines.append(f"Trained {progress.step} steps.")
-    trained = bool(figures["steps"])
-    if trained:
-        tokens, seconds = figures["tokens"], figures["seconds"]
-        lines.append(f"  this start     {figures['steps']:,.0f} steps, {tokens:,.0f} tokens in {seconds:.0f} s")
-    else:
-        lines.append("  this start     nothing was left to train")
+def _print(context: RankContext, outcome: Outcome, sides: Sides, exports: Sequence[Path], evaluation: str) -> None:
+    run_dir, step, total, metrics = context.run_dir, outcome.progress.step, context.resume.total_steps, outcome.metrics
+    stopped = f"Stopped at step {step} of {total}; the same command goes on from there."
+    lines = ["", stopped if step < total else f"Trained {step} steps."]
+    trained = bool(metrics["steps"])
+    this_start = f"{metrics['steps']:,.0f} steps, {metrics['tokens']:,.0f} tokens in {metrics['seconds']:.0f} s"
+    lines.append(f"  this start     {this_start if trained else 'nothing was left to train'}")
     lines += [f"  {line}" for line in evaluation.splitlines()]
-    if trained:
-        lines += sides.lines()
-    lines.append(f"  checkpoint     {run_dir.checkpoints / f'step-{progress.step:08d}'}")
+    lines += sides.lines() if trained else []
+    lines.append(f"  checkpoint     {checkpoint_path(run_dir.checkpoints, step)}")
     lines += [f"  export         {path}" for path in exports]
     lines.append(f"  figures        {run_dir.summary}, {run_dir.metrics}")
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one rank knows once the world is up: all that its role is made of."""
+"""What one rank knows: first of its world, then of the run that it takes part in. All that its role is made of."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from specdist.channel.base import Transport
 from specdist.channel.wire import AddressBook, Wire
-from specdist.core.attempts import AttemptRecord
+from specdist.core.attempts import AttemptRecord, Failure, Started
+from specdist.core.launch_env import Attempt, RankFacts
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
 from specdist.job import config as jobs
@@ -17,66 +20,101 @@ from specdist.job.run_dir import RunDirectory
 from specdist.prompts.items import Items
 from specdist.prompts.store import PromptStore
 from specdist.prompts.stream import Stream
+from specdist.run.rank_log import RankLog
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.server import ControlServer
 from specdist.target.base import TargetModel
 from specdist.target.registry import load_target
 from specdist.training.profile import Profile
 from specdist.world.groups import Groups, World
 
 
-def stream_of(job: JobConfig, topology: Topology, prompts: PromptStore) -> Stream:
-    """The stream of work items, the same on every rank."""
-    return Stream(prompts.lengths, topology.shards, job.prompts.tokens_per_rank, job.run.seed)
-
-
 @dataclass(frozen=True)
-class Rank:
-    """What one rank knows once the world is up."""
+class Start:
+    """The attempt that a rank is part of, and where its output goes."""
+
+    attempt: Attempt
+    record: AttemptRecord
+    log: RankLog
+
+    def report(self, error: BaseException, facts: RankFacts) -> None:
+        """Record what this rank has met, and show it, unless it is a consequence of what is on record."""
+        failure = Failure.of(error, facts.rank, facts.host)
+        if self.record.fail(failure):
+            print(failure.render(self.record.failure_file), file=self.log.terminal, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldContext:
+    """What a rank knows once its world is up."""
 
     job: JobConfig
     facts: JobFacts
+    start: Start
     world: World
     topology: Topology
     groups: Groups
-    run_dir: RunDirectory
     prompts: PromptStore
-    resume: ResumePlan
-    client: ControlClient
     stop: StopFlag
-    record: AttemptRecord
-    profile: Profile
-    server: ControlServer | None = None
-    """The scheduler's end of the control plane, on rank 0."""
 
     @property
     def rank(self) -> int:
         return self.world.facts.rank
 
     @property
+    def record(self) -> AttemptRecord:
+        return self.start.record
+
+    @property
+    def run_dir(self) -> RunDirectory:
+        return RunDirectory(Path(self.job.run.dir))
+
+    @property
     def timeout_s(self) -> float:
         return self.job.world.wait_timeout_s
-
-    def items(self) -> Items:
-        progress, stream = self.resume.progress, stream_of(self.job, self.topology, self.prompts)
-        return Items(stream, progress.cursor, progress.next_item, self.resume.end_item)
 
     @property
     def transport(self) -> Transport:
         return jobs.transport(self.job, self.world.device)
 
+    def stream(self) -> Stream:
+        """The stream of work items, the same on every rank."""
+        job = self.job
+        return Stream(self.prompts.lengths, self.topology.shards, job.prompts.tokens_per_rank, job.run.seed)
+
     def wire(self, between_worlds: AddressBook | None = None) -> Wire:
-        return Wire(
-            self.job.channel,
-            self.topology,
-            self.world,
-            self.groups,
-            self.facts.layout,
-            self.timeout_s,
-            between_worlds,
-        )
+        """This rank's end of the channel."""
+        layout, timeout_s = self.facts.layout, self.timeout_s
+        return Wire(self.job.channel, self.topology, self.world, self.groups, layout, timeout_s, between_worlds)
 
     def load_engine(self, tokens: int) -> TargetModel:
         """The target of this rank's replica, for batches of up to `tokens`; all ranks of the replica call it."""
-        self.client.phase = "loading the target"
         return load_target(self.job.target, self.facts.layout, self.world.device, self.groups.replica, tokens)
+
+    def begun(self, step: int = 0) -> Started:
+        """The beginning of an attempt that no launcher of ours has recorded."""
+        return Started("torchrun", tuple(dict.fromkeys(self.world.hosts)), self.topology.world_size, step)
+
+    def beside(self, hosts: tuple[str, ...], cp: int) -> WorldContext:
+        """This rank of a target world as a draft world on `hosts`, whose ranks come first, counts it."""
+        topology = self.topology.beside(hosts, cp)
+        facts = dataclasses.replace(self.world.facts, rank=len(hosts) + self.rank)
+        return dataclasses.replace(
+            self, topology=topology, world=dataclasses.replace(self.world, facts=facts, hosts=topology.hosts)
+        )
+
+    def in_run(self, resume: ResumePlan, client: ControlClient, profile: Profile) -> RankContext:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(WorldContext)}
+        return RankContext(**fields, resume=resume, client=client, profile=profile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankContext(WorldContext):
+    """What a rank knows in a run: where that starts and ends, and its end of the control plane."""
+
+    resume: ResumePlan
+    client: ControlClient
+    profile: Profile
+
+    def items(self) -> Items:
+        progress = self.resume.progress
+        return Items(self.stream(), progress.cursor, progress.next_item, self.resume.end_item)

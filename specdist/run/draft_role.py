@@ -18,7 +18,7 @@ from specdist.job import config as jobs
 from specdist.job.config import JobConfig
 from specdist.prompts.items import Items
 from specdist.run.after_training import Outcome, finish
-from specdist.run.context import Rank
+from specdist.run.context import RankContext
 from specdist.run.drafts import new_draft
 from specdist.run.feature_source import ColocatedSource, RemoteSource, SyntheticSource, local_shards
 from specdist.run.reporter import RunReporter
@@ -30,34 +30,42 @@ from specdist.training.recipe import Recipe
 from specdist.training.trainer import FeatureSource, Trainer, shard_draft
 
 
-def consume(rank: Rank) -> None:
+def consume(context: RankContext) -> None:
     """The role of a draft rank."""
-    job, topology, client = rank.job, rank.topology, rank.client
-    place = topology.draft_place(rank.rank)
+    job, topology, client = context.job, context.topology, context.client
+    place = topology.draft_place(context.rank)
     assert place is not None
-    assert rank.groups.checkpoint is not None
-    items = rank.items()
+    assert context.groups.checkpoint is not None
+    items = context.items()
     client.phase = "building the draft"
-    draft = _build_draft(rank)
+    draft = _build_draft(context)
     optimizer = build_optimizer(draft, job.optimizer)
-    number = topology.draft_ranks.index(rank.rank)
-    checkpointer = Checkpointer(rank.run_dir.checkpoints, job.checkpoint, rank.groups.checkpoint, number)
-    if rank.resume.checkpoint is not None:
-        client.phase = f"loading {rank.resume.checkpoint.name}"
-        checkpointer.load(rank.resume.checkpoint, draft, optimizer)
-    source = _source(rank, items, place.dp)
+    number = topology.draft_ranks.index(context.rank)
+    checkpointer = Checkpointer(context.run_dir.checkpoints, job.checkpoint, context.groups.checkpoint, number)
+    if context.resume.checkpoint is not None:
+        client.phase = f"loading {context.resume.checkpoint.name}"
+        checkpointer.load(context.resume.checkpoint, draft, optimizer)
+    source = _source(context, items, place.dp)
     trainer = Trainer(
-        draft, optimizer, source, items, rank.prompts, rank.groups, place.dp, rank.world.device, rank.profile
+        draft,
+        optimizer,
+        source,
+        items,
+        context.prompts,
+        context.groups,
+        place.dp,
+        context.world.device,
+        context.profile,
     )
-    recipe = Recipe(job.train, job.optimizer, job.checkpoint, job.metrics.every, rank.resume.total_steps)
-    leader = rank.rank == topology.draft_ranks[0]
+    recipe = Recipe(job.train, job.optimizer, job.checkpoint, job.metrics.every, context.resume.total_steps)
+    leader = context.rank == topology.draft_ranks[0]
     client.ready()
     client.wait_for_start()
-    with RunReporter(job, rank.run_dir, rank.resume, client, leader) as reporter:
-        progress = trainer.train(recipe, rank.resume.progress, checkpointer, rank.stop, reporter)
-        figures = reporter.totals()
+    with RunReporter(job, context.run_dir, context.resume, client, leader) as reporter:
+        progress = trainer.train(recipe, context.resume.progress, checkpointer, context.stop, reporter)
+        metrics = reporter.totals()
     # The targets are let go first, so that nothing waits for however long the last save takes.
-    _end_the_run(rank, source, progress.next_item, leader)
+    _end_the_run(context, source, progress.next_item, leader)
     client.phase = "waiting for the reports of the target ranks"
     producers = client.reports() if leader and topology.mode == "split" else ()
     client.phase = "saving"
@@ -69,22 +77,20 @@ def consume(rank: Rank) -> None:
     torch.cuda.empty_cache()
     if leader:  # stays in the control plane, which keeps the run's status alive
         client.phase = "exporting and evaluating"
-        ranks = len(topology.draft_ranks)
-        outcome = Outcome(state, progress, rank.resume.total_steps, figures, producers, ranks)
-        rank.record.end(finish(job, rank.facts, rank.run_dir, outcome, rank.world.device, rank.stop))
-    rank.profile.finish()
+        context.record.end(finish(context, Outcome(state, progress, metrics, producers)))
+    context.profile.finish()
     client.close()
-    rank.stop.uninstall()
+    context.stop.uninstall()
     del landing  # until here: a replica that was dropped may still write into the ring
 
 
-def _build_draft(rank: Rank) -> DraftModel:
+def _build_draft(context: RankContext) -> DraftModel:
     """The draft on this rank's device, sharded over the draft mesh. Weights depend on the seed alone."""
-    job, facts, device, place = rank.job, rank.facts, rank.world.device, rank.topology.draft_place(rank.rank)
+    job, device, place = context.job, context.world.device, context.topology.draft_place(context.rank)
     assert place is not None
-    draft = new_draft(job, facts, rank.run_dir, device)
+    draft = new_draft(job, context.facts, context.run_dir, device)
     draft.share = ContextShare(place.cp, job.draft.cp)
-    return shard_draft(draft, rank.groups, _draft_dtype(job, device), job.draft.sharding)
+    return shard_draft(draft, context.groups, _draft_dtype(job, device), job.draft.sharding)
 
 
 def _draft_dtype(job: JobConfig, device: torch.device) -> torch.dtype:
@@ -94,24 +100,25 @@ def _draft_dtype(job: JobConfig, device: torch.device) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[job.draft.dtype]
 
 
-def _source(rank: Rank, items: Items, shard: int) -> FeatureSource:
-    job, topology, layout, device = rank.job, rank.topology, rank.facts.layout, rank.world.device
+def _source(context: RankContext, items: Items, shard: int) -> FeatureSource:
+    job, topology, layout, device = context.job, context.topology, context.facts.layout, context.world.device
     if topology.mode == "draft_only":
-        return SyntheticSource(layout, rank.facts.target.vocab_size, shard, device, job.run.seed)
+        return SyntheticSource(layout, context.facts.target.vocab_size, shard, device, job.run.seed)
     if topology.mode == "colocated":
-        own = local_shards(topology, rank.rank)
+        own = local_shards(topology, context.rank)
         rows = len(own) * job.prompts.tokens_per_rank
-        engine = rank.load_engine(rows)
+        context.client.phase = "loading the target"
+        engine = context.load_engine(rows)
         channel = LocalChannel(layout, own.index(shard), job.train.accumulation, rows, device)
-        source = ColocatedSource(engine, channel, topology, rank.rank, rank.prompts)
+        source = ColocatedSource(engine, channel, topology, context.rank, context.prompts)
         source.verify(items, job.target.verify)
         return source
-    slots, timeout_s = jobs.slots(job, layout), rank.timeout_s
-    book = _RingBook(rank.client, reachable_address()) if job.world.role == "draft" else None
+    slots, timeout_s = jobs.slots(job, layout), context.timeout_s
+    book = _RingBook(context.client, reachable_address()) if job.world.role == "draft" else None
     if book is not None:  # the scheduler says first when there is no replica for too long
         timeout_s += job.control.replica_timeout_s
-    receiver = rank.transport.receiver(rank.wire(book), slots, job.prompts.tokens_per_rank, rank.client.check)
-    return RemoteSource(rank.client, receiver, items, rank.stop, timeout_s, rank.world.device)
+    receiver = context.transport.receiver(context.wire(book), slots, job.prompts.tokens_per_rank, context.client.check)
+    return RemoteSource(context.client, receiver, items, context.stop, timeout_s, context.world.device)
 
 
 @dataclass(frozen=True)
@@ -128,14 +135,14 @@ class _RingBook:
         raise NotImplementedError("target ranks look for the rings of draft ranks, not the reverse")
 
 
-def _end_the_run(rank: Rank, source: FeatureSource, next_item: int, leader: bool) -> None:
+def _end_the_run(context: RankContext, source: FeatureSource, next_item: int, leader: bool) -> None:
     """Agree with the scheduler that nothing more is trained on, and let go of what was already on its way."""
     if leader:
-        rank.client.send(LastItem(next_item - 1))
+        context.client.send(LastItem(next_item - 1))
     if isinstance(source, RemoteSource):
         source.drain(next_item)
         return
-    while not any(isinstance(message, Stop) for message in rank.client.poll(1.0)):
+    while not any(isinstance(message, Stop) for message in context.client.poll(1.0)):
         pass
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from specdist.core.errors import ConfigError
-from specdist.core.files import write_atomically
+from specdist.core.files import to_json, write_atomically
 from specdist.core.progress import committed, read_progress
 from specdist.draft.base import DraftModel
 from specdist.evaluate.report import render
@@ -49,7 +48,7 @@ def evaluate_draft(
     make = partial(exported_draft, job, facts, draft, device) if draft else partial(_newest_draft, job, facts, device)
     (report,) = evaluate_drafts(job, facts, {"evaluate": make}, device)
     if output:
-        write_atomically(Path(output), json.dumps(report.to_dict(), indent=1) + "\n")
+        write_atomically(Path(output), to_json(report.to_dict()))
     return render(report)
 
 

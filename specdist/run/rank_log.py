@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every rank's output in a file of its own; the terminal hears of the run from few of them.
+"""Every rank's output in a file of its own; few of them also write to the terminal.
 
 Both output descriptors go to the file, so that what libraries and a dying interpreter write is there too. Rank 0 and
-the first draft rank also speak on the terminal, and any rank does that meets the world's first failure.
+the first draft rank also write to the terminal, and so does the rank that meets the world's first failure.
 """
 
 from __future__ import annotations

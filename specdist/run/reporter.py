@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of a run as it goes: joins what the trainer measured with what the scheduler counted."""
+"""The metrics of a run as it goes: what the trainer measured, joined with what the scheduler counted."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ class RunReporter(Reporter):
         return _Mark(time.monotonic(), self._steps, self._tokens, self._waited_s, self._client.statistics)
 
     def _target_wait(self) -> float:
-        """Share of the replicas' time without credits since the last record, or of the last one told, if that is all
-        that was told: the scheduler tells its statistics now and then only."""
+        """Share of the replicas' time without credits since the last record. The scheduler sends its statistics now and
+        then only; in between the share that they gave last holds."""
         now = self._client.statistics
         if now is not self._seen:
             self._target_waits, self._seen = _target_wait(self._seen, now), now

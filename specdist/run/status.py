@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`specdist status RUN_DIR`: where a run is, told from its files alone, on any host that sees them."""
+"""`specdist status RUN_DIR`: the state of a run, from its files alone, on any host that sees them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from specdist.core.attempts import AttemptRecord, attempts
 from specdist.core.errors import ConfigError
+from specdist.core.files import read_json
 from specdist.core.progress import committed, read_progress
 from specdist.job.run_dir import RunDirectory
 from specdist.job.split import verdict
@@ -38,14 +38,6 @@ class Status:
     phases: tuple[Phase, ...]
     time: float = field(default_factory=time.time)
 
-    @classmethod
-    def from_json(cls, text: str) -> Status:
-        raw: dict[str, Any] = json.loads(text)
-        raw["statistics"] = Statistics(**raw["statistics"])
-        raw["phases"] = tuple(Phase(**phase) for phase in raw["phases"])
-        raw["hosts"] = tuple(raw["hosts"])
-        return cls(**raw)
-
 
 def describe(run_dir: Path, now: float | None = None) -> str:
     """The state of a run in a few lines.
@@ -58,7 +50,7 @@ def describe(run_dir: Path, now: float | None = None) -> str:
     if not paths.config.exists() and not attempts(run_dir):
         raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml (give the run.dir of a job)")
     history = attempts(run_dir)
-    status = Status.from_json(paths.status.read_text()) if paths.status.exists() else None
+    status = read_json(paths.status, Status)
     lines = [f"{run_dir}: {_headline(history, status, now)}"]
     if status is not None and _is_current(history, status):
         lines += _running(status, _last_record(paths.metrics), now)

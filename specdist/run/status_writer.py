@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rank 0 lets people know of a run: status.json every few seconds, words on the terminal when nothing happens for
-long, and the first failure."""
+"""What rank 0 reports of a run: status.json every few seconds, a line on the terminal when nothing happens for long,
+and the first failure."""
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 from specdist.core.attempts import AttemptRecord, Ending, Failure
-from specdist.core.files import write_atomically
+from specdist.core.files import to_json, write_atomically
 from specdist.core.launch_env import Attempt
 from specdist.core.stop import StopReason
 from specdist.job.resume_plan import ResumePlan
@@ -26,9 +24,9 @@ from specdist.training.profile import NO_PROFILE, Profile
 logger = logging.getLogger(__name__)
 
 _QUIET_S = 20.0
-"""After so long without progress the terminal is told what the ranks are doing; then after twice as long, and so on."""
-_TOLD = 3
-"""So many phases are told at once."""
+"""Seconds without progress after which the terminal shows what the ranks are doing; then twice as many, and so on."""
+_SHOWN = 3
+"""Phases that are shown at once, at most."""
 
 
 class StatusWriter(Observer):
@@ -81,7 +79,7 @@ class StatusWriter(Observer):
             statistics=statistics,
             phases=tuple(phases),
         )
-        self._write(json.dumps(asdict(status), indent=1) + "\n")
+        self._write(to_json(status))
         self._break_the_silence(step, statistics.released, phases, started, now)
 
     def advanced(self, scheduler: Scheduler, now: float) -> None:
@@ -125,10 +123,10 @@ class StatusWriter(Observer):
             return
         self._quiet_s *= 2
         what = "no step done for" if started else "starting,"
-        doing = "; ".join(_words(phase) for phase in phases[:_TOLD])
+        doing = "; ".join(_describe(phase) for phase in phases[:_SHOWN])
         print(f"specdist: {what} {now - self._moved_at:.0f} s: {doing}", file=sys.stderr, flush=True)
 
 
-def _words(phase: Phase) -> str:
+def _describe(phase: Phase) -> str:
     who = f"{phase.count} {phase.role} rank{'s' if phase.count > 1 else ''}"
     return f"{who} {phase.what} (rank {phase.rank} on {phase.host} for {phase.seconds:.0f} s)"

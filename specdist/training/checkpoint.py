@@ -11,8 +11,6 @@ sharding. A directory without COMMIT is what a kill left behind; it is ignored a
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -28,8 +26,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from specdist.core.errors import DataError
-from specdist.core.files import sync_directory, write_atomically
-from specdist.core.progress import COMMIT, CheckpointConfig, Progress, committed, read_progress
+from specdist.core.files import sync_directory, to_json, write_atomically
+from specdist.core.progress import COMMIT, CheckpointConfig, Progress, checkpoint_path, committed, read_progress
 
 
 class Checkpointer:
@@ -39,17 +37,10 @@ class Checkpointer:
         self._directory, self._config, self._group, self._dp = directory, config, group, dp_index
         self._writing: tuple[Future[Any], Path, Progress] | None = None
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint, as the first draft rank sees it, so that all ranks agree."""
-        found = [str(p) for p in committed(self._directory)[-1:]]
-        answer: list[str | None] = [found[0] if found else None]
-        dist.broadcast_object_list(answer, group=self._group, group_src=0)
-        return Path(answer[0]) if answer[0] else None
-
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Copy the state and write it, in the background if so configured. An earlier save is finished first."""
         self.finish()
-        path = self._directory / f"step-{progress.step:08d}"
+        path = checkpoint_path(self._directory, progress.step)
         if self._leader and path.exists():
             shutil.rmtree(path)  # left behind by a kill, or about to be written again after a resume from before it
         dist.barrier(group=self._group)
@@ -109,7 +100,7 @@ class Checkpointer:
         if not self._leader:
             return
         sync_directory(path)
-        write_atomically(path / COMMIT, json.dumps(dataclasses.asdict(progress), indent=1) + "\n")
+        write_atomically(path / COMMIT, to_json(progress))
         for old in committed(self._directory)[: -self._config.keep]:
             (old / COMMIT).unlink()  # first, so that a half-removed checkpoint is never taken for a complete one
             shutil.rmtree(old)

@@ -11,6 +11,7 @@ import pytest
 
 from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
 from specdist.core.errors import ConfigError
+from specdist.core.files import read_json
 from specdist.core.launch_env import Attempt
 from specdist.core.progress import Progress
 from specdist.core.records import Cursor
@@ -123,7 +124,7 @@ def test_a_silent_start_says_what_the_ranks_do_less_and_less_often(run_dir: Path
     assert (
         "starting, 20 s: 1 target rank loading part 5 (rank 0 on a for 19 s); 2 draft ranks building the" in told[0][1]
     )
-    status = Status.from_json((run_dir / "status.json").read_text())
+    status = read_json(run_dir / "status.json", Status)
     assert (status.step, status.total_steps, status.started, status.attempt) == (10, 100, False, "17.1")
     assert {(phase.what, phase.count) for phase in status.phases} == {
         ("loading part 5", 1),
@@ -141,7 +142,7 @@ def test_progress_ends_the_silence(run_dir: Path, capsys) -> None:
     watcher.pulse(peers, Statistics(), True, 90.0)
     assert "no step done for" in capsys.readouterr().err
     watcher.close()
-    assert Status.from_json((run_dir / "status.json").read_text()).step == 13
+    assert read_json(run_dir / "status.json", Status).step == 13
 
 
 def test_an_evaluation_is_no_silence(run_dir: Path, capsys) -> None:

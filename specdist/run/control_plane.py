@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control plane of a run: the server on rank 0, and every rank's client.
+
+Rank 0 finds where the run starts, opens the server and announces both under one key of the world's store; the other
+ranks wait for that key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from specdist.core.errors import Dismissed, UserError, WorldError
+from specdist.core.launch_env import local_address
+from specdist.job import config as jobs
+from specdist.job.resume_plan import ResumePlan
+from specdist.run.context import WorldContext
+from specdist.run.status_writer import StatusWriter
+from specdist.run.worlds.rendezvous import ControlAddress, Rendezvous
+from specdist.run.worlds.terms import Terms
+from specdist.scheduler.client import ControlClient
+from specdist.scheduler.remote_replicas import RemoteRules
+from specdist.scheduler.scheduler import Scheduler
+from specdist.scheduler.server import ControlServer
+from specdist.scheduler.wire import new_token
+from specdist.training.profile import Profile
+
+LEAVE_S = 10.0
+"""Seconds a rank has to leave by itself after another one failed, before it is ended: it may sit in a collective."""
+_KEY = "run"
+
+
+@contextlib.contextmanager
+def serving(context: WorldContext, resume: ResumePlan, profile: Profile) -> Iterator[ControlAddress]:
+    """On rank 0: the server. It outlives all clients: when the block ends well, it waits until they have left."""
+    job, interface, port, token, rules = context.job, local_address(), 0, new_token(), None
+    rendezvous = Rendezvous(Path(job.run.dir), job.world.scheduler)
+    leads_targets = job.world.role == "draft"
+    if leads_targets:
+        terms = Terms.of(job, context.facts, context.prompts, context.topology, resume)
+        rules = RemoteRules(terms.to_json(), context.transport.drain_s(job.channel))
+        interface, port, token = rendezvous.place()
+    with contextlib.ExitStack() as stack:
+        status = StatusWriter(
+            context.run_dir.status, context.record, context.start.attempt, resume, time.monotonic(), profile
+        )
+        stack.callback(status.close)
+        server = stack.enter_context(
+            ControlServer(
+                interface,
+                token,
+                context.topology,
+                _scheduler(context, resume),
+                job.control,
+                join_timeout_s=job.world.join_timeout_s,
+                observer=status,
+                rules=rules,
+                port=port,
+            )
+        )
+        address = ControlAddress(server.address, token)
+        if leads_targets:
+            rendezvous.publish(address)
+            stack.callback(rendezvous.withdraw)
+        context.world.store.set(_KEY, json.dumps([resume.to_json(), address.address, token.hex()]))
+        yield address
+        server.join()  # bounded by control.silence_s: a rank that saves for long still shows that it lives
+
+
+def await_run(context: WorldContext) -> tuple[ResumePlan, ControlAddress]:
+    """On the other ranks: what rank 0 announces. It may have billions of tokens to count before: loading is what this
+    wait belongs to.
+
+    Raises:
+        WorldError: nothing came in `control.load_timeout_s` seconds.
+    """
+    store, timeout_s = context.world.store, context.job.control.load_timeout_s
+    try:
+        store.wait([_KEY], timedelta(seconds=timeout_s))
+        resume, address, token = json.loads(store.get(_KEY))
+    except dist.DistError as error:
+        raise WorldError(
+            f"rank 0 did not say within {timeout_s:.0f} s where the run starts: look at its log first"
+        ) from error
+    return ResumePlan.from_json(resume), ControlAddress(address, bytes.fromhex(token))
+
+
+def connected(context: WorldContext, control: ControlAddress, profile: Profile) -> ControlClient:
+    """This rank's client. When the world fails it ends the process, if that does not end by itself."""
+    return ControlClient(
+        control.address,
+        control.token,
+        context.rank,
+        context.job.control,
+        scheduler=context.topology.describe(context.topology.scheduler_rank),
+        on_abort=functools.partial(_leave_soon, context, profile),
+        stop=context.stop,
+    )
+
+
+def _leave_soon(context: WorldContext, profile: Profile, error: UserError) -> None:
+    """The main thread may be stuck in a collective with a rank that is gone: it has `LEAVE_S` seconds."""
+    profile.abandon()
+    if not isinstance(error, Dismissed):
+        context.start.report(error, context.world.facts)
+
+    def leave() -> None:
+        print(f"specdist: {error}", file=context.start.log.file, flush=True)
+        os._exit(0 if isinstance(error, Dismissed) else 3)
+
+    timer = threading.Timer(LEAVE_S, leave)
+    timer.daemon = True
+    timer.start()
+
+
+def _scheduler(context: WorldContext, resume: ResumePlan) -> Scheduler | None:
+    job, layout, topology = context.job, context.facts.layout, context.topology
+    if topology.mode in ("colocated", "draft_only"):
+        return None
+    return Scheduler(
+        draft_ranks=len(topology.draft_ranks),
+        slots=jobs.slots(job, layout),
+        slot_bytes=job.prompts.tokens_per_rank * layout.bytes_per_token,
+        queue_depth=job.scheduler.queue_depth,
+        timeout=job.world.wait_timeout_s,
+        first_item=resume.progress.next_item,
+        end_item=resume.end_item,
+        elastic=job.world.role == "draft",
+    )
