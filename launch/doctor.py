@@ -28,7 +28,7 @@ def main(args: argparse.Namespace) -> int:
     job = load_job(files, overrides)
     if args.local:
         report = examine_alone(job)
-        print(report.render_hosts(), report.render_links(shown=report.findings), sep="\n")
+        print(report.render_hosts(), report.render_verdict(), sep="\n")
         report.write(job.preflight.report)
         return 0 if report.healthy else 1
     examine_model(job)  # raises what is wrong with the configuration; the ranks report what is wrong with hosts

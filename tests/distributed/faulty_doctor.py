@@ -8,16 +8,18 @@ import importlib
 import sys
 from typing import Any
 
+from msgspec.structs import replace
+
 from specdist.core.stop import leave
-from specdist.run.preflight import facts
+from specdist.run.preflight import preflight
+from specdist.run.preflight.facts import RankReport, report_rank
 
-versions = facts._versions  # noqa: SLF001 - what the environment tells has no other door
 
-
-def another(*arguments: Any) -> dict[str, str]:
-    return versions(*arguments) | {"torch": "2.11.0+another"}
+def another(*arguments: Any) -> RankReport:
+    report = report_rank(*arguments)
+    return replace(report, versions=report.versions | {"torch": "2.11.0+another"})
 
 
 if __name__ == "__main__":
-    facts._versions = another  # noqa: SLF001
+    preflight.report_rank = another
     leave(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))

@@ -39,14 +39,12 @@ def test_a_healthy_host(tmp_path: Path, material: tuple[Path, Path]) -> None:
     done = specdist("doctor", *words, "--json", str(report), timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 links inside a host" in done.stdout
-    assert "draft all-reduce" in done.stdout
     assert "problem" not in done.stdout
     found = json.loads(report.read_text())
     assert found["healthy"]
     assert found["exclude"] == ""
     assert [(link["source"], link["destination"]) for link in found["links"]] == [(0, 1), (0, 2)]
     assert all(link["gb_per_s"] > 0 for link in found["links"])
-    assert [(group["name"], group["ranks"]) for group in found["groups"]] == [("draft all-reduce", [1, 2])]
     assert [rank["of_host"] is not None for rank in found["ranks"]] == [True, False, False]
     assert not (tmp_path / "run").exists()  # it only looked
 
@@ -125,7 +123,6 @@ def test_over_mooncake_every_link_is_measured(tmp_path: Path, material: tuple[Pa
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 links inside a host" in done.stdout
     assert "rank 1 (target replica 1 tp 0" in done.stdout
-    assert "draft all-reduce" in done.stdout
     found = json.loads(report.read_text())
     assert found["healthy"]
     pairs = sorted((link["source"], link["destination"]) for link in found["links"])
@@ -153,7 +150,7 @@ def test_a_host_where_mooncake_does_not_work_is_named(
         {rank: {"SPECDIST_HOST": host, "SPECDIST_JOB": "7"} for rank, host in enumerate(hosts)},
     )  # fmt: skip
     try:
-        assert ranks[0].wait(TIMEOUT_S) == 1, (tmp_path / "0").read_text()
+        assert ranks[0].wait(TIMEOUT_S) == (1 if fault == "broken" else 2), (tmp_path / "0").read_text()
     finally:
         for process in ranks.values():
             process.kill()
@@ -164,4 +161,3 @@ def test_a_host_where_mooncake_does_not_work_is_named(
     assert sum(words.startswith(link + why) for words in seen) == 1, seen
     assert [(x["source"], x["destination"]) for x in found["links"]] == [(0, 1)]
     assert (found["exclude"] == "n2") == (fault == "stopped"), found
-    assert [group["name"] for group in found["groups"]] == ["draft all-reduce"] * (fault == "broken")

@@ -12,17 +12,15 @@ from msgspec.structs import replace
 from specdist.core.errors import ConfigError
 from specdist.core.topology import Topology, WorldConfig
 from specdist.job.preflight_config import PreflightConfig
-from specdist.run.preflight.exchange import Clock
-from specdist.run.preflight.facts import HostFacts, Network, RankReport
+from specdist.run.preflight.facts import RankReport
 from specdist.run.preflight.findings import Finding, problems, to_exclude
+from specdist.run.preflight.host import Clock, HostFacts, Storage, Xid
 from specdist.run.preflight.judge import judge
-from specdist.run.preflight.judge_links import judge_links
-from specdist.run.preflight.kernel_log import Xid
+from specdist.run.preflight.judge_links import LinkReport, judge_links
 from specdist.run.preflight.needs import Needs
 from specdist.run.preflight.nvml import GpuFacts, GpuProcess
 from specdist.run.preflight.report import Report
-from specdist.run.preflight.speeds import LinkSpeed, Speeds
-from specdist.run.preflight.storage import Storage
+from specdist.run.preflight.speeds import LinkSpeed
 
 GIB = 2**30
 NOW = 1.7e9
@@ -58,8 +56,8 @@ NEEDS = Needs(memory=(60 * GIB,) * 8, checkpoint=10 * GIB, room=50 * GIB)
 
 
 def host_facts(number: int, **changes: Any) -> HostFacts:
-    network, clock = Network(f"10.0.0.{number}", "ib0", 200_000), Clock(NOW + 0.001 * number, 0.0005)
-    return replace(HostFacts(Storage("/runs/a", "", True, 100 * GIB), (), network, clock), **changes)
+    address, clock = f"10.0.0.{number} ib0", Clock(NOW + 0.001 * number, 0.0005)
+    return replace(HostFacts(Storage("/runs/a", "", True, 100 * GIB), (), address, clock), **changes)
 
 
 def world(hosts: int = 3, per_host: int = 2) -> list[RankReport]:
@@ -249,14 +247,6 @@ def test_a_model_that_one_host_lacks():
     assert only(judged([replace(r, model="gone") for r in reports])).hosts == ()
 
 
-def test_the_network():
-    good = host_facts(2).network
-    assert good is not None
-    slow = only(judged(with_host(2, network=replace(good, mbit_per_s=1000))))
-    assert (slow.severity, slow.hosts) == ("warning", ("n2",))
-    assert "1000 Mbit/s, those of most hosts 200000" in str(slow)
-
-
 def test_xids():
     def xid(code: int, age_s: float) -> Xid:
         return Xid("0000:3b:00", code, age_s, "pid=1")
@@ -295,16 +285,16 @@ def test_the_report_has_tables_verdict_and_exclude():
     assert "18 of 18" in text
     assert "unknown" in text
     assert "problem: n2: GPU 00000000:01:00.0 (H100): 2 uncorrectable" in text
-    assert report.render_links(shown=report.findings).splitlines() == [
+    assert report.render_verdict().splitlines() == [
         "3 hosts: 1 problem",
         "sbatch and srun leave these hosts out with --exclude=n2",
     ]
     assert not report.healthy
 
 
-def links(topology: Topology, slow: dict[tuple[int, int], float], usual: float = 20.0) -> tuple[Speeds, ...]:
+def links(topology: Topology, slow: dict[tuple[int, int], float], usual: float = 20.0) -> tuple[LinkReport, ...]:
     speeds = [LinkSpeed(x.source, x.destination, slow.get((x.source, x.destination), usual)) for x in topology.links]
-    return (Speeds(tuple(speeds)),)
+    return (LinkReport(tuple(speeds)),)
 
 
 @pytest.fixture
@@ -353,7 +343,7 @@ def test_a_least_bandwidth_makes_it_a_problem(topology):
 
 
 def test_a_link_that_broke_is_certain(topology):
-    speeds = (*links(topology, {}), Speeds(error="link a -> b broke"), Speeds(error="link a -> b broke"))
+    speeds = (*links(topology, {}), LinkReport(error="link a -> b broke"), LinkReport(error="link a -> b broke"))
     found = only(judge_links(speeds, topology, None))
     assert found.certain
     assert "link a -> b broke" in str(found)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host lists, the kernel's log, the run directory, what ranks exchange, clocks."""
+"""Host lists, the kernel's log, the run directory, clocks."""
 
 from __future__ import annotations
 
@@ -8,17 +8,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 import torch.distributed as dist
 
-from specdist.core.errors import WorldError
-from specdist.core.launch_env import RankFacts
-from specdist.run.preflight import storage as storage_module
-from specdist.run.preflight.exchange import Clock, Exchange
+from specdist.run.preflight import host as host_module
 from specdist.run.preflight.findings import fold_hosts
-from specdist.run.preflight.kernel_log import parse_xids, read_xids
-from specdist.run.preflight.storage import examine_storage, marked
-from specdist.world.groups import World
+from specdist.run.preflight.host import examine_storage, marked, parse_xids, read_clock, read_xids
 
 
 @pytest.mark.parametrize(
@@ -67,21 +61,17 @@ def test_a_kernel_log_that_cannot_be_read_is_unknown(tmp_path, monkeypatch):
     assert read_xids() == ()
 
 
-def test_a_run_directory_is_left_as_it_was(tmp_path):
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_run_directory_is_left_as_it_was(tmp_path, exists):
     directory = tmp_path / "runs/a"
+    if exists:
+        directory.mkdir(parents=True)
     with marked(directory) as mark:
         found = examine_storage(directory, mark)
-        assert [file.name for file in directory.iterdir()] == [mark]
+        assert [file.name for file in (directory if exists else tmp_path).iterdir()] == [mark]
     assert (found.error, found.shared) == ("", True)
     assert found.free is not None
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_directory_that_others_use_by_now_stays(tmp_path):
-    directory = tmp_path / "run"
-    with marked(directory):
-        (directory / "config.yaml").write_text("")
-    assert [file.name for file in directory.iterdir()] == ["config.yaml"]
+    assert [*tmp_path.rglob("*")] == [*([directory.parent, directory] if exists else [])]
 
 
 def test_a_run_directory_that_cannot_be(tmp_path):
@@ -90,11 +80,11 @@ def test_a_run_directory_that_cannot_be(tmp_path):
     with marked(directory) as mark:
         found = examine_storage(directory, mark)
     assert (mark, found.error) == ("", "Not a directory")
-    assert (found.shared, found.free) == (None, None)
+    assert found.shared is None
 
 
 def test_another_directory_does_not_show_the_mark(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage_module, "VISIBLE_S", 0.1)
+    monkeypatch.setattr(host_module, "VISIBLE_S", 0.1)
     (tmp_path / "b").mkdir()
     with marked(tmp_path / "a") as mark:
         found = examine_storage(tmp_path / "b", mark)
@@ -102,7 +92,7 @@ def test_another_directory_does_not_show_the_mark(tmp_path, monkeypatch):
 
 
 def test_a_mark_that_shows_late_is_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage_module, "VISIBLE_S", 20.0)
+    monkeypatch.setattr(host_module, "VISIBLE_S", 20.0)
     with marked(tmp_path / "a") as mark:
         late = threading.Timer(0.3, lambda: (tmp_path / "b" / mark).write_text(mark))
         (tmp_path / "b").mkdir()
@@ -111,58 +101,15 @@ def test_a_mark_that_shows_late_is_seen(tmp_path, monkeypatch):
         late.join()
 
 
-def exchange(store: dist.Store, rank: int, hosts: int = 2, timeout_s: float = 20) -> Exchange:
-    names = tuple(f"n{number + 1}" for number in range(hosts))
-    facts = RankFacts(rank, hosts, local_rank=0, local_world_size=1, node=rank, host=names[rank])
-    return Exchange(World(facts, torch.device("cpu"), names, (None,) * hosts, store), "x", timeout_s)
-
-
 def test_clocks_are_read_at_one_moment():
     store = dist.HashStore()
-    with ThreadPoolExecutor(2) as pool:
-        late = pool.submit(lambda: time.sleep(0.2) or exchange(store, 1).read_clock(2))
-        early = exchange(store, 0).read_clock(2)
-        clocks = (early, late.result())
-    assert all(clock is not None for clock in clocks)
-    here, there = clocks
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(lambda: time.sleep(0.2) or read_clock(store, 2, timeout_s=20))
+        here, there = read_clock(store, 2, timeout_s=20), late.result()
+    assert here is not None
+    assert there is not None
     assert abs(here.now_s - there.now_s) <= max(here.within_s, there.within_s)
 
 
 def test_a_host_that_does_not_come_leaves_the_clock_unknown():
-    assert exchange(dist.HashStore(), 0, timeout_s=0.05).read_clock(2) is None
-
-
-def test_what_rank_0_says_reaches_all_before_it_goes_on():
-    store = dist.HashStore()
-
-    def other(rank: int) -> list[str]:
-        mine = exchange(store, rank, hosts=3)
-        assert mine.share() == "mark"
-        assert mine.gather(Clock(rank, 0.0)) == {}
-        return mine.settle([])
-
-    first = exchange(store, 0, hosts=3)
-    with ThreadPoolExecutor(2) as pool:
-        others = [pool.submit(other, rank) for rank in (1, 2)]
-        assert first.share("mark") == "mark"
-        assert first.gather(Clock(0, 0.0)) == {rank: Clock(rank, 0.0) for rank in range(3)}
-        first.settle(["stop"])
-        assert store.check(["preflight/x/read/1", "preflight/x/read/2"])
-        assert [done.result() for done in others] == [["stop"]] * 2
-
-
-def test_ranks_that_do_not_report_have_one_limit_for_all_and_are_not_waited_for_again():
-    first = exchange(dist.HashStore(), 0, hosts=3, timeout_s=0.05)
-    assert first.gather(Clock(1, 0)) == {0: Clock(1, 0)}
-    assert first.silent == (1, 2)
-    began = time.monotonic()
-    assert first.settle([]) == []
-    assert time.monotonic() - began < 1
-
-
-def test_a_rank_0_that_does_not_answer_is_named():
-    silent = exchange(dist.HashStore(), 1, timeout_s=0.05)
-    with pytest.raises(WorldError, match=r"rank 0 \(host n1\) did not answer rank 1 \(host n2\)"):
-        silent.share()
-    with pytest.raises(WorldError, match=r"rank 0 \(host n1\) did not answer rank 1 \(host n2\)"):
-        silent.settle([])
+    assert read_clock(dist.HashStore(), 2, timeout_s=0.05) is None

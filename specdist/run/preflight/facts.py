@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one rank reports about itself and its host. Collecting judges nothing and fails at nothing."""
+"""What one rank reports. Collecting judges nothing and fails at nothing."""
 
 from __future__ import annotations
 
@@ -11,48 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 import torch
 import transformers
 
 import specdist
 from specdist.core import config
-from specdist.core.launch_env import RankFacts, local_address, rendezvous_address
-from specdist.core.network import interface_towards
+from specdist.core.launch_env import RankFacts
 from specdist.job.config import JobConfig
-from specdist.run.preflight.exchange import Clock
-from specdist.run.preflight.kernel_log import Xid, read_xids
+from specdist.run.preflight.host import HostFacts
 from specdist.run.preflight.nvml import GpuFacts, NvmlFacts, read_gpus
-from specdist.run.preflight.storage import Storage
-
-
-class Network(msgspec.Struct, frozen=True):
-    """How this host reaches the others.
-
-    Attributes:
-        address: this host's, on the route to the rendezvous.
-        interface: which one has the address; None for loopback.
-        mbit_per_s: the speed that the interface claims; None where it does not.
-    """
-
-    address: str
-    interface: str | None
-    mbit_per_s: int | None
-
-
-class HostFacts(msgspec.Struct, frozen=True):
-    """What the first rank of each host reports for all of them.
-
-    Attributes:
-        xids: XID errors in the kernel's log; None where that cannot be read.
-        network: None where no world was started.
-        clock: None where there is no other host.
-    """
-
-    storage: Storage
-    xids: tuple[Xid, ...] | None
-    network: Network | None = None
-    clock: Clock | None = None
 
 
 class RankReport(msgspec.Struct, frozen=True):
@@ -64,6 +31,7 @@ class RankReport(msgspec.Struct, frozen=True):
         model: why the target cannot be used here; empty where it can.
         gpus: the GPU of this rank; all GPUs of the host where no world was started; none on a CPU.
         nvml: why NVML reports nothing; empty where it does, and where the rank has no GPU.
+        of_host: from the first rank of each host.
     """
 
     rank: int
@@ -79,39 +47,21 @@ class RankReport(msgspec.Struct, frozen=True):
 def report_rank(
     job: JobConfig, who: RankFacts, device: torch.device | None, model: str, of_host: HostFacts | None
 ) -> RankReport:
-    """Collect the facts of this rank.
-
-    Args:
-        device: the rank's; None for all GPUs of the host.
-        model: why the target cannot be used here; empty where it can.
-        of_host: from the first rank of the host.
-    """
+    """Collect the facts of this rank. `device`: the rank's; None for all GPUs of the host."""
     found = NvmlFacts() if device is not None and device.type == "cpu" else read_gpus(_buses(device))
     if device is None and not torch.cuda.is_available() and not found.gpus:
         found = NvmlFacts()  # a machine without GPUs needs no driver
-    versions = _versions(job, found.driver)
-    return RankReport(who.rank, who.host, os.getpid(), versions, model, found.gpus, found.error, of_host)
-
-
-def report_host(storage: Storage, clock: Clock | None) -> HostFacts:
-    """Collect the facts of this host of a world that has come up."""
-    interface = interface_towards(*rendezvous_address())
-    statistics = psutil.net_if_stats().get(interface) if interface else None
-    speed = statistics.speed or None if statistics else None
-    return HostFacts(storage, read_xids(), Network(local_address(), interface, speed), clock)
-
-
-def _versions(job: JobConfig, driver: str | None) -> dict[str, str]:
-    return {
-        "specdist": f"{specdist.__version__} ({_digest_of_code()})",  # two checkouts differ without saying so
+    versions = {
+        "specdist": f"{specdist.__version__} ({_digest_of_code()})",  # two checkouts may have one version
         "the configuration": hashlib.sha256(config.to_yaml(job).encode()).hexdigest()[:8],
         "torch": str(torch.__version__),
         "CUDA": torch.version.cuda or "",
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "",
         "transformers": transformers.__version__,
         "Python": platform.python_version(),
-        "the driver": driver or "",
+        "the driver": found.driver or "",
     }
+    return RankReport(who.rank, who.host, os.getpid(), versions, model, found.gpus, found.error, of_host)
 
 
 @cache

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from specdist.job.preflight_config import PreflightConfig
-from specdist.run.preflight.facts import HostFacts, RankReport
+from specdist.run.preflight.facts import RankReport
 from specdist.run.preflight.findings import Finding, Severity, merge, unless_all
+from specdist.run.preflight.host import HostFacts, Xid
 from specdist.run.preflight.judge_gpu import judge_gpus
-from specdist.run.preflight.kernel_log import Xid
 from specdist.run.preflight.needs import Needs
 from specdist.world.groups import ranges
 
@@ -44,7 +44,6 @@ def judge(
             *_storage(of_hosts),
             *_room(of_hosts, needs),
             *_clocks(of_hosts, config.max_clock_skew_s),
-            *_network(of_hosts),
             *_xids(of_hosts),
         )
     )
@@ -116,16 +115,6 @@ def clock_offsets(of_hosts: Mapping[str, HostFacts]) -> dict[str, tuple[float, f
         for host, clock in clocks.items()
         if first is not None and clock is not first
     }
-
-
-def _network(of_hosts: Mapping[str, HostFacts]) -> Iterator[Finding]:
-    networks = {host: facts.network for host, facts in of_hosts.items() if facts.network is not None}
-    speeds = Counter(network.mbit_per_s for network in networks.values() if network.mbit_per_s)
-    usual = speeds.most_common(1)[0][0] if speeds else 0
-    for host, network in networks.items():
-        if network.mbit_per_s is not None and network.mbit_per_s < usual:
-            seen = f"its interface {network.interface} has {network.mbit_per_s} Mbit/s, those of most hosts {usual}"
-            yield Finding("warning", (host,), seen, "check its cable, or take another interface")
 
 
 def _xids(of_hosts: Mapping[str, HostFacts]) -> Iterator[Finding]:

@@ -7,20 +7,29 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import msgspec
+
 from specdist.core.topology import Topology
 from specdist.run.preflight.findings import Finding, Severity, merge
-from specdist.run.preflight.speeds import LinkSpeed, Speeds
+from specdist.run.preflight.speeds import LinkSpeed
 
 _SLOW = 0.5
 """A link below this share of the median of its kind is slow."""
 _SHOWN = 4
 
 
-def judge_links(speeds: Sequence[Speeds], topology: Topology, min_gb_per_s: float | None) -> tuple[Finding, ...]:
+class LinkReport(msgspec.Struct, frozen=True):
+    """The links that one rank measured, and what broke; empty for nothing."""
+
+    links: tuple[LinkSpeed, ...] = ()
+    error: str = ""
+
+
+def judge_links(reports: Sequence[LinkReport], topology: Topology, min_gb_per_s: float | None) -> tuple[Finding, ...]:
     """Links that broke, that are below `preflight.min_link_gb_per_s`, or much slower than others of their kind."""
-    broken = dict.fromkeys(speed.error for speed in speeds if speed.error)
+    broken = dict.fromkeys(report.error for report in reports if report.error)
     findings = [Finding("problem", (), error, "see the logs of both ranks", certain=True) for error in broken]
-    links = [link for speed in speeds for link in speed.links]
+    links = [link for report in reports for link in report.links]
     limit = min_gb_per_s or 0.0
     too_slow = [link for link in links if link.gb_per_s < limit]
     findings += _blame(too_slow, links, topology, "problem", f"preflight.min_link_gb_per_s asks for {limit}")

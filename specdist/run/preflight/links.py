@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bandwidth of every link of a topology, and of the groups that reduce together."""
+"""The bandwidth of every link of a topology."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
+from specdist.channel.config import ChannelConfig
 from specdist.core.errors import WorldError
 from specdist.core.topology import Link, Topology
 from specdist.run.preflight.mooncake_links import WriteProbe
-from specdist.run.preflight.speeds import PAYLOAD, REPETITIONS, GroupSpeed, LinkSpeed, Speeds
-from specdist.world.groups import Groups, World, ranges
+from specdist.run.preflight.speeds import PAYLOAD, REPETITIONS, LinkSpeed
+from specdist.world.groups import Groups, World
 from specdist.world.links import TransferError, bounded, on_device, rounds, wait_work
 from specdist.world.roll_call import first_line
 
@@ -24,48 +25,35 @@ _MARGIN_S = 2.0
 """So much later than the library's own limit the measurement is given up."""
 
 
+def measure_links(
+    config: ChannelConfig, topology: Topology, groups: Groups, world: World, payload: int | None, timeout_s: float
+) -> Iterator[LinkSpeed]:
+    """Try every link of this rank. All ranks of a topology with links call it, once the links are connected, and get
+    what they measured.
+
+    Args:
+        payload: bytes of one transfer; None for what suits the device.
+        timeout_s: how long all transfers of one link may take, in seconds.
+
+    Raises:
+        WorldError: a link does not come up, breaks or stalls; names both ends.
+    """
+    if config.transport == "mooncake":
+        return WriteProbe(topology, world, config.mooncake, payload, timeout_s).measure()
+    return Probe(topology, groups, world, payload, timeout_s).measure()
+
+
 @dataclass(frozen=True)
 class Probe:
-    """Measures what one rank is part of.
-
-    Attributes:
-        payload: bytes of one transfer; None for what suits the device.
-        timeout_s: how long all transfers of one link may take.
-        share_devices: ranks may share a GPU, between which NCCL cannot reduce.
-        writes: what measures the links instead, where Mooncake carries the features.
-    """
+    """Measures the links of one rank, in rounds in which every rank has one partner and all pairs are busy at once."""
 
     topology: Topology
     groups: Groups
     world: World
     payload: int | None
     timeout_s: float
-    share_devices: bool
-    writes: WriteProbe | None = None
 
-    def measure(self) -> Speeds:
-        """Try every link and group of this rank. All ranks call it once the links are connected.
-
-        The links are tried in rounds, in which every rank has one partner and all pairs are busy at once, as in
-        training. A link that breaks ends this rank's part, but for the groups where Mooncake has the links, and is told
-        rather than raised: rank 0 hears of all.
-        """
-        links: list[LinkSpeed] = []
-        groups: list[GroupSpeed] = []
-        errors: list[str] = []
-        try:
-            for link in self._transfers() if self.writes is None else self.writes.measure():
-                links.append(link)
-        except WorldError as error:
-            errors.append(str(error))
-        try:
-            for group in self._reductions() if self.writes is not None or not errors else ():
-                groups.append(group)
-        except WorldError as error:
-            errors.append(str(error))
-        return Speeds(tuple(links), tuple(groups), "; ".join(errors))
-
-    def _transfers(self) -> Iterator[LinkSpeed]:
+    def measure(self) -> Iterator[LinkSpeed]:
         payload = self._payload(on_device(self.groups, self.world))
         for link in rounds(self.topology) if self.groups.links else ():
             if link in self.groups.links:
@@ -87,26 +75,6 @@ class Probe:
         ends = f"link {self.topology.describe(link.source)} -> {self.topology.describe(link.destination)}"
         seconds = self._time(move, payload.device, ends)
         return [] if sending else [LinkSpeed(link.source, link.destination, payload.numel() / seconds / 1e9)]
-
-    def _reductions(self) -> Iterator[GroupSpeed]:
-        """The all-reduce of this rank's replica and of the draft; told by the first rank of each."""
-        rank, topology = self.world.facts.rank, self.topology
-        replicas = [(f"target replica {r}", ranks, self.groups.replica) for r, ranks in enumerate(topology.replicas)]
-        for name, ranks, group in (*replicas, ("draft", topology.draft_ranks, self.groups.draft)):
-            if rank in ranks and len(ranks) > 1 and group is not None:
-                speed = self._reduction(f"{name} all-reduce", ranks, group)
-                if rank == ranks[0]:
-                    yield speed
-
-    def _reduction(self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup) -> GroupSpeed:
-        payload = self._payload(self.world.device.type == "cuda" and not self.share_devices)
-
-        def reduce() -> dist.Work | None:
-            return dist.all_reduce(payload, group=group, async_op=True)
-
-        seconds = self._time(reduce, payload.device, f"{name} of ranks {ranges(ranks)}")
-        carried = 2 * (len(ranks) - 1) / len(ranks) * payload.numel()  # by each connection of a ring
-        return GroupSpeed(name, ranks, carried / seconds / 1e9)
 
     def _time(self, operation: Callable[[], dist.Work | None], device: torch.device, what: str) -> float:
         """Seconds of one operation. Raises WorldError where one breaks, or all do not end in time."""

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from specdist.core.progress import committed
 from specdist.core.topology import Topology
 from specdist.draft.build import parameter_count
@@ -16,40 +18,38 @@ from specdist.job.run_dir import RunDirectory
 
 _SAVED_BYTES = 12
 """Per parameter of a checkpoint: the fp32 weight and the two moments of AdamW."""
-_EXPORT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a job asks of its hosts, in bytes; estimates, as those of `specdist plan`."""
+    """What a job asks of its hosts, in bytes; estimates, as those of `specdist plan`.
+
+    Attributes:
+        memory: of each rank on its GPU; empty where the ranks are not known.
+        checkpoint: one of them.
+        room: what will be written to the run directory beyond what is there.
+    """
 
     memory: tuple[int, ...]
-    """Of each rank on its GPU; empty where the ranks are not known."""
     checkpoint: int
     room: int
-    """What will be written to the run directory beyond what is there."""
 
 
 def needs_of(job: JobConfig, facts: JobFacts, topology: Topology | None) -> Needs:
-    """Work out what the job needs; without a topology, what it needs of the run directory.
-
-    Raises:
-        ConfigError: for a job that cannot be.
-    """
+    """Work out what the job needs; without a topology, what it needs of the run directory. Raises ConfigError."""
     parameters = 0 if job.world.mode == "target_only" else parameter_count(job.draft, facts.target.config)
     checkpoint = _SAVED_BYTES * parameters
-    exports = len(written_formats(job.draft, job.export)) * _EXPORT_BYTES[job.export.dtype] * parameters
+    width = getattr(torch, job.export.dtype).itemsize
+    exports = len(written_formats(job.draft, job.export)) * width * parameters
     present = len(committed(RunDirectory(Path(job.run.dir)).checkpoints))
     # One more than are kept: the oldest goes when the newest is whole.
     missing = max(job.checkpoint.keep + 1 - present, 1)
-    memory = () if topology is None else _memory(job, facts, topology)
-    return Needs(memory, checkpoint, missing * checkpoint + exports)
+    return Needs(_memory(job, facts, topology), checkpoint, missing * checkpoint + exports)
 
 
-def _memory(job: JobConfig, facts: JobFacts, topology: Topology) -> tuple[int, ...]:
+def _memory(job: JobConfig, facts: JobFacts, topology: Topology | None) -> tuple[int, ...]:
+    if topology is None:
+        return ()
     demand = plan_of(job, facts, topology, limit=0).demand()
-    if topology.mode == "colocated":
-        return (demand["target + draft"],) * topology.world_size
-    return tuple(
-        demand["draft" if topology.draft_place(rank) is not None else "target"] for rank in range(topology.world_size)
-    )
+    roles = ("target" if topology.draft_place(rank) is None else "draft" for rank in range(topology.world_size))
+    return tuple(demand.get(role, sum(demand.values())) for role in roles)  # colocated, a rank has both

@@ -4,44 +4,51 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
+import torch.distributed as dist
 
 from specdist.channel.config import parse_bytes
 from specdist.core.errors import ConfigError, WorldError
+from specdist.core.launch_env import local_address, rendezvous_address
+from specdist.core.network import interface_towards
 from specdist.core.topology import Topology
-from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
-from specdist.run.preflight.exchange import Exchange
-from specdist.run.preflight.facts import report_host, report_rank
+from specdist.run.preflight.facts import RankReport, report_rank
 from specdist.run.preflight.findings import Finding, merge, problems, to_exclude
+from specdist.run.preflight.host import HostFacts, examine_storage, marked, read_clock, read_xids
 from specdist.run.preflight.judge import judge
-from specdist.run.preflight.judge_links import judge_links
-from specdist.run.preflight.links import Probe
-from specdist.run.preflight.mooncake_links import WriteProbe
+from specdist.run.preflight.judge_links import LinkReport, judge_links
+from specdist.run.preflight.links import measure_links
 from specdist.run.preflight.needs import needs_of
 from specdist.run.preflight.report import Report, line_of, speed_line
-from specdist.run.preflight.speeds import Speeds
-from specdist.run.preflight.storage import examine_storage, marked
+from specdist.run.preflight.speeds import LinkSpeed
 from specdist.world.groups import Groups, World
+from specdist.world.roll_call import RollCall
 
 _LINK_LIMITS = 4
-"""A rank hands in its bandwidths within this many times the limit of one wait."""
+"""A rank reports its bandwidths within this many times the limit of one wait."""
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+Settle = Callable[[Report, Sequence[Finding]], list[str]]
+"""What rank 0 does with a report and the findings that are new in it. Returns why the run is to stop, as ["hosts" or
+"job", reason], or nothing."""
 
 
 class Preflight:
     """The checks of one world. All ranks make one and call its methods in the same order.
 
-    `hosts` and `links` are for the start of a run: they do what `preflight.level` says. `examine_hosts` and
-    `examine_links` only look, and `conclude` ends that; `report` then has, on rank 0, what they found.
+    `hosts` and `links` are for the start of a run: they do what `preflight.level` says, and `examine_hosts` and
+    `examine_links` what `settle` does. `report` has, on rank 0, what they found.
     """
 
-    def __init__(self, job: JobConfig, world: World, topology: Topology):
-        self._job, self._world, self._topology = job, world, topology
-        self._exchange = Exchange(world, "hosts", job.world.join_timeout_s)
+    def __init__(self, job: JobConfig, world: World, topology: Topology, settle: Settle | None = None):
+        self._job, self._world, self._topology, self._settle = job, world, topology, settle or self._settle_run
         self.report: Report | None = None
 
     def hosts(self, facts: JobFacts) -> None:
@@ -52,18 +59,14 @@ class Preflight:
                 `preflight.level` is strict.
         """
         if self._job.preflight.level != "skip":
-            self._decide(self.examine_hosts(facts))
+            self.examine_hosts(facts)
 
     def links(self, groups: Groups) -> None:
         """Measure the links at the start of a run, once they are connected. Raises like `hosts`."""
-        if self._job.preflight.level == "skip" or not self._job.preflight.links:
-            return
-        findings = self.examine_links(groups)
-        if self.report is not None and (speeds := speed_line(self._topology, self.report.speeds)):
-            _print(speeds)
-        self._decide(findings)
+        if self._job.preflight.level != "skip" and self._job.preflight.links:
+            self.examine_links(groups)
 
-    def examine_hosts(self, facts: JobFacts | None, model: str = "") -> tuple[Finding, ...]:
+    def examine_hosts(self, facts: JobFacts | None, model: str = "") -> None:
         """Collect the facts of all ranks; on rank 0, judge them.
 
         Args:
@@ -71,89 +74,106 @@ class Preflight:
             model: why it cannot.
 
         Raises:
-            WorldError: a rank did not report; names it.
+            WorldError: on every rank: one did not report; names it.
         """
-        job, exchange = self._job, self._exchange
-        hosts, directory = tuple(dict.fromkeys(self._world.hosts)), Path(job.run.dir)
-        of_host = None
-        with marked(directory) if self._rank == 0 else nullcontext() as mark:
-            if self._rank in map(self._world.hosts.index, hosts):
-                storage = examine_storage(directory, exchange.share(mark))
-                of_host = report_host(storage, exchange.read_clock(len(hosts)) if len(hosts) > 1 else None)
-            reports = exchange.gather(report_rank(job, self._world.facts, self._world.device, model, of_host))
-        if self._rank != 0:
-            return ()
-        for rank in exchange.silent:
-            raise WorldError(f"preflight: {self._silence(rank)} (world.join_timeout_s): look at its log")
-        # A model that only other hosts lack still tells rank 0 what the job needs.
-        needs = None if facts is None else needs_of(job, facts, self._topology)
-        findings = judge(tuple(reports.values()), needs, job.preflight, job.world.share_devices)
-        self._keep(Report(tuple(reports.values()), findings, self._topology))
-        return findings
+        job, world = self._job, self._world
 
-    def examine_links(self, groups: Groups, broken: str = "") -> tuple[Finding, ...]:
-        """Measure all links, after `examine_hosts`; on rank 0, judge them.
+        def judge_all(reports: dict[int, RankReport]) -> list[str]:
+            # A model that only other hosts lack still tells rank 0 what the job needs.
+            needs = None if facts is None else needs_of(job, facts, self._topology)
+            ranks = tuple(reports.values())
+            findings = judge(ranks, needs, job.preflight, job.world.share_devices)
+            return self._keep(Report(ranks, findings, self._topology), findings)
+
+        with marked(Path(job.run.dir)) if world.facts.rank == 0 else nullcontext() as mark:
+            of_host = self._of_host(mark) if world.hosts.index(world.facts.host) == world.facts.rank else None
+            self._exchange("hosts", 1, report_rank(job, world.facts, world.device, model, of_host), judge_all)
+
+    def examine_links(self, groups: Groups, broken: str = "") -> None:
+        """Measure all links, after `examine_hosts`; on rank 0, judge them. Raises like `examine_hosts`.
 
         Args:
             broken: why this rank's links could not even be connected: reported, and nothing measured.
         """
-        exchange = self._exchange = Exchange(self._world, "links", _LINK_LIMITS * self._job.world.join_timeout_s)
-        speeds = tuple(exchange.gather(Speeds(error=broken) if broken else self._probe(groups).measure()).values())
-        if self.report is None:
-            return ()
-        findings = [*judge_links(speeds, self._topology, self._job.preflight.min_link_gb_per_s)]
-        for rank in exchange.silent:
-            seen = f"{self._silence(rank)} what its links are like ({_LINK_LIMITS} x world.join_timeout_s)"
-            findings.append(Finding("problem", (self._world.hosts[rank],), seen, "look at its log", certain=True))
-        merged = merge((*self.report.findings, *findings))
-        self._keep(msgspec.structs.replace(self.report, speeds=speeds, findings=merged))
-        return tuple(findings)
 
-    def conclude(self, words: Sequence[str] = ()) -> list[str]:
-        """End an examination: what rank 0 says, on every rank. No rank leaves the world before it has read that."""
-        return self._exchange.settle(words)
+        def judge_all(reports: dict[int, LinkReport]) -> list[str]:
+            findings = [*judge_links(tuple(reports.values()), self._topology, self._job.preflight.min_link_gb_per_s)]
+            for rank, host in enumerate(self._world.hosts):
+                if rank not in reports:
+                    seen = f"{self._topology.describe(rank)} did not report what its links are like"
+                    findings.append(Finding("problem", (host,), seen, "look at its log", certain=True))
+            links = tuple(link for report in reports.values() for link in report.links)
+            assert self.report is not None
+            merged = merge((*self.report.findings, *findings))
+            return self._keep(msgspec.structs.replace(self.report, links=links, findings=merged), findings)
 
-    @property
-    def _rank(self) -> int:
-        return self._world.facts.rank
+        self._exchange("links", _LINK_LIMITS, LinkReport(error=broken) if broken else self._measure(groups), judge_all)
 
-    def _silence(self, rank: int) -> str:
-        return f"{self._topology.describe(rank)} did not report within {self._exchange.timeout_s:.0f} s"
+    def _of_host(self, mark: str | None) -> HostFacts:
+        """The facts of this host. `mark`: the file that rank 0 has put into the run directory, where this is rank 0."""
+        store = dist.PrefixStore("preflight/mark", self._world.store)
+        if mark is not None:
+            store.set("name", mark)
+        clock = read_clock(store, len(set(self._world.hosts)), self._job.world.join_timeout_s)
+        storage = examine_storage(Path(self._job.run.dir), store.get("name").decode() if clock is not None else "")
+        address = f"{local_address()} {interface_towards(*rendezvous_address()) or ''}".strip()
+        return HostFacts(storage, read_xids(), address, clock)
 
-    def _keep(self, report: Report) -> None:
-        self.report = report
-        report.write(self._job.preflight.report)
-
-    def _probe(self, groups: Groups) -> Probe:
-        job, world, topology = self._job, self._world, self._topology
-        text, timeout_s, writes = job.preflight.link_payload, job.world.join_timeout_s, None
+    def _measure(self, groups: Groups) -> LinkReport:
+        """A link that breaks ends this rank's part, and is reported rather than raised: rank 0 collects all."""
+        if not self._topology.links:
+            return LinkReport()
+        text, timeout_s, links = self._job.preflight.link_payload, self._job.world.join_timeout_s, list[LinkSpeed]()
         payload = None if text is None else parse_bytes(text, "preflight.link_payload")
-        if jobs.transport(job, world.device).one_sided and topology.links:
-            writes = WriteProbe(topology, world, job.channel.mooncake, payload, timeout_s)
-        return Probe(topology, groups, world, payload, timeout_s, job.world.share_devices, writes)
+        try:
+            links.extend(measure_links(self._job.channel, self._topology, groups, self._world, payload, timeout_s))
+        except WorldError as error:
+            return LinkReport(tuple(links), str(error))
+        return LinkReport(tuple(links))
 
-    def _decide(self, findings: Sequence[Finding]) -> None:
-        """Rank 0 prints what was found and says whether the run goes on."""
-        if self._rank == 0:
-            for finding in findings:
-                _print(line_of(finding))
-        match self.conclude(_reason_to_stop(findings, self._job.preflight.level == "strict")):
+    def _exchange(self, name: str, limits: int, report: T, judge_all: Callable[[dict[int, T]], list[str]]) -> None:
+        """Every rank hands in its report through the store, and rank 0 judges those that arrive within `limits` times
+        world.join_timeout_s, by rank. Linear in the number of ranks."""
+        rank, describe, everyone = self._world.facts.rank, self._topology.describe, range(self._topology.world_size)
+        store = dist.PrefixStore(f"preflight/{name}", self._world.store)
+        limit_s = limits * self._job.world.join_timeout_s
+
+        def read(ranks: Collection[int]) -> dict[int, T]:
+            return {r: msgspec.json.decode(store.get(f"report/{r}"), type=type(report)) for r in sorted(ranks)}
+
+        def missing(present: Collection[int]) -> str:
+            judge_all(read(present))
+            absent = ", ".join(describe(r) for r in everyone if r not in present)
+            limit = f"{limit_s:.0f} s ({f'{limits} x ' if limits > 1 else ''}world.join_timeout_s)"
+            return f"preflight: {absent} did not report within {limit}: look at its log"
+
+        store.set(f"report/{rank}", msgspec.json.encode(report).decode())
+        # Rank 0 may itself be late, held up by a link.
+        patience_s = limit_s if rank == 0 else 2 * limit_s
+        call = RollCall(rank, len(everyone), describe(rank), describe(0), patience_s, "world.join_timeout_s")
+        match call.answer(store, None, missing, lambda: judge_all(read(everyone)))[1]:
             case ["hosts", reason]:
                 raise WorldError(reason)
             case ["job", reason]:
                 raise ConfigError(reason)
 
+    def _keep(self, report: Report, new: Sequence[Finding]) -> list[str]:
+        self.report = report
+        report.write(self._job.preflight.report)
+        return self._settle(report, new)
 
-def _reason_to_stop(findings: Sequence[Finding], strict: bool) -> list[str]:
-    """What is to blame, hosts or the job, and why; empty where the run may go on."""
-    grave = problems(findings) if strict else tuple(finding for finding in findings if finding.certain)
-    if not grave:
-        return []
-    why = "there are problems (preflight.level=strict)" if strict else "the run would fail"
-    exclude = to_exclude(grave)
-    advice = f". Leave these hosts out: --exclude={exclude}" if exclude else ""
-    return ["hosts" if exclude else "job", f"preflight: {why}: {'; '.join(map(str, grave))}{advice}"]
-
-
-def _print(words: str) -> None:
-    print(f"specdist: preflight: {words}", file=sys.stderr, flush=True)
+    def _settle_run(self, report: Report, new: Sequence[Finding]) -> list[str]:
+        """Print what was found, and stop the run where `preflight.level` says so."""
+        lines = [line_of(finding) for finding in new]
+        if report.links:
+            lines.insert(0, speed_line(self._topology, report.links))
+        for line in lines:
+            print(f"specdist: preflight: {line}", file=sys.stderr, flush=True)
+        strict = self._job.preflight.level == "strict"
+        grave = problems(new) if strict else tuple(finding for finding in new if finding.certain)
+        if not grave:
+            return []
+        why = "there are problems (preflight.level=strict)" if strict else "the run would fail"
+        exclude = to_exclude(grave)
+        advice = f". Leave these hosts out: --exclude={exclude}" if exclude else ""
+        return ["hosts" if exclude else "job", f"preflight: {why}: {'; '.join(map(str, grave))}{advice}"]

@@ -20,7 +20,7 @@ from specdist.run.preflight.findings import Finding, problems, to_exclude
 from specdist.run.preflight.judge import clock_offsets
 from specdist.run.preflight.judge_gpu import ranks_of_gpus
 from specdist.run.preflight.judge_links import kinds_of
-from specdist.run.preflight.speeds import Speeds
+from specdist.run.preflight.speeds import LinkSpeed
 from specdist.world.groups import ranges
 
 _WIDTH = 140
@@ -30,12 +30,13 @@ _GIB = 2**30
 
 
 class Report(msgspec.Struct, frozen=True):
-    """All that one examination found. `topology` and `speeds` are None and empty where no world was started."""
+    """All that one examination found. `topology` and `links` are None where no world was started, `links` before they
+    were measured, too."""
 
-    reports: tuple[RankReport, ...]
+    ranks: tuple[RankReport, ...]
     findings: tuple[Finding, ...]
     topology: Topology | None = None
-    speeds: tuple[Speeds, ...] = ()
+    links: tuple[LinkSpeed, ...] | None = None
 
     @property
     def healthy(self) -> bool:
@@ -49,37 +50,28 @@ class Report(msgspec.Struct, frozen=True):
             "healthy": self.healthy,
             "exclude": to_exclude(self.findings),
             "findings": self.findings,
-            "ranks": self.reports,
-            "links": [link for speeds in self.speeds for link in speeds.links],
-            "groups": [group for speeds in self.speeds for group in speeds.groups],
+            "ranks": self.ranks,
+            "links": self.links or (),
         }
         try:
             write_atomically(Path(path), msgspec.json.format(msgspec.json.encode(whole), indent=1).decode() + "\n")
         except OSError as error:
-            raise ConfigError.at("preflight.report", f": {path} cannot be written: {error}") from error
+            raise ConfigError(f"preflight.report: {path} cannot be written: {error}") from error
 
     def render_hosts(self) -> str:
         """The hosts, their GPUs, and the findings, as plain text."""
-        tables = [_host_table(self.reports)]
-        if any(report.gpus for report in self.reports):
-            tables.append(_gpu_table(self.reports))
+        tables = [_host_table(self.ranks), *([_gpu_table(self.ranks)] if any(rank.gpus for rank in self.ranks) else [])]
         return _plain(tables, map(line_of, self.findings))
 
-    def render_links(self, shown: Sequence[Finding]) -> str:
-        """The links, the findings that were not `shown` before, and the verdict, as plain text."""
-        tables = [_link_table(self.topology, self.speeds)] if self.topology is not None and self.speeds else []
-        more = (line_of(finding) for finding in self.findings if finding not in shown)
-        return _plain(tables, (*more, *self._verdict()))
-
-    def _verdict(self) -> list[str]:
-        count = Counter(finding.severity for finding in self.findings)
-        hosts = len({report.host for report in self.reports})
+    def render_verdict(self, new: Sequence[Finding] = ()) -> str:
+        """The links, the findings that are `new` with them, and the verdict, as plain text."""
+        tables = [] if self.topology is None or self.links is None else [_link_table(self.topology, self.links)]
+        count, hosts = Counter(f.severity for f in self.findings), len({rank.host for rank in self.ranks})
         found = ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for word, n in count.items()) or "nothing found"
-        exclude = to_exclude(self.findings)
-        return [
-            f"{hosts} host{'s' if hosts > 1 else ''}: {found}",
-            *([f"sbatch and srun leave these hosts out with --exclude={exclude}"] if exclude else []),
-        ]
+        lines = [*map(line_of, new), f"{hosts} host{'s' if hosts > 1 else ''}: {found}"]
+        if exclude := to_exclude(self.findings):
+            lines.append(f"sbatch and srun leave these hosts out with --exclude={exclude}")
+        return _plain(tables, lines)
 
 
 def line_of(finding: Finding) -> str:
@@ -87,13 +79,12 @@ def line_of(finding: Finding) -> str:
     return f"{finding.severity}: {finding}"
 
 
-def speed_line(topology: Topology, speeds: Sequence[Speeds]) -> str:
+def speed_line(topology: Topology, links: Sequence[LinkSpeed]) -> str:
     """All links on one line; empty where there are none."""
     parts = []
-    for where, kind in kinds_of([link for s in speeds for link in s.links], topology).items():
-        numbers = [link.gb_per_s for link in kind]
-        parts.append(f"{len(kind)} links {where}: {min(numbers):.2f} to {max(numbers):.2f} GB/s")
-    parts += [f"{group.name}: {group.gb_per_s:.2f} GB/s" for s in speeds for group in s.groups]
+    for where, kind in kinds_of(links, topology).items():
+        speeds = [link.gb_per_s for link in kind]
+        parts.append(f"{len(kind)} links {where}: {min(speeds):.2f} to {max(speeds):.2f} GB/s")
     return "; ".join(parts)
 
 
@@ -107,39 +98,41 @@ def _plain(tables: Iterable[Table], lines: Iterable[str]) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, columns: str, rows: Iterable[Iterable[str | None]]) -> Table:
+    """`columns`: their names, between commas. A cell that is None is unknown."""
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
-    for column in columns:
+    for column in columns.split(", "):
         table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*("unknown" if cell is None else cell for cell in row))
     return table
 
 
-def _host_table(reports: Sequence[RankReport]) -> Table:
-    table = _table("hosts", "host", "ranks", "torch", "CUDA", "NCCL", "driver", "address", "clock", "room", "XIDs")
-    offsets = clock_offsets({report.host: report.of_host for report in reports if report.of_host is not None})
-    for first in reports:
-        if (facts := first.of_host) is None:
-            continue
-        ranks = ranges(report.rank for report in reports if report.host == first.host)
-        versions = (first.versions[name] for name in ("torch", "CUDA", "NCCL", "the driver"))
-        network, free, offset = facts.network, facts.storage.free, offsets.get(first.host)
-        table.add_row(
+def _host_table(ranks: Sequence[RankReport]) -> Table:
+    offsets = clock_offsets({first.host: first.of_host for first in ranks if first.of_host is not None})
+    rows = [
+        (
             first.host,
-            ranks,
-            *versions,
-            "" if network is None else f"{network.address} {network.interface or ''}".strip(),
-            "" if offset is None else f"{offset[0] * 1e3:+.1f} ms",
-            "unknown" if free is None else f"{free / _GIB:.1f} GiB",
-            "unknown" if facts.xids is None else str(len(facts.xids)),
+            ranges(rank.rank for rank in ranks if rank.host == first.host),
+            *(first.versions[name] for name in ("torch", "CUDA", "NCCL", "the driver")),
+            facts.address,
+            f"{offsets[first.host][0] * 1e3:+.1f} ms" if first.host in offsets else "",
+            None if facts.storage.free is None else f"{facts.storage.free / _GIB:.1f} GiB",
+            None if facts.xids is None else str(len(facts.xids)),
         )
-    return table
+        for first in ranks
+        if (facts := first.of_host) is not None
+    ]
+    return _table("hosts", "host, ranks, torch, CUDA, NCCL, driver, address, clock, room, XIDs", rows)
 
 
-def _gpu_table(reports: Sequence[RankReport]) -> Table:
-    columns = ("host", "bus", "ranks", "name", "free memory", "ECC errors", "MIG", "NVLinks", "PCIe", "slowed by")
-    table = _table("GPUs", *columns)
-    for gpu, there in ranks_of_gpus(reports):
-        known = (
+def _gpu_table(ranks: Sequence[RankReport]) -> Table:
+    rows = [
+        (
+            users[0].host,
+            gpu.bus,
+            ranges(rank.rank for rank in users),
+            gpu.name,
             None if gpu.memory is None else f"{(gpu.memory_free or 0) / _GIB:.1f} of {gpu.memory / _GIB:.1f} GiB",
             None if gpu.uncorrected is None else str(gpu.uncorrected),
             None if gpu.mig is None else "on" if gpu.mig else "off",
@@ -147,14 +140,12 @@ def _gpu_table(reports: Sequence[RankReport]) -> Table:
             None if gpu.pcie_lanes is None else f"x{gpu.pcie_lanes}",
             None if gpu.throttles is None else ", ".join(gpu.throttles) or "nothing",
         )
-        cells = ("unknown" if cell is None else cell for cell in known)
-        table.add_row(there[0].host, gpu.bus, ranges(report.rank for report in there), gpu.name, *cells)
-    return table
+        for gpu, users in ranks_of_gpus(ranks)
+    ]
+    return _table("GPUs", "host, bus, ranks, name, free memory, ECC errors, MIG, NVLinks, PCIe, slowed by", rows)
 
 
-def _link_table(topology: Topology, speeds: Sequence[Speeds]) -> Table:
-    links = [link for s in speeds for link in s.links]
-    table = _table(f"links: {speed_line(topology, speeds) or 'none'}", "from", "to", "GB/s")
-    for link in links if len(links) <= _LINKS_SHOWN else []:
-        table.add_row(topology.describe(link.source), topology.describe(link.destination), f"{link.gb_per_s:.2f}")
-    return table
+def _link_table(topology: Topology, links: Sequence[LinkSpeed]) -> Table:
+    rows = [(topology.describe(x.source), topology.describe(x.destination), f"{x.gb_per_s:.2f}") for x in links]
+    title = f"links: {speed_line(topology, links) or 'none'}"
+    return _table(title, "from, to, GB/s", rows if len(rows) <= _LINKS_SHOWN else [])

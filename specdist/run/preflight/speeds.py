@@ -18,20 +18,3 @@ class LinkSpeed(msgspec.Struct, frozen=True):
     source: int
     destination: int
     gb_per_s: float
-
-
-class GroupSpeed(msgspec.Struct, frozen=True):
-    """Bandwidth of an all-reduce: what each rank's connection carries, in 10^9 bytes a second."""
-
-    name: str
-    ranks: tuple[int, ...]
-    gb_per_s: float
-
-
-class Speeds(msgspec.Struct, frozen=True):
-    """What one rank measured: its links, where it is the end that sees them, and the groups it leads; and what broke,
-    empty for nothing."""
-
-    links: tuple[LinkSpeed, ...] = ()
-    groups: tuple[GroupSpeed, ...] = ()
-    error: str = ""

@@ -23,13 +23,13 @@ from specdist.core.launch_env import RankFacts
 from specdist.core.stop import end_with_launcher, leave
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts, load_job
-from specdist.run.preflight.facts import HostFacts, report_rank
+from specdist.run.preflight.facts import report_rank
+from specdist.run.preflight.findings import Finding
+from specdist.run.preflight.host import HostFacts, examine_storage, marked, read_xids
 from specdist.run.preflight.judge import judge
-from specdist.run.preflight.kernel_log import read_xids
 from specdist.run.preflight.needs import needs_of
 from specdist.run.preflight.preflight import Preflight
 from specdist.run.preflight.report import Report
-from specdist.run.preflight.storage import examine_storage, marked
 from specdist.world.groups import join_world, make_groups
 from specdist.world.links import connect_links
 
@@ -56,10 +56,8 @@ def examine_world(job: JobConfig, who: RankFacts) -> int:
     facts, model = examine_model(job)
     world = join_world(job.world, who)
     topology = jobs.topology(job, world.hosts, world.roles)
-    check = Preflight(job, world, topology)
-    shown = check.examine_hosts(facts, model)
-    if check.report is not None:  # now, in case that the groups or the links do not come up
-        print(check.report.render_hosts(), flush=True)
+    check = Preflight(job, world, topology, _show)
+    check.examine_hosts(facts, model)
     groups = make_groups(topology, world, jobs.transport(job, world.device).link_backend, job.world.wait_timeout_s)
     broken = ""
     try:
@@ -67,10 +65,13 @@ def examine_world(job: JobConfig, who: RankFacts) -> int:
     except WorldError as error:
         broken = str(error)
     check.examine_links(groups, broken)
-    if check.report is not None:
-        print(check.report.render_links(shown), flush=True)
-    check.conclude()
     return 0 if check.report is None or check.report.healthy else 1
+
+
+def _show(report: Report, new: Sequence[Finding]) -> list[str]:
+    """Print the hosts at once, in case that the groups or the links do not come up, and nothing stops the checks."""
+    print(report.render_hosts() if report.links is None else report.render_verdict(new), flush=True)
+    return []
 
 
 def examine_alone(job: JobConfig) -> Report:

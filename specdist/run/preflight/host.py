@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the first rank of each host reports for all of them: the run directory, the kernel's log, address and clock."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import msgspec
+import torch.distributed as dist
+
+from specdist.core.files import write_atomically
+
+VISIBLE_S = 5.0
+"""How long another host's file may take to appear: network file systems cache directories."""
+_LOOK_AGAIN_S = 0.2
+_DMESG_S = 10.0
+_XID = re.compile(r"^(?:<\d+>)?\[ *([\d.]+)\] NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)(?:, *(.*))?$", re.MULTILINE)
+_APPLICATION_XIDS = frozenset({13, 31, 43, 45, 68, 69})
+"""Errors that a program causes (a wrong address, an exception in a kernel) or that follow from its end."""
+
+
+class Storage(msgspec.Struct, frozen=True):
+    """The run directory as one host sees it.
+
+    Attributes:
+        error: what went wrong when a file was created, made durable, renamed and deleted; empty for nothing.
+        shared: whether this host sees the file of rank 0; None where there is none to see.
+        free: room for an ordinary user, in bytes; None where the directory cannot be asked.
+    """
+
+    directory: str
+    error: str
+    shared: bool | None
+    free: int | None
+
+
+class Xid(msgspec.Struct, frozen=True):
+    """An error that the GPU driver has put into the kernel's log. `age_s`: how long ago it was, in seconds."""
+
+    bus: str
+    code: int
+    age_s: float
+    text: str
+
+    @property
+    def hardware(self) -> bool:
+        """Whether the GPU, its memory, a link or the driver is at fault, rather than a program."""
+        return self.code not in _APPLICATION_XIDS
+
+
+class Clock(msgspec.Struct, frozen=True):
+    """What a host's clock said, in seconds since the epoch, at a point that all hosts passed within `within_s`."""
+
+    now_s: float
+    within_s: float
+
+
+class HostFacts(msgspec.Struct, frozen=True):
+    """The facts of one host.
+
+    Attributes:
+        xids: None where the kernel's log cannot be read.
+        address: on the route to the rendezvous, and which interface has it; empty where no world was started.
+        clock: None where no world was started, or a host is missing.
+    """
+
+    storage: Storage
+    xids: tuple[Xid, ...] | None
+    address: str = ""
+    clock: Clock | None = None
+
+
+@contextlib.contextmanager
+def marked(directory: Path) -> Iterator[str]:
+    """Put a file where `directory` is, or would be created. Yields its name; empty where it cannot be written."""
+    file = _existing(directory) / _new_name()
+    with contextlib.suppress(OSError):
+        write_atomically(file, "")
+    try:
+        yield file.name if os.path.exists(file) else ""
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
+def examine_storage(directory: Path, mark: str) -> Storage:
+    """Look for the file `mark` of rank 0 where `directory` is, or would be created, and write another one."""
+    there = _existing(directory)
+    shared = _appears(there / mark) if mark else None
+    own, error, free = there / _new_name(), "", None
+    try:
+        write_atomically(own, "")
+        own.unlink()
+    except OSError as failure:
+        error = failure.strerror or str(failure)  # without the name of the file: the same on all hosts
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(there).free
+    return Storage(str(directory), error, shared, free)
+
+
+def _existing(directory: Path) -> Path:
+    return next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.exists(path))
+
+
+def _new_name() -> str:
+    return f".preflight-{secrets.token_hex(8)}"
+
+
+def _appears(file: Path) -> bool:
+    deadline = time.monotonic() + VISIBLE_S
+    while not os.path.exists(file):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_AGAIN_S)  # a file system does not tell what another host has done
+    return True
+
+
+def read_xids() -> tuple[Xid, ...] | None:
+    """The XID errors in the kernel's log; None where it cannot be read, as by ordinary users of many systems and in
+    containers. NVML reports them only to a process that listened when they happened."""
+    try:
+        log = subprocess.run(["dmesg", "--raw"], capture_output=True, timeout=_DMESG_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return tuple(parse_xids(log.decode(errors="replace"), time.monotonic()))
+
+
+def parse_xids(log: str, now_s: float) -> Iterator[Xid]:
+    """The XIDs in lines of `dmesg --raw`; `now_s` is the time since boot, in seconds."""
+    for stamp, bus, code, text in _XID.findall(log):
+        yield Xid(bus, int(code), now_s - float(stamp), text.strip())
+
+
+def read_clock(store: dist.Store, hosts: int, timeout_s: float) -> Clock | None:
+    """This host's clock at a point that `hosts` processes, all that call this, pass together; None if one does not come
+    within `timeout_s` seconds."""
+    for point in ("present", "clock"):  # the first absorbs how late they come
+        began = time.time()
+        if store.add(f"{point}/count", 1) == hosts:
+            store.set(point, "")
+        try:
+            store.wait([point], timedelta(seconds=timeout_s))
+        except dist.DistStoreError:
+            return None
+    now = time.time()
+    return Clock(now, now - began)
