@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the prompts station is told: which conversations, how they are supervised, cut and kept."""
+"""The `prompts` section: which conversations, how they are supervised, cut and kept."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from specdist.prompts.store import PromptStore, is_store
 
 SILENCE_S = 900.0
 """Seconds in which the preparing rank must come further: more than one piece may take."""
-TELL_S, LOOK_S = 3.0, 2.0
+PUBLISH_S, LOOK_S = 3.0, 2.0
 
 
 def prepare_in_world(
@@ -43,21 +43,21 @@ def prepare_in_world(
         directory, files = json.loads(_await(store, preparing, hosts, silence_s))
         if is_store(Path(directory)):
             return PromptStore.open(directory, files)
-    told_at = 0.0
+    published_at = 0.0
 
-    def tell(text: str) -> None:
-        nonlocal told_at
-        if time.monotonic() - told_at > TELL_S:
-            told_at = time.monotonic()
+    def publish(text: str) -> None:
+        nonlocal published_at
+        if time.monotonic() - published_at > PUBLISH_S:
+            published_at = time.monotonic()
             store.set(f"prompts/{rank}/progress", text)
 
-    prompts = prepare(config, tokenizer_dir, progress=rank == 0, told=tell)
+    prompts = prepare(config, tokenizer_dir, progress=rank == 0, on_progress=publish)
     store.set(f"prompts/{rank}", json.dumps([str(prompts.directory), prompts.files]))
     return prompts
 
 
 def _await(store: dist.Store, rank: int, hosts: Sequence[str], silence_s: float) -> bytes:
-    """What `rank` says of its prompts when they are prepared."""
+    """What `rank` publishes of its prompts when they are prepared."""
     done, progress = f"prompts/{rank}", f"prompts/{rank}/progress"
     said, since = b"nothing yet", time.monotonic()
     while True:

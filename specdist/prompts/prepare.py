@@ -63,7 +63,7 @@ def prepare(
     tokenizer_dir: str | Path,
     progress: bool = True,
     timeout: float = 3600.0,
-    told: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str], None] = lambda text: None,
 ) -> PromptStore:
     """The store of the configured prompts: from the cache, or tokenised now. Of several processes that share a cache
     one works at a time. In a world see `in_world.prepare_in_world`.
@@ -71,7 +71,7 @@ def prepare(
     Args:
         progress: whether it is shown on stderr.
         timeout: seconds to wait for another process that prepares the same.
-        told: is given the progress in words.
+        on_progress: called with the progress, in words.
 
     Raises:
         ConfigError, DataError: nothing to read, an unusable file or tokenizer, no usable sample, more bad samples than
@@ -88,21 +88,20 @@ def prepare(
 
         def say(text: str) -> None:
             bar.say(text, f"prompts: {text}")
-            told(text)
+            on_progress(text)
 
         def advance(done: int, text: str) -> None:
             line = f"{min(done / max(total, 1), 1):.0%}: {text}"
             bar.update(done, text, f"prompts: {line}")
-            told(line)
+            on_progress(line)
 
         say(f"looking up {len(sources)} files ({total / 1e6:,.1f} MB) in the cache")
         final = root / cache_key(config, sources, Path(tokenizer_dir))
-        with _locked(final, timeout, say):
-            if not (final / MANIFEST).exists():
-                for remains in root.glob(f"{final.name}.*.tmp"):  # of preparations that were killed
-                    shutil.rmtree(remains, ignore_errors=True)
-                bar.set_total(total)
-                _prepare_into(final, config, sources, str(tokenizer_dir), total, advance)
+        if not (final / MANIFEST).exists():
+            with _locked(final, timeout, say):
+                if not (final / MANIFEST).exists():  # another process may have prepared them meanwhile
+                    bar.set_total(total)
+                    _prepare_into(final, config, sources, str(tokenizer_dir), total, advance)
     store = PromptStore.open(final, [source.path for source in sources])
     _judge_all(store.report, config, final)
     return store
@@ -110,39 +109,30 @@ def prepare(
 
 @contextmanager
 def _locked(final: Path, timeout: float, say: Callable[[str], None]) -> Iterator[None]:
-    """Keep other processes from preparing the same, if it is not there yet."""
-    path = final.with_suffix(".lock")
+    """Keep other processes from preparing the same. What killed ones have left is deleted."""
+    path, pattern = final.with_suffix(".lock"), f"{final.name}.*.tmp"
+    at_work = next((work.name.split(".")[1] for work in final.parent.glob(pattern)), "another process")
     lock = FileLock(path)
-    if not (final / MANIFEST).exists():
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"{_at_work(final)} prepares them; waiting")
-            try:
-                lock.acquire(timeout, poll_interval=0.5)
-            except Timeout:
-                raise WorldError(
-                    f"waited {timeout:.0f} s for {_at_work(final)} to prepare the prompts. Its lock is {path}"
-                ) from None
     try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{at_work} prepares them; waiting")
+        try:
+            lock.acquire(timeout, poll_interval=0.5)
+        except Timeout:
+            message = f"waited {timeout:.0f} s for {at_work} to prepare the prompts. Its lock is {path}"
+            raise WorldError(message) from None
+    try:
+        for remains in final.parent.glob(pattern):
+            shutil.rmtree(remains, ignore_errors=True)
         yield
     finally:
-        if lock.is_locked:
-            path.unlink(missing_ok=True)  # whoever waits for it finds the store, or makes a lock of its own
-            lock.release()
-
-
-def _work_directory(final: Path) -> Path:
-    return final.with_name(f"{final.name}.process {os.getpid()} on {socket.gethostname()}.{uuid.uuid4().hex}.tmp")
-
-
-def _at_work(final: Path) -> str:
-    """Who prepares a store, as its directory says."""
-    return next((path.name.split(".", 1)[1][:-37] for path in final.parent.glob(f"{final.name}.*.tmp")), "another one")
+        path.unlink(missing_ok=True)  # a process that waits for it finds the store, or makes a lock of its own
+        lock.release()
 
 
 def _ready(directory: Path, config: PromptsConfig) -> PromptStore:
-    """A store that somebody wrote, as it is."""
+    """A prompt store that the configuration names, as it is."""
     store = PromptStore.open(directory)
     longest = int(store.lengths.max(initial=0))
     if longest > config.max_length:
@@ -190,7 +180,8 @@ def _prepare_into(
 ) -> None:
     """Prepare in a directory of this process, then rename it to `final`."""
     tokenizer = load_tokenizer(tokenizer_dir, config)
-    work = _work_directory(final)
+    host = socket.gethostname().partition(".")[0]
+    work = final.with_name(f"{final.name}.process {os.getpid()} on {host}.{uuid.uuid4().hex}.tmp")
     work.mkdir()
     try:
         report, size = PrepareReport(), 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What came of a preparation: the samples that could not be used, by name, and the figures of those that could."""
+"""What came of a preparation: the samples that could not be used, by name, and statistics of those that could."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class UnusableError(ValueError):
 
 @dataclass
 class PrepareReport:
-    """The figures of a preparation. Kept in the cache, so a later run that finds the cache can show them too."""
+    """The statistics of a preparation. Kept in the cache, so a later run that finds the cache can show them too."""
 
     samples: int = 0
     """Samples read, bad ones included."""

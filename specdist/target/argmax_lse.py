@@ -51,11 +51,11 @@ class WithArgmaxLse(TargetModel):
     def _of(self, final: Tensor) -> tuple[Tensor, Tensor]:
         """Argmax and log-sum-exp [n] over the whole vocabulary, of last hidden states [n, H]."""
         products = final.to(self._head.dtype) @ self._head.T
-        choice, log_sum_exp = self._summarise(products, self._logit_map)
+        argmax, log_sum_exp = self._summarise(products, self._logit_map)
         if self._group is None:
-            return choice, log_sum_exp
-        highest = self._logit_map(products.gather(1, choice[:, None])[:, 0])
-        return _put_together(choice + self._first, highest, log_sum_exp, self._group)
+            return argmax, log_sum_exp
+        highest = self._logit_map(products.gather(1, argmax[:, None])[:, 0])
+        return _combined(argmax + self._first, highest, log_sum_exp, self._group)
 
 
 def supervised_rows(batch: PackedTokens) -> Tensor:
@@ -63,12 +63,12 @@ def supervised_rows(batch: PackedTokens) -> Tensor:
     return (batch.supervised[1:] & (batch.positions[1:] > 0)).nonzero().flatten()
 
 
-def _put_together(choice: Tensor, highest: Tensor, log_sum_exp: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Of the whole vocabulary, from the parts of the ranks. Among equal logits the lowest token is the choice, as with
-    argmax: ranks have ascending parts."""
-    mine = torch.stack([choice.double(), highest.double(), log_sum_exp.double()])
+def _combined(argmax: Tensor, highest: Tensor, log_sum_exp: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Of the whole vocabulary, from the parts of the ranks. Among equal logits the lowest token is taken, as
+    argmax does: ranks have ascending parts."""
+    mine = torch.stack([argmax.double(), highest.double(), log_sum_exp.double()])
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
-    choices, peaks, sums = torch.stack(parts, dim=1)  # each [ranks, n]
+    argmaxes, peaks, sums = torch.stack(parts, dim=1)  # each [ranks, n]
     best = peaks.argmax(0, keepdim=True)
-    return choices.gather(0, best)[0].long(), sums.logsumexp(0)
+    return argmaxes.gather(0, best)[0].long(), sums.logsumexp(0)

@@ -82,7 +82,7 @@ class Engine:
 def weights_and_activations(
     config: TargetConfig, target: TargetDescription, dtype: torch.dtype, weights: int, tokens: int
 ) -> dict[str, int]:
-    """Bytes on one rank, for weights of so many in all and a forward of `tokens`."""
+    """Bytes on one rank, for that many of weights in all ranks and a forward of `tokens`."""
     # One layer at a time: residual, normed input, q/k/v and attention output, and the gated MLP's two halves.
     numbers = 8 * target.hidden_size + 3 * target.mlp_width
     return {

@@ -50,7 +50,7 @@ class TargetConfig:
 
     @classmethod
     def registered(cls) -> dict[str, Any]:
-        """The choice between the engines, and their sections: see `core.config.complete`."""
+        """The names of the engines, and their sections: see `core.config.complete`."""
         return {"engine": Literal[tuple(SECTIONS)]} | {name: own for name, own in SECTIONS.items() if own is not None}
 
     def __post_init__(self) -> None:

@@ -277,7 +277,7 @@ def test_others_wait_a_bounded_time_and_a_killed_preparation_leaves_nothing_wron
         children = [int(pid) for pid in file.read().split()]
     try:
         assert children
-        name = f"process {process.pid} on {socket.gethostname()}"
+        name = f"process {process.pid} on {socket.gethostname().partition('.')[0]}"
         with pytest.raises(WorldError, match=rf"waited 1 s for {name} .*\.lock"):
             prepare(config, model, progress=False, timeout=1.0)
     finally:

@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 NAME = "specdist_packed"
 
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-"""torch 2.11's varlen_attn takes fewer key/value heads as they are, later ones want to be told."""
+"""torch 2.11's varlen_attn takes fewer key/value heads as they are, later ones need the flag."""
 
 
 class NotPackable(Exception):
@@ -70,7 +70,7 @@ def packed_attention(
         s_aux: [Hq], a logit per head that takes part in the softmax and carries no value (attention sink).
 
     Returns:
-        [1, T, Hq, Dv] and None, as transformers wants it.
+        [1, T, Hq, Dv] and None, as transformers expects it.
     """
     if documents is None:
         raise NotPackable("it does not hand its keyword arguments on to its attention")

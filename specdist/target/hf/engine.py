@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch.distributed import ProcessGroup
 
 from specdist.core.errors import ConfigError
-from specdist.core.records import FeatureLayout
 from specdist.target.base import Engine, TargetModel, weights_and_activations
 from specdist.target.config import TargetConfig
 from specdist.target.description import TargetDescription, common_divisors
@@ -35,17 +35,10 @@ def memory(config: TargetConfig, target: TargetDescription, dtype: torch.dtype, 
     return weights_and_activations(config, target, dtype, target.parameters * dtype.itemsize, tokens)
 
 
-def load(
-    config: TargetConfig,
-    target: TargetDescription,
-    layout: FeatureLayout,
-    device: torch.device,
-    group: ProcessGroup | None,
-    tokens: int | None,
-) -> TargetModel:
+def load(*arguments: Any) -> TargetModel:
     from specdist.target.hf.model import HfTarget
 
-    return HfTarget(config, target, layout, device, group)
+    return HfTarget(*arguments)
 
 
 HF = Engine(check, memory, load)

@@ -46,6 +46,7 @@ class HfTarget(TargetModel):
         layout: FeatureLayout,
         device: torch.device,
         group: ProcessGroup | None = None,
+        tokens: int | None = None,
     ) -> None:
         self.layout, self.device, self.dtype = layout, device, compute_dtype(config, target)
         # Of the model only the decoder is kept: what else was loaded is freed with it.

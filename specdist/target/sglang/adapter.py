@@ -3,7 +3,7 @@
 
 SGLang takes the default process group for its tensor-parallel world and would start it itself. Here the world is
 torchrun's and SGLang gets a part of it, so its groups are made by `make_coordinators` before its model runner exists,
-and the runner is told to take what is there. Nothing of SGLang is edited or replaced on disk.
+and the runner takes what is there. Nothing of SGLang is edited or replaced on disk.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def load(settings: dict[str, Any], device: torch.device, group: ProcessGroup | N
     ranks = [torch.distributed.get_rank()] if group is None else torch.distributed.get_process_group_ranks(group)
     assert tp.ranks == list(ranks), f"SGLang's group is {tp.ranks}, the replica is {ranks}"
     if device.type == "cpu":
-        # SGLang wants a core for each rank where there are more ranks than memory nodes. It only notes them: the
+        # SGLang asks for a core for each rank where there are more ranks than memory nodes. It only notes them: the
         # kernels that would be bound to them are not used here.
         os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(map(str, range(tp.world_size))))
     args = ServerArgs(**settings)
@@ -339,7 +339,7 @@ def _runner_class() -> type:
         def init_torch_distributed(self) -> None:
             # The last step of SGLang's own start of its groups, which is left out with it.
             initialize_dp_attention(self.server_args, self.model_config)
-            # Its way of saying "the groups were made by somebody else" is to be the draft model's runner.
+            # A draft model's runner does not make groups: it takes those of the target's.
             self.is_draft_worker = True
             super().init_torch_distributed()
             self.is_draft_worker = False

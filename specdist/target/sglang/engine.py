@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from torch.distributed import ProcessGroup
 
 from specdist.core.engine_groups import EngineGroups
 from specdist.core.errors import ConfigError
-from specdist.core.records import FeatureLayout
 from specdist.target.base import Engine, Limits, TargetModel, weights_and_activations
 from specdist.target.config import TargetConfig
 from specdist.target.description import TargetDescription, common_divisors
@@ -71,17 +70,10 @@ def groups(config: TargetConfig, replicas: Sequence[Sequence[int]], device: torc
     return EngineGroups(calls, partial(adapter.make_coordinators, lists, device, ep))
 
 
-def load(
-    config: TargetConfig,
-    target: TargetDescription,
-    layout: FeatureLayout,
-    device: torch.device,
-    group: ProcessGroup | None,
-    tokens: int | None,
-) -> TargetModel:
+def load(*arguments: Any) -> TargetModel:
     from specdist.target.sglang.model import SglangTarget
 
-    return SglangTarget(config, target, layout, device, group, tokens)
+    return SglangTarget(*arguments)
 
 
 SGLANG = Engine(
