@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of an evaluation: sums that add up over prompts and ranks, the figures read from them, and their text."""
+"""The result of an evaluation: sums that add up over prompts and ranks, the metrics computed from them, their text."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Tally:
         return _ratio(self.tokens, self.seconds)
 
     def to_dict(self) -> dict[str, object]:
-        figures = {
+        metrics = {
             "acceptance_length": self.acceptance_length,
             "acceptance_rate": self.acceptance_rate,
             "position_acceptance": list(self.position_acceptance),
@@ -96,7 +96,7 @@ class Tally:
             "tokens_per_second": self.tokens_per_second,
         }
         sums = {f.name: getattr(self, f.name) for f in fields(self)}
-        return figures | {name: list(v) if isinstance(v, tuple) else v for name, v in sums.items()}
+        return metrics | {name: list(v) if isinstance(v, tuple) else v for name, v in sums.items()}
 
 
 @dataclass(frozen=True)

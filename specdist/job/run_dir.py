@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run directory: one place for the configuration, the checkpoints, the figures and what came of the run.
+"""The run directory: one place for the configuration, the checkpoints, the metrics and the results of the run.
 
 config.yaml            the resolved configuration
 draft_vocabulary.safetensors   target ids of the draft vocabulary (absent when it is the whole)
@@ -7,8 +7,8 @@ checkpoints/step-*/    training state
 metrics.jsonl          one record every metrics.every steps
 tensorboard/
 export/<format>/       the draft as serving engines load it
-summary.json           what came of it
-status.json            what rank 0 knew a few seconds ago
+summary.json           the results
+status.json            the state of the run a few seconds ago
 logs/<job>.<restart>/  every attempt's logs, first failure and end (specdist/core/attempts.py)
 """
 

@@ -29,7 +29,7 @@ def verdict(draft_wait: float, target_wait: float, moves: Mapping[str, str]) -> 
 class Rates:
     """What each role can do, in tokens/s: `target` a replica of `target.tp` ranks, `draft` a rank.
 
-    `source` says in words where the figures come from."""
+    `source` says in words where the rates come from."""
 
     target: float
     draft: float

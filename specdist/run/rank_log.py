@@ -38,9 +38,9 @@ class RankLog:
             os.dup2(file.fileno(), stream.fileno())
         sys.stdout = sys.stderr = self.file = file
         if facts.rank == 0:
-            self.speak()
+            self.show_on_terminal()
 
-    def settle(self, role: str) -> None:
+    def move_to(self, role: str) -> None:
         """Move the file into the folder of this rank's role."""
         path = self._place(role)
         self.path.rename(path)
@@ -48,9 +48,9 @@ class RankLog:
             self.path.parent.rmdir()
         self.path = path
 
-    def speak(self) -> None:
+    def show_on_terminal(self) -> None:
         """From here on what this rank prints is shown on the terminal too."""
-        sys.stderr = Spoken(self.file, self.terminal)
+        sys.stderr = Tee(self.file, self.terminal)
 
     def _place(self, folder: str) -> Path:
         path = self._directory / folder / self._name
@@ -58,7 +58,7 @@ class RankLog:
         return path
 
 
-class Spoken(io.TextIOBase):
+class Tee(io.TextIOBase):
     """Writes to a rank's log and to the terminal; what moves the cursor (a live display) to the terminal only."""
 
     def __init__(self, log: TextIO, terminal: TextIO):

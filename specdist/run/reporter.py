@@ -39,7 +39,7 @@ class RunReporter(Reporter):
         self._client = client
         self._trackers: list[Tracker] = []
         self._bar: ProgressTracker | None = None
-        self._last_figures: dict[str, float] = {}
+        self._last_record: dict[str, float] = {}
         self._seen, self._target_waits = Statistics(), 0.0
         self._tokens = self._steps = 0
         self._waited_s = 0.0
@@ -64,12 +64,12 @@ class RunReporter(Reporter):
         if self._bar is not None:
             self._bar.advance(step)
 
-    def figures(self, step: int, figures: Mapping[str, float], window: Window) -> None:
+    def record(self, step: int, metrics: Mapping[str, float], window: Window) -> None:
         self._tokens += window.tokens
         self._steps += window.steps
         self._waited_s += window.waited_share * window.seconds
         record = {
-            **figures,
+            **metrics,
             "tokens_per_s": window.tokens / window.seconds,
             "step_s": window.seconds / window.steps,
             "draft_wait": window.waited_share,
@@ -78,7 +78,7 @@ class RunReporter(Reporter):
         }
         if torch.cuda.is_available():
             record["gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._last_figures = record
+        self._last_record = record
         self._latest = self._mark()
         self._warm = self._warm or self._latest
         for tracker in self._trackers:
@@ -100,7 +100,7 @@ class RunReporter(Reporter):
             "tokens_per_s": (latest.tokens - since.tokens) / seconds,
             "draft_wait": (latest.draft_waited_s - since.draft_waited_s) / seconds,
             "target_wait": _target_wait(since.statistics, latest.statistics),
-            **{f"last/{name}": value for name, value in self._last_figures.items()},
+            **{f"last/{name}": value for name, value in self._last_record.items()},
         }
 
     def _mark(self) -> _Mark:

@@ -41,7 +41,7 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
         check_prompts(job.evaluate.prompts, job.target.path, job.evaluate.limit, job.prompts.template_kwargs)
     world = join_world(job.world, facts)
     topology = jobs.topology(job, world.hosts, world.roles)
-    _settle_log(start.log, topology, facts.rank)
+    _place_log(start.log, topology, facts.rank)
     jobs.check_installed(job, target=topology.target_place(facts.rank) is not None)
     preflight = Preflight(job, world, topology)
     preflight.hosts(job_facts)
@@ -88,11 +88,11 @@ def _take_part(context: WorldContext, preflight: Preflight) -> None:
         _put_trace_together(context)
 
 
-def _settle_log(log: RankLog, topology: Topology, rank: int) -> None:
+def _place_log(log: RankLog, topology: Topology, rank: int) -> None:
     target, draft = topology.target_place(rank), topology.draft_place(rank)
-    log.settle("colocated" if target and draft else "target" if target else "draft")
+    log.move_to("colocated" if target and draft else "target" if target else "draft")
     if topology.draft_ranks and rank == topology.draft_ranks[0]:
-        log.speak()
+        log.show_on_terminal()
 
 
 def _stop_flag(job: JobConfig, start: Start) -> StopFlag:

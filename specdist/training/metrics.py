@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the figures of a run go: metrics.jsonl always; TensorBoard, Weights & Biases and a progress line by config.
+"""Where the metrics of a run go: metrics.jsonl always; TensorBoard, Weights & Biases and a progress line by config.
 
 All take every record, which is made of
 
@@ -32,7 +32,7 @@ _LINES_S = 5.0
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """Where the figures of a run go."""
+    """Where the metrics of a run go."""
 
     every: int = 10
     """Optimizer steps between two records."""
@@ -51,10 +51,10 @@ class MetricsConfig:
 
 
 class Tracker(ABC):
-    """Takes one record of figures per logged step."""
+    """Takes one record of metrics per logged step."""
 
     @abstractmethod
-    def log(self, step: int, figures: Mapping[str, float]) -> None: ...
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     @abstractmethod
     def close(self) -> None: ...
@@ -72,8 +72,8 @@ class JsonlTracker(Tracker):
         path.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n")
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -86,8 +86,8 @@ class TensorBoardTracker(Tracker):
 
         self._writer = SummaryWriter(str(directory), purge_step=resume_step or None)
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -113,8 +113,8 @@ class WandbTracker(Tracker):
             config=dict(config),
         )
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -135,7 +135,7 @@ _LINE: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("draft_wait", "draft waits", _share),
     ("target_wait", "target waits", _share),
 )
-"""The figures of the progress line, the words for them, and how they are written."""
+"""The metrics of the progress line, the words for them, and how they are written."""
 WAITS = ("draft_wait", "target_wait")
 """Figures of roles that are apart: where ranks have both roles, neither waits for the other."""
 
@@ -144,7 +144,7 @@ class ProgressTracker(Tracker):
     """The progress bar; in a log the first and the last record are among its lines.
 
     Args:
-        leave_out: figures that the line does not show.
+        leave_out: metrics that the line does not show.
     """
 
     def __init__(self, total: int, start: int, leave_out: Collection[str] = ()):
@@ -152,12 +152,12 @@ class ProgressTracker(Tracker):
         self._bar = ProgressBar("train", total, start, every_s=_LINES_S, at_once=True, transient=False)
 
     def advance(self, step: int) -> None:
-        """Move the bar; the figures stay those of the last record."""
+        """Move the bar; the metrics stay those of the last record."""
         self._bar.move(step)
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        shown = [entry for entry in _LINE if entry[0] in figures and entry[0] not in self._leave_out]
-        text = "  ".join(f"{words} {written(figures[name])}" for name, words, written in shown)
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        shown = [entry for entry in _LINE if entry[0] in metrics and entry[0] not in self._leave_out]
+        text = "  ".join(f"{words} {written(metrics[name])}" for name, words, written in shown)
         self._bar.update(step, text, f"step {step}/{self._total}  {text}", now=step >= self._total)
 
     def close(self) -> None:

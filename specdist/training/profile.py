@@ -49,12 +49,14 @@ class TraceConfig:
 
     def __post_init__(self) -> None:
         if self.steps is not None and not 1 <= self.steps <= _MOST_STEPS:
-            raise ConfigError(f"trace.steps is a number of steps, 1 to {_MOST_STEPS}, or null, not {self.steps}")
+            raise ConfigError.at("trace.steps", f"is a number of steps, 1 to {_MOST_STEPS}, or null, not {self.steps}")
         if self.start is not None and self.start < 1:
-            raise ConfigError(f"trace.start is at least 1, the first step of the run, not {self.start}")
+            raise ConfigError.at("trace.start", f"is at least 1, the first step of the run, not {self.start}")
         if self.start is not None and self.steps is None:
-            raise ConfigError(
-                f"trace.start={self.start} records nothing: say with trace.steps how many steps it shall be"
+            raise ConfigError.at(
+                "trace.start",
+                f"={self.start} records nothing: say with trace.steps how many steps it shall be",
+                "trace.steps",
             )
 
     def check(self, last_step: int | None) -> None:
@@ -62,9 +64,11 @@ class TraceConfig:
         first = self.start or WARM_UP_STEPS + 1
         if self.steps is not None and last_step is not None and first > last_step:
             default = "" if self.start else " (trace.start=null, after the warm-up)"
-            raise ConfigError(
-                f"trace.steps={self.steps} would record nothing: it begins with step {first}{default} and "
-                f"train.steps={last_step}; set trace.start to a step of the run"
+            raise ConfigError.at(
+                "trace.steps",
+                f"={self.steps} would record nothing: it begins with step {first}{default} and "
+                f"train.steps={last_step}; set trace.start to a step of the run",
+                "train.steps trace.start",
             )
 
 

@@ -78,15 +78,15 @@ class Window:
 
 
 class Reporter(ABC):
-    """Takes what the loop has to tell; every draft rank calls it, and it decides who speaks."""
+    """Takes what the loop reports; every draft rank calls it, and it decides which of them writes."""
 
     @abstractmethod
     def step(self, step: int) -> None:
         """An optimizer step is done."""
 
     @abstractmethod
-    def figures(self, step: int, figures: Mapping[str, float], window: Window) -> None:
-        """The figures of the steps since the last record."""
+    def record(self, step: int, metrics: Mapping[str, float], window: Window) -> None:
+        """The metrics of the steps since the last record."""
 
 
 def shard_draft(model: DraftModel, groups: Groups, dtype: torch.dtype, sharding: str) -> DraftModel:
@@ -152,8 +152,8 @@ class Trainer:
                 progress = Progress(progress.step + 1, end, last.end, progress.fingerprint)
                 reporter.step(progress.step)
                 if progress.step % recipe.log_every == 0 or progress.step == recipe.total_steps:
-                    with span("figures", end - 1):
-                        reporter.figures(progress.step, self._figures(), window.close())
+                    with span("metrics", end - 1):
+                        reporter.record(progress.step, self._metrics(), window.close())
                 checkpointer.poll()
                 if recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0:
                     self._save(progress, checkpointer)
@@ -259,14 +259,14 @@ class Trainer:
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.draft_cpu)
             return bool(flag)
 
-    def _figures(self) -> dict[str, float]:
+    def _metrics(self) -> dict[str, float]:
         sums = self._sums.clone()
         self._sums.zero_()
         dist.all_reduce(sums, group=self._groups.draft)
-        figures = self.model.summarize(dict(zip(self.model.metric_names, sums.tolist(), strict=True)))
+        metrics = self.model.summarize(dict(zip(self.model.metric_names, sums.tolist(), strict=True)))
         assert self._last is not None
         _, norm = self._last.reading.get()
-        return figures | {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
+        return metrics | {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
 
     def _save(self, progress: Progress, checkpointer: Checkpointer) -> None:
         self.check_finite()

@@ -7,13 +7,13 @@ import contextlib
 import io
 import os
 
-from specdist.run.rank_log import Spoken
+from specdist.run.rank_log import Tee
 
 
 def test_a_terminal_that_is_gone_does_not_end_the_run():
     reader, writer = os.pipe()
     log, terminal = io.StringIO(), os.fdopen(writer, "w", buffering=1)
-    spoken = Spoken(log, terminal)
+    spoken = Tee(log, terminal)
     print("before", file=spoken)
     assert os.read(reader, 100) == b"before\n"
     os.close(reader)

@@ -25,7 +25,7 @@ def run(monkeypatch):
         clock.now += seconds
         if statistics is not None:
             client.statistics = statistics
-        made.figures(0, {}, Window(steps=10, tokens=1000, seconds=seconds, waited_share=draft_wait, bytes=0))
+        made.record(0, {}, Window(steps=10, tokens=1000, seconds=seconds, waited_share=draft_wait, bytes=0))
 
     return SimpleNamespace(reporter=made, client=client, clock=clock, pass_=pass_)
 

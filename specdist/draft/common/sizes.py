@@ -90,14 +90,18 @@ def layer_sizes(section: str, options: SizeOptions, target: PretrainedConfig) ->
     heads = options.num_attention_heads or read(text, "num_attention_heads", section)
     kv_heads = options.num_key_value_heads or read(text, "num_key_value_heads", section, default=heads)
     if heads % kv_heads:
-        raise ConfigError(
-            f"{section}.num_attention_heads {heads} is not a multiple of {section}.num_key_value_heads {kv_heads}"
+        raise ConfigError.at(
+            f"{section}.num_attention_heads",
+            f"{heads} is not a multiple of {section}.num_key_value_heads {kv_heads}",
+            f"{section}.num_key_value_heads",
         )
     if hidden % heads:
-        raise ConfigError(f"{section}.num_attention_heads is {heads}: it must divide the target's hidden size {hidden}")
+        raise ConfigError.at(
+            f"{section}.num_attention_heads", f"is {heads}: it must divide the target's hidden size {hidden}"
+        )
     head_dim = options.head_dim or read(text, "head_dim", section, default=hidden // heads)
     if head_dim % 2:
-        raise ConfigError(f"{section}.head_dim is {head_dim}: RoPE turns pairs of numbers, so it must be even")
+        raise ConfigError.at(f"{section}.head_dim", f"is {head_dim}: RoPE turns pairs of numbers, so it must be even")
     return {
         "hidden_size": hidden,
         "intermediate_size": options.intermediate_size or read(text, "intermediate_size", section),
@@ -140,7 +144,9 @@ def read(config: PretrainedConfig, key: str, section: str, default: Any = None) 
     if value is None:
         value = default
     if value is None:
-        raise ConfigError(f"the target ({config.model_type}) states no {key}; give it as {section}.{key}")
+        raise ConfigError(
+            f"the target ({config.model_type}) states no {key}; give it as {section}.{key}", f"{section}.{key}"
+        )
     return value
 
 
@@ -158,7 +164,8 @@ def rope_parameters(config: PretrainedConfig, scaling: bool, section: str) -> di
     if kind not in SCALINGS:
         raise ConfigError(
             f"the target's RoPE scaling is {kind!r}, which engines apply by the length of the sequence; a draft can "
-            f"have {', '.join(SCALINGS)}, or none of it with {section}.rope_scaling=false"
+            f"have {', '.join(SCALINGS)}, or none of it with {section}.rope_scaling=false",
+            f"{section}.rope_scaling",
         )
     dropped = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
     return {"rope_type": kind, "rope_theta": theta, **{k: v for k, v in rope.items() if k not in dropped}}
