@@ -69,6 +69,7 @@ class MooncakeLimit(Limit):
 
     def __init__(self, wire: Wire, slots: int, size: int):
         topology = wire.topology
+        self._slots = slots
         self._engine = TransferEngine(local_address(), wire.config.mooncake)
         self.depths, self._timeout_s = _depths(slots), wire.timeout_s
         target = topology.target_place(wire.rank) is not None
@@ -79,9 +80,7 @@ class MooncakeLimit(Limit):
         self._endpoints: list[Endpoint] = []
         if not target:
             ring, protocol = self._memory.data_ptr(), self._engine.protocol
-            directory.publish(
-                wire.rank, Endpoint(self._engine.session, protocol, ring, size, slots, flags=0, columns=0).to_json()
-            )
+            directory.publish(wire.rank, Endpoint(self._engine.session, protocol, ring, size, greeting=0).to_json())
             return
         self._column = topology.target_ranks.index(wire.rank)
         for rank in topology.draft_ranks:
@@ -95,7 +94,7 @@ class MooncakeLimit(Limit):
             for endpoint in self._endpoints:
                 if len(writes) == depth * len(self._endpoints):
                     self._engine.wait([writes.popleft()], self._timeout_s)
-                slot = self._column * endpoint.slots + item % depth
+                slot = self._column * self._slots + item % depth
                 place = endpoint.ring + slot * endpoint.slot_bytes
                 writes.append(self._engine.write(endpoint.session, source, place, size))
         self._engine.wait(writes, self._timeout_s)

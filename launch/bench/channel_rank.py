@@ -51,11 +51,11 @@ class Target:
         place = wire.topology.target_place(wire.rank)
         assert place is not None
         self._place = place
+        self._notes = Notes(wire.world, wire.topology.draft_ranks)
         self._sender: FeatureSender = transport_for(wire.config.transport).sender(
-            wire, len(wire.topology.draft) * shard_rows, None
+            wire, len(wire.topology.draft) * shard_rows, self._notes.tell
         )
         self._sender.connect(wire.timeout_s, check=lambda: None)
-        self._notes = Notes(wire.world, wire.topology.draft_ranks)
         self._releases: Counter[int] = Counter()
 
     def move(self, batch: Batch, work: Work) -> None:
@@ -71,9 +71,7 @@ class Target:
                 deadline = time.monotonic() + self._timeout_s
             while running and (running[0][2] is None or running[0][2].query()):
                 done, rows, _ = running.popleft()
-                if self._place.tp == 0:
-                    self._notes.tell(done.index)
-                self._sender.send(done, rows)
+                self._sender.send(done, rows, done.index % self._slots)
             if running:
                 time.sleep(_LOOK_S)
             if left and not self._free(left[0]):
@@ -131,10 +129,13 @@ class Draft:
     def _post(self) -> None:
         try:
             self._receiver.enter_thread()
+            replicas, announced = len(self._topology.replicas), Counter[int]()
             while True:
                 for index in self._notes.heard(1000):
-                    item = make_item(self._topology, index, self._rows)
-                    self._receiver.post(item, index % len(self._topology.replicas))
+                    announced[index] += 1
+                    if announced[index] == len(self._topology.replicas[index % replicas]):
+                        item = make_item(self._topology, index, self._rows)
+                        self._receiver.post(item, index % replicas, index % self._receiver.slots)
         except BaseException as error:  # noqa: BLE001 - raised by _check in the thread that takes
             self._error = error
 

@@ -3,29 +3,26 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from specdist.channel.base import FeatureSender
+from specdist.channel.base import Announce, FeatureSender
 from specdist.channel.ring import Ring
-from specdist.core.records import FeatureLayout, WorkItem
+from specdist.core.records import WorkItem
 
 
 class DropSender(FeatureSender):
     """One buffer that every item overwrites."""
 
-    def __init__(self, layout: FeatureLayout, item_rows: int, device: torch.device):
-        self._ring = Ring(layout, 1, item_rows, device)
+    buffers = 2  # nobody reads them, so a forward may overwrite the one before
 
-    @property
-    def buffers(self) -> int:
-        return 2  # nobody reads them, so a forward may overwrite the one before
+    def __init__(self, ring: Ring, announce: Announce):
+        self._ring, self._announce = ring, announce
 
     def buffer(self, item: WorkItem) -> Tensor:
         return self._ring.slot(0, item.tokens)
 
-    def send(self, item: WorkItem, rows: Tensor) -> None:
-        """Nobody asked for them."""
+    def send(self, item: WorkItem, rows: Tensor, slot: int) -> None:
+        self._announce(item.index)
 
     def flush(self, timeout_s: float) -> None:
         """Nothing was sent."""

@@ -11,7 +11,7 @@ from specdist.core.records import FeatureLayout
 
 
 class Ring:
-    """`slots` buffers of `rows` feature rows each; item i always lives in slot i mod slots.
+    """`slots` buffers of `rows` feature rows each.
 
     Attributes:
         memory: all of them, [slots, rows, layout.width].
@@ -30,10 +30,10 @@ class Ring:
         )
         self._slots = self.memory.unbind()
 
-    def slot(self, index: int, rows: int) -> Tensor:
-        """The first `rows` rows of the slot of item `index`, contiguous."""
+    def slot(self, number: int, rows: int) -> Tensor:
+        """The first `rows` rows of a slot, contiguous."""
         assert rows <= self._rows, f"{rows} rows do not fit into a slot of {self._rows}"
-        return self._slots[index % self.slots][:rows]
+        return self._slots[number][:rows]
 
 
 def ring_slots(memory: int, rows: int, bytes_per_row: int, needed: int) -> int:

@@ -80,13 +80,13 @@ class Wire:
     layout: FeatureLayout
     timeout_s: float
     """Limit of every single wait, in seconds."""
-    between_worlds: AddressBook | None = None
-    """The address book of a channel between two worlds; None: both ends are in this one."""
+    address_book: AddressBook | None = None
+    """Where draft ranks publish their memory; None: in the store of this world."""
 
     @property
     def book(self) -> AddressBook:
-        if self.between_worlds is not None:
-            return self.between_worlds
+        if self.address_book is not None:
+            return self.address_book
         # The control group's name tells this set of groups from others of the same world.
         return StoreBook(dist.PrefixStore(f"channel/{self.groups.control.group_name}", self.world.store))
 

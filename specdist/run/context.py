@@ -81,10 +81,10 @@ class WorldContext:
         job = self.job
         return Stream(self.prompts.lengths, self.topology.shards, job.prompts.tokens_per_rank, job.run.seed)
 
-    def wire(self, between_worlds: AddressBook | None = None) -> Wire:
-        """This rank's end of the channel."""
+    def wire(self, address_book: AddressBook | None = None) -> Wire:
+        """What this rank's end of the channel is made of; `address_book`: of a channel between two worlds."""
         layout, timeout_s = self.facts.layout, self.timeout_s
-        return Wire(self.job.channel, self.topology, self.world, self.groups, layout, timeout_s, between_worlds)
+        return Wire(self.job.channel, self.topology, self.world, self.groups, layout, timeout_s, address_book)
 
     def load_engine(self, tokens: int) -> TargetModel:
         """The target of this rank's replica, for batches of up to `tokens`; all ranks of the replica call it."""

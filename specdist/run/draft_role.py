@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from specdist.channel.local import LocalChannel
 from specdist.channel.wire import Check
 from specdist.core.launch_env import reachable_address
 from specdist.draft.base import ContextShare, DraftModel
@@ -109,8 +108,8 @@ def _source(context: RankContext, items: Items, shard: int) -> FeatureSource:
         rows = len(own) * job.prompts.tokens_per_rank
         context.client.phase = "loading the target"
         engine = context.load_engine(rows)
-        channel = LocalChannel(layout, own.index(shard), job.train.accumulation, rows, device)
-        source = ColocatedSource(engine, channel, topology, context.rank, context.prompts)
+        buffers = [layout.empty(rows, device) for _ in range(job.train.accumulation)]
+        source = ColocatedSource(engine, buffers, topology, context.rank, context.prompts)
         source.verify(items, job.target.verify)
         return source
     slots, timeout_s = jobs.slots(job, layout), context.timeout_s

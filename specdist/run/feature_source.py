@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from specdist.channel.base import FeatureReceiver
-from specdist.channel.local import LocalChannel
 from specdist.core.errors import WorldError
 from specdist.core.records import FeatureLayout, PackedTokens, WorkItem
 from specdist.core.stop import StopFlag, StopReason
@@ -110,8 +109,7 @@ class RemoteSource(FeatureSource):
         match message:
             case Deliver(index, replica, slot):
                 with span("post the receives", index):
-                    self.receiver.place(index, slot, 0)
-                    self.receiver.post(self._items[index], replica)
+                    self.receiver.post(self._items[index], replica, slot)
                 with self._changed:
                     self._delivered.add(index)
                     self._changed.notify_all()
@@ -132,13 +130,17 @@ class ColocatedSource(FeatureSource):
     def __init__(
         self,
         engine: TargetModel,
-        channel: LocalChannel,
+        slots: list[Tensor],
         topology: Topology,
         rank: int,
         prompts: PromptStore,
     ):
-        self._engine, self._channel, self._prompts = engine, channel, prompts
+        place = topology.draft_place(rank)
+        assert place is not None
+        self._engine, self._free, self._prompts = engine, slots, prompts
         self._shards = local_shards(topology, rank)
+        self._shard = self._shards.index(place.dp)
+        self._taken: dict[int, Tensor] = {}  # slots, by item
 
     def verify(self, items: Items, count: int) -> None:
         """Compare the packed forward of the next `count` items with one of each document alone."""
@@ -149,15 +151,14 @@ class ColocatedSource(FeatureSource):
 
     def take(self, item: WorkItem) -> Tensor:
         own = self._own(item)
-        rows = self._channel.buffer(own)
+        rows = self._taken.setdefault(item.index, self._free.pop())[: own.tokens]
         if own.tokens:
             with span("target forward", item.index, tokens=own.tokens):
                 self._engine.forward(self._pack(own), rows)
-        self._channel.send(own, rows)
-        return self._channel.take(own, timeout_s=0)
+        return rows[own.rows(self._shard)]
 
     def release(self, item: WorkItem) -> None:
-        self._channel.release(item, lambda: None)
+        self._free.append(self._taken.pop(item.index))
 
     def _pack(self, item: WorkItem) -> PackedTokens:
         return self._prompts.pack([s for shard in item.shards for s in shard.sequences])

@@ -16,7 +16,7 @@ from specdist.core.trace import span
 from specdist.prompts.items import Items
 from specdist.prompts.store import PromptStore
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.messages import Computed, Dispatch, Message, ProducerReport, Stop
+from specdist.scheduler.messages import Dispatch, Message, ProducerReport, Stop
 from specdist.target.base import TargetModel
 from specdist.target.verify import verify
 from specdist.training.profile import NO_PROFILE, Profile
@@ -57,18 +57,15 @@ class Producer:
         verify_items: int,
         timeout_s: float,
         profile: Profile = NO_PROFILE,
-        announce: bool = True,
     ):
         """
         Args:
             slots: items that may be in flight: an item that another replica has lost is never older than that.
-            announce: tell the scheduler of every item when its forward has finished. Else the sender does, later.
         """
         self._engine, self._sender, self._client = engine, sender, client
         self._items, self._prompts = items, prompts
         self._verify_left, self._timeout_s = verify_items, timeout_s
         self._slots = slots
-        self._announce = announce
         self.stop: Stop | None = None
         """What the scheduler ended the work with."""
         self._queue: deque[Dispatch] = deque()
@@ -83,7 +80,6 @@ class Producer:
             for message in self._poll():
                 match message:
                     case Dispatch():
-                        self._sender.place(message.item, message.slot, message.replica)
                         self._items.forget(before=message.item - self._slots)
                         self._queue.append(message)
                     case Stop():
@@ -133,13 +129,10 @@ class Producer:
         return event
 
     def _report_finished(self) -> None:
-        """Tell the scheduler first and send then: a send waits on the device for its receive, which is posted only once
-        the scheduler knows, and meanwhile anything here that waits for the device would wait for ever."""
+        """Send what is finished; the sender announces it to the scheduler."""
         while self._running and self._running[0].finished():
             done = self._running.popleft()
-            if self._announce:
-                self._client.send(Computed(done.item.index))
             with span("issue the sends", done.item.index):
-                self._sender.send(done.item, done.rows)
+                self._sender.send(done.item, done.rows, done.slot)
             self.report.add(done.item.tokens, done.seconds(), time.monotonic() - self._began)
             self._client.phase = "waiting for an item"

@@ -9,12 +9,13 @@ from typing import Literal
 
 from specdist.channel.base import FeatureSender
 from specdist.channel.drop import DropSender
+from specdist.channel.ring import Ring
 from specdist.core.attempts import Ending
 from specdist.core.files import to_json, write_atomically
 from specdist.job import config as jobs
 from specdist.run.context import RankContext
 from specdist.run.target_loop import Producer
-from specdist.scheduler.messages import Produced, ProducerReport
+from specdist.scheduler.messages import Computed, Produced, ProducerReport
 
 
 def produce(context: RankContext) -> None:
@@ -23,12 +24,16 @@ def produce(context: RankContext) -> None:
     item_rows = topology.shards * job.prompts.tokens_per_rank
     context.client.phase = "loading the target"
     engine = context.load_engine(item_rows)
-    layout, device = context.facts.layout, context.world.device
+    layout = context.facts.layout
+
+    def announce(item: int) -> None:
+        context.client.send(Computed(item))
+
     sender: FeatureSender
     if topology.mode == "target_only":
-        sender = DropSender(layout, item_rows, device)
+        sender = DropSender(Ring(layout, 1, item_rows, context.world.device), announce)
     else:
-        sender = context.transport.sender(context.wire(), item_rows, None)
+        sender = context.transport.sender(context.wire(), item_rows, announce)
         context.client.phase = "connecting to the draft ranks"
         sender.connect(job.control.load_timeout_s, context.client.check)
     producer = Producer(

@@ -22,8 +22,8 @@ _MARGIN_S = 15.0
 """The leader publishes who is missing at its own deadline; the others wait this much longer for it to arrive."""
 _READ_S = 5.0
 """How long the leader, which may serve the store, stays until the others have read what it published."""
-_SLICE_S = 1.0
-"""The store waits in C++, where no signal handler of ours runs; so it waits in slices."""
+_POLL_S = 0.1
+"""Between two looks at the store. Its own wait is in C++, where no signal handler of ours runs."""
 
 
 def first_line(error: BaseException) -> str:
@@ -39,7 +39,7 @@ class RollCall:
         name: this member, as errors name it.
         leader: member 0, as errors name it.
         key: the configuration key of `timeout_s`.
-        check: called about once a second while waiting; what it raises ends the wait.
+        check: called while waiting; what it raises ends the wait.
     """
 
     number: int
@@ -66,11 +66,11 @@ class RollCall:
         while time.monotonic() < deadline:
             self.check()
             try:
-                socket.create_connection(address, timeout=_SLICE_S).close()
+                socket.create_connection(address, timeout=1.0).close()
                 return dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=self.timeout_s))
             except (OSError, dist.DistError) as error:  # not listening yet, no such name yet, another protocol
                 last = first_line(error)
-                time.sleep(_SLICE_S / 4)
+                time.sleep(_POLL_S)
         raise WorldError(
             f"{self.name} did not reach the rendezvous at {where} within {self.timeout_s:.0f} s ({self.key}): is "
             f"{self.leader} running, and is the port open to the other hosts? {last}"
@@ -116,14 +116,12 @@ class RollCall:
 
     def _await(self, store: dist.Store, key: str, deadline: float) -> bool:
         """Wait for a key until the deadline; whether it came."""
-        while True:
+        while not store.check([key]):
             self.check()
-            try:
-                store.wait([key], timedelta(seconds=max(min(_SLICE_S, deadline - time.monotonic()), 0.01)))
-                return True
-            except dist.DistStoreError:
-                if time.monotonic() > deadline:
-                    return False
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_S)
+        return True
 
     def _count(
         self, store: dist.Store, missing: Callable[[Mapping[int, Any]], str], extra: Callable[[], object]
@@ -179,7 +177,7 @@ def meet(
     Args:
         count: how many nodes the job has; node 0 leads.
         expected: the names of all nodes in order, where the launcher knows them.
-        check: called about once a second; what it raises ends the wait.
+        check: called while waiting; what it raises ends the wait.
 
     Raises:
         WorldError: some did not come within `timeout_s` seconds; names them.

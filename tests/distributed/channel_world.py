@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank of the world in which a channel keeps its contract; test_channel_contract.py starts it under torchrun.
 
-An implementation is a function that makes a rank's two ends. The rest of this file knows only the interface: it plays
-the scheduler with keys of a store (an item is posted once it was sent, and sent once its slot is free), fills rows with
-random bits, and compares what arrives bit by bit.
+It knows only the interface: it plays the scheduler with keys of a store (an item is posted once all ranks of its
+replica have announced it, and sent once its slot is free), fills rows with random bits, and compares what arrives.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,18 +21,17 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from specdist.channel.base import FeatureReceiver, FeatureSender
+from specdist.channel.base import FeatureReceiver, FeatureSender, Transport
 from specdist.channel.config import ChannelConfig, MooncakeConfig
-from specdist.channel.local import LocalChannel
 from specdist.channel.registry import transport_for
 from specdist.channel.wire import Wire
 from specdist.core.errors import WorldError
 from specdist.core.launch_env import RankFacts
 from specdist.core.records import Cursor, FeatureLayout, Shard, WorkItem
 from specdist.core.topology import Topology, WorldConfig
-from specdist.run.feature_source import local_shards
 from specdist.world.groups import Groups, World, join_world, make_groups
 from specdist.world.links import connect_links
+from tests import toy_transport  # noqa: F401 - registers itself
 
 PATIENCE_S = 30.0
 GIVE_UP_S = 1.0
@@ -77,10 +75,6 @@ NCCL_CASES = (
     # A send that fits into NCCL's own buffers ends although nobody takes it.
     Case("a pair, beyond the buffers of NCCL", replicas=1, tp=1, dp=1, items=2, slots=2, rows=64_000, layout=WIDE),
 )
-LOCAL_CASES = (
-    Case("every rank alone", replicas=5, tp=1, dp=5, slots=2),
-    Case("one replica for five shards", replicas=1, tp=5, dp=5),
-)
 
 Ends = tuple[FeatureSender | None, FeatureReceiver | None]
 """What a rank sends with and what it receives with."""
@@ -99,66 +93,43 @@ class Rank:
     def rank(self) -> int:
         return self.world.facts.rank
 
-    @property
-    def shards(self) -> list[int]:
-        """The shards that this rank's target computes."""
-        return (
-            local_shards(self.topology, self.rank) if self.topology.mode == "colocated" else list(range(self.case.dp))
-        )
-
-
-def ends(rank: Rank, transport: str, memory: Literal["host", "device"] = "host") -> Ends:
-    case = rank.case
-    mooncake = MooncakeConfig("tcp", memory=memory)
-    config = ChannelConfig(transport=transport, send_buffers=case.buffers, mooncake=mooncake)
-    wire = Wire(config, rank.topology, rank.world, rank.groups, case.layout, PATIENCE_S)
-    if rank.topology.target_place(rank.rank) is None:
-        return None, transport_for(transport).receiver(wire, case.slots, case.rows, lambda: None)
-    sender = transport_for(transport).sender(wire, case.dp * case.rows, None)
-    sender.connect(PATIENCE_S, check=lambda: None)
-    return sender, None
-
-
-def p2p_ends(rank: Rank) -> Ends:
-    return ends(rank, "gloo")
-
-
-def mooncake_ends(rank: Rank) -> Ends:
-    return ends(rank, "mooncake")
-
-
-def mooncake_device_ends(rank: Rank) -> Ends:
-    return ends(rank, "mooncake", "device")
-
-
-def local_ends(rank: Rank) -> Ends:
-    place = rank.topology.draft_place(rank.rank)
-    assert place is not None
-    rows = len(rank.shards) * rank.case.rows
-    channel = LocalChannel(rank.case.layout, rank.shards.index(place.dp), rank.case.slots, rows, rank.world.device)
-    return channel, channel
-
 
 @dataclass(frozen=True)
 class Implementation:
-    """How the contract is run for one channel."""
+    """How the contract is run for one transport."""
 
-    ends: Callable[[Rank], Ends]
-    cases: tuple[Case, ...]
+    transport: str
     device: Literal["cpu", "cuda"]
-    transport: str = "gloo"
-    colocated: bool = False
+    cases: tuple[Case, ...] = CASES
+    memory: Literal["host", "device"] = "host"
+    """Where Mooncake's rings lie."""
+
+    @property
+    def value(self) -> Transport:
+        return transport_for(self.transport)
 
 
 IMPLEMENTATIONS = {
-    "local": Implementation(local_ends, LOCAL_CASES, "cpu", colocated=True),
-    "gloo": Implementation(p2p_ends, CASES, "cpu"),
-    "gloo-staged": Implementation(p2p_ends, CASES, "cuda"),
-    "nccl": Implementation(p2p_ends, NCCL_CASES, "cuda", "nccl"),
-    "mooncake": Implementation(mooncake_ends, CASES, "cpu", "mooncake"),
-    "mooncake-staged": Implementation(mooncake_ends, CASES, "cuda", "mooncake"),
-    "mooncake-device": Implementation(mooncake_device_ends, CASES, "cuda", "mooncake"),
+    "gloo": Implementation("gloo", "cpu"),
+    "gloo-staged": Implementation("gloo", "cuda"),
+    "nccl": Implementation("nccl", "cuda", NCCL_CASES),
+    "mooncake": Implementation("mooncake", "cpu"),
+    "mooncake-staged": Implementation("mooncake", "cuda"),
+    "mooncake-device": Implementation("mooncake", "cuda", memory="device"),
+    "toy": Implementation("toy", "cpu"),
 }
+
+
+def ends(rank: Rank, implementation: Implementation) -> Ends:
+    case, transport = rank.case, implementation.value
+    mooncake = MooncakeConfig("tcp", memory=implementation.memory)
+    config = ChannelConfig(implementation.transport, send_buffers=case.buffers, mooncake=mooncake)
+    wire = Wire(config, rank.topology, rank.world, rank.groups, case.layout, PATIENCE_S)
+    if rank.topology.target_place(rank.rank) is None:
+        return None, transport.receiver(wire, case.slots, case.rows, lambda: None)
+    sender = transport.sender(wire, case.dp * case.rows, Desk(rank).announce)
+    sender.connect(PATIENCE_S, check=lambda: None)
+    return sender, None
 
 
 def make_item(case: Case, index: int) -> WorkItem:
@@ -181,36 +152,35 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class Desk:
-    """The scheduler's part: says what was sent and what is free, over the world's store."""
+    """The scheduler's part: says what was announced and what is free, over the world's store."""
 
     def __init__(self, rank: Rank):
         self._rank = rank
         self._store = dist.PrefixStore(f"desk/{rank.case.name}", rank.world.store)
-        self._local = rank.topology.mode == "colocated"
 
     def replica(self, index: int) -> int:
-        """Who computes the item: in turns that do not go round evenly. Colocated, every replica computes its part."""
-        place = self._rank.topology.target_place(self._rank.rank)
-        if self._local:
-            assert place is not None
-            return place.replica
+        """Who computes the item: in turns that do not go round evenly."""
         return random.Random(-index).randrange(self._rank.case.replicas)
+
+    def slot(self, index: int) -> int:
+        """Items take the slots in turn, but not in their order."""
+        return self._rank.case.slots - 1 - index % self._rank.case.slots
 
     def free(self, index: int) -> bool:
         """Whether all draft ranks have released the item that was in the slot of item `index`."""
         earlier = index - self._rank.case.slots
-        ranks = [self._rank.rank] if self._local else self._rank.topology.draft_ranks
+        ranks = self._rank.topology.draft_ranks
         return earlier < 0 or self._store.check([f"released/{earlier}/{rank}" for rank in ranks])
 
     def released(self, index: int) -> None:
         self._store.set(f"released/{index}/{self._rank.rank}", "")
 
-    def sent(self, index: int) -> None:
-        self._store.set(f"sent/{index}/{self._rank.rank}", "")
+    def announce(self, index: int) -> None:
+        self._store.set(f"announced/{index}/{self._rank.rank}", "")
 
-    def was_sent(self, index: int) -> bool:
-        source = self._rank.rank if self._local else self._rank.topology.replicas[self.replica(index)][0]
-        return self._store.check([f"sent/{index}/{source}"])
+    def delivered(self, index: int) -> bool:
+        ranks = self._rank.topology.replicas[self.replica(index)]
+        return self._store.check([f"announced/{index}/{rank}" for rank in ranks])
 
 
 def produce(rank: Rank, sender: FeatureSender) -> Iterator[None]:
@@ -222,52 +192,41 @@ def produce(rank: Rank, sender: FeatureSender) -> Iterator[None]:
             continue
         while not desk.free(index):
             yield
-        whole = make_item(rank.case, index)
-        item = WorkItem(index, whole.start, whole.end, tuple(whole.shards[d] for d in rank.shards))
+        item = make_item(rank.case, index)
         rows = sender.buffer(item)
-        rows.copy_(torch.cat([make_rows(rank.case, whole)[whole.rows(d)] for d in rank.shards]))
+        rows.copy_(make_rows(rank.case, item))
         if rows.is_cuda:
             torch.cuda.synchronize()  # what is sent must be complete
-        sender.send(item, rows)
-        desk.sent(index)
+        sender.send(item, rows, desk.slot(index))
     sender.flush(PATIENCE_S)
 
 
 def consume(rank: Rank, receiver: FeatureReceiver) -> Iterator[None]:
-    """The draft's part: posts as soon as an item is sent, holds as many as the ring has, releases the oldest."""
-    desk, place = Desk(rank), rank.topology.draft_place(rank.rank)
-    assert place is not None
+    """The draft's part: posts an item once it is delivered, holds as many as the ring has, releases the oldest."""
+    desk = Desk(rank)
     assert receiver.slots == rank.case.slots
     held: dict[int, torch.Tensor] = {}
     addresses: dict[int, int] = {}
     posted = taken = 0
     while posted < rank.case.items or held:
-        if posted < rank.case.items and posted - min(held, default=taken) < rank.case.slots and desk.was_sent(posted):
-            receiver.post(local_item(rank, posted), desk.replica(posted))
+        if posted < rank.case.items and posted - min(held, default=taken) < rank.case.slots and desk.delivered(posted):
+            receiver.post(make_item(rank.case, posted), desk.replica(posted), desk.slot(posted))
             posted += 1
         elif taken < posted:
-            rows = receiver.take(local_item(rank, taken), PATIENCE_S)
-            whole = make_item(rank.case, taken)
+            rows = receiver.take(make_item(rank.case, taken), PATIENCE_S)
             if len(rows):
                 addresses[taken] = rows.data_ptr()
             held[taken] = rows
-            check_rows(rank, held, whole.index)
+            check_rows(rank, held, taken)
             taken += 1
         elif held and (len(held) == rank.case.slots or taken == rank.case.items):
             oldest = min(held)
             check_rows(rank, held, oldest)  # what came in meanwhile went elsewhere
             del held[oldest]
-            receiver.release(local_item(rank, oldest), functools.partial(desk.released, oldest))
+            receiver.release(make_item(rank.case, oldest), functools.partial(desk.released, oldest))
         else:
             yield
-    if rank.topology.mode == "split":
-        check_slots(addresses, rank.case.slots)
-
-
-def local_item(rank: Rank, index: int) -> WorkItem:
-    """The item as this rank's channel knows it: colocated, only the shards of its replica."""
-    item = make_item(rank.case, index)
-    return WorkItem(index, item.start, item.end, tuple(item.shards[d] for d in rank.shards))
+    check_slots(addresses, desk)
 
 
 def check_rows(rank: Rank, held: dict[int, torch.Tensor], index: int) -> None:
@@ -278,9 +237,9 @@ def check_rows(rank: Rank, held: dict[int, torch.Tensor], index: int) -> None:
     assert same_bits(held[index], expected), f"item {index} of '{rank.case.name}' is wrong on rank {rank.rank}"
 
 
-def check_slots(addresses: dict[int, int], slots: int) -> None:
-    """Item i lies in slot i mod slots: the same memory for the same slot, and no slot in two places."""
-    places = {(index % slots, address) for index, address in addresses.items()}
+def check_slots(addresses: dict[int, int], desk: Desk) -> None:
+    """The same memory for the same slot, and no slot in two places."""
+    places = {(desk.slot(index), address) for index, address in addresses.items()}
     assert len(places) == len(dict(places)) == len({address for _, address in places}), addresses
 
 
@@ -299,46 +258,34 @@ def work(parts: list[Iterator[None]]) -> None:
 
 def be(rank: Rank, implementation: Implementation) -> Ends:
     """Play this rank's part of a case. The ends stay until nobody waits any more for what was sent to them."""
-    sender, receiver = implementation.ends(rank)
-    parts = []
-    if sender is not None:
-        parts.append(produce(rank, sender))
-    if receiver is not None:
-        parts.append(consume(rank, receiver))
-    work(parts)
+    sender, receiver = ends(rank, implementation)
+    work([produce(rank, sender)] if sender is not None else [consume(rank, receiver)] if receiver is not None else [])
     return sender, receiver
 
 
 def never_sent(rank: Rank, implementation: Implementation) -> dict[str, object]:
-    """What a draft rank hears that takes an item nobody sends: before it was posted, and after."""
-    _, receiver = implementation.ends(rank)
-    if receiver is None:
+    """What a draft rank raises that takes an item nobody sends."""
+    _, receiver = ends(rank, implementation)
+    if receiver is None or implementation.value.one_sided:  # what was posted has arrived
         return {}
-    item = WorkItem(0, Cursor(), Cursor(), tuple(Shard((0,), (rank.case.rows,)) for _ in rank.shards))
+    item = full_item(rank.case)
     began = time.monotonic()
-    told = [taken(receiver, item)]
-    receiver.post(item, 0)
-    told.append(taken(receiver, item))
-    return {"take": told, "take seconds": time.monotonic() - began}
-
-
-def taken(receiver: FeatureReceiver, item: WorkItem) -> str:
-    """What `take` raises when it does not get its rows."""
+    receiver.post(item, 0, 0)
     try:
         receiver.take(item, GIVE_UP_S)
     except WorldError as error:
-        return str(error)
-    return "rows"
+        return {"take": str(error), "take seconds": time.monotonic() - began}
+    return {"take": "rows"}
 
 
 def never_taken(rank: Rank, implementation: Implementation) -> dict[str, object]:
-    """What a target rank hears whose features nobody takes."""
-    sender, _ = implementation.ends(rank)
+    """What a target rank raises whose features nobody takes."""
+    sender, _ = ends(rank, implementation)
     if sender is None:
         time.sleep(3 * GIVE_UP_S)  # the receiver lives, but does not take
         return {}
-    item = WorkItem(0, Cursor(), Cursor(), tuple(Shard((0,), (rank.case.rows,)) for _ in rank.shards))
-    sender.send(item, sender.buffer(item))
+    item = full_item(rank.case)
+    sender.send(item, sender.buffer(item), 0)
     began = time.monotonic()
     told = ""
     try:
@@ -348,11 +295,15 @@ def never_taken(rank: Rank, implementation: Implementation) -> dict[str, object]
     return {"flush": told, "flush seconds": time.monotonic() - began}
 
 
+def full_item(case: Case) -> WorkItem:
+    return WorkItem(0, Cursor(), Cursor(), (Shard((0,), (case.rows,)),) * case.dp)
+
+
 def main(name: str, folder: Path) -> None:
     torch.set_num_threads(1)
     implementation = IMPLEMENTATIONS[name]
     config = WorldConfig(
-        mode="colocated" if implementation.colocated else "split",
+        mode="split",
         device=implementation.device,
         share_devices=implementation.transport != "nccl",
         wait_timeout_s=60.0,
@@ -361,12 +312,12 @@ def main(name: str, folder: Path) -> None:
 
     def enter(case: Case) -> Rank:
         topology = Topology.build(config, world.hosts, replicas=case.replicas, tp=case.tp, dp=case.dp, cp=case.cp)
-        groups = make_groups(topology, world, transport_for(implementation.transport).link_backend, 60.0)
+        groups = make_groups(topology, world, implementation.value.link_backend, 60.0)
         connect_links(topology, groups, world, PATIENCE_S)
         return Rank(case, world, topology, groups)
 
     size = world.facts.world_size
-    fits = [c for c in implementation.cases if implementation.colocated or c.replicas * c.tp + c.dp * c.cp == size]
+    fits = [c for c in implementation.cases if c.replicas * c.tp + c.dp * c.cp == size]
     kept = [be(enter(case), implementation) for case in fits]
     # Failures last, each in groups of its own: a transfer that was given up leaves its connection unusable.
     large = max(fits, key=lambda case: case.rows * case.layout.bytes_per_token)

@@ -14,11 +14,12 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+from specdist.channel import mooncake
 from specdist.channel.wire import StoreBook
 from specdist.core.errors import WorldError
 from specdist.core.stop import leave
 from specdist.job.config import JobConfig
-from specdist.run.preflight import mooncake_links, world
+from specdist.run.preflight import world
 
 publish, Preflight = StoreBook.publish, world.Preflight
 LIMIT_S = 4.0
@@ -36,7 +37,7 @@ def publish_and_stop(*arguments: Any) -> None:
 
 def spoil(fault: str) -> None:
     if fault == "broken":
-        mooncake_links.TransferEngine = broken  # type: ignore[assignment,misc]
+        mooncake.process_engine = broken  # type: ignore[assignment]
     else:
         StoreBook.publish = publish_and_stop  # type: ignore[method-assign]
 

@@ -34,7 +34,7 @@ def wire_of(rank: int, store: dist.Store) -> Wire:
     world = World(facts, torch.device("cpu"), TOPOLOGY.hosts, (None, None), store)
     config = ChannelConfig(transport="mooncake", mooncake=CONFIG)
     groups = Groups(control=None)  # type: ignore[arg-type]
-    return Wire(config, TOPOLOGY, world, groups, LAYOUT, PATIENCE_S, between_worlds=StoreBook(store))
+    return Wire(config, TOPOLOGY, world, groups, LAYOUT, PATIENCE_S, address_book=StoreBook(store))
 
 
 def make_item(index: int) -> WorkItem:
@@ -49,5 +49,5 @@ def check() -> None:
 if __name__ == "__main__":
     store = dist.TCPStore(HOST, int(sys.argv[1]))
     engine = TransferEngine(HOST, CONFIG)
-    receiver = MooncakeReceiver(wire_of(DRAFT, store), 2, ROWS, check, engine)
+    receiver = MooncakeReceiver(wire_of(DRAFT, store), 2, ROWS, engine)
     time.sleep(600)

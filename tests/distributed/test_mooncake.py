@@ -34,12 +34,12 @@ def peer(store):
 
 @pytest.fixture
 def sender(store):
-    return MooncakeSender(wire_of(TARGET, store), ROWS, TransferEngine(HOST, CONFIG))
+    return MooncakeSender(wire_of(TARGET, store), ROWS, lambda item: None, TransferEngine(HOST, CONFIG))
 
 
 def send(sender: MooncakeSender, index: int) -> None:
     item = make_item(index)
-    sender.send(item, sender.buffer(item))
+    sender.send(item, sender.buffer(item), slot=0)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,11 @@ def test_over_mooncake_it_trains_the_same(tmp_path, material, undisturbed):
     assert losses(tmp_path) == undisturbed
 
 
+def test_over_a_transport_from_outside_it_trains_the_same(tmp_path, material, undisturbed):
+    run(3, tmp_path, material, run__plugins="[tests.toy_transport]", channel__transport="toy")
+    assert losses(tmp_path) == undisturbed
+
+
 def test_a_checkpoint_loads_into_another_split(tmp_path, material):
     run(3, tmp_path, material, train__steps=2)
     before = read_progress(committed(tmp_path / "run/checkpoints")[-1])

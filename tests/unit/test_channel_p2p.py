@@ -17,10 +17,9 @@ from specdist.channel.p2p import P2PReceiver, P2PSender
 from specdist.channel.wire import Wire
 from specdist.core.errors import WorldError
 from specdist.core.launch_env import RankFacts
-from specdist.core.records import FeatureLayout
+from specdist.core.records import Cursor, FeatureLayout, Shard, WorkItem
 from specdist.core.topology import Link, Topology, WorldConfig
 from specdist.world.groups import Groups, World
-from specdist_launch.bench.channel_rank import make_item
 
 HOSTS = ("n1", "n2")
 TOPOLOGY = Topology.build(WorldConfig(), HOSTS, replicas=1, tp=1, dp=1, cp=1)
@@ -39,6 +38,9 @@ class Played:
         number, self._issued = self._issued, self._issued + 1
         self.said.append(f"issue {number}")
         return PlayedWork(self, number)
+
+    def announce(self, index: int) -> None:
+        self.said.append(f"announce {index}")
 
     def end(self, number: int) -> None:
         self.ended.add(number)
@@ -94,6 +96,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch, played: Played) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
 
 
+def make_item(index: int) -> WorkItem:
+    return WorkItem(index, Cursor(), Cursor(), (Shard((0,), (ROWS,)),))
+
+
 def wire(rank: int, timeout_s: float = 20.0) -> Wire:
     facts = RankFacts(rank, 2, local_rank=0, local_world_size=1, node=rank, host=HOSTS[rank])
     world = World(facts, torch.device("cpu"), HOSTS, (None, None), dist.HashStore())
@@ -104,57 +110,59 @@ def wire(rank: int, timeout_s: float = 20.0) -> Wire:
 
 
 def send(sender: P2PSender, index: int) -> None:
-    item = make_item(TOPOLOGY, index, ROWS)
-    sender.send(item, sender.buffer(item))
+    item = make_item(index)
+    sender.send(item, sender.buffer(item), slot=0)
 
 
 @pytest.mark.usefixtures("gpu")
 def test_on_a_gpu_sends_are_issued_though_none_has_ended(played: Played) -> None:
     """A buffer's next use is ordered behind its send by the device; the host waits for nothing."""
-    sender = P2PSender(wire(0), ROWS)
+    sender = P2PSender(wire(0), ROWS, played.announce)
     assert sender.buffers == 2
     for index in range(4):
         send(sender, index)
-    assert played.said == ["issue 0", "issue 1", "order behind 0", "issue 2", "order behind 1", "issue 3"]
+    first, second = ["announce 0", "issue 0"], ["announce 1", "issue 1"]
+    third, fourth = ["order behind 0", "announce 2", "issue 2"], ["order behind 1", "announce 3", "issue 3"]
+    assert played.said == [*first, *second, *third, *fourth]
 
 
 def test_on_a_host_as_many_sends_are_issued_ahead_as_there_are_buffers(played: Played) -> None:
-    sender = P2PSender(wire(0), ROWS)
+    sender = P2PSender(wire(0), ROWS, played.announce)
     send(sender, 0)
     send(sender, 1)
     played.end(0)
     send(sender, 2)
-    assert played.said == ["issue 0", "issue 1", "wait for 0", "issue 2"]
+    assert played.said == ["announce 0", "issue 0", "announce 1", "issue 1", "wait for 0", "announce 2", "issue 2"]
 
 
 @pytest.mark.usefixtures("gpu")
 def test_receives_are_posted_for_the_whole_ring_though_none_has_ended(played: Played) -> None:
-    receiver = P2PReceiver(wire(1), SLOTS, ROWS, check=lambda: None)
+    receiver = P2PReceiver(wire(1), SLOTS, ROWS, lambda: None)
     for index in range(SLOTS):
-        receiver.post(make_item(TOPOLOGY, index, ROWS), 0)
+        receiver.post(make_item(index), 0, index)
     assert played.said == [f"issue {index}" for index in range(SLOTS)]
 
 
 @pytest.mark.usefixtures("gpu")
 def test_a_slot_is_received_into_again_behind_the_reads_of_it(played: Played) -> None:
-    receiver = P2PReceiver(wire(1), SLOTS, ROWS, check=lambda: None)
-    items = [make_item(TOPOLOGY, index, ROWS) for index in range(SLOTS + 1)]
-    for item in items[:SLOTS]:
-        receiver.post(item, 0)
+    receiver = P2PReceiver(wire(1), SLOTS, ROWS, lambda: None)
+    items = [make_item(index) for index in range(SLOTS + 1)]
+    for slot, item in enumerate(items[:SLOTS]):
+        receiver.post(item, 0, slot)
     played.end(0)
     receiver.take(items[0], timeout_s=20)
     freed: list[int] = []
     receiver.release(items[0], lambda: freed.append(0))
     assert freed == [0]
     played.said.clear()
-    receiver.post(items[SLOTS], 0)
+    receiver.post(items[SLOTS], 0, 0)
     assert played.said == ["order behind the reads", f"issue {SLOTS}"]
 
 
 @pytest.mark.usefixtures("gpu")
 def test_who_does_not_send_is_named(played: Played) -> None:
-    receiver = P2PReceiver(wire(1), SLOTS, ROWS, check=lambda: None)
-    item = make_item(TOPOLOGY, 0, ROWS)
-    receiver.post(item, 0)
+    receiver = P2PReceiver(wire(1), SLOTS, ROWS, lambda: None)
+    item = make_item(0)
+    receiver.post(item, 0, 0)
     with pytest.raises(WorldError, match=r"did not receive its rows of item 0 from rank 0 \(target replica 0 tp 0, "):
         receiver.take(item, timeout_s=0.05)

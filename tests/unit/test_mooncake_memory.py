@@ -15,12 +15,11 @@ import torch.distributed as dist
 
 from specdist.channel.config import MooncakeConfig
 from specdist.channel.mooncake import memory
-from specdist.channel.mooncake.endpoint import Endpoint, stamp
+from specdist.channel.mooncake.endpoint import Endpoint
 from specdist.channel.mooncake.receiver import MooncakeReceiver
 from specdist.channel.wire import StoreBook, Wire
 from specdist.core.errors import WorldError
-from specdist_launch.bench.channel_rank import make_item
-from tests.unit.test_channel_p2p import ROWS, TOPOLOGY, wire
+from tests.unit.test_channel_p2p import ROWS, make_item, wire
 
 GPU, HOST = torch.device("cuda", 1), torch.device("cpu")
 
@@ -123,12 +122,11 @@ def test_a_slot_of_the_gpus_own_ring_is_free_once_its_reads_have_run(monkeypatch
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     engine: Any = PlayedEngine()
     book = StoreBook(dist.HashStore())
-    receiver = MooncakeReceiver(replace(wire(1), between_worlds=book), 2, ROWS, lambda: None, engine)
-    ring, flags = engine.registered
+    receiver = MooncakeReceiver(replace(wire(1), address_book=book), 2, ROWS, engine)
+    ring, _ = engine.registered
     assert Endpoint.from_json(book.find(1, "rank 1", 1.0, lambda: None)).ring == ring.data_ptr()
-    item = make_item(TOPOLOGY, 3, ROWS)
-    receiver.post(item, 0)
-    flags[1, 0] = stamp(3)
+    item = make_item(3)
+    receiver.post(item, 0, 1)
     rows = receiver.take(item, timeout_s=5)
     assert rows.data_ptr() == ring[1].data_ptr()  # no copy
     assert said == []

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from specdist.channel.probe import LinkSpeed
 from specdist.core.errors import ConfigError
 from specdist.core.topology import Topology, WorldConfig
 from specdist.job.preflight_config import PreflightConfig
@@ -20,7 +21,6 @@ from specdist.run.preflight.judge_links import LinkReport, judge_links
 from specdist.run.preflight.needs import Needs
 from specdist.run.preflight.nvml import GpuFacts, GpuProcess
 from specdist.run.preflight.report import Report
-from specdist.run.preflight.speeds import LinkSpeed
 
 GIB = 2**30
 NOW = 1.7e9

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from msgspec.structs import replace
 
+from specdist.channel.probe import LinkSpeed
 from specdist.core.errors import UserError, WorldError
 from specdist.core.launch_env import RankFacts
 from specdist.core.topology import Topology
@@ -20,7 +21,6 @@ from specdist.job.config import load_job
 from specdist.run.preflight import preflight as preflight_module
 from specdist.run.preflight.facts import RankReport, report_rank
 from specdist.run.preflight.preflight import Preflight
-from specdist.run.preflight.speeds import LinkSpeed
 from specdist.world.groups import Groups, World
 from tests.tiny import make_config
 

@@ -16,8 +16,8 @@ def _engine(wire: Wire) -> TransferEngine:
 
 MOONCAKE = Transport(
     name="mooncake",
-    sender=lambda wire, rows, written: MooncakeSender(wire, rows, _engine(wire), written),
-    receiver=lambda wire, slots, rows, check: MooncakeReceiver(wire, slots, rows, check, _engine(wire)),
+    sender=lambda wire, rows, announce: MooncakeSender(wire, rows, announce, _engine(wire)),
+    receiver=lambda wire, slots, rows, check: MooncakeReceiver(wire, slots, rows, _engine(wire)),
     one_sided=True,
     check_installed=check_installed,
     drain_s=lambda config: config.mooncake.stall_s,

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from specdist.channel.probe import LinkSpeed
 from specdist.core.topology import Topology
 from specdist.run.preflight.findings import Finding, Severity, merge
-from specdist.run.preflight.speeds import LinkSpeed
 
 _SLOW = 0.5
 """A link below this share of the median of its kind is slow."""

@@ -13,6 +13,7 @@ import msgspec
 import torch.distributed as dist
 
 from specdist.channel.config import parse_bytes
+from specdist.channel.probe import LinkSpeed, measure_links
 from specdist.core.errors import ConfigError, WorldError
 from specdist.core.launch_env import local_address, rendezvous_address
 from specdist.core.network import interface_towards
@@ -23,10 +24,8 @@ from specdist.run.preflight.findings import Finding, merge, problems, to_exclude
 from specdist.run.preflight.host import HostFacts, examine_storage, marked, read_clock, read_xids
 from specdist.run.preflight.judge import judge
 from specdist.run.preflight.judge_links import LinkReport, judge_links
-from specdist.run.preflight.links import measure_links
 from specdist.run.preflight.needs import needs_of
 from specdist.run.preflight.report import Report, line_of, speed_line
-from specdist.run.preflight.speeds import LinkSpeed
 from specdist.world.groups import Groups, World
 from specdist.world.roll_call import RollCall
 

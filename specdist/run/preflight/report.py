@@ -12,6 +12,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from specdist.channel.probe import LinkSpeed
 from specdist.core.errors import ConfigError
 from specdist.core.files import write_atomically
 from specdist.core.topology import Topology
@@ -20,7 +21,6 @@ from specdist.run.preflight.findings import Finding, problems, to_exclude
 from specdist.run.preflight.judge import clock_offsets
 from specdist.run.preflight.judge_gpu import ranks_of_gpus
 from specdist.run.preflight.judge_links import kinds_of
-from specdist.run.preflight.speeds import LinkSpeed
 from specdist.world.groups import ranges
 
 _WIDTH = 140

@@ -114,7 +114,7 @@ class TargetWorld:
         job, timeout_s = context.job, context.timeout_s
         item_rows = context.topology.shards * job.prompts.tokens_per_rank
         engine = self._loaded(client, item_rows)
-        wire = context.wire(between_worlds=session)
+        wire = context.wire(address_book=session)
         sender = context.transport.sender(wire, item_rows, lambda index: client.send(Computed(index)))
         report = ProducerReport()
         try:
@@ -123,9 +123,7 @@ class TargetWorld:
                 sender.connect(job.control.load_timeout_s, session.check)
                 items = Items(context.stream(), terms.cursor, terms.first_item, terms.end_item)
                 verify = job.target.verify
-                producer = Producer(
-                    engine, sender, client, items, context.prompts, terms.slots, verify, timeout_s, announce=False
-                )
+                producer = Producer(engine, sender, client, items, context.prompts, terms.slots, verify, timeout_s)
                 client.ready()
                 report = producer.run()
         finally:
