@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import platform
 import signal
 import sys
@@ -15,6 +16,10 @@ from typing import Any
 
 from specdist.core.errors import UserError
 from specdist.core.launch_env import Role
+from specdist_launch import doctor, ssh, words
+from specdist_launch.agents import ExitStatus
+from specdist_launch.ray import launch as ray
+from specdist_launch.slurm import launch as slurm
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,29 +28,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "config")]
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
-    if rest:  # key=value words may follow an option
-        args.config += rest
-    if getattr(args, "role", None) is not None:
-        args.config.append(f"world.role={args.role}")
-    commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "train": _train,
-        "launch": _launch,
-        "status": _status,
-        "trace": _trace,
-        "doctor": _doctor,
-        "plan": _plan,
-        "prepare": _prepare,
-        "export": _export,
-        "eval": _eval,
-        "bench": _bench,
-        "keys": _keys,
-    }
+    # key=value words may follow an option, and some options are keys by other names.
+    options = {key: value for key, value in vars(args).items() if "." in key and value is not None}
+    keys = [f"{key}={json.dumps(value)}" for key, value in options.items()]  # quoted: 4:00:00 is a number to YAML
+    if rest or keys:
+        args.config += [*rest, *keys]
     try:
         with _naming_sources(args):
-            return commands[args.command](args)
+            return int(args.run(args))
     except UserError as error:
         print(f"specdist: {error}", file=sys.stderr)
-        return 2
+        return ExitStatus.USER_ERROR
     except KeyboardInterrupt:
         print("specdist: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -53,27 +46,58 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="specdist", description="Train the draft models of speculative decoding.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, text: str, config: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, config: bool = True, among: Any = commands
+    ) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = among.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
         if config:
             sub.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="files, then overrides")
         return sub
 
-    train = command("train", "Train a draft, here or on hosts over ssh: tokenise, start the ranks, export, evaluate.")
-    importlib.import_module("specdist_launch.ssh").arguments(train)
+    train = command("train", _train, "Train a draft, here or over ssh: tokenise, start the ranks, export, evaluate.")
+    ssh.arguments(train)
     train.add_argument(
-        "--role", choices=["draft", "target"], help="start a world of this role alone (docs/two-worlds.md)"
+        "--role",
+        choices=["draft", "target"],
+        dest="world.role",
+        help="start a world of this role alone (docs/two-worlds.md)",
     )
-    _add_launch(commands)
-    status = command("status", "Tell where a run is: phase, step, queues, starved side, time to go.", config=False)
+    launch = commands.add_parser("launch", help="Start a job elsewhere: over ssh, on Slurm, on a Ray cluster's hosts.")
+    ways = launch.add_subparsers(required=True, metavar="HOW")
+    text = "Print the torchrun commands of a job, one a node, or run them over ssh."
+    ssh.arguments(command("torchrun", ssh.main, text, among=ways))
+    text = "Submit a job to Slurm, which starts itself again after preemption."
+    slurm.arguments(command("slurm", slurm.main, text, among=ways))
+    ray.arguments(command("ray", ray.main, "Start a job on the GPU hosts of a Ray cluster.", among=ways))
+    text = "Show where a run is: phase, step, queues, starved side, time to go."
+    status = command("status", _status, text, config=False)
     status.add_argument("run_dir", metavar="RUN_DIR", help="the run.dir of a job")
-    trace = command("trace", "Put together what the ranks of a run have traced, for Perfetto.", config=False)
+    trace = command("trace", _trace, "Put together what the ranks of a run have traced, for Perfetto.", config=False)
     trace.add_argument("run_dir", metavar="RUN_DIR", help="the run.dir of a job that was started with trace.steps=N")
     trace.add_argument("--attempt", metavar="NAME", help="a folder of RUN_DIR/logs (default: the newest with a trace)")
-    _add_doctor(command("doctor", "Check the hosts of a job: GPUs, versions, links, clocks, run directory, model."))
-    plan = command("plan", "Show, without a GPU, which rank does what, what travels, and what fits into memory.")
+    text = "Check the hosts of a job: GPUs, versions, links, clocks, run directory, model."
+    doctor.arguments(command("doctor", doctor.main, text))
+    text = "Show, without a GPU, which rank does what, what travels, and what fits into memory."
+    _plan_arguments(command("plan", _plan, text))
+    command("prepare", _prepare, "Tokenise the prompts into the cache and report on them.")
+    export = command("export", _export, "Write a checkpoint as serving engines load it.")
+    export.add_argument("--checkpoint", metavar="DIR", help="a checkpoint of the run (default: its newest)")
+    export.add_argument("--output", metavar="DIR", help="where to write (default: RUN_DIR/export)")
+    text = "Measure acceptance length by greedy speculative decoding with the target."
+    evaluate = command("eval", _eval, text)
+    evaluate.add_argument("--draft", metavar="DIR", help="an exported draft (default: the run's newest checkpoint)")
+    evaluate.add_argument("--output", metavar="FILE", help="also write the report as JSON")
+    bench = command("bench", _bench, "Measure a part on this machine, as JSON and as a table.", config=False)
+    bench.add_argument("part", choices=["channel", "pipeline", "scheduler", "step", "target"], help="what to measure")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options; --help lists them")
+    command("keys", _keys, "List every configuration key with its type, default and meaning.", config=False)
+    return parser
+
+
+def _plan_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--nodes", type=int, metavar="N", help="machines, which are called node0, ... (default 1)")
     plan.add_argument("--target-nodes", type=int, metavar="N", help="of a heterogeneous job: machines of the target")
     plan.add_argument("--draft-nodes", type=int, metavar="N", help="of a heterogeneous job: machines of the draft")
@@ -84,66 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--target-rate", type=float, metavar="TOKENS/S", help="of a target replica of target.tp ranks")
     plan.add_argument("--draft-rate", type=float, metavar="TOKENS/S", help="of a draft rank")
-    plan.add_argument("--rates", action="append", default=[], metavar="FILE", help=_RATES)
-    command("prepare", "Tokenise the prompts into the cache and report on them.")
-    export = command("export", "Write a checkpoint as serving engines load it.")
-    export.add_argument("--checkpoint", metavar="DIR", help="a checkpoint of the run (default: its newest)")
-    export.add_argument("--output", metavar="DIR", help="where to write (default: RUN_DIR/export)")
-    evaluate = command("eval", "Measure acceptance length by greedy speculative decoding with the target.")
-    evaluate.add_argument("--draft", metavar="DIR", help="an exported draft (default: the run's newest checkpoint)")
-    evaluate.add_argument("--output", metavar="FILE", help="also write the report as JSON")
-    bench = command("bench", "Measure a part on this machine, as JSON and as a table.", config=False)
-    bench.add_argument("part", choices=["channel", "pipeline", "scheduler", "step", "target"], help="what to measure")
-    bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options; --help lists them")
-    command("keys", "List every configuration key with its type, default and meaning.", config=False)
-    return parser
-
-
-_RATES = "output of bench target, step or pipeline, or a run's summary.json (may be repeated)"
-
-LAUNCHERS = {
-    "torchrun": ("Print the torchrun commands of a job, one a node, or run them over ssh.", "specdist_launch.ssh"),
-    "slurm": ("Submit a job to Slurm, which starts itself again after preemption.", "specdist_launch.slurm"),
-    "ray": ("Start a job on the GPU hosts of a Ray cluster.", "specdist_launch.ray_launch"),
-}
-"""Each launcher: what it does, and the module with its `arguments` and `main`."""
-
-
-def _add_launch(commands: Any) -> None:
-    launch = commands.add_parser("launch", help="Start a job elsewhere: over ssh, on Slurm, on a Ray cluster's hosts.")
-    launchers = launch.add_subparsers(dest="launcher", required=True, metavar="HOW")
-    for name, (text, module) in LAUNCHERS.items():
-        sub = launchers.add_parser(name, help=text, description=text)
-        sub.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="files, then overrides")
-        importlib.import_module(module).arguments(sub)
-
-
-def _launch(args: argparse.Namespace) -> int:
-    return int(importlib.import_module(LAUNCHERS[args.launcher][1]).main(args))
-
-
-def _status(args: argparse.Namespace) -> int:
-    from specdist.run.status import describe
-
-    print(describe(Path(args.run_dir)))
-    return 0
-
-
-def _trace(args: argparse.Namespace) -> int:
-    from specdist.run.timeline import collect_newest
-
-    print(collect_newest(Path(args.run_dir), args.attempt))
-    return 0
-
-
-def _add_doctor(parser: argparse.ArgumentParser) -> None:
-    importlib.import_module("specdist_launch.doctor").arguments(parser)
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    from specdist_launch.doctor import main as doctor
-
-    return doctor(args)
+    rates = "output of bench target, step or pipeline, or a run's summary.json (may be repeated)"
+    plan.add_argument("--rates", action="append", default=[], metavar="FILE", help=rates)
 
 
 def _naming_sources(args: argparse.Namespace) -> AbstractContextManager[None]:
@@ -152,32 +118,23 @@ def _naming_sources(args: argparse.Namespace) -> AbstractContextManager[None]:
         return nullcontext()
     from specdist.job.config import naming_sources
 
-    return naming_sources(*_split(args.config))
-
-
-def _split(values: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Config files and overrides, told apart by the equals sign."""
-    return [v for v in values if "=" not in v], [v for v in values if "=" in v]
+    return naming_sources(*words.split(args.config))
 
 
 def _train(args: argparse.Namespace) -> int:
     if args.hosts is not None or args.hostfile is not None or args.dry_run:
-        return int(importlib.import_module("specdist_launch.ssh").main(args))
+        return ssh.main(args)
     import torch
 
     from specdist.evaluate.prompts import check_prompts
-    from specdist.job.config import check_installed, examine, load_job, topology
+    from specdist.job.config import check_installed, topology
     from specdist.job.run_dir import RunDirectory
     from specdist.prompts.prepare import prepare
     from specdist_launch.local import start, world_size
 
-    files, overrides = _split(args.config)
-    job = load_job(files, overrides)
-    examine(job)
+    job = words.load_checked(args.config)
     check_installed(job, target=job.world.mode != "draft_only" and job.world.role != "draft")
-    run_dir = RunDirectory(Path(job.run.dir))
-    run_dir.check(job)
-    run_dir.create()
+    RunDirectory(Path(job.run.dir)).create()
     devices = 0 if job.world.device == "cpu" else torch.cuda.device_count()
     ranks = args.nproc_per_node or world_size(job, devices)
     topology(job, [platform.node()] * ranks)
@@ -185,18 +142,17 @@ def _train(args: argparse.Namespace) -> int:
     if prompts.report.bad_total:
         print(f"prompts: {prompts.described()}", file=sys.stderr)
     check_prompts(job.evaluate.prompts, job.target.path, job.evaluate.limit, job.prompts.template_kwargs)
-    return start(files, overrides, ranks, retries=args.retries, role=job.world.role)
+    return start(*words.split(args.config), ranks, retries=args.retries, role=job.world.role)
 
 
 def _plan(args: argparse.Namespace) -> int:
     from specdist.channel.config import parse_bytes
     from specdist.job import split
-    from specdist.job.config import load_job
     from specdist.job.plan import make_plan, nodes_of_roles, render
     from specdist.job.rates import find_rates
     from specdist_launch.local import world_size
 
-    job = load_job(*_split(args.config))
+    job = words.load(args.config)
     roles: list[Role] = []
     if args.target_nodes is None and args.draft_nodes is None:
         nodes = args.nodes or 1
@@ -215,11 +171,24 @@ def _plan(args: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
+def _status(args: argparse.Namespace) -> int:
+    from specdist.run.status import describe
+
+    print(describe(Path(args.run_dir)))
+    return 0
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from specdist.run.timeline import collect_newest
+
+    print(collect_newest(Path(args.run_dir), args.attempt))
+    return 0
+
+
 def _prepare(args: argparse.Namespace) -> int:
-    from specdist.job.config import load_job
     from specdist.prompts.prepare import prepare
 
-    job = load_job(*_split(args.config))
+    job = words.load(args.config)
     print(prepare(job.prompts, job.target.path, progress=True).described())
     return 0
 
@@ -227,7 +196,8 @@ def _prepare(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from specdist.run.offline import export_checkpoint
 
-    for path in export_checkpoint(*_split(args.config), checkpoint=args.checkpoint, output=args.output):
+    files, overrides = words.split(args.config)
+    for path in export_checkpoint(files, overrides, checkpoint=args.checkpoint, output=args.output):
         print(path)
     return 0
 
@@ -238,7 +208,8 @@ def _eval(args: argparse.Namespace) -> int:
     from specdist.run.offline import evaluate_draft
 
     logging.disable_progress_bar()
-    print(evaluate_draft(*_split(args.config), draft=args.draft, output=args.output))
+    files, overrides = words.split(args.config)
+    print(evaluate_draft(files, overrides, draft=args.draft, output=args.output))
     return 0
 
 

@@ -3,19 +3,12 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
-from types import FrameType
 
 from specdist.core.errors import ConfigError
 from specdist.core.launch_env import Attempt
-from specdist.core.stop import STOP_SIGNALS
 from specdist.job.config import JobConfig
-from specdist_launch.supervise import new_job, supervise
-
-TRAIN = "specdist.train"
+from specdist_launch.agents import AgentProcess, agent_command, attend, new_job, supervise
 
 
 def world_size(job: JobConfig, devices: int) -> int:
@@ -38,9 +31,9 @@ def world_size(job: JobConfig, devices: int) -> int:
     return max(devices, 1) if draft is None else max(draft * job.draft.cp, target)
 
 
-def ranks_per_node(job: JobConfig, nodes: int, devices: int = 0) -> int:
+def ranks_per_node(job: JobConfig, nodes: int) -> int:
     """The ranks of each of `nodes` equal nodes; raises ConfigError where the job's ranks do not divide among them."""
-    ranks = world_size(job, devices * nodes)
+    ranks = world_size(job, 0)
     if ranks % nodes:
         raise ConfigError(
             f"{ranks} ranks (target.replicas x target.tp + draft.dp x draft.cp) do not divide among {nodes} nodes: "
@@ -54,40 +47,19 @@ def start(
     files: Sequence[str],
     overrides: Sequence[str],
     ranks: int,
-    module: str = TRAIN,
+    module: str = "specdist.train",
     retries: int = 0,
     role: str = "both",
 ) -> int:
     """Run a world on this machine, up to `retries` times more where that may help; returns its exit status.
 
-    SIGINT and SIGTERM go to the ranks, which finish the step, save and leave. A second one kills them.
+    SIGINT and SIGTERM go to the ranks, which finish the step, save and leave. A second SIGINT kills them.
     """
-    words, asked = [*files, *overrides], list[int]()
+    received: list[int] = []
 
-    def attempt(attempt: Attempt) -> int:
-        place = ["--nproc-per-node", str(ranks), "--job", attempt.job, "--restart", str(attempt.restart)]
-        return run_agent([*place, "--launcher", "local", "--module", module, *words], asked)
+    def run(attempt: Attempt) -> int:
+        words = ["--nproc-per-node", str(ranks), "--job", attempt.job, "--restart", str(attempt.restart)]
+        words += ["--launcher", "local", "--module", module, *files, *overrides]
+        return attend([AgentProcess(agent_command(words))], received)
 
-    return supervise(attempt, new_job("local", role), retries, lambda: bool(asked))
-
-
-def run_agent(words: Sequence[str], asked: list[int]) -> int:
-    """Run an agent of this machine as a process of its own; returns its exit status.
-
-    Requests to stop are passed on to it, and noted in `asked`.
-    """
-    # A session of its own: a terminal's Ctrl-C would reach the agent twice.
-    command = [sys.executable, "-m", "specdist_launch.agent", *words]
-    process = subprocess.Popen(command, start_new_session=True)
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        process.send_signal(number)
-
-    earlier = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-    try:
-        status = process.wait()
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-    return 128 - status if status < 0 else status  # as a shell says it
+    return supervise(run, new_job("local", role), retries, received)

@@ -15,10 +15,8 @@ from specdist.world.roll_call import Meeting
 
 _UNUSED_SIGNAL = "SIGQUIT"
 """torchrun ends with an error at the signals it handles, so it is given one that stands for nothing here."""
-
-
 _LOUD = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
-"""They tell of failures that are told once already, and better."""
+"""They log failures that the record has already."""
 
 
 def run_ranks(

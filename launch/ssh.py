@@ -8,27 +8,21 @@ instead, for those who start their own agents.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import queue
+import math
 import re
 import shlex
-import signal
 import socket
-import subprocess
 import sys
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from specdist.core.errors import ConfigError, UserError
-from specdist.core.stop import STOP_SIGNALS
+from specdist.core.launch_env import Attempt
+from specdist_launch import words
+from specdist_launch.agents import AgentProcess, Host, agent_command, agent_words, attend, new_job, supervise
 
 if TYPE_CHECKING:  # light at import: `specdist --help` answers at once
-    from specdist.core.launch_env import Attempt
     from specdist.job.config import JobConfig
 
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=15")
@@ -47,35 +41,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print torchrun commands instead of running anything")
 
 
-@dataclass(frozen=True)
-class Host:
-    """A host of the job and its ranks."""
-
-    name: str
-    ranks: int
-
-
 def main(args: argparse.Namespace) -> int:
-    from specdist.job.config import examine, load_job
-    from specdist.job.run_dir import RunDirectory
-    from specdist_launch.supervise import new_job, supervise
-
-    files = [word for word in args.config if "=" not in word]
-    overrides = [word for word in args.config if "=" in word]
-    job = load_job(files, overrides)
-    examine(job)
-    RunDirectory(Path(job.run.dir)).check(job)
+    job = words.load_checked(args.config)
     hosts = find_hosts(args, job)
-    job_id = new_job("ssh", job.world.role)
     if args.dry_run:
-        print("\n".join(plain_torchrun(hosts, args.master_port, files, overrides)))
+        print("\n".join(plain_torchrun(hosts, args.master_port, *words.split(args.config))))
         return 0
-    asked: list[int] = []
+    received: list[int] = []
 
     def start(attempt: Attempt) -> int:
-        return run_agents(hosts, args.master_port, attempt, args.config, asked)
+        arguments = agent_words("ssh", attempt, hosts, f"{hosts[0].name}:{args.master_port}", args.config)
+        return attend([_start(host.name, own) for host, own in zip(hosts, arguments, strict=True)], received)
 
-    return supervise(start, job_id, args.retries, lambda: bool(asked))
+    return supervise(start, new_job("ssh", job.world.role), args.retries, received)
 
 
 def find_hosts(args: argparse.Namespace, job: JobConfig) -> list[Host]:
@@ -128,74 +106,34 @@ def read_hostfile(path: str) -> list[tuple[str, int | None]]:
 
 def plain_torchrun(hosts: Sequence[Host], port: int, files: Sequence[str], overrides: Sequence[str]) -> list[str]:
     """The torchrun command of each host, for those who start their own agents."""
-    words = ["-m", "specdist.train", *(part for file in files for part in ("--config", file)), *overrides]
+    train = ["-m", "specdist.train", *(part for file in files for part in ("--config", file)), *overrides]
     if len(hosts) == 1:
-        return [shlex.join(["torchrun", "--standalone", "--nproc-per-node", str(hosts[0].ranks), *words])]
+        return [shlex.join(["torchrun", "--standalone", "--nproc-per-node", str(hosts[0].ranks), *train])]
     lines = []
     for number, host in enumerate(hosts):
         place = ["--nnodes", str(len(hosts)), "--node-rank", str(number), "--nproc-per-node", str(host.ranks)]
         master = ["--master-addr", hosts[0].name, "--master-port", str(port)]
-        lines.append(f"# on {host.name}\n{shlex.join(['torchrun', *place, *master, *words])}")
+        lines.append(f"# on {host.name}\n{shlex.join(['torchrun', *place, *master, *train])}")
     return lines
 
 
-def agent_command(hosts: Sequence[Host], number: int, port: int, attempt: Attempt, config: Sequence[str]) -> list[str]:
-    """The agent of host `number`."""
-    place = ["--nodes", len(hosts), "--node-rank", number, "--nproc-per-node", hosts[number].ranks]
-    names = ["--host", hosts[number].name, "--hosts", ",".join(host.name for host in hosts)]
-    start = ["--master", f"{hosts[0].name}:{port}", "--job", attempt.job, "--restart", attempt.restart]
-    words = [*place, *names, *start, "--launcher", "ssh", "--stdin", *config]
-    return [sys.executable, "-m", "specdist_launch.agent", *map(str, words)]
+class SshAgent(AgentProcess):
+    """An agent on another host."""
+
+    def __init__(self, host: str, command: Sequence[str]):
+        super().__init__([*SSH, host, f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(command)}"])
+        self._host = host
+
+    def wait(self, timeout_s: float = math.inf) -> int | None:
+        """Its exit status; None where ssh has not reached the host, or has lost it."""
+        status = super().wait(timeout_s)
+        if status != _SSH_FAILED:
+            return status
+        print(f"specdist: {self._host}: ssh did not reach it, or lost it (see above)", file=sys.stderr)
+        return None
 
 
-def run_agents(hosts: Sequence[Host], port: int, attempt: Attempt, config: Sequence[str], asked: list[int]) -> int:
-    """Run one agent on each host and wait for all of them; returns the leader's exit status.
-
-    SIGINT and SIGTERM are passed on to the agents through their standard input, which also ends them when this process
-    or the connection does; they are noted in `asked`. A host that ssh does not reach is named, and the others are
-    stopped.
-    """
-    commands = [agent_command(hosts, number, port, attempt, config) for number in range(len(hosts))]
-    agents = [_start(host.name, command) for host, command in zip(hosts, commands, strict=True)]
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        for agent in agents:
-            _tell(agent, number)
-
-    earlier = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
-    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number, agent in enumerate(agents):
-        threading.Thread(target=_await_end, args=(agent, number, ended), daemon=True).start()
-    try:
-        for _ in agents:
-            number = ended.get()
-            if agents[number].returncode == _SSH_FAILED:
-                print(f"specdist: {hosts[number].name}: ssh did not reach it, or lost it (see above)", file=sys.stderr)
-                for agent in agents:
-                    _tell(agent, signal.SIGTERM)
-    finally:
-        for signal_number, handler in earlier.items():
-            signal.signal(signal_number, handler)
-    status = agents[0].returncode
-    return os.EX_TEMPFAIL if _SSH_FAILED in (agent.returncode for agent in agents) and status != 0 else status
-
-
-def _start(host: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+def _start(host: str, arguments: Sequence[str]) -> AgentProcess:
     here = host in ("localhost", "127.0.0.1", socket.gethostname())
-    remote = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(command)}"
-    words = list(command) if here else [*SSH, host, remote]
-    return subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
-
-
-def _await_end(agent: subprocess.Popen[bytes], number: int, ended: queue.SimpleQueue[int]) -> None:
-    agent.wait()
-    ended.put(number)
-
-
-def _tell(agent: subprocess.Popen[bytes], number: int) -> None:
-    """Write a signal's name to an agent's standard input (see agent.py --stdin)."""
-    assert agent.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it has ended
-        agent.stdin.write(f"{signal.Signals(number).name}\n".encode())
-        agent.stdin.flush()
+    command = agent_command(arguments)
+    return AgentProcess(command) if here else SshAgent(host, command)

@@ -26,17 +26,18 @@ from specdist.core.run_lock import holder
 from specdist.core.stop import StopReason
 from specdist.job.launch_config import LaunchConfig
 from specdist.job.run_dir import RunDirectory
+from specdist_launch import words
+from specdist_launch.agents import ExitStatus
 
-DONE, GIVE_UP, USER_ERROR, AGAIN = 0, 1, 2, 75
-"""Exit statuses; 75 is sysexits' EX_TEMPFAIL."""
+DONE, GIVE_UP, USER_ERROR, AGAIN = ExitStatus
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do next, why in words, and the exit status that says so."""
+    """What becomes of the job, as an exit status, and why."""
 
-    status: int
-    words: str
+    status: ExitStatus
+    reason: str
 
 
 def judge(run_dir: Path, config: LaunchConfig, record: AttemptRecord | None = None) -> Verdict:
@@ -131,25 +132,23 @@ def _account_for(attempt: Attempt, run_dir: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from specdist.job.config import home, load_job
+    from specdist.job.config import home
 
     parser = argparse.ArgumentParser(prog="python -m specdist_launch.verdict", description=__doc__)
     parser.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="as the job was started with")
     parser.add_argument("--slurm", action="store_true", help="judge this start of this Slurm job, not an earlier one")
     args = parser.parse_args(argv)
-    words = args.config
     try:
-        job = load_job([w for w in words if "=" not in w], [w for w in words if "=" in w])
+        job = words.load(args.config)
     except UserError as error:
         print(f"specdist: {error}", file=sys.stderr)
         return USER_ERROR
     attempt = Attempt.from_environment()
     directory = home(job, attempt)
-    own = AttemptRecord(attempt.directory(directory)) if args.slurm else None
     if args.slurm:
         _account_for(attempt, directory)
-    verdict = judge(directory, job.launch, own)
-    print(f"specdist: {verdict.words}", file=sys.stderr)
+    verdict = judge(directory, job.launch, AttemptRecord(attempt.directory(directory)) if args.slurm else None)
+    print(f"specdist: {verdict.reason}", file=sys.stderr)
     return verdict.status
 
 

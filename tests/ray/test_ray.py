@@ -65,7 +65,7 @@ def agents(run: Path) -> list[psutil.Process]:
 
 
 def agent_of(run: Path, node: int) -> psutil.Process:
-    return next(p for p in agents(run) if ["--node-rank", str(node)] == p.cmdline()[3:5])
+    return next(p for p in agents(run) if f"--node-rank {node} " in " ".join(p.cmdline()))
 
 
 def test_a_lost_host_is_replaced_ctrl_c_saves_and_the_next_start_goes_on(cluster: Cluster, words, tmp_path):
@@ -123,7 +123,7 @@ def test_what_cannot_be_is_said_in_one_line_each(cluster: Cluster, made, tmp_pat
 
 
 def test_a_port_that_is_not_rays_does_not_hang(cluster: Cluster):
-    program = "import sys; from specdist_launch import ray_hosts as h; h._CONNECT_S = 3.0; h.connect(sys.argv[1])"
+    program = "import sys; from specdist_launch.ray import cluster as h; h._CONNECT_S = 3.0; h.connect(sys.argv[1])"
     with socket.create_server(("127.0.0.1", 0)) as mute:  # accepts, and never says a word
         done = cluster.run("-c", program, f"127.0.0.1:{mute.getsockname()[1]}")
     assert "accepts connections, but Ray has not joined it within 3 s" in done.stderr

@@ -40,7 +40,7 @@ class History:
 
     def verdict(self) -> tuple[int, str]:
         found = judge(self.run_dir, CONFIG)
-        return found.status, found.words
+        return found.status, found.reason
 
 
 def test_records_come_back_as_they_were_and_in_order(tmp_path: Path) -> None:

@@ -4,29 +4,31 @@
 from __future__ import annotations
 
 import signal
-import subprocess
+import socket
 import sys
-import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 from specdist.core.errors import ConfigError, UserError
-from specdist.core.launch_env import Attempt
-from specdist_launch import cli, ray_agents, ray_hosts
-from specdist_launch.ray_agents import Begun, Ended, Stop, agent_commands, agent_environment, host_names, run_agent
-from specdist_launch.ray_hosts import (
+from specdist_launch import cli
+from specdist_launch.agents import supervise
+from specdist_launch.ray import cluster
+from specdist_launch.ray.agents import Driver, HostAgent, agent_environment, examine_host, host_names, run_agent
+from specdist_launch.ray.cluster import (
     LOCAL,
     ClusterError,
     GpuHost,
-    Place,
+    ReservedHost,
     Shape,
     choose_shape,
     cluster_address,
     describe_cluster,
     in_order,
 )
-from specdist_launch.ray_launch import read_environment
-from specdist_launch.supervise import supervise
+from specdist_launch.ray.launch import read_environment
 from specdist_launch.verdict import AGAIN
 
 
@@ -142,91 +144,79 @@ def test_variables_are_given_or_taken_from_here(monkeypatch):
         read_environment(["MISSING"])
 
 
-def test_the_agents_of_a_job(tmp_path):
-    places = [Place(host("10.0.0.1", name="a"), None), Place(host("10.0.0.2", name="b"), None)]
-    names = host_names(places)
-    assert names == ["a", "b"]
-    assert host_names([*places, places[0]]) == ["10.0.0.1", "10.0.0.2", "10.0.0.1"]
-    first, second = agent_commands(names, 8, "10.0.0.1:5000", Attempt("ray-1", 2), tmp_path / "c.yaml")
-    assert " ".join(second) == (
-        "--node-rank 1 --host b --nodes 2 --nproc-per-node 8 --master 10.0.0.1:5000 --hosts a,b --job ray-1 "
-        f"--restart 2 --launcher ray {tmp_path}/c.yaml"
+def test_hosts_are_called_by_name_unless_two_have_the_same():
+    first, second = (
+        ReservedHost(**vars(host(f"10.0.0.{n}", name=name)), strategy=None) for n, name in ((1, "a"), (2, "b"))
     )
-    assert first[:4] == ["--node-rank", "0", "--host", "a"]
+    assert host_names([first, second]) == ["a", "b"]
+    assert host_names([first, second, first]) == ["10.0.0.1", "10.0.0.2", "10.0.0.1"]
 
 
-def test_a_task_passes_on_what_its_agent_says(tmp_path, monkeypatch):
+@pytest.fixture
+def agents(monkeypatch, tmp_path):
+    """Stands in for Ray: `remote` tasks are threads of this process, and agents a program of the test's."""
     program = tmp_path / "python"
-    program.write_text('#!/bin/sh\necho "$*"; echo "$PWD $ASKED" >&2; exit 75\n')
-    program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    begun, *lines, ended = run_agent(["--nodes", "1"], str(tmp_path), {"ASKED": "yes"})
-    assert isinstance(begun, Begun)
-    assert lines == ["-m specdist_launch.agent --nodes 1\n", f"{tmp_path} yes\n"]
-    assert ended == Ended(75)
+
+    def start(*lines: str) -> HostAgent:
+        program.write_text("\n".join(["#!/bin/bash", *lines]))
+        program.chmod(0o755)
+        task = partial(executor.submit, run_agent, ["X"], str(tmp_path), {"ASKED": "yes"}, driver.server_address)
+        return driver.start("h2", task)
+
+    errors = SimpleNamespace(RayError=LostError, RayTaskError=KeyError)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=Future.result, exceptions=errors))
+    with ThreadPoolExecutor() as executor, Driver("127.0.0.1") as driver:
+        yield start
+        driver.shutdown()
 
 
-def test_an_agent_hears_sigint_although_rays_processes_block_it(tmp_path, monkeypatch):
-    program = tmp_path / "python"
-    program.write_text("#!/bin/sh\nexec sleep 60\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(program))
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        task = run_agent([], str(tmp_path), {})
-        begun = next(task)
-        assert isinstance(begun, Begun)
-        ray_agents.deliver(begun.pid, signal.SIGINT)
-        assert list(task) == [Ended(-signal.SIGINT)]
-        assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+class LostError(Exception):
+    """Ray's, where a host is gone."""
 
 
-def test_a_task_that_is_given_up_ends_its_agent(tmp_path, monkeypatch):
-    program, told = tmp_path / "python", tmp_path / "told"
-    program.write_text(f"#!/bin/sh\ntrap 'kill $!; touch {told}; exit' TERM\nsleep 60 &\necho here\nwait\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(program))
-    task = run_agent([], str(tmp_path), {})
-    assert isinstance(next(task), Begun)
-    assert next(task) == "here\n"
-    task.close()
-    deadline = time.monotonic() + 10
-    while not told.exists():
-        assert time.monotonic() < deadline, "no SIGTERM came"
-        time.sleep(0.01)
+def test_what_an_agent_prints_reaches_the_terminal(agents, tmp_path, capsys):
+    assert agents('echo "$*"; echo "$PWD $ASKED" >&2; exit 75').wait() == 75
+    assert capsys.readouterr().err == f"-m specdist_launch.agent --stdin X\n{tmp_path} yes\n"
 
 
-def test_a_signal_for_an_agent_that_has_ended_is_no_error():
-    done = subprocess.Popen(["true"])
-    done.wait()
-    ray_agents.deliver(done.pid, signal.SIGTERM)
+def test_signals_reach_an_agent_by_name(agents, capsys):
+    agent = agents("read first; read second; echo $first $second; kill -KILL $$")
+    agent.signal(signal.SIGINT)  # before it is connected, too
+    agent.signal(signal.SIGTERM)
+    assert agent.wait() == 128 + signal.SIGKILL
+    assert capsys.readouterr().err == "SIGINT SIGTERM\n"
 
 
-def test_two_requests_are_passed_on_and_the_third_ends_the_driver():
-    stop = Stop()
-    before = signal.getsignal(signal.SIGTERM)
-    with stop:
-        assert not stop.requested()
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
-        assert stop.signals == [signal.SIGTERM, signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert stop.requested()
-    assert signal.getsignal(signal.SIGTERM) == before
+def test_a_host_that_is_lost_is_named(agents, capsys, monkeypatch):
+    agent = agents("exit 0")
+
+    def lose(task: Future) -> None:
+        raise LostError("The worker died\nmore")
+
+    monkeypatch.setattr(sys.modules["ray"], "get", lose)
+    assert agent.wait() is None
+    assert capsys.readouterr().err == "specdist: h2: lost: The worker died\n"
+
+
+def test_a_connection_without_an_agents_secret_is_closed(capsys):
+    with Driver("127.0.0.1") as driver:
+        with socket.create_connection(driver.server_address) as connection:
+            connection.sendall(b"guess\nhello\n")
+            assert connection.recv(1) == b""
+        driver.shutdown()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("stopped", "starts"), [(True, 1), (False, 3)])
 def test_a_job_that_was_asked_to_stop_is_not_started_again(stopped, starts):
     seen = []
-    status = supervise(lambda attempt: seen.append(attempt) or AGAIN, "ray-1", 2, lambda: stopped)
+    status = supervise(lambda attempt: seen.append(attempt) or AGAIN, "ray-1", 2, [signal.SIGTERM] * stopped)
     assert (status, [attempt.restart for attempt in seen]) == (AGAIN, list(range(starts)))
 
 
 def test_hosts_that_do_not_see_the_files(tmp_path):
-    assert ray_agents.missing([str(tmp_path), "/nowhere"]) == ["/nowhere"]
+    assert examine_host([str(tmp_path), "/nowhere"])[0] == ["/nowhere"]
 
 
 @pytest.fixture
@@ -253,7 +243,7 @@ def test_bad_words_get_one_line(words, said, capsys, no_cluster):
 
 
 def test_without_ray_it_says_how_to_install_it(monkeypatch, capsys, no_cluster):
-    monkeypatch.setattr(ray_hosts.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["launch", "ray", "run.dir=unused", "--address", "127.0.0.1:1"]) == 2
     assert "pip install 'specdist[ray]'" in capsys.readouterr().err
 

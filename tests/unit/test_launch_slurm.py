@@ -21,8 +21,8 @@ from specdist.job.config import load_job
 from specdist.job.launch_config import LaunchConfig
 from specdist.job.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
 from specdist_launch.cli import main
-from specdist_launch.slurm_cluster import NodeKind, check_fits, parse_kinds
-from specdist_launch.slurm_script import Place, by_hand, render
+from specdist_launch.slurm.cluster import NodeKind, check_fits, parse_kinds
+from specdist_launch.slurm.script import ScriptPaths, by_hand, render
 from specdist_launch.verdict import AGAIN, GIVE_UP
 from specdist_launch.verdict import main as judge_by_command
 from tests.tiny import make_config, make_conversations, make_target
@@ -32,9 +32,9 @@ HOME, RUN = Path("/home/ada/specdist"), Path("/scratch/ada/runs/bard")
 NASTY_RUN = Path("/scratch/it's 100% $HOME")
 
 
-def place(run_dir: Path = RUN, directory: Path = HOME) -> Place:
+def place(run_dir: Path = RUN, directory: Path = HOME) -> ScriptPaths:
     slurm = run_dir / "slurm"
-    return Place(
+    return ScriptPaths(
         directory, run_dir, slurm / "job-0123abcd.yaml", slurm / "%j.out", "/home/ada/specdist/.venv/bin/python"
     )
 
@@ -89,7 +89,7 @@ def test_scripts_are_as_recorded(name):
 
 def test_the_script_for_submission_by_hand_is_the_same_thing():
     text = (ROOT / "slurm/train.sbatch").read_text()
-    assert text == by_hand(), "slurm/train.sbatch is what specdist_launch.slurm_script.by_hand() returns"
+    assert text == by_hand(), "slurm/train.sbatch is what specdist_launch.slurm.script.by_hand() returns"
     assert len(text.splitlines()) <= 60
 
 
@@ -136,8 +136,8 @@ def test_a_submitted_job_keeps_its_configuration(tmp_path, words, capsys, monkey
     file = tmp_path / "job.yaml"
     file.write_text("run: {seed: 5}\n")
     submitted = []
-    monkeypatch.setattr("specdist_launch.slurm_cluster.node_kinds", lambda: [])
-    monkeypatch.setattr("specdist_launch.slurm_cluster.submit", lambda script: submitted.append(script) or "42")
+    monkeypatch.setattr("specdist_launch.slurm.cluster.node_kinds", lambda: [])
+    monkeypatch.setattr("specdist_launch.slurm.cluster.submit", lambda script: submitted.append(script) or "42")
     assert main(["launch", "slurm", str(file), *words, "--time", "4:00:00"]) == 0
     out = capsys.readouterr().out
     file.write_text("run: {seed: 6}\n")
@@ -184,7 +184,7 @@ def test_what_cannot_be_is_one_line(words, capsys, options, message):
 
 
 def test_an_option_is_a_value_of_the_command_line(words, capsys, monkeypatch):
-    monkeypatch.setattr("specdist_launch.slurm_cluster.node_kinds", lambda: KINDS)
+    monkeypatch.setattr("specdist_launch.slurm.cluster.node_kinds", lambda: KINDS)
     said = refused(capsys, words, "--nodes", "3", "--gpus-per-node", "1", "--partition", "cpu")
     assert "partition cpu have 0 GPUs at most (launch.slurm.gpus_per_node: command line)" in said
 
@@ -197,7 +197,7 @@ def test_a_run_directory_of_another_job(tmp_path, words, capsys):
 
 def test_a_run_directory_that_cannot_be_made(tmp_path, words, capsys, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr("specdist_launch.slurm_cluster.node_kinds", lambda: [])
+    monkeypatch.setattr("specdist_launch.slurm.cluster.node_kinds", lambda: [])
     assert "cannot be created" in refused(capsys, [*words, f"run.dir={tmp_path}/file/run"])
 
 

@@ -12,7 +12,8 @@ import pytest
 from specdist.core.errors import ConfigError, UserError
 from specdist.core.launch_env import Attempt
 from specdist.job.config import JobConfig, RunConfig
-from specdist_launch.ssh import Host, agent_command, find_hosts, plain_torchrun, read_hostfile
+from specdist_launch.agents import Host, agent_command, agent_words
+from specdist_launch.ssh import find_hosts, plain_torchrun, read_hostfile
 
 HOSTS = [Host("gpu1", 4), Host("gpu2", 2)]
 
@@ -33,12 +34,12 @@ def test_one_host_needs_no_address() -> None:
 
 
 def test_every_agent_knows_its_place() -> None:
-    command = agent_command(HOSTS, 1, 29400, Attempt("ssh-1", 2), ["x.yaml", "run.seed=1"])
-    assert command[:3] == [sys.executable, "-m", "specdist_launch.agent"]
-    said = " ".join(command[3:])
-    assert said == (
-        "--nodes 2 --node-rank 1 --nproc-per-node 2 --host gpu2 --hosts gpu1,gpu2 --master gpu1:29400 --job ssh-1 "
-        "--restart 2 --launcher ssh --stdin x.yaml run.seed=1"
+    words = agent_words("ssh", Attempt("ssh-1", 2), HOSTS, "gpu1:29400", ["x.yaml", "run.seed=1"])
+    command = agent_command(words[1])
+    assert command[:4] == [sys.executable, "-m", "specdist_launch.agent", "--stdin"]
+    assert " ".join(command[4:]) == (
+        "--node-rank 1 --host gpu2 --nproc-per-node 2 --nodes 2 --master gpu1:29400 --hosts gpu1,gpu2 --job ssh-1 "
+        "--restart 2 --launcher ssh x.yaml run.seed=1"
     )
 
 

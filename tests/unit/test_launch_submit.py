@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,12 @@ import submitit
 import specdist
 from specdist.core import config
 from specdist.core.errors import ConfigError, UserError
-from specdist.core.launch_env import Attempt
 from specdist.job.config import load_job
 from specdist.job.launch_config import LaunchConfig
 from specdist.job.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
-from specdist_launch import submit_task
-from specdist_launch.submit_executor import Gpus, gpus_here, minutes, slurm_parameters
-from specdist_launch.submit_points import name_points
-from specdist_launch.submit_task import Here, Run
+from specdist_launch.submit import task
+from specdist_launch.submit.executors import choose_venue, minutes, slurm_parameters
+from specdist_launch.submit.points import name_points
 from tests.tiny import make_config, make_conversations, make_target
 
 
@@ -134,8 +133,8 @@ def test_what_sbatch_refuses_is_said_in_one_line(words, slurm):
     [
         ({}, "launch.slurm.time is not set"),
         ({"time": "4h"}, r"\[DAYS-\]HOURS:MINUTES:SECONDS"),
-        ({"time": "1:0:0", "node": 2}, "no option 'node', did you mean 'nodes'?.*: nodes, gpus_per_node, partition"),
-        ({"time": "1:0:0", "target": 2}, "no option 'target'"),
+        ({"time": "1:0:0", "node": 2}, "'launch.slurm.node'.* did you mean 'launch.slurm.nodes'"),
+        ({"time": "1:0:0", "target": 2}, "launch.slurm.target"),
         ({"time": "1:0:0", "nodes": 3}, "4 ranks .* do not divide among 3 nodes"),
         ({"time": "1:0:0", "nodes": 8, "gpus_per_node": 1, "partition": "gpu"}, "target.replicas|rank"),
         ({"time": "1:0:0", "partition": "gpus"}, "no partition 'gpus'; it has gpu"),
@@ -245,23 +244,30 @@ def test_time_limits_in_minutes(time, expected):
     assert minutes(time) == expected
 
 
-def test_the_gpus_of_this_machine(words, monkeypatch):
+def test_the_gpus_of_this_machine(tmp_path, words, monkeypatch):
     """submitit's local executor would hide them all, or count them from 0."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    job = load_job([], [word for word in words if not word.startswith("draft.dp")] + ["world.device=cuda"])
+    words = [word for word in words if not word.startswith("draft.dp")] + ["world.device=cuda"]
+
+    def run(**asked: int) -> task.Run:
+        venue = choose_venue("local", asked, None)
+        job = load_job([], [*words, *(f"launch.slurm.{key}={value}" for key, value in asked.items())])
+        return venue.run(job, Path("job.yaml"), venue.executor(tmp_path, job.launch))
+
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert gpus_here(job, None) == Gpus("0,1,2,3", ranks=4)
+    assert (run().devices, run().ranks) == ("0,1,2,3", 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert gpus_here(job, None) == Gpus("4,5,6,7", ranks=4)
-    assert gpus_here(job, 2) == Gpus("4,5", ranks=2)
+    assert (run().devices, run().ranks) == ("4,5,6,7", 4)
     with pytest.raises(ConfigError, match="this machine shows 4 GPUs"):
-        gpus_here(job, 5)
+        run(gpus_per_node=5)
+    two = run(gpus_per_node=2)
+    assert (two.devices, two.ranks) == ("4,5", 2)
     started = []
-    monkeypatch.setattr(submit_task, "AgentProcess", lambda words, env: started.append((words, env)))
-    here = Here(Attempt("j", 2), ranks=2, devices="4,5", retries=0)
-    Run(Path("job.yaml"), Path("run"), "local", 5, here).agent(here.attempt)
+    monkeypatch.setattr(task, "AgentProcess", lambda command, environment: started.append((command, environment)))
+    two.agent(replace(two.attempt, restart=2))
     [(command, environment)] = started
-    assert " ".join(command) == "--nproc-per-node 2 --job j --restart 2 --launcher submitit job.yaml"
+    words = f"--launcher submitit --nproc-per-node 2 --job {two.attempt.job} --restart 2 job.yaml"
+    assert " ".join(command).endswith(f"specdist_launch.agent --stdin {words}")
     assert environment["CUDA_VISIBLE_DEVICES"] == "4,5"
 
 

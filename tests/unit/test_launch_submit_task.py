@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -20,9 +19,10 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE, LocalJobEnvironment
 
 from specdist.core.attempts import AttemptRecord, Failure
 from specdist.core.launch_env import Attempt
-from specdist_launch import submit_task
-from specdist_launch.submit_summary import RunSummary, read_summary
-from specdist_launch.submit_task import AgentProcess, Here, Run, RunFailed, Task
+from specdist_launch.agents import AgentProcess
+from specdist_launch.submit import task
+from specdist_launch.submit.summary import RunSummary, read_summary
+from specdist_launch.submit.task import Run, RunFailed, Task
 
 SUMMARY = {
     "step": 4, "total_steps": 4, "finished": True, "checkpoint": "run/checkpoints/step-00000004", "exports": [],
@@ -44,11 +44,13 @@ def test_a_summary_as_it_is_read(tmp_path):
 
 
 class ScriptedAgent(AgentProcess):
-    """A shell script in the agent's place; it says in a file that it listens."""
+    """A shell script in the agent's place, which is sent signals themselves; it says in a file that it listens."""
 
     def __init__(self, script: str, ready: Path):
-        script = f"{script}\n touch {ready}; while :; do sleep 0.02; done"
-        self._process = subprocess.Popen(["bash", "-c", script], start_new_session=True)
+        super().__init__(["bash", "-c", f"{script}\n touch {ready}; while :; do sleep 0.02; done"])
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
 
 
 class Bench:
@@ -57,8 +59,7 @@ class Bench:
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch):
         self.directory, self._monkeypatch = directory, monkeypatch
         self.starts: list[Attempt] = []
-        here = Here(Attempt("j"), ranks=1, devices=None, retries=2)
-        self.run = Run(directory / "job.yaml", directory, "local", patience_s=5, here=here)
+        self.run = Run(directory / "job.yaml", directory, "local", 5, Attempt("j"), ranks=1, retries=2)
         for name, value in {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "FOLDER": str(directory)}.items():
             monkeypatch.setenv(f"SUBMITIT_{name}", value)
         (directory / "summary.json").write_text(json.dumps(SUMMARY))
@@ -180,7 +181,7 @@ def test_a_terminated_local_job_saves_and_stays_down(bench):
 @pytest.mark.parametrize(("state", "status"), [("RUNNING", LOCAL_REQUEUE_RETURN_CODE), ("COMPLETING", 75)])
 def test_slurm_requeues_by_itself_what_it_preempts(bench, monkeypatch, state, status):
     asked = []
-    monkeypatch.setattr(submit_task, "scontrol", lambda *words: asked.append(words) or f"JobId=9 JobState={state} X=1")
+    monkeypatch.setattr(task, "scontrol", lambda *words: asked.append(words) or f"JobId=9 JobState={state} X=1")
     slurm = {"JOB_ID": "9", "NODEID": "0", "ARRAY_JOB_ID": "8", "ARRAY_TASK_ID": "1", "RESTART_COUNT": "3"}
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)

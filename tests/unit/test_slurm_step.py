@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from specdist.core.errors import WorldError
-from specdist_launch.slurm_step import FIRST_PORT, PORTS, expand_hostlist, meeting_port, read_step
+from specdist_launch.slurm.step import FIRST_PORT, PORTS, expand_hostlist, read_step, roll_call_port
 
 PLAIN = {
     "SLURMD_NODENAME": "n2", "SLURM_CPUS_ON_NODE": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "17",
@@ -37,35 +37,36 @@ def no_scontrol(*words: str) -> str | None:
 
 def test_a_plain_step():
     step = read_step(PLAIN, ask)
-    assert (step.hosts, step.nodes, step.node_rank, step.host) == (("n1", "n2"), 2, 1, "n2")
-    assert (step.leader, step.job, step.restart, step.role) == ("10.0.0.1", "17", 0, None)
-    assert (step.gpus, step.cpus) == (2, 1)
+    assert (step.hosts, step.nodes, step.number, step.host) == (("n1", "n2"), 2, 1, "n2")
+    assert (step.leader[0], step.attempt.job, step.attempt.restart, step.role) == ("10.0.0.1", "17", 0, None)
+    assert step.ranks == 2
+    assert read_step(PLAIN, ask, ranks=1).ranks == 1
 
 
 def test_the_end_of_the_job_is_in_the_environment_or_asked_for():
-    asked = read_step(PLAIN, ask).deadline
+    asked = read_step(PLAIN, ask).attempt.deadline
     assert asked is not None
     assert asked % 60 == 11  # whatever the time zone of this machine
-    assert read_step({**PLAIN, "SLURM_JOB_END_TIME": "1790000000"}, ask).deadline == 1790000000.0
-    assert read_step(HETEROGENEOUS, ask).deadline is None  # no limit
+    assert read_step({**PLAIN, "SLURM_JOB_END_TIME": "1790000000"}, ask).attempt.deadline == 1790000000.0
+    assert read_step(HETEROGENEOUS, ask).attempt.deadline is None  # no limit
 
 
 def test_a_heterogeneous_step_is_one_world_with_roles():
     step = read_step(HETEROGENEOUS, ask)
-    assert (step.hosts, step.node_rank, step.host, step.role) == (("n1", "n2", "n3"), 2, "n3", "draft")
-    assert (step.job, step.restart) == ("2", 1)
+    assert (step.hosts, step.number, step.host, step.role) == (("n1", "n2", "n3"), 2, "n3", "draft")
+    assert (step.attempt.job, step.attempt.restart) == ("2", 1)
     first = read_step({**HETEROGENEOUS, "SLURM_NODEID": "0", "SLURMD_NODENAME": "n1"}, ask)
     assert (first.host, first.role) == ("n1", "target")
-    assert (first.port, first.leader) == (step.port, step.leader)
+    assert first.leader == step.leader
 
 
 def test_inside_a_container_the_leaders_name_has_to_do():
     step = read_step(PLAIN, no_scontrol)
-    assert (step.leader, step.deadline) == ("n1", None)
+    assert (step.leader[0], step.attempt.deadline) == ("n1", None)
 
 
 def test_no_gpus_asked_for():
-    assert read_step({k: v for k, v in PLAIN.items() if k != "SLURM_GPUS_ON_NODE"}, ask).gpus is None
+    assert read_step({k: v for k, v in PLAIN.items() if k != "SLURM_GPUS_ON_NODE"}, ask).ranks == 0
 
 
 def test_no_step_and_too_many_tasks_are_said():
@@ -76,7 +77,7 @@ def test_no_step_and_too_many_tasks_are_said():
 
 
 def test_each_start_of_each_job_meets_elsewhere():
-    ports = [meeting_port(job, restart) for job in range(4_000_000, 4_000_100) for restart in range(8)]
+    ports = [roll_call_port(job, restart) for job in range(4_000_000, 4_000_100) for restart in range(8)]
     assert len({*ports, *(port + 1 for port in ports)}) == 2 * len(ports)
     assert all(FIRST_PORT <= port < FIRST_PORT + PORTS for port in ports)
 

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specdist.core.errors import ConfigError, UserError
+from specdist.core.launch_env import Role
+from specdist.job.config import JobConfig, topology
 from specdist.job.slurm_config import NodesConfig, SlurmConfig
+from specdist_launch.local import ranks_per_node
 
 SUBMIT_TIMEOUT_S = 120.0
 """A controller that is this slow to answer is down or overrun."""
@@ -39,6 +42,19 @@ def parse_kinds(text: str) -> Iterator[NodeKind]:
         partition, nodes, gres = line.split("|", 2)
         gpus = sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres))
         yield NodeKind(partition.rstrip("*"), int(nodes), gpus, partition.endswith("*"))
+
+
+def check_ranks(job: JobConfig) -> None:
+    """Raise ConfigError where the job's ranks cannot be divided as it asks on the nodes it asks for."""
+    slurm = job.launch.slurm
+    roles: list[Role | None] = ["target", "draft"] if slurm.heterogeneous else [None]
+    hosts: list[str] = []
+    of_ranks: list[Role | None] = []
+    for role, component in zip(roles, slurm.components, strict=True):
+        ranks = component.gpus_per_node or ranks_per_node(job, component.nodes)
+        hosts += [f"{role or ''}node{n}" for n in range(component.nodes) for _ in range(ranks)]
+        of_ranks += [role] * component.nodes * ranks
+    topology(job, hosts, of_ranks if slurm.heterogeneous else ())
 
 
 def check_fits(slurm: SlurmConfig, kinds: Sequence[NodeKind]) -> None:

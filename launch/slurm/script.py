@@ -50,7 +50,7 @@ exit $status
 
 
 @dataclass(frozen=True)
-class Place:
+class ScriptPaths:
     """Where a generated job runs and writes, as absolute paths."""
 
     directory: Path
@@ -72,18 +72,18 @@ def by_hand() -> str:
     return HEADER + ABOUT_BY_HAND + _directives(options) + "\n" + _body(config, [], ["python"], '"$@"')
 
 
-def render(config: LaunchConfig, place: Place) -> str:
+def render(config: LaunchConfig, paths: ScriptPaths) -> str:
     """The script of `specdist launch slurm`. Every word that comes from a configuration is quoted."""
     slurm, container = config.slurm, config.container
     first, *others = slurm.components
-    log = str(place.log.parent).replace("%", "%%") + "/" + place.log.name
-    options = [f"--job-name={slurm.job_name}", f"--chdir={place.directory}", f"--output={log}"]
+    log = str(paths.log.parent).replace("%", "%%") + "/" + paths.log.name
+    options = [f"--job-name={slurm.job_name}", f"--chdir={paths.directory}", f"--output={log}"]
     text = HEADER + _directives([*options, *_component(config, first)])
     text += "".join("#SBATCH hetjob\n" + _directives(_component(config, other)) for other in others)
     text += "\n" + "".join(f"{line}\n" for line in slurm.setup)
-    mounts = [*dict.fromkeys((place.directory, place.run_dir))]
-    python = "python" if slurm.setup or container.kind != "none" else place.python
-    return text + _body(config, mounts, [python], shlex.quote(str(place.config)))
+    mounts = [*dict.fromkeys((paths.directory, paths.run_dir))]
+    python = "python" if slurm.setup or container.kind != "none" else paths.python
+    return text + _body(config, mounts, [python], shlex.quote(str(paths.config)))
 
 
 def _body(config: LaunchConfig, mounts: Sequence[Path], python: Sequence[str], job: str) -> str:

@@ -25,7 +25,7 @@ _CONNECT_S = 30.0
 _SILENT_S = 5.0
 """How long a wait for GPUs is not worth a word."""
 _SLICE_S = 1.0
-"""Ray's waits do not hear signals, so they are cut into slices of this length."""
+"""No signal is handled during Ray's waits, so they are cut into slices of this length."""
 
 
 class ClusterError(UserError):
@@ -45,7 +45,7 @@ class GpuHost:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a job asks of a cluster: so many hosts with so many GPUs each, one rank a GPU."""
+    """What a job asks of a cluster: hosts with GPUs, the same number on each, one rank a GPU."""
 
     hosts: int
     gpus: int
@@ -59,19 +59,11 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A host's share of a reservation."""
+class ReservedHost(GpuHost):
+    """A host on which GPUs are reserved for a job."""
 
-    host: GpuHost
-    reserved: Any
-    """Ray's scheduling strategy that puts a task onto the reserved GPUs."""
-
-    @property
-    def beside(self) -> Any:
-        """Ray's scheduling strategy that puts a task onto this host without taking a GPU."""
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        return NodeAffinitySchedulingStrategy(self.host.node, soft=False)
+    strategy: Any
+    """Ray's scheduling strategy that puts a task there."""
 
 
 def cluster_address(option: str | None, environment: Mapping[str, str]) -> str:
@@ -122,31 +114,21 @@ def connect(address: str) -> None:
             f"no Ray cluster answers at {address} ({error}): if it was stopped or has moved, start it with "
             "`ray start --head`, or correct --address or RAY_ADDRESS"
         ) from error
-    _try_to_join(address)
-    _join(address)
-
-
-def _try_to_join(address: str) -> None:
-    """Join in a process of its own first: where Ray cannot, it waits for minutes and then aborts its process."""
-    program = f"from specdist_launch.ray_hosts import _join; _join({address!r})"
+    # In a process of its own first: where Ray cannot join, it waits for minutes and then aborts its process.
+    program = f"import ray; ray.init({address!r}, log_to_driver=False)"
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=_CONNECT_S, check=False
-        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=_CONNECT_S)
     except subprocess.TimeoutExpired as error:
         raise ClusterError(
             f"{address} accepts connections, but Ray has not joined it within {_CONNECT_S:.0f} s: is that the port of "
             "the head (`ray start --head --port`), and does this host belong to the cluster?"
         ) from error
     if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise ClusterError(f"Ray does not join {address}: {said[-1] if said else f'exit status {done.returncode}'}")
-
-
-def _join(address: str) -> None:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        raise ClusterError(f"Ray does not join {address}: {lines[-1]}")
     import ray
 
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    ray.init(address, log_to_driver=False, logging_level="ERROR")
 
 
 def gpu_hosts() -> list[GpuHost]:
@@ -215,7 +197,7 @@ def _fewest_hosts(ranks: int, most: int) -> int:
 
 
 @contextlib.contextmanager
-def reserve(shape: Shape, wait_s: float) -> Iterator[list[Place]]:
+def reserve(shape: Shape, wait_s: float) -> Iterator[list[ReservedHost]]:
     """Hold the GPUs of a job's hosts, in rank order; all or none, so that two jobs cannot hold half of them each.
 
     Raises:
@@ -229,8 +211,11 @@ def reserve(shape: Shape, wait_s: float) -> Iterator[list[Place]]:
     try:
         _await(group, shape, wait_s)
         bundles = {node: bundle for bundle, node in ray.util.placement_group_table(group)["bundles_to_node_id"].items()}
-        hosts = [host for host in gpu_hosts() if host.node in bundles]
-        yield [Place(host, PlacementGroupSchedulingStrategy(group, bundles[host.node])) for host in hosts]
+        yield [
+            ReservedHost(**vars(host), strategy=PlacementGroupSchedulingStrategy(group, bundles[host.node]))
+            for host in gpu_hosts()
+            if host.node in bundles
+        ]
     finally:
         remove_placement_group(group)
 

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agents of a job, one a node, as the launcher that has started them sees them: it passes requests to stop on to
+them, waits for their end, and starts the job again where that may help. Light to import: a signal may come at once."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from types import FrameType
+from typing import Protocol
+
+from specdist.core.errors import Dismissed
+from specdist.core.launch_env import Attempt
+from specdist.core.stop import STOP_SIGNALS, StopReason
+
+_LOOK_S = 0.1
+
+
+class ExitStatus(IntEnum):
+    """What an agent's exit status says of the job, and what `python -m specdist_launch.verdict` ends with."""
+
+    DONE = 0
+    GIVE_UP = 1
+    USER_ERROR = 2
+    AGAIN = os.EX_TEMPFAIL
+    """To be started again."""
+
+
+class StopForwarder:
+    """While it is entered, passes every signal that asks for a stop on.
+
+    Args:
+        send: takes the signal's number, and whether it is a SIGINT after an earlier request: somebody is impatient. A
+            second SIGTERM is none: Slurm sends several when it preempts a job.
+    """
+
+    def __init__(self, send: Callable[[int, bool], None]):
+        self.send = send
+        self.received: list[int] = []
+
+    @property
+    def reason(self) -> StopReason | None:
+        """The first signal that asked for a stop."""
+        return StopReason(signal.Signals(self.received[0]).name) if self.received else None
+
+    def __enter__(self) -> StopForwarder:
+        self._earlier = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise Dismissed if a stop was asked for: for waits before the ranks exist."""
+        if self.received:
+            raise Dismissed(f"{self.reason} before the ranks were started")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+        self.send(number, number == signal.SIGINT and len(self.received) > 1)
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host of a job and its ranks."""
+
+    name: str
+    ranks: int
+
+
+def agent_words(
+    launcher: str, attempt: Attempt, hosts: Sequence[Host], leader: str, config: Sequence[str]
+) -> list[list[str]]:
+    """The arguments of each host's agent. `leader`: HOST:PORT of the first one, as the others reach it."""
+    names = ",".join(host.name for host in hosts)
+    common = ["--nodes", len(hosts), "--master", leader, "--hosts", names, "--job", attempt.job]
+    common += ["--restart", attempt.restart, "--launcher", launcher, *config]
+    return [
+        [str(word) for word in ("--node-rank", n, "--host", host.name, "--nproc-per-node", host.ranks, *common)]
+        for n, host in enumerate(hosts)
+    ]
+
+
+def agent_command(words: Sequence[str]) -> list[str]:
+    """The command of an agent that obeys signal names on its standard input, and leaves when that ends."""
+    return [sys.executable, "-m", "specdist_launch.agent", "--stdin", *words]
+
+
+class AgentHandle(Protocol):
+    """An agent, as its launcher holds it."""
+
+    def wait(self) -> int | None:
+        """Wait for its end; returns its exit status, or None where it was lost."""
+
+    def signal(self, number: int) -> None:
+        """Pass a signal on; nothing happens if it has ended."""
+
+
+class AgentProcess:
+    """An agent as a child of this process, which writes to its standard input."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None):
+        # A session of its own: a terminal's Ctrl-C would reach it beside the request that is passed on.
+        self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
+        threading.Thread(target=self._process.wait, daemon=True).start()
+
+    def wait(self, timeout_s: float = math.inf) -> int | None:
+        """Wait for its end; returns its exit status as a shell says it, or None where it has not ended in time.
+
+        A signal handler that interrupts this may do the same: every lock would keep one of the two for ever.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self._process.returncode is None and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+        status = self._process.returncode
+        if status is None or status >= 0:
+            return status
+        # Stopped before it had set its handlers: nothing has begun.
+        return ExitStatus.AGAIN if -status in STOP_SIGNALS else 128 - status
+
+    def signal(self, number: int) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            os.write(self._process.stdin.fileno(), f"{signal.Signals(number).name}\n".encode())
+
+
+def attend(agents: Sequence[AgentHandle], received: list[int]) -> int:
+    """Wait for the agents of a job; returns the exit status of the first one, which leads.
+
+    Requests to stop are passed on to all of them, and noted in `received`; the third SIGINT ends the wait as
+    KeyboardInterrupt. Where an agent is lost, the others are stopped.
+    """
+
+    def send(number: int, again: bool) -> None:
+        received.append(number)
+        if received.count(signal.SIGINT) > 2:
+            raise KeyboardInterrupt
+        for agent in agents:
+            agent.signal(number)
+
+    ended: queue.SimpleQueue[tuple[int, int | None]] = queue.SimpleQueue()
+    for number, agent in enumerate(agents):
+        threading.Thread(target=lambda n=number, a=agent: ended.put((n, a.wait())), daemon=True).start()
+    statuses: dict[int, int | None] = {}
+    with StopForwarder(send):
+        while len(statuses) < len(agents):
+            number, statuses[number] = ended.get()
+            if statuses[number] is None:  # a world without it cannot go on
+                for agent in agents:
+                    agent.signal(signal.SIGTERM)
+    leader = statuses[0]
+    return ExitStatus.AGAIN if leader is None or (leader and None in statuses.values()) else leader
+
+
+def supervise(start: Callable[[Attempt], int], job: str, retries: int, received: Sequence[int] = ()) -> int:
+    """Start a job, and again where its end says so: for launchers that have no batch system to do that.
+
+    Args:
+        start: runs one attempt to its end and returns its ExitStatus.
+        job: the job's id.
+        retries: how many starts may follow the first one.
+        received: the requests to stop so far: after one the job is not started again.
+
+    Returns:
+        The last attempt's exit status.
+    """
+    for restart in range(retries + 1):
+        status = start(Attempt(job, restart))
+        if status != ExitStatus.AGAIN:
+            return status
+        if received:
+            break
+    print("specdist: this launcher starts it no more: the same command goes on from there", file=sys.stderr)
+    return ExitStatus.AGAIN
+
+
+def new_job(launcher: str, role: str = "both") -> str:
+    """An id for a job that no batch system has named; two jobs of one run directory cannot start in one second, apart
+    from target worlds."""
+    suffix = f"-{socket.gethostname()}-{os.getpid()}" if role == "target" else ""
+    return f"{launcher}-{time.strftime('%Y%m%d-%H%M%S')}{suffix}"

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start a world on a Ray cluster's hosts: `specdist launch ray`. This folder is the only part that knows Ray.
+
+Ray finds the GPU hosts, reserves them and runs one task on each, which is no more than the parent of that host's agent.
+The ranks are torchrun's and know nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from specdist.core.errors import ConfigError, UserError
+from specdist.core.launch_env import Attempt
+from specdist_launch import words
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="the cluster's head (default: RAY_ADDRESS, or KubeRay's)"
+    )
+    parser.add_argument("--nodes", type=int, metavar="N", help="hosts of the job (default: the fewest that will do)")
+    parser.add_argument(
+        "--gpus-per-node", type=int, metavar="P", help="GPUs, and ranks, of each (default: divide them)"
+    )
+    parser.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="for the GPUs (default 300)")
+    parser.add_argument("--retries", type=int, metavar="N", help="starts after a failure (default: launch.retries)")
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="a variable for the ranks; may be repeated"
+    )
+    parser.add_argument(
+        "--local-fallback", action="store_true", help="start on this machine where no cluster is named or answers"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    environment = read_environment(args.env)
+    for option, value in {"--nodes": args.nodes, "--gpus-per-node": args.gpus_per_node}.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} is at least 1, not {value}")
+    if not _join_cluster(args):
+        from specdist_launch import cli
+
+        return cli.main(["train", *args.config, *([] if args.retries is None else ["--retries", str(args.retries)])])
+
+    from specdist_launch.agents import new_job, supervise
+    from specdist_launch.local import world_size
+    from specdist_launch.ray.agents import run_agents
+    from specdist_launch.ray.cluster import choose_shape, gpu_hosts, reserve
+
+    job = words.load_checked(args.config)
+    ranks = None if job.draft.dp is None else world_size(job, 0)
+    shape = choose_shape(ranks, args.nodes, args.gpus_per_node, gpu_hosts())
+    config, text = words.snapshot(job, "logs")
+    words.save(config, text)
+    received: list[int] = []
+
+    def start(attempt: Attempt) -> int:
+        with reserve(shape, args.wait) as hosts:
+            named = ", ".join(host.address for host in hosts)
+            print(f"specdist: {attempt.name}: {shape.gpus} ranks on each of {named}", file=sys.stderr)
+            return run_agents(hosts, shape.gpus, attempt, config, environment, received)
+
+    return supervise(start, new_job("ray"), job.launch.retries if args.retries is None else args.retries, received)
+
+
+def read_environment(words: list[str]) -> dict[str, str]:
+    """Variables as --env names them: NAME=VALUE, or NAME for its value here.
+
+    Raises:
+        UserError: NAME has no value here.
+    """
+    found = {}
+    for word in words:
+        name, given, value = word.partition("=")
+        if not given and name not in os.environ:
+            raise UserError(f"--env {name}: {name} is not set here; give it as {name}=VALUE")
+        found[name] = value if given else os.environ[name]
+    return found
+
+
+def _join_cluster(args: argparse.Namespace) -> bool:
+    """Join the cluster; False where the job is to run on this machine instead."""
+    from specdist_launch.ray.cluster import LOCAL, ClusterError, cluster_address, connect
+
+    try:
+        address = cluster_address(args.address, os.environ)
+        if address != LOCAL:
+            connect(address)
+    except ClusterError as error:
+        if not args.local_fallback:
+            raise
+        print(f"specdist: {error}; starting on this machine (--local-fallback)", file=sys.stderr)
+        return False
+    return address != LOCAL

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where submitit runs jobs: its executors, what is asked of them, and what a run's tasks find there."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from submitit import AutoExecutor, DebugExecutor, Executor, LocalExecutor, SlurmExecutor
+
+from specdist.core.errors import ConfigError, UserError
+from specdist.core.launch_env import Attempt
+from specdist.job.config import JobConfig, topology
+from specdist.job.launch_config import LaunchConfig
+from specdist_launch.agents import new_job
+from specdist_launch.local import world_size
+from specdist_launch.slurm.cluster import check_fits, check_ranks, node_kinds
+from specdist_launch.submit.task import Cluster, Run
+
+_NO_LIMIT_MIN = 366 * 24 * 60
+"""submitit needs a number."""
+_STARTS = 1_000_000
+"""submitit counts every signal of a job of ten minutes or less as a timeout, and gives up after three timeouts. Here a
+run that stopped on request is started again without limit; failures are counted by launch.retries."""
+_SAVE_S = 15.0
+"""What submitit itself needs, at most, to save its task and to have the job requeued."""
+_WHOLE_STEP = 'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}"'
+"""srun takes none of sbatch's --cpus-per-task over by itself."""
+_SRUN = ["--kill-on-bad-exit=0", "--wait=0"]
+"""The first node's task returns the result, also where it comes to its end later than the others."""
+
+
+@dataclass(frozen=True)
+class Venue:
+    """Where runs are submitted to."""
+
+    cluster: Cluster
+    asked: Mapping[str, object]
+    """What is asked for, by the keys of launch.slurm, which it overrides."""
+    array_parallelism: int | None
+    own: Executor | None
+    """The user's executor, if it is one."""
+
+    def check(self, job: JobConfig) -> None:
+        """Raise ConfigError where a run cannot have here what its configuration asks for."""
+        if self.cluster != "slurm":
+            topology(job, ["localhost"] * self._ranks(job))
+            return
+        check_ranks(job)
+        if self.own is None:
+            slurm_parameters(job.launch)
+
+    def check_cluster(self, job: JobConfig) -> None:
+        """Raise UserError where the cluster does not have what the job asks for, or is none."""
+        if self.cluster == "slurm" and self.own is None:
+            check_fits(job.launch.slurm, node_kinds())
+
+    def executor(self, folder: Path, launch: LaunchConfig) -> Executor:
+        """The executor that submits jobs with these settings; its own files go into `folder`."""
+        if self.own is not None:
+            return self.own
+        if self.cluster == "debug":
+            return DebugExecutor(folder)
+        if self.cluster == "slurm":
+            executor: Executor = SlurmExecutor(folder, max_num_timeout=_STARTS)
+            executor.update_parameters(**slurm_parameters(launch, self.array_parallelism))
+            return executor
+        executor = LocalExecutor(folder, max_num_timeout=_STARTS)
+        limit = minutes(str(launch.slurm.time)) if "time" in self.asked else _NO_LIMIT_MIN  # submitit's: two minutes
+        executor.update_parameters(timeout_min=limit, signal_delay_s=math.ceil(launch.stop_before_end_s))
+        return executor
+
+    def run(self, job: JobConfig, config: Path, executor: Executor) -> Run:
+        """What the tasks of a run have to know. `config` is its snapshot."""
+        delay = job.launch.stop_before_end_s
+        if self.own is not None:
+            delay = float(executor.parameters.get("signal_delay_s", 90))
+        run_dir, patience = Path(job.run.dir).absolute(), max(delay - _SAVE_S, delay / 2)
+        if self.cluster == "slurm":
+            return Run(config, run_dir, self.cluster, patience)
+        devices, ranks = None if self.own is not None else ",".join(self._devices(job)), self._ranks(job)
+        attempt = Attempt(new_job("submitit"))
+        return Run(config, run_dir, self.cluster, patience, attempt, ranks, devices, job.launch.retries)
+
+    def _ranks(self, job: JobConfig) -> int:
+        """The ranks of a run on this machine."""
+        devices = self._devices(job)  # raises where there are fewer than were asked for
+        return self._wanted(job) or world_size(job, len(devices))
+
+    def _devices(self, job: JobConfig) -> list[str]:
+        """The GPUs of this machine that a run gets, by name: those that this process sees, or the first of them."""
+        named, wanted = os.environ.get("CUDA_VISIBLE_DEVICES", ""), self._wanted(job)
+        count = 0 if job.world.device == "cpu" else torch.cuda.device_count()
+        if wanted is not None and wanted > count:
+            raise ConfigError.at("launch.slurm.gpus_per_node", f"={wanted}: this machine shows {count} GPUs to the job")
+        shown = named.split(",")[:count] if named else [str(number) for number in range(count)]
+        return shown[:wanted]
+
+    def _wanted(self, job: JobConfig) -> int | None:
+        """The GPUs of this machine that were asked for; what a configuration says is for Slurm."""
+        return None if self.asked.get("gpus_per_node") is None else job.launch.slurm.gpus_per_node
+
+
+def choose_venue(executor: Executor | str, options: Mapping[str, object], array_parallelism: int | None) -> Venue:
+    """Where an executor runs jobs. Raises UserError where it cannot do what is asked for, or is none of the known."""
+    if isinstance(executor, str):
+        cluster = _known(executor)
+        if cluster != "slurm" and options.get("nodes", 1) != 1:
+            raise UserError(f"nodes={options['nodes']}: executor='{cluster}' runs on this machine alone")
+        if cluster != "slurm" and array_parallelism is not None:
+            raise UserError(f"array_parallelism={array_parallelism}: executor='{cluster}' has no job arrays")
+        return Venue(cluster, options, array_parallelism, None)
+    cluster = _known(executor.cluster if isinstance(executor, AutoExecutor) else executor.name())
+    given = [*options, *(["array_parallelism"] if array_parallelism is not None else [])]
+    if given:
+        raise UserError(f"{', '.join(given)}: set these with your executor's own update_parameters()")
+    has = executor.parameters
+    for key in ("ntasks_per_node", "tasks_per_node"):
+        if has.get(key, 1) not in (None, 1):
+            raise UserError(
+                f"the executor starts {has[key]} tasks on a node ({key}), but one task a node starts the ranks itself: "
+                "set it to 1"
+            )
+    asked = {"nodes": has.get("nodes", 1), "gpus_per_node": has.get("gpus_per_node")}  # the ranks depend on these
+    return Venue(cluster, asked, None, executor)
+
+
+def _known(name: str) -> Cluster:
+    known: tuple[Cluster, ...] = get_args(Cluster)
+    for cluster in known:
+        if name == cluster:
+            return cluster
+    raise UserError(f"executor is {', '.join(map(repr, known))} or a submitit executor for one of these, not {name!r}")
+
+
+def slurm_parameters(launch: LaunchConfig, array_parallelism: int | None = None) -> dict[str, Any]:
+    """What is asked of Slurm, as submitit's Slurm executor takes it. Raises ConfigError for what it cannot do."""
+    slurm = launch.slurm
+    if slurm.heterogeneous:
+        raise ConfigError(
+            "launch.slurm.target.nodes, launch.slurm.draft.nodes: submitit knows no heterogeneous jobs; "
+            "`specdist launch slurm` does",
+            "launch.slurm.target.nodes launch.slurm.draft.nodes",
+        )
+    if launch.container.kind != "none":
+        raise ConfigError.at(
+            "launch.container.kind",
+            f"={launch.container.kind}: submitit's tasks do not run in containers; "
+            "`specdist launch slurm` starts ranks in them",
+        )
+    if slurm.time is None:
+        raise ConfigError.at(
+            "launch.slurm.time",
+            "is not set: submitit needs the time limit, and takes 5 minutes without: give it as time='4:00:00'",
+        )
+    # submitit calculates with minutes; Slurm gets the limit as it was given.
+    others = {
+        "time": slurm.time,
+        "requeue": True,
+        "reservation": slurm.reservation,
+        **dict(map(_option, slurm.options)),
+    }
+    asked = {
+        "job_name": slurm.job_name,
+        "nodes": slurm.nodes,
+        "ntasks_per_node": 1,
+        "gpus_per_node": slurm.gpus_per_node,
+        "cpus_per_task": slurm.cpus_per_task,
+        "time": minutes(slurm.time),
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "exclude": slurm.exclude,
+        "exclusive": slurm.exclusive or None,
+        "mem": "0" if slurm.exclusive else None,
+        "signal_delay_s": math.ceil(launch.stop_before_end_s),
+        "setup": [*slurm.setup, _WHOLE_STEP],
+        "srun_args": _SRUN,
+        "additional_parameters": {key: value for key, value in others.items() if value is not None},
+        "array_parallelism": array_parallelism,
+    }
+    return {key: value for key, value in asked.items() if value is not None}
+
+
+def minutes(time: str) -> int:
+    """A time limit in Slurm's notation, in whole minutes: M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    if time in ("UNLIMITED", "INFINITE"):
+        return _NO_LIMIT_MIN
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    hours, minutes, seconds = [*parts, 0, 0][:3] if dash or len(parts) == 3 else [0, *parts]
+    return math.ceil(int(days or 0) * 24 * 60 + hours * 60 + minutes + seconds / 60)
+
+
+def _option(word: str) -> tuple[str, str | bool]:
+    """An option of sbatch, --KEY=VALUE or --KEY, as submitit takes it."""
+    key, equals, value = word.removeprefix("--").partition("=")
+    if not word.startswith("--") or not word.isprintable():
+        raise ConfigError.at("launch.slurm.options", f": write {word!r} as --KEY=VALUE or --KEY")
+    return key, value if equals else True

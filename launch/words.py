@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The words of a job on a command line, CONFIG.yaml and key=value, and the job that they make."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # light at import: `specdist --help` answers at once
+    from specdist.job.config import JobConfig
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Configuration files and overrides, told apart by the equals sign."""
+    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+
+
+def load(words: Sequence[str]) -> JobConfig:
+    """Read a job's configuration. Raises UserError."""
+    from specdist.job.config import load_job
+
+    return load_job(*split(words))
+
+
+def load_checked(words: Sequence[str]) -> JobConfig:
+    """Read a job's configuration and check what a login node can check of it, its run directory included."""
+    from specdist.job.config import examine
+    from specdist.job.run_dir import RunDirectory
+
+    job = load(words)
+    examine(job)
+    RunDirectory(Path(job.run.dir)).check(job)
+    return job
+
+
+def snapshot(job: JobConfig, folder: str) -> tuple[Path, str]:
+    """The path in `folder` of the run directory for a copy of a job's resolved configuration, and its text. The name
+    follows from the text, so that no other job changes the file.
+
+    Raises:
+        ConfigError: the path would be taken for an override.
+    """
+    from specdist.core.config import to_yaml
+    from specdist.core.errors import ConfigError
+
+    run_dir, text = Path(job.run.dir).absolute(), to_yaml(job)
+    if "=" in str(run_dir):
+        raise ConfigError.at("run.dir", f": {run_dir} has a '=' in its path, which tells key=value from files")
+    return run_dir / folder / f"job-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml", text
+
+
+def save(path: Path, text: str) -> None:
+    """Write a file of the run directory where all nodes see it. Raises ConfigError where that cannot be."""
+    from specdist.core.errors import ConfigError
+    from specdist.core.files import write_atomically
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+    except OSError as error:
+        raise ConfigError.at("run.dir", f": {path.parent} cannot be written: {error}") from error

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Agents as their launcher sees them; here a few lines of shell play them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from specdist_launch.agents import AgentProcess, ExitStatus, StopForwarder, attend
+
+ECHO = "echo > {ready}; while read name; do echo $name >> {said}; [[ $name == {last} ]] && exit {status}; done; exit 9"
+
+
+class Shell:
+    """Scripts that note what is written to them."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._count = 0
+
+    def agent(self, last: str, status: int) -> AgentProcess:
+        """An agent that ends when it is sent the signal `last`."""
+        number = self._count = self._count + 1
+        files = {"ready": self._directory / f"ready-{number}", "said": self._directory / f"said-{number}"}
+        return AgentProcess(["bash", "-c", ECHO.format(**files, last=last, status=status)])
+
+    def said(self, number: int) -> list[str]:
+        return (self._directory / f"said-{number}").read_text().split()
+
+    def soon(self, *signals: int) -> None:
+        """Send signals to this process once it handles them and all agents listen."""
+        before = signal.getsignal(signal.SIGTERM)
+
+        def send() -> None:
+            while (
+                signal.getsignal(signal.SIGTERM) == before or len(list(self._directory.glob("ready-*"))) < self._count
+            ):
+                time.sleep(0.01)
+            for number in signals:
+                os.kill(os.getpid(), number)
+                time.sleep(0.1)
+
+        threading.Thread(target=send, daemon=True).start()
+
+
+@pytest.fixture
+def shell(tmp_path):
+    return Shell(tmp_path)
+
+
+class Lost:
+    """An agent whose host is gone."""
+
+    def wait(self) -> None:
+        return None
+
+    def signal(self, number: int) -> None:
+        pass
+
+
+def test_requests_to_stop_are_passed_on_to_all_and_noted(shell):
+    before, received = signal.getsignal(signal.SIGTERM), []
+    agents = [shell.agent("SIGINT", 75), shell.agent("SIGINT", 0)]
+    shell.soon(signal.SIGTERM, signal.SIGINT)
+    assert attend(agents, received) == 75
+    assert received == [signal.SIGTERM, signal.SIGINT]
+    assert shell.said(1) == shell.said(2) == ["SIGTERM", "SIGINT"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_third_ctrl_c_ends_the_launcher(shell):
+    agent = shell.agent("SIGTERM", 0)
+    shell.soon(signal.SIGINT, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        attend([agent], [])
+    agent.signal(signal.SIGTERM)
+    assert agent.wait() == 0
+    agent.signal(signal.SIGTERM)  # it has ended: nothing happens
+
+
+@pytest.mark.parametrize(("leader", "status"), [(0, 0), (1, ExitStatus.AGAIN), (75, 75)])
+def test_where_an_agent_is_lost_the_others_are_stopped(shell, leader, status):
+    assert attend([shell.agent("SIGTERM", leader), Lost()], []) == status
+    assert shell.said(1) == ["SIGTERM"]
+
+
+def test_where_the_leader_is_lost_the_job_may_be_started_again(shell):
+    assert attend([Lost(), shell.agent("SIGTERM", 0)], []) == ExitStatus.AGAIN
+
+
+@pytest.mark.parametrize(("script", "status"), [("kill -USR2 $$", 75), ("kill -KILL $$", 137), ("exit 3", 3)])
+def test_the_end_of_an_agent_as_a_status(script, status):
+    assert AgentProcess(["bash", "-c", script]).wait() == status
+
+
+def test_only_a_second_ctrl_c_is_impatient():
+    sent = []
+    with StopForwarder(lambda number, impatient: sent.append((number, impatient))) as stop:
+        assert stop.reason is None
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+    assert sent == [(signal.SIGTERM, False), (signal.SIGTERM, False), (signal.SIGINT, True)]
+    assert stop.reason == "SIGTERM"
