@@ -32,8 +32,8 @@ from dataclasses import asdict
 from specdist.channel.mooncake import engine as mooncake
 from specdist.core import config as configuration
 from specdist.core.errors import ConfigError
-from specdist_launch.bench.channel_measure import PRODUCTS, BenchConfig, ChannelSpeed, Run, worker
-from specdist_launch.bench.measure import apart, in_a_world, told_to
+from specdist_launch.bench.channel_measure import PRODUCTS, BenchConfig, ChannelSpeed, Run
+from specdist_launch.bench.measure import apart, in_a_world
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,11 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--products", type=int, metavar="N", help=f"of matrices, an item (GPU: {PRODUCTS}, CPU: 0)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--worker", nargs=2, metavar=("RUN", "OUTPUT"), help=argparse.SUPPRESS)
     options, words = apart(arguments)
     args = parser.parse_args(options)
-    if args.worker:
-        worker(Run(**told_to(args.worker[0])), args.worker[1])
     for name in ("target_ranks", "tp", "draft_ranks", "repeats"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
@@ -75,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args.products, args.repeats, args.device, own,
         )  # fmt: skip
         ranks = args.target_ranks + args.draft_ranks
-        speeds += in_a_world("specdist_launch.bench.channel", f"the channel ({transport})", asdict(run), ranks)
+        speeds += in_a_world(
+            "specdist_launch.bench.channel_measure", f"the channel ({transport})", ranks, run=asdict(run)
+        )
     print(json.dumps(speeds))
     print(render([ChannelSpeed(**speed) for speed in speeds]))
 
@@ -100,7 +99,3 @@ def render(speeds: Sequence[ChannelSpeed]) -> str:
     return "\n".join(
         [head, *rows, "limit: the transport alone, in the same run; GB are 1e9 bytes, of all links together"]
     )
-
-
-if __name__ == "__main__":
-    main()

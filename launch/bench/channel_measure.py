@@ -6,8 +6,8 @@ from __future__ import annotations
 import functools
 import statistics
 import typing
-from dataclasses import asdict, dataclass, field, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -24,7 +24,6 @@ from specdist.world.links import connect_links
 from specdist_launch.bench.channel_limit import make_limit
 from specdist_launch.bench.channel_rank import Batch, Draft, Target
 from specdist_launch.bench.channel_work import Work, largest, timed, total
-from specdist_launch.bench.measure import leave
 
 MIB = 2**20
 PRODUCTS = 140
@@ -209,8 +208,12 @@ class _Computed(NamedTuple):
     draft_idle: float
 
 
-def worker(run: Run, output: str) -> None:
-    """One rank of the world; rank 0 writes what was measured."""
+def worker(run: dict[str, Any]) -> list[ChannelSpeed]:
+    """One rank of the world."""
+    return _worker(Run(**run))
+
+
+def _worker(run: Run) -> list[ChannelSpeed]:
     config = configuration.load(BenchConfig, [], run.words).channel
     facts = RankFacts.from_environment()
     shared = config.transport in ("gloo", "mooncake")
@@ -225,5 +228,4 @@ def worker(run: Run, output: str) -> None:
     connect_links(topology, groups, world, _WAIT_S)
     layout = FeatureLayout((0, 1, 2), run.hidden, True, torch.bfloat16)
     wire = Wire(replace(config, transport=transport.name), topology, world, groups, layout, _WAIT_S)
-    speeds = Bench(run, wire).measure()
-    leave(output, [asdict(speed) for speed in speeds] if facts.rank == 0 else None)
+    return Bench(run, wire).measure()

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: timing on a device, the peak to compare with, and a world of its own for each."""
+"""What the benchmarks share: their command line, timing on a device, the peak to compare with, a world, a table.
+
+python -m specdist_launch.bench.measure MODULE ARGUMENTS OUTPUT      # a rank of such a world
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -10,13 +15,33 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 PEAK_SIZE = 8192
 """Rows and columns of the matrices whose product is taken for the peak (1024 on a CPU)."""
+
+
+def command_line(part: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of `specdist bench PART`."""
+    return argparse.ArgumentParser(
+        prog=f"specdist bench {part}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+
+
+def apart(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Options, and words `key=value`, which would be taken for values of an option before them. None: sys.argv."""
+    given = sys.argv[1:] if arguments is None else arguments
+    words = [word for word in given if "=" in word and not word.startswith("-")]
+    return [word for word in given if word not in words], words
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int, warm: int = 2) -> list[float]:
@@ -45,40 +70,52 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds(lambda: a @ b, device, 20, warm=5)) / 1e12
 
 
-def apart(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Options, and words `key=value`, which would be taken for values of an option before them. None: sys.argv."""
-    given = sys.argv[1:] if arguments is None else arguments
-    words = [word for word in given if "=" in word and not word.startswith("-")]
-    return [word for word in given if word not in words], words
-
-
-def in_a_world(module: str, what: str, told: Mapping[str, Any], ranks: int) -> Any:
-    """Run `python -m MODULE --worker TOLD OUTPUT` under torchrun on this machine; returns what its rank 0 wrote.
+def in_a_world(module: str, what: str, ranks: int, **arguments: Any) -> list[dict[str, Any]]:
+    """Call `worker(**arguments)` of a module in every rank of a torchrun world on this machine; returns the fields of
+    the dataclasses that it returned on rank 0. Arguments are JSON values.
 
     Ends the process where the world fails, naming `what` was measured; its own error is on the terminal.
     """
     with tempfile.TemporaryDirectory(prefix="specdist-bench-") as directory:
-        source, output = Path(directory, "told.json"), Path(directory, "found.json")
-        source.write_text(json.dumps(told))
+        source, output = Path(directory, "arguments.json"), Path(directory, "found.json")
+        source.write_text(json.dumps(arguments))
         world = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command = [*world, "-m", module, "--worker", str(source), str(output)]
+        command = [*world, "-m", __name__, module, str(source), str(output)]
         threads = str(max(len(os.sched_getaffinity(0)) // ranks, 1))
         done = subprocess.run(command, stdout=sys.stderr, env={"OMP_NUM_THREADS": threads} | os.environ, check=False)
         if done.returncode or not output.exists():
             raise SystemExit(f"specdist: the benchmark of {what} failed: its error is above")
-        return json.loads(output.read_text())
+        found: list[dict[str, Any]] = json.loads(output.read_text())
+        return found
 
 
-def told_to(worker: str) -> dict[str, Any]:
-    """What a rank of such a world was told, from the first word after --worker; lists as tuples."""
-    told = json.loads(Path(worker).read_text())
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
-
-
-def leave(output: str, found: object | None) -> NoReturn:
-    """End a rank of such a world; rank 0 has something to write."""
-    if found is not None:
-        Path(output).write_text(json.dumps(found))
+def _be_a_rank(module: str, source: str, output: str) -> None:
+    found = importlib.import_module(module).worker(**json.loads(Path(source).read_text()))
+    if os.environ["RANK"] == "0":
+        Path(output).write_text(json.dumps([asdict(row) for row in found]))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # finalisers of process groups would wait for ranks that have left
+
+
+def table(columns: Mapping[str, str], rows: Sequence[object]) -> str:
+    """A line for every row under a line of titles; the first column is aligned to the left.
+
+    Args:
+        columns: for every title an attribute of the rows and its format, `ATTRIBUTE:FORMAT`; None is shown as -.
+    """
+    formats = [column.partition(":") for column in columns.values()]
+    cells = [list(columns)]
+    for row in rows:
+        values = [(getattr(row, attribute), spec) for attribute, _, spec in formats]
+        cells.append(["-" if value is None else format(value, spec) for value, spec in values])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = (
+        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        for line in cells
+    )
+    return "\n".join("  ".join(line) for line in lines)
+
+
+if __name__ == "__main__":
+    _be_a_rank(*sys.argv[1:])

@@ -32,7 +32,7 @@ from specdist.prompts.report import PrepareReport
 from specdist.prompts.store import StoreWriter
 from specdist_launch.bench.measure import apart
 from specdist_launch.bench.shapes import SHAPES, in_a_process
-from specdist_launch.bench.step_batch import lengths_of
+from specdist_launch.bench.step import lengths_of
 
 MODES = ("split", "target_only", "draft_only", "colocated")
 MIXED_LONGEST = 4096

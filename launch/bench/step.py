@@ -16,67 +16,105 @@ Prints JSON, then a table.
 
 from __future__ import annotations
 
-import argparse
 import json
+import random
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, field
 
 from specdist.core import config as configuration
+from specdist.core.errors import ConfigError
+from specdist.draft.config import DraftConfig
 from specdist.draft.registry import benchmark_words
-from specdist_launch.bench.measure import apart, in_a_world, told_to
+from specdist.training.optimizer import OptimizerConfig
+from specdist_launch.bench.measure import apart, command_line, device_options, in_a_world, table
 from specdist_launch.bench.shapes import SHAPES
-from specdist_launch.bench.step_batch import lengths_of
-from specdist_launch.bench.step_rank import BenchConfig, Run, StepSpeed, worker
+
+
+@dataclass(frozen=True)
+class StepSpeed:
+    """The step on batches of one kind."""
+
+    batch: str
+    ranks: int
+    tokens: int
+    """Of all ranks."""
+    supervised: float
+    """Share of the tokens that the loss counts."""
+    tokens_per_s: float
+    gflop_per_token: float
+    share_of_peak: float
+    peak_tflops: float
+    """Of a square matrix product in the draft's compute dtype, on the same device, in the same run."""
+    ms: float
+    """Of a step: the median of the repeats, each of several steps in a row."""
+    spread_ms: float
+    """Slowest less fastest."""
+    memory_gib: float
+    """Most that was allocated on the device of rank 0, weights, optimizer and features included."""
+    compilations: int
+    """Graphs that were compiled after the warm-up: 0 if all is well."""
+    parts_ms: dict[str, float]
+    """Time of the device's kernels in one step, see `step_rank.PARTS`."""
+
+    @property
+    def shown_parts(self) -> str:
+        return ", ".join(f"{part} {ms:g}" for part, ms in self.parts_ms.items()) or "-"
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """The parts of a job's configuration that are measured."""
+
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+def lengths_of(batch: str) -> list[int]:
+    """The documents of a batch, from its name. Raises ConfigError."""
+    kind, _, tokens = batch.partition(":")
+    try:
+        if kind == "mixed":
+            return _mixed(int(tokens))
+        count, _, length = batch.partition("x")
+        return [int(length)] * int(count)
+    except ValueError:
+        raise ConfigError(f"--batch {batch}: write COUNTxLENGTH, such as 4x2048, or mixed:TOKENS") from None
+
+
+def _mixed(tokens: int) -> list[int]:
+    chance, lengths = random.Random(0), list[int]()
+    while (left := tokens - sum(lengths)) > 0:
+        lengths.append(min(left, max(16, min(4096, round(chance.lognormvariate(6.8, 1.0))))))
+    return lengths
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="specdist bench step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("step", __doc__)
     parser.add_argument("--batch", nargs="+", default=["4x2048", "1x8192", "1x16384"], metavar="BATCH")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b", help="the target's")
     parser.add_argument("--model", metavar="DIR", help="a model directory whose config.json is taken instead")
     parser.add_argument("--supervised", type=float, default=1.0, metavar="SHARE", help="of each document, its end")
     parser.add_argument("--ranks", type=int, default=1, help="draft ranks, on this machine")
     parser.add_argument("--bare", action="store_true", help="forward and backward alone: no FSDP, no optimizer")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--worker", nargs=2, metavar=("RUN", "OUTPUT"), help=argparse.SUPPRESS)
+    device_options(parser)
     options, words = apart(arguments)
     args = parser.parse_args(options)
-    if args.worker:
-        worker(Run(**told_to(args.worker[0])), args.worker[1])
     words = ["draft.compile=true", *benchmark_words(), *words]
-    run = Run(
-        batches=tuple(args.batch),
-        shape=args.shape,
-        model=args.model,
-        supervised=args.supervised,
-        bare=args.bare,
-        repeats=args.repeats,
-        device=args.device,
-        words=tuple(words),
-    )
-    draft = configuration.load(BenchConfig, [], run.words).draft
-    draft.chosen.check(draft.dtype, run.device, draft_tokens=None)
-    for batch in run.batches:
+    draft = configuration.load(StepConfig, [], words).draft
+    draft.chosen.check(draft.dtype, args.device, draft_tokens=None)
+    for batch in args.batch:
         lengths_of(batch)
-    speeds = in_a_world("specdist_launch.bench.step", "the step", asdict(run), args.ranks)
+    speeds = in_a_world("specdist_launch.bench.step_rank", "the step", args.ranks, options=vars(args), words=words)
     print(json.dumps(speeds))
     print(render([StepSpeed(**speed) for speed in speeds]))
 
 
 def render(speeds: Sequence[StepSpeed]) -> str:
-    head = f"{'batch':<14}{'ranks':>6}{'tokens/s':>12}{'GFLOP/token':>13}{'of peak':>9}{'ms':>10}{'GiB':>8}  of it, ms"
-    rows = [
-        f"{s.batch:<14}{s.ranks:>6}{s.tokens_per_s:>12,.0f}{s.gflop_per_token:>13.2f}{s.share_of_peak:>9.0%}{s.ms:>10.1f}"
-        f"{s.memory_gib:>8.1f}  {', '.join(f'{part} {ms:g}' for part, ms in s.parts_ms.items())}".rstrip()
-        for s in speeds
-    ]
+    columns = {
+        "batch": "batch", "ranks": "ranks", "tokens/s": "tokens_per_s:,.0f", "GFLOP/token": "gflop_per_token:.2f",
+        "of peak": "share_of_peak:.0%", "ms": "ms:.1f", "GiB": "memory_gib:.1f", "of it, ms": "shown_parts",
+    }  # fmt: skip
     peak = max((s.peak_tflops for s in speeds), default=0.0)
     again = sum(s.compilations for s in speeds)
-    return "\n".join([head, *rows, f"peak: {peak:.2f} TFLOP/s of a matrix product; compiled after warm-up: {again}"])
-
-
-if __name__ == "__main__":
-    main()
+    peak_line = f"peak: {peak:.2f} TFLOP/s of a matrix product; compiled after warm-up: {again}"
+    return f"{table(columns, speeds)}\n{peak_line}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import cast
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,123 +15,119 @@ from transformers import AutoConfig, PretrainedConfig
 
 from specdist.core import config as configuration
 from specdist.core.launch_env import RankFacts
-from specdist.core.records import Features, TargetVocabulary
+from specdist.core.records import Cursor, Features, PackedTokens, Shard, TargetVocabulary, WorkItem
 from specdist.core.topology import Topology, WorldConfig
 from specdist.draft.base import ContextShare, DraftModel
 from specdist.draft.build import build_draft
-from specdist.draft.config import DraftConfig
 from specdist.prompts.items import Items
 from specdist.prompts.store import PromptStore
 from specdist.run.feature_source import random_rows
-from specdist.training.optimizer import OptimizerConfig, build_optimizer
-from specdist.training.trainer import Trainer, shard_draft
+from specdist.training.optimizer import build_optimizer
+from specdist.training.trainer import FeatureSource, Trainer, shard_draft
 from specdist.world.groups import Groups, World, join_world, make_groups
-from specdist_launch.bench.measure import leave, peak_tflops, seconds
+from specdist_launch.bench.measure import peak_tflops, seconds
 from specdist_launch.bench.shapes import SHAPES
-from specdist_launch.bench.step_batch import Batch, SameRows
-from specdist_launch.bench.step_cost import graphs, parts
+from specdist_launch.bench.step import StepConfig, StepSpeed, lengths_of
 
 REPEAT_S = 2.0
 """About so many seconds of steps, ten at most, between two waits for the device: in training the host runs ahead."""
 
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """The parts of a job's configuration that are measured."""
-
-    draft: DraftConfig = field(default_factory=DraftConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a worker is told."""
-
-    batches: tuple[str, ...]
-    shape: str
-    model: str | None
-    supervised: float
-    bare: bool
-    repeats: int
-    device: str
-    words: tuple[str, ...]
-    """Of `BenchConfig`."""
+PARTS = {
+    "attention": ("flex_attention", "flash", "sdpa", "fmha"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "addmm", "cublas"),
+    "optimizer": ("adam", "multi_tensor"),
+    "communication": ("nccl",),
+}
+"""Parts of the step by what names of device kernels contain; all others are `other`."""
 
 
-@dataclass(frozen=True)
-class StepSpeed:
-    """The step on batches of one kind."""
+class _Batch(FeatureSource):
+    """One batch over and over: in the place of the stream of items, of the prompts, and of the features' source."""
 
-    batch: str
-    ranks: int
-    tokens: int
-    """Of all ranks."""
-    supervised: float
-    """Share of the tokens that the loss counts."""
-    tokens_per_s: float
-    gflop_per_token: float
-    share_of_peak: float
-    peak_tflops: float
-    """Of a square matrix product in the draft's compute dtype, on the same device, in the same run."""
-    ms: float
-    """Of a step: the median of the repeats, each of several steps in a row."""
-    spread_ms: float
-    """Slowest less fastest."""
-    memory_gib: float
-    """Most that was allocated on the device of rank 0, weights, optimizer and features included."""
-    compilations: int
-    """Graphs that were compiled after the warm-up: 0 if all is well."""
-    parts_ms: dict[str, float]
-    """Time of the device's kernels in one step, see `step_cost.PARTS`."""
+    def __init__(self, name: str, supervised: float, vocab_size: int, ranks: int):
+        generator = torch.Generator().manual_seed(0)
+        lengths = lengths_of(name)
+        ids = [torch.randint(0, vocab_size, (n,), generator=generator) for n in lengths]
+        masks = [torch.arange(n) >= n - round(supervised * n) for n in lengths]  # the answer comes last
+        self.packed, self.tokens = PackedTokens.from_documents(ids, masks), sum(lengths)
+        self.rows = torch.empty(0)
+        """The features [tokens, layout.width], once they are known."""
+        self._shards = (Shard(tuple(range(len(lengths))), tuple(lengths)),) * ranks
+
+    def __getitem__(self, index: int) -> WorkItem:
+        return WorkItem(index, Cursor(), Cursor(), self._shards)
+
+    def forget(self, before: int) -> None:
+        """Nothing is kept."""
+
+    def pack(self, sequences: Sequence[int]) -> PackedTokens:
+        return self.packed
+
+    def take(self, item: WorkItem) -> Tensor:
+        return self.rows
+
+    def release(self, item: WorkItem) -> None:
+        """They stay."""
 
 
-class Bench:
-    """A draft of one target shape in this rank's world."""
+class _Rank:
+    """A draft of one target shape in this rank's world.
 
-    def __init__(self, run: Run, world: World, groups: Groups, topology: Topology):
-        self._run, self._world, self._groups = run, world, groups
-        self._config = configuration.load(BenchConfig, [], run.words)
-        self._target = _target_config(run)
+    Args:
+        options: of `specdist bench step`.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        config: StepConfig,
+        target: PretrainedConfig,
+        world: World,
+        groups: Groups,
+        topology: Topology,
+    ):
+        self._options, self._config, self._target, self._groups = options, config, target, groups
+        self._device = device = world.device
         place = topology.draft_place(world.facts.rank)
         assert place is not None
         self._place = place
-        on_gpu = world.device.type == "cuda"
-        half = on_gpu and self._config.draft.dtype != "float32"
+        half = device.type == "cuda" and config.draft.dtype != "float32"
         self.dtype = torch.bfloat16 if half else torch.float32
         self._ranks, self._dp = len(topology.draft_ranks), len(topology.draft)
 
     def measure(self) -> list[StepSpeed]:
         """Every batch of the run. All ranks call it."""
-        device = self._world.device
-        peak = peak_tflops(device, self.dtype)
-        return [self._measure(name, peak) for name in self._run.batches]
+        peak = peak_tflops(self._device, self.dtype)
+        return [self._measure(name, peak) for name in self._options["batch"]]
 
     def _measure(self, name: str, peak: float) -> StepSpeed:
-        device = self._world.device
+        device = self._device
         gc.collect()  # FSDP's hooks keep the draft of the batch before alive in a circle
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        batch = Batch(name, self._run.supervised, self._target.get_text_config().vocab_size, self._dp)
-        step = self._bare_step(batch) if self._run.bare else self._whole_step(batch)
+        batch = _Batch(name, self._options["supervised"], self._target.get_text_config().vocab_size, self._dp)
+        step = self._bare_step(batch) if self._options["bare"] else self._whole_step(batch)
         (once,) = seconds(step, device, 1, warm=3)  # compiles, and compiles again for lengths that change
-        count = self._agreed(min(max(round(REPEAT_S / once), 1), 10))
+        agreed = [min(max(round(REPEAT_S / once), 1), 10)]
+        torch.distributed.broadcast_object_list(agreed, src=0, group=self._groups.control)
+        count = agreed[0]
 
         def in_a_row() -> None:
             for _ in range(count):
                 step()
 
         before = graphs()
-        times = [t / count for t in seconds(in_a_row, device, self._run.repeats, warm=0)]
+        times = [t / count for t in seconds(in_a_row, device, self._options["repeats"], warm=0)]
         compilations = graphs() - before
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-        middle, tokens = statistics.median(times), sum(batch.lengths)
+        middle, tokens = statistics.median(times), batch.tokens
         work = self._config.draft.chosen.flops(self._target, batch.packed)
         return StepSpeed(
             batch=name,
             ranks=self._ranks,
             tokens=tokens * self._dp,
-            supervised=batch.supervised / tokens,
+            supervised=int(batch.packed.supervised.sum()) / tokens,
             tokens_per_s=tokens * self._dp / middle,
             gflop_per_token=work / tokens / 1e9,
             share_of_peak=work * self._dp / self._ranks / middle / 1e12 / peak,
@@ -143,20 +139,13 @@ class Bench:
             parts_ms=parts(step, device),
         )
 
-    def _agreed(self, count: int) -> int:
-        """The first rank's number, on all ranks."""
-        agreed = [count]
-        torch.distributed.broadcast_object_list(agreed, src=0, group=self._groups.control)
-        return agreed[0]
-
-    def _whole_step(self, batch: Batch) -> Callable[[], object]:
+    def _whole_step(self, batch: _Batch) -> Callable[[], object]:
         """The trainer's step."""
-        device, config = self._world.device, self._config
-        draft, rows = self._draft(batch)
+        config, draft = self._config, self._draft(batch)
         sharded = shard_draft(draft, self._groups, self.dtype, config.draft.sharding)
         optimizer = build_optimizer(sharded, config.optimizer)
         items, prompts = cast(Items, batch), cast(PromptStore, batch)
-        trainer = Trainer(sharded, optimizer, SameRows(rows), items, prompts, self._groups, self._place.dp, device)
+        trainer = Trainer(sharded, optimizer, batch, items, prompts, self._groups, self._place.dp, self._device)
         steps = iter(range(10**9))
 
         def step() -> None:
@@ -165,14 +154,14 @@ class Bench:
 
         return step
 
-    def _bare_step(self, batch: Batch) -> Callable[[], object]:
+    def _bare_step(self, batch: _Batch) -> Callable[[], object]:
         """Forward and backward of the draft alone."""
-        draft, rows = self._draft(batch)
+        draft = self._draft(batch)
         draft.to(self.dtype)
-        features = Features(draft.layout, rows)
+        features = Features(draft.layout, batch.rows)
 
         def step() -> None:
-            on_device = batch.packed.to(self._world.device)
+            on_device = batch.packed.to(self._device)
             supervision = draft.supervise(on_device, batch.packed, features)
             loss, _ = draft(on_device, features, supervision, supervision.counts)
             loss.backward()
@@ -180,9 +169,9 @@ class Bench:
 
         return step
 
-    def _draft(self, batch: Batch) -> tuple[DraftModel, Tensor]:
-        """A draft, and features [tokens, layout.width] for it."""
-        device, text = self._world.device, self._target.get_text_config()
+    def _draft(self, batch: _Batch) -> DraftModel:
+        """A draft, and features for it in the batch."""
+        device, text = self._device, self._target.get_text_config()
         generator = torch.Generator(device).manual_seed(0)
 
         def table() -> Tensor:
@@ -195,21 +184,44 @@ class Bench:
         ids = None if size is None else torch.arange(size) * (text.vocab_size // size)
         draft = build_draft(self._config.draft, self._target, vocabulary, ids, layout_dtype=self.dtype)
         draft.share = ContextShare(self._place.cp, self._config.draft.cp)
-        return draft, random_rows(draft.layout, sum(batch.lengths), text.vocab_size, generator)
+        batch.rows = random_rows(draft.layout, batch.tokens, text.vocab_size, generator)
+        return draft
 
 
-def _target_config(run: Run) -> PretrainedConfig:
-    if run.model is not None:
-        return AutoConfig.from_pretrained(run.model, local_files_only=True)
-    return AutoConfig.for_model(**SHAPES[run.shape])
+def graphs() -> int:
+    """How many graphs torch.compile has made."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["uniquegraphs"])
 
 
-def worker(run: Run, output: str) -> None:
-    """One rank of the world; rank 0 writes what was measured."""
-    world_config = WorldConfig(mode="draft_only", device=run.device)  # type: ignore[arg-type]
+def parts(step: Callable[[], object], device: torch.device, steps: int = 3) -> dict[str, float]:
+    """Milliseconds of a step in each kind of kernel; empty where there is no GPU."""
+    if device.type != "cuda":
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        seconds(step, device, steps, warm=0)
+    found: Counter[str] = Counter()
+    for event in profile.key_averages():
+        found[part_of(event.key)] += event.self_device_time_total / steps / 1e3
+    return {part: round(ms, 2) for part, ms in found.most_common()}
+
+
+def part_of(kernel: str) -> str:
+    """The part of the step that a device kernel belongs to, by its name."""
+    name = kernel.lower()
+    return next((part for part, words in PARTS.items() if any(word in name for word in words)), "other")
+
+
+def worker(options: Mapping[str, Any], words: Sequence[str]) -> list[StepSpeed]:
+    """One rank of the world."""
+    config = configuration.load(StepConfig, [], words)
+    if options["model"] is not None:
+        target = AutoConfig.from_pretrained(options["model"], local_files_only=True)
+    else:
+        target = AutoConfig.for_model(**SHAPES[options["shape"]])
+    world_config = WorldConfig(mode="draft_only", device=options["device"])
     world = join_world(world_config, RankFacts.from_environment())
-    cp = configuration.load(BenchConfig, [], run.words).draft.cp
-    topology = Topology.build(world_config, world.hosts, replicas=None, tp=1, dp=None, cp=cp)
+    topology = Topology.build(world_config, world.hosts, replicas=None, tp=1, dp=None, cp=config.draft.cp)
     groups = make_groups(topology, world, None, world_config.wait_timeout_s)
-    speeds = Bench(run, world, groups, topology).measure()
-    leave(output, [asdict(speed) for speed in speeds] if world.facts.rank == 0 else None)
+    return _Rank(options, config, target, world, groups, topology).measure()

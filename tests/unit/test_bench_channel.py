@@ -23,6 +23,8 @@ from tests.distributed.worlds import mooncake_loads
 
 SMALL = ["--device", "cpu", "--hidden", "64", "--moved", "1", "--repeats", "2", "channel.memory=1MiB"]
 
+pytestmark = pytest.mark.usefixtures("forked_worlds")
+
 
 def measured(out: str) -> list[ChannelSpeed]:
     first, *table = out.splitlines()

@@ -22,6 +22,8 @@ from specdist_launch.bench.pipeline import (
 )
 from tests.tiny import make_target
 
+pytestmark = pytest.mark.usefixtures("forked_worlds")
+
 TINY = (
     "world.device=cpu",
     "draft.compile=false",

@@ -16,11 +16,11 @@ from specdist.core.records import PackedTokens
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist_launch.bench.shapes import SHAPES
-from specdist_launch.bench.step import main, render
-from specdist_launch.bench.step_batch import lengths_of
-from specdist_launch.bench.step_cost import part_of
-from specdist_launch.bench.step_rank import StepSpeed
+from specdist_launch.bench.step import StepSpeed, lengths_of, main, render
+from specdist_launch.bench.step_rank import part_of
 from tests.tiny import make_target
+
+pytestmark = pytest.mark.usefixtures("forked_worlds")
 
 
 def test_operations_of_the_qwen3_8b_shape() -> None:

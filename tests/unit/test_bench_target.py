@@ -14,6 +14,8 @@ from specdist.target.description import TargetDescription, describe
 from specdist_launch.bench.target import TargetSpeed, main, render
 from tests.tiny import make_target
 
+pytestmark = pytest.mark.usefixtures("forked_worlds")
+
 
 def test_operations_of_the_qwen3_8b_shape() -> None:
     """By hand: 36 layers of q, o (4096 x 4096), k, v (4096 x 1024) and three of 4096 x 12288."""
