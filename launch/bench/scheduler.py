@@ -132,7 +132,6 @@ def _world(draft_ranks: int, replicas: int, items: int) -> tuple[Topology, Sched
     scheduler = Scheduler(
         draft_ranks=draft_ranks,
         slots=2 * replicas,
-        slot_bytes=2**28,
         queue_depth=2,
         timeout=600.0,
         end_item=items,

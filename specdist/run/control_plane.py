@@ -129,7 +129,6 @@ def _scheduler(context: WorldContext, resume: ResumePlan) -> Scheduler | None:
     return Scheduler(
         draft_ranks=len(topology.draft_ranks),
         slots=jobs.slots(job, layout),
-        slot_bytes=job.prompts.tokens_per_rank * layout.bytes_per_token,
         queue_depth=job.scheduler.queue_depth,
         timeout=job.world.wait_timeout_s,
         first_item=resume.progress.next_item,

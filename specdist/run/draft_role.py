@@ -22,7 +22,7 @@ from specdist.run.drafts import new_draft
 from specdist.run.feature_source import ColocatedSource, RemoteSource, SyntheticSource, local_shards
 from specdist.run.reporter import RunReporter
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.messages import LastItem, Ring, Stop
+from specdist.scheduler.messages import LastItem, Reports, Ring, Start, Stop
 from specdist.training.checkpoint import Checkpointer
 from specdist.training.optimizer import build_optimizer
 from specdist.training.recipe import Recipe
@@ -59,14 +59,15 @@ def consume(context: RankContext) -> None:
     recipe = Recipe(job.train, job.optimizer, job.checkpoint, job.metrics.every, context.resume.total_steps)
     leader = context.rank == topology.draft_ranks[0]
     client.ready()
-    client.wait_for_start()
+    client.expect(Start)
     with RunReporter(job, context.run_dir, context.resume, client, leader) as reporter:
         progress = trainer.train(recipe, context.resume.progress, checkpointer, context.stop, reporter)
         metrics = reporter.totals()
     # The targets are let go first, so that nothing waits for however long the last save takes.
     _end_the_run(context, source, progress.next_item, leader)
     client.phase = "waiting for the reports of the target ranks"
-    producers = client.reports() if leader and topology.mode == "split" else ()
+    told = client.expect(Reports) if leader and topology.mode == "split" else None
+    producers = () if told is None else told.reports
     client.phase = "saving"
     trainer.commit(progress, checkpointer)
     state = _whole_state(draft, keep=leader)

@@ -101,7 +101,7 @@ def _running(status: Status, record: Mapping[str, float], now: float) -> list[st
         waiting = counts.delivered - counts.released
         queues = f"{counts.queued} queued and {counts.computing} computing at the targets, {waiting} before the draft"
         lines.append(f"  queues      {queues} (items)")
-    elif counts.bytes_limit:
+    elif counts.slots:
         lines.append("  queues      no target replica is there: `specdist train CONFIG --role target` starts one")
     for phase in status.phases:
         many = f"{phase.count} {phase.role} rank{'s' if phase.count > 1 else ''}"

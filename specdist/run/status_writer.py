@@ -58,9 +58,9 @@ class StatusWriter(Observer):
         if self._record.fail(failure):
             print(failure.render(self._record.failure_file), file=sys.stderr, flush=True)
 
-    def dismissed(self, rank: int, reason: str) -> None:
+    def dismissed(self, rank: int, reason: StopReason) -> None:
         step = self._resume.progress.step
-        ending = Ending("stopped", step, StopReason(reason), f" on rank {rank}, before the first step")
+        ending = Ending("stopped", step, reason, f" on rank {rank}, before the first step")
         self._record.end(ending)
         print(f"specdist: stopped at step {step} ({ending.why}); the same command goes on from there.", file=sys.stderr)
 
@@ -91,7 +91,7 @@ class StatusWriter(Observer):
             "computing": s.computing,
             "queued": s.queued,
             "delivered": s.delivered - s.released,
-            "free": scheduler.slots.count - (s.dispatched - s.released),
+            "free": s.slots - (s.dispatched - s.released),
         }
         self._profile.count_slots(first + s.released, first + s.dispatched, counts)
 

@@ -15,16 +15,18 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from specdist.core.attempts import Failure
 from specdist.core.clock import ClockReading
 from specdist.core.errors import UserError, WorldError
-from specdist.core.stop import StopFlag
+from specdist.core.stop import StopFlag, StopReason
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.messages import (
     PROTOCOL_VERSION,
@@ -37,7 +39,6 @@ from specdist.scheduler.messages import (
     Hello,
     Join,
     Message,
-    ProducerReport,
     Pulse,
     Ready,
     Reports,
@@ -55,6 +56,8 @@ from specdist.scheduler.messages import (
 from specdist.scheduler.wire import identity, inproc_pair
 
 logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer", Welcome, Start, Reports, TellClock)
 
 _CLOSE = b""
 _LINGER_MS = 2000
@@ -140,36 +143,9 @@ class ControlClient:
             self._phase_told = now
             self._post(self._heartbeat(now))
 
-    def welcome(self, timeout_s: float) -> str | None:
-        """Target worlds: the terms of the run, once the scheduler has let this rank in; None after `timeout_s` seconds.
-
-        Raises:
-            WorldError: it was refused, or the draft world has failed.
-        """
-        answer: Welcome | None = self._await(Welcome, timeout_s)
-        return None if answer is None else answer.terms
-
     def ready(self) -> None:
         """This rank can take its part; nothing is dispatched before all ranks said so."""
         self.send(Ready())
-
-    def wait_for_start(self) -> None:
-        """Wait until every rank is ready; the scheduler names those that are not within control.load_timeout_s.
-
-        Raises:
-            WorldError: the world has failed.
-        """
-        self._await(Start)
-
-    def reports(self) -> tuple[ProducerReport, ...]:
-        """First draft rank, after the scheduler's `Stop`: what the target replicas did. The scheduler waits for them
-        for world.wait_timeout_s at most.
-
-        Raises:
-            WorldError: the world has failed.
-        """
-        answer: Reports = self._await(Reports)
-        return answer.reports
 
     def send(self, message: Message) -> None:
         """Hand a message to the scheduler, in order, without waiting.
@@ -198,6 +174,21 @@ class ControlClient:
         self.check()
         return messages
 
+    def expect(self, kind: type[Answer], timeout_s: float | None = None) -> Answer | None:
+        """The next message of one of the kinds that `poll` leaves out: `Welcome`, `Start` (the scheduler names ranks
+        that are not ready within control.load_timeout_s), `Reports` or `TellClock`. None after `timeout_s` seconds.
+
+        Raises:
+            WorldError: the world has failed.
+        """
+        self.check()
+        try:
+            answer: Answer | None = self._answers[kind].get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        self.check()
+        return answer
+
     def ask_clock(self, timeout_s: float) -> ClockReading:
         """What rank 0's clock says. One thread asks at a time.
 
@@ -207,11 +198,11 @@ class ControlClient:
         asked, deadline = time.time_ns(), time.monotonic() + timeout_s
         self.send(AskClock(asked))
         while True:
-            reading: ClockReading | None = self._await(TellClock, max(deadline - time.monotonic(), 0.0))
-            if reading is None:
+            answer = self.expect(TellClock, max(deadline - time.monotonic(), 0.0))
+            if answer is None:
                 raise WorldError(f"{self._scheduler} did not say what time it is within {timeout_s:.0f} s")
-            if reading.asked == asked:  # else the late answer to a question that was given up
-                return reading
+            if answer.asked == asked:  # else the late answer to a question that was given up
+                return ClockReading(asked, answer.told, answer.answered)
 
     def check(self) -> None:
         """Raise the world's failure, if it has failed."""
@@ -222,7 +213,7 @@ class ControlClient:
         """Tell everyone that this rank failed. Does not raise: the caller's own error is the one to show here."""
         self._post(self._heartbeat(time.monotonic()))  # what it was doing
         failure = Failure.of(error)
-        self._post(Failed(failure.kind, failure.exception, shorten(failure.message), shorten(failure.traceback)))
+        self._post(Failed(replace(failure, message=shorten(failure.message), traceback=shorten(failure.traceback))))
 
     def close(self) -> None:
         """Leave: what was sent still goes out. Safe to call twice."""
@@ -254,20 +245,6 @@ class ControlClient:
         if isinstance(error, Exception) and self._culprit not in (None, self.rank):
             assert self._error is not None
             raise self._error from error
-
-    def _await(self, kind: type[Message], timeout_s: float | None = None) -> Any:
-        """What the next message of one of the kinds that answer says, or None after `timeout_s` seconds.
-
-        Raises:
-            WorldError: the world has failed.
-        """
-        self.check()
-        try:
-            answer = self._answers[kind].get(timeout=timeout_s)
-        except queue.Empty:
-            return None
-        self.check()
-        return answer
 
     def _connect(self, address: str, name: bytes) -> zmq.Socket[bytes]:
         dealer = self._context.socket(zmq.DEALER)
@@ -311,7 +288,7 @@ class ControlClient:
             poller.poll(math.ceil(max(wake - now, 0.0) * 1000))
             if self._stop and not self._stop_told:  # before what the main thread said after it: Ready may be among it
                 self._stop_told = True
-                self._dealer.send(encode(StopRequest(self._stop.reason or "stop")))
+                self._dealer.send(encode(StopRequest(self._stop.reason or StopReason.ANOTHER_RANK)))
             if self._send_all():
                 return
             received = self._receive_all()
@@ -366,13 +343,13 @@ class ControlClient:
             case Pulse(statistics):
                 self.statistics = statistics
             case Abort():
-                self._culprit, self.abort = message.rank, message
+                self._culprit, self.abort = message.failure.rank, message
                 self._break(message.error())
             case Dismiss():
                 self._culprit = -1
                 self._break(message.error())
-            case TellClock(asked, told):
-                self._answers[TellClock].put(ClockReading(asked, told, time.time_ns()))
+            case TellClock():
+                self._answers[TellClock].put(msgspec.structs.replace(message, answered=time.time_ns()))
             case Ring(draft, endpoint):
                 self.rings[draft] = endpoint
             case Welcome() | Start() | Reports():

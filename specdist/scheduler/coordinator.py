@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 from specdist.core.attempts import Failure
+from specdist.core.stop import StopReason
 from specdist.core.topology import Topology
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.messages import (
@@ -58,7 +60,7 @@ class Observer:
     def failed(self, failure: Failure) -> None:
         """The run has failed; called once."""
 
-    def dismissed(self, rank: int, reason: str) -> None:
+    def dismissed(self, rank: int, reason: StopReason) -> None:
         """`rank` was asked to stop before the run had begun; called once."""
 
     def inform(self, text: str) -> None:
@@ -158,25 +160,17 @@ class Coordinator:
             if self.aborted is None:
                 check(now)
 
-    def abort(self, rank: int, message: str, now: float, failed: Failed | None = None) -> None:
+    def abort(self, rank: int, failure: str | Failure, now: float) -> None:
         """Make `rank`'s failure everyone's. Only the first call counts: later ones are consequences.
 
         Args:
             rank: -1 where none is to blame.
-            failed: what the rank said itself, if it could; else it is taken for lost.
+            failure: what the rank said itself, or, where it is taken for lost, why.
         """
-        if self.aborted is not None:
-            return
-        failed = failed or Failed("lost", "", message, "")
-        role, host, doing, step = "", "", "", self.peers.step
-        if rank >= 0:
-            peer = self.peers[rank]
-            role, host, doing = peer.role, peer.host, peer.phase
-        # Recorded before the other ranks fail of it, which know less.
-        self._observer.failed(
-            Failure(failed.kind, message, rank, role, host, step, doing, failed.exception, failed.traceback)
-        )
-        self._end(Abort(rank, step, role, host, failed.kind, failed.exception, message, doing), now)
+        if self.aborted is None:
+            failure = self.peers.blame(rank, Failure("lost", failure) if isinstance(failure, str) else failure)
+            self._observer.failed(failure)  # before the other ranks fail of it, which know less
+            self._end(Abort(replace(failure, traceback="")), now)
 
     def statistics(self, now: float) -> Statistics:
         return Statistics() if self._scheduler is None else self._scheduler.statistics(now)
@@ -213,11 +207,11 @@ class Coordinator:
                 self._hello(rank, version, pid, now)
             case Ready():
                 self.peers[rank].ready = True
-            case Failed(_, _, text, _):
+            case Failed(failure):
                 # A rank whose process is gone failed first: what the others then meet is a consequence.
                 others = [other for other in self.peers.present if other != rank]
                 self._broadcast(Pulse(self.statistics(now)), now, others)
-                self.abort(rank, text, now, message)
+                self.abort(rank, failure, now)
             case StopRequest(reason):
                 self._stop_request(rank, reason, now)
             case LastItem(item) if rank in self._draft_ranks[:1]:
@@ -244,7 +238,7 @@ class Coordinator:
                 self.peers[rank].join(message.pid)
                 self._send([rank], encode(self.aborted))
             case Failed():
-                logger.info("%s failed too: %s", self.peers.name(rank), message.message)
+                logger.info("%s failed too: %s", self.peers.name(rank), message.failure.message)
 
     def _all_joined(self) -> bool:
         self._joined = self._joined or not self.peers.missing
@@ -258,7 +252,7 @@ class Coordinator:
         elif earlier is not None:
             self.abort(rank, f"two processes say they are this rank: pid {earlier} and pid {pid}", now)
 
-    def _stop_request(self, rank: int, reason: str, now: float) -> None:
+    def _stop_request(self, rank: int, reason: StopReason, now: float) -> None:
         if self._stop_requested is not None:  # a signal reaches many ranks at once: the first speaks for all
             return
         self._stop_requested = StopRequested(rank, reason)
@@ -328,7 +322,7 @@ class Coordinator:
             return
         reason = self._remote.tick(now)
         if reason is not None and not self._stopped:
-            self.abort(-1, reason, now, Failed("world", "", reason, ""))
+            self.abort(-1, Failure("world", reason), now)
 
     def _check_work(self, now: float) -> None:
         """Blame a replica or draft ranks that have held an item for too long."""

@@ -12,8 +12,9 @@ from typing import TypeAlias
 
 import msgspec
 
-from specdist.core.attempts import Kind
+from specdist.core.attempts import Failure
 from specdist.core.errors import Dismissed, WorldError
+from specdist.core.stop import StopReason
 
 PROTOCOL_VERSION = 4
 MAX_MESSAGE_BYTES = 65536
@@ -117,14 +118,14 @@ class Released(_Message, frozen=True):
 class StopRequest(_Message, frozen=True):
     """rank -> scheduler: please stop (a signal arrived)."""
 
-    reason: str
+    reason: StopReason
 
 
 class StopRequested(_Message, frozen=True):
     """scheduler -> all, once: `rank` was asked to stop. The trainer decides at a step boundary and sends `LastItem`."""
 
     rank: int
-    reason: str
+    reason: StopReason
 
 
 class LastItem(_Message, frozen=True):
@@ -143,41 +144,30 @@ class Stop(_Message, frozen=True):
 
 
 class Failed(_Message, frozen=True):
-    """rank -> scheduler: this rank failed; the first one becomes everyone's `Abort`. `exception` is the name of its
-    type."""
+    """rank -> scheduler: this rank failed, which of all failures only the first makes an `Abort`."""
 
-    kind: Kind
-    exception: str
-    message: str
-    traceback: str
+    failure: Failure
 
 
 class Abort(_Message, frozen=True):
-    """scheduler -> all: stop now. `rank` is the culprit (-1: none is), `role` its coordinates in words, `doing` its
-    phase. `refused`: this rank of a target world will never be let in."""
+    """scheduler -> all: stop now. `refused`: this rank of a target world will never be let in."""
 
-    rank: int
-    step: int
-    role: str
-    host: str
-    kind: Kind
-    exception: str
-    message: str
-    doing: str
+    failure: Failure
     refused: bool = False
 
     def error(self) -> WorldError:
-        said = f"{self.exception}: {self.message}" if self.exception else self.message
-        if self.rank < 0:
+        failure = self.failure
+        said = f"{failure.exception}: {failure.message}" if failure.exception else failure.message
+        if failure.rank < 0:
             return WorldError(said)
-        return WorldError(f"rank {self.rank} ({self.role}, host {self.host}): {said}", culprit=self.rank)
+        return WorldError(f"rank {failure.rank} ({failure.role}, host {failure.host}): {said}", culprit=failure.rank)
 
 
 class Dismiss(_Message, frozen=True):
     """scheduler -> all: `rank` was asked to stop before the run began, so there is nothing to save: leave at once."""
 
     rank: int
-    reason: str
+    reason: StopReason
 
     def error(self) -> Dismissed:
         return Dismissed(f"stopped before the first step ({self.reason} on rank {self.rank})")
@@ -247,9 +237,8 @@ class Reports(_Message, frozen=True):
 class Statistics:
     """What the scheduler counts.
 
-    Items are counted since the start of this run. Bytes are per draft rank: an item holds one slot of its ring from
-    dispatch until that rank's release. `computing` and `queued` are items at the targets, `delivered - released` is the
-    queue in front of the draft.
+    Items are counted since the start of this run. `computing` and `queued` are items at the targets, `delivered -
+    released` is the queue in front of the draft, and `slots` is how many items may be in flight.
     """
 
     elapsed_s: float = 0.0
@@ -259,10 +248,7 @@ class Statistics:
     released: int = 0
     computing: int = 0
     queued: int = 0
-    bytes_dispatched: int = 0
-    bytes_in_flight: int = 0
-    bytes_peak: int = 0
-    bytes_limit: int = 0
+    slots: int = 0
     target_wait_s: float = 0.0
     """Replica-seconds without work for want of credits: the target waits for the draft."""
     draft_wait_s: float = 0.0
@@ -282,23 +268,21 @@ class AskClock(_Message, frozen=True):
 
 
 class TellClock(_Message, frozen=True):
-    """scheduler -> the rank that asked, at once: rank 0's clock `told`, in ns, and the question's `asked`."""
+    """scheduler -> the rank that asked, at once: rank 0's clock `told`, in ns, and the question's `asked`. The client
+    adds its own clock at the receipt, `answered`."""
 
     asked: int
     told: int
+    answered: int = 0
 
 
-ToScheduler: TypeAlias = (
-    Released | Computed | Heartbeat | AskClock | Hello | Join | Ring | Ready | StopRequest | LastItem | Produced
-) | (Failed | Goodbye)  # fmt: skip
-ToRank: TypeAlias = (
-    Dispatch | Deliver | Pulse | TellClock | Welcome | Ring | Start | StopRequested | Stop | Reports | Abort | Dismiss
-)
-Message: TypeAlias = ToScheduler | ToRank
+_ToScheduler: TypeAlias = Hello | Join | Ring | Ready | Heartbeat | Computed | Released | StopRequest | LastItem
+_AtTheEnd: TypeAlias = Produced | Failed | Goodbye | AskClock
+_ToRanks: TypeAlias = Welcome | Start | Dispatch | Deliver | Pulse | StopRequested | Stop | Reports | TellClock
+Message: TypeAlias = _ToScheduler | _AtTheEnd | _ToRanks | Abort | Dismiss
 
-_ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
-encode = _ENCODER.encode
+encode = msgspec.msgpack.Encoder().encode
 
 
 def decode(payload: bytes) -> Message:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from specdist.core.attempts import Failure
 from specdist.core.topology import Topology
 
 _NAMED = 4
@@ -136,6 +137,14 @@ class Peers:
             seconds = now - (peer.phase_since or self._started)
             found.append(Phase(role, what, len(ranks), slowest, peer.host, seconds))
         return sorted(found, key=lambda phase: -phase.seconds)
+
+    def blame(self, rank: int, failure: Failure) -> Failure:
+        """`failure` as that of `rank` (-1: of none), with what is known of it."""
+        failure = replace(failure, rank=rank, step=self.step)
+        if rank < 0:
+            return failure
+        peer = self._peers[rank]
+        return replace(failure, role=peer.role, host=peer.host, doing=peer.phase)
 
     def silent(self, now: float, limit: float) -> list[int]:
         """Present ranks that have sent nothing for longer than `limit` seconds, the longest silent first."""

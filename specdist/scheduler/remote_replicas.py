@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from specdist.core.attempts import Kind
+from specdist.core.attempts import Failure
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.messages import (
     PROTOCOL_VERSION,
@@ -101,8 +101,8 @@ class RemoteReplicas(Replicas):
                 replica = self._replica(rank)
                 if replica.state in ("joining", "live"):
                     self._dismiss(replica, Stop())
-            case Failed(_, exception, text, _):
-                self.drop(rank, f"{exception}: {text}" if exception else text, now)
+            case Failed(failure):
+                self.drop(rank, f"{failure.exception}: {failure.message}".removeprefix(": "), now)
             case Goodbye():
                 self._goodbye(self._replica(rank), rank, now)
             case _:
@@ -131,7 +131,7 @@ class RemoteReplicas(Replicas):
         replica.state = "dropped"
         again = f"; computed again: items {', '.join(map(str, items))}" if items else ""
         self._inform(f"{self._peers.name(rank)} is dropped after {replica.delivered} items: {why}{again}")
-        self._verdicts[replica.number] = self._abort(rank, "lost", f"was dropped: {why}")
+        self._verdicts[replica.number] = encode(Abort(self._peers.blame(rank, Failure("lost", f"was dropped: {why}"))))
         self._leave(replica)
         self._chase(replica, now)
 
@@ -185,12 +185,8 @@ class RemoteReplicas(Replicas):
             self._dismiss(replica, self._end)
 
     def _refuse(self, rank: int, why: str, for_good: bool = False) -> None:
-        self._send([rank], self._abort(rank, "world", why, for_good))
+        self._send([rank], encode(Abort(self._peers.blame(rank, Failure("world", why)), for_good)))
         self._peers[rank].left = True
-
-    def _abort(self, rank: int, kind: Kind, why: str, refused: bool = False) -> bytes:
-        peer = self._peers[rank]
-        return encode(Abort(rank, self._peers.step, peer.role, peer.host, kind, "", why, peer.phase, refused))
 
     def _ready(self, replica: Replica, rank: int) -> None:
         self._peers[rank].ready = True

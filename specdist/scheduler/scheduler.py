@@ -51,7 +51,6 @@ class Scheduler:
     Args:
         draft_ranks: number of draft ranks, each with its own ring; 0 where features are dropped (target only).
         slots: slots of every ring.
-        slot_bytes: bytes of one slot.
         queue_depth: items outstanding at a replica.
         timeout: seconds after which `watch` names who holds an item.
         first_item: index of the first item (not 0 after a resume).
@@ -65,7 +64,6 @@ class Scheduler:
         *,
         draft_ranks: int,
         slots: int,
-        slot_bytes: int,
         queue_depth: int,
         timeout: float,
         first_item: int = 0,
@@ -76,7 +74,7 @@ class Scheduler:
             raise ValueError(f"{draft_ranks} draft ranks, {slots} slots, queue {queue_depth}")
         self.draft_ranks, self.timeout = draft_ranks, timeout
         self.slots = Slots(slots)
-        self._slot_bytes, self._depth = slot_bytes, queue_depth
+        self._depth = queue_depth
         self._first = self._next = self._low = first_item
         self._end = end_item
         self._elastic = elastic
@@ -92,7 +90,7 @@ class Scheduler:
         self._low_since = 0.0
         self._started: float | None = None
         self._accounted = 0.0
-        self._delivered_count = self._peak = 0
+        self._delivered_count = 0
         self._target_wait = self._draft_wait = 0.0
 
     @property
@@ -123,7 +121,6 @@ class Scheduler:
             self._move(replica, +1)
             queue.append(item)
             dispatches.append(Dispatch(item, replica, self.slots[item]))
-        self._peak = max(self._peak, self._next - self._low)
         return dispatches
 
     def on_computed(self, item: int, replica: int, now: float) -> Deliver | None:
@@ -215,10 +212,7 @@ class Scheduler:
             released=self._low - self._first,
             computing=busy,
             queued=sum(k * len(replicas) for k, replicas in enumerate(self._room)) - busy,
-            bytes_dispatched=(self._next - self._first) * self._slot_bytes,
-            bytes_in_flight=(self._next - self._low) * self._slot_bytes,
-            bytes_peak=self._peak * self._slot_bytes,
-            bytes_limit=self.slots.count * self._slot_bytes,
+            slots=self.slots.count,
             target_wait_s=self._target_wait,
             draft_wait_s=self._draft_wait,
         )

@@ -19,8 +19,10 @@ from dataclasses import replace
 import pytest
 import zmq
 
+from specdist.core.attempts import Failure
 from specdist.core.clock import clock_offset
 from specdist.core.errors import ConfigError, Dismissed, WorldError
+from specdist.core.stop import StopReason
 from specdist.core.topology import Topology
 from specdist.scheduler import messages
 from specdist.scheduler.client import ControlClient
@@ -59,13 +61,13 @@ WORLD = Topology("split", ("a", "a", "a", "b", "b", "b", "c"), ((0, 1), (2, 3)),
 
 
 def make_scheduler(topology: Topology = WORLD, **changes: typing.Any) -> Scheduler:
-    settings = {"slots": 4, "slot_bytes": 100, "queue_depth": 2, "timeout": 20.0}
+    settings = {"slots": 4, "queue_depth": 2, "timeout": 20.0}
     return Scheduler(draft_ranks=len(topology.draft_ranks), **{**settings, **changes})
 
 
 def failed(message: str) -> Failed:
     """A rank's word that it failed with a ValueError."""
-    return Failed("error", "ValueError", message, "Traceback: of ValueError")
+    return Failed(Failure("error", message, exception="ValueError", traceback="Traceback: of ValueError", time=1.0))
 
 
 # ---- the bytes
@@ -84,6 +86,8 @@ def some_message(cls: type, rng: random.Random) -> Message:
             return tuple(value(typing.get_args(kind)[0]) for _ in range(2))
         if typing.get_origin(kind) is typing.Literal:
             return rng.choice(typing.get_args(kind))
+        if kind is StopReason:
+            return rng.choice(list(StopReason))
         return values[kind]() if kind in values else kind(*map(value, typing.get_type_hints(kind).values()))
 
     return typing.cast(Message, value(cls))
@@ -114,7 +118,7 @@ def test_random_bytes_raise_decode_error_only() -> None:
     with pytest.raises(DecodeError, match="no control message"):
         decode(b"")
     with pytest.raises(DecodeError, match="utf-8"):
-        decode(encode(StopRequest("ab"))[:-1] + b"\xff")
+        decode(encode(StopRequest(StopReason.TERMINATE))[:-1] + b"\xff")
     with pytest.raises(DecodeError, match="recursion"):
         decode(encode(Produced(ProducerReport()))[:10] + b"\x81\xa3abc" + b"\x91" * 60000)
 
@@ -217,15 +221,15 @@ def test_stop_is_asked_for_by_any_rank_and_decided_by_the_first_draft_rank() -> 
     office = Office(make_scheduler())
     office.open()
     everyone = tuple(range(7))
-    assert office.hear(2, StopRequest("SIGTERM")) == [(everyone, StopRequested(2, "SIGTERM"))]
-    assert office.hear(3, StopRequest("SIGTERM")) == []  # one word is enough
+    assert office.hear(2, StopRequest(StopReason.TERMINATE)) == [(everyone, StopRequested(2, StopReason.TERMINATE))]
+    assert office.hear(3, StopRequest(StopReason.TERMINATE)) == []  # one word is enough
     assert office.hear(4, LastItem(1)) == []
 
 
 def test_a_stop_before_the_run_began_dismisses_everyone_also_who_comes_later() -> None:
     early = Office(make_scheduler())
-    dismissal = Dismiss(0, "SIGTERM")
-    assert early.hear(0, Hello(messages.PROTOCOL_VERSION, 1), StopRequest("SIGTERM")) == [((0,), dismissal)]
+    dismissal = Dismiss(0, StopReason.TERMINATE)
+    assert early.hear(0, Hello(messages.PROTOCOL_VERSION, 1), StopRequest(StopReason.TERMINATE)) == [((0,), dismissal)]
     assert early.hear(1, Hello(messages.PROTOCOL_VERSION, 1)) == [((1,), dismissal)]
     with pytest.raises(Dismissed, match=r"before the first step \(SIGTERM on rank 0\)"):
         raise dismissal.error()
@@ -270,9 +274,9 @@ def test_the_first_failure_is_the_one_told_also_to_late_comers() -> None:
         office.hear(rank, Hello(messages.PROTOCOL_VERSION, 1))
     office.hear(3, failed("out of memory"))
     assert office.hear(4, failed("a consequence")) == []
-    answers = office.hear(6, Hello(messages.PROTOCOL_VERSION, 1))
+    answers, role = office.hear(6, Hello(messages.PROTOCOL_VERSION, 1)), "target replica 1 tp 1"
     assert answers == [
-        ((6,), messages.Abort(3, -1, "target replica 1 tp 1", "b", "error", "ValueError", "out of memory", ""))
+        ((6,), messages.Abort(replace(failed("out of memory").failure, rank=3, role=role, host="b", traceback="")))
     ]
     assert not office.coordinator.done(0.1)
     assert office.coordinator.done(0.3)  # one heartbeat of grace
@@ -373,7 +377,9 @@ def test_a_stop_request_ends_a_run_that_has_no_trainer_to_decide() -> None:
     topology = Topology("target_only", ("a",) * 7, tuple((rank,) for rank in range(7)), (), 1)
     office = Office(make_scheduler(topology), topology)
     assert [message for _, message in office.open()] == [Start(), *(Dispatch(item, item, item) for item in range(4))]
-    assert office.hear(1, StopRequest("SIGTERM")) == [(tuple(range(7)), StopRequested(1, "SIGTERM"))]
+    assert office.hear(1, StopRequest(StopReason.TERMINATE)) == [
+        (tuple(range(7)), StopRequested(1, StopReason.TERMINATE))
+    ]
     answers = [answer for item in range(4) for answer in office.hear(item, Computed(item))]
     assert answers[-1] == (tuple(range(7)), Stop())
     assert not any(isinstance(message, Dispatch) for _, message in answers)
@@ -524,7 +530,7 @@ def test_a_world_of_threads_computes_and_trains_every_item_once(
         assert last < len(trained[0]) <= last + 1 + 4 + 4  # the ring, and what was under way when the word came
     final = run.clients[0].statistics
     assert final.released == final.dispatched == len(trained[0])
-    assert final.bytes_peak <= final.bytes_limit == 400
+    assert final.slots == 4
 
 
 def test_messages_keep_their_order(runs: typing.Callable[..., Run]) -> None:
@@ -568,8 +574,8 @@ def test_strangers_and_garbage_change_nothing(runs: typing.Callable[..., Run]) -
     assert run.server.unknown >= 5  # hello, heartbeat and failure of the stranger, two messages of the nameless
     stranger.close()
     context.destroy(linger=0)
-    clients[1].send(StopRequest("still here"))
-    assert collect(clients[6], 1) == [StopRequested(1, "still here")]
+    clients[1].send(StopRequest(StopReason.USER1))
+    assert collect(clients[6], 1) == [StopRequested(1, StopReason.USER1)]
 
 
 def test_malformed_bytes_of_a_rank_are_counted_and_survived(runs: typing.Callable[..., Run]) -> None:
@@ -579,12 +585,18 @@ def test_malformed_bytes_of_a_rank_are_counted_and_survived(runs: typing.Callabl
     dealer.setsockopt(zmq.IDENTITY, identity(run.token, 3))
     dealer.connect(run.server.address)
     client = run.client(0)
-    for payload in (b"", b"\xff" * 100, encode(Computed(1))[:-1], encode(StopRequest("x")) + b"y", b"p" * 60000):
+    for payload in (
+        b"",
+        b"\xff" * 100,
+        encode(Computed(1))[:-1],
+        encode(StopRequest(StopReason.USER1)) + b"y",
+        b"p" * 60000,
+    ):
         dealer.send(payload)
     dealer.send_multipart([encode(Ready()), b"a second frame"])
     dealer.send(encode(Hello(messages.PROTOCOL_VERSION, 5)))
-    dealer.send(encode(StopRequest("well-formed")))
-    with pytest.raises(Dismissed, match="well-formed on rank 3"):
+    dealer.send(encode(StopRequest(StopReason.USER2)))
+    with pytest.raises(Dismissed, match="SIGUSR2 on rank 3"):
         collect(client, 1)
     assert run.server.malformed == 5
     assert run.server.unknown == 1

@@ -11,8 +11,10 @@ from collections.abc import Iterable
 
 import pytest
 
+from specdist.core.attempts import Failure
 from specdist.core.errors import ConfigError
 from specdist.core.records import Cursor
+from specdist.core.stop import StopReason
 from specdist.core.topology import Topology, WorldConfig
 from specdist.run.worlds.rendezvous import ControlAddress, Rendezvous
 from specdist.run.worlds.terms import Terms
@@ -66,7 +68,7 @@ class Office(Observer):
             set[int](),
             list[str](),
         )
-        settings = {"slots": SLOTS, "slot_bytes": 1, "queue_depth": 2, "timeout": 1000.0, "end_item": end_item}
+        settings = {"slots": SLOTS, "queue_depth": 2, "timeout": 1000.0, "end_item": end_item}
         self.scheduler = Scheduler(draft_ranks=2, elastic=True, **settings)  # type: ignore[arg-type]
         rules = RemoteRules("terms", DRAIN_S)
         self.coordinator = Coordinator(
@@ -150,7 +152,7 @@ def test_whoever_is_gone_is_dropped_and_others_compute_what_it_owes(how):
         case "silent":
             office.pass_time(2.0, alive=(0, 1, second))
         case "failed":
-            office.hear(first, Failed("error", "ValueError", "broken", ""))
+            office.hear(first, Failed(Failure("error", "broken", exception="ValueError")))
         case "left":
             office.hear(first, Goodbye())
         case "slow":
@@ -216,7 +218,7 @@ def test_a_replica_that_is_asked_to_stop_leaves_without_a_trace():
     office = Office()
     first = office.join()
     office.hear(first, Ready())
-    assert office.hear(first, StopRequest("SIGTERM")) == [Stop()]
+    assert office.hear(first, StopRequest(StopReason.TERMINATE)) == [Stop()]
     assert office.scheduler.slots.free == SLOTS - 2
     office.hear(first, Computed(0), Computed(1), Produced(REPORT), Goodbye())
     assert office.scheduler.slots.free == SLOTS - 2  # the items wait for somebody, in their slots
@@ -258,11 +260,11 @@ def test_who_speaks_another_version_or_comes_twice_is_refused():
     old = office.join(version=1)
     assert isinstance(office.sent[-1][1], Abort)
     assert office.sent[-1][1].refused
-    assert "version 1" in office.sent[-1][1].message
+    assert "version 1" in office.sent[-1][1].failure.message
     assert office.sent[-1][0] == (old,)
     office.join(A)
     office.join(A)
-    assert "no place" in office.sent[-1][1].message  # type: ignore[union-attr]
+    assert "no place" in office.sent[-1][1].failure.message  # type: ignore[union-attr]
     assert not office.coordinator.aborted
 
 
@@ -293,7 +295,7 @@ def test_whatever_happens_every_item_is_delivered_once_and_no_slot_has_two_items
             rank = chance.choice(live)
             ghosts[rank] = (office.now, [assign.slot for assign in owed.pop(rank)])
             office.lost.add(rank)
-            office.hear(rank, Failed("error", "", "gone", ""))
+            office.hear(rank, Failed(Failure("error", "gone")))
             continue
         elif step < 0.7 and any(owed[rank] for rank in live):
             rank = chance.choice([rank for rank in live if owed[rank]])

@@ -66,7 +66,7 @@ def test_a_run_that_trains_tells_step_queues_balance_and_time(run_dir: Path) -> 
 
 
 def test_a_draft_world_without_a_target_world_says_so(run_dir: Path) -> None:
-    write(run_dir, statistics=Statistics(elapsed_s=100.0, bytes_limit=1000))
+    write(run_dir, statistics=Statistics(elapsed_s=100.0, slots=10))
     assert "no target replica is there" in describe(run_dir, NOW)
 
 

@@ -23,7 +23,7 @@ from specdist.job.config import JobConfig
 from specdist.run.worlds.rendezvous import ControlAddress, Rendezvous
 from specdist.run.worlds.terms import Terms
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.messages import PROTOCOL_VERSION, Join
+from specdist.scheduler.messages import PROTOCOL_VERSION, Join, Welcome
 from specdist.scheduler.wire import WORLD_BYTES
 from specdist.world.groups import World
 
@@ -192,12 +192,12 @@ class Search:
             deadline = time.monotonic() + _ANSWER_S
             while time.monotonic() < deadline and self.rendezvous.look() == control:
                 try:
-                    terms = client.welcome(_LOOK_S)
+                    welcome = client.expect(Welcome, _LOOK_S)
                 except WorldError as error:
                     if client.abort is not None and client.abort.refused:
                         raise ConfigError(str(error)) from error
                     raise
-                if terms is not None:
+                if welcome is not None:
                     stack.pop_all()
-                    return Session(client, Terms.from_json(terms), control)
+                    return Session(client, Terms.from_json(welcome.terms), control)
         raise WorldError(f"there is no answer at {control.address}")

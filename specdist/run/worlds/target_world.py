@@ -78,7 +78,9 @@ class TargetWorld:
             abort = client.abort
             if client.stop is not None:
                 return client.stop
-            if abort is not None and abort.rank >= len(session.terms.hosts):  # it is this replica that was dropped
+            if abort is not None and abort.failure.rank >= len(
+                session.terms.hosts
+            ):  # it is this replica that was dropped
                 if error.culprit == 0:  # it was stopped for so long that it took the scheduler for silent
                     raise abort.error() from error
                 raise
