@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specdist.core.stop import leave
-from specdist.run.worlds import target_world
+from specdist.run import context
 from specdist.target.base import TargetModel
 from specdist.target.registry import load_target
 from specdist.train import main
@@ -32,5 +32,5 @@ def held_engine(*arguments: Any) -> TargetModel:
 
 
 if __name__ == "__main__":
-    target_world.load_target = held_engine  # type: ignore[assignment]
+    context.load_target = held_engine  # type: ignore[assignment]
     leave(main(sys.argv[3:]))

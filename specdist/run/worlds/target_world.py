@@ -75,12 +75,10 @@ class TargetWorld:
         except Dismissed as error:
             raise Lost(str(error), stopped=True) from error
         except WorldError as error:
-            abort = client.abort
+            abort, draft_ranks = client.abort, len(session.terms.hosts)
             if client.stop is not None:
                 return client.stop
-            if abort is not None and abort.failure.rank >= len(
-                session.terms.hosts
-            ):  # it is this replica that was dropped
+            if abort is not None and abort.failure.rank >= draft_ranks:  # it is this replica that was dropped
                 if error.culprit == 0:  # it was stopped for so long that it took the scheduler for silent
                     raise abort.error() from error
                 raise
