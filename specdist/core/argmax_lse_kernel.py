@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`summary.summarise_logits` as a kernel: the logits are read once."""
+"""`argmax_lse.argmax_lse` as a kernel: the logits are read once."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def mapped(product, scale, cap, CAPPED: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
-def _summarise(  # type: ignore[no-untyped-def]
-    products, choice, log_sum_exp, vocabulary, scale, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+def _argmax_lse(  # type: ignore[no-untyped-def]
+    products, argmax, log_sum_exp, vocabulary, scale, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     peak, mass, best = float("-inf"), 0.0, 0
@@ -37,20 +37,20 @@ def _summarise(  # type: ignore[no-untyped-def]
         higher = tl.maximum(peak, highest)
         mass = mass * tl.exp(peak - higher) + tl.sum(tl.exp(logits - higher), axis=0)
         peak = higher
-    tl.store(choice + row, best)
+    tl.store(argmax + row, best)
     tl.store(log_sum_exp + row, peak + tl.log(mass))
 
 
-def summarise_logits(products: Tensor, logit_map: LogitMap) -> tuple[Tensor, Tensor]:
-    """As `summary.summarise_logits`, for contiguous products."""
+def argmax_lse(products: Tensor, logit_map: LogitMap) -> tuple[Tensor, Tensor]:
+    """As `argmax_lse.argmax_lse`, for contiguous products."""
     rows, vocabulary = products.shape
-    choice = torch.empty(rows, dtype=torch.int64, device=products.device)
+    argmax = torch.empty(rows, dtype=torch.int64, device=products.device)
     log_sum_exp = torch.empty(rows, dtype=torch.float32, device=products.device)
     if rows:
-        _summarise[(rows,)](
-            products, choice, log_sum_exp, vocabulary, *map_arguments(logit_map), BLOCK=BLOCK, num_warps=8
+        _argmax_lse[(rows,)](
+            products, argmax, log_sum_exp, vocabulary, *map_arguments(logit_map), BLOCK=BLOCK, num_warps=8
         )
-    return choice, log_sum_exp
+    return argmax, log_sum_exp
 
 
 def map_arguments(logit_map: LogitMap) -> tuple[float, float, bool]:

@@ -18,7 +18,7 @@ class Supervision:
     """What one micro-batch supervises, found before any gradient is computed.
 
     `counts` is what the loss is divided by after a sum over every micro-batch and rank of the optimizer step: a float64
-    vector of fixed length (EAGLE-3: one entry per TTT step). `data` is the algorithm's own and only it reads it.
+    vector of fixed length (one entry per TTT step, for instance). `data` is the algorithm's own and only it reads it.
     """
 
     counts: Tensor
@@ -49,9 +49,23 @@ class DraftModel(nn.Module, ABC):
     metric_names: tuple[str, ...]
     """The names of the sums `forward` returns, in a fixed order that is the same on every rank."""
 
-    @abstractmethod
+    @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Fresh weights. `generator` lives on the CPU, so that they do not depend on the device."""
+        """Fresh weights: what `initial` gives, norms one, others normal with standard deviation 1 / sqrt(inputs).
+
+        `generator` lives on the CPU, so that they do not depend on the device.
+        """
+        for name, parameter in self.named_parameters():
+            if (given := self.initial(name)) is not None:
+                parameter.copy_(given)
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
+
+    def initial(self, name: str) -> Tensor | None:
+        """What a parameter starts as, where it is not drawn at random."""
+        return None
 
     @abstractmethod
     def supervise(
@@ -77,9 +91,15 @@ class DraftModel(nn.Module, ABC):
         and a detached float64 vector of sums, one per entry of `metric_names`, to add over micro-batches and ranks.
         """
 
+    def nothing(self, totals: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` returns where nothing is supervised: a zero loss that touches every trainable parameter, so
+        that a rank without data still joins the collectives."""
+        loss = sum((p.float().sum() * 0.0 for p in self.parameters() if p.requires_grad), torch.zeros(()))
+        return loss, torch.zeros(len(self.metric_names), dtype=torch.float64, device=totals.device)
+
     @abstractmethod
-    def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """The figures a person reads (loss and acceptance rate per TTT step, ...) from summed `metric_names`."""
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """What a person reads (loss and acceptance rate per TTT step, ...) from summed `metric_names`."""
 
     @abstractmethod
     def proposer(self) -> Proposer:
@@ -98,6 +118,6 @@ class Proposer(ABC):
         """`count` greedy draft tokens (target ids) that continue the sequence after the last of `next_tokens`."""
 
 
-def empty_like_loss(model: nn.Module) -> Tensor:
-    """A zero loss that touches every trainable parameter, so that a rank without data still joins the collectives."""
-    return sum((p.float().sum() * 0.0 for p in model.parameters() if p.requires_grad), torch.zeros(()))
+def ratio(numerator: float, denominator: float) -> float:
+    """Of two sums; 0 where nothing was summed."""
+    return numerator / denominator if denominator else 0.0

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from specdist.core.argmax_lse import summariser
+from specdist.core.argmax_lse import argmax_lse_on
 from specdist.core.records import PackedTokens
 from specdist.target.base import TargetModel
 from specdist.target.config import TargetConfig
@@ -33,7 +33,7 @@ class WithArgmaxLse(TargetModel):
         index, of = (0, 1) if self._group is None else (dist.get_rank(self._group), dist.get_world_size(self._group))
         self._first = len(head) * index // of
         self._head = head[self._first : len(head) * (index + 1) // of].to(model.device)
-        self._summarise = summariser(model.device)
+        self._argmax_lse = argmax_lse_on(model.device)
 
     @torch.no_grad()
     def forward(self, batch: PackedTokens, out: Tensor) -> None:
@@ -51,7 +51,7 @@ class WithArgmaxLse(TargetModel):
     def _of(self, final: Tensor) -> tuple[Tensor, Tensor]:
         """Argmax and log-sum-exp [n] over the whole vocabulary, of last hidden states [n, H]."""
         products = final.to(self._head.dtype) @ self._head.T
-        argmax, log_sum_exp = self._summarise(products, self._logit_map)
+        argmax, log_sum_exp = self._argmax_lse(products, self._logit_map)
         if self._group is None:
             return argmax, log_sum_exp
         highest = self._logit_map(products.gather(1, argmax[:, None])[:, 0])

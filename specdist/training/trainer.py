@@ -263,7 +263,7 @@ class Trainer:
         sums = self._sums.clone()
         self._sums.zero_()
         dist.all_reduce(sums, group=self._groups.draft)
-        metrics = self.model.summarize(dict(zip(self.model.metric_names, sums.tolist(), strict=True)))
+        metrics = self.model.metrics(dict(zip(self.model.metric_names, sums.tolist(), strict=True)))
         assert self._last is not None
         _, norm = self._last.reading.get()
         return metrics | {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}

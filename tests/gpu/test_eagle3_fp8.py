@@ -14,6 +14,7 @@ from specdist.draft.build import build_draft
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3 import fp8
 from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.eagle3.matmul import Fp8Matmul
 from specdist.draft.eagle3.model import Eagle3Draft
 
 HIDDEN, VOCAB = 256, 1000
@@ -32,7 +33,7 @@ def test_the_device_multiplies_the_rounded_values(rows: int) -> None:
     x = torch.randn(rows, 256, generator=generator, device="cuda", dtype=torch.bfloat16)
     x *= torch.logspace(-3, 3, rows, device="cuda", dtype=torch.bfloat16)[:, None]
     weight = torch.randn(384, 256, generator=generator, device="cuda", dtype=torch.bfloat16)
-    products = fp8.Fp8Products({"w": weight})
+    products = Fp8Matmul({"w": weight})
     found = products.forward(products.take(x), "w").float()
     (a, a_scale), (b, b_scale) = fp8.quantise(x), fp8.quantise(weight)
     expected = (a.float() * a_scale) @ (b.float() * b_scale).T

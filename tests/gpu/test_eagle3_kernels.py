@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdist.core import argmax_lse as summary
+from specdist.core.argmax_lse import argmax_lse
 from specdist.core.records import LogitMap
-from specdist.draft.eagle3 import fp8, loss, pieces
+from specdist.draft.eagle3 import fp8, loss, ops
 from specdist.draft.eagle3.loss import LossKind
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -53,14 +53,14 @@ def test_own_keys(later: int, shape: tuple[int, int, int, int], dtype: torch.dty
     lse = torch.randn(q_heads, n, device=DEVICE).T  # not contiguous, as FlexAttention's
     inputs = (out, lse, q, keys[:later], values[:later], 0.3)
     found = own_keys.merge(*inputs)
-    expected = pieces.merge(*(t.float() for t in inputs[:-1]), 0.3)  # type: ignore[union-attr]
+    expected = ops.merge(*(t.float() for t in inputs[:-1]), 0.3)  # type: ignore[union-attr]
     assert_close(found, expected, dtype)
     sums = [torch.randn(own, device=DEVICE) for _ in range(2)]
     others = [t.clone() for t in sums]
     arguments = (grad, *found, *inputs)
     found_grads = own_keys.merge_backward(*arguments, *(t[:later] for t in sums))
     wide = (t.float() if isinstance(t, Tensor) else t for t in arguments)
-    expected_grads = pieces.merge_backward(*wide, *(t[:later] for t in others))  # type: ignore[arg-type]
+    expected_grads = ops.merge_backward(*wide, *(t[:later] for t in others))  # type: ignore[arg-type]
     assert_close([*found_grads, *sums], [*expected_grads, *others], dtype)
 
 
@@ -83,13 +83,13 @@ def test_heads(step: int, shape: tuple[int, int, int, int], dtype: torch.dtype) 
     rest = (angles.cos(), angles.sin(), active, positions, step)
     found, expected = ([torch.zeros(s, device=DEVICE, dtype=t) for s in sizes] for t in (dtype, torch.float32))
     heads.heads(product, entry, *rest, found)
-    pieces.heads(product.float(), entry.float(), *rest, expected)
+    ops.heads(product.float(), entry.float(), *rest, expected)
     assert_close(found, expected, dtype)
     wide_grad = entry_grad.float().clone()
     grads = [found[0], *(part.float() for part in found[1:])]  # those of own keys and values are sums in fp32
     for extra in (None, more):
         d_product = heads.heads_backward(grads, extra, *rest, entry_grad)
-        others = pieces.heads_backward(
+        others = ops.heads_backward(
             [g.float() for g in grads], None if extra is None else extra.float(), *rest, wide_grad
         )
         assert_close([d_product, entry_grad], [others, wide_grad], dtype)
@@ -129,8 +129,8 @@ def test_logits(vocabulary: int, logit_map: LogitMap, dtype: torch.dtype) -> Non
 
     rows, steps = 9, 7
     whole, student, products = randoms(dtype, (rows, 2 * vocabulary), (rows, steps, vocabulary), (rows, vocabulary))
-    found = kernel.summarise_logits(whole, logit_map)
-    expected = summary.summarise_logits(whole.float(), logit_map)
+    found = kernel.argmax_lse(whole, logit_map)
+    expected = argmax_lse(whole.float(), logit_map)
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
 

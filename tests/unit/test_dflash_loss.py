@@ -114,15 +114,15 @@ def test_nothing_supervised_is_a_loss_of_zero_with_a_graph() -> None:
 
 def test_what_a_person_reads() -> None:
     case = build_case(anchors=6)
-    figures = case.draft.summarize(run(case)[1])
+    figures = case.draft.metrics(run(case)[1])
     assert figures["loss"] == pytest.approx(float(run(case)[0]))
     assert 1.0 <= figures["simulated_acceptance_length"] <= BLOCK
     assert math.isfinite(figures["accuracy/1"])
-    empty = case.draft.summarize(dict.fromkeys(case.draft.metric_names, 0.0))
+    empty = case.draft.metrics(dict.fromkeys(case.draft.metric_names, 0.0))
     assert empty["loss"] == 0.0
     assert empty["simulated_acceptance_length"] == 1.0
 
 
 def test_a_draft_that_is_always_right_is_accepted_whole() -> None:
     sums = dict.fromkeys(build_case().draft.metric_names, 4.0)
-    assert build_case().draft.summarize(sums)["simulated_acceptance_length"] == BLOCK
+    assert build_case().draft.metrics(sums)["simulated_acceptance_length"] == BLOCK

@@ -19,6 +19,7 @@ from specdist.draft.config import draft_config
 from specdist.draft.eagle3 import fp8
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.matmul import Fp8Matmul
 
 HIDDEN, VOCAB = 64, 200
 
@@ -48,7 +49,7 @@ def test_every_row_is_rounded_on_its_own() -> None:
 def test_products_and_their_orientations(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     weights = {"wide": torch.randn(48, 16, generator=generator), "tall": torch.randn(16, 48, generator=generator)}
-    products, weight = fp8.Fp8Products(weights), weights[name]
+    products, weight = Fp8Matmul(weights), weights[name]
     outputs, inputs = weight.shape
     x, grad = torch.randn(5, inputs, generator=generator), torch.randn(5, outputs, generator=generator)
     onto = torch.ones(5, outputs)
@@ -61,11 +62,12 @@ def test_products_and_their_orientations(name: str) -> None:
 
 
 def step(
-    products: str, recompute: int, lengths: tuple[int, ...] = (40, 3, 60), compiled: bool = False
+    products: str, recompute: int, lengths: tuple[int, ...] = (40, 3, 60), compiled: bool = False, ttt_length: int = 7
 ) -> tuple[float, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(2)
     ends = (torch.randn(VOCAB, HIDDEN, generator=generator) / 8 for _ in range(2))
-    config = draft_config(eagle3=Eagle3Config(products=products, recompute=recompute), compile=compiled)  # type: ignore[arg-type]
+    options = Eagle3Config(products=products, recompute=recompute, ttt_length=ttt_length)  # type: ignore[arg-type]
+    config = draft_config(eagle3=options, compile=compiled)
     draft = build_draft(config, target(), TargetVocabulary(*ends), torch.arange(0, VOCAB, 2))
     documents = [torch.randint(0, VOCAB, (n,), generator=generator) for n in lengths]
     batch = PackedTokens.from_documents(documents, [torch.ones(len(d)) for d in documents])
@@ -87,22 +89,24 @@ def test_a_step_stays_close_to_the_plain_one(recompute: int) -> None:
         assert error < 0.15, name
 
 
-@pytest.mark.parametrize("products", ["compute", "fp8"])
-def test_lengths_share_their_graphs(products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_share_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where lengths equal other sizes: 64 is hidden, 128 the MLP's. A function of more graphs than torch.compile
-    allows is not compiled any more."""
+    allows is not compiled any more. Four TTT steps have one own key, and several."""
     torch.compiler.reset()
     compiling.compiled.cache_clear()
     counter = CompileCounter()
     monkeypatch.setattr(compiling.torch, "compile", functools.partial(torch.compile, backend=counter))
-    for lengths in ((65,), (200,)):
-        step(products, 0, lengths, compiled=True)
-    graphs = counter.frame_count
+
+    def steps(*batches: tuple[int, ...]) -> int:
+        for products in ("compute", "fp8"):
+            for lengths in batches:
+                step(products, 0, lengths, compiled=True, ttt_length=4)
+        return counter.frame_count
+
+    graphs = steps((65,), (200,))
     assert graphs > 8
-    for lengths in ((100, 3, 30), (66, 7), (129,), (33, 33)):
-        step(products, 0, lengths, compiled=True)
+    assert steps((100, 3, 30), (66, 7), (129,), (33, 33)) == graphs
     compiling.compiled.cache_clear()
-    assert counter.frame_count == graphs
 
 
 def test_widths_that_fp8_does_not_take_are_told() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from specdist.draft.common.mlp import MLP
 from specdist.draft.common.sizes import LayerSizes
 from specdist.draft.dflash.attention import BlockAttention, KeysValues
-from specdist.draft.dflash.pieces import PLAIN, Pieces
+from specdist.draft.dflash.ops import PLAIN, OpSet
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin, each [n, 1, D / 2]."""
@@ -34,15 +34,15 @@ class Attention(nn.Module):
             nn.RMSNorm(sizes.head_dim, eps=sizes.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)
         )
 
-    def queries(self, states: Tensor, rotation: Rotation, pieces: Pieces = PLAIN) -> Tensor:
+    def queries(self, states: Tensor, rotation: Rotation, ops: OpSet = PLAIN) -> Tensor:
         """[n, Hq, D] of normed states [n, H]."""
         heads = self.q_proj(states).unflatten(-1, self.heads)
-        return pieces.qk_norm_rope(heads, self.q_norm.weight, self.eps, *rotation)
+        return ops.qk_norm_rope(heads, self.q_norm.weight, self.eps, *rotation)
 
-    def keys_values(self, states: Tensor, rotation: Rotation, pieces: Pieces = PLAIN) -> KeysValues:
+    def keys_values(self, states: Tensor, rotation: Rotation, ops: OpSet = PLAIN) -> KeysValues:
         """Of normed states [n, H]: those of the block, or those made of the target's."""
         heads = self.k_proj(states).unflatten(-1, self.heads)
-        keys = pieces.qk_norm_rope(heads, self.k_norm.weight, self.eps, *rotation)
+        keys = ops.qk_norm_rope(heads, self.k_norm.weight, self.eps, *rotation)
         return keys, self.v_proj(states).unflatten(-1, self.heads)
 
 
@@ -63,12 +63,12 @@ class Layer(nn.Module):
         rotation: Rotation,
         context: KeysValues,
         attend: BlockAttention,
-        pieces: Pieces = PLAIN,
+        ops: OpSet = PLAIN,
     ) -> Tensor:
         """The next states [n, H] of the blocks' rows, from theirs and the keys and values of the verified tokens."""
         attention, mlp, normed = self.self_attn, self.mlp, self.input_layernorm(hidden)
-        own = attention.keys_values(normed, rotation, pieces)
-        attended = attend(attention.queries(normed, rotation, pieces), context, own)
+        own = attention.keys_values(normed, rotation, ops)
+        attended = attend(attention.queries(normed, rotation, ops), context, own)
         hidden = hidden + attention.o_proj(attended.flatten(1))
         normed = self.post_attention_layernorm(hidden)
-        return hidden + mlp.down_proj(pieces.swiglu(mlp.gate_proj(normed), mlp.up_proj(normed)))
+        return hidden + mlp.down_proj(ops.swiglu(mlp.gate_proj(normed), mlp.up_proj(normed)))

@@ -11,7 +11,7 @@ With q_k the draft's chance of x_{a+k}, the cross entropy -log q_k of slot k wei
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from specdist.core.records import LogitMap
+from specdist.draft.base import ratio
 from specdist.draft.common.precision import at_least_fp32
 from specdist.draft.dflash.blocks import Blocks
 from specdist.draft.dflash.config import DFlashConfig
@@ -137,3 +138,19 @@ class BlockLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         (grad,) = ctx.saved_tensors
         return None, grad * grads[0].to(grad.dtype)
+
+
+def metrics(sums: Mapping[str, float], slots: int) -> dict[str, float]:
+    """The loss that is minimised, and cross entropy and accuracy per slot, from sums over all micro-batches and ranks.
+
+    `simulated_acceptance_length` is 1 + sum_k (share of blocks whose slots 1..k are all right): tokens per target
+    forward, were the target's argmaxes the tokens of the data.
+    """
+    found: dict[str, float] = {}
+    length = 1.0
+    for slot in range(1, slots + 1):
+        counted = sums[f"counted/{slot}"]
+        found[f"loss/{slot}"] = ratio(sums[f"loss/{slot}"], counted)
+        found[f"accuracy/{slot}"] = ratio(sums[f"correct/{slot}"], counted)
+        length += ratio(sums[f"prefix/{slot}"], counted)
+    return {"loss": ratio(sums["weighted"], sums["total"]), "simulated_acceptance_length": length, **found}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specdist.core.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
-from specdist.draft.base import DraftModel, Supervision, empty_like_loss
+from specdist.draft.base import DraftModel, Supervision
 from specdist.draft.common.flex import takes_flex
 from specdist.draft.common.rotary import Rotary
 from specdist.draft.dflash.attention import BlockAttention, eager_attention, flex_attention
@@ -19,10 +19,9 @@ from specdist.draft.dflash.blocks import Blocks
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.dflash.dims import DFlashDims
 from specdist.draft.dflash.layer import Layer
-from specdist.draft.dflash.loss import SUMS, BlockLoss, LossInputs, Weighing
-from specdist.draft.dflash.pieces import PLAIN, compiled_pieces
+from specdist.draft.dflash.loss import SUMS, BlockLoss, LossInputs, Weighing, metrics
+from specdist.draft.dflash.ops import PLAIN, compiled_ops
 from specdist.draft.dflash.proposer import DFlashProposer
-from specdist.draft.dflash.summary import summarize
 
 
 @dataclass(frozen=True)
@@ -70,20 +69,7 @@ class DFlashDraft(DraftModel):
         self.fc = nn.Linear(dims.num_captured * hidden, hidden, bias=False, device=device, dtype=dtype)
         self.hidden_norm, self.norm = norm(), norm()
         self.layers = nn.ModuleList(Layer(dims, device, dtype) for _ in range(dims.num_layers))
-        self._pieces = compiled_pieces() if compiled else PLAIN
-
-    @torch.no_grad()
-    def initialize(self, generator: torch.Generator) -> None:
-        """Fresh weights: normal with standard deviation 1 / sqrt(inputs), and norms one.
-
-        `generator` lives on the CPU, so the weights do not depend on the device.
-        """
-        for parameter in self.parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                values = torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5
-                parameter.copy_(values)
+        self._ops = compiled_ops() if compiled else PLAIN
 
     def supervise(
         self, batch: PackedTokens, host_batch: PackedTokens, features: Features, draw: int = 0
@@ -102,8 +88,7 @@ class DFlashDraft(DraftModel):
         assert isinstance(blocks, Blocks)
         assert isinstance(lengths, tuple)
         if not len(blocks.anchors):
-            empty = torch.zeros(len(self.metric_names), dtype=torch.float64, device=totals.device)
-            return empty_like_loss(self), empty
+            return self.nothing(totals)
         states = self.states(batch, features, blocks, self.attention(blocks, lengths))
         inputs = LossInputs(
             blocks=blocks,
@@ -112,7 +97,7 @@ class DFlashDraft(DraftModel):
             weighing=self.frozen.weighing,
             total=totals,
             chunk=self.config.loss_chunk,
-            terms=self._pieces.block_terms,
+            terms=self._ops.block_terms,
         )
         loss, told = BlockLoss.apply(inputs, states[:, 1:])
         return loss, torch.cat([supervision.counts, told])
@@ -127,8 +112,8 @@ class DFlashDraft(DraftModel):
         hidden = self.embed(tokens.flatten())
         for layer in self.layers:
             assert isinstance(layer, Layer)
-            verified = layer.self_attn.keys_values(context, rotations[0], self._pieces)
-            hidden = layer(hidden, rotations[1], verified, attend, self._pieces)
+            verified = layer.self_attn.keys_values(context, rotations[0], self._ops)
+            hidden = layer(hidden, rotations[1], verified, attend, self._ops)
         return self.norm(hidden).unflatten(0, (-1, blocks.size))
 
     def context(self, captured: Tensor) -> Tensor:
@@ -145,8 +130,8 @@ class DFlashDraft(DraftModel):
             return flex_attention(blocks, sum(lengths), self.scale)
         return eager_attention(blocks, lengths, self.scale)
 
-    def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
-        return summarize(sums, self.config.block_size - 1)
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return metrics(sums, self.config.block_size - 1)
 
     def proposer(self) -> DFlashProposer:
         return DFlashProposer(self)

@@ -3,7 +3,7 @@
 
 The query of (row i, step k) sees the step-0 keys of j <= i in its document and its own keys of steps 1..k. The first
 part is prepared once per micro-batch and called once per step, for the rows that are active; it returns the log-sum-exp
-of its scores too, through which the few own keys are merged (`pieces.merge`).
+of its scores too, through which the few own keys are merged (`ops.merge`).
 """
 
 from __future__ import annotations

@@ -7,15 +7,12 @@ gradients of weights are not computed here: they take the unrounded values (torc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from specdist.core.errors import ConfigError
 from specdist.draft.common.precision import at_least_fp32
-from specdist.draft.eagle3.pieces import norm, swiglu, swiglu_backward
+from specdist.draft.eagle3.ops import norm, swiglu, swiglu_backward
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
@@ -66,50 +63,6 @@ def product(a: Rounded, b: Rounded, dtype: torch.dtype) -> Tensor:
             x, w.t(), scale_a=x_scale, scale_b=w_scale.t(), out_dtype=dtype, use_fast_accum=True
         )
     return ((x.float() * x_scale) @ (w.float() * w_scale).T).to(dtype)
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """The functions that round, as they are or fused."""
-
-    rows: Callable[[Tensor], Rounded] = quantise
-    both_ways: Callable[[Tensor], tuple[Rounded, Rounded]] = quantise_both_ways
-    norm: Callable[[Tensor, Tensor, float], Rounded] = rounded_norm
-    swiglu: Callable[[Tensor, Tensor], Rounded] = rounded_swiglu
-    swiglu_backward: Callable[[Tensor, Tensor, Tensor], tuple[Rounded, Rounded]] = rounded_swiglu_backward
-
-
-class Fp8Products:
-    """`products.Products` in FP8."""
-
-    def __init__(self, weights: Mapping[str, Tensor], rounding: Rounding = Rounding()) -> None:
-        self._rounding = rounding
-        rounded = {name: rounding.both_ways(weight.detach()) for name, weight in weights.items()}
-        self._forward = {name: forward for name, (forward, _) in rounded.items()}
-        self._backward = {name: backward for name, (_, backward) in rounded.items()}
-        self._dtype = next(iter(weights.values())).dtype
-
-    # Detached: the compiler makes graphs of their own for views and for what requires gradients.
-    def take(self, x: Tensor) -> Rounded:
-        return self._rounding.rows(x.detach())
-
-    def take_norm(self, x: Tensor, weight: Tensor, eps: float) -> Rounded:
-        return self._rounding.norm(x.detach(), weight.detach(), eps)
-
-    def take_swiglu(self, gate: Tensor, up: Tensor) -> Rounded:
-        return self._rounding.swiglu(gate, up)
-
-    def gate_and_up_backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-        d_gate, d_up = self._rounding.swiglu_backward(grad, gate, up)
-        return self.backward(d_up, "up", onto=self.backward(d_gate, "gate"))
-
-    def forward(self, x: Rounded, name: str, onto: Tensor | None = None) -> Tensor:
-        found = product(x, self._forward[name], self._dtype)
-        return found if onto is None else found.add_(onto)
-
-    def backward(self, grad: Rounded, name: str, onto: Tensor | None = None) -> Tensor:
-        found = product(grad, self._backward[name], self._dtype)
-        return found if onto is None else found.add_(onto)
 
 
 def check_device(device: torch.device) -> None:

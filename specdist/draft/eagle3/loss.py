@@ -14,7 +14,7 @@ target's full softmax on the same tokens, and a = sum_v min(p'_v, q_v) the accep
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from specdist.core.records import LogitMap
-from specdist.draft.common.precision import at_least_fp32
-from specdist.draft.eagle3.products import add_product, wide_zeros
+from specdist.draft.base import ratio
+from specdist.draft.common.precision import add_product, at_least_fp32, wide_zeros
 from specdist.draft.eagle3.teacher import Teacher
 
 SUMS = ("loss", "counted", "accepted", "correct")
@@ -67,7 +67,7 @@ def row_terms(
     teacher: Tensor,
     logit_map: LogitMap,
     log_sum_exp: Tensor,
-    choice: Tensor,
+    argmax: Tensor,
     weights: Tensor,
     kind: LossKind,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,18 +75,18 @@ def row_terms(
     weighted loss with respect to `student` takes its place.
 
     `student` are draft logits [n, K, V_d] of K steps and `teacher` [n, V_d] products with the target's head;
-    `log_sum_exp` [n] is that of the target's logits over its whole vocabulary, and `choice` [n] the draft id of its
-    argmax or -1: such rows get no loss and no gradient, but their acceptance is what it is. `weights` [n, K] are those
+    `log_sum_exp` [n] is that of the target's logits over its whole vocabulary, and `argmax` [n] the draft id of that
+    or -1: such rows get no loss and no gradient, but their acceptance is what it is. `weights` [n, K] are those
     of the loss.
     """
     s, t = at_least_fp32(student), logit_map(teacher)[:, None]
-    counted = (choice >= 0)[:, None]
+    counted = (argmax >= 0)[:, None]
     log_q = s.logsumexp(-1, keepdim=True)
     log_p = t.logsumexp(-1, keepdim=True)
     q, p = (s - log_q).exp(), (t - log_p).exp()
     full = p * (log_p - log_sum_exp[:, None, None]).exp()
     acceptance = torch.minimum(full, q).sum(-1)
-    agree = s.argmax(-1) == choice[:, None]
+    agree = s.argmax(-1) == argmax[:, None]
     if kind.name == "lk_alpha":
         safe = acceptance.clamp(min=torch.finfo(acceptance.dtype).tiny)
         loss, grad = -safe.log(), acceptance_gradient(q, full) / -safe[..., None]
@@ -129,19 +129,40 @@ def _chunk(inputs: LossInputs, part: slice, lm_head: Tensor, states: Tensor, hea
     final = inputs.final[teacher.rows.taught[part]].to(inputs.head.dtype)
     flat = states.flatten(0, 1)
     student = flat @ lm_head.T
-    choice, log_sum_exp = teacher.choice[part], teacher.log_sum_exp[part]
+    argmax, log_sum_exp = teacher.argmax[part], teacher.log_sum_exp[part]
     weights = torch.where(reached, inputs.weights, 0.0).to(log_sum_exp.dtype)
     loss, acceptance, agree = inputs.terms(
         student.unflatten(0, states.shape[:2]),
         final @ inputs.head.T,
         inputs.logit_map,
         log_sum_exp,
-        choice,
+        argmax,
         weights,
         inputs.kind,
     )
     if head_grad is not None:  # `student` holds the gradient of the logits since
         add_product(head_grad, student.T, flat)
         torch.mm(student, lm_head, out=flat)
-    terms = torch.stack([loss, (choice >= 0)[:, None].expand_as(loss), acceptance, agree], dim=-1)
+    terms = torch.stack([loss, (argmax >= 0)[:, None].expand_as(loss), acceptance, agree], dim=-1)
     return terms.double().where(reached[..., None], 0.0).sum(0)
+
+
+def metrics(sums: Mapping[str, float], steps: int, step_decay: float) -> dict[str, float]:
+    """Loss, acceptance rate and accuracy in total and per TTT step, from sums over all micro-batches and ranks.
+
+    The loss is averaged over the counted positions; acceptance and accuracy over all supervised ones, so a token that
+    the draft vocabulary lacks is the rejection it will be when served. `simulated_acceptance_length` is
+    1 + sum_k prod_{j<=k} alpha_j: tokens per target forward if the steps accepted independently.
+    """
+    found: dict[str, float] = {}
+    total, length, reached = 0.0, 1.0, 1.0
+    for step in range(steps):
+        loss = ratio(sums[f"loss/{step}"], sums[f"counted/{step}"])
+        acceptance = ratio(sums[f"accepted/{step}"], sums[f"positions/{step}"])
+        found[f"loss/{step}"] = loss
+        found[f"acceptance_rate/{step}"] = acceptance
+        found[f"accuracy/{step}"] = ratio(sums[f"correct/{step}"], sums[f"positions/{step}"])
+        total += step_decay**step * loss
+        reached *= acceptance
+        length += reached
+    return {"loss": total, "simulated_acceptance_length": length, **found}

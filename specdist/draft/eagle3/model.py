@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from specdist.core.errors import ConfigError
 from specdist.core.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
-from specdist.draft.base import DraftModel, Supervision, empty_like_loss
+from specdist.draft.base import DraftModel, Supervision
 from specdist.draft.common.flex import takes_flex
 from specdist.draft.common.rotary import Rotary, rotate
 from specdist.draft.common.vocabulary import DraftVocabulary
@@ -21,12 +21,12 @@ from specdist.draft.eagle3.attention import DocumentAttention, eager_attention, 
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.fp8 import check_device
-from specdist.draft.eagle3.fused import Fused
 from specdist.draft.eagle3.layer import MidLayer
-from specdist.draft.eagle3.loss import SUMS, LossInputs, LossKind
+from specdist.draft.eagle3.loss import SUMS, LossInputs, LossKind, metrics
+from specdist.draft.eagle3.matmul import Fp8Matmul, Matmul
+from specdist.draft.eagle3.op_set import PLAIN, compiled_ops
 from specdist.draft.eagle3.proposer import Eagle3Proposer
 from specdist.draft.eagle3.rows import Rows
-from specdist.draft.eagle3.summary import summarize
 from specdist.draft.eagle3.teacher import Teacher, teach
 from specdist.draft.eagle3.unroll import Task, Unroll, Weights
 
@@ -103,22 +103,10 @@ class Eagle3Draft(DraftModel):
         self.midlayer = MidLayer(dims, device, dtype)
         self.norm = nn.RMSNorm(hidden, eps=dims.rms_norm_eps, device=device, dtype=dtype)
         self.lm_head = nn.Linear(hidden, dims.draft_vocab_size, bias=False, device=device, dtype=dtype)
-        self.fused = Fused(compiled, device)
+        self.ops = compiled_ops(device) if compiled else PLAIN
 
-    @torch.no_grad()
-    def initialize(self, generator: torch.Generator) -> None:
-        """Fresh weights: normal with standard deviation 1 / sqrt(inputs), norms one, and the head as configured.
-
-        `generator` lives on the CPU, so the weights do not depend on the device.
-        """
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-            elif name == "lm_head.weight" and self.config.init_head == "target":
-                parameter.copy_(self.frozen.head)
-            else:
-                values = torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5
-                parameter.copy_(values)
+    def initial(self, name: str) -> Tensor | None:
+        return self.frozen.head if name == "lm_head.weight" and self.config.init_head == "target" else None
 
     def supervise(
         self, batch: PackedTokens, host_batch: PackedTokens, features: Features, draw: int = 0
@@ -133,7 +121,7 @@ class Eagle3Draft(DraftModel):
             frozen.vocabulary,
             self.config.ttt_length,
             max(self.config.loss_chunk * len(frozen.head) // len(frozen.embedding), 1),
-            self.fused.summarise_logits,
+            self.ops.argmax_lse,
             self.share,
         )
         return Supervision(teacher.counts(), {"teacher": teacher, "lengths": tuple(host_batch.lengths)})
@@ -147,8 +135,7 @@ class Eagle3Draft(DraftModel):
         assert isinstance(teacher, Teacher)
         assert isinstance(lengths, tuple)
         if not len(teacher.rows.taught):
-            empty = torch.zeros(len(self.metric_names), dtype=torch.float64, device=totals.device)
-            return empty_like_loss(self), empty
+            return self.nothing(totals)
         task = self.task(features, teacher, lengths, totals)
         inputs = self.inputs(batch, features, teacher)
         loss, sums = Unroll.apply(task, torch.is_grad_enabled(), *inputs)
@@ -171,7 +158,7 @@ class Eagle3Draft(DraftModel):
             weights=self.config.step_decay**steps / totals.clamp(min=1.0),
             kind=self.loss_kind,
             chunk=self.config.loss_chunk,
-            terms=self.fused.row_terms,
+            terms=self.ops.kl_row_terms if self.config.loss == "kl" else self.ops.row_terms,
         )
         positions = torch.arange(max(lengths) + self.config.ttt_length, device=totals.device)
         cos, sin = self.frozen.rotary(positions)
@@ -181,8 +168,8 @@ class Eagle3Draft(DraftModel):
             loss=loss,
             cos=cos[:, 0],
             sin=sin[:, 0],
-            fused=self.fused,
-            products=self.fused.fp8_products if self.config.products == "fp8" else self.fused.plain_products,
+            ops=self.ops,
+            matmul=Fp8Matmul if self.config.products == "fp8" else Matmul,
             query_heads=(self.dims.num_attention_heads, self.dims.head_dim),
             scale=self.scale,
             eps=self.dims.rms_norm_eps,
@@ -252,8 +239,8 @@ class Eagle3Draft(DraftModel):
             return flex_attention(rows, sum(lengths), self.scale)
         return eager_attention(lengths, rows, self.scale)
 
-    def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
-        return summarize(sums, self.config.ttt_length, self.config.step_decay)
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return metrics(sums, self.config.ttt_length, self.config.step_decay)
 
     def proposer(self) -> Eagle3Proposer:
         return Eagle3Proposer(self)

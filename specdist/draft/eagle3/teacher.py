@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the target teaches a micro-batch: its choice at each supervised position. Shared by all TTT steps."""
+"""What the target teaches a micro-batch: its argmax at each supervised position. Shared by all TTT steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdist.core.argmax_lse import Summarise, summarise_logits
+from specdist.core.argmax_lse import ArgmaxLse, argmax_lse
 from specdist.core.records import Features, LogitMap, PackedTokens
 from specdist.draft.base import WHOLE, ContextShare
 from specdist.draft.common.vocabulary import DraftVocabulary
@@ -17,21 +17,21 @@ from specdist.draft.eagle3.rows import Rows
 
 @dataclass(frozen=True)
 class Teacher:
-    """The P supervised positions of a micro-batch and the target's choices; on the device of the features.
+    """The P supervised positions of a micro-batch and the target's argmaxes; on the device of the features.
 
     Attributes:
         rows: where they are, and the rows that reach them.
-        choice: int64 [P], the draft id of the target's most likely token, -1 where the draft vocabulary lacks it.
+        argmax: int64 [P], the draft id of the target's most likely token, -1 where the draft vocabulary lacks it.
         log_sum_exp: at least fp32 [P], of the target's logits over its whole vocabulary.
     """
 
     rows: Rows
-    choice: Tensor
+    argmax: Tensor
     log_sum_exp: Tensor
 
     def counts(self) -> Tensor:
         """N_k, float64 [K]: the positions that count in the loss of step k."""
-        return ((self.rows.student >= 0) & (self.choice >= 0)[:, None]).sum(0).double()
+        return ((self.rows.student >= 0) & (self.argmax >= 0)[:, None]).sum(0).double()
 
     def positions(self) -> Tensor:
         """float64 [K]: the positions that step k reaches."""
@@ -47,23 +47,23 @@ def teach(
     vocabulary: DraftVocabulary,
     steps: int,
     chunk: int,
-    summarise: Summarise = summarise_logits,
+    find: ArgmaxLse = argmax_lse,
     share: ContextShare = WHOLE,
 ) -> Teacher:
-    """Find what the target chose at the supervised positions.
+    """Find the target's argmax at the supervised positions.
 
     Args:
         whole_head: [V, H], run over the last hidden states, `chunk` rows of logits at a time; None where the features
-            bring the target's own summary.
-        summarise: `summarise_logits`, or its compiled form.
+            bring the target's own.
+        find: `argmax_lse`, or its compiled form.
     """
     rows = Rows.of(host_batch, steps, share).to(features.rows.device)
     if whole_head is None:
-        choice, log_sum_exp = features.argmax_lse(rows.taught)
-        return Teacher(rows, vocabulary.to_draft[choice], log_sum_exp)
-    choices, log_sum_exps = [], []
+        argmax, log_sum_exp = features.argmax_lse(rows.taught)
+        return Teacher(rows, vocabulary.to_draft[argmax], log_sum_exp)
+    found, log_sum_exps = [], []
     for part in rows.taught.split(chunk):  # one empty part when there are no rows
-        choice, log_sum_exp = summarise(features.final[part].to(whole_head.dtype) @ whole_head.T, logit_map)
-        choices.append(vocabulary.to_draft[choice])
+        argmax, log_sum_exp = find(features.final[part].to(whole_head.dtype) @ whole_head.T, logit_map)
+        found.append(vocabulary.to_draft[argmax])
         log_sum_exps.append(log_sum_exp)
-    return Teacher(rows, torch.cat(choices), torch.cat(log_sum_exps))
+    return Teacher(rows, torch.cat(found), torch.cat(log_sum_exps))

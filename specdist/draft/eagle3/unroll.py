@@ -12,7 +12,6 @@ depends on the token alone and serves every step that meets it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,10 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from specdist.draft.common.flex import in_blocks, whole_blocks
+from specdist.draft.common.precision import add_product, wide_zeros
 from specdist.draft.eagle3.attention import DocumentAttention
-from specdist.draft.eagle3.fused import Fused
 from specdist.draft.eagle3.loss import LossInputs, losses
-from specdist.draft.eagle3.products import Products, add_product, wide_zeros
+from specdist.draft.eagle3.matmul import Matmul
+from specdist.draft.eagle3.op_set import OpSet
 from specdist.draft.eagle3.rows import Rows
 
 
@@ -52,7 +52,7 @@ class Task:
         attend: the attention of the active rows over the step-0 keys.
         loss: what the states are compared with.
         cos: [positions, D / 2], of the angles of every position, `sin` likewise.
-        products: makes the products of the layer's weights.
+        matmul: how the products with the layer's weights are made.
         query_heads: their number, and D.
         scale: of attention scores.
         eps: of the norms.
@@ -65,8 +65,8 @@ class Task:
     loss: LossInputs
     cos: Tensor
     sin: Tensor
-    fused: Fused
-    products: Callable[[Mapping[str, Tensor]], Products]
+    ops: OpSet
+    matmul: type[Matmul]
     query_heads: tuple[int, int]
     scale: float
     eps: float
@@ -128,7 +128,7 @@ class Unrolled:
         self.own_keys, self.own_values = key.new_empty(own), value.new_empty(own)
         queries = task.query_heads[0] * task.query_heads[1]
         layer = {"q": weights.qkv[:queries], "qkv": weights.qkv, "o": weights.o}
-        self.products = task.products(layer | {"gate": weights.gate, "up": weights.up, "down": weights.down})
+        self.matmul = task.matmul(layer | {"gate": weights.gate, "up": weights.up, "down": weights.down}, task.ops)
         self.states = entry.new_empty(len(rows.taught), steps, weights.norm.shape[0])
         self.tape: list[_Step] = []
 
@@ -140,54 +140,54 @@ class Unrolled:
 
     def _step(self, step: int, hidden: Tensor) -> Tensor:
         """One TTT step: from the state [n, H] of the active rows to the next one."""
-        task, weights, fused, products = self.task, self.weights, self.task.fused, self.products
+        task, weights, ops, matmul = self.task, self.weights, self.task.ops, self.matmul
         q = self._queries(step, hidden)
         with torch.set_grad_enabled(self.with_grad):
             out, lse = task.attend(q, self.key, self.value)
         merged, _ = self.merged(step, q, out, lse)
         middle = self.middle(hidden, merged)
-        gate, up = self.gate_and_up(products.take_norm(middle, weights.post_norm, task.eps))
-        after = products.forward(products.take_swiglu(gate, up), "down", onto=middle)
+        gate, up = self.gate_and_up(matmul.take_norm(middle, weights.post_norm, task.eps))
+        after = matmul.forward(matmul.take_swiglu(gate, up), "down", onto=middle)
         if self.with_grad:
             again = step < task.recompute
             kept = None if again else (gate, up)
             self.tape.append(_Step(hidden, q, out, lse, None if again else middle, kept, after))
         rows = task.rows.student[:, step].clamp(min=0)  # what no row reaches has no weight in the loss
         if task.norm_output:
-            normed = fused.norm(after, weights.norm, task.eps)
+            normed = ops.norm(after, weights.norm, task.eps)
             self.states[:, step] = normed[rows]
             return normed
-        fused.state(self.states[:, step], after, rows, weights.norm, task.eps)
+        ops.state(self.states[:, step], after, rows, weights.norm, task.eps)
         return after
 
     def middle(self, hidden: Tensor, merged: Tensor) -> Tensor:
         """The state after the attention."""
-        return self.products.forward(self.products.take(merged.flatten(1)), "o", onto=hidden)
+        return self.matmul.forward(self.matmul.take(merged.flatten(1)), "o", onto=hidden)
 
     def gate_and_up(self, taken: Any) -> tuple[Tensor, Tensor]:
-        """Of the normed state, as `Products.take` gives it."""
-        return self.products.forward(taken, "gate"), self.products.forward(taken, "up")
+        """Of the normed state, as `Matmul.take` gives it."""
+        return self.matmul.forward(taken, "gate"), self.matmul.forward(taken, "up")
 
     def merged(self, step: int, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """The attention over the own keys as well, and its log-sum-exp."""
         out, lse, q = out.detach(), lse.detach(), q.detach()[: len(out)]
         if not step:
             return out, lse
-        return self.task.fused.merge(out, lse, q, self.own_keys[:step], self.own_values[:step], self.task.scale)
+        return self.task.ops.merge(out, lse, q, self.own_keys[:step], self.own_values[:step], self.task.scale)
 
     def _queries(self, step: int, hidden: Tensor) -> Tensor:
         """The queries [n, Hq, D] of a step; puts the keys and values of later ones with the own ones."""
         task, weights = self.task, self.weights
-        taken = self.products.take_norm(hidden, weights.hidden_norm, task.eps)
+        taken = self.matmul.take_norm(hidden, weights.hidden_norm, task.eps)
         count = len(hidden)
         whole = hidden.new_empty(in_blocks(count), *task.query_heads)
         whole[count:].zero_()
         parts = [whole[:count]]
         if step:
             parts += [self.own_keys[step - 1], self.own_values[step - 1]]
-        product = self.products.forward(taken, "qkv" if step else "q")
+        product = self.matmul.forward(taken, "qkv" if step else "q")
         rows = task.rows
-        task.fused.heads(product, self.entry, task.cos, task.sin, rows.active, rows.positions, step, parts)
+        task.ops.heads(product, self.entry, task.cos, task.sin, rows.active, rows.positions, step, parts)
         return whole.requires_grad_(self.with_grad)
 
 
@@ -216,30 +216,30 @@ class _Backward:
     def _step(self, step: int, saved: _Step, carry: Tensor) -> Tensor:
         """From the gradient of the state after a step to that of the state before it."""
         unrolled, task, weights, grads = self._unrolled, self._unrolled.task, self._unrolled.weights, self._grads
-        fused, eps, products = task.fused, task.eps, unrolled.products
+        ops, eps, matmul = task.ops, task.eps, unrolled.matmul
         carry = self._through_norm(step, saved, carry)
 
         attended = unrolled.merged(step, saved.q, saved.out, saved.lse)
         middle = unrolled.middle(saved.hidden, attended[0]) if saved.middle is None else saved.middle
-        normed = fused.norm(middle, weights.post_norm, eps)
-        gate, up = saved.gate_and_up or unrolled.gate_and_up(products.take(normed))
-        act = products.backward(products.take(carry), "down")
+        normed = ops.norm(middle, weights.post_norm, eps)
+        gate, up = saved.gate_and_up or unrolled.gate_and_up(matmul.take(normed))
+        act = matmul.backward(matmul.take(carry), "down")
         # In place: these are then the activations, and the gradients of gate and up.
-        d_normed = products.gate_and_up_backward(act, gate, up)
+        d_normed = matmul.gate_and_up_backward(act, gate, up)
         add_product(grads.down, carry.T, act)
         add_product(grads.gate, gate.T, normed)
         add_product(grads.up, up.T, normed)
         del act, gate, up
-        carry, d_weight = fused.norm_backward(d_normed, middle, weights.post_norm, eps, carry)
+        carry, d_weight = ops.norm_backward(d_normed, middle, weights.post_norm, eps, carry)
         grads.post_norm.add_(d_weight)
 
         d_product = self._through_attention(step, saved, attended, carry)
 
-        normed = fused.norm(saved.hidden, weights.hidden_norm, eps)
+        normed = ops.norm(saved.hidden, weights.hidden_norm, eps)
         width = d_product.shape[1]
         add_product(grads.qkv[:width], d_product.T, normed)
-        d_normed = products.backward(products.take(d_product), "qkv" if step else "q")
-        carry, d_weight = fused.norm_backward(d_normed, saved.hidden, weights.hidden_norm, eps, carry)
+        d_normed = matmul.backward(matmul.take(d_product), "qkv" if step else "q")
+        carry, d_weight = ops.norm_backward(d_normed, saved.hidden, weights.hidden_norm, eps, carry)
         grads.hidden_norm.add_(d_weight)
         return carry
 
@@ -248,10 +248,10 @@ class _Backward:
         task, weights, states = self._unrolled.task, self._unrolled.weights, self._unrolled.states[:, step]
         which = task.rows.teacher[:, step]
         if not task.norm_output:
-            carry, d_weight = task.fused.state_backward(states, which, saved.after, weights.norm, task.eps, carry)
+            carry, d_weight = task.ops.state_backward(states, which, saved.after, weights.norm, task.eps, carry)
         else:
-            carry = task.fused.state_grad(states, which, carry)
-            carry, d_weight = task.fused.norm_backward(
+            carry = task.ops.state_grad(states, which, carry)
+            carry, d_weight = task.ops.norm_backward(
                 carry, saved.after, weights.norm, task.eps, torch.zeros_like(carry)
             )
         self._grads.norm.add_(d_weight)
@@ -260,18 +260,18 @@ class _Backward:
     def _through_attention(self, step: int, saved: _Step, attended: tuple[Tensor, Tensor], carry: Tensor) -> Tensor:
         """From the gradient of the state after the attention to that of the projections before it. `attended`: what
         `Unrolled.merged` gives."""
-        task, unrolled, products = self._unrolled.task, self._unrolled, self._unrolled.products
+        task, unrolled, matmul = self._unrolled.task, self._unrolled, self._unrolled.matmul
         merged, total = attended
         add_product(self._grads.o, carry.T, merged.flatten(1))
         q = saved.q.detach()[: len(carry)]
-        d_out, d_lse = products.backward(products.take(carry), "o"), torch.zeros_like(saved.lse)
+        d_out, d_lse = matmul.backward(matmul.take(carry), "o"), torch.zeros_like(saved.lse)
         d_out = d_out.unflatten(1, q.shape[1:])
         more = None
         if step:
             own = unrolled.own_keys[:step], unrolled.own_values[:step]
             sums = self._own_keys[:step], self._own_values[:step]
             forward = merged, total, saved.out.detach(), saved.lse.detach(), q
-            d_out, d_lse, more = task.fused.merge_backward(d_out, *forward, *own, task.scale, *sums)
+            d_out, d_lse, more = task.ops.merge_backward(d_out, *forward, *own, task.scale, *sums)
         inputs = (saved.q, unrolled.key, unrolled.value)
         d_query, d_key, d_value = torch.autograd.grad((saved.out, saved.lse), inputs, (d_out, d_lse))
         self._key += d_key[: len(self._key)]
@@ -280,6 +280,4 @@ class _Backward:
         if step:
             parts += [self._own_keys[step - 1], self._own_values[step - 1]]
         rows = task.rows
-        return task.fused.heads_backward(
-            parts, more, task.cos, task.sin, rows.active, rows.positions, step, self._entry
-        )
+        return task.ops.heads_backward(parts, more, task.cos, task.sin, rows.active, rows.positions, step, self._entry)

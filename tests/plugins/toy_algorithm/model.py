@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specdist.core.records import FeatureLayout, Features, PackedTokens
-from specdist.draft.base import DraftModel, Proposer, Supervision, empty_like_loss
+from specdist.draft.base import DraftModel, Proposer, Supervision
 
 
 class ToyDraft(DraftModel):
@@ -20,10 +20,6 @@ class ToyDraft(DraftModel):
         super().__init__()
         self.layout = layout
         self.head = nn.Linear(layout.hidden_size, vocab_size, bias=False, device=device)
-
-    @torch.no_grad()
-    def initialize(self, generator: torch.Generator) -> None:
-        self.head.weight.copy_(0.1 * torch.randn(self.head.weight.shape, generator=generator))
 
     def supervise(
         self, batch: PackedTokens, host_batch: PackedTokens, features: Features, draw: int = 0
@@ -39,14 +35,14 @@ class ToyDraft(DraftModel):
         rows = supervision.data["rows"]
         assert isinstance(rows, Tensor)
         if not len(rows):
-            return empty_like_loss(self), torch.zeros(3, dtype=torch.float64, device=rows.device)
+            return self.nothing(totals)
         logits, labels = self.head(features.captured[rows].to(self.head.weight.dtype)).float(), batch.tokens[rows + 2]
         loss = functional.cross_entropy(logits, labels, reduction="sum")
         correct = (logits.argmax(-1) == labels).sum()
         sums = torch.stack([loss.detach().double(), correct.double(), supervision.counts[0]])
         return loss / totals[0].to(loss.dtype), sums
 
-    def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         counted = max(sums["counted"], 1.0)
         accuracy = sums["correct"] / counted
         return {"loss": sums["loss"] / counted, "accuracy": accuracy, "simulated_acceptance_length": 1 + accuracy}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pieces.heads` and its backward: one program per row, over all its heads."""
+"""`ops.heads` and its backward: one program per row, over all its heads."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def heads(
     product: Tensor, entry: Tensor, cos: Tensor, sin: Tensor, active: Tensor, positions: Tensor, step: int,
     parts: list[Tensor],
 ) -> None:  # fmt: skip
-    """`pieces.heads`. Contiguous tensors."""
+    """`ops.heads`. Contiguous tensors."""
     q, k, v = (parts * 3)[:3]
     _heads[(len(active),)](
         product, entry, cos, sin, active, positions, q, k, v, step, product.shape[1], entry.shape[1],
@@ -101,7 +101,7 @@ def heads_backward(
     grads: list[Tensor], more: Tensor | None, cos: Tensor, sin: Tensor, active: Tensor, positions: Tensor, step: int,
     entry_grad: Tensor,
 ) -> Tensor:  # fmt: skip
-    """`pieces.heads_backward`. Contiguous tensors."""
+    """`ops.heads_backward`. Contiguous tensors."""
     grads = [grad.contiguous() for grad in grads]
     q, k, v = (grads * 3)[:3]
     width = sum(grad[0].numel() for grad in grads)

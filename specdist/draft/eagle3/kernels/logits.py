@@ -8,13 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdist.core.argmax_lse_kernel import BLOCK, map_arguments, mapped, summarise_logits
+from specdist.core.argmax_lse_kernel import BLOCK, argmax_lse, map_arguments, mapped
 from specdist.core.records import LogitMap
+from specdist.draft.eagle3.loss import LossKind
 
 
 @triton.jit
 def _row_terms(  # type: ignore[no-untyped-def]
-    student, teacher, log_p, log_sum_exp, choice, weights, loss, acceptance, agree, steps, vocabulary, scale, cap,
+    student, teacher, log_p, log_sum_exp, argmax, weights, loss, acceptance, agree, steps, vocabulary, scale, cap,
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)  # of a row and a step
@@ -30,7 +31,7 @@ def _row_terms(  # type: ignore[no-untyped-def]
         mass = mass * tl.exp(peak - higher) + tl.sum(tl.exp(s - higher), axis=0)
         peak = higher
     log_q = peak + tl.log(mass)
-    log_p_here, taught = tl.load(log_p + row), tl.load(choice + row)
+    log_p_here, taught = tl.load(log_p + row), tl.load(argmax + row)
     full_share = tl.exp(log_p_here - tl.load(log_sum_exp + row))
     weight = tl.where(taught >= 0, tl.load(weights + pair), 0.0)
     accepted, inner = 0.0, 0.0
@@ -50,14 +51,20 @@ def _row_terms(  # type: ignore[no-untyped-def]
 
 
 def kl_row_terms(
-    student: Tensor, teacher: Tensor, logit_map: LogitMap, log_sum_exp: Tensor, choice: Tensor, weights: Tensor
+    student: Tensor,
+    teacher: Tensor,
+    logit_map: LogitMap,
+    log_sum_exp: Tensor,
+    argmax: Tensor,
+    weights: Tensor,
+    _kind: LossKind | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`loss.row_terms` for the loss `kl`. Contiguous."""
     rows, steps, vocabulary = student.shape
     found = torch.empty(3, rows, steps, dtype=torch.float32, device=student.device)
-    _, log_p = summarise_logits(teacher, logit_map)
+    _, log_p = argmax_lse(teacher, logit_map)
     _row_terms[(rows * steps,)](
-        student, teacher, log_p, log_sum_exp, choice, weights, *found, steps, vocabulary, *map_arguments(logit_map),
+        student, teacher, log_p, log_sum_exp, argmax, weights, *found, steps, vocabulary, *map_arguments(logit_map),
         BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return found[0], found[1], found[2]

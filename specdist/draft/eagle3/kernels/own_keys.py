@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pieces.merge` and its backward: one program per row and key head, in one pass over its queries, keys and values."""
+"""`ops.merge` and its backward: one program per row and key head, in one pass over its queries, keys and values."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _sizes(q: Tensor, keys: Tensor) -> dict[str, int]:
 
 
 def merge(out: Tensor, lse: Tensor, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`pieces.merge`. Contiguous tensors; `keys` and `values` may be the first k of more."""
+    """`ops.merge`. Contiguous tensors; `keys` and `values` may be the first k of more."""
     out, lse = out.contiguous(), lse.contiguous()
     merged, total = torch.empty_like(q), torch.empty_like(lse, dtype=torch.float32)
     grid, sizes = (len(q), keys.shape[2]), _sizes(q, keys)
@@ -91,7 +91,7 @@ def merge_backward(
     grad: Tensor, merged: Tensor, total: Tensor, out: Tensor, lse: Tensor, q: Tensor, keys: Tensor, values: Tensor,
     scale: float, key_grads: Tensor, value_grads: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`pieces.merge_backward`. Contiguous tensors; those of k own keys may be the first k of more."""
+    """`ops.merge_backward`. Contiguous tensors; those of k own keys may be the first k of more."""
     d_out, d_lse, d_q = torch.empty_like(q), torch.empty_like(total), torch.empty_like(q)
     out, lse = out.contiguous(), lse.contiguous()
     _merge_backward[(len(q), keys.shape[2])](

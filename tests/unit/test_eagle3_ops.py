@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdist.draft.eagle3 import pieces
+from specdist.draft.eagle3 import ops
 from specdist.draft.eagle3.attention import causal_attention
 
 N, HIDDEN, HQ, HKV, D, EPS, SCALE = 7, 12, 4, 2, 6, 1e-5, 0.3
@@ -25,11 +25,11 @@ def gradients(output: Tensor | list[Tensor], inputs: list[Tensor], grad: Tensor 
 def test_norm() -> None:
     x, weight, grad, carry = randoms((N, HIDDEN), (HIDDEN,), (N, HIDDEN), (N, HIDDEN))
     leaves = [x.requires_grad_(), weight.requires_grad_()]
-    out = pieces.norm(x, weight, EPS)
+    out = ops.norm(x, weight, EPS)
     torch.testing.assert_close(out, torch.nn.functional.rms_norm(x, (HIDDEN,), weight, EPS))
     d_x, d_weight = gradients(out, leaves, grad)
     with torch.no_grad():
-        found = pieces.norm_backward(grad, x, weight, EPS, carry)
+        found = ops.norm_backward(grad, x, weight, EPS, carry)
     torch.testing.assert_close(found, (carry + d_x, d_weight))
 
 
@@ -38,14 +38,14 @@ def test_the_gradients_of_states_reach_their_rows() -> None:
     rows = torch.tensor([5, 2, 3, 0])
     which = torch.tensor([-1, -1, 1, 2, -1, 0, -1])  # the inverse of rows, but the last of them has no loss
     leaves = [x.requires_grad_(), weight.requires_grad_()]
-    out = pieces.norm(x[rows], weight, EPS)
+    out = ops.norm(x[rows], weight, EPS)
     with torch.no_grad():
-        pieces.state(states[:, 1], x, rows, weight, EPS)
+        ops.state(states[:, 1], x, rows, weight, EPS)
     torch.testing.assert_close(states[:, 1], out)
     d_x, d_weight = gradients(out[:3], leaves, grads[:3])
     with torch.no_grad():
-        found = pieces.state_backward(grads, which, x, weight, EPS, carry)
-        unnormed = pieces.state_grad(grads, which, carry)
+        found = ops.state_backward(grads, which, x, weight, EPS, carry)
+        unnormed = ops.state_grad(grads, which, carry)
     torch.testing.assert_close(found, (carry + d_x, d_weight))
     torch.testing.assert_close(unnormed, carry.index_add(0, rows[:3], grads[:3]))
 
@@ -53,11 +53,11 @@ def test_the_gradients_of_states_reach_their_rows() -> None:
 def test_swiglu() -> None:
     gate, up, grad = randoms((N, HIDDEN), (N, HIDDEN), (N, HIDDEN))
     leaves = [gate.requires_grad_(), up.requires_grad_()]
-    out = pieces.swiglu(gate, up)
+    out = ops.swiglu(gate, up)
     torch.testing.assert_close(out, torch.nn.functional.silu(gate) * up)
     expected = gradients(out, leaves, grad)
     with torch.no_grad():
-        pieces.swiglu_backward(grad, gate, up)
+        ops.swiglu_backward(grad, gate, up)
     torch.testing.assert_close((grad, gate, up), (out, *expected))
 
 
@@ -80,13 +80,13 @@ def test_heads(count: int) -> None:
     out = expected()
     with torch.no_grad():
         found = [torch.empty_like(part) for part in out]
-        pieces.heads(product, entry, cos, sin, active, positions, 2, found)
+        ops.heads(product, entry, cos, sin, active, positions, 2, found)
     torch.testing.assert_close(found, out)
     grads, more = [part + 1 for part in out], torch.ones(N, HQ, D, dtype=torch.float64)
     d_product, d_entry = gradients(out, leaves, [grads[0] + more, *grads[1:]])
     with torch.no_grad():
         entry_grad = torch.ones_like(entry)
-        result = pieces.heads_backward(grads, more, cos, sin, active, positions, 2, entry_grad)
+        result = ops.heads_backward(grads, more, cos, sin, active, positions, 2, entry_grad)
     torch.testing.assert_close(result, d_product)
     torch.testing.assert_close(entry_grad, 1 + d_entry)
 
@@ -95,7 +95,7 @@ def test_heads(count: int) -> None:
 def test_merging_own_keys_is_one_softmax_over_both(later: int) -> None:
     q, k, v, *own = randoms((N, HQ, D), (N, HKV, D), (N, HKV, D), (later, N, HKV, D), (later, N, HKV, D))
     out, lse = causal_attention(q, k, v, SCALE)
-    merged, total = pieces.merge(out, lse, q, *own, SCALE)
+    merged, total = ops.merge(out, lse, q, *own, SCALE)
     for i in range(N):
         keys, values = (torch.cat([t[: i + 1], o[:, i]]) for t, o in zip((k, v), own, strict=True))
         for head in range(HQ):
@@ -109,9 +109,9 @@ def test_merging_backwards(later: int) -> None:
     shapes = ((N, HQ, D), (N, HQ), (N, HQ, D), (later, N, HKV, D), (later, N, HKV, D), (N, HQ, D))
     out, lse, q, keys, values, grad = randoms(*shapes)
     leaves = [t.requires_grad_() for t in (out, lse, q, keys, values)]
-    merged, total = pieces.merge(*leaves, SCALE)
+    merged, total = ops.merge(*leaves, SCALE)
     expected = gradients(merged, leaves, grad)
     with torch.no_grad():
         sums = torch.ones_like(keys), torch.ones_like(values)
-        found = pieces.merge_backward(grad, merged, total, *leaves, SCALE, *sums)
+        found = ops.merge_backward(grad, merged, total, *leaves, SCALE, *sums)
     torch.testing.assert_close((*found, *(s - 1 for s in sums)), expected)

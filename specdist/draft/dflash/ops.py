@@ -21,20 +21,20 @@ def qk_norm_rope(heads: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Te
 
 
 @dataclass(frozen=True)
-class Pieces:
+class OpSet:
     """One of each, see the functions of those names."""
 
-    qk_norm_rope: Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]
-    swiglu: Callable[[Tensor, Tensor], Tensor]
-    block_terms: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    qk_norm_rope: Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor] = qk_norm_rope
+    swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
+    block_terms: Callable[..., tuple[Tensor, Tensor, Tensor]] = block_terms
 
 
-PLAIN = Pieces(qk_norm_rope, swiglu, block_terms)
+PLAIN = OpSet()
 
 
-def compiled_pieces() -> Pieces:
+def compiled_ops() -> OpSet:
     """Each is compiled to one graph for all lengths and layers."""
-    return Pieces(
+    return OpSet(
         compiled(qk_norm_rope, "heads", "cos", "sin"),
         compiled(swiglu, "gate", "up"),
         compiled(block_terms, "products", "labels", "valid"),

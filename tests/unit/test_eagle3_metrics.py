@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from specdist.draft.eagle3.summary import summarize
+from specdist.draft.eagle3.loss import metrics
 
 
 def test_figures_from_sums() -> None:
@@ -13,7 +13,7 @@ def test_figures_from_sums() -> None:
         "loss/0": 8.0, "counted/0": 4.0, "accepted/0": 4.0, "correct/0": 3.0, "positions/0": 5.0,
         "loss/1": 6.0, "counted/1": 2.0, "accepted/1": 1.0, "correct/1": 1.0, "positions/1": 4.0,
     }  # fmt: skip
-    assert summarize(sums, 2, 0.8) == pytest.approx(
+    assert metrics(sums, 2, 0.8) == pytest.approx(
         {
             "loss": 2.0 + 0.8 * 3.0,
             "simulated_acceptance_length": 1 + 0.8 + 0.8 * 0.25,
@@ -29,6 +29,6 @@ def test_figures_from_sums() -> None:
 
 def test_nothing_supervised_is_no_division_by_zero() -> None:
     names = ("loss", "counted", "accepted", "correct", "positions")
-    figures = summarize({f"{name}/0": 0.0 for name in names}, 1, 0.8)
+    figures = metrics({f"{name}/0": 0.0 for name in names}, 1, 0.8)
     assert figures["simulated_acceptance_length"] == 1.0
     assert figures["loss"] == 0.0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arithmetic between the matrix products of a TTT step, forward and backward: one pass over memory each.
 
-Plain functions of tensors without autograd, fused by `fused.py`; the tests compare every backward with autograd's of
-the forward. All compute in fp32 (fp64 for fp64 inputs) and round once, when they return.
+Plain functions of tensors without autograd, compiled by `op_set.py`; the tests compare every backward with autograd's
+of the forward. All compute in fp32 (fp64 for fp64 inputs) and round once, when they return.
 
 Shapes: n rows, H hidden, I intermediate, Hq and Hkv heads of D, k own keys of earlier steps.
 """
