@@ -248,11 +248,7 @@ def _workers(config: PromptsConfig, total: int) -> int:
 
 
 def _add(report: PrepareReport, done: Tokenized, writer: StoreWriter, bad: TextIO) -> None:
-    report.samples += done.samples
-    report.kept += done.kept
-    report.truncated += done.truncated
-    report.cut_away += done.cut_away
-    report.skipped += done.skipped
+    report.add(done.report)
     report.sequences, report.tokens, report.supervised = writer.sequences, writer.tokens, writer.supervised
     for sample in done.bad:
         report.add_bad(sample)
@@ -285,22 +281,21 @@ def _publish(work: Path, final: Path) -> None:
 
 
 def _judge(report: PrepareReport, config: PromptsConfig, listed: str = "") -> None:
-    """Raise DataError at bad samples that the configuration does not want to leave out. Overlong ones have a switch of
-    their own. `listed`: where all of them are."""
-    for key, reasons in (("overlong", {"overlong"}), ("on_bad", report.bad.keys() - {"overlong"})):
-        count = sum(report.bad.get(reason, 0) for reason in reasons)
-        if count and getattr(config, key) == "stop":
-            first = next(examples[0] for reason, examples in report.examples.items() if reason in reasons)
-            raise DataError(f"{first} (prompts.{key}=stop; {count:,} bad samples{listed})", f"prompts.{key}")
+    """Raise DataError at the first bad sample of a kind that is an error. `listed`: where all bad samples are."""
+    for reason, examples in report.examples.items():  # in the order in which they were met
+        key = "overlong" if reason == "overlong" else "on_bad"
+        if getattr(config, key) == "stop":
+            raise DataError(f"{examples[0]} (prompts.{key}=stop){listed}", f"prompts.{key}")
 
 
 def _judge_all(report: PrepareReport, config: PromptsConfig, directory: Path) -> None:
     """Apply the settings that do not change the store, so they hold for one found in the cache as well."""
-    _judge(report, config, f", all of them in {directory / BAD_SAMPLES}")
+    listed = f"All bad samples: {directory / BAD_SAMPLES}"
+    _judge(report, config, f". {listed}")
     unusable = report.bad_total - report.bad.get("overlong", 0)
     if unusable > config.max_bad_fraction * report.samples:
         raise DataError(
             f"{unusable:,} of {report.samples:,} samples are bad, more than prompts.max_bad_fraction = "
-            f"{config.max_bad_fraction:.0%}. All of them: {directory / BAD_SAMPLES}\n{report}",
+            f"{config.max_bad_fraction:.0%}. {listed}\n{report}",
             "prompts.max_bad_fraction",
         )

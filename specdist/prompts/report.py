@@ -71,6 +71,11 @@ class PrepareReport:
     """The first few bad samples of each reason; all of them are in `bad.jsonl` beside the report."""
     notes: list[str] = field(default_factory=list)
 
+    def add(self, others: PrepareReport) -> None:
+        """Count further samples."""
+        for name in ("samples", "kept", "truncated", "cut_away", "skipped"):
+            setattr(self, name, getattr(self, name) + getattr(others, name))
+
     def add_bad(self, bad: BadSample) -> None:
         self.bad[bad.reason] = self.bad.get(bad.reason, 0) + 1
         examples = self.examples.setdefault(bad.reason, [])

@@ -15,8 +15,8 @@ import numpy as np
 
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.read import Piece, samples
-from specdist.prompts.render import Renderer, Rendering
-from specdist.prompts.report import BadSample, UnusableError
+from specdist.prompts.render import Renderer, Sequenced
+from specdist.prompts.report import BadSample, PrepareReport, UnusableError
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Tokenized:
     Attributes:
         lengths, lines: int64 [S], the tokens and the line of every sequence.
         tokens: int32 [T]. supervised: bool [T].
-        samples: samples read; kept: samples that gave a sequence. The rest as in `PrepareReport`.
+        report: the statistics of the piece's samples, those of its sequences left out.
     """
 
     lengths: np.ndarray
@@ -34,11 +34,7 @@ class Tokenized:
     tokens: np.ndarray
     supervised: np.ndarray
     bad: tuple[BadSample, ...]
-    samples: int
-    kept: int
-    truncated: int
-    cut_away: int
-    skipped: int
+    report: PrepareReport
 
 
 def settings(config: PromptsConfig) -> str:
@@ -54,28 +50,29 @@ def _renderer(tokenizer_dir: str, settings_json: str) -> Renderer:
 def tokenize(piece: Piece, tokenizer_dir: str, settings_json: str) -> Tokenized:
     """Read and render every record of a piece."""
     renderer = _renderer(tokenizer_dir, settings_json)
-    done: list[tuple[int, Rendering]] = []
-    bad: list[BadSample] = []
+    report, bad = PrepareReport(), list[BadSample]()
+    sequences: list[tuple[int, Sequenced]] = []
     for sample in samples(piece):
-        if isinstance(sample, BadSample):
-            bad.append(sample)
-        else:
-            try:
-                done.append((sample.line, renderer.render(sample)))
-            except UnusableError as error:
-                bad.append(BadSample(sample.file, sample.line, error.reason, error.detail))
-    sequences = [(line, sequence) for line, rendering in done for sequence in rendering.sequences]
+        report.samples += 1
+        try:
+            if isinstance(sample, BadSample):
+                bad.append(sample)
+            else:
+                rendering = renderer.render(sample)
+                report.kept += 1
+                report.truncated += rendering.truncated
+                report.cut_away += rendering.cut_away
+                report.skipped += rendering.skipped
+                sequences += [(sample.line, sequence) for sequence in rendering.sequences]
+        except UnusableError as error:
+            bad.append(BadSample(sample.file, sample.line, error.reason, error.detail))
     return Tokenized(
         lengths=np.array([len(sequence.tokens) for _, sequence in sequences], dtype=np.int64),
         lines=np.array([line for line, _ in sequences], dtype=np.int64),
         tokens=np.concatenate([np.zeros(0, np.int32), *(sequence.tokens for _, sequence in sequences)]),
         supervised=np.concatenate([np.zeros(0, np.bool_), *(sequence.supervised for _, sequence in sequences)]),
         bad=tuple(bad),
-        samples=len(done) + len(bad),
-        kept=len(done),
-        truncated=sum(rendering.truncated for _, rendering in done),
-        cut_away=sum(rendering.cut_away for _, rendering in done),
-        skipped=sum(rendering.skipped for _, rendering in done),
+        report=report,
     )
 
 
