@@ -30,7 +30,7 @@ from specdist.draft.registry import benchmark_words
 from specdist.job.config import JobConfig, examine, load_job
 from specdist.prompts.report import PrepareReport
 from specdist.prompts.store import StoreWriter
-from specdist_launch.bench.measure import apart
+from specdist_launch.bench.measure import apart, command_line, table
 from specdist_launch.bench.shapes import SHAPES, in_a_process
 from specdist_launch.bench.step import lengths_of
 
@@ -74,35 +74,6 @@ class PipelineSpeed:
     """Tokens/s of split divided by those of colocated, on the same number of ranks."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The job that is measured: the words of its configuration, but for what differs between modes."""
-
-    words: tuple[str, ...]
-    job: JobConfig
-    """As it is split."""
-
-    @property
-    def target_ranks(self) -> int:
-        return self.job.target.replicas * self.job.target.tp
-
-    @property
-    def draft_ranks(self) -> int:
-        assert self.job.draft.dp is not None
-        return self.job.draft.dp * self.job.draft.cp
-
-    def ranks(self, mode: str) -> int:
-        own = {"target_only": self.target_ranks, "draft_only": self.draft_ranks}
-        return own.get(mode, self.target_ranks + self.draft_ranks)
-
-    def mode_words(self, mode: str, directory: Path) -> list[str]:
-        words = [*self.words, f"run.dir={directory / mode}", f"world.mode={mode}"]
-        if mode == "colocated":
-            ranks = self.ranks(mode)
-            words += [f"target.replicas={ranks // self.job.target.tp}", f"draft.dp={ranks // self.job.draft.cp}"]
-        return words
-
-
 def write_prompts(directory: Path, lengths: Sequence[int], supervised: float, vocab_size: int) -> None:
     """A prompt store of random tokens; the last `supervised` (0 to 1) of every sequence is supervised."""
     directory.mkdir()
@@ -116,15 +87,30 @@ def write_prompts(directory: Path, lengths: Sequence[int], supervised: float, vo
         writer.finish(["random"], PrepareReport(count, count, count, writer.tokens, writer.supervised))
 
 
-def measure(plan: Plan, mode: str, directory: Path) -> ModeSpeed:
-    """Run the job in one mode; ends the process where that fails."""
+def measure(job: JobConfig, words: Sequence[str], mode: str, directory: Path) -> ModeSpeed:
+    """Run a job in one mode; ends the process where that fails.
+
+    Args:
+        job: as it is split.
+        words: of its configuration, but for what differs between modes.
+    """
     from specdist_launch.local import start
 
-    began, ranks = time.monotonic(), plan.ranks(mode)
-    if start([], plan.mode_words(mode, directory), ranks) != 0:
+    began, ranks = time.monotonic(), ranks_of(job, mode)
+    own = [*words, f"run.dir={directory / mode}", f"world.mode={mode}"]
+    if mode == "colocated":
+        own += [f"target.replicas={ranks // job.target.tp}", f"draft.dp={ranks // job.draft.cp}"]
+    if start([], own, ranks) != 0:
         raise SystemExit(f"specdist: the benchmark of the pipeline ({mode}) failed: its error is above")
     summary = json.loads((directory / mode / "summary.json").read_text())
-    return speed_of(mode, ranks, plan.job.target.replicas, summary, time.monotonic() - began)
+    return speed_of(mode, ranks, job.target.replicas, summary, time.monotonic() - began)
+
+
+def ranks_of(job: JobConfig, mode: str) -> int:
+    """The ranks of a split job that take part in a mode."""
+    assert job.draft.dp is not None
+    target, draft = job.target.replicas * job.target.tp, job.draft.dp * job.draft.cp
+    return {"target_only": target, "draft_only": draft}.get(mode, target + draft)
 
 
 def speed_of(mode: str, ranks: int, replicas: int, summary: dict[str, Any], seconds: float) -> ModeSpeed:
@@ -132,15 +118,14 @@ def speed_of(mode: str, ranks: int, replicas: int, summary: dict[str, Any], seco
     if mode == "target_only":
         rate = summary["tokens_per_s"] * replicas
         return ModeSpeed(mode, ranks, rate, None, None, None, int(summary["items"]), seconds)
-    training, sides = summary["training"], summary["sides"]
-    split = mode == "split"
+    training, sides = summary["training"], summary["sides"] if mode == "split" else {}
     return ModeSpeed(
         mode=mode,
         ranks=ranks,
         tokens_per_s=training["tokens_per_s"],
-        target_busy_tokens_per_s=sides["target_tokens_per_s"] if split else None,
-        draft_wait=sides["draft_wait"] if split else None,
-        target_wait=sides["target_wait"] if split else None,
+        target_busy_tokens_per_s=sides.get("target_tokens_per_s"),
+        draft_wait=sides.get("draft_wait"),
+        target_wait=sides.get("target_wait"),
         steps=int(training["steps"]),
         seconds=seconds,
     )
@@ -159,33 +144,28 @@ def conclude(modes: Sequence[ModeSpeed], replicas: int, draft_ranks: int) -> Pip
     )
 
 
-def _plan(args: argparse.Namespace, words: Sequence[str], directory: Path) -> Plan:
-    """Write what the job needs, and read its configuration. Raises ConfigError and DataError."""
+def _job(args: argparse.Namespace, words: Sequence[str], directory: Path) -> tuple[JobConfig, tuple[str, ...]]:
+    """Write what the job needs; its configuration and the words of it. Raises ConfigError and DataError."""
     model = args.model or in_a_process(args.shape, args.layers, directory)
-    lengths = lengths_of(f"mixed:{_PROMPT_TOKENS}") if args.length == "mixed" else [int(args.length)]
-    longest = MIXED_LONGEST if args.length == "mixed" else lengths[0]
+    mixed = args.length == "mixed"
+    longest = MIXED_LONGEST if mixed else int(args.length)
+    lengths = lengths_of(f"mixed:{_PROMPT_TOKENS}") if mixed else [longest] * max(1, _PROMPT_TOKENS // longest)
     prompts = directory / "prompts"
     own = (
         f"target.path={model}", f"prompts.files=[{prompts}]", f"prompts.max_length={longest}",
         f"prompts.tokens_per_rank={max(longest, 8192)}", "draft.dp=1", "draft.compile=true", "target.verify=0",
-        *benchmark_words(), "export.formats=[]", "checkpoint.every=0",
-        "metrics.tensorboard=false", "control.heartbeat_s=0.2",
-        f"train.steps={args.steps}", f"metrics.every={args.warm}", *words,
+        *benchmark_words(), "export.formats=[]", "checkpoint.every=0", "metrics.tensorboard=false",
+        "control.heartbeat_s=0.2", f"train.steps={args.steps}", f"metrics.every={args.warm}", *words,
     )  # fmt: skip
     job = load_job([], [*own, f"run.dir={directory / 'run'}"])
     if job.draft.dp is None:
         raise ConfigError.at("draft.dp", "is not set: it says how many ranks beside the target's are measured")
-    facts = examine(job)
-    if args.length != "mixed":
-        lengths *= max(1, _PROMPT_TOKENS // longest)
-    write_prompts(prompts, lengths, args.supervised, facts.target.vocab_size)
-    return Plan(own, job)
+    write_prompts(prompts, lengths, args.supervised, examine(job).target.vocab_size)
+    return job, own
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="specdist bench pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("pipeline", __doc__)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES[:3]))
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b", help="random weights of this shape")
     parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the shape has")
@@ -201,32 +181,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not 0 < 2 * args.warm <= args.steps:
         parser.error(f"--warm {args.warm}: at least 1 and at most half of --steps {args.steps}")
     with tempfile.TemporaryDirectory(prefix="specdist-bench-") as directory:
-        plan = _plan(args, words, Path(directory))
-        modes = [measure(plan, mode, Path(directory)) for mode in args.modes]
-    found = conclude(modes, plan.job.target.replicas, plan.draft_ranks)
+        job, own = _job(args, words, Path(directory))
+        modes = [measure(job, own, mode, Path(directory)) for mode in args.modes]
+    found = conclude(modes, job.target.replicas, ranks_of(job, "draft_only"))
     print(json.dumps(asdict(found)))
     print(render(found))
 
 
 def render(found: PipelineSpeed) -> str:
     """A line for every mode, then the ratios."""
-    head = f"{'mode':<12}{'ranks':>6}{'tokens/s':>12}{'draft waits':>13}{'target waits':>14}{'steps':>7}{'s':>8}"
-
-    def share(value: float | None, width: int) -> str:
-        return f"{'-':>{width}}" if value is None else f"{value:>{width}.1%}"
-
-    lines = [head]
-    lines += [
-        f"{s.mode:<12}{s.ranks:>6}{s.tokens_per_s:>12,.0f}{share(s.draft_wait, 13)}{share(s.target_wait, 14)}"
-        f"{s.steps:>7}{s.seconds:>8.0f}"
-        for s in found.modes
-    ]
+    columns = {
+        "mode": "mode", "ranks": "ranks", "tokens/s": "tokens_per_s:,.0f", "draft waits": "draft_wait:.1%",
+        "target waits": "target_wait:.1%", "steps": "steps", "s": "seconds:.0f",
+    }  # fmt: skip
+    lines = [table(columns, found.modes)]
     if found.of_slower_side is not None:
         lines.append(f"end to end: {found.of_slower_side:.1%} of the slower side alone")
     if found.split_to_colocated is not None:
         lines.append(f"split: {found.split_to_colocated:.2f} times colocated on as many ranks")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one work item costs the rank that hosts the scheduler, in processor time of one thread.
 
-    python -m specdist_launch.bench.scheduler --draft-ranks 1024 --replicas 128
+    specdist bench scheduler --draft-ranks 1024 --replicas 128
 
 `protocol_ms` is everything but the sockets: decoding and applying 1 Computed and one Released per draft rank, deciding
 and encoding the dispatches and the delivery. `server_ms` is the whole server thread, its socket calls included, with
@@ -10,7 +10,6 @@ real connections over loopback; it takes time from the hosting rank's own Python
 
 from __future__ import annotations
 
-import argparse
 import json
 import threading
 import time
@@ -38,6 +37,7 @@ from specdist.scheduler.messages import (
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.server import ControlServer
 from specdist.scheduler.wire import identity, new_token
+from specdist_launch.bench.measure import command_line, table
 
 _CONFIG = ControlConfig(heartbeat_s=60.0, silence_s=600.0)
 
@@ -64,15 +64,15 @@ def measure(draft_ranks: int = 1024, replicas: int = 128, items: int = 200, conn
     protocol = protocol_seconds(draft_ranks, replicas, items) / items
     server = server_seconds(connections, items) / items if connections else 0.0
     return SchedulerCost(
-        draft_ranks=draft_ranks,
-        replicas=replicas,
-        items=items,
+        draft_ranks,
+        replicas,
+        items,
         messages_per_item=2 * draft_ranks + 2,
         protocol_ms=protocol * 1e3,
         protocol_us_per_release=protocol / draft_ranks * 1e6,
         server_draft_ranks=connections,
         server_ms=server * 1e3,
-        server_us_per_message=server / (2 * connections + 2) * 1e6 if connections else 0.0,
+        server_us_per_message=server / (2 * connections + 2) * 1e6,
     )
 
 
@@ -167,22 +167,16 @@ def _play_ranks(address: str, token: bytes, topology: Topology) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="What one work item costs the rank that hosts the scheduler.")
+    parser = command_line("scheduler", __doc__)
     parser.add_argument("--draft-ranks", type=int, default=1024)
     parser.add_argument("--replicas", type=int, default=128)
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--connections", type=int, default=128, help="draft ranks over real sockets; 0: none")
-    options = parser.parse_args(arguments)
-    cost = measure(options.draft_ranks, options.replicas, options.items, options.connections)
+    cost = measure(**vars(parser.parse_args(arguments)))
     print(json.dumps(asdict(cost)))
-    print(f"{'':24}{'draft ranks':>12}{'ms per item':>13}{'us per message':>16}")
-    row = "{:24}{:>12}{:>13.3f}{:>16.3f}"
-    print(row.format("protocol, no sockets", cost.draft_ranks, cost.protocol_ms, cost.protocol_us_per_release))
-    if cost.server_draft_ranks:
-        print(
-            row.format("server thread, loopback", cost.server_draft_ranks, cost.server_ms, cost.server_us_per_message)
-        )
-
-
-if __name__ == "__main__":
-    main()
+    columns = {
+        "draft ranks": "draft_ranks", "protocol, ms per item": "protocol_ms:.3f",
+        "us per release": "protocol_us_per_release:.3f", "over sockets": "server_draft_ranks",
+        "server thread, ms per item": "server_ms:.3f", "us per message": "server_us_per_message:.3f",
+    }  # fmt: skip
+    print(table(columns, [cost]))
