@@ -13,7 +13,7 @@ from pathlib import Path
 from specdist.core.errors import ConfigError, UserError
 from specdist.core.launch_env import Role
 from specdist.job.config import JobConfig, topology
-from specdist.job.slurm_config import NodesConfig, SlurmConfig
+from specdist.job.launch_config import NodesConfig, SlurmConfig
 from specdist_launch.local import ranks_per_node
 
 SUBMIT_TIMEOUT_S = 120.0

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specdist.core.errors import ConfigError
-from specdist.job.launch_config import LaunchConfig
-from specdist.job.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
+from specdist.job.launch_config import ContainerConfig, LaunchConfig, NodesConfig, SlurmConfig
 
 HEADER = """\
 #!/bin/bash

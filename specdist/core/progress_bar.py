@@ -8,17 +8,6 @@ import sys
 import time
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 _BEFORE_TEXT = 45
 """Columns that the live line has before its text, but for name and counts: the text is cut off rather than the time to
 go, and the bar, which takes 20 of them, gives way to times of a day and more."""
@@ -48,20 +37,24 @@ class ProgressBar:
         transient: bool = True,
         enabled: bool = True,
     ):
+        # Here, because everything that reads a configuration would load it.
+        from rich import progress as rich
+        from rich.console import Console
+
         self._enabled, self._live = enabled, enabled and sys.stderr.isatty()
         self._every_s, self._written_at = every_s, -math.inf if at_once else time.monotonic()
         self._before = _BEFORE_TEXT + len(name) + (2 * len(str(total)) if counted else 4)
         self._line = self._said = ""
         columns = (
-            TextColumn(f"[bold]{name}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn() if counted else TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
+            rich.TextColumn(f"[bold]{name}"),
+            rich.BarColumn(bar_width=None),
+            rich.MofNCompleteColumn() if counted else rich.TaskProgressColumn(),
+            rich.TimeElapsedColumn(),
+            rich.TextColumn("eta"),
+            rich.TimeRemainingColumn(),
+            rich.TextColumn("{task.fields[text]}", markup=False),
         )
-        self._bar = Progress(
+        self._bar = rich.Progress(
             *columns, console=Console(stderr=True), expand=True, transient=transient, disable=not self._live
         )
         self._task = self._bar.add_task(name, total=total, completed=done, text="")

@@ -58,8 +58,9 @@ class EvaluationTarget:
         self.eos_tokens = eos_tokens(model)
         self._captured: dict[int, Tensor] = {}
         self._final = torch.empty(0)
-        self._hooks = [layers[b].register_forward_hook(self._capture(b)) for b in sorted(set(layout.captured_layers))]
-        self._hooks.append(model.get_decoder().register_forward_hook(self._keep_final))
+        for layer in sorted(set(layout.captured_layers)):
+            layers[layer].register_forward_hook(self._capture(layer))
+        model.get_decoder().register_forward_hook(self._keep_final)
 
     @classmethod
     def load(
@@ -96,13 +97,6 @@ class EvaluationTarget:
         if self.layout.final:
             parts.append(self._final[0, :count])
         return Features(self.layout, torch.cat(parts, dim=-1).to(self.layout.dtype))
-
-    def close(self) -> None:
-        """Take the hooks off the model again and forget what they kept, when the model goes on to other work."""
-        for hook in self._hooks:
-            hook.remove()
-        self._captured.clear()
-        self._final = torch.empty(0)
 
     def _capture(self, layer: int) -> Callable[[nn.Module, object, object], None]:
         def hook(_module: nn.Module, _args: object, output: object) -> None:

@@ -1,12 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a job is started, watched and started again."""
+"""How a job is started, watched and started again: what is asked of Slurm, and the container of its processes."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 from specdist.core.errors import ConfigError
-from specdist.job.slurm_config import ContainerConfig, SlurmConfig
+
+_TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){1,2}|UNLIMITED|INFINITE)")
+
+
+@dataclass(frozen=True)
+class NodesConfig:
+    """One component of a heterogeneous job: nodes of one kind, which all take one role. Unset: as the job's."""
+
+    nodes: int = 0
+    """How many. Set for both roles, or for none."""
+    partition: str | None = None
+    """Where they come from."""
+    gpus_per_node: int | None = None
+    """GPUs of each; every one gets a rank."""
+    constraint: str | None = None
+    """Features they must have."""
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """What `specdist launch slurm` asks of Slurm; its options of the same names override these."""
+
+    nodes: int = 1
+    """Nodes of the job; each runs one agent, which starts the ranks."""
+    gpus_per_node: int | None = None
+    """GPUs of each node; every one gets a rank. Unset: no GPUs are asked for, the config's ranks are divided."""
+    partition: str | None = None
+    """Partition, or several with commas; unset: the cluster's default."""
+    time: str | None = None
+    """Time limit, [DAYS-]HOURS:MINUTES:SECONDS. Write it in quotes: YAML reads a bare 4:00:00 as the number 14400."""
+    account: str | None = None
+    """Account to charge."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features the nodes must have."""
+    exclude: str | None = None
+    """Nodes to leave out, as `specdist doctor` names bad ones."""
+    reservation: str | None = None
+    """Reservation to run in."""
+    job_name: str = "specdist"
+    """The name in the queue."""
+    exclusive: bool = True
+    """Whole nodes, with all their processors and memory. false: say with cpus_per_task what the job gets of each."""
+    cpus_per_task: int | None = None
+    """Processors of each node. Unset: all of them if exclusive, else Slurm's default, which may be one."""
+    options: list[str] = field(default_factory=list)
+    """Further options of sbatch, as --mail-type=END."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines that run before the ranks start, as `module load cuda` or `source .venv/bin/activate`. Unset: this
+    Python, and the environment of the shell that submits."""
+    target: NodesConfig = field(default_factory=NodesConfig)
+    """Heterogeneous job: the target's nodes."""
+    draft: NodesConfig = field(default_factory=NodesConfig)
+    """Heterogeneous job: the draft's nodes."""
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1:
+            raise ConfigError.at("launch.slurm.nodes", f"is at least 1, not {self.nodes}")
+        if self.time is not None and not _TIME.fullmatch(self.time):
+            raise ConfigError.at(
+                "launch.slurm.time",
+                f"is [DAYS-]HOURS:MINUTES:SECONDS in quotes ('4:00:00'; YAML reads a bare 4:00:00 as "
+                f"the number 14400), not '{self.time}'",
+            )
+        if (self.target.nodes > 0) != (self.draft.nodes > 0) or min(self.target.nodes, self.draft.nodes) < 0:
+            raise ConfigError.at(
+                "launch.slurm.target.nodes",
+                f"={self.target.nodes}, launch.slurm.draft.nodes={self.draft.nodes}: a "
+                "heterogeneous job has nodes of both, any other job sets neither",
+                "launch.slurm.draft.nodes",
+            )
+        if self.heterogeneous and any(component.gpus_per_node is None for component in self.components):
+            raise ConfigError.at(
+                "launch.slurm.gpus_per_node",
+                ": a heterogeneous job sets it for target and draft, or for all nodes; each GPU gets a rank",
+            )
+        for component in (self, self.target, self.draft):
+            if component.gpus_per_node is not None and component.gpus_per_node < 1:
+                raise ConfigError(f"launch.slurm: gpus_per_node is at least 1, not {component.gpus_per_node}")
+        if self.cpus_per_task is not None and self.cpus_per_task < 1:
+            raise ConfigError.at("launch.slurm.cpus_per_task", f"is at least 1, not {self.cpus_per_task}")
+
+    @property
+    def components(self) -> list[NodesConfig]:
+        """The nodes to ask for, one entry a component, the target's first; a plain job has one."""
+        own = NodesConfig(self.nodes, self.partition, self.gpus_per_node, self.constraint)
+        if not self.heterogeneous:
+            return [own]
+        return [
+            NodesConfig(
+                part.nodes,
+                part.partition or own.partition,
+                part.gpus_per_node or own.gpus_per_node,
+                part.constraint or own.constraint,
+            )
+            for part in (self.target, self.draft)
+        ]
+
+    @property
+    def heterogeneous(self) -> bool:
+        return self.target.nodes > 0
+
+
+@dataclass(frozen=True)
+class ContainerConfig:
+    """The container that a job's processes run in."""
+
+    kind: Literal["none", "pyxis", "apptainer"] = "none"
+    """none: no container; pyxis: srun's --container-image (enroot); apptainer: apptainer exec --nv."""
+    image: str | None = None
+    """What the runtime takes: /images/specdist.sqsh or nvcr.io#org/image:tag (pyxis), image.sif (apptainer)."""
+    mounts: list[str] = field(default_factory=list)
+    """Further HOST_PATH:CONTAINER_PATH; the working and the run directory are mounted at their own places anyway."""
+    options: list[str] = field(default_factory=list)
+    """Further options of the runtime, as --no-container-entrypoint or --cleanenv."""
+
+    def __post_init__(self) -> None:
+        if (self.kind == "none") != (self.image is None):
+            raise ConfigError.at(
+                "launch.container.kind",
+                f"={self.kind} with launch.container.image={self.image or 'null'}: set both, or neither",
+                "launch.container.image",
+            )
 
 
 @dataclass(frozen=True)

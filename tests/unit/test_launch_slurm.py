@@ -18,8 +18,7 @@ from specdist.core.attempts import AttemptRecord, Ending, Started
 from specdist.core.errors import ConfigError
 from specdist.core.stop import StopReason
 from specdist.job.config import load_job
-from specdist.job.launch_config import LaunchConfig
-from specdist.job.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
+from specdist.job.launch_config import ContainerConfig, LaunchConfig, NodesConfig, SlurmConfig
 from specdist_launch.cli import main
 from specdist_launch.slurm.cluster import NodeKind, check_fits, parse_kinds
 from specdist_launch.slurm.script import ScriptPaths, by_hand, render

@@ -14,8 +14,7 @@ import specdist
 from specdist.core import config
 from specdist.core.errors import ConfigError, UserError
 from specdist.job.config import load_job
-from specdist.job.launch_config import LaunchConfig
-from specdist.job.slurm_config import ContainerConfig, NodesConfig, SlurmConfig
+from specdist.job.launch_config import ContainerConfig, LaunchConfig, NodesConfig, SlurmConfig
 from specdist_launch.submit import task
 from specdist_launch.submit.executors import choose_venue, minutes, slurm_parameters
 from specdist_launch.submit.points import name_points
