@@ -25,8 +25,19 @@ from specdist.core.launch_env import STOP
 from specdist.core.stop import STOP_SIGNALS, end_with_launcher
 from specdist_launch import words
 from specdist_launch.agents import ExitStatus, StopForwarder
+from specdist_launch.launcher import Launcher, placement_from_arguments
+from specdist_launch.slurm.step import placement_in_step
 
 TRAIN = "specdist.train"
+LAUNCHERS = {
+    launcher.name: launcher
+    for launcher in (
+        *(Launcher(name, placement_from_arguments) for name in ("agent", "local", "ssh", "ray", "submitit")),
+        Launcher("submitit-slurm", placement_in_step),
+        Launcher("slurm", placement_in_step, judged_by_agent=False),
+    )
+}
+"""By name; `agent` is one that a user has started by hand."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with StopForwarder(_stop_ranks) as stop:  # before the seconds that the other imports take
         if args.stdin:
             threading.Thread(target=_obey_stdin, name="specdist-stdin", daemon=True).start()
-        from specdist_launch.launcher import LAUNCHERS
         from specdist_launch.node import Agent
 
         files, overrides = words.split(args.config)
@@ -78,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="when it will be ended, since the epoch")
     parser.add_argument("--role", choices=["target", "draft"], help="the role of this node's ranks, if it is given one")
     parser.add_argument("--stdin", action="store_true", help="obey signal names on standard input; its end is SIGTERM")
-    parser.add_argument("--launcher", default="agent", help="what started this: a name in launcher.py")
+    parser.add_argument("--launcher", default="agent", choices=LAUNCHERS, help="what started this")
     parser.add_argument("--module", default=TRAIN, help="what the ranks run")
     return parser
 

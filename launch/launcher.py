@@ -9,9 +9,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from specdist.core.errors import UserError
-from specdist.core.launch_env import Attempt, parse_role
-from specdist_launch.placement import NodePlacement
-from specdist_launch.slurm.step import placement_in_step
+from specdist.core.launch_env import Attempt, Role, parse_role
+
+
+@dataclass(frozen=True)
+class NodePlacement:
+    """One node among the nodes of one start of a job."""
+
+    attempt: Attempt
+    nodes: int
+    number: int
+    """This one's, which is its rank among the nodes; node 0 leads."""
+    host: str
+    """Its name in tables and errors."""
+    ranks: int
+    """Ranks to start on it; 0: as many as the configuration divides among the nodes."""
+    leader: tuple[str, int]
+    """Host and port of the roll call, as all nodes reach it."""
+    role: Role | None = None
+    """The role of all its ranks, where the launcher decides it."""
+    hosts: tuple[str, ...] = ()
+    """The names of all nodes in order, where the launcher knows them."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +59,3 @@ def placement_from_arguments(args: argparse.Namespace) -> NodePlacement:
         role=parse_role(args.role),
         hosts=tuple(filter(None, args.hosts.split(","))),
     )
-
-
-LAUNCHERS = {
-    launcher.name: launcher
-    for launcher in (
-        *(Launcher(name, placement_from_arguments) for name in ("agent", "local", "ssh", "ray", "submitit")),
-        Launcher("submitit-slurm", placement_in_step),
-        Launcher("slurm", placement_in_step, judged_by_agent=False),
-    )
-}
-"""By name; `agent` is one that a user has started by hand."""

@@ -21,9 +21,8 @@ from specdist.job.config import JobConfig, home
 from specdist.job.run_dir import RunDirectory
 from specdist.world.roll_call import Meeting, Node, meet
 from specdist_launch.agents import ExitStatus, StopForwarder
-from specdist_launch.launcher import Launcher
+from specdist_launch.launcher import Launcher, NodePlacement
 from specdist_launch.local import ranks_per_node
-from specdist_launch.placement import NodePlacement
 from specdist_launch.ranks import run_ranks
 from specdist_launch.verdict import judge, saved_step
 

@@ -16,6 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from specdist.core.attempts import AttemptRecord, Failure, Started, attempts
@@ -47,18 +48,17 @@ def judge(run_dir: Path, config: LaunchConfig, record: AttemptRecord | None = No
         history = history[: history.index(record) + 1] if record in history else []
     if not history:
         return Verdict(GIVE_UP, f"{run_dir} has no record of an attempt: it failed before the ranks were started")
-    last = history[-1]
-    ending, failure = last.ending(), last.failed()
+    ending, failure = history[-1].ending(), history[-1].failed()
+    if ending is None and failure is None:
+        failure = Failure("lost", "it vanished: its hosts are gone, or it was killed without time to say so")
     if failure is not None:
         return _judge_failure(failure, history, config)
-    if ending is None:
-        lost = Failure("lost", "it vanished: its hosts are gone, or it was killed without time to say so")
-        return _judge_failure(lost, history, config)
+    assert ending is not None
     if ending.state == "finished":
         return Verdict(DONE, f"finished at step {ending.step}")
     if ending.reason == StopReason.INTERRUPT:
         return Verdict(DONE, f"stopped at step {ending.step} by Ctrl-C; the same command goes on")
-    vain = _vain_starts(history)
+    vain = sum(1 for _ in takewhile(_in_vain, reversed(history)))
     if vain > config.retries:
         return Verdict(
             GIVE_UP,
@@ -74,7 +74,7 @@ def _judge_failure(failure: Failure, history: Sequence[AttemptRecord], config: L
     if failure.kind == "input":
         return Verdict(USER_ERROR, f"not started again: {what}")
     before = history[-2].failed() if len(history) > 1 else None
-    if before is not None and failure.kind == "error" and _same(failure, before):
+    if before is not None and failure.kind == "error" and _essence(failure) == _essence(before):
         return Verdict(GIVE_UP, f"not started again: the same error at the same step as the time before: {what}")
     tried = _failures_in_a_row(history)
     if tried > config.retries:
@@ -83,38 +83,29 @@ def _judge_failure(failure: Failure, history: Sequence[AttemptRecord], config: L
     return Verdict(AGAIN, f"to be started again, try {tried} of {config.retries} (kind: {failure.kind}): {what}")
 
 
-def _vain_starts(history: Sequence[AttemptRecord]) -> int:
-    """How many of the last attempts the time limit ended at the step at which they had begun."""
-    count = 0
-    for record in reversed(history):
-        started, ending = record.started(), record.ending()
-        assert started is not None
-        if ending is None or ending.step > started.step or not (ending.reason and ending.reason.of_time_limit):
-            break
-        count += 1
-    return count
+def _in_vain(record: AttemptRecord) -> bool:
+    """Whether the time limit ended an attempt at the step at which it had begun."""
+    ending = record.ending()
+    if ending is None or ending.reason is None or not ending.reason.of_time_limit:
+        return False
+    return ending.step <= _begun_at(record)
 
 
-def _same(one: Failure, other: Failure) -> bool:
-    """Whether two errors are one: type, first line, step."""
+def _begun_at(record: AttemptRecord) -> int:
+    started = record.started()
+    assert started is not None  # it would not be in the history
+    return started.step
 
-    def essence(failure: Failure) -> tuple[object, ...]:
-        return failure.exception, failure.message.splitlines()[0], failure.step
 
-    return essence(one) == essence(other)
+def _essence(failure: Failure) -> tuple[object, ...]:
+    """What makes two errors one."""
+    return failure.exception, failure.message.splitlines()[0], failure.step
 
 
 def _failures_in_a_row(history: Sequence[AttemptRecord]) -> int:
     """How many attempts up to the last failed without a step having been saved in between."""
-    count, step = 0, None
-    for record in reversed(history):
-        started = record.started()
-        assert started is not None
-        if step is not None and started.step < step:  # that attempt got somewhere
-            break
-        step = started.step
-        count += record.ending() is None
-    return count
+    last = takewhile(lambda record: _begun_at(record) >= _begun_at(history[-1]), reversed(history))
+    return sum(record.ending() is None for record in last)
 
 
 def saved_step(run_dir: Path) -> int:

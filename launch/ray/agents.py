@@ -14,7 +14,6 @@ import queue
 import secrets
 import signal
 import socket
-import socketserver
 import subprocess
 import sys
 import threading
@@ -27,10 +26,12 @@ from specdist.core.errors import UserError
 from specdist.core.launch_env import Attempt
 from specdist.world.roll_call import free_port
 from specdist_launch.agents import Host, agent_command, agent_words, attend
-from specdist_launch.ray.cluster import ReservedHost
+from specdist_launch.ray.cluster import GpuHost
 
 _TASK_S = 60.0
 """How long a host may take to run a task that does next to nothing; most of it is the start of a Python."""
+_SECRET_S = 5.0
+"""How long a connection may take to show its secret."""
 _OUTPUT_S = 5.0
 """How long the last lines of an agent that has ended may take."""
 
@@ -44,7 +45,7 @@ def run_agent(
     The agent is a child of this thread, the task's main one: the kernel ends it when this thread ends.
     """
     with socket.create_connection(driver) as connection:
-        connection.sendall(f"{token}\n".encode())
+        connection.sendall(token.encode())
         agent = subprocess.Popen(
             agent_command(words),
             cwd=directory,
@@ -73,14 +74,22 @@ def examine_host(paths: Sequence[str]) -> tuple[list[str], int]:
 
 
 class HostAgent:
-    """A host's agent as the driver sees it."""
+    """A host's agent as the driver sees it.
 
-    def __init__(self, name: str):
+    Args:
+        name: the host's.
+        address: that of the driver, as the host reaches it.
+        start: starts the host's task, given where to connect to and a secret to show there; returns Ray's reference.
+    """
+
+    def __init__(self, name: str, address: str, start: Callable[[tuple[str, int], str], Any]):
         self._name = name
-        self.task: Any = None
-        """Ray's reference to the agent's exit status."""
         self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._silent = threading.Event()
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._server, token = socket.create_server((address, 0), family=family), secrets.token_hex(16)
+        self._output = threading.Thread(target=self._serve, args=(token,), daemon=True)
+        self._output.start()
+        self._task = start(self._server.getsockname()[:2], token)
 
     def signal(self, number: int) -> None:
         self._signals.put(number)
@@ -89,20 +98,31 @@ class HostAgent:
         import ray
 
         try:
-            status = int(ray.get(self.task))
+            status = int(ray.get(self._task))
         except ray.exceptions.RayError as error:
             print(f"specdist: {self._name}: lost: {_gist(error)}", file=sys.stderr)
             return None
-        self._silent.wait(_OUTPUT_S)
+        finally:
+            self._server.close()
+        self._output.join(_OUTPUT_S)
         return 128 - status if status < 0 else status  # as a shell says it
 
-    def serve(self, connection: socket.socket) -> None:
+    def _serve(self, token: str) -> None:
         """Show what the agent prints, until it ends, and pass signals on to it."""
-        threading.Thread(target=self._send, args=(connection,), daemon=True).start()
-        with contextlib.suppress(OSError), connection.makefile(errors="replace") as output:  # its host may be lost
-            for line in output:
+        with contextlib.suppress(OSError), self._accept(token) as connection:  # its host may be lost
+            threading.Thread(target=self._send, args=(connection,), daemon=True).start()
+            for line in connection.makefile(errors="replace"):
                 print(line, end="", file=sys.stderr, flush=True)
-        self._silent.set()
+
+    def _accept(self, token: str) -> socket.socket:
+        while True:
+            connection, _ = self._server.accept()
+            connection.settimeout(_SECRET_S)
+            with contextlib.suppress(OSError):
+                if secrets.compare_digest(connection.recv(len(token), socket.MSG_WAITALL), token.encode()):
+                    connection.settimeout(None)
+                    return connection
+            connection.close()
 
     def _send(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError):  # it has ended
@@ -110,40 +130,8 @@ class HostAgent:
                 connection.sendall(f"{signal.Signals(self._signals.get()).name}\n".encode())
 
 
-class Driver(socketserver.ThreadingTCPServer):
-    """Takes the connections of the agents, each of which has a secret of its own to show."""
-
-    daemon_threads = True
-
-    def __init__(self, address: str):
-        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        super().__init__((address, 0), _Connection)
-        self._agents: dict[str, HostAgent] = {}
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def start(self, name: str, task: Callable[[str], Any]) -> HostAgent:
-        """Start the task of a host, which shows on its connection the secret that it is given."""
-        token = secrets.token_hex(16)
-        agent = self._agents[token] = HostAgent(name)
-        agent.task = task(token)
-        return agent
-
-    def serve_agent(self, token: str, connection: socket.socket) -> None:
-        if token in self._agents:
-            self._agents[token].serve(connection)
-
-
-class _Connection(socketserver.StreamRequestHandler):
-    rbufsize = 0
-    server: Driver
-
-    def handle(self) -> None:
-        token = self.rfile.readline(100).decode(errors="replace").strip()
-        self.server.serve_agent(token, self.connection)
-
-
 def run_agents(
-    hosts: Sequence[ReservedHost],
+    hosts: Sequence[GpuHost],
     gpus: int,
     attempt: Attempt,
     config: Path,
@@ -164,24 +152,20 @@ def run_agents(
     names = host_names(hosts)
     words = agent_words("ray", attempt, [Host(name, gpus) for name in names], leader, [str(config)])
     task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(run_agent)
-    with Driver(ray.util.get_node_ip_address()) as driver:
-        agents = []
-        for host, name, own in zip(hosts, names, words, strict=True):
-            start = task.options(scheduling_strategy=host.strategy).remote
-            agents.append(driver.start(name, partial(start, own, directory, environment, driver.server_address[:2])))
-        try:
-            return attend(agents, received)
-        finally:
-            driver.shutdown()
+    agents = []
+    for host, name, own in zip(hosts, names, words, strict=True):
+        start = task.options(scheduling_strategy=host.strategy).remote
+        agents.append(HostAgent(name, ray.util.get_node_ip_address(), partial(start, own, directory, environment)))
+    return attend(agents, received)
 
 
-def host_names(hosts: Sequence[ReservedHost]) -> list[str]:
+def host_names(hosts: Sequence[GpuHost]) -> list[str]:
     """What the hosts are called in tables and logs: by name, or by address where two have the same name."""
     names = [host.name for host in hosts]
     return names if len(set(names)) == len(names) else [host.address for host in hosts]
 
 
-def _check_hosts(hosts: Sequence[ReservedHost], paths: Sequence[str]) -> int:
+def _check_hosts(hosts: Sequence[GpuHost], paths: Sequence[str]) -> int:
     """A port that is free on the first host. Raises UserError where a host cannot run the job."""
     import ray
 

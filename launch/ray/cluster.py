@@ -11,8 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from specdist.core.errors import ConfigError, UserError
 
@@ -41,29 +41,18 @@ class GpuHost:
     address: str
     name: str
     gpus: int
+    strategy: Any = None
+    """Ray's scheduling strategy that puts a task onto the GPUs that are reserved here."""
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What a job asks of a cluster: hosts with GPUs, the same number on each, one rank a GPU."""
 
     hosts: int
     gpus: int
 
-    @property
-    def ranks(self) -> int:
-        return self.hosts * self.gpus
-
     def __str__(self) -> str:
         return f"{self.hosts} x {self.gpus} GPUs"
-
-
-@dataclass(frozen=True)
-class ReservedHost(GpuHost):
-    """A host on which GPUs are reserved for a job."""
-
-    strategy: Any
-    """Ray's scheduling strategy that puts a task there."""
 
 
 def cluster_address(option: str | None, environment: Mapping[str, str]) -> str:
@@ -135,12 +124,11 @@ def gpu_hosts() -> list[GpuHost]:
     """The living hosts of the cluster that have GPUs, taken or not, in the order of their addresses."""
     import ray
 
-    living = [node for node in ray.nodes() if node["Alive"]]
-    hosts = [
-        GpuHost(node["NodeID"], node["NodeManagerAddress"], node["NodeManagerHostname"], int(gpus))
-        for node in living
-        if (gpus := node["Resources"].get("GPU", 0)) >= 1
-    ]
+    hosts = []
+    for node in ray.nodes():
+        gpus = int(node["Resources"].get("GPU", 0))
+        if node["Alive"] and gpus > 0:
+            hosts.append(GpuHost(node["NodeID"], node["NodeManagerAddress"], node["NodeManagerHostname"], gpus))
     return in_order(hosts)
 
 
@@ -166,21 +154,20 @@ def choose_shape(ranks: int | None, hosts: int | None, gpus: int | None, cluster
     Raises:
         ConfigError: with the arithmetic that does not come out.
     """
-    if ranks is not None:
-        if hosts is None and gpus is None:
-            hosts = _fewest_hosts(ranks, _largest(cluster))
-        elif hosts is None:
-            hosts = max(ranks // (gpus or 1), 1)
-        shape = Shape(hosts, gpus or max(ranks // hosts, 1))
-        if shape.ranks != ranks:
-            raise ConfigError(
-                f"{shape} are not the job's {ranks} ranks (target.replicas x target.tp + draft.dp x draft.cp): change "
-                "--nodes, --gpus-per-node or one of those",
-                "target.replicas target.tp draft.dp draft.cp",
-            )
-        return shape
-    gpus = gpus or _largest(cluster)
-    return Shape(hosts or max(sum(host.gpus >= gpus for host in cluster), 1), gpus)
+    if ranks is None:
+        gpus = gpus or _largest(cluster)
+        return Shape(hosts or max(sum(host.gpus >= gpus for host in cluster), 1), gpus)
+    if hosts is None and gpus is None:
+        hosts = next(n for n in range(-(-ranks // _largest(cluster)), ranks + 1) if ranks % n == 0)
+    hosts = hosts or max(ranks // (gpus or 1), 1)
+    shape = Shape(hosts, gpus or max(ranks // hosts, 1))
+    if shape.hosts * shape.gpus != ranks:
+        raise ConfigError(
+            f"{shape} are not the job's {ranks} ranks (target.replicas x target.tp + draft.dp x draft.cp): change "
+            "--nodes, --gpus-per-node or one of those",
+            "target.replicas target.tp draft.dp draft.cp",
+        )
+    return shape
 
 
 def _largest(cluster: Sequence[GpuHost]) -> int:
@@ -192,12 +179,8 @@ def _largest(cluster: Sequence[GpuHost]) -> int:
     return max(host.gpus for host in cluster)
 
 
-def _fewest_hosts(ranks: int, most: int) -> int:
-    return next(hosts for hosts in range(-(-ranks // most), ranks + 1) if ranks % hosts == 0)
-
-
 @contextlib.contextmanager
-def reserve(shape: Shape, wait_s: float) -> Iterator[list[ReservedHost]]:
+def reserve(shape: Shape, wait_s: float) -> Iterator[list[GpuHost]]:
     """Hold the GPUs of a job's hosts, in rank order; all or none, so that two jobs cannot hold half of them each.
 
     Raises:
@@ -212,7 +195,7 @@ def reserve(shape: Shape, wait_s: float) -> Iterator[list[ReservedHost]]:
         _await(group, shape, wait_s)
         bundles = {node: bundle for bundle, node in ray.util.placement_group_table(group)["bundles_to_node_id"].items()}
         yield [
-            ReservedHost(**vars(host), strategy=PlacementGroupSchedulingStrategy(group, bundles[host.node]))
+            replace(host, strategy=PlacementGroupSchedulingStrategy(group, bundles[host.node]))
             for host in gpu_hosts()
             if host.node in bundles
         ]
@@ -242,4 +225,4 @@ def describe_cluster(shape: Shape, cluster: Sequence[GpuHost], free: float) -> s
     total = sum(host.gpus for host in cluster)
     hosts = ", ".join(f"{host.address} ({host.gpus})" for host in cluster) or "none"
     taken = f", {total - free:g} of them taken by others" if total > free else ""
-    return f"have {total} of {shape.ranks} GPUs, hosts {hosts}{taken}"
+    return f"have {total} of {shape.hosts * shape.gpus} GPUs, hosts {hosts}{taken}"

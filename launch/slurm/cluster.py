@@ -62,38 +62,35 @@ def check_fits(slurm: SlurmConfig, kinds: Sequence[NodeKind]) -> None:
 
     What Slurm alone can judge (accounts, limits, features) it says when the job is submitted.
     """
+    known = sorted({kind.partition for kind in kinds})
     for component in slurm.components:
-        if component.partition is None:
-            names = sorted({kind.partition for kind in kinds if kind.default})
-        else:
+        names = sorted({kind.partition for kind in kinds if kind.default})
+        if component.partition is not None:
             names = component.partition.split(",")
-            _check_names(names, kinds)
-        if names:
+        for name in names:
+            if name not in known:
+                raise ConfigError.at(
+                    "launch.slurm.partition", f": this cluster has no partition '{name}'; it has {', '.join(known)}"
+                )
+        if names:  # else there is no default partition
             _check_size(component, ",".join(names), [kind for kind in kinds if kind.partition in names])
 
 
-def _check_names(names: Sequence[str], kinds: Sequence[NodeKind]) -> None:
-    known = sorted({kind.partition for kind in kinds})
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ConfigError.at(
-            "launch.slurm.partition", f": this cluster has no partition '{unknown[0]}'; it has {', '.join(known)}"
-        )
-
-
 def _check_size(component: NodesConfig, partition: str, kinds: Sequence[NodeKind]) -> None:
-    gpus = component.gpus_per_node or 0
-    most = max(kind.gpus for kind in kinds)
+    gpus, most = component.gpus_per_node or 0, max(kind.gpus for kind in kinds)
     if gpus > most:
         raise ConfigError.at(
             "launch.slurm.gpus_per_node", f"={gpus}: the nodes of partition {partition} have {most} GPUs at most"
         )
     fitting = sum(kind.nodes for kind in kinds if kind.gpus >= gpus)
     if component.nodes > fitting:
-        having = f" with {gpus} GPUs" if gpus else ""
-        raise ConfigError.at(
-            "launch.slurm.nodes", f"={component.nodes}: partition {partition} has {fitting} nodes{having}"
-        )
+        nodes = f"{fitting} nodes with {gpus} GPUs" if gpus else f"{fitting} nodes"
+        raise ConfigError.at("launch.slurm.nodes", f"={component.nodes}: partition {partition} has {nodes}")
+
+
+def complaint(stderr: str) -> str:
+    """What one of Slurm's programs prints when it refuses, as one line."""
+    return "; ".join(re.sub(r"^(\w+: )?(error: )?", "", line) for line in stderr.splitlines())
 
 
 def submit(script: Path) -> str:
@@ -113,6 +110,5 @@ def _ask(command: Sequence[str]) -> str:
     except subprocess.TimeoutExpired:
         raise UserError(f"{program}: Slurm's controller has not answered within {SUBMIT_TIMEOUT_S:.0f} s") from None
     if done.returncode != 0:
-        words = [line.removeprefix(f"{program}: ").removeprefix("error: ") for line in done.stderr.splitlines()]
-        raise UserError(f"{program}: {'; '.join(words) or f'exit status {done.returncode}'}")
+        raise UserError(f"{program}: {complaint(done.stderr) or f'exit status {done.returncode}'}")
     return done.stdout

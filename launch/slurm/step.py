@@ -19,7 +19,7 @@ from datetime import datetime
 
 from specdist.core.errors import WorldError
 from specdist.core.launch_env import Attempt, Role
-from specdist_launch.placement import NodePlacement
+from specdist_launch.launcher import NodePlacement
 
 FIRST_PORT, PORTS = 20000, 12000
 """Ports of roll calls: above what services listen on, below the range Linux takes ephemeral ports from (32768)."""

@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # an extra; and a task's process, which imports this too, nee
     from specdist.job.config import JobConfig
     from specdist_launch.submit.executors import Venue
     from specdist_launch.submit.summary import RunSummary
-    from specdist_launch.submit.task import Run
 
 Files = str | Path | Sequence[str | Path]
 Overrides = Sequence[str] | Mapping[str, object]
@@ -95,11 +94,7 @@ def _venue(executor: str | Executor, options: Mapping[str, object], array_parall
 
 
 def _files(config: Files) -> list[str]:
-    found = [str(config)] if isinstance(config, str | Path) else [str(file) for file in config]
-    for name in found:
-        if "=" in name:
-            raise ConfigError(f"{name} has a '=' in its path, which tells key=value from files")
-    return found
+    return [str(config)] if isinstance(config, str | Path) else [str(file) for file in config]
 
 
 def _words(overrides: Overrides) -> list[str]:
@@ -128,24 +123,20 @@ def _submit(venue: Venue, jobs: Sequence[JobConfig], base: Path) -> list[Job[Run
     """Submit runs that have been checked; submitit's own files go below `base`."""
     from submitit.core.utils import FailedJobError
 
+    from specdist.job.run_dir import RunDirectory
+    from specdist_launch.slurm.cluster import complaint
     from specdist_launch.submit.task import Task
 
     venue.check_cluster(jobs[0])
     executor = venue.executor(base / "submitit", jobs[0].launch)
-    tasks = [Task(_run(venue, job, executor)) for job in jobs]
+    tasks = []
+    for job in jobs:
+        RunDirectory(Path(job.run.dir)).create()
+        snapshot, text = words.snapshot(job, "submitit")
+        words.save(snapshot, text)
+        tasks.append(Task(venue.run(job, snapshot, executor)))
     try:
         submitted = executor.submit_array(tasks)
     except FailedJobError as error:
-        lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(error).splitlines()]
-        raise UserError(f"sbatch: {'; '.join(lines)}") from error
+        raise UserError(f"sbatch: {complaint(str(error))}") from error
     return [job.task(0) for job in submitted]  # the others' tasks have no result, and result() would want them all
-
-
-def _run(venue: Venue, job: JobConfig, executor: Executor) -> Run:
-    """Write a run's configuration where all its nodes see it, and describe the run to its tasks."""
-    from specdist.job.run_dir import RunDirectory
-
-    RunDirectory(Path(job.run.dir).absolute()).create()
-    config, text = words.snapshot(job, "submitit")
-    words.save(config, text)
-    return venue.run(job, config, executor)

@@ -16,12 +16,11 @@ from specdist.core.errors import ConfigError, UserError
 from specdist_launch import cli
 from specdist_launch.agents import supervise
 from specdist_launch.ray import cluster
-from specdist_launch.ray.agents import Driver, HostAgent, agent_environment, examine_host, host_names, run_agent
+from specdist_launch.ray.agents import HostAgent, agent_environment, examine_host, host_names, run_agent
 from specdist_launch.ray.cluster import (
     LOCAL,
     ClusterError,
     GpuHost,
-    ReservedHost,
     Shape,
     choose_shape,
     cluster_address,
@@ -145,9 +144,7 @@ def test_variables_are_given_or_taken_from_here(monkeypatch):
 
 
 def test_hosts_are_called_by_name_unless_two_have_the_same():
-    first, second = (
-        ReservedHost(**vars(host(f"10.0.0.{n}", name=name)), strategy=None) for n, name in ((1, "a"), (2, "b"))
-    )
+    first, second = host("10.0.0.1", name="a"), host("10.0.0.2", name="b")
     assert host_names([first, second]) == ["a", "b"]
     assert host_names([first, second, first]) == ["10.0.0.1", "10.0.0.2", "10.0.0.1"]
 
@@ -161,14 +158,13 @@ def agents(monkeypatch, tmp_path):
     def start(*lines: str) -> HostAgent:
         program.write_text("\n".join(["#!/bin/bash", *lines]))
         program.chmod(0o755)
-        task = partial(executor.submit, run_agent, ["X"], str(tmp_path), {"ASKED": "yes"}, driver.server_address)
-        return driver.start("h2", task)
+        start = partial(executor.submit, run_agent, ["X"], str(tmp_path), {"ASKED": "yes"})
+        return HostAgent("h2", "127.0.0.1", start)
 
     errors = SimpleNamespace(RayError=LostError, RayTaskError=KeyError)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=Future.result, exceptions=errors))
-    with ThreadPoolExecutor() as executor, Driver("127.0.0.1") as driver:
+    with ThreadPoolExecutor() as executor:
         yield start
-        driver.shutdown()
 
 
 class LostError(Exception):
@@ -199,12 +195,16 @@ def test_a_host_that_is_lost_is_named(agents, capsys, monkeypatch):
     assert capsys.readouterr().err == "specdist: h2: lost: The worker died\n"
 
 
-def test_a_connection_without_an_agents_secret_is_closed(capsys):
-    with Driver("127.0.0.1") as driver:
-        with socket.create_connection(driver.server_address) as connection:
-            connection.sendall(b"guess\nhello\n")
+def test_a_connection_without_the_agents_secret_is_closed(agents, capsys):
+    def start(driver: tuple[str, int], token: str) -> Future:
+        with socket.create_connection(driver) as connection:
+            connection.sendall(b"?" * len(token))
             assert connection.recv(1) == b""
-        driver.shutdown()
+        ended = Future()
+        ended.set_result(0)
+        return ended
+
+    HostAgent("h2", "127.0.0.1", start).wait()
     assert capsys.readouterr().err == ""
 
 
