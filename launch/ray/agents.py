@@ -103,6 +103,8 @@ class HostAgent:
             print(f"specdist: {self._name}: lost: {_gist(error)}", file=sys.stderr)
             return None
         finally:
+            with contextlib.suppress(OSError):
+                self._server.shutdown(socket.SHUT_RDWR)  # where the agent never came
             self._server.close()
         self._output.join(_OUTPUT_S)
         return 128 - status if status < 0 else status  # as a shell says it
