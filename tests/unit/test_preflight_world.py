@@ -64,8 +64,8 @@ def outcomes(calls: list[Any]) -> list[str]:
 
 
 def test_rank_0_judges_what_all_have_found(checks: list[Preflight]) -> None:
-    assert outcomes([lambda c=c: c.examine_hosts(None) for c in checks]) == ["", "", ""]
-    assert outcomes([lambda c=c: c.examine_links(GROUPS) for c in checks]) == ["", "", ""]
+    assert outcomes([lambda c=c: c.hosts(None) for c in checks]) == ["", "", ""]
+    assert outcomes([lambda c=c: c.links(GROUPS) for c in checks]) == ["", "", ""]
     first, *others = (check.report for check in checks)
     assert others == [None, None]
     assert first is not None
@@ -85,9 +85,9 @@ def test_every_rank_learns_why_the_run_stops(checks: list[Preflight]) -> None:
 def test_a_rank_that_does_not_report_is_named_to_all_and_the_others_are_judged(
     checks: list[Preflight], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcomes([lambda c=c: c.examine_hosts(None) for c in checks])
+    outcomes([lambda c=c: c.hosts(None) for c in checks])
     monkeypatch.setattr(preflight_module, "_LINK_LIMITS", 0.1)
-    stopped = outcomes([lambda c=c: c.examine_links(GROUPS) for c in checks[:2]])
+    stopped = outcomes([lambda c=c: c.links(GROUPS) for c in checks[:2]])
     named = "WorldError: preflight: rank 2 (draft dp 1 cp 0, host n3) did not report within 0 s"
     assert [text[: len(named)] for text in stopped] == [named] * 2
     report = checks[0].report
@@ -100,14 +100,14 @@ def test_a_rank_that_does_not_report_is_named_to_all_and_the_others_are_judged(
 def test_a_link_that_breaks_is_reported_and_raises_nothing(
     checks: list[Preflight], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcomes([lambda c=c: c.examine_hosts(None) for c in checks])
+    outcomes([lambda c=c: c.hosts(None) for c in checks])
 
     def breaks(*arguments: Any) -> Any:
         yield LinkSpeed(0, 1, 1.0)
         raise WorldError("link a -> b broke while it was measured: connection reset")
 
     monkeypatch.setattr(preflight_module, "measure_links", breaks)
-    assert outcomes([lambda c=c: c.examine_links(GROUPS) for c in checks]) == ["", "", ""]
+    assert outcomes([lambda c=c: c.links(GROUPS) for c in checks]) == ["", "", ""]
     report = checks[0].report
     assert report is not None
     assert report.links == (LinkSpeed(0, 1, 1.0),) * 3

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Literal
 
 import msgspec
@@ -51,10 +51,10 @@ def to_exclude(findings: Iterable[Finding]) -> str:
     return fold_hosts({host for finding in problems(findings) for host in finding.hosts})
 
 
-def unless_all(affected: Iterable[str], everyone: Collection[str]) -> tuple[str, ...]:
-    """The hosts to name: none where all are affected, for then the fault lies in what they share."""
-    hosts = tuple(dict.fromkeys(affected))
-    return () if set(hosts) == set(everyone) else hosts
+def name_no_host_for_all(findings: Iterable[Finding], everyone: Collection[str]) -> Iterator[Finding]:
+    """These findings, merged; those that all hosts have name none, for then the fault lies in what they share."""
+    for finding in merge(findings):
+        yield msgspec.structs.replace(finding, hosts=()) if set(finding.hosts) == set(everyone) else finding
 
 
 def fold_hosts(hosts: Iterable[str]) -> str:

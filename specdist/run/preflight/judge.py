@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from specdist.job.preflight_config import PreflightConfig
 from specdist.run.preflight.facts import RankReport
-from specdist.run.preflight.findings import Finding, Severity, merge, unless_all
+from specdist.run.preflight.findings import Finding, Severity, merge, name_no_host_for_all
 from specdist.run.preflight.host import HostFacts, Xid
 from specdist.run.preflight.judge_gpu import judge_gpus
 from specdist.run.preflight.needs import Needs
@@ -16,7 +16,6 @@ from specdist.world.groups import ranges
 
 _RECENT_S = 86400.0
 """An XID error of hardware or driver that is older than this is no problem any more."""
-_XIDS_SHOWN = 3
 _MAY_DIFFER = frozenset({"Python", "the driver"})
 """Versions of which it is only a warning that they differ."""
 _VERSION_ADVICE = {
@@ -40,8 +39,7 @@ def judge(
         (
             *judge_gpus(reports, needs, config.min_free_memory, share_devices),
             *_versions(reports),
-            *_models(reports),
-            *_storage(of_hosts),
+            *name_no_host_for_all((*_models(reports), *_storage(of_hosts)), {report.host for report in reports}),
             *_room(of_hosts, needs),
             *_clocks(of_hosts, config.max_clock_skew_s),
             *_xids(of_hosts),
@@ -66,27 +64,20 @@ def _versions(reports: Sequence[RankReport]) -> Iterator[Finding]:
 
 
 def _models(reports: Sequence[RankReport]) -> Iterator[Finding]:
-    affected: defaultdict[str, list[str]] = defaultdict(list)
     for report in reports:
-        affected[report.model].append(report.host)
-    everyone = {report.host for report in reports}
-    for error, hosts in affected.items():
-        if error:
-            yield Finding("problem", unless_all(hosts, everyone), error, certain=True)
+        if report.model:
+            yield Finding("problem", (report.host,), report.model, certain=True)
 
 
 def _storage(of_hosts: Mapping[str, HostFacts]) -> Iterator[Finding]:
-    errors: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for host, facts in of_hosts.items():
         storage = facts.storage
         if storage.error:
-            errors[storage.directory, storage.error].append(host)
+            seen = f"run.dir {storage.directory} cannot be written: {storage.error}"
+            yield Finding("problem", (host,), seen, "choose another run.dir, or mend this one", certain=True)
         elif storage.shared is False:
             seen = f"run.dir {storage.directory} is another directory than that of rank 0: its file does not show"
             yield Finding("problem", (host,), seen, "use a directory that all hosts share", certain=True)
-    for (directory, error), hosts in errors.items():
-        seen, advice = f"run.dir {directory} cannot be written: {error}", "choose another run.dir, or mend this one"
-        yield Finding("problem", unless_all(hosts, of_hosts), seen, advice, certain=True)
 
 
 def _room(of_hosts: Mapping[str, HostFacts], needs: Needs | None) -> Iterator[Finding]:
@@ -124,7 +115,7 @@ def _xids(of_hosts: Mapping[str, HostFacts]) -> Iterator[Finding]:
             if xid.hardware and xid.age_s < _RECENT_S:
                 by_bus[xid.bus].append(xid)
         for bus, xids in by_bus.items():
-            last = "; ".join(f"{x.code} {_ago(x.age_s)}{f' ({x.text})' if x.text else ''}" for x in xids[-_XIDS_SHOWN:])
+            last = f"{xids[-1].code} {_ago(xids[-1].age_s)}{f' ({xids[-1].text})' if xids[-1].text else ''}"
             seen = f"GPU {bus}: {len(xids)} XID errors in the kernel log, last {last}"
             advice = "look the number up in NVIDIA's list of XID errors; reset the GPU, or have it checked"
             yield Finding("problem", (host,), seen, advice)

@@ -11,8 +11,6 @@ from specdist.run.preflight.needs import Needs
 from specdist.run.preflight.nvml import GpuFacts
 
 _GIB = 2**30
-_BY_HARDWARE = frozenset({"hardware slowdown", "hardware thermal slowdown", "hardware power brake"})
-"""On a GPU that does nothing yet these mean a fault of cooling or power."""
 _ALIKE: tuple[tuple[str, str, Severity, str], ...] = (
     ("links_up", "NVLinks are up", "problem", "reset the GPU, or have its links checked"),
     ("pcie_lanes", "PCIe lanes are in use", "warning", "reseat the GPU, or have its slot checked"),
@@ -67,10 +65,10 @@ def _faults(gpu: GpuFacts, share_devices: bool) -> Iterator[_Fault]:
         yield "warning", "a bad row of its memory waits to be replaced by a spare one", "reset the GPU"
     if gpu.recovery:
         yield "problem", "it has had a fault that the driver did not recover from", gpu.recovery
-    throttles = set(gpu.throttles or ())
-    if by_hardware := sorted(throttles & _BY_HARDWARE):
+    # On a GPU that does nothing yet the first mean a fault of cooling or power.
+    if by_hardware := [name for name in gpu.throttles or () if name.startswith("hardware")]:
         yield "problem", f"slowed down by {', '.join(by_hardware)}", "check its cooling and power supply"
-    if other := sorted(throttles - _BY_HARDWARE):
+    if other := [name for name in gpu.throttles or () if name not in by_hardware]:
         yield "warning", f"slowed down by {', '.join(other)}", "check its power limit and temperature"
     if gpu.mig and not share_devices:
         yield "problem", "MIG is on", "switch MIG off (nvidia-smi -mig 0): NCCL needs whole GPUs"

@@ -40,62 +40,51 @@ Settle = Callable[[Report, Sequence[Finding]], list[str]]
 
 
 class Preflight:
-    """The checks of one world. All ranks make one and call its methods in the same order.
+    """The checks of one world. All ranks make one and call `hosts` and `links` in this order.
 
-    `hosts` and `links` are for the start of a run: they do what `preflight.level` says, and `examine_hosts` and
-    `examine_links` what `settle` does. `report` has, on rank 0, what they found.
+    `report` has, on rank 0, what they found.
     """
 
     def __init__(self, job: JobConfig, world: World, topology: Topology, settle: Settle | None = None):
         self._job, self._world, self._topology, self._settle = job, world, topology, settle or self._settle_run
         self.report: Report | None = None
 
-    def hosts(self, facts: JobFacts) -> None:
-        """Check the hosts at the start of a run. A second or less; the store is asked a few times per rank.
-
-        Raises:
-            ConfigError, WorldError: on every rank, naming the hosts: the run would fail, or there is a problem and
-                `preflight.level` is strict.
-        """
-        if self._job.preflight.level != "skip":
-            self.examine_hosts(facts)
-
-    def links(self, groups: Groups) -> None:
-        """Measure the links at the start of a run, once they are connected. Raises like `hosts`."""
-        if self._job.preflight.level != "skip" and self._job.preflight.links:
-            self.examine_links(groups)
-
-    def examine_hosts(self, facts: JobFacts | None, model: str = "") -> None:
-        """Collect the facts of all ranks; on rank 0, judge them.
+    def hosts(self, facts: JobFacts | None, model: str = "") -> None:
+        """Collect the facts of all ranks; on rank 0, judge them. Takes a second or less, a few store calls a rank.
 
         Args:
             facts: of the job, where the model can be read.
             model: why it cannot.
 
         Raises:
-            WorldError: on every rank: one did not report; names it.
+            ConfigError, WorldError: on every rank, naming the hosts: one did not report, or `settle` says so: the run
+                would fail, or there is a problem and `preflight.level` is strict.
         """
         job, world = self._job, self._world
+        if job.preflight.level == "skip":
+            return
 
-        def judge_all(reports: dict[int, RankReport]) -> list[str]:
+        def judge_all(reports: dict[int, RankReport]) -> tuple[Report, Sequence[Finding]]:
             # A model that only other hosts lack still tells rank 0 what the job needs.
             needs = None if facts is None else needs_of(job, facts, self._topology)
             ranks = tuple(reports.values())
             findings = judge(ranks, needs, job.preflight, job.world.share_devices)
-            return self._keep(Report(ranks, findings, self._topology), findings)
+            return Report(ranks, findings, self._topology), findings
 
         with marked(Path(job.run.dir)) if world.facts.rank == 0 else nullcontext() as mark:
             of_host = self._of_host(mark) if world.hosts.index(world.facts.host) == world.facts.rank else None
             self._exchange("hosts", 1, report_rank(job, world.facts, world.device, model, of_host), judge_all)
 
-    def examine_links(self, groups: Groups, broken: str = "") -> None:
-        """Measure all links, after `examine_hosts`; on rank 0, judge them. Raises like `examine_hosts`.
+    def links(self, groups: Groups, broken: str = "") -> None:
+        """Measure all links, once they are connected; on rank 0, judge them. Raises like `hosts`.
 
         Args:
-            broken: why this rank's links could not even be connected: reported, and nothing measured.
+            broken: why this rank's links could not be connected: reported, and nothing measured.
         """
+        if self._job.preflight.level == "skip" or not self._job.preflight.links:
+            return
 
-        def judge_all(reports: dict[int, LinkReport]) -> list[str]:
+        def judge_all(reports: dict[int, LinkReport]) -> tuple[Report, Sequence[Finding]]:
             findings = [*judge_links(tuple(reports.values()), self._topology, self._job.preflight.min_link_gb_per_s)]
             for rank, host in enumerate(self._world.hosts):
                 if rank not in reports:
@@ -104,7 +93,7 @@ class Preflight:
             links = tuple(link for report in reports.values() for link in report.links)
             assert self.report is not None
             merged = merge((*self.report.findings, *findings))
-            return self._keep(msgspec.structs.replace(self.report, links=links, findings=merged), findings)
+            return msgspec.structs.replace(self.report, links=links, findings=merged), findings
 
         self._exchange("links", _LINK_LIMITS, LinkReport(error=broken) if broken else self._measure(groups), judge_all)
 
@@ -130,18 +119,23 @@ class Preflight:
             return LinkReport(tuple(links), str(error))
         return LinkReport(tuple(links))
 
-    def _exchange(self, name: str, limits: int, report: T, judge_all: Callable[[dict[int, T]], list[str]]) -> None:
-        """Every rank hands in its report through the store, and rank 0 judges those that arrive within `limits` times
-        world.join_timeout_s, by rank. Linear in the number of ranks."""
+    def _exchange(
+        self, name: str, limits: int, report: T, judge_all: Callable[[dict[int, T]], tuple[Report, Sequence[Finding]]]
+    ) -> None:
+        """Every rank hands in its report through the store; rank 0 judges those, by rank, that arrive within `limits`
+        times world.join_timeout_s, and settles what follows. Linear in the number of ranks."""
         rank, describe, everyone = self._world.facts.rank, self._topology.describe, range(self._topology.world_size)
         store = dist.PrefixStore(f"preflight/{name}", self._world.store)
         limit_s = limits * self._job.world.join_timeout_s
 
-        def read(ranks: Collection[int]) -> dict[int, T]:
-            return {r: msgspec.json.decode(store.get(f"report/{r}"), type=type(report)) for r in sorted(ranks)}
+        def settle(ranks: Collection[int]) -> list[str]:
+            reports = {r: msgspec.json.decode(store.get(f"report/{r}"), type=type(report)) for r in sorted(ranks)}
+            self.report, new = judge_all(reports)
+            self.report.write(self._job.preflight.report)
+            return self._settle(self.report, new)
 
         def missing(present: Collection[int]) -> str:
-            judge_all(read(present))
+            settle(present)
             absent = ", ".join(describe(r) for r in everyone if r not in present)
             limit = f"{limit_s:.0f} s ({f'{limits} x ' if limits > 1 else ''}world.join_timeout_s)"
             return f"preflight: {absent} did not report within {limit}: look at its log"
@@ -150,16 +144,11 @@ class Preflight:
         # Rank 0 may itself be late, held up by a link.
         patience_s = limit_s if rank == 0 else 2 * limit_s
         call = RollCall(rank, len(everyone), describe(rank), describe(0), patience_s, "world.join_timeout_s")
-        match call.answer(store, None, missing, lambda: judge_all(read(everyone)))[1]:
+        match call.answer(store, None, missing, lambda: settle(everyone))[1]:
             case ["hosts", reason]:
                 raise WorldError(reason)
             case ["job", reason]:
                 raise ConfigError(reason)
-
-    def _keep(self, report: Report, new: Sequence[Finding]) -> list[str]:
-        self.report = report
-        report.write(self._job.preflight.report)
-        return self._settle(report, new)
 
     def _settle_run(self, report: Report, new: Sequence[Finding]) -> list[str]:
         """Print what was found, and stop the run where `preflight.level` says so."""

@@ -14,6 +14,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,15 +57,16 @@ def examine_world(job: JobConfig, who: RankFacts) -> int:
     facts, model = examine_model(job)
     world = join_world(job.world, who)
     topology = jobs.topology(job, world.hosts, world.roles)
-    check = Preflight(job, world, topology, _show)
-    check.examine_hosts(facts, model)
+    asked = replace(job, preflight=replace(job.preflight, level="warn", links=True))
+    check = Preflight(asked, world, topology, _show)
+    check.hosts(facts, model)
     groups = make_groups(topology, world, jobs.transport(job, world.device).link_backend, job.world.wait_timeout_s)
     broken = ""
     try:
         connect_links(topology, groups, world, job.world.join_timeout_s)
     except WorldError as error:
         broken = str(error)
-    check.examine_links(groups, broken)
+    check.links(groups, broken)
     return 0 if check.report is None or check.report.healthy else 1
 
 
