@@ -14,14 +14,14 @@ from torch import Tensor
 from specdist.channel.base import FeatureReceiver
 from specdist.core.errors import WorldError
 from specdist.core.records import FeatureLayout, PackedTokens, WorkItem
-from specdist.core.stop import StopFlag, StopReason
+from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
 from specdist.core.trace import span
 from specdist.prompts.items import Items
 from specdist.prompts.store import PromptStore
 from specdist.run.stall_timer import StallTimer
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.messages import Deliver, Message, Released, Stop, StopRequested
+from specdist.scheduler.messages import Deliver, Message, Released, Stop, StopRequest
 from specdist.target.base import TargetModel
 from specdist.target.verify import verify
 from specdist.training.trainer import FeatureSource
@@ -113,8 +113,8 @@ class RemoteSource(FeatureSource):
                 with self._changed:
                     self._delivered.add(index)
                     self._changed.notify_all()
-            case StopRequested(rank, reason):
-                self._stop.request(StopReason(reason), f" on rank {rank}")
+            case StopRequest(reason, rank):
+                self._stop.request(reason, f" on rank {rank}")
             case Stop():
                 with self._changed:
                     self._stopped = True

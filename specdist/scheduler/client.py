@@ -31,23 +31,21 @@ from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.messages import (
     PROTOCOL_VERSION,
     Abort,
-    AskClock,
-    Dismiss,
+    Clock,
     Failed,
     Goodbye,
     Heartbeat,
     Hello,
-    Join,
     Message,
     Pulse,
     Ready,
+    RemotePlace,
     Reports,
     Ring,
     Start,
     Statistics,
     Stop,
     StopRequest,
-    TellClock,
     Welcome,
     decode,
     encode,
@@ -57,7 +55,7 @@ from specdist.scheduler.wire import identity, inproc_pair
 
 logger = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer", Welcome, Start, Reports, TellClock)
+Answer = TypeVar("Answer", Welcome, Start, Reports, Clock)
 
 _CLOSE = b""
 _LINGER_MS = 2000
@@ -77,8 +75,8 @@ class ControlClient:
         on_abort: called once, in the client's thread, when the world has failed: to abort communicators in which the
             main thread may be stuck.
         stop: this process's request to stop; the client passes it on, whatever the main thread is busy with.
-        join: the first message of a rank of a target world, which is not one of the scheduler's; `rank` is then its
-            number in its own world until `Welcome` tells it another.
+        place: of a rank of a target world, which is not one of the scheduler's; `rank` is then its number in its own
+            world until `Welcome` tells it another.
     """
 
     def __init__(
@@ -91,10 +89,10 @@ class ControlClient:
         scheduler: str = "rank 0",
         on_abort: Callable[[UserError], None] | None = None,
         stop: StopFlag | None = None,
-        join: Join | None = None,
+        place: RemotePlace | None = None,
     ):
-        self._hello = join or Hello(PROTOCOL_VERSION, os.getpid())
-        self.rank, self.statistics = -2 if join else rank, Statistics()  # -2: not to blame for anything yet
+        self._hello = Hello(PROTOCOL_VERSION, os.getpid(), place)
+        self.rank, self.statistics = -2 if place else rank, Statistics()  # -2: not to blame for anything yet
         self.step = -1
         """Optimizer steps done, for the scheduler's reports; free to set."""
         self._stop, self._stop_told = stop, False
@@ -103,7 +101,6 @@ class ControlClient:
         self._phase, self._phase_told = ("starting", time.monotonic()), 0.0
         self._error: BaseException | None = None
         self._failed = threading.Event()
-        self._culprit: int | None = None
         self.abort: Abort | None = None
         """The world's failure as rank 0 has told it."""
         self.stop: Stop | None = None
@@ -113,13 +110,13 @@ class ControlClient:
         # None in one of these: the world has failed.
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._answers: dict[type, queue.SimpleQueue[Any]] = {
-            kind: queue.SimpleQueue() for kind in (Welcome, Start, TellClock, Reports)
+            kind: queue.SimpleQueue() for kind in (Welcome, Start, Clock, Reports)
         }
         self._lock = threading.Lock()
         self._open = True
         self._context = zmq.Context()
         self._outbox, self._outgoing = inproc_pair(self._context)
-        self._dealer = self._connect(address, identity(token, rank, join.world if join else ""))
+        self._dealer = self._connect(address, identity(token, rank, place.world if place else ""))
         self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._lost_at: float | None = None
         self._thread = threading.Thread(target=self._thread_main, name="specdist-control-client", daemon=True)
@@ -176,7 +173,7 @@ class ControlClient:
 
     def expect(self, kind: type[Answer], timeout_s: float | None = None) -> Answer | None:
         """The next message of one of the kinds that `poll` leaves out: `Welcome`, `Start` (the scheduler names ranks
-        that are not ready within control.load_timeout_s), `Reports` or `TellClock`. None after `timeout_s` seconds.
+        that are not ready within control.load_timeout_s), `Reports` or `Clock`. None after `timeout_s` seconds.
 
         Raises:
             WorldError: the world has failed.
@@ -196,9 +193,9 @@ class ControlClient:
             WorldError: no answer within `timeout_s` seconds, or the world has failed.
         """
         asked, deadline = time.time_ns(), time.monotonic() + timeout_s
-        self.send(AskClock(asked))
+        self.send(Clock(asked))
         while True:
-            answer = self.expect(TellClock, max(deadline - time.monotonic(), 0.0))
+            answer = self.expect(Clock, max(deadline - time.monotonic(), 0.0))
             if answer is None:
                 raise WorldError(f"{self._scheduler} did not say what time it is within {timeout_s:.0f} s")
             if answer.asked == asked:  # else the late answer to a question that was given up
@@ -242,8 +239,8 @@ class ControlClient:
             self.fail(error)
             self._failed.wait(2 * self._config.heartbeat_s)
         self.close()
-        if isinstance(error, Exception) and self._culprit not in (None, self.rank):
-            assert self._error is not None
+        own = isinstance(self._error, WorldError) and self._error.culprit == self.rank
+        if isinstance(error, Exception) and self._error is not None and not own:
             raise self._error from error
 
     def _connect(self, address: str, name: bytes) -> zmq.Socket[bytes]:
@@ -318,7 +315,6 @@ class ControlClient:
             what = f"has sent rank {self.rank} nothing for more than {limit}"
         else:
             return
-        self._culprit = 0
         self._break(WorldError(f"{self._scheduler} {what}", culprit=0))
 
     def _send_all(self) -> bool:
@@ -343,13 +339,10 @@ class ControlClient:
             case Pulse(statistics):
                 self.statistics = statistics
             case Abort():
-                self._culprit, self.abort = message.failure.rank, message
+                self.abort = message
                 self._break(message.error())
-            case Dismiss():
-                self._culprit = -1
-                self._break(message.error())
-            case TellClock():
-                self._answers[TellClock].put(msgspec.structs.replace(message, answered=time.time_ns()))
+            case Clock():
+                self._answers[Clock].put(msgspec.structs.replace(message, answered=time.time_ns()))
             case Ring(draft, endpoint):
                 self.rings[draft] = endpoint
             case Welcome() | Start() | Reports():

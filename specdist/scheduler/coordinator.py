@@ -20,15 +20,13 @@ from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.messages import (
     PROTOCOL_VERSION,
     Abort,
-    AskClock,
+    Clock,
     Computed,
     DecodeError,
-    Dismiss,
     Failed,
     Goodbye,
     Heartbeat,
     Hello,
-    Join,
     LastItem,
     Message,
     Produced,
@@ -41,8 +39,6 @@ from specdist.scheduler.messages import (
     Statistics,
     Stop,
     StopRequest,
-    StopRequested,
-    TellClock,
     decode,
     encode,
 )
@@ -95,7 +91,7 @@ class Coordinator:
         rules: RemoteRules | None = None,
     ):
         self.peers = Peers(topology, now)
-        self.aborted: Abort | Dismiss | None = None
+        self.aborted: Abort | None = None
         self._observer = observer or Observer()
         self._scheduler, self._config, self._send = scheduler, config, send
         self._draft_ranks = topology.draft_ranks
@@ -112,7 +108,7 @@ class Coordinator:
         self._next_pulse = now
         self._joined = self._ready = self._stopping = self._stopped = False
         self._report_by: float | None = None
-        self._stop_requested: StopRequested | None = None
+        self._stop_requested = False
         self._aborted_at = 0.0
 
     def receive(self, rank: int, payload: bytes, now: float) -> None:
@@ -191,8 +187,8 @@ class Coordinator:
                     self._broadcast(deliver, now, self._draft_ranks)
             case Heartbeat(seconds, step, phase):
                 self.peers[rank].note_phase(phase, now - seconds, step)
-            case AskClock(asked):  # not `now`, which is that of a whole batch of messages
-                self._send([rank], encode(TellClock(asked, time.time_ns())))
+            case Clock(asked):  # not `now`, which is that of a whole batch of messages
+                self._send([rank], encode(Clock(asked, time.time_ns())))
             case Produced(report) if self.replicas is not None:
                 self.replicas.produced(rank, report)
             case _ if self._remote is not None and self.peers.is_remote(rank):
@@ -234,8 +230,8 @@ class Coordinator:
         match message:
             case Goodbye():
                 self.peers[rank].left = True
-            case Hello() | Join():
-                self.peers[rank].join(message.pid)
+            case Hello(_, pid):
+                self.peers[rank].join(pid)
                 self._send([rank], encode(self.aborted))
             case Failed():
                 logger.info("%s failed too: %s", self.peers.name(rank), message.failure.message)
@@ -253,14 +249,15 @@ class Coordinator:
             self.abort(rank, f"two processes say they are this rank: pid {earlier} and pid {pid}", now)
 
     def _stop_request(self, rank: int, reason: StopReason, now: float) -> None:
-        if self._stop_requested is not None:  # a signal reaches many ranks at once: the first speaks for all
+        if self._stop_requested:  # a signal reaches many ranks at once: the first speaks for all
             return
-        self._stop_requested = StopRequested(rank, reason)
+        self._stop_requested = True
         if not self._ready:
-            self._end(Dismiss(rank, reason), now)
+            message = f"stopped before the first step ({reason} on rank {rank})"
+            self._end(Abort(Failure("world", message), "dismissed"), now)
             self._observer.dismissed(rank, reason)
             return
-        self._broadcast(self._stop_requested, now)
+        self._broadcast(StopRequest(reason, rank), now)
         if not self._draft_ranks and self._scheduler is not None:  # no trainer to decide where the run ends
             self._scheduler.stop_now()
 
@@ -281,7 +278,7 @@ class Coordinator:
         self._report_by = None
         self._broadcast(Reports(tuple(self.replicas.reports)), now, self._draft_ranks[:1])
 
-    def _end(self, message: Abort | Dismiss, now: float) -> None:
+    def _end(self, message: Abort, now: float) -> None:
         self.aborted, self._aborted_at = message, now
         unreachable = self._send(self.peers.present, encode(message))
         if unreachable:

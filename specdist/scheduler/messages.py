@@ -8,7 +8,7 @@ socket, not a field.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -33,24 +33,23 @@ class _Message(msgspec.Struct, tag=True, frozen=True, array_like=True, forbid_un
     """The form of all messages."""
 
 
-class Hello(_Message, frozen=True):
-    """rank -> scheduler: the first message of a rank of the scheduler's own world."""
+class RemotePlace(msgspec.Struct, frozen=True):
+    """Who a rank of a target world is: tensor-parallel index `tp` of the `size` ranks of `replica` in `world`, a name
+    that no two worlds share."""
 
-    version: int
-    pid: int
-
-
-class Join(_Message, frozen=True):
-    """rank of a target world -> scheduler: its first message. It is tensor-parallel index `tp` of the `size` ranks of
-    `replica` in `world`, a name that no two worlds share."""
-
-    version: int
-    pid: int
     replica: int
     tp: int
     size: int
     host: str
     world: str
+
+
+class Hello(_Message, frozen=True):
+    """rank -> scheduler: the first message. `place`: of a rank of a target world."""
+
+    version: int
+    pid: int
+    place: RemotePlace | None = None
 
 
 class Welcome(_Message, frozen=True):
@@ -116,16 +115,11 @@ class Released(_Message, frozen=True):
 
 
 class StopRequest(_Message, frozen=True):
-    """rank -> scheduler: please stop (a signal arrived)."""
+    """rank -> scheduler: please stop (a signal arrived); scheduler -> all, once: `rank` was asked to stop. The trainer
+    decides at a step boundary and sends `LastItem`."""
 
     reason: StopReason
-
-
-class StopRequested(_Message, frozen=True):
-    """scheduler -> all, once: `rank` was asked to stop. The trainer decides at a step boundary and sends `LastItem`."""
-
-    rank: int
-    reason: StopReason
+    rank: int = -1
 
 
 class LastItem(_Message, frozen=True):
@@ -150,27 +144,23 @@ class Failed(_Message, frozen=True):
 
 
 class Abort(_Message, frozen=True):
-    """scheduler -> all: stop now. `refused`: this rank of a target world will never be let in."""
+    """scheduler -> all: stop now.
+
+    `why` is refused where this rank of a target world will never be let in, and dismissed where a rank was asked to
+    stop before the run began, so that there is nothing to save.
+    """
 
     failure: Failure
-    refused: bool = False
+    why: Literal["failed", "refused", "dismissed"] = "failed"
 
-    def error(self) -> WorldError:
+    def error(self) -> WorldError | Dismissed:
         failure = self.failure
+        if self.why == "dismissed":
+            return Dismissed(failure.message)
         said = f"{failure.exception}: {failure.message}" if failure.exception else failure.message
         if failure.rank < 0:
             return WorldError(said)
         return WorldError(f"rank {failure.rank} ({failure.role}, host {failure.host}): {said}", culprit=failure.rank)
-
-
-class Dismiss(_Message, frozen=True):
-    """scheduler -> all: `rank` was asked to stop before the run began, so there is nothing to save: leave at once."""
-
-    rank: int
-    reason: StopReason
-
-    def error(self) -> Dismissed:
-        return Dismissed(f"stopped before the first step ({self.reason} on rank {self.rank})")
 
 
 class Goodbye(_Message, frozen=True):
@@ -261,25 +251,19 @@ class Pulse(_Message, frozen=True):
     statistics: Statistics
 
 
-class AskClock(_Message, frozen=True):
-    """rank -> scheduler: what is the time? `asked` is the clock of the rank's host, in ns."""
+class Clock(_Message, frozen=True):
+    """rank -> scheduler: what is the time? The scheduler answers at once. In ns, by the clocks of both hosts: `asked`
+    and `answered`, which the client adds at the receipt, by the rank's, `told` by rank 0's."""
 
     asked: int
-
-
-class TellClock(_Message, frozen=True):
-    """scheduler -> the rank that asked, at once: rank 0's clock `told`, in ns, and the question's `asked`. The client
-    adds its own clock at the receipt, `answered`."""
-
-    asked: int
-    told: int
+    told: int = 0
     answered: int = 0
 
 
-_ToScheduler: TypeAlias = Hello | Join | Ring | Ready | Heartbeat | Computed | Released | StopRequest | LastItem
-_AtTheEnd: TypeAlias = Produced | Failed | Goodbye | AskClock
-_ToRanks: TypeAlias = Welcome | Start | Dispatch | Deliver | Pulse | StopRequested | Stop | Reports | TellClock
-Message: TypeAlias = _ToScheduler | _AtTheEnd | _ToRanks | Abort | Dismiss
+_ToScheduler: TypeAlias = Hello | Ready | Heartbeat | Computed | Released | LastItem | Produced | Failed | Goodbye
+_ToBoth: TypeAlias = StopRequest | Ring | Clock
+_ToRanks: TypeAlias = Welcome | Start | Dispatch | Deliver | Pulse | Stop | Reports | Abort
+Message: TypeAlias = _ToScheduler | _ToBoth | _ToRanks
 
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 encode = msgspec.msgpack.Encoder().encode

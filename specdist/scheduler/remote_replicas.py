@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from specdist.core.attempts import Failure
 from specdist.scheduler.config import ControlConfig
@@ -18,10 +19,11 @@ from specdist.scheduler.messages import (
     Abort,
     Failed,
     Goodbye,
-    Join,
+    Hello,
     Message,
     ProducerReport,
     Ready,
+    RemotePlace,
     Ring,
     Stop,
     StopRequest,
@@ -93,8 +95,8 @@ class RemoteReplicas(Replicas):
             ProtocolError: the message is not one that it may send.
         """
         match message:
-            case Join():
-                self._join(rank, message)
+            case Hello(version, pid, RemotePlace() as place):
+                self._join(rank, version, pid, place)
             case Ready():
                 self._ready(self._replica(rank), rank)
             case StopRequest():
@@ -157,35 +159,35 @@ class RemoteReplicas(Replicas):
             return f"no target replica has been there for {limit}: {start}"
         return None
 
-    def _join(self, rank: int, join: Join) -> None:
+    def _join(self, rank: int, version: int, pid: int, place: RemotePlace) -> None:
         peer = self._peers[rank]
-        if peer.join(join.pid) is not None:
+        if peer.join(pid) is not None:
             raise ProtocolError("it has joined before")
-        if join.version != PROTOCOL_VERSION:
-            spoken = f"speaks version {join.version} of the control protocol, not {PROTOCOL_VERSION}"
-            self._refuse(rank, f"{spoken}: install the same specdist on both sides", for_good=True)
+        if version != PROTOCOL_VERSION:
+            spoken = f"speaks version {version} of the control protocol, not {PROTOCOL_VERSION}"
+            self._refuse(rank, f"{spoken}: install the same specdist on both sides", "refused")
             return
         if self._end is not None and self._end.more:
             self._refuse(rank, "the draft world is about to leave")
             return
-        key = (join.world, join.replica)
+        key = (place.world, place.replica)
         if key not in self._by_name:
-            self._by_name[key] = Replica(len(self._replicas), join.size, {}, "joining")
+            self._by_name[key] = Replica(len(self._replicas), place.size, {}, "joining")
             self._replicas.append(self._by_name[key])
         replica = self._by_name[key]
-        if replica.state != "joining" or join.tp in replica.ranks or not 0 <= join.tp < replica.size:
-            self._refuse(rank, f"there is no place for tensor-parallel rank {join.tp} in its replica ({replica.state})")
+        if replica.state != "joining" or place.tp in replica.ranks or not 0 <= place.tp < replica.size:
+            self._refuse(rank, f"its replica has no place for tensor-parallel rank {place.tp} ({replica.state})")
             return
-        replica.ranks[join.tp] = rank
+        replica.ranks[place.tp] = rank
         self._of[rank] = replica
-        peer.role, peer.host = f"target replica {replica.number} tp {join.tp}", join.host
+        peer.role, peer.host = f"target replica {replica.number} tp {place.tp}", place.host
         for payload in (encode(Welcome(rank, self._rules.terms)), *self._rings.values()):
             self._send([rank], payload)
         if self._end is not None:
             self._dismiss(replica, self._end)
 
-    def _refuse(self, rank: int, why: str, for_good: bool = False) -> None:
-        self._send([rank], encode(Abort(self._peers.blame(rank, Failure("world", why)), for_good)))
+    def _refuse(self, rank: int, why: str, kind: Literal["failed", "refused"] = "failed") -> None:
+        self._send([rank], encode(Abort(self._peers.blame(rank, Failure("world", why)), kind)))
         self._peers[rank].left = True
 
     def _ready(self, replica: Replica, rank: int) -> None:

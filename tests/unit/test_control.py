@@ -32,7 +32,6 @@ from specdist.scheduler.messages import (
     Computed,
     DecodeError,
     Deliver,
-    Dismiss,
     Dispatch,
     Failed,
     Goodbye,
@@ -47,7 +46,6 @@ from specdist.scheduler.messages import (
     Start,
     Stop,
     StopRequest,
-    StopRequested,
     decode,
     encode,
 )
@@ -82,6 +80,8 @@ def some_message(cls: type, rng: random.Random) -> Message:
     }
 
     def value(kind: typing.Any) -> typing.Any:
+        if type(None) in typing.get_args(kind):
+            return rng.choice([None, value(typing.get_args(kind)[0])])
         if typing.get_origin(kind) is tuple:
             return tuple(value(typing.get_args(kind)[0]) for _ in range(2))
         if typing.get_origin(kind) is typing.Literal:
@@ -118,7 +118,7 @@ def test_random_bytes_raise_decode_error_only() -> None:
     with pytest.raises(DecodeError, match="no control message"):
         decode(b"")
     with pytest.raises(DecodeError, match="utf-8"):
-        decode(encode(StopRequest(StopReason.TERMINATE))[:-1] + b"\xff")
+        decode(encode(Heartbeat(1.0, 2, "ab"))[:-1] + b"\xff")
     with pytest.raises(DecodeError, match="recursion"):
         decode(encode(Produced(ProducerReport()))[:10] + b"\x81\xa3abc" + b"\x91" * 60000)
 
@@ -221,18 +221,19 @@ def test_stop_is_asked_for_by_any_rank_and_decided_by_the_first_draft_rank() -> 
     office = Office(make_scheduler())
     office.open()
     everyone = tuple(range(7))
-    assert office.hear(2, StopRequest(StopReason.TERMINATE)) == [(everyone, StopRequested(2, StopReason.TERMINATE))]
+    assert office.hear(2, StopRequest(StopReason.TERMINATE)) == [(everyone, StopRequest(StopReason.TERMINATE, 2))]
     assert office.hear(3, StopRequest(StopReason.TERMINATE)) == []  # one word is enough
     assert office.hear(4, LastItem(1)) == []
 
 
 def test_a_stop_before_the_run_began_dismisses_everyone_also_who_comes_later() -> None:
     early = Office(make_scheduler())
-    dismissal = Dismiss(0, StopReason.TERMINATE)
-    assert early.hear(0, Hello(messages.PROTOCOL_VERSION, 1), StopRequest(StopReason.TERMINATE)) == [((0,), dismissal)]
-    assert early.hear(1, Hello(messages.PROTOCOL_VERSION, 1)) == [((1,), dismissal)]
-    with pytest.raises(Dismissed, match=r"before the first step \(SIGTERM on rank 0\)"):
-        raise dismissal.error()
+    for rank, heard in ((0, [StopRequest(StopReason.TERMINATE)]), (1, [])):
+        [(ranks, told)] = early.hear(rank, Hello(messages.PROTOCOL_VERSION, 1), *heard)
+        assert ranks == (rank,)
+        assert isinstance(told, messages.Abort)
+        with pytest.raises(Dismissed, match=r"before the first step \(SIGTERM on rank 0\)"):
+            raise told.error()
     other = Office(make_scheduler())
     other.open()
     other.hear(5, LastItem(1))
@@ -378,7 +379,7 @@ def test_a_stop_request_ends_a_run_that_has_no_trainer_to_decide() -> None:
     office = Office(make_scheduler(topology), topology)
     assert [message for _, message in office.open()] == [Start(), *(Dispatch(item, item, item) for item in range(4))]
     assert office.hear(1, StopRequest(StopReason.TERMINATE)) == [
-        (tuple(range(7)), StopRequested(1, StopReason.TERMINATE))
+        (tuple(range(7)), StopRequest(StopReason.TERMINATE, 1))
     ]
     answers = [answer for item in range(4) for answer in office.hear(item, Computed(item))]
     assert answers[-1] == (tuple(range(7)), Stop())
@@ -575,7 +576,7 @@ def test_strangers_and_garbage_change_nothing(runs: typing.Callable[..., Run]) -
     stranger.close()
     context.destroy(linger=0)
     clients[1].send(StopRequest(StopReason.USER1))
-    assert collect(clients[6], 1) == [StopRequested(1, StopReason.USER1)]
+    assert collect(clients[6], 1) == [StopRequest(StopReason.USER1, 1)]
 
 
 def test_malformed_bytes_of_a_rank_are_counted_and_survived(runs: typing.Callable[..., Run]) -> None:

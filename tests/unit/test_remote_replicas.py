@@ -30,13 +30,13 @@ from specdist.scheduler.messages import (
     Goodbye,
     Heartbeat,
     Hello,
-    Join,
     LastItem,
     Message,
     Produced,
     ProducerReport,
     Ready,
     Released,
+    RemotePlace,
     Ring,
     Stop,
     StopRequest,
@@ -97,7 +97,7 @@ class Office(Observer):
         self, world: str = A, replica: int = 0, tp: int = 0, shares: int = 1, version: int = PROTOCOL_VERSION
     ) -> int:
         rank = self.coordinator.peers.admit(self.now)
-        self.hear(rank, Join(version, 1, replica, tp, shares, "t", world))
+        self.hear(rank, Hello(version, 1, RemotePlace(replica, tp, shares, "t", world)))
         return rank
 
     def pass_time(self, seconds: float, alive: Iterable[int] = (0, 1)) -> None:
@@ -259,12 +259,12 @@ def test_who_speaks_another_version_or_comes_twice_is_refused():
     office = Office()
     old = office.join(version=1)
     assert isinstance(office.sent[-1][1], Abort)
-    assert office.sent[-1][1].refused
+    assert office.sent[-1][1].why == "refused"
     assert "version 1" in office.sent[-1][1].failure.message
     assert office.sent[-1][0] == (old,)
     office.join(A)
     office.join(A)
-    assert "no place" in office.sent[-1][1].failure.message  # type: ignore[union-attr]
+    assert "has no place" in office.sent[-1][1].failure.message  # type: ignore[union-attr]
     assert not office.coordinator.aborted
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import sys
 import time
@@ -23,7 +22,7 @@ from specdist.job.config import JobConfig
 from specdist.run.worlds.rendezvous import ControlAddress, Rendezvous
 from specdist.run.worlds.terms import Terms
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.messages import PROTOCOL_VERSION, Join, Welcome
+from specdist.scheduler.messages import RemotePlace, Welcome
 from specdist.scheduler.wire import WORLD_BYTES
 from specdist.world.groups import World
 
@@ -184,9 +183,7 @@ class Search:
                 self._job.control,
                 scheduler="the draft world's rank 0",
                 stop=self._stop,
-                join=Join(
-                    PROTOCOL_VERSION, os.getpid(), place.replica, place.tp, self._size, facts.host, meeting.world
-                ),
+                place=RemotePlace(place.replica, place.tp, self._size, facts.host, meeting.world),
             )
             stack.callback(client.close)
             deadline = time.monotonic() + _ANSWER_S
@@ -194,7 +191,7 @@ class Search:
                 try:
                     welcome = client.expect(Welcome, _LOOK_S)
                 except WorldError as error:
-                    if client.abort is not None and client.abort.refused:
+                    if client.abort is not None and client.abort.why == "refused":
                         raise ConfigError(str(error)) from error
                     raise
                 if welcome is not None:
