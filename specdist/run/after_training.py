@@ -155,7 +155,7 @@ def export_all(
     vocabulary = torch.arange(facts.target.vocab_size) if ids is None else ids
     embedding = None
     if job.export.embedding:
-        embedding = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code).embedding
+        embedding = load_target_vocabulary(facts.target, facts.target_dtype).embedding
     trained = Trained(state, vocabulary, facts.target.config, job.target.path, embedding)
     exports = directory or run_dir.exports
     return [

@@ -22,7 +22,7 @@ from specdist.training.checkpoint import naming_damage
 
 def new_draft(job: JobConfig, facts: JobFacts, run_dir: RunDirectory, device: torch.device) -> DraftModel:
     """The draft before training, in fp32: from `draft.init_from`, or a function of `run.seed` alone."""
-    vocabulary = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code)
+    vocabulary = load_target_vocabulary(facts.target, facts.target_dtype)
     draft = build_draft(
         job.draft, facts.target.config, vocabulary, run_dir.vocabulary(), job.run.seed, facts.layout.dtype, device
     )
@@ -45,7 +45,7 @@ def exported_draft(job: JobConfig, facts: JobFacts, directory: str, device: torc
     """The draft in an export, as it is served."""
     exported = load_exported(directory)
     config = job.draft.of_exported(exported, facts.target.config)
-    vocabulary = load_target_vocabulary(job.target.path, facts.target_dtype, job.target.trust_remote_code)
+    vocabulary = load_target_vocabulary(facts.target, facts.target_dtype)
     model = build_draft(
         config, facts.target.config, vocabulary, exported.vocabulary, layout_dtype=facts.layout.dtype, device=device
     )

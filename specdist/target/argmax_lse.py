@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from specdist.core.argmax_lse import argmax_lse_on
 from specdist.core.records import PackedTokens
 from specdist.target.base import TargetModel
-from specdist.target.config import TargetConfig
+from specdist.target.description import TargetDescription
 from specdist.target.vocabulary import load_target_head
 
 CHUNK = 1024
@@ -25,11 +25,11 @@ CHUNK = 1024
 class WithArgmaxLse(TargetModel):
     """A target whose rows also get the argmax and log-sum-exp that their layout has room for."""
 
-    def __init__(self, model: TargetModel, config: TargetConfig, group: ProcessGroup | None = None) -> None:
+    def __init__(self, model: TargetModel, target: TargetDescription, group: ProcessGroup | None = None) -> None:
         """`group`: the replica's, where it has several ranks; all of them call this."""
         self.model, self.layout, self.device, self.dtype = model, model.layout, model.device, model.dtype
-        self._group = group if config.tp > 1 else None
-        head, self._logit_map = load_target_head(config.path, model.dtype, config.trust_remote_code)
+        self._group = group
+        head, self._logit_map = load_target_head(target, model.dtype)
         index, of = (0, 1) if self._group is None else (dist.get_rank(self._group), dist.get_world_size(self._group))
         self._first = len(head) * index // of
         self._head = head[self._first : len(head) * (index + 1) // of].to(model.device)

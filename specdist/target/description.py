@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.target.config import TargetConfig
-from specdist.target.weights import stored_tensors
+from specdist.target.weights import StoredTensor, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class TargetDescription:
     """Whether the output head is the input embedding."""
     dtype: torch.dtype
     """The checkpoint's own: config.json's, or else that of most of its bytes."""
-    parameters: int
-    checkpoint_bytes: int
+    tensors: Mapping[str, StoredTensor]
+    """Of the checkpoint, by name."""
     has_tp_plan: bool
     """Whether transformers knows how to split this architecture over tensor-parallel ranks."""
     config: PretrainedConfig
@@ -45,6 +45,14 @@ class TargetDescription:
     def text_config(self) -> PretrainedConfig:
         """The language model's part of the configuration (multimodal models nest it)."""
         return self.config.get_text_config(decoder=True)
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.elements for tensor in self.tensors.values())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.tensors.values())
 
     @property
     def quantised(self) -> bool:
@@ -101,9 +109,9 @@ def describe(path: str | Path, trust_remote_code: bool = False) -> TargetDescrip
     if absent:
         raise DataError(f"{path / 'config.json'} ({text.model_type}): no {', '.join(absent)}: not a causal LM?")
     heads = getattr(text, "num_attention_heads", None)
-    tensors = stored_tensors(path).values()
+    tensors = stored_tensors(path)
     bytes_per_dtype = Counter[torch.dtype]()
-    for tensor in tensors:
+    for tensor in tensors.values():
         bytes_per_dtype[tensor.dtype] += tensor.bytes
     return TargetDescription(
         path=path,
@@ -116,8 +124,7 @@ def describe(path: str | Path, trust_remote_code: bool = False) -> TargetDescrip
         max_positions=getattr(text, "max_position_embeddings", None),
         tied=bool(config.tie_word_embeddings or text.tie_word_embeddings),
         dtype=text.dtype or config.dtype or bytes_per_dtype.most_common(1)[0][0],
-        parameters=sum(t.elements for t in tensors),
-        checkpoint_bytes=bytes_per_dtype.total(),
+        tensors=tensors,
         has_tp_plan=bool(text.base_model_tp_plan),
         config=config,
     )

@@ -107,7 +107,7 @@ def load_target(
         compare(model, batch, expected)
     else:
         model = load(config.engine)
-    return WithArgmaxLse(model, config, group) if layout.argmax_lse else model
+    return WithArgmaxLse(model, target, group if config.tp > 1 else None) if layout.argmax_lse else model
 
 
 def _is_compared(config: TargetConfig) -> bool:

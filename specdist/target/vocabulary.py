@@ -2,14 +2,12 @@
 """The target's input embedding and output head, read from its checkpoint without loading the model.
 
 Every draft rank calls this: the two tensors are all that the drafts borrow from the target's weights. Where the target
-side makes the summary of its logits, its ranks take the head from here as well.
+side computes the argmax of its logits, its ranks take the head from here as well.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from torch import Tensor
 
 from specdist.core.errors import DataError
 from specdist.core.records import LogitMap, TargetVocabulary
-from specdist.target.description import TargetDescription, describe
-from specdist.target.weights import StoredTensor, stored_tensors
+from specdist.target.description import TargetDescription
+from specdist.target.weights import StoredTensor
 
 EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "wte", "embed_in", "embeddings", "embedding")
 """Last module name of the input embedding: Llama and most; Mistral's own; Bloom, Falcon; GPT-2, MPT; GPT-NeoX; Mamba;
@@ -44,51 +42,38 @@ LOGIT_KEY = re.compile(r"^(?!.*(attn|attention|router)).*(logit|lm_head|output).
 """Keys that look as if they changed the logits: one that is not known here is refused rather than ignored."""
 
 
-def load_target_vocabulary(
-    path: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
-) -> TargetVocabulary:
-    """Embedding and head [V, H] of the model in `path`, on the CPU, in `dtype` (None: the checkpoint's).
+def load_target_vocabulary(target: TargetDescription, dtype: torch.dtype | None = None) -> TargetVocabulary:
+    """Embedding and head [V, H] of the target, on the CPU, in `dtype` (None: the checkpoint's).
 
     A checkpoint whose tables are padded beyond the configuration's `vocab_size` is cut to it. Raises DataError when
     the tensors are not found (naming what was looked for and what is there) or the head does more than a matrix.
     """
-    target = describe(path, trust_remote_code)
     stored_embedding, stored_head = _ends(target)
     embedding = _load(stored_embedding, target, dtype)
     head = embedding if stored_head is stored_embedding else _load(stored_head, target, dtype)
-    scale, softcap = logit_transform(target)
-    return TargetVocabulary(embedding, head, scale, softcap)
+    return TargetVocabulary(embedding, head, *logit_transform(target))
 
 
-def load_target_head(
-    path: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
-) -> tuple[Tensor, LogitMap]:
+def load_target_head(target: TargetDescription, dtype: torch.dtype | None = None) -> tuple[Tensor, LogitMap]:
     """The head alone, as `load_target_vocabulary` gives it, and how logits follow from its products."""
-    target = describe(path, trust_remote_code)
-    _, stored_head = _ends(target)
-    return _load(stored_head, target, dtype), LogitMap(*logit_transform(target))
+    return _load(_ends(target)[1], target, dtype), LogitMap(*logit_transform(target))
 
 
 def _ends(target: TargetDescription) -> tuple[StoredTensor, StoredTensor]:
     """The stored input embedding and output head: one tensor where they are tied."""
-    tensors = stored_tensors(target.path)
-    stored_embedding = _find("input embedding", EMBEDDINGS, tensors.values(), target)
-    stored_head = _find("output head", HEADS, tensors.values(), target)
-    if stored_head is None and target.tied:
-        stored_head = stored_embedding
-    if stored_embedding is None and target.tied:  # tied weights are stored once, under either name
-        stored_embedding = stored_head
-    for what, names, found in (("input embedding", EMBEDDINGS, stored_embedding), ("output head", HEADS, stored_head)):
-        if found is None:
-            raise DataError(_not_found(what, names, tensors.values(), target))
-    assert stored_embedding is not None
-    assert stored_head is not None
-    bias = stored_head.name.removesuffix("weight") + "bias"
-    if stored_head is not stored_embedding and bias in tensors:
+    embedding, head = _find("input embedding", EMBEDDINGS, target), _find("output head", HEADS, target)
+    if target.tied:  # stored once, under either name
+        embedding, head = embedding or head, head or embedding
+    if embedding is None:
+        raise DataError(_not_found("input embedding", EMBEDDINGS, target))
+    if head is None:
+        raise DataError(_not_found("output head", HEADS, target))
+    bias = head.name.removesuffix("weight") + "bias"
+    if head is not embedding and bias in target.tensors:
         raise DataError(
             f"{target.path}: the output head has a bias ({bias}); drafts for such targets are not supported"
         )
-    return stored_embedding, stored_head
+    return embedding, head
 
 
 def logit_transform(target: TargetDescription) -> tuple[float, float | None]:
@@ -112,14 +97,12 @@ def logit_transform(target: TargetDescription) -> tuple[float, float | None]:
     return float(scale), softcaps[0] if softcaps else None
 
 
-def _find(
-    what: str, names: tuple[str, ...], tensors: Iterable[StoredTensor], target: TargetDescription
-) -> StoredTensor | None:
+def _find(what: str, names: tuple[str, ...], target: TargetDescription) -> StoredTensor | None:
     def fits(tensor: StoredTensor) -> bool:
         *_, module, last = ("", *tensor.name.split("."))
         return module in names and last == "weight" and _is_table(tensor, target) and not ELSEWHERE.search(tensor.name)
 
-    found = [t for t in tensors if fits(t)]
+    found = [t for t in target.tensors.values() if fits(t)]
     if len(found) > 1:
         raise DataError(f"{target.path}: several tensors could be the {what}: {', '.join(t.name for t in found)}")
     return found[0] if found else None
@@ -129,7 +112,8 @@ def _is_table(tensor: StoredTensor, target: TargetDescription) -> bool:
     return len(tensor.shape) == 2 and tensor.shape[0] >= target.vocab_size and tensor.shape[1] == target.hidden_size
 
 
-def _not_found(what: str, names: tuple[str, ...], tensors: Iterable[StoredTensor], target: TargetDescription) -> str:
+def _not_found(what: str, names: tuple[str, ...], target: TargetDescription) -> str:
+    tensors = target.tensors.values()
     tables = [f"{t.name} {list(t.shape)}" for t in tensors if len(t.shape) == 2 and max(t.shape) >= target.vocab_size]
     others = [t.name for t in tensors if not re.search(r"\.\d+\.", t.name)]
     return (

@@ -17,6 +17,7 @@ from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.job.config import JobConfig, differing_keys, examine, load_job
 from specdist.job.plan import make_plan
 from specdist.target.config import SECTIONS
+from specdist.target.description import describe
 from specdist.target.registry import ENGINES, load_target
 from specdist.target.vocabulary import load_target_vocabulary
 from tests.tiny import make_config, make_conversations, make_target
@@ -62,7 +63,7 @@ def test_its_features_are_compared_with_the_references(job_of: Callable[..., Any
     model = load_target(job.target, layout, torch.device("cpu"))
     rows = layout.empty(3)
     model.forward(PackedTokens.from_documents([batch], [torch.ones(3, dtype=torch.bool)]), rows)
-    embedding = load_target_vocabulary(job.target.path).embedding[batch]
+    embedding = load_target_vocabulary(describe(job.target.path)).embedding[batch]
     assert torch.equal(rows[:, : 3 * 32], torch.cat([2 * embedding, 4 * embedding, 6 * embedding], dim=1))
     with pytest.raises(DataError, match=r"target\.verify_against=hf: the features of document 0 \(layer 0\) differ"):
         load_target(job_of(target__verify_against="hf").target, layout, torch.device("cpu"))

@@ -16,6 +16,7 @@ from specdist.draft.eagle3.config import Eagle3Config
 from specdist.run.feature_source import random_rows
 from specdist.target.argmax_lse import supervised_rows
 from specdist.target.config import TargetConfig
+from specdist.target.description import describe
 from specdist.target.registry import load_target
 from specdist.target.verify import verify
 from specdist.target.vocabulary import load_target_head, load_target_vocabulary
@@ -67,7 +68,7 @@ def test_an_engine_adds_what_its_head_says(tmp_path: Path) -> None:
     rows = torch.full((len(batch.tokens), layout.width), torch.nan)
     engine.forward(batch, rows)
     assert rows.isfinite().all()
-    features, head = Features(layout, rows), load_target_head(config.path)[0]
+    features, head = Features(layout, rows), load_target_head(describe(config.path))[0]
     where = supervised_rows(batch)
     assert 5 < len(where) < 30
     choice, log_sum_exp = features.argmax_lse(where)
@@ -94,7 +95,7 @@ def test_a_draft_learns_the_same_from_either_side(tmp_path: Path) -> None:
     found = []
     for side in ("draft", "target"):
         options = Eagle3Config(layers=(0, 2, 4), ttt_length=3, teacher_head=side)  # type: ignore[arg-type]
-        vocabulary = load_target_vocabulary(config.path)
+        vocabulary = load_target_vocabulary(describe(config.path))
         draft = build_draft(draft_config(eagle3=options), target, vocabulary, torch.arange(0, VOCAB, 3))
         assert (draft.frozen.whole_head is None) == (side == "target")
         engine = load_target(config, draft.layout, CPU)

@@ -57,7 +57,7 @@ def assert_same_logits(model: PreTrainedModel, path: Path) -> None:
     with torch.no_grad():
         expected = model(IDS, use_cache=False).logits[0]
         final = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state[0]
-    vocabulary = load_target_vocabulary(path, torch.float32)
+    vocabulary = load_target_vocabulary(describe(path), torch.float32)
     torch.testing.assert_close(vocabulary.logits(final), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(vocabulary.embedding, model.get_input_embeddings().weight)
     assert (vocabulary.head is vocabulary.embedding) == bool(model.config.get_text_config().tie_word_embeddings)
@@ -108,7 +108,7 @@ def test_a_multimodal_wrapper(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     facts = describe(tmp_path)
     assert (facts.layers, facts.hidden_size, facts.vocab_size, facts.tied) == (2, 16, 50, True)
-    vocabulary = load_target_vocabulary(tmp_path)
+    vocabulary = load_target_vocabulary(describe(tmp_path))
     assert torch.equal(vocabulary.embedding, model.get_input_embeddings().weight)
     assert vocabulary.logit_softcap == 2.0
 
@@ -144,8 +144,8 @@ def test_tied_weights_stored_under_the_heads_name(tmp_path: Path) -> None:
 
 def test_the_dtype_asked_for(tmp_path: Path) -> None:
     build("qwen3").save_pretrained(tmp_path)
-    assert load_target_vocabulary(tmp_path, torch.bfloat16).head.dtype == torch.bfloat16
-    assert load_target_vocabulary(tmp_path).head.dtype == torch.float32
+    assert load_target_vocabulary(describe(tmp_path), torch.bfloat16).head.dtype == torch.bfloat16
+    assert load_target_vocabulary(describe(tmp_path)).head.dtype == torch.float32
 
 
 def test_a_missing_head_names_what_was_looked_for_and_what_is_there(tmp_path: Path) -> None:
@@ -154,21 +154,21 @@ def test_a_missing_head_names_what_was_looked_for_and_what_is_there(tmp_path: Pa
     with pytest.raises(
         DataError, match=r"no output head of shape \[50, 16\].*lm_head\.weight.*strange\.weight \[50, 16\]"
     ):
-        load_target_vocabulary(tmp_path)
+        load_target_vocabulary(describe(tmp_path))
 
 
 def test_two_candidates_are_not_guessed_between(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path)
     rewrite(tmp_path, lambda s: s | {"other.lm_head.weight": s["lm_head.weight"].clone()})
     with pytest.raises(DataError, match=r"several tensors could be the output head: .*other\.lm_head\.weight"):
-        load_target_vocabulary(tmp_path)
+        load_target_vocabulary(describe(tmp_path))
 
 
 def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path)
     rewrite(tmp_path, lambda s: s | {"lm_head.bias": torch.zeros(50)})
     with pytest.raises(DataError, match=r"has a bias \(lm_head\.bias\)"):
-        load_target_vocabulary(tmp_path)
+        load_target_vocabulary(describe(tmp_path))
 
 
 @pytest.mark.parametrize("key", ["logits_mup_width_multiplier", "lm_head_scale_new", "output_logit_soft_cap"])
@@ -176,7 +176,7 @@ def test_an_unknown_change_to_the_logits_is_refused(key: str, tmp_path: Path) ->
     build("llama").save_pretrained(tmp_path)
     edit_config(tmp_path, **{key: 2.0})
     with pytest.raises(DataError, match=key):
-        load_target_vocabulary(tmp_path)
+        load_target_vocabulary(describe(tmp_path))
 
 
 def test_describe_counts_the_parameters_from_the_headers(tmp_path: Path) -> None:

@@ -31,9 +31,11 @@ class ToyConfig:
 class ToyTarget(TargetModel):
     """Part p of the features of token t is `scale * (p + 1)` times the embedding of t."""
 
-    def __init__(self, config: TargetConfig, layout: FeatureLayout, device: torch.device) -> None:
+    def __init__(
+        self, config: TargetConfig, target: TargetDescription, layout: FeatureLayout, device: torch.device
+    ) -> None:
         self.layout, self.device, self.dtype = layout, device, torch.float32
-        self._table = config.toy.scale * load_target_vocabulary(config.path, torch.float32).embedding.to(device)
+        self._table = config.toy.scale * load_target_vocabulary(target, torch.float32).embedding.to(device)
 
     def forward(self, batch: PackedTokens, out: Tensor) -> None:
         rows, hidden = self._table[batch.tokens.to(self.device)], self.layout.hidden_size
@@ -58,7 +60,7 @@ def load(
     group: ProcessGroup | None,
     tokens: int | None,
 ) -> ToyTarget:
-    return ToyTarget(config, layout, device)
+    return ToyTarget(config, target, layout, device)
 
 
 register(
