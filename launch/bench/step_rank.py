@@ -122,7 +122,7 @@ class _Rank:
         compilations = graphs() - before
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
         middle, tokens = statistics.median(times), batch.tokens
-        work = self._config.draft.chosen.flops(self._target, batch.packed)
+        work = self._config.draft.chosen.cost(self._target).flops(batch.packed)
         return StepSpeed(
             batch=name,
             ranks=self._ranks,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A draft algorithm: everything that the rest of the project asks of one. `registry.py` names those that there are.
 
-Login nodes use algorithms too, so their modules are light to import: `build`, `flops`, `export` and `read` import the
+Login nodes use algorithms too, so their modules are light to import: `build`, `cost`, `export` and `read` import the
 model and what else is heavy when they are called.
 """
 
@@ -26,6 +26,8 @@ from specdist.draft.export_config import ExportConfig
 C = TypeVar("C")
 Contents = tuple[dict[str, Any], dict[str, Tensor]]
 """What a directory for a serving engine holds: config.json, and the tensors of the weight file."""
+WIDE = 4
+"""Bytes of a number in fp32, which sums are made in."""
 
 
 class TargetDirectory(Protocol):
@@ -77,6 +79,29 @@ class ExportedDraft(ABC, Generic[C]):
 
         Raises:
             ConfigError: no options give this draft beside this target.
+        """
+
+
+class Cost(ABC):
+    """What training a draft of one target costs."""
+
+    @abstractmethod
+    def flops(self, batch: PackedTokens) -> float:
+        """Floating-point operations that a step over `batch`, on the CPU, needs on all ranks that share it."""
+
+    @abstractmethod
+    def frozen_rows(self, tied: bool) -> int:
+        """Rows of the target's tables on a draft rank's device. `tied`: whether embedding and head are one."""
+
+    @abstractmethod
+    def step_bytes(self, tokens: int, share: int, itemsize: int, compiled: bool) -> dict[str, int]:
+        """The parts of a step's peak of memory in bytes, by name, without weights, optimizer and features.
+
+        Args:
+            tokens: of the micro-batch, all supervised.
+            share: of them, those of one context-parallel rank.
+            itemsize: bytes of a number in the compute dtype.
+            compiled: `draft.compile`.
         """
 
 
@@ -159,25 +184,8 @@ class Algorithm(ABC, Generic[C]):
         """
 
     @abstractmethod
-    def flops(self, target: PretrainedConfig, batch: PackedTokens) -> float:
-        """Floating-point operations that a step over `batch`, on the CPU, needs on all ranks that share it."""
-
-    @abstractmethod
-    def step_bytes(
-        self, target: PretrainedConfig, tokens: int, share: int, itemsize: int, compiled: bool
-    ) -> dict[str, int]:
-        """The parts of a step's peak of memory in bytes, by name, without weights, optimizer and features.
-
-        Args:
-            tokens: of the micro-batch, all supervised.
-            share: of them, those of one context-parallel rank.
-            itemsize: bytes of a number in the compute dtype.
-            compiled: `draft.compile`.
-        """
-
-    @abstractmethod
-    def frozen_rows(self, vocab_size: int, tied: bool) -> int:
-        """Rows of the target's tables on a draft rank's device. `tied`: whether embedding and head are one."""
+    def cost(self, target: PretrainedConfig) -> Cost:
+        """What its training costs."""
 
     @property
     def embedding_on_host(self) -> bool:

@@ -109,9 +109,23 @@ class DraftModel(nn.Module, ABC):
 class Proposer(ABC):
     """Drafts tokens for one sequence, in eval mode, from the target's features of the verified tokens."""
 
-    @abstractmethod
+    length = 0
+    """Verified positions taken so far."""
+
     def extend(self, features: Features, next_tokens: Tensor) -> None:
         """Take the features of n newly verified positions and, int64 [n], the token that follows each of them."""
+        count = len(next_tokens)
+        if count != len(features.rows):
+            raise ValueError(f"{len(features.rows)} positions of features, but {count} next tokens")
+        if count:
+            positions = torch.arange(self.length, self.length + count, device=features.rows.device)
+            with torch.no_grad():
+                self.take(features, next_tokens, positions)
+            self.length += count
+
+    @abstractmethod
+    def take(self, features: Features, next_tokens: Tensor, positions: Tensor) -> None:
+        """`extend` by at least one position; `positions` int64 [n] are theirs in the sequence."""
 
     @abstractmethod
     def propose(self, count: int) -> list[int]:

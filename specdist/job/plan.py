@@ -2,7 +2,7 @@
 """What a job will look like, worked out on a machine without a GPU: ranks, links, bytes and memory.
 
 Memory figures are estimates: weights, optimizer state and buffers are counted exactly, the target's activations by the
-rule stated beside them, the draft's step by what it keeps (`Algorithm.step_bytes`).
+rule stated beside them, the draft's step by what it keeps (`Cost.step_bytes`).
 """
 
 from __future__ import annotations
@@ -142,17 +142,17 @@ def training_memory(
         tied: whether the target's embedding is its head.
         itemsize: bytes of a number of the target's tables.
     """
-    parameters, algorithm, text = parameter_count(draft, target), draft.chosen, target.get_text_config()
+    parameters, cost = parameter_count(draft, target), draft.chosen.cost(target)
     shards = ranks if draft.sharding == "fsdp" else draft.cp
     compute = 4 if draft.dtype == "float32" else 2
-    step = algorithm.step_bytes(target, tokens, -(-tokens // draft.cp), compute, draft.compile)
-    tables = algorithm.frozen_rows(text.vocab_size, tied) * text.hidden_size * itemsize
+    step = cost.step_bytes(tokens, -(-tokens // draft.cp), compute, draft.compile)
+    tables = cost.frozen_rows(tied) * target.get_text_config().hidden_size * itemsize
     # Gradients come when what the steps kept has gone: as they are computed, in fp32 to be reduced, and this rank's.
     gradients = (compute + 4) * parameters + 4 * parameters // shards
     return {
         f"fp32 weights and AdamW moments / {shards}": 12 * parameters // shards,
         "weights to compute with": compute * parameters,
-        "target head" if algorithm.embedding_on_host else "target embedding and head": tables,
+        "target head" if draft.chosen.embedding_on_host else "target embedding and head": tables,
         **step,
         "gradients, beyond that": max(gradients - sum(step.values()), 0),
     }

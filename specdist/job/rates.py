@@ -83,7 +83,7 @@ def estimated(job: JobConfig, facts: JobFacts) -> Rates:
     length = job.prompts.max_length
     document = PackedTokens.from_documents([torch.zeros(length)], [torch.ones(length)])  # all of it supervised
     on_target = facts.layout.argmax_lse  # the target runs its head
-    training = job.draft.chosen.flops(facts.target.config, document) / length
+    training = job.draft.chosen.cost(facts.target.config).flops(document) / length
     forward = facts.target.flops([length]) / length
     forward += 2.0 * facts.target.hidden_size * facts.target.vocab_size * on_target
     able = ESTIMATED_TFLOPS * 1e12

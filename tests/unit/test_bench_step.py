@@ -32,9 +32,9 @@ def test_operations_of_the_qwen3_8b_shape() -> None:
     attention = 2 * 4096 * 2049 / 2  # multiply-adds of a token
     teacher = 4096 * (151936 + 32000)
     per_token = 2 * (3 * (once + 7 * (layer + attention + 4096 * 32000)) + teacher)
-    assert config.chosen.flops(target, packed([2048] * 4, 1.0)) / 8192 == pytest.approx(per_token, rel=2e-3)
+    assert config.chosen.cost(target).flops(packed([2048] * 4, 1.0)) / 8192 == pytest.approx(per_token, rel=2e-3)
     late = 2 * (3 * (once + 7 * (layer + 1.5 * attention + 4096 * 32000) / 2) + teacher / 2)
-    assert config.chosen.flops(target, packed([2048] * 4, 0.5)) / 8192 == pytest.approx(late, rel=5e-3)
+    assert config.chosen.cost(target).flops(packed([2048] * 4, 0.5)) / 8192 == pytest.approx(late, rel=5e-3)
 
 
 def packed(lengths: list[int], supervised: float) -> PackedTokens:

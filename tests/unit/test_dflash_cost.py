@@ -27,7 +27,7 @@ def test_operations() -> None:
     attention = 2 * 4096 * (seen + 16)  # multiply-adds of a row
     trained = 8192 * (5 * 4096 * 4096 + 5 * 2 * 4096 * 1024) + rows * 5 * (LAYER + attention)
     head = 512 * 15 * 4096 * 151_936
-    assert DRAFT.chosen.flops(TARGET, packed) == pytest.approx(6 * trained + 4 * head, rel=0.01)
+    assert DRAFT.chosen.cost(TARGET).flops(packed) == pytest.approx(6 * trained + 4 * head, rel=0.01)
 
 
 def test_parameters() -> None:
@@ -38,8 +38,8 @@ def test_parameters() -> None:
 @pytest.mark.parametrize(("tokens", "measured"), [(8192, 11.6), (16384, 12.3)])
 def test_the_peak_of_a_bare_step_is_foreseen(tokens: int, measured: float) -> None:
     """`specdist bench step --bare draft.algorithm=dflash`, GiB."""
-    step = sum(DRAFT.chosen.step_bytes(TARGET, tokens, tokens, itemsize=2, compiled=True).values())
-    tables, features = DRAFT.chosen.frozen_rows(TARGET.vocab_size, tied=False) * 4096 * 2, 2 * tokens * 5 * 4096
+    step = sum(DRAFT.chosen.cost(TARGET).step_bytes(tokens, tokens, itemsize=2, compiled=True).values())
+    tables, features = DRAFT.chosen.cost(TARGET).frozen_rows(tied=False) * 4096 * 2, 2 * tokens * 5 * 4096
     foreseen = step + tables + features + 2 * parameter_count(DRAFT, TARGET)
     assert foreseen / 2**30 == pytest.approx(measured, rel=0.05)
 

@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.eagle3.cost import Eagle3Cost
 from specdist.draft.eagle3.dims import Eagle3Dims
-from specdist.draft.eagle3.memory import frozen_rows, step_bytes
 from specdist.job.plan import training_memory
 from specdist_launch.bench.shapes import SHAPES
 
@@ -37,8 +37,9 @@ def test_the_peak_is_foreseen(case: tuple[int, int, dict[str, Any], float]) -> N
     tokens, active, options, measured = case
     config = Eagle3Config(vocab_size=32000, **options)
     dims = Eagle3Dims.of(config, AutoConfig.for_model(**SHAPES["qwen3-8b"]))
-    step = sum(step_bytes(config, dims, tokens, active, itemsize=2).values())
-    tables = 2 * 4096 * frozen_rows(config, 151936, tied=False)
+    cost = Eagle3Cost(config, dims)
+    step = sum(cost.step_bytes(tokens, active, itemsize=2, compiled=True).values())
+    tables = 2 * 4096 * cost.frozen_rows(tied=False)
     weights = 2 * (3 * 4096**2 + 6144 * 8192 + 4096**2 + 3 * 12288 * 4096 + 32000 * 4096)
     features = 2 * tokens * 4 * 4096
     assert (step + tables + weights + features) / 2**30 == pytest.approx(measured, rel=0.1)

@@ -73,7 +73,7 @@ class Scripted(Proposer):
         self.reply, self.wrong_at = reply, wrong_at
         self.extends = []
 
-    def extend(self, features, next_tokens):
+    def take(self, features, next_tokens, positions):
         self.extends.append((features.rows.clone(), next_tokens.clone()))
 
     def propose(self, count):
@@ -89,8 +89,8 @@ class Scripted(Proposer):
 class Guess(Proposer):
     """Proposes tokens at random."""
 
-    def extend(self, features, next_tokens):
-        assert len(features.rows) == len(next_tokens)
+    def take(self, features, next_tokens, positions):
+        assert len(features.rows) == len(next_tokens) == len(positions)
 
     def propose(self, count):
         return torch.randint(VOCAB, (count,)).tolist()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PretrainedConfig
 
@@ -19,22 +19,33 @@ SCALINGS = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length of the sequence: the same in training and when served."""
 
 
-class SizeOptions(Protocol):
-    """What a draft's section of the configuration says about its layers; None is the target's."""
-
-    @property
-    def intermediate_size(self) -> int | None: ...
-    @property
-    def num_attention_heads(self) -> int | None: ...
-    @property
-    def num_key_value_heads(self) -> int | None: ...
-    @property
-    def head_dim(self) -> int | None: ...
-    @property
-    def rope_scaling(self) -> bool: ...
-
-
 SIZES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What a draft's section of the configuration says about its decoder layers."""
+
+    intermediate_size: int | None = None
+    """Width of the draft's MLPs; default the target's."""
+    num_attention_heads: int | None = None
+    """Query heads of the draft; default the target's."""
+    num_key_value_heads: int | None = None
+    """Key and value heads of the draft; default the target's."""
+    head_dim: int | None = None
+    """Width of one attention head; default the target's."""
+    rope_scaling: bool = True
+    """Take the target's RoPE scaling (linear, llama3, yarn); false keeps only its base frequency."""
+    attention: Literal["auto", "eager", "flex"] = "auto"
+    """Training attention: flex (FlexAttention) needs CUDA, eager is the reference; auto takes eager where
+    flex cannot work."""
+
+    def check_sizes(self, section: str) -> None:
+        """Raises ConfigError: a size is less than 1. `section` is where they were read from."""
+        for key in SIZES:
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError.at(f"{section}.{key}", f"is {value}: it must be at least 1, or null for the default")
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,12 @@ class LayerSizes:
         """Columns of all heads' keys, and of their values."""
         return self.num_key_value_heads * self.head_dim
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The `LayerOptions` that give these sizes."""
+        sizes = {key: getattr(self, key) for key in SIZES}
+        return {**sizes, "rope_scaling": self.rope_parameters["rope_type"] != "default"}
+
     def rope_config(self) -> LlamaConfig:
         """What transformers computes the frequencies of a scaled RoPE from."""
         from transformers import LlamaConfig  # takes seconds to import; only a draft that is built needs it
@@ -79,7 +96,7 @@ class LayerSizes:
         )
 
 
-def layer_sizes(section: str, options: SizeOptions, target: PretrainedConfig) -> dict[str, Any]:
+def layer_sizes(section: str, options: LayerOptions, target: PretrainedConfig) -> dict[str, Any]:
     """The fields of `LayerSizes` for a target's configuration; `section` is where `options` were read from.
 
     Raises:
@@ -112,14 +129,6 @@ def layer_sizes(section: str, options: SizeOptions, target: PretrainedConfig) ->
         "max_position_embeddings": read(text, "max_position_embeddings", section, default=32768),
         "rope_parameters": rope_parameters(text, options.rope_scaling, section),
     }
-
-
-def check_sizes(section: str, options: SizeOptions) -> None:
-    """Raises ConfigError: a size is less than 1."""
-    for key in SIZES:
-        value = getattr(options, key)
-        if value is not None and value < 1:
-            raise ConfigError.at(f"{section}.{key}", f"is {value}: it must be at least 1, or null for the default")
 
 
 def check_layers(key: str, layers: tuple[int, ...], num_layers: int) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
+from specdist.core.records import FeatureLayout, TargetVocabulary
 from specdist.draft.algorithm import Algorithm, Contents, TargetDirectory, Trained, check_attention
 from specdist.draft.base import DraftModel
 from specdist.draft.dflash.config import DFlashConfig
+from specdist.draft.dflash.cost import DFlashCost
 from specdist.draft.dflash.dims import DFlashDims
 from specdist.draft.dflash.mask_token import find_mask_token
 from specdist.draft.export_config import ExportConfig
@@ -74,20 +75,8 @@ class DFlash(Algorithm[DFlashConfig]):
         dims = DFlashDims.of(self.config, target)
         return DFlashDraft(self.config, dims, layout, vocabulary.to(device), compiled)
 
-    def flops(self, target: PretrainedConfig, batch: PackedTokens) -> float:
-        from specdist.draft.dflash.cost import flops
-
-        return flops(self.config, DFlashDims.of(self.config, target), batch)
-
-    def step_bytes(
-        self, target: PretrainedConfig, tokens: int, share: int, itemsize: int, compiled: bool
-    ) -> dict[str, int]:
-        from specdist.draft.dflash.cost import step_bytes
-
-        return step_bytes(self.config, DFlashDims.of(self.config, target), tokens, share, itemsize, compiled)
-
-    def frozen_rows(self, vocab_size: int, tied: bool) -> int:
-        return vocab_size if tied else 2 * vocab_size
+    def cost(self, target: PretrainedConfig) -> DFlashCost:
+        return DFlashCost(self.config, DFlashDims.of(self.config, target))
 
     def check_export(self, format: str, options: ExportConfig, target_layers: int) -> None:
         from specdist.draft.dflash.export import check_servable

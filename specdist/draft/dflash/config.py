@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from specdist.core.errors import ConfigError
-from specdist.draft.common.sizes import check_layers, check_sizes
+from specdist.draft.common.sizes import LayerOptions, check_layers
 
 
 @dataclass(frozen=True)
-class DFlashConfig:
+class DFlashConfig(LayerOptions):
     """DFlash (arXiv 2602.06036): a block of masked tokens is filled in one forward. D-PACE weighs its losses anew."""
 
     block_size: int = 16
@@ -33,19 +33,6 @@ class DFlashConfig:
     """gamma of the decay; default 0.375 x block_size + 1, rounded: 7, 5 and 4 for blocks of 16, 10 and 8."""
     dpace_alpha: float = 0.5
     """D-PACE: how much of a slot's acceptance is taken for granted, 0 to 1."""
-    intermediate_size: int | None = None
-    """Width of the draft's MLPs; default the target's."""
-    num_attention_heads: int | None = None
-    """Query heads of the draft; default the target's."""
-    num_key_value_heads: int | None = None
-    """Key and value heads of the draft; default the target's."""
-    head_dim: int | None = None
-    """Width of one attention head; default the target's."""
-    rope_scaling: bool = True
-    """Take the target's RoPE scaling (linear, llama3, yarn); false keeps only its base frequency."""
-    attention: Literal["auto", "eager", "flex"] = "auto"
-    """Training attention: flex (FlexAttention) needs CUDA, eager is the reference; auto takes eager where
-    flex cannot work."""
     loss_chunk: int = 2048
     """Rows of logits that are held at one time. Memory of the loss: about loss_chunk x vocabulary x 4 bytes, and five
     times that without draft.compile."""
@@ -63,7 +50,7 @@ class DFlashConfig:
             raise ConfigError.at("draft.dflash.decay_gamma", f"is {self.decay_gamma}: it must be above 0, or null")
         if not 0.0 <= self.dpace_alpha <= 1.0:
             raise ConfigError.at("draft.dflash.dpace_alpha", f"is {self.dpace_alpha}: it must be between 0 and 1")
-        check_sizes("draft.dflash", self)
+        self.check_sizes("draft.dflash")
 
     @property
     def gamma(self) -> float:

@@ -22,20 +22,12 @@ class DFlashProposer(Proposer):
 
     def __init__(self, draft: DFlashDraft) -> None:
         self.draft = draft
-        self.length = 0
         self._context: list[KeysValues] = []
         self._next: int | None = None
 
-    @torch.no_grad()
-    def extend(self, features: Features, next_tokens: Tensor) -> None:
-        count = len(next_tokens)
-        if count != len(features.rows):
-            raise ValueError(f"{len(features.rows)} positions of features, but {count} next tokens")
-        if not count:
-            return
+    def take(self, features: Features, next_tokens: Tensor, positions: Tensor) -> None:
         draft = self.draft
         context = draft.context(features.captured)
-        positions = torch.arange(self.length, self.length + count, device=context.device)
         rotation = draft.frozen.rotary(positions)
         added = [_attention(layer).keys_values(context, rotation) for layer in draft.layers]
         old = self._context or [(keys[:0], values[:0]) for keys, values in added]
@@ -43,7 +35,6 @@ class DFlashProposer(Proposer):
             (torch.cat([keys, more_keys]), torch.cat([values, more_values]))
             for (keys, values), (more_keys, more_values) in zip(old, added, strict=True)
         ]
-        self.length += count
         self._next = int(next_tokens[-1])
 
     def propose(self, count: int) -> list[int]:

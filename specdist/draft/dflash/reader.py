@@ -49,11 +49,7 @@ class ExportedDFlash(ExportedDraft[DFlashConfig]):
             num_layers=self.dims.num_layers,
             layers=self.captured_layers,
             mask_token_id=self.mask_token_id,
-            intermediate_size=self.dims.intermediate_size,
-            num_attention_heads=self.dims.num_attention_heads,
-            num_key_value_heads=self.dims.num_key_value_heads,
-            head_dim=self.dims.head_dim,
-            rope_scaling=self.dims.rope_parameters["rope_type"] != "default",
+            **self.dims.options,
         )
         check_same_sizes(DFlashDims.of(config, target), self.dims)
         return config

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
-from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
+from specdist.core.records import FeatureLayout, TargetVocabulary
 from specdist.draft.algorithm import Algorithm, Contents, Trained, check_attention
 from specdist.draft.base import DraftModel
 from specdist.draft.common.vocabulary import DraftVocabulary
-from specdist.draft.eagle3 import memory
 from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.eagle3.cost import Eagle3Cost, needs_head
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.export_config import ExportConfig
 
@@ -45,7 +45,7 @@ class Eagle3(Algorithm[Eagle3Config]):
         text, on_target = target.get_text_config(), self.config.teacher_head == "target"
         Eagle3Dims.of(self.config, target)
         tied = target.tie_word_embeddings or text.tie_word_embeddings
-        if self.embedding_on_host and tied and memory.needs_head(self.config, text.vocab_size):
+        if self.embedding_on_host and tied and needs_head(self.config, text.vocab_size):
             raise ConfigError.at(
                 "draft.eagle3.embedding",
                 "=host saves nothing: the target's embedding is its output head, which the draft needs on the device: "
@@ -80,18 +80,8 @@ class Eagle3(Algorithm[Eagle3Config]):
         dims = Eagle3Dims.of(self.config, target, draft_vocab_size=len(own.ids))
         return Eagle3Draft(self.config, dims, layout, vocabulary, own, compiled)
 
-    def flops(self, target: PretrainedConfig, batch: PackedTokens) -> float:
-        from specdist.draft.eagle3.cost import flops
-
-        return flops(self.config, Eagle3Dims.of(self.config, target), batch)
-
-    def step_bytes(
-        self, target: PretrainedConfig, tokens: int, share: int, itemsize: int, compiled: bool
-    ) -> dict[str, int]:
-        return memory.step_bytes(self.config, Eagle3Dims.of(self.config, target), tokens, share, itemsize)
-
-    def frozen_rows(self, vocab_size: int, tied: bool) -> int:
-        return memory.frozen_rows(self.config, vocab_size, tied)
+    def cost(self, target: PretrainedConfig) -> Eagle3Cost:
+        return Eagle3Cost(self.config, Eagle3Dims.of(self.config, target))
 
     @property
     def embedding_on_host(self) -> bool:

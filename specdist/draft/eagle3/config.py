@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from specdist.core.errors import ConfigError
-from specdist.draft.common.sizes import check_layers, check_sizes
+from specdist.draft.common.sizes import LayerOptions, check_layers
 
 
 @dataclass(frozen=True)
-class Eagle3Config:
+class Eagle3Config(LayerOptions):
     """EAGLE-3 (arXiv 2503.01840), its 3.1 norms, and the LK losses (arXiv 2602.23881)."""
 
     layers: tuple[int, ...] | None = None
@@ -22,16 +22,6 @@ class Eagle3Config:
     """Step k weighs step_decay^k in the loss."""
     vocab_size: int | None = None
     """Draft vocabulary: the most frequent target tokens the draft may propose; null is the whole vocabulary."""
-    intermediate_size: int | None = None
-    """Width of the draft's MLP; default the target's."""
-    num_attention_heads: int | None = None
-    """Query heads of the draft; default the target's."""
-    num_key_value_heads: int | None = None
-    """Key and value heads of the draft; default the target's."""
-    head_dim: int | None = None
-    """Width of one attention head; default the target's."""
-    rope_scaling: bool = True
-    """Take the target's RoPE scaling (linear, llama3, yarn); false keeps only its base frequency."""
     fc_norm: bool = False
     """EAGLE-3.1: an RMSNorm on each captured layer's output before they are fused."""
     norm_output: bool = False
@@ -43,9 +33,6 @@ class Eagle3Config:
     1 - acceptance."""
     lk_eta: float = 3.0
     """lk_lambda: a position weighs its cross entropy by exp(-lk_eta * acceptance), 1 - acceptance by the rest."""
-    attention: Literal["auto", "eager", "flex"] = "auto"
-    """Training attention: flex (FlexAttention) needs CUDA, eager is the reference; auto takes eager where
-    flex cannot work."""
     loss_chunk: int = 4096
     """Rows of draft logits, over all TTT steps, that are held at one time. Memory of the loss: about loss_chunk x draft
     vocabulary x 3 bytes, twice that in fp32. Fewer make the products slower."""
@@ -72,7 +59,7 @@ class Eagle3Config:
         for key in ("ttt_length", "loss_chunk"):
             if getattr(self, key) < 1:
                 raise ConfigError.at(f"draft.eagle3.{key}", f"is {getattr(self, key)}: it must be at least 1")
-        check_sizes("draft.eagle3", self)
+        self.check_sizes("draft.eagle3")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ConfigError.at(
                 "draft.eagle3.vocab_size", f"is {self.vocab_size}: it must be at least 1, or null for all"

@@ -26,25 +26,17 @@ class Eagle3Proposer(Proposer):
 
     def __init__(self, draft: Eagle3Draft) -> None:
         self.draft = draft
-        self.length = 0
         weight, dims = draft.fc.weight, draft.dims
         self._cache = torch.empty(
             2, 0, dims.num_key_value_heads, dims.head_dim, device=weight.device, dtype=weight.dtype
         )
         self._start: tuple[Tensor, Tensor] | None = None  # state [1, H] and query [1, Hq, D] of the last position
 
-    @torch.no_grad()
-    def extend(self, features: Features, next_tokens: Tensor) -> None:
+    def take(self, features: Features, next_tokens: Tensor, positions: Tensor) -> None:
         draft = self.draft
-        count = len(next_tokens)
-        if count != len(features.rows):
-            raise ValueError(f"{len(features.rows)} positions of features, but {count} next tokens")
-        if not count:
-            return
         hidden = draft.fuse(features.captured)
-        positions = torch.arange(self.length, self.length + count, device=hidden.device)
-        rotation = draft.frozen.rotary(positions)
-        q, k, v = draft.midlayer.project(draft.embed(next_tokens.to(hidden.device)), hidden, *rotation)
+        embedded = draft.embed(next_tokens.to(hidden.device))
+        q, k, v = draft.midlayer.project(embedded, hidden, *draft.frozen.rotary(positions))
         self._append(torch.stack([k, v]))
         self._start = hidden[-1:], q[-1:]
 
@@ -83,4 +75,3 @@ class Eagle3Proposer(Proposer):
             room = max(64, needed, 2 * self._cache.shape[1]) - self._cache.shape[1]
             self._cache = functional.pad(self._cache, (0, 0, 0, 0, 0, room))
         self._cache[:, self.length : needed] = rows
-        self.length = needed

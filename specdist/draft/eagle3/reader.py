@@ -40,16 +40,11 @@ class ExportedEagle3(ExportedDraft[Eagle3Config]):
     embedding: Tensor | None = None
 
     def options(self, base: Eagle3Config, target: PretrainedConfig) -> Eagle3Config:
-        scaled = self.dims.rope_parameters["rope_type"] != "default"
         config = replace(
             base,
             layers=self.captured_layers,
             vocab_size=self.dims.draft_vocab_size,
-            intermediate_size=self.dims.intermediate_size,
-            num_attention_heads=self.dims.num_attention_heads,
-            num_key_value_heads=self.dims.num_key_value_heads,
-            head_dim=self.dims.head_dim,
-            rope_scaling=scaled,
+            **self.dims.options,
             fc_norm=self.fc_norm,
             norm_output=self.norm_output,
         )

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
 from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
-from specdist.draft.algorithm import Algorithm, Contents, ExportedDraft, Trained
+from specdist.draft.algorithm import Algorithm, Contents, Cost, ExportedDraft, Trained
 from specdist.draft.base import DraftModel
 from specdist.draft.common.tensors import DTYPES, check_tensors, converted, need
 from specdist.draft.export_config import ExportConfig
@@ -41,6 +41,23 @@ class ExportedToy(ExportedDraft[ToyConfig]):
 
     def options(self, base: ToyConfig, target: PretrainedConfig) -> ToyConfig:
         return ToyConfig(self.layer)
+
+
+@dataclass(frozen=True)
+class ToyCost(Cost):
+    """See `Cost`."""
+
+    hidden_size: int
+    vocab_size: int
+
+    def flops(self, batch: PackedTokens) -> float:
+        return 6.0 * self.hidden_size * self.vocab_size * int(batch.supervised.sum())
+
+    def frozen_rows(self, tied: bool) -> int:
+        return 0
+
+    def step_bytes(self, tokens: int, share: int, itemsize: int, compiled: bool) -> dict[str, int]:
+        return {"logits": share * self.vocab_size * itemsize}
 
 
 class Toy(Algorithm[ToyConfig]):
@@ -73,17 +90,9 @@ class Toy(Algorithm[ToyConfig]):
 
         return ToyDraft(layout, len(vocabulary.head), device)
 
-    def flops(self, target: PretrainedConfig, batch: PackedTokens) -> float:
+    def cost(self, target: PretrainedConfig) -> ToyCost:
         text = target.get_text_config()
-        return 6.0 * text.hidden_size * text.vocab_size * int(batch.supervised.sum())
-
-    def step_bytes(
-        self, target: PretrainedConfig, tokens: int, share: int, itemsize: int, compiled: bool
-    ) -> dict[str, int]:
-        return {"logits": share * target.get_text_config().vocab_size * itemsize}
-
-    def frozen_rows(self, vocab_size: int, tied: bool) -> int:
-        return 0
+        return ToyCost(text.hidden_size, text.vocab_size)
 
     def check_export(self, format: str, options: ExportConfig, target_layers: int) -> None:
         if options.embedding:

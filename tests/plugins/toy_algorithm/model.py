@@ -55,8 +55,8 @@ class ToyProposer(Proposer):
     def __init__(self, draft: ToyDraft) -> None:
         self._draft, self._last = draft, torch.empty(0)
 
-    def extend(self, features: Features, next_tokens: Tensor) -> None:
-        self._last = features.captured[-1:] if len(next_tokens) else self._last
+    def take(self, features: Features, next_tokens: Tensor, positions: Tensor) -> None:
+        self._last = features.captured[-1:]
 
     @torch.no_grad()
     def propose(self, count: int) -> list[int]:
