@@ -1,170 +1,352 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of a channel's benchmark: it drives the project's own sender or receiver as training does.
-
-The scheduler's part, what was sent and what is free, is told from rank to rank (`channel_notes`). A draft rank posts
-from a thread of its own, so that transfers go on while it waits for an item.
-"""
+"""One rank of a channel's benchmark: training's own loops on both sides, scheduler and control plane included, with a
+model and a draft that are products of matrices; in turns with the raw transport."""
 
 from __future__ import annotations
 
-import threading
+import contextlib
+import functools
+import json
+import statistics
 import time
-from collections import Counter, deque
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from specdist.channel.base import FeatureReceiver, FeatureSender, share
+from specdist.channel.config import ChannelConfig, parse_bytes
 from specdist.channel.registry import transport_for
 from specdist.channel.wire import Wire
-from specdist.core.errors import WorldError
-from specdist.core.records import Cursor, Shard, WorkItem
-from specdist.core.topology import Topology
-from specdist_launch.bench.channel_notes import Notes
-from specdist_launch.bench.channel_work import Work
+from specdist.core import config as configuration
+from specdist.core.errors import ConfigError, WorldError
+from specdist.core.launch_env import RankFacts, local_address
+from specdist.core.records import Cursor, FeatureLayout
+from specdist.core.stop import StopFlag
+from specdist.core.topology import Topology, WorldConfig
+from specdist.prompts.items import Items
+from specdist.prompts.stream import Stream
+from specdist.run.feature_source import RemoteSource
+from specdist.run.target_loop import Producer
+from specdist.scheduler.client import ControlClient
+from specdist.scheduler.config import ControlConfig
+from specdist.scheduler.messages import Computed, Produced, Start
+from specdist.scheduler.scheduler import Scheduler
+from specdist.scheduler.server import ControlServer
+from specdist.scheduler.wire import new_token
+from specdist.target.base import TargetModel
+from specdist.world.groups import join_world, make_groups
+from specdist.world.links import connect_links
+from specdist_launch.bench.channel_limit import limit_of
 
-_LOOK_S = 0.0002
-"""Between two looks at what runs on the device."""
+MIB = 2**20
+PRODUCTS = 140
+"""Products of [tokens, 4096] x [4096, 12288] that have the 14 GFLOP a token of 7e9 weights in layers."""
+MOST_ITEMS = 4096
+"""Of a replica, in one repeat."""
+_COMPUTED_ITEMS = 12
+_WAIT_S = 120.0
 
 
 @dataclass(frozen=True)
-class Batch:
-    """The items of one measurement.
+class ChannelSection:
+    """The part of a job's configuration that is measured."""
 
-    Attributes:
-        items: their numbers; those of one world's measurements follow each other.
-        rows: of each shard.
-        check: whether rows are filled with a pattern, and compared when they have arrived.
-    """
-
-    items: range
-    rows: int
-    check: bool = False
+    channel: ChannelConfig = field(default_factory=ChannelConfig)
 
 
-class Target:
-    """A target rank: hands out a buffer, computes, says that the item is there and sends it, as the producer does."""
+@dataclass(frozen=True)
+class Run:
+    """What a rank is to do. `payloads` and `moved` are MiB over a link; `words` is its configuration."""
 
-    def __init__(self, wire: Wire, slots: int, shard_rows: int):
-        self._topology, self._slots, self._timeout_s = wire.topology, slots, wire.timeout_s
-        place = wire.topology.target_place(wire.rank)
-        assert place is not None
-        self._place = place
-        self._notes = Notes(wire.world, wire.topology.draft_ranks)
-        self._sender: FeatureSender = transport_for(wire.config.transport).sender(
-            wire, len(wire.topology.draft) * shard_rows, self._notes.tell
-        )
-        self._sender.connect(wire.timeout_s, check=lambda: None)
-        self._releases: Counter[int] = Counter()
-
-    def move(self, batch: Batch, work: Work) -> None:
-        """Send this rank's share of the items of its replica."""
-        replicas = len(self._topology.replicas)
-        left = deque(i for i in batch.items if i % replicas == self._place.replica)
-        running: deque[tuple[WorkItem, Tensor, torch.cuda.Event | None]] = deque()
-        deadline = time.monotonic() + self._timeout_s
-        while left or running:
-            if left and len(running) < min(2, self._sender.buffers) and self._free(left[0]):
-                item = make_item(self._topology, left.popleft(), batch.rows)
-                running.append((item, *self._launch(item, batch, work)))
-                deadline = time.monotonic() + self._timeout_s
-            while running and (running[0][2] is None or running[0][2].query()):
-                done, rows, _ = running.popleft()
-                self._sender.send(done, rows, done.index % self._slots)
-            if running:
-                time.sleep(_LOOK_S)
-            if left and not self._free(left[0]):
-                self._releases.update(self._notes.heard(0 if running else 1))
-            if time.monotonic() > deadline:
-                raise WorldError(f"{self._topology.describe(self._rank)} got no slot within {self._timeout_s:.0f} s")
-        self._sender.flush(self._timeout_s)
+    replicas: int
+    tp: int
+    draft_ranks: int
+    payloads: Sequence[float]
+    moved: float | None
+    hidden: int
+    products: int | None
+    repeats: int
+    device: Any
+    words: Sequence[str]
 
     @property
-    def _rank(self) -> int:
-        return self._topology.replicas[self._place.replica][self._place.tp]
+    def layout(self) -> FeatureLayout:
+        return FeatureLayout((0, 1, 2), self.hidden, True, torch.bfloat16)
 
-    def _free(self, index: int) -> bool:
-        return index < self._slots or self._releases[index - self._slots] == len(self._topology.draft_ranks)
+    def sizes(self, config: ChannelConfig) -> tuple[list[int], int]:
+        """Rows of a draft rank in an item of each payload, and the slots of its ring. Raises ConfigError."""
+        size = self.layout.bytes_per_token
+        rows = [max(1, round(payload * MIB / size)) * self.tp for payload in self.payloads]
+        slots = parse_bytes(config.memory, "channel.memory") // (max(rows) * size)
+        if slots < 2:
+            raise ConfigError(
+                f"channel.memory={config.memory} holds {slots} items of {max(rows) * size:,} B a draft rank, and a "
+                "transfer that overlaps another needs 2: raise it, or lower --payload"
+            )
+        return rows, slots
 
-    def _launch(self, item: WorkItem, batch: Batch, work: Work) -> tuple[Tensor, torch.cuda.Event | None]:
-        rows = self._sender.buffer(item)
-        if batch.check:
-            rows.copy_(pattern(item, slice(0, item.tokens), rows))
-            if rows.is_cuda:
-                torch.cuda.current_stream().synchronize()  # what is sent must be complete
-        return rows, work.run(work.begin())  # a wait of the stream for the buffer is not work
+
+@dataclass(frozen=True)
+class ChannelSpeed:
+    """The channel with items of one size."""
+
+    transport: str
+    target_ranks: int
+    tp: int
+    draft_ranks: int
+    payload_mib: float
+    """Over one link, of one item."""
+    in_flight: int
+    """Slots of a draft rank's ring."""
+    gb_per_s: float
+    """1e9 bytes per second, of all links together."""
+    limit_gb_per_s: float
+    """The same, through the transport alone."""
+    ratio: float
+    spread: float
+    """Fastest repeat less slowest, as a share of the median."""
+    compute_ms: float | None = None
+    """The products of one item, alone, on the slower rank; None: nothing was computed."""
+    exposed: float | None = None
+    """Share of the time from first to last product in which the busier side ran none, less that without transfers."""
+    target_idle: float | None = None
+    """That share of the idlest target rank, with transfers."""
+    draft_idle: float | None = None
+    slower: float | None = None
+    """Share that transfers add to the time of the products of all ranks together."""
+
+    @property
+    def ranks(self) -> str:
+        return f"{self.target_ranks}+{self.draft_ranks}"
 
 
-class Draft:
-    """A draft rank: takes items in order, computes, releases."""
+class Work(TargetModel):
+    """What a rank computes for an item: `products` products of bf16 matrices (fp32 on a CPU), or none. On a target rank
+    it is the model; `check`: it fills each sequence with its `pattern`."""
 
-    def __init__(self, wire: Wire, slots: int, shard_rows: int):
-        self._topology, self._timeout_s = wire.topology, wire.timeout_s
-        place = wire.topology.draft_place(wire.rank)
-        assert place is not None
-        self._rank, self._place = wire.rank, place
-        self._receiver: FeatureReceiver = transport_for(wire.config.transport).receiver(
-            wire, slots, shard_rows, self._check
+    def __init__(self, products: int, tokens: int, hidden: int, device: torch.device, check: bool = False):
+        self.device, self._products, self._check = device, products, check
+        self._marks: list[tuple[Any, Any]] = []
+        if products:
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            make = functools.partial(torch.randn, device=device, dtype=dtype)
+            self._a, self._b, self._out = make(tokens, hidden), make(hidden, 3 * hidden), make(tokens, 3 * hidden)
+
+    def forward(self, batch: Any, out: Tensor) -> None:
+        if self._check:
+            for sequence, rows in zip(batch, out.chunk(len(batch)), strict=True):
+                rows.copy_(pattern(sequence, rows))
+        self.run()
+
+    def run(self, items: int = 1) -> None:
+        for _ in range(items if self._products else 0):
+            began = self._mark()
+            for _ in range(self._products):
+                torch.mm(self._a, self._b, out=self._out)
+            self._marks.append((began, self._mark()))
+
+    def spent(self) -> tuple[float, float]:
+        """Seconds of products since the last call, and the share of the time from first to last that had none."""
+        _synchronise(self.device)
+        marks, self._marks = self._marks, []
+        if not marks:
+            return 0.0, 0.0
+        busy = sum(self._seconds(*pair) for pair in marks)
+        return busy, 1 - busy / self._seconds(marks[0][0], marks[-1][1])
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, began: Any, ended: Any) -> float:
+        return began.elapsed_time(ended) / 1000 if self.device.type == "cuda" else ended - began
+
+
+class Sequences:
+    """Stands for the prompt store: a batch is the numbers of its sequences."""
+
+    def pack(self, sequences: Sequence[int]) -> Any:
+        return sequences
+
+
+def pattern(sequence: int, like: Tensor) -> Tensor:
+    """The rows of a sequence as they are sent when they are checked: bits that differ by place and sequence. Of the
+    shape, dtype and device of `like`."""
+    places = torch.arange(like.numel() * like.element_size() // 8, device=like.device)
+    return (places * 0x9E3779B97F4A7C1 + (sequence + 1) * 0x100000001B3).view(like.dtype).view(like.shape)
+
+
+class Bench:
+    """One rank of the world of one transport."""
+
+    def __init__(self, run: Run, wire: Wire):
+        self._run, self._wire, self._device, self._topology = run, wire, wire.device, wire.topology
+        self._rows, self._slots = run.sizes(wire.config)
+        largest = max(self._rows) * wire.layout.bytes_per_token
+        transport = transport_for(wire.config.transport)
+        self._passes = 0
+        self._client: ControlClient | None = None
+        self._shard = wire.topology.draft_place(wire.rank)
+        if self._shard is not None:
+            self._receiver = transport.receiver(wire, self._slots, max(self._rows), self._check)
+        else:
+            self._sender = transport.sender(wire, run.draft_ranks * max(self._rows), self._announce)
+            self._sender.connect(wire.timeout_s, self._check)
+        self._limit, self._depths = limit_of(wire, self._slots, largest // run.tp)
+
+    def measure(self, rows: int) -> ChannelSpeed:
+        """The channel and its limit with items of `rows` rows a draft rank. All ranks call it."""
+        run, topology, config = self._run, self._topology, self._wire.config
+        size = rows // run.tp * self._wire.layout.bytes_per_token
+        moved = run.moved or (65536 if config.transport == "nccl" else 256)
+        each = max(4, min(MOST_ITEMS, round(moved * MIB / size)))
+        idle = Work(0, rows, run.hidden, self._device)
+        self._pass(self._slots + 2, rows, Work(0, rows, run.hidden, self._device, check=True), check=True)
+        limits: dict[int, list[float]] = {depth: [] for depth in self._depths}
+        channel = list[float]()
+        for _ in range(run.repeats + 1):
+            for depth, times in limits.items():
+                times.append(self._timed(functools.partial(self._limit, each, size, depth)))
+            channel.append(self._pass(each, rows, idle))
+        gb = each * size * len(topology.links) / 1e9
+        rates = [gb / seconds for seconds in channel[1:]]  # the first one warms up
+        speed, limit = statistics.median(rates), max(gb / statistics.median(times[1:]) for times in limits.values())
+        ranks, spread = (len(topology.target_ranks), run.tp, len(topology.draft_ranks)), max(rates) - min(rates)
+        rated = speed, limit, speed / limit, spread / speed
+        found = ChannelSpeed(config.transport, *ranks, size / MIB, self._slots, *rated)
+        return self._exposed(found, rows) if run.products else found
+
+    def _exposed(self, found: ChannelSpeed, rows: int) -> ChannelSpeed:
+        """The same compute with and without transfers, in turns."""
+        products, count, each = self._run.products or 0, _COMPUTED_ITEMS, _COMPUTED_ITEMS
+        if self._shard is not None:  # it computes for the items of all replicas, and no more than one of them
+            products, count = max(1, products // self._run.replicas), each * self._run.replicas
+        work = Work(products, rows, self._run.hidden, self._device)
+        quiet, moving = list[list[float]](), list[list[float]]()
+        for _ in range(self._run.repeats + 1):
+            self._timed(functools.partial(work.run, count))
+            quiet.append(self._spent(work))
+            self._pass(each, rows, work)
+            moving.append(self._spent(work))
+        before, after = ([statistics.median(x) for x in zip(*found[1:], strict=True)] for found in (quiet, moving))
+        return replace(
+            found,
+            compute_ms=before[1] / each * 1e3,
+            exposed=after[4] - before[4],
+            target_idle=after[2],
+            draft_idle=after[3],
+            slower=after[0] / before[0] - 1,
         )
-        self._notes = Notes(wire.world, wire.topology.target_ranks)
-        self._rows = 0
-        self._error: BaseException | None = None
-        threading.Thread(target=self._post, name="specdist-receiver", daemon=True).start()
 
-    def move(self, batch: Batch, work: Work) -> None:
-        """Receive this rank's shard of every item."""
-        for index in batch.items:
-            item = make_item(self._topology, index, batch.rows)
-            rows = self._receiver.take(item, self._timeout_s)
-            if batch.check:
-                self._compare(item, rows)
-            work.run(work.begin())
-            self._receiver.release(item, lambda index=index: self._notes.tell(index))  # type: ignore[misc]
+    def _spent(self, work: Work) -> list[float]:
+        """Seconds of products of all ranks together and of the slowest; idle shares of the idlest target and draft
+        rank, and of the busier of the two. All ranks call it."""
+        busy, idle = work.spent()
+        slowest, target, draft = self._over_ranks(
+            [busy, idle if self._shard is None else 0.0, 0.0 if self._shard is None else idle], dist.ReduceOp.MAX
+        )
+        return [*self._over_ranks([busy], dist.ReduceOp.SUM), slowest, target, draft, min(target, draft)]
 
-    def expect(self, batch: Batch) -> None:
-        """Say how large the items to come are; before anybody sends one of them."""
-        self._rows = batch.rows
+    def _pass(self, each: int, rows: int, work: Work, check: bool = False) -> float:
+        """Move `each` items of every replica as training does; returns the seconds of the slowest draft rank, from when
+        all ranks are ready to when the last item is released."""
+        shards, end, seconds = len(self._topology.draft), each * self._run.replicas, 0.0
+        items = Items(Stream(np.full(shards * end, rows), shards, rows, seed=0), Cursor(), 0, end)
+        with self._control(end) as client:
+            if self._shard is None:
+                prompts: Any = Sequences()
+                producer = Producer(work, self._sender, client, items, prompts, self._slots, 0, _WAIT_S)
+                client.ready()
+                client.send(Produced(producer.run()))
+            else:
+                source = RemoteSource(client, self._receiver, items, StopFlag(), _WAIT_S, self._device)
+                client.ready()
+                client.expect(Start)
+                began = time.perf_counter()
+                for index in range(end):
+                    features = source.take(items[index])
+                    if check:
+                        self._compare(index, items[index].shards[self._shard.dp].sequences[0], features)
+                    work.run()
+                    source.release(items[index])
+                    items.forget(before=index + 1)
+                _synchronise(self._device)
+                seconds = time.perf_counter() - began
+                source.drain(end)
+        return self._over_ranks([seconds], dist.ReduceOp.MAX)[0]
 
-    def _post(self) -> None:
-        try:
-            self._receiver.enter_thread()
-            replicas, announced = len(self._topology.replicas), Counter[int]()
-            while True:
-                for index in self._notes.heard(1000):
-                    announced[index] += 1
-                    if announced[index] == len(self._topology.replicas[index % replicas]):
-                        item = make_item(self._topology, index, self._rows)
-                        self._receiver.post(item, index % replicas, index % self._receiver.slots)
-        except BaseException as error:  # noqa: BLE001 - raised by _check in the thread that takes
-            self._error = error
+    @contextlib.contextmanager
+    def _control(self, end: int) -> Iterator[ControlClient]:
+        """A control plane with a scheduler of `end` items."""
+        self._passes += 1
+        key, config, store = f"bench/control/{self._passes}", ControlConfig(), self._wire.world.store
+        with contextlib.ExitStack() as stack:
+            if self._wire.rank == 0:
+                token, drafts, slots = new_token(), self._run.draft_ranks, self._slots
+                scheduler = Scheduler(draft_ranks=drafts, slots=slots, queue_depth=2, timeout=_WAIT_S, end_item=end)
+                topology, host = self._topology, local_address()
+                server = ControlServer(host, token, topology, scheduler, config, join_timeout_s=_WAIT_S)
+                stack.enter_context(server)
+                store.set(key, json.dumps([server.address, token.hex()]))
+            address, secret = json.loads(store.get(key))
+            client = ControlClient(address, bytes.fromhex(secret), self._wire.rank, config)
+            self._client = stack.enter_context(client)
+            yield client
+
+    def _announce(self, item: int) -> None:
+        assert self._client is not None
+        self._client.send(Computed(item))
 
     def _check(self) -> None:
-        if self._error is not None:
-            raise self._error
+        if self._client is not None:
+            self._client.check()
 
-    def _compare(self, item: WorkItem, rows: Tensor) -> None:
-        expected = pattern(item, item.rows(self._place.dp), rows)
-        if torch.equal(rows.view(torch.int64), expected.view(torch.int64)):
-            return
-        row = int((rows.view(torch.int64) != expected.view(torch.int64)).any(1).nonzero()[0])
-        sources = self._topology.replicas[item.index % len(self._topology.replicas)]
-        shares = [share(len(rows), t, len(sources)) for t in range(len(sources))]
-        source = next(s for s, part in zip(sources, shares, strict=True) if part.start <= row < part.stop)
-        raise WorldError(
-            f"{self._topology.describe(self._rank)}: item {item.index} is not what "
-            f"{self._topology.describe(source)} sent, from row {row} of {len(rows)} on"
-        )
+    def _compare(self, index: int, sequence: int, rows: Tensor) -> None:
+        different = (rows.view(torch.int64) != pattern(sequence, rows).view(torch.int64)).any(1)
+        if different.any():
+            who, row = self._topology.describe(self._wire.rank), int(different.nonzero()[0])
+            raise WorldError(f"{who}: item {index} is not what was sent, from row {row} of {len(rows)} on")
+
+    def _timed(self, move: Callable[[], object]) -> float:
+        """Seconds from when all ranks are there to when the last one is done."""
+        _synchronise(self._device)
+        dist.barrier(self._wire.groups.control)
+        began = time.perf_counter()
+        move()
+        _synchronise(self._device)
+        return self._over_ranks([time.perf_counter() - began], dist.ReduceOp.MAX)[0]
+
+    def _over_ranks(self, values: list[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+        found = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(found, operation, group=self._wire.groups.control)
+        return [float(value) for value in found]
 
 
-def make_item(topology: Topology, index: int, rows: int) -> WorkItem:
-    """Item `index` with `rows` rows for every draft rank."""
-    return WorkItem(index, Cursor(), Cursor(), (Shard((0,), (rows,)),) * len(topology.draft))
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def pattern(item: WorkItem, part: slice, like: Tensor) -> Tensor:
-    """The rows `part` of an item as they are sent when they are checked: bits that differ by place and item. Of the
-    width, dtype and device of `like` [rows, width]."""
-    words = like.shape[1] * like.element_size() // 8
-    places = torch.arange(part.start * words, part.stop * words, device=like.device)
-    return (places * 0x9E3779B97F4A7C1 + item.index * 0x1000193).view(-1, words).view(like.dtype)
+def worker(**arguments: Any) -> list[ChannelSpeed]:
+    """One rank of the world, given the fields of `Run`."""
+    run = Run(**arguments)
+    config = configuration.load(ChannelSection, [], run.words).channel
+    shared = config.transport != "nccl" and config.transport != "auto"
+    world_config = WorldConfig(device=run.device, share_devices=shared, wait_timeout_s=_WAIT_S)
+    world = join_world(world_config, RankFacts.from_environment())
+    transport = transport_for(config.transport, world.device)
+    if run.products is None:
+        run = replace(run, products=PRODUCTS if world.device.type == "cuda" else 0)
+    topology = Topology.build(world_config, world.hosts, replicas=run.replicas, tp=run.tp, dp=run.draft_ranks, cp=1)
+    groups = make_groups(topology, world, transport.link_backend, _WAIT_S)
+    connect_links(topology, groups, world, _WAIT_S)
+    config = replace(config, transport=transport.name)
+    bench = Bench(run, Wire(config, topology, world, groups, run.layout, _WAIT_S))
+    return [bench.measure(rows) for rows in run.sizes(config)[0]]

@@ -71,7 +71,7 @@ def measure_links(
     """
     targets, drafts = (tuple((rank,) for rank in ranks) for ranks in (topology.target_ranks, topology.draft_ranks))
     pairs = _Pairs(topology.mode, topology.hosts, targets, drafts, len(drafts), real=topology)
-    store = dist.PrefixStore("preflight/links", world.store)
+    store = dist.PrefixStore("channel/probe", world.store)
     config = replace(config, send_buffers=_SLOTS)
     wire = Wire(config, pairs, world, groups, _ROW, timeout_s, address_book=StoreBook(store))
     rows = max((payload or PAYLOAD[world.device.type]) // _ROW.bytes_per_token, 1)

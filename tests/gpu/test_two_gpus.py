@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specdist_launch.bench.channel import main
-from specdist_launch.bench.channel_measure import ChannelSpeed
+from specdist_launch.bench.channel_rank import ChannelSpeed
 from tests.distributed.worlds import train
 from tests.tiny import make_config, make_conversations, make_target
 
