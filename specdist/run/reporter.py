@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -18,18 +17,7 @@ from specdist.job.run_dir import RunDirectory
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Statistics
 from specdist.training.metrics import WAITS, JsonlTracker, ProgressTracker, TensorBoardTracker, Tracker, WandbTracker
-from specdist.training.trainer import Reporter, Window
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """What was done and waited for up to a moment of the run."""
-
-    time: float
-    steps: int
-    tokens: int
-    draft_waited_s: float
-    statistics: Statistics
+from specdist.training.trainer import Reporter, WorkDone
 
 
 class RunReporter(Reporter):
@@ -41,10 +29,9 @@ class RunReporter(Reporter):
         self._bar: ProgressTracker | None = None
         self._last_record: dict[str, float] = {}
         self._seen, self._target_waits = Statistics(), 0.0
-        self._tokens = self._steps = 0
-        self._waited_s = 0.0
-        self._began = self._latest = self._mark()
-        self._warm: _Mark | None = None
+        self._began = self._latest = WorkDone(time.monotonic()), client.statistics
+        self._warm = self._latest
+        """At the first record: compilation, allocation and full queues are over."""
         if leader:
             self._open(job, run_dir, resume)
 
@@ -64,47 +51,42 @@ class RunReporter(Reporter):
         if self._bar is not None:
             self._bar.advance(step)
 
-    def record(self, step: int, metrics: Mapping[str, float], window: Window) -> None:
-        self._tokens += window.tokens
-        self._steps += window.steps
-        self._waited_s += window.waited_share * window.seconds
+    def record(self, step: int, metrics: Mapping[str, float], done: WorkDone) -> None:
+        before, _ = self._latest
+        seconds, tokens = done.time - before.time, done.tokens - before.tokens
         record = {
             **metrics,
-            "tokens_per_s": window.tokens / window.seconds,
-            "step_s": window.seconds / window.steps,
-            "draft_wait": window.waited_share,
+            "tokens_per_s": tokens / seconds,
+            "step_s": seconds / (done.steps - before.steps),
+            "draft_wait": (done.waited_s - before.waited_s) / seconds,
             "target_wait": self._target_wait(),
-            "bytes_moved": float(window.bytes),
+            "bytes_moved": float(done.bytes - before.bytes),
         }
         if torch.cuda.is_available():
             record["gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._last_record = record
-        self._latest = self._mark()
-        self._warm = self._warm or self._latest
+        self._last_record, self._latest = record, (done, self._client.statistics)
+        if self._warm is self._began:
+            self._warm = self._latest
         for tracker in self._trackers:
             tracker.log(step, record)
 
     def totals(self) -> dict[str, float]:
         """The run so far: steps, tokens, tokens/s, the share of the time each side waited, and the last record.
 
-        Rates and shares leave out what comes before the first record (compilation, allocation, full queues), where
-        there is a second one.
+        Rates and shares leave out what comes before the first record, where there is a second one.
         """
-        latest = self._latest
-        since = self._warm if self._warm is not None and self._warm.steps < latest.steps else self._began
-        seconds = latest.time - since.time or math.inf
+        done, statistics = self._latest
+        before, statistics_before = self._began if self._warm is self._latest else self._warm
+        seconds = done.time - before.time or math.inf
         return {
-            "steps": float(latest.steps),
-            "tokens": float(latest.tokens),
-            "seconds": time.monotonic() - self._began.time,
-            "tokens_per_s": (latest.tokens - since.tokens) / seconds,
-            "draft_wait": (latest.draft_waited_s - since.draft_waited_s) / seconds,
-            "target_wait": _target_wait(since.statistics, latest.statistics),
+            "steps": float(done.steps),
+            "tokens": float(done.tokens),
+            "seconds": time.monotonic() - self._began[0].time,
+            "tokens_per_s": (done.tokens - before.tokens) / seconds,
+            "draft_wait": (done.waited_s - before.waited_s) / seconds,
+            "target_wait": _target_wait(statistics_before, statistics),
             **{f"last/{name}": value for name, value in self._last_record.items()},
         }
-
-    def _mark(self) -> _Mark:
-        return _Mark(time.monotonic(), self._steps, self._tokens, self._waited_s, self._client.statistics)
 
     def _target_wait(self) -> float:
         """Share of the replicas' time without credits since the last record. The scheduler sends its statistics now and

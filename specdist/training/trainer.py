@@ -66,15 +66,17 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Window:
-    """What was measured since the last record, over all draft ranks."""
+class WorkDone:
+    """What the draft ranks have done in this start, up to a moment of `time.monotonic`."""
 
-    steps: int
-    seconds: float
-    tokens: int
-    bytes: int
-    waited_share: float
-    """Mean share of the time in which a draft rank waited for features."""
+    time: float
+    steps: int = 0
+    tokens: int = 0
+    """Over all draft ranks."""
+    bytes: int = 0
+    """Of their features."""
+    waited_s: float = 0.0
+    """Seconds in which a draft rank waited for features, the mean over them."""
 
 
 class Reporter(ABC):
@@ -85,7 +87,7 @@ class Reporter(ABC):
         """An optimizer step is done."""
 
     @abstractmethod
-    def record(self, step: int, metrics: Mapping[str, float], window: Window) -> None:
+    def record(self, step: int, metrics: Mapping[str, float], done: WorkDone) -> None:
         """The metrics of the steps since the last record."""
 
 
@@ -129,7 +131,7 @@ class Trainer:
         self._sums = torch.zeros(len(model.metric_names), dtype=torch.float64, device=device)
         self._profile = profile
         self._last: _StepResult | None = None
-        self._saved_step = -1
+        self._saved_step, self._waited_before = -1, 0.0
         self.steps_done = self.tokens_done = 0
         """Steps, and tokens over all draft ranks, since this trainer was made."""
 
@@ -143,7 +145,7 @@ class Trainer:
         self, recipe: Recipe, progress: Progress, checkpointer: Checkpointer, stop: StopFlag, reporter: Reporter
     ) -> Progress:
         """Train on from `progress`; returns where it stopped, which `commit` then saves."""
-        self._saved_step, window = progress.step, _WindowClock(self)
+        self._saved_step, self._waited_before = progress.step, self.source.waited_s
         try:
             while progress.step < recipe.total_steps and not self._agree(bool(stop), progress.next_item):
                 set_learning_rate(self.optimizer, learning_rate(recipe.optimizer, progress.step, recipe.total_steps))
@@ -153,7 +155,7 @@ class Trainer:
                 reporter.step(progress.step)
                 if progress.step % recipe.log_every == 0 or progress.step == recipe.total_steps:
                     with span("metrics", end - 1):
-                        reporter.record(progress.step, self._metrics(), window.close())
+                        reporter.record(progress.step, self._metrics(), self._work_done())
                 checkpointer.poll()
                 if recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0:
                     self._save(progress, checkpointer)
@@ -268,6 +270,13 @@ class Trainer:
         _, norm = self._last.reading.get()
         return metrics | {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
 
+    def _work_done(self) -> WorkDone:
+        now, waited = time.monotonic(), torch.tensor(self.source.waited_s - self._waited_before, dtype=torch.float64)
+        dist.all_reduce(waited, group=self.draft_cpu)
+        size = self.tokens_done * self.model.layout.bytes_per_token
+        mean = float(waited) / dist.get_world_size(self.draft_cpu)
+        return WorkDone(now, self.steps_done, self.tokens_done, size, mean)
+
     def _save(self, progress: Progress, checkpointer: Checkpointer) -> None:
         self.check_finite()
         with span("save", progress.next_item - 1):
@@ -298,32 +307,3 @@ class _StepResult:
     step: int
     items: list[WorkItem]
     reading: _Reading
-
-
-class _WindowClock:
-    """Measures the stretch between two records."""
-
-    def __init__(self, trainer: Trainer):
-        self._trainer = trainer
-        self._start()
-
-    def _start(self) -> None:
-        self._began, self._waited = time.monotonic(), self._trainer.source.waited_s
-        self._steps_began, self._tokens_began = self._trainer.steps_done, self._trainer.tokens_done
-
-    def close(self) -> Window:
-        """End the window and begin the next; the share waited is the mean over the draft ranks."""
-        trainer = self._trainer
-        seconds = time.monotonic() - self._began
-        share = torch.tensor((trainer.source.waited_s - self._waited) / seconds, dtype=torch.float64)
-        dist.all_reduce(share, group=trainer.draft_cpu)
-        tokens = trainer.tokens_done - self._tokens_began
-        window = Window(
-            steps=trainer.steps_done - self._steps_began,
-            seconds=seconds,
-            tokens=tokens,
-            bytes=tokens * trainer.model.layout.bytes_per_token,
-            waited_share=float(share) / dist.get_world_size(trainer.draft_cpu),
-        )
-        self._start()
-        return window

@@ -10,7 +10,7 @@ import pytest
 from specdist.run import reporter
 from specdist.run.reporter import RunReporter
 from specdist.scheduler.messages import Statistics
-from specdist.training.trainer import Window
+from specdist.training.trainer import WorkDone
 
 
 @pytest.fixture
@@ -19,13 +19,19 @@ def run(monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(reporter, "time", SimpleNamespace(monotonic=lambda: clock.now))
     client = SimpleNamespace(statistics=Statistics(), step=0)
+    done = SimpleNamespace(steps=0, tokens=0, waited_s=0.0)
     made = RunReporter(None, None, None, client, leader=False)  # type: ignore[arg-type]
 
     def pass_(seconds: float, draft_wait: float, statistics: Statistics | None = None) -> None:
         clock.now += seconds
         if statistics is not None:
             client.statistics = statistics
-        made.record(0, {}, Window(steps=10, tokens=1000, seconds=seconds, waited_share=draft_wait, bytes=0))
+        done.steps, done.tokens, done.waited_s = (
+            done.steps + 10,
+            done.tokens + 1000,
+            done.waited_s + draft_wait * seconds,
+        )
+        made.record(0, {}, WorkDone(clock.now, done.steps, done.tokens, 0, done.waited_s))
 
     return SimpleNamespace(reporter=made, client=client, clock=clock, pass_=pass_)
 
