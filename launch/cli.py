@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import platform
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -124,25 +123,9 @@ def _naming_sources(args: argparse.Namespace) -> AbstractContextManager[None]:
 def _train(args: argparse.Namespace) -> int:
     if args.hosts is not None or args.hostfile is not None or args.dry_run:
         return ssh.main(args)
-    import torch
+    from specdist_launch.local import train
 
-    from specdist.evaluate.prompts import check_prompts
-    from specdist.job.config import check_installed, topology
-    from specdist.job.run_dir import RunDirectory
-    from specdist.prompts.prepare import prepare
-    from specdist_launch.local import start, world_size
-
-    job = words.load_checked(args.config)
-    check_installed(job, target=job.world.mode != "draft_only" and job.world.role != "draft")
-    RunDirectory(Path(job.run.dir)).create()
-    devices = 0 if job.world.device == "cpu" else torch.cuda.device_count()
-    ranks = args.nproc_per_node or world_size(job, devices)
-    topology(job, [platform.node()] * ranks)
-    prompts = prepare(job.prompts, job.target.path, progress=True)  # before any rank could wait for another
-    if prompts.report.bad_total:
-        print(f"prompts: {prompts.described()}", file=sys.stderr)
-    check_prompts(job.evaluate.prompts, job.target.path, job.evaluate.limit, job.prompts.template_kwargs)
-    return start(*words.split(args.config), ranks, retries=args.retries, role=job.world.role)
+    return train(args.config, args.nproc_per_node, args.retries)
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import platform
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from specdist.core.errors import ConfigError
 from specdist.core.launch_env import Attempt
 from specdist.job.config import JobConfig
+from specdist_launch import words
 from specdist_launch.agents import AgentProcess, agent_command, attend, new_job, supervise
 
 
@@ -43,6 +47,28 @@ def ranks_per_node(job: JobConfig, nodes: int) -> int:
     return ranks // nodes
 
 
+def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> int:
+    """What `specdist train` does on this machine: check the job, prepare its prompts, start it; its exit status."""
+    import torch
+
+    from specdist.evaluate.prompts import check_prompts
+    from specdist.job.config import check_installed, topology
+    from specdist.job.run_dir import RunDirectory
+    from specdist.prompts.prepare import prepare
+
+    job = words.load_checked(config)
+    check_installed(job, target=job.world.mode != "draft_only" and job.world.role != "draft")
+    RunDirectory(Path(job.run.dir)).create()
+    ranks = ranks or world_size(job, 0 if job.world.device == "cpu" else torch.cuda.device_count())
+    topology(job, [platform.node()] * ranks)
+    prompts = prepare(job.prompts, job.target.path, progress=True)  # before any rank could wait for another
+    if prompts.report.bad_total:
+        print(f"prompts: {prompts.described()}", file=sys.stderr)
+    check_prompts(job.evaluate.prompts, job.target.path, job.evaluate.limit, job.prompts.template_kwargs)
+    files, overrides = words.split(config)
+    return start(files, overrides, ranks, retries=retries, role=job.world.role)
+
+
 def start(
     files: Sequence[str],
     overrides: Sequence[str],
@@ -58,8 +84,8 @@ def start(
     received: list[int] = []
 
     def run(attempt: Attempt) -> int:
-        words = ["--nproc-per-node", str(ranks), "--job", attempt.job, "--restart", str(attempt.restart)]
-        words += ["--launcher", "local", "--module", module, *files, *overrides]
-        return attend([AgentProcess(agent_command(words))], received)
+        placement = ["--nproc-per-node", str(ranks), "--job", attempt.job, "--restart", str(attempt.restart)]
+        command = agent_command([*placement, "--launcher", "local", "--module", module, *files, *overrides])
+        return attend([AgentProcess(command)], received)
 
     return supervise(run, new_job("local", role), retries, received)

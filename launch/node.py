@@ -36,6 +36,7 @@ class Agent:
 
     def __init__(self, job: JobConfig, launcher: Launcher, placement: NodePlacement):
         self._job, self._launcher, self._place = job, launcher, placement
+        self._ranks = placement.ranks or ranks_per_node(job, placement.nodes)
         self._attempt, self._leads = placement.attempt, placement.number == 0
         self._run_dir, self._home = Path(job.run.dir), home(job, placement.attempt)
         self._record = AttemptRecord(self._attempt.directory(self._home))
@@ -81,7 +82,7 @@ class Agent:
                 f"={launch.stop_before_end_s:g}: this job has only {left:.0f} s, and would "
                 "save and leave at once: give it more time, or set launch.stop_before_end_s lower",
             )
-        me = Node(place.number, place.host, place.ranks or ranks_per_node(self._job, place.nodes))
+        me = Node(place.number, place.host, self._ranks)
         meeting = meet(me, place.nodes, place.leader, launch.meet_timeout_s, place.hosts, stop.check)
         stop.check()
         return meeting
@@ -109,9 +110,8 @@ class Agent:
         if interface is not None:
             variables |= {name: os.environ.get(name, interface) for name in _INTERFACES}
         # torchrun would give every rank one thread and say so at length; share the cores out instead.
-        ranks = place.ranks or ranks_per_node(self._job, place.nodes)
         cores = len(os.sched_getaffinity(0))
-        variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(cores // ranks, 1)))
+        variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(cores // self._ranks, 1)))
         return variables
 
     def _name_killed(self, failed: dict[int, int], stopped: StopReason | None) -> None:

@@ -40,9 +40,9 @@ def main(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise ConfigError(f"{option} is at least 1, not {value}")
     if not _join_cluster(args):
-        from specdist_launch import cli
+        from specdist_launch.local import train
 
-        return cli.main(["train", *args.config, *([] if args.retries is None else ["--retries", str(args.retries)])])
+        return train(args.config, retries=args.retries or 0)
 
     from specdist_launch.agents import new_job, supervise
     from specdist_launch.local import world_size

@@ -102,8 +102,8 @@ def _ask(command: Sequence[str]) -> str:
     program = command[0]
     if shutil.which(program) is None:
         raise UserError(
-            f"{program} not found: no Slurm on this machine. Run this on a login node of the cluster, or add --dry-run "
-            "to see the script here"
+            f"{program} not found: no Slurm on this machine. Run this on a login node of the cluster; --dry-run shows "
+            "the script here, and specdist.submit with executor='local' runs the job here"
         )
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SUBMIT_TIMEOUT_S)

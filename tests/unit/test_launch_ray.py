@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from specdist.core.errors import ConfigError, UserError
-from specdist_launch import cli
+from specdist_launch import cli, local
 from specdist_launch.agents import supervise
 from specdist_launch.ray import cluster
 from specdist_launch.ray.agents import HostAgent, agent_environment, examine_host, host_names, run_agent
@@ -251,7 +251,6 @@ def test_without_ray_it_says_how_to_install_it(monkeypatch, capsys, no_cluster):
 @pytest.mark.parametrize("words", [["--local-fallback"], ["--address", "local"]])
 def test_this_machine_is_used_when_asked_for(words, monkeypatch, no_cluster):
     called = []
-    launch = cli.main
-    monkeypatch.setattr(cli, "main", lambda words: called.append(words) or 7)
-    assert launch(["launch", "ray", "run.dir=unused", "--retries", "1", *words]) == 7
-    assert called == [["train", "run.dir=unused", "--retries", "1"]]
+    monkeypatch.setattr(local, "train", lambda words, retries: called.append((words, retries)) or 7)
+    assert cli.main(["launch", "ray", "run.dir=unused", "--retries", "1", *words]) == 7
+    assert called == [(["run.dir=unused"], 1)]
