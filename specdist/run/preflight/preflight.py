@@ -65,7 +65,7 @@ class Preflight:
             return
 
         def judge_all(reports: dict[int, RankReport]) -> tuple[Report, Sequence[Finding]]:
-            # A model that only other hosts lack still tells rank 0 what the job needs.
+            # Rank 0 knows what the job needs even where other hosts lack the model.
             needs = None if facts is None else needs_of(job, facts, self._topology)
             ranks = tuple(reports.values())
             findings = judge(ranks, needs, job.preflight, job.world.share_devices)

@@ -12,10 +12,10 @@ import argparse
 import logging
 import socket
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,9 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"specdist: {error}", file=sys.stderr, flush=True)
         return 2
-    except Exception:  # noqa: BLE001 - a defect: show it whole and leave
-        traceback.print_exc()
-        return 1
 
 
 def examine_world(job: JobConfig, who: RankFacts) -> int:
@@ -103,5 +100,12 @@ def examine_model(job: JobConfig) -> tuple[JobFacts | None, str]:
         return None, str(error)
 
 
+def _leave_with(*error: Any) -> None:
+    """A defect is shown whole; the finalisers of process groups would wait for ranks that are gone."""
+    sys.__excepthook__(*error)
+    leave(1)
+
+
 if __name__ == "__main__":
+    sys.excepthook = _leave_with
     leave(main())
