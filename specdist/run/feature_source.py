@@ -17,6 +17,7 @@ from specdist.core.records import FeatureLayout, PackedTokens, WorkItem
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
 from specdist.core.trace import span
+from specdist.core.worker import Worker
 from specdist.prompts.items import Items
 from specdist.prompts.store import PromptStore
 from specdist.run.stall_timer import StallTimer
@@ -46,8 +47,7 @@ class RemoteSource(FeatureSource):
         self._delivered: set[int] = set()  # items that are posted and not yet released
         self._changed = threading.Condition()
         self._stopped = False
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._listen, name="specdist-receiver", daemon=True)
+        self._thread = Worker("specdist-receiver", self._listen, lambda error: self._notify())
         self._thread.start()
 
     @property
@@ -67,8 +67,7 @@ class RemoteSource(FeatureSource):
         return rows
 
     def release(self, item: WorkItem) -> None:
-        with self._changed:
-            self._delivered.discard(item.index)
+        self._delivered.discard(item.index)
         self.receiver.release(item, functools.partial(self._client.send, Released(item.index)))
 
     def drain(self, next_item: int) -> None:
@@ -85,8 +84,8 @@ class RemoteSource(FeatureSource):
         deadline = time.monotonic() + self._timeout_s
         with self._changed:
             while index not in self._delivered and not self._stopped:
-                if self._error is not None:
-                    raise self._error
+                if self._thread.error is not None:
+                    raise self._thread.error
                 self._client.check()
                 if time.monotonic() > deadline:
                     limit = f"{self._timeout_s:.0f} s (world.wait_timeout_s)"
@@ -95,30 +94,27 @@ class RemoteSource(FeatureSource):
             return index in self._delivered
 
     def _listen(self) -> None:
-        try:
-            self.receiver.enter_thread()
-            while not self._stopped:
-                for message in self._client.poll(1.0):
-                    self._handle(message)
-        except BaseException as error:  # noqa: BLE001 - raised in the trainer's thread by _await
-            self._error = error
-            with self._changed:
-                self._changed.notify_all()
+        self.receiver.enter_thread()
+        while not self._stopped:
+            for message in self._client.poll(1.0):
+                self._handle(message)
 
     def _handle(self, message: Message) -> None:
         match message:
             case Deliver(index, replica, slot):
                 with span("post the receives", index):
                     self.receiver.post(self._items[index], replica, slot)
-                with self._changed:
-                    self._delivered.add(index)
-                    self._changed.notify_all()
+                self._delivered.add(index)
+                self._notify()
             case StopRequest(reason, rank):
                 self._stop.request(reason, f" on rank {rank}")
             case Stop():
-                with self._changed:
-                    self._stopped = True
-                    self._changed.notify_all()
+                self._stopped = True
+                self._notify()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
 
 class ColocatedSource(FeatureSource):

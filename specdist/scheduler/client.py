@@ -27,6 +27,7 @@ from specdist.core.attempts import Failure
 from specdist.core.clock import ClockReading
 from specdist.core.errors import UserError, WorldError
 from specdist.core.stop import StopFlag, StopReason
+from specdist.core.worker import Worker
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.messages import (
     PROTOCOL_VERSION,
@@ -119,7 +120,7 @@ class ControlClient:
         self._dealer = self._connect(address, identity(token, rank, place.world if place else ""))
         self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._lost_at: float | None = None
-        self._thread = threading.Thread(target=self._thread_main, name="specdist-control-client", daemon=True)
+        self._thread = Worker("specdist-control-client", self._loop, self._ended)
         self._thread.start()
 
     @property
@@ -261,16 +262,13 @@ class ControlClient:
             if self._open:
                 self._outbox.send(encode(message))
 
-    def _thread_main(self) -> None:
-        try:
-            self._loop()
-        except BaseException as error:  # whatever ended this thread is raised where the rank waits
-            logger.exception("rank %d: the control client failed", self.rank)
+    def _ended(self, error: BaseException | None) -> None:
+        if error is not None:
+            logger.error("rank %d: the control client failed", self.rank, exc_info=error)
             self._break(error)
-        finally:
-            self._dealer.disable_monitor()
-            self._monitor.close(0)
-            self._dealer.close(_LINGER_MS if self._error is None else _LINGER_AFTER_ABORT_MS)
+        self._dealer.disable_monitor()
+        self._monitor.close(0)
+        self._dealer.close(_LINGER_MS if self._error is None else _LINGER_AFTER_ABORT_MS)
 
     def _loop(self) -> None:
         poller = zmq.Poller()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -14,6 +13,7 @@ import zmq
 
 from specdist.core.errors import WorldError
 from specdist.core.topology import Topology
+from specdist.core.worker import Worker
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.coordinator import Coordinator, Observer
 from specdist.scheduler.messages import MAX_MESSAGE_BYTES
@@ -76,8 +76,7 @@ class ControlServer:
         )
         self._next_tick = time.monotonic()
         self._closing = False
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._thread_main, name="specdist-control-server", daemon=True)
+        self._thread = Worker("specdist-control-server", self.run, self._ended)
         self.unknown = 0
 
     @property
@@ -106,8 +105,8 @@ class ControlServer:
 
     def check(self) -> None:
         """Raise the world's failure, or what ended the server's thread, if there was one."""
-        if self._error is not None:
-            raise self._error
+        if self._thread.error is not None:
+            raise self._thread.error
         if self._coordinator.aborted is not None:
             raise self._coordinator.aborted.error()
 
@@ -149,15 +148,11 @@ class ControlServer:
         finally:
             self.close()
 
-    def _thread_main(self) -> None:
+    def _ended(self, error: BaseException | None) -> None:
         try:
-            self.run()
-            if self._coordinator.aborted is not None:
-                self._error = self._coordinator.aborted.error()
-        except BaseException as error:  # whatever ended this thread is raised on rank 0 by check() and join()
-            logger.exception("the scheduler failed")
-            self._error = error
-            self._coordinator.abort(0, f"the scheduler failed: {type(error).__name__}: {error}", time.monotonic())
+            if error is not None:
+                logger.error("the scheduler failed", exc_info=error)
+                self._coordinator.abort(0, f"the scheduler failed: {type(error).__name__}: {error}", time.monotonic())
         finally:
             self._router.close(_LINGER_MS)
 

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads whose errors reach the threads that depend on them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+class Worker(threading.Thread):
+    """A daemon thread that runs `body` and keeps the exception that ended it in `error`, for another thread to raise.
+
+    Args:
+        ended: called in the thread when `body` has returned or raised, with its exception or None.
+    """
+
+    def __init__(self, name: str, body: Callable[[], None], ended: Callable[[BaseException | None], None]):
+        super().__init__(name=name, daemon=True)
+        self._body, self._ended = body, ended
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._body()
+        except BaseException as error:  # noqa: BLE001 - the thread's door: nothing above it would show the error
+            self.error = error
+        self._ended(self.error)
