@@ -8,7 +8,7 @@ to the step of the draft rank that trains on the rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import msgspec
 
 from specdist.core import trace
 from specdist.core.attempts import AttemptRecord, attempts
+from specdist.core.clock import ClockOffset
 from specdist.core.errors import DataError, InputError
 from specdist.core.files import write_atomically
 from specdist.training.profile import PartInfo
@@ -50,15 +51,6 @@ class _ProfileFile(msgspec.Struct):
     baseTimeNanoseconds: int
 
 
-@dataclass(frozen=True)
-class _Clock:
-    """Nanoseconds to add to a part's times for rank 0's. `error`: ns, None where nobody knows."""
-
-    offset: int
-    error: int | None
-    how: str
-
-
 def read_parts(directory: Path) -> list[PartInfo]:
     """The parts that are there, by rank.
 
@@ -85,17 +77,18 @@ def merge(directory: Path) -> dict[str, Any] | None:
     parts = read_parts(directory)
     if not parts:
         return None
-    clocks, names, events = _clocks(parts), list[Event](), list[Event]()
+    names, events = list[Event](), list[Event]()
     for part in parts:
         track = _Tracks(part)
         profile = _read(directory / f"rank-{part.rank}.profile.json", _ProfileFile)
-        shift = profile.baseTimeNanoseconds + clocks[part.rank].offset
+        clock, _ = _offset(part, parts)
+        offset = 0 if clock is None else clock.offset
+        shift = profile.baseTimeNanoseconds + offset
         slices = (_slice_event(e, part.rank, track.number(e), shift) for e in profile.traceEvents if _is_shown(e))
         first, end = part.items
         events += (event for event in slices if first <= event["args"].get("item", first) < end)
-        for slots in part.slots:
-            at = slots.time + clocks[part.rank].offset
-            events.append({"name": "slots", "ph": "C", "pid": part.rank, "ts": at, "args": slots.counts})
+        for moment, counts in part.slots:
+            events.append({"name": "slots", "ph": "C", "pid": part.rank, "ts": moment + offset, "args": counts})
         names += track.names()
     zero = min((event["ts"] for event in events), default=0)
     for event in events:
@@ -103,7 +96,7 @@ def merge(directory: Path) -> dict[str, Any] | None:
     _note_speeds(events)
     events += _arrows(events)
     events.sort(key=lambda event: event["ts"])
-    return {"traceEvents": names + events, "displayTimeUnit": "ms", "otherData": _about(parts, clocks)}
+    return {"traceEvents": names + events, "displayTimeUnit": "ms", "otherData": _about(parts)}
 
 
 def _is_shown(event: _Slice) -> bool:
@@ -179,29 +172,27 @@ def _arrows(events: Sequence[Event]) -> list[Event]:
     return arrows
 
 
-def _clocks(parts: Sequence[PartInfo]) -> dict[int, _Clock]:
-    known = {p.host: _Clock(p.clock.offset, p.clock.error, "another rank of the host") for p in parts if p.clock}
-    clocks = {}
-    for part in parts:
-        if part.clock is not None:
-            clocks[part.rank] = _Clock(part.clock.offset, part.clock.error, "control plane")
-        else:
-            clocks[part.rank] = known.get(part.host, _Clock(0, None, "wall clocks"))
-    return clocks
+def _offset(part: PartInfo, parts: Sequence[PartInfo]) -> tuple[ClockOffset | None, str]:
+    """The way from a part's clock to rank 0's, where one is known, and how it is known."""
+    if part.clock is not None:
+        return part.clock, "control plane"
+    of_host = next((p.clock for p in parts if p.host == part.host and p.clock is not None), None)
+    return of_host, "wall clocks" if of_host is None else "another rank of the host"
 
 
-def _about(parts: Sequence[PartInfo], clocks: Mapping[int, _Clock]) -> dict[str, Any]:
+def _about(parts: Sequence[PartInfo]) -> dict[str, Any]:
     """What one has to know of the timeline to judge it."""
-    there = {part.rank for part in parts}
+    there, clocks = {part.rank for part in parts}, []
+    for part in parts:
+        clock, how = _offset(part, parts)
+        offset_us, error_us = (0.0, None) if clock is None else (clock.offset / 1e3, clock.error / 1e3)
+        clocks.append({"rank": part.rank, "offset_us": offset_us, "error_us": error_us, "by": how})
     return {
         "first_step": parts[0].first_step,
         "last_step": parts[0].last_step,
         "ranks": parts[0].ranks,
         "missing_ranks": [rank for rank in range(parts[0].ranks) if rank not in there],
-        "clocks": [
-            {"rank": rank, "offset_us": c.offset / 1e3, "error_us": c.error and c.error / 1e3, "by": c.how}
-            for rank, c in clocks.items()
-        ],
+        "clocks": clocks,
     }
 
 

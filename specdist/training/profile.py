@@ -101,13 +101,6 @@ def find_traced_steps(config: TraceConfig, progress: Progress, end_item: int, ac
     return TracedSteps(first, first + -(-len(items) // accumulation) - 1, items)
 
 
-class SlotCounts(msgspec.Struct, frozen=True, array_like=True):
-    """How many slots of a ring are in which state, at a moment of the host's clock in ns."""
-
-    time: int
-    counts: dict[str, int]
-
-
 class PartInfo(msgspec.Struct):
     """What a rank's profile does not say, as it lies in ATTEMPT/trace/rank-N.json beside rank-N.profile.json.
 
@@ -117,7 +110,7 @@ class PartInfo(msgspec.Struct):
         items: the first of their items, and the one after their last.
         clock: the way to rank 0's clock, None where it could not be asked (the run had failed).
         threads: their names by the system's number.
-        slots: of rank 0.
+        slots: of rank 0: a moment of the host's clock in ns, and how many slots of a ring are in which state.
     """
 
     rank: int
@@ -129,7 +122,7 @@ class PartInfo(msgspec.Struct):
     items: tuple[int, int]
     clock: ClockOffset | None = None
     threads: dict[int, str] = {}
-    slots: list[SlotCounts] = []
+    slots: list[tuple[int, dict[str, int]]] = []
 
 
 class Profile:
@@ -196,8 +189,8 @@ class Profile:
         elif highest >= self._items.start:
             assert self._info is not None
             slots = self._info.slots
-            if not slots or slots[-1].counts != counts:
-                slots.append(SlotCounts(time.time_ns(), counts))
+            if not slots or slots[-1][1] != counts:
+                slots.append((time.time_ns(), counts))
 
     def abandon(self) -> None:
         """The world has failed: what was recorded is written without waiting for anything."""

@@ -24,7 +24,6 @@ from specdist.training.profile import (
     NO_PROFILE,
     PartInfo,
     Profile,
-    SlotCounts,
     TraceConfig,
     TracedSteps,
     find_traced_steps,
@@ -256,7 +255,7 @@ def write_part(
     host: str = "a",
     clock: ClockOffset | None = COMPARED,
     base: int = 10**18,
-    slots: tuple[SlotCounts, ...] = (),
+    slots: tuple[tuple[int, dict[str, int]], ...] = (),
 ) -> None:
     directory.mkdir(exist_ok=True, parents=True)
     info = PartInfo(rank, 3, f"rank {rank}", host, 11, 12, (20, 24), clock, {7: "MainThread"}, list(slots))
@@ -278,7 +277,7 @@ def test_parts_are_joined_across_clocks(tmp_path):
         slice_(send, 5_500, 8_500, "gpu_user_annotation", tid=21),
         slice_("send item=21 destination=1 bytes=3000", 6_000, 7_000),  # the step on it is not there
         {"ph": "i", "name": "Record Window End", "pid": "", "tid": "", "ts": 1},
-        slots=(SlotCounts(10**18 + 4_000, {"free": 1}),),
+        slots=((10**18 + 4_000, {"free": 1}),),
     )
     write_part(
         tmp_path,
