@@ -174,7 +174,7 @@ class Profile:
         if not self._prepared and newest >= self._items.start - _LEAD_ITEMS:
             self._prepared = True
             self._profiler.prepare_trace()
-        if not self._is_started() and self._items.start <= newest < self._items.stop:
+        if not self._is_started() and newest >= self._items.start:  # also of a replica that had none of the items
             self._profiler.start_trace()
             self._thread.start()
         if oldest >= self._items.stop:
