@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from specdist.core.errors import DataError
 from specdist.draft.common.sizes import LayerSizes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+META = torch.device("meta")
+
+
+def shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of modules by name."""
+    return {name: tuple(tensor.shape) for name, tensor in nn.ModuleDict(dict(modules)).named_parameters()}
 
 
 def check_tensors(

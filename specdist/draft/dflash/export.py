@@ -14,11 +14,14 @@ What the engines do with it, read in SGLang 0.5.20 (`models/dflash.py`, `specula
 
 from __future__ import annotations
 
+import torch
+
 from specdist.core.errors import ConfigError
 from specdist.draft.algorithm import Contents, Trained
-from specdist.draft.common.tensors import DTYPES, check_tensors, converted, layers_json
+from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, layers_json, shapes
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.dflash.dims import DFlashDims
+from specdist.draft.dflash.layer import modules
 from specdist.draft.export_config import ExportConfig
 
 ARCHITECTURE = "DFlashDraftModel"
@@ -32,7 +35,7 @@ def export(config: DFlashConfig, trained: Trained, options: ExportConfig) -> Con
     if config.mask_token_id is None:
         raise ConfigError.at("draft.dflash.mask_token_id", "is null: an export needs the token that was trained")
     dims = DFlashDims.of(config, trained.target)
-    check_tensors(trained.state, tensor_shapes(dims), "the state dict", "DFlash")
+    check_tensors(trained.state, shapes(modules(dims, META, torch.float32)), "the state dict", "DFlash")
     tensors = {name: converted(name, tensor, DTYPES[options.dtype]) for name, tensor in trained.state.items()}
     contents = {
         "architectures": [ARCHITECTURE],
@@ -68,27 +71,3 @@ def check_servable(layers: tuple[int, ...], target_layers: int, options: ExportC
             f": {list(layers)}: SGLang cannot capture the output of the target's last layer, {target_layers - 1}; "
             "train without it",
         )
-
-
-def tensor_shapes(d: DFlashDims) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every trained tensor, as the draft's state dict and the directory have them."""
-    hidden = d.hidden_size
-    layer: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj.weight": (d.query_width, hidden),
-        "self_attn.k_proj.weight": (d.key_width, hidden),
-        "self_attn.v_proj.weight": (d.key_width, hidden),
-        "self_attn.o_proj.weight": (hidden, d.query_width),
-        "self_attn.q_norm.weight": (d.head_dim,),
-        "self_attn.k_norm.weight": (d.head_dim,),
-        "mlp.gate_proj.weight": (d.intermediate_size, hidden),
-        "mlp.up_proj.weight": (d.intermediate_size, hidden),
-        "mlp.down_proj.weight": (hidden, d.intermediate_size),
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    return {
-        "fc.weight": (hidden, d.num_captured * hidden),
-        "hidden_norm.weight": (hidden,),
-        "norm.weight": (hidden,),
-        **{f"layers.{i}.{name}": shape for i in range(d.num_layers) for name, shape in layer.items()},
-    }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from specdist.draft.common.mlp import MLP
 from specdist.draft.common.sizes import LayerSizes
 from specdist.draft.dflash.attention import BlockAttention, KeysValues
+from specdist.draft.dflash.dims import DFlashDims
 from specdist.draft.dflash.ops import PLAIN, OpSet
 
 Rotation = tuple[Tensor, Tensor]
@@ -72,3 +73,12 @@ class Layer(nn.Module):
         hidden = hidden + attention.o_proj(attended.flatten(1))
         normed = self.post_attention_layernorm(hidden)
         return hidden + mlp.down_proj(ops.swiglu(mlp.gate_proj(normed), mlp.up_proj(normed)))
+
+
+def modules(dims: DFlashDims, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """All that is trained, by name."""
+    hidden = dims.hidden_size
+    fc = nn.Linear(dims.num_captured * hidden, hidden, bias=False, device=device, dtype=dtype)
+    norms = [nn.RMSNorm(hidden, eps=dims.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)]
+    layers = nn.ModuleList(Layer(dims, device, dtype) for _ in range(dims.num_layers))
+    return {"fc": fc, "hidden_norm": norms[0], "norm": norms[1], "layers": layers}

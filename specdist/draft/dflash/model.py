@@ -18,7 +18,7 @@ from specdist.draft.dflash.attention import BlockAttention, eager_attention, fle
 from specdist.draft.dflash.blocks import Blocks
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.dflash.dims import DFlashDims
-from specdist.draft.dflash.layer import Layer
+from specdist.draft.dflash.layer import Layer, modules
 from specdist.draft.dflash.loss import SUMS, BlockLoss, LossInputs, Weighing, metrics
 from specdist.draft.dflash.ops import PLAIN, compiled_ops
 from specdist.draft.dflash.proposer import DFlashProposer
@@ -45,6 +45,11 @@ class DFlashDraft(DraftModel):
     Computes in the precision its parameters have inside `forward` (FSDP2's mixed precision sets it).
     """
 
+    fc: nn.Linear
+    hidden_norm: nn.RMSNorm
+    norm: nn.RMSNorm
+    layers: nn.ModuleList
+
     def __init__(
         self,
         config: DFlashConfig,
@@ -55,20 +60,15 @@ class DFlashDraft(DraftModel):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        device, hidden = target.head.device, dims.hidden_size
+        device = target.head.device
         assert config.mask_token_id is not None, "the configuration was not completed"
         self.config, self.dims, self.layout, self.mask_token = config, dims, layout, config.mask_token_id
         self.frozen = Frozen(target, Rotary.of(dims, device), Weighing.of(config, device))
         self.scale = dims.head_dim**-0.5
         slots = range(1, config.block_size)
         self.metric_names = ("total", "weighted", *(f"{name}/{k}" for k in slots for name in SUMS))
-
-        def norm() -> nn.RMSNorm:
-            return nn.RMSNorm(hidden, eps=dims.rms_norm_eps, device=device, dtype=dtype)
-
-        self.fc = nn.Linear(dims.num_captured * hidden, hidden, bias=False, device=device, dtype=dtype)
-        self.hidden_norm, self.norm = norm(), norm()
-        self.layers = nn.ModuleList(Layer(dims, device, dtype) for _ in range(dims.num_layers))
+        for name, module in modules(dims, device, dtype).items():
+            self.add_module(name, module)
         self._ops = compiled_ops() if compiled else PLAIN
 
     def supervise(

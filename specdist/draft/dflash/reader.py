@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import ExportedDraft, check_same_sizes
-from specdist.draft.common.tensors import check_tensors, need, read_layers
+from specdist.draft.common.tensors import META, check_tensors, need, read_layers, shapes
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.dflash.dims import DFlashDims
-from specdist.draft.dflash.export import tensor_shapes
+from specdist.draft.dflash.layer import modules
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
         num_captured=len(layers) if layers else count,
         vocab_size=int(need(config, "vocab_size", path)),
     )
-    check_tensors(state, tensor_shapes(dims), str(directory), "DFlash")
+    check_tensors(state, shapes(modules(dims, META, torch.float32)), str(directory), "DFlash")
     return ExportedDFlash(
         config=config,
         state=state,

@@ -28,10 +28,11 @@ from torch import Tensor
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import Contents, Trained
-from specdist.draft.common.tensors import DTYPES, check_tensors, converted, layers_json
+from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, layers_json, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.layer import modules
 from specdist.draft.export_config import ExportConfig
 
 SPECULATORS_VERSION = "0.7.0"
@@ -55,7 +56,7 @@ def export(config: Eagle3Config, format: str, trained: Trained, options: ExportC
 def _tensors(config: Eagle3Config, dims: Eagle3Dims, trained: Trained, dtype: torch.dtype) -> dict[str, Tensor]:
     """Everything the weight file holds, checked, in `dtype`."""
     state = {name: tensor for name, tensor in trained.state.items() if name not in MAPS}
-    check_tensors(state, tensor_shapes(dims, config.fc_norm), "the state dict", "EAGLE-3")
+    check_tensors(state, shapes(modules(dims, config.fc_norm, META, torch.float32)), "the state dict", "EAGLE-3")
     vocabulary = DraftVocabulary.from_ids(trained.vocabulary, dims.vocab_size)
     maps = dict(zip(MAPS, (vocabulary.d2t, vocabulary.t2d), strict=True))
     for name, mapping in maps.items():
@@ -149,26 +150,3 @@ def check_servable(layers: tuple[int, ...], target_layers: int, format: str) -> 
             f"{target_layers - 1}; train without it, or serve with vLLM (export.formats=[speculators])",
             "export.formats",
         )
-
-
-def tensor_shapes(d: Eagle3Dims, fc_norm: bool) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every trained tensor, as the draft's state dict and the SGLang directory have them."""
-    hidden, queries, kv = d.hidden_size, d.num_attention_heads * d.head_dim, d.num_key_value_heads * d.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (hidden, d.num_captured * hidden),
-        "midlayer.self_attn.q_proj.weight": (queries, 2 * hidden),
-        "midlayer.self_attn.k_proj.weight": (kv, 2 * hidden),
-        "midlayer.self_attn.v_proj.weight": (kv, 2 * hidden),
-        "midlayer.self_attn.o_proj.weight": (hidden, queries),
-        "midlayer.mlp.gate_proj.weight": (d.intermediate_size, hidden),
-        "midlayer.mlp.up_proj.weight": (d.intermediate_size, hidden),
-        "midlayer.mlp.down_proj.weight": (hidden, d.intermediate_size),
-        "midlayer.input_layernorm.weight": (hidden,),
-        "midlayer.hidden_norm.weight": (hidden,),
-        "midlayer.post_attention_layernorm.weight": (hidden,),
-        "norm.weight": (hidden,),
-        "lm_head.weight": (d.draft_vocab_size, hidden),
-    }
-    if fc_norm:
-        shapes |= {f"fc_norm.{i}.weight": (hidden,) for i in range(d.num_captured)}
-    return shapes

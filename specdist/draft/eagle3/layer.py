@@ -63,3 +63,20 @@ class MidLayer(nn.Module):
         """The next state [T, H], un-normed, from the state and the attention output [T, Hq, D]."""
         residual = hidden + self.self_attn.o_proj(attended.flatten(1))
         return residual + self.mlp(self.post_attention_layernorm(residual))
+
+
+def modules(dims: Eagle3Dims, fc_norm: bool, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """All that is trained, by name."""
+    hidden = dims.hidden_size
+
+    def norm() -> nn.RMSNorm:
+        return nn.RMSNorm(hidden, eps=dims.rms_norm_eps, device=device, dtype=dtype)
+
+    def linear(inputs: int, outputs: int) -> nn.Linear:
+        return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
+
+    made: dict[str, nn.Module] = {"fc": linear(dims.num_captured * hidden, hidden)}
+    if fc_norm:
+        made["fc_norm"] = nn.ModuleList(norm() for _ in range(dims.num_captured))
+    midlayer = MidLayer(dims, device, dtype)
+    return made | {"midlayer": midlayer, "norm": norm(), "lm_head": linear(hidden, dims.draft_vocab_size)}

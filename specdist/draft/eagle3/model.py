@@ -21,7 +21,7 @@ from specdist.draft.eagle3.attention import DocumentAttention, eager_attention, 
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.eagle3.fp8 import check_device
-from specdist.draft.eagle3.layer import MidLayer
+from specdist.draft.eagle3.layer import MidLayer, modules
 from specdist.draft.eagle3.loss import SUMS, LossInputs, LossKind, metrics
 from specdist.draft.eagle3.matmul import Fp8Matmul, Matmul
 from specdist.draft.eagle3.op_set import PLAIN, compiled_ops
@@ -75,6 +75,12 @@ class Eagle3Draft(DraftModel):
     Computes in the precision its parameters have inside `forward` (FSDP2's mixed precision sets it).
     """
 
+    fc: nn.Linear
+    fc_norm: nn.ModuleList
+    midlayer: MidLayer
+    norm: nn.RMSNorm
+    lm_head: nn.Linear
+
     def __init__(
         self,
         config: Eagle3Config,
@@ -87,22 +93,14 @@ class Eagle3Draft(DraftModel):
     ) -> None:
         super().__init__()
         device = vocabulary.ids.device
-        hidden = dims.hidden_size
         self.config, self.dims, self.layout = config, dims, layout
         self.frozen = Frozen.of(config, target, vocabulary, Rotary.of(dims, device))
         self.scale = dims.head_dim**-0.5
         self.loss_kind = LossKind(config.loss, config.lk_eta)
         self.metric_names = tuple(f"{name}/{k}" for k in range(config.ttt_length) for name in (*SUMS, "positions"))
 
-        self.fc = nn.Linear(dims.num_captured * hidden, hidden, bias=False, device=device, dtype=dtype)
-        if config.fc_norm:
-            norms = (
-                nn.RMSNorm(hidden, eps=dims.rms_norm_eps, device=device, dtype=dtype) for _ in layout.captured_layers
-            )
-            self.fc_norm = nn.ModuleList(norms)
-        self.midlayer = MidLayer(dims, device, dtype)
-        self.norm = nn.RMSNorm(hidden, eps=dims.rms_norm_eps, device=device, dtype=dtype)
-        self.lm_head = nn.Linear(hidden, dims.draft_vocab_size, bias=False, device=device, dtype=dtype)
+        for name, module in modules(dims, config.fc_norm, device, dtype).items():
+            self.add_module(name, module)
         self.ops = compiled_ops(device) if compiled else PLAIN
 
     def initial(self, name: str) -> Tensor | None:

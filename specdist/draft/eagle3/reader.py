@@ -14,11 +14,12 @@ from transformers import PretrainedConfig
 
 from specdist.core.errors import DataError
 from specdist.draft.algorithm import ExportedDraft, check_same_sizes
-from specdist.draft.common.tensors import check_tensors, need, read_layers
+from specdist.draft.common.tensors import META, check_tensors, need, read_layers, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.dims import Eagle3Dims
-from specdist.draft.eagle3.export import EMBEDDING, tensor_shapes
+from specdist.draft.eagle3.export import EMBEDDING
+from specdist.draft.eagle3.layer import modules
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     state.pop("t2d", None)
     dims = _dims(config, llama, len(layers) if layers else 3, path)
     fc_norm, norm_output = bool(config.get("fc_norm")), bool(config.get("norm_output"))
-    check_tensors(state, tensor_shapes(dims, fc_norm), str(directory), "EAGLE-3")
+    check_tensors(state, shapes(modules(dims, fc_norm, META, torch.float32)), str(directory), "EAGLE-3")
     vocabulary = _vocabulary(d2t, dims, path)
     return ExportedEagle3(config, state, vocabulary, dims, layers, fc_norm, norm_output, embedding)
 
