@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from specdist.core.errors import WorldError
+from specdist.core.errors import DataError, InputError, WorldError
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.prepare import prepare
 from specdist.prompts.store import PromptStore, is_store
@@ -35,14 +35,16 @@ def prepare_in_world(
     host does so after it, for its host.
 
     Raises:
-        ConfigError, DataError: see `prepare`.
+        ConfigError, DataError: see `prepare`; on all ranks.
         WorldError: the rank that is waited for has come no further for `silence_s` seconds.
     """
     first = hosts.index(hosts[rank])
     for preparing in sorted({0, first} - {rank}):
-        directory, files = json.loads(_await(store, preparing, hosts, silence_s))
-        if is_store(Path(directory)):
-            return PromptStore.open(directory, files)
+        found = json.loads(_await(store, preparing, hosts, silence_s))
+        if "error" in found:  # on every rank, so that it does not matter whose is recorded first
+            raise DataError(found["error"], found["keys"])
+        if is_store(Path(found["directory"])):
+            return PromptStore.open(found["directory"], found["files"])
     published_at = 0.0
 
     def publish(text: str) -> None:
@@ -51,8 +53,12 @@ def prepare_in_world(
             published_at = time.monotonic()
             store.set(f"prompts/{rank}/progress", text)
 
-    prompts = prepare(config, tokenizer_dir, progress=rank == 0, on_progress=publish)
-    store.set(f"prompts/{rank}", json.dumps([str(prompts.directory), prompts.files]))
+    try:
+        prompts = prepare(config, tokenizer_dir, progress=rank == 0, on_progress=publish)
+    except InputError as error:
+        store.set(f"prompts/{rank}", json.dumps({"error": str(error), "keys": error.keys}))
+        raise
+    store.set(f"prompts/{rank}", json.dumps({"directory": str(prompts.directory), "files": prompts.files}))
     return prompts
 
 

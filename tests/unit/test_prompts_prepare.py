@@ -322,6 +322,15 @@ def test_in_a_world_one_rank_of_a_host_prepares(
     assert stores[0].provenance(599) == (config.files[0], 600)
 
 
+def test_in_a_world_all_ranks_have_the_same_error(config: PromptsConfig, model: Path) -> None:
+    store = dist.HashStore()
+    add_lines(config, "{")
+    for rank in (0, 2, 3):
+        with pytest.raises(DataError, match=r"train\.jsonl:601: malformed record.*on_bad=stop") as error:
+            prepare_in_world(replace(config, on_bad="stop"), model, store, HOSTS, rank)
+        assert error.value.keys == "prompts.on_bad"
+
+
 def test_in_a_world_a_rank_that_comes_no_further_is_named(config: PromptsConfig, model: Path) -> None:
     store = dist.HashStore()
     store.set("prompts/0/progress", "42%: 7 sequences")
