@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -48,6 +49,7 @@ def check() -> None:
 
 if __name__ == "__main__":
     store = dist.TCPStore(HOST, int(sys.argv[1]))
+    store.set("pid", str(os.getpid()))
     engine = TransferEngine(HOST, CONFIG)
     receiver = MooncakeReceiver(wire_of(DRAFT, store), 2, ROWS, engine)
     time.sleep(600)
