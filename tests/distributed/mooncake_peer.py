@@ -38,9 +38,9 @@ def wire_of(rank: int, store: dist.Store) -> Wire:
     return Wire(config, TOPOLOGY, world, groups, LAYOUT, PATIENCE_S, address_book=StoreBook(store))
 
 
-def make_item(index: int) -> WorkItem:
-    """128 MiB of features: more than any socket buffer takes."""
-    return WorkItem(index, Cursor(), Cursor(), (Shard((0,), (ROWS,)),))
+def make_item(index: int, rows: int = ROWS) -> WorkItem:
+    """By default 128 MiB of features: more than any socket buffer takes."""
+    return WorkItem(index, Cursor(), Cursor(), (Shard((0,), (rows,)),))
 
 
 def check() -> None:

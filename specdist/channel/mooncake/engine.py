@@ -2,7 +2,8 @@
 """Mooncake's Transfer Engine as this project uses it: registered memory, writes, and an end to every wait.
 
 What its wheels (0.3.13) do that one has to know: a write that was given up stays alive and may still read its source,
-so a failed one ends the job and its buffer is never used again; an unknown batch number crashes the process, and a
+so a failed one ends the job and its buffer is never used again; a write has ended once the other end has acknowledged
+it, over TCP too (tests/distributed/test_mooncake.py); an unknown batch number crashes the process, and a
 finished one counts as running when asked again; a forked child hangs. It listens on all interfaces of the host and
 asks nobody who they are, like NCCL: use it inside a network that you trust.
 """
