@@ -41,8 +41,8 @@ class StopForwarder:
     """While it is entered, passes every signal that asks for a stop on.
 
     Args:
-        send: takes the signal's number, and whether it is a SIGINT after an earlier request: somebody is impatient. A
-            second SIGTERM is none: Slurm sends several when it preempts a job.
+        send: takes the signal's number, and whether it is a SIGINT after an earlier request, from an impatient user.
+            A second SIGTERM is not: Slurm sends several when it preempts a job.
     """
 
     def __init__(self, send: Callable[[int, bool], None]):

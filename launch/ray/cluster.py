@@ -149,7 +149,7 @@ def choose_shape(ranks: int | None, hosts: int | None, gpus: int | None, cluster
     """The hosts and the GPUs of each that a job of `ranks` ranks takes; None: as many as there are.
 
     Args:
-        hosts, gpus: what the user asks for; what he leaves open follows from the ranks, or from the cluster as it is.
+        hosts, gpus: what the user asks for; what is None follows from the ranks, or from the cluster as it is.
 
     Raises:
         ConfigError: with the arithmetic that does not come out.
@@ -192,7 +192,19 @@ def reserve(shape: Shape, wait_s: float) -> Iterator[list[GpuHost]]:
 
     group = placement_group([{"GPU": shape.gpus}] * shape.hosts, strategy="STRICT_SPREAD")
     try:
-        _await(group, shape, wait_s)
+        start, announced = time.monotonic(), False
+        while not group.wait(min(_SLICE_S, wait_s)):
+            waited = time.monotonic() - start
+            have = describe_cluster(shape, gpu_hosts(), ray.available_resources().get("GPU", 0.0))
+            if waited >= wait_s:
+                raise UserError(
+                    f"{have}; the job needs {shape.hosts} hosts with {shape.gpus} free GPUs each, and they did not "
+                    f"come within {wait_s:.0f} s (--wait): start more Ray nodes, or ask for fewer (--nodes, "
+                    "--gpus-per-node)"
+                )
+            if waited >= _SILENT_S and not announced:
+                print(f"specdist: {have}; waiting up to {wait_s:.0f} s for {shape}", file=sys.stderr)
+                announced = True
         bundles = {node: bundle for bundle, node in ray.util.placement_group_table(group)["bundles_to_node_id"].items()}
         yield [
             replace(host, strategy=PlacementGroupSchedulingStrategy(group, bundles[host.node]))
@@ -201,23 +213,6 @@ def reserve(shape: Shape, wait_s: float) -> Iterator[list[GpuHost]]:
         ]
     finally:
         remove_placement_group(group)
-
-
-def _await(group: Any, shape: Shape, wait_s: float) -> None:
-    import ray
-
-    start, told = time.monotonic(), False
-    while not group.wait(min(_SLICE_S, wait_s)):
-        waited = time.monotonic() - start
-        have = describe_cluster(shape, gpu_hosts(), ray.available_resources().get("GPU", 0.0))
-        if waited >= wait_s:
-            raise UserError(
-                f"{have}; the job needs {shape.hosts} hosts with {shape.gpus} free GPUs each, and they did not come "
-                f"within {wait_s:.0f} s (--wait): start more Ray nodes, or ask for fewer (--nodes, --gpus-per-node)"
-            )
-        if waited >= _SILENT_S and not told:
-            print(f"specdist: {have}; waiting up to {wait_s:.0f} s for {shape}", file=sys.stderr)
-            told = True
 
 
 def describe_cluster(shape: Shape, cluster: Sequence[GpuHost], free: float) -> str:

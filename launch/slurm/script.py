@@ -161,7 +161,7 @@ def _whole_nodes(slurm: SlurmConfig) -> list[str]:
 
 
 def _rules(config: LaunchConfig) -> list[str]:
-    """How the job is told to leave, and that it may be started again."""
+    """How the job is signalled to leave, and that it may be started again."""
     return [f"--signal=USR2@{math.ceil(config.stop_before_end_s)}", "--requeue", "--open-mode=append"]
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,6 +29,8 @@ _STARTS = 1_000_000
 run that stopped on request is started again without limit; failures are counted by launch.retries."""
 _SAVE_S = 15.0
 """What submitit itself needs, at most, to save its task and to have the job requeued."""
+_SAME = ("job_name", "nodes", "gpus_per_node", "cpus_per_task", "partition", "account", "qos", "constraint", "exclude")
+"""The keys of launch.slurm that submitit calls the same."""
 _WHOLE_STEP = 'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}"'
 """srun takes none of sbatch's --cpus-per-task over by itself."""
 _SRUN = ["--kill-on-bad-exit=0", "--wait=0"]
@@ -165,18 +167,10 @@ def slurm_parameters(launch: LaunchConfig, array_parallelism: int | None = None)
         "reservation": slurm.reservation,
         **dict(map(_option, slurm.options)),
     }
-    asked = {
-        "job_name": slurm.job_name,
-        "nodes": slurm.nodes,
+    given = asdict(slurm)
+    asked = {key: given[key] for key in _SAME} | {
         "ntasks_per_node": 1,
-        "gpus_per_node": slurm.gpus_per_node,
-        "cpus_per_task": slurm.cpus_per_task,
         "time": minutes(slurm.time),
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "qos": slurm.qos,
-        "constraint": slurm.constraint,
-        "exclude": slurm.exclude,
         "exclusive": slurm.exclusive or None,
         "mem": "0" if slurm.exclusive else None,
         "signal_delay_s": math.ceil(launch.stop_before_end_s),
