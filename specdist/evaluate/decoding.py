@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +25,8 @@ from specdist.evaluate.report import EvaluationReport, Tally
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
+
+    from specdist.target.description import TargetDescription
 
 ROLLBACK_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Layer types whose cache is a list of keys and values, so that rejected tokens can be cut off its end."""
@@ -65,18 +66,16 @@ class EvaluationTarget:
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        target: TargetDescription,
         layout: FeatureLayout,
         device: torch.device | str,
         dtype: torch.dtype,
         trust_remote_code: bool = False,
     ) -> EvaluationTarget:
-        """The model of a transformers directory, on `device`, in `dtype`."""
-        from specdist.target.description import describe
+        """The model of a target's directory, whole, on `device`, in `dtype`."""
         from specdist.target.loading import load_model
 
-        described = describe(path, trust_remote_code)
-        return cls(load_model(described, dtype, torch.device(device), trust_remote_code=trust_remote_code), layout)
+        return cls(load_model(target, dtype, torch.device(device), trust_remote_code=trust_remote_code), layout)
 
     @staticmethod
     def new_cache() -> DynamicCache:

@@ -51,7 +51,7 @@ def evaluate_drafts(
     for name, make in drafts.items():
         draft = make()
         target = target or EvaluationTarget.load(
-            job.target.path, draft.layout, device, facts.target_dtype, job.target.trust_remote_code
+            facts.target, draft.layout, device, facts.target_dtype, job.target.trust_remote_code
         )
         with ProgressBar(name, len(prompts)) as bar:
 

@@ -29,6 +29,7 @@ from specdist.evaluate.config import EvaluateConfig
 from specdist.evaluate.decoding import EvaluationTarget, decode_greedily, evaluate, speculate
 from specdist.evaluate.prompts import read_prompts
 from specdist.evaluate.report import EvaluationReport, Tally, render
+from specdist.target.description import describe
 
 VOCAB, HIDDEN, LAYERS = 64, 32, 5
 LAYOUT = FeatureLayout(captured_layers=(0, 2, 4), hidden_size=HIDDEN, final=True, dtype=torch.float32)
@@ -121,7 +122,7 @@ def test_an_eagle3_draft_is_lossless_too(target, prompts):
 @pytest.mark.skipif(not (BARD / "model").is_dir(), reason="examples/bard/model has not been made")
 def test_the_shipped_model_decodes_the_same_with_and_without_drafts():
     layout = FeatureLayout(captured_layers=(1, 3, 4), hidden_size=128, final=True, dtype=torch.float32)
-    target = EvaluationTarget.load(BARD / "model", layout, "cpu", torch.float32)
+    target = EvaluationTarget.load(describe(BARD / "model"), layout, "cpu", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(BARD / "model")
     prompts = read_prompts([BARD / "heldout.jsonl"], tokenizer, limit=4)
     tokens = [prompt.tokens for prompt in prompts]
@@ -272,12 +273,10 @@ def test_the_report_in_words():
 def test_a_target_from_a_directory_ends_at_its_own_tokens(target, tmp_path, prompts):
     target.model.generation_config.eos_token_id = [7, 9]
     target.model.save_pretrained(tmp_path)
-    loaded = EvaluationTarget.load(tmp_path, LAYOUT, "cpu", torch.float32)
+    loaded = EvaluationTarget.load(describe(tmp_path), LAYOUT, "cpu", torch.float32)
     assert loaded.eos_tokens == {7, 9}
     loaded.eos_tokens = frozenset()
     assert decode_greedily(loaded, prompts[1], 9) == decode_greedily(target, prompts[1], 9)
-    with pytest.raises(DataError, match="no such directory"):
-        EvaluationTarget.load(tmp_path / "nowhere", LAYOUT, "cpu", torch.float32)
 
 
 def test_layouts_and_settings_that_cannot_be(target):
