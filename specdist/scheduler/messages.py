@@ -44,8 +44,8 @@ class RemotePlace(msgspec.Struct, frozen=True):
     world: str
 
 
-class Hello(_Message, frozen=True):
-    """rank -> scheduler: the first message. `place`: of a rank of a target world."""
+class Hello(_Message, frozen=True, forbid_unknown_fields=False):
+    """rank -> scheduler: the first message. `place`: of a rank of a target world. Other versions may add to it."""
 
     version: int
     pid: int

@@ -84,7 +84,7 @@ class Replicas:
     def produced(self, rank: int, report: ProducerReport) -> bool:
         """All that `rank` has sent has arrived, and it sends nothing more; whether that ends its replica."""
         replica = self._replica(rank)
-        if replica.ranks[0] == rank:
+        if replica.ranks.get(0) == rank:
             self.reports.append(report)
         replica.done.add(rank)
         ends = len(replica.done) == replica.size and replica.state != "settled"

@@ -37,6 +37,7 @@ from specdist.scheduler.messages import (
     Ready,
     Released,
     RemotePlace,
+    Reports,
     Ring,
     Stop,
     StopRequest,
@@ -243,6 +244,18 @@ def test_at_the_end_all_are_let_go_and_told_whether_the_run_goes_on(last, more):
     late = office.join(B)
     answers = [message for ranks, message in office.sent if ranks == (late,)]
     assert isinstance(answers[-1], Abort if more else Stop)
+
+
+def test_a_rank_whose_replica_never_came_whole_is_let_go_at_the_end():
+    office = Office(end_item=1)
+    whole, half = office.join(), office.join(B, tp=1, shares=2)
+    office.hear(whole, Ready())
+    office.hear(whole, Computed(0))
+    office.release(0)
+    assert office.hear(half, Produced(ProducerReport()), Goodbye()) == []
+    assert not office.coordinator.aborted
+    [reports] = [message for message in office.hear(whole, Produced(REPORT)) if isinstance(message, Reports)]
+    assert reports.reports == (REPORT,)
 
 
 def test_without_a_replica_the_run_ends_in_time_and_says_so():

@@ -327,7 +327,7 @@ def in_order(replica: list[int], dispatched: list[int]) -> bool:
 
 
 def test_a_thousand_draft_ranks_and_128_replicas() -> None:
-    items = 300
+    items = 220
     scheduler = make(replicas=128, draft_ranks=1024, slots=192, end_item=items)
     world = World(1, scheduler, 128)
     world.run()
