@@ -39,8 +39,8 @@ def blockwise_attention(
 
 
 def in_blocks(rows: int) -> int:
-    """The rows of as many whole blocks as hold so many; two at least, for the compiler makes a graph of its own for a
-    size of one."""
+    """The rows of the fewest whole blocks that hold `rows`; two blocks at least, for the compiler makes a graph of its
+    own for a size of one."""
     return max(-(-rows // BLOCK), 2) * BLOCK
 
 

@@ -129,9 +129,9 @@ class BlockLoss(torch.autograd.Function):
     def forward(ctx: Any, inputs: LossInputs, states: Tensor) -> tuple[Tensor, Tensor]:
         weighted, sums, grad = losses(inputs, states)
         ctx.save_for_backward(grad)
-        told = torch.cat([weighted[None], sums.flatten()])
-        ctx.mark_non_differentiable(told)
-        return (weighted / inputs.total[0]).to(at_least_fp32(states[:0]).dtype), told
+        all_sums = torch.cat([weighted[None], sums.flatten()])
+        ctx.mark_non_differentiable(all_sums)
+        return (weighted / inputs.total[0]).to(at_least_fp32(states[:0]).dtype), all_sums
 
     @staticmethod
     @once_differentiable

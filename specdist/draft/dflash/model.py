@@ -99,8 +99,8 @@ class DFlashDraft(DraftModel):
             chunk=self.config.loss_chunk,
             terms=self._ops.block_terms,
         )
-        loss, told = BlockLoss.apply(inputs, states[:, 1:])
-        return loss, torch.cat([supervision.counts, told])
+        loss, sums = BlockLoss.apply(inputs, states[:, 1:])
+        return loss, torch.cat([supervision.counts, sums])
 
     def states(self, batch: PackedTokens, features: Features, blocks: Blocks, attend: BlockAttention) -> Tensor:
         """The normed states [N, B, H] of the blocks. The first of each, its anchor's, teaches nothing."""
