@@ -16,8 +16,8 @@ from specdist.channel.wire import Wire
 from specdist.core.launch_env import local_address
 
 Limit = tuple[Callable[[int, int, int], None], tuple[int, ...]]
-"""Moves so many messages of so many bytes over each of this rank's links, with so many of them in flight; and what to
-try for that, of which the fastest counts: one number where the device's own queue bounds it."""
+"""A function (messages, bytes of each, messages in flight) that moves them over each link of this rank; and the numbers
+in flight to try, of which the fastest counts: one where the device's own queue bounds it."""
 
 
 def limit_of(wire: Wire, slots: int, size: int) -> Limit:

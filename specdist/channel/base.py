@@ -169,8 +169,8 @@ class Transport:
 
     Attributes:
         name: the value of channel.transport.
-        sender: makes a target rank's end, with `channel.send_buffers` buffers of so many rows.
-        receiver: makes a draft rank's end, a ring of so many slots of so many rows.
+        sender: makes a target rank's end, given the rows of each of its `channel.send_buffers` buffers.
+        receiver: makes a draft rank's end, given the slots of its ring and the rows of a slot.
         link_backend: torch.distributed's backend of the two-rank group that every link needs; None: it needs none.
         one_sided: the target writes and announces what has arrived, and the draft takes no part, so a target world may
             join and leave at any time.

@@ -27,7 +27,7 @@ class MooncakeConfig:
     (GPUDirect RDMA; over tcp Mooncake copies). host: in page-locked memory, to and from which this project copies.
     auto: device over rdma where the GPU and the host allow it, else host."""
     stall_s: int = 30
-    """A transfer that has not moved for so many seconds has failed (tcp)."""
+    """A transfer that has not moved for this many seconds has failed (tcp)."""
 
     def __post_init__(self) -> None:
         if self.stall_s < 1:

@@ -13,7 +13,7 @@ from specdist.core.records import WorkItem
 class DropSender(FeatureSender):
     """One buffer that every item overwrites."""
 
-    buffers = 2  # nobody reads them, so a forward may overwrite the one before
+    buffers = 2  # they are not read, so a forward may overwrite the one before
 
     def __init__(self, ring: Ring, announce: Announce):
         self._ring, self._announce = ring, announce

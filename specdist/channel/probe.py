@@ -177,7 +177,7 @@ class _Probe:
         self._store.compare_set(_key(link), "", how)
 
     def _await(self, link: Link) -> bool:
-        """Wait until nobody sends over `link` any more; whether all went well there."""
+        """Wait until the transfers over `link` have ended; returns whether all went well there."""
         limit = self._wire.timeout_s + _MARGIN_S
         try:
             self._store.wait([_key(link)], timedelta(seconds=limit))

@@ -157,7 +157,7 @@ def make_groups(
     """
     with _forming(world.facts, "the topology", timeout_s):
         groups = _make_groups(topology, world, link_backend, timeout_s)
-        if engine is not None:  # last, because target ranks may import the engine first: nobody waits for that here
+        if engine is not None:  # last, because target ranks may import the engine first, which takes long
             _make_engine_groups(
                 engine, topology.target_place(world.facts.rank) is not None, timedelta(seconds=timeout_s)
             )

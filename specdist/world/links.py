@@ -18,10 +18,10 @@ from specdist.world.groups import Groups, World
 from specdist.world.roll_call import RollCall, first_line
 
 _LIBRARY_S = 2.0
-"""So much longer than its limit may a transfer that the library bounds take to say so itself."""
+"""Grace for the library to report by itself that a transfer has exceeded its limit, in seconds."""
 
 _SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.00002, 0.0002
-"""Between two looks at a device's transfer: the first ones soon, for a small one takes less than a sleep."""
+"""Seconds between two polls of a device's transfer; they grow, for a small one takes less than a sleep."""
 
 
 class TransferError(RuntimeError):
@@ -37,7 +37,8 @@ def connect_links(topology: Topology, groups: Groups, world: World, timeout_s: f
     if not groups.links:
         return
     _await_all(topology, groups, world, timeout_s)
-    byte = torch.zeros(1, dtype=torch.uint8, device=world.device if on_device(groups, world) else "cpu")
+    backend = dist.get_backend(next(iter(groups.links.values())))
+    byte = torch.zeros(1, dtype=torch.uint8, device=world.device if backend == "nccl" else "cpu")
     for link in rounds(topology):
         if link in groups.links:
             _touch(link, groups.links[link], byte, topology, world.facts.rank, timeout_s)
@@ -69,7 +70,7 @@ def _pairs(links: list[Link], topology: Topology) -> str:
 
 
 def rounds(topology: Topology) -> Iterator[Link]:
-    """All links, such that every rank meets its partners in the same order and nobody waits in a circle."""
+    """All links, in an order in which no ranks wait for each other in a circle."""
     sources, destinations = topology.target_ranks, topology.draft_ranks
     rounds = max(len(sources), len(destinations))
     for shift in range(rounds):
@@ -77,12 +78,6 @@ def rounds(topology: Topology) -> Iterator[Link]:
             j = (i + shift) % rounds
             if i < len(sources) and j < len(destinations):
                 yield Link(sources[i], destinations[j])
-
-
-def on_device(groups: Groups, world: World) -> bool:
-    """Whether what travels over this rank's links lies on its GPU."""
-    some = next(iter(groups.links.values()), None)
-    return world.device.type == "cuda" and some is not None and dist.get_backend(some) == "nccl"
 
 
 def _touch(
@@ -97,13 +92,13 @@ def _touch(
             wait_work(work, timeout_s, on_device=byte.is_cuda)
 
     try:
-        bounded(there_and_back, timeout_s + _LIBRARY_S, byte.device)
+        _bounded(there_and_back, timeout_s + _LIBRARY_S, byte.device)
     except RuntimeError as error:
         limit = f"{timeout_s:.0f} s, world.join_timeout_s"
         raise WorldError(f"{_pairs([link], topology)} did not come up (limit {limit}): {first_line(error)}") from error
 
 
-def bounded(action: Callable[[], None], timeout_s: float, device: torch.device) -> None:
+def _bounded(action: Callable[[], None], timeout_s: float, device: torch.device) -> None:
     """Run `action` in a thread: setting up a communicator may block inside the library, where no timeout reaches."""
     failures: list[BaseException] = []
 

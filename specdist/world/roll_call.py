@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One roll call for the agents of a job's nodes and for the ranks of a world: all learn who is there or missing.
 
-torchrun alone waits for missing members without naming them, and its port must be free on a host that nobody has asked.
+torchrun alone waits for missing members without naming them, and its port must be free on a host that it has not asked.
 """
 
 from __future__ import annotations

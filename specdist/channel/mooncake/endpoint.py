@@ -12,7 +12,7 @@ class Endpoint:
     """What a target rank must know to write to a draft rank.
 
     `ring` is the address of slot 0 and `slot_bytes` the distance from one slot to the next. `greeting` is the address
-    of 8 bytes that nobody reads: a rank that can write there can write to the ring.
+    of 8 bytes that are not read: a rank that can write there can write to the ring.
     """
 
     session: str

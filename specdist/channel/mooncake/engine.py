@@ -5,7 +5,7 @@ What its wheels (0.3.13) do that one has to know: a write that was given up stay
 so a failed one ends the job and its buffer is never used again; a write has ended once the other end has acknowledged
 it, over TCP too (tests/distributed/test_mooncake.py); an unknown batch number crashes the process, and a
 finished one counts as running when asked again; a forked child hangs. It listens on all interfaces of the host and
-asks nobody who they are, like NCCL: use it inside a network that you trust.
+does not authenticate its peers, like NCCL: use it inside a network that you trust.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from specdist.channel.config import MooncakeConfig
 from specdist.core.errors import ConfigError, WorldError
 
 _POLL_S = 0.0002
-"""Between two looks at a transfer. Mooncake's own blocking calls spin on a core instead."""
+"""Seconds between two polls of a transfer. Mooncake's own blocking calls spin on a core instead."""
 _GRACE_S = 30
-"""So much longer than a stall may a whole transfer take to be given up: never the other way round, see above."""
+"""A whole transfer is given up this many seconds later than one that stalls: never the other way round, see above."""
 _WORDS = {-1: "the other end is gone, or refused it", -2: "it timed out"}
 
 
 class TransferFailed(RuntimeError):
-    """A write that did not end well: says why, in words."""
+    """A write that failed; the message says why."""
 
 
 class TransferEngine:
@@ -79,7 +79,7 @@ class TransferEngine:
         self._registered.append(memory)
 
     def forget(self, memory: Tensor) -> None:
-        """Undo `register`: nobody writes to `memory` or from it any more."""
+        """Undo `register`: no more writes to `memory` or from it."""
         self._engine.unregister_memory(memory.data_ptr())
         self._registered = [kept for kept in self._registered if kept is not memory]
 

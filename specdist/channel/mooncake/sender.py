@@ -36,7 +36,7 @@ class _Sending:
 
 class MooncakeSender(RingSender[_Sending]):
     """Writes this target rank's share of each shard. The slot of an item is free when the item is dispatched, so a
-    write waits for nobody."""
+    write need not wait."""
 
     def __init__(self, wire: Wire, item_rows: int, announce: Announce, engine: TransferEngine):
         buffers = wire.config.send_buffers
