@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,25 +85,10 @@ def check_prompts(
 def _read(file: str) -> Iterator[Sample]:
     for source in find_files((file,)):
         for piece in pieces(source):
-            found = samples(piece) if piece.table is not None else (_sample(text, source.path) for text in piece.texts)
-            for sample in found:
+            for sample in samples(piece, lambda record, *place: to_sample(_answered(record), *place)):
                 if isinstance(sample, BadSample):
                     raise DataError.at("evaluate.prompts", f": {sample}")
                 yield sample
-
-
-def _sample(text: tuple[int, bytes] | BadSample, file: str) -> Sample | BadSample:
-    if isinstance(text, BadSample):
-        return text
-    line, content = text
-    try:
-        record = json.loads(content)
-    except ValueError as error:
-        return BadSample(file, line, "malformed record", str(error))
-    try:
-        return to_sample(_answered(record), file, line)
-    except UnusableError as error:
-        return BadSample(file, line, error.reason, error.detail)
 
 
 def _answered(record: object) -> object:

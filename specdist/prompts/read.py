@@ -11,7 +11,7 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -193,8 +193,8 @@ def _table_pieces(source: SourceFile) -> Iterator[Piece]:
         row += rows
 
 
-def samples(piece: Piece) -> Iterator[Sample | BadSample]:
-    """Decode a piece: every record becomes a sample, or a bad sample that names its place."""
+def samples(piece: Piece, convert: Callable[[object, str, int], Sample] = to_sample) -> Iterator[Sample | BadSample]:
+    """Decode a piece: every record becomes a sample by `convert(record, file, line)`, or a bad one with its place."""
     records = _table_rows(piece.table, piece) if piece.table is not None else iter(piece.texts)
     for entry in records:
         if isinstance(entry, BadSample):
@@ -203,7 +203,7 @@ def samples(piece: Piece) -> Iterator[Sample | BadSample]:
         line, content = entry
         try:
             record = _parse(content) if isinstance(content, bytes) else content
-            yield to_sample(record, piece.file, line)
+            yield convert(record, piece.file, line)
         except UnusableError as error:
             yield BadSample(piece.file, line, error.reason, error.detail)
 
