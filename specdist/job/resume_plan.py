@@ -28,10 +28,6 @@ class ResumePlan:
     end_item: int
     total_steps: int
 
-    @property
-    def finished(self) -> bool:
-        return self.progress.step >= self.total_steps
-
     def to_json(self) -> str:
         return msgspec.json.encode(self, enc_hook=str).decode()
 
