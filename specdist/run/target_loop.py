@@ -66,8 +66,6 @@ class Producer:
         self._items, self._prompts = items, prompts
         self._verify_left, self._timeout_s = verify_items, timeout_s
         self._slots = slots
-        self.stop: Stop | None = None
-        """What the scheduler ended the work with."""
         self._queue: deque[Dispatch] = deque()
         self._running: deque[_Forward] = deque()
         self.report = ProducerReport()
@@ -76,14 +74,15 @@ class Producer:
 
     def run(self) -> ProducerReport:
         """Work until the scheduler says stop; raises WorldError when the world fails."""
-        while self.stop is None or self._queue or self._running:  # what was given before the stop is finished
+        stopped = False
+        while not stopped or self._queue or self._running:  # what was given before the stop is finished
             for message in self._poll():
                 match message:
                     case Dispatch():
                         self._items.forget(before=message.item - self._slots)
                         self._queue.append(message)
                     case Stop():
-                        self.stop = message
+                        stopped = True
             if self._may_launch():
                 self._began = self._began or time.monotonic()
                 self._launch(self._queue.popleft())
