@@ -15,7 +15,7 @@ class StallTimer:
     """Adds up waits of one rank's host, but for the part in which its device still had work.
 
     A host that waits for a GPU's next work has often queued seconds of it: only what is left of the wait once that has
-    ended is lost. An event on either side of the wait tells how much it is, without making anybody wait for it.
+    ended is lost. An event on either side of the wait measures how much it is, and no thread waits for it.
     """
 
     def __init__(self, device: torch.device):

@@ -63,7 +63,7 @@ _LINGER_MS = 2000
 _LINGER_AFTER_ABORT_MS = 300
 _STOP_POLL_S = 0.5
 _PHASE_S = 1.0
-"""A new phase is told at once, but not more often than this: heartbeats tell it anyway."""
+"""A new phase is sent at once, but not more often than this: heartbeats carry it anyway."""
 
 
 class ControlClient:
@@ -77,7 +77,7 @@ class ControlClient:
             main thread may be stuck.
         stop: this process's request to stop; the client passes it on, whatever the main thread is busy with.
         place: of a rank of a target world, which is not one of the scheduler's; `rank` is then its number in its own
-            world until `Welcome` tells it another.
+            world until `Welcome` gives it another.
     """
 
     def __init__(
@@ -96,18 +96,18 @@ class ControlClient:
         self.rank, self.statistics = -2 if place else rank, Statistics()  # -2: not to blame for anything yet
         self.step = -1
         """Optimizer steps done, for the scheduler's reports; free to set."""
-        self._stop, self._stop_told = stop, False
+        self._stop, self._stop_sent = stop, False
         self._config, self._on_abort = config, on_abort
         self._scheduler = f"{scheduler}, the scheduler at {address},"
-        self._phase, self._phase_told = ("starting", time.monotonic()), 0.0
+        self._phase, self._phase_sent = ("starting", time.monotonic()), 0.0
         self._error: BaseException | None = None
         self._failed = threading.Event()
         self.abort: Abort | None = None
-        """The world's failure as rank 0 has told it."""
+        """The world's failure as rank 0 has sent it."""
         self.stop: Stop | None = None
-        """The end of the work, once the scheduler has told it; what breaks after it does not matter any more."""
+        """The end of the work, once the scheduler has sent it; what breaks after it does not matter any more."""
         self.rings: dict[int, str] = {}
-        """Target worlds: where the memory of each draft rank is, as far as the scheduler has told it."""
+        """Target worlds: where the memory of each draft rank is, as far as the scheduler has sent it."""
         # None in one of these: the world has failed.
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._answers: dict[type, queue.SimpleQueue[Any]] = {
@@ -137,8 +137,8 @@ class ControlClient:
     def phase(self, text: str) -> None:
         now = time.monotonic()
         self._phase = (text, now)
-        if now - self._phase_told >= _PHASE_S:
-            self._phase_told = now
+        if now - self._phase_sent >= _PHASE_S:
+            self._phase_sent = now
             self._post(self._heartbeat(now))
 
     def ready(self) -> None:
@@ -278,11 +278,11 @@ class ControlClient:
         self._dealer.send(encode(self._hello))
         while True:
             wake = next_beat if self._lost_at is None else min(next_beat, self._lost_at + self._config.heartbeat_s)
-            if self._stop is not None and not self._stop_told:
+            if self._stop is not None and not self._stop_sent:
                 wake = min(wake, now + _STOP_POLL_S)  # a signal handler can only set a flag
             poller.poll(math.ceil(max(wake - now, 0.0) * 1000))
-            if self._stop and not self._stop_told:  # before what the main thread said after it: Ready may be among it
-                self._stop_told = True
+            if self._stop and not self._stop_sent:  # before what the main thread said after it: Ready may be among it
+                self._stop_sent = True
                 self._dealer.send(encode(StopRequest(self._stop.reason or StopReason.ANOTHER_RANK)))
             if self._send_all():
                 return

@@ -224,7 +224,7 @@ class Coordinator:
                 raise ProtocolError(f"{message} is not for the scheduler, or not from this rank")
 
     def _apply_late(self, rank: int, message: Message) -> None:
-        """After a failure only arrivals and departures matter: a rank that comes late is told of the failure, one that
+        """After a failure only arrivals and departures matter: a rank that joins late gets the failure, and a rank that
         leaves is not waited for."""
         assert self.aborted is not None
         match message:
@@ -262,7 +262,7 @@ class Coordinator:
             self._scheduler.stop_now()
 
     def _stop(self, now: float) -> None:
-        """The work is done: let the ranks go. Replicas then say what they did, which the first draft rank is told."""
+        """The work is done: let the ranks go. Replicas then report what they did to the first draft rank."""
         self._stopped = True
         self._broadcast(Pulse(self.statistics(now)), now)
         self._broadcast(Stop(), now, [rank for rank in self.peers.present if not self.peers.is_remote(rank)])
@@ -272,7 +272,7 @@ class Coordinator:
                 self._remote.stop(more=self._scheduler.cut_short)
 
     def _report(self, now: float) -> None:
-        """Tell the first draft rank what the replicas did, once all have said so or have had the time to."""
+        """Send the first draft rank what the replicas did, once all have reported or have had the time to."""
         if self._report_by is None or self.replicas is None or (self.replicas.working and now < self._report_by):
             return
         self._report_by = None
@@ -282,7 +282,7 @@ class Coordinator:
         self.aborted, self._aborted_at = message, now
         unreachable = self._send(self.peers.present, encode(message))
         if unreachable:
-            logger.warning("ranks %s could not be told of the end", unreachable)
+            logger.warning("the end could not be sent to ranks %s", unreachable)
 
     def _broadcast(self, message: Message, now: float, ranks: Iterable[int] | None = None) -> None:
         """Encode once, send to `ranks` (default: all present ones); a rank that cannot be reached fails the run."""

@@ -29,7 +29,7 @@ class Peer:
     phase: str = ""
     phase_since: float = 0.0
     step: int = -1
-    """Optimizer steps done, as the rank last told; -1 where it does not count them."""
+    """Optimizer steps done, as the rank last reported; -1 where it does not count them."""
     malformed: int = 0
     lost_at: float | None = None
     """Since when messages to it cannot be sent, and none has come from it."""

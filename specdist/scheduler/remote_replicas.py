@@ -43,7 +43,7 @@ class RemoteRules:
     """What the draft world asks of target worlds.
 
     Attributes:
-        terms: what they must know of the run, as `Welcome` tells it.
+        terms: what they must know of the run, as `Welcome` carries it.
         drain_s: seconds after which nothing that a lost replica sent is on its way any more.
     """
 
@@ -72,7 +72,7 @@ class RemoteReplicas(Replicas):
         self._by_name: dict[tuple[str, int], Replica] = {}
         self._rings: dict[int, bytes] = {}
         self._verdicts: dict[int, bytes] = {}
-        """What the ranks of a dropped replica are told."""
+        """What is sent to the ranks of a dropped replica."""
         self._alone_since: float | None = None
         self._end: Stop | None = None
 

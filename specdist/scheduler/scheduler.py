@@ -79,7 +79,7 @@ class Scheduler:
         self._end = end_item
         self._elastic = elastic
         self.cut_short = False
-        """Whether it was told to stop before its end."""
+        """Whether a stop has moved its end."""
         self._requeued: list[int] = []
         # Replicas with k items outstanding, sorted, for every k.
         self._room: list[list[int]] = [[] for _ in range(queue_depth + 1)]
@@ -246,7 +246,7 @@ class Scheduler:
             self._low_since = now
 
     def _account(self, now: float) -> None:
-        """Add the time since the last change to whoever waited in it."""
+        """Add the time since the last change to the sides that waited in it."""
         passed, self._accounted = now - self._accounted, now
         if self._work_left:
             # Dispatch is greedy, so a replica without work while there is some lacks nothing but credits.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which slot of the receive rings each item in flight has, and which slots somebody may still write to.
+"""Which slot of the receive rings each item in flight has, and which slots a lost replica may still write to.
 
-A target replica that is lost may come back to life, or what it sent may still be on its way, and nobody can refuse a
-one-sided write. So a slot that it was to write to is in doubt: it is not given to another item before that replica is
-known to write no more.
+A target replica that is lost may come back to life, or what it sent may still be on its way, and a one-sided write
+cannot be refused. So a slot that it was to write to is in doubt: it is not given to another item before that replica
+is known to write no more.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def test_an_item_has_arrived_when_all_ranks_of_its_replica_have_written_it():
 
 
 @pytest.mark.parametrize("how", ["lost", "silent", "failed", "left", "slow", "nonsense"])
-def test_whoever_is_gone_is_dropped_and_others_compute_what_it_owes(how):
+def test_a_replica_that_is_gone_is_dropped_and_others_compute_what_it_owes(how):
     office = Office()
     first, second = office.join(A), office.join(B)
     office.hear(first, Ready())
