@@ -86,6 +86,7 @@ def test_each_start_of_each_job_meets_elsewhere():
     ("text", "names"),
     [
         ("login", "login"),
+        ("n3,b[2,1]", "n3 b2 b1"),
         ("n[1-3]", "n1 n2 n3"),
         ("gpu[01-03,7],login,dgx-2", "gpu01 gpu02 gpu03 gpu7 login dgx-2"),
         ("a[1-2]b[09-10]", "a1b09 a1b10 a2b09 a2b10"),
