@@ -40,7 +40,7 @@ class PromptsConfig:
     workers: int | None = None
     """Processes that tokenise; 0 for none beside this one. Default: one per CPU core, none for small files."""
     cache_dir: str | None = None
-    """Where tokenised prompts are kept. Default: ~/.cache/specdist. Of several hosts: a directory they share."""
+    """Where tokenised prompts are kept. Default: ~/.cache/specdist. Hosts that do not share it prepare a copy each."""
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's own chat template. It must be the one the server will use."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
