@@ -96,8 +96,9 @@ class _Probe:
     def _send_all(self, links: list[Link]) -> Iterator[LinkSpeed]:
         mine = [link for link in links if link.source == self._rank]
         try:
-            sender = self._connected()
-            for link in mine:
+            absent = self._absent()
+            sender = self._connected([link.destination for link in mine if link.destination not in absent])
+            for link in (link for link in mine if link.destination not in absent):
                 earlier = [other for other in links[: links.index(link)] if other.destination == link.destination]
                 if earlier and not self._await(earlier[-1]):
                     self._tell(link, _GIVEN_UP)  # who comes next need not wait for a link that may break, too
@@ -111,29 +112,40 @@ class _Probe:
                 if self._transport.one_sided:
                     yield self._speed(link)
             sender.close(self._wire.timeout_s)
+            for link in (link for link in mine if link.destination in absent):
+                why = f"{self._ends(link)} did not come up: {absent[link.destination]}"
+                raise WorldError(why, culprit=link.destination)
         finally:
             for link in mine:  # those that are done already stay so
                 self._tell(link, _GIVEN_UP)
 
-    def _connected(self) -> FeatureSender:
-        absent = {draft: f"absent/{draft}" for draft in self._wire.topology.draft_ranks}
+    def _absent(self) -> dict[int, str]:
+        """The draft ranks that have no receiver, and why."""
+        deadline, found = time.monotonic() + self._wire.timeout_s, {}
+        for draft in self._wire.topology.draft_ranks:
+            key, left = f"receiver/{draft}", max(deadline - time.monotonic(), 0.01)
+            try:
+                self._store.wait([key], timedelta(seconds=left))
+                why = self._store.get(key).decode()
+            except dist.DistError:
+                name = self._wire.topology.describe(draft)
+                why = f"{name} was not ready to receive within {self._wire.timeout_s:.0f} s (world.join_timeout_s)"
+            if why != _DONE:
+                found[draft] = why
+        return found
 
-        def check() -> None:
-            for draft, key in absent.items():
-                if self._store.check([key]):
-                    raise WorldError(self._store.get(key).decode(), culprit=draft)
-
-        describe = self._wire.topology.describe
+    def _connected(self, drafts: list[int]) -> FeatureSender:
+        ranks = tuple((rank,) for rank in self._wire.topology.draft_ranks if rank in drafts)
+        self._wire = replace(self._wire, topology=replace(self._wire.topology, draft=ranks, shards=len(ranks)))
+        name = self._wire.topology.describe(self._rank)
         try:
-            announce = lambda item: self._arrived.append(time.perf_counter())  # noqa: E731
-            sender = self._transport.sender(self._wire, self._rows, announce)
+            sender = self._transport.sender(self._wire, self._rows, lambda _: self._arrived.append(time.perf_counter()))
         except UserError as error:
-            raise WorldError(f"{describe(self._rank)}: {error}", culprit=self._rank) from error
+            raise WorldError(f"{name}: {error}", culprit=self._rank) from error
         try:
-            sender.connect(self._wire.timeout_s, check)
+            sender.connect(self._wire.timeout_s, lambda: None)
         except WorldError as error:
-            why = f"the links of {describe(self._rank)} did not come up: {error}"
-            raise WorldError(why, culprit=error.culprit) from error
+            raise WorldError(f"the links of {name} did not come up: {error}", culprit=error.culprit) from error
         return sender
 
     def _receive_all(self, links: list[Link]) -> Iterator[LinkSpeed]:
@@ -141,8 +153,9 @@ class _Probe:
             receiver = self._transport.receiver(self._wire, _SLOTS, self._rows, lambda: None)
         except UserError as error:
             why = f"{self._wire.topology.describe(self._rank)}: {error}"
-            self._store.set(f"absent/{self._rank}", why)
+            self._store.set(f"receiver/{self._rank}", why)
             raise WorldError(why, culprit=self._rank) from error
+        self._store.set(f"receiver/{self._rank}", _DONE)
         for link in links if not self._transport.one_sided else ():
             with self._naming(link):
                 self._receive(receiver, link)

@@ -135,7 +135,7 @@ def test_over_mooncake_every_link_is_measured(tmp_path: Path, material: tuple[Pa
     ("fault", "why"),
     [
         ("broken", "did not come up: rank 2 (draft dp 1 cp 0, host n2): Mooncake's Transfer Engine does not start"),
-        ("stopped", "broke while it was measured: "),
+        ("stopped", "did not come up: rank 2 (draft dp 1 cp 0, host n2) was not ready to receive within 4 s"),
     ],
 )
 def test_a_host_where_mooncake_does_not_work_is_named(
