@@ -11,12 +11,14 @@ import pytest
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.job.rates import read_rates
-from specdist.job.split import Rates, render, splits, suggest
+from specdist.job.split import Rates, render, splits, suggest, verdict
 from specdist_launch.bench.pipeline import ModeSpeed, conclude
 from specdist_launch.cli import main
 from tests.tiny import make_config, make_conversations, make_target
 
 RATES = Rates(38_800, 28_400, "measured")
+TO_DRAFT = {"draft": "draft.eagle3.teacher_head=draft"}
+TO_TARGET = {"target": "draft.eagle3.teacher_head=target"}
 
 
 def test_the_fastest_split_and_its_neighbours() -> None:
@@ -92,3 +94,18 @@ def test_plan_suggests_a_split(words: list[str], tmp_path: Path, capsys: pytest.
     )
     assert main([*asked, "--rates", str(step)]) == 2
     assert "step.json: nothing says how fast the target is; give --target-rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("draft", "target", "moves", "said"),
+    [
+        (0.01, 0.02, TO_TARGET, "balanced: draft ranks waited 1% of the time, target ranks 2%"),
+        (0.3, 0.0, TO_TARGET, "target ranks 0%; more target ranks would help"),
+        (0.3, 0.0, TO_DRAFT, "more target ranks or draft.eagle3.teacher_head=draft would help"),
+        (0.0, 0.3, TO_DRAFT, "target ranks 30%; more draft ranks would help"),
+        (0.0, 0.3, TO_TARGET, "more draft ranks or draft.eagle3.teacher_head=target would help"),
+        (0.0, 0.3, {}, "target ranks 30%; more draft ranks would help"),
+    ],
+)
+def test_the_verdict(draft: float, target: float, moves: dict[str, str], said: str) -> None:
+    assert verdict(draft, target, moves).endswith(said)
