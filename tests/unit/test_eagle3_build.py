@@ -15,8 +15,7 @@ from specdist.draft.build import build_draft, parameter_count
 from specdist.draft.common.rotary import Rotary, rotate
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.config import DraftConfig, draft_config
-from specdist.draft.eagle3.config import Eagle3Config
-from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from tests.unit.eagle3_reference import HIDDEN, PRUNED, VOCAB, build_case, target_config
 
 

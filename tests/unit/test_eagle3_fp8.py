@@ -17,8 +17,7 @@ from specdist.draft.build import build_draft
 from specdist.draft.common import compiling
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3 import fp8
-from specdist.draft.eagle3.config import Eagle3Config
-from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.matmul import Fp8Matmul
 
 HIDDEN, VOCAB = 64, 200

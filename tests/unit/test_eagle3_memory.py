@@ -9,9 +9,8 @@ import pytest
 from transformers import AutoConfig
 
 from specdist.draft.config import draft_config
-from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.cost import Eagle3Cost
-from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.job.plan import training_memory
 from specdist_launch.bench.shapes import SHAPES
 

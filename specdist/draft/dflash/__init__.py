@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DFlash draft: config -> dims -> model (blocks, layer, attention, ops, loss) -> proposer."""
+"""The DFlash draft: config -> algorithm -> model (blocks, layer, attention, ops, loss) -> proposer."""

@@ -16,9 +16,8 @@ from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import FeatureLayout, TargetVocabulary
 from specdist.draft.algorithm import Algorithm, Contents, TargetDirectory, Trained, check_attention
 from specdist.draft.base import DraftModel
-from specdist.draft.dflash.config import DFlashConfig
+from specdist.draft.dflash.config import DFlashConfig, DFlashDims
 from specdist.draft.dflash.cost import DFlashCost
-from specdist.draft.dflash.dims import DFlashDims
 from specdist.draft.dflash.mask_token import find_mask_token
 from specdist.draft.export_config import ExportConfig
 

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of the DFlash draft."""
+"""The options of the DFlash draft, and the sizes that follow from them and its target."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from transformers import PretrainedConfig
+
 from specdist.core.errors import ConfigError
-from specdist.draft.common.sizes import LayerOptions, check_layers
+from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, layer_sizes, read
+
+SECTION = "draft.dflash"
 
 
 @dataclass(frozen=True)
@@ -83,3 +87,38 @@ def _spread(num_layers: int, count: int) -> tuple[int, ...]:
     if count == 1:
         return (num_layers // 2,)
     return tuple(round(1 + i * (num_layers - 4) / (count - 1)) for i in range(count))
+
+
+@dataclass(frozen=True)
+class DFlashDims(LayerSizes):
+    """Sizes of the draft: Qwen3 layers as wide as the target, between the target's own embedding and head.
+
+    Attributes:
+        num_layers: of the draft.
+        num_captured: captured target layers side by side in the input of `fc`.
+        vocab_size: V, rows of the target's embedding and head.
+    """
+
+    num_layers: int
+    num_captured: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, config: DFlashConfig, target: PretrainedConfig) -> DFlashDims:
+        """The draft's sizes for a target's configuration.
+
+        Raises:
+            ConfigError: the target does not state a size, or sizes do not go together.
+        """
+        text = target.get_text_config()
+        vocab_size = read(text, "vocab_size", SECTION)
+        if config.mask_token_id is not None and not 0 <= config.mask_token_id < vocab_size:
+            raise ConfigError.at(
+                "draft.dflash.mask_token_id", f"is {config.mask_token_id}: the target has tokens 0 to {vocab_size - 1}"
+            )
+        return cls(
+            **layer_sizes(SECTION, config, target),
+            num_layers=config.num_layers,
+            num_captured=len(config.captured_layers(read(text, "num_hidden_layers", SECTION))),
+            vocab_size=vocab_size,
+        )

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from specdist.core.records import PackedTokens
 from specdist.draft.algorithm import WIDE, Cost
 from specdist.draft.dflash.blocks import Blocks
-from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.dflash.dims import DFlashDims
+from specdist.draft.dflash.config import DFlashConfig, DFlashDims
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ import torch
 from specdist.core.errors import ConfigError
 from specdist.draft.algorithm import Contents, Trained
 from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, layers_json, shapes
-from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.dflash.dims import DFlashDims
+from specdist.draft.dflash.config import DFlashConfig, DFlashDims
 from specdist.draft.dflash.layer import modules
 from specdist.draft.export_config import ExportConfig
 

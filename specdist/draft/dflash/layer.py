@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from specdist.draft.common.mlp import MLP
 from specdist.draft.common.sizes import LayerSizes
 from specdist.draft.dflash.attention import BlockAttention, KeysValues
-from specdist.draft.dflash.dims import DFlashDims
+from specdist.draft.dflash.config import DFlashDims
 from specdist.draft.dflash.ops import PLAIN, OpSet
 
 Rotation = tuple[Tensor, Tensor]

@@ -16,8 +16,7 @@ from specdist.draft.common.flex import takes_flex
 from specdist.draft.common.rotary import Rotary
 from specdist.draft.dflash.attention import BlockAttention, eager_attention, flex_attention
 from specdist.draft.dflash.blocks import Blocks
-from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.dflash.dims import DFlashDims
+from specdist.draft.dflash.config import DFlashConfig, DFlashDims
 from specdist.draft.dflash.layer import Layer, modules
 from specdist.draft.dflash.loss import SUMS, BlockLoss, LossInputs, Weighing, metrics
 from specdist.draft.dflash.ops import PLAIN, compiled_ops

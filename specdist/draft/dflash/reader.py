@@ -15,8 +15,7 @@ from transformers import PretrainedConfig
 from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import ExportedDraft, check_same_sizes
 from specdist.draft.common.tensors import META, check_tensors, need, read_layers, shapes
-from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.dflash.dims import DFlashDims
+from specdist.draft.dflash.config import DFlashConfig, DFlashDims
 from specdist.draft.dflash.layer import modules
 
 

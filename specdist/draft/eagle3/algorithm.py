@@ -16,9 +16,8 @@ from specdist.core.records import FeatureLayout, TargetVocabulary
 from specdist.draft.algorithm import Algorithm, Contents, Trained, check_attention
 from specdist.draft.base import DraftModel
 from specdist.draft.common.vocabulary import DraftVocabulary
-from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.cost import Eagle3Cost, needs_head
-from specdist.draft.eagle3.dims import Eagle3Dims
 from specdist.draft.export_config import ExportConfig
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from specdist.core.records import PackedTokens
 from specdist.draft.algorithm import WIDE, Cost
-from specdist.draft.eagle3.config import Eagle3Config
-from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 
 
 def needs_head(config: Eagle3Config, vocab_size: int) -> bool:

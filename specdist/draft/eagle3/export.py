@@ -30,8 +30,7 @@ from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import Contents, Trained
 from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, layers_json, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
-from specdist.draft.eagle3.config import Eagle3Config
-from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.layer import modules
 from specdist.draft.export_config import ExportConfig
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from specdist.draft.common.mlp import MLP
 from specdist.draft.common.rotary import rotate
-from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.config import Eagle3Dims
 
 
 class Attention(nn.Module):

@@ -18,8 +18,7 @@ from specdist.draft.common.flex import takes_flex
 from specdist.draft.common.rotary import Rotary, rotate
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.attention import DocumentAttention, eager_attention, flex_attention
-from specdist.draft.eagle3.config import Eagle3Config
-from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.fp8 import check_device
 from specdist.draft.eagle3.layer import MidLayer, modules
 from specdist.draft.eagle3.loss import SUMS, LossInputs, LossKind, metrics

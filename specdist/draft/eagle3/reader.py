@@ -16,8 +16,7 @@ from specdist.core.errors import DataError
 from specdist.draft.algorithm import ExportedDraft, check_same_sizes
 from specdist.draft.common.tensors import META, check_tensors, need, read_layers, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
-from specdist.draft.eagle3.config import Eagle3Config
-from specdist.draft.eagle3.dims import Eagle3Dims
+from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.export import EMBEDDING
 from specdist.draft.eagle3.layer import modules
 
