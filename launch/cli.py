@@ -210,7 +210,11 @@ def _keys(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    importlib.import_module(f"specdist_launch.bench.{args.part}").main(args.rest)
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / f"{args.part}.py").exists():
+        raise UserError("the benchmarks are no part of the installed package: use a clone of the project")
+    sys.path.insert(0, str(root))
+    importlib.import_module(f"benchmarks.{args.part}").main(args.rest)
     return 0
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdist_launch.bench.channel import main
-from specdist_launch.bench.channel_rank import ChannelSpeed
+from benchmarks.channel import main
+from benchmarks.channel_rank import ChannelSpeed
 from tests.distributed.worlds import train
 from tests.tiny import make_config, make_conversations, make_target
 

@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 
+from benchmarks.channel import main, render
+from benchmarks.channel_rank import ChannelSpeed, pattern
 from specdist.core.errors import ConfigError
-from specdist_launch.bench.channel import main, render
-from specdist_launch.bench.channel_rank import ChannelSpeed, pattern
 from specdist_launch.cli import main as specdist
 from tests.distributed.worlds import mooncake_loads
 

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from specdist.core.errors import ConfigError
-from specdist.prompts.store import PromptStore
-from specdist_launch.bench.pipeline import (
+from benchmarks.pipeline import (
     MODES,
     ModeSpeed,
     PipelineSpeed,
@@ -20,6 +18,8 @@ from specdist_launch.bench.pipeline import (
     speed_of,
     write_prompts,
 )
+from specdist.core.errors import ConfigError
+from specdist.prompts.store import PromptStore
 from tests.tiny import make_target
 
 pytestmark = pytest.mark.usefixtures("forked_worlds")

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from benchmarks.shapes import SHAPES
+from benchmarks.step import StepSpeed, lengths_of, main, render
+from benchmarks.step_rank import part_of
 from specdist.core.errors import ConfigError
 from specdist.core.records import PackedTokens
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
-from specdist_launch.bench.shapes import SHAPES
-from specdist_launch.bench.step import StepSpeed, lengths_of, main, render
-from specdist_launch.bench.step_rank import part_of
 from tests.tiny import make_target
 
 pytestmark = pytest.mark.usefixtures("forked_worlds")

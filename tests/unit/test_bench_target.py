@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.target import TargetSpeed, main, render
 from specdist.target.description import TargetDescription, describe
-from specdist_launch.bench.target import TargetSpeed, main, render
 from tests.tiny import make_target
 
 pytestmark = pytest.mark.usefixtures("forked_worlds")

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from benchmarks.shapes import SHAPES
 from specdist.core.records import PackedTokens
 from specdist.draft.build import parameter_count
 from specdist.draft.config import draft_config
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.job.plan import training_memory
-from specdist_launch.bench.shapes import SHAPES
 
 TARGET = AutoConfig.for_model(**SHAPES["qwen3-8b"])
 DRAFT = draft_config(algorithm="dflash", dflash=DFlashConfig(mask_token_id=151_669), compile=True)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {
     "specdist/draft/registry.py",
     "specdist/target/sglang/adapter.py",  # calls a method of SGLang that is named so
-    "launch/bench/step.py",  # shows commands in its help
+    "benchmarks/step.py",  # shows commands in its help
 }
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from benchmarks.shapes import SHAPES
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.cost import Eagle3Cost
 from specdist.job.plan import training_memory
-from specdist_launch.bench.shapes import SHAPES
 
 TARGET: dict[str, Any] = {"teacher_head": "target"}
 FP8: dict[str, Any] = {**TARGET, "embedding": "host", "products": "fp8"}

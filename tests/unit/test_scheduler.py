@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import pytest
 
+from benchmarks.scheduler import measure
 from specdist.core.errors import ConfigError
 from specdist.scheduler.config import SchedulerConfig
 from specdist.scheduler.messages import Deliver, Dispatch
 from specdist.scheduler.scheduler import ProtocolError, Scheduler
-from specdist_launch.bench.scheduler import measure
 
 
 def make(replicas: int = 2, **changes: object) -> Scheduler:

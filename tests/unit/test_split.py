@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.pipeline import ModeSpeed, conclude
 from specdist.core.errors import ConfigError, DataError
 from specdist.job.rates import read_rates
 from specdist.job.split import Rates, render, splits, suggest, verdict
-from specdist_launch.bench.pipeline import ModeSpeed, conclude
 from specdist_launch.cli import main
 from tests.tiny import make_config, make_conversations, make_target
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 
 import zmq
 
+from benchmarks.measure import command_line, table
 from specdist.core.topology import Topology
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.coordinator import Coordinator
@@ -37,7 +38,6 @@ from specdist.scheduler.messages import (
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.server import ControlServer
 from specdist.scheduler.wire import identity, new_token
-from specdist_launch.bench.measure import command_line, table
 
 _CONFIG = ControlConfig(heartbeat_s=60.0, silence_s=600.0)
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.channel_limit import limit_of
 from specdist.channel.config import ChannelConfig, parse_bytes
 from specdist.channel.registry import transport_for
 from specdist.channel.wire import Wire
@@ -40,7 +41,6 @@ from specdist.scheduler.wire import new_token
 from specdist.target.base import TargetModel
 from specdist.world.groups import join_world, make_groups
 from specdist.world.links import connect_links
-from specdist_launch.bench.channel_limit import limit_of
 
 MIB = 2**20
 PRODUCTS = 140

@@ -25,14 +25,14 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.measure import apart, command_line, table
+from benchmarks.shapes import SHAPES, in_a_process
+from benchmarks.step import lengths_of
 from specdist.core.errors import ConfigError
 from specdist.draft.registry import benchmark_words
 from specdist.job.config import JobConfig, examine, load_job
 from specdist.prompts.report import PrepareReport
 from specdist.prompts.store import StoreWriter
-from specdist_launch.bench.measure import apart, command_line, table
-from specdist_launch.bench.shapes import SHAPES, in_a_process
-from specdist_launch.bench.step import lengths_of
 
 MODES = ("split", "target_only", "draft_only", "colocated")
 MIXED_LONGEST = 4096

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from benchmarks.measure import peak_tflops, seconds
+from benchmarks.shapes import SHAPES
+from benchmarks.step import StepConfig, StepSpeed, lengths_of
 from specdist.core import config as configuration
 from specdist.core.launch_env import RankFacts
 from specdist.core.records import Cursor, Features, PackedTokens, Shard, TargetVocabulary, WorkItem
@@ -25,9 +28,6 @@ from specdist.run.feature_source import random_rows
 from specdist.training.optimizer import build_optimizer
 from specdist.training.trainer import FeatureSource, Trainer, shard_draft
 from specdist.world.groups import Groups, World, join_world, make_groups
-from specdist_launch.bench.measure import peak_tflops, seconds
-from specdist_launch.bench.shapes import SHAPES
-from specdist_launch.bench.step import StepConfig, StepSpeed, lengths_of
 
 REPEAT_S = 2.0
 """About so many seconds of steps, ten at most, between two waits for the device: in training the host runs ahead."""

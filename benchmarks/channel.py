@@ -28,11 +28,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from benchmarks.channel_rank import PRODUCTS, ChannelSection, ChannelSpeed, Run
+from benchmarks.measure import apart, command_line, device_options, in_a_world, table
 from specdist.channel.registry import transport_for
 from specdist.core import config as configuration
 from specdist.core.errors import ConfigError
-from specdist_launch.bench.channel_rank import PRODUCTS, ChannelSection, ChannelSpeed, Run
-from specdist_launch.bench.measure import apart, command_line, device_options, in_a_world, table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )  # fmt: skip
         run.sizes(configuration.load(ChannelSection, [], own).channel)
         ranks = args.target_ranks + args.draft_ranks
-        found += in_a_world("specdist_launch.bench.channel_rank", f"the channel ({transport})", ranks, **asdict(run))
+        found += in_a_world("benchmarks.channel_rank", f"the channel ({transport})", ranks, **asdict(run))
     print(json.dumps(found))
     print(render([ChannelSpeed(**speed) for speed in found]))
 

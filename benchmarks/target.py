@@ -21,6 +21,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.measure import (
+    apart,
+    command_line,
+    device_options,
+    in_a_world,
+    peak_tflops,
+    seconds,
+    table,
+)
+from benchmarks.shapes import SHAPES, in_a_process
 from specdist.core import config as configuration
 from specdist.core.errors import UserError
 from specdist.core.launch_env import RankFacts
@@ -31,16 +41,6 @@ from specdist.target.config import TargetConfig
 from specdist.target.description import TargetDescription, compute_dtype, describe
 from specdist.target.registry import ENGINES, engine_groups, load_target
 from specdist.world.groups import join_world, make_groups
-from specdist_launch.bench.measure import (
-    apart,
-    command_line,
-    device_options,
-    in_a_world,
-    peak_tflops,
-    seconds,
-    table,
-)
-from specdist_launch.bench.shapes import SHAPES, in_a_process
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = Path(args.model) if args.model else in_a_process(args.shape, args.layers, Path(directory))
         for engine in args.engines:
             own = [*words, f"target.path={model}", f"target.engine={engine}", f"target.tp={args.tp}"]
-            speeds += in_a_world("specdist_launch.bench.target", engine, args.tp, options=vars(args), words=own)
+            speeds += in_a_world("benchmarks.target", engine, args.tp, options=vars(args), words=own)
     print(json.dumps(speeds))
     print(render([TargetSpeed(**speed) for speed in speeds]))
 

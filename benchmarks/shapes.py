@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model directories with the shape of a known model and random weights, to measure with where there is no model hub.
 
-    python -m specdist_launch.bench.shapes qwen3-8b /tmp/qwen3-8b --tokenizer models/SmolLM2-135M-Instruct
+    python -m benchmarks.shapes qwen3-8b /tmp/qwen3-8b --tokenizer models/SmolLM2-135M-Instruct
 
 Speed and memory do not depend on what the weights are, acceptance does: nothing is learned from such a target.
 """
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.measure import with_this_package
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": {
@@ -74,12 +76,13 @@ def write_random_model(
 def in_a_process(shape: str, layers: int | None, directory: Path) -> Path:
     """`write_random_model` into `directory`, by a process of its own, which leaves nothing on the GPU."""
     words = [shape, str(directory / shape)] + ([] if layers is None else ["--layers", str(layers)])
-    subprocess.run([sys.executable, "-m", "specdist_launch.bench.shapes", *words], stdout=sys.stderr, check=True)
+    command = [sys.executable, "-m", "benchmarks.shapes", *words]
+    subprocess.run(command, stdout=sys.stderr, env=with_this_package(), check=True)
     return directory / shape
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m specdist_launch.bench.shapes", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.shapes", description=__doc__)
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("directory", type=Path)
     parser.add_argument("--tokenizer", metavar="DIR", help="a model directory whose tokenizer is copied")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmarks share: their command line, timing on a device, the peak to compare with, a world, a table.
 
-python -m specdist_launch.bench.measure MODULE ARGUMENTS OUTPUT      # a rank of such a world
+python -m benchmarks.measure MODULE ARGUMENTS OUTPUT      # a rank of such a world
 """
 
 from __future__ import annotations
@@ -70,6 +70,12 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds(lambda: a @ b, device, 20, warm=5)) / 1e12
 
 
+def with_this_package() -> dict[str, str]:
+    """The environment of a process that imports the benchmarks, which are not installed."""
+    path = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+
+
 def in_a_world(module: str, what: str, ranks: int, **arguments: Any) -> list[dict[str, Any]]:
     """Call `worker(**arguments)` of a module in every rank of a torchrun world on this machine; returns the fields of
     the dataclasses that it returned on rank 0. Arguments are JSON values.
@@ -82,7 +88,8 @@ def in_a_world(module: str, what: str, ranks: int, **arguments: Any) -> list[dic
         world = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command = [*world, "-m", __name__, module, str(source), str(output)]
         threads = str(max(len(os.sched_getaffinity(0)) // ranks, 1))
-        done = subprocess.run(command, stdout=sys.stderr, env={"OMP_NUM_THREADS": threads} | os.environ, check=False)
+        environment = {"OMP_NUM_THREADS": threads} | with_this_package()
+        done = subprocess.run(command, stdout=sys.stderr, env=environment, check=False)
         if done.returncode or not output.exists():
             raise SystemExit(f"specdist: the benchmark of {what} failed: its error is above")
         found: list[dict[str, Any]] = json.loads(output.read_text())

@@ -21,13 +21,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from benchmarks.measure import apart, command_line, device_options, in_a_world, table
+from benchmarks.shapes import SHAPES
 from specdist.core import config as configuration
 from specdist.core.errors import ConfigError
 from specdist.draft.config import DraftConfig
 from specdist.draft.registry import benchmark_words
 from specdist.training.optimizer import OptimizerConfig
-from specdist_launch.bench.measure import apart, command_line, device_options, in_a_world, table
-from specdist_launch.bench.shapes import SHAPES
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draft.chosen.check(draft.dtype, args.device, draft_tokens=None)
     for batch in args.batch:
         lengths_of(batch)
-    speeds = in_a_world("specdist_launch.bench.step_rank", "the step", args.ranks, options=vars(args), words=words)
+    speeds = in_a_world("benchmarks.step_rank", "the step", args.ranks, options=vars(args), words=words)
     print(json.dumps(speeds))
     print(render([StepSpeed(**speed) for speed in speeds]))
 
