@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from specdist.core.errors import DataError
+
 T = TypeVar("T")
 
 
@@ -29,11 +31,17 @@ def to_json(value: Any) -> str:
 
 
 def read_json(path: Path, kind: type[T]) -> T | None:
-    """The value of type `kind` in a file; None where there is no file. Raises msgspec.MsgspecError."""
+    """The value of type `kind` in a file; None where there is no file.
+
+    Raises:
+        DataError: the file holds something else, as one of another version may.
+    """
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
         return None
+    except msgspec.MsgspecError as error:
+        raise DataError(f"{path}: not what this version writes there: {error}") from error
 
 
 def sync_directory(directory: Path) -> None:

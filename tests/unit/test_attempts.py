@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from specdist.core.attempts import AttemptRecord, Ending, Failure, Started, attempts
-from specdist.core.errors import ConfigError, WorldError
+from specdist.core.errors import ConfigError, DataError, WorldError
 from specdist.core.launch_env import Attempt
 from specdist.core.stop import StopReason
 from specdist.job.launch_config import LaunchConfig
@@ -195,3 +195,11 @@ def test_attempts_of_one_job_have_directories_of_their_own(tmp_path: Path, monke
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert Attempt.from_environment() == Attempt("abc", 1)
+
+
+def test_a_record_of_another_version_is_named(tmp_path: Path) -> None:
+    record = AttemptRecord(tmp_path / "logs/7.0")
+    record.begin(Started("torchrun", ("n1",), 2, 0))
+    (record.directory / "outcome.json").write_text('{"state": "stopped", "step": 3, "reason": "SIGUSR2 on rank 1"}')
+    with pytest.raises(DataError, match=r"7\.0/outcome\.json: not what this version writes there"):
+        record.ending()
