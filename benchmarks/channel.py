@@ -28,7 +28,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from benchmarks.channel_rank import PRODUCTS, ChannelSection, ChannelSpeed, Run
+from benchmarks.channel_rank import PRODUCTS, ChannelRun, ChannelSection, ChannelSpeed
 from benchmarks.measure import apart, command_line, device_options, in_a_world, table
 from specdist.channel.registry import transport_for
 from specdist.core import config as configuration
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for transport in args.transport:
         transport_for(transport).check_installed()
         own = (*words, f"channel.transport={transport}")
-        run = Run(
+        run = ChannelRun(
             args.target_ranks // args.tp, args.tp, args.draft_ranks, args.payload, args.moved, args.hidden,
             args.products, args.repeats, args.device, own,
         )  # fmt: skip

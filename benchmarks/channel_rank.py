@@ -34,7 +34,7 @@ from specdist.run.feature_source import RemoteSource
 from specdist.run.target_loop import Producer
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.config import ControlConfig
-from specdist.scheduler.messages import Computed, Produced, Start
+from specdist.scheduler.messages import Computed, Produced, StartWork
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.server import ControlServer
 from specdist.scheduler.wire import new_token
@@ -59,7 +59,7 @@ class ChannelSection:
 
 
 @dataclass(frozen=True)
-class Run:
+class ChannelRun:
     """What a rank is to do. `payloads` and `moved` are MiB over a link; `words` is its configuration."""
 
     replicas: int
@@ -186,7 +186,7 @@ def pattern(sequence: int, like: Tensor) -> Tensor:
 class Bench:
     """One rank of the world of one transport."""
 
-    def __init__(self, run: Run, wire: Wire):
+    def __init__(self, run: ChannelRun, wire: Wire):
         self._run, self._wire, self._device, self._topology = run, wire, wire.device, wire.topology
         self._rows, self._slots = run.sizes(wire.config)
         largest = max(self._rows) * wire.layout.bytes_per_token
@@ -268,7 +268,7 @@ class Bench:
             else:
                 source = RemoteSource(client, self._receiver, items, StopFlag(), _WAIT_S, self._device)
                 client.ready()
-                client.expect(Start)
+                client.expect(StartWork)
                 began = time.perf_counter()
                 for index in range(end):
                     features = source.take(items[index])
@@ -335,8 +335,8 @@ def _synchronise(device: torch.device) -> None:
 
 
 def worker(**arguments: Any) -> list[ChannelSpeed]:
-    """One rank of the world, given the fields of `Run`."""
-    run = Run(**arguments)
+    """One rank of the world, given the fields of `ChannelRun`."""
+    run = ChannelRun(**arguments)
     config = configuration.load(ChannelSection, [], run.words).channel
     shared = config.transport != "nccl" and config.transport != "auto"
     world_config = WorldConfig(device=run.device, share_devices=shared, wait_timeout_s=_WAIT_S)

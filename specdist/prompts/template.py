@@ -33,7 +33,7 @@ Tools = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Ending:
+class TurnEnding:
     """How the template ends a last assistant turn: `end` closes it, `rest` follows and is not generated."""
 
     end: str
@@ -97,7 +97,7 @@ class Template:
         return last is not None and last.end() == len(text)
 
     @cached_property
-    def ending(self) -> Ending | None:
+    def ending(self) -> TurnEnding | None:
         """How this template ends the turn of a plain answer; None where the probe tells nothing."""
         probe = [{"role": "user", "content": "Probe"}, {"role": "assistant", "content": PROBE_ANSWER}]
         try:
@@ -110,8 +110,8 @@ class Template:
         tail = rendered[found + len(PROBE_ANSWER) :]
         match = self._added.search(tail)
         if match is None:
-            return Ending("", tail, None)
-        return Ending(tail[: match.end()], tail[match.end() :], match.group())
+            return TurnEnding("", tail, None)
+        return TurnEnding(tail[: match.end()], tail[match.end() :], match.group())
 
     def _without_rest(self, answer: str) -> tuple[str, int]:
         """The answer up to its end-of-turn token inclusive, and the length of what comes before that token."""

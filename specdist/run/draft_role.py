@@ -22,7 +22,7 @@ from specdist.run.drafts import new_draft
 from specdist.run.feature_source import ColocatedSource, RemoteSource, SyntheticSource, local_shards
 from specdist.run.reporter import RunReporter
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.messages import LastItem, Reports, Ring, Start, Stop
+from specdist.scheduler.messages import LastItem, Reports, RingAddress, StartWork, Stop
 from specdist.training.checkpoint import Checkpointer
 from specdist.training.optimizer import build_optimizer
 from specdist.training.recipe import Recipe
@@ -59,7 +59,7 @@ def consume(context: RankContext) -> None:
     recipe = Recipe(job.train, job.optimizer, job.checkpoint, job.metrics.every, context.resume.total_steps)
     leader = context.rank == topology.draft_ranks[0]
     client.ready()
-    client.expect(Start)
+    client.expect(StartWork)
     with RunReporter(job, context.run_dir, context.resume, client, leader) as reporter:
         progress = trainer.train(recipe, context.resume.progress, checkpointer, context.stop, reporter)
         metrics = reporter.totals()
@@ -129,7 +129,7 @@ class _RingBook:
     host: str
 
     def publish(self, rank: int, text: str) -> None:
-        self.client.send(Ring(rank, text))
+        self.client.send(RingAddress(rank, text))
 
     def find(self, rank: int, name: str, timeout_s: float, check: Check) -> str:
         raise NotImplementedError("target ranks look for the rings of draft ranks, not the reverse")

@@ -32,7 +32,7 @@ from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.messages import (
     PROTOCOL_VERSION,
     Abort,
-    Clock,
+    ClockProbe,
     Failed,
     Goodbye,
     Heartbeat,
@@ -42,8 +42,8 @@ from specdist.scheduler.messages import (
     Ready,
     RemotePlace,
     Reports,
-    Ring,
-    Start,
+    RingAddress,
+    StartWork,
     Statistics,
     Stop,
     StopRequest,
@@ -56,7 +56,7 @@ from specdist.scheduler.wire import identity, inproc_pair
 
 logger = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer", Welcome, Start, Reports, Clock)
+Answer = TypeVar("Answer", Welcome, StartWork, Reports, ClockProbe)
 
 _CLOSE = b""
 _LINGER_MS = 2000
@@ -111,7 +111,7 @@ class ControlClient:
         # None in one of these: the world has failed.
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._answers: dict[type, queue.SimpleQueue[Any]] = {
-            kind: queue.SimpleQueue() for kind in (Welcome, Start, Clock, Reports)
+            kind: queue.SimpleQueue() for kind in (Welcome, StartWork, ClockProbe, Reports)
         }
         self._lock = threading.Lock()
         self._open = True
@@ -173,8 +173,8 @@ class ControlClient:
         return messages
 
     def expect(self, kind: type[Answer], timeout_s: float | None = None) -> Answer | None:
-        """The next message of one of the kinds that `poll` leaves out: `Welcome`, `Start` (the scheduler names ranks
-        that are not ready within control.load_timeout_s), `Reports` or `Clock`. None after `timeout_s` seconds.
+        """The next message of one of the kinds that `poll` leaves out: `Welcome`, `StartWork` (the scheduler names the
+        ranks that are not ready in time), `Reports` or `ClockProbe`. None after `timeout_s` seconds.
 
         Raises:
             WorldError: the world has failed.
@@ -194,9 +194,9 @@ class ControlClient:
             WorldError: no answer within `timeout_s` seconds, or the world has failed.
         """
         asked, deadline = time.time_ns(), time.monotonic() + timeout_s
-        self.send(Clock(asked))
+        self.send(ClockProbe(asked))
         while True:
-            answer = self.expect(Clock, max(deadline - time.monotonic(), 0.0))
+            answer = self.expect(ClockProbe, max(deadline - time.monotonic(), 0.0))
             if answer is None:
                 raise WorldError(f"{self._scheduler} did not say what time it is within {timeout_s:.0f} s")
             if answer.asked == asked:  # else the late answer to a question that was given up
@@ -339,11 +339,11 @@ class ControlClient:
             case Abort():
                 self.abort = message
                 self._break(message.error())
-            case Clock():
-                self._answers[Clock].put(msgspec.structs.replace(message, answered=time.time_ns()))
-            case Ring(draft, endpoint):
+            case ClockProbe():
+                self._answers[ClockProbe].put(msgspec.structs.replace(message, answered=time.time_ns()))
+            case RingAddress(draft, endpoint):
                 self.rings[draft] = endpoint
-            case Welcome() | Start() | Reports():
+            case Welcome() | StartWork() | Reports():
                 self.rank = message.rank if isinstance(message, Welcome) else self.rank
                 self._answers[type(message)].put(message)
             case _:

@@ -20,7 +20,7 @@ from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.messages import (
     PROTOCOL_VERSION,
     Abort,
-    Clock,
+    ClockProbe,
     Computed,
     DecodeError,
     Failed,
@@ -34,8 +34,8 @@ from specdist.scheduler.messages import (
     Ready,
     Released,
     Reports,
-    Ring,
-    Start,
+    RingAddress,
+    StartWork,
     Statistics,
     Stop,
     StopRequest,
@@ -137,7 +137,7 @@ class Coordinator:
         scheduler = self._scheduler
         if not self._ready and not self.peers.unready:
             self._ready = True
-            self._broadcast(Start(), now)
+            self._broadcast(StartWork(), now)
         if scheduler is not None and self.replicas is not None and self._ready:
             for dispatch in scheduler.next_dispatches(now):
                 self._broadcast(dispatch, now, self.replicas.ranks(dispatch.replica))
@@ -187,8 +187,8 @@ class Coordinator:
                     self._broadcast(deliver, now, self._draft_ranks)
             case Heartbeat(seconds, step, phase):
                 self.peers[rank].note_phase(phase, now - seconds, step)
-            case Clock(asked):  # not `now`, which is that of a whole batch of messages
-                self._send([rank], encode(Clock(asked, time.time_ns())))
+            case ClockProbe(asked):  # not `now`, which is that of a whole batch of messages
+                self._send([rank], encode(ClockProbe(asked, time.time_ns())))
             case Produced(report) if self.replicas is not None:
                 self.replicas.produced(rank, report)
             case _ if self._remote is not None and self.peers.is_remote(rank):
@@ -214,7 +214,7 @@ class Coordinator:
                 if self._scheduler is not None:
                     self._scheduler.stop_after(item)
                 self._stopping = True
-            case Ring() if self._remote is not None and rank in self._draft_of:
+            case RingAddress() if self._remote is not None and rank in self._draft_of:
                 self._remote.publish(message)
             case Goodbye():
                 self.peers[rank].left = True

@@ -60,7 +60,7 @@ class Welcome(_Message, frozen=True):
     terms: str
 
 
-class Ring(_Message, frozen=True):
+class RingAddress(_Message, frozen=True):
     """draft rank -> scheduler -> ranks of target worlds: where the memory of draft rank number `draft` lies (JSON)."""
 
     draft: int
@@ -72,7 +72,7 @@ class Ready(_Message, frozen=True):
     scheduler's world, and of the replica, has said so."""
 
 
-class Start(_Message, frozen=True):
+class StartWork(_Message, frozen=True):
     """scheduler -> all: every rank is ready, waits for work count from now on."""
 
 
@@ -251,7 +251,7 @@ class Pulse(_Message, frozen=True):
     statistics: Statistics
 
 
-class Clock(_Message, frozen=True):
+class ClockProbe(_Message, frozen=True):
     """rank -> scheduler: what is the time? The scheduler answers at once. In ns, by the clocks of both hosts: `asked`
     and `answered`, which the client adds at the receipt, by the rank's, `told` by rank 0's."""
 
@@ -261,8 +261,8 @@ class Clock(_Message, frozen=True):
 
 
 _ToScheduler: TypeAlias = Hello | Ready | Heartbeat | Computed | Released | LastItem | Produced | Failed | Goodbye
-_ToBoth: TypeAlias = StopRequest | Ring | Clock
-_ToRanks: TypeAlias = Welcome | Start | Dispatch | Deliver | Pulse | Stop | Reports | Abort
+_ToBoth: TypeAlias = StopRequest | RingAddress | ClockProbe
+_ToRanks: TypeAlias = Welcome | StartWork | Dispatch | Deliver | Pulse | Stop | Reports | Abort
 Message: TypeAlias = _ToScheduler | _ToBoth | _ToRanks
 
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

@@ -24,7 +24,7 @@ from specdist.scheduler.messages import (
     ProducerReport,
     Ready,
     RemotePlace,
-    Ring,
+    RingAddress,
     Stop,
     StopRequest,
     Welcome,
@@ -76,7 +76,7 @@ class RemoteReplicas(Replicas):
         self._alone_since: float | None = None
         self._end: Stop | None = None
 
-    def publish(self, ring: Ring) -> None:
+    def publish(self, ring: RingAddress) -> None:
         """The memory of a draft rank is there."""
         self._rings[ring.draft] = encode(ring)
         self._send([rank for rank in self._of if self._peers[rank].present], self._rings[ring.draft])

@@ -43,7 +43,7 @@ from specdist.scheduler.messages import (
     ProducerReport,
     Ready,
     Released,
-    Start,
+    StartWork,
     Stop,
     StopRequest,
     decode,
@@ -185,7 +185,7 @@ def test_work_begins_when_all_are_ready_and_goes_round() -> None:
     for rank in range(6):
         assert office.hear(rank, Hello(messages.PROTOCOL_VERSION, 1), Ready()) == []
     assert office.hear(6, Hello(messages.PROTOCOL_VERSION, 1)) == []
-    assert office.hear(6, Ready()) == [(tuple(range(7)), Start()), ((0, 1), Dispatch(0, 0, 0))]
+    assert office.hear(6, Ready()) == [(tuple(range(7)), StartWork()), ((0, 1), Dispatch(0, 0, 0))]
     assert office.hear(1, Computed(0)) == []
     assert office.hear(0, Computed(0)) == [((4, 5, 6), Deliver(0, 0, 0))]
     assert office.hear(4, Released(0)) == []
@@ -212,7 +212,7 @@ def test_a_run_that_is_resumed_at_its_end_starts_before_it_stops() -> None:
         assert office.hear(rank, Ready()) == []
     answers = office.hear(6, Ready())
     assert [(ranks, message) for ranks, message in answers if not isinstance(message, messages.Pulse)] == [
-        (everyone, Start()),
+        (everyone, StartWork()),
         (everyone, Stop()),
     ]
 
@@ -377,7 +377,10 @@ def test_who_cannot_be_reached_after_the_end_is_lost_unless_its_goodbye_is_read_
 def test_a_stop_request_ends_a_run_that_has_no_trainer_to_decide() -> None:
     topology = Topology("target_only", ("a",) * 7, tuple((rank,) for rank in range(7)), (), 1)
     office = Office(make_scheduler(topology), topology)
-    assert [message for _, message in office.open()] == [Start(), *(Dispatch(item, item, item) for item in range(4))]
+    assert [message for _, message in office.open()] == [
+        StartWork(),
+        *(Dispatch(item, item, item) for item in range(4)),
+    ]
     assert office.hear(1, StopRequest(StopReason.TERMINATE)) == [
         (tuple(range(7)), StopRequest(StopReason.TERMINATE, 1))
     ]

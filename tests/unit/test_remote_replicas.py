@@ -38,7 +38,7 @@ from specdist.scheduler.messages import (
     Released,
     RemotePlace,
     Reports,
-    Ring,
+    RingAddress,
     Stop,
     StopRequest,
     Welcome,
@@ -119,10 +119,10 @@ class Office(Observer):
 
 def test_a_replica_that_joins_is_told_the_terms_and_the_rings_and_given_work():
     office = Office()
-    office.hear(0, Ring(0, "ring 0"))
+    office.hear(0, RingAddress(0, "ring 0"))
     rank = office.join()
-    assert (rank, office.sent[0], office.sent[1]) == (2, ((2,), Welcome(2, "terms")), ((2,), Ring(0, "ring 0")))
-    assert office.hear(1, Ring(1, "ring 1")) == [Ring(1, "ring 1")]
+    assert (rank, office.sent[0], office.sent[1]) == (2, ((2,), Welcome(2, "terms")), ((2,), RingAddress(0, "ring 0")))
+    assert office.hear(1, RingAddress(1, "ring 1")) == [RingAddress(1, "ring 1")]
     assert office.hear(rank, Ready()) == [Dispatch(0, 0, 0), Dispatch(1, 0, 1)]
     assert office.hear(rank, Computed(0)) == [Deliver(0, 0, 0), Dispatch(2, 0, 2)]
 

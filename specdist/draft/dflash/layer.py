@@ -11,13 +11,13 @@ from specdist.draft.common.mlp import MLP
 from specdist.draft.common.sizes import LayerSizes
 from specdist.draft.dflash.attention import BlockAttention, KeysValues
 from specdist.draft.dflash.config import DFlashDims
-from specdist.draft.dflash.ops import PLAIN, OpSet
+from specdist.draft.dflash.ops import PLAIN, DFlashOps
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin, each [n, 1, D / 2]."""
 
 
-class Attention(nn.Module):
+class DFlashAttention(nn.Module):
     """The projections of the attention, with norms of queries and keys by head. Keys and values of the verified tokens
     and of the block come from the same weights."""
 
@@ -35,12 +35,12 @@ class Attention(nn.Module):
             nn.RMSNorm(sizes.head_dim, eps=sizes.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)
         )
 
-    def queries(self, states: Tensor, rotation: Rotation, ops: OpSet = PLAIN) -> Tensor:
+    def queries(self, states: Tensor, rotation: Rotation, ops: DFlashOps = PLAIN) -> Tensor:
         """[n, Hq, D] of normed states [n, H]."""
         heads = self.q_proj(states).unflatten(-1, self.heads)
         return ops.qk_norm_rope(heads, self.q_norm.weight, self.eps, *rotation)
 
-    def keys_values(self, states: Tensor, rotation: Rotation, ops: OpSet = PLAIN) -> KeysValues:
+    def keys_values(self, states: Tensor, rotation: Rotation, ops: DFlashOps = PLAIN) -> KeysValues:
         """Of normed states [n, H]: those of the block, or those made of the target's."""
         heads = self.k_proj(states).unflatten(-1, self.heads)
         keys = ops.qk_norm_rope(heads, self.k_norm.weight, self.eps, *rotation)
@@ -52,7 +52,7 @@ class Layer(nn.Module):
 
     def __init__(self, sizes: LayerSizes, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        self.self_attn = Attention(sizes, device, dtype)
+        self.self_attn = DFlashAttention(sizes, device, dtype)
         self.mlp = MLP(sizes, device, dtype)
         self.input_layernorm, self.post_attention_layernorm = (
             nn.RMSNorm(sizes.hidden_size, eps=sizes.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)
@@ -64,7 +64,7 @@ class Layer(nn.Module):
         rotation: Rotation,
         context: KeysValues,
         attend: BlockAttention,
-        ops: OpSet = PLAIN,
+        ops: DFlashOps = PLAIN,
     ) -> Tensor:
         """The next states [n, H] of the blocks' rows, from theirs and the keys and values of the verified tokens."""
         attention, mlp, normed = self.self_attn, self.mlp, self.input_layernorm(hidden)

@@ -82,7 +82,7 @@ def block_terms(
 
 
 @dataclass(frozen=True)
-class LossInputs:
+class DFlashLossInputs:
     """All that the loss reads and that takes no gradient.
 
     Attributes:
@@ -101,7 +101,7 @@ class LossInputs:
     terms: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def losses(inputs: LossInputs, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def losses(inputs: DFlashLossInputs, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of weighted losses, float64 [], the sums [B - 1, 4] in float64 in the order of `SUMS`, and the gradient
     of the first over `total` with respect to the normed states [N, B - 1, H]."""
     blocks, slots = inputs.blocks, states.shape[1]
@@ -126,7 +126,7 @@ class BlockLoss(torch.autograd.Function):
     """(inputs, states [N, B - 1, H]) -> the loss and `[weighted, *sums]` of `losses`, without gradient."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: LossInputs, states: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, inputs: DFlashLossInputs, states: Tensor) -> tuple[Tensor, Tensor]:
         weighted, sums, grad = losses(inputs, states)
         ctx.save_for_backward(grad)
         all_sums = torch.cat([weighted[None], sums.flatten()])

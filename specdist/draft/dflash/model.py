@@ -18,13 +18,13 @@ from specdist.draft.dflash.attention import BlockAttention, eager_attention, fle
 from specdist.draft.dflash.blocks import Blocks
 from specdist.draft.dflash.config import DFlashConfig, DFlashDims
 from specdist.draft.dflash.layer import Layer, modules
-from specdist.draft.dflash.loss import SUMS, BlockLoss, LossInputs, Weighing, metrics
+from specdist.draft.dflash.loss import SUMS, BlockLoss, DFlashLossInputs, Weighing, metrics
 from specdist.draft.dflash.ops import PLAIN, compiled_ops
 from specdist.draft.dflash.proposer import DFlashProposer
 
 
 @dataclass(frozen=True)
-class Frozen:
+class DFlashFrozen:
     """Tensors the draft reads and never trains. A plain object, so that neither FSDP nor state_dict sees them.
 
     Attributes:
@@ -62,7 +62,7 @@ class DFlashDraft(DraftModel):
         device = target.head.device
         assert config.mask_token_id is not None, "the configuration was not completed"
         self.config, self.dims, self.layout, self.mask_token = config, dims, layout, config.mask_token_id
-        self.frozen = Frozen(target, Rotary.of(dims, device), Weighing.of(config, device))
+        self.frozen = DFlashFrozen(target, Rotary.of(dims, device), Weighing.of(config, device))
         self.scale = dims.head_dim**-0.5
         slots = range(1, config.block_size)
         self.metric_names = ("total", "weighted", *(f"{name}/{k}" for k in slots for name in SUMS))
@@ -89,7 +89,7 @@ class DFlashDraft(DraftModel):
         if not len(blocks.anchors):
             return self.nothing(totals)
         states = self.states(batch, features, blocks, self.attention(blocks, lengths))
-        inputs = LossInputs(
+        inputs = DFlashLossInputs(
             blocks=blocks,
             head=self.frozen.target.head.to(states.dtype),
             logit_map=self.frozen.target.logit_map,

@@ -21,7 +21,7 @@ def qk_norm_rope(heads: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Te
 
 
 @dataclass(frozen=True)
-class OpSet:
+class DFlashOps:
     """One of each, see the functions of those names."""
 
     qk_norm_rope: Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor] = qk_norm_rope
@@ -29,12 +29,12 @@ class OpSet:
     block_terms: Callable[..., tuple[Tensor, Tensor, Tensor]] = block_terms
 
 
-PLAIN = OpSet()
+PLAIN = DFlashOps()
 
 
-def compiled_ops() -> OpSet:
+def compiled_ops() -> DFlashOps:
     """Each is compiled to one graph for all lengths and layers."""
-    return OpSet(
+    return DFlashOps(
         compiled(qk_norm_rope, "heads", "cos", "sin"),
         compiled(swiglu, "gate", "up"),
         compiled(block_terms, "products", "labels", "valid"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from specdist.core.records import Features
 from specdist.draft.base import Proposer
 from specdist.draft.dflash.attention import KeysValues, attend_block
-from specdist.draft.dflash.layer import Attention, Layer
+from specdist.draft.dflash.layer import DFlashAttention, Layer
 
 if TYPE_CHECKING:
     from specdist.draft.dflash.model import DFlashDraft
@@ -65,6 +65,6 @@ class DFlashProposer(Proposer):
         return products.argmax(-1).tolist(), products
 
 
-def _attention(layer: nn.Module) -> Attention:
+def _attention(layer: nn.Module) -> DFlashAttention:
     assert isinstance(layer, Layer)
     return layer.self_attn

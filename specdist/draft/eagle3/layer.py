@@ -14,7 +14,7 @@ from specdist.draft.common.rotary import rotate
 from specdist.draft.eagle3.config import Eagle3Dims
 
 
-class Attention(nn.Module):
+class Eagle3Attention(nn.Module):
     """The projections of the attention; queries, keys and values read the embedding and the state side by side."""
 
     def __init__(self, dims: Eagle3Dims, device: torch.device, dtype: torch.dtype) -> None:
@@ -49,7 +49,7 @@ class MidLayer(nn.Module):
         def norm() -> nn.RMSNorm:
             return nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps, device=device, dtype=dtype)
 
-        self.self_attn = Attention(dims, device, dtype)
+        self.self_attn = Eagle3Attention(dims, device, dtype)
         self.mlp = MLP(dims, device, dtype)
         self.input_layernorm = norm()
         self.hidden_norm = norm()

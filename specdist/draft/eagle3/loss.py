@@ -39,7 +39,7 @@ class LossKind:
 
 
 @dataclass(frozen=True)
-class LossInputs:
+class Eagle3LossInputs:
     """All that the loss reads and that takes no gradient.
 
     Attributes:
@@ -106,7 +106,7 @@ def acceptance_gradient(q: Tensor, full: Tensor) -> Tensor:
     return below - q * below.sum(-1, keepdim=True)
 
 
-def losses(inputs: LossInputs, lm_head: Tensor, states: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+def losses(inputs: Eagle3LossInputs, lm_head: Tensor, states: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
     """The sums [K, 4] in float64, in the order of `SUMS`, and the gradient of the head [V_d, H].
 
     `states` [P, K, H] are the normed draft states whose logits are compared with the P teacher rows; those that no row
@@ -122,7 +122,7 @@ def losses(inputs: LossInputs, lm_head: Tensor, states: Tensor, with_grad: bool)
     return sums, None if head_grad is None else head_grad.to(lm_head.dtype)  # complete, and large
 
 
-def _chunk(inputs: LossInputs, part: slice, lm_head: Tensor, states: Tensor, head_grad: Tensor | None) -> Tensor:
+def _chunk(inputs: Eagle3LossInputs, part: slice, lm_head: Tensor, states: Tensor, head_grad: Tensor | None) -> Tensor:
     """The sums of some teacher rows and all steps; writes the gradients."""
     teacher = inputs.teacher
     reached = teacher.rows.student[part] >= 0  # [n, K]

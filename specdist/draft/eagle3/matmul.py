@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from specdist.draft.eagle3.fp8 import Rounded, product
-from specdist.draft.eagle3.op_set import PLAIN, OpSet
+from specdist.draft.eagle3.op_set import PLAIN, Eagle3Ops
 
 
 class Matmul:
     """Products with named weights [outputs, inputs], in their dtype. What `take` makes of an input serves several."""
 
-    def __init__(self, weights: Mapping[str, Tensor], ops: OpSet = PLAIN) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], ops: Eagle3Ops = PLAIN) -> None:
         self._weights, self._ops = weights, ops
 
     def take(self, x: Tensor) -> Any:
@@ -54,7 +54,7 @@ class Matmul:
 class Fp8Matmul(Matmul):
     """In FP8; see `fp8.py`."""
 
-    def __init__(self, weights: Mapping[str, Tensor], ops: OpSet = PLAIN) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], ops: Eagle3Ops = PLAIN) -> None:
         super().__init__(weights, ops)
         rounded = {name: ops.quantise_both_ways(weight.detach()) for name, weight in weights.items()}
         self._forward = {name: forward for name, (forward, _) in rounded.items()}

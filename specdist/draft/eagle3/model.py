@@ -21,17 +21,17 @@ from specdist.draft.eagle3.attention import DocumentAttention, eager_attention, 
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.fp8 import check_device
 from specdist.draft.eagle3.layer import MidLayer, modules
-from specdist.draft.eagle3.loss import SUMS, LossInputs, LossKind, metrics
+from specdist.draft.eagle3.loss import SUMS, Eagle3LossInputs, LossKind, metrics
 from specdist.draft.eagle3.matmul import Fp8Matmul, Matmul
 from specdist.draft.eagle3.op_set import PLAIN, compiled_ops
 from specdist.draft.eagle3.proposer import Eagle3Proposer
 from specdist.draft.eagle3.rows import Rows
 from specdist.draft.eagle3.teacher import Teacher, teach
-from specdist.draft.eagle3.unroll import Task, Unroll, Weights
+from specdist.draft.eagle3.unroll import Unroll, UnrollTask, Weights
 
 
 @dataclass(frozen=True)
-class Frozen:
+class Eagle3Frozen:
     """Tensors the draft reads and never trains. A plain object, so that neither FSDP nor state_dict sees them.
 
     Attributes:
@@ -51,7 +51,9 @@ class Frozen:
     rotary: Rotary
 
     @classmethod
-    def of(cls, config: Eagle3Config, target: TargetVocabulary, vocabulary: DraftVocabulary, rotary: Rotary) -> Frozen:
+    def of(
+        cls, config: Eagle3Config, target: TargetVocabulary, vocabulary: DraftVocabulary, rotary: Rotary
+    ) -> Eagle3Frozen:
         """What the draft needs of the target, on the device of `vocabulary`. Raises ConfigError: no Triton."""
         device, tied = vocabulary.ids.device, target.head is target.embedding
         host = config.embedding == "host" and device.type == "cuda"
@@ -93,7 +95,7 @@ class Eagle3Draft(DraftModel):
         super().__init__()
         device = vocabulary.ids.device
         self.config, self.dims, self.layout = config, dims, layout
-        self.frozen = Frozen.of(config, target, vocabulary, Rotary.of(dims, device))
+        self.frozen = Eagle3Frozen.of(config, target, vocabulary, Rotary.of(dims, device))
         self.scale = dims.head_dim**-0.5
         self.loss_kind = LossKind(config.loss, config.lk_eta)
         self.metric_names = tuple(f"{name}/{k}" for k in range(config.ttt_length) for name in (*SUMS, "positions"))
@@ -138,7 +140,7 @@ class Eagle3Draft(DraftModel):
         loss, sums = Unroll.apply(task, torch.is_grad_enabled(), *inputs)
         return loss.float(), torch.cat([sums, teacher.positions()[:, None]], dim=1).flatten()
 
-    def task(self, features: Features, teacher: Teacher, lengths: tuple[int, ...], totals: Tensor) -> Task:
+    def task(self, features: Features, teacher: Teacher, lengths: tuple[int, ...], totals: Tensor) -> UnrollTask:
         """What the unrolled steps need beside tensors with gradients.
 
         Raises:
@@ -147,7 +149,7 @@ class Eagle3Draft(DraftModel):
         if self.config.products == "fp8":
             check_device(totals.device)
         steps = torch.arange(self.config.ttt_length, device=totals.device, dtype=torch.float64)
-        loss = LossInputs(
+        loss = Eagle3LossInputs(
             teacher=teacher,
             final=features.final,
             head=self.frozen.head,
@@ -159,7 +161,7 @@ class Eagle3Draft(DraftModel):
         )
         positions = torch.arange(max(lengths) + self.config.ttt_length, device=totals.device)
         cos, sin = self.frozen.rotary(positions)
-        return Task(
+        return UnrollTask(
             rows=teacher.rows,
             attend=self.attention(teacher.rows, lengths),
             loss=loss,

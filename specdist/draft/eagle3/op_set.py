@@ -17,7 +17,7 @@ Op = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class OpSet:
+class Eagle3Ops:
     """One of each, see the functions of those names in `ops`, `fp8`, `loss` and `specdist.core.argmax_lse`.
     `kl_row_terms` is `row_terms` for the loss kl."""
 
@@ -42,14 +42,14 @@ class OpSet:
     rounded_swiglu_backward: Op = fp8.rounded_swiglu_backward
 
 
-PLAIN = OpSet()
+PLAIN = Eagle3Ops()
 
 
-def compiled_ops(device: torch.device) -> OpSet:
+def compiled_ops(device: torch.device) -> Eagle3Ops:
     """Each is compiled to one graph for all lengths and steps. On CUDA Triton kernels take the place of those that the
     compiler makes several passes of."""
     row_terms = compiled(loss.row_terms, "student", "teacher", "log_sum_exp", "argmax", "weights")
-    made = OpSet(
+    made = Eagle3Ops(
         norm=compiled(ops.norm, "x"),
         norm_backward=compiled(ops.norm_backward, "grad", "x", "carry"),
         state=compiled(ops.state, "place", "x", "rows"),

@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 from specdist.draft.common.flex import in_blocks, whole_blocks
 from specdist.draft.common.precision import add_product, wide_zeros
 from specdist.draft.eagle3.attention import DocumentAttention
-from specdist.draft.eagle3.loss import LossInputs, losses
+from specdist.draft.eagle3.loss import Eagle3LossInputs, losses
 from specdist.draft.eagle3.matmul import Matmul
-from specdist.draft.eagle3.op_set import OpSet
+from specdist.draft.eagle3.op_set import Eagle3Ops
 from specdist.draft.eagle3.rows import Rows
 
 
@@ -44,7 +44,7 @@ class Weights(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task:
+class UnrollTask:
     """What a micro-batch brings that takes no gradient.
 
     Attributes:
@@ -62,10 +62,10 @@ class Task:
 
     rows: Rows
     attend: DocumentAttention
-    loss: LossInputs
+    loss: Eagle3LossInputs
     cos: Tensor
     sin: Tensor
-    ops: OpSet
+    ops: Eagle3Ops
     matmul: type[Matmul]
     query_heads: tuple[int, int]
     scale: float
@@ -97,7 +97,14 @@ class Unroll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, task: Task, with_grad: bool, hidden: Tensor, entry: Tensor, key: Tensor, value: Tensor, *rest: Tensor
+        ctx: Any,
+        task: UnrollTask,
+        with_grad: bool,
+        hidden: Tensor,
+        entry: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *rest: Tensor,
     ) -> tuple[Tensor, Tensor]:
         # Detached: the compiler makes graphs of their own for what requires gradients.
         hidden, entry, key, value = (t.detach() for t in (hidden, entry, key, value))
@@ -119,7 +126,7 @@ class Unroll(torch.autograd.Function):
 class Unrolled:
     """The forward. `states` [P, K, H] are what the loss reads: the normed states that each position is guessed from."""
 
-    def __init__(self, task: Task, weights: Weights, entry: Tensor, key: Tensor, value: Tensor, with_grad: bool):
+    def __init__(self, task: UnrollTask, weights: Weights, entry: Tensor, key: Tensor, value: Tensor, with_grad: bool):
         self.task, self.weights, self.entry, self.with_grad = task, weights, entry, with_grad
         # Filled up here and not in the attention, which would keep a copy for every step.
         self.key, self.value = (whole_blocks(t.detach()).detach().requires_grad_(with_grad) for t in (key, value))
