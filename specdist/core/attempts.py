@@ -18,7 +18,9 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import msgspec
 
 from specdist.core.errors import UserError, WorldError
 from specdist.core.files import read_json, to_json, write_atomically
@@ -180,7 +182,12 @@ class AttemptRecord:
         return read_json(self.directory / "started.json", Started)
 
     def ending(self) -> Ending | None:
-        return read_json(self.directory / "outcome.json", Ending)
+        found = read_json(self.directory / "outcome.json", dict[str, Any])
+        if found is None:
+            return None
+        why = (found["reason"] or "") + found.get("detail", "")  # one text in 0.1.0, empty where it finished
+        reason = next((reason for reason in StopReason if why.startswith(reason)), None)
+        return msgspec.convert(found | {"reason": reason, "detail": why.removeprefix(reason or "")}, Ending)
 
     def failed(self) -> Failure | None:
         """The failure that ended the attempt: not what ranks met because others had been stopped."""

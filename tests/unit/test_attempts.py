@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,29 @@ def test_records_come_back_as_they_were_and_in_order(tmp_path: Path) -> None:
     assert started is not None
     assert (ending.state, ending.step, started.hosts, started.step) == ("finished", 50, ("a", "b"), 10)
     assert history.verdict() == (DONE, "finished at step 50")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "detail"),
+    [
+        ("", None, ""),
+        ("SIGTERM", StopReason.TERMINATE, ""),
+        ("SIGUSR2 on rank 3", StopReason.USER2, " on rank 3"),
+        ("the end of the time limit, during the evaluation", StopReason.TIME_LIMIT, ", during the evaluation"),
+    ],
+)
+def test_the_outcome_that_version_0_1_wrote_is_read(
+    tmp_path: Path, text: str, reason: StopReason | None, detail: str
+) -> None:
+    record = AttemptRecord(tmp_path / "17.0")
+    record.begin(Started("slurm", ("a",), 4))
+    written = {"state": "stopped" if text else "finished", "step": 7, "reason": text, "time": 1.5}
+    (record.directory / "outcome.json").write_text(json.dumps(written))
+    ending = record.ending()
+    assert ending == Ending("stopped" if text else "finished", 7, reason, detail, 1.5)
+    assert ending.why == text
+    record.end(ending)
+    assert record.ending() == ending
 
 
 def test_only_the_first_failure_is_kept_whoever_writes_at_once(tmp_path: Path) -> None:
