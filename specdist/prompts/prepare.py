@@ -43,6 +43,8 @@ DEFAULT_CACHE = "~/.cache/specdist"
 SMALL_BYTES = 4 << 20
 """Files of less than this are tokenised by this process: starting others would take longer."""
 PIECE_TIMEOUT_S = 600.0
+POLL_S = 0.5
+"""Between two looks at the lock of another process."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -112,23 +114,28 @@ def _locked(final: Path, timeout: float, say: Callable[[str], None]) -> Iterator
     """Keep other processes from preparing the same. What killed ones have left is deleted."""
     path, pattern = final.with_suffix(".lock"), f"{final.name}.*.tmp"
     at_work = next((work.name.split(".")[1] for work in final.parent.glob(pattern)), "another process")
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"{at_work} prepares them; waiting")
+    lock, began = FileLock(path, fallback_to_soft=False), time.monotonic()  # a soft one of a lost host stays
+    while not lock.is_locked:
         try:
-            lock.acquire(timeout, poll_interval=0.5)
+            lock.acquire(timeout=0)
         except Timeout:
-            message = f"waited {timeout:.0f} s for {at_work} to prepare the prompts. Its lock is {path}"
-            raise WorldError(message) from None
+            waited = time.monotonic() - began
+            if waited > timeout:
+                message = f"waited {timeout:.0f} s for {at_work} to prepare the prompts. Its lock is {path}"
+                raise WorldError(message) from None
+            say(f"{at_work} prepares them; waiting for {waited // 60:.0f} min")
+            time.sleep(POLL_S)
+        except OSError as error:  # of a file system without locks: nothing is deleted there, and two may do the work
+            say(f"{path} cannot be locked ({error})")
+            break
     try:
-        for remains in final.parent.glob(pattern):
+        for remains in final.parent.glob(pattern) if lock.is_locked else ():
             shutil.rmtree(remains, ignore_errors=True)
         yield
     finally:
-        path.unlink(missing_ok=True)  # a process that waits for it finds the store, or makes a lock of its own
-        lock.release()
+        if lock.is_locked:
+            path.unlink(missing_ok=True)  # a process that waits for it finds the store, or makes a lock of its own
+            lock.release()
 
 
 def _ready(directory: Path, config: PromptsConfig) -> PromptStore:

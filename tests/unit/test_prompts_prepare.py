@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache: what it is keyed by, who prepares it, and that nothing wrong is left of a preparation that was killed."""
 
+import errno
 import json
 import os
 import signal
@@ -13,9 +14,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from filelock import FileLock
 
 from specdist.core.errors import ConfigError, DataError, WorldError
 from specdist.prompts import in_world
@@ -24,6 +27,7 @@ from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import to_sample
 from specdist.prompts.in_world import prepare_in_world
 from specdist.prompts.prepare import prepare
+from specdist.prompts.read import find_files
 from specdist.prompts.render import Renderer
 from specdist.prompts.store import PromptStore
 from tests.unit import prompts_tokenizers as t
@@ -291,6 +295,42 @@ def test_others_wait_a_bounded_time_and_a_killed_preparation_leaves_nothing_wron
     assert time.monotonic() - started < 20, "the lock of a dead process is free at once"
     assert len(store) == 600
     assert [p.name for p in cache.iterdir()] == [store.directory.name]
+
+
+def test_waiting_for_another_process_is_progress(
+    config: PromptsConfig, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a world the others give a rank up that comes no further: longer than that it may wait for another job."""
+    cache, said, clock = Path(config.cache_dir or "") / "prompts", list[str](), [0.0]
+    cache.mkdir(parents=True)
+    key = prepare_module.cache_key(config, find_files(config.files), model)
+
+    def sleep(_: float) -> None:
+        clock[0] += 600.0
+
+    monkeypatch.setattr(prepare_module, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    with FileLock(cache / f"{key}.lock"), pytest.raises(WorldError, match="waited 3600 s for another process"):
+        prepare(config, model, progress=False, on_progress=said.append)
+    waits = [text for text in said if "waiting" in text]
+    assert len(waits) == len(set(waits)) == 7
+
+
+def test_a_file_system_without_locks_serves(
+    config: PromptsConfig, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not every shared one has them; what another process is at work on is left alone there."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    work = Path(config.cache_dir or "") / "prompts"
+    work /= f"{prepare_module.cache_key(config, find_files(config.files), model)}.process 7 on b.0.tmp"
+    work.mkdir(parents=True)
+    said: list[str] = []
+    assert len(prepare(config, model, progress=False, on_progress=said.append)) == 600
+    assert work.exists()
+    assert any("No locks available" in text for text in said)
 
 
 def test_of_many_one_prepares(config: PromptsConfig, model: Path, preparations: list[Path]) -> None:
