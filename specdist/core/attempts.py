@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from specdist.core.errors import UserError, WorldError
+from specdist.core.errors import DataError, UserError, WorldError
 from specdist.core.files import read_json, to_json, write_atomically
 from specdist.core.stop import StopReason
 
@@ -182,12 +182,16 @@ class AttemptRecord:
         return read_json(self.directory / "started.json", Started)
 
     def ending(self) -> Ending | None:
-        found = read_json(self.directory / "outcome.json", dict[str, Any])
+        file = self.directory / "outcome.json"
+        found = read_json(file, dict[str, Any])
         if found is None:
             return None
-        why = (found["reason"] or "") + found.get("detail", "")  # one text in 0.1.0, empty where it finished
+        why = f"{found.get('reason') or ''}{found.get('detail', '')}"  # one text in 0.1.0, empty where it finished
         reason = next((reason for reason in StopReason if why.startswith(reason)), None)
-        return msgspec.convert(found | {"reason": reason, "detail": why.removeprefix(reason or "")}, Ending)
+        try:
+            return msgspec.convert(found | {"reason": reason, "detail": why.removeprefix(reason or "")}, Ending)
+        except msgspec.ValidationError as error:
+            raise DataError(f"{file}: not what specdist writes there: {error}") from error
 
     def failed(self) -> Failure | None:
         """The failure that ended the attempt: not what ranks met because others had been stopped."""

@@ -41,7 +41,7 @@ def read_json(path: Path, kind: type[T]) -> T | None:
     except FileNotFoundError:
         return None
     except msgspec.MsgspecError as error:
-        raise DataError(f"{path}: not what this version writes there: {error}") from error
+        raise DataError(f"{path}: not what specdist writes there: {error}") from error
 
 
 def sync_directory(directory: Path) -> None:

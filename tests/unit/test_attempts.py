@@ -221,9 +221,10 @@ def test_attempts_of_one_job_have_directories_of_their_own(tmp_path: Path, monke
     assert Attempt.from_environment() == Attempt("abc", 1)
 
 
-def test_a_record_of_another_version_is_named(tmp_path: Path) -> None:
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     record = AttemptRecord(tmp_path / "logs/7.0")
     record.begin(Started("torchrun", ("n1",), 2, 0))
-    (record.directory / "outcome.json").write_text('{"state": "stopped", "step": 3, "reason": "SIGUSR2 on rank 1"}')
-    with pytest.raises(DataError, match=r"7\.0/outcome\.json: not what this version writes there"):
-        record.ending()
+    for text in ('{"state": "asleep", "step": 3}', '["stopped"]', '{"sta'):
+        (record.directory / "outcome.json").write_text(text)
+        with pytest.raises(DataError, match=r"7\.0/outcome\.json: not what specdist writes there"):
+            record.ending()
