@@ -32,19 +32,30 @@ def prepare_in_world(
     """The store of the configured prompts on every rank of a world, whose `hosts` are given in rank order.
 
     Rank 0 prepares them and shows its progress. Where `prompts.cache_dir` is not shared, the first rank of every other
-    host does so after it, for its host.
+    host does so after it, for its host. Returns when all hosts have theirs: what comes next is collective, and its
+    limits are not made for a preparation.
 
     Raises:
         ConfigError, DataError: see `prepare`; on all ranks.
         WorldError: the rank that is waited for has come no further for `silence_s` seconds.
     """
-    first = hosts.index(hosts[rank])
-    for preparing in sorted({0, first} - {rank}):
+    firsts = sorted({hosts.index(host) for host in set(hosts)})
+    prompts, own = None, hosts.index(hosts[rank])
+    for preparing in firsts:
+        if preparing == rank:
+            prompts = prompts or _prepare(config, tokenizer_dir, store, rank)
+            store.set(f"prompts/{rank}", json.dumps({"directory": str(prompts.directory), "files": prompts.files}))
+            continue
         found = json.loads(_await(store, preparing, hosts, silence_s))
         if "error" in found:  # on every rank, so that it does not matter whose is recorded first
             raise DataError(found["error"], found["keys"])
-        if is_store(Path(found["directory"])):
-            return PromptStore.open(found["directory"], found["files"])
+        if prompts is None and preparing in (0, own) and is_store(Path(found["directory"])):
+            prompts = PromptStore.open(found["directory"], found["files"])
+    return prompts or _prepare(config, tokenizer_dir, store, rank)
+
+
+def _prepare(config: PromptsConfig, tokenizer_dir: str | Path, store: dist.Store, rank: int) -> PromptStore:
+    """Prepare them here; the other ranks learn how far it is, and the error."""
     published_at = 0.0
 
     def publish(text: str) -> None:
@@ -54,12 +65,10 @@ def prepare_in_world(
             store.set(f"prompts/{rank}/progress", text)
 
     try:
-        prompts = prepare(config, tokenizer_dir, progress=rank == 0, on_progress=publish)
+        return prepare(config, tokenizer_dir, progress=rank == 0, on_progress=publish)
     except InputError as error:
         store.set(f"prompts/{rank}", json.dumps({"error": str(error), "keys": error.keys}))
         raise
-    store.set(f"prompts/{rank}", json.dumps({"directory": str(prompts.directory), "files": prompts.files}))
-    return prompts
 
 
 def _await(store: dist.Store, rank: int, hosts: Sequence[str], silence_s: float) -> bytes:

@@ -362,6 +362,16 @@ def test_in_a_world_one_rank_of_a_host_prepares(
     assert stores[0].provenance(599) == (config.files[0], 600)
 
 
+def test_in_a_world_no_rank_goes_on_before_all_hosts_have_their_prompts(config: PromptsConfig, model: Path) -> None:
+    store = dist.HashStore()
+    with pytest.raises(WorldError, match=r"rank 1 \(host b\) prepares the prompts") as error:
+        prepare_in_world(config, model, store, HOSTS, 0, silence_s=0.1)
+    assert error.value.culprit == 1
+    prepare_in_world(config, model, store, HOSTS, 1)  # sees what rank 0 has prepared, and says so
+    for rank in (0, 2, 3):
+        prepare_in_world(config, model, store, HOSTS, rank, silence_s=0.1)
+
+
 def test_in_a_world_all_ranks_have_the_same_error(config: PromptsConfig, model: Path) -> None:
     store = dist.HashStore()
     add_lines(config, "{")
