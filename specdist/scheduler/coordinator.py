@@ -334,7 +334,7 @@ class Coordinator:
         held = f"item {culprit.item} for {culprit.seconds:.0f} s (limit {self._scheduler.timeout:.0f} s)"
         if culprit.role == "target":
             replica = culprit.indices[0]
-            return self.replicas.ranks(replica), f"target replica {replica} has been computing {held}"
+            return self.replicas.suspects(replica, culprit.item), f"target replica {replica} has been computing {held}"
         ranks = [self._draft_ranks[draft] for draft in culprit.indices]
         others = "no other has either" if culprit.everyone else f"{len(self._draft_ranks) - len(ranks)} others have"
         return ranks, f"has not released {held}; {others}"

@@ -54,6 +54,11 @@ class Replicas:
         """The ranks of a replica, by their numbers here."""
         return self._replicas[replica].members
 
+    def suspects(self, replica: int, item: int) -> list[int]:
+        """The ranks of a replica, those that have not computed `item` first."""
+        done = self._replicas[replica].computed.get(item, set())
+        return sorted(self.ranks(replica), key=done.__contains__)
+
     @property
     def working(self) -> bool:
         """Whether some replica has not ended yet, and ranks of it are there."""

@@ -325,6 +325,11 @@ def test_a_slow_replica_and_a_slow_draft_rank_are_named() -> None:
     assert "rank 0 (target replica 0 tp 0, host a): target replica 0 has been computing item 0 for 21 s" in error
     assert "rank 1 (target replica 0 tp 1, host a) last message 0 s ago, phase 'idle'" in error
 
+    office = Office(make_scheduler())
+    office.open()
+    office.hear(0, Computed(0))  # the other rank of the replica has not
+    assert office.tick(21.0, range(7)).startswith("rank 1 (target replica 0 tp 1, host a): target replica 0 has been")
+
     office = Office(make_scheduler(end_item=2))
     office.open()
     office.hear(0, Computed(0))
