@@ -59,7 +59,8 @@ class RollCall:
         where = f"{address[0]}:{address[1]}"
         if self.number == 0:
             try:
-                return dist.TCPStore(*address, is_master=True, wait_for_workers=False)
+                timeout = timedelta(seconds=self.timeout_s)
+                return dist.TCPStore(*address, is_master=True, wait_for_workers=False, timeout=timeout)
             except dist.DistError as error:
                 raise WorldError(f"{self.name} cannot open {where}, is its port taken? {first_line(error)}") from error
         deadline, last = time.monotonic() + self.timeout_s, ""

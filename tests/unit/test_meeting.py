@@ -12,7 +12,7 @@ import pytest
 
 from specdist.core.errors import Dismissed, UserError, WorldError
 from specdist.core.network import interface_towards
-from specdist.world.roll_call import Meeting, Node, free_port, meet
+from specdist.world.roll_call import Meeting, Node, RollCall, free_port, meet
 
 HOSTS = ("a", "b", "c")
 
@@ -56,6 +56,11 @@ def test_everyone_learns_who_is_missing() -> None:
         assert "1 of 3 nodes did not come to the meeting within 3 s (launch.meet_timeout_s): b. Present: a, c" in str(
             error
         )
+
+
+def test_the_leader_waits_in_its_store_no_longer_than_the_others() -> None:
+    call = RollCall(0, 2, "rank 0", "rank 0", 7.0, "world.join_timeout_s")
+    assert call.open_store(("127.0.0.1", free_port())).timeout.total_seconds() == 7.0
 
 
 def test_without_a_leader_the_wait_is_bounded() -> None:
