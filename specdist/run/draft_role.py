@@ -66,7 +66,9 @@ def consume(context: RankContext) -> None:
     # The targets are let go first, so that nothing waits for however long the last save takes.
     _end_the_run(context, source, progress.next_item, leader)
     client.phase = "waiting for the reports of the target ranks"
-    told = client.expect(Reports) if leader and topology.mode == "split" else None
+    told = None
+    if leader and topology.mode == "split":  # the scheduler sends them within `timeout_s`, if the connection holds
+        told = client.expect(Reports, context.timeout_s + job.control.heartbeat_s)
     producers = () if told is None else told.reports
     client.phase = "saving"
     trainer.commit(progress, checkpointer)
