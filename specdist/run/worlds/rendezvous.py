@@ -76,5 +76,5 @@ class Rendezvous:
             return ControlAddress(f"tcp://{self._scheduler}", shared_token(TOKEN_BYTES))
         try:
             return msgspec.json.decode(self._file.read_bytes(), type=ControlAddress)
-        except FileNotFoundError:
+        except (FileNotFoundError, msgspec.MsgspecError):  # or what another version has left
             return None
