@@ -25,7 +25,8 @@ from specdist.channel.wire import Wire
 from specdist.core import config as configuration
 from specdist.core.errors import ConfigError, WorldError
 from specdist.core.launch_env import RankFacts, local_address
-from specdist.core.records import Cursor, FeatureLayout
+from specdist.core.progress import Cursor
+from specdist.core.records import FeatureLayout
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology, WorldConfig
 from specdist.prompts.items import Items

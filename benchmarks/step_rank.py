@@ -18,7 +18,8 @@ from benchmarks.shapes import SHAPES
 from benchmarks.step import StepConfig, StepSpeed, lengths_of
 from specdist.core import config as configuration
 from specdist.core.launch_env import RankFacts
-from specdist.core.records import Cursor, Features, PackedTokens, Shard, TargetVocabulary, WorkItem
+from specdist.core.progress import Cursor
+from specdist.core.records import Features, PackedTokens, Shard, TargetVocabulary, WorkItem
 from specdist.core.topology import Topology, WorldConfig
 from specdist.draft.base import ContextShare, DraftModel
 from specdist.draft.build import build_draft

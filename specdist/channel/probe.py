@@ -20,7 +20,8 @@ from specdist.channel.config import ChannelConfig
 from specdist.channel.registry import transport_for
 from specdist.channel.wire import StoreBook, Wire
 from specdist.core.errors import UserError, WorldError
-from specdist.core.records import Cursor, FeatureLayout, Shard, WorkItem
+from specdist.core.progress import Cursor
+from specdist.core.records import FeatureLayout, Shard, WorkItem
 from specdist.core.topology import Link, Topology
 from specdist.world.groups import Groups, World
 from specdist.world.links import rounds

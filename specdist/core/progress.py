@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.core.records import Cursor
 
 COMMIT = "COMMIT"
 
@@ -33,6 +32,14 @@ class CheckpointConfig:
             raise ConfigError.at(
                 "checkpoint.every", f"({self.every}) is >= 0 and checkpoint.keep ({self.keep}) >= 1", "checkpoint.keep"
             )
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in the stream: `position` sequences of the shuffled order of `epoch` were given out before it."""
+
+    epoch: int = 0
+    position: int = 0
 
 
 @dataclass(frozen=True)

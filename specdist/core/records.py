@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values that travel between the stations: cursors, work items, packed tokens, feature layouts.
+"""The values that travel between the stations: work items, packed tokens, feature layouts.
 
 They belong to no station. A work item is small and says which sequences go to which draft rank; tokens and the
 layout of the features on the wire follow from it, so every rank derives them for itself and nothing sent is precious.
@@ -14,13 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Cursor:
-    """A place in the stream: `position` sequences of the shuffled order of `epoch` were given out before it."""
-
-    epoch: int = 0
-    position: int = 0
+from specdist.core.progress import Cursor
 
 
 @dataclass(frozen=True)

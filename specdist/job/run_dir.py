@@ -1,16 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run directory: one place for the configuration, the checkpoints, the metrics and the results of the run.
-
-config.yaml            the resolved configuration
-draft_vocabulary.safetensors   target ids of the draft vocabulary (absent when it is the whole)
-checkpoints/step-*/    training state
-metrics.jsonl          one record every metrics.every steps
-tensorboard/
-export/<format>/       the draft as serving engines load it
-summary.json           the results
-status.json            the state of the run a few seconds ago
-logs/<job>.<restart>/  every attempt's logs, first failure and end (specdist/core/attempts.py)
-"""
+"""What is done with a run directory; where things lie in it: specdist/core/run_paths.py."""
 
 from __future__ import annotations
 
@@ -25,42 +14,13 @@ from torch import Tensor
 from specdist.core import config
 from specdist.core.errors import ConfigError
 from specdist.core.files import write_atomically
+from specdist.core.run_paths import RunPaths
 from specdist.job.config import JobConfig, differing_keys, load_job
 
 
 @dataclass(frozen=True)
-class RunDirectory:
-    """Paths of a run, and the rule that a directory belongs to one job."""
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def exports(self) -> Path:
-        return self.path / "export"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
-    def status(self) -> Path:
-        return self.path / "status.json"
+class RunDirectory(RunPaths):
+    """The paths of a run, and the rule that a directory belongs to one job."""
 
     def check(self, job: JobConfig) -> None:
         """Raise ConfigError where the directory holds a run of another job; names the keys that differ."""

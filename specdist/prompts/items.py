@@ -6,7 +6,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
-from specdist.core.records import Cursor, WorkItem
+from specdist.core.progress import Cursor
+from specdist.core.records import WorkItem
 from specdist.prompts.stream import Stream
 
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.core.records import Cursor, Shard, WorkItem
+from specdist.core.progress import Cursor
+from specdist.core.records import Shard, WorkItem
 
 
 class Stream:

@@ -13,7 +13,7 @@ from specdist.core.attempts import AttemptRecord, attempts
 from specdist.core.errors import ConfigError
 from specdist.core.files import read_json
 from specdist.core.progress import committed, read_progress
-from specdist.job.run_dir import RunDirectory
+from specdist.core.run_paths import RunPaths
 from specdist.job.split import verdict
 from specdist.scheduler.messages import Statistics
 from specdist.scheduler.peers import Phase
@@ -46,7 +46,7 @@ def describe(run_dir: Path, now: float | None = None) -> str:
         ConfigError: there is no run in this directory.
     """
     now = time.time() if now is None else now
-    paths = RunDirectory(run_dir)
+    paths = RunPaths(run_dir)
     if not paths.config.exists() and not attempts(run_dir):
         raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml (give the run.dir of a job)")
     history = attempts(run_dir)
@@ -122,7 +122,7 @@ def _remaining(status: Status, record: Mapping[str, float], now: float) -> str:
     return words
 
 
-def _saved(paths: RunDirectory, now: float) -> list[str]:
+def _saved(paths: RunPaths, now: float) -> list[str]:
     found = committed(paths.checkpoints)
     if not found:
         return ["  checkpoint  none yet"]

@@ -27,7 +27,8 @@ from specdist.channel.registry import transport_for
 from specdist.channel.wire import Wire
 from specdist.core.errors import WorldError
 from specdist.core.launch_env import RankFacts
-from specdist.core.records import Cursor, FeatureLayout, Shard, WorkItem
+from specdist.core.progress import Cursor
+from specdist.core.records import FeatureLayout, Shard, WorkItem
 from specdist.core.topology import Topology, WorldConfig
 from specdist.world.groups import Groups, World, join_world, make_groups
 from specdist.world.links import connect_links

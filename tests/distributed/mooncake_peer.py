@@ -15,7 +15,8 @@ from specdist.channel.mooncake.engine import TransferEngine
 from specdist.channel.mooncake.receiver import MooncakeReceiver
 from specdist.channel.wire import StoreBook, Wire
 from specdist.core.launch_env import RankFacts
-from specdist.core.records import Cursor, FeatureLayout, Shard, WorkItem
+from specdist.core.progress import Cursor
+from specdist.core.records import FeatureLayout, Shard, WorkItem
 from specdist.core.topology import Topology, WorldConfig
 from specdist.world.groups import Groups, World
 

@@ -17,7 +17,8 @@ from specdist.channel.p2p import P2PReceiver, P2PSender
 from specdist.channel.wire import Wire
 from specdist.core.errors import WorldError
 from specdist.core.launch_env import RankFacts
-from specdist.core.records import Cursor, FeatureLayout, Shard, WorkItem
+from specdist.core.progress import Cursor
+from specdist.core.records import FeatureLayout, Shard, WorkItem
 from specdist.core.topology import Link, Topology, WorldConfig
 from specdist.world.groups import Groups, World
 

@@ -7,8 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from specdist.core.errors import DataError
-from specdist.core.progress import COMMIT, CheckpointConfig, Progress, committed, read_progress
-from specdist.core.records import Cursor
+from specdist.core.progress import COMMIT, CheckpointConfig, Cursor, Progress, committed, read_progress
 from specdist.run.drafts import load_state
 from specdist.training.checkpoint import Checkpointer
 

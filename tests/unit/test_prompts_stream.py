@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.core.records import Cursor, WorkItem
+from specdist.core.progress import Cursor
+from specdist.core.records import WorkItem
 from specdist.prompts.stream import Stream
 
 BUDGET = 256

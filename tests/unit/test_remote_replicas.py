@@ -13,7 +13,7 @@ import pytest
 
 from specdist.core.attempts import Failure
 from specdist.core.errors import ConfigError
-from specdist.core.records import Cursor
+from specdist.core.progress import Cursor
 from specdist.core.stop import StopReason
 from specdist.core.topology import Topology, WorldConfig
 from specdist.run.worlds.rendezvous import ControlAddress, Rendezvous

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,8 +15,7 @@ from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
 from specdist.core.errors import ConfigError
 from specdist.core.files import read_json
 from specdist.core.launch_env import Attempt
-from specdist.core.progress import Progress
-from specdist.core.records import Cursor
+from specdist.core.progress import Cursor, Progress
 from specdist.core.stop import StopReason
 from specdist.core.topology import Topology
 from specdist.job.resume_plan import ResumePlan
@@ -162,3 +163,11 @@ def test_the_first_failure_is_recorded_and_shown_once(run_dir: Path, capsys) -> 
     said = capsys.readouterr().err
     assert "KeyError: first" in said
     assert "second" not in said
+
+
+def test_it_answers_without_importing_torch(run_dir: Path) -> None:
+    """Which takes seconds from a cluster's file system."""
+    program = "import sys; from specdist_launch.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program, "status", run_dir], capture_output=True, text=True)
+    assert done.stdout.startswith(f"{run_dir}: "), done.stderr
+    assert done.stdout.endswith("\nFalse\n")

@@ -9,7 +9,7 @@ from itertools import groupby
 import msgspec
 
 from specdist.core.errors import ConfigError
-from specdist.core.records import Cursor
+from specdist.core.progress import Cursor
 from specdist.core.topology import Topology
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run directory: one place for the configuration, the checkpoints, the metrics and the results of a run.
+
+config.yaml            the resolved configuration
+draft_vocabulary.safetensors   target ids of the draft vocabulary (absent when it is the whole)
+checkpoints/step-*/    training state
+metrics.jsonl          one record every metrics.every steps
+tensorboard/
+export/<format>/       the draft as serving engines load it
+summary.json           the results
+status.json            the state of the run a few seconds ago
+logs/<job>.<restart>/  every attempt's logs, first failure and end (specdist/core/attempts.py)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Paths of a run, without what is done with them: `RunDirectory` (specdist/job/run_dir.py) imports torch."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
