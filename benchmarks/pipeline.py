@@ -82,7 +82,8 @@ def write_prompts(directory: Path, lengths: Sequence[int], supervised: float, vo
     marks = places >= np.repeat(sizes - np.maximum(np.round(sizes * supervised).astype(np.int64), 1), sizes)
     with StoreWriter(directory) as writer:
         tokens = chance.integers(0, vocab_size, sizes.sum(), dtype=np.int32)
-        writer.extend(sizes, tokens, marks, 0, np.arange(1, len(sizes) + 1))
+        lines = np.arange(1, len(sizes) + 1)
+        writer.extend(sizes, tokens, marks, 0, lines, groups=lines)
         count = writer.sequences
         writer.finish(["random"], PrepareReport(count, count, count, writer.tokens, writer.supervised))
 

@@ -23,8 +23,8 @@ from specdist.core.records import Features, PackedTokens, Shard, TargetVocabular
 from specdist.core.topology import Topology, WorldConfig
 from specdist.draft.base import ContextShare, DraftModel
 from specdist.draft.build import build_draft
+from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
-from specdist.prompts.store import PromptStore
 from specdist.run.feature_source import random_rows
 from specdist.training.optimizer import build_optimizer
 from specdist.training.trainer import FeatureSource, Trainer, shard_draft
@@ -145,7 +145,7 @@ class _Rank:
         config, draft = self._config, self._draft(batch)
         sharded = shard_draft(draft, self._groups, self.dtype, config.draft.sharding)
         optimizer = build_optimizer(sharded, config.optimizer)
-        items, prompts = cast(Items, batch), cast(PromptStore, batch)
+        items, prompts = cast(Items, batch), cast(Corpus, batch)
         trainer = Trainer(sharded, optimizer, batch, items, prompts, self._groups, self._place.dp, self._device)
         steps = iter(range(10**9))
 

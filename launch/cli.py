@@ -169,10 +169,10 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from specdist.prompts.prepare import prepare
+    from specdist.prompts.prepare import prepare_corpus
 
     job = words.load(args.config)
-    print(prepare(job.prompts, job.target.path, progress=True).described())
+    print(prepare_corpus(job.prompts, job.target.path, progress=True).described())
     return 0
 
 

@@ -54,15 +54,15 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     from specdist.evaluate.prompts import check_prompts
     from specdist.job.config import check_installed, topology
     from specdist.job.run_dir import RunDirectory
-    from specdist.prompts.prepare import prepare
+    from specdist.prompts.prepare import prepare_corpus
 
     job = words.load_checked(config)
     check_installed(job, target=job.world.mode != "draft_only" and job.world.role != "draft")
     RunDirectory(Path(job.run.dir)).create()
     ranks = ranks or world_size(job, 0 if job.world.device == "cpu" else torch.cuda.device_count())
     topology(job, [platform.node()] * ranks)
-    prompts = prepare(job.prompts, job.target.path, progress=True)  # before any rank could wait for another
-    if prompts.report.bad_total:
+    prompts = prepare_corpus(job.prompts, job.target.path)  # before any rank could wait for another
+    if prompts.bad_total:
         print(f"prompts: {prompts.described()}", file=sys.stderr)
     check_prompts(job.evaluate.prompts, job.target.path, job.evaluate.limit, job.prompts.template_kwargs)
     files, overrides = words.split(config)

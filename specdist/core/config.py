@@ -343,6 +343,10 @@ def _statements(schema: type) -> tuple[tuple[ast.stmt, ast.stmt], ...]:
 _WORDS = (
     (r".* is not a TupleConfig, ListConfig, list, or tuple\.", "it takes a list: write [a, b]"),
     (r"TupleConfig length (\d+) does not match type hint length (\d+)", r"it has \1 items and needs \2"),
+    (
+        r"Value '(.*)' of type '\w+' is incompatible with type hint '(?:Optional\[)?Union\[float, tuple\[str, .*",
+        r"it takes a number with a decimal point (0.5) or a list of names ([a, b]), not \1",
+    ),
     (r"Incompatible value 'None' for field of type '(\w+)'.*", r"it needs a value (\1)"),
     (r"while parsing a flow .*", "its value is not YAML: is a bracket or a quote left open?"),
 )

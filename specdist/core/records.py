@@ -19,7 +19,7 @@ from specdist.core.progress import Cursor
 
 @dataclass(frozen=True)
 class Shard:
-    """What one draft data-parallel rank gets of a work item: whole sequences, by their index in the prompt store."""
+    """What one draft data-parallel rank gets of a work item: whole sequences, by their index in the corpus."""
 
     sequences: tuple[int, ...]
     lengths: tuple[int, ...]

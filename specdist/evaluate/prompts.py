@@ -83,7 +83,7 @@ def check_prompts(
 
 
 def _read(file: str) -> Iterator[Sample]:
-    for source in find_files((file,)):
+    for source in find_files((file,), "evaluate.prompts"):
         for piece in pieces(source):
             for sample in samples(piece, lambda record, *place: to_sample(_answered(record), *place)):
                 if isinstance(sample, BadSample):

@@ -12,7 +12,7 @@ from specdist.core.errors import ConfigError
 from specdist.core.progress import Progress, committed, read_progress
 from specdist.job.config import JobConfig
 from specdist.job.run_dir import RunDirectory
-from specdist.prompts.store import PromptStore
+from specdist.prompts.corpus import Corpus
 from specdist.prompts.stream import Stream
 
 
@@ -36,7 +36,7 @@ class ResumePlan:
         return msgspec.json.decode(text, type=cls, dec_hook=lambda kind, value: kind(value))
 
 
-def find_resume_plan(job: JobConfig, run_dir: RunDirectory, prompts: PromptStore, stream: Stream) -> ResumePlan:
+def find_resume_plan(job: JobConfig, run_dir: RunDirectory, prompts: Corpus, stream: Stream) -> ResumePlan:
     """Look for a checkpoint to resume from, and count what is left to do.
 
     Raises:
@@ -56,8 +56,8 @@ def find_resume_plan(job: JobConfig, run_dir: RunDirectory, prompts: PromptStore
         if progress.fingerprint != prompts.fingerprint:
             raise ConfigError(
                 f"{checkpoint} was trained on other prompts (fingerprint {progress.fingerprint}, now "
-                f"{prompts.fingerprint}): its place in the data means nothing here. Restore the files, or choose "
-                "another run.dir (draft.init_from starts from an exported draft)",
+                f"{prompts.fingerprint}): its place in the data means nothing here. Restore the files and "
+                "prompts.holdout, or choose another run.dir (draft.init_from starts from an exported draft)",
                 "run.dir draft.init_from",
             )
     accumulation = job.train.accumulation

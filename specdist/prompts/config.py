@@ -25,6 +25,9 @@ class PromptsConfig:
     files: tuple[str, ...] = ()
     """JSONL, JSON, Parquet or Arrow files, and directories of them (Hugging Face `save_to_disk` too). Globs allowed.
     Or one directory of tokenised sequences, a prompt store: it is taken as it is."""
+    holdout: float | tuple[str, ...] | None = None
+    """What is never trained on, for evaluation while training: a share of the conversations of prompts.files (0.02), or
+    files of further ones ([heldout.jsonl]), and then prompts.files lose those that begin with the same user message."""
     supervise: Literal["all", "last"] = "all"
     """Which assistant turns of a conversation are learnt: all of them, or the last only."""
     max_length: int = 2048
@@ -47,6 +50,13 @@ class PromptsConfig:
     """Further variables of the chat template, as the server will be given them (e.g. enable_thinking: false)."""
 
     def __post_init__(self) -> None:
+        if self.holdout == ():
+            object.__setattr__(self, "holdout", None)
+        if isinstance(self.holdout, float) and not 0 < self.holdout < 1:
+            raise ConfigError.at(
+                "prompts.holdout",
+                f"is {self.holdout:g}: a share of the conversations is more than 0 and less than 1 (null: none)",
+            )
         if self.max_length < 2:
             raise ConfigError.at("prompts.max_length", f"is {self.max_length}: a sequence needs at least 2 tokens")
         if self.tokens_per_rank < self.max_length:

@@ -2,7 +2,8 @@
 """From a record of a file to a conversation in the one form that chat templates know.
 
 Three formats: `messages` (a list of role and content), ShareGPT's `conversations` (a list of from and value; role and
-content are taken too), and plain `text`. A record may bring `tools` (JSON schemas) and `system` (a first turn).
+content are taken too), and plain `text`. A record may bring `tools` (JSON schemas), `system` (a first turn) and
+`category` (a word by which evaluations are told apart).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ROLES = {
 }
 """Roles as data sets write them, and as chat templates read them (`developer` is OpenAI's newer name for `system`)."""
 
-COLUMNS = ("messages", "conversations", "text", "tools", "system")
+COLUMNS = ("messages", "conversations", "text", "tools", "system", "category")
 KEPT_KEYS = ("name", "tool_calls", "tool_call_id")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
@@ -50,6 +51,7 @@ class Sample:
     messages: tuple[Message, ...] = ()
     text: str | None = None
     tools: tuple[dict[str, Any], ...] = ()
+    category: str | None = None
 
 
 def to_sample(record: object, file: str, line: int) -> Sample:
@@ -60,17 +62,19 @@ def to_sample(record: object, file: str, line: int) -> Sample:
     """
     if not isinstance(record, Mapping):
         raise UnusableError("unknown format", f"a record is an object with a key, not {_kind(record)}")
+    category = str(record["category"]).strip() if isinstance(record.get("category"), str | int) else ""
     for key in ("messages", "conversations"):
         if record.get(key) is not None:
             messages = [_message(turn, number) for number, turn in enumerate(_turns(record[key], key), start=1)]
             if record.get("system") and not (messages and messages[0]["role"] == "system"):
                 messages.insert(0, {"role": "system", "content": _text(record["system"], "system")})
-            return Sample(file, line, messages=_checked(messages), tools=_tools(record.get("tools")))
+            tools = _tools(record.get("tools"))
+            return Sample(file, line, messages=_checked(messages), tools=tools, category=category or None)
     if record.get("text") is not None:
         text = _text(record["text"], "text")
         if not text.strip():
             raise UnusableError("nothing to supervise", "`text` is empty")
-        return Sample(file, line, text=text)
+        return Sample(file, line, text=text, category=category or None)
     keys = ", ".join(map(str, record)) or "none"
     raise UnusableError("unknown format", f"none of `messages`, `conversations`, `text` among the keys: {keys}")
 

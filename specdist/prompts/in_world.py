@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from specdist.core.errors import DataError, InputError, WorldError
 from specdist.prompts.config import PromptsConfig
-from specdist.prompts.prepare import prepare
+from specdist.prompts.corpus import Corpus, make_corpus
+from specdist.prompts.prepare import prepare_corpus
 from specdist.prompts.store import PromptStore, is_store
 
 SILENCE_S = 900.0
@@ -28,15 +29,15 @@ def prepare_in_world(
     hosts: Sequence[str],
     rank: int,
     silence_s: float = SILENCE_S,
-) -> PromptStore:
-    """The store of the configured prompts on every rank of a world, whose `hosts` are given in rank order.
+) -> Corpus:
+    """The configured prompts on every rank of a world, whose `hosts` are given in rank order.
 
     Rank 0 prepares them and shows its progress. Where `prompts.cache_dir` is not shared, the first rank of every other
     host does so after it, for its host. Returns when all hosts have theirs: what comes next is collective, and its
     limits are not made for a preparation.
 
     Raises:
-        ConfigError, DataError: see `prepare`; on all ranks.
+        ConfigError, DataError: see `prepare_corpus`; on all ranks.
         WorldError: the rank that is waited for has come no further for `silence_s` seconds.
     """
     firsts = sorted({hosts.index(host) for host in set(hosts)})
@@ -44,17 +45,20 @@ def prepare_in_world(
     for preparing in firsts:
         if preparing == rank:
             prompts = prompts or _prepare(config, tokenizer_dir, store, rank)
-            store.set(f"prompts/{rank}", json.dumps({"directory": str(prompts.directory), "files": prompts.files}))
+            found = [(str(prepared.directory), prepared.files) for prepared in prompts.stores]
+            store.set(f"prompts/{rank}", json.dumps({"stores": found}))
             continue
         found = json.loads(_await(store, preparing, hosts, silence_s))
         if "error" in found:  # on every rank, so that it does not matter whose is recorded first
             raise DataError(found["error"], found["keys"])
-        if prompts is None and preparing in (0, own) and is_store(Path(found["directory"])):
-            prompts = PromptStore.open(found["directory"], found["files"])
+        stores = found["stores"]
+        if prompts is None and preparing in (0, own) and all(is_store(Path(directory)) for directory, _ in stores):
+            share = config.holdout if isinstance(config.holdout, float) else None
+            prompts = make_corpus([PromptStore.open(*opened) for opened in stores], share)
     return prompts or _prepare(config, tokenizer_dir, store, rank)
 
 
-def _prepare(config: PromptsConfig, tokenizer_dir: str | Path, store: dist.Store, rank: int) -> PromptStore:
+def _prepare(config: PromptsConfig, tokenizer_dir: str | Path, store: dist.Store, rank: int) -> Corpus:
     """Prepare them here; the other ranks learn how far it is, and the error."""
     published_at = 0.0
 
@@ -65,7 +69,7 @@ def _prepare(config: PromptsConfig, tokenizer_dir: str | Path, store: dist.Store
             store.set(f"prompts/{rank}/progress", text)
 
     try:
-        return prepare(config, tokenizer_dir, progress=rank == 0, on_progress=publish)
+        return prepare_corpus(config, tokenizer_dir, progress=rank == 0, on_progress=publish)
     except InputError as error:
         store.set(f"prompts/{rank}", json.dumps({"error": str(error), "keys": error.keys}))
         raise

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -33,6 +33,7 @@ from specdist.core.errors import DataError, WorldError
 from specdist.core.files import sync_directory
 from specdist.core.progress_bar import ProgressBar
 from specdist.prompts.config import PromptsConfig
+from specdist.prompts.corpus import Corpus, make_corpus
 from specdist.prompts.read import PIECE_BYTES, Piece, SourceFile, find_files, pieces
 from specdist.prompts.render import load_tokenizer
 from specdist.prompts.report import PrepareReport
@@ -60,20 +61,43 @@ TOKENIZER_FILES = (
 )
 
 
+def prepare_corpus(
+    config: PromptsConfig,
+    tokenizer_dir: str | Path,
+    progress: bool = True,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Corpus:
+    """The configured prompts, those trained on and those held out; see `prepare`. In a world see
+    `in_world.prepare_in_world`.
+
+    Raises:
+        ConfigError, DataError, WorldError: see `prepare` and `make_corpus`.
+    """
+    stores = [prepare(config, tokenizer_dir, progress, on_progress=on_progress)]
+    if isinstance(config.holdout, float):
+        return make_corpus(stores, config.holdout)
+    if config.holdout is not None:
+        heldout = replace(config, files=config.holdout)
+        stores.append(prepare(heldout, tokenizer_dir, progress, on_progress=on_progress, key="prompts.holdout"))
+    return make_corpus(stores)
+
+
 def prepare(
     config: PromptsConfig,
     tokenizer_dir: str | Path,
     progress: bool = True,
     timeout: float = 3600.0,
     on_progress: Callable[[str], None] = lambda text: None,
+    key: str = "prompts.files",
 ) -> PromptStore:
-    """The store of the configured prompts: from the cache, or tokenised now. Of several processes that share a cache
-    one works at a time. In a world see `in_world.prepare_in_world`.
+    """The store of `config.files`: from the cache, or tokenised now. Of several processes that share a cache one works
+    at a time.
 
     Args:
         progress: whether it is shown on stderr.
         timeout: seconds to wait for another process that prepares the same.
         on_progress: called with the progress, in words.
+        key: that the files are given by.
 
     Raises:
         ConfigError, DataError: nothing to read, an unusable file or tokenizer, no usable sample, more bad samples than
@@ -82,19 +106,20 @@ def prepare(
     """
     if len(config.files) == 1 and is_store(Path(config.files[0])):
         return _ready(Path(config.files[0]), config)
-    sources = find_files(config.files)
+    sources = find_files(config.files, key)
     total = sum(os.path.getsize(source.path) for source in sources)
     root = Path(config.cache_dir or DEFAULT_CACHE).expanduser() / "prompts"
     root.mkdir(parents=True, exist_ok=True)
-    with ProgressBar("prompts", None, counted=False, enabled=progress) as bar:
+    name = "prompts" if key == "prompts.files" else "held-out prompts"
+    with ProgressBar(name, None, counted=False, enabled=progress) as bar:
 
         def say(text: str) -> None:
-            bar.say(text, f"prompts: {text}")
+            bar.say(text, f"{name}: {text}")
             on_progress(text)
 
         def advance(done: int, text: str) -> None:
             line = f"{min(done / max(total, 1), 1):.0%}: {text}"
-            bar.update(done, text, f"prompts: {line}")
+            bar.update(done, text, f"{name}: {line}")
             on_progress(line)
 
         say(f"looking up {len(sources)} files ({total / 1e6:,.1f} MB) in the cache")
@@ -195,7 +220,8 @@ def _prepare_into(
         with StoreWriter(work) as writer, open(work / BAD_SAMPLES, "w", encoding="utf-8") as bad:
             tokenized = partial(tokenize, tokenizer_dir=tokenizer_dir, settings_json=settings(config))
             for source, piece, done in _in_order(sources, _workers(config, total), tokenized):
-                writer.extend(done.lengths, done.tokens, done.supervised, source, done.lines)
+                sequences = (done.lengths, done.tokens, done.supervised, source, done.lines)
+                writer.extend(*sequences, done.groups, done.categories)
                 _add(report, done, writer, bad)
                 _judge(report, config)
                 size += piece.size

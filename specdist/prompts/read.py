@@ -46,18 +46,18 @@ class Piece:
     table: bytes | None = None
 
 
-def find_files(patterns: tuple[str, ...]) -> list[SourceFile]:
-    """The files that `prompts.files` names, in order: as listed, sorted within a pattern or a directory.
+def find_files(patterns: tuple[str, ...], key: str = "prompts.files") -> list[SourceFile]:
+    """The files that the value of `key` names, in order: as listed, sorted within a pattern or a directory.
 
     Raises:
         ConfigError, DataError: nothing is named, nothing matches, or a file's kind is unknown.
     """
     if not patterns:
-        raise ConfigError.at("prompts.files", "is empty: name at least one file or directory of conversations")
+        raise ConfigError.at(key, "is empty: name at least one file or directory of conversations")
     for pattern in patterns:
         if patterns.count(pattern) > 1:
             raise ConfigError.at(
-                "prompts.files",
+                key,
                 f"names {pattern} {patterns.count(pattern)} times, and a file is read once: name it once "
                 "(train.epochs repeats all)",
                 "train.epochs",
@@ -67,33 +67,33 @@ def find_files(patterns: tuple[str, ...]) -> list[SourceFile]:
         expanded = str(Path(pattern).expanduser())
         matches = [expanded] if Path(expanded).exists() else sorted(glob.glob(expanded, recursive=True))
         if not matches:
-            raise DataError.at("prompts.files", f": nothing is called or matches {pattern!r}")
+            raise DataError.at(key, f": nothing is called or matches {pattern!r}")
         for match in matches:
-            files += _in_directory(Path(match)) if Path(match).is_dir() else [_source(Path(match))]
+            files += _in_directory(Path(match), key) if Path(match).is_dir() else [_source(Path(match), key)]
     return list(dict.fromkeys(files))
 
 
-def _source(path: Path) -> SourceFile:
+def _source(path: Path, key: str) -> SourceFile:
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
-        raise DataError.at("prompts.files", f": {path} is none of {', '.join(KINDS)}, nor a directory of them")
+        raise DataError.at(key, f": {path} is none of {', '.join(KINDS)}, nor a directory of them")
     return SourceFile(str(path), kind)  # type: ignore[arg-type]
 
 
-def _in_directory(path: Path) -> list[SourceFile]:
+def _in_directory(path: Path, key: str) -> list[SourceFile]:
     if (path / "dataset_dict.json").exists():
         names = _metadata(path / "dataset_dict.json", "splits")
         raise DataError(
-            f"{path} holds the splits {', '.join(names)}: name one in prompts.files, as {path / names[0]}",
-            "prompts.files",
+            f"{path} holds the splits {', '.join(names)}: name one in {key}, as {path / names[0]}",
+            key,
         )
     if (path / "state.json").exists():
         found = [path / entry["filename"] for entry in _metadata(path / "state.json", "_data_files")]
     else:
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.name not in HF_METADATA)
     if not found:
-        raise DataError.at("prompts.files", f": no {', '.join(KINDS)} file in the directory {path}")
-    return [_source(p) for p in found]
+        raise DataError.at(key, f": no {', '.join(KINDS)} file in the directory {path}")
+    return [_source(p, key) for p in found]
 
 
 def _metadata(path: Path, key: str) -> list[Any]:

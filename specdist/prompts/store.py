@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ from specdist.core.errors import DataError
 from specdist.core.records import PackedTokens
 from specdist.prompts.report import PrepareReport
 
-FORMAT = 1
+FORMAT = 2
 """Of the files of a store. Raise it when they change, or when the same samples give other tokens than before."""
 BAD_SAMPLES = "bad.jsonl"
 MANIFEST = "manifest.json"
@@ -30,9 +31,14 @@ COLUMNS: dict[str, np.dtype] = {
     "supervised_counts": np.dtype("<i4"),
     "files": np.dtype("<i4"),
     "lines": np.dtype("<i8"),
+    "groups": np.dtype("<u8"),
+    "labels": np.dtype("<i4"),
 }
-"""One file each: tokens and supervised [T], offsets [S + 1], the others [S], of T tokens in S sequences."""
+"""One file each: tokens and supervised [T], offsets [S + 1], the others [S], of T tokens in S sequences. `groups` are
+keys of the conversations (holdout.py), `labels` index the manifest's labels; -1 is the name of the sequence's file."""
 CONTENT = ("tokens", "supervised", "offsets")
+MAX_LABELS, OTHERS = 1000, "others"
+"""Of as many categories at most the records of a store are told apart; those of further ones are called OTHERS."""
 
 
 class StoreWriter:
@@ -45,6 +51,7 @@ class StoreWriter:
         self.supervised = 0
         self.max_token = -1
         self._files = {name: open(self.directory / f"{name}.bin", "wb") for name in COLUMNS}  # noqa: SIM115
+        self._labels: dict[str, int] = {}
         self._hashes = {name: hashlib.sha256() for name in CONTENT}
         self._put("offsets", np.zeros(1, COLUMNS["offsets"]))
 
@@ -56,9 +63,17 @@ class StoreWriter:
             file.close()
 
     def extend(
-        self, lengths: np.ndarray, tokens: np.ndarray, supervised: np.ndarray, file: int, lines: np.ndarray
+        self,
+        lengths: np.ndarray,
+        tokens: np.ndarray,
+        supervised: np.ndarray,
+        file: int,
+        lines: np.ndarray,
+        groups: np.ndarray,
+        categories: Sequence[str | None] = (),
     ) -> None:
-        """Append sequences laid end to end: `lengths` and `lines` [S], `tokens` and `supervised` [sum of lengths]."""
+        """Append sequences laid end to end: `lengths`, `lines`, `groups` and `categories` (or none) [S], `tokens` and
+        `supervised` [sum of lengths]."""
         if not len(lengths):
             return
         if int(lengths.min()) < 1 or int(lengths.sum()) != len(tokens) or len(tokens) != len(supervised):
@@ -74,6 +89,8 @@ class StoreWriter:
         self._put("supervised_counts", counts)
         self._put("files", np.full(len(lengths), file))
         self._put("lines", lines)
+        self._put("groups", groups)
+        self._put("labels", np.array([self._label(name) for name in categories or [None] * len(lengths)]))
         self.sequences += len(lengths)
         self.tokens += len(tokens)
         self.supervised += int(counts.sum())
@@ -93,12 +110,19 @@ class StoreWriter:
             "max_token": self.max_token,
             "fingerprint": hashlib.sha256(hashes.encode()).hexdigest(),
             "files": list(files),
+            "labels": list(self._labels),
             "report": report.to_dict(),
         }
         with open(self.directory / MANIFEST, "w", encoding="utf-8") as written:
             json.dump(manifest, written, indent=1)
             written.flush()
             os.fsync(written.fileno())
+
+    def _label(self, category: str | None) -> int:
+        if category is None:
+            return -1
+        known = self._labels
+        return known.setdefault(category if category in known or len(known) < MAX_LABELS else OTHERS, len(known))
 
     def _put(self, name: str, values: np.ndarray) -> None:
         data = np.ascontiguousarray(values, dtype=COLUMNS[name]).tobytes()
@@ -125,6 +149,7 @@ class PromptStore:
         self.supervised: int = manifest["supervised"]
         self.max_token: int = manifest["max_token"]
         self.report = PrepareReport(**manifest["report"])
+        self._labels: list[str] = manifest["labels"]
         self.files: list[str] = list(files) if files is not None else manifest["files"]
         self.report.rename(dict(zip(manifest["files"], self.files, strict=True)))
         sizes = dict.fromkeys(COLUMNS, manifest["sequences"])
@@ -168,36 +193,54 @@ class PromptStore:
         """int32 [sequences], the supervised tokens of every sequence."""
         return self._columns["supervised_counts"]
 
+    @property
+    def groups(self) -> np.ndarray:
+        """uint64 [sequences], the key of the conversation that every sequence is of (`holdout.conversation_key`)."""
+        return self._columns["groups"]
+
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The int32 tokens and the bool marks of one sequence, as views of the mapped files."""
         first, last = (int(offset) for offset in self._columns["offsets"][index : index + 2])
         return self._columns["tokens"][first:last], self._columns["supervised"][first:last].view(np.bool_)
 
-    def pack(self, indices: Sequence[int]) -> PackedTokens:
-        """The sequences `indices`, in that order, laid end to end on the CPU. No index gives an empty packing."""
-        views = [self.sequence(index) for index in indices]
-        lengths = np.array([len(tokens) for tokens, _ in views], dtype=np.int64)
-        cu_seqlens = np.zeros(len(views) + 1, dtype=np.int32)
-        np.cumsum(lengths, out=cu_seqlens[1:])
-        positions = np.arange(cu_seqlens[-1], dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)
-        tokens = np.concatenate([np.zeros(0, np.int64), *(tokens for tokens, _ in views)])
-        supervised = np.concatenate([np.zeros(0, np.bool_), *(marks for _, marks in views)])
-        return PackedTokens(*map(torch.from_numpy, (tokens, supervised, cu_seqlens, positions)))
-
     def provenance(self, index: int) -> tuple[str, int]:
         """The file and the line (or row) that the sequence comes from."""
         return self.files[self._columns["files"][index]], int(self._columns["lines"][index])
 
-    def supervised_tokens(self, chunk: int = 1 << 24) -> Iterable[np.ndarray]:
-        """All supervised token ids, in chunks of arrays."""
-        for start in range(0, self.tokens, chunk):
-            marks = self._columns["supervised"][start : start + chunk].view(np.bool_)
-            yield self._columns["tokens"][start : start + chunk][marks]
+    def label(self, index: int) -> str:
+        """The category of the sequence's record, or the name of its file without the ending."""
+        label = int(self._columns["labels"][index])
+        return self._labels[label] if label >= 0 else Path(self.files[self._columns["files"][index]]).stem
+
+    def records(self, indices: np.ndarray) -> np.ndarray:
+        """bool [N], true where the first sequence of a record is among `indices` (ascending int64 [N])."""
+        lines, files = self._columns["lines"][indices], self._columns["files"][indices]
+        return np.concatenate(([True], (np.diff(lines) != 0) | (np.diff(files) != 0)))[: len(indices)]
+
+    def supervised_tokens(self, chosen: np.ndarray, chunk: int = 1 << 24) -> Iterable[np.ndarray]:
+        """The supervised token ids of the sequences `chosen` (bool [sequences]), in chunks of arrays."""
+        offsets = self._columns["offsets"]
+        bounds = np.unique(np.searchsorted(offsets, [*range(0, self.tokens, chunk), self.tokens]))
+        for first, last in itertools.pairwise(bounds.tolist()):
+            part = slice(int(offsets[first]), int(offsets[last]))
+            marks = self._columns["supervised"][part].view(np.bool_)
+            yield self._columns["tokens"][part][marks & np.repeat(chosen[first:last], self.lengths[first:last])]
+
+
+def packed(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> PackedTokens:
+    """Sequences (int32 tokens and bool marks each), laid end to end on the CPU. None at all give an empty packing."""
+    lengths = np.array([len(tokens) for tokens, _ in sequences], dtype=np.int64)
+    cu_seqlens = np.zeros(len(sequences) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    positions = np.arange(cu_seqlens[-1], dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)
+    tokens = np.concatenate([np.zeros(0, np.int64), *(tokens for tokens, _ in sequences)])
+    supervised = np.concatenate([np.zeros(0, np.bool_), *(marks for _, marks in sequences)])
+    return PackedTokens(*map(torch.from_numpy, (tokens, supervised, cu_seqlens, positions)))
 
 
 def is_store(directory: Path) -> bool:
     """Whether a store, perhaps of another format, lies there."""
-    return all((directory / name).exists() for name in (MANIFEST, *(f"{column}.bin" for column in COLUMNS)))
+    return all((directory / name).exists() for name in (MANIFEST, *(f"{column}.bin" for column in CONTENT)))
 
 
 def _mapped(path: Path, dtype: np.dtype, size: int) -> np.ndarray:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.prompts.store import PromptStore
+from specdist.prompts.corpus import Corpus
 
 
-def frequent_tokens(store: PromptStore, size: int, target_size: int) -> tuple[Tensor, float]:
-    """The `size` most frequent supervised tokens of a target with `target_size`; ties and unseen ones by lowest id.
+def frequent_tokens(corpus: Corpus, size: int, target_size: int) -> tuple[Tensor, float]:
+    """The `size` most frequent supervised tokens, of those trained on, of a target with `target_size`; ties and unseen
+    ones by lowest id.
 
     Returns int64 [size], ascending, and the share of supervised tokens among them: a ceiling of the acceptance rate.
 
@@ -22,13 +23,13 @@ def frequent_tokens(store: PromptStore, size: int, target_size: int) -> tuple[Te
     """
     if not 0 < size <= target_size:
         raise ConfigError(f"draft vocab_size={size}: the target has {target_size} tokens, so give 1 to {target_size}")
-    if store.max_token >= target_size:
+    if corpus.max_token >= target_size:
         raise DataError(
-            f"the prompts hold token {store.max_token} and the target's vocabulary has {target_size} entries: "
+            f"the prompts hold token {corpus.max_token} and the target's vocabulary has {target_size} entries: "
             "the tokenizer belongs to another model"
         )
     counts = np.zeros(target_size, dtype=np.int64)
-    for tokens in store.supervised_tokens():
+    for tokens in corpus.supervised_tokens():
         counts += np.bincount(tokens, minlength=target_size)
     chosen = np.sort(np.argsort(-counts, kind="stable")[:size])
     return torch.from_numpy(chosen), float(counts[chosen].sum() / max(counts.sum(), 1))

@@ -14,6 +14,8 @@ from multiprocessing.connection import wait
 import numpy as np
 
 from specdist.prompts.config import PromptsConfig
+from specdist.prompts.conversation import Sample
+from specdist.prompts.holdout import conversation_key
 from specdist.prompts.read import Piece, samples
 from specdist.prompts.render import Renderer, Sequenced
 from specdist.prompts.report import BadSample, PrepareReport, UnusableError
@@ -25,12 +27,15 @@ class Tokenized:
 
     Attributes:
         lengths, lines: int64 [S], the tokens and the line of every sequence.
+        groups, categories: of every sequence the key (`conversation_key`, uint64 [S]) and the category of its record.
         tokens: int32 [T]. supervised: bool [T].
         report: the statistics of the piece's samples, those of its sequences left out.
     """
 
     lengths: np.ndarray
     lines: np.ndarray
+    groups: np.ndarray
+    categories: tuple[str | None, ...]
     tokens: np.ndarray
     supervised: np.ndarray
     bad: tuple[BadSample, ...]
@@ -51,7 +56,7 @@ def tokenize(piece: Piece, tokenizer_dir: str, settings_json: str) -> Tokenized:
     """Read and render every record of a piece."""
     renderer = _renderer(tokenizer_dir, settings_json)
     report, bad = PrepareReport(), list[BadSample]()
-    sequences: list[tuple[int, Sequenced]] = []
+    sequences: list[tuple[Sample, Sequenced]] = []
     for sample in samples(piece):
         report.samples += 1
         try:
@@ -63,12 +68,14 @@ def tokenize(piece: Piece, tokenizer_dir: str, settings_json: str) -> Tokenized:
                 report.truncated += rendering.truncated
                 report.cut_away += rendering.cut_away
                 report.skipped += rendering.skipped
-                sequences += [(sample.line, sequence) for sequence in rendering.sequences]
+                sequences += [(sample, sequence) for sequence in rendering.sequences]
         except UnusableError as error:
             bad.append(BadSample(sample.file, sample.line, error.reason, error.detail))
     return Tokenized(
         lengths=np.array([len(sequence.tokens) for _, sequence in sequences], dtype=np.int64),
-        lines=np.array([line for line, _ in sequences], dtype=np.int64),
+        lines=np.array([sample.line for sample, _ in sequences], dtype=np.int64),
+        groups=np.array([conversation_key(sample) for sample, _ in sequences], dtype=np.uint64),
+        categories=tuple(sample.category for sample, _ in sequences),
         tokens=np.concatenate([np.zeros(0, np.int32), *(sequence.tokens for _, sequence in sequences)]),
         supervised=np.concatenate([np.zeros(0, np.bool_), *(sequence.supervised for _, sequence in sequences)]),
         bad=tuple(bad),

@@ -17,8 +17,8 @@ from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.resume_plan import ResumePlan
 from specdist.job.run_dir import RunDirectory
+from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
-from specdist.prompts.store import PromptStore
 from specdist.prompts.stream import Stream
 from specdist.run.rank_log import RankLog
 from specdist.scheduler.client import ControlClient
@@ -53,7 +53,7 @@ class WorldContext:
     world: World
     topology: Topology
     groups: Groups
-    prompts: PromptStore
+    prompts: Corpus
     stop: StopFlag
 
     @property
@@ -77,9 +77,9 @@ class WorldContext:
         return jobs.transport(self.job, self.world.device)
 
     def stream(self) -> Stream:
-        """The stream of work items, the same on every rank."""
+        """The stream of work items of the prompts that are trained on, the same on every rank."""
         job = self.job
-        return Stream(self.prompts.lengths, self.topology.shards, job.prompts.tokens_per_rank, job.run.seed)
+        return Stream(self.prompts.training.lengths, self.topology.shards, job.prompts.tokens_per_rank, job.run.seed)
 
     def wire(self, address_book: AddressBook | None = None) -> Wire:
         """What this rank's end of the channel is made of; `address_book`: of a channel between two worlds."""

@@ -18,8 +18,8 @@ from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
 from specdist.core.trace import span
 from specdist.core.worker import Worker
+from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
-from specdist.prompts.store import PromptStore
 from specdist.run.stall_timer import StallTimer
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Deliver, Message, Released, Stop, StopRequest
@@ -129,7 +129,7 @@ class ColocatedSource(FeatureSource):
         slots: list[Tensor],
         topology: Topology,
         rank: int,
-        prompts: PromptStore,
+        prompts: Corpus,
     ):
         place = topology.draft_place(rank)
         assert place is not None

@@ -146,10 +146,12 @@ def _introduce(context: WorldContext, resume: ResumePlan) -> None:
     start = f"resuming from {resume.checkpoint.name}" if resume.checkpoint else "starting"
     done, total = resume.progress.step, resume.total_steps
     steps = f"{total - done} steps to go" if done < total else f"{done} of {total} steps are done, nothing to train"
+    heldout = prompts.heldout
+    held_out = f" ({len(heldout)} more held out, {heldout.tokens:,} tokens)" if heldout is not None else ""
     print(
         f"specdist: {topology.mode} world of {topology.world_size} ranks: {target}"
-        f"{len(topology.draft)} draft rank(s). {len(prompts)} sequences, "
-        f"{int(prompts.lengths.sum()):,} tokens, {context.facts.layout.bytes_per_token:,} B of features per token. "
+        f"{len(topology.draft)} draft rank(s). {len(prompts.training)} sequences, "
+        f"{prompts.tokens:,} tokens{held_out}, {context.facts.layout.bytes_per_token:,} B of features per token. "
         f"{start}: {steps}. Run directory {job.run.dir}",
         file=sys.stderr,
         flush=True,

@@ -13,8 +13,8 @@ from torch import Tensor
 from specdist.channel.base import FeatureSender
 from specdist.core.records import WorkItem
 from specdist.core.trace import span
+from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
-from specdist.prompts.store import PromptStore
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Dispatch, Message, ProducerReport, Stop
 from specdist.target.base import TargetModel
@@ -52,7 +52,7 @@ class Producer:
         sender: FeatureSender,
         client: ControlClient,
         items: Items,
-        prompts: PromptStore,
+        prompts: Corpus,
         slots: int,
         verify_items: int,
         timeout_s: float,

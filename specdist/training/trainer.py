@@ -25,8 +25,8 @@ from specdist.core.records import Features, PackedTokens, WorkItem
 from specdist.core.stop import StopFlag
 from specdist.core.trace import span
 from specdist.draft.base import DraftModel, Supervision
+from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
-from specdist.prompts.store import PromptStore
 from specdist.training.checkpoint import Checkpointer
 from specdist.training.optimizer import learning_rate, set_learning_rate
 from specdist.training.profile import NO_PROFILE, Profile
@@ -120,7 +120,7 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         source: FeatureSource,
         items: Items,
-        prompts: PromptStore,
+        prompts: Corpus,
         groups: Groups,
         shard: int,
         device: torch.device,

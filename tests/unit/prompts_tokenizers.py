@@ -102,11 +102,11 @@ def save_tokenizer(directory: Path, template: str | None = CHATML) -> Path:
 
 
 def write_store(directory: Path, sequences: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> PromptStore:
-    """A store of token ids and supervision marks."""
+    """A store of token ids and supervision marks; the key of the conversation of a line is the line."""
     directory.mkdir()
     with StoreWriter(directory) as writer:
         for line, (tokens, supervised) in enumerate(sequences, start=1):
             lengths, marks = np.array([len(tokens)]), np.asarray(supervised, dtype=bool)
-            writer.extend(lengths, np.asarray(tokens), marks, 0, np.array([line]))
+            writer.extend(lengths, np.asarray(tokens), marks, 0, np.array([line]), np.array([line]))
         writer.finish(["given"], PrepareReport())
     return PromptStore.open(directory)

@@ -25,6 +25,7 @@ from specdist.prompts import in_world
 from specdist.prompts import prepare as prepare_module
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import to_sample
+from specdist.prompts.corpus import Corpus, make_corpus
 from specdist.prompts.in_world import prepare_in_world
 from specdist.prompts.prepare import prepare
 from specdist.prompts.read import find_files
@@ -83,7 +84,8 @@ def test_the_store_holds_what_the_renderer_says(config: PromptsConfig, model: Pa
     assert store.provenance(599) == (config.files[0], 600)
     assert store.max_token == max(int(s.tokens.max()) for s in expected)
     chosen = [7, 3, 599]
-    packed = store.pack(chosen)
+    corpus = make_corpus([store])
+    packed = corpus.pack(chosen)
     assert packed.tokens.tolist() == [x for i in chosen for x in expected[i].tokens.tolist()]
     assert packed.supervised.tolist() == [x for i in chosen for x in expected[i].supervised.tolist()]
     assert packed.lengths == [len(expected[i].tokens) for i in chosen]
@@ -94,7 +96,7 @@ def test_the_store_holds_what_the_renderer_says(config: PromptsConfig, model: Pa
         "torch.int32",
         "torch.int64",
     ]
-    empty = store.pack([])
+    empty = corpus.pack([])
     assert (len(empty.tokens), empty.cu_seqlens.tolist()) == (0, [0])
 
 
@@ -350,12 +352,12 @@ def test_in_a_world_one_rank_of_a_host_prepares(
     store, of_thread = dist.HashStore(), threading.local()
     monkeypatch.setattr(in_world, "is_store", lambda path: path.is_relative_to(of_thread.cache))
 
-    def of_rank(rank: int) -> PromptStore:
+    def of_rank(rank: int) -> Corpus:
         cache = of_thread.cache = Path(config.cache_dir or "") / ("" if shared else HOSTS[rank])
         return prepare_in_world(replace(config, cache_dir=str(cache)), model, store, HOSTS, rank)
 
     with ThreadPoolExecutor(4) as threads:
-        stores = list(threads.map(of_rank, [3, 2, 1, 0]))
+        stores = [corpus.training.store for corpus in threads.map(of_rank, [3, 2, 1, 0])]
     assert len(preparations) == (1 if shared else 2)
     assert {store.fingerprint for store in stores} == {stores[0].fingerprint}
     assert [store.directory for store in stores[:2]] == [store.directory for store in stores[2:]]

@@ -14,15 +14,16 @@ from specdist.core.topology import Topology
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.resume_plan import ResumePlan
-from specdist.prompts.store import PromptStore
+from specdist.prompts.corpus import Corpus
 from specdist.scheduler.messages import MAX_TERMS_BYTES
 
 
-def common_facts(job: JobConfig, facts: JobFacts, prompts: PromptStore) -> dict[str, str]:
+def common_facts(job: JobConfig, facts: JobFacts, prompts: Corpus) -> dict[str, str]:
     """What decides which rows an item has and what is in them, by the keys it comes from."""
     target = facts.target
     return {
         "prompts": prompts.fingerprint,
+        "prompts.holdout": prompts.heldout.fingerprint if prompts.heldout is not None else "nothing",
         "prompts.tokens_per_rank": str(job.prompts.tokens_per_rank),
         "run.seed": str(job.run.seed),
         "target.path": f"{target.layers} layers, {target.parameters} parameters, vocabulary {target.vocab_size}",
@@ -50,7 +51,7 @@ class Terms:
     common: dict[str, str]
 
     @classmethod
-    def of(cls, job: JobConfig, facts: JobFacts, prompts: PromptStore, topology: Topology, resume: ResumePlan) -> Terms:
+    def of(cls, job: JobConfig, facts: JobFacts, prompts: Corpus, topology: Topology, resume: ResumePlan) -> Terms:
         """The terms of a draft world."""
         progress, common = resume.progress, common_facts(job, facts, prompts)
         hosts = tuple((host, len(list(ranks))) for host, ranks in groupby(topology.hosts))
