@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from specdist.core.progress import committed, read_progress
+from specdist.job.config import load_job
+from specdist.prompts.corpus import Corpus
+from specdist.prompts.prepare import prepare_corpus
+from specdist.prompts.stream import Stream
 from tests.distributed.worlds import kill_all, mooncake_loads, start_torchrun, train
 from tests.tiny import make_config, make_conversations, make_target
 
@@ -85,8 +89,14 @@ def test_stopped_and_resumed_equals_undisturbed_bitwise(tmp_path, material, undi
     assert losses(tmp_path) == undisturbed
 
 
-def test_more_replicas_train_the_same(tmp_path, material, undisturbed):
-    run(4, tmp_path, material, target__replicas=2)
+def test_more_replicas_train_the_same_and_nothing_that_is_held_out(tmp_path, material, undisturbed):
+    held, more = tmp_path / "held.jsonl", tmp_path / "more.jsonl"
+    for file, answer in ((held, "no"), (more, "yes")):
+        asked = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": answer}] for n in range(3)]
+        file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in asked))
+    holdout = {"prompts__files": f"[{more},{material[1]}]", "prompts__holdout": f"[{held}]"}
+    err = run(4, tmp_path, material, target__replicas=2, **holdout)
+    assert "(3 more held out, " in err
     assert losses(tmp_path) == undisturbed
 
 
@@ -194,21 +204,25 @@ def test_a_run_may_change_sides_with_a_smaller_vocabulary(tmp_path, material):
     assert evaluations[0]["after"]["accepted"] == evaluations[1]["after"]["accepted"]
 
 
-def test_epochs_end_with_nothing_dropped(tmp_path, material):
-    err = run(3, tmp_path, material, train__steps="null", train__epochs=2, checkpoint__every=0)
+def test_epochs_end_with_nothing_dropped_but_what_is_held_out(tmp_path, material):
+    options = {"train__steps": "null", "train__epochs": 2, "checkpoint__every": 0, "prompts__holdout": 0.3}
+    err = run(3, tmp_path, material, **options)
     progress = read_progress(committed(tmp_path / "run/checkpoints")[-1])
     assert (progress.cursor.epoch, progress.cursor.position) == (2, 0), err
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     total = int(summary["training"]["tokens"])
-    assert total == 2 * sum_of_tokens(tmp_path, material)
+    corpus = corpus_of(tmp_path, material, **options)
+    assert 0 < len(corpus.heldout_indices) < len(corpus.training_indices)
+    assert total == 2 * int(corpus.lengths[: len(corpus.training_indices)].sum())
+    items = Stream(corpus.training.lengths, 2, 256, 0).items(epochs=2)
+    trained = [corpus.provenance(s) for item in items for shard in item.shards for s in shard.sequences]
+    assert len(trained) == 2 * len(corpus.training_indices)
+    assert not set(trained) & {corpus.provenance(s) for s in corpus.heldout_indices}
 
 
-def sum_of_tokens(directory: Path, material) -> int:
-    from specdist.job.config import load_job
-    from specdist.prompts.prepare import prepare
-
-    job = load_job([], words(directory, material))
-    return int(prepare(job.prompts, job.target.path, progress=False).lengths.sum())
+def corpus_of(directory: Path, material, **options) -> Corpus:
+    job = load_job([], words(directory, material, **options))
+    return prepare_corpus(job.prompts, job.target.path, progress=False)
 
 
 @pytest.mark.parametrize(("mode", "ranks"), [("target_only", 2), ("draft_only", 2)])

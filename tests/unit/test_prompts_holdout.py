@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from specdist.core import config as configuration
 from specdist.core.errors import ConfigError, DataError
 from specdist.prompts.config import PromptsConfig
-from specdist.prompts.conversation import to_sample
+from specdist.prompts.conversation import Sample, to_sample
 from specdist.prompts.corpus import Corpus, make_corpus
 from specdist.prompts.holdout import conversation_key, held_out, is_held_out
 from specdist.prompts.prepare import prepare, prepare_corpus
+from specdist.prompts.read import find_files, pieces, samples
 from specdist.prompts.report import PrepareReport
 from specdist.prompts.store import MAX_LABELS, OTHERS, PromptStore, StoreWriter
 from specdist.prompts.vocabulary import frequent_tokens
@@ -247,6 +250,9 @@ def test_labels_are_categories_or_files_and_not_too_many(tmp_path: Path) -> None
     assert PromptStore.open(tmp_path, ["e/moved.jsonl"]).label(0) == "moved"
 
 
-def test_a_category_is_a_word_or_a_number() -> None:
+def test_a_category_is_a_word_or_a_number(tmp_path: Path) -> None:
     for given, read in (("maths", "maths"), (7, "7"), (" ", None), (None, None), ({"a": 1}, None)):
         assert to_sample(record("Hello", category=given), "", 1).category == read
+    pq.write_table(pa.table({"text": ["a", "b"], "category": ["maths", None]}), tmp_path / "a.parquet")
+    (piece,) = pieces(find_files((str(tmp_path / "a.parquet"),))[0])
+    assert [sample.category for sample in samples(piece) if isinstance(sample, Sample)] == ["maths", None]

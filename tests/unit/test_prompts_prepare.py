@@ -209,6 +209,12 @@ def test_a_store_is_taken_as_it_is(tmp_path: Path, model: Path, preparations: li
     assert not preparations
     with pytest.raises(DataError, match=r"a sequence of 4 tokens, and is not cut: raise prompts.max_length from 3"):
         prepare(replace(config, max_length=3), model, progress=False)
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    for added in ("groups", "labels"):  # format 1 had no such columns
+        (tmp_path / "a" / f"{added}.bin").unlink()
+    with pytest.raises(DataError, match=r"a is a prompt store of format 1; this is format 2"):
+        prepare(config, model, progress=False)
 
 
 def test_stores_that_are_none(tmp_path: Path) -> None:
@@ -350,6 +356,9 @@ def test_in_a_world_one_rank_of_a_host_prepares(
     config: PromptsConfig, model: Path, preparations: list[Path], monkeypatch: pytest.MonkeyPatch, shared: bool
 ) -> None:
     store, of_thread = dist.HashStore(), threading.local()
+    held = Path(config.files[0]).with_name("held.jsonl")
+    held.write_text(json.dumps(record(7)) + "\n")
+    config = replace(config, holdout=(str(held),))
     monkeypatch.setattr(in_world, "is_store", lambda path: path.is_relative_to(of_thread.cache))
 
     def of_rank(rank: int) -> Corpus:
@@ -357,9 +366,12 @@ def test_in_a_world_one_rank_of_a_host_prepares(
         return prepare_in_world(replace(config, cache_dir=str(cache)), model, store, HOSTS, rank)
 
     with ThreadPoolExecutor(4) as threads:
-        stores = [corpus.training.store for corpus in threads.map(of_rank, [3, 2, 1, 0])]
-    assert len(preparations) == (1 if shared else 2)
-    assert {store.fingerprint for store in stores} == {stores[0].fingerprint}
+        corpora = list(threads.map(of_rank, [3, 2, 1, 0]))
+    assert len(preparations) == (2 if shared else 4)
+    assert {(len(corpus), corpus.fingerprint, corpus.provenance(599)) for corpus in corpora} == {
+        (600, corpora[0].fingerprint, (str(held), 1))
+    }
+    stores = [corpus.training.store for corpus in corpora]
     assert [store.directory for store in stores[:2]] == [store.directory for store in stores[2:]]
     assert stores[0].provenance(599) == (config.files[0], 600)
 

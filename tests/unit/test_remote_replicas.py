@@ -8,6 +8,8 @@ import dataclasses
 import random
 import stat
 from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,8 +18,9 @@ from specdist.core.errors import ConfigError
 from specdist.core.progress import Cursor
 from specdist.core.stop import StopReason
 from specdist.core.topology import Topology, WorldConfig
+from specdist.prompts.corpus import Corpus, make_corpus
 from specdist.run.worlds.rendezvous import ControlAddress, Rendezvous
-from specdist.run.worlds.terms import Terms
+from specdist.run.worlds.terms import Terms, common_facts
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.coordinator import Coordinator, Observer
 from specdist.scheduler.messages import (
@@ -49,6 +52,7 @@ from specdist.scheduler.remote_replicas import RemoteRules
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.slots import Slots
 from specdist.scheduler.wire import identity, is_remote, new_token
+from tests.unit.prompts_tokenizers import write_store
 
 DRAFT = Topology("split", ("d", "d"), (), ((0,), (1,)), 2)
 CONFIG = ControlConfig(heartbeat_s=1.0, silence_s=5.0, replica_timeout_s=20.0)
@@ -364,6 +368,23 @@ def test_the_terms_survive_the_wire_and_name_what_differs():
         terms.check({"run.seed": "1", "prompts": "f"})
     with pytest.raises(ConfigError, match="do not fit"):
         dataclasses.replace(terms, host_ranks=tuple((f"a-long-name-of-a-host-{n}", 8) for n in range(1200))).to_json()
+
+
+def test_both_worlds_hold_out_the_same(tmp_path):
+    one, two = (write_store(tmp_path / n, [([1, 2], [0, 1])] * 2) for n in "ab")
+    target = SimpleNamespace(layers=1, parameters=2, vocab_size=3)
+    job: Any = SimpleNamespace(prompts=SimpleNamespace(tokens_per_rank=8), run=SimpleNamespace(seed=0))
+    facts: Any = SimpleNamespace(target=target, layout="rows")
+    side = make_corpus([one]).training
+    without, half, other = (
+        common_facts(job, facts, Corpus(side, heldout))
+        for heldout in (None, make_corpus([two]).training, dataclasses.replace(side, indices=side.indices[:1]))
+    )
+    terms = Terms((("a", 1),), 1, 8, 3, Cursor(), 6, 20, half)
+    terms.check(dict(half))
+    for own in (without, other):
+        with pytest.raises(ConfigError, match=r"differs in prompts\.holdout \(\w+ here, \w+ there\)$"):
+            terms.check(own)
 
 
 def test_worlds_of_one_role_and_how_a_target_world_counts_beside_a_draft_world():
