@@ -82,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "Show, without a GPU, which rank does what, what travels, and what fits into memory."
     _plan_arguments(command("plan", _plan, text))
     command("prepare", _prepare, "Tokenise the prompts into the cache and report on them.")
+    text = "Have the target write the answers of the prompts, into RUN_DIR/answers; resumes."
+    generate = command("generate", _generate, text)
+    generate.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks to start (default: one per GPU)")
     export = command("export", _export, "Write a checkpoint as serving engines load it.")
     export.add_argument("--checkpoint", metavar="DIR", help="a checkpoint of the run (default: its newest)")
     export.add_argument("--output", metavar="DIR", help="where to write (default: RUN_DIR/export)")
@@ -170,10 +173,17 @@ def _trace(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     from specdist.prompts.prepare import prepare_corpus
+    from specdist.run.answers import ready_prompts
 
     job = words.load(args.config)
-    print(prepare_corpus(job.prompts, job.target.path, progress=True).described())
+    print(prepare_corpus(ready_prompts(job), job.target.path, progress=True).described())
     return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from specdist_launch.local import generate
+
+    return generate(args.config, args.nproc_per_node)
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -52,6 +52,7 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     import torch
 
     from specdist.evaluate.prompts import check_prompts
+    from specdist.generate.files import answered
     from specdist.job.config import check_installed, topology
     from specdist.job.run_dir import RunDirectory
     from specdist.prompts.prepare import prepare_corpus
@@ -61,12 +62,30 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     RunDirectory(Path(job.run.dir)).create()
     ranks = ranks or world_size(job, 0 if job.world.device == "cpu" else torch.cuda.device_count())
     topology(job, [platform.node()] * ranks)
-    prompts = prepare_corpus(job.prompts, job.target.path)  # before any rank could wait for another
-    if prompts.bad_total:
-        print(f"prompts: {prompts.described()}", file=sys.stderr)
+    if (asked := answered(job.prompts, RunDirectory(Path(job.run.dir)).answers)) is not None:
+        prompts = prepare_corpus(asked, job.target.path)  # before any rank could wait for another
+        if prompts.bad_total:
+            print(f"prompts: {prompts.described()}", file=sys.stderr)
     check_prompts(job.evaluate.prompts, job.target.path, job.evaluate.limit, job.prompts.template_kwargs)
     files, overrides = words.split(config)
     return start(files, overrides, ranks, retries=retries, role=job.world.role)
+
+
+def generate(config: Sequence[str], ranks: int | None = None) -> int:
+    """What `specdist generate` does: ask the endpoint from here, or have a world on this machine write answers."""
+    import torch
+
+    from specdist.job.config import check_installed
+    from specdist.run.answers import generate_here
+
+    job = words.load(config)
+    if job.generate.endpoint is not None:
+        generate_here(job)
+        return 0
+    check_installed(job, target=True)
+    ranks = ranks or (1 if job.world.device == "cpu" else torch.cuda.device_count()) or 1
+    files, overrides = words.split(config)
+    return start(files, overrides, ranks, module="specdist.run.answers")
 
 
 def start(

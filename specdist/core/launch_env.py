@@ -168,3 +168,15 @@ def address_towards(host: str, port: int) -> str:
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)  # a datagram socket sends nothing by connecting; it only picks the route
         return str(probe.getsockname()[0])
+
+
+def variable(name: str) -> str | None:
+    """What an environment variable holds that the configuration names, as the one of a key does."""
+    return os.environ.get(name) or None
+
+
+def without_world(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for a process that a rank starts and that is no rank, but may start a world of its own."""
+    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    own_prefixes = ("TORCHELASTIC_", "ROLE_", "GROUP_WORLD")
+    return {name: value for name, value in environment.items() if name not in own and not name.startswith(own_prefixes)}

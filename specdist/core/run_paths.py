@@ -4,6 +4,7 @@
 config.yaml            the resolved configuration
 draft_vocabulary.safetensors   target ids of the draft vocabulary (absent when it is the whole)
 checkpoints/step-*/    training state
+answers/               what the target has written, where prompts.answers=target (specdist/generate/files.py)
 metrics.jsonl          one record every metrics.every steps
 tensorboard/
 export/<format>/       the draft as serving engines load it
@@ -31,6 +32,10 @@ class RunPaths:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def answers(self) -> Path:
+        return self.path / "answers"
 
     @property
     def metrics(self) -> Path:

@@ -26,6 +26,8 @@ from specdist.draft import registry as algorithms
 from specdist.draft.config import DraftConfig
 from specdist.evaluate.config import EvaluateConfig
 from specdist.export import ExportConfig, check_servable, load_exported
+from specdist.generate import config as generating
+from specdist.generate.config import GenerateConfig
 from specdist.job.launch_config import LaunchConfig
 from specdist.job.preflight_config import PreflightConfig
 from specdist.prompts.config import PromptsConfig
@@ -63,6 +65,7 @@ class JobConfig:
     run: RunConfig = field(default_factory=RunConfig)
     world: WorldConfig = field(default_factory=WorldConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
@@ -84,6 +87,7 @@ CHANGEABLE = (
     "run.dir", "train", "target.replicas", "target.tp", "target.verify", "target.verify_against", "target.prefill",
     "target.engine", "draft.dp", "draft.cp", "draft.sharding", "draft.compile", "prompts.workers",
     "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer", "run.plugins",
+    *(f"generate.{key}" for key in generating.CHANGEABLE),
 )  # fmt: skip
 """Keys that may differ when a run directory is used again: they do not change what the draft is or learns from. An
 algorithm says the same of its own keys (`Algorithm.changeable`)."""
@@ -129,6 +133,13 @@ def job_of(sources: config.Sources) -> JobConfig:
             )
         if not job.prompts.files:
             raise ConfigError.at("prompts.files", "is empty: give JSONL, JSON, Parquet files or dataset directories")
+        if job.prompts.answers == "target" and (job.generate.turns, job.prompts.supervise) == ("last", "all"):
+            raise ConfigError.at(
+                "generate.turns",
+                "=last leaves earlier answers as the data has them, and prompts.supervise=all would teach those: set "
+                "prompts.supervise=last",
+                "prompts.supervise",
+            )
         if job.world.device == "cpu":
             transport(job, torch.device("cpu"))
         job.trace.check(job.train.steps)

@@ -28,6 +28,9 @@ class PromptsConfig:
     holdout: float | tuple[str, ...] | None = None
     """What is never trained on, for evaluation while training: a share of the conversations of prompts.files (0.02), or
     files of further ones ([heldout.jsonl]), and then prompts.files lose those that begin with the same user message."""
+    answers: Literal["data", "target"] = "data"
+    """Whose answers are learnt: those in the files, or ones that the target writes before training, which teach most
+    (section `generate`; the files may then lack answers). They are kept in RUN_DIR/answers."""
     supervise: Literal["all", "last"] = "all"
     """Which assistant turns of a conversation are learnt: all of them, or the last only."""
     max_length: int = 2048

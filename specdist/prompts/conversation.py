@@ -9,7 +9,7 @@ content are taken too), and plain `text`. A record may bring `tools` (JSON schem
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,11 @@ ROLES = {
 COLUMNS = ("messages", "conversations", "text", "tools", "system", "category")
 KEPT_KEYS = ("name", "tool_calls", "tool_call_id")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+WRITTEN_KEYS = ("finish_reason", "end", "token_ids")
+"""Beside an answer, how a target wrote it. `finish_reason`: `length` for one that a limit cut off, whose end is not
+taught. `end`: what it ended with, an end-of-turn token, or nothing where it was cut; with this key `content` is the
+answer to the letter, thoughts and special tokens included. `token_ids`: those of content and end, where tokenising the
+two gives others."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,9 @@ def to_sample(record: object, file: str, line: int) -> Sample:
     category = str(record["category"]).strip() if isinstance(record.get("category"), str | int) else ""
     for key in ("messages", "conversations"):
         if record.get(key) is not None:
-            messages = [_message(turn, number) for number, turn in enumerate(_turns(record[key], key), start=1)]
-            if record.get("system") and not (messages and messages[0]["role"] == "system"):
-                messages.insert(0, {"role": "system", "content": _text(record["system"], "system")})
-            tools = _tools(record.get("tools"))
+            messages = [to_message(turn, number) for number, turn in enumerate(turns_of(record[key], key), start=1)]
+            messages = [*system_turn(record, messages), *messages]
+            tools = tools_of(record)
             return Sample(file, line, messages=_checked(messages), tools=tools, category=category or None)
     if record.get("text") is not None:
         text = _text(record["text"], "text")
@@ -79,7 +83,8 @@ def to_sample(record: object, file: str, line: int) -> Sample:
     raise UnusableError("unknown format", f"none of `messages`, `conversations`, `text` among the keys: {keys}")
 
 
-def _turns(value: object, key: str) -> list[Any]:
+def turns_of(value: object, key: str) -> list[Any]:
+    """The turns that a record has under `key`, as they are. Raises UnusableError where they are no list."""
     if isinstance(value, str):  # some tables keep the conversation as JSON text
         value = _decode(value, key)
     if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
@@ -89,7 +94,15 @@ def _turns(value: object, key: str) -> list[Any]:
     return value
 
 
-def _message(turn: object, number: int) -> Message:
+def system_turn(record: Mapping[str, Any], messages: Sequence[Message]) -> list[Message]:
+    """The first turn that `system` of a record stands for, where its conversation has none."""
+    if not record.get("system") or (messages and messages[0]["role"] == "system"):
+        return []
+    return [{"role": "system", "content": _text(record["system"], "system")}]
+
+
+def to_message(turn: object, number: int) -> Message:
+    """A turn, the `number`-th, in the form that chat templates know. Raises UnusableError."""
     if not isinstance(turn, Mapping):
         raise UnusableError("unknown format", f"turn {number} is {_kind(turn)}, not an object with role and content")
     name = turn.get("role", turn.get("from"))
@@ -101,11 +114,14 @@ def _message(turn: object, number: int) -> Message:
         raise UnusableError("not text", f"turn {number} is a {name}'s and has no content")
     message: Message = {"role": role, "content": _text(content, f"turn {number}")}
     message.update({key: turn[key] for key in KEPT_KEYS if turn.get(key) is not None})
+    if isinstance(turn.get("finish_reason"), str):
+        kinds = zip(WRITTEN_KEYS, (str, str, list), strict=True)
+        message.update({key: turn[key] for key, kind in kinds if isinstance(turn.get(key), kind)})
     reasoning = next((turn[key] for key in REASONING_KEYS if turn.get(key)), None)
     if reasoning is not None:
         message["reasoning_content"] = _text(reasoning, f"the reasoning of turn {number}")
     if "tool_calls" in message:
-        message["tool_calls"] = [_tool_call(call, number) for call in _turns(message["tool_calls"], "tool_calls")]
+        message["tool_calls"] = [_tool_call(call, number) for call in turns_of(message["tool_calls"], "tool_calls")]
     return message
 
 
@@ -151,7 +167,9 @@ def _with_arguments(function: Mapping[str, Any], number: int) -> dict[str, Any]:
     return {**function, "arguments": _decode(arguments, f"tool call arguments of turn {number}") if arguments else {}}
 
 
-def _tools(value: object) -> tuple[dict[str, Any], ...]:
+def tools_of(record: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The JSON schemas under `tools` of a record. Raises UnusableError."""
+    value = record.get("tools")
     if value is None or value == "":
         return ()
     if isinstance(value, str):
@@ -181,7 +199,8 @@ def _checked(messages: list[Message]) -> tuple[Message, ...]:
         asked = asked or role == "user"
         before = role
     if not last:
-        raise UnusableError("nothing to supervise", f"no assistant turn among {len(messages)} turns")
+        detail = f"no assistant turn among {len(messages)} turns; prompts.answers=target has the target write them"
+        raise UnusableError("nothing to supervise", detail)
     return tuple(messages[:last])
 
 

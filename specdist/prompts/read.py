@@ -14,12 +14,13 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.prompts.conversation import Sample, to_sample
+from specdist.prompts.conversation import to_sample
 from specdist.prompts.report import BadSample, UnusableError
 
+T = TypeVar("T")
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 HF_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 PIECE_BYTES = 256 * 1024
@@ -193,7 +194,10 @@ def _table_pieces(source: SourceFile) -> Iterator[Piece]:
         row += rows
 
 
-def samples(piece: Piece, convert: Callable[[object, str, int], Sample] = to_sample) -> Iterator[Sample | BadSample]:
+def samples(
+    piece: Piece,
+    convert: Callable[[object, str, int], T] = to_sample,  # type: ignore[assignment]
+) -> Iterator[T | BadSample]:
     """Decode a piece: every record becomes a sample by `convert(record, file, line)`, or a bad one with its place."""
     records = _table_rows(piece.table, piece) if piece.table is not None else iter(piece.texts)
     for entry in records:

@@ -148,7 +148,7 @@ class Renderer:
 
     def _tokenize_whole(self, chain: list[Turn]) -> Sequenced | None:
         """Tokenise the text once; None where some prompt, tokenised as the server does, gives other tokens."""
-        if self._backend is None:
+        if self._backend is None or any(turn.token_ids for turn in chain):
             return None
         text = chain[-1].text
         tokens, starts = self._encode(text)
@@ -177,7 +177,7 @@ class Renderer:
         supervised = np.zeros(0, dtype=bool)
         for turn in chain:
             prompt = self._encode(turn.prompt)[0]
-            answer, starts = self._encode(turn.answer)
+            answer, starts = self._encode(turn.answer) if not turn.token_ids else (list(turn.token_ids), None)
             mask = np.zeros(len(answer), dtype=bool)
             for span in turn.spans:
                 first, last = np.searchsorted(starts, span) if starts is not None else (0, len(answer))

@@ -19,6 +19,7 @@ Reason = Literal[
     "not what the server generates",
     "nothing to supervise",
     "overlong",
+    "no user turn",
 ]
 
 EXAMPLES_PER_REASON = 3

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import jinja2
 
 from specdist.core.errors import DataError
-from specdist.prompts.conversation import Message
+from specdist.prompts.conversation import WRITTEN_KEYS, Message
 from specdist.prompts.report import UnusableError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE_ANSWER = "Probe7answer"
+HARMONY_FINAL = "<|channel|>final<|message|>"
 RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 """What a template, which is a program of someone else's, raises over a conversation that it does not take."""
 
@@ -50,6 +51,8 @@ class Turn:
     answer: str
     spans: tuple[tuple[int, int], ...]
     """The supervised character ranges of `answer`."""
+    token_ids: tuple[int, ...] = ()
+    """Those of `answer`, where the target wrote other ones than tokenising it gives."""
 
     @property
     def text(self) -> str:
@@ -72,7 +75,10 @@ class Template:
         Raises:
             UnusableError: the template refuses the conversation, or renders no answer that a server could have given.
         """
-        prompt = self._render(messages[:-1], tools, True)
+        prompt, last = self.prompt(messages[:-1], tools), messages[-1]
+        if "end" in last:
+            answer = last["content"] + last["end"]
+            return Turn(prompt, answer, ((0, len(answer)),), tuple(last.get("token_ids", ())))
         rendered, tags = self._render_tagged(messages, tools)
         if not rendered.startswith(prompt):
             answer = self._behind_another_prompt(prompt, rendered, messages, tools)
@@ -80,10 +86,16 @@ class Template:
         else:
             answer = rendered[len(prompt) :]
         answer, body = self._without_rest(answer)
-        self._check(answer[:body], messages[-1])
+        self._check(answer[:body], last)
+        if last.get("finish_reason") == "length":  # a limit ended it, not the target
+            answer = answer[:body]
         if tags is None:
             return Turn(prompt, answer, ((0, len(answer)),))
         return Turn(prompt, answer, _clip(tags, len(prompt), body, len(answer)))
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> str:
+        """What the target reads before it answers `messages`. Raises UnusableError where the template refuses them."""
+        return self._render(messages, tools, True)
 
     def last_added_token(self, text: str) -> int:
         """Where the last added (special) token of `text` begins, or 0: tokenisation starts afresh there."""
@@ -163,7 +175,7 @@ class Template:
         self.source(bool(tools))
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages),
+                self._sent(messages, tools),
                 tools=list(tools) or None,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
@@ -182,7 +194,7 @@ class Template:
 
         try:
             texts, tags = cast(Any, render_jinja_template)(
-                [list(messages)],
+                [self._sent(messages, tools)],
                 tools=list(tools) or None,
                 chat_template=source,
                 return_assistant_tokens_mask=True,
@@ -191,6 +203,22 @@ class Template:
         except RENDER_ERRORS as error:
             raise UnusableError("refused by the chat template", str(error) or type(error).__name__) from error
         return texts[0], tags[0]
+
+    def _sent(self, messages: Sequence[Message], tools: Tools) -> list[Message]:
+        """The messages as a server gets them back. An answer that is there to the letter is divided as a server
+        divides it: into thought and content where the template takes them apart, and without Harmony's channels."""
+        sent = []
+        for message in messages:
+            bare = {key: value for key, value in message.items() if key not in WRITTEN_KEYS}
+            if "end" in message:
+                thought, closed, content = message["content"].rpartition("</think>")
+                if HARMONY_FINAL in message["content"]:
+                    bare["content"] = message["content"].rpartition(HARMONY_FINAL)[2]
+                elif closed and "reasoning_content" in self.source(bool(tools)):
+                    thought = thought.rpartition("<think>")[2].strip("\n")
+                    bare |= {"reasoning_content": thought, "content": content.lstrip("\n")}
+            sent.append(bare)
+        return sent
 
     def source(self, tools: bool = False) -> str:
         """The Jinja text of the template.

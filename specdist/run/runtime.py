@@ -20,6 +20,7 @@ from specdist.job.config import JobConfig
 from specdist.job.resume_plan import ResumePlan, find_resume_plan
 from specdist.prompts.in_world import prepare_in_world
 from specdist.prompts.vocabulary import frequent_tokens
+from specdist.run.answers import answered_prompts
 from specdist.run.context import Start, WorldContext
 from specdist.run.control_plane import await_run, connected, serving
 from specdist.run.draft_role import consume
@@ -45,7 +46,7 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     jobs.check_installed(job, target=topology.target_place(facts.rank) is not None)
     preflight = Preflight(job, world, topology)
     preflight.hosts(job_facts)
-    prompts = prepare_in_world(job.prompts, job.target.path, world.store, world.hosts, facts.rank)
+    prompts = prepare_in_world(answered_prompts(job, world), job.target.path, world.store, world.hosts, facts.rank)
     backend = jobs.transport(job, world.device).link_backend
     engine = engine_groups(job.target, topology.replicas, world.device)
     context = WorldContext(

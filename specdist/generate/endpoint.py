@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers by an OpenAI-compatible server, which may die and come back.
+
+`/v1/completions` is asked, with the prompt's token ids: what the target reads is then what training renders, whatever
+template and parsers the server has, and what comes back is what it wrote. `return_token_ids` (SGLang, vLLM) gives its
+tokens; other servers ignore it, and their text is tokenised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specdist.core.errors import ConfigError
+from specdist.core.launch_env import variable
+from specdist.generate.config import GenerateConfig
+from specdist.generate.engine import Reply, Request
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+_TRIES = 5
+"""Answers of status 500 to one request, while the server is there, before the request is to blame."""
+_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 15.0
+
+
+class EndpointEngine:
+    """The server at `generate.endpoint`.
+
+    How long it may be gone is the caller's to say; what is wrong meanwhile is told to `trouble`.
+    """
+
+    def __init__(self, config: GenerateConfig, target: str, trouble: Callable[[str], None]) -> None:
+        try:
+            import openai
+        except ImportError as error:
+            raise ConfigError.at(
+                "generate.endpoint", f" needs the openai client: pip install openai ({error})"
+            ) from error
+        self.concurrency = config.concurrency
+        self._openai, self._config, self._target, self._trouble = openai, config, target, trouble
+        self._model = ""
+        self._seen = -1.0
+        self._asking = asyncio.Lock()
+        self._client: AsyncOpenAI | None = None
+
+    @property
+    def _at(self) -> str:
+        return f"generate.endpoint={self._config.endpoint}"
+
+    async def open(self) -> None:
+        """Raises ConfigError where there is no server, or it serves another model."""
+        url = str(self._config.endpoint).rstrip("/")
+        self._client = self._openai.AsyncOpenAI(
+            base_url=url if url.endswith("/v1") else f"{url}/v1",
+            api_key=variable(self._config.api_key_env) or "none",
+            timeout=self._config.timeout_s,
+            max_retries=0,
+        )
+        try:
+            await self._check_model()
+        except (self._openai.APIConnectionError, self._openai.InternalServerError) as error:
+            raise ConfigError(
+                f"{self._at} is not reached: {_words(error)}: is the server running there?", "generate.endpoint"
+            ) from error
+
+    async def write(self, request: Request) -> Reply:
+        openai, failures = self._openai, 0
+        for tries in range(1_000_000):  # the caller ends it
+            began = time.monotonic()
+            try:
+                return await self._ask(request)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                return Reply("error", text=_words(error))
+            except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+                raise self._refused(error) from error
+            except openai.RateLimitError as error:
+                self._trouble(f"{self._at}: {_words(error)}")
+            except openai.InternalServerError as error:
+                failures += error.status_code == 500
+                if failures == _TRIES:
+                    return Reply("error", text=_words(error))
+                self._trouble(f"{self._at}: {_words(error)}")
+            except openai.APIConnectionError as error:  # timeouts too
+                self._trouble(f"{self._at}: {_words(error)}")
+                await self._await_server(began)
+            await asyncio.sleep(_pause(tries))
+        raise AssertionError("nobody tries so often")
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+
+    async def _ask(self, request: Request) -> Reply:
+        assert self._client is not None
+        how = request.sampling
+        own = {"top_k": how.top_k or None, "min_p": how.min_p, "repetition_penalty": how.repetition_penalty}
+        answer = await self._client.completions.create(
+            model=self._model,
+            prompt=request.prompt,
+            max_tokens=request.limit,
+            temperature=self._openai.omit if how.temperature is None else how.temperature,
+            top_p=self._openai.omit if how.top_p is None else how.top_p,
+            seed=request.seed,
+            extra_body={
+                "skip_special_tokens": False,
+                "return_token_ids": True,
+                **{name: value for name, value in own.items() if value is not None},
+            },
+        )
+        choice: Any = answer.choices[0]
+        found = choice.model_extra or {}
+        matched = found.get("matched_stop", found.get("stop_reason"))
+        return Reply(
+            "length" if choice.finish_reason == "length" else "stop" if choice.finish_reason == "stop" else "error",
+            found.get("token_ids"),
+            choice.text if choice.finish_reason in ("stop", "length") else f"finish_reason {choice.finish_reason}",
+            matched if isinstance(matched, int) else None,
+        )
+
+    async def _await_server(self, failed: float) -> None:
+        """Return when the server is there again and serves the target. `failed`: when what failed was begun."""
+        async with self._asking:
+            tries = 0
+            while self._seen < failed:
+                await asyncio.sleep(_pause(tries))
+                tries += 1
+                try:
+                    await self._check_model()
+                except (self._openai.APIConnectionError, self._openai.InternalServerError) as error:
+                    self._trouble(f"{self._at}: {_words(error)}")
+
+    async def _check_model(self) -> None:
+        assert self._client is not None
+        began = time.monotonic()
+        try:
+            served = [model async for model in self._client.models.list()]
+        except self._openai.APIStatusError as error:
+            if isinstance(error, self._openai.InternalServerError):
+                raise
+            raise self._refused(error) from error
+        wanted = self._config.model or self._target
+        for model in served:
+            root = str((model.model_extra or {}).get("root") or model.id)
+            if wanted in (model.id, root) or (
+                self._config.model is None and _name(wanted) in (_name(model.id), _name(root))
+            ):
+                self._model, self._seen = model.id, began
+                return
+        names = ", ".join(repr(model.id) for model in served) or "nothing"
+        raise ConfigError(
+            f"{self._at} serves {names}, and answers are wanted of {wanted}: start the server with the target, or give "
+            "generate.model where that is its name there",
+            "generate.endpoint generate.model target.path",
+        )
+
+    def _refused(self, error: Any) -> ConfigError:
+        key = f" (its key is taken from the environment variable {self._config.api_key_env})"
+        return ConfigError(
+            f"{self._at} refuses: {_words(error)}{key if error.status_code in (401, 403) else ''}", "generate.endpoint"
+        )
+
+
+def _name(path: str) -> str:
+    """The last part of a model's name or path; of a path in the Hub's cache, that of its repository."""
+    parts = Path(path).parts
+    cached = next((part.rpartition("--")[2] for part in parts if part.startswith("models--")), None)
+    return (cached or (parts[-1] if parts else "")).lower()
+
+
+def _pause(tries: int) -> float:
+    return random.uniform(0.5, 1.0) * min(_PAUSE_S * 2 ** min(tries, 10), _LONGEST_PAUSE_S)
+
+
+def _words(error: BaseException) -> str:
+    """What an error of the client says, in one line, with its cause."""
+    cause = f" ({error.__cause__})" if error.__cause__ is not None and str(error.__cause__) else ""
+    return f"{' '.join(str(error).split())}{cause}"[:300]

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine is asked for, what it gives, and how answers are sampled."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from specdist.core.errors import DataError
+from specdist.generate.config import GenerateConfig
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. None: as whoever serves the model does when it is not told."""
+
+    temperature: float | None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+GREEDY = Sampling(0.0, 1.0, 0, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to be written.
+
+    Attributes:
+        prompt: token ids.
+        limit: new tokens at most.
+        seed: the answer's own.
+    """
+
+    prompt: list[int]
+    limit: int
+    sampling: Sampling
+    seed: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an engine wrote.
+
+    Attributes:
+        finish_reason: `stop`, `length`, or `error`: then `text` says why, and it is not asked again.
+        token_ids: as written; None where the engine tells no ids, and `text` has the answer.
+        end: the token that ended it, where the engine says so beside the ids or the text.
+    """
+
+    finish_reason: str
+    token_ids: list[int] | None = None
+    text: str = ""
+    end: int | None = None
+
+
+class Engine(Protocol):
+    """Writes answers, many at once. `close` frees what it holds."""
+
+    concurrency: int
+    """Conversations to have in flight."""
+
+    async def open(self) -> None: ...
+
+    async def write(self, request: Request) -> Reply: ...
+
+    async def close(self) -> None: ...
+
+
+def model_settings(directory: str | Path) -> dict[str, Any]:
+    """generation_config.json of a model directory; empty where there is none. Raises DataError where it is no JSON."""
+    path = Path(directory) / "generation_config.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError.at("target.path", f": {path} cannot be read: {error}") from error
+
+
+def sampling_of(config: GenerateConfig, directory: str | Path | None) -> Sampling:
+    """As configured, else as generation_config.json of the model `directory` says, else None, as SGLang and vLLM do.
+    Without a directory it is left to the server to look there."""
+    if config.temperature == 0:
+        return GREEDY
+    given = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+    found = {} if directory is None else model_settings(directory)
+    found |= {name: value for name, value in given.items() if value is not None}
+    return Sampling(**{name: found.get(name) for name in Sampling.__dataclass_fields__})
+
+
+def end_tokens(directory: str | Path, tokenizer_eos: int | None) -> frozenset[int]:
+    """The tokens that end an answer, as servers know them: the tokenizer's, and those of generation_config.json or,
+    where that names none, of config.json."""
+    found = model_settings(directory).get("eos_token_id")
+    if found is None:
+        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+        found = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+    listed = found if isinstance(found, list) else [found]
+    return frozenset(token for token in [*listed, tokenizer_eos] if token is not None)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The answers in a world: whoever leads a replica writes some of them, and rank 0 puts them together."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+
+from specdist.core.errors import ConfigError
+from specdist.core.progress_bar import ProgressBar
+from specdist.generate.board import Board
+from specdist.generate.config import GenerateConfig
+from specdist.generate.engine import Engine, end_tokens, sampling_of
+from specdist.generate.files import Tally, answered, find_manifest, merge, open_answers, written
+from specdist.generate.work import Author, Watch, count, records, write_answers
+from specdist.prompts.config import PromptsConfig
+from specdist.prompts.render import load_tokenizer
+from specdist.target.config import TargetConfig
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What is to be answered, by what, and where the answers go. `start` is unlike that of any earlier start."""
+
+    prompts: PromptsConfig
+    config: GenerateConfig
+    target: TargetConfig
+    directory: Path
+    start: str
+
+
+def answers_in_world(
+    asked: Assignment, store: dist.Store, hosts: Sequence[str], rank: int, device: torch.device
+) -> PromptsConfig:
+    """Have the target write the answers, all ranks of a world together, whose `hosts` are given in rank order. The
+    `prompts` section with the files of answers in place of its own; with `prompts.answers=data` it is itself.
+
+    Answers of an earlier start are kept, and where all are there nothing is done. What the engines held is free again.
+
+    Raises:
+        ConfigError, DataError: of prompts, target, endpoint, or of answers that were written otherwise; on all ranks.
+        WorldError: an engine has written nothing for `generate.timeout_s`, or a rank said nothing; on all ranks.
+    """
+    board = Board(store, rank, hosts, asked.config.timeout_s)
+    with board.telling_errors():
+        if rank == 0:
+            with _locked(asked.directory):
+                _lead(asked, board, device)
+        elif board.wait("plan", 0) == "write":
+            _write(asked, board, device)
+            board.put(f"done/{rank}")
+            board.wait("merged", 0)
+    found = answered(asked.prompts, asked.directory)
+    assert found is not None, "rank 0 has put them together"
+    return found
+
+
+def _lead(asked: Assignment, board: Board, device: torch.device) -> None:
+    """Rank 0's part: look what is there, show how far all are, put the parts together."""
+    manifest = open_answers(asked.directory, asked.prompts, asked.config, asked.target.path)
+    if manifest.tally is not None:
+        board.put("plan", "done")
+        return
+    total, before = count(manifest.sources), len(written(asked.directory))
+    board.put("plan", "write")
+    with ProgressBar("answers", total, before) as bar:
+        show = _Show(bar, board, total, before)
+        own = _write(asked, board, device, show)
+        for rank in range(1, len(board.hosts)):
+            board.wait(f"done/{rank}", rank, lambda: show(own))
+    print(
+        f"specdist: answers: {merge(asked.directory, manifest).tally} ({asked.directory})", file=sys.stderr, flush=True
+    )
+    board.put("merged")
+
+
+class _Show:
+    """Tells the other ranks how far this one is; on rank 0, shows how far all are."""
+
+    def __init__(self, bar: ProgressBar, board: Board, total: int, before: int) -> None:
+        self._bar, self._board, self._total, self._before, self._began = bar, board, total, before, time.monotonic()
+
+    def __call__(self, own: Tally) -> None:
+        if not self._board.tell(own):
+            return
+        all_, seconds = self._board.total(own), time.monotonic() - self._began
+        done = self._before + all_.conversations
+        left = f", {(self._total - done) * seconds / 60 / all_.conversations:.0f} min to go" if all_.conversations else ""
+        text = f"{all_.finished + all_.cut:,} answers, {all_.tokens / seconds:,.0f} tokens/s"
+        line = f"answers: {done:,} of {self._total:,} conversations, {text}{left}"
+        self._bar.update(done, text, line)
+
+
+def _write(
+    asked: Assignment, board: Board, device: torch.device, tell: Callable[[Tally], object] | None = None
+) -> Tally:
+    """This rank's part of the answers, by its replica; nothing where it leads none."""
+    if not _leads(asked, board, device):
+        return Tally()
+    config, path = asked.config, asked.target.path
+    manifest = find_manifest(asked.directory)
+    assert manifest is not None, "rank 0 has written it"
+    tokenizer = load_tokenizer(path, asked.prompts)
+    ends = end_tokens(path, tokenizer.eos_token_id)
+    where = f"the replica of rank {board.rank} (host {board.hosts[board.rank]})"
+    watch = Watch(where if config.endpoint is None else config.endpoint, config.timeout_s, tell or board.tell)
+    author = Author(tokenizer, asked.prompts, config, sampling_of(config, None if config.endpoint else path), ends)
+    todo = records(asked.prompts, config, manifest.sources, board.claim)
+    part = asked.directory / f"part-{asked.start}-{board.rank}.jsonl"
+    asyncio.run(write_answers(_engine(asked, device, ends, watch), author, todo, written(asked.directory), part, watch))
+    return watch.tally
+
+
+def _leads(asked: Assignment, board: Board, device: torch.device) -> bool:
+    """Whether this rank has an engine: with an endpoint rank 0 alone, else the first of every `target.tp` GPUs."""
+    if asked.config.endpoint is not None:
+        return board.rank == 0
+    host = board.hosts[board.rank]
+    own = [rank for rank, other in enumerate(board.hosts) if other == host]
+    tp = asked.target.tp if asked.target.engine == "sglang" else 1
+    devices = len(own) if device.type == "cpu" else min(len(own), torch.cuda.device_count())
+    if devices < tp:
+        raise ConfigError.at(
+            "target.tp",
+            f"={tp}: host {host} has {devices} ranks with a GPU of their own, and a replica that writes answers lies "
+            "on one host: give generate.endpoint instead",
+        )
+    place = own.index(board.rank)
+    return place % tp == 0 and place + tp <= devices
+
+
+def _engine(asked: Assignment, device: torch.device, ends: frozenset[int], watch: Watch) -> Engine:
+    config = asked.config
+    if config.endpoint is not None:
+        from specdist.generate.endpoint import EndpointEngine
+
+        return EndpointEngine(config, asked.target.path, watch.note)
+    if asked.target.engine == "sglang":
+        from specdist.generate.sglang import SglangEngine
+
+        return SglangEngine(asked.target, device, config.concurrency, ends, config.seed)
+    from specdist.generate.hf import HfEngine
+
+    return HfEngine(asked.target, device, config.batch, ends, watch.alive)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep another process from writing there. On a file system without locks nobody is kept."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock", fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError.at(
+            "run.dir", f": another process writes answers in {directory}: wait for it, or stop it"
+        ) from None
+    except OSError as error:
+        print(f"specdist: {directory} cannot be locked ({error})", file=sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One replica's part of the answers: it claims shares of the prompts, and writes what the target says to its file.
+
+Replicas and ranks see the same prompts files, and a number is all that passes between them: share n is the records
+`n * SHARE` and on of all files, a piece of a file (prompts/read.py) counting as `PIECE_ROWS` records.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from specdist.core.errors import DataError, WorldError
+from specdist.generate.config import GenerateConfig
+from specdist.generate.conversation import Conversation, Written, parse
+from specdist.generate.engine import GREEDY, Engine, Reply, Request, Sampling
+from specdist.generate.files import Line, Source, Tally
+from specdist.prompts.config import PromptsConfig
+from specdist.prompts.holdout import is_held_out
+from specdist.prompts.read import PIECE_ROWS, Piece, SourceFile, pieces, samples
+from specdist.prompts.report import BadSample, UnusableError
+from specdist.prompts.template import Template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHARE = 16
+TICK_S = 0.2
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record of a prompts file; `at` is its number among all."""
+
+    at: int
+    source: int
+    place: str
+    content: Conversation | BadSample
+    held: bool
+
+
+def records(
+    prompts: PromptsConfig, config: GenerateConfig, sources: Sequence[Source], claim: Callable[[], int]
+) -> Iterator[Record]:
+    """The records of the shares that `claim` gives, in their order, until there are no more. `claim` gives ascending
+    numbers, each to one replica."""
+    share, per_piece = claim(), PIECE_ROWS // SHARE
+    for number, (source, piece) in enumerate(_pieces(sources)):
+        decoded: list[Conversation | BadSample] | None = None
+        while share // per_piece == number:
+            if decoded is None:
+                decoded = list(samples(piece, lambda record, file, line: parse(record, config.turns)))
+            first = share % per_piece * SHARE
+            for i, content in enumerate(decoded[first : first + SHARE], start=first):
+                held = sources[source].held or _held_out(content, prompts.holdout)
+                yield Record(number * PIECE_ROWS + i, source, _place(piece, i), content, held)
+            share = claim()
+
+
+def _held_out(content: Conversation | BadSample, holdout: object) -> bool:
+    return isinstance(holdout, float) and isinstance(content, Conversation) and is_held_out(content.group, holdout)
+
+
+def count(sources: Sequence[Source]) -> int:
+    """How many records the files have."""
+    return sum(len(piece.texts) or piece.last - piece.first + 1 for _, piece in _pieces(sources))
+
+
+def _pieces(sources: Sequence[Source]) -> Iterator[tuple[int, Piece]]:
+    for number, source in enumerate(sources):
+        for piece in pieces(SourceFile(source.file, source.kind)):  # type: ignore[arg-type]
+            yield number, piece
+
+
+def _place(piece: Piece, i: int) -> str:
+    entry = piece.texts[i] if piece.texts else piece.first + i
+    return (
+        f"{piece.file}:{entry if isinstance(entry, int) else entry.line if isinstance(entry, BadSample) else entry[0]}"
+    )
+
+
+class Author:
+    """Turns conversations into lines of a part file, by one engine.
+
+    Args:
+        ends: the tokens that end an answer.
+        sampling: of answers that are not held out, which are greedy.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: PromptsConfig,
+        config: GenerateConfig,
+        sampling: Sampling,
+        ends: Collection[int],
+    ) -> None:
+        self._tokenizer, self._prompts, self._config = tokenizer, prompts, config
+        self._template = Template(tokenizer, dict(prompts.template_kwargs))
+        self._sampling, self._ends = sampling, ends
+
+    async def line(self, engine: Engine, record: Record) -> Line:
+        """Have one record answered. Raises DataError where it is a bad one and `prompts.on_bad` is stop."""
+        line = Line(at=record.at, source=record.source, tally=Tally(conversations=1))
+        try:
+            if isinstance(record.content, BadSample):
+                raise UnusableError(record.content.reason, record.content.detail)
+            line.record = await self._converse(engine, record, record.content, line)
+            line.tally.answered = int(line.record is not None)
+        except UnusableError as error:
+            if self._prompts.on_bad == "stop":
+                raise DataError(f"{record.place}: {error} (prompts.on_bad=stop)", "prompts.on_bad") from error
+            line.notes.append(f"{record.place}: {error}")
+        return line
+
+    async def _converse(self, engine: Engine, record: Record, content: Conversation, line: Line) -> object:
+        dialogue, turn, longest = content.dialogue(self._template), 0, self._prompts.max_length
+        try:
+            prompt = next(dialogue)
+            while True:
+                tokens = self._encode(prompt)
+                limit = min(longest - len(tokens), self._config.max_new_tokens or longest)
+                if limit < 1 and not turn:
+                    detail = f"a prompt of {len(tokens):,} tokens, and prompts.max_length is {longest:,}"
+                    raise UnusableError("overlong", detail)
+                written = None
+                if limit > 0:
+                    seed = (self._config.seed * 1_000_003 + record.at * 61 + turn) % 2**31
+                    request = Request(tokens, limit, GREEDY if record.held else self._sampling, seed)
+                    written = self._written(await engine.write(request), request, prompt, record.place, line)
+                prompt, turn = dialogue.send(written), turn + 1
+        except StopIteration as end:
+            return end.value
+
+    def _written(self, reply: Reply, request: Request, prompt: str, place: str, line: Line) -> Written | None:
+        """A reply as text that training takes to the letter; None for one that says nothing."""
+        tally, ids, end = line.tally, reply.token_ids, [] if reply.end is None else [reply.end]
+        if ids is not None and ids and ids[-1] in self._ends and reply.finish_reason == "stop":
+            ids, end = ids[:-1], ids[-1:]
+        text = reply.text if ids is None else self._decode(ids)
+        if reply.finish_reason == "error" or not text.strip():
+            tally.refused += 1
+            line.notes.append(
+                f"{place}: {'refused: ' + reply.text if reply.finish_reason == 'error' else 'an empty answer'}"
+            )
+            return None
+        cut = reply.finish_reason == "length"
+        ending = self._template.ending
+        closed = self._decode(end) if end else "" if cut or ending is None or ending.token is None else ending.token
+        whole = self._encode(text + closed)
+        tally.finished, tally.cut = tally.finished + (not cut), tally.cut + cut
+        tally.tokens += len(whole) if ids is None else len(ids) + len(end)
+        written = Written(text, "length" if cut else "stop", closed)
+        if ids is None or (whole == ids + end and self._encode(prompt + text + closed) == request.prompt + whole):
+            return written
+        return Written(written.content, written.finish_reason, closed, ids + (end or self._encode(closed)))
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+class Watch:
+    """Counts what is written and looks after it: `tick` is called often, by who waits and by engines that block.
+
+    Args:
+        report: told of the tally; what it raises ends the work.
+    """
+
+    def __init__(self, name: str, timeout_s: float, report: Callable[[Tally], object]) -> None:
+        self.tally, self._name, self._timeout_s, self._report = Tally(), name, timeout_s, report
+        self._trouble = "It has said nothing of what is wrong"
+        self.touch()
+
+    def touch(self) -> None:
+        """Something has come of the work."""
+        self._since = time.monotonic()
+
+    def note(self, trouble: str) -> None:
+        """What an engine has met, in words; it goes on."""
+        self._trouble = trouble
+
+    def alive(self) -> None:
+        """The same as `touch` and `tick`, from an engine that blocks."""
+        self.touch()
+        self.tick()
+
+    def tick(self) -> None:
+        self._report(self.tally)
+        if time.monotonic() - self._since > self._timeout_s:
+            raise WorldError(
+                f"{self._name} has written no answer for {self._timeout_s:.0f} s (generate.timeout_s). {self._trouble}"
+            )
+
+
+async def write_answers(
+    engine: Engine, author: Author, todo: Iterator[Record], done: Collection[int], part: Path, watch: Watch
+) -> None:
+    """Have all of `todo` answered but those in `done`, and append each to the file `part` at once.
+
+    Raises:
+        ConfigError, DataError, WorldError: of the engine, see there; of `watch`.
+    """
+    busy = engine.concurrency
+
+    async def converse() -> None:
+        nonlocal busy
+        try:
+            for record in todo:
+                if record.at not in done:
+                    line = await author.line(engine, record)
+                    file.write(_encoded(line) + b"\n")
+                    watch.tally.add(line.tally)
+                    watch.touch()
+        finally:
+            busy -= 1
+
+    async def attend() -> None:
+        while busy:
+            watch.tick()
+            await asyncio.sleep(TICK_S)
+
+    try:
+        await engine.open()
+        watch.touch()
+        with part.open("ab", buffering=0) as file:
+            async with asyncio.TaskGroup() as group:
+                for work in (attend, *[converse] * busy):
+                    group.create_task(work())
+    except ExceptionGroup as group_error:  # of several at once the first is told
+        raise group_error.exceptions[0] from group_error
+    finally:
+        await engine.close()
+
+
+def _encoded(line: Line) -> bytes:
+    try:
+        return msgspec.json.encode(line)
+    except UnicodeEncodeError as error:  # a lone surrogate, in a field that is not the conversation's
+        notes = [*line.notes, f"a field of the record is not text: {error}"]
+        return msgspec.json.encode(Line(at=line.at, source=line.source, tally=Tally(1, refused=1), notes=notes))

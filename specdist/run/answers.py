@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers by the target: the first phase of a run, and what every rank of `specdist generate` executes.
+
+torchrun --nproc-per-node N -m specdist.run.answers --config configs/X.yaml [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from specdist.core.errors import DataError, UserError
+from specdist.core.launch_env import Attempt, RankFacts
+from specdist.core.stop import end_with_launcher, leave
+from specdist.generate.files import answered
+from specdist.generate.in_world import Assignment, answers_in_world
+from specdist.job.config import JobConfig, load_job
+from specdist.job.run_dir import RunDirectory
+from specdist.prompts.config import PromptsConfig
+from specdist.world.groups import World, join_world
+
+
+def answered_prompts(job: JobConfig, world: World) -> PromptsConfig:
+    """The `prompts` section that a world trains on; where the target is to answer, once it has (`answers_in_world`).
+
+    Raises:
+        DataError: a world of one role alone finds the answers missing: it has not all of the job's GPUs.
+    """
+    if job.prompts.answers == "data":
+        return job.prompts
+    if job.world.role != "both":
+        return ready_prompts(job)
+    return answers_in_world(assignment(job), world.store, world.hosts, world.facts.rank, world.device)
+
+
+def ready_prompts(job: JobConfig) -> PromptsConfig:
+    """The `prompts` section with the answers that are there. Raises DataError where some are yet to be written."""
+    directory = RunDirectory(Path(job.run.dir)).answers
+    found = answered(job.prompts, directory)
+    if found is None:
+        raise DataError.at(
+            "prompts.answers", f"=target, and {directory} does not hold them all yet: `specdist generate` writes them"
+        )
+    return found
+
+
+def assignment(job: JobConfig) -> Assignment:
+    directory = RunDirectory(Path(job.run.dir)).answers
+    start = f"{Attempt.from_environment().name}-{time.time_ns():x}"
+    return Assignment(replace(job.prompts, answers="target"), job.generate, job.target, directory, start)
+
+
+def generate_here(job: JobConfig) -> None:
+    """Have an endpoint write the answers, in this process alone."""
+    answers_in_world(assignment(job), dist.HashStore(), [socket.gethostname()], 0, torch.device("cpu"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    end_with_launcher()
+    parser = argparse.ArgumentParser(prog="python -m specdist.run.answers", description=__doc__)
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; several are merged")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override single keys")
+    args = parser.parse_args(argv)
+    logging.getLogger("torch.distributed").setLevel(logging.WARNING)
+    try:
+        job, facts = load_job(args.config, args.overrides), RankFacts.from_environment()
+        world = join_world(job.world, facts)
+        answers_in_world(assignment(job), world.store, world.hosts, facts.rank, world.device)
+    except UserError as error:
+        print(f"specdist: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _leave_with(*error: Any) -> None:
+    """A defect is shown whole; the finalisers of process groups would wait for ranks that are gone."""
+    sys.__excepthook__(*error)
+    leave(1)
+
+
+if __name__ == "__main__":
+    sys.excepthook = _leave_with
+    leave(main())
