@@ -6,6 +6,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from specdist.core.errors import ConfigError
@@ -52,17 +53,17 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     import torch
 
     from specdist.evaluate.prompts import check_prompts
-    from specdist.generate.files import answered
     from specdist.job.config import check_installed, topology
     from specdist.job.run_dir import RunDirectory
     from specdist.prompts.prepare import prepare_corpus
+    from specdist.run.answers import begun_prompts
 
     job = words.load_checked(config)
     check_installed(job, target=job.world.mode != "draft_only" and job.world.role != "draft")
     RunDirectory(Path(job.run.dir)).create()
     ranks = ranks or world_size(job, 0 if job.world.device == "cpu" else torch.cuda.device_count())
     topology(job, [platform.node()] * ranks)
-    if (asked := answered(job.prompts, RunDirectory(Path(job.run.dir)).answers)) is not None:
+    if (asked := begun_prompts(job)) is not None:
         prompts = prepare_corpus(asked, job.target.path)  # before any rank could wait for another
         if prompts.bad_total:
             print(f"prompts: {prompts.described()}", file=sys.stderr)
@@ -76,13 +77,17 @@ def generate(config: Sequence[str], ranks: int | None = None) -> int:
     import torch
 
     from specdist.job.config import check_installed
-    from specdist.run.answers import generate_here
+    from specdist.job.run_dir import RunDirectory
+    from specdist.run.answers import begun_prompts, generate_here
 
     job = words.load(config)
     if job.generate.endpoint is not None:
         generate_here(job)
         return 0
     check_installed(job, target=True)
+    if begun_prompts(replace(job, prompts=replace(job.prompts, answers="target"))) is not None:
+        print(f"specdist: all answers are in {RunDirectory(Path(job.run.dir)).answers}", file=sys.stderr)
+        return 0
     ranks = ranks or (1 if job.world.device == "cpu" else torch.cuda.device_count()) or 1
     files, overrides = words.split(config)
     return start(files, overrides, ranks, module="specdist.run.answers")

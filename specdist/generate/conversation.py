@@ -69,7 +69,7 @@ class Conversation:
         Raises:
             UnusableError: the chat template refuses the first prompt.
         """
-        told, turns, answers = list(self.before), list[Mapping[str, Any]](), 0
+        told, turns, answers, kept = list(self.before), list[Mapping[str, Any]](), 0, 0
         for step in self.steps:
             if not step.asked:
                 assert step.turn is not None
@@ -86,13 +86,13 @@ class Conversation:
             written = yield prompt
             if written is None:
                 break
-            answers += 1
+            answers, kept = answers + 1, len(turns) + 1
             turns.append(self._turn(step.turn, written))
             told.append({"role": "assistant", "content": written.content, **written.fields})
             if written.finish_reason == "length":
                 break
         asked = any(step.asked for step in self.steps)
-        return {**self.record, self.key: turns} if answers or not asked else None
+        return {**self.record, self.key: turns[:kept] if asked else turns} if answers or not asked else None
 
     def _turn(self, old: Mapping[str, Any] | None, written: Written) -> dict[str, Any]:
         like = old or next(step.turn for step in self.steps if step.turn)

@@ -94,7 +94,9 @@ class _Show:
             return
         all_, seconds = self._board.total(own), time.monotonic() - self._began
         done = self._before + all_.conversations
-        left = f", {(self._total - done) * seconds / 60 / all_.conversations:.0f} min to go" if all_.conversations else ""
+        left = (
+            f", {(self._total - done) * seconds / 60 / all_.conversations:.0f} min to go" if all_.conversations else ""
+        )
         text = f"{all_.finished + all_.cut:,} answers, {all_.tokens / seconds:,.0f} tokens/s"
         line = f"answers: {done:,} of {self._total:,} conversations, {text}{left}"
         self._bar.update(done, text, line)

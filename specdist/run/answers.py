@@ -22,7 +22,7 @@ import torch.distributed as dist
 from specdist.core.errors import DataError, UserError
 from specdist.core.launch_env import Attempt, RankFacts
 from specdist.core.stop import end_with_launcher, leave
-from specdist.generate.files import answered
+from specdist.generate.files import answered, open_answers
 from specdist.generate.in_world import Assignment, answers_in_world
 from specdist.job.config import JobConfig, load_job
 from specdist.job.run_dir import RunDirectory
@@ -52,6 +52,22 @@ def ready_prompts(job: JobConfig) -> PromptsConfig:
             "prompts.answers", f"=target, and {directory} does not hold them all yet: `specdist generate` writes them"
         )
     return found
+
+
+def begun_prompts(job: JobConfig) -> PromptsConfig | None:
+    """The `prompts` section to train on, None where the target has yet to write answers: a check of what there is, and
+    of the settings that it was written with, before a world is started.
+
+    Raises:
+        ConfigError, DataError: see `open_answers` and `ready_prompts`.
+    """
+    if job.prompts.answers == "data":
+        return job.prompts
+    if job.world.role != "both":
+        return ready_prompts(job)
+    asked = assignment(job)
+    open_answers(asked.directory, asked.prompts, asked.config, asked.target.path)
+    return answered(asked.prompts, asked.directory)
 
 
 def assignment(job: JobConfig) -> Assignment:

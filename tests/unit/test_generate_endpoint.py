@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The endpoint engine against a server that speaks the OpenAI protocol, dies and comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from specdist.core.errors import ConfigError, WorldError
+from specdist.generate.config import GenerateConfig
+from specdist.generate.endpoint import EndpointEngine
+from specdist.generate.engine import GREEDY, Reply, Request, Sampling
+from specdist.generate.in_world import Assignment, answers_in_world
+from specdist.prompts.config import PromptsConfig
+from specdist.target.config import TargetConfig
+from tests.unit import prompts_tokenizers as t
+
+
+class Server:
+    """Answers `text` to whatever is asked, or fails as `fail(number of the request)` says: a status; None hangs up."""
+
+    def __init__(self, served: str = "models/Tiny-1B", text: str = "well", port: int = 0) -> None:
+        self.served, self.text = served, text
+        self.asked = list[dict[str, Any]]()
+        self.keys = set[str | None]()
+        self.fail: Callable[[int], int | None] = lambda number: 200
+        self.extra: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self.start(port)
+
+    def start(self, port: int) -> None:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                model = {"id": server.served, "object": "model", "created": 0, "owned_by": "x"}
+                self.send(200, {"object": "list", "data": [model]})
+
+            def do_POST(self) -> None:
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with server._lock:
+                    server.keys.add(self.headers["Authorization"])
+                    server.asked.append(asked)
+                    status = server.fail(len(server.asked) - 1)
+                if status is None:
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                elif status != 200:
+                    self.send(status, {"error": {"message": f"status {status}"}})
+                else:
+                    choice = {
+                        "index": 0,
+                        "text": server.text,
+                        "finish_reason": "stop",
+                        "logprobs": None,
+                        **server.extra,
+                    }
+                    self.send(
+                        200, {"id": "1", "object": "text_completion", "created": 0, "model": "x", "choices": [choice]}
+                    )
+
+            def send(self, status: int, body: dict[str, Any]) -> None:
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args: Any) -> None: ...
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._http.daemon_threads = True
+        self.port = self._http.server_port
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    yield made
+    made.stop()
+
+
+def config(server: Server, **settings) -> GenerateConfig:
+    return GenerateConfig(endpoint=f"http://127.0.0.1:{server.port}", concurrency=4, timeout_s=20, **settings)
+
+
+def ask(config: GenerateConfig, *requests: Request, target: str = "/somewhere/tiny-1b") -> list[Reply]:
+    async def run() -> list[Reply]:
+        engine = EndpointEngine(config, target, troubles.append)
+        try:
+            await engine.open()
+            return await asyncio.gather(*map(engine.write, requests))
+        finally:
+            await engine.close()
+
+    troubles: list[str] = []
+    return asyncio.run(run())
+
+
+ONE = Request([1, 2, 3], 9, Sampling(None), 5)
+
+
+def test_what_is_asked_and_what_comes_back(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask(config(server), ONE) == [Reply("stop", text="well")]
+    (asked,) = server.asked
+    sent = {"prompt": [1, 2, 3], "max_tokens": 9, "seed": 5, "model": "models/Tiny-1B", "skip_special_tokens": False}
+    assert sent.items() <= asked.items()
+    assert asked.keys().isdisjoint({"temperature", "top_p", "top_k"})  # the server's own
+    server.extra = {"token_ids": [7, 8], "stop_reason": 8, "finish_reason": "length"}
+    monkeypatch.setenv("MY_KEY", "secret")
+    assert ask(config(server, api_key_env="MY_KEY"), replace(ONE, sampling=GREEDY)) == [
+        Reply("length", [7, 8], "well", 8)
+    ]
+    assert (server.asked[1]["temperature"], server.asked[1]["repetition_penalty"]) == (0.0, 1.0)
+    assert server.keys == {"Bearer none", "Bearer secret"}
+
+
+def test_another_model_and_no_server_are_one_clear_line(server: Server) -> None:
+    with pytest.raises(
+        ConfigError, match=r"127.0.0.1:\d+ serves 'models/Tiny-1B', and answers are wanted of m/Other: start"
+    ):
+        ask(config(server), ONE, target="m/Other")
+    assert ask(config(server, model="models/Tiny-1B"), ONE, target="m/Other")[0].text == "well"
+    assert ask(config(server), ONE, target="/c/models--Org--Tiny-1B/snapshots/0f3a")[0].text == "well"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = replace(config(server), endpoint=f"http://127.0.0.1:{free.getsockname()[1]}")
+    with pytest.raises(ConfigError, match=r"is not reached: Connection error.*is the server running there\?"):
+        ask(nobody, ONE)
+    server.fail = lambda number: 401
+    with pytest.raises(ConfigError, match=r"refuses: .*status 401.*the environment variable OPENAI_API_KEY"):
+        ask(config(server), ONE)
+
+
+def test_what_a_server_refuses_is_asked_no_more_and_what_it_drops_is(server: Server) -> None:
+    server.fail = lambda number: {0: 400, 1: None, 2: 503, 3: 429}.get(number, 200)
+    assert [reply.finish_reason for reply in ask(config(server), ONE)] == ["error"]
+    assert [reply.text for reply in ask(config(server), ONE)] == ["well"]
+    assert len(server.asked) == 5
+    server.fail = lambda number: 500
+    (reply,) = ask(config(server), ONE)
+    assert (reply.finish_reason, len(server.asked)) == ("error", 10)
+    assert "status 500" in reply.text
+
+
+def assignment(tmp_path: Path, server: Server, **settings) -> Assignment:
+    target = tmp_path / "tiny-1b"
+    if not target.exists():
+        t.save_tokenizer(target)
+        (target / "config.json").write_text('{"eos_token_id": 6}')
+        lines = [json.dumps({"prompt": f"Hello {n}"}) + "\n" for n in range(40)]
+        (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    prompts = PromptsConfig(files=(str(tmp_path / "prompts.jsonl"),), answers="target")
+    generate = replace(config(server), **settings)
+    return Assignment(prompts, generate, TargetConfig(path=str(target)), tmp_path / "run/answers", "first.0")
+
+
+def answer(asked: Assignment) -> PromptsConfig:
+    return answers_in_world(asked, dist.HashStore(), ["here"], 0, torch.device("cpu"))
+
+
+def test_a_server_that_dies_and_comes_back_is_waited_for(tmp_path: Path, server: Server) -> None:
+    """And another model in its place is refused."""
+
+    def die(number: int) -> int | None:
+        if number == 10:
+            threading.Thread(target=restart).start()
+        return None if number >= 10 else 200
+
+    def restart() -> None:
+        server.stop()
+        server.fail = lambda number: 200
+        back.wait(1.0)
+        server.start(server.port)
+
+    back = threading.Event()
+    server.fail = die
+    found = answer(assignment(tmp_path, server))
+    records = [json.loads(line) for line in Path(found.files[0]).read_text().splitlines()]
+    assert [r["messages"][1]["content"] for r in records] == ["well"] * 40
+    assert [r["prompt"] for r in records] == [f"Hello {n}" for n in range(40)]
+
+    def change(number: int) -> int | None:
+        server.served = "models/Another"
+        return None
+
+    server.fail = change
+    other = replace(assignment(tmp_path, server), directory=tmp_path / "other")
+    with pytest.raises(ConfigError, match="serves 'models/Another', and answers are wanted of"):
+        answer(other)
+
+
+def test_a_server_that_stays_away_ends_it_in_time(tmp_path: Path, server: Server) -> None:
+    """What was written stays, and the same command goes on."""
+    server.fail = lambda number: 200 if number < 10 else 503
+    asked = assignment(tmp_path, server, timeout_s=1.0)
+    with pytest.raises(WorldError, match=r"has written no answer for 1 s \(generate.timeout_s\).*status 503"):
+        answer(asked)
+    before = len(server.asked)
+    server.fail = lambda number: 200
+    answer(replace(asked, start="second.0"))
+    assert 25 < len(server.asked) - before <= 30
