@@ -36,7 +36,7 @@ class Cluster:
         """Run the Python that has Ray to its end."""
         environ = driver_environment() | environment
         command = [str(self.python), *words]
-        return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240, check=False)
+        return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=400, check=False)
 
     @contextlib.contextmanager
     def started(self, words: Sequence[str], output: Path) -> Iterator[subprocess.Popen[str]]:
