@@ -88,6 +88,16 @@ class PackedTokens:
         """Tokens of every document. Reads `cu_seqlens`: call it on a CPU copy."""
         return torch.diff(self.cu_seqlens).tolist()
 
+    @property
+    def places(self) -> Tensor:
+        """int64 [T], the place of every token in its answer, from 1; 0 outside of answers.
+
+        An answer is a run of supervised tokens of one document. The first token of a document is in none, for it is
+        not generated: nothing comes before it.
+        """
+        row = torch.arange(len(self.tokens), device=self.tokens.device)
+        return row - torch.where(self.supervised & (self.positions > 0), 0, row).cummax(0).values
+
     def to(self, device: torch.device | str) -> PackedTokens:
         """A copy on `device`."""
         return on_device(self, torch.device(device))

@@ -147,6 +147,16 @@ class Algorithm(ABC, Generic[C]):
             ConfigError: they do not go together.
         """
 
+    def check_replay(self, temperature: float) -> None:
+        """Raise ConfigError where `DraftModel.replay` cannot tell what serving at `evaluate.temperature` accepts."""
+        if temperature:
+            raise ConfigError.at(
+                "evaluate.temperature",
+                f"={temperature}: the features of draft.algorithm={self.name} lack the target's distribution, so only "
+                "greedy serving can be replayed: leave it at 0",
+                "draft.algorithm",
+            )
+
     @abstractmethod
     def layout(self, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:
         """What the draft needs of every token; `dtype` is that of the wire.

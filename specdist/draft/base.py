@@ -26,6 +26,28 @@ class Supervision:
 
 
 @dataclass(frozen=True)
+class Replayed:
+    """What serving would accept of a text, at every row i of T packed ones: by the drafts made once x_0 .. x_{i+1} are
+    verified and the features 0 .. i are known. It is exact for the target's own greedy text.
+
+    Each row is filled by the one context-parallel rank that computes it and zero on the others, so these sum up.
+
+    Attributes:
+        accepted: int64 [T], how many of K drafts equal x_{i+2}, x_{i+3}, ... in turn, none past the end of the answer
+            (`PackedTokens.places`). 0 where x_{i+1} and x_{i+2} are not in one answer.
+        agreed: bool [T], whether x_{i+1} is in an answer and the target's own argmax at i; None where the features do
+            not tell.
+        expected: fp32 [T, K], with a temperature: of each of these drafts sum_v min(p'_v, q_v), the chance that it is
+            accepted, with p' the target's distribution and q the draft's. It is exact for the first draft; a later one
+            stands after drafts, of which the text is one possibility. 0 where there is no draft, and at the end.
+    """
+
+    accepted: Tensor
+    agreed: Tensor | None
+    expected: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class ContextShare:
     """Which of the `of` ranks that share the sequences of a micro-batch this one is (context parallelism)."""
 
@@ -96,6 +118,18 @@ class DraftModel(nn.Module, ABC):
         that a rank without data still joins the collectives."""
         loss = sum((p.float().sum() * 0.0 for p in self.parameters() if p.requires_grad), torch.zeros(()))
         return loss, torch.zeros(len(self.metric_names), dtype=torch.float64, device=totals.device)
+
+    @abstractmethod
+    def replay(
+        self, batch: PackedTokens, host_batch: PackedTokens, features: Features, count: int, temperature: float = 0.0
+    ) -> Replayed:
+        """What serving would accept of the text of a micro-batch; no gradients.
+
+        Args:
+            host_batch: the same batch on the CPU.
+            count: K, the drafts that serving makes for each forward of the target.
+            temperature: that of serving; where it is not 0, `Algorithm.check_replay` has allowed it.
+        """
 
     @abstractmethod
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:

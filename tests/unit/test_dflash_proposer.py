@@ -29,7 +29,7 @@ def test_a_block_is_the_trained_one_and_the_definition(anchor: int) -> None:
     blocks = Blocks.draw(case.batch, BLOCK, 1000, draw=0)
     attend = case.draft.attention(blocks, (40,))
     with torch.no_grad():
-        states = case.draft.states(case.batch, case.features, blocks, attend)
+        states = case.draft.states(case.batch, blocks, case.draft.verified(case.batch, case.features), attend)
         target = case.draft.frozen.target
         reference = Reference(dict(case.draft.named_parameters()), target.embedding, target.head)
         expected = reference.products(case.documents[0].tolist(), case.rows, anchor)

@@ -34,8 +34,8 @@ def training_logits(case: Case, row: int) -> Tensor:
     draft, batch = case.draft, case.batch
     frozen = draft.frozen
     teacher = teach(batch, case.features, frozen.whole_head, frozen.logit_map, frozen.vocabulary, STEPS, 100)
-    task = draft.task(case.features, teacher, tuple(batch.lengths), teacher.counts())
-    hidden, entry, key, value, *weights = draft.inputs(batch, case.features, teacher)
+    task = draft.task(teacher.rows, tuple(batch.lengths))
+    hidden, entry, key, value, *weights = draft.inputs(batch, case.features, teacher.rows)
     states = Unrolled(task, Weights(*weights), entry, key, value, with_grad=False).run(hidden)
     place = int((teacher.rows.active == row).nonzero())
     rows = teacher.rows.teacher[place]

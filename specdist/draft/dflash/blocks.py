@@ -41,17 +41,20 @@ class Blocks:
         cls, host_batch: PackedTokens, block_size: int, most: int, draw: int, share: ContextShare = WHOLE
     ) -> Blocks:
         """This rank's share of at most `most` blocks of a batch on the CPU, drawn without replacement from all places
-        where they can begin; which ones follows from the batch and `draw` alone.
-
-        A block can begin at a supervised token whose next one is supervised too, and that has something before it.
-        """
-        supervised, positions = host_batch.supervised, host_batch.positions.long()
-        places = torch.zeros_like(supervised)
-        places[1:-1] = supervised[1:-1] & supervised[2:] & (positions[1:-1] > 0) & (positions[2:] > 0)
-        candidates = places.nonzero().flatten()
+        where they can begin; which ones follows from the batch and `draw` alone."""
+        candidates = cls.candidates(host_batch)
         chosen = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(draw))[:most]
-        anchors = candidates[chosen].sort().values[share.index :: share.of]
+        return cls.at(candidates[chosen].sort().values[share.index :: share.of], host_batch, block_size)
 
+    @staticmethod
+    def candidates(host_batch: PackedTokens) -> Tensor:
+        """int64 [n]: the rows at which a block can begin: where serving drafts, for the answer goes on."""
+        return (host_batch.places[1:] > 1).nonzero().flatten()
+
+    @classmethod
+    def at(cls, anchors: Tensor, host_batch: PackedTokens, block_size: int) -> Blocks:
+        """The blocks that begin at the rows `anchors` [N], ascending, of a batch on the CPU."""
+        supervised, positions = host_batch.supervised, host_batch.positions.long()
         steps = torch.arange(1, block_size)
         rows = anchors[:, None] + steps
         inside = rows.clamp(max=len(positions) - 1)

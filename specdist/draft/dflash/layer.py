@@ -75,6 +75,12 @@ class Layer(nn.Module):
         return hidden + mlp.down_proj(ops.swiglu(mlp.gate_proj(normed), mlp.up_proj(normed)))
 
 
+def attention_of(layer: nn.Module) -> DFlashAttention:
+    """Of a module that is known to be a `Layer`."""
+    assert isinstance(layer, Layer)
+    return layer.self_attn
+
+
 def modules(dims: DFlashDims, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
     """All that is trained, by name."""
     hidden = dims.hidden_size

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specdist.core.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
-from specdist.draft.base import DraftModel, Supervision
+from specdist.draft.base import DraftModel, Replayed, Supervision
 from specdist.draft.common.flex import takes_flex
 from specdist.draft.common.rotary import Rotary
-from specdist.draft.dflash.attention import BlockAttention, eager_attention, flex_attention
+from specdist.draft.dflash.attention import BlockAttention, KeysValues, eager_attention, flex_attention
 from specdist.draft.dflash.blocks import Blocks
 from specdist.draft.dflash.config import DFlashConfig, DFlashDims
-from specdist.draft.dflash.layer import Layer, modules
+from specdist.draft.dflash.layer import attention_of, modules
 from specdist.draft.dflash.loss import SUMS, BlockLoss, DFlashLossInputs, Weighing, metrics
 from specdist.draft.dflash.ops import PLAIN, compiled_ops
 from specdist.draft.dflash.proposer import DFlashProposer
+from specdist.draft.dflash.replay import replay
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class DFlashDraft(DraftModel):
         assert isinstance(lengths, tuple)
         if not len(blocks.anchors):
             return self.nothing(totals)
-        states = self.states(batch, features, blocks, self.attention(blocks, lengths))
+        verified = self.verified(batch, features)
+        states = self.states(batch, blocks, verified, self.attention(blocks, lengths))
         inputs = DFlashLossInputs(
             blocks=blocks,
             head=self.frozen.target.head.to(states.dtype),
@@ -101,18 +103,29 @@ class DFlashDraft(DraftModel):
         loss, sums = BlockLoss.apply(inputs, states[:, 1:])
         return loss, torch.cat([supervision.counts, sums])
 
-    def states(self, batch: PackedTokens, features: Features, blocks: Blocks, attend: BlockAttention) -> Tensor:
+    def replay(
+        self, batch: PackedTokens, host_batch: PackedTokens, features: Features, count: int, temperature: float = 0.0
+    ) -> Replayed:
+        if temperature:
+            raise ValueError("a DFlash draft is not taught by distributions: it can be replayed greedily alone")
+        return replay(self, batch, host_batch, features, count)
+
+    def verified(self, batch: PackedTokens, features: Features) -> list[KeysValues]:
+        """Each layer's keys and values of the T packed tokens."""
+        context, rotation = self.context(features.captured), self.frozen.rotary(batch.positions)
+        return [attention_of(layer).keys_values(context, rotation, self._ops) for layer in self.layers]
+
+    def states(
+        self, batch: PackedTokens, blocks: Blocks, verified: Sequence[KeysValues], attend: BlockAttention
+    ) -> Tensor:
         """The normed states [N, B, H] of the blocks. The first of each, its anchor's, teaches nothing."""
-        context = self.context(features.captured)
         tokens = blocks.anchors.new_full((len(blocks.anchors), blocks.size), self.mask_token)
         tokens[:, 0] = batch.tokens[blocks.anchors]
         places = blocks.positions[:, None] + torch.arange(blocks.size, device=tokens.device)
-        rotations = self.frozen.rotary(batch.positions), self.frozen.rotary(places.flatten())
+        rotation = self.frozen.rotary(places.flatten())
         hidden = self.embed(tokens.flatten())
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            verified = layer.self_attn.keys_values(context, rotations[0], self._ops)
-            hidden = layer(hidden, rotations[1], verified, attend, self._ops)
+        for layer, context in zip(self.layers, verified, strict=True):
+            hidden = layer(hidden, rotation, context, attend, self._ops)
         return self.norm(hidden).unflatten(0, (-1, blocks.size))
 
     def context(self, captured: Tensor) -> Tensor:

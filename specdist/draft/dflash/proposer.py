@@ -6,12 +6,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from specdist.core.records import Features
 from specdist.draft.base import Proposer
 from specdist.draft.dflash.attention import KeysValues, attend_block
-from specdist.draft.dflash.layer import DFlashAttention, Layer
+from specdist.draft.dflash.layer import attention_of
 
 if TYPE_CHECKING:
     from specdist.draft.dflash.model import DFlashDraft
@@ -29,7 +29,7 @@ class DFlashProposer(Proposer):
         draft = self.draft
         context = draft.context(features.captured)
         rotation = draft.frozen.rotary(positions)
-        added = [_attention(layer).keys_values(context, rotation) for layer in draft.layers]
+        added = [attention_of(layer).keys_values(context, rotation) for layer in draft.layers]
         old = self._context or [(keys[:0], values[:0]) for keys, values in added]
         self._context = [
             (torch.cat([keys, more_keys]), torch.cat([values, more_values]))
@@ -63,8 +63,3 @@ class DFlashProposer(Proposer):
             hidden = layer(hidden, rotation, context, attend)
         products = draft.norm(hidden)[1:].to(head.dtype) @ head.T
         return products.argmax(-1).tolist(), products
-
-
-def _attention(layer: nn.Module) -> DFlashAttention:
-    assert isinstance(layer, Layer)
-    return layer.self_attn

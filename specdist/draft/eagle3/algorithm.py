@@ -40,6 +40,15 @@ class Eagle3(Algorithm[Eagle3Config]):
             )
         check_attention("draft.eagle3.attention", self.config.attention, device)
 
+    def check_replay(self, temperature: float) -> None:
+        if temperature and self.config.teacher_head == "target":
+            raise ConfigError.at(
+                "evaluate.temperature",
+                f"={temperature} needs the target's output head on the draft side, and draft.eagle3.teacher_head is "
+                "target: set it to draft, or evaluate.temperature=0",
+                "draft.eagle3.teacher_head",
+            )
+
     def layout(self, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:
         text, on_target = target.get_text_config(), self.config.teacher_head == "target"
         Eagle3Dims.of(self.config, target)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from specdist.core.errors import ConfigError
 from specdist.core.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
-from specdist.draft.base import DraftModel, Supervision
+from specdist.draft.base import DraftModel, Replayed, Supervision
 from specdist.draft.common.flex import takes_flex
 from specdist.draft.common.rotary import Rotary, rotate
 from specdist.draft.common.vocabulary import DraftVocabulary
@@ -25,6 +25,7 @@ from specdist.draft.eagle3.loss import SUMS, Eagle3LossInputs, LossKind, metrics
 from specdist.draft.eagle3.matmul import Fp8Matmul, Matmul
 from specdist.draft.eagle3.op_set import PLAIN, compiled_ops
 from specdist.draft.eagle3.proposer import Eagle3Proposer
+from specdist.draft.eagle3.replay import replay
 from specdist.draft.eagle3.rows import Rows
 from specdist.draft.eagle3.teacher import Teacher, teach
 from specdist.draft.eagle3.unroll import Unroll, UnrollTask, Weights
@@ -135,21 +136,19 @@ class Eagle3Draft(DraftModel):
         assert isinstance(lengths, tuple)
         if not len(teacher.rows.taught):
             return self.nothing(totals)
-        task = self.task(features, teacher, lengths, totals)
-        inputs = self.inputs(batch, features, teacher)
-        loss, sums = Unroll.apply(task, torch.is_grad_enabled(), *inputs)
-        return loss.float(), torch.cat([sums, teacher.positions()[:, None]], dim=1).flatten()
+        task, loss = self.task(teacher.rows, lengths), self.loss(features, teacher, totals)
+        found, sums = Unroll.apply(task, loss, torch.is_grad_enabled(), *self.inputs(batch, features, teacher.rows))
+        return found.float(), torch.cat([sums, teacher.positions()[:, None]], dim=1).flatten()
 
-    def task(self, features: Features, teacher: Teacher, lengths: tuple[int, ...], totals: Tensor) -> UnrollTask:
-        """What the unrolled steps need beside tensors with gradients.
+    def replay(
+        self, batch: PackedTokens, host_batch: PackedTokens, features: Features, count: int, temperature: float = 0.0
+    ) -> Replayed:
+        return replay(self, batch, host_batch, features, count, temperature)
 
-        Raises:
-            ConfigError: the GPU has no FP8 products, and they are asked for.
-        """
-        if self.config.products == "fp8":
-            check_device(totals.device)
+    def loss(self, features: Features, teacher: Teacher, totals: Tensor) -> Eagle3LossInputs:
+        """What the states of the unrolled steps are compared with."""
         steps = torch.arange(self.config.ttt_length, device=totals.device, dtype=torch.float64)
-        loss = Eagle3LossInputs(
+        return Eagle3LossInputs(
             teacher=teacher,
             final=features.final,
             head=self.frozen.head,
@@ -159,16 +158,24 @@ class Eagle3Draft(DraftModel):
             chunk=self.config.loss_chunk,
             terms=self.ops.kl_row_terms if self.config.loss == "kl" else self.ops.row_terms,
         )
-        positions = torch.arange(max(lengths) + self.config.ttt_length, device=totals.device)
-        cos, sin = self.frozen.rotary(positions)
+
+    def task(self, rows: Rows, lengths: tuple[int, ...], products: str | None = None) -> UnrollTask:
+        """What the unrolled steps need beside tensors with gradients. `products`: as configured, or others.
+
+        Raises:
+            ConfigError: the GPU has no FP8 products, and they are asked for.
+        """
+        device, fp8 = rows.active.device, (products or self.config.products) == "fp8"
+        if fp8:
+            check_device(device)
+        cos, sin = self.frozen.rotary(torch.arange(max(lengths) + rows.steps, device=device))
         return UnrollTask(
-            rows=teacher.rows,
-            attend=self.attention(teacher.rows, lengths),
-            loss=loss,
+            rows=rows,
+            attend=self.attention(rows, lengths),
             cos=cos[:, 0],
             sin=sin[:, 0],
             ops=self.ops,
-            matmul=Fp8Matmul if self.config.products == "fp8" else Matmul,
+            matmul=Fp8Matmul if fp8 else Matmul,
             query_heads=(self.dims.num_attention_heads, self.dims.head_dim),
             scale=self.scale,
             eps=self.dims.rms_norm_eps,
@@ -176,12 +183,12 @@ class Eagle3Draft(DraftModel):
             recompute=self.config.recompute,
         )
 
-    def inputs(self, batch: PackedTokens, features: Features, teacher: Teacher) -> tuple[Tensor, ...]:
+    def inputs(self, batch: PackedTokens, features: Features, rows: Rows) -> tuple[Tensor, ...]:
         """What the unrolled steps differentiate: see `Unroll`."""
         joint = self.midlayer.self_attn.joint_weight()
-        entry, hidden = self.enter(batch.tokens, joint), self.fuse(features.captured)
+        entry, hidden = self.enter(batch.tokens, joint, rows.steps), self.fuse(features.captured)
         key, value = self.first_keys(batch.positions, hidden, entry, joint)
-        return hidden.index_select(0, teacher.rows.active), entry, key, value, *self.weights(joint)
+        return hidden.index_select(0, rows.active), entry, key, value, *self.weights(joint)
 
     def weights(self, joint: Tensor) -> Weights:
         """The parameters that every step uses; `joint` is the joint weight of the attention's projections."""
@@ -198,10 +205,10 @@ class Eagle3Draft(DraftModel):
             head=self.lm_head.weight,
         )
 
-    def enter(self, tokens: Tensor, joint: Tensor) -> Tensor:
+    def enter(self, tokens: Tensor, joint: Tensor, steps: int) -> Tensor:
         """What each token's embedding contributes to queries, keys and values, side by side [T + K, q + k + v]: half of
-        the products of the projections, the same whichever step meets the token."""
-        padded = functional.pad(tokens, (0, self.config.ttt_length))  # rows past the end count nowhere
+        the products of the projections, the same whichever of K steps meets the token."""
+        padded = functional.pad(tokens, (0, steps))  # rows past the end count nowhere
         return self.embed(padded) @ joint[:, : self.dims.hidden_size].T
 
     def first_keys(self, positions: Tensor, hidden: Tensor, entry: Tensor, joint: Tensor) -> tuple[Tensor, Tensor]:

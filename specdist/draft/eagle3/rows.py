@@ -44,10 +44,10 @@ class Rows:
     teacher: Tensor
 
     @classmethod
-    def of(cls, host_batch: PackedTokens, steps: int, share: ContextShare = WHOLE) -> Rows:
-        """This rank's share of the rows of a batch on the CPU, for `steps` TTT steps."""
+    def of(cls, host_batch: PackedTokens, steps: int, share: ContextShare = WHOLE, reach: Tensor | None = None) -> Rows:
+        """This rank's share of the rows of a batch on the CPU, for `steps` TTT steps. `reach`: default `reached_by`."""
         positions = host_batch.positions.long()
-        reach = reached_by(host_batch, steps)
+        reach = reached_by(host_batch, steps) if reach is None else reach
         # Rows p - reach .. p - 1 of every p: +1 where such a run begins, -1 where it ends.
         supervised = reach.nonzero().flatten()
         edges = torch.zeros(len(positions) + 1, dtype=torch.int64)
@@ -87,6 +87,13 @@ def reached_by(host_batch: PackedTokens, steps: int) -> Tensor:
     reach = torch.zeros_like(positions)
     reach[:-1] = positions[:-1] * (supervised[1:] & (positions[1:] > 0))
     return reach.clamp(max=steps)
+
+
+def replayed_by(host_batch: PackedTokens, steps: int) -> Tensor:
+    """`reached_by` from the rows that serving can draft at alone: the token after such a row is of the same answer."""
+    reach = torch.zeros_like(host_batch.positions, dtype=torch.int64)
+    reach[:-1] = host_batch.places[1:] - 1
+    return reach.clamp(min=0, max=steps)
 
 
 def _own(count: int, share: ContextShare) -> Tensor:

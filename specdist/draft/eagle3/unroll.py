@@ -50,7 +50,6 @@ class UnrollTask:
     Attributes:
         rows: which rows are computed and what they are taught.
         attend: the attention of the active rows over the step-0 keys.
-        loss: what the states are compared with.
         cos: [positions, D / 2], of the angles of every position, `sin` likewise.
         matmul: how the products with the layer's weights are made.
         query_heads: their number, and D.
@@ -62,7 +61,6 @@ class UnrollTask:
 
     rows: Rows
     attend: DocumentAttention
-    loss: Eagle3LossInputs
     cos: Tensor
     sin: Tensor
     ops: Eagle3Ops
@@ -89,16 +87,18 @@ class _Step:
 
 
 class Unroll(torch.autograd.Function):
-    """(task, with_grad, hidden [n, H], entry [T + K, q + k + v], key [T, Hkv, D], value [T, Hkv, D], *Weights)
+    """(task, loss, with_grad, hidden [n, H], entry [T + K, q + k + v], key [T, Hkv, D], value [T, Hkv, D], *Weights)
     -> (the loss, float64; sums [K, 4], float64, as `losses` gives them).
 
-    `hidden` is the state of step 0 at the active rows. Row i of step k meets entry[i + 1 + k].
+    `loss` is what the states are compared with, and `hidden` the state of step 0 at the active rows. Row i of step k
+    meets entry[i + 1 + k].
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         task: UnrollTask,
+        loss: Eagle3LossInputs,
         with_grad: bool,
         hidden: Tensor,
         entry: Tensor,
@@ -110,21 +110,21 @@ class Unroll(torch.autograd.Function):
         hidden, entry, key, value = (t.detach() for t in (hidden, entry, key, value))
         weights = Weights(*(t.detach() for t in rest))
         unrolled = Unrolled(task, weights, entry, key, value, with_grad)
-        sums, head_grad = losses(task.loss, weights.head, unrolled.run(hidden), with_grad)
+        sums, head_grad = losses(loss, weights.head, unrolled.run(hidden), with_grad)
         if with_grad:
             ctx.forward_was = unrolled, head_grad
         ctx.mark_non_differentiable(sums)
-        return (task.loss.weights * sums[:, 0]).sum(), sums
+        return (loss.weights * sums[:, 0]).sum(), sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Tensor | None, ...]:
         (unrolled, head_grad), ctx.forward_was = ctx.forward_was, None
-        return (None, None, *_Backward(unrolled, head_grad).run(grad_loss))
+        return (None, None, None, *_Backward(unrolled, head_grad).run(grad_loss))
 
 
 class Unrolled:
-    """The forward. `states` [P, K, H] are what the loss reads: the normed states that each position is guessed from."""
+    """The forward. `states` [P, K, H] are the normed states that each position is guessed from: what a loss reads."""
 
     def __init__(self, task: UnrollTask, weights: Weights, entry: Tensor, key: Tensor, value: Tensor, with_grad: bool):
         self.task, self.weights, self.entry, self.with_grad = task, weights, entry, with_grad

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specdist.core.records import FeatureLayout, Features, PackedTokens
-from specdist.draft.base import DraftModel, Proposer, Supervision
+from specdist.draft.base import DraftModel, Proposer, Replayed, Supervision
 
 
 class ToyDraft(DraftModel):
@@ -41,6 +41,16 @@ class ToyDraft(DraftModel):
         correct = (logits.argmax(-1) == labels).sum()
         sums = torch.stack([loss.detach().double(), correct.double(), supervision.counts[0]])
         return loss / totals[0].to(loss.dtype), sums
+
+    @torch.no_grad()
+    def replay(
+        self, batch: PackedTokens, host_batch: PackedTokens, features: Features, count: int, temperature: float = 0.0
+    ) -> Replayed:
+        rows = (host_batch.places[2:] > 1).nonzero()[self.share.index :: self.share.of, 0].to(features.rows.device)
+        accepted = torch.zeros_like(batch.tokens)
+        drafts = self.head(features.captured[rows].to(self.head.weight.dtype)).argmax(-1)
+        accepted[rows] = (drafts == batch.tokens[rows + 2]).long()
+        return Replayed(accepted, None)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         counted = max(sums["counted"], 1.0)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What serving accepts of a text, by the unrolled steps without gradient.
+
+A draft counts only where all drafts before it equal the text. So whatever is drafted at row i, the step that drafts
+x_{i+2+k} has met x_{i+1} .. x_{i+1+k} if its draft counts: the steps that training unrolls are those of serving. They
+have the products of serving too, never FP8.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from specdist.core.records import Features, LogitMap, PackedTokens
+from specdist.draft.base import Replayed
+from specdist.draft.eagle3.loss import LossKind
+from specdist.draft.eagle3.rows import Rows, replayed_by
+from specdist.draft.eagle3.unroll import Unrolled, Weights
+
+if TYPE_CHECKING:
+    from specdist.draft.eagle3.model import Eagle3Draft
+
+KL = LossKind("kl", 0.0)
+
+
+@torch.no_grad()
+def replay(
+    draft: Eagle3Draft,
+    batch: PackedTokens,
+    host_batch: PackedTokens,
+    features: Features,
+    count: int,
+    temperature: float,
+) -> Replayed:
+    """`DraftModel.replay`. Rows of logits are held `loss_chunk` at one time."""
+    device, tokens = features.rows.device, len(batch.tokens)
+    rows = Rows.of(host_batch, count, draft.share, replayed_by(host_batch, count)).to(device)
+    accepted = torch.zeros(tokens, dtype=torch.int64, device=device)
+    expected = torch.zeros(tokens, count, device=device) if temperature else None
+    agreed = _agreed(draft, batch, host_batch, features)
+    if not len(rows.active):
+        return Replayed(accepted, agreed, expected)
+
+    hidden, entry, key, value, *weights = draft.inputs(batch, features, rows)
+    task = draft.task(rows, tuple(host_batch.lengths), products="compute")
+    states = Unrolled(task, Weights(*weights), entry, key, value, with_grad=False).run(hidden)
+    right = _drafted(draft, states) == batch.tokens[rows.taught + 1, None]
+    accepted[rows.active] = _by_row(right, rows).cumprod(1).sum(1)
+    if expected is not None:
+        expected[rows.active] = _by_row(_chances(draft, features.final[rows.taught], states, temperature), rows)
+    return Replayed(accepted, agreed, expected)
+
+
+def _by_row(found: Tensor, rows: Rows) -> Tensor:
+    """From what was found of each taught position by each step, [P, K], to that of each active row, [n, K]: 0 where it
+    reaches none."""
+    steps = torch.arange(rows.steps, device=found.device)
+    return torch.where(rows.teacher >= 0, found[rows.teacher.clamp(min=0), steps], 0)
+
+
+def _drafted(draft: Eagle3Draft, states: Tensor) -> Tensor:
+    """The greedy drafts [P, K], as target ids, of normed states [P, K, H]."""
+    parts = states.flatten(0, 1).split(draft.config.loss_chunk)
+    best = torch.cat([(part @ draft.lm_head.weight.T).argmax(-1) for part in parts])
+    return draft.frozen.vocabulary.ids[best].view(states.shape[:2])
+
+
+def _chances(draft: Eagle3Draft, final: Tensor, states: Tensor, temperature: float) -> Tensor:
+    """sum_v min(p'_v, q_v) at a temperature, [P, K], from the target's last hidden states [P, H] at the positions and
+    the draft's normed ones [P, K, H]."""
+    frozen, ops = draft.frozen, draft.ops
+    if frozen.whole_head is None:
+        raise ValueError("a replay with a temperature needs the target's whole head (draft.eagle3.teacher_head=draft)")
+    cap = frozen.logit_map.softcap
+    cooled = LogitMap(frozen.logit_map.scale / temperature, None if cap is None else cap / temperature)
+    final, steps, found = final.to(frozen.whole_head.dtype), states.shape[1], []
+    size = max(draft.config.loss_chunk * len(frozen.head) // len(frozen.whole_head) // steps, 1)
+    for z, normed in zip(final.split(size), states.split(size), strict=True):
+        best, log_sum_exp = ops.argmax_lse(z @ frozen.whole_head.T, cooled)
+        student = (normed.flatten(0, 1) @ draft.lm_head.weight.T).div_(temperature).unflatten(0, normed.shape[:2])
+        nothing = torch.zeros(normed.shape[:2], dtype=log_sum_exp.dtype, device=normed.device)
+        teacher = z @ frozen.head.T
+        terms = ops.kl_row_terms(student, teacher, cooled, log_sum_exp, frozen.vocabulary.to_draft[best], nothing, KL)
+        found.append(terms[1])
+    return torch.cat(found).float()
+
+
+def _agreed(draft: Eagle3Draft, batch: PackedTokens, host_batch: PackedTokens, features: Features) -> Tensor:
+    """`Replayed.agreed`, of this rank's part of the rows before answers' tokens."""
+    device, frozen = features.rows.device, draft.frozen
+    where = (host_batch.places[1:] > 0).nonzero()[draft.share.index :: draft.share.of, 0].to(device)
+    agreed = torch.zeros(len(batch.tokens), dtype=torch.bool, device=device)
+    if frozen.whole_head is None:
+        agreed[where] = features.argmax_lse(where)[0] == batch.tokens[where + 1]
+        return agreed
+    for part in where.split(max(draft.config.loss_chunk * len(frozen.head) // len(frozen.whole_head), 1)):
+        products = features.final[part].to(frozen.whole_head.dtype) @ frozen.whole_head.T
+        agreed[part] = draft.ops.argmax_lse(products, frozen.logit_map)[0] == batch.tokens[part + 1]
+    return agreed
