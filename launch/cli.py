@@ -90,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--output", metavar="DIR", help="where to write (default: RUN_DIR/export)")
     text = "Measure acceptance length by greedy speculative decoding with the target."
     evaluate = command("eval", _eval, text)
-    evaluate.add_argument("--draft", metavar="DIR", help="an exported draft (default: the run's newest checkpoint)")
+    evaluate.add_argument(
+        "--draft", metavar="DIR", help="an exported draft, or its id on the Hub (default: the run's newest checkpoint)"
+    )
     evaluate.add_argument("--output", metavar="FILE", help="also write the report as JSON")
     bench = command("bench", _bench, "Measure a part on this machine, as JSON and as a table.", config=False)
     bench.add_argument("part", choices=["channel", "pipeline", "scheduler", "step", "target"], help="what to measure")
@@ -172,11 +174,13 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    from specdist.core.hub import resolve
     from specdist.prompts.prepare import prepare_corpus
     from specdist.run.answers import ready_prompts
 
     job = words.load(args.config)
-    print(prepare_corpus(ready_prompts(job), job.target.path, progress=True).described())
+    directory = resolve(job.target.path, "target.path")
+    print(prepare_corpus(ready_prompts(job), directory, progress=True).described())
     return 0
 
 

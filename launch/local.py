@@ -52,6 +52,7 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     """What `specdist train` does on this machine: check the job, prepare its prompts, start it; its exit status."""
     import torch
 
+    from specdist.core.hub import resolve
     from specdist.evaluate.prompts import check_prompts
     from specdist.job.config import check_installed, topology
     from specdist.job.run_dir import RunDirectory
@@ -63,11 +64,12 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     RunDirectory(Path(job.run.dir)).create()
     ranks = ranks or world_size(job, 0 if job.world.device == "cpu" else torch.cuda.device_count())
     topology(job, [platform.node()] * ranks)
+    directory = resolve(job.target.path, "target.path", weights=True)  # before any rank could wait for another
     if (asked := begun_prompts(job)) is not None:
-        prompts = prepare_corpus(asked, job.target.path)  # before any rank could wait for another
+        prompts = prepare_corpus(asked, directory)
         if prompts.bad_total:
             print(f"prompts: {prompts.described()}", file=sys.stderr)
-    check_prompts(job.evaluate.prompts, job.target.path, job.evaluate.limit, job.prompts.template_kwargs)
+    check_prompts(job.evaluate.prompts, directory, job.evaluate.limit, job.prompts.template_kwargs)
     files, overrides = words.split(config)
     return start(files, overrides, ranks, retries=retries, role=job.world.role)
 
@@ -76,6 +78,7 @@ def generate(config: Sequence[str], ranks: int | None = None) -> int:
     """What `specdist generate` does: ask the endpoint from here, or have a world on this machine write answers."""
     import torch
 
+    from specdist.core.hub import resolve
     from specdist.job.config import check_installed
     from specdist.job.run_dir import RunDirectory
     from specdist.run.answers import begun_prompts, generate_here
@@ -88,6 +91,7 @@ def generate(config: Sequence[str], ranks: int | None = None) -> int:
     if begun_prompts(replace(job, prompts=replace(job.prompts, answers="target"))) is not None:
         print(f"specdist: all answers are in {RunDirectory(Path(job.run.dir)).answers}", file=sys.stderr)
         return 0
+    resolve(job.target.path, "target.path", weights=True)
     ranks = ranks or (1 if job.world.device == "cpu" else torch.cuda.device_count()) or 1
     files, overrides = words.split(config)
     return start(files, overrides, ranks, module="specdist.run.answers")

@@ -33,7 +33,8 @@ class DraftConfig:
     compile: bool = False
     """torch.compile the draft's hot functions (CUDA; the first steps take a minute or so longer)."""
     init_from: str | None = None
-    """An exported draft directory to start from; its draft vocabulary, layers and norms are taken too."""
+    """An exported draft to start from, a directory or ORG/NAME[@REVISION] of the Hugging Face Hub; its draft
+    vocabulary, layers and norms are taken too."""
 
     @classmethod
     def registered(cls) -> dict[str, object]:

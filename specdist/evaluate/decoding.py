@@ -70,12 +70,11 @@ class EvaluationTarget:
         layout: FeatureLayout,
         device: torch.device | str,
         dtype: torch.dtype,
-        trust_remote_code: bool = False,
     ) -> EvaluationTarget:
         """The model of a target's directory, whole, on `device`, in `dtype`."""
         from specdist.target.loading import load_model
 
-        return cls(load_model(target, dtype, torch.device(device), trust_remote_code=trust_remote_code), layout)
+        return cls(load_model(target, dtype, torch.device(device)), layout)
 
     @staticmethod
     def new_cache() -> DynamicCache:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specdist.core.errors import DataError
+from specdist.core.hub import DATASET
 from specdist.prompts.conversation import ROLES, Sample, to_sample
 from specdist.prompts.read import find_files, pieces, samples
 from specdist.prompts.report import BadSample, UnusableError
@@ -54,7 +55,7 @@ def read_prompts(
     """
     prompts: list[EvaluationPrompt] = []
     for file in files:
-        if not Path(file).expanduser().exists():
+        if not Path(file).expanduser().exists() and not str(file).startswith(DATASET):
             raise DataError.at("evaluate.prompts", f": there is no {file}")
         found = 0
         for sample in _read(str(file)):

@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ import msgspec
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.files import read_json, sync_directory, to_json, write_atomically
+from specdist.core.hub import resolve
 from specdist.generate.config import CHANGEABLE, GenerateConfig
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.prepare import TOKENIZER_FILES
@@ -117,7 +118,7 @@ def open_answers(directory: Path, prompts: PromptsConfig, config: GenerateConfig
         ConfigError: they were written with other settings, for other prompts or by another target.
         DataError: a prompts file cannot be read.
     """
-    manifest = Manifest(_settings(prompts, config, Path(target)), tuple(_sources(prompts)))
+    manifest = Manifest(_settings(prompts, config, target), tuple(_sources(prompts)))
     found = find_manifest(directory)
     if found is None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -138,11 +139,12 @@ def open_answers(directory: Path, prompts: PromptsConfig, config: GenerateConfig
     return found
 
 
-def _settings(prompts: PromptsConfig, config: GenerateConfig, target: Path) -> dict[str, Any]:
+def _settings(prompts: PromptsConfig, config: GenerateConfig, target: str) -> dict[str, Any]:
     template = None if prompts.chat_template is None else _digest(Path(prompts.chat_template).expanduser())
     own = {f"generate.{key}": getattr(config, key) for key in config.__dataclass_fields__ if key not in CHANGEABLE}
     files = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-    digests = [_digest(target / name) for name in files if (target / name).is_file()]
+    directory = resolve(target, "target.path")
+    digests = [_digest(directory / name) for name in files if (directory / name).is_file()]
     return own | {
         "prompts.max_length": prompts.max_length,
         "prompts.template_kwargs": dict(prompts.template_kwargs),
@@ -150,6 +152,12 @@ def _settings(prompts: PromptsConfig, config: GenerateConfig, target: Path) -> d
         "prompts.holdout": prompts.holdout if isinstance(prompts.holdout, float) else None,
         "target.path": f"{target} {hashlib.sha256(''.join(digests).encode()).hexdigest()[:16]}",
     }
+
+
+def local_files(sources: Sequence[Source], prompts: PromptsConfig) -> list[Source]:
+    """`sources` as this host has them: data sets of the Hub lie in a cache of its own."""
+    here = _files(prompts)
+    return [msgspec.structs.replace(s, file=file.path) for s, (file, _) in zip(sources, here, strict=True)]
 
 
 def _sources(prompts: PromptsConfig) -> Iterator[Source]:

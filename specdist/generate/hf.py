@@ -48,7 +48,7 @@ class HfEngine:
         target = describe(self._config.path, self._config.trust_remote_code)
         dtype = compute_dtype(self._config, target)
         try:
-            self._model = load_model(target, dtype, self._device, trust_remote_code=self._config.trust_remote_code)
+            self._model = load_model(target, dtype, self._device)
         except torch.OutOfMemoryError as error:
             raise ConfigError.at(
                 "target.engine",

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,11 +16,12 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from specdist.core.errors import ConfigError
+from specdist.core.hub import resolve, served_name
 from specdist.core.progress_bar import ProgressBar
 from specdist.generate.board import Board
 from specdist.generate.config import GenerateConfig
 from specdist.generate.engine import Engine, end_tokens, sampling_of
-from specdist.generate.files import Tally, answered, find_manifest, merge, open_answers, written
+from specdist.generate.files import Tally, answered, find_manifest, local_files, merge, open_answers, written
 from specdist.generate.work import Author, Watch, count, records, write_answers
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.render import load_tokenizer
@@ -108,7 +109,7 @@ def _write(
     """This rank's part of the answers, by its replica; nothing where it leads none."""
     if not _leads(asked, board, device):
         return Tally()
-    config, path = asked.config, asked.target.path
+    config, path = asked.config, resolve(asked.target.path, "target.path")
     manifest = find_manifest(asked.directory)
     assert manifest is not None, "rank 0 has written it"
     tokenizer = load_tokenizer(path, asked.prompts)
@@ -116,7 +117,7 @@ def _write(
     where = f"the replica of rank {board.rank} (host {board.hosts[board.rank]})"
     watch = Watch(where if config.endpoint is None else config.endpoint, config.timeout_s, tell or board.tell)
     author = Author(tokenizer, asked.prompts, config, sampling_of(config, None if config.endpoint else path), ends)
-    todo = records(asked.prompts, config, manifest.sources, board.claim)
+    todo = records(asked.prompts, config, local_files(manifest.sources, asked.prompts), board.claim)
     part = asked.directory / f"part-{asked.start}-{board.rank}.jsonl"
     asyncio.run(write_answers(_engine(asked, device, ends, watch), author, todo, written(asked.directory), part, watch))
     return watch.tally
@@ -145,14 +146,15 @@ def _engine(asked: Assignment, device: torch.device, ends: frozenset[int], watch
     if config.endpoint is not None:
         from specdist.generate.endpoint import EndpointEngine
 
-        return EndpointEngine(config, asked.target.path, watch.note)
-    if asked.target.engine == "sglang":
+        return EndpointEngine(config, served_name(asked.target.path), watch.note)
+    target = replace(asked.target, path=str(resolve(asked.target.path, "target.path")))
+    if target.engine == "sglang":
         from specdist.generate.sglang import SglangEngine
 
-        return SglangEngine(asked.target, device, config.concurrency, ends, config.seed)
+        return SglangEngine(target, device, config.concurrency, ends, config.seed)
     from specdist.generate.hf import HfEngine
 
-    return HfEngine(asked.target, device, config.batch, ends, watch.alive)
+    return HfEngine(target, device, config.batch, ends, watch.alive)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from specdist.channel.base import Transport
 from specdist.channel.config import ChannelConfig, parse_bytes
 from specdist.channel.registry import transport_for
 from specdist.channel.ring import ring_slots
-from specdist.core import config
+from specdist.core import config, hub
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.launch_env import Attempt, Role
 from specdist.core.progress import CheckpointConfig
@@ -114,13 +114,16 @@ def job_of(sources: config.Sources) -> JobConfig:
         job = sources.load(JobConfig)
         if job.draft.init_from is not None:
             # What the weights decide follows from the weights, so that it cannot contradict them.
-            target = describe(job.target.path, job.target.trust_remote_code)
+            target = describe(job.target.path, job.target.trust_remote_code, weights=False)
+            directory = initial_draft(job)
             try:
-                draft = job.draft.of_exported(load_exported(job.draft.init_from), target.config)
+                draft = job.draft.of_exported(load_exported(directory), target.config)
             except (ConfigError, DataError) as error:
                 raise ConfigError.at("draft.init_from", f"={job.draft.init_from}: {error}", error.keys) from error
             job = replace(job, draft=draft)
-        options = job.draft.chosen.completed(lambda: describe(job.target.path, job.target.trust_remote_code))
+        options = job.draft.chosen.completed(
+            lambda: describe(job.target.path, job.target.trust_remote_code, weights=False)
+        )
         job = replace(job, draft=job.draft.with_options(options))
         draft_tokens = job.evaluate.draft_tokens if job.evaluate.prompts else None
         job.draft.chosen.check(job.draft.dtype, job.world.device, draft_tokens)
@@ -165,9 +168,18 @@ def naming_sources(files: Sequence[str | Path], overrides: Sequence[str] = ()) -
     return config.Sources(files, overrides).naming()
 
 
-def examine(job: JobConfig) -> JobFacts:
-    """Check the job against the model directory. Raises ConfigError or DataError; needs no GPU."""
-    target = engines.check_target(job.target)
+def initial_draft(job: JobConfig) -> Path:
+    """The directory of the draft that `draft.init_from` names, which is set. Raises DataError."""
+    return hub.resolve(str(job.draft.init_from), "draft.init_from", weights=True)
+
+
+def examine(job: JobConfig, weights: bool = True) -> JobFacts:
+    """Check the job against the target's description. Raises ConfigError or DataError; needs no GPU.
+
+    Args:
+        weights: whether a directory without them is an error. A repository's are not fetched here: see `hub.resolve`.
+    """
+    target = engines.check_target(job.target, weights)
     dtype = compute_dtype(job.target, target)
     layout = job.draft.chosen.layout(target.config, dtype)
     if target.max_positions is not None and job.prompts.max_length > target.max_positions:
@@ -186,7 +198,8 @@ def examine(job: JobConfig) -> JobFacts:
         )
     if job.world.mode == "split" and job.world.role != "target":
         slots(job, layout)
-    absent = [file for file in job.evaluate.prompts if not Path(file).expanduser().exists()]
+    named = (file for file in job.evaluate.prompts if not file.startswith(hub.DATASET))
+    absent = [file for file in named if not Path(file).expanduser().exists()]
     if absent:
         raise ConfigError.at("evaluate.prompts", f": there is no {', '.join(absent)} (working directory {Path.cwd()})")
     check_servable(job.draft, job.export, target.layers)

@@ -106,8 +106,6 @@ def prepare(
     """
     if len(config.files) == 1 and is_store(Path(config.files[0])):
         return _ready(Path(config.files[0]), config)
-    sources = find_files(config.files, key)
-    total = sum(os.path.getsize(source.path) for source in sources)
     root = Path(config.cache_dir or DEFAULT_CACHE).expanduser() / "prompts"
     root.mkdir(parents=True, exist_ok=True)
     name = "prompts" if key == "prompts.files" else "held-out prompts"
@@ -122,6 +120,8 @@ def prepare(
             bar.update(done, text, f"{name}: {line}")
             on_progress(line)
 
+        sources = find_files(config.files, key, lambda _, text: say(text))
+        total = sum(os.path.getsize(source.path) for source in sources)
         say(f"looking up {len(sources)} files ({total / 1e6:,.1f} MB) in the cache")
         final = root / cache_key(config, sources, Path(tokenizer_dir))
         if not (final / MANIFEST).exists():

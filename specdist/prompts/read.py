@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from specdist.core.errors import ConfigError, DataError
+from specdist.core.hub import DATASET, Say
 from specdist.prompts.conversation import to_sample
+from specdist.prompts.hub import dataset_files
 from specdist.prompts.report import BadSample, UnusableError
 
 T = TypeVar("T")
@@ -47,8 +49,11 @@ class Piece:
     table: bytes | None = None
 
 
-def find_files(patterns: tuple[str, ...], key: str = "prompts.files") -> list[SourceFile]:
-    """The files that the value of `key` names, in order: as listed, sorted within a pattern or a directory.
+def find_files(
+    patterns: tuple[str, ...], key: str = "prompts.files", say: Say = lambda done, text: None
+) -> list[SourceFile]:
+    """The files that the value of `key` names, in order: as listed, sorted within a pattern or a directory. Data sets
+    of the Hub are fetched; `say` is called with how far that is.
 
     Raises:
         ConfigError, DataError: nothing is named, nothing matches, or a file's kind is unknown.
@@ -67,6 +72,8 @@ def find_files(patterns: tuple[str, ...], key: str = "prompts.files") -> list[So
     for pattern in patterns:
         expanded = str(Path(pattern).expanduser())
         matches = [expanded] if Path(expanded).exists() else sorted(glob.glob(expanded, recursive=True))
+        if not matches and pattern.startswith(DATASET):
+            matches = dataset_files(pattern, key, say)
         if not matches:
             raise DataError.at(key, f": nothing is called or matches {pattern!r}")
         for match in matches:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from specdist.core.attempts import Ending
 from specdist.core.files import to_json, write_atomically
+from specdist.core.hub import served_name
 from specdist.core.progress import Progress, checkpoint_path
 from specdist.core.stop import StopReason
 from specdist.evaluate.report import EvaluationReport, render
@@ -156,7 +157,7 @@ def export_all(
     embedding = None
     if job.export.embedding:
         embedding = load_target_vocabulary(facts.target, facts.target_dtype).embedding
-    trained = Trained(state, vocabulary, facts.target.config, job.target.path, embedding)
+    trained = Trained(state, vocabulary, facts.target.config, served_name(job.target.path), embedding)
     exports = directory or run_dir.exports
     return [
         export_draft(exports / name, name, job.draft, trained, job.export, overwrite=True)

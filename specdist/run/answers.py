@@ -27,6 +27,7 @@ from specdist.generate.in_world import Assignment, answers_in_world
 from specdist.job.config import JobConfig, load_job
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.config import PromptsConfig
+from specdist.run.download import fetch_target
 from specdist.world.groups import World, join_world
 
 
@@ -91,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         job, facts = load_job(args.config, args.overrides), RankFacts.from_environment()
         world = join_world(job.world, facts)
+        if job.generate.endpoint is None:
+            fetch_target(job.target.path, world)
         answers_in_world(assignment(job), world.store, world.hosts, facts.rank, world.device)
     except UserError as error:
         print(f"specdist: {error}", file=sys.stderr, flush=True)

@@ -11,10 +11,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from specdist.core.hub import resolve
 from specdist.draft.base import DraftModel
 from specdist.draft.build import build_draft
 from specdist.export import load_exported
-from specdist.job.config import JobConfig, JobFacts
+from specdist.job.config import JobConfig, JobFacts, initial_draft
 from specdist.job.run_dir import RunDirectory
 from specdist.target.vocabulary import load_target_vocabulary
 from specdist.training.checkpoint import naming_damage
@@ -27,7 +28,7 @@ def new_draft(job: JobConfig, facts: JobFacts, run_dir: RunDirectory, device: to
         job.draft, facts.target.config, vocabulary, run_dir.vocabulary(), job.run.seed, facts.layout.dtype, device
     )
     if job.draft.init_from is not None:
-        draft.load_state_dict(load_exported(job.draft.init_from).state)
+        draft.load_state_dict(load_exported(initial_draft(job)).state)
     return draft
 
 
@@ -43,7 +44,7 @@ def served_draft(
 
 def exported_draft(job: JobConfig, facts: JobFacts, directory: str, device: torch.device) -> DraftModel:
     """The draft in an export, as it is served."""
-    exported = load_exported(directory)
+    exported = load_exported(resolve(directory, "--draft", weights=True))
     config = job.draft.of_exported(exported, facts.target.config)
     vocabulary = load_target_vocabulary(facts.target, facts.target_dtype)
     model = build_draft(

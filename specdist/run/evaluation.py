@@ -43,16 +43,14 @@ def evaluate_drafts(
     Raises:
         ConfigError, DataError: see `read_prompts`, `EvaluationTarget` and `evaluate`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(job.target.path)
+    tokenizer = AutoTokenizer.from_pretrained(facts.target.path)
     prompts = read_prompts(job.evaluate.prompts, tokenizer, job.evaluate.limit, job.prompts.template_kwargs)
     tokens, files = [p.tokens for p in prompts], [p.file for p in prompts]
     target: EvaluationTarget | None = None
     reports = []
     for name, make in drafts.items():
         draft = make()
-        target = target or EvaluationTarget.load(
-            facts.target, draft.layout, device, facts.target_dtype, job.target.trust_remote_code
-        )
+        target = target or EvaluationTarget.load(facts.target, draft.layout, device, facts.target_dtype)
         with ProgressBar(name, len(prompts)) as bar:
 
             def show(done: int, total: int, tally: Tally, name: str = name, bar: ProgressBar = bar) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from specdist.core.errors import ConfigError
 from specdist.core.files import to_json, write_atomically
+from specdist.core.hub import resolve
 from specdist.core.progress import committed, read_progress
 from specdist.draft.base import DraftModel
 from specdist.evaluate.report import render
@@ -28,7 +29,7 @@ def export_checkpoint(
 ) -> list[Path]:
     """Write a checkpoint (default: the run's newest) in every format of `export.formats`; returns the directories."""
     job = load_job(files, overrides)
-    facts, run_dir = examine(job), RunDirectory(Path(job.run.dir))
+    facts, run_dir = _examined(job), RunDirectory(Path(job.run.dir))
     run_dir.check_draft(job)
     path = _checkpoint(run_dir, checkpoint)
     state = load_state(new_draft(job, facts, run_dir, CPU), path)
@@ -44,12 +45,17 @@ def evaluate_draft(
         raise ConfigError.at("evaluate.prompts", "is empty: give files of held-out prompts")
     if output and not Path(output).absolute().parent.is_dir():
         raise ConfigError(f"--output {output}: there is no directory {Path(output).absolute().parent}")
-    facts, device = examine(job), _device(job)
+    facts, device = _examined(job), _device(job)
     make = partial(exported_draft, job, facts, draft, device) if draft else partial(_newest_draft, job, facts, device)
     (report,) = evaluate_drafts(job, facts, {"evaluate": make}, device)
     if output:
         write_atomically(Path(output), to_json(report.to_dict()))
     return render(report)
+
+
+def _examined(job: JobConfig) -> JobFacts:
+    resolve(job.target.path, "target.path", weights=True)
+    return examine(job)
 
 
 def _newest_draft(job: JobConfig, facts: JobFacts, device: torch.device) -> DraftModel:

@@ -23,6 +23,7 @@ from specdist.prompts.vocabulary import frequent_tokens
 from specdist.run.answers import answered_prompts
 from specdist.run.context import Start, WorldContext
 from specdist.run.control_plane import await_run, connected, serving
+from specdist.run.download import fetch_target
 from specdist.run.draft_role import consume
 from specdist.run.preflight.preflight import Preflight
 from specdist.run.rank_log import RankLog
@@ -39,14 +40,16 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     """Take part in the run as rank `facts.rank`; returns when the run is done or was asked to stop."""
     job_facts = jobs.examine(job)
     if facts.rank == 0 and job.world.mode != "draft_only":
-        check_prompts(job.evaluate.prompts, job.target.path, job.evaluate.limit, job.prompts.template_kwargs)
+        check_prompts(job.evaluate.prompts, job_facts.target.path, job.evaluate.limit, job.prompts.template_kwargs)
     world = join_world(job.world, facts)
     topology = jobs.topology(job, world.hosts, world.roles)
     _place_log(start.log, topology, facts.rank)
     jobs.check_installed(job, target=topology.target_place(facts.rank) is not None)
     preflight = Preflight(job, world, topology)
     preflight.hosts(job_facts)
-    prompts = prepare_in_world(answered_prompts(job, world), job.target.path, world.store, world.hosts, facts.rank)
+    fetch_target(job.target.path, world)
+    asked = answered_prompts(job, world)
+    prompts = prepare_in_world(asked, job_facts.target.path, world.store, world.hosts, facts.rank)
     backend = jobs.transport(job, world.device).link_backend
     engine = engine_groups(job.target, topology.replicas, world.device)
     context = WorldContext(
@@ -130,7 +133,7 @@ def _draft_vocabulary(context: WorldContext) -> Tensor | None:
     """The target ids of a new run's draft vocabulary, None for all of them."""
     draft, whole = context.job.draft, context.facts.target.vocab_size
     if draft.init_from is not None:
-        ids = load_exported(draft.init_from).vocabulary
+        ids = load_exported(jobs.initial_draft(context.job)).vocabulary
     elif draft.chosen.vocab_size is not None:
         ids, coverage = frequent_tokens(context.prompts, draft.chosen.vocab_size, whole)
         print(f"specdist: the draft vocabulary covers {coverage:.2%} of the supervised tokens", file=sys.stderr)

@@ -19,7 +19,8 @@ class TargetConfig:
     """The `target` section of a run's configuration, and, of each engine that has settings, a section in its name."""
 
     path: str = MISSING
-    """Directory of the target model: its config.json and its weights (safetensors, or pytorch_model.bin)."""
+    """Directory of the target model: its config.json and its weights (safetensors, or pytorch_model.bin). Or its id on
+    the Hugging Face Hub, ORG/NAME or ORG/NAME@REVISION; a directory of that name wins."""
 
     engine: str = "hf"
     """What runs the forward: `hf` is transformers, the reference (CPU and GPU); `sglang` is SGLang, the fast one."""

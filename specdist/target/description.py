@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model directory says about the target, read on any machine: no weights are loaded, no GPU is asked for."""
+"""What a model directory says about the target, read on any machine: no weights are loaded, no GPU is asked for.
+
+The weights need not be there yet: what is asked of them then follows from config.json, or is an error.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from specdist.core import hub
 from specdist.core.errors import ConfigError, DataError
 from specdist.target.config import TargetConfig
-from specdist.target.weights import StoredTensor, stored_tensors
+from specdist.target.weights import StoredTensor, stored_tensors, weight_files
 
 
 @dataclass(frozen=True)
@@ -32,26 +38,75 @@ class TargetDescription:
     """Longest sequence the model was built for, if it says so."""
     tied: bool
     """Whether the output head is the input embedding."""
-    dtype: torch.dtype
-    """The checkpoint's own: config.json's, or else that of most of its bytes."""
-    tensors: Mapping[str, StoredTensor]
-    """Of the checkpoint, by name."""
     has_tp_plan: bool
     """Whether transformers knows how to split this architecture over tensor-parallel ranks."""
     config: PretrainedConfig
     """The whole configuration, as transformers read it."""
+    trust_remote_code: bool = False
+
+    def blank(self) -> PreTrainedModel:
+        """The model without its weights, on the meta device. Raises ConfigError: it is not a causal language model."""
+        import transformers
+
+        if type(self.config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or self.trust_remote_code:
+            auto: Any = transformers.AutoModelForCausalLM
+        elif type(self.config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            auto = transformers.AutoModelForImageTextToText
+        else:
+            raise ConfigError.at(
+                "target.path", f"={self.path}: {self.config.model_type} is not a causal language model"
+            )
+        with torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(self.config, trust_remote_code=self.trust_remote_code)
+        return model
 
     @property
     def text_config(self) -> PretrainedConfig:
         """The language model's part of the configuration (multimodal models nest it)."""
         return self.config.get_text_config(decoder=True)
 
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Of the checkpoint, by name. Raises DataError where weights are missing."""
+        return stored_tensors(self.path)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all weights are there."""
+        try:
+            return bool(weight_files(self.path))
+        except DataError:
+            return False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The checkpoint's own: config.json's, or else that of most of its bytes."""
+        said = self.text_config.dtype or self.config.dtype
+        if isinstance(said, torch.dtype):
+            return said
+        if not self.complete:
+            raise ConfigError.at(
+                "target.dtype", f"=auto: {self.path / 'config.json'} does not say a dtype and there are no weights yet"
+            )
+        bytes_per_dtype = Counter[torch.dtype]()
+        for tensor in self.tensors.values():
+            bytes_per_dtype[tensor.dtype] += tensor.bytes
+        return bytes_per_dtype.most_common(1)[0][0]
+
     @property
     def parameters(self) -> int:
-        return sum(tensor.elements for tensor in self.tensors.values())
+        """Those of the checkpoint, or, where it is not there, of the model that config.json describes."""
+        return sum(tensor.elements for tensor in self.tensors.values()) if self.complete else self._described_parameters
+
+    @cached_property
+    def _described_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.blank().parameters())
 
     @property
     def checkpoint_bytes(self) -> int:
+        """Where it is not there, as if it were not quantised."""
+        if not self.complete:
+            return self.parameters * self.dtype.itemsize
         return sum(tensor.bytes for tensor in self.tensors.values())
 
     @property
@@ -87,18 +142,19 @@ class TargetDescription:
         return self.layers * 2 * self.head_dim * -(-self.kv_heads // tp)
 
 
-def describe(path: str | Path, trust_remote_code: bool = False) -> TargetDescription:
-    """Read the configuration and the weights' headers in the model directory `path`.
+def describe(path: str | Path, trust_remote_code: bool = False, weights: bool = True) -> TargetDescription:
+    """Read the configuration, and the weights' headers, of the model that `path` names: a directory, or a repository
+    of the Hub, of which only small files are fetched.
 
-    Raises DataError naming the file or the key that is missing.
+    Args:
+        weights: whether a directory without them is an error.
+
+    Raises:
+        DataError: naming the file or the key that is missing; see `hub.resolve` too.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise DataError.at(
-            "target.path", f"={path}: no such directory (download the model first: only local ones are read)"
-        )
+    given, path = str(path), hub.resolve(path, "target.path")
     if not (path / "config.json").is_file():
-        raise DataError.at("target.path", f"={path}: it has no config.json, so it is not a model directory")
+        raise DataError.at("target.path", f"={given}: it has no config.json, so it is not a model directory")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, OSError) as e:
@@ -109,11 +165,7 @@ def describe(path: str | Path, trust_remote_code: bool = False) -> TargetDescrip
     if absent:
         raise DataError(f"{path / 'config.json'} ({text.model_type}): no {', '.join(absent)}: not a causal LM?")
     heads = getattr(text, "num_attention_heads", None)
-    tensors = stored_tensors(path)
-    bytes_per_dtype = Counter[torch.dtype]()
-    for tensor in tensors.values():
-        bytes_per_dtype[tensor.dtype] += tensor.bytes
-    return TargetDescription(
+    described = TargetDescription(
         path=path,
         architectures=tuple(config.architectures or ()),
         layers=text.num_hidden_layers,
@@ -123,11 +175,13 @@ def describe(path: str | Path, trust_remote_code: bool = False) -> TargetDescrip
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         max_positions=getattr(text, "max_position_embeddings", None),
         tied=bool(config.tie_word_embeddings or text.tie_word_embeddings),
-        dtype=text.dtype or config.dtype or bytes_per_dtype.most_common(1)[0][0],
-        tensors=tensors,
         has_tp_plan=bool(text.base_model_tp_plan),
         config=config,
+        trust_remote_code=trust_remote_code,
     )
+    if weights and Path(given).expanduser().is_dir():
+        _ = described.tensors  # what is missing, or is none, is said at once
+    return described
 
 
 def compute_dtype(config: TargetConfig, target: TargetDescription) -> torch.dtype:

@@ -9,16 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from specdist.core.errors import ConfigError, DataError
+from specdist.core.errors import DataError
 from specdist.target.description import TargetDescription
 from specdist.target.weights import weight_files
 
@@ -28,13 +22,12 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     group: ProcessGroup | None = None,
-    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The target in evaluation mode on `device`. With a `group` of several ranks, all of them call this.
 
     Raises DataError when weights that the model needs are missing: transformers would fill them with random numbers.
     """
-    model_class = _model_class(target, trust_remote_code)
+    model_class = type(target.blank())  # the public way to the class that an auto class picks
     options: dict[str, Any] = {"config": target.config, "dtype": dtype, "local_files_only": True}
     if getattr(target.text_config, "attn_logit_softcapping", None) is not None:
         options["attn_implementation"] = "eager"  # up to 5.17 at least, sdpa drops the soft cap without a word
@@ -58,19 +51,6 @@ def load_model(
             f"{target.path}: the checkpoint lacks {len(missing)} of the model's weights: {', '.join(missing[:8])}"
         )
     return model.eval().requires_grad_(False)
-
-
-def _model_class(target: TargetDescription, trust_remote_code: bool) -> type[PreTrainedModel]:
-    if type(target.config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust_remote_code:
-        auto: Any = AutoModelForCausalLM
-    elif type(target.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        auto = AutoModelForImageTextToText
-    else:
-        raise ConfigError.at(
-            "target.path", f"={target.path}: {target.config.model_type} is not a causal language model"
-        )
-    with torch.device("meta"):  # the public way to the class that an auto class picks
-        return type(auto.from_config(target.config, trust_remote_code=trust_remote_code))
 
 
 class _SubgroupMesh:

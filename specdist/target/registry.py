@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch.distributed import ProcessGroup
 
+from specdist.core import hub
 from specdist.core.engine_groups import EngineGroups
 from specdist.core.errors import ConfigError
 from specdist.core.records import FeatureLayout
@@ -47,9 +48,10 @@ def engine_groups(config: TargetConfig, replicas: Sequence[Sequence[int]], devic
     return ENGINES[config.engine].groups(config, replicas, device) if replicas else None
 
 
-def check_target(config: TargetConfig) -> TargetDescription:
-    """Describe the target and check everything about it that needs no GPU. Raises ConfigError or DataError."""
-    target = describe(config.path, config.trust_remote_code)
+def check_target(config: TargetConfig, weights: bool = True) -> TargetDescription:
+    """Describe the target (see `describe`) and check everything about it that needs no GPU. Raises ConfigError or
+    DataError."""
+    target = describe(config.path, config.trust_remote_code, weights)
     compute_dtype(config, target)
     ENGINES[config.engine].check(config, target)
     if _is_compared(config):
@@ -93,6 +95,7 @@ def load_target(
         tokens: of the largest batch there will be, where that is known: memory is set aside for it, not more.
     """
     check_installed(config)
+    hub.resolve(config.path, "target.path", weights=True)
     target = check_target(config)
     check_layout(config, target, layout)
 

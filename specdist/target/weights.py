@@ -7,7 +7,6 @@ index) are known. Only headers are read until a tensor is asked for.
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from specdist.core.errors import DataError
+from specdist.core.hub import named_weights
 
 DTYPES = {
     "F64": torch.float64,
@@ -64,14 +64,15 @@ class StoredTensor:
 
 def weight_files(path: Path) -> list[Path]:
     """The files that hold the weights of the model directory `path`. Raises DataError when there are none."""
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (path / index).is_file():
-            return _indexed_files(path / index)
-        # An index without its suffix names the unsharded file; a shard set that lost its index is scanned.
-        single = path / index.removesuffix(".index.json")
-        found = [single] if single.is_file() else sorted(path.glob(f"*{single.suffix}"))
-        if found:
-            return found
+    files = [path / name for name in named_weights(path, [p.name for p in path.iterdir()])]
+    missing = [f.name for f in files if not f.is_file()]
+    if missing:
+        raise DataError(
+            f"{path}: {len(missing)} of the {len(files)} weight files that its index names are missing: "
+            f"{', '.join(missing)}"
+        )
+    if files:
+        return files
     raise DataError(
         f"{path}: no weights found. Looked for model.safetensors.index.json, *.safetensors, "
         f"pytorch_model.bin.index.json and *.bin; the directory holds: {_listing(path)}"
@@ -84,20 +85,6 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     for file in weight_files(path):
         tensors |= {t.name: t for t in _headers(file)}
     return tensors
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise DataError(f"{index}: not a weight index (no `weight_map`): {e}") from e
-    files = sorted({index.parent / name for name in weight_map.values()})
-    missing = [f.name for f in files if not f.is_file()]
-    if missing:
-        raise DataError(
-            f"{index}: {len(missing)} of the {len(files)} weight files it names are missing: {', '.join(missing)}"
-        )
-    return files
 
 
 def _headers(file: Path) -> list[StoredTensor]:

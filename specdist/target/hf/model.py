@@ -50,7 +50,7 @@ class HfTarget(TargetModel):
     ) -> None:
         self.layout, self.device, self.dtype = layout, device, compute_dtype(config, target)
         # Of the model only the decoder is kept: what else was loaded is freed with it.
-        model = load_model(target, self.dtype, device, group, config.trust_remote_code)
+        model = load_model(target, self.dtype, device, group)
         self.decoder: PreTrainedModel = model.get_decoder()
         self._own_attention = own_attention(self.decoder, target.text_config)
         self.decoder.set_attn_implementation(self._own_attention)

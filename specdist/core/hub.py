@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Repositories of the Hugging Face Hub where a directory is asked for: the one place that turns an id into a directory.
+
+What the cache has (HF_HOME) is used as it is, without a word to the network: a job that is started again gets what it
+had, and a thousand ranks ask for nothing. What it lacks is fetched by one process of a host while the others wait.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+
+from specdist.core.errors import DataError, WorldError
+
+SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
+"""Of a model's repository: everything but weights. A tokenizer and its chat template need several of them."""
+DATASET = "hub:"
+"""What tells a data set of the Hub from a file, in a list of files."""
+SILENCE_S = 600.0
+"""Seconds in which the process that downloads must have come further."""
+LOOK_S = 2.0
+Say = Callable[[int, str], None]
+"""Called with the bytes that have arrived, and how far a download is in words."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository, and the configuration key that names it."""
+
+    id: str
+    revision: str
+    key: str
+    kind: Literal["model", "dataset"] = "model"
+
+    @classmethod
+    def of(cls, name: str, key: str) -> Repository | None:
+        """What ORG/NAME or ORG/NAME@REVISION names; None for other text."""
+        match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", name)
+        return cls(match[1], match[2] or "main", key) if match else None
+
+    @property
+    def folder(self) -> Path:
+        """Its part of the cache."""
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HUB_CACHE) / f"{self.kind}s--{self.id.replace('/', '--')}"
+
+
+def resolve(
+    path: str | Path, key: str, weights: bool = False, progress: bool = True, say: Say = lambda done, text: None
+) -> Path:
+    """The directory of the model that `path` names: a directory on this machine, or else the id of a repository.
+
+    Args:
+        key: the configuration key that `path` is the value of.
+        weights: whether they are needed. Without, only what describes the model and its tokenizer is fetched.
+        progress: whether a download of weights is shown on stderr.
+
+    Raises:
+        DataError: there is neither, or it cannot be had; says what to do.
+        WorldError: another process of this host downloads it, and has come no further for `SILENCE_S` seconds.
+    """
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return directory
+    repository = Repository.of(str(path), key)
+    if repository is None:
+        raise DataError.at(
+            key, f"={path}: no such directory, nor the id of a model on the Hugging Face Hub (ORG/NAME[@REVISION])"
+        )
+    small = snapshot(repository, SMALL)
+    sizes = _sizes(Repository(repository.id, small.name, key))
+    needed = named_weights(small, list(sizes)) if weights else []
+    if not needed or all((small / name).exists() for name in needed):
+        return small
+    from specdist.core.progress_bar import ProgressBar
+
+    with ProgressBar(repository.id, sum(sizes.get(name, 0) for name in needed), counted=False, enabled=progress) as bar:
+
+        def show(done: int, text: str) -> None:
+            bar.update(done, text, text)
+            say(done, text)
+
+        return snapshot(Repository(repository.id, small.name, key), needed, show)  # of the same commit
+
+
+def served_name(path: str) -> str:
+    """The target as a server would be given it: the directory, or the repository's id without the revision."""
+    return path if Path(path).expanduser().is_dir() else path.partition("@")[0]
+
+
+def named_weights(directory: Path, names: Sequence[str]) -> list[str]:
+    """Of the `names` of a model directory's files those that hold its weights; as its index says where it has one,
+    whether they are there or not. Empty where there are none. Raises DataError for an index that is none."""
+    for index, suffix in (("model.safetensors.index.json", ".safetensors"), ("pytorch_model.bin.index.json", ".bin")):
+        if index in names:
+            try:
+                return sorted(set(json.loads((directory / index).read_text())["weight_map"].values()))
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+                raise DataError(f"{directory / index}: not a weight index (no `weight_map`): {e}") from e
+        # An index without its suffix names the unsharded file; a shard set that lost its index is scanned.
+        single = index.removesuffix(".index.json")
+        found = [single] if single in names else sorted(n for n in names if n.endswith(suffix) and "/" not in n)
+        if found:
+            return found
+    return []
+
+
+def snapshot(repository: Repository, patterns: Sequence[str], say: Say = lambda done, text: None) -> Path:
+    """The directory of the cache, called after the commit, that has all files of a repository which match `patterns`.
+
+    Raises:
+        DataError, WorldError: see `resolve`.
+    """
+    found = _cached(repository, patterns)
+    if found is None:
+        with _locked(repository, say):
+            found = _cached(repository, patterns) or _download(repository, patterns, say)
+    return found
+
+
+def refused(repository: Repository, error: Exception) -> DataError:
+    """What the libraries say of a repository that they could not fetch, in a line with what to do about it."""
+    from huggingface_hub import constants, errors
+
+    where, cause = constants.ENDPOINT, error.__cause__ if isinstance(error, OSError) and error.__cause__ else error
+    page = f"{where}/{'datasets/' if repository.kind == 'dataset' else ''}{repository.id}"
+    log_in = "log in (`hf auth login`, or HF_TOKEN)"
+    if isinstance(error, errors.GatedRepoError):
+        why = f"the repository is gated: ask for access at {page} and {log_in}"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        why = f"{where} has no such {repository.kind}, or it is private: mend the name, or {log_in}"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        why = f"{page} has no revision {repository.revision}"
+    else:
+        offline = isinstance(cause, errors.OfflineModeIsEnabled) or constants.is_offline_mode()
+        option = " --repo-type dataset" if repository.kind == "dataset" else ""
+        seen = "HF_HUB_OFFLINE is set" if offline else f"{where} gives nothing ({_line(cause)})"
+        why = (
+            f"the cache {constants.HF_HUB_CACHE} does not have it whole, and {seen}: run "
+            f"`hf download {repository.id}{option}` where there is a network and copy the cache, or give a directory"
+        )
+    at = "" if repository.revision == "main" else f"@{repository.revision}"
+    if repository.kind == "dataset":
+        return DataError.at(repository.key, f": {DATASET}{repository.id}{at}: {why}")
+    return DataError.at(repository.key, f"={repository.id}{at}: there is no such directory, and {why}")
+
+
+@contextmanager
+def watched(folders: Sequence[Path], name: str, say: Say) -> Iterator[None]:
+    """While something is downloaded into `folders`, say how much they have gained."""
+    over, before = threading.Event(), _bytes(folders)
+
+    def watch() -> None:
+        while not over.wait(LOOK_S):
+            gained = _bytes(folders) - before
+            say(gained, f"downloading {name}: {gained / 1e9:,.2f} GB")
+
+    thread = threading.Thread(target=watch, name="specdist-download", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _cached(repository: Repository, patterns: Sequence[str]) -> Path | None:
+    from huggingface_hub import errors, snapshot_download
+
+    if not _sizes(repository):  # without the list of its files, a directory of the cache may be a part
+        return None
+    try:
+        found = snapshot_download(
+            repository.id,
+            repo_type=repository.kind,
+            revision=repository.revision,
+            allow_patterns=list(patterns),
+            local_files_only=True,
+        )
+    except errors.LocalEntryNotFoundError:
+        return None
+    return Path(found)
+
+
+def _sizes(repository: Repository) -> Mapping[str, int]:
+    """The files of the repository and their bytes, where the cache knows them."""
+    from huggingface_hub import errors, get_cached_repo_tree
+
+    try:
+        files = get_cached_repo_tree(repository.id, repo_type=repository.kind, revision=repository.revision)
+    except errors.CachedRepoTreeNotFoundError:
+        return {}
+    return {file.path: file.size for file in files}
+
+
+def _download(repository: Repository, patterns: Sequence[str], say: Say) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import httpx
+    from tqdm import tqdm
+
+    class Silent(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: object, **options: object):
+            super().__init__(*args, **{**options, "disable": True})
+
+    try:
+        with watched([repository.folder / "blobs"], repository.id, say):
+            found = snapshot_download(
+                repository.id,
+                repo_type=repository.kind,
+                revision=repository.revision,
+                allow_patterns=list(patterns),
+                tqdm_class=Silent,
+            )
+    except (httpx.HTTPError, OSError) as error:
+        raise refused(repository, error) from error
+    return Path(found)
+
+
+@contextmanager
+def _locked(repository: Repository, say: Say) -> Iterator[None]:
+    """Let one process of a host download at a time; the others wait as long as it comes further."""
+    path = repository.folder.parent / ".locks" / repository.folder.name / "specdist.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, fallback_to_soft=False)
+        _acquire(lock, repository, say)
+    except OSError:  # a cache that cannot be written, or locked: the library's own locks are left
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, repository: Repository, say: Say) -> None:
+    size, since = -1, time.monotonic()
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=LOOK_S)
+        except Timeout:
+            now = _bytes([repository.folder / "blobs"])
+            if now != size:
+                size, since = now, time.monotonic()
+            if time.monotonic() - since > SILENCE_S:
+                raise WorldError(
+                    f"{repository.key}: another process of this host downloads {repository.id} and has come no further "
+                    f"for {SILENCE_S:.0f} s; its lock is {lock.lock_file}"
+                ) from None
+            say(0, f"another process downloads {repository.id}: {size / 1e9:,.2f} GB")
+
+
+def _bytes(folders: Sequence[Path]) -> int:
+    total = 0
+    for folder in folders:
+        for file in folder.rglob("*"):
+            try:
+                total += file.stat().st_size
+            except OSError:  # it has just been moved
+                continue
+    return total
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
