@@ -30,6 +30,7 @@ from specdist.core.records import FeatureLayout
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology, WorldConfig
 from specdist.prompts.items import Items
+from specdist.prompts.schedule import Schedule
 from specdist.prompts.stream import Stream
 from specdist.run.feature_source import RemoteSource
 from specdist.run.target_loop import Producer
@@ -259,7 +260,7 @@ class Bench:
         """Move `each` items of every replica as training does; returns the seconds of the slowest draft rank, from when
         all ranks are ready to when the last item is released."""
         shards, end, seconds = len(self._topology.draft), each * self._run.replicas, 0.0
-        items = Items(Stream(np.full(shards * end, rows), shards, rows, seed=0), Cursor(), 0, end)
+        items = Items(Stream(np.full(shards * end, rows), shards, rows, seed=0), Cursor(), Schedule(0, 0, end, 1, end))
         with self._control(end) as client:
             if self._shard is None:
                 prompts: Any = Sequences()

@@ -86,13 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     generate = command("generate", _generate, text)
     generate.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks to start (default: one per GPU)")
     export = command("export", _export, "Write a checkpoint as serving engines load it.")
-    export.add_argument("--checkpoint", metavar="DIR", help="a checkpoint of the run (default: its newest)")
+    export.add_argument("--checkpoint", metavar="DIR", help="a checkpoint of the run (default: its best, else newest)")
     export.add_argument("--output", metavar="DIR", help="where to write (default: RUN_DIR/export)")
-    text = "Measure acceptance length by greedy speculative decoding with the target."
+    text = "Measure what serving would accept of a draft: by replay over held-out text, on the ranks of the job."
     evaluate = command("eval", _eval, text)
     evaluate.add_argument(
-        "--draft", metavar="DIR", help="an exported draft, or its id on the Hub (default: the run's newest checkpoint)"
+        "--draft", metavar="DIR", help="an exported draft, or its id on the Hub (default: what export would write)"
     )
+    evaluate.add_argument("--decode", action="store_true", help="decode prompts speculatively instead, in this process")
     evaluate.add_argument("--output", metavar="FILE", help="also write the report as JSON")
     bench = command("bench", _bench, "Measure a part on this machine, as JSON and as a table.", config=False)
     bench.add_argument("part", choices=["channel", "pipeline", "scheduler", "step", "target"], help="what to measure")
@@ -202,12 +203,16 @@ def _export(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
-    from specdist.run.offline import evaluate_draft
+    from specdist.run.offline import decode_prompts, evaluation_words
 
     logging.disable_progress_bar()
     files, overrides = words.split(args.config)
-    print(evaluate_draft(files, overrides, draft=args.draft, output=args.output))
-    return 0
+    if args.decode:
+        print(decode_prompts(files, overrides, draft=args.draft, output=args.output))
+        return 0
+    from specdist_launch.local import evaluate
+
+    return evaluate(evaluation_words(files, overrides, args.draft), args.output)
 
 
 def _keys(args: argparse.Namespace) -> int:

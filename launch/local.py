@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -53,7 +54,6 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     import torch
 
     from specdist.core.hub import resolve
-    from specdist.evaluate.prompts import check_prompts
     from specdist.job.config import check_installed, topology
     from specdist.job.run_dir import RunDirectory
     from specdist.prompts.prepare import prepare_corpus
@@ -69,7 +69,6 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
         prompts = prepare_corpus(asked, directory)
         if prompts.bad_total:
             print(f"prompts: {prompts.described()}", file=sys.stderr)
-    check_prompts(job.evaluate.prompts, directory, job.evaluate.limit, job.prompts.template_kwargs)
     files, overrides = words.split(config)
     return start(files, overrides, ranks, retries=retries, role=job.world.role)
 
@@ -95,6 +94,21 @@ def generate(config: Sequence[str], ranks: int | None = None) -> int:
     ranks = ranks or (1 if job.world.device == "cpu" else torch.cuda.device_count()) or 1
     files, overrides = words.split(config)
     return start(files, overrides, ranks, module="specdist.run.answers")
+
+
+def evaluate(config: Sequence[str], output: str | None = None) -> int:
+    """What `specdist eval` does on this machine with a job that only evaluates; its exit status.
+
+    Args:
+        output: a file for the report, as JSON.
+    """
+    from specdist.job.run_dir import RunDirectory
+
+    status = train(config)
+    if status == 0 and output is not None:
+        found = RunDirectory(Path(words.load(config).run.dir)).evaluation(0)
+        shutil.copyfile(found, output)
+    return status
 
 
 def start(

@@ -22,8 +22,7 @@ _LOUD = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.ela
 def run_ranks(
     meeting: Meeting, node: int, leader: str, name: str, arguments: Sequence[str], environment: Mapping[str, str]
 ) -> dict[int, int]:
-    """Run `python ARGUMENTS` once for every rank of this node and wait for their end. `PYTHON_EXEC` in the environment
-    names another interpreter for them, as for torchrun.
+    """Run `python ARGUMENTS` once for every rank of this node and wait for their end.
 
     Args:
         leader: the address of node 0, as the other nodes reach it.
@@ -49,7 +48,7 @@ def run_ranks(
     for name in _LOUD:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        elastic_launch(config, os.environ.get("PYTHON_EXEC", sys.executable))(*arguments)
+        elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
         return {rank: failure.exitcode for rank, failure in error.failures.items()}
     return {}

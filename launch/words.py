@@ -26,11 +26,12 @@ def load(words: Sequence[str]) -> JobConfig:
 
 def load_checked(words: Sequence[str]) -> JobConfig:
     """Read a job's configuration and check what a login node can check of it, its run directory included."""
-    from specdist.job.config import examine
+    from specdist.job.config import check_replay, examine
     from specdist.job.run_dir import RunDirectory
 
     job = load(words)
     examine(job)
+    check_replay(job)
     RunDirectory(Path(job.run.dir)).check(job)
     return job
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from specdist.core.errors import ConfigError, DataError
 
@@ -26,6 +27,9 @@ class CheckpointConfig:
     """Go on from the run directory's newest checkpoint if it has one."""
     asynchronous: bool = True
     """Write in the background while training goes on."""
+    keep_best: Literal["acceptance_length", "loss", "none"] = "acceptance_length"
+    """Save and keep the checkpoint with the best figure on held-out text, beside the newest ones, and export that. With
+    none, and without `prompts.holdout`, the newest is exported."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.keep < 1:
@@ -43,6 +47,19 @@ class Cursor:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """The last evaluation on held-out text: after how many steps, and what it found."""
+
+    step: int
+    acceptance_length: float
+    loss: float
+
+    def merit(self, figure: str) -> float:
+        """`acceptance_length`, or `loss` with its sign turned: more is better."""
+        return -self.loss if figure == "loss" else self.acceptance_length
+
+
+@dataclass(frozen=True)
 class Progress:
     """Where training stands after `step` optimizer steps: enough, with the data, to know everything that follows."""
 
@@ -51,6 +68,8 @@ class Progress:
     cursor: Cursor = dataclasses.field(default_factory=Cursor)
     fingerprint: str = ""
     """Identity of the prompts; a cursor means nothing in other data."""
+    evaluated: Evaluated | None = None
+    """None before the first evaluation."""
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -62,6 +81,17 @@ def committed(directory: Path) -> list[Path]:
     return sorted(path.parent for path in directory.glob(f"step-*/{COMMIT}"))
 
 
+def best_checkpoint(directory: Path, figure: str) -> Path | None:
+    """The complete checkpoint that evaluation found best by `figure` (`checkpoint.keep_best`), the earliest of equal
+    ones; None where there is no such figure."""
+    found = []
+    for path in committed(directory) if figure != "none" else ():
+        progress = read_progress(path)
+        if progress.evaluated is not None and progress.evaluated.step == progress.step:
+            found.append((-progress.evaluated.merit(figure), progress.step, path))
+    return min(found)[2] if found else None
+
+
 def read_progress(checkpoint: Path) -> Progress:
     """What the commit marker says.
 
@@ -71,7 +101,14 @@ def read_progress(checkpoint: Path) -> Progress:
     marker = checkpoint / COMMIT
     try:
         raw = json.loads(marker.read_text())
-        return Progress(raw["step"], raw["next_item"], Cursor(**raw["cursor"]), raw["fingerprint"])
+        evaluated = raw.get("evaluated")  # version 0.1.0 knew none
+        return Progress(
+            raw["step"],
+            raw["next_item"],
+            Cursor(**raw["cursor"]),
+            raw["fingerprint"],
+            Evaluated(**evaluated) if evaluated else None,
+        )
     except FileNotFoundError:
         raise DataError(f"{checkpoint} is not a complete checkpoint: {marker} does not exist") from None
     except (ValueError, KeyError, TypeError) as error:

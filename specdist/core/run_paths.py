@@ -8,6 +8,7 @@ answers/               what the target has written, where prompts.answers=target
 metrics.jsonl          one record every metrics.every steps
 tensorboard/
 export/<format>/       the draft as serving engines load it
+evaluations/step-*.json   what replay over held-out text found
 summary.json           the results
 status.json            the state of the run a few seconds ago
 logs/<job>.<restart>/  every attempt's logs, first failure and end (specdist/core/attempts.py)
@@ -48,6 +49,10 @@ class RunPaths:
     @property
     def exports(self) -> Path:
         return self.path / "export"
+
+    def evaluation(self, step: int) -> Path:
+        """What held-out text gave after `step` steps."""
+        return self.path / "evaluations" / f"step-{step:08d}.json"
 
     @property
     def summary(self) -> Path:

@@ -197,6 +197,11 @@ class Algorithm(ABC, Generic[C]):
     def cost(self, target: PretrainedConfig) -> Cost:
         """What its training costs."""
 
+    def weights_read(self, trained: int, target: PretrainedConfig, count: int) -> int:
+        """How many weights are read to draft `count` tokens of one sequence, of a draft that has `trained` ones. By
+        default those of a chain, which runs the whole draft for each."""
+        return trained * count
+
     @property
     def embedding_on_host(self) -> bool:
         """Whether the target's embedding stays in the host's memory."""

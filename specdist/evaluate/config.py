@@ -12,10 +12,15 @@ from specdist.core.errors import ConfigError
 class EvaluateConfig:
     """Evaluation by speculative decoding with the target."""
 
+    every: int | None = None
+    """Optimizer steps between two evaluations on held-out text (`prompts.holdout`); one is made before training and one
+    at the end. null: as many as read at most one in a hundred of the tokens trained."""
     prompts: tuple[str, ...] = ()
     """JSONL files of held-out prompts; empty: no evaluation."""
-    limit: int | None = None
-    """At most this many prompts of each file (null: all)."""
+    limit: int | None = 256
+    """At most this many held-out sequences, evenly spread, or prompts of each file (null: all)."""
+    temperature: float = 0.0
+    """Also say what speculative sampling at this temperature would accept, in expectation; 0: greedy decoding alone."""
     draft_tokens: int = 5
     """K, the number of tokens drafted in a chain before each target forward."""
     max_new_tokens: int = 128
@@ -33,4 +38,8 @@ class EvaluateConfig:
                 "because the first token comes from the prefill and drafting starts after it",
             )
         if self.limit is not None and self.limit < 1:
-            raise ConfigError.at("evaluate.limit", f"is {self.limit}; it must be at least 1, or null for all prompts")
+            raise ConfigError.at("evaluate.limit", f"is {self.limit}; it must be at least 1, or null for all")
+        if self.temperature < 0:
+            raise ConfigError.at("evaluate.temperature", f"is {self.temperature:g}; it must not be negative")
+        if self.every is not None and self.every < 1:
+            raise ConfigError.at("evaluate.every", f"is {self.every}; it must be at least 1, or null")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -66,26 +66,26 @@ class Tally:
         Neither the prefill nor the first token, which it gives, is counted. 1.0 means that no draft was ever accepted;
         a forward with K drafts can give K + 1. Tokens past the end of a sequence are not counted.
         """
-        return _ratio(self.tokens - self.prompts, self.forwards)
+        return ratio(self.tokens - self.prompts, self.forwards)
 
     @property
     def acceptance_rate(self) -> float:
         """The share of all drafted tokens that were accepted and kept."""
-        return _ratio(sum(self.accepted), sum(self.drafted))
+        return ratio(sum(self.accepted), sum(self.drafted))
 
     @property
     def position_acceptance(self) -> tuple[float, ...]:
         """For each draft position, the share of the forwards that drafted it in which it was accepted."""
-        return tuple(map(_ratio, self.accepted, self.drafted))
+        return tuple(map(ratio, self.accepted, self.drafted))
 
     @property
     def conditional_acceptance(self) -> tuple[float, ...]:
         """The same, of those forwards only in which every earlier draft had been accepted."""
-        return tuple(map(_ratio, self.accepted, self.reached))
+        return tuple(map(ratio, self.accepted, self.reached))
 
     @property
     def tokens_per_second(self) -> float:
-        return _ratio(self.tokens, self.seconds)
+        return ratio(self.tokens, self.seconds)
 
     def to_dict(self) -> dict[str, object]:
         metrics = {
@@ -132,15 +132,27 @@ def render(report: EvaluationReport, before: EvaluationReport | None = None) -> 
     lines.append(
         f"drafted tokens accepted: {total.acceptance_rate:.1%} ({sum(total.accepted):,} of {sum(total.drafted):,})"
     )
-    lines.append(f"draft position {'accepted':<{BAR_WIDTH}}     of all   if reached")
-    positions = zip(total.position_acceptance, total.conditional_acceptance, strict=True)
-    for k, (share, conditional) in enumerate(positions, start=1):
-        lines.append(f"{k:>14} {_bar(share)} {share:>10.1%} {conditional:>12.1%}")
+    lines += position_lines(total.position_acceptance, total.conditional_acceptance)
     if len(report.files) > 1:
         for name, tally in report.files.items():
             old = before.files.get(name) if before else None
             lines.append(f"{name}: {_length(tally, old)}, {tally.prompts:,} prompts")
     return "\n".join(lines + _notes(total))
+
+
+def position_lines(of_all: Sequence[float], if_reached: Sequence[float]) -> list[str]:
+    """A bar for every draft position, with the share of all forwards that accepted it and of those that came to it."""
+    lines = [f"draft position {'accepted':<{BAR_WIDTH}}     of all   if reached"]
+    for k, (share, conditional) in enumerate(zip(of_all, if_reached, strict=True), start=1):
+        filled = round(share * BAR_WIDTH)
+        bar = "█" * filled + "░" * (BAR_WIDTH - filled)
+        lines.append(f"{k:>14} {bar} {share:>10.1%} {conditional:>12.1%}")
+    return lines
+
+
+def ratio(part: float, whole: float) -> float:
+    """Of two sums; 0 where nothing was summed."""
+    return float(part / whole) if whole else 0.0
 
 
 def _notes(total: Tally) -> list[str]:
@@ -149,7 +161,7 @@ def _notes(total: Tally) -> list[str]:
         notes.append(f"{total.too_long:,} prompts were left out: with the reply they exceed the target's positions")
     if total.checked:
         same = total.checked - total.differing
-        plain = _ratio(total.plain_tokens, total.plain_seconds)
+        plain = ratio(total.plain_tokens, total.plain_seconds)
         notes.append(
             f"check: {same:,} of {total.checked:,} sequences equal the target's plain greedy decoding, "
             f"{total.differing:,} differ; plain decoding ran at {plain:,.0f} tokens/s"
@@ -160,12 +172,3 @@ def _notes(total: Tally) -> list[str]:
 def _length(tally: Tally, before: Tally | None) -> str:
     was = f" ({before.acceptance_length:.2f} before training)" if before else ""
     return f"{tally.acceptance_length:.2f} tokens per target forward{was}"
-
-
-def _bar(share: float) -> str:
-    filled = round(share * BAR_WIDTH)
-    return "█" * filled + "░" * (BAR_WIDTH - filled)
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0

@@ -125,7 +125,8 @@ def job_of(sources: config.Sources) -> JobConfig:
             lambda: describe(job.target.path, job.target.trust_remote_code, weights=False)
         )
         job = replace(job, draft=job.draft.with_options(options))
-        draft_tokens = job.evaluate.draft_tokens if job.evaluate.prompts else None
+        evaluated = bool(job.prompts.holdout or job.evaluate.prompts)
+        draft_tokens = job.evaluate.draft_tokens if evaluated else None
         job.draft.chosen.check(job.draft.dtype, job.world.device, draft_tokens)
         if not transport_for(job.channel.transport).one_sided and job.world.role != "both":
             raise ConfigError.at(
@@ -146,7 +147,21 @@ def job_of(sources: config.Sources) -> JobConfig:
         if job.world.device == "cpu":
             transport(job, torch.device("cpu"))
         job.trace.check(job.train.steps)
+        _check_patience(job)
         return job
+
+
+def _check_patience(job: JobConfig) -> None:
+    if job.train.patience is None:
+        return
+    if job.checkpoint.keep_best == "none":
+        raise ConfigError.at(
+            "train.patience", "needs a figure to judge by: set checkpoint.keep_best", "checkpoint.keep_best"
+        )
+    if not job.prompts.holdout:
+        raise ConfigError.at(
+            "train.patience", "needs held-out text: set prompts.holdout, e.g. to 0.02", "prompts.holdout"
+        )
 
 
 def _import_plugins(modules: object) -> None:
@@ -204,6 +219,12 @@ def examine(job: JobConfig, weights: bool = True) -> JobFacts:
         raise ConfigError.at("evaluate.prompts", f": there is no {', '.join(absent)} (working directory {Path.cwd()})")
     check_servable(job.draft, job.export, target.layers)
     return JobFacts(target, dtype, layout)
+
+
+def check_replay(job: JobConfig) -> None:
+    """Raise ConfigError where the evaluations of a run could not be made."""
+    if job.prompts.holdout:
+        job.draft.chosen.check_replay(job.evaluate.temperature)
 
 
 def check_installed(job: JobConfig, target: bool) -> None:

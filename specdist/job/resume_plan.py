@@ -3,30 +3,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from specdist.core.errors import ConfigError
-from specdist.core.progress import Progress, committed, read_progress
+from specdist.core.progress import Evaluated, Progress, best_checkpoint, committed, read_progress
+from specdist.core.records import WorkItem
 from specdist.job.config import JobConfig
 from specdist.job.run_dir import RunDirectory
-from specdist.prompts.corpus import Corpus
+from specdist.prompts.schedule import Schedule
 from specdist.prompts.stream import Stream
 
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """`progress` is where training goes on from, `checkpoint` what it is loaded from (None at the beginning).
-
-    Items `progress.next_item` to `end_item` - 1 are trained on, and `total_steps` optimizer steps are done then.
-    """
+    """`progress` is where training goes on from, `checkpoint` what it is loaded from (None at the beginning), and
+    `schedule` what is done from there. `best` is the best evaluation of earlier starts (`checkpoint.keep_best`)."""
 
     progress: Progress
     checkpoint: Path | None
-    end_item: int
-    total_steps: int
+    schedule: Schedule
+    best: Evaluated | None = None
+
+    @property
+    def total_steps(self) -> int:
+        return self.schedule.total_steps
 
     def to_json(self) -> str:
         return msgspec.json.encode(self, enc_hook=str).decode()
@@ -36,33 +40,63 @@ class ResumePlan:
         return msgspec.json.decode(text, type=cls, dec_hook=lambda kind, value: kind(value))
 
 
-def find_resume_plan(job: JobConfig, run_dir: RunDirectory, prompts: Corpus, stream: Stream) -> ResumePlan:
+def find_resume_plan(
+    job: JobConfig, run_dir: RunDirectory, fingerprint: str, stream: Stream, evaluation: Sequence[WorkItem] = ()
+) -> ResumePlan:
     """Look for a checkpoint to resume from, and count what is left to do.
+
+    Args:
+        fingerprint: identity of the prompts that are trained on.
+        evaluation: the items of one evaluation.
 
     Raises:
         ConfigError: the checkpoint belongs to other prompts, or checkpoint.resume=false and there is one.
     """
-    found = committed(run_dir.checkpoints)
-    progress, checkpoint = Progress(fingerprint=prompts.fingerprint), None
-    if found:
+    saved = committed(run_dir.checkpoints)
+    progress, checkpoint = Progress(fingerprint=fingerprint), None
+    if saved:
         if not job.checkpoint.resume:
             raise ConfigError.at(
                 "run.dir",
-                f": {run_dir.path} has checkpoints ({found[-1].name}) and checkpoint.resume=false would "
+                f": {run_dir.path} has checkpoints ({saved[-1].name}) and checkpoint.resume=false would "
                 "overwrite them: choose another run.dir, or set checkpoint.resume=true to go on",
                 "checkpoint.resume",
             )
-        checkpoint, progress = found[-1], read_progress(found[-1])
-        if progress.fingerprint != prompts.fingerprint:
+        checkpoint, progress = saved[-1], read_progress(saved[-1])
+        if progress.fingerprint != fingerprint:
             raise ConfigError(
                 f"{checkpoint} was trained on other prompts (fingerprint {progress.fingerprint}, now "
-                f"{prompts.fingerprint}): its place in the data means nothing here. Restore the files and "
+                f"{fingerprint}): its place in the data means nothing here. Restore the files and "
                 "prompts.holdout, or choose another run.dir (draft.init_from starts from an exported draft)",
                 "run.dir draft.init_from",
             )
-    accumulation = job.train.accumulation
+    best = best_checkpoint(run_dir.checkpoints, job.checkpoint.keep_best)
+    found = None if best is None else read_progress(best).evaluated
+    return ResumePlan(progress, checkpoint, _schedule(job, progress, stream, evaluation), found)
+
+
+def _schedule(job: JobConfig, progress: Progress, stream: Stream, evaluation: Sequence[WorkItem]) -> Schedule:
+    accumulation, evaluated = job.train.accumulation, progress.evaluated
     if job.train.steps is not None:
-        left = max(job.train.steps - progress.step, 0) * accumulation
-        return ResumePlan(progress, checkpoint, progress.next_item + left, job.train.steps)
-    left = stream.count_items(job.train.epochs or 1, start=progress.cursor)
-    return ResumePlan(progress, checkpoint, progress.next_item + left, progress.step + -(-left // accumulation))
+        total, items = job.train.steps, max(job.train.steps - progress.step, 0) * accumulation
+    else:
+        items = stream.count_items(job.train.epochs or 1, start=progress.cursor)
+        total = progress.step + -(-items // accumulation)
+    tokens_per_step = accumulation * stream.shards * stream.tokens_per_shard
+    return Schedule(
+        progress.next_item,
+        progress.step,
+        total,
+        accumulation,
+        items,
+        len(evaluation),
+        job.evaluate.every or _affordable(total, tokens_per_step, sum(item.tokens for item in evaluation)),
+        evaluated is not None and evaluated.step == progress.step,
+    )
+
+
+def _affordable(total_steps: int, tokens_per_step: int, tokens: int) -> int:
+    """Steps between evaluations of so many `tokens` that together read at most one in a hundred of the tokens trained;
+    the ones at the start and at the end are made in any case."""
+    most = max(total_steps * tokens_per_step // (100 * max(tokens, 1)), 2)
+    return max(-(-total_steps // (most - 1)), 1)

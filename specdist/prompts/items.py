@@ -4,21 +4,31 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from specdist.core.progress import Cursor
-from specdist.core.records import WorkItem
+from specdist.core.records import Shard, WorkItem
+from specdist.prompts.corpus import Corpus
+from specdist.prompts.schedule import Schedule
 from specdist.prompts.stream import Stream
 
 
 class Items:
     """A window over the stream that moves forward. Safe to use from several threads."""
 
-    def __init__(self, stream: Stream, start: Cursor, first: int, end: int):
-        self.first, self.end = first, end
-        self._source: Iterator[WorkItem] = stream.items(start, first)
+    def __init__(self, stream: Stream, start: Cursor, schedule: Schedule, evaluation: Sequence[WorkItem] = ()):
+        """
+        Args:
+            start: the stream's place at the first training item.
+            evaluation: the items of one evaluation, `schedule.evaluation_items` of them; their numbers do not count.
+        """
+        self.schedule = schedule
+        self._source = _numbered(stream.items(start), schedule, evaluation)
         self._window: dict[int, WorkItem] = {}
-        self._next = self._floor = first
+        self._next = self._floor = schedule.first_item
         self._lock = threading.Lock()
 
     def __getitem__(self, index: int) -> WorkItem:
@@ -37,3 +47,29 @@ class Items:
             self._floor = max(self._floor, before)
             for index in [i for i in self._window if i < before]:
                 del self._window[index]
+
+
+def evaluation_items(corpus: Corpus, stream: Stream, limit: int | None) -> list[WorkItem]:
+    """The items of one evaluation, cut as the training `stream` is: the held-out sequences, or `limit` of them, evenly
+    spread. Their numbers are those of a stream of their own."""
+    held_out = np.asarray(corpus.heldout_indices)
+    if limit is not None and len(held_out) > limit:
+        held_out = held_out[np.arange(limit) * len(held_out) // limit]
+    if not len(held_out):
+        return []
+    own = Stream(corpus.lengths[held_out], stream.shards, stream.tokens_per_shard, stream.seed)
+
+    def of_corpus(item: WorkItem) -> WorkItem:
+        shards = (Shard(tuple(held_out[list(s.sequences)].tolist()), s.lengths) for s in item.shards)
+        return replace(item, shards=tuple(shards))
+
+    return [of_corpus(item) for item in own.items(epochs=1)]
+
+
+def _numbered(stream: Iterator[WorkItem], schedule: Schedule, evaluation: Sequence[WorkItem]) -> Iterator[WorkItem]:
+    for step in range(schedule.first_step, schedule.total_steps + 1):
+        if due := schedule.evaluation(step):
+            for index, item in zip(due, evaluation, strict=True):
+                yield replace(item, index=index)
+        for index in schedule.training(step):
+            yield replace(next(stream), index=index)

@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,16 +16,16 @@ from torch import Tensor
 from specdist.core.attempts import Ending
 from specdist.core.files import to_json, write_atomically
 from specdist.core.hub import served_name
-from specdist.core.progress import Progress, checkpoint_path
+from specdist.core.progress import Progress, best_checkpoint, checkpoint_path, read_progress
 from specdist.core.stop import StopReason
-from specdist.evaluate.report import EvaluationReport, render
+from specdist.evaluate.replay import render_replay
 from specdist.export import Trained, export_draft, written_formats
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.run_dir import RunDirectory
 from specdist.job.split import verdict
 from specdist.run.context import RankContext
-from specdist.run.drafts import served_draft
-from specdist.run.evaluation import evaluate_drafts, obstacle
+from specdist.run.drafts import load_state, new_draft
+from specdist.run.judge import read_evaluation
 from specdist.scheduler.messages import ProducerReport
 from specdist.target.vocabulary import load_target_vocabulary
 
@@ -69,57 +68,44 @@ class Outcome:
 
     state: Mapping[str, Tensor]
     progress: Progress
+    finished: bool
+    """Whether there is nothing left to do: all steps, or `train.patience` has ended them, and the last evaluation."""
     metrics: Mapping[str, float]
     """See `RunReporter.totals`."""
     producers: Sequence[ProducerReport]
 
 
-class _StopAsked(Exception):
-    """Ends an evaluation."""
-
-
 def finish(context: RankContext, outcome: Outcome) -> Ending:
-    """Export, evaluate, write summary.json and print it; returns how the attempt ended. One rank calls this.
-
-    A stop that is asked for meanwhile ends the evaluation; the same command then does it anew.
-    """
+    """Export, write summary.json and print it; returns how the attempt ended. One rank calls this."""
     job, run_dir, stop, step = context.job, context.run_dir, context.stop, outcome.progress.step
-    finished = step >= context.resume.total_steps
+    last = checkpoint_path(run_dir.checkpoints, step)
+    best = best_checkpoint(run_dir.checkpoints, job.checkpoint.keep_best)
     sides = _sides(context, outcome)
     summary: dict[str, object] = {
         "step": step,
         "total_steps": context.resume.total_steps,
-        "finished": finished,
+        "finished": outcome.finished,
         "training": dict(outcome.metrics),
         "sides": dataclasses.asdict(sides) | {"verdict": sides.verdict()},
-        "checkpoint": str(checkpoint_path(run_dir.checkpoints, step)),
+        "checkpoint": str(last),
+        "best_checkpoint": best and str(best),
         "exports": [],
     }
     if not outcome.metrics["steps"]:
         summary |= _earlier(run_dir, step)
     exports: list[Path] = []
-    evaluation = ""
-    if finished and job.world.mode != "draft_only":
-        exports = export_all(job, context.facts, run_dir, outcome.state)
+    if outcome.finished and step and job.world.mode != "draft_only":
+        state = outcome.state
+        if best not in (None, last):
+            state = load_state(new_draft(job, context.facts, run_dir, torch.device("cpu")), best)
+        exports = export_all(job, context.facts, run_dir, state)
         summary["exports"] = [str(path) for path in exports]
-        write_atomically(run_dir.summary, to_json(summary))  # whatever the evaluation comes to
-        if job.evaluate.prompts and (reason := obstacle(context.facts, context.world.device)):
-            print(f"specdist: not evaluated: {reason}; `specdist eval` does it elsewhere", file=sys.stderr)
-            summary["not_evaluated"] = reason
-        elif job.evaluate.prompts:
-            try:
-                before, after = _compare(context, outcome.state)
-            except _StopAsked:
-                ending = Ending("stopped", step, stop.reason, f"{stop.detail}, during the evaluation")
-                words = f"specdist: stopped after {step} steps ({ending.why}); the same command evaluates again."
-                print(words, file=sys.stderr, flush=True)
-                return ending
-            gain = after.acceptance_length - before.acceptance_length
-            summary["evaluation"] = {"before": before.to_dict(), "after": after.to_dict(), "gain": gain}
-            evaluation = render(after, before)
+    before, after = read_evaluation(run_dir, 0), read_evaluation(run_dir, read_progress(best).step if best else step)
+    if after is not None:
+        summary["evaluation"] = {"before": before and before.to_dict(), "after": after.to_dict()}
     write_atomically(run_dir.summary, to_json(summary))
-    _print(context, outcome, sides, exports, evaluation)
-    if finished:
+    _print(context, outcome, sides, best, exports, render_replay(after, before) if after else "")
+    if outcome.finished:
         return Ending("finished", step)
     return Ending("stopped", step, stop.reason or StopReason.ANOTHER_RANK, stop.detail)
 
@@ -131,21 +117,6 @@ def _earlier(run_dir: RunDirectory, step: int) -> dict[str, object]:
         return {key: earlier[key] for key in ("training", "sides")} if earlier["step"] == step else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _compare(context: RankContext, state: Mapping[str, Tensor]) -> list[EvaluationReport]:
-    """The draft as it was before training, and as it is. Raises _StopAsked."""
-
-    def check() -> None:
-        if context.stop:
-            raise _StopAsked
-
-    job, facts, device = context.job, context.facts, context.world.device
-    drafts = {
-        f"evaluate {name} training": partial(served_draft, job, facts, context.run_dir, device, weights)
-        for name, weights in (("before", None), ("after", state))
-    }
-    return evaluate_drafts(job, facts, drafts, device, check)
 
 
 def export_all(
@@ -180,16 +151,26 @@ def _sides(context: RankContext, outcome: Outcome) -> Sides:
     )
 
 
-def _print(context: RankContext, outcome: Outcome, sides: Sides, exports: Sequence[Path], evaluation: str) -> None:
+def _print(
+    context: RankContext, outcome: Outcome, sides: Sides, best: Path | None, exports: Sequence[Path], evaluation: str
+) -> None:
     run_dir, step, total, metrics = context.run_dir, outcome.progress.step, context.resume.total_steps, outcome.metrics
-    stopped = f"Stopped at step {step} of {total}; the same command goes on from there."
-    lines = ["", stopped if step < total else f"Trained {step} steps."]
+    ended = f"Stopped at step {step} of {total}; the same command goes on from there."
+    if not total:
+        print(evaluation, file=sys.stderr, flush=True)
+        return
+    if outcome.finished:
+        early = f" of {total}: train.patience evaluations in a row found nothing better" if step < total else ""
+        ended = f"Trained {step} steps{early}."
+    lines = ["", ended]
     trained = bool(metrics["steps"])
     this_start = f"{metrics['steps']:,.0f} steps, {metrics['tokens']:,.0f} tokens in {metrics['seconds']:.0f} s"
     lines.append(f"  this start     {this_start if trained else 'nothing was left to train'}")
     lines += [f"  {line}" for line in evaluation.splitlines()]
     lines += sides.lines() if trained else []
     lines.append(f"  checkpoint     {checkpoint_path(run_dir.checkpoints, step)}")
+    if best not in (None, checkpoint_path(run_dir.checkpoints, step)):
+        lines.append(f"  best           {best}{', which is exported' if exports else ''}")
     lines += [f"  export         {path}" for path in exports]
     lines.append(f"  figures        {run_dir.summary}, {run_dir.metrics}")
     print("\n".join(lines), file=sys.stderr, flush=True)

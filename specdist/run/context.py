@@ -11,6 +11,8 @@ from specdist.channel.base import Transport
 from specdist.channel.wire import AddressBook, Wire
 from specdist.core.attempts import AttemptRecord, Failure, Started
 from specdist.core.launch_env import Attempt, RankFacts
+from specdist.core.progress import Cursor
+from specdist.core.records import WorkItem
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
 from specdist.job import config as jobs
@@ -18,7 +20,8 @@ from specdist.job.config import JobConfig, JobFacts
 from specdist.job.resume_plan import ResumePlan
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.corpus import Corpus
-from specdist.prompts.items import Items
+from specdist.prompts.items import Items, evaluation_items
+from specdist.prompts.schedule import Schedule
 from specdist.prompts.stream import Stream
 from specdist.run.rank_log import RankLog
 from specdist.scheduler.client import ControlClient
@@ -81,6 +84,16 @@ class WorldContext:
         job = self.job
         return Stream(self.prompts.training.lengths, self.topology.shards, job.prompts.tokens_per_rank, job.run.seed)
 
+    def evaluation_items(self) -> list[WorkItem]:
+        """The items of one evaluation: the held-out sequences, or `evaluate.limit` of them, evenly spread."""
+        if self.topology.mode in ("target_only", "draft_only"):
+            return []
+        return evaluation_items(self.prompts, self.stream(), self.job.evaluate.limit)
+
+    def items_of(self, schedule: Schedule, cursor: Cursor) -> Items:
+        """The items of a start, from `cursor` of the stream on."""
+        return Items(self.stream(), cursor, schedule, self.evaluation_items())
+
     def wire(self, address_book: AddressBook | None = None) -> Wire:
         """What this rank's end of the channel is made of; `address_book`: of a channel between two worlds."""
         layout, timeout_s = self.facts.layout, self.timeout_s
@@ -116,5 +129,4 @@ class RankContext(WorldContext):
     profile: Profile
 
     def items(self) -> Items:
-        progress = self.resume.progress
-        return Items(self.stream(), progress.cursor, progress.next_item, self.resume.end_item)
+        return self.items_of(self.resume.schedule, self.resume.progress.cursor)

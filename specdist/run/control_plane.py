@@ -132,6 +132,6 @@ def _scheduler(context: WorldContext, resume: ResumePlan) -> Scheduler | None:
         queue_depth=job.scheduler.queue_depth,
         timeout=job.world.wait_timeout_s,
         first_item=resume.progress.next_item,
-        end_item=resume.end_item,
+        end_item=resume.schedule.end_item,
         elastic=job.world.role == "draft",
     )

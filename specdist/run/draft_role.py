@@ -20,6 +20,7 @@ from specdist.run.after_training import Outcome, finish
 from specdist.run.context import RankContext
 from specdist.run.drafts import new_draft
 from specdist.run.feature_source import ColocatedSource, RemoteSource, SyntheticSource, local_shards
+from specdist.run.judge import ReplayJudge
 from specdist.run.reporter import RunReporter
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import LastItem, Reports, RingAddress, StartWork, Stop
@@ -55,6 +56,8 @@ def consume(context: RankContext) -> None:
         place.dp,
         context.world.device,
         context.profile,
+        judge=ReplayJudge(context) if context.resume.schedule.evaluation_items else None,
+        best=context.resume.best,
     )
     recipe = Recipe(job.train, job.optimizer, job.checkpoint, job.metrics.every, context.resume.total_steps)
     leader = context.rank == topology.draft_ranks[0]
@@ -72,14 +75,15 @@ def consume(context: RankContext) -> None:
     producers = () if told is None else told.reports
     client.phase = "saving"
     trainer.commit(progress, checkpointer)
+    finished = trainer.finished
     state = _whole_state(draft, keep=leader)
     landing = source.receiver.retire() if isinstance(source, RemoteSource) and job.world.role == "draft" else None
     del trainer, optimizer, draft, source  # the evaluation needs their memory
     gc.collect()
     torch.cuda.empty_cache()
     if leader:  # stays in the control plane, which keeps the run's status alive
-        client.phase = "exporting and evaluating"
-        context.record.end(finish(context, Outcome(state, progress, metrics, producers)))
+        client.phase = "exporting"
+        context.record.end(finish(context, Outcome(state, progress, finished, metrics, producers)))
     context.profile.finish()
     client.close()
     context.stop.uninstall()

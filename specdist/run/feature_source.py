@@ -140,7 +140,7 @@ class ColocatedSource(FeatureSource):
 
     def verify(self, items: Items, count: int) -> None:
         """Compare the packed forward of the next `count` items with one of each document alone."""
-        for index in range(items.first, min(items.first + count, items.end)):
+        for index in range(items.schedule.first_item, min(items.schedule.first_item + count, items.schedule.end_item)):
             own = self._own(items[index])
             if own.tokens:
                 verify(self._engine, self._pack(own))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,12 +14,13 @@ import torch
 from specdist.core.errors import ConfigError
 from specdist.core.files import to_json, write_atomically
 from specdist.core.hub import resolve
-from specdist.core.progress import committed, read_progress
+from specdist.core.progress import best_checkpoint, committed, read_progress
 from specdist.draft.base import DraftModel
 from specdist.evaluate.report import render
 from specdist.job.config import JobConfig, JobFacts, examine, load_job
 from specdist.job.run_dir import RunDirectory
 from specdist.run.after_training import export_all
+from specdist.run.answers import ready_prompts
 from specdist.run.drafts import exported_draft, load_state, new_draft, served_draft
 from specdist.run.evaluation import evaluate_drafts
 
@@ -27,26 +30,53 @@ CPU = torch.device("cpu")
 def export_checkpoint(
     files: Sequence[str], overrides: Sequence[str], checkpoint: str | None = None, output: str | None = None
 ) -> list[Path]:
-    """Write a checkpoint (default: the run's newest) in every format of `export.formats`; returns the directories."""
+    """Write a checkpoint in every format of `export.formats`; returns the directories. Default: the run's best one by
+    `checkpoint.keep_best`, else its newest."""
     job = load_job(files, overrides)
     facts, run_dir = _examined(job), RunDirectory(Path(job.run.dir))
     run_dir.check_draft(job)
-    path = _checkpoint(run_dir, checkpoint)
+    path = _checkpoint(job, checkpoint)
     state = load_state(new_draft(job, facts, run_dir, CPU), path)
     return export_all(job, facts, run_dir, state, Path(output) if output else None)
 
 
-def evaluate_draft(
+def evaluation_words(files: Sequence[str], overrides: Sequence[str], draft: str | None) -> list[str]:
+    """The words of a run, in RUN_DIR/evaluation, that does nothing but evaluate an exported draft; by default of the
+    checkpoint that export takes."""
+    job = load_job(files, overrides)
+    if not job.prompts.holdout:
+        raise ConfigError.at("prompts.holdout", "is not set: give files of held-out conversations, or a share")
+    directory = Path(job.run.dir) / "evaluation"
+    if (directory / "config.yaml").exists():
+        shutil.rmtree(directory)  # of the evaluation before
+    if draft is None:
+        draft = str(export_checkpoint(files, overrides, output=str(directory / "draft"))[0])
+    prompts = ready_prompts(job) if job.prompts.answers == "target" else job.prompts
+    holdout = prompts.holdout if isinstance(prompts.holdout, float) else json.dumps(prompts.holdout)
+    texts = [f"prompts.files={json.dumps(prompts.files)}", f"prompts.holdout={holdout}", "prompts.answers=data"]
+    keys = [f"run.dir={directory}", f"draft.init_from={draft}", "train.steps=0", "train.epochs=null"]
+    return [
+        *files,
+        *overrides,
+        *texts,
+        *keys,
+        "train.patience=null",
+        "metrics.tensorboard=false",
+        "metrics.wandb=false",
+    ]
+
+
+def decode_prompts(
     files: Sequence[str], overrides: Sequence[str], draft: str | None = None, output: str | None = None
 ) -> str:
-    """Evaluate an exported draft, or the run's newest checkpoint; returns the report as text."""
+    """Decode prompts with an exported draft, or with the checkpoint that export takes; returns the report as text."""
     job = load_job(files, overrides)
-    if not job.evaluate.prompts:
-        raise ConfigError.at("evaluate.prompts", "is empty: give files of held-out prompts")
     if output and not Path(output).absolute().parent.is_dir():
         raise ConfigError(f"--output {output}: there is no directory {Path(output).absolute().parent}")
+    if not job.evaluate.prompts:
+        raise ConfigError.at("evaluate.prompts", "is empty: give files of held-out prompts")
     facts, device = _examined(job), _device(job)
-    make = partial(exported_draft, job, facts, draft, device) if draft else partial(_newest_draft, job, facts, device)
+    make = partial(exported_draft, job, facts, draft, device) if draft else partial(_run_draft, job, facts, device)
     (report,) = evaluate_drafts(job, facts, {"evaluate": make}, device)
     if output:
         write_atomically(Path(output), to_json(report.to_dict()))
@@ -58,21 +88,22 @@ def _examined(job: JobConfig) -> JobFacts:
     return examine(job)
 
 
-def _newest_draft(job: JobConfig, facts: JobFacts, device: torch.device) -> DraftModel:
+def _run_draft(job: JobConfig, facts: JobFacts, device: torch.device) -> DraftModel:
     run_dir = RunDirectory(Path(job.run.dir))
     run_dir.check_draft(job)
-    state = load_state(new_draft(job, facts, run_dir, CPU), _checkpoint(run_dir, None))
+    state = load_state(new_draft(job, facts, run_dir, CPU), _checkpoint(job, None))
     return served_draft(job, facts, run_dir, device, state)
 
 
-def _checkpoint(run_dir: RunDirectory, given: str | None) -> Path:
+def _checkpoint(job: JobConfig, given: str | None) -> Path:
     if given is not None:
         read_progress(Path(given))
         return Path(given)
-    found = committed(run_dir.checkpoints)
+    checkpoints = RunDirectory(Path(job.run.dir)).checkpoints
+    found = committed(checkpoints)
     if not found:
-        raise ConfigError.at("run.dir", f": there is no complete checkpoint in {run_dir.checkpoints}")
-    return found[-1]
+        raise ConfigError.at("run.dir", f": there is no complete checkpoint in {checkpoints}")
+    return best_checkpoint(checkpoints, job.checkpoint.keep_best) or found[-1]
 
 
 def _device(job: JobConfig) -> torch.device:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from types import TracebackType
 
 import torch
@@ -28,6 +29,7 @@ class RunReporter(Reporter):
         self._trackers: list[Tracker] = []
         self._bar: ProgressTracker | None = None
         self._last_record: dict[str, float] = {}
+        self._aside_s = 0.0  # evaluations are left out of the rates
         self._seen, self._target_waits = Statistics(), 0.0
         self._began = self._latest = WorkDone(time.monotonic()), client.statistics
         self._warm = self._latest
@@ -52,6 +54,7 @@ class RunReporter(Reporter):
             self._bar.advance(step)
 
     def record(self, step: int, metrics: Mapping[str, float], done: WorkDone) -> None:
+        done = replace(done, time=done.time - self._aside_s)
         before, _ = self._latest
         seconds, tokens = done.time - before.time, done.tokens - before.tokens
         record = {
@@ -64,9 +67,17 @@ class RunReporter(Reporter):
         }
         if torch.cuda.is_available():
             record["gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._last_record, self._latest = record, (done, self._client.statistics)
+        held_out = {name: value for name, value in self._last_record.items() if name.startswith("held_out/")}
+        self._last_record, self._latest = record | held_out, (done, self._client.statistics)
         if self._warm is self._began:
             self._warm = self._latest
+        for tracker in self._trackers:
+            tracker.log(step, record)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._aside_s += metrics["seconds"]
+        record = {f"held_out/{name}": value for name, value in metrics.items()}
+        self._last_record |= record
         for tracker in self._trackers:
             tracker.log(step, record)
 

@@ -13,7 +13,6 @@ from specdist.core.launch_env import RankFacts, stop_asked
 from specdist.core.run_lock import Lease, refuse_if_held
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
-from specdist.evaluate.prompts import check_prompts
 from specdist.export import load_exported
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig
@@ -39,8 +38,7 @@ from specdist.world.links import connect_links
 def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     """Take part in the run as rank `facts.rank`; returns when the run is done or was asked to stop."""
     job_facts = jobs.examine(job)
-    if facts.rank == 0 and job.world.mode != "draft_only":
-        check_prompts(job.evaluate.prompts, job_facts.target.path, job.evaluate.limit, job.prompts.template_kwargs)
+    jobs.check_replay(job)
     world = join_world(job.world, facts)
     topology = jobs.topology(job, world.hosts, world.roles)
     _place_log(start.log, topology, facts.rank)
@@ -116,7 +114,7 @@ def _begin(context: WorldContext) -> tuple[ResumePlan, contextlib.AbstractContex
     job, run_dir, record = context.job, context.run_dir, context.record
     run_dir.check(job)
     run_dir.create()
-    resume = find_resume_plan(job, run_dir, context.prompts, context.stream())
+    resume = find_resume_plan(job, run_dir, context.prompts.fingerprint, context.stream(), context.evaluation_items())
     if resume.checkpoint is None:  # a run that was saved keeps the vocabulary it has
         run_dir.save_vocabulary(_draft_vocabulary(context))
     run_dir.save_config(job)
@@ -165,7 +163,7 @@ def _introduce(context: WorldContext, resume: ResumePlan) -> None:
 def _profile(context: WorldContext, resume: ResumePlan) -> Profile:
     """This rank's profile, where the job asks for one and this start comes to the steps it asks for."""
     job, rank = context.job, context.rank
-    traced = find_traced_steps(job.trace, resume.progress, resume.end_item, job.train.accumulation)
+    traced = find_traced_steps(job.trace, resume.schedule)
     if job.trace.steps is not None and rank == 0:
         what = "nothing is traced" if traced is None else f"steps {traced.first} to {traced.last} are traced"
         first = resume.progress.step + 1

@@ -94,7 +94,10 @@ def _running(status: Status, record: Mapping[str, float], now: float) -> list[st
     done = f"{status.step:,} of {status.total_steps:,} ({status.step / max(status.total_steps, 1):.0%})"
     lines = [f"  step        {done}{_remaining(status, record, now)}"]
     if record:
-        lines.append(f"  figures     loss {record['loss']:.4g}, {record['tokens_per_s']:,.0f} tokens/s")
+        held_out = "; held out: loss {held_out/loss:.4g}, acceptance length {held_out/acceptance_length:.2f}"
+        known = "held_out/loss" in record
+        figures = f"loss {record['loss']:.4g}, {record['tokens_per_s']:,.0f} tokens/s"
+        lines.append(f"  figures     {figures}{held_out.format_map(record) if known else ''}")
         lines.append(f"  balance     {verdict(record['draft_wait'], record['target_wait'], {})}")
     counts = status.statistics
     if counts.replicas:
@@ -143,8 +146,11 @@ def _last_record(metrics: Path) -> Mapping[str, float]:
     with metrics.open("rb") as file:
         file.seek(max(metrics.stat().st_size - 65536, 0))
         lines = file.read().splitlines()
-    complete = [line for line in lines if line.startswith(b"{") and line.endswith(b"}")]
-    return dict(json.loads(complete[-1])) if complete else {}
+    found: dict[str, float] = {}
+    for line in lines:
+        if line.startswith(b"{") and line.endswith(b"}"):
+            found |= json.loads(line)
+    return found if "loss" in found else {}  # before the first step there may be an evaluation
 
 
 def _duration(seconds: float) -> str:

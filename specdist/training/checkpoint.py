@@ -27,7 +27,15 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from specdist.core.errors import DataError
 from specdist.core.files import sync_directory, to_json, write_atomically
-from specdist.core.progress import COMMIT, CheckpointConfig, Progress, checkpoint_path, committed, read_progress
+from specdist.core.progress import (
+    COMMIT,
+    CheckpointConfig,
+    Progress,
+    best_checkpoint,
+    checkpoint_path,
+    committed,
+    read_progress,
+)
 
 
 class Checkpointer:
@@ -101,7 +109,10 @@ class Checkpointer:
             return
         sync_directory(path)
         write_atomically(path / COMMIT, to_json(progress))
+        best = best_checkpoint(self._directory, self._config.keep_best)
         for old in committed(self._directory)[: -self._config.keep]:
+            if old == best:
+                continue
             (old / COMMIT).unlink()  # first, so that a half-removed checkpoint is never taken for a complete one
             shutil.rmtree(old)
 

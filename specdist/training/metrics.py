@@ -8,6 +8,7 @@ All take every record, which is made of
     tokens_per_s, step_s        over the steps since the last record
     draft_wait, target_wait     the share of that time in which a side had to wait for the other
     bytes_moved, gpu_peak_gib   features that the draft took in that time; the most memory allocated so far
+    held_out/...                in records of their own: the draft's own on held-out text, and what replay found
 
 and the progress line shows the few of them in `_LINE`. `specdist status` reads metrics.jsonl.
 """
@@ -124,12 +125,18 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def _length(value: float) -> str:
+    return f"{value:.2f}"
+
+
 def _share(value: float) -> str:
     return f"{value:.0%}"
 
 
 _LINE: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("loss", "loss", _number),
+    ("held_out/loss", "held-out loss", _number),
+    ("held_out/acceptance_length", "held-out acceptance length", _length),
     ("simulated_acceptance_length", "accept length (simulated)", _number),
     ("tokens_per_s", "tokens/s", _number),
     ("draft_wait", "draft waits", _share),
@@ -150,14 +157,19 @@ class ProgressTracker(Tracker):
     def __init__(self, total: int, start: int, leave_out: Collection[str] = ()):
         self._total, self._leave_out = total, leave_out
         self._bar = ProgressBar("train", total, start, every_s=_LINES_S, at_once=True, transient=False)
+        self._latest: dict[str, float] = {}
 
     def advance(self, step: int) -> None:
         """Move the bar; the metrics stay those of the last record."""
         self._bar.move(step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        shown = [entry for entry in _LINE if entry[0] in metrics and entry[0] not in self._leave_out]
-        text = "  ".join(f"{words} {written(metrics[name])}" for name, words, written in shown)
+        kept: Mapping[str, float] = {
+            k: v for k, v in self._latest.items() if k.startswith("held_out/") or "loss" not in metrics
+        }
+        self._latest = {**kept, **metrics}  # what is held out is evaluated now and then, in records of its own
+        shown = [entry for entry in _LINE if entry[0] in self._latest and entry[0] not in self._leave_out]
+        text = "  ".join(f"{words} {written(self._latest[name])}" for name, words, written in shown)
         self._bar.update(step, text, f"step {step}/{self._total}  {text}", now=step >= self._total)
 
     def close(self) -> None:

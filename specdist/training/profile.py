@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, _ExperimentalConfig
 from specdist.core.clock import ClockOffset, ClockReading, clock_offset
 from specdist.core.errors import ConfigError, WorldError
 from specdist.core.files import write_atomically
-from specdist.core.progress import Progress
+from specdist.prompts.schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -81,24 +81,19 @@ class TracedSteps:
     items: range
 
 
-def find_traced_steps(config: TraceConfig, progress: Progress, end_item: int, accumulation: int) -> TracedSteps | None:
-    """What a start of the job records that goes on from `progress` and ends before item `end_item`; None for nothing.
+def find_traced_steps(config: TraceConfig, schedule: Schedule) -> TracedSteps | None:
+    """What a start of the job records that does what `schedule` says; None for nothing.
 
     Steps that an earlier start has done are left out.
     """
     if config.steps is None:
         return None
-    first = config.start or progress.step + WARM_UP_STEPS + 1
-    last = first + config.steps - 1
-    first = max(first, progress.step + 1)
-
-    def item(step: int) -> int:
-        return min(progress.next_item + (step - progress.step) * accumulation, end_item)
-
-    items = range(item(first - 1), item(last)) if last >= first else range(0)
-    if not items:
+    first = config.start or schedule.first_step + WARM_UP_STEPS + 1
+    last = min(first + config.steps - 1, schedule.total_steps)
+    first = max(first, schedule.first_step + 1)
+    if last < first:
         return None
-    return TracedSteps(first, first + -(-len(items) // accumulation) - 1, items)
+    return TracedSteps(first, last, range(schedule.training(first - 1).start, schedule.training(last - 1).stop))
 
 
 class PartInfo(msgspec.Struct):

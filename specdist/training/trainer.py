@@ -10,7 +10,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -25,11 +25,11 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from specdist.core.errors import WorldError
-from specdist.core.progress import Progress
-from specdist.core.records import Features, PackedTokens, WorkItem
+from specdist.core.progress import Evaluated, Progress
+from specdist.core.records import Features, PackedTokens, Shard, WorkItem
 from specdist.core.stop import StopFlag
 from specdist.core.trace import span
-from specdist.draft.base import DraftModel, Supervision
+from specdist.draft.base import DraftModel, Replayed, Supervision
 from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
 from specdist.training.checkpoint import Checkpointer
@@ -65,6 +65,7 @@ class MicroBatch:
     """What one draft rank trains on at once."""
 
     item: WorkItem
+    host_batch: PackedTokens
     batch: PackedTokens
     features: Features
     supervision: Supervision
@@ -94,6 +95,30 @@ class Reporter(ABC):
     @abstractmethod
     def record(self, step: int, metrics: Mapping[str, float], done: WorkDone) -> None:
         """The metrics of the steps since the last record."""
+
+    @abstractmethod
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """What held-out text gives after `step` steps: the draft's own metrics, and what `Judge.result` adds."""
+
+
+class Judge(ABC):
+    """Counts what serving would accept of the drafts replayed over held-out items; every draft rank has one.
+
+    Attributes:
+        draft_tokens: K, drafts of a target forward.
+        temperature: of the sampling that acceptance is expected for; 0 for greedy.
+    """
+
+    draft_tokens: int
+    temperature: float
+
+    @abstractmethod
+    def add(self, shard: Shard, host_batch: PackedTokens, drafts: Replayed) -> None:
+        """What this rank has replayed of its shard of one item, of which `host_batch` is the packing."""
+
+    @abstractmethod
+    def result(self, step: int) -> dict[str, float]:
+        """`acceptance_length` and the figures behind it, over all draft ranks, which all call this; starts anew."""
 
 
 def shard_draft(model: DraftModel, groups: Groups, dtype: torch.dtype, sharding: str) -> DraftModel:
@@ -131,7 +156,15 @@ class Trainer:
         shard: int,
         device: torch.device,
         profile: Profile = NO_PROFILE,
+        judge: Judge | None = None,
+        best: Evaluated | None = None,
     ):
+        """
+        Args:
+            judge: of held-out items, where the schedule has such.
+            best: the best evaluation of earlier starts, of those that `checkpoint.keep_best` saved.
+        """
+        self._judge, self.best, self.finished = judge, best, False
         self.model, self.optimizer, self.source, self.items = model, optimizer, source, items
         self._prompts, self._groups, self._shard, self._device = prompts, groups, shard, device
         self._sums = torch.zeros(len(model.metric_names), dtype=torch.float64, device=device)
@@ -150,20 +183,24 @@ class Trainer:
     def train(
         self, recipe: Recipe, progress: Progress, checkpointer: Checkpointer, stop: StopFlag, reporter: Reporter
     ) -> Progress:
-        """Train on from `progress`; returns where it stopped, which `commit` then saves."""
+        """Train on from `progress`; returns where it stopped, which `commit` then saves. `finished` then says whether
+        there is nothing left to do."""
         self._saved_step, self._waited_before = progress.step, self.source.waited_s
         try:
-            while progress.step < recipe.total_steps and not self._agree(bool(stop), progress.next_item):
+            progress = self._evaluate(progress, stop, reporter)
+            while not self._done(recipe, progress) and not self._agree(bool(stop), progress.next_item):
                 set_learning_rate(self.optimizer, learning_rate(recipe.optimizer, progress.step, recipe.total_steps))
-                end = min(progress.next_item + recipe.train.accumulation, self.items.end)
-                last = self.train_step(progress.step, range(progress.next_item, end), recipe.optimizer.clip_norm)
-                progress = Progress(progress.step + 1, end, last.end, progress.fingerprint)
+                indices = self.items.schedule.training(progress.step)
+                last = self.train_step(progress.step, indices, recipe.optimizer.clip_norm)
+                progress = replace(progress, step=progress.step + 1, next_item=indices.stop, cursor=last.end)
                 reporter.step(progress.step)
                 if progress.step % recipe.log_every == 0 or progress.step == recipe.total_steps:
-                    with span("metrics", end - 1):
+                    with span("metrics", progress.next_item - 1):
                         reporter.record(progress.step, self._metrics(), self._work_done())
+                progress = self._evaluate(progress, stop, reporter)
                 checkpointer.poll()
-                if recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0:
+                on_time = recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0
+                if self._improved(recipe, progress) or on_time:
                     self._save(progress, checkpointer)
             self.check_finite()
         except TrainingDiverged:
@@ -172,6 +209,7 @@ class Trainer:
         except WorldError:
             checkpointer.poll()
             raise
+        self.finished = self._done(recipe, progress) and not self._evaluation_left(progress)
         return progress
 
     def commit(self, progress: Progress, checkpointer: Checkpointer) -> None:
@@ -179,6 +217,54 @@ class Trainer:
         if self._saved_step != progress.step:
             self._save(progress, checkpointer)
         checkpointer.finish()
+
+    def _done(self, recipe: Recipe, progress: Progress) -> bool:
+        """Whether the last step is done, or as many evaluations as `train.patience` have found nothing better."""
+        if progress.step >= recipe.total_steps:
+            return True
+        if self.best is None or recipe.train.patience is None:
+            return False
+        return self.items.schedule.evaluations_between(self.best.step, progress.step) >= recipe.train.patience
+
+    def _evaluation_left(self, progress: Progress) -> bool:
+        made = progress.evaluated is not None and progress.evaluated.step == progress.step
+        return self.items.schedule.is_due(progress.step) and not made
+
+    def _improved(self, recipe: Recipe, progress: Progress) -> bool:
+        """Whether this step's evaluation found the best draft so far."""
+        figure, found = recipe.checkpoint.keep_best, progress.evaluated
+        if figure == "none" or found is None or found.step != progress.step:
+            return False
+        if self.best is not None and found.merit(figure) <= self.best.merit(figure):
+            return False
+        self.best = found
+        return True
+
+    def _evaluate(self, progress: Progress, stop: StopFlag, reporter: Reporter) -> Progress:
+        """Evaluate where it is due. A stop comes first: the start that follows makes the evaluation."""
+        indices = self.items.schedule.evaluation(progress.step)
+        if not indices or self._agree(bool(stop), indices.start):
+            return progress
+        sums, judge, began = torch.zeros_like(self._sums), self._judge, time.monotonic()
+        assert judge is not None
+        for micro in (self._receive(self.items[i]) for i in indices):
+            with span("evaluate", micro.item.index, tokens=len(micro.batch.tokens)), torch.no_grad():
+                ones = torch.ones_like(micro.supervision.counts)
+                sums += self.model(micro.batch, micro.features, micro.supervision, ones)[1]
+                drafts = self.model.replay(
+                    micro.batch, micro.host_batch, micro.features, judge.draft_tokens, judge.temperature
+                )
+                judge.add(micro.item.shards[self._shard], micro.host_batch, drafts)
+            self.source.release(micro.item)
+        assert isinstance(self.model, FSDPModule)
+        self.model.reshard()
+        dist.all_reduce(sums, group=self._groups.draft)
+        metrics = self.model.metrics(dict(zip(self.model.metric_names, sums.tolist(), strict=True)))
+        metrics |= judge.result(progress.step)
+        self.items.forget(before=indices.stop)
+        reporter.evaluated(progress.step, metrics | {"seconds": time.monotonic() - began})
+        found = Evaluated(progress.step, metrics["acceptance_length"], metrics["loss"])
+        return replace(progress, next_item=indices.stop, evaluated=found)
 
     def train_step(self, step: int, indices: range, clip_norm: float) -> WorkItem:
         """One optimizer step over the items `indices`; returns the last of them."""
@@ -246,9 +332,10 @@ class Trainer:
             features = Features(self.model.layout, self.source.take(item))
         with span("supervise", item.index):
             batch = host_batch.to(self._device)
-            draw = item.index * len(item.shards) + self._shard
+            place = item.start  # and not the item's number, which depends on when the draft is evaluated
+            draw = ((place.epoch << 32) + place.position) * len(item.shards) + self._shard
             supervision = self.model.supervise(batch, host_batch, features, draw)
-        return MicroBatch(item, batch, features, supervision)
+        return MicroBatch(item, host_batch, batch, features, supervision)
 
     def _sync_gradients(self, last: bool) -> None:
         """Gradients are reduced over the ranks once per step, with the last micro-batch."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from specdist.core.attempts import attempts
 from specdist.core.progress import committed
 from specdist.run.status import describe
 from specdist.world.roll_call import free_port
-from tests.distributed.worlds import ranks_below, specdist, start_command
+from tests.distributed.worlds import ranks_below, start_command
 from tests.tiny import make_config, make_conversations, make_target
 
 TIMEOUT_S = 200
@@ -158,28 +157,3 @@ def test_ctrl_c_stops_a_job_of_several_hosts_for_good(tmp_path: Path, material: 
     assert ending.state == "stopped"
     assert ending.reason == "SIGINT"
     assert committed(tmp_path / "run/checkpoints")
-
-
-def test_a_stop_during_the_evaluation_is_made_good_by_the_next_start(
-    tmp_path: Path, material: tuple[Path, Path]
-) -> None:
-    held = tmp_path / "held.jsonl"
-    held.write_text('{"prompt": "good night"}\n' * 200)
-    settings = {"evaluate__prompts": f"[{held}]", "evaluate__max_new_tokens": 64, "train__steps": 2}
-    train = [sys.executable, "-m", "specdist_launch.cli", "train", *words(tmp_path, material, **settings)]
-    process = start_command(train)
-    deadline = time.monotonic() + TIMEOUT_S
-    while not (tmp_path / "run/summary.json").exists():  # written after the export, before the evaluation
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == os.EX_TEMPFAIL, said
-    (record,) = attempts(tmp_path / "run")
-    ending = record.ending()
-    assert ending is not None
-    assert (ending.state, ending.step, ending.why) == ("stopped", 2, "SIGTERM, during the evaluation")
-    again = specdist(*train[3:], "evaluate.limit=2", timeout=TIMEOUT_S)
-    assert again.returncode == 0, again.stderr
-    assert json.loads((tmp_path / "run/summary.json").read_text())["evaluation"]["after"]["prompts"] == 2

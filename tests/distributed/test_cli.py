@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -18,8 +19,8 @@ def trained(tmp_path_factory):
     """A finished run of one draft rank that has one conversation: of two shards one would be empty."""
     directory = tmp_path_factory.mktemp("cli")
     target, prompts = make_target(directory / "target"), make_conversations(directory / "prompts.jsonl", count=1)
-    (directory / "held.jsonl").write_text('{"prompt": "good night"}\n{"prompt": "my lord"}\n')
-    evaluation = {"evaluate__prompts": f"[{directory / 'held.jsonl'}]", "evaluate__max_new_tokens": 12}
+    held = make_conversations(directory / "held.jsonl", count=2, seed=1)
+    evaluation = {"prompts__holdout": f"[{held}]", "evaluate__max_new_tokens": 12}
     words = make_config(directory, target, prompts, world__mode="colocated", draft__dp=1, **evaluation)
     done = specdist("train", *words)
     assert done.returncode == 0, done.stderr
@@ -30,46 +31,51 @@ def test_train_says_what_came_of_it(trained):
     directory, _, said = trained
     summary = json.loads((directory / "run/summary.json").read_text())
     assert summary["finished"]
-    assert summary["evaluation"]["after"]["prompts"] == 2
+    assert summary["evaluation"]["after"]["step"] == 4
     for part in ("Trained 4 steps", "acceptance length", "before training", "draft side", "balance", "export/sglang"):
         assert part in said
 
 
 def test_eval_takes_the_checkpoint_or_an_export(trained, tmp_path, capsys):
     _, words, _ = trained
-    report = tmp_path / "report.json"
+    directory, report = Path(words[0].partition("=")[2]), tmp_path / "report.json"
     # fp32, so that the export is the checkpoint bit for bit
     assert main(["export", *words, "export.dtype=float32", "--output", str(tmp_path / "out")]) == 0
-    assert main(["eval", *words, "--output", str(report)]) == 0
+    prompts = f"evaluate.prompts=[{directory.parent / 'held.jsonl'}]"
+    assert main(["eval", "--decode", *words, prompts, "--output", str(report)]) == 0
     of_checkpoint = json.loads(report.read_text())
     for name in ("sglang", "speculators"):
-        assert main(["eval", "--draft", str(tmp_path / "out" / name), *words, "--output", str(report)]) == 0
+        draft = ["--draft", str(tmp_path / "out" / name)]
+        assert main(["eval", "--decode", *draft, *words, prompts, "--output", str(report)]) == 0
         of_export = json.loads(report.read_text())
         assert of_export["accepted"] == of_checkpoint["accepted"]
         assert load_exported(tmp_path / "out" / name).captured_layers == (0, 2, 4)
     assert "acceptance length" in capsys.readouterr().out
+    done = specdist("eval", *draft, *words, "--output", str(report))
+    assert done.returncode == 0, done.stderr
+    during = json.loads((directory / "evaluations/step-00000004.json").read_text())
+    assert json.loads(report.read_text())["labels"] == during["labels"]
+    assert "by replay of held-out text" in done.stderr
 
 
 def test_an_empty_shard_trains_as_if_it_were_not_there(trained, tmp_path):
     directory, words, _ = trained
-    changed = [w for w in words if not w.startswith(("run.dir", "draft.dp", "world.mode", "evaluate.prompts"))]
+    changed = [w for w in words if not w.startswith(("run.dir", "draft.dp", "world.mode", "prompts.holdout"))]
     done = specdist("train", *changed, f"run.dir={tmp_path / 'run'}", "draft.dp=2")
     assert done.returncode == 0, done.stderr
     one, two = (
-        [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+        [r["loss"] for r in map(json.loads, (path / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
         for path in (directory / "run", tmp_path / "run")
     )
     assert two == pytest.approx(one, rel=1e-6)
 
 
-def test_a_prompt_that_could_not_be_evaluated_is_told_before_training(trained, tmp_path, capsys):
+def test_a_prompt_that_cannot_be_decoded_is_told(trained, tmp_path, capsys):
     _, words, _ = trained
     held = tmp_path / "held.jsonl"
     held.write_text('{"prompt": "good night"}\n{"prompt": 3}\n')
-    changed = [w for w in words if not w.startswith(("run.dir", "evaluate.prompts"))]
-    assert main(["train", *changed, f"run.dir={tmp_path / 'run'}", f"evaluate.prompts=[{held}]"]) == 2
+    assert main(["eval", "--decode", *words, f"evaluate.prompts=[{held}]"]) == 2
     assert f"evaluate.prompts: {held}:2: not text: the prompt is 3" in capsys.readouterr().err
-    assert not (tmp_path / "run/logs").exists()
 
 
 def test_another_draft_than_the_trained_one_is_neither_exported_nor_evaluated(trained, tmp_path, capsys):
@@ -77,7 +83,7 @@ def test_another_draft_than_the_trained_one_is_neither_exported_nor_evaluated(tr
     for command in ("export", "eval"):
         assert main([command, *words, "draft.eagle3.layers=[1,2,3]"]) == 2
         assert "was trained with other values of draft.eagle3.layers: give those" in capsys.readouterr().err
-    assert main(["eval", *words, "--output", str(tmp_path / "nowhere/report.json")]) == 2
+    assert main(["eval", "--decode", *words, "--output", str(tmp_path / "nowhere/report.json")]) == 2
     assert "--output" in capsys.readouterr().err
 
 
@@ -106,7 +112,7 @@ def test_a_run_directory_belongs_to_one_job(trained, capsys):
     [
         (["train", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
         (["plan", "configs/quickstart.yaml", "draft.eagle3.ttt=3"], "did you mean 'draft.eagle3.ttt_length'?"),
-        (["eval", "configs/quickstart.yaml", "evaluate.prompts=[]"], "evaluate.prompts is empty"),
+        (["eval", "configs/quickstart.yaml", "prompts.holdout=null"], "prompts.holdout is not set"),
         (["export", "configs/quickstart.yaml", "run.dir=/nonexistent/run"], "there is no complete checkpoint in"),
         (["export", "configs/quickstart.yaml", "--checkpoint", "/nonexistent"], "is not a complete checkpoint"),
     ],

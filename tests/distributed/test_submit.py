@@ -15,7 +15,6 @@ import submitit
 
 import specdist
 from specdist.core.attempts import attempts
-from tests import forks
 from tests.tiny import make_config, make_conversations, make_target
 
 STEPS = 20
@@ -23,12 +22,9 @@ STEPS = 20
 
 
 @pytest.fixture(autouse=True, scope="module")
-def environment():
-    """One thread a rank, as other tests' worlds have it: sums must not depend on the machine's load. Ranks are forked,
-    agents and what submitit starts are not."""
+def threads():
+    """One thread a rank, as other tests' worlds have it: sums must not depend on the machine's load."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in forks.for_ranks().items():
-            patch.setenv(name, value)
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
@@ -36,7 +32,7 @@ def environment():
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     directory = tmp_path_factory.mktemp("material")
-    (directory / "held.jsonl").write_text('{"prompt": "good night"}\n')
+    make_conversations(directory / "held.jsonl", 2, seed=1)
     return make_target(directory / "target"), make_conversations(directory / "prompts.jsonl")
 
 
@@ -52,14 +48,14 @@ def words(directory: Path, material, **overrides) -> list[str]:
 
 def losses(run_dir: Path) -> list[tuple[int, float, float]]:
     records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [(record["step"], record["loss"], record["grad_norm"]) for record in records]
+    return [(record["step"], record["loss"], record["grad_norm"]) for record in records if "loss" in record]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, material):
     """A run in this process, by the debug executor, and its evaluation."""
     directory = tmp_path_factory.mktemp("undisturbed")
-    evaluation = {"evaluate__prompts": f"[{material[1].parent}/held.jsonl]", "evaluate__max_new_tokens": 8}
+    evaluation = {"prompts__holdout": f"[{material[1].parent}/held.jsonl]"}
     return specdist.submit([], words(directory, material, **evaluation), executor="debug").result()
 
 

@@ -15,13 +15,13 @@ from tests.distributed.worlds import kill_all, start_torchrun, train
 from tests.tiny import make_config, make_conversations, make_target
 
 STEPS = 6
-UNEVALUATED = {"evaluate__prompts": "[]"}
+UNEVALUATED = {"prompts__holdout": "null"}
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     directory = tmp_path_factory.mktemp("material")
-    (directory / "held.jsonl").write_text('{"prompt": "good night"}\n{"prompt": "speak again"}\n')
+    make_conversations(directory / "held.jsonl", 3, seed=1)
     return make_target(directory / "target"), make_conversations(directory / "prompts.jsonl")
 
 
@@ -36,7 +36,8 @@ def words(directory: Path, material, **overrides) -> list[str]:
         "prompts__cache_dir": material[1].parent / "cache",
         "train__steps": STEPS,
         "checkpoint__every": 2,
-        "evaluate__prompts": f"[{material[1].parent / 'held.jsonl'}]",
+        "prompts__holdout": f"[{material[1].parent / 'held.jsonl'}]",
+        "evaluate__every": 4,
         "evaluate__max_new_tokens": 12,
         "evaluate__check": "true",
     }
@@ -45,7 +46,7 @@ def words(directory: Path, material, **overrides) -> list[str]:
 
 def losses(directory: Path) -> list[tuple[int, float, float]]:
     records = [json.loads(line) for line in (directory / "run/metrics.jsonl").read_text().splitlines()]
-    return [(r["step"], r["loss"], r["grad_norm"]) for r in records]
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records if "loss" in r]
 
 
 def run(ranks: int, directory: Path, material, **overrides) -> str:
@@ -90,14 +91,15 @@ def test_every_split_trains_the_same(tmp_path, material, undisturbed, ranks, opt
 
 
 def test_what_was_trained_is_served(tmp_path, material, undisturbed, capsys):
-    """The export drafts the text that the run's own evaluation has drafted, and a run that starts from it goes on."""
+    """Decoding with the export leaves the text as it is, and a run that starts from it goes on."""
     summary = json.loads((undisturbed / "run/summary.json").read_text())
     (export,) = summary["exports"]
-    assert summary["evaluation"]["after"]["differing"] == 0
+    assert summary["evaluation"]["after"]["step"] == STEPS
     job = words(tmp_path, material, run__dir=undisturbed / "run")
-    assert main(["eval", *job, "--draft", export, "--output", str(tmp_path / "report.json")]) == 0
+    job.append(f"evaluate.prompts=[{material[1].parent / 'held.jsonl'}]")
+    assert main(["eval", "--decode", *job, "--draft", export, "--output", str(tmp_path / "report.json")]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["accepted"] == summary["evaluation"]["after"]["accepted"]
+    assert (report["prompts"], report["differing"]) == (3, 0)
     capsys.readouterr()
     other = {"draft__init_from": export, "draft__dflash__num_layers": 1, "draft__dflash__layers": "null"}
     run(2, tmp_path, material, **other, **UNEVALUATED, train__steps=1)

@@ -19,6 +19,7 @@ from specdist.core.progress import Cursor
 from specdist.core.stop import StopReason
 from specdist.core.topology import Topology, WorldConfig
 from specdist.prompts.corpus import Corpus, make_corpus
+from specdist.prompts.schedule import Schedule
 from specdist.run.worlds.rendezvous import ControlAddress, Rendezvous
 from specdist.run.worlds.terms import Terms, common_facts
 from specdist.scheduler.config import ControlConfig
@@ -360,7 +361,9 @@ def test_a_given_address_needs_a_common_secret(tmp_path, monkeypatch):
 
 
 def test_the_terms_survive_the_wire_and_name_what_differs():
-    terms = Terms((("a", 2), ("b", 1)), 1, 8, 3, Cursor(0, 9), 6, 20, {"run.seed": "0", "prompts": "f"})
+    terms = Terms(
+        (("a", 2), ("b", 1)), 1, 8, Cursor(0, 9), Schedule(6, 3, 17, 1, 14), {"run.seed": "0", "prompts": "f"}
+    )
     assert Terms.from_json(terms.to_json()) == terms
     assert terms.hosts == ("a", "a", "b")
     terms.check({"run.seed": "0", "prompts": "f"})
@@ -373,14 +376,16 @@ def test_the_terms_survive_the_wire_and_name_what_differs():
 def test_both_worlds_hold_out_the_same(tmp_path):
     one, two = (write_store(tmp_path / n, [([1, 2], [0, 1])] * 2) for n in "ab")
     target = SimpleNamespace(layers=1, parameters=2, vocab_size=3)
-    job: Any = SimpleNamespace(prompts=SimpleNamespace(tokens_per_rank=8), run=SimpleNamespace(seed=0))
+    job: Any = SimpleNamespace(
+        prompts=SimpleNamespace(tokens_per_rank=8), run=SimpleNamespace(seed=0), evaluate=SimpleNamespace(limit=None)
+    )
     facts: Any = SimpleNamespace(target=target, layout="rows")
     side = make_corpus([one]).training
     without, half, other = (
         common_facts(job, facts, Corpus(side, heldout))
         for heldout in (None, make_corpus([two]).training, dataclasses.replace(side, indices=side.indices[:1]))
     )
-    terms = Terms((("a", 1),), 1, 8, 3, Cursor(), 6, 20, half)
+    terms = Terms((("a", 1),), 1, 8, Cursor(), Schedule(6, 3, 17, 1, 14), half)
     terms.check(dict(half))
     for own in (without, other):
         with pytest.raises(ConfigError, match=r"differs in prompts\.holdout \(\w+ here, \w+ there\)$"):

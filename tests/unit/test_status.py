@@ -19,6 +19,7 @@ from specdist.core.progress import Cursor, Progress
 from specdist.core.stop import StopReason
 from specdist.core.topology import Topology
 from specdist.job.resume_plan import ResumePlan
+from specdist.prompts.schedule import Schedule
 from specdist.run.status import Status, describe
 from specdist.run.status_writer import StatusWriter
 from specdist.scheduler.messages import Statistics
@@ -106,7 +107,7 @@ def test_any_other_directory_is_refused(tmp_path: Path) -> None:
 
 def observer(run_dir: Path) -> StatusWriter:
     progress = Progress(10, 10, Cursor(0, 0), "prompts")
-    resume = ResumePlan(progress, None, 100, 100)
+    resume = ResumePlan(progress, None, Schedule(10, 10, 100, 1, 90))
     return StatusWriter(run_dir / "status.json", AttemptRecord(run_dir / "logs/17.1"), ATTEMPT, resume, began=0.0)
 
 

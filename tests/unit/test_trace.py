@@ -17,8 +17,8 @@ import torch
 from specdist.core.attempts import AttemptRecord, Started
 from specdist.core.clock import ClockOffset, ClockReading, clock_offset
 from specdist.core.errors import ConfigError, DataError, WorldError
-from specdist.core.progress import Progress
 from specdist.core.trace import NOTHING, parse, span
+from specdist.prompts.schedule import Schedule
 from specdist.run.timeline import collect_newest, merge, read_parts
 from specdist.training.profile import (
     NO_PROFILE,
@@ -58,32 +58,28 @@ def test_a_trace_that_no_start_could_reach_is_told():
     TraceConfig().check(8)
 
 
+def schedule(step: int, next_item: int, end_item: int = 100) -> Schedule:
+    """Two items a step."""
+    left = end_item - next_item
+    return Schedule(next_item, step, step + -(-left // 2), 2, left)
+
+
 @pytest.mark.parametrize(
-    ("config", "progress", "end_item", "expected"),
+    ("config", "schedule", "expected"),
     [
-        (TraceConfig(), Progress(), 100, None),
-        (TraceConfig(steps=2, start=1), Progress(), 100, TracedSteps(1, 2, range(0, 4))),
-        (TraceConfig(steps=3, start=11), Progress(5, 10), 100, TracedSteps(11, 13, range(20, 26))),
-        (TraceConfig(steps=3), Progress(5, 10), 100, TracedSteps(26, 28, range(50, 56))),
-        (
-            TraceConfig(steps=3, start=5),
-            Progress(5, 10),
-            100,
-            TracedSteps(6, 7, range(10, 14)),
-        ),  # the first is done
-        (TraceConfig(steps=3, start=3), Progress(5, 10), 100, None),  # all of them are
-        (TraceConfig(steps=9, start=11), Progress(5, 10), 23, TracedSteps(11, 12, range(20, 23))),  # a short last step
-        (TraceConfig(steps=9, start=13), Progress(5, 10), 23, None),
-        (
-            TraceConfig(steps=2, start=7),
-            Progress(5, 40),
-            100,
-            TracedSteps(7, 8, range(42, 46)),
-        ),  # another accumulation
+        (TraceConfig(), schedule(0, 0), None),
+        (TraceConfig(steps=2, start=1), schedule(0, 0), TracedSteps(1, 2, range(0, 4))),
+        (TraceConfig(steps=3, start=11), schedule(5, 10), TracedSteps(11, 13, range(20, 26))),
+        (TraceConfig(steps=3), schedule(5, 10), TracedSteps(26, 28, range(50, 56))),
+        (TraceConfig(steps=3, start=5), schedule(5, 10), TracedSteps(6, 7, range(10, 14))),  # the first is done
+        (TraceConfig(steps=3, start=3), schedule(5, 10), None),  # all of them are
+        (TraceConfig(steps=9, start=11), schedule(5, 10, 23), TracedSteps(11, 12, range(20, 23))),  # a short last step
+        (TraceConfig(steps=9, start=13), schedule(5, 10, 23), None),
+        (TraceConfig(steps=2, start=7), schedule(5, 40), TracedSteps(7, 8, range(42, 46))),  # another accumulation
     ],
 )
-def test_steps_are_items(config, progress, end_item, expected):
-    assert find_traced_steps(config, progress, end_item, accumulation=2) == expected
+def test_steps_are_items(config, schedule, expected):
+    assert find_traced_steps(config, schedule) == expected
 
 
 # ---- what a rank records

@@ -77,6 +77,11 @@ class DFlash(Algorithm[DFlashConfig]):
     def cost(self, target: PretrainedConfig) -> DFlashCost:
         return DFlashCost(self.config, DFlashDims.of(self.config, target))
 
+    def weights_read(self, trained: int, target: PretrainedConfig, count: int) -> int:
+        """One pass fills a block, and the target's head reads it."""
+        text = target.get_text_config()
+        return trained + text.vocab_size * text.hidden_size
+
     def check_export(self, format: str, options: ExportConfig, target_layers: int) -> None:
         from specdist.draft.dflash.export import check_servable
 

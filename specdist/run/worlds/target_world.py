@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 from specdist.core.attempts import Ending
 from specdist.core.errors import Dismissed, WorldError
-from specdist.prompts.items import Items
 from specdist.run.context import WorldContext
 from specdist.run.target_loop import Producer
 from specdist.run.worlds.search import Lost, Over, Search, Session, say
@@ -109,7 +108,7 @@ class TargetWorld:
     def _work(self, session: Session) -> None:
         terms, client = session.terms, session.client
         terms.check(self._own)
-        self._step = terms.step
+        self._step = terms.schedule.first_step
         context = self._context.beside(terms.hosts, terms.cp)
         job, timeout_s = context.job, context.timeout_s
         item_rows = context.topology.shards * job.prompts.tokens_per_rank
@@ -121,7 +120,7 @@ class TargetWorld:
             with contextlib.suppress(Over):
                 client.phase = "connecting to the draft ranks"
                 sender.connect(job.control.load_timeout_s, session.check)
-                items = Items(context.stream(), terms.cursor, terms.first_item, terms.end_item)
+                items = context.items_of(terms.schedule, terms.cursor)
                 verify = job.target.verify
                 producer = Producer(engine, sender, client, items, context.prompts, terms.slots, verify, timeout_s)
                 client.ready()

@@ -15,6 +15,7 @@ from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.resume_plan import ResumePlan
 from specdist.prompts.corpus import Corpus
+from specdist.prompts.schedule import Schedule
 from specdist.scheduler.messages import MAX_TERMS_BYTES
 
 
@@ -24,6 +25,7 @@ def common_facts(job: JobConfig, facts: JobFacts, prompts: Corpus) -> dict[str, 
     return {
         "prompts": prompts.fingerprint,
         "prompts.holdout": prompts.heldout.fingerprint if prompts.heldout is not None else "nothing",
+        "evaluate.limit": str(job.evaluate.limit),
         "prompts.tokens_per_rank": str(job.prompts.tokens_per_rank),
         "run.seed": str(job.run.seed),
         "target.path": f"{target.layers} layers, {target.parameters} parameters, vocabulary {target.vocab_size}",
@@ -37,26 +39,24 @@ class Terms:
     host_ranks: the draft ranks in order, as hosts with the number of ranks that follow each other on each.
     cp: the draft's context parallelism.
     slots: the slots of the receive rings, so as many items can be in flight.
-    step, cursor, first_item, end_item: where the run starts and ends, as in ResumePlan.
+    cursor, schedule: where the stream starts, and what is done from there.
     common: see `common_facts`.
     """
 
     host_ranks: tuple[tuple[str, int], ...]
     cp: int
     slots: int
-    step: int
     cursor: Cursor
-    first_item: int
-    end_item: int
+    schedule: Schedule
     common: dict[str, str]
 
     @classmethod
     def of(cls, job: JobConfig, facts: JobFacts, prompts: Corpus, topology: Topology, resume: ResumePlan) -> Terms:
         """The terms of a draft world."""
-        progress, common = resume.progress, common_facts(job, facts, prompts)
+        common = common_facts(job, facts, prompts)
         hosts = tuple((host, len(list(ranks))) for host, ranks in groupby(topology.hosts))
         cp, slots = len(topology.draft[0]), jobs.slots(job, facts.layout)
-        return cls(hosts, cp, slots, progress.step, progress.cursor, progress.next_item, resume.end_item, common)
+        return cls(hosts, cp, slots, resume.progress.cursor, resume.schedule, common)
 
     @property
     def hosts(self) -> tuple[str, ...]:

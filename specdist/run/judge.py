@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The judge of a run: what replay over held-out text says of the draft, summed over the draft ranks and kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from specdist.core.files import to_json, write_atomically
+from specdist.core.records import PackedTokens, Shard
+from specdist.draft.base import Replayed
+from specdist.draft.build import parameter_count
+from specdist.evaluate.replay import ReplayReport, ReplayTally, answers, tally_document
+from specdist.job.run_dir import RunDirectory
+from specdist.run.context import RankContext
+from specdist.training.trainer import Judge
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One item, until its numbers are on the host: they are read once, at the end."""
+
+    labels: tuple[str, ...]
+    batch: PackedTokens
+    drafts: Replayed
+
+
+class ReplayJudge(Judge):
+    """Every draft rank has one; the ranks of a context-parallel group replay a part of the rows each."""
+
+    def __init__(self, context: RankContext):
+        job, topology = context.job, context.topology
+        self.draft_tokens, self.temperature = job.evaluate.draft_tokens, job.evaluate.temperature
+        self._corpus, self._groups, self._run_dir = context.prompts, context.groups, context.run_dir
+        place = topology.draft_place(context.rank)
+        assert place is not None
+        self._counts = place.cp == 0  # the other ranks of the group have replayed the same answers
+        self._shared = job.draft.cp > 1
+        self._leader = context.rank == topology.draft_ranks[0]
+        self._labels = context.prompts.labels
+        self._costs = _costs(context)
+        self._seen: list[_Seen] = []
+
+    def add(self, shard: Shard, host_batch: PackedTokens, drafts: Replayed) -> None:
+        self._seen.append(_Seen(tuple(map(self._corpus.label, shard.sequences)), host_batch, drafts))
+
+    def result(self, step: int) -> dict[str, float]:
+        seen, self._seen = self._seen, []
+        tallies = {label: ReplayTally.empty(self.draft_tokens) for label in self._labels}
+        for one in seen:
+            self._tally(one, tallies)
+        sums = torch.from_numpy(np.stack([tally.vector for tally in tallies.values()]) * self._counts)
+        dist.all_reduce(sums, group=self._groups.draft_cpu)
+        found = {label: ReplayTally.of(vector) for label, vector in zip(tallies, sums.numpy(), strict=True)}
+        report = ReplayReport(step, {k: v for k, v in found.items() if v.answers}, self.temperature, self._costs)
+        if self._leader:
+            path = self._run_dir.evaluation(step)
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, to_json(report.to_dict()))
+        return report.metrics()
+
+    def _tally(self, one: _Seen, tallies: dict[str, ReplayTally]) -> None:
+        accepted, agreed, expected = map(self._whole, vars(one.drafts).values())
+        assert accepted is not None
+        supervised, first = one.batch.supervised.numpy(), 0
+        for label, length in zip(one.labels, one.batch.lengths, strict=True):
+            runs = answers(supervised, first, first + length)
+            tallies[label] += tally_document(runs, accepted, agreed, expected, self.draft_tokens)
+            first += length
+
+    def _whole(self, part: torch.Tensor | None) -> np.ndarray | None:
+        """Of all rows, on the host, from this rank's share of them."""
+        if part is None:
+            return None
+        if self._shared:
+            part = part.to(torch.int32 if part.dtype == torch.bool else part.dtype)
+            assert self._groups.draft_mesh is not None
+            # Zeros where it is another rank's; what the target chose is found by all that reach the row.
+            dist.all_reduce(part, dist.ReduceOp.MAX, group=self._groups.draft_mesh.get_group("cp"))
+        return part.cpu().numpy()
+
+
+def _costs(context: RankContext) -> list[float]:
+    """What drafting 1..K tokens costs, in target forwards of one token, by the weights that are read."""
+    job, target = context.job, context.facts.target
+    trained = parameter_count(job.draft, target.config)
+    whole = target.flops([1]) / 2 + target.hidden_size * target.vocab_size
+    algorithm = job.draft.chosen
+    return [algorithm.weights_read(trained, target.config, k) / whole for k in range(1, job.evaluate.draft_tokens + 1)]
+
+
+def read_evaluation(run_dir: RunDirectory, step: int) -> ReplayReport | None:
+    """What the evaluation after `step` steps found; None where there was none."""
+    try:
+        return ReplayReport.from_dict(json.loads(run_dir.evaluation(step).read_text()))
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Held-out text is evaluated while the draft trains: on any split alike, without a trace in the losses, over kills."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from specdist.core.progress import best_checkpoint, committed
+from specdist.export import load_exported
+from tests.distributed.worlds import kill_all, start_torchrun, train
+from tests.tiny import make_config, make_conversations, make_target
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("material")
+    make_conversations(directory / "held.jsonl", 6, seed=1)
+    return make_target(directory / "target"), make_conversations(directory / "prompts.jsonl")
+
+
+def words(directory: Path, material, **overrides) -> list[str]:
+    settings = {
+        "train__steps": STEPS,
+        "prompts__cache_dir": material[1].parent / "cache",
+        "prompts__holdout": f"[{material[1].parent / 'held.jsonl'}]",
+        "evaluate__every": 3,
+        "evaluate__temperature": 1.0,
+        "checkpoint__every": 2,
+        "optimizer__lr": 0.02,
+    }
+    return make_config(directory, *material, **(settings | overrides))
+
+
+def run(ranks: int, directory: Path, material, **overrides) -> str:
+    done = train(ranks, words(directory, material, **overrides))
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def losses(directory: Path) -> list[tuple[int, float]]:
+    records = map(json.loads, (directory / "run/metrics.jsonl").read_text().splitlines())
+    return [(r["step"], r["loss"]) for r in records if "loss" in r]
+
+
+def held_out(directory: Path) -> dict[int, dict[str, float]]:
+    records = map(json.loads, (directory / "run/metrics.jsonl").read_text().splitlines())
+    timeless = {"time", "held_out/seconds"}
+    return {r["step"]: {k: r[k] for k in r.keys() - timeless} for r in records if "held_out/loss" in r}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, material) -> Path:
+    """A job of one target rank and two draft ranks."""
+    directory = tmp_path_factory.mktemp("evaluated")
+    said = run(3, directory, material)
+    for part in ("held-out acceptance length", "before training), by replay", "by draft tokens", "expected at temper"):
+        assert part in said
+    return directory
+
+
+def test_it_is_evaluated_before_in_between_and_at_the_end(evaluated):
+    assert list(held_out(evaluated)) == [0, 3, 6, STEPS]
+    names = held_out(evaluated)[3]
+    for name in ("loss", "acceptance_length", "acceptance_length/1", "accepted/1", "agreement", "speedup/5"):
+        assert f"held_out/{name}" in names
+    assert names["held_out/acceptance_length"] >= 1
+    assert names["held_out/agreement"] < 0.5  # words at random are not what the target would write
+
+
+def test_the_losses_are_those_of_a_job_that_is_never_evaluated(evaluated, tmp_path, material):
+    run(3, tmp_path, material, prompts__holdout="null")
+    assert losses(tmp_path) == losses(evaluated)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (2, {"world__mode": "colocated"}),
+        (5, {"draft__dp": 2, "draft__cp": 2}),
+    ],
+    ids=str,
+)
+def test_every_split_finds_the_same(evaluated, tmp_path, material, ranks, options):
+    run(ranks, tmp_path, material, **options)
+    for step, metrics in held_out(evaluated).items():
+        assert held_out(tmp_path)[step] == pytest.approx(metrics, rel=1e-4)
+
+
+def test_a_killed_job_finds_the_same_and_keeps_the_best(evaluated, tmp_path, material):
+    process = start_torchrun(3, ["-m", "specdist.train", *words(tmp_path, material, checkpoint__keep=1)])
+    while not committed(tmp_path / "run/checkpoints"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    kill_all(process)
+    run(3, tmp_path, material, checkpoint__keep=1)
+    assert held_out(tmp_path) == held_out(evaluated)
+    assert losses(tmp_path) == losses(evaluated)
+    lengths = {step: found["held_out/acceptance_length"] for step, found in held_out(tmp_path).items() if step}
+    best = min(lengths, key=lambda step: (-lengths[step], step))
+    found = best_checkpoint(tmp_path / "run/checkpoints", "acceptance_length")
+    assert found is not None
+    assert found.name == f"step-{best:08d}"
+    assert len(committed(tmp_path / "run/checkpoints")) == len({best, STEPS})
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["evaluation"]["after"]["step"] == best
+    assert Path(summary["best_checkpoint"]).name == found.name
+
+
+def test_a_run_that_learns_nothing_more_ends(tmp_path, material):
+    """With next to no learning rate nothing after the first evaluation is better."""
+    options = {"evaluate__every": 1, "train__patience": 2, "optimizer__lr": 1e-12, "train__steps": 50}
+    said = run(2, tmp_path, material, **options)
+    assert "Trained 3 steps of 50: train.patience evaluations in a row found nothing better." in said
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["finished"], summary["evaluation"]["after"]["step"]) == (True, 1)
+    assert load_exported(Path(summary["exports"][0])).captured_layers == (0, 2, 4)
+    assert "nothing was left to train" in run(2, tmp_path, material, **options)

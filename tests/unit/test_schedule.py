@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of items: those that steps train on, and between them those of evaluations."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+
+import numpy as np
+
+from specdist.core.records import Cursor
+from specdist.prompts.items import Items
+from specdist.prompts.schedule import Schedule
+from specdist.prompts.stream import Stream
+
+
+def test_evaluations_stand_before_the_first_step_after_every_so_many_and_at_the_end() -> None:
+    schedule = Schedule(0, 0, 5, 2, 9, evaluation_items=3, every=2)
+    assert [schedule.evaluation(step) for step in (0, 2, 4, 5)] == [
+        range(0, 3),
+        range(7, 10),
+        range(14, 17),
+        range(18, 21),
+    ]
+    assert [list(schedule.evaluation(step)) for step in (1, 3)] == [[], []]
+    assert [schedule.training(step) for step in range(5)] == [
+        range(3, 5),
+        range(5, 7),
+        range(10, 12),
+        range(12, 14),
+        range(17, 18),  # a short last step
+    ]
+    assert schedule.end_item == 21
+
+
+def in_order(schedule: Schedule) -> list[int]:
+    numbers: list[int] = []
+    for step in range(schedule.first_step, schedule.total_steps + 1):
+        numbers += schedule.evaluation(step)
+        if step < schedule.total_steps:
+            numbers += schedule.training(step)
+    return numbers
+
+
+def test_every_number_comes_once_and_in_order() -> None:
+    draw = random.Random(0)
+    for _ in range(500):
+        steps, accumulation, first_step = draw.randint(0, 9), draw.randint(1, 3), draw.randint(0, 9)
+        items = max(steps * accumulation - draw.randrange(accumulation), 0)
+        schedule = Schedule(
+            draw.randint(0, 50), first_step, first_step + steps, accumulation, items, draw.randint(0, 3),
+            draw.randint(1, 4), draw.random() < 0.5,
+        )  # fmt: skip
+        assert in_order(schedule) == list(range(schedule.first_item, schedule.end_item))
+
+
+def test_a_start_that_follows_a_stop_does_what_is_left() -> None:
+    whole = Schedule(0, 0, 8, 1, 8, evaluation_items=2, every=3)
+    for step in range(9):
+        for evaluated in (False, True):
+            done = whole.evaluation(step).stop if evaluated and whole.is_due(step) else whole.training(step).start
+            if not evaluated and whole.is_due(step):
+                done = whole.evaluation(step).start
+            if step == 8 and not whole.is_due(step):
+                continue
+            rest = replace(whole, first_item=done, first_step=step, training_items=8 - step, evaluated=evaluated)
+            assert rest.end_item == whole.end_item
+            assert in_order(rest) == list(range(done, whole.end_item))
+
+
+def test_what_is_trained_does_not_depend_on_when_the_draft_is_evaluated() -> None:
+    stream = Stream(np.array([5, 3, 4, 6, 2, 7, 5]), shards=2, tokens_per_shard=8, seed=1)
+    apart = list(itertools.islice(Stream(np.array([4, 4]), 2, 8, 1).items(), 1))
+    plain = Items(stream, Cursor(), Schedule(0, 0, 4, 1, 4))
+    schedule = Schedule(0, 0, 4, 1, 4, evaluation_items=1, every=2)
+    mixed = Items(stream, Cursor(), schedule, apart)
+    for step in range(4):
+        (trained,), (number,) = plain.schedule.training(step), schedule.training(step)
+        assert replace(mixed[number], index=trained) == plain[trained]
+    assert [mixed[i].shards for step in (0, 2, 4) for i in schedule.evaluation(step)] == [apart[0].shards] * 3
+
+
+def test_evaluations_between_two_steps_are_counted() -> None:
+    schedule = Schedule(0, 0, 10, 1, 10, evaluation_items=1, every=3)
+    assert [schedule.evaluations_between(0, step) for step in range(11)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 4]
+    assert schedule.evaluations_between(6, 9) == 1
