@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 
-from specdist.channel.mooncake.endpoint import Endpoint
-from specdist.channel.mooncake.engine import process_engine
+from specdist.channel.mooncake.engine import Endpoint, process_engine
 from specdist.channel.wire import Wire
 from specdist.core.launch_env import local_address
 
@@ -56,7 +56,7 @@ def _raw_writes(wire: Wire, slots: int, size: int) -> Limit:
     if place is not None:
         engine.register(memory)
         found = (wire.book.find(rank, topology.describe(rank), wire.timeout_s, lambda: None) for rank in drafts)
-        endpoints = [Endpoint.from_json(text) for text in found]
+        endpoints = [msgspec.json.decode(text, type=Endpoint) for text in found]
 
     def move(items: int, size: int, depth: int) -> None:
         writes: deque[int] = deque()

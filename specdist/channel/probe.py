@@ -18,7 +18,7 @@ import torch.distributed as dist
 from specdist.channel.base import FeatureReceiver, FeatureSender
 from specdist.channel.config import ChannelConfig
 from specdist.channel.registry import transport_for
-from specdist.channel.wire import StoreBook, Wire
+from specdist.channel.wire import Wire, store_book
 from specdist.core.errors import UserError, WorldError
 from specdist.core.progress import Cursor
 from specdist.core.records import FeatureLayout, Shard, WorkItem
@@ -74,7 +74,7 @@ def measure_links(
     pairs = _Pairs(topology.mode, topology.hosts, targets, drafts, len(drafts), real=topology)
     store = dist.PrefixStore("channel/probe", world.store)
     config = replace(config, send_buffers=_SLOTS)
-    wire = Wire(config, pairs, world, groups, _ROW, timeout_s, address_book=StoreBook(store))
+    wire = Wire(config, pairs, world, groups, _ROW, timeout_s, address_book=store_book(store))
     rows = max((payload or PAYLOAD[world.device.type]) // _ROW.bytes_per_token, 1)
     return _Probe(wire, store, rows).measure()
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,15 +22,19 @@ Check = Callable[[], None]
 _POLL_S = 0.2
 
 
-class AddressBook(Protocol):
-    """Where the draft ranks of a one-sided transport publish how to reach their memory, as text."""
+@dataclass(frozen=True)
+class AddressBook:
+    """Where the draft ranks of a one-sided transport publish how to reach their memory, as text.
 
-    @property
-    def host(self) -> str:
-        """The IP address under which the other ranks reach this host."""
+    Attributes:
+        host: gives the IP address under which the other ranks reach this host.
+        publish: called by a draft rank with its number and what target ranks must know to write to it.
+        look: what a draft rank has published; None: nothing yet.
+    """
 
-    def publish(self, rank: int, text: str) -> None:
-        """What target ranks must know to write to draft rank `rank`, this one."""
+    host: Callable[[], str]
+    publish: Callable[[int, str], None]
+    look: Callable[[int], str | None]
 
     def find(self, rank: int, name: str, timeout_s: float, check: Check) -> str:
         """What draft rank `rank` has published.
@@ -39,34 +42,23 @@ class AddressBook(Protocol):
         Raises:
             WorldError: nothing within `timeout_s` seconds; calls the rank `name`.
         """
-
-
-@dataclass(frozen=True)
-class StoreBook:
-    """The address book of one world, in a store that all its ranks share."""
-
-    store: dist.Store
-
-    @property
-    def host(self) -> str:
-        return local_address()
-
-    def publish(self, rank: int, text: str) -> None:
-        self.store.set(f"endpoint/{rank}", text)
-
-    def find(self, rank: int, name: str, timeout_s: float, check: Check) -> str:
-        key, deadline = f"endpoint/{rank}", time.monotonic() + timeout_s
-        while not self.store.check([key]):
+        deadline = time.monotonic() + timeout_s
+        while (text := self.look(rank)) is None:
             check()
             if time.monotonic() > deadline:
-                raise not_published(rank, name, timeout_s)
+                raise WorldError(f"{name} did not say within {timeout_s:.0f} s where its ring is", culprit=rank)
             time.sleep(_POLL_S)
-        return str(self.store.get(key).decode())
+        return text
 
 
-def not_published(rank: int, name: str, timeout_s: float) -> WorldError:
-    """The error of `AddressBook.find`."""
-    return WorldError(f"{name} did not say within {timeout_s:.0f} s where its ring is", culprit=rank)
+def store_book(store: dist.Store) -> AddressBook:
+    """The address book of one world, in a store that all its ranks share."""
+
+    def look(rank: int) -> str | None:
+        key = f"endpoint/{rank}"
+        return str(store.get(key).decode()) if store.check([key]) else None
+
+    return AddressBook(local_address, lambda rank, text: store.set(f"endpoint/{rank}", text), look)
 
 
 @dataclass(frozen=True)
@@ -88,7 +80,7 @@ class Wire:
         if self.address_book is not None:
             return self.address_book
         # The control group's name tells this set of groups from others of the same world.
-        return StoreBook(dist.PrefixStore(f"channel/{self.groups.control.group_name}", self.world.store))
+        return store_book(dist.PrefixStore(f"channel/{self.groups.control.group_name}", self.world.store))
 
     @property
     def rank(self) -> int:

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from specdist.channel.wire import Check
+from specdist.channel.wire import AddressBook
 from specdist.core.launch_env import reachable_address
 from specdist.draft.base import ContextShare, DraftModel
 from specdist.job import config as jobs
@@ -22,7 +21,6 @@ from specdist.run.drafts import new_draft
 from specdist.run.feature_source import ColocatedSource, RemoteSource, SyntheticSource, local_shards
 from specdist.run.judge import ReplayJudge
 from specdist.run.reporter import RunReporter
-from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import LastItem, Reports, RingAddress, StartWork, Stop
 from specdist.training.checkpoint import Checkpointer
 from specdist.training.optimizer import build_optimizer
@@ -120,25 +118,13 @@ def _source(context: RankContext, items: Items, shard: int) -> FeatureSource:
         source.verify(items, job.target.verify)
         return source
     slots, timeout_s = jobs.slots(job, layout), context.timeout_s
-    book = _RingBook(context.client, reachable_address()) if job.world.role == "draft" else None
-    if book is not None:  # the scheduler says first when there is no replica for too long
-        timeout_s += job.control.replica_timeout_s
+    book = None
+    if job.world.role == "draft":  # target worlds learn of the ring through the scheduler
+        publish = lambda rank, text: context.client.send(RingAddress(rank, text))  # noqa: E731
+        book = AddressBook(reachable_address, publish, look=lambda rank: None)
+        timeout_s += job.control.replica_timeout_s  # the scheduler says first when there is no replica for too long
     receiver = context.transport.receiver(context.wire(book), slots, job.prompts.tokens_per_rank, context.client.check)
     return RemoteSource(context.client, receiver, items, context.stop, timeout_s, context.world.device)
-
-
-@dataclass(frozen=True)
-class _RingBook:
-    """Tells target worlds, through the scheduler, where the memory of a draft rank lies."""
-
-    client: ControlClient
-    host: str
-
-    def publish(self, rank: int, text: str) -> None:
-        self.client.send(RingAddress(rank, text))
-
-    def find(self, rank: int, name: str, timeout_s: float, check: Check) -> str:
-        raise NotImplementedError("target ranks look for the rings of draft ranks, not the reverse")
 
 
 def _end_the_run(context: RankContext, source: FeatureSource, next_item: int, leader: bool) -> None:

@@ -14,14 +14,13 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from specdist.channel import mooncake
-from specdist.channel.wire import StoreBook
+from specdist.channel import mooncake, probe
 from specdist.core.errors import WorldError
 from specdist.core.stop import leave
 from specdist.job.config import JobConfig
 from specdist.run.preflight import world
 
-publish, Preflight = StoreBook.publish, world.Preflight
+store_book, Preflight = probe.store_book, world.Preflight
 LIMIT_S = 4.0
 """Of the checks, in place of world.join_timeout_s."""
 
@@ -30,20 +29,25 @@ def broken(*arguments: Any) -> None:
     raise WorldError("Mooncake's Transfer Engine does not start")
 
 
-def publish_and_stop(*arguments: Any) -> None:
-    publish(*arguments)
-    os.kill(os.getpid(), signal.SIGSTOP)
+def stopping(store: Any) -> Any:
+    book = store_book(store)
+
+    def publish_and_stop(*arguments: Any) -> None:
+        book.publish(*arguments)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    return replace(book, publish=publish_and_stop)
 
 
 def spoil(fault: str) -> None:
     if fault == "broken":
         mooncake.process_engine = broken  # type: ignore[assignment]
     else:
-        StoreBook.publish = publish_and_stop  # type: ignore[method-assign]
+        probe.store_book = stopping
 
 
-def impatient(job: JobConfig, *arguments: Any) -> Preflight:
-    return Preflight(replace(job, world=replace(job.world, join_timeout_s=LIMIT_S)), *arguments)
+def impatient(job: JobConfig, *arguments: Any, **options: Any) -> Preflight:
+    return Preflight(replace(job, world=replace(job.world, join_timeout_s=LIMIT_S)), *arguments, **options)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from specdist.channel.config import ChannelConfig, MooncakeConfig
 from specdist.channel.mooncake.engine import TransferEngine
 from specdist.channel.mooncake.receiver import MooncakeReceiver
-from specdist.channel.wire import StoreBook, Wire
+from specdist.channel.wire import Wire, store_book
 from specdist.core.launch_env import RankFacts
 from specdist.core.progress import Cursor
 from specdist.core.records import FeatureLayout, Shard, WorkItem
@@ -36,7 +36,7 @@ def wire_of(rank: int, store: dist.Store) -> Wire:
     world = World(facts, torch.device("cpu"), TOPOLOGY.hosts, (None, None), store)
     config = ChannelConfig(transport="mooncake", mooncake=CONFIG)
     groups = Groups(control=None)  # type: ignore[arg-type]
-    return Wire(config, TOPOLOGY, world, groups, LAYOUT, PATIENCE_S, address_book=StoreBook(store))
+    return Wire(config, TOPOLOGY, world, groups, LAYOUT, PATIENCE_S, address_book=store_book(store))
 
 
 def make_item(index: int, rows: int = ROWS) -> WorkItem:

@@ -9,15 +9,16 @@ import logging
 from dataclasses import replace
 from typing import Any, Literal
 
+import msgspec
 import pytest
 import torch
 import torch.distributed as dist
 
 from specdist.channel.config import MooncakeConfig
 from specdist.channel.mooncake import memory
-from specdist.channel.mooncake.endpoint import Endpoint
+from specdist.channel.mooncake.engine import Endpoint
 from specdist.channel.mooncake.receiver import MooncakeReceiver
-from specdist.channel.wire import StoreBook, Wire
+from specdist.channel.wire import Wire, store_book
 from specdist.core.errors import WorldError
 from tests.unit.test_channel_p2p import ROWS, make_item, wire
 
@@ -121,10 +122,10 @@ def test_a_slot_of_the_gpus_own_ring_is_free_once_its_reads_have_run(monkeypatch
     monkeypatch.setattr(torch.cuda, "Event", PlayedEvent)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     engine: Any = PlayedEngine()
-    book = StoreBook(dist.HashStore())
+    book = store_book(dist.HashStore())
     receiver = MooncakeReceiver(replace(wire(1), address_book=book), 2, ROWS, engine)
     ring, _ = engine.registered
-    assert Endpoint.from_json(book.find(1, "rank 1", 1.0, lambda: None)).ring == ring.data_ptr()
+    assert msgspec.json.decode(book.find(1, "rank 1", 1.0, lambda: None), type=Endpoint).ring == ring.data_ptr()
     item = make_item(3)
     receiver.post(item, 0, 1)
     rows = receiver.take(item, timeout_s=5)

@@ -15,7 +15,7 @@ from specdist.core.topology import Topology, WorldConfig
 from specdist.job.preflight_config import PreflightConfig
 from specdist.run.preflight.facts import RankReport
 from specdist.run.preflight.findings import Finding, problems, to_exclude
-from specdist.run.preflight.host import Clock, HostFacts, Storage, Xid
+from specdist.run.preflight.host import Clock, HostFacts, Storage
 from specdist.run.preflight.judge import judge
 from specdist.run.preflight.judge_links import LinkReport, judge_links
 from specdist.run.preflight.needs import Needs
@@ -57,7 +57,7 @@ NEEDS = Needs(memory=(60 * GIB,) * 8, checkpoint=10 * GIB, room=50 * GIB)
 
 def host_facts(number: int, **changes: Any) -> HostFacts:
     address, clock = f"10.0.0.{number} ib0", Clock(NOW + 0.001 * number, 0.0005)
-    return replace(HostFacts(Storage("/runs/a", "", True, 100 * GIB), (), address, clock), **changes)
+    return replace(HostFacts(Storage("/runs/a", "", True, 100 * GIB), address, clock), **changes)
 
 
 def world(hosts: int = 3, per_host: int = 2) -> list[RankReport]:
@@ -247,18 +247,6 @@ def test_a_model_that_one_host_lacks():
     assert only(judged([replace(r, model="gone") for r in reports])).hosts == ()
 
 
-def test_xids():
-    def xid(code: int, age_s: float) -> Xid:
-        return Xid("0000:3b:00", code, age_s, "pid=1")
-
-    recent = only(judged(with_host(2, xids=(xid(79, 7200),))))
-    assert (recent.severity, recent.hosts) == ("problem", ("n2",))
-    assert "GPU 0000:3b:00: 1 XID errors in the kernel log, last 79 2.0 h ago (pid=1)" in str(recent)
-    assert judged(with_host(2, xids=(xid(79, 200_000),))) == ()
-    assert judged(with_host(2, xids=(xid(31, 60),))) == ()  # a program's own fault
-    assert judged(with_host(2, xids=None)) == ()
-
-
 def test_the_same_on_several_hosts_is_said_once_the_worst_first():
     reports = world()
     for rank in (1, 3):
@@ -273,7 +261,7 @@ def test_the_same_on_several_hosts_is_said_once_the_worst_first():
 
 
 def test_reports_travel_as_json():
-    for report in with_host(2, xids=(Xid("0000:3b:00", 79, 1.5, "text"),)):
+    for report in world():
         assert msgspec.json.decode(msgspec.json.encode(report), type=RankReport) == report
 
 

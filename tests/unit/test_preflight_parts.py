@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host lists, the kernel's log, the run directory, clocks."""
+"""Host lists, the run directory, clocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from specdist.run.preflight import host as host_module
 from specdist.run.preflight.findings import fold_hosts
-from specdist.run.preflight.host import examine_storage, marked, parse_xids, read_clock, read_xids
+from specdist.run.preflight.host import examine_storage, marked, read_clock
 
 
 @pytest.mark.parametrize(
@@ -32,33 +32,6 @@ from specdist.run.preflight.host import examine_storage, marked, parse_xids, rea
 )
 def test_hosts_as_slurm_writes_them(hosts, written):
     assert fold_hosts(hosts.split()) == written
-
-
-LOG = """\
-<6>[    1.000000] NVRM: loading NVIDIA UNIX x86_64 Kernel Module  580.65.06
-<4>[    5.000000] NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
-<4>[   95.000000] NVRM: Xid (PCI:0000:5e:00): 31, pid=4711, name=python, MMU Fault
-[   95.000001] NVRM: Xid (PCI:0000:5e:00): 45
-"""
-
-
-def test_xids_of_the_kernel_log():
-    lost, fault, bare = parse_xids(LOG, now_s=100.0)
-    assert (lost.bus, lost.code, lost.age_s, lost.hardware) == ("0000:3b:00", 79, 95.0, True)
-    assert lost.text.endswith("GPU has fallen off the bus.")
-    assert (fault.code, fault.hardware) == (31, False)
-    assert (bare.code, bare.text) == (45, "")
-
-
-def test_a_kernel_log_that_cannot_be_read_is_unknown(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert read_xids() is None  # no dmesg here
-    dmesg = tmp_path / "dmesg"
-    dmesg.write_text("#!/bin/sh\nexit 1\n")
-    dmesg.chmod(0o755)
-    assert read_xids() is None
-    dmesg.write_text("#!/bin/sh\n")
-    assert read_xids() == ()
 
 
 @pytest.mark.parametrize("exists", [True, False])

@@ -48,7 +48,7 @@ def checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Preflight]:
     topology, store = Topology.build(job.world, HOSTS, replicas=1, tp=1, dp=2, cp=1), dist.HashStore()
     facts = (RankFacts(rank, 3, local_rank=0, local_world_size=1, node=rank, host=HOSTS[rank]) for rank in range(3))
     worlds = [World(fact, torch.device("cpu"), HOSTS, (None,) * 3, store) for fact in facts]
-    return [Preflight(job, world, topology, lambda report, new: []) for world in worlds]
+    return [Preflight(job, world, topology, doctor=True) for world in worlds]
 
 
 def outcomes(calls: list[Any]) -> list[str]:

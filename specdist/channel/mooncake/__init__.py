@@ -11,7 +11,7 @@ from specdist.channel.wire import Wire
 
 
 def _engine(wire: Wire) -> TransferEngine:
-    return process_engine(wire.book.host, wire.config.mooncake)
+    return process_engine(wire.book.host(), wire.config.mooncake)
 
 
 MOONCAKE = Transport(

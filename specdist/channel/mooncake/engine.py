@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Iterable
 
+import msgspec
 from torch import Tensor
 
 from specdist.channel.config import MooncakeConfig
@@ -25,6 +26,20 @@ _POLL_S = 0.0002
 _GRACE_S = 30
 """A whole transfer is given up this many seconds later than one that stalls: never the other way round, see above."""
 _WORDS = {-1: "the other end is gone, or refused it", -2: "it timed out"}
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """What a target rank must know to write to a draft rank, as the address book has it (JSON).
+
+    `ring` is the address of slot 0 and `slot_bytes` the distance from one slot to the next. `greeting` is the address
+    of 8 bytes that are not read: a rank that can write there can write to the ring.
+    """
+
+    session: str
+    protocol: str
+    ring: int
+    slot_bytes: int
+    greeting: int
 
 
 class TransferFailed(RuntimeError):

@@ -7,12 +7,12 @@ import contextlib
 import queue
 import threading
 
+import msgspec
 import torch
 from torch import Tensor
 
 from specdist.channel.base import FeatureReceiver, Freed
-from specdist.channel.mooncake.endpoint import Endpoint
-from specdist.channel.mooncake.engine import TransferEngine
+from specdist.channel.mooncake.engine import Endpoint, TransferEngine
 from specdist.channel.mooncake.memory import device_of
 from specdist.channel.ring import Ring
 from specdist.channel.wire import Wire
@@ -45,7 +45,7 @@ class MooncakeReceiver(FeatureReceiver):
             threading.Thread(target=self._free, name="specdist-freeing", daemon=True).start()
         ring, slot_bytes = self._ring.memory.data_ptr(), shard_rows * wire.layout.bytes_per_token
         here = Endpoint(engine.session, engine.protocol, ring, slot_bytes, self._greeting.data_ptr())
-        wire.book.publish(wire.rank, here.to_json())
+        wire.book.publish(wire.rank, msgspec.json.encode(here).decode())
 
     @property
     def slots(self) -> int:

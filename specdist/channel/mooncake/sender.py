@@ -9,12 +9,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 from torch import Tensor
 
 from specdist.channel.base import Announce, RingSender, outgoing
-from specdist.channel.mooncake.endpoint import Endpoint
-from specdist.channel.mooncake.engine import TransferEngine, TransferFailed
+from specdist.channel.mooncake.engine import Endpoint, TransferEngine, TransferFailed
 from specdist.channel.mooncake.memory import device_of
 from specdist.channel.ring import Ring
 from specdist.channel.wire import Check, Wire
@@ -59,7 +59,8 @@ class MooncakeSender(RingSender[_Sending]):
     def connect(self, timeout_s: float, check: Check) -> None:
         describe = self._wire.topology.describe
         for draft in self._wire.topology.draft_ranks:
-            endpoint = Endpoint.from_json(self._wire.book.find(draft, describe(draft), timeout_s, check))
+            found = self._wire.book.find(draft, describe(draft), timeout_s, check)
+            endpoint = msgspec.json.decode(found, type=Endpoint)
             if endpoint.protocol != self._engine.protocol:
                 raise WorldError(
                     f"{describe(draft)} speaks {endpoint.protocol} and {describe(self._wire.rank)} "

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the first rank of each host reports for all of them: the run directory, the kernel's log, address and clock."""
+"""What the first rank of each host reports for all of them: the run directory, address and clock."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import secrets
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -22,10 +20,6 @@ from specdist.core.files import write_atomically
 VISIBLE_S = 5.0
 """How long another host's file may take to appear: network file systems cache directories."""
 _LOOK_AGAIN_S = 0.2
-_DMESG_S = 10.0
-_XID = re.compile(r"^(?:<\d+>)?\[ *([\d.]+)\] NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)(?:, *(.*))?$", re.MULTILINE)
-_APPLICATION_XIDS = frozenset({13, 31, 43, 45, 68, 69})
-"""Errors that a program causes (a wrong address, an exception in a kernel) or that follow from its end."""
 
 
 class Storage(msgspec.Struct, frozen=True):
@@ -43,20 +37,6 @@ class Storage(msgspec.Struct, frozen=True):
     free: int | None
 
 
-class Xid(msgspec.Struct, frozen=True):
-    """An error that the GPU driver has put into the kernel's log. `age_s`: how long ago it was, in seconds."""
-
-    bus: str
-    code: int
-    age_s: float
-    text: str
-
-    @property
-    def hardware(self) -> bool:
-        """Whether the GPU, its memory, a link or the driver is at fault, rather than a program."""
-        return self.code not in _APPLICATION_XIDS
-
-
 class Clock(msgspec.Struct, frozen=True):
     """What a host's clock said, in seconds since the epoch, at a point that all hosts passed within `within_s`."""
 
@@ -68,13 +48,11 @@ class HostFacts(msgspec.Struct, frozen=True):
     """The facts of one host.
 
     Attributes:
-        xids: None where the kernel's log cannot be read.
         address: on the route to the rendezvous, and which interface has it; empty where no world was started.
         clock: None where no world was started, or a host is missing.
     """
 
     storage: Storage
-    xids: tuple[Xid, ...] | None
     address: str = ""
     clock: Clock | None = None
 
@@ -122,22 +100,6 @@ def _appears(file: Path) -> bool:
             return False
         time.sleep(_LOOK_AGAIN_S)  # a file system does not tell what another host has done
     return True
-
-
-def read_xids() -> tuple[Xid, ...] | None:
-    """The XID errors in the kernel's log; None where it cannot be read, as by ordinary users of many systems and in
-    containers. NVML reports them only to a process that listened when they happened."""
-    try:
-        log = subprocess.run(["dmesg", "--raw"], capture_output=True, timeout=_DMESG_S, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return tuple(parse_xids(log.decode(errors="replace"), time.monotonic()))
-
-
-def parse_xids(log: str, now_s: float) -> Iterator[Xid]:
-    """The XIDs in lines of `dmesg --raw`; `now_s` is the time since boot, in seconds."""
-    for stamp, bus, code, text in _XID.findall(log):
-        yield Xid(bus, int(code), now_s - float(stamp), text.strip())
 
 
 def read_clock(store: dist.Store, hosts: int, timeout_s: float) -> Clock | None:

@@ -21,7 +21,7 @@ from specdist.core.topology import Topology
 from specdist.job.config import JobConfig, JobFacts
 from specdist.run.preflight.facts import RankReport, report_rank
 from specdist.run.preflight.findings import Finding, merge, problems, to_exclude
-from specdist.run.preflight.host import HostFacts, examine_storage, marked, read_clock, read_xids
+from specdist.run.preflight.host import HostFacts, examine_storage, marked, read_clock
 from specdist.run.preflight.judge import judge
 from specdist.run.preflight.judge_links import LinkReport, judge_links
 from specdist.run.preflight.needs import needs_of
@@ -34,19 +34,19 @@ _LINK_LIMITS = 4
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-Settle = Callable[[Report, Sequence[Finding]], list[str]]
-"""What rank 0 does with a report and the findings that are new in it. Returns why the run is to stop, as ["hosts" or
-"job", reason], or nothing."""
-
 
 class Preflight:
     """The checks of one world. All ranks make one and call `hosts` and `links` in this order.
 
     `report` has, on rank 0, what they found.
+
+    Args:
+        doctor: print all that was found, as tables, at once (in case that the groups or the links do not come up), and
+            stop nothing.
     """
 
-    def __init__(self, job: JobConfig, world: World, topology: Topology, settle: Settle | None = None):
-        self._job, self._world, self._topology, self._settle = job, world, topology, settle or self._settle_run
+    def __init__(self, job: JobConfig, world: World, topology: Topology, doctor: bool = False):
+        self._job, self._world, self._topology, self._doctor = job, world, topology, doctor
         self.report: Report | None = None
 
     def hosts(self, facts: JobFacts | None, model: str = "") -> None:
@@ -57,8 +57,8 @@ class Preflight:
             model: why it cannot.
 
         Raises:
-            ConfigError, WorldError: on every rank, naming the hosts: one did not report, or `settle` says so: the run
-                would fail, or there is a problem and `preflight.level` is strict.
+            ConfigError, WorldError: on every rank, naming the hosts: one did not report, the run would fail, or there
+                is a problem and `preflight.level` is strict.
         """
         job, world = self._job, self._world
         if job.preflight.level == "skip":
@@ -105,7 +105,7 @@ class Preflight:
         clock = read_clock(store, len(set(self._world.hosts)), self._job.world.join_timeout_s)
         storage = examine_storage(Path(self._job.run.dir), store.get("name").decode() if clock is not None else "")
         address = f"{local_address()} {interface_towards(*rendezvous_address()) or ''}".strip()
-        return HostFacts(storage, read_xids(), address, clock)
+        return HostFacts(storage, address, clock)
 
     def _measure(self, groups: Groups) -> LinkReport:
         """A link that breaks ends this rank's part, and is reported rather than raised: rank 0 collects all."""
@@ -123,7 +123,7 @@ class Preflight:
         self, name: str, limits: int, report: T, judge_all: Callable[[dict[int, T]], tuple[Report, Sequence[Finding]]]
     ) -> None:
         """Every rank hands in its report through the store; rank 0 judges those, by rank, that arrive within `limits`
-        times world.join_timeout_s, and settles what follows. Linear in the number of ranks."""
+        times world.join_timeout_s. Linear in the number of ranks."""
         rank, describe, everyone = self._world.facts.rank, self._topology.describe, range(self._topology.world_size)
         store = dist.PrefixStore(f"preflight/{name}", self._world.store)
         limit_s = limits * self._job.world.join_timeout_s
@@ -132,6 +132,10 @@ class Preflight:
             reports = {r: msgspec.json.decode(store.get(f"report/{r}"), type=type(report)) for r in sorted(ranks)}
             self.report, new = judge_all(reports)
             self.report.write(self._job.preflight.report)
+            if self._doctor:
+                shown = self.report.render_hosts() if name == "hosts" else self.report.render_verdict(new)
+                print(shown, flush=True)
+                return []
             return self._settle(self.report, new)
 
         def missing(present: Collection[int]) -> str:
@@ -150,8 +154,8 @@ class Preflight:
             case ["job", reason]:
                 raise ConfigError(reason)
 
-    def _settle_run(self, report: Report, new: Sequence[Finding]) -> list[str]:
-        """Print what was found, and stop the run where `preflight.level` says so."""
+    def _settle(self, report: Report, new: Sequence[Finding]) -> list[str]:
+        """Print what is new; returns why `preflight.level` stops the run: ["hosts" or "job", reason], or nothing."""
         lines = [line_of(finding) for finding in new]
         if report.links:
             lines.insert(0, speed_line(self._topology, report.links))

@@ -18,8 +18,7 @@ from specdist.core.files import write_atomically
 from specdist.core.topology import Topology
 from specdist.run.preflight.facts import RankReport
 from specdist.run.preflight.findings import Finding, problems, to_exclude
-from specdist.run.preflight.judge import clock_offsets
-from specdist.run.preflight.judge_gpu import ranks_of_gpus
+from specdist.run.preflight.judge import clock_offsets, ranks_of_gpus
 from specdist.run.preflight.judge_links import kinds_of
 from specdist.world.groups import ranges
 
@@ -118,12 +117,11 @@ def _host_table(ranks: Sequence[RankReport]) -> Table:
             facts.address,
             f"{offsets[first.host][0] * 1e3:+.1f} ms" if first.host in offsets else "",
             None if facts.storage.free is None else f"{facts.storage.free / _GIB:.1f} GiB",
-            None if facts.xids is None else str(len(facts.xids)),
         )
         for first in ranks
         if (facts := first.of_host) is not None
     ]
-    return _table("hosts", "host, ranks, torch, CUDA, NCCL, driver, address, clock, room, XIDs", rows)
+    return _table("hosts", "host, ranks, torch, CUDA, NCCL, driver, address, clock, room", rows)
 
 
 def _gpu_table(ranks: Sequence[RankReport]) -> Table:

@@ -25,8 +25,7 @@ from specdist.core.stop import end_with_launcher, leave
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts, load_job
 from specdist.run.preflight.facts import report_rank
-from specdist.run.preflight.findings import Finding
-from specdist.run.preflight.host import HostFacts, examine_storage, marked, read_xids
+from specdist.run.preflight.host import HostFacts, examine_storage, marked
 from specdist.run.preflight.judge import judge
 from specdist.run.preflight.needs import needs_of
 from specdist.run.preflight.preflight import Preflight
@@ -55,7 +54,7 @@ def examine_world(job: JobConfig, who: RankFacts) -> int:
     world = join_world(job.world, who)
     topology = jobs.topology(job, world.hosts, world.roles)
     asked = replace(job, preflight=replace(job.preflight, level="warn", links=True))
-    check = Preflight(asked, world, topology, _show)
+    check = Preflight(asked, world, topology, doctor=True)
     check.hosts(facts, model)
     groups = make_groups(topology, world, jobs.transport(job, world.device).link_backend, job.world.wait_timeout_s)
     broken = ""
@@ -67,19 +66,13 @@ def examine_world(job: JobConfig, who: RankFacts) -> int:
     return 0 if check.report is None or check.report.healthy else 1
 
 
-def _show(report: Report, new: Sequence[Finding]) -> list[str]:
-    """Print the hosts at once, in case that the groups or the links do not come up, and nothing stops the checks."""
-    print(report.render_hosts() if report.links is None else report.render_verdict(new), flush=True)
-    return []
-
-
 def examine_alone(job: JobConfig) -> Report:
-    """Examine this host without a world: its GPUs, the model, the run directory, the kernel's log."""
+    """Examine this host without a world: its GPUs, the model, the run directory."""
     host = socket.gethostname()
     alone = RankFacts(rank=0, world_size=1, local_rank=0, local_world_size=1, node=0, host=host)
     facts, model = examine_model(job)
     with marked(Path(job.run.dir)) as mark:
-        of_host = HostFacts(examine_storage(Path(job.run.dir), mark), read_xids())
+        of_host = HostFacts(examine_storage(Path(job.run.dir), mark))
     device = torch.device("cpu") if job.world.device == "cpu" else None
     reports = (report_rank(job, alone, device, model, of_host),)
     needs = None if facts is None else needs_of(job, facts, topology=None)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import secrets
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from specdist.channel.wire import Check, not_published
+from specdist.channel.wire import AddressBook
 from specdist.core.attempts import AttemptRecord, attempts
 from specdist.core.errors import ConfigError, Dismissed, UserError, WorldError
 from specdist.core.launch_env import address_towards
@@ -52,29 +53,18 @@ class Over(Exception):
 
 @dataclass(frozen=True)
 class Session:
-    """A replica's rank at work for one start of the draft world. It is the `channel.wire.AddressBook` of that: draft
-    ranks tell the scheduler where their rings are, which passes it on."""
+    """A replica's rank at work for one start of the draft world."""
 
     client: ControlClient
     terms: Terms
     control: ControlAddress
 
     @property
-    def host(self) -> str:
+    def book(self) -> AddressBook:
+        """Draft ranks tell the scheduler where their rings are, which passes it on."""
         host, _, port = self.control.address.removeprefix("tcp://").rpartition(":")
-        return address_towards(host.strip("[]"), int(port))
-
-    def publish(self, rank: int, text: str) -> None:
-        raise NotImplementedError("draft ranks publish their rings, not target ranks")
-
-    def find(self, rank: int, name: str, timeout_s: float, check: Check) -> str:
-        deadline = time.monotonic() + timeout_s
-        while rank not in self.client.rings:
-            check()
-            if time.monotonic() > deadline:
-                raise not_published(rank, name, timeout_s)
-            time.sleep(_LOOK_S)
-        return self.client.rings[rank]
+        towards = functools.partial(address_towards, host.strip("[]"), int(port))
+        return AddressBook(towards, lambda rank, text: None, self.client.rings.get)
 
     def check(self) -> None:
         """Raise WorldError when the draft world has failed, Over when it has ended."""

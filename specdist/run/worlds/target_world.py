@@ -113,7 +113,7 @@ class TargetWorld:
         job, timeout_s = context.job, context.timeout_s
         item_rows = context.topology.shards * job.prompts.tokens_per_rank
         engine = self._loaded(client, item_rows)
-        wire = context.wire(address_book=session)
+        wire = context.wire(address_book=session.book)
         sender = context.transport.sender(wire, item_rows, lambda index: client.send(Computed(index)))
         report = ProducerReport()
         try:
