@@ -28,7 +28,7 @@ from specdist.run.status_writer import StatusWriter
 from specdist.run.worlds.rendezvous import ControlAddress, Rendezvous
 from specdist.run.worlds.terms import Terms
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.remote_replicas import RemoteRules
+from specdist.scheduler.replicas import RemoteRules
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.server import ControlServer
 from specdist.scheduler.wire import new_token

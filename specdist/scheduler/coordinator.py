@@ -43,8 +43,7 @@ from specdist.scheduler.messages import (
     encode,
 )
 from specdist.scheduler.peers import Peers
-from specdist.scheduler.remote_replicas import RemoteReplicas, RemoteRules, Send
-from specdist.scheduler.replicas import Replicas
+from specdist.scheduler.replicas import RemoteRules, Replicas, Send
 from specdist.scheduler.scheduler import Culprit, ProtocolError, Scheduler
 
 logger = logging.getLogger(__name__)
@@ -97,12 +96,9 @@ class Coordinator:
         self._draft_ranks = topology.draft_ranks
         self._draft_of = {rank: draft for draft, rank in enumerate(topology.draft_ranks)}
         self.replicas: Replicas | None = None
-        self._remote: RemoteReplicas | None = None
-        if scheduler is not None and rules is not None:
-            inform = self._observer.inform
-            self.replicas = self._remote = RemoteReplicas(rules, scheduler, self.peers, config, send, inform)
-        elif scheduler is not None:
-            self.replicas = Replicas(scheduler, self.peers, topology.replicas)
+        if scheduler is not None:
+            inform, own = self._observer.inform, topology.replicas
+            self.replicas = Replicas(scheduler, self.peers, config, send, inform, own, rules)
         self._join_by, self._ready_by = now + join_timeout_s, now + config.load_timeout_s
         self._join_timeout = join_timeout_s
         self._next_pulse = now
@@ -191,8 +187,8 @@ class Coordinator:
                 self._send([rank], encode(ClockProbe(asked, time.time_ns())))
             case Produced(report) if self.replicas is not None:
                 self.replicas.produced(rank, report)
-            case _ if self._remote is not None and self.peers.is_remote(rank):
-                self._remote.apply(rank, message, now)
+            case _ if self.replicas is not None and self.peers.is_remote(rank):
+                self.replicas.apply(rank, message, now)
             case _:
                 self._apply_own(rank, message, now)
 
@@ -214,8 +210,8 @@ class Coordinator:
                 if self._scheduler is not None:
                     self._scheduler.stop_after(item)
                 self._stopping = True
-            case RingAddress() if self._remote is not None and rank in self._draft_of:
-                self._remote.publish(message)
+            case RingAddress() if self.replicas is not None and rank in self._draft_of:
+                self.replicas.publish(message)
             case Goodbye():
                 self.peers[rank].left = True
                 if not self._stopped:
@@ -268,8 +264,8 @@ class Coordinator:
         self._broadcast(Stop(), now, [rank for rank in self.peers.present if not self.peers.is_remote(rank)])
         if self._scheduler is not None and self._draft_ranks:
             self._report_by = now + self._scheduler.timeout
-            if self._remote is not None:
-                self._remote.stop(more=self._scheduler.cut_short)
+            assert self.replicas is not None
+            self.replicas.stop(more=self._scheduler.cut_short)
 
     def _report(self, now: float) -> None:
         """Send the first draft rank what the replicas did, once all have reported or have had the time to."""
@@ -287,8 +283,8 @@ class Coordinator:
     def _broadcast(self, message: Message, now: float, ranks: Iterable[int] | None = None) -> None:
         """Encode once, send to `ranks` (default: all present ones); a rank that cannot be reached fails the run."""
         for rank in self._send(self.peers.present if ranks is None else ranks, encode(message)):
-            if self._remote is not None and self.peers.is_remote(rank):
-                self._remote.lost(rank, now)
+            if self.replicas is not None and self.peers.is_remote(rank):
+                self.replicas.lost(rank, now)
                 continue
             peer = self.peers[rank]
             # Once the run has ended a rank that cannot be reached may just have left, its goodbye still unread.
@@ -315,9 +311,9 @@ class Coordinator:
             self.abort(silent[0], f"{len(silent)} ranks silent for more than {limit}:\n{listed}", now)
 
     def _check_remote(self, now: float) -> None:
-        if self._remote is None or not self._ready:
+        if self.replicas is None or not self._ready:
             return
-        reason = self._remote.tick(now)
+        reason = self.replicas.tick(now)
         if reason is not None and not self._stopped:
             self.abort(-1, Failure("world", reason), now)
 
@@ -341,7 +337,7 @@ class Coordinator:
 
     def _fail(self, rank: int, why: str, now: float) -> None:
         """Something is wrong with `rank`: the run fails, or does without it if it is one of another world."""
-        if self._remote is not None and self.peers.is_remote(rank):
-            self._remote.drop(rank, why, now)
+        if self.replicas is not None and self.peers.is_remote(rank):
+            self.replicas.drop(rank, why, now)
         else:
             self.abort(rank, why, now)

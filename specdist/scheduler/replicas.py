@@ -1,15 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target replicas: which ranks each has, and what those have said of the items that it was given."""
+"""The target replicas: which ranks each has, and what those have said of the items that it was given.
+
+Those of the scheduler's own world are there from start to end. Those of target worlds join at any time, agree on the
+terms of the run, and may leave or be lost. Such a replica is dropped at the first sign that it is gone: its connection
+breaks, it is silent, it fails, it keeps an item for too long. What it had not delivered is computed by the others. It
+may have been about to write, so the slots it was given stay out of use until it says that it writes no more, or its
+connections have been gone for `drain_s` seconds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from specdist.scheduler.messages import Deliver, ProducerReport
+from specdist.core.attempts import Failure
+from specdist.scheduler.config import ControlConfig
+from specdist.scheduler.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Deliver,
+    Failed,
+    Goodbye,
+    Hello,
+    Message,
+    ProducerReport,
+    Ready,
+    RemotePlace,
+    RingAddress,
+    Stop,
+    StopRequest,
+    Welcome,
+    encode,
+)
 from specdist.scheduler.peers import Peers
 from specdist.scheduler.scheduler import ProtocolError, Scheduler
+
+Send = Callable[[Iterable[int], bytes], list[int]]
+"""Sends a payload to ranks, without blocking; returns the ranks that cannot be reached."""
+
 
 State = Literal["joining", "live", "leaving", "dropped", "settled"]
 """joining: not all of its ranks are ready; live: it gets work; leaving: it finishes, and says so; dropped: it may still
@@ -35,15 +64,50 @@ class Replica:
         return list(self.ranks.values())
 
 
-class Replicas:
-    """The replicas of the scheduler's own world. In the server's thread, as the coordinator is."""
+@dataclass(frozen=True)
+class RemoteRules:
+    """What the draft world asks of target worlds.
 
-    def __init__(self, scheduler: Scheduler, peers: Peers, own: Iterable[tuple[int, ...]] = ()):
-        self._scheduler, self._peers = scheduler, peers
+    Attributes:
+        terms: what they must know of the run, as `Welcome` carries it.
+        drain_s: seconds after which nothing that a lost replica sent is on its way any more.
+    """
+
+    terms: str
+    drain_s: float
+
+
+class Replicas:
+    """All replicas. In the server's thread, as the coordinator is.
+
+    Args:
+        own: the ranks of each replica of the scheduler's own world.
+        rules: where target worlds may join; else None.
+        inform: shows people a line about what becomes of replicas.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        peers: Peers,
+        config: ControlConfig,
+        send: Send,
+        inform: Callable[[str], None],
+        own: Iterable[tuple[int, ...]],
+        rules: RemoteRules | None,
+    ):
+        self._scheduler, self._peers, self._config, self._send, self._inform = scheduler, peers, config, send, inform
+        self._rules = rules
         self._replicas: list[Replica] = []
         self._of: dict[int, Replica] = {}
         self.reports: list[ProducerReport] = []
         """What the first rank of each replica that has ended did."""
+        self._by_name: dict[tuple[str, int], Replica] = {}
+        self._rings: dict[int, bytes] = {}
+        self._verdicts: dict[int, bytes] = {}
+        """What is sent to the ranks of a dropped replica."""
+        self._alone_since: float | None = None
+        self._end: Stop | None = None
         for ranks in own:
             replica = Replica(len(self._replicas), len(ranks), dict(enumerate(ranks)))
             self._replicas.append(replica)
@@ -86,16 +150,168 @@ class Replicas:
         replica.delivered += 1
         return self._scheduler.on_computed(item, replica.number, now)
 
-    def produced(self, rank: int, report: ProducerReport) -> bool:
-        """All that `rank` has sent has arrived, and it sends nothing more; whether that ends its replica."""
+    def produced(self, rank: int, report: ProducerReport) -> None:
+        """All that `rank` has sent has arrived, and it sends nothing more."""
         replica = self._replica(rank)
         if replica.ranks.get(0) == rank:
             self.reports.append(report)
         replica.done.add(rank)
-        ends = len(replica.done) == replica.size and replica.state != "settled"
-        if ends:
+        if len(replica.done) == replica.size and replica.state != "settled":
             self._settle(replica)
-        return ends
+            if not self._scheduler.finished:
+                self._inform(f"{self._peers.name(rank)} has left after {replica.delivered} items")
+
+    def publish(self, ring: RingAddress) -> None:
+        """The memory of a draft rank is there."""
+        self._rings[ring.draft] = encode(ring)
+        self._send([rank for rank in self._of if self._peers[rank].present], self._rings[ring.draft])
+
+    def stop(self, more: bool) -> None:
+        """The draft world ends: let target worlds finish and go. `more`: another start of it may follow."""
+        if self._rules is None:
+            return
+        self._end = Stop(more)
+        for replica in self._replicas:
+            if replica.state in ("joining", "live"):
+                self._dismiss(replica, self._end)
+
+    def apply(self, rank: int, message: Message, now: float) -> None:
+        """Apply a message that a rank of the draft world does not send, or that means something else from one.
+
+        Raises:
+            ProtocolError: the message is not one that it may send.
+        """
+        match message:
+            case Hello(version, pid, RemotePlace() as place):
+                self._join(rank, version, pid, place)
+            case Ready():
+                self._ready(self._replica(rank), rank)
+            case StopRequest():
+                replica = self._replica(rank)
+                if replica.state in ("joining", "live"):
+                    self._dismiss(replica, Stop())
+            case Failed(failure):
+                self.drop(rank, f"{failure.exception}: {failure.message}".removeprefix(": "), now)
+            case Goodbye():
+                self._goodbye(self._replica(rank), rank, now)
+            case _:
+                raise ProtocolError(f"{type(message).__name__} is not for the scheduler")
+
+    def lost(self, rank: int, now: float) -> None:
+        """A message to `rank` could not be sent."""
+        self.drop(rank, "the connection to it is lost", now)
+        self._peers[rank].lose(now)
+
+    def drop(self, rank: int, why: str, now: float) -> None:
+        """Do without the replica of `rank`; `why`: what is wrong with that rank."""
+        replica = self._of.get(rank)
+        if replica is None:
+            self._peers[rank].left = True
+            return
+        if replica.state in ("dropped", "settled"):
+            return
+        items = self._take_back(replica)
+        replica.state = "dropped"
+        again = f"; computed again: items {', '.join(map(str, items))}" if items else ""
+        self._inform(f"{self._peers.name(rank)} is dropped after {replica.delivered} items: {why}{again}")
+        self._verdicts[replica.number] = encode(Abort(self._peers.blame(rank, Failure("lost", f"was dropped: {why}"))))
+        self._leave(replica)
+        self._chase(replica, now)
+
+    def tick(self, now: float) -> str | None:
+        """Look for who is silent and who is gone for good; returns why the run cannot go on, if there is no replica."""
+        for rank in self._peers.silent(now, self._config.silence_s):
+            if self._peers.is_remote(rank):
+                self.drop(rank, f"silent for more than {self._config.silence_s:.0f} s (control.silence_s)", now)
+        for replica in self._replicas:
+            if replica.state == "dropped":
+                self._chase(replica, now)
+        return None if self._rules is None else self._why_alone(now)
+
+    def _why_alone(self, now: float) -> str | None:
+        limit = f"{self._config.replica_timeout_s:.0f} s (control.replica_timeout_s)"
+        start = "start one with `specdist train CONFIG --role target`"
+        if self._scheduler.replicas or self._scheduler.finished:
+            self._alone_since = None
+        elif self._alone_since is None:
+            self._alone_since = now
+            self._inform(f"no target replica is there, waiting up to {limit}: {start}")
+        elif now - self._alone_since > self._config.replica_timeout_s:
+            return f"no target replica has been there for {limit}: {start}"
+        return None
+
+    def _join(self, rank: int, version: int, pid: int, place: RemotePlace) -> None:
+        assert self._rules is not None  # else no rank of a target world is admitted
+        peer = self._peers[rank]
+        if peer.join(pid) is not None:
+            raise ProtocolError("it has joined before")
+        if version != PROTOCOL_VERSION:
+            spoken = f"speaks version {version} of the control protocol, not {PROTOCOL_VERSION}"
+            self._refuse(rank, f"{spoken}: install the same specdist on both sides", "refused")
+            return
+        if self._end is not None and self._end.more:
+            self._refuse(rank, "the draft world is about to leave")
+            return
+        key = (place.world, place.replica)
+        if key not in self._by_name:
+            self._by_name[key] = Replica(len(self._replicas), place.size, {}, "joining")
+            self._replicas.append(self._by_name[key])
+        replica = self._by_name[key]
+        if replica.state != "joining" or place.tp in replica.ranks or not 0 <= place.tp < replica.size:
+            self._refuse(rank, f"its replica has no place for tensor-parallel rank {place.tp} ({replica.state})")
+            return
+        replica.ranks[place.tp] = rank
+        self._of[rank] = replica
+        peer.role, peer.host = f"target replica {replica.number} tp {place.tp}", place.host
+        for payload in (encode(Welcome(rank, self._rules.terms)), *self._rings.values()):
+            self._send([rank], payload)
+        if self._end is not None:
+            self._dismiss(replica, self._end)
+
+    def _refuse(self, rank: int, why: str, kind: Literal["failed", "refused"] = "failed") -> None:
+        self._send([rank], encode(Abort(self._peers.blame(rank, Failure("world", why)), kind)))
+        self._peers[rank].left = True
+
+    def _ready(self, replica: Replica, rank: int) -> None:
+        self._peers[rank].ready = True
+        ready = sum(self._peers[member].ready for member in replica.members)
+        if ready == replica.size and replica.state == "joining":
+            replica.state = "live"
+            self._scheduler.add_replica(replica.number)
+            self._inform(f"{self._peers.name(rank)} takes part")
+
+    def _dismiss(self, replica: Replica, stop: Stop) -> None:
+        """Its ranks finish what they were given, and say when all that they wrote has arrived."""
+        self._take_back(replica)
+        if replica.state == "joining":  # it may be loading its model: nothing waits for it
+            self._leave(replica)
+        replica.state = "leaving"
+        self._send(replica.members, encode(stop))
+
+    def _goodbye(self, replica: Replica, rank: int, now: float) -> None:
+        self._peers[rank].left = True
+        if rank not in replica.done:
+            self.drop(rank, "it left", now)
+        self._peers[rank].lose(now)
+
+    def _leave(self, replica: Replica) -> None:
+        for rank in replica.members:
+            self._peers[rank].left = True
+
+    def _take_back(self, replica: Replica) -> tuple[int, ...]:
+        """Give it no more work; returns the items that others have to compute."""
+        return self._scheduler.drop_replica(replica.number) if replica.state == "live" else ()
+
+    def _chase(self, replica: Replica, now: float) -> None:
+        """Tell the ranks of a dropped replica, until all of them have been out of reach for long enough."""
+        peers = {rank: self._peers[rank] for rank in replica.members}
+        reachable = [rank for rank, peer in peers.items() if peer.lost_at is None]
+        for rank in self._send(reachable, self._verdicts[replica.number]):
+            peers[rank].lose(now)
+        assert self._rules is not None
+        gone = [peer.lost_at for peer in peers.values() if peer.lost_at is not None]
+        if len(gone) == len(peers) and now - max(gone) > self._rules.drain_s:
+            self._settle(replica)
 
     def _settle(self, replica: Replica) -> None:
         replica.state = "settled"

@@ -17,7 +17,7 @@ from specdist.core.worker import Worker
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.coordinator import Coordinator, Observer
 from specdist.scheduler.messages import MAX_MESSAGE_BYTES
-from specdist.scheduler.remote_replicas import RemoteRules
+from specdist.scheduler.replicas import RemoteRules
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.wire import identity, inproc_pair, is_remote
 

@@ -49,7 +49,7 @@ from specdist.scheduler.messages import (
     decode,
     encode,
 )
-from specdist.scheduler.remote_replicas import RemoteRules
+from specdist.scheduler.replicas import RemoteRules
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.slots import Slots
 from specdist.scheduler.wire import identity, is_remote, new_token
