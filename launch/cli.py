@@ -15,7 +15,7 @@ from typing import Any
 
 from specdist.core.errors import UserError
 from specdist.core.launch_env import Role
-from specdist_launch import doctor, ssh, words
+from specdist_launch import ssh, words
 from specdist_launch.agents import ExitStatus
 from specdist_launch.ray import launch as ray
 from specdist_launch.slurm import launch as slurm
@@ -78,7 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("run_dir", metavar="RUN_DIR", help="the run.dir of a job that was started with trace.steps=N")
     trace.add_argument("--attempt", metavar="NAME", help="a folder of RUN_DIR/logs (default: the newest with a trace)")
     text = "Check the hosts of a job: GPUs, versions, links, clocks, run directory, model."
-    doctor.arguments(command("doctor", doctor.main, text))
+    doctor = command("doctor", _doctor, text)
+    doctor.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks to start (default: as the config needs)")
+    doctor.add_argument("--local", action="store_true", help="examine this host alone, without a world")
+    doctor.add_argument("--json", metavar="FILE", help="also write the whole report as JSON")
     text = "Show, without a GPU, which rank does what, what travels, and what fits into memory."
     _plan_arguments(command("plan", _plan, text))
     command("prepare", _prepare, "Tokenise the prompts into the cache and report on them.")
@@ -172,6 +175,26 @@ def _trace(args: argparse.Namespace) -> int:
 
     print(collect_newest(Path(args.run_dir), args.attempt))
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """0: all is right; 1: there are problems; 2: the configuration cannot be used."""
+    import torch
+
+    from specdist.run.preflight.world import examine_alone, examine_model
+    from specdist_launch.local import start, world_size
+
+    if args.json is not None:
+        args.config.append(f"preflight.report={Path(args.json).absolute()}")
+    job = words.load(args.config)
+    if args.local:
+        report = examine_alone(job)
+        print(report.render_hosts(), report.render_verdict(), sep="\n")
+        report.write(job.preflight.report)
+        return 0 if report.healthy else 1
+    examine_model(job)  # raises what is wrong with the configuration; the ranks report what is wrong with hosts
+    ranks = args.nproc_per_node or world_size(job, 0 if job.world.device == "cpu" else torch.cuda.device_count())
+    return start(*words.split(args.config), ranks, module="specdist.run.preflight.world")
 
 
 def _prepare(args: argparse.Namespace) -> int:

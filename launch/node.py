@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from specdist.core import launch_env
 from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
@@ -23,12 +27,15 @@ from specdist.world.roll_call import Meeting, Node, meet
 from specdist_launch.agents import ExitStatus, StopForwarder
 from specdist_launch.launcher import Launcher, NodePlacement
 from specdist_launch.local import ranks_per_node
-from specdist_launch.ranks import run_ranks
 from specdist_launch.verdict import judge, saved_step
 
 _RECORD_S = 10.0
 """How long an agent whose rank failed waits for the record that the other ranks write about it."""
 _INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+_UNUSED_SIGNAL = "SIGQUIT"
+"""torchrun ends with an error at the signals it handles, so it is given one that stands for nothing here."""
+_LOUD = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
+"""They log failures that the record has already."""
 
 
 class Agent:
@@ -64,7 +71,7 @@ class Agent:
             RunDirectory(self._run_dir).create()
             self._begin([node.host for node in meeting.nodes], meeting.ranks)
         with Lease(self._record) if leads else nullcontext():
-            failed = run_ranks(
+            failed = _run_ranks(
                 meeting, self._place.number, self._place.leader[0], self._attempt.name, program, self._environment()
             )
         self._name_killed(failed, stop.reason)
@@ -152,6 +159,42 @@ class Agent:
     def _fail(self, failure: Failure) -> None:
         if self._record.fail(failure):
             print(failure.render(self._record.failure_file), file=sys.stderr)
+
+
+def _run_ranks(
+    meeting: Meeting, node: int, leader: str, name: str, arguments: Sequence[str], environment: Mapping[str, str]
+) -> dict[int, int]:
+    """Run `python ARGUMENTS` once for every rank of this node and wait for their end. `PYTHON_EXEC` in the environment
+    names another interpreter for them, as for torchrun.
+
+    Args:
+        leader: the address of node 0, as the other nodes reach it.
+        name: the attempt's, which keeps its keys in the store apart from those of others.
+
+    Returns:
+        The exit status of each rank that failed first on this node; negative: the signal that killed it.
+    """
+    own = meeting.nodes[node]
+    config = LaunchConfig(
+        min_nodes=len(meeting.nodes),
+        max_nodes=len(meeting.nodes),
+        nproc_per_node=own.ranks,
+        run_id=name,
+        rdzv_backend="static",
+        rdzv_endpoint=f"{leader}:{meeting.port}",
+        rdzv_configs={"rank": node, "timeout": 120},  # all agents are there: they have just met
+        max_restarts=0,
+        local_addr=own.host,
+        signals_to_handle=_UNUSED_SIGNAL,
+    )
+    os.environ.update(environment)
+    for name in _LOUD:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        elastic_launch(config, os.environ.get("PYTHON_EXEC", sys.executable))(*arguments)
+    except ChildFailedError as error:
+        return {rank: failure.exitcode for rank, failure in error.failures.items()}
+    return {}
 
 
 def _end(status: int) -> str:

@@ -21,19 +21,17 @@ from specdist.core.errors import ConfigError, UserError
 from specdist_launch import words
 
 if TYPE_CHECKING:  # an extra; and a task's process, which imports this too, needs none of it
-    from submitit import Executor, Job
+    from submitit import Job
 
     from specdist.job.config import JobConfig
     from specdist_launch.submit.executors import Venue
-    from specdist_launch.submit.summary import RunSummary
+    from specdist_launch.submit.task import RunSummary
 
 Files = str | Path | Sequence[str | Path]
 Overrides = Sequence[str] | Mapping[str, object]
 
 
-def submit(
-    config: Files, overrides: Overrides = (), *, executor: str | Executor = "slurm", **options: object
-) -> Job[RunSummary]:
+def submit(config: Files, overrides: Overrides = (), *, executor: str = "slurm", **options: object) -> Job[RunSummary]:
     """Submit a run; returns its submitit job, whose `result()` is the run's summary once it is finished.
 
     A preempted job, and one that failed in a way that another start may mend, is requeued and goes on from its last
@@ -42,8 +40,7 @@ def submit(
     Args:
         config: a YAML file, or several that are merged in order.
         overrides: `key=value` words, or a mapping.
-        executor: "slurm"; "local" (processes of this machine); "debug" (in this process, when `result()` is called); or
-            a submitit executor of your own, which is used as it is.
+        executor: "slurm"; "local" (processes of this machine); "debug" (in this process, when `result()` is called).
         options: what is asked of Slurm, by the keys of launch.slurm, which they override: nodes, gpus_per_node,
             partition, time, account, qos, ... A job on this machine takes from them gpus_per_node and time alone.
 
@@ -60,7 +57,7 @@ def submit_sweep(
     sweep: Sequence[Mapping[str, object]],
     overrides: Overrides = (),
     *,
-    executor: str | Executor = "slurm",
+    executor: str = "slurm",
     array_parallelism: int | None = None,
     **options: object,
 ) -> list[Job[RunSummary]]:
@@ -85,7 +82,7 @@ def submit_sweep(
     return _submit(venue, [_check(venue, run) for run in runs], base)
 
 
-def _venue(executor: str | Executor, options: Mapping[str, object], array_parallelism: int | None) -> Venue:
+def _venue(executor: str, options: Mapping[str, object], array_parallelism: int | None) -> Venue:
     if importlib.util.find_spec("submitit") is None:
         raise UserError("submitit is not installed: pip install 'specdist[slurm]'")
     from specdist_launch.submit.executors import choose_venue
@@ -134,7 +131,7 @@ def _submit(venue: Venue, jobs: Sequence[JobConfig], base: Path) -> list[Job[Run
         RunDirectory(Path(job.run.dir)).create()
         snapshot, text = words.snapshot(job, "submitit")
         words.save(snapshot, text)
-        tasks.append(Task(venue.run(job, snapshot, executor)))
+        tasks.append(Task(venue.run(job, snapshot)))
     try:
         submitted = executor.submit_array(tasks)
     except FailedJobError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from submitit import AutoExecutor, DebugExecutor, Executor, LocalExecutor, SlurmExecutor
+from submitit import DebugExecutor, Executor, LocalExecutor, SlurmExecutor
 
 from specdist.core.errors import ConfigError, UserError
 from specdist.core.launch_env import Attempt
@@ -45,8 +45,6 @@ class Venue:
     asked: Mapping[str, object]
     """What is asked for, by the keys of launch.slurm, which it overrides."""
     array_parallelism: int | None
-    own: Executor | None
-    """The user's executor, if it is one."""
 
     def check(self, job: JobConfig) -> None:
         """Raise ConfigError where a run cannot have here what its configuration asks for."""
@@ -54,18 +52,15 @@ class Venue:
             topology(job, ["localhost"] * self._ranks(job))
             return
         check_ranks(job)
-        if self.own is None:
-            slurm_parameters(job.launch)
+        slurm_parameters(job.launch)
 
     def check_cluster(self, job: JobConfig) -> None:
         """Raise UserError where the cluster does not have what the job asks for, or is none."""
-        if self.cluster == "slurm" and self.own is None:
+        if self.cluster == "slurm":
             check_fits(job.launch.slurm, node_kinds())
 
     def executor(self, folder: Path, launch: LaunchConfig) -> Executor:
         """The executor that submits jobs with these settings; its own files go into `folder`."""
-        if self.own is not None:
-            return self.own
         if self.cluster == "debug":
             return DebugExecutor(folder)
         if self.cluster == "slurm":
@@ -77,17 +72,14 @@ class Venue:
         executor.update_parameters(timeout_min=limit, signal_delay_s=math.ceil(launch.stop_before_end_s))
         return executor
 
-    def run(self, job: JobConfig, config: Path, executor: Executor) -> Run:
+    def run(self, job: JobConfig, config: Path) -> Run:
         """What the tasks of a run have to know. `config` is its snapshot."""
         delay = job.launch.stop_before_end_s
-        if self.own is not None:
-            delay = float(executor.parameters.get("signal_delay_s", 90))
         run_dir, patience = Path(job.run.dir).absolute(), max(delay - _SAVE_S, delay / 2)
         if self.cluster == "slurm":
             return Run(config, run_dir, self.cluster, patience)
-        devices, ranks = None if self.own is not None else ",".join(self._devices(job)), self._ranks(job)
-        attempt = Attempt(new_job("submitit"))
-        return Run(config, run_dir, self.cluster, patience, attempt, ranks, devices, job.launch.retries)
+        attempt, devices = Attempt(new_job("submitit")), ",".join(self._devices(job))
+        return Run(config, run_dir, self.cluster, patience, attempt, self._ranks(job), devices, job.launch.retries)
 
     def _ranks(self, job: JobConfig) -> int:
         """The ranks of a run on this machine."""
@@ -108,36 +100,17 @@ class Venue:
         return None if self.asked.get("gpus_per_node") is None else job.launch.slurm.gpus_per_node
 
 
-def choose_venue(executor: Executor | str, options: Mapping[str, object], array_parallelism: int | None) -> Venue:
+def choose_venue(executor: str, options: Mapping[str, object], array_parallelism: int | None) -> Venue:
     """Where an executor runs jobs. Raises UserError where it cannot do what is asked for, or is none of the known."""
-    if isinstance(executor, str):
-        cluster = _known(executor)
-        if cluster != "slurm" and options.get("nodes", 1) != 1:
-            raise UserError(f"nodes={options['nodes']}: executor='{cluster}' runs on this machine alone")
-        if cluster != "slurm" and array_parallelism is not None:
-            raise UserError(f"array_parallelism={array_parallelism}: executor='{cluster}' has no job arrays")
-        return Venue(cluster, options, array_parallelism, None)
-    cluster = _known(executor.cluster if isinstance(executor, AutoExecutor) else executor.name())
-    given = [*options, *(["array_parallelism"] if array_parallelism is not None else [])]
-    if given:
-        raise UserError(f"{', '.join(given)}: set these with your executor's own update_parameters()")
-    has = executor.parameters
-    for key in ("ntasks_per_node", "tasks_per_node"):
-        if has.get(key, 1) not in (None, 1):
-            raise UserError(
-                f"the executor starts {has[key]} tasks on a node ({key}), but one task a node starts the ranks itself: "
-                "set it to 1"
-            )
-    asked = {"nodes": has.get("nodes", 1), "gpus_per_node": has.get("gpus_per_node")}  # the ranks depend on these
-    return Venue(cluster, asked, None, executor)
-
-
-def _known(name: str) -> Cluster:
     known: tuple[Cluster, ...] = get_args(Cluster)
-    for cluster in known:
-        if name == cluster:
-            return cluster
-    raise UserError(f"executor is {', '.join(map(repr, known))} or a submitit executor for one of these, not {name!r}")
+    cluster = next((name for name in known if name == executor), None)
+    if cluster is None:
+        raise UserError(f"executor is {', '.join(map(repr, known))}, not {executor!r}")
+    if cluster != "slurm" and options.get("nodes", 1) != 1:
+        raise UserError(f"nodes={options['nodes']}: executor='{cluster}' runs on this machine alone")
+    if cluster != "slurm" and array_parallelism is not None:
+        raise UserError(f"array_parallelism={array_parallelism}: executor='{cluster}' has no job arrays")
+    return Venue(cluster, options, array_parallelism)
 
 
 def slurm_parameters(launch: LaunchConfig, array_parallelism: int | None = None) -> dict[str, Any]:

@@ -8,14 +8,15 @@ have saved and left, and gives submitit the same task again, which resumes by it
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from submitit import JobEnvironment
 from submitit.core.utils import UncompletedJobError
@@ -25,12 +26,56 @@ from specdist.core.attempts import AttemptRecord
 from specdist.core.launch_env import Attempt
 from specdist_launch.agents import AgentProcess, ExitStatus, agent_command, supervise
 from specdist_launch.slurm.step import scontrol
-from specdist_launch.submit.summary import RunSummary, read_summary
 
 Cluster = Literal["slurm", "local", "debug"]
 """submitit's names of what it runs jobs on."""
 _PREEMPTION = signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
 """The signal at which submitit requeues a job."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run's summary.json, read. What a mode, or a run without evaluation prompts, does not have is None."""
+
+    run_dir: Path
+    finished: bool
+    """Whether all steps were trained; otherwise the same job goes on from `step`."""
+    details: dict[str, Any] = field(repr=False)
+    """All that summary.json says."""
+    step: int | None = None
+    total_steps: int | None = None
+    checkpoint: Path | None = None
+    exports: tuple[Path, ...] = ()
+    """The draft as serving engines load it, one directory a format."""
+    acceptance_length: float | None = None
+    """Tokens per target forward in greedy speculative decoding of the held-out prompts, after training."""
+    acceptance_length_before: float | None = None
+    """The same with the untrained draft."""
+    draft_tokens_per_s: float | None = None
+    """Tokens that the draft side trained on."""
+    target_tokens_per_s: float | None = None
+    """Tokens that the target side could compute features of."""
+
+
+def read_summary(run_dir: Path) -> RunSummary:
+    """Read RUN_DIR/summary.json. Raises OSError where there is none."""
+    found = json.loads((run_dir / "summary.json").read_text())
+    if found.get("mode") == "target_only":  # measures the target: no draft, no steps
+        return RunSummary(run_dir, True, found, target_tokens_per_s=found["tokens_per_s"])
+    evaluation, sides = found.get("evaluation"), found["sides"]
+    return RunSummary(
+        run_dir=run_dir,
+        finished=found["finished"],
+        details=found,
+        step=found["step"],
+        total_steps=found["total_steps"],
+        checkpoint=Path(found["checkpoint"]).absolute(),
+        exports=tuple(Path(path).absolute() for path in found["exports"]),
+        acceptance_length=evaluation and evaluation["after"]["acceptance_length"],
+        acceptance_length_before=evaluation and evaluation["before"]["acceptance_length"],
+        draft_tokens_per_s=sides["draft_tokens_per_s"],
+        target_tokens_per_s=sides["target_tokens_per_s"],
+    )
 
 
 class RunFailed(RuntimeError):
@@ -51,7 +96,7 @@ class Run:
     """On this machine: which start this is; what follows is for this machine too. None: Slurm says it."""
     ranks: int = 0
     devices: str | None = None
-    """Its CUDA_VISIBLE_DEVICES; None: as the executor sets it."""
+    """Its CUDA_VISIBLE_DEVICES; None: as Slurm sets it."""
     retries: int = 0
     """How often the debug executor's job, which nothing could requeue, starts a failed run again."""
 

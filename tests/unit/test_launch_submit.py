@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import submitit
 
 import specdist
 from specdist.core import config
@@ -138,7 +137,7 @@ def test_what_sbatch_refuses_is_said_in_one_line(words, slurm):
         ({"time": "1:0:0", "nodes": 8, "gpus_per_node": 1, "partition": "gpu"}, "target.replicas|rank"),
         ({"time": "1:0:0", "partition": "gpus"}, "no partition 'gpus'; it has gpu"),
         ({"time": "1:0:0", "options": ["-p x"]}, "launch.slurm.options"),
-        ({"executor": "slrum"}, "executor is 'slurm', 'local', 'debug' or a submitit executor"),
+        ({"executor": "slrum"}, "executor is 'slurm', 'local', 'debug', not 'slrum'"),
         ({"executor": "local", "nodes": 2}, "nodes=2: executor='local' runs on this machine alone"),
         ({"executor": "debug", "gpus_per_node": 3}, "this machine shows 0 GPUs"),
         ({"executor": "debug", "run_dir": "x%j"}, "has a '%' in its path"),
@@ -205,21 +204,6 @@ def test_a_run_directory_of_another_job(tmp_path, words):
         specdist.submit([], words, executor="debug")
 
 
-def test_an_executor_of_the_users(tmp_path, words, slurm):
-    executor = submitit.SlurmExecutor(tmp_path / "own")
-    executor.update_parameters(nodes=2, time=20, signal_delay_s=60)
-    with pytest.raises(UserError, match=r"nodes: set these with your executor's own update_parameters"):
-        specdist.submit([], words, executor=executor, nodes=2)
-    run = specdist.submit([], words, executor=executor).submission().function.run
-    assert (run.cluster, run.patience_s) == ("slurm", 45)
-    executor.update_parameters(nodes=3)
-    with pytest.raises(UserError, match="4 ranks"):
-        specdist.submit([], words, executor=executor)
-    executor.update_parameters(nodes=1, ntasks_per_node=4)
-    with pytest.raises(UserError, match="starts 4 tasks on a node"):
-        specdist.submit([], words, executor=executor)
-
-
 @pytest.mark.parametrize(
     ("launch", "message"),
     [
@@ -243,7 +227,7 @@ def test_time_limits_in_minutes(time, expected):
     assert minutes(time) == expected
 
 
-def test_the_gpus_of_this_machine(tmp_path, words, monkeypatch):
+def test_the_gpus_of_this_machine(words, monkeypatch):
     """submitit's local executor would hide them all, or count them from 0."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     words = [word for word in words if not word.startswith("draft.dp")] + ["world.device=cuda"]
@@ -251,7 +235,7 @@ def test_the_gpus_of_this_machine(tmp_path, words, monkeypatch):
     def run(**asked: int) -> task.Run:
         venue = choose_venue("local", asked, None)
         job = load_job([], [*words, *(f"launch.slurm.{key}={value}" for key, value in asked.items())])
-        return venue.run(job, Path("job.yaml"), venue.executor(tmp_path, job.launch))
+        return venue.run(job, Path("job.yaml"))
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert (run().devices, run().ranks) == ("0,1,2,3", 4)

@@ -21,8 +21,7 @@ from specdist.core.attempts import AttemptRecord, Failure
 from specdist.core.launch_env import Attempt
 from specdist_launch.agents import AgentProcess
 from specdist_launch.submit import task
-from specdist_launch.submit.summary import RunSummary, read_summary
-from specdist_launch.submit.task import Run, RunFailed, Task
+from specdist_launch.submit.task import Run, RunFailed, RunSummary, Task, read_summary
 
 SUMMARY = {
     "step": 4, "total_steps": 4, "finished": True, "checkpoint": "run/checkpoints/step-00000004", "exports": [],
