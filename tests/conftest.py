@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,33 @@ REGISTRIES: tuple[dict[str, Any], ...] = (ALGORITHMS, ENGINES, SECTIONS)
 
 # A shell's background job ignores SIGINT, and whatever it starts inherits that; the tests are about being interrupted.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+FIRST = ("slurm", "distributed", "ray", "sglang")
+"""The folders of files that take minutes: a worker that starts one at the end would be waited for."""
+ALONE = ("tests/slurm/", "tests/gpu/")
+"""Their tests share a cluster, or devices."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        folders = [*FIRST, *sorted({_folder(item) for item in items}.difference(FIRST))]
+        items.sort(key=lambda item: folders.index(_folder(item)))
+
+
+def _folder(item: pytest.Item) -> str:
+    return Path(item.path).relative_to(Path(__file__).parent).parts[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist=loadfile --no-loadscope-reorder`: one worker at a time for what goes together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduler(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next(filter(nodeid.startswith, ALONE), super()._split_scope(nodeid))
+
+    return Scheduler(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="module", autouse=True)

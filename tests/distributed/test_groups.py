@@ -66,7 +66,7 @@ def test_a_link_whose_other_end_does_not_come_is_named(reports: list[dict[str, A
         assert late["error"].startswith(f"link {target}"), late
         assert f" -> {culprit}" in late["error"]
         assert " did not come up: 1 ranks were not there after 2 s (world.join_timeout_s), rank 3 " in late["error"]
-        assert LATE_S / 2 <= late["seconds"] < LATE_S / 2 + 5
+        assert LATE_S / 2 <= late["seconds"] < LATE_S / 2 + 20
 
 
 def outcome(

@@ -15,6 +15,7 @@ import submitit
 
 import specdist
 from specdist.core.attempts import attempts
+from tests import forks
 from tests.tiny import make_config, make_conversations, make_target
 
 STEPS = 20
@@ -22,9 +23,12 @@ STEPS = 20
 
 
 @pytest.fixture(autouse=True, scope="module")
-def threads():
-    """One thread a rank, as other tests' worlds have it: sums must not depend on the machine's load."""
+def environment():
+    """One thread a rank, as other tests' worlds have it: sums must not depend on the machine's load. Ranks are forked,
+    agents and what submitit starts are not."""
     with pytest.MonkeyPatch.context() as patch:
+        for name, value in forks.for_ranks().items():
+            patch.setenv(name, value)
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
 

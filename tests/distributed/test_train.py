@@ -81,7 +81,7 @@ def test_stopped_and_resumed_equals_undisturbed_bitwise(tmp_path, material, undi
     metrics = tmp_path / "run/metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     stopped = read_progress(committed(tmp_path / "run/checkpoints")[-1])
     assert 2 <= stopped.step <= STEPS, err
     assert f"Stopped at step {stopped.step} of {STEPS}" in err or stopped.step == STEPS

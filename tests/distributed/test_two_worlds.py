@@ -114,7 +114,7 @@ class Worlds:
         file = self.directory / "run/metrics.jsonl"
         return file.read_text().count("\n") if file.exists() else 0
 
-    def wait_until(self, condition: Callable[[], object], what: str, seconds: float = 45) -> None:
+    def wait_until(self, condition: Callable[[], object], what: str, seconds: float = 150) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"{what}: not within {seconds} s. {self.said}"
@@ -126,7 +126,7 @@ class Worlds:
     def wait_for_words(self, pattern: str, count: int = 1) -> None:
         self.wait_until(lambda: len(re.findall(pattern, self.said)) >= count, pattern)
 
-    def end(self, process: subprocess.Popen[str], status: int | None = 0, seconds: float = 60) -> str:
+    def end(self, process: subprocess.Popen[str], status: int | None = 0, seconds: float = 150) -> str:
         """Wait for the end of a world; returns what it said on the terminal."""
         _, err = process.communicate(timeout=seconds)
         assert status is None or process.returncode == status, err

@@ -52,6 +52,11 @@ def python() -> str:
     return str(_CLIENT)
 
 
+def for_ranks() -> dict[str, str]:
+    """The environment in which an agent with an interpreter of its own has its ranks forked."""
+    return {"PYTHON_EXEC": python(), **{k: v for k, v in os.environ.items() if k.startswith("SPECDIST_FORKS")}}
+
+
 def fork_of(process: psutil.Process) -> psutil.Process:
     """The process that does the work of `process`: its fork, or itself."""
     with contextlib.suppress(FileNotFoundError):

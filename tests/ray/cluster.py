@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from specdist.world.roll_call import free_port
+from tests import forks
 from tests.distributed.worlds import ROOT
 
 SECOND = "127.0.0.2"
@@ -35,7 +36,7 @@ class Cluster:
         """Run the Python that has Ray to its end."""
         environ = driver_environment() | environment
         command = [str(self.python), *words]
-        return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240, check=False)
+        return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=400, check=False)
 
     @contextlib.contextmanager
     def started(self, words: Sequence[str], output: Path) -> Iterator[subprocess.Popen[str]]:
@@ -63,8 +64,9 @@ class Cluster:
 
 
 def driver_environment() -> dict[str, str]:
-    """That of a user who has named no cluster."""
-    return {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "FQ_RAY_IP")}
+    """That of a user who has named no cluster. Ranks are forked, agents are not."""
+    own = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "FQ_RAY_IP")}
+    return own | forks.for_ranks()
 
 
 @contextlib.contextmanager

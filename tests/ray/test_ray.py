@@ -19,8 +19,10 @@ from tests.environments import python_with_ray
 from tests.ray.cluster import SECOND, Cluster, running_cluster
 from tests.tiny import make_config, make_conversations, make_target
 
+pytestmark = pytest.mark.timeout(1500)
+
 LONG = "train.steps=100000"
-BOUND_S = 120
+BOUND_S = 300
 
 
 @pytest.fixture(scope="module")

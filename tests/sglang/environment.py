@@ -28,7 +28,7 @@ def run(python: Path, ranks: int, arguments: Sequence[str], environment: Mapping
     """`torchrun --nproc-per-node RANKS ARGUMENTS` with that interpreter; returns what it said, and fails if it did."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
     command = [str(python), "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=500, check=False)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     return said

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from tests import forks
 from tests.distributed.worlds import ROOT
 from tests.tiny import make_config
 
@@ -56,7 +57,8 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """That of a user of this cluster; one thread a rank, so that sums are added in one order."""
         outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-        return {**outside, "SLURM_CONF": str(self.directory / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+        ours = {"SLURM_CONF": str(self.directory / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+        return {**outside, **ours, **forks.for_ranks()}
 
     def run(self, *words: str, **environment: str) -> str:
         """Run one of Slurm's commands from the project's root and return what it says."""

@@ -267,7 +267,7 @@ def start_slow(config: PromptsConfig, model: Path, tmp_path: Path) -> subprocess
     return process
 
 
-def until(condition: Callable[[], bool], seconds: float = 30) -> bool:
+def until(condition: Callable[[], bool], seconds: float = 120) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.1)
