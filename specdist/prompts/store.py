@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -210,7 +211,10 @@ class PromptStore:
     def label(self, index: int) -> str:
         """The category of the sequence's record, or the name of its file without the ending."""
         label = int(self._columns["labels"][index])
-        return self._labels[label] if label >= 0 else Path(self.files[self._columns["files"][index]]).stem
+        if label >= 0:
+            return self._labels[label]
+        stem = Path(self.files[self._columns["files"][index]]).stem
+        return re.sub(r"-\d{5}-of-\d{5}$", "", stem)  # of a data set in shards
 
     def records(self, indices: np.ndarray) -> np.ndarray:
         """bool [N], true where the first sequence of a record is among `indices` (ascending int64 [N])."""

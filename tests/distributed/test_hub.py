@@ -42,9 +42,11 @@ def test_every_host_fetches_what_it_lacks_once(tmp_path: Path) -> None:
         export = tmp_path / "run/export/speculators"
         config = json.loads((export / "config.json").read_text())
         assert config["speculators_config"]["verifier"]["name_or_path"] == "org/tiny"
-        # another run starts from that draft: all else is in the caches
+        # another run starts from that draft; all else is in the caches, but that both hosts read prompts to answer them
         shutil.copytree(export, tmp_path / "hub/models/org/draft")
         server.asked.clear()
-        run(tmp_path, server.endpoint, [*words, f"run.dir={tmp_path / 'other'}", "draft.init_from=org/draft"])
+        more = ["draft.init_from=org/draft", "prompts.answers=target", "generate.max_new_tokens=8"]
+        run(tmp_path, server.endpoint, [*words, f"run.dir={tmp_path / 'other'}", *more])
         assert server.fetched(".safetensors") == ["model.safetensors"] * 2
-        assert not [line for line in server.asked if "org/tiny" in line or "train.jsonl" in line]
+        assert not [line for line in server.asked if "org/tiny" in line]
+        assert server.fetched("train.jsonl") == ["train.jsonl"]

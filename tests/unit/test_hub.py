@@ -17,7 +17,7 @@ import torch.distributed as dist
 from filelock import FileLock
 
 from specdist.core import hub
-from specdist.core.errors import DataError
+from specdist.core.errors import ConfigError, DataError
 from specdist.core.launch_env import RankFacts
 from specdist.job.config import examine, load_job
 from specdist.job.plan import make_plan, render
@@ -199,6 +199,12 @@ def test_config_json_alone_is_enough_for_a_plan(tmp_path: Path) -> None:
     assert texts[0].replace(str(whole), "") == texts[1].replace(str(bare), "")
     with pytest.raises(DataError, match="bare: no weights found"):
         examine(load_job([], make_config(tmp_path, bare, tmp_path)))
+    sizes = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps({key: value for key, value in sizes.items() if key != "dtype"}))
+    with pytest.raises(
+        ConfigError, match=r"target.dtype=auto: .*config.json does not say a dtype and there are no wei"
+    ):
+        examine(load_job([], make_config(tmp_path, bare, tmp_path)), weights=False)
 
 
 @pytest.mark.parametrize("error", [None, DataError("target.path=org/x: no", "target.path")])

@@ -247,7 +247,7 @@ def test_labels_are_categories_or_files_and_not_too_many(tmp_path: Path) -> None
     store = PromptStore.open(tmp_path)
     assert [store.label(i) for i in (0, 1, 2, 3, len(names) - 1)] == ["given", "b", "a", "x0", "b"]
     assert [store.label(i) for i in (MAX_LABELS, MAX_LABELS + 1, len(names) - 2)] == ["x997", OTHERS, OTHERS]
-    assert PromptStore.open(tmp_path, ["e/moved.jsonl"]).label(0) == "moved"
+    assert PromptStore.open(tmp_path, ["e/moved-00000-of-00002.arrow"]).label(0) == "moved"
 
 
 def test_a_category_is_a_word_or_a_number(tmp_path: Path) -> None:
