@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -27,14 +28,18 @@ _START_S = 120.0
 
 @cache
 def _directory() -> Path:
-    """Start the server of this process; the directory of its socket and of its notes, one a fork."""
+    return _serve(sys.executable, {"PYTHONPATH": str(ROOT)}, [])
+
+
+def _serve(interpreter: str, variables: Mapping[str, str], modules: Sequence[str]) -> Path:
+    """Start a server of this process; the directory of its socket and of its notes, one a fork."""
     holder = tempfile.TemporaryDirectory(prefix="forks-")
     atexit.register(holder.cleanup)
     directory = Path(holder.name)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     environment["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # a thread of pyarrow's allocator
     log = (directory / "log").open("w")
-    command = [sys.executable, "-m", "tests.forks.server", str(directory)]
+    command = [interpreter, "-m", "tests.forks.server", str(directory), *modules]
     server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.PIPE)
     atexit.register(server.kill)
     deadline = time.monotonic() + _START_S
@@ -50,6 +55,13 @@ def python() -> str:
     os.environ["SPECDIST_FORKS"] = str(_directory())
     os.environ["SPECDIST_FORKS_PYTHON"] = sys.executable
     return str(_CLIENT)
+
+
+def of_another(interpreter: Path, variables: Mapping[str, str], modules: Sequence[str]) -> tuple[Path, dict[str, str]]:
+    """A program that is called as `interpreter` is, and its environment: these variables, and what makes it fork from a
+    process that has imported these modules, too."""
+    directory = _serve(str(interpreter), variables, modules)
+    return _CLIENT, {**variables, "SPECDIST_FORKS": str(directory), "SPECDIST_FORKS_PYTHON": str(interpreter)}
 
 
 def for_ranks() -> dict[str, str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports what a run needs, once, and forks for whoever asks: `python -m tests.forks.server DIRECTORY`.
+"""Imports what a run needs, once, and forks for whoever asks: `python -m tests.forks.server DIRECTORY [MODULE ...]`.
 
 One thread serves all: forks are made by a process without threads. A client that is gone takes its fork along, as a
 SIGKILL would have.
@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,9 +33,9 @@ PRELOADED = (
 PACKAGES = ("specdist", "specdist_launch")
 
 
-def main(directory: Path) -> None:
+def main(directory: Path, modules: Sequence[str]) -> None:
     ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: nothing is served for tests that are gone
-    for name in PRELOADED:
+    for name in (*PRELOADED, *modules):
         importlib.import_module(name)
     for package in PACKAGES:  # those that need what is not installed are left to who uses them
         for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
@@ -177,4 +178,4 @@ def _leave(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import forks
 from tests.distributed.worlds import run_on_hosts, train
 from tests.environments import python_with_sglang
 from tests.sglang.environment import on_the_cpu, run
@@ -18,6 +19,7 @@ from tests.sglang.models import MODELS, make_model, plain_features, relative
 from tests.sglang.world import make_batch
 from tests.tiny import make_config, make_conversations, make_target
 
+Forked = tuple[Path, dict[str, str]]
 FP32 = 1e-5
 BF16 = 5e-2
 
@@ -25,6 +27,13 @@ BF16 = 5e-2
 @pytest.fixture(scope="module")
 def python() -> Path:
     return python_with_sglang()
+
+
+@pytest.fixture(scope="module")
+def forked(python: Path) -> Forked:
+    """That Python, forked, and its environment. SGLang reads some of it when it is imported."""
+    variables = {**on_the_cpu(), "SGLANG_USE_CPU_ENGINE": "1"}
+    return forks.of_another(python, variables, ["sglang.srt.model_executor.model_runner"])
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_world(python: Path, models: Path, ranks: int, cases: dict[str, dict[str, Any]], **common: Any) -> Path:
+def run_world(forked: Forked, models: Path, ranks: int, cases: dict[str, dict[str, Any]], **common: Any) -> Path:
     """Run the cases, by name, in one world; returns the folder of their results NAME-RANK.pt."""
     folder = models / f"world-{ranks}-{'-'.join(cases)}"
     folder.mkdir()
@@ -47,12 +56,12 @@ def run_world(python: Path, models: Path, ranks: int, cases: dict[str, dict[str,
         told.append({"target": target, "result": str(folder / name), **case})
     file = folder / "cases.json"
     file.write_text(json.dumps({"device": "cpu", "cases": told}))
-    run(python, ranks, ["-m", "tests.sglang.world", str(file)], on_the_cpu())
+    run(forked[0], ranks, ["-m", "tests.sglang.world", str(file)], forked[1])
     return folder
 
 
 @pytest.fixture(scope="module")
-def one_rank(python: Path, models: Path) -> Path:
+def one_rank(forked: Forked, models: Path) -> Path:
     cases: dict[str, dict[str, Any]] = {
         "llama": {},
         "qwen3": {"target": {"verify_against": "hf"}},
@@ -63,14 +72,14 @@ def one_rank(python: Path, models: Path) -> Path:
         "unknown": {"kind": "llama", "sglang": {"arguments": {"moe_runner_backen": "triton"}}},
         "qwen3_moe": {},  # last: SGLang is made for one model a process, and takes none after it
     }
-    return run_world(python, models, 2, cases)
+    return run_world(forked, models, 2, cases)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(python: Path, models: Path) -> Path:
+def two_ranks(forked: Forked, models: Path) -> Path:
     cases: dict[str, dict[str, Any]] = {kind: {} for kind in MODELS}
     cases["qwen3"] = {"target": {"verify_against": "hf"}}
-    return run_world(python, models, 3, cases, tp=2)
+    return run_world(forked, models, 3, cases, tp=2)
 
 
 def rows(folder: Path, name: str, rank: int = 1) -> Tensor:
@@ -96,20 +105,22 @@ def test_tensor_parallel_ranks_have_the_whole_features(
     assert not (two_ranks / f"{kind}-0.pt").exists()
 
 
-def test_a_replica_spans_hosts(python: Path, models: Path, tmp_path: Path) -> None:
+def test_a_replica_spans_hosts(python: Path, forked: Forked, models: Path, tmp_path: Path) -> None:
+    """The draft rank is not forked: it checks that it does without SGLang."""
     case = {"target": {"path": str(models / "qwen3"), "replicas": 1, "tp": 2}, "result": str(tmp_path / "qwen3")}
     file = tmp_path / "cases.json"
     file.write_text(json.dumps({"device": "cpu", "span_nodes": True, "cases": [case]}))
     hosts = {name: ["tests.sglang.world", str(file)] for name in ("draft", "a", "b")}
-    for done in run_on_hosts(hosts, dict.fromkeys(hosts, on_the_cpu()), python).values():
+    target = {**forked[1], "PYTHON_EXEC": str(forked[0])}
+    for done in run_on_hosts(hosts, {"draft": on_the_cpu(), "a": target, "b": target}, python).values():
         assert done.returncode == 0, done.stderr
     for rank in (1, 2):
         assert relative(rows(tmp_path, "qwen3", rank), plain_features(models / "qwen3", make_batch())).max() < FP32
 
 
-def test_expert_parallel_ranks_load_their_experts(python: Path, models: Path) -> None:
+def test_expert_parallel_ranks_load_their_experts(forked: Forked, models: Path) -> None:
     """Not run: SGLang's plain experts for the CPU want all of them on every rank."""
-    folder = run_world(python, models, 3, {"qwen3_moe": {"sglang": {"ep": 2}, "forward": False}}, tp=2)
+    folder = run_world(forked, models, 3, {"qwen3_moe": {"sglang": {"ep": 2}, "forward": False}}, tp=2)
     for rank in (1, 2):
         found = torch.load(folder / f"qwen3_moe-{rank}.pt")
         assert found["groups"] == {"_TP": [1, 2], "_ATTN_TP": [1, 2], "_MOE_EP": [1, 2], "_MOE_TP": [rank]}
@@ -148,13 +159,13 @@ def test_errors_say_what_to_change(one_rank: Path) -> None:
     assert "'moe_runner_backen'; did you mean 'moe_runner_backend'?" in error["unknown"]
 
 
-def test_a_run_learns_what_it_learns_with_the_hf_engine(python: Path, tmp_path: Path) -> None:
+def test_a_run_learns_what_it_learns_with_the_hf_engine(forked: Forked, tmp_path: Path) -> None:
     """Two replicas of sglang and one of hf: the same losses."""
     target, prompts = make_target(tmp_path / "target"), make_conversations(tmp_path / "prompts.jsonl")
     words = make_config(
         tmp_path, target, prompts, draft__dp=1, target__engine="sglang", target__replicas=2, target__verify=2
     )
-    run(python, 3, ["-m", "specdist.train", *words], on_the_cpu())
+    run(forked[0], 3, ["-m", "specdist.train", *words], forked[1])
     reference = make_config(tmp_path / "hf", target, prompts, draft__dp=1)
     done = train(2, reference)
     assert done.returncode == 0, done.stderr
