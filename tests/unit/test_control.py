@@ -444,7 +444,7 @@ def runs() -> Iterator[typing.Callable[..., Run]]:
         run.close()
 
 
-def collect(client: ControlClient, count: int, timeout_s: float = 20.0) -> list[Message]:
+def collect(client: ControlClient, count: int, timeout_s: float = 60.0) -> list[Message]:
     """What came until there were `count` messages."""
     seen: list[Message] = []
     deadline = time.monotonic() + timeout_s
@@ -453,7 +453,7 @@ def collect(client: ControlClient, count: int, timeout_s: float = 20.0) -> list[
     return seen
 
 
-def wait_error(client: ControlClient, timeout_s: float = 10.0) -> str:
+def wait_error(client: ControlClient, timeout_s: float = 60.0) -> str:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:
@@ -561,7 +561,7 @@ def test_an_empty_poll_returns_in_time(runs: typing.Callable[..., Run]) -> None:
     began = time.monotonic()
     assert client.poll(0.2) == []
     assert client.poll(0.0) == []
-    assert 0.19 < time.monotonic() - began < 2.0
+    assert 0.19 < time.monotonic() - began < 10.0
 
 
 def test_strangers_and_garbage_change_nothing(runs: typing.Callable[..., Run]) -> None:
@@ -577,7 +577,7 @@ def test_strangers_and_garbage_change_nothing(runs: typing.Callable[..., Run]) -
     nameless.connect(run.server.address)
     nameless.send(encode(failed("me too")))
     nameless.send_multipart([b"", b"a", b"b"])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while run.server.unknown < 5 and time.monotonic() < deadline:
         clients[0].poll(0.05)
     assert run.server.unknown >= 5  # hello, heartbeat and failure of the stranger, two messages of the nameless
@@ -644,7 +644,7 @@ def test_on_abort_is_called_while_the_rank_is_busy(runs: typing.Callable[..., Ru
     other = run.client(1)
     time.sleep(0.3)
     other.fail(RuntimeError("gone wrong"))
-    assert event.wait(10.0)
+    assert event.wait(60.0)
     assert told == ["rank 1 (target replica 0 tp 1, host a): RuntimeError: gone wrong"]
     with pytest.raises(WorldError):
         busy.check()
