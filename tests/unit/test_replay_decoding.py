@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -21,10 +19,7 @@ from specdist.draft.eagle3.config import Eagle3Config
 from specdist.evaluate.config import EvaluateConfig
 from specdist.evaluate.decoding import EvaluationTarget, decode_greedily, speculate
 from specdist.evaluate.prompts import read_prompts
-from specdist.evaluate.replay import (
-    answers,
-    walk,
-)
+from specdist.evaluate.replay import answers, tally_document
 from specdist.target.config import TargetConfig
 from specdist.target.description import describe
 from specdist.target.registry import load_target
@@ -36,36 +31,47 @@ EAGLE3 = Eagle3Config(layers=(2, 4, 6), ttt_length=3)
 DFLASH = DFlashConfig(layers=(2, 4, 6), num_layers=1, block_size=5, anchors=64, mask_token_id=511)
 
 
-@dataclass(frozen=True)
-class Text:
-    """Prompts, and the target's own greedy answers to them."""
-
-    prompts: list[list[int]]
-    replies: list[list[int]]
-
-    def packed(self, some: slice = slice(None)) -> PackedTokens:
-        pairs = list(zip(self.prompts[some], self.replies[some], strict=True))
-        tokens = [torch.tensor(prompt + reply) for prompt, reply in pairs]
-        marks = [torch.arange(len(prompt) + len(reply)) >= len(prompt) for prompt, reply in pairs]
-        return PackedTokens.from_documents(tokens, marks)
+Turn = tuple[list[int], list[int]]
+"""All that comes before an answer of the target's, and its greedy answer."""
 
 
 @cache
-def bard() -> tuple[EvaluationTarget, Text]:
+def bard() -> tuple[EvaluationTarget, list[list[Turn]]]:
+    """Conversations of one turn, and of two."""
     torch.set_num_threads(1)
     layout = draft_config(eagle3=EAGLE3).chosen.layout(describe(BARD / "model").config, torch.float32)
     target = EvaluationTarget.load(describe(BARD / "model"), layout, "cpu", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(BARD / "model")
-    prompts = [list(p.tokens) for p in read_prompts([BARD / "heldout.jsonl"], tokenizer, 16) if len(p.tokens) < 400]
-    return target, Text(prompts, [decode_greedily(target, prompt, LIMIT) for prompt in prompts])
+    prompts = [list(p.tokens) for p in read_prompts([BARD / "heldout.jsonl"], tokenizer, 16) if len(p.tokens) < 280]
+
+    def said(prompt: list[int]) -> Turn:
+        return prompt, decode_greedily(target, prompt, LIMIT)
+
+    conversations = [[said(prompt)] for prompt in prompts]
+    for (first, *_), following in zip(conversations[1:4], prompts[3:6], strict=True):
+        conversations.append([first, said([*first[0], *first[1], *following])])
+    ended = {reply[-1] in target.eos_tokens for turns in conversations for _, reply in turns}
+    assert ended == {True, False}, "answers end by themselves, and by the limit"
+    return target, conversations
+
+
+def packed(conversations: list[list[Turn]]) -> PackedTokens:
+    tokens, marks = [], []
+    for turns in conversations:
+        prompt, reply = turns[-1]
+        mark = torch.zeros(len(prompt) + len(reply), dtype=torch.bool)
+        for before, answer in turns:
+            mark[len(before) : len(before) + len(answer)] = True
+        tokens.append(torch.tensor(prompt + reply))
+        marks.append(mark)
+    return PackedTokens.from_documents(tokens, marks)
 
 
 def trained(config: DraftConfig, ids: torch.Tensor | None = None, steps: int = 12) -> tuple[DraftModel, Features]:
     """A draft that has learnt the text a little, and the features of all of it."""
-    _, text = bard()
     target = describe(BARD / "model")
     layout = config.chosen.layout(target.config, torch.float32)
-    batch = text.packed()
+    batch = packed(bard()[1])
     engine = load_target(TargetConfig(path=str(BARD / "model"), dtype="float32"), layout, torch.device("cpu"))
     features = Features(layout, layout.empty(len(batch.tokens)))
     engine.forward(batch, features.rows)
@@ -91,24 +97,29 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_replay_counts_the_forwards_of_real_decoding(case: str) -> None:
-    config, (target, text) = CASES[case], bard()
-    ids = torch.arange(0, 512, 2) if "reduced" in case else None
-    if ids is not None:
-        ids = torch.unique(torch.cat([torch.tensor([*chain(*text.replies)])[::3], torch.arange(150)]))[:200]
+    config, (target, conversations) = CASES[case], bard()
+    ids = None
+    if "reduced" in case:
+        spoken = torch.tensor([token for turns in conversations for _, reply in turns for token in reply])
+        ids = torch.unique(torch.cat([spoken[::3], torch.arange(150)]))[:200]
     draft, features = trained(config, ids)
-    decoder = EvaluationTarget(target.model, draft.layout)
-    batch = text.packed()
-    accepted_some = False
-    for count in (1, 3, 4) if config.algorithm == "dflash" else (1, 3, 5):
-        settings = EvaluateConfig(draft_tokens=count, max_new_tokens=LIMIT)
-        replayed = draft.replay(batch, batch, features, count)
-        first = 0
-        for prompt, reply, length in zip(text.prompts, text.replies, batch.lengths, strict=True):
-            decoded = speculate(decoder, draft.proposer(), prompt, settings)
-            assert decoded.tokens == reply
-            (run,) = answers(batch.supervised.numpy(), first, first + length)
-            steps = list(walk(*run, replayed.accepted.tolist(), count))
-            assert len(steps) == decoded.forwards
-            first += length
-            accepted_some = accepted_some or len(steps) < len(reply) - 1
-    assert accepted_some, "a draft that gets nothing right tests nothing"
+    decoder, batch = EvaluationTarget(target.model, draft.layout), packed(conversations)
+    counts = (1, 3, 4) if config.algorithm == "dflash" else (1, 3, 5)
+    # Fewer drafts are the first of more.
+    accepted = draft.replay(batch, batch, features, counts[-1]).accepted
+    several, first = False, 0
+    for turns, length in zip(conversations, batch.lengths, strict=True):
+        runs = answers(batch.supervised.numpy(), first, first + length)
+        first += length
+        for (prompt, reply), run in zip(turns, runs, strict=True):
+            for count in counts:
+                settings = EvaluateConfig(draft_tokens=count, max_new_tokens=LIMIT)
+                decoded = speculate(decoder, draft.proposer(), prompt, settings)
+                assert decoded.tokens == reply
+                tally = tally_document([run], accepted.numpy(), None, None, count)
+                assert tally.forwards[-1] == decoded.forwards
+                several = several or tally.accepted[min(1, count - 1)] > 0
+                if len(reply) + count <= LIMIT:  # near the limit a decoder drafts fewer
+                    assert tally.accepted.tolist() == list(decoded.accepted)
+                    assert tally.reached.tolist() == list(decoded.reached)
+    assert several, "a draft that gets nothing right tests nothing"
