@@ -32,9 +32,11 @@ _END_S = 90.0
 def server_arguments(config: TargetConfig, device: torch.device, seed: int) -> dict[str, Any]:
     """The engine's arguments: those of `target` and `target.sglang` that concern generating, too."""
     own = settings_of(config)
+    cpu = device.type == "cpu"
     given = {
         "mem_fraction_static": own.memory_fraction,
-        "attention_backend": own.attention_backend,
+        "attention_backend": own.attention_backend or ("torch_native" if cpu else None),
+        "sampling_backend": "pytorch" if cpu else None,
         "quantization": own.quantization,
     }
     return {
@@ -46,6 +48,7 @@ def server_arguments(config: TargetConfig, device: torch.device, seed: int) -> d
         "device": device.type,
         "base_gpu_id": device.index or 0,
         "random_seed": seed,
+        "grammar_backend": "none",
         "skip_tokenizer_init": True,
         "log_level": "warning",
         **{name: value for name, value in given.items() if value is not None},
@@ -62,6 +65,9 @@ class SglangEngine:
         versions.require()
         self.concurrency = concurrency
         self._arguments, self._ends = server_arguments(config, device, seed), sorted(ends)
+        cores = "|".join(map(str, range(config.tp)))  # SGLang asks for one a rank
+        own = {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": cores}
+        self._on_cpu = own if device.type == "cpu" else {}
         self._process: asyncio.subprocess.Process | None = None
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
         self._said: deque[str] = deque(maxlen=20)
@@ -73,7 +79,7 @@ class SglangEngine:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "specdist.generate.sglang_process", json.dumps(self._arguments),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-            env=without_world(os.environ), limit=1 << 26,
+            env=without_world(os.environ) | self._on_cpu, limit=1 << 26,
         )  # fmt: skip
         self._readers = [asyncio.create_task(self._read_replies()), asyncio.create_task(self._read_words())]
 
