@@ -6,9 +6,11 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from specdist.core.errors import ConfigError
@@ -40,7 +42,7 @@ class HfEngine:
         self.concurrency = _WINDOW * batch
         self._config, self._device, self._batch, self._ends, self._alive = config, device, batch, sorted(ends), alive
         self._model: Any = None
-        self._waiting: list[tuple[Request, asyncio.Future[Reply]]] = []
+        self._waiting: list[_Asked] = []
         self._runner: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -58,11 +60,14 @@ class HfEngine:
         self._model.generation_config = GenerationConfig()  # whatever the model's own says is in the requests
 
     async def write(self, request: Request) -> Reply:
-        reply = asyncio.get_running_loop().create_future()
-        self._waiting.append((request, reply))
-        if self._runner is None:
-            self._runner = asyncio.create_task(self._run())
-        return await reply
+        asked = _Asked(request, asyncio.get_running_loop().create_future())
+        self._waiting.append(asked)
+        runner = self._runner = self._runner or asyncio.create_task(self._run())
+        both: set[asyncio.Future[Any]] = {asked.reply, runner}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not asked.reply.done():
+            runner.result()  # raises
+        return asked.reply.result()
 
     async def close(self) -> None:
         self._model = None
@@ -73,35 +78,43 @@ class HfEngine:
     async def _run(self) -> None:
         while self._waiting:
             await asyncio.sleep(0)  # whoever has been answered asks again before the next batch is chosen
-            self._waiting.sort(key=lambda asked: (asked[0].sampling.greedy, len(asked[0].prompt)))
-            how = self._waiting[-1][0].sampling
-            chosen = [asked for asked in self._waiting[-self._batch :] if asked[0].sampling == how]
+            self._waiting.sort(key=lambda asked: (asked.request.sampling.greedy, len(asked.tokens)))
+            how, longest = self._waiting[-1].request.sampling, len(self._waiting[-1].tokens)
+            chosen = [
+                asked
+                for asked in self._waiting[-self._batch :]
+                if asked.request.sampling == how and 2 * len(asked.tokens) > longest
+            ]
             del self._waiting[-len(chosen) :]
-            try:
-                for (_, future), reply in zip(chosen, self._generate([r for r, _ in chosen], how), strict=True):
-                    future.set_result(reply)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to those who wait
-                for _, future in [*chosen, *self._waiting]:
-                    future.set_exception(error)
-                self._waiting.clear()
+            self._generate(chosen, how)
+            for asked in chosen:
+                reply = asked.written(self._ends)
+                if reply is None:
+                    self._waiting.append(asked)
+                else:
+                    asked.reply.set_result(reply)
         self._runner = None
 
     @torch.no_grad()
-    def _generate(self, requests: list[Request], how: Sampling) -> list[Reply]:
-        longest = max(len(request.prompt) for request in requests)
-        ids = torch.full((len(requests), longest), self._ends[0] if self._ends else 0)
+    def _generate(self, chosen: list[_Asked], how: Sampling) -> None:
+        """Have a batch go on until all are done or, where others wait, half of them are."""
+        longest = max(len(asked.tokens) for asked in chosen)
+        ids = torch.full((len(chosen), longest), self._ends[0] if self._ends else 0)
         mask = torch.zeros_like(ids)
-        for row, request in enumerate(requests):
-            ids[row, longest - len(request.prompt) :] = torch.tensor(request.prompt)
-            mask[row, longest - len(request.prompt) :] = 1
-        torch.manual_seed(requests[0].seed)
+        for row, asked in enumerate(chosen):
+            ids[row, longest - len(asked.tokens) :] = torch.tensor(asked.tokens)
+            mask[row, longest - len(asked.tokens) :] = 1
+        left = torch.tensor([asked.left for asked in chosen], device=self._device)
+        enough = (len(chosen) + 1) // 2 if self._waiting else len(chosen)
+        torch.manual_seed(chosen[0].request.seed + longest)
         output = self._model.generate(
             input_ids=ids.to(self._device),
             attention_mask=mask.to(self._device),
-            generation_config=self._settings(how, max(request.limit for request in requests)),
-            stopping_criteria=StoppingCriteriaList([_Alive(self._alive)]),
+            generation_config=self._settings(how, int(left.max())),
+            stopping_criteria=StoppingCriteriaList([_Enough(self._alive, left, longest, self._ends, enough)]),
         )
-        return [self._reply(row, r.limit) for r, row in zip(requests, output[:, longest:].tolist(), strict=True)]
+        for asked, row in zip(chosen, output[:, longest:].tolist(), strict=True):
+            asked.tokens += row[: asked.left]
 
     def _settings(self, how: Sampling, limit: int) -> GenerationConfig:
         sampled = (
@@ -123,18 +136,43 @@ class HfEngine:
             **sampled,
         )
 
-    def _reply(self, ids: list[int], limit: int) -> Reply:
-        """`ids`: of a row of the output, padded after its end."""
-        for place, token in enumerate(ids[:limit], start=1):
-            if token in self._ends:
-                return Reply("stop", ids[:place])
-        return Reply("length", ids[:limit])
+
+@dataclass
+class _Asked:
+    """An answer in the making; `tokens`: its prompt and what is written of it, padded after its end."""
+
+    request: Request
+    reply: asyncio.Future[Reply]
+    tokens: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+
+    @property
+    def left(self) -> int:
+        return self.request.limit - len(self.tokens) + len(self.request.prompt)
+
+    def written(self, ends: Collection[int]) -> Reply | None:
+        """The reply, if it is whole."""
+        answer = self.tokens[len(self.request.prompt) :]
+        place = next((place for place, token in enumerate(answer, start=1) if token in ends), None)
+        if place is not None:
+            return Reply("stop", answer[:place])
+        return None if self.left else Reply("length", answer)
 
 
-class _Alive(StoppingCriteria):
-    def __init__(self, alive: Callable[[], None]) -> None:
-        self._tell = alive
+class _Enough(StoppingCriteria):
+    """Ends a batch when `enough` of its rows have ended or have no tokens `left`: few rows would take as long as many,
+    and what is written is read again in a moment."""
+
+    def __init__(
+        self, alive: Callable[[], None], left: Tensor, prompt: int, ends: Collection[int], enough: int
+    ) -> None:
+        self._alive, self._left, self._prompt, self._enough = alive, left, prompt, enough
+        self._ends = torch.tensor(sorted(ends), dtype=torch.long, device=left.device)
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        self._tell()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self._alive()
+        new = input_ids[:, self._prompt :]
+        done = torch.isin(new, self._ends).any(dim=1) | (self._left <= new.shape[1])
+        return (done.sum() >= self._enough).expand(len(new))

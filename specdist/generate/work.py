@@ -74,7 +74,7 @@ def count(sources: Sequence[Source]) -> int:
 
 def _pieces(sources: Sequence[Source]) -> Iterator[tuple[int, Piece]]:
     for number, source in enumerate(sources):
-        for piece in pieces(SourceFile(source.file, source.kind)):  # type: ignore[arg-type]
+        for piece in pieces(SourceFile(source.file, source.kind), every_column=True):  # type: ignore[arg-type]
             yield number, piece
 
 

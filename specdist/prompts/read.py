@@ -111,8 +111,11 @@ def _metadata(path: Path, key: str) -> list[Any]:
         raise DataError(f"{path} is not what `save_to_disk` writes: no list {key!r} in it ({error!r})") from error
 
 
-def pieces(source: SourceFile) -> Iterator[Piece]:
+def pieces(source: SourceFile, every_column: bool = False) -> Iterator[Piece]:
     """Cut a file into pieces of about 256 KiB or 256 rows.
+
+    Args:
+        every_column: of a table, also those that training does not read.
 
     Raises:
         DataError: the file as a whole cannot be read.
@@ -123,7 +126,7 @@ def pieces(source: SourceFile) -> Iterator[Piece]:
         elif source.kind == "json":
             yield from _text_pieces(source.path, _json_records(source.path))
         else:
-            yield from _table_pieces(source)
+            yield from _table_pieces(source, every_column)
     except OSError as error:
         raise DataError(f"{source.path} cannot be read: {error}") from error
 
@@ -192,11 +195,11 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _table_pieces(source: SourceFile) -> Iterator[Piece]:
+def _table_pieces(source: SourceFile, every_column: bool) -> Iterator[Piece]:
     from specdist.prompts.tables import encoded_batches  # pyarrow is slow to import, and most files are JSONL
 
     row = 1
-    for table, rows, size in encoded_batches(source.path, PIECE_ROWS):
+    for table, rows, size in encoded_batches(source.path, PIECE_ROWS, every_column):
         yield Piece(source.path, row, row + rows - 1, size, table=table)
         row += rows
 

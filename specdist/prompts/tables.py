@@ -13,14 +13,14 @@ from specdist.core.errors import DataError
 from specdist.prompts.conversation import COLUMNS
 
 
-def encoded_batches(path: str, rows: int) -> Iterator[tuple[bytes, int, int]]:
-    """Batches of at most `rows` rows: an Arrow IPC stream of the known columns, its rows, and its share of the file's
-    bytes.
+def encoded_batches(path: str, rows: int, every_column: bool = False) -> Iterator[tuple[bytes, int, int]]:
+    """Batches of at most `rows` rows: an Arrow IPC stream of the known columns, or of every one, its rows, and its
+    share of the file's bytes.
 
     Raises:
         DataError: the file cannot be read, or has no column of conversations.
     """
-    batches = _parquet(path, rows) if path.lower().endswith(".parquet") else _arrow(path, rows)
+    batches = (_parquet if path.lower().endswith(".parquet") else _arrow)(path, rows, every_column)
     try:
         for batch, size in batches:
             sink = pa.BufferOutputStream()
@@ -41,15 +41,15 @@ def decoded_rows(stream: bytes) -> Iterator[dict[str, object] | UnicodeDecodeErr
             yield error
 
 
-def _parquet(path: str, rows: int) -> Iterator[tuple[pa.RecordBatch, int]]:
+def _parquet(path: str, rows: int, every_column: bool) -> Iterator[tuple[pa.RecordBatch, int]]:
     with pq.ParquetFile(path) as file:
-        columns = _known_columns(path, file.schema_arrow)
+        columns = file.schema_arrow.names if every_column else _known_columns(path, file.schema_arrow)
         bytes_per_row = Path(path).stat().st_size / max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(batch_size=rows, columns=columns):
             yield batch, round(bytes_per_row * len(batch))
 
 
-def _arrow(path: str, rows: int) -> Iterator[tuple[pa.RecordBatch, int]]:
+def _arrow(path: str, rows: int, every_column: bool) -> Iterator[tuple[pa.RecordBatch, int]]:
     with pa.memory_map(path) as mapped:
         if mapped.read(6) == b"ARROW1":
             file = pa.ipc.open_file(mapped)
@@ -58,7 +58,7 @@ def _arrow(path: str, rows: int) -> Iterator[tuple[pa.RecordBatch, int]]:
             mapped.seek(0)
             file = pa.ipc.open_stream(mapped)
             batches = iter(file)
-        columns = _known_columns(path, file.schema)
+        columns = file.schema.names if every_column else _known_columns(path, file.schema)
         for batch in batches:
             for start in range(0, len(batch), rows):
                 part = batch.slice(start, rows)

@@ -7,9 +7,12 @@ import asyncio
 import json
 import random
 from dataclasses import replace
+from datetime import date
 from itertools import count as numbers
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
 
@@ -175,6 +178,16 @@ def test_a_cut_answer_is_the_last_and_a_refused_one_is_not_there(tmp_path: Path)
     notes = (tmp_path / "answers/unanswered.txt").read_text()
     for words in ("a.jsonl:2: an empty answer", "a.jsonl:3: refused: too long", "a.jsonl:4: overlong: a prompt of"):
         assert words in notes
+
+
+def test_a_table_keeps_its_other_columns(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n} Hello", "id": n, "when": date(2026, 1, 1)} for n in range(300)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    answer_all(tmp_path / "answers", [tmp_path / "a.parquet"], Scripted(lambda n, r: Reply("stop", text="well")))
+    found = read(tmp_path / "answers/a.jsonl")
+    assert [(row["id"], row["when"], row["messages"][1]["content"]) for row in found] == [
+        (n, "2026-01-01", "well") for n in range(300)
+    ]
 
 
 def test_a_foreign_answer_that_was_cut_is_not_taught_its_end() -> None:
