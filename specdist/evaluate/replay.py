@@ -8,11 +8,12 @@ Every step of that walk is one target forward of greedy speculative decoding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from specdist.core.records import PackedTokens
 from specdist.evaluate.report import position_lines, ratio
 
 OWN_TEXT = 0.99
@@ -91,59 +92,65 @@ class ReplayTally:
         return self.agreed / self.checked if self.checked else None
 
 
-def walk(start: int, end: int, accepted: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """The target forwards over one answer, tokens `start` to `end` - 1: (row, drafts accepted), with `most` drafts."""
-    row = start - 1
-    while row + 1 < end - 1:
-        kept = min(accepted[row], most, end - 2 - row)
-        yield row, kept
-        row += kept + 1
-
-
-def expected_forwards(start: int, end: int, chances: np.ndarray) -> float:
-    """Target forwards that speculative sampling needs over one answer, in expectation, from the chance [T, K] that each
-    draft made at a row is accepted. An estimate: beyond a rejection, serving would have written another text."""
-    visits = np.zeros(end + chances.shape[1] + 2)
-    visits[start - 1] = 1.0
-    for row in range(start - 1, end - 2):
-        going = np.cumprod(np.append(1.0, chances[row]))
-        stops = going - np.append(going[1:], 0.0)  # after 0..K accepted drafts
-        visits[row + 1 : row + 1 + len(stops)] += visits[row] * stops
-    return float(visits[start - 1 : end - 2].sum())
-
-
-def answers(supervised: np.ndarray, first: int, last: int) -> list[tuple[int, int]]:
-    """The supervised runs (start, end) of the document in rows `first` to `last` - 1. Text without a prompt has its
-    first token for one."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], supervised[first:last].astype(np.int8), [0]])))
-    runs = [(first + int(start), first + int(end)) for start, end in edges.reshape(-1, 2)]
-    return [(max(start, first + 1), end) for start, end in runs if end > first + 1]
-
-
-def tally_document(
-    runs: Sequence[tuple[int, int]],
+def tally_answers(
+    batch: PackedTokens,
     accepted: np.ndarray,
     agreed: np.ndarray | None,
     expected: np.ndarray | None,
     draft_tokens: int,
-) -> ReplayTally:
-    """What the answers `runs` of one document add; the arrays are those of `Replayed` for its packed batch."""
-    total = ReplayTally.empty(draft_tokens)
-    forwards, reached, taken = total.forwards, total.reached, total.accepted
-    own, known, expectation = 0, 0, 0.0
-    kept_at = accepted.tolist()
-    for start, end in runs:
-        for most in range(1, draft_tokens + 1):
-            forwards[most - 1] += sum(1 for _ in walk(start, end, kept_at, most))
-        for row, kept in walk(start, end, kept_at, draft_tokens):
-            taken[:kept] += 1
-            reached[: min(kept + 1, end - 2 - row)] += 1
-        if agreed is not None:
-            own, known = own + int(agreed[start - 1 : end - 1].sum()), known + end - start
-        if expected is not None:
-            expectation += expected_forwards(start, end, expected)
-    tokens = sum(end - start for start, end in runs)
-    return ReplayTally(len(runs), tokens, known, own, expectation, forwards, reached, taken)
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the A answers of a packed batch on the CPU (`PackedTokens.places`) add, in the order of their rows.
+
+    Args:
+        accepted, agreed, expected: those of `Replayed`, of all rows.
+
+    Returns:
+        int64 [A], the document of each answer; float64 [A, 5 + 3 K], the `ReplayTally.vector` of each.
+    """
+    places = batch.places.numpy()
+    first, last = np.flatnonzero(places == 1), np.flatnonzero((places > 0) & (np.append(places[1:], 0) == 0))
+    found = np.zeros((len(first), 5 + 3 * draft_tokens))
+    found[:, 0], found[:, 1] = 1, last - first + 1
+    if agreed is not None:
+        found[:, 2] = found[:, 1]
+        found[:, 3] = [agreed[start - 1 : end].sum() for start, end in zip(first, last, strict=True)]
+    if expected is not None:
+        found[:, 4] = expected_forwards(first, last, expected)
+    found[:, 5:] = np.hstack(walk(first, last, accepted, draft_tokens))
+    return np.searchsorted(batch.cu_seqlens.numpy(), first, side="right") - 1, found
+
+
+def walk(
+    first: np.ndarray, last: np.ndarray, accepted: np.ndarray, draft_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`forwards`, `reached` and `accepted` of a `ReplayTally`, each [A, K], of answers that are the rows `first` to
+    `last`: all answers, and all numbers of drafts, go side by side."""
+    most = np.arange(1, draft_tokens + 1)
+    forwards, reached, taken = np.zeros((3, len(first), draft_tokens), dtype=np.int64)
+    row, end = np.repeat(first - 1, draft_tokens).reshape(-1, draft_tokens), last[:, None]
+    while (going := row + 1 < end).any():
+        kept = np.minimum(accepted[np.minimum(row, end)], most)
+        forwards += going
+        all_kept, left = kept[:, -1:], end - 1 - row[:, -1:]
+        reached += going[:, -1:] & (most <= np.minimum(all_kept + 1, left))
+        taken += going[:, -1:] & (most <= all_kept)
+        row += np.where(going, kept + 1, 0)
+    return forwards, reached, taken
+
+
+def expected_forwards(first: np.ndarray, last: np.ndarray, chances: np.ndarray) -> np.ndarray:
+    """Target forwards [A] that speculative sampling needs over each answer, in expectation, from the chance [T, K] that
+    each draft made at a row is accepted. An estimate: beyond a rejection, serving would have written another text."""
+    going = np.cumprod(np.pad(chances.astype(np.float64), ((0, 0), (1, 0)), constant_values=1.0), axis=1)
+    stops = going - np.pad(going[:, 1:], ((0, 0), (0, 1)))  # after 0..K accepted drafts
+    lengths, total = last - first, np.zeros(len(first))
+    visits = np.zeros((len(first), lengths.max(initial=0) + stops.shape[1] + 1))
+    visits[:, 0] = 1.0
+    for step in range(lengths.max(initial=0)):
+        here = np.where(step < lengths, visits[:, step], 0.0)
+        total += here
+        visits[:, step + 1 : step + 1 + stops.shape[1]] += here[:, None] * stops[np.minimum(first - 1 + step, last)]
+    return total
 
 
 @dataclass(frozen=True)
@@ -226,7 +233,10 @@ def render_replay(report: ReplayReport, before: ReplayReport | None = None) -> s
     )
     lines.append(f"by draft tokens{' (forecast speed-up of one sequence)' if report.costs else ''}: {by_count}")
     if total.expected_length is not None:
-        lines.append(f"expected at temperature {report.temperature:g}: {total.expected_length:.2f} tokens per forward")
+        lines.append(
+            f"expected at temperature {report.temperature:g}: {total.expected_length:.2f} tokens per target forward "
+            "(an estimate: along this text, and exact for the first draft alone)"
+        )
     if len(report.labels) > 1:
         olds = before.labels if old and before else {}
         lines += [f"{name}: {_length(tally, olds.get(name))}" for name, tally in report.labels.items()]

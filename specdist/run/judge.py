@@ -14,7 +14,7 @@ from specdist.core.files import to_json, write_atomically
 from specdist.core.records import PackedTokens, Shard
 from specdist.draft.base import Replayed
 from specdist.draft.build import parameter_count
-from specdist.evaluate.replay import ReplayReport, ReplayTally, answers, tally_document
+from specdist.evaluate.replay import ReplayReport, ReplayTally, tally_answers
 from specdist.job.run_dir import RunDirectory
 from specdist.run.context import RankContext
 from specdist.training.trainer import Judge
@@ -50,12 +50,12 @@ class ReplayJudge(Judge):
 
     def result(self, step: int) -> dict[str, float]:
         seen, self._seen = self._seen, []
-        tallies = {label: ReplayTally.empty(self.draft_tokens) for label in self._labels}
+        tallies = np.zeros((len(self._labels), len(ReplayTally.empty(self.draft_tokens).vector)))
         for one in seen:
             self._tally(one, tallies)
-        sums = torch.from_numpy(np.stack([tally.vector for tally in tallies.values()]) * self._counts)
+        sums = torch.from_numpy(tallies * self._counts)
         dist.all_reduce(sums, group=self._groups.draft_cpu)
-        found = {label: ReplayTally.of(vector) for label, vector in zip(tallies, sums.numpy(), strict=True)}
+        found = {label: ReplayTally.of(vector) for label, vector in zip(self._labels, sums.numpy(), strict=True)}
         report = ReplayReport(step, {k: v for k, v in found.items() if v.answers}, self.temperature, self._costs)
         if self._leader:
             path = self._run_dir.evaluation(step)
@@ -63,14 +63,11 @@ class ReplayJudge(Judge):
             write_atomically(path, to_json(report.to_dict()))
         return report.metrics()
 
-    def _tally(self, one: _Seen, tallies: dict[str, ReplayTally]) -> None:
+    def _tally(self, one: _Seen, tallies: np.ndarray) -> None:
         accepted, agreed, expected = map(self._whole, vars(one.drafts).values())
         assert accepted is not None
-        supervised, first = one.batch.supervised.numpy(), 0
-        for label, length in zip(one.labels, one.batch.lengths, strict=True):
-            runs = answers(supervised, first, first + length)
-            tallies[label] += tally_document(runs, accepted, agreed, expected, self.draft_tokens)
-            first += length
+        documents, found = tally_answers(one.batch, accepted, agreed, expected, self.draft_tokens)
+        np.add.at(tallies, [self._labels.index(one.labels[document]) for document in documents], found)
 
     def _whole(self, part: torch.Tensor | None) -> np.ndarray | None:
         """Of all rows, on the host, from this rank's share of them."""

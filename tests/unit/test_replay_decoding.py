@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from specdist.draft.eagle3.config import Eagle3Config
 from specdist.evaluate.config import EvaluateConfig
 from specdist.evaluate.decoding import EvaluationTarget, decode_greedily, speculate
 from specdist.evaluate.prompts import read_prompts
-from specdist.evaluate.replay import answers, tally_document
+from specdist.evaluate.replay import ReplayTally, tally_answers
 from specdist.target.config import TargetConfig
 from specdist.target.description import describe
 from specdist.target.registry import load_target
@@ -50,7 +51,7 @@ def bard() -> tuple[EvaluationTarget, list[list[Turn]]]:
     conversations = [[said(prompt)] for prompt in prompts]
     for (first, *_), following in zip(conversations[1:4], prompts[3:6], strict=True):
         conversations.append([first, said([*first[0], *first[1], *following])])
-    ended = {reply[-1] in target.eos_tokens for turns in conversations for _, reply in turns}
+    ended = {reply[-1] in target.eos_tokens for _, reply in chain(*conversations)}
     assert ended == {True, False}, "answers end by themselves, and by the limit"
     return target, conversations
 
@@ -100,26 +101,24 @@ def test_replay_counts_the_forwards_of_real_decoding(case: str) -> None:
     config, (target, conversations) = CASES[case], bard()
     ids = None
     if "reduced" in case:
-        spoken = torch.tensor([token for turns in conversations for _, reply in turns for token in reply])
+        spoken = torch.tensor([token for _, reply in chain(*conversations) for token in reply])
         ids = torch.unique(torch.cat([spoken[::3], torch.arange(150)]))[:200]
     draft, features = trained(config, ids)
     decoder, batch = EvaluationTarget(target.model, draft.layout), packed(conversations)
     counts = (1, 3, 4) if config.algorithm == "dflash" else (1, 3, 5)
     # Fewer drafts are the first of more.
     accepted = draft.replay(batch, batch, features, counts[-1]).accepted
-    several, first = False, 0
-    for turns, length in zip(conversations, batch.lengths, strict=True):
-        runs = answers(batch.supervised.numpy(), first, first + length)
-        first += length
-        for (prompt, reply), run in zip(turns, runs, strict=True):
-            for count in counts:
-                settings = EvaluateConfig(draft_tokens=count, max_new_tokens=LIMIT)
-                decoded = speculate(decoder, draft.proposer(), prompt, settings)
-                assert decoded.tokens == reply
-                tally = tally_document([run], accepted.numpy(), None, None, count)
-                assert tally.forwards[-1] == decoded.forwards
-                several = several or tally.accepted[min(1, count - 1)] > 0
-                if len(reply) + count <= LIMIT:  # near the limit a decoder drafts fewer
-                    assert tally.accepted.tolist() == list(decoded.accepted)
-                    assert tally.reached.tolist() == list(decoded.reached)
+    tallies = {k: tally_answers(batch, accepted.numpy(), None, None, k)[1] for k in counts}
+    several = False
+    for place, (prompt, reply) in enumerate(chain(*conversations)):
+        for count in counts:
+            settings = EvaluateConfig(draft_tokens=count, max_new_tokens=LIMIT)
+            decoded = speculate(decoder, draft.proposer(), prompt, settings)
+            assert decoded.tokens == reply
+            tally = ReplayTally.of(tallies[count][place])
+            assert (tally.tokens, tally.forwards[-1]) == (len(reply), decoded.forwards)
+            several = several or tally.accepted[min(1, count - 1)] > 0
+            if len(reply) + count <= LIMIT:  # near the limit a decoder drafts fewer
+                assert tally.accepted.tolist() == list(decoded.accepted)
+                assert tally.reached.tolist() == list(decoded.reached)
     assert several, "a draft that gets nothing right tests nothing"

@@ -5,16 +5,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from specdist.evaluate.replay import (
-    ReplayReport,
-    ReplayTally,
-    answers,
-    expected_forwards,
-    render_replay,
-    tally_document,
-    walk,
-)
+from specdist.core.records import PackedTokens
+from specdist.evaluate.replay import ReplayReport, ReplayTally, render_replay, tally_answers
 
 
 def naive(text: list[int], drafts: list[list[int]], most: int) -> int:
@@ -31,38 +25,73 @@ def naive(text: list[int], drafts: list[list[int]], most: int) -> int:
     return forwards
 
 
+def batch_of(*parts: tuple[int, int]) -> PackedTokens:
+    """One document a pair: tokens of the prompt, and of the answer."""
+    marks = [torch.arange(prompt + answer) >= prompt for prompt, answer in parts]
+    return PackedTokens.from_documents([torch.zeros(len(mark)) for mark in marks], marks)
+
+
 def test_the_walk_is_that_of_a_decoder() -> None:
     draw = np.random.default_rng(0)
-    for _ in range(300):
-        text = draw.integers(0, 2, draw.integers(1, 20)).tolist()
-        prompt, most = int(draw.integers(1, 5)), int(draw.integers(1, 5))
-        drafts = draw.integers(0, 2, (len(text), 5)).tolist()
-        accepted = np.zeros(prompt + len(text), dtype=np.int64)
-        for known in range(1, len(text)):
-            hits = [a == b for a, b in zip(drafts[known - 1], text[known:], strict=False)]
-            accepted[prompt + known - 2] = np.cumprod([*hits, False]).sum()
-        tally = tally_document([(prompt, prompt + len(text))], accepted, None, None, most)
-        assert tally.forwards.tolist() == [naive(text, drafts, k) for k in range(1, most + 1)]
-        assert tally.accepted.sum() + tally.forwards[-1] >= len(text) - 1  # the last forward may end with a draft
-        assert (tally.accepted <= tally.reached).all()
+    for _ in range(60):
+        most = int(draw.integers(1, 5))
+        parts = [(int(draw.integers(1, 5)), int(draw.integers(1, 20))) for _ in range(5)]
+        rows, expected = [], []
+        for prompt, length in parts:
+            text, drafts = draw.integers(0, 2, length).tolist(), draw.integers(0, 2, (length, 5)).tolist()
+            accepted = np.zeros(prompt + length, dtype=np.int64)
+            for known in range(1, length):
+                hits = [a == b for a, b in zip(drafts[known - 1], text[known:], strict=False)]
+                accepted[prompt + known - 2] = np.cumprod([*hits, False]).sum()
+            rows.append(accepted)
+            expected.append([naive(text, drafts, k) for k in range(1, most + 1)])
+        documents, found = tally_answers(batch_of(*parts), np.concatenate(rows), None, None, most)
+        assert documents.tolist() == list(range(5))
+        for vector, forwards, (_, length) in zip(found, expected, parts, strict=True):
+            tally = ReplayTally.of(vector)
+            assert (tally.answers, tally.tokens) == (1, length)
+            assert tally.forwards.tolist() == forwards
+            assert tally.accepted.sum() + tally.forwards[-1] >= length - 1  # the last forward may end with a draft
+            assert (tally.accepted <= tally.reached).all()
 
 
 def test_answers_are_supervised_runs_of_a_document() -> None:
-    marks = np.array([0, 1, 1, 0, 1, 1, 1, 0, 1, 0, 0], dtype=bool)
-    assert answers(marks, 0, 5) == [(1, 3), (4, 5)]
-    assert answers(marks, 5, 8) == [(6, 7)]  # plain text: its first token is the prompt
-    assert answers(marks, 8, 9) == []
-    assert answers(marks, 9, 11) == []
+    marks = [[0, 1, 1, 0, 1], [1, 1, 0], [1], [0, 0], [0, 1]]  # plain text: its first token is the prompt
+    tensors = [torch.tensor(mark, dtype=torch.bool) for mark in marks]
+    batch = PackedTokens.from_documents([torch.zeros(len(mark)) for mark in marks], tensors)
+    agreed = np.arange(len(batch.tokens)) != 1
+    documents, found = tally_answers(batch, np.zeros(len(batch.tokens), dtype=np.int64), agreed, None, 2)
+    assert documents.tolist() == [0, 0, 1, 4]
+    tallies = [ReplayTally.of(vector) for vector in found]
+    assert [(t.tokens, t.checked, t.agreed, t.forwards[-1]) for t in tallies] == [
+        (2, 2, 1, 1),
+        (1, 1, 1, 0),
+        (1, 1, 1, 0),
+        (1, 1, 1, 0),
+    ]
+    nothing = tally_answers(batch_of((3, 0)), np.zeros(3, dtype=np.int64), None, np.zeros((3, 2)), 2)[1]
+    assert nothing.shape == (0, 11)
 
 
 def test_sure_chances_need_the_forwards_of_the_walk() -> None:
     draw = np.random.default_rng(1)
-    for _ in range(50):
-        length, count = int(draw.integers(1, 12)), 3
-        accepted = draw.integers(0, count + 1, length + 2)
-        chances = (np.arange(count) < accepted[:, None]).astype(float)
-        forwards = len(list(walk(2, 2 + length, accepted.tolist(), count)))
-        assert expected_forwards(2, 2 + length, chances) == pytest.approx(forwards)
+    for _ in range(20):
+        batch, count = batch_of(*((2, int(n)) for n in draw.integers(1, 12, 6))), 3
+        accepted = draw.integers(0, count + 1, len(batch.tokens))
+        chances = (np.arange(count) < accepted[:, None]).astype(np.float32)
+        for vector in tally_answers(batch, accepted, None, chances, count)[1]:
+            assert ReplayTally.of(vector).expected_forwards == pytest.approx(ReplayTally.of(vector).forwards[-1])
+
+
+def test_chances_are_those_of_many_decoders() -> None:
+    draw, count = np.random.default_rng(2), 3
+    batch = batch_of((1, 8))
+    chances = draw.random((9, count)) * (np.arange(count) < np.arange(7, -2, -1)[:, None])
+    trials = draw.random((4000, 9, count)) < chances
+    walks = [tally_answers(batch, trial.cumprod(1).sum(1), None, None, count)[1][0] for trial in trials]
+    mean = np.mean([ReplayTally.of(vector).forwards[-1] for vector in walks])
+    (found,) = tally_answers(batch, np.zeros(9, dtype=np.int64), None, chances, count)[1]
+    assert ReplayTally.of(found).expected_forwards == pytest.approx(mean, rel=0.02)
 
 
 def report(agreed: float = 0.0, checked: float = 0.0) -> ReplayReport:
