@@ -164,20 +164,21 @@ def attend(agents: Sequence[AgentHandle], received: list[int]) -> int:
     return ExitStatus.AGAIN if leader is None or (leader and None in statuses.values()) else leader
 
 
-def supervise(start: Callable[[Attempt], int], job: str, retries: int, received: Sequence[int] = ()) -> int:
+def supervise(start: Callable[[Attempt, list[int]], int], job: str, retries: int) -> int:
     """Start a job, and again where its end says so: for launchers that have no batch system to do that.
 
     Args:
-        start: runs one attempt to its end and returns its ExitStatus.
+        start: runs one attempt to its end and returns its ExitStatus; notes requests to stop in the list: after one the
+            job is not started again.
         job: the job's id.
         retries: how many starts may follow the first one.
-        received: the requests to stop so far: after one the job is not started again.
 
     Returns:
         The last attempt's exit status.
     """
+    received: list[int] = []
     for restart in range(retries + 1):
-        status = start(Attempt(job, restart))
+        status = start(Attempt(job, restart), received)
         if status != ExitStatus.AGAIN:
             return status
         if received:

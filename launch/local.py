@@ -123,11 +123,10 @@ def start(
 
     SIGINT and SIGTERM go to the ranks, which finish the step, save and leave. A second SIGINT kills them.
     """
-    received: list[int] = []
 
-    def run(attempt: Attempt) -> int:
+    def run(attempt: Attempt, received: list[int]) -> int:
         placement = ["--nproc-per-node", str(ranks), "--job", attempt.job, "--restart", str(attempt.restart)]
         command = agent_command([*placement, "--launcher", "local", "--module", module, *files, *overrides])
         return attend([AgentProcess(command)], received)
 
-    return supervise(run, new_job("local", role), retries, received)
+    return supervise(run, new_job("local", role), retries)

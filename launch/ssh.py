@@ -47,13 +47,12 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(plain_torchrun(hosts, args.master_port, *words.split(args.config))))
         return 0
-    received: list[int] = []
 
-    def start(attempt: Attempt) -> int:
+    def start(attempt: Attempt, received: list[int]) -> int:
         arguments = agent_words("ssh", attempt, hosts, f"{hosts[0].name}:{args.master_port}", args.config)
         return attend([_start(host.name, own) for host, own in zip(hosts, arguments, strict=True)], received)
 
-    return supervise(start, new_job("ssh", job.world.role), args.retries, received)
+    return supervise(start, new_job("ssh", job.world.role), args.retries)
 
 
 def find_hosts(args: argparse.Namespace, job: JobConfig) -> list[Host]:

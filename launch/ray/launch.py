@@ -54,15 +54,14 @@ def main(args: argparse.Namespace) -> int:
     shape = choose_shape(ranks, args.nodes, args.gpus_per_node, gpu_hosts())
     config, text = words.snapshot(job, "logs")
     words.save(config, text)
-    received: list[int] = []
 
-    def start(attempt: Attempt) -> int:
+    def start(attempt: Attempt, received: list[int]) -> int:
         with reserve(shape, args.wait) as hosts:
             named = ", ".join(host.address for host in hosts)
             print(f"specdist: {attempt.name}: {shape.gpus} ranks on each of {named}", file=sys.stderr)
             return run_agents(hosts, shape.gpus, attempt, config, environment, received)
 
-    return supervise(start, new_job("ray"), job.launch.retries if args.retries is None else args.retries, received)
+    return supervise(start, new_job("ray"), job.launch.retries if args.retries is None else args.retries)
 
 
 def read_environment(words: list[str]) -> dict[str, str]:

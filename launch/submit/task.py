@@ -140,7 +140,7 @@ class Task:
     def __call__(self) -> RunSummary | None:
         run = self.run
         if run.cluster == "debug":  # in the user's process, whose signals are not ours
-            status = supervise(self._attend, run.attempt.job, run.retries)
+            status = supervise(lambda attempt, _: self._attend(attempt), run.attempt.job, run.retries)
         else:
             signal.signal(signal.SIGTERM, self._pass_on)  # submitit would ignore it
             status = self._attend(run.attempt)

@@ -123,6 +123,25 @@ class RingSender(FeatureSender, Generic[T]):
         """Wait on the host until `sent` has left; raises WorldError naming the link."""
 
 
+class DropSender(FeatureSender):
+    """The end of the line in target_only mode: features are computed, measured and dropped. Every item
+    overwrites the same buffer."""
+
+    buffers = 2  # they are not read, so a forward may overwrite the one before
+
+    def __init__(self, ring: Ring, announce: Announce):
+        self._ring, self._announce = ring, announce
+
+    def buffer(self, item: WorkItem) -> Tensor:
+        return self._ring.slot(0, item.tokens)
+
+    def send(self, item: WorkItem, rows: Tensor, slot: int) -> None:
+        self._announce(item.index)
+
+    def flush(self, timeout_s: float) -> None:
+        """Nothing was sent."""
+
+
 class FeatureReceiver(ABC):
     """The draft rank's end: a ring of equal slots, one per item in flight."""
 

@@ -7,8 +7,7 @@ import dataclasses
 import sys
 from typing import Literal
 
-from specdist.channel.base import FeatureSender
-from specdist.channel.drop import DropSender
+from specdist.channel.base import DropSender, FeatureSender
 from specdist.channel.ring import Ring
 from specdist.core.attempts import Ending
 from specdist.core.files import to_json, write_atomically

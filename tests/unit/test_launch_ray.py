@@ -211,7 +211,13 @@ def test_a_connection_without_the_agents_secret_is_closed(agents, capsys):
 @pytest.mark.parametrize(("stopped", "starts"), [(True, 1), (False, 3)])
 def test_a_job_that_was_asked_to_stop_is_not_started_again(stopped, starts):
     seen = []
-    status = supervise(lambda attempt: seen.append(attempt) or AGAIN, "ray-1", 2, [signal.SIGTERM] * stopped)
+
+    def start(attempt, received):
+        seen.append(attempt)
+        received += [signal.SIGTERM] * stopped
+        return AGAIN
+
+    status = supervise(start, "ray-1", 2)
     assert (status, [attempt.restart for attempt in seen]) == (AGAIN, list(range(starts)))
 
 

@@ -73,14 +73,6 @@ class Session:
             raise Over
 
 
-@dataclass(frozen=True)
-class _Meeting:
-    """A control plane, and the name under which all ranks of this replica join it."""
-
-    control: ControlAddress
-    world: str
-
-
 class Search:
     """Finds one start of the draft world after another."""
 
@@ -115,15 +107,15 @@ class Search:
             self._world.store.set(key, msgspec.json.encode(None if found is None else found[0]).decode())
         return None if found is None else found[1]
 
-    def _lead(self, lost: Lost) -> tuple[_Meeting, Session] | None:
+    def _lead(self, lost: Lost) -> tuple[tuple[ControlAddress, str], Session] | None:
         limit, last = self._job.control.scheduler_timeout_s, ""
         deadline = time.monotonic() + limit
         while not self._stop and time.monotonic() < deadline:
             control = self.rendezvous.look()
             if control is not None:
-                meeting = _Meeting(control, secrets.token_hex(WORLD_BYTES))
+                world = secrets.token_hex(WORLD_BYTES)
                 try:
-                    return meeting, self._join(meeting)
+                    return (control, world), self._join(control, world)
                 except (WorldError, Dismissed) as error:
                     last = f"; last: {error}"
             elif self._finished_meanwhile():
@@ -149,22 +141,22 @@ class Search:
             if time.monotonic() > deadline:
                 raise WorldError(f"the first rank of target replica {self._place.replica} has not said where to go")
             time.sleep(_LOOK_S)
-        meeting = msgspec.json.decode(self._world.store.get(key), type=_Meeting | None)
+        meeting = msgspec.json.decode(self._world.store.get(key), type=tuple[ControlAddress, str] | None)
         if meeting is None:
             return None
         try:
-            return self._join(meeting)
+            return self._join(*meeting)
         except (WorldError, Dismissed) as error:
             raise Lost(str(error), stopped=isinstance(error, Dismissed)) from error
 
-    def _join(self, meeting: _Meeting) -> Session:
-        """Ask to be let in.
+    def _join(self, control: ControlAddress, world: str) -> Session:
+        """Ask to be let in. `world`: the name under which all ranks of this replica join.
 
         Raises:
             WorldError, Dismissed: there is no answer, or this rank is not let in now.
             ConfigError: it never will be.
         """
-        facts, place, control = self._world.facts, self._place, meeting.control
+        facts, place = self._world.facts, self._place
         with contextlib.ExitStack() as stack:
             client = ControlClient(
                 control.address,
@@ -173,7 +165,7 @@ class Search:
                 self._job.control,
                 scheduler="the draft world's rank 0",
                 stop=self._stop,
-                place=RemotePlace(place.replica, place.tp, self._size, facts.host, meeting.world),
+                place=RemotePlace(place.replica, place.tp, self._size, facts.host, world),
             )
             stack.callback(client.close)
             deadline = time.monotonic() + _ANSWER_S
