@@ -11,12 +11,8 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from specdist_launch import words
-
-if TYPE_CHECKING:  # light at import: `specdist --help` answers at once
-    from specdist_launch.slurm.script import ScriptPaths
 
 OPTIONS = {
     "--nodes": ("slurm.nodes", "N", "nodes of the job (default 1)"),
@@ -52,32 +48,27 @@ def main(args: argparse.Namespace) -> int:
     """Submit the job, or print its script; returns the exit status. Raises UserError where it cannot be run."""
     from specdist.job.run_dir import RunDirectory
     from specdist_launch.slurm.cluster import check_fits, check_ranks, node_kinds, submit
-    from specdist_launch.slurm.script import ScriptPaths, render
+    from specdist_launch.slurm.script import render
 
     job = words.load_checked(args.config)
     check_ranks(job)
     config, text = words.snapshot(job, "slurm")
-    paths = ScriptPaths(Path.cwd(), Path(job.run.dir).absolute(), config, config.with_name("%j.out"), sys.executable)
-    script = render(job.launch, paths)
+    run_dir, file = Path(job.run.dir).absolute(), config.with_suffix(".sbatch")
+    script = render(job.launch, Path.cwd(), run_dir, config, sys.executable)
     if args.dry_run:
         print(script, end="")
         return 0
     check_fits(job.launch.slurm, node_kinds())
-    RunDirectory(paths.run_dir).create()
+    RunDirectory(run_dir).create()
     words.save(config, text)
-    words.save(config.with_suffix(".sbatch"), script)
-    print(how_to_follow(submit(config.with_suffix(".sbatch")), paths))
-    return 0
-
-
-def how_to_follow(number: str, paths: ScriptPaths) -> str:
-    """What to type next."""
-    log = paths.log.with_name(f"{number}.out")
-    return f"""\
+    words.save(file, script)
+    number = submit(file)
+    print(f"""\
 submitted job {number}
-  script   {paths.config.with_suffix(".sbatch")}
+  script   {file}
   queue    squeue --job {number}
-  output   tail -F {shlex.quote(str(log))}
-  run      specdist status {shlex.quote(str(paths.run_dir))}
+  output   tail -F {shlex.quote(str(config.with_name(f"{number}.out")))}
+  run      specdist status {shlex.quote(str(run_dir))}
   stop     scancel {number}    for good; saves first, within the cluster's KillWait
-  requeue  scancel --signal=USR2 {number}    saves and goes back into the queue"""
+  requeue  scancel --signal=USR2 {number}    saves and goes back into the queue""")
+    return 0

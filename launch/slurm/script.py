@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from specdist.core.errors import ConfigError
@@ -48,21 +47,6 @@ exit $status
 """
 
 
-@dataclass(frozen=True)
-class ScriptPaths:
-    """Where a generated job runs and writes, as absolute paths."""
-
-    directory: Path
-    """Its working directory."""
-    run_dir: Path
-    config: Path
-    """Its snapshot of the configuration."""
-    log: Path
-    """The output of the script; %j stands for the job's id."""
-    python: str
-    """The interpreter, unless a container or launch.slurm.setup decides."""
-
-
 def by_hand() -> str:
     """The script for submission by hand: the defaults, eight GPUs a node, and the job's words from the command line."""
     config = LaunchConfig()
@@ -71,18 +55,24 @@ def by_hand() -> str:
     return HEADER + ABOUT_BY_HAND + _directives(options) + "\n" + _body(config, [], ["python"], '"$@"')
 
 
-def render(config: LaunchConfig, paths: ScriptPaths) -> str:
-    """The script of `specdist launch slurm`. Every word that comes from a configuration is quoted."""
+def render(config: LaunchConfig, directory: Path, run_dir: Path, snapshot: Path, interpreter: str) -> str:
+    """The script of `specdist launch slurm`. Every word that comes from a configuration is quoted.
+
+    Args:
+        directory: the job's working directory; this and the other paths are absolute.
+        snapshot: of the configuration; the job's output goes beside it, to NUMBER.out.
+        interpreter: the Python that runs it, unless a container or launch.slurm.setup decides.
+    """
     slurm, container = config.slurm, config.container
     first, *others = slurm.components
-    log = str(paths.log.parent).replace("%", "%%") + "/" + paths.log.name
-    options = [f"--job-name={slurm.job_name}", f"--chdir={paths.directory}", f"--output={log}"]
+    log = str(snapshot.parent).replace("%", "%%") + "/%j.out"
+    options = [f"--job-name={slurm.job_name}", f"--chdir={directory}", f"--output={log}"]
     text = HEADER + _directives([*options, *_component(config, first)])
     text += "".join("#SBATCH hetjob\n" + _directives(_component(config, other)) for other in others)
     text += "\n" + "".join(f"{line}\n" for line in slurm.setup)
-    mounts = [*dict.fromkeys((paths.directory, paths.run_dir))]
-    python = "python" if slurm.setup or container.kind != "none" else paths.python
-    return text + _body(config, mounts, [python], shlex.quote(str(paths.config)))
+    mounts = [*dict.fromkeys((directory, run_dir))]
+    python = "python" if slurm.setup or container.kind != "none" else interpreter
+    return text + _body(config, mounts, [python], shlex.quote(str(snapshot)))
 
 
 def _body(config: LaunchConfig, mounts: Sequence[Path], python: Sequence[str], job: str) -> str:

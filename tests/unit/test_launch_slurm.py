@@ -21,7 +21,7 @@ from specdist.job.config import load_job
 from specdist.job.launch_config import ContainerConfig, LaunchConfig, NodesConfig, SlurmConfig
 from specdist_launch.cli import main
 from specdist_launch.slurm.cluster import NodeKind, check_fits, parse_kinds
-from specdist_launch.slurm.script import ScriptPaths, by_hand, render
+from specdist_launch.slurm.script import by_hand, render
 from specdist_launch.verdict import AGAIN, GIVE_UP
 from specdist_launch.verdict import main as judge_by_command
 from tests.tiny import make_config, make_conversations, make_target
@@ -31,11 +31,8 @@ HOME, RUN = Path("/home/ada/specdist"), Path("/scratch/ada/runs/bard")
 NASTY_RUN = Path("/scratch/it's 100% $HOME")
 
 
-def place(run_dir: Path = RUN, directory: Path = HOME) -> ScriptPaths:
-    slurm = run_dir / "slurm"
-    return ScriptPaths(
-        directory, run_dir, slurm / "job-0123abcd.yaml", slurm / "%j.out", "/home/ada/specdist/.venv/bin/python"
-    )
+def place(run_dir: Path = RUN, directory: Path = HOME) -> tuple[Path, Path, Path, str]:
+    return directory, run_dir, run_dir / "slurm/job-0123abcd.yaml", "/home/ada/specdist/.venv/bin/python"
 
 
 CASES = {
@@ -79,7 +76,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_scripts_are_as_recorded(name):
     file = Path(__file__).with_name("slurm_scripts") / f"{name}.sbatch"
-    script = render(*CASES[name])
+    config, paths = CASES[name]
+    script = render(config, *paths)
     if "SPECDIST_RECORD" in os.environ:
         file.write_text(script)
     assert script == file.read_text()
@@ -94,13 +92,13 @@ def test_the_script_for_submission_by_hand_is_the_same_thing():
 
 def test_an_option_is_one_line():
     with pytest.raises(ConfigError, match="one line of text"):
-        render(LaunchConfig(slurm=SlurmConfig(job_name="x\nrm -rf /")), place())
+        render(LaunchConfig(slurm=SlurmConfig(job_name="x\nrm -rf /")), *place())
 
 
 def test_a_path_that_no_container_runtime_can_mount():
     container = ContainerConfig("pyxis", "/image.sqsh")
     with pytest.raises(ConfigError, match="cannot be mounted"):
-        render(LaunchConfig(container=container), place(NASTY_RUN))
+        render(LaunchConfig(container=container), *place(NASTY_RUN))
 
 
 @pytest.fixture(scope="module")
