@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -71,9 +71,7 @@ class Agent:
             RunDirectory(self._run_dir).create()
             self._begin([node.host for node in meeting.nodes], meeting.ranks)
         with Lease(self._record) if leads else nullcontext():
-            failed = _run_ranks(
-                meeting, self._place.number, self._place.leader[0], self._attempt.name, program, self._environment()
-            )
+            failed = self._run_ranks(meeting, program)
         self._name_killed(failed, stop.reason)
         if not recorded:
             return ExitStatus.GIVE_UP if failed else ExitStatus.DONE
@@ -106,6 +104,34 @@ class Agent:
 
     def _begin(self, hosts: Sequence[str], ranks: int) -> None:
         self._record.begin(Started(self._launcher.name, tuple(hosts), ranks, saved_step(self._run_dir)))
+
+    def _run_ranks(self, meeting: Meeting, program: Sequence[str]) -> dict[int, int]:
+        """Run `python PROGRAM` once for every rank of this node and wait for their end: torchrun's elastic launch with
+        a static rendezvous. `PYTHON_EXEC` in the environment names another interpreter for them, as for torchrun.
+
+        Returns:
+            The exit status of each rank that failed first on this node; negative: the signal that killed it.
+        """
+        config = LaunchConfig(
+            min_nodes=len(meeting.nodes),
+            max_nodes=len(meeting.nodes),
+            nproc_per_node=self._ranks,
+            run_id=self._attempt.name,  # keeps its keys in the store apart from those of others
+            rdzv_backend="static",
+            rdzv_endpoint=f"{self._place.leader[0]}:{meeting.port}",
+            rdzv_configs={"rank": self._place.number, "timeout": 120},  # all agents are there: they have just met
+            max_restarts=0,
+            local_addr=self._place.host,
+            signals_to_handle=_UNUSED_SIGNAL,
+        )
+        os.environ.update(self._environment())
+        for name in _LOUD:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        try:
+            elastic_launch(config, os.environ.get("PYTHON_EXEC", sys.executable))(*program)
+        except ChildFailedError as error:
+            return {rank: failure.exitcode for rank, failure in error.failures.items()}
+        return {}
 
     def _environment(self) -> dict[str, str]:
         """The variables of the ranks; see core/launch_env.py."""
@@ -159,42 +185,6 @@ class Agent:
     def _fail(self, failure: Failure) -> None:
         if self._record.fail(failure):
             print(failure.render(self._record.failure_file), file=sys.stderr)
-
-
-def _run_ranks(
-    meeting: Meeting, node: int, leader: str, name: str, arguments: Sequence[str], environment: Mapping[str, str]
-) -> dict[int, int]:
-    """Run `python ARGUMENTS` once for every rank of this node and wait for their end. `PYTHON_EXEC` in the environment
-    names another interpreter for them, as for torchrun.
-
-    Args:
-        leader: the address of node 0, as the other nodes reach it.
-        name: the attempt's, which keeps its keys in the store apart from those of others.
-
-    Returns:
-        The exit status of each rank that failed first on this node; negative: the signal that killed it.
-    """
-    own = meeting.nodes[node]
-    config = LaunchConfig(
-        min_nodes=len(meeting.nodes),
-        max_nodes=len(meeting.nodes),
-        nproc_per_node=own.ranks,
-        run_id=name,
-        rdzv_backend="static",
-        rdzv_endpoint=f"{leader}:{meeting.port}",
-        rdzv_configs={"rank": node, "timeout": 120},  # all agents are there: they have just met
-        max_restarts=0,
-        local_addr=own.host,
-        signals_to_handle=_UNUSED_SIGNAL,
-    )
-    os.environ.update(environment)
-    for name in _LOUD:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        elastic_launch(config, os.environ.get("PYTHON_EXEC", sys.executable))(*arguments)
-    except ChildFailedError as error:
-        return {rank: failure.exitcode for rank, failure in error.failures.items()}
-    return {}
 
 
 def _end(status: int) -> str:
