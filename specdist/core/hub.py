@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -204,7 +204,7 @@ def _sizes(repository: Repository) -> Mapping[str, int]:
 
 
 def _download(repository: Repository, patterns: Sequence[str], say: Say) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
     from huggingface_hub.utils import httpx
     from tqdm import tqdm
 
@@ -212,17 +212,23 @@ def _download(repository: Repository, patterns: Sequence[str], say: Say) -> Path
         def __init__(self, *args: object, **options: object):
             super().__init__(*args, **{**options, "disable": True})
 
+    where: dict[str, Any] = {"repo_type": repository.kind, "revision": repository.revision}
+    away: Exception | None = None
     try:
+        try:  # snapshot_download itself waits without end for a Hub that does not answer
+            HfApi().repo_info(repository.id, **where, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except (httpx.TransportError, errors.OfflineModeIsEnabled) as error:
+            away = error
         with watched([repository.folder / "blobs"], repository.id, say):
             found = snapshot_download(
                 repository.id,
-                repo_type=repository.kind,
-                revision=repository.revision,
+                **where,
                 allow_patterns=list(patterns),
+                local_files_only=away is not None,
                 tqdm_class=Silent,
             )
     except (httpx.HTTPError, OSError) as error:
-        raise refused(repository, error) from error
+        raise refused(repository, away or error) from error
     return Path(found)
 
 

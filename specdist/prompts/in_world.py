@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from specdist.core.errors import DataError
 from specdist.core.host_work import SILENCE_S, await_result, finish, telling
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.corpus import Corpus, make_corpus
@@ -30,23 +31,32 @@ def prepare_in_world(
     limits are not made for a preparation.
 
     Raises:
-        ConfigError, DataError: see `prepare_corpus`; on all ranks.
+        ConfigError, DataError: see `prepare_corpus`, or the hosts have different prompts; on all ranks.
         WorldError: the rank that is waited for has come no further for `silence_s` seconds, more than one piece may
             take.
     """
     firsts = sorted({hosts.index(host) for host in set(hosts)})
-    prompts, own = None, hosts.index(hosts[rank])
+    prompts, own, fingerprints = None, hosts.index(hosts[rank]), {}
     for preparing in firsts:
         name = f"prompts/{preparing}"
         if preparing == rank:
             prompts = prompts or _prepare(config, tokenizer_dir, store, rank)
-            finish(store, name, {"stores": [(str(prepared.directory), prepared.files) for prepared in prompts.stores]})
+            stores = [(str(prepared.directory), prepared.files) for prepared in prompts.stores]
+            finish(store, name, {"stores": stores, "fingerprint": prompts.fingerprint})
             continue
-        stores = await_result(store, name, preparing, hosts, "prepares the prompts", silence_s)["stores"]
+        found = await_result(store, name, preparing, hosts, "prepares the prompts", silence_s)
+        stores, fingerprints[hosts[preparing]] = found["stores"], found["fingerprint"]
         if prompts is None and preparing in (0, own) and all(is_store(Path(directory)) for directory, _ in stores):
             share = config.holdout if isinstance(config.holdout, float) else None
             prompts = make_corpus([PromptStore.open(*opened) for opened in stores], share)
-    return prompts or _prepare(config, tokenizer_dir, store, rank)
+    prompts = prompts or _prepare(config, tokenizer_dir, store, rank)
+    if other := [host for host, fingerprint in fingerprints.items() if fingerprint != prompts.fingerprint]:
+        raise DataError.at(
+            "prompts.files",
+            f": hosts {hosts[rank]} and {other[0]} have different ones: give both the same files, or name the revision "
+            "of a data set",
+        )
+    return prompts
 
 
 def _prepare(config: PromptsConfig, tokenizer_dir: str | Path, store: dist.Store, rank: int) -> Corpus:

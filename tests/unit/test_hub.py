@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -138,6 +139,10 @@ def test_what_cannot_be_had_is_one_line_at_once(server: Hub, tmp_path: Path, rep
         assert part.format(hub=server.endpoint) in line
     found = resolve("org/tiny", tmp_path / "empty", NOBODY)
     assert f"does not have it whole, and {NOBODY} gives nothing ([Errno 111] Connection refused): run `hf down" in found
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        found = resolve("org/tiny", tmp_path / "empty", endpoint, HF_HUB_ETAG_TIMEOUT="1")
+    assert f"{endpoint} gives nothing (timed out): run `hf download org/tiny`" in found
     found = resolve("org/tiny", tmp_path / "empty", server.endpoint, HF_HUB_OFFLINE="1")
     assert "and HF_HUB_OFFLINE is set: run `hf download org/tiny` where there is a network and copy the cache" in found
 
@@ -207,24 +212,33 @@ def test_config_json_alone_is_enough_for_a_plan(tmp_path: Path) -> None:
         examine(load_job([], make_config(tmp_path, bare, tmp_path)), weights=False)
 
 
-@pytest.mark.parametrize("error", [None, DataError("target.path=org/x: no", "target.path")])
-def test_the_first_rank_of_every_host_fetches(monkeypatch: pytest.MonkeyPatch, error: DataError | None) -> None:
-    hosts, store, calls = ("a", "a", "b", "b"), dist.HashStore(), []
+def test_the_first_rank_of_every_host_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
 
-    def fetch(path: str, *_: Any, **options: Any) -> None:
-        calls.append(threading.current_thread().name)
-        options["say"](1, "some")
-        if error is not None:
-            raise error
+    def raised(fetched: Any) -> list[str | None]:
+        hosts, store = ("a", "a", "b", "b"), dist.HashStore()
+        calls.clear()
 
-    monkeypatch.setattr(hub, "resolve", fetch)
+        def resolve(path: str, *_: Any, say: Any, **options: Any) -> Path:
+            calls.append(threading.current_thread().name)
+            say(1, "some")
+            if isinstance(found := fetched(calls[-1]), DataError):
+                raise found
+            return Path("snapshots", found)
 
-    def take_part(rank: int) -> None:
-        threading.current_thread().name = str(rank)
-        facts = RankFacts(rank, 4, rank % 2, 2, rank // 2, hosts[rank])
-        fetch_target("org/x", SimpleNamespace(facts=facts, hosts=hosts, store=store), 5.0)  # type: ignore[arg-type]
+        monkeypatch.setattr(hub, "resolve", resolve)
 
-    with ThreadPoolExecutor(4) as threads:
-        parts = [threads.submit(take_part, rank) for rank in range(4)]
-    assert sorted(calls) == ["0", "2"]
-    assert [part.exception() and str(part.exception()) for part in parts] == [error and str(error)] * 4
+        def take_part(rank: int) -> None:
+            threading.current_thread().name = str(rank)
+            facts = RankFacts(rank, 4, rank % 2, 2, rank // 2, hosts[rank])
+            fetch_target("org/x", SimpleNamespace(facts=facts, hosts=hosts, store=store), 5.0)  # type: ignore[arg-type]
+
+        with ThreadPoolExecutor(4) as threads:
+            parts = [threads.submit(take_part, rank) for rank in range(4)]
+        assert sorted(calls) == ["0", "2"]
+        return [part.exception() and str(part.exception()) for part in parts]
+
+    assert raised(lambda rank: COMMIT) == [None] * 4
+    assert raised(lambda rank: DataError("target.path=org/x: no", "target.path")) == ["target.path=org/x: no"] * 4
+    other = "target.path=org/x: the hosts have different ones (a has 0, b has 2): name ORG/NAME@COMMIT"
+    assert raised(lambda rank: rank) == [other] * 4

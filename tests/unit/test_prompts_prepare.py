@@ -395,6 +395,14 @@ def test_in_a_world_all_ranks_have_the_same_error(config: PromptsConfig, model: 
         assert error.value.keys == "prompts.on_bad"
 
 
+def test_in_a_world_hosts_of_different_prompts_are_named(config: PromptsConfig, model: Path) -> None:
+    store = dist.HashStore()
+    other = {"stores": [("/elsewhere", [])], "fingerprint": "other"}
+    store.set("prompts/0", json.dumps(other))
+    with pytest.raises(DataError, match=r"prompts\.files: hosts b and a have different ones: .* name the revision"):
+        prepare_in_world(config, model, store, HOSTS, 1)
+
+
 def test_in_a_world_a_rank_that_comes_no_further_is_named(config: PromptsConfig, model: Path) -> None:
     store = dist.HashStore()
     store.set("prompts/0/progress", "42%: 7 sequences")
