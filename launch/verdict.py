@@ -58,7 +58,8 @@ def judge(run_dir: Path, config: LaunchConfig, record: AttemptRecord | None = No
         return Verdict(DONE, f"finished at step {ending.step}")
     if ending.reason == StopReason.INTERRUPT:
         return Verdict(DONE, f"stopped at step {ending.step} by Ctrl-C; the same command goes on")
-    vain = sum(1 for _ in takewhile(_in_vain, reversed(history)))
+    written = max((file.stat().st_mtime for file in RunDirectory(run_dir).answers.glob("*.jsonl")), default=-1.0)
+    vain = sum(1 for _ in takewhile(lambda record: _in_vain(record, written), reversed(history)))
     if vain > config.retries:
         return Verdict(
             GIVE_UP,
@@ -83,9 +84,12 @@ def _judge_failure(failure: Failure, history: Sequence[AttemptRecord], config: L
     return Verdict(AGAIN, f"to be started again, try {tried} of {config.retries} (kind: {failure.kind}): {what}")
 
 
-def _in_vain(record: AttemptRecord) -> bool:
-    """Whether the time limit ended an attempt at the step at which it had begun."""
-    ending = record.ending()
+def _in_vain(record: AttemptRecord, written: float) -> bool:
+    """Whether the time limit ended an attempt at the step at which it had begun, and the last answer of the target, of
+    the time `written`, is older than that beginning."""
+    ending, started = record.ending(), record.started()
+    if started is not None and started.time <= written:
+        return False
     if ending is None or ending.reason is None or not ending.reason.of_time_limit:
         return False
     return ending.step <= _begun_at(record)

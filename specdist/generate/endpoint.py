@@ -12,6 +12,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,12 @@ _TRIES = 5
 _PAUSE_S, _LONGEST_PAUSE_S = 0.25, 15.0
 
 
+def check_installed() -> None:
+    """Raise ConfigError, with what to install, where the client is missing."""
+    if find_spec("openai") is None:
+        raise ConfigError.at("generate.endpoint", "needs the openai client: pip install 'specdist[endpoint]'")
+
+
 class EndpointEngine:
     """The server at `generate.endpoint`.
 
@@ -35,12 +42,9 @@ class EndpointEngine:
     """
 
     def __init__(self, config: GenerateConfig, target: str, trouble: Callable[[str], None]) -> None:
-        try:
-            import openai
-        except ImportError as error:
-            raise ConfigError.at(
-                "generate.endpoint", f" needs the openai client: pip install openai ({error})"
-            ) from error
+        check_installed()
+        import openai
+
         self.concurrency = config.concurrency
         self._openai, self._config, self._target, self._trouble = openai, config, target, trouble
         self._model = ""

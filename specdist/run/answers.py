@@ -22,6 +22,7 @@ import torch.distributed as dist
 from specdist.core.errors import DataError, UserError
 from specdist.core.launch_env import Attempt, RankFacts
 from specdist.core.stop import end_with_launcher, leave
+from specdist.generate.endpoint import check_installed
 from specdist.generate.files import answered, open_answers
 from specdist.generate.in_world import Assignment, answers_in_world
 from specdist.job.config import JobConfig, load_job
@@ -66,6 +67,8 @@ def begun_prompts(job: JobConfig) -> PromptsConfig | None:
         return job.prompts
     if job.world.role != "both":
         return ready_prompts(job)
+    if job.generate.endpoint is not None:
+        check_installed()
     asked = assignment(job)
     open_answers(asked.directory, asked.prompts, asked.config, asked.target.path)
     return answered(asked.prompts, asked.directory)

@@ -148,6 +148,9 @@ def test_a_time_limit_that_is_too_short_is_not_tried_for_ever(tmp_path: Path) ->
     assert history.verdict()[0] == AGAIN
     status, said = history.add(early, step=30).verdict()
     assert (status, "3 times in a row before a step was done (now 30)" in said) == (GIVE_UP, True), said
+    (tmp_path / "short/answers").mkdir()
+    (tmp_path / "short/answers/part-1.jsonl").touch()  # the target was writing answers
+    assert history.verdict()[0] == AGAIN
     progress = (
         History(tmp_path / "progress").add(late, step=30).add(late, step=20).add(late, step=30).add(late, step=30)
     )
