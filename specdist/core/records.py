@@ -106,16 +106,16 @@ class PackedTokens:
 R = TypeVar("R")
 
 
+def moved_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """On `device`, without making the host wait: to a GPU from pinned memory, for only that is copied so."""
+    pinned = device.type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
+
+
 def on_device(record: R, device: torch.device) -> R:
-    """A copy of a dataclass with its tensors on `device`, without making the host wait: to a GPU they go from pinned
-    memory, for only that is copied so."""
-
-    def move(tensor: Tensor) -> Tensor:
-        pinned = device.type == "cuda" and tensor.device.type == "cpu"
-        return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
-
+    """A copy of a dataclass with its tensors `moved_to` a device."""
     values = {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]
-    moved = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
+    moved = {name: moved_to(value, device) for name, value in values.items() if isinstance(value, Tensor)}
     return replace(record, **moved)  # type: ignore[type-var]
 
 

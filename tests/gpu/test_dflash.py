@@ -114,3 +114,31 @@ def test_lengths_do_not_recompile_and_nothing_waits_for_the_device() -> None:
         draft(batch, features, supervision, supervision.counts)[0].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def spoken(draft: DFlashDraft, rows: Tensor) -> Tensor:
+    """A text that follows the draft's own blocks for a while, again and again, beside these features."""
+    proposer, tokens, known, turn = draft.proposer(), [1, 2], 0, 0
+    while len(tokens) < len(rows):
+        more = torch.tensor(tokens[known + 1 :], device=rows.device)
+        proposer.extend(Features(draft.layout, rows[known : len(tokens) - 1]), more)
+        known, turn = len(tokens) - 1, turn + 1
+        tokens += [*proposer.propose(draft.config.block_size - 1)[: turn % 5], 10 + turn]
+    return torch.tensor(tokens[: len(rows)])
+
+
+def test_a_replay_equals_the_eager_one_and_waits_for_nothing() -> None:
+    eager, flex = draft_of("eager", torch.float32, False), draft_of("auto", torch.float32, True)
+    rows = torch.randn(400, eager.layout.width, generator=torch.Generator().manual_seed(0)).cuda()
+    tokens = spoken(eager, rows[:300]), torch.arange(100)
+    host = PackedTokens.from_documents(list(tokens), [torch.ones(300), torch.arange(100) > 40])
+    batch, features = host.to("cuda"), Features(eager.layout, rows)
+    expected = eager.replay(batch, host, features, 8).accepted
+    found = flex.replay(batch, host, features, 8).accepted  # compiles
+    assert int(found.max()) >= 4
+    assert (found != expected).float().mean() < 0.005  # argmax ties may fall otherwise
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        flex.replay(batch, host, features, 8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

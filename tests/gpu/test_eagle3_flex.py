@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig
 
 from specdist.core.records import Features, PackedTokens, TargetVocabulary
+from specdist.draft.base import Replayed
 from specdist.draft.build import build_draft
 from specdist.draft.common.flex import whole_blocks
 from specdist.draft.config import draft_config
@@ -155,3 +156,37 @@ def test_lengths_do_not_recompile_and_nothing_waits_for_the_device() -> None:
         draft(batch, features, supervision, supervision.counts)[0].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_a_replay_equals_the_eager_one_waits_for_nothing_and_leaves_training_as_it_is(count: int) -> None:
+    eager, flex = draft_of("eager", torch.float32, False), draft_of("auto", torch.float32, True)
+    host = batch_of((130, 3, 700), 0.9)
+    batch, rows = host.to("cuda"), torch.randn(833, eager.layout.width, device="cuda")
+    features = Features(eager.layout, rows)
+    expected = eager.replay(batch, host, features, count, temperature=0.7)
+    found = flex.replay(batch, host, features, count, temperature=0.7)  # compiles
+    assert found.expected is not None
+    assert float(found.expected.max()) > 0
+    torch.testing.assert_close(found.expected, expected.expected, rtol=1e-3, atol=1e-5)
+    assert (found.accepted != expected.accepted).float().mean() < 0.005  # argmax ties may fall otherwise
+    assert torch.equal(found.agreed, expected.agreed)
+
+    for lengths in ((700, 300), (400, 33)):
+        run(flex, lengths)  # compiles
+        replayed(flex, lengths, count)
+    graphs = counters["stats"]["unique_graphs"]
+    for lengths in ((50, 900), (1025,), (129, 1)):
+        replayed(flex, lengths, count)
+        run(flex, lengths)
+    assert counters["stats"]["unique_graphs"] == graphs
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        flex.replay(batch, host, features, count)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def replayed(draft: Eagle3Draft, lengths: tuple[int, ...], count: int) -> Replayed:
+    host, rows = batch_of(lengths, 0.7), torch.randn(sum(lengths), draft.layout.width, device="cuda")
+    return draft.replay(host.to("cuda"), host, Features(draft.layout, rows), count)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from specdist.core.records import Features, LogitMap, PackedTokens
+from specdist.core.records import Features, LogitMap, PackedTokens, moved_to
 from specdist.draft.base import Replayed
 from specdist.draft.eagle3.loss import LossKind
 from specdist.draft.eagle3.rows import Rows, replayed_by
@@ -90,7 +90,7 @@ def _chances(draft: Eagle3Draft, final: Tensor, states: Tensor, temperature: flo
 def _agreed(draft: Eagle3Draft, batch: PackedTokens, host_batch: PackedTokens, features: Features) -> Tensor:
     """`Replayed.agreed`, of this rank's part of the rows before answers' tokens."""
     device, frozen = features.rows.device, draft.frozen
-    where = (host_batch.places[1:] > 0).nonzero()[draft.share.index :: draft.share.of, 0].to(device)
+    where = moved_to((host_batch.places[1:] > 0).nonzero()[draft.share.index :: draft.share.of, 0], device)
     agreed = torch.zeros(len(batch.tokens), dtype=torch.bool, device=device)
     if frozen.whole_head is None:
         agreed[where] = features.argmax_lse(where)[0] == batch.tokens[where + 1]
