@@ -120,8 +120,10 @@ def _source(context: RankContext, items: Items, shard: int) -> FeatureSource:
     slots, timeout_s = jobs.slots(job, layout), context.timeout_s
     book = None
     if job.world.role == "draft":  # target worlds learn of the ring through the scheduler
-        publish = lambda rank, text: context.client.send(RingAddress(rank, text))  # noqa: E731
-        book = AddressBook(reachable_address, publish, look=lambda rank: None)
+        client = context.client
+        book = AddressBook(
+            reachable_address, lambda rank, text: client.send(RingAddress(rank, text)), lambda rank: None
+        )
         timeout_s += job.control.replica_timeout_s  # the scheduler says first when there is no replica for too long
     receiver = context.transport.receiver(context.wire(book), slots, job.prompts.tokens_per_rank, context.client.check)
     return RemoteSource(context.client, receiver, items, context.stop, timeout_s, context.world.device)

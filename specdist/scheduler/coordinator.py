@@ -110,7 +110,7 @@ class Coordinator:
     def receive(self, rank: int, payload: bytes, now: float) -> None:
         """Apply one message of a rank."""
         peer = self.peers[rank]
-        peer.hear(now)
+        peer.heard_at, peer.lost_at = now, None
         try:
             message = decode(payload)
             if self.aborted is None:
@@ -182,7 +182,8 @@ class Coordinator:
                 if deliver is not None:
                     self._broadcast(deliver, now, self._draft_ranks)
             case Heartbeat(seconds, step, phase):
-                self.peers[rank].note_phase(phase, now - seconds, step)
+                peer = self.peers[rank]
+                peer.phase, peer.phase_since, peer.step = phase, now - seconds, step
             case ClockProbe(asked):  # not `now`, which is that of a whole batch of messages
                 self._send([rank], encode(ClockProbe(asked, time.time_ns())))
             case Produced(report) if self.replicas is not None:

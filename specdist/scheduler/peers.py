@@ -44,13 +44,6 @@ class Peer:
         self.joined, self.pid = True, pid
         return earlier
 
-    def hear(self, now: float) -> None:
-        """Note that it has sent a message."""
-        self.heard_at, self.lost_at = now, None
-
-    def note_phase(self, phase: str, since: float, step: int) -> None:
-        self.phase, self.phase_since, self.step = phase, since, step
-
     def lose(self, now: float) -> None:
         """Note that it cannot be reached."""
         self.lost_at = now if self.lost_at is None else self.lost_at

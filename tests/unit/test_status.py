@@ -23,7 +23,7 @@ from specdist.prompts.schedule import Schedule
 from specdist.run.status import Status, describe
 from specdist.run.status_writer import StatusWriter
 from specdist.scheduler.messages import Statistics
-from specdist.scheduler.peers import Peers, Phase
+from specdist.scheduler.peers import Peer, Peers, Phase
 
 NOW = 1_000_000.0
 ATTEMPT = Attempt("17", 1, deadline=NOW + 3600)
@@ -36,6 +36,10 @@ def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "config.yaml").write_text("run: {dir: x}\n")
     (tmp_path / "checkpoints").mkdir()
     return tmp_path
+
+
+def note_phase(peer: Peer, phase: str, since: float, step: int) -> None:
+    peer.phase, peer.phase_since, peer.step = phase, since, step
 
 
 def write(run_dir: Path, step_s: float = 2.0, **changes: object) -> AttemptRecord:
@@ -115,7 +119,7 @@ def test_a_silent_start_says_what_the_ranks_do_less_and_less_often(run_dir: Path
     watcher, peers = observer(run_dir), Peers(TOPOLOGY, 0.0)
     for rank in range(3):
         peers[rank].join(100 + rank)
-        peers[rank].note_phase("loading part 5" if rank == 0 else f"building the draft {rank}", 1.0, -1)
+        note_phase(peers[rank], "loading part 5" if rank == 0 else f"building the draft {rank}", 1.0, -1)
     told = []
     for second in range(0, 100, 5):
         watcher.pulse(peers, Statistics(), False, float(second))
@@ -138,7 +142,7 @@ def test_progress_ends_the_silence(run_dir: Path, capsys) -> None:
     watcher, peers = observer(run_dir), Peers(TOPOLOGY, 0.0)
     peers[1].join(101)
     for second in range(0, 60, 5):
-        peers[1].note_phase("training", float(second), 10 + second // 15)
+        note_phase(peers[1], "training", float(second), 10 + second // 15)
         watcher.pulse(peers, Statistics(), True, float(second))
     assert capsys.readouterr().err == ""
     watcher.pulse(peers, Statistics(), True, 90.0)
@@ -151,7 +155,7 @@ def test_an_evaluation_is_no_silence(run_dir: Path, capsys) -> None:
     watcher, peers = observer(run_dir), Peers(TOPOLOGY, 0.0)
     peers[1].join(101)
     for second in range(0, 200, 5):
-        peers[1].note_phase("exporting and evaluating", 0.0, 100)
+        note_phase(peers[1], "exporting and evaluating", 0.0, 100)
         watcher.pulse(peers, Statistics(), True, float(second))
     watcher.close()
     assert capsys.readouterr().err == ""
