@@ -154,12 +154,10 @@ class Author:
         ending = self._template.ending
         closed = self._decode(end) if end else "" if cut or ending is None or ending.token is None else ending.token
         whole = self._encode(text + closed)
-        tally.finished, tally.cut = tally.finished + (not cut), tally.cut + cut
-        tally.tokens += len(whole) if ids is None else len(ids) + len(end)
-        written = Written(text, "length" if cut else "stop", closed)
-        if ids is None or (whole == ids + end and self._encode(prompt + text + closed) == request.prompt + whole):
-            return written
-        return Written(written.content, written.finish_reason, closed, ids + (end or self._encode(closed)))
+        wrote = whole if ids is None else ids + (end or self._encode(closed))
+        tally.finished, tally.cut, tally.tokens = tally.finished + (not cut), tally.cut + cut, tally.tokens + len(wrote)
+        again = wrote == whole and (ids is None or self._encode(prompt + text + closed) == request.prompt + whole)
+        return Written(text, "length" if cut else "stop", closed, None if again else wrote)
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
