@@ -66,7 +66,9 @@ def wait_for(condition, process, seconds: float = 120) -> None:
 
 
 def test_a_killed_job_goes_on_with_the_same_losses_bitwise(tmp_path, material, undisturbed):
-    process = start_torchrun(3, ["-m", "specdist.train", *words(tmp_path, material)])
+    (hold := tmp_path / "hold").touch()  # so that it is killed at work, whatever else the machine does
+    held = ["-m", "tests.distributed.held_target", str(hold), str(STEPS - 2)]
+    process = start_torchrun(3, [*held, *words(tmp_path, material)])
     wait_for(lambda: committed(tmp_path / "run/checkpoints"), process)
     kill_all(process)
     killed_at = read_progress(committed(tmp_path / "run/checkpoints")[-1]).step
