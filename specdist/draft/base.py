@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from specdist.core.records import FeatureLayout, Features, PackedTokens
+from specdist.draft.common.cache import KeyValueCache
 
 
 @dataclass(frozen=True)
@@ -137,33 +138,107 @@ class DraftModel(nn.Module, ABC):
 
     @abstractmethod
     def proposer(self) -> Proposer:
-        """A fresh proposer of this draft, for one sequence."""
+        """A fresh proposer of this draft, of no sequences yet."""
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What is proposed for n sequences, `count` tokens each.
+
+    Attributes:
+        tokens: int64 [n, count], target ids.
+        logits: [n, count, V_d]: the tokens are their argmax or, at a temperature T, drawn from softmax(logits / T). For
+            a chain those of a token follow from the tokens before it.
+        ids: int64 [V_d], the target id of every column of `logits`; None where the columns are the target's tokens.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    ids: Tensor | None = None
+
+
+def draw(logits: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+    """Tokens int64 [...] of logits [..., V]: their argmax or, at a temperature, drawn from softmax(logits / T)."""
+    if not temperature:
+        return logits.argmax(-1)
+    chances = (logits.float() / temperature).softmax(-1)
+    return torch.multinomial(chances.flatten(0, -2), 1, generator=generator).view(logits.shape[:-1])
+
+
+def ragged(counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """For counts[i] rows of every i, laid end to end: of each row its i, and its number there; int64 [sum(counts)]."""
+    sizes = torch.tensor(counts, dtype=torch.int64)
+    owner = torch.arange(len(counts)).repeat_interleave(sizes)
+    number = torch.arange(len(owner)) - (sizes.cumsum(0) - sizes)[owner]
+    return owner.to(device), number.to(device)
 
 
 class Proposer(ABC):
-    """Drafts tokens for one sequence, in eval mode, from the target's features of the verified tokens."""
+    """Drafts tokens for a batch of sequences, in eval mode, from the target's features of their verified tokens.
 
-    length = 0
-    """Verified positions taken so far."""
+    Attributes:
+        lengths: of every sequence, the verified positions taken so far.
+        caches: the algorithm's, which are told what comes and goes.
+        start: of every sequence what `take` gave of its last position, each [n, ...]: where drafting starts.
+    """
 
-    def extend(self, features: Features, next_tokens: Tensor) -> None:
-        """Take the features of n newly verified positions and, int64 [n], the token that follows each of them."""
-        count = len(next_tokens)
-        if count != len(features.rows):
-            raise ValueError(f"{len(features.rows)} positions of features, but {count} next tokens")
-        if count:
-            positions = torch.arange(self.length, self.length + count, device=features.rows.device)
-            with torch.no_grad():
-                self.take(features, next_tokens, positions)
-            self.length += count
+    def __init__(self, caches: Sequence[KeyValueCache] = ()) -> None:
+        self.lengths: list[int] = []
+        self.caches = caches
+        self.start: tuple[Tensor, ...] = ()
+
+    @torch.no_grad()
+    def extend(self, features: Features, next_tokens: Tensor, counts: Sequence[int]) -> None:
+        """Take the features of newly verified positions, counts[i] of sequence i, laid end to end, and, int64 [T], the
+        token that follows each. Counts beyond those of the sequences there are begin new sequences."""
+        if not len(next_tokens) == len(features.rows) == sum(counts):
+            raise ValueError(
+                f"{len(features.rows)} positions of features, but {len(next_tokens)} next tokens, of {sum(counts)}"
+            )
+        before, device = self.lengths + [0] * (len(counts) - len(self.lengths)), features.rows.device
+        sequences, numbers = ragged(counts, device)
+        positions = numbers + torch.tensor(before, device=device)[sequences]
+        self.lengths = [old + new for old, new in zip(before, counts, strict=True)]
+        self.reserve()
+        made = self.take(features, next_tokens, sequences, positions)
+        last = torch.tensor(counts).cumsum(0) - 1
+        longer = torch.tensor(counts) > 0
+        where, rows = longer.nonzero()[:, 0].to(device), last[longer].to(device)
+        old = self.start or tuple(part.new_zeros(0, *part.shape[1:]) for part in made)
+        self.start = tuple(
+            torch.cat([state, state.new_zeros(len(counts) - len(state), *state.shape[1:])]).index_copy(
+                0, where, part[rows]
+            )
+            for state, part in zip(old, made, strict=True)
+        )
+
+    def keep(self, sequences: Sequence[int]) -> None:
+        """Let go of all but these sequences, which stand in this order from now on."""
+        self.lengths = [self.lengths[i] for i in sequences]
+        for cache in self.caches:
+            cache.keep(sequences)
+        self.start = tuple(state[list(sequences)] for state in self.start)
+
+    def reserve(self, beyond: int = 0) -> None:
+        """Have room in the caches for that many positions beyond the longest sequence."""
+        for cache in self.caches:
+            cache.reserve(len(self.lengths), max(self.lengths) + beyond)
+
+    @torch.no_grad()
+    def propose(self, count: int, temperature: float = 0.0, generator: torch.Generator | None = None) -> Drafts:
+        """`count` >= 1 drafts that continue every sequence after the last of its `next_tokens`."""
+        if not self.lengths or not all(self.lengths):
+            raise ValueError("nothing to continue: extend the proposer with at least one verified position first")
+        return self.draft_tokens(count, temperature, generator)
 
     @abstractmethod
-    def take(self, features: Features, next_tokens: Tensor, positions: Tensor) -> None:
-        """`extend` by at least one position; `positions` int64 [n] are theirs in the sequence."""
+    def take(self, features: Features, next_tokens: Tensor, sequences: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """`extend` by T positions: `sequences` and `positions`, int64 [T], say whose and which. Returns what drafting
+        needs of a position if it is a sequence's last, each [T, ...]."""
 
     @abstractmethod
-    def propose(self, count: int) -> list[int]:
-        """`count` greedy draft tokens (target ids) that continue the sequence after the last of `next_tokens`."""
+    def draft_tokens(self, count: int, temperature: float, generator: torch.Generator | None) -> Drafts:
+        """`propose`, for sequences that all have verified positions."""
 
 
 def ratio(numerator: float, denominator: float) -> float:

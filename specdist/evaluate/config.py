@@ -20,13 +20,16 @@ class EvaluateConfig:
     limit: int | None = 256
     """At most this many held-out sequences, evenly spread, or prompts of each file (null: all)."""
     temperature: float = 0.0
-    """Also say what speculative sampling at this temperature would accept, in expectation; 0: greedy decoding alone."""
+    """Also say what speculative sampling at this temperature would accept, in expectation, and decode (`specdist eval
+    --decode`) by sampling at it, without loss; 0: greedy decoding alone."""
     draft_tokens: int = 5
-    """K, the number of tokens drafted in a chain before each target forward."""
+    """K, the number of tokens drafted before each target forward."""
     max_new_tokens: int = 128
     """Tokens generated for each prompt at most; less when the target ends the sequence."""
     check: bool = False
     """Also decode every prompt with the target alone and count the sequences that differ."""
+    batch: int = 32
+    """Sequences that are decoded at once."""
 
     def __post_init__(self) -> None:
         if self.draft_tokens < 1:
@@ -37,6 +40,8 @@ class EvaluateConfig:
                 f"is {self.max_new_tokens}; it must be at least 2, "
                 "because the first token comes from the prefill and drafting starts after it",
             )
+        if self.batch < 1:
+            raise ConfigError.at("evaluate.batch", f"is {self.batch}; it must be at least 1")
         if self.limit is not None and self.limit < 1:
             raise ConfigError.at("evaluate.limit", f"is {self.limit}; it must be at least 1, or null for all")
         if self.temperature < 0:

@@ -1,142 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real acceptance length by real speculative decoding: greedy, one sequence at a time, a chain of K drafts.
+"""Real acceptance length by real speculative decoding: `evaluate.batch` sequences at once, K drafts for each.
 
-The target checks the last verified token and the K drafts in one forward, keeps the drafts that are its own greedy
-choice, and adds one token of its own (the bonus token). Whatever the draft proposes, the text is what the target alone
-would have written; `check` decodes that as well and counts the sequences that differ. In fp32 none does. In bf16 a few
-may: K + 1 rows at once are not rounded as single rows are, and two tokens with nearly equal logits can change places.
+The target checks the last verified token and the K drafts of all sequences in one forward, keeps of each the drafts
+that it accepts, and adds one token of its own (the bonus token). Sequences that end make room for the next prompts.
+Whatever the draft proposes, the text is what the target alone would have written, or is distributed so at a
+temperature; `check` decodes that as well and counts the sequences that differ. In fp32 none does. In bf16 a few may:
+products of other shapes are rounded otherwise, and two tokens with nearly equal logits can change places.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.core.records import FeatureLayout, Features
-from specdist.draft.base import Proposer
+from specdist.draft.base import Drafts, Proposer, draw
+from specdist.evaluate.acceptance import choose
+from specdist.evaluate.cache import BatchCache
 from specdist.evaluate.config import EvaluateConfig
 from specdist.evaluate.report import EvaluationReport, Tally
+from specdist.evaluate.target import EvaluationTarget
 
-if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
-
-    from specdist.target.description import TargetDescription
-
-ROLLBACK_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Layer types whose cache is a list of keys and values, so that rejected tokens can be cut off its end."""
-
-
-class EvaluationTarget:
-    """A target model that decodes: one forward gives greedy choices and the features that the draft asks for."""
-
-    def __init__(self, model: PreTrainedModel, layout: FeatureLayout) -> None:
-        config = model.config.get_text_config()
-        known = config.to_dict()
-        unknown = set(known.get("layer_types") or ()) - ROLLBACK_LAYERS
-        if unknown:
-            raise ConfigError(
-                f"evaluation cannot take rejected tokens back from layers of type {', '.join(sorted(unknown))} "
-                f"(of {type(model).__name__}); it can from {', '.join(sorted(ROLLBACK_LAYERS))}"
-            )
-        layers = decoder_layers(model)
-        wrong = [b for b in layout.captured_layers if not 0 <= b < len(layers)]
-        if wrong:
-            raise ConfigError(f"captured layers {wrong} are not among the target's {len(layers)} layers (0-based)")
-        if layout.hidden_size != config.hidden_size:
-            raise ConfigError(
-                f"the draft expects hidden size {layout.hidden_size}; the target has {config.hidden_size}"
-            )
-        self.model = model.eval()
-        self.layout = replace(layout, argmax_lse=False)
-        self.device = next(model.parameters()).device
-        self.max_positions: int | None = known.get("max_position_embeddings")
-        self.eos_tokens = eos_tokens(model)
-        self._captured: dict[int, Tensor] = {}
-        self._final = torch.empty(0)
-        for layer in sorted(set(layout.captured_layers)):
-            layers[layer].register_forward_hook(self._capture(layer))
-        model.get_decoder().register_forward_hook(self._keep_final)
-
-    @classmethod
-    def load(
-        cls,
-        target: TargetDescription,
-        layout: FeatureLayout,
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ) -> EvaluationTarget:
-        """The model of a target's directory, whole, on `device`, in `dtype`."""
-        from specdist.target.loading import load_model
-
-        return cls(load_model(target, dtype, torch.device(device)), layout)
-
-    @staticmethod
-    def new_cache() -> DynamicCache:
-        """An empty key-value cache. Without a configuration its layers keep all keys, so that any can be cut off."""
-        from transformers import DynamicCache
-
-        return DynamicCache()
-
-    def forward(self, tokens: Sequence[int], cache: DynamicCache, last: int) -> Tensor:
-        """Append `tokens` to the sequence in `cache`; the greedy choices after its last `last` tokens, int64 [last]."""
-        ids = torch.tensor([list(tokens)], dtype=torch.long, device=self.device)
-        output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last)
-        return output.logits[0].argmax(-1)
-
-    def features(self, count: int) -> Features:
-        """The features of the first `count` tokens of the last forward."""
-        parts = [self._captured[b][0, :count] for b in self.layout.captured_layers]
-        if self.layout.final:
-            parts.append(self._final[0, :count])
-        return Features(self.layout, torch.cat(parts, dim=-1).to(self.layout.dtype))
-
-    def _capture(self, layer: int) -> Callable[[nn.Module, object, object], None]:
-        def hook(_module: nn.Module, _args: object, output: object) -> None:
-            self._captured[layer] = output[0] if isinstance(output, tuple) else output  # type: ignore[assignment]
-
-        return hook
-
-    def _keep_final(self, _module: nn.Module, _args: object, output: object) -> None:
-        self._final = output.last_hidden_state  # type: ignore[attr-defined]
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a causal language model: the one list of modules as long as its number of layers."""
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if len(lists) != 1:
-        raise ConfigError(
-            f"{type(model).__name__}: found {len(lists)} lists of {count} layers in its decoder, need one"
-        )
-    return lists[0]
-
-
-def eos_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end a sequence, by the generation config, else by the model's."""
-    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
-    eos = model.config.get_text_config().eos_token_id if generation is None else generation
-    if eos is None:
-        return frozenset()
-    return frozenset([eos] if isinstance(eos, int) else eos)
+PREFILL_TOKENS = 8192
+"""Of the prompts that share a prefill, padding included."""
 
 
 class Reply:
     """The tokens of one sequence as they are kept, and what became of the drafts."""
 
-    def __init__(self, settings: EvaluateConfig, eos: frozenset[int], first: int) -> None:
-        self.tokens = [first]
+    def __init__(self, settings: EvaluateConfig, eos: frozenset[int]) -> None:
+        self.tokens: list[int] = []
         self.limit = settings.max_new_tokens
         self.eos = eos
         self.forwards = 0
         self.drafted = [0] * settings.draft_tokens
         self.reached = [0] * settings.draft_tokens
         self.accepted = [0] * settings.draft_tokens
+        self.seconds = 0.0
+        """Its share of the time of the forwards it took part in."""
 
     @property
     def finished(self) -> bool:
@@ -169,7 +74,7 @@ class Reply:
                 break
         return kept
 
-    def tally(self, seconds: float) -> Tally:
+    def tally(self) -> Tally:
         return Tally(
             prompts=1,
             tokens=len(self.tokens),
@@ -177,44 +82,127 @@ class Reply:
             drafted=tuple(self.drafted),
             reached=tuple(self.reached),
             accepted=tuple(self.accepted),
-            seconds=seconds,
+            seconds=self.seconds,
         )
 
 
-@torch.no_grad()
-def speculate(target: EvaluationTarget, proposer: Proposer, prompt: Sequence[int], settings: EvaluateConfig) -> Reply:
-    """Decode one sequence by drafting and verifying. The prefill gives the first token of the reply."""
-    cache = target.new_cache()
-    chosen = target.forward(prompt, cache, last=1)
-    after_prompt = torch.tensor([*prompt[1:]], dtype=torch.long, device=target.device)
-    reply = Reply(settings, target.eos_tokens, int(chosen))
-    next_tokens, rows = torch.cat([after_prompt, chosen]), len(prompt)
-    while not reply.finished:
-        proposer.extend(target.features(rows), next_tokens)
-        wanted = reply.drafts_wanted
-        drafts = proposer.propose(wanted) if wanted else []
-        if len(drafts) != wanted:
-            raise ValueError(f"the proposer gave {len(drafts)} drafts where {wanted} were asked for")
-        chosen = target.forward([reply.tokens[-1], *drafts], cache, last=1 + wanted)
-        rows = reply.verify(drafts, chosen.tolist())
-        if rows <= wanted:
-            cache.crop(rows - wanted - 1)  # negative: how many of the tokens just checked were not kept
-        next_tokens = chosen[:rows]
-    return reply
+class _Batch:
+    """The sequences that are being decoded, in one order in replies, cache and proposer."""
+
+    def __init__(
+        self, target: EvaluationTarget, proposer: Proposer | None, temperature: float, generator: torch.Generator
+    ) -> None:
+        self.target, self.proposer, self.temperature, self.generator = target, proposer, temperature, generator
+        self.cache = BatchCache()
+        self.replies: list[Reply] = []
+
+    def enter(self, replies: Sequence[Reply], prompts: Sequence[Sequence[int]]) -> None:
+        """Prefill some prompts, which gives the first token of each reply."""
+        logits, cache = self.target.prefill(prompts)
+        for reply, token in zip(replies, draw(logits, self.temperature, self.generator).tolist(), strict=True):
+            reply.tokens.append(token)
+        going = [i for i, reply in enumerate(replies) if not reply.finished]
+        if not going:
+            return
+        counts = [0 if reply.finished else len(prompt) for reply, prompt in zip(replies, prompts, strict=True)]
+        follow = [token for i in going for token in (*prompts[i][1:], replies[i].tokens[0])]
+        cache.keep(going)
+        self.cache.join(cache)
+        self._extend(counts, follow, [0] * len(self.replies) + [counts[i] for i in going])
+        self.replies += [replies[i] for i in going]
+
+    def step(self) -> None:
+        """Draft and verify once for every sequence, and let go of those that end."""
+        replies = self.replies
+        wanted = [reply.drafts_wanted if self.proposer else 0 for reply in replies]
+        drafts = self._propose(max(wanted))
+        last = torch.tensor([reply.tokens[-1:] for reply in replies], device=self.target.device)
+        logits = self.target.forward(torch.cat([last, drafts.tokens], dim=1), self.cache)
+        limits = torch.tensor(wanted, device=self.target.device)
+        chosen = choose(logits, drafts, limits, self.temperature, self.generator).tolist()
+        offered = drafts.tokens.tolist()
+        kept = [r.verify(offered[i][: wanted[i]], chosen[i]) for i, r in enumerate(replies)]
+        self.cache.lengths = [old + new for old, new in zip(self.cache.lengths, kept, strict=True)]
+        going = [i for i, reply in enumerate(replies) if not reply.finished]
+        if len(going) < len(replies):
+            self.replies = [replies[i] for i in going]
+            self.cache.keep(going)
+            if self.proposer:
+                self.proposer.keep(going)
+        counts = [0 if reply.finished else kept[i] for i, reply in enumerate(replies)]
+        follow = [token for i in going for token in chosen[i][: kept[i]]]
+        if going:
+            self._extend(counts, follow, [kept[i] for i in going])
+
+    def _propose(self, count: int) -> Drafts:
+        shape = (len(self.replies), count)
+        if self.proposer is None or not count:
+            nothing = torch.zeros(len(self.replies), 0, dtype=torch.int64, device=self.target.device)
+            return Drafts(nothing, nothing[..., None].float())
+        drafts = self.proposer.propose(count, self.temperature, self.generator)
+        if drafts.tokens.shape != shape:
+            raise ValueError(f"the proposer gave {list(drafts.tokens.shape)} drafts where {list(shape)} were asked for")
+        return drafts
+
+    def _extend(self, counts: Sequence[int], follow: Sequence[int], of_each: Sequence[int]) -> None:
+        """Give the proposer the first counts[i] positions of each sequence of the last forward, and what follows them;
+        `of_each` counts them by the sequences that go on."""
+        if self.proposer:
+            tokens = torch.tensor(follow, dtype=torch.int64, device=self.target.device)
+            self.proposer.extend(self.target.features(counts), tokens, of_each)
 
 
 @torch.no_grad()
-def decode_greedily(target: EvaluationTarget, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-    """The target's own greedy reply, one token per forward."""
-    cache = target.new_cache()
-    tokens = [int(target.forward(prompt, cache, last=1))]
-    while tokens[-1] not in target.eos_tokens and len(tokens) < max_new_tokens:
-        tokens.append(int(target.forward(tokens[-1:], cache, last=1)))
-    return tokens
+def decode(
+    target: EvaluationTarget,
+    prompts: Sequence[Sequence[int]],
+    settings: EvaluateConfig,
+    proposer: Proposer | None = None,
+    seed: int = 0,
+    watch: Callable[[list[Reply]], None] = lambda finished: None,
+) -> list[Reply]:
+    """Decode prompts by drafting and verifying, or with the target alone where there is no proposer.
+
+    Args:
+        proposer: one of no sequences yet.
+        seed: of what is drawn at a temperature.
+        watch: called after every forward, with the replies that it finished.
+    """
+    generator = torch.Generator(target.device).manual_seed(seed)
+    batch = _Batch(target, proposer, settings.temperature, generator)
+    replies = [Reply(settings, target.eos_tokens) for _ in prompts]
+    waiting = deque(zip(replies, prompts, strict=True))
+    while waiting or batch.replies:
+        start, working = time.perf_counter(), list(batch.replies)
+        free = settings.batch - len(working)
+        if waiting and free >= max(settings.batch // 4, 1):  # not one by one: a prefill of its own is a forward more
+            entering = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            working += [reply for reply, _ in entering]
+            for group in _prefills(entering):
+                batch.enter(*zip(*group, strict=True))
+        if batch.replies:
+            batch.step()
+        took = time.perf_counter() - start
+        for reply in working:
+            reply.seconds += took / len(working)
+        watch([reply for reply in working if reply.finished])
+    return replies
+
+
+def _prefills(entering: Sequence[tuple[Reply, Sequence[int]]]) -> Iterator[list[tuple[Reply, Sequence[int]]]]:
+    """Divide prompts into prefills of at most PREFILL_TOKENS, or of one prompt."""
+    group: list[tuple[Reply, Sequence[int]]] = []
+    for reply, prompt in entering:
+        longest = max(len(tokens) for _, tokens in [*group, (reply, prompt)])
+        if group and longest * (len(group) + 1) > PREFILL_TOKENS:
+            yield group
+            group = []
+        group.append((reply, prompt))
+    yield group
 
 
 Progress = Callable[[int, int, Tally], None]
-"""Called after every prompt with the prompts done, their number, and the tally of all done so far."""
+"""Called after every forward with the prompts done, their number, and the tally of all done so far."""
 
 
 def evaluate(
@@ -224,55 +212,79 @@ def evaluate(
     settings: EvaluateConfig,
     progress: Progress | None = None,
     sources: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> EvaluationReport:
     """Decode every prompt with a fresh proposer and report what the target accepted.
 
     Args:
         prompts: token ids of each prompt, as the chat template renders it, its generation prompt included.
         sources: the file each prompt is of (`prompts` when not given): the report keeps them apart.
+        seed: of what is drawn at a temperature.
 
     Raises:
         DataError: there is no prompt, one is empty, or none is short enough for the target.
+        ConfigError: sequences of this target cannot share a forward, or sampled texts are to be compared.
+    """
+    fitting = fitting_prompts(prompts, settings, target.max_positions)
+    check_settings(settings)
+    if settings.batch > 1 and target.batch_obstacle:
+        raise ConfigError.at("evaluate.batch", f"={settings.batch}: {target.batch_obstacle}: set 1")
+    chosen, done, count = [prompts[i] for i in fitting], Tally.empty(settings.draft_tokens), len(prompts) - len(fitting)
+
+    def watch(finished: list[Reply]) -> None:
+        nonlocal done, count
+        done, count = sum((reply.tally() for reply in finished), done), count + len(finished)
+        if progress is not None:
+            progress(count, len(prompts), done)
+
+    replies = decode(target, chosen, settings, proposer_factory(), seed, watch)
+    tallies = [reply.tally() for reply in replies]
+    if settings.check:
+        plain = decode(target, chosen, settings, watch=lambda _: watch([]))
+        pairs = zip(tallies, replies, plain, strict=True)
+        tallies = [tally.compared(reply.tokens, own.tokens, own.seconds) for tally, reply, own in pairs]
+    return make_report(settings, sources or ["prompts"] * len(prompts), fitting, tallies)
+
+
+def check_settings(settings: EvaluateConfig) -> None:
+    """Raises ConfigError: sampled texts are to be compared."""
+    if settings.check and settings.temperature:
+        raise ConfigError.at(
+            "evaluate.check",
+            f"=true beside evaluate.temperature={settings.temperature:g}: only greedy texts can be "
+            "compared: set it to false",
+            "evaluate.temperature",
+        )
+
+
+def fitting_prompts(prompts: Sequence[Sequence[int]], settings: EvaluateConfig, max_positions: int | None) -> list[int]:
+    """The indices of the prompts that fit the target's positions with their replies.
+
+    Raises:
+        DataError: there is no prompt, one is empty, or none fits.
     """
     if not prompts:
         raise DataError("there is no prompt to evaluate")
-    names = ["prompts"] * len(prompts) if sources is None else list(sources)
-    files = {name: Tally.empty(settings.draft_tokens) for name in names}
-    done = Tally.empty(settings.draft_tokens)
-    for i, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
-        tally = _evaluate_prompt(target, proposer_factory, prompt, settings)
-        files[name] += tally
-        done += tally
-        if progress is not None:
-            progress(i + 1, len(prompts), done)
-    if not done.prompts:
+    if not all(prompts):
+        raise DataError("a prompt to evaluate has no tokens")
+    room = None if max_positions is None else max_positions - settings.max_new_tokens
+    fitting = [i for i, prompt in enumerate(prompts) if room is None or len(prompt) <= room]
+    if not fitting:
         raise DataError(
             f"all {len(prompts)} prompts are too long: with {settings.max_new_tokens} new tokens they exceed the "
-            f"target's {target.max_positions} positions (evaluate.max_new_tokens)",
+            f"target's {max_positions} positions (evaluate.max_new_tokens)",
             "evaluate.max_new_tokens",
         )
-    return EvaluationReport(settings.draft_tokens, files)
+    return fitting
 
 
-def _evaluate_prompt(
-    target: EvaluationTarget,
-    proposer_factory: Callable[[], Proposer],
-    prompt: Sequence[int],
-    settings: EvaluateConfig,
-) -> Tally:
-    if not prompt:
-        raise DataError("a prompt to evaluate has no tokens")
+def make_report(
+    settings: EvaluateConfig, sources: Sequence[str], fitting: Sequence[int], tallies: Sequence[Tally]
+) -> EvaluationReport:
+    """The report of the tallies of the prompts `fitting`, by the file that each prompt is of."""
     empty = Tally.empty(settings.draft_tokens)
-    if target.max_positions is not None and len(prompt) + settings.max_new_tokens > target.max_positions:
-        return replace(empty, too_long=1)
-    start = time.perf_counter()
-    reply = speculate(target, proposer_factory(), prompt, settings)
-    tally = reply.tally(time.perf_counter() - start)
-    if not settings.check:
-        return tally
-    start = time.perf_counter()
-    plain = decode_greedily(target, prompt, settings.max_new_tokens)
-    seconds = time.perf_counter() - start
-    return replace(
-        tally, checked=1, differing=int(plain != reply.tokens), plain_tokens=len(plain), plain_seconds=seconds
-    )
+    found = dict(zip(fitting, tallies, strict=True))
+    files = dict.fromkeys(sources, empty)
+    for i, name in enumerate(sources):
+        files[name] += found.get(i, replace(empty, too_long=1))
+    return EvaluationReport(settings.draft_tokens, files)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 BAR_WIDTH = 30
@@ -25,7 +25,7 @@ class Tally:
         drafted: verify forwards that carried a draft at position k. Near the token limit fewer than K are drafted.
         reached: those of them in which every earlier draft was accepted and none of them ended the sequence.
         accepted: those in which the draft at position k was accepted and kept.
-        seconds: wall-clock time of prefill, drafting and verification.
+        seconds: wall-clock time of prefill, drafting and verification, a sequence's share of it where several ran.
         checked: sequences also decoded one token at a time by the target alone.
         differing: checked sequences whose tokens were not the same.
         plain_tokens, plain_seconds: tokens and time of that plain decoding.
@@ -58,6 +58,11 @@ class Tally:
             both = isinstance(mine, tuple)
             merged[item.name] = tuple(a + b for a, b in zip(mine, theirs, strict=True)) if both else mine + theirs
         return Tally(**merged)
+
+    def compared(self, tokens: list[int], plain: list[int], plain_seconds: float) -> Tally:
+        """The tally of one sequence of these tokens, which plain decoding, in that time, wrote as `plain`."""
+        differing, count = int(tokens != plain), len(plain)
+        return replace(self, checked=1, differing=differing, plain_tokens=count, plain_seconds=plain_seconds)
 
     @property
     def acceptance_length(self) -> float:

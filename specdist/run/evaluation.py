@@ -10,9 +10,10 @@ from transformers import AutoTokenizer
 
 from specdist.core.progress_bar import ProgressBar
 from specdist.draft.base import DraftModel
-from specdist.evaluate.decoding import EvaluationTarget, evaluate
+from specdist.evaluate.decoding import evaluate
 from specdist.evaluate.prompts import read_prompts
 from specdist.evaluate.report import EvaluationReport, Tally
+from specdist.evaluate.target import EvaluationTarget
 from specdist.job.config import JobConfig, JobFacts
 
 
@@ -38,7 +39,7 @@ def evaluate_drafts(
 
     Args:
         drafts: made one after the other, on `device`; all take the same features.
-        check: called after every prompt; what it raises ends the evaluation.
+        check: called after every forward; what it raises ends the evaluation.
 
     Raises:
         ConfigError, DataError: see `read_prompts`, `EvaluationTarget` and `evaluate`.
@@ -58,5 +59,5 @@ def evaluate_drafts(
                 text = f"acceptance length {tally.acceptance_length:.2f}, {tally.tokens_per_second:,.0f} tokens/s"
                 bar.update(done, text, f"{name}: {done} of {total} prompts, {text}")
 
-            reports.append(evaluate(target, draft.proposer, tokens, job.evaluate, show, files))
+            reports.append(evaluate(target, draft.proposer, tokens, job.evaluate, show, files, job.run.seed))
     return reports

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
 from specdist.core.records import Features, PackedTokens
-from specdist.draft.base import DraftModel
+from specdist.draft.base import DraftModel, Proposer
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, EPS, THETA = 16, 4, 2, 6, 37, 1e-5, 100.0
 D = TypeVar("D", bound=DraftModel)
@@ -52,3 +54,28 @@ class Case(Generic[D]):
         start = sum(len(d) for d in self.documents[:document])
         rows = self.rows[start : start + len(self.documents[document])]
         return replace(self, documents=[self.documents[document]], masks=[self.masks[document]], rows=rows)
+
+
+def batch_equals_single(draft: DraftModel, cases: Sequence[Case[Any]], count: int) -> None:
+    """Three sequences in one proposer draft what each does alone; they grow apart, one leaves and comes again."""
+
+    def extend(proposer: Proposer, *parts: tuple[int, int, int]) -> None:
+        rows = torch.cat([cases[d].rows[a:b] for d, a, b in parts])
+        tokens = torch.cat([cases[d].documents[0][a + 1 : b + 1] for d, a, b in parts])
+        proposer.extend(Features(draft.layout, rows), tokens, [b - a for _, a, b in parts])
+
+    def check(*lengths: tuple[int, int]) -> None:
+        drafts = together.propose(count)
+        for row, (d, length) in enumerate(lengths):
+            alone = draft.proposer()
+            extend(alone, (d, 0, length))
+            torch.testing.assert_close(drafts.logits[row], alone.propose(count).logits[0], rtol=1e-9, atol=1e-12)
+
+    together = draft.proposer()
+    extend(together, (0, 0, 20), (1, 0, 3))
+    check((0, 20), (1, 3))
+    extend(together, (0, 20, 21), (1, 3, 8), (2, 0, 30))
+    check((0, 21), (1, 8), (2, 30))
+    together.keep([2, 1])
+    extend(together, (2, 30, 30), (1, 8, 9), (0, 0, 5))
+    check((2, 30), (1, 9), (0, 5))

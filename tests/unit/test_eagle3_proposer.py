@@ -13,6 +13,7 @@ from specdist.core.records import Features
 from specdist.draft.eagle3.proposer import Eagle3Proposer
 from specdist.draft.eagle3.teacher import teach
 from specdist.draft.eagle3.unroll import Unrolled, Weights
+from tests.unit.draft_case import batch_equals_single
 from tests.unit.eagle3_reference import HIDDEN, STEPS, Case, Reference, build_case, run, target_of
 
 NORMS = [{}, {"fc_norm": True, "norm_output": True}]
@@ -23,8 +24,9 @@ def drafted_case(prefix: int, options: dict[str, bool]) -> tuple[Case, list[int]
     case = build_case((prefix + STEPS + 1,), **options)
     proposer = case.draft.proposer()
     tokens = case.documents[0].clone()
-    proposer.extend(Features(case.draft.layout, case.rows[:prefix]), tokens[1 : prefix + 1])
-    drafted, logits = proposer.chain(STEPS)
+    proposer.extend(Features(case.draft.layout, case.rows[:prefix]), tokens[1 : prefix + 1], [prefix])
+    drafts = proposer.propose(STEPS)
+    drafted, logits = drafts.tokens[0].tolist(), drafts.logits[0]
     tokens[prefix + 1 :] = torch.tensor(drafted)
     return replace(case, documents=[tokens], masks=[torch.ones(len(tokens), dtype=torch.bool)]), drafted, logits
 
@@ -71,23 +73,23 @@ def test_a_chain_leaves_no_trace_and_extends_add_up() -> None:
         proposer = case.draft.proposer()
         start = 0
         for cut in cuts:
-            proposer.extend(Features(case.draft.layout, case.rows[start:cut]), tokens[start + 1 : cut + 1])
+            proposer.extend(
+                Features(case.draft.layout, case.rows[start:cut]), tokens[start + 1 : cut + 1], [cut - start]
+            )
             proposer.propose(3)
             start = cut
         return proposer
 
     once, often = extended(90), extended(3, 4, 66, 90)
-    torch.testing.assert_close(often.chain(5)[1], once.chain(5)[1], rtol=1e-9, atol=1e-12)
-    assert once.propose(5) == once.propose(5)
-    assert len(once.propose(9)) == 9
-    assert once.propose(0) == []
+    torch.testing.assert_close(often.propose(5).logits, once.propose(5).logits, rtol=1e-9, atol=1e-12)
+    assert once.propose(5).tokens.equal(once.propose(9).tokens[:, :5])
 
 
 def test_proposals_are_target_ids_of_the_draft_vocabulary() -> None:
     case = build_case()
     proposer = case.draft.proposer()
-    proposer.extend(Features(case.draft.layout, case.rows[:4]), case.documents[0][1:5])
-    assert set(proposer.propose(8)) <= set(case.draft.frozen.vocabulary.ids.tolist())
+    proposer.extend(Features(case.draft.layout, case.rows[:4]), case.documents[0][1:5], [4])
+    assert set(proposer.propose(8).tokens[0].tolist()) <= set(case.draft.frozen.vocabulary.ids.tolist())
 
 
 def test_misuse_is_named() -> None:
@@ -96,7 +98,7 @@ def test_misuse_is_named() -> None:
     with pytest.raises(ValueError, match="extend the proposer"):
         proposer.propose(2)
     with pytest.raises(ValueError, match="4 positions of features, but 2 next tokens"):
-        proposer.extend(Features(case.draft.layout, case.rows[:4]), case.documents[0][1:3])
+        proposer.extend(Features(case.draft.layout, case.rows[:4]), case.documents[0][1:3], [2])
 
 
 def test_training_accuracy_is_the_decoders() -> None:
@@ -106,7 +108,13 @@ def test_training_accuracy_is_the_decoders() -> None:
     matches = 0
     for i in range(len(tokens) - 2):
         proposer = case.draft.proposer()
-        proposer.extend(Features(case.draft.layout, case.rows[: i + 1]), tokens[1 : i + 2])
+        proposer.extend(Features(case.draft.layout, case.rows[: i + 1]), tokens[1 : i + 2], [i + 1])
         best = target_of(case.draft).logits(case.features.final[i + 1 : i + 2]).argmax()
-        matches += bool(mask[i + 2]) and proposer.propose(1) == [int(best)]
+        matches += bool(mask[i + 2]) and proposer.propose(1).tokens.tolist() == [[int(best)]]
     assert run(case)[1]["correct/0"] == matches
+
+
+@pytest.mark.parametrize("options", NORMS, ids=["eagle-3", "eagle-3.1"])
+def test_a_batch_drafts_what_one_by_one_does(options: dict[str, bool]) -> None:
+    case = build_case((25, 30, 45), **options)
+    batch_equals_single(case.draft, [case.only(d) for d in range(3)], 6)

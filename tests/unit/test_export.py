@@ -194,10 +194,11 @@ def test_the_two_files_alone_give_the_trained_logits(tmp_path, options, engine):
     next_tokens = torch.tensor([*tokens[1:], 7])
     target = EvaluationTarget(case.target, case.draft.layout)
     with torch.no_grad():
-        target.forward(tokens, target.new_cache(), last=1)
+        target.prefill([tokens])
         proposer = case.draft.proposer()
-        proposer.extend(target.features(30), next_tokens)
-        drafted, logits = proposer.chain(6)
+        proposer.extend(target.features([30]), next_tokens, [30])
+        drafts = proposer.propose(6)
+        drafted, logits = drafts.tokens[0].tolist(), drafts.logits[0]
     served_drafts, served_logits = served.chain(tokens, next_tokens, 6, engine)
     assert served_drafts == drafted
     torch.testing.assert_close(served_logits, logits, rtol=1e-4, atol=1e-4)

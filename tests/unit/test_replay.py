@@ -33,8 +33,8 @@ def proposals(case: Case, document: int, row: int, count: int) -> list[int]:
     """What a decoder drafts that has verified x_0 .. x_{row+1} of a document."""
     alone, proposer = case.only(document), case.draft.proposer()
     tokens = alone.documents[0][1 : row + 2]
-    proposer.extend(Features(case.draft.layout, alone.rows[: row + 1]), tokens)
-    return proposer.propose(count)
+    proposer.extend(Features(case.draft.layout, alone.rows[: row + 1]), tokens, [row + 1])
+    return proposer.propose(count).tokens[0].tolist()
 
 
 def spoken(case: Case, count: int) -> Case:

@@ -18,9 +18,10 @@ from specdist.draft.config import DraftConfig, draft_config
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.evaluate.config import EvaluateConfig
-from specdist.evaluate.decoding import EvaluationTarget, decode_greedily, speculate
+from specdist.evaluate.decoding import decode
 from specdist.evaluate.prompts import read_prompts
 from specdist.evaluate.replay import ReplayTally, tally_answers
+from specdist.evaluate.target import EvaluationTarget
 from specdist.target.config import TargetConfig
 from specdist.target.description import describe
 from specdist.target.registry import load_target
@@ -46,7 +47,8 @@ def bard() -> tuple[EvaluationTarget, list[list[Turn]]]:
     prompts = [list(p.tokens) for p in read_prompts([BARD / "heldout.jsonl"], tokenizer, 16) if len(p.tokens) < 280]
 
     def said(prompt: list[int]) -> Turn:
-        return prompt, decode_greedily(target, prompt, LIMIT)
+        (reply,) = decode(target, [prompt], EvaluateConfig(max_new_tokens=LIMIT))
+        return prompt, reply.tokens
 
     conversations = [[said(prompt)] for prompt in prompts]
     for (first, *_), following in zip(conversations[1:4], prompts[3:6], strict=True):
@@ -110,10 +112,11 @@ def test_replay_counts_the_forwards_of_real_decoding(case: str) -> None:
     accepted = draft.replay(batch, batch, features, counts[-1]).accepted
     tallies = {k: tally_answers(batch, accepted.numpy(), None, None, k)[1] for k in counts}
     several = False
-    for place, (prompt, reply) in enumerate(chain(*conversations)):
-        for count in counts:
-            settings = EvaluateConfig(draft_tokens=count, max_new_tokens=LIMIT)
-            decoded = speculate(decoder, draft.proposer(), prompt, settings)
+    turns = list(chain(*conversations))
+    for count in counts:
+        settings = EvaluateConfig(draft_tokens=count, max_new_tokens=LIMIT)
+        found = decode(decoder, [prompt for prompt, _ in turns], settings, draft.proposer())
+        for place, ((_, reply), decoded) in enumerate(zip(turns, found, strict=True)):
             assert decoded.tokens == reply
             tally = ReplayTally.of(tallies[count][place])
             assert (tally.tokens, tally.forwards[-1]) == (len(reply), decoded.forwards)

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from specdist.core.records import Features
-from specdist.draft.base import Proposer
-from specdist.draft.dflash.attention import KeysValues, attend_block
+from specdist.draft.base import Drafts, Proposer, draw
+from specdist.draft.common.cache import KeyValueCache
+from specdist.draft.dflash.attention import KeysValues
 from specdist.draft.dflash.layer import attention_of
 
 if TYPE_CHECKING:
@@ -18,48 +20,42 @@ if TYPE_CHECKING:
 
 
 class DFlashProposer(Proposer):
-    """The state of one sequence: each layer's keys and values of the verified tokens, and the token after them."""
+    """Each layer's keys and values of the verified tokens, and of every sequence the token after them. A block's own
+    keys and values are written after them, and written over by the next ones."""
 
     def __init__(self, draft: DFlashDraft) -> None:
-        self.draft = draft
-        self._context: list[KeysValues] = []
-        self._next: int | None = None
+        self.draft, dims, weight = draft, draft.dims, draft.fc.weight
+        sizes = dims.num_key_value_heads, dims.head_dim
+        super().__init__([KeyValueCache(*sizes, weight.device, weight.dtype) for _ in draft.layers])
 
-    def take(self, features: Features, next_tokens: Tensor, positions: Tensor) -> None:
+    def take(self, features: Features, next_tokens: Tensor, sequences: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         draft = self.draft
-        context = draft.context(features.captured)
-        rotation = draft.frozen.rotary(positions)
-        added = [attention_of(layer).keys_values(context, rotation) for layer in draft.layers]
-        old = self._context or [(keys[:0], values[:0]) for keys, values in added]
-        self._context = [
-            (torch.cat([keys, more_keys]), torch.cat([values, more_values]))
-            for (keys, values), (more_keys, more_values) in zip(old, added, strict=True)
-        ]
-        self._next = int(next_tokens[-1])
+        context, rotation = draft.context(features.captured), draft.frozen.rotary(positions)
+        for layer, cache in zip(draft.layers, self.caches, strict=True):
+            cache.write(sequences, positions, *attention_of(layer).keys_values(context, rotation))
+        return (next_tokens,)
 
-    def propose(self, count: int) -> list[int]:
-        tokens, _ = self.block()
-        if count > len(tokens):
-            raise ValueError(f"{count} tokens asked of a draft whose blocks have {len(tokens)} (block_size - 1)")
-        return tokens[:count]
-
-    @torch.no_grad()
-    def block(self) -> tuple[list[int], Tensor]:
-        """The greedy tokens of slots 1..B-1 and the products with the target's head [B - 1, V] they come from."""
-        if self._next is None:
-            raise ValueError("nothing to continue: extend the proposer with at least one verified position first")
+    def draft_tokens(self, count: int, temperature: float, generator: torch.Generator | None) -> Drafts:
         draft = self.draft
-        head, size = draft.frozen.target.head, draft.config.block_size
-        tokens = torch.full((size,), draft.mask_token, device=head.device)
-        tokens[0] = self._next
-        rotation = draft.frozen.rotary(torch.arange(self.length, self.length + size, device=head.device))
-        seen = torch.tensor([self.length], device=head.device)
+        target, size = draft.frozen.target, draft.config.block_size
+        if count >= size:
+            raise ValueError(f"{count} tokens asked of a draft whose blocks have {size - 1} (block_size - 1)")
+        (first,) = self.start
+        tokens = first.new_full((len(first), size), draft.mask_token)
+        tokens[:, 0] = first
+        lengths = torch.tensor(self.lengths, device=first.device)
+        sequences = torch.arange(len(first), device=first.device).repeat_interleave(size)
+        positions = (lengths[:, None] + torch.arange(size, device=first.device)).flatten()
+        self.reserve(size)
 
-        def attend(q: Tensor, context: KeysValues, own: KeysValues) -> Tensor:
-            return attend_block(q[None], context, (own[0][None], own[1][None]), seen, draft.scale)[0]
+        def attend(cache: KeyValueCache, q: Tensor, _context: KeysValues, own: KeysValues) -> Tensor:
+            cache.write(sequences, positions, *own)
+            return cache.attend(q.unflatten(0, (-1, size)), lengths + size, draft.scale).flatten(0, 1)
 
-        hidden = draft.embed(tokens)
-        for layer, context in zip(draft.layers, self._context, strict=True):
-            hidden = layer(hidden, rotation, context, attend)
-        products = draft.norm(hidden)[1:].to(head.dtype) @ head.T
-        return products.argmax(-1).tolist(), products
+        hidden, rotation = draft.embed(tokens.flatten()), draft.frozen.rotary(positions)
+        nothing = hidden.new_empty(0), hidden.new_empty(0)  # in the place of the context, which the cache has
+        for layer, cache in zip(draft.layers, self.caches, strict=True):
+            hidden = layer(hidden, rotation, nothing, partial(attend, cache))
+        states = draft.norm(hidden).unflatten(0, (-1, size))[:, 1 : count + 1]
+        logits = target.logits(states.to(target.head.dtype))
+        return Drafts(draw(logits, temperature, generator), logits)

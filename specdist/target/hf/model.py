@@ -163,14 +163,18 @@ def packing_obstacle(decoder: PreTrainedModel, config: PretrainedConfig) -> str 
         return f"it has layers of another kind than full and sliding attention ({', '.join(sorted(kinds))})"
     if any(isinstance(m, nn.Conv1d) for m in decoder.modules()):
         return "its convolutions mix tokens over document boundaries"
-    ropes = set(_rope_types(getattr(config, "rope_parameters", None))) & {"dynamic", "longrope"}
-    if ropes:
-        return f"its rotary embedding ({ropes.pop()}) depends on the longest document"
+    if rope := length_dependent_rope(config):
+        return f"its rotary embedding ({rope}) depends on the longest document"
     if not decoder.is_backend_compatible():
         return f"{type(decoder).__name__} does not take its attention from transformers' AttentionInterface"
     if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(decoder.forward).parameters.values()):
         return f"{type(decoder).__name__} does not hand keyword arguments to its attention"
     return None
+
+
+def length_dependent_rope(config: PretrainedConfig) -> str | None:
+    """The type of a rotary embedding whose frequencies follow from the longest sequence of a forward, if it is one."""
+    return min(set(_rope_types(getattr(config, "rope_parameters", None))) & {"dynamic", "longrope"}, default=None)
 
 
 def _rope_types(parameters: dict[str, Any] | None) -> Iterator[str]:

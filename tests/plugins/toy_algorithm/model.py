@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specdist.core.records import FeatureLayout, Features, PackedTokens
-from specdist.draft.base import DraftModel, Proposer, Replayed, Supervision
+from specdist.draft.base import DraftModel, Drafts, Proposer, Replayed, Supervision, draw
 
 
 class ToyDraft(DraftModel):
@@ -63,12 +63,13 @@ class ToyDraft(DraftModel):
 
 class ToyProposer(Proposer):
     def __init__(self, draft: ToyDraft) -> None:
-        self._draft, self._last = draft, torch.empty(0)
+        super().__init__()
+        self._draft = draft
 
-    def take(self, features: Features, next_tokens: Tensor, positions: Tensor) -> None:
-        self._last = features.captured[-1:]
+    def take(self, features: Features, next_tokens: Tensor, sequences: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        return (features.captured,)
 
-    @torch.no_grad()
-    def propose(self, count: int) -> list[int]:
+    def draft_tokens(self, count: int, temperature: float, generator: torch.Generator | None) -> Drafts:
         head = self._draft.head
-        return head(self._last.to(head.weight.dtype)).argmax(-1).tolist()[:count]
+        logits = head(self.start[0].to(head.weight.dtype))[:, None]
+        return Drafts(draw(logits, temperature, generator), logits)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target as evaluation runs it: a batch of sequences in transformers, whole, on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from specdist.core.errors import ConfigError
+from specdist.core.records import FeatureLayout, Features
+from specdist.draft.base import ragged
+from specdist.evaluate.cache import BatchCache, Masks
+from specdist.target.hf.model import length_dependent_rope
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from specdist.target.description import TargetDescription
+
+
+class EvaluationTarget:
+    """A target model that decodes: one forward gives logits and the features that the draft asks for.
+
+    Raises:
+        ConfigError: tokens cannot be taken back from its cache, or it has not the features.
+    """
+
+    def __init__(self, model: PreTrainedModel, layout: FeatureLayout) -> None:
+        config = model.config.get_text_config()
+        self._masks = Masks(config, type(model).__name__)
+        layers = decoder_layers(model)
+        wrong = [b for b in layout.captured_layers if not 0 <= b < len(layers)]
+        if wrong:
+            raise ConfigError(f"captured layers {wrong} are not among the target's {len(layers)} layers (0-based)")
+        if layout.hidden_size != config.hidden_size:
+            raise ConfigError(
+                f"the draft expects hidden size {layout.hidden_size}; the target has {config.hidden_size}"
+            )
+        self.model = model.eval()
+        self.layout = replace(layout, argmax_lse=False)
+        self.device = next(model.parameters()).device
+        self.max_positions: int | None = config.to_dict().get("max_position_embeddings")
+        self.eos_tokens = eos_tokens(model)
+        rope = length_dependent_rope(config)
+        self.batch_obstacle = rope and f"the rotary embedding ({rope}) depends on the longest sequence of a forward"
+        self._captured: dict[int, Tensor] = {}
+        self._final = torch.empty(0)
+        for layer in sorted(set(layout.captured_layers)):
+            layers[layer].register_forward_hook(self._capture(layer))
+        model.get_decoder().register_forward_hook(self._keep_final)
+
+    @classmethod
+    def load(
+        cls,
+        target: TargetDescription,
+        layout: FeatureLayout,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> EvaluationTarget:
+        """The model of a target's directory, whole, on `device`, in `dtype`."""
+        from specdist.target.loading import load_model
+
+        return cls(load_model(target, dtype, torch.device(device)), layout)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, BatchCache]:
+        """Begin sequences with these prompts: the logits [n, V] after each, and the cache that has them."""
+        cache, lengths = BatchCache(), torch.tensor([len(prompt) for prompt in prompts])
+        cache.lengths = [0] * len(prompts)
+        tokens = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+        ends, own = (lengths - 1).unique(return_inverse=True)
+        logits = self.forward(tokens.to(self.device), cache, ends.to(self.device))
+        cache.lengths = lengths.tolist()  # the padding is behind the end, as are tokens that were taken back
+        return logits[torch.arange(len(prompts)), own], cache
+
+    def forward(self, tokens: Tensor, cache: BatchCache, rows: Tensor | int = 0) -> Tensor:
+        """Run `tokens`, int64 [n, Q], after those in `cache`, whose lengths the caller then raises by what it keeps.
+
+        Returns the logits [n, R, V] after the tokens in the places `rows`, int64 [R]; by default all of them.
+        """
+        positions = cache.place(tokens.shape[1], self.device)
+        if self.max_positions is not None:  # drafts past the end of a reply are computed, and dropped
+            positions = positions.clamp(max=self.max_positions - 1)
+        output = self.model(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=self._masks(cache, self.model.dtype),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=rows,
+        )
+        return output.logits
+
+    def features(self, counts: Sequence[int]) -> Features:
+        """Of every sequence of the last forward the features of its first counts[i] tokens, laid end to end."""
+        at = ragged(counts, self.device)
+        parts = [self._captured[b][at] for b in self.layout.captured_layers]
+        if self.layout.final:
+            parts.append(self._final[at])
+        return Features(self.layout, torch.cat(parts, dim=-1).to(self.layout.dtype))
+
+    def _capture(self, layer: int) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _args: object, output: object) -> None:
+            self._captured[layer] = output[0] if isinstance(output, tuple) else output  # type: ignore[assignment]
+
+        return hook
+
+    def _keep_final(self, _module: nn.Module, _args: object, output: object) -> None:
+        self._final = output.last_hidden_state  # type: ignore[attr-defined]
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a causal language model: the one list of modules as long as its number of layers."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(lists) != 1:
+        raise ConfigError(
+            f"{type(model).__name__}: found {len(lists)} lists of {count} layers in its decoder, need one"
+        )
+    return lists[0]
+
+
+def eos_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """The tokens that end a sequence, by the generation config, else by the model's."""
+    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
+    eos = model.config.get_text_config().eos_token_id if generation is None else generation
+    if eos is None:
+        return frozenset()
+    return frozenset([eos] if isinstance(eos, int) else eos)
