@@ -16,7 +16,7 @@ class EvaluateConfig:
     """Optimizer steps between two evaluations on held-out text (`prompts.holdout`); one is made before training and one
     at the end. null: as many as read at most one in a hundred of the tokens trained."""
     prompts: tuple[str, ...] = ()
-    """JSONL files of held-out prompts; empty: no evaluation."""
+    """Files of prompts that `specdist eval --decode` decodes; empty: held-out conversations, last answer dropped."""
     limit: int | None = 256
     """At most this many held-out sequences, evenly spread, or prompts of each file (null: all)."""
     temperature: float = 0.0

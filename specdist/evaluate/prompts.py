@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from specdist.core.errors import DataError
 from specdist.core.hub import DATASET
 from specdist.prompts.conversation import ROLES, Sample, to_sample
+from specdist.prompts.holdout import conversation_key, is_held_out
 from specdist.prompts.read import find_files, pieces, samples
 from specdist.prompts.report import BadSample, UnusableError
 from specdist.prompts.template import RENDER_ERRORS
@@ -37,6 +38,7 @@ def read_prompts(
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    share: float | None = None,
 ) -> list[EvaluationPrompt]:
     """Read and render the first `limit` prompts of every file (all of them by default).
 
@@ -48,6 +50,7 @@ def read_prompts(
 
     Args:
         template_kwargs: variables of the chat template, as `prompts.template_kwargs` gives them for training.
+        share: take those conversations alone that `prompts.holdout` of this share holds out.
 
     Raises:
         DataError: a file cannot be read, a record has another shape, or the template does not take it; the message
@@ -61,10 +64,12 @@ def read_prompts(
         for sample in _read(str(file)):
             if limit is not None and found >= limit:
                 break
+            if share is not None and not is_held_out(conversation_key(sample), share):
+                continue
             tokens = _tokens(sample, tokenizer, template_kwargs or {})
             prompts.append(EvaluationPrompt(str(file), sample.line, tuple(tokens)))
             found += 1
-        if not found:
+        if not found and share is None:
             raise DataError.at("evaluate.prompts", f": there is no prompt in {file}")
     return prompts
 

@@ -28,6 +28,15 @@ def obstacle(facts: JobFacts, device: torch.device) -> str | None:
     return f"the whole target needs {sizes}"
 
 
+def prompt_files(job: JobConfig) -> tuple[tuple[str, ...], float | None]:
+    """The files whose prompts are decoded, and the share of their conversations that is (None: all): those of
+    `evaluate.prompts`, else the held-out ones."""
+    holdout = job.prompts.holdout
+    if job.evaluate.prompts or holdout is None:
+        return tuple(job.evaluate.prompts), None
+    return (tuple(job.prompts.files), holdout) if isinstance(holdout, float) else (tuple(holdout), None)
+
+
 def evaluate_drafts(
     job: JobConfig,
     facts: JobFacts,
@@ -35,7 +44,7 @@ def evaluate_drafts(
     device: torch.device,
     check: Callable[[], None] = lambda: None,
 ) -> list[EvaluationReport]:
-    """Decode the prompts of `evaluate.prompts` with each of `drafts`, by names for the progress bar.
+    """Decode the prompts of `prompt_files` with each of `drafts`, by names for the progress bar.
 
     Args:
         drafts: made one after the other, on `device`; all take the same features.
@@ -45,8 +54,9 @@ def evaluate_drafts(
         ConfigError, DataError: see `read_prompts`, `EvaluationTarget` and `evaluate`.
     """
     tokenizer = AutoTokenizer.from_pretrained(facts.target.path)
-    prompts = read_prompts(job.evaluate.prompts, tokenizer, job.evaluate.limit, job.prompts.template_kwargs)
-    tokens, files = [p.tokens for p in prompts], [p.file for p in prompts]
+    files, share = prompt_files(job)
+    prompts = read_prompts(files, tokenizer, job.evaluate.limit, job.prompts.template_kwargs, share)
+    tokens, sources = [p.tokens for p in prompts], [p.file for p in prompts]
     target: EvaluationTarget | None = None
     reports = []
     for name, make in drafts.items():
@@ -59,5 +69,5 @@ def evaluate_drafts(
                 text = f"acceptance length {tally.acceptance_length:.2f}, {tally.tokens_per_second:,.0f} tokens/s"
                 bar.update(done, text, f"{name}: {done} of {total} prompts, {text}")
 
-            reports.append(evaluate(target, draft.proposer, tokens, job.evaluate, show, files, job.run.seed))
+            reports.append(evaluate(target, draft.proposer, tokens, job.evaluate, show, sources, job.run.seed))
     return reports

@@ -22,7 +22,7 @@ from specdist.job.run_dir import RunDirectory
 from specdist.run.after_training import export_all
 from specdist.run.answers import ready_prompts
 from specdist.run.drafts import exported_draft, load_state, new_draft, served_draft
-from specdist.run.evaluation import evaluate_drafts
+from specdist.run.evaluation import evaluate_drafts, prompt_files
 
 CPU = torch.device("cpu")
 
@@ -73,8 +73,10 @@ def decode_prompts(
     job = load_job(files, overrides)
     if output and not Path(output).absolute().parent.is_dir():
         raise ConfigError(f"--output {output}: there is no directory {Path(output).absolute().parent}")
-    if not job.evaluate.prompts:
-        raise ConfigError.at("evaluate.prompts", "is empty: give files of held-out prompts")
+    if not prompt_files(job)[0]:
+        raise ConfigError.at(
+            "evaluate.prompts", "is empty, and prompts.holdout is not set: give files of held-out prompts"
+        )
     facts, device = _examined(job), _device(job)
     make = partial(exported_draft, job, facts, draft, device) if draft else partial(_run_draft, job, facts, device)
     (report,) = evaluate_drafts(job, facts, {"evaluate": make}, device)

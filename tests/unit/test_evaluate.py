@@ -415,6 +415,9 @@ def test_every_shape_of_prompt_is_rendered_with_the_generation_prompt(tmp_path, 
     table = pa.table({"messages": [said, said]})
     pq.write_table(table, tmp_path / "p.parquet")
     assert [p.tokens for p in read_prompts([tmp_path / "p.parquet"], tokenizer)] == 2 * [prompts[1].tokens[:-1]]
+    held = read_prompts([path], tokenizer, template_kwargs={"mark": "!"}, share=0.7)
+    assert 0 < len(held) < len(prompts)
+    assert set(held) < set(prompts)
     tokenizer.chat_template = None
     with pytest.raises(DataError, match=r"p.jsonl:1: .*chat template"):
         read_prompts([path], tokenizer)
