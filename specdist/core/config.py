@@ -169,8 +169,10 @@ def _extended(schema: type, added: tuple[tuple[str, Any], ...]) -> type:
     for name, hint in added:
         section = dataclasses.is_dataclass(hint) and isinstance(hint, type)
         made.append((name, hint, dataclasses.field(default_factory=hint) if section else present[name].default))
-    namespace = {"__module__": schema.__module__, "__qualname__": schema.__qualname__, "__doc__": schema.__doc__}
-    return dataclasses.make_dataclass(schema.__name__, made, bases=(schema,), frozen=True, namespace=namespace)
+    namespace = {"__qualname__": schema.__qualname__, "__doc__": schema.__doc__}
+    extended = dataclasses.make_dataclass(schema.__name__, made, bases=(schema,), frozen=True, namespace=namespace)
+    extended.__module__ = schema.__module__  # Python 3.12 gives it that of the caller
+    return extended
 
 
 def fields(schema: type, prefix: str = "") -> Iterator[Field]:

@@ -121,9 +121,9 @@ def spoken(draft: DFlashDraft, rows: Tensor) -> Tensor:
     proposer, tokens, known, turn = draft.proposer(), [1, 2], 0, 0
     while len(tokens) < len(rows):
         more = torch.tensor(tokens[known + 1 :], device=rows.device)
-        proposer.extend(Features(draft.layout, rows[known : len(tokens) - 1]), more)
+        proposer.extend(Features(draft.layout, rows[known : len(tokens) - 1]), more, [len(more)])
         known, turn = len(tokens) - 1, turn + 1
-        tokens += [*proposer.propose(draft.config.block_size - 1)[: turn % 5], 10 + turn]
+        tokens += [*proposer.propose(draft.config.block_size - 1).tokens[0].tolist()[: turn % 5], 10 + turn]
     return torch.tensor(tokens[: len(rows)])
 
 

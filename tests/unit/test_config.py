@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from specdist.core import config
 from specdist.core.errors import ConfigError, DataError
-from specdist.job.config import load_job
+from specdist.job.config import JobConfig, load_job
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,11 @@ class Chosen:
 class WithSections:
     chosen: Chosen = field(default_factory=Chosen)
     count: int = 1
+
+
+def test_a_schema_with_registered_sections_is_found_in_its_own_module():
+    """Its documentation is read from there."""
+    assert config.complete(JobConfig).__module__ == JobConfig.__module__
 
 
 def test_a_registered_implementation_has_a_section_of_its_own(tmp_path, monkeypatch):
