@@ -35,6 +35,10 @@ from specdist.world.groups import join_world, make_groups
 from specdist.world.links import connect_links
 
 
+UNSEEN = """
+specdist: no text is held out (prompts.holdout=0.02 would): nothing will say how many of its tokens serving accepts"""
+
+
 def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     """Take part in the run as rank `facts.rank`; returns when the run is done or was asked to stop."""
     job_facts = jobs.examine(job)
@@ -154,7 +158,8 @@ def _introduce(context: WorldContext, resume: ResumePlan) -> None:
         f"specdist: {topology.mode} world of {topology.world_size} ranks: {target}"
         f"{len(topology.draft)} draft rank(s). {len(prompts.training)} sequences, "
         f"{prompts.tokens:,} tokens{held_out}, {context.facts.layout.bytes_per_token:,} B of features per token. "
-        f"{start}: {steps}. Run directory {job.run.dir}",
+        f"{start}: {steps}. Run directory {job.run.dir}"
+        + (UNSEEN if heldout is None and topology.mode in ("split", "colocated") else ""),
         file=sys.stderr,
         flush=True,
     )
