@@ -34,7 +34,6 @@ from specdist.training.profile import NO_PROFILE, PartInfo, Profile, find_traced
 from specdist.world.groups import join_world, make_groups
 from specdist.world.links import connect_links
 
-
 UNSEEN = """
 specdist: no text is held out (prompts.holdout=0.02 would): nothing will say how many of its tokens serving accepts"""
 

@@ -53,7 +53,7 @@ def words(directory: Path, material, **overrides) -> list[str]:
 
 def losses(directory: Path) -> list[tuple[int, float, float]]:
     lines = (directory / "run/metrics.jsonl").read_text().splitlines()
-    return [(r["step"], r["loss"], r["grad_norm"]) for r in map(json.loads, lines)]
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in map(json.loads, lines) if "loss" in r]
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +149,16 @@ def items_of(said: str) -> int:
     return int(found[1])
 
 
-def test_two_worlds_train_as_one(worlds, undisturbed):
-    target = worlds.target()
-    worlds.end(worlds.draft(trace__steps=2, trace__start=3))
-    assert items_of(worlds.end(target)) == STEPS
+def test_two_worlds_train_as_one(worlds, undisturbed, tmp_path):
+    """What is held out is evaluated between them too, an item each time, and leaves no trace in the losses."""
+    held = make_conversations(tmp_path / "held.jsonl", 3, seed=1)
+    evaluated = {"prompts__holdout": f"[{held}]", "evaluate__every": 8}
+    target = worlds.target(**evaluated)
+    worlds.end(worlds.draft(trace__steps=2, trace__start=3, **evaluated))
+    assert items_of(worlds.end(target)) == STEPS + 3
     assert losses(worlds.directory) == undisturbed
     run = worlds.directory / "run"
+    assert {path.name for path in (run / "evaluations").iterdir()} == {f"step-{n:08d}.json" for n in (0, 8, STEPS)}
     assert not (run / "scheduler.json").exists()
     assert len(list((run / "logs").iterdir())) == len(list((run / "targets").glob("*/logs/*"))) == 1
     summary = json.loads((run / "summary.json").read_text())
