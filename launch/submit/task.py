@@ -178,6 +178,8 @@ class Task:
         """Run the agent to its end; returns its exit status."""
         self._attempt = attempt
         agent = self._agent = self.run.agent(attempt)
+        if self._terminated:  # perhaps before the agent was known; a second SIGTERM changes nothing
+            agent.signal(signal.SIGTERM)
         try:
             status = agent.wait()
         except KeyboardInterrupt:
@@ -197,7 +199,7 @@ class Task:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._terminated = True
-        if self._agent is not None:
+        if self._agent is not None:  # else `_attend` passes it on
             self._agent.signal(number)
 
     def _start_again(self) -> NoReturn:

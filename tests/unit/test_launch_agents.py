@@ -34,11 +34,12 @@ class Shell:
 
     def soon(self, *signals: int) -> None:
         """Send signals to this process once it handles them and all agents listen."""
-        before = signal.getsignal(signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in signals}
 
         def send() -> None:
             while (
-                signal.getsignal(signal.SIGTERM) == before or len(list(self._directory.glob("ready-*"))) < self._count
+                any(signal.getsignal(number) == before[number] for number in signals)
+                or len(list(self._directory.glob("ready-*"))) < self._count
             ):
                 time.sleep(0.01)
             for number in signals:

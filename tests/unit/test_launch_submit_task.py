@@ -177,6 +177,21 @@ def test_a_terminated_local_job_saves_and_stays_down(bench):
     assert not (bench.directory / "7_submitted.pkl").exists()
 
 
+def test_a_signal_that_comes_while_the_agent_is_started_is_not_lost(bench, monkeypatch):
+    bench.agent("trap 'exit 75' TERM")
+    start = Run.agent
+
+    def slowly(run: Run, attempt: Attempt) -> AgentProcess:
+        agent = start(run, attempt)
+        while not (bench.directory / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return agent
+
+    monkeypatch.setattr(Run, "agent", slowly)
+    ends_with(75, bench.submit)
+
+
 @pytest.mark.parametrize(("state", "status"), [("RUNNING", LOCAL_REQUEUE_RETURN_CODE), ("COMPLETING", 75)])
 def test_slurm_requeues_by_itself_what_it_preempts(bench, monkeypatch, state, status):
     asked = []
