@@ -52,7 +52,8 @@ def test_a_healthy_host(tmp_path: Path, material: tuple[Path, Path]) -> None:
 def test_faults_of_a_host_are_named_with_it(tmp_path: Path, material: tuple[Path, Path]) -> None:
     """n2 has another run directory, a model without one of its shards, and another torch."""
     broken = Path(shutil.copytree(material[0], tmp_path / "target"))
-    lost = sorted(broken.glob("model-*.safetensors"))[1]
+    _, lost, *_ = files = sorted(broken.glob("model-*.safetensors"))
+    shards = len(files)
     lost.unlink()
     sound = make_config(tmp_path, *material, draft__dp=1, preflight__report=tmp_path / "report.json")
     there = [*sound, f"target.path={broken}", f"run.dir={tmp_path / 'elsewhere/run'}"]
@@ -69,7 +70,7 @@ def test_faults_of_a_host_are_named_with_it(tmp_path: Path, material: tuple[Path
     problems = [line for line in said.splitlines() if line.startswith("problem: ")]
     assert all(line.startswith("problem: n2: ") for line in problems), said
     for words in (
-        f"1 of the {len(list(material[0].glob('model-*.safetensors')))} weight files it names are missing: {lost.name}",
+        f"1 of the {shards} weight files that its index names are missing: {lost.name}",
         f"run.dir {tmp_path / 'elsewhere/run'} cannot be written: Not a directory",
         "torch is 2.11.0+another on ranks 1, ",
         "the configuration is ",
