@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import signal
@@ -47,6 +48,11 @@ class ScriptedAgent(AgentProcess):
 
     def __init__(self, script: str, ready: Path):
         super().__init__(["bash", "-c", f"{script}\n touch {ready}; while :; do sleep 0.02; done"])
+        self._awaited = ready.with_name("awaited")
+
+    def wait(self, timeout_s: float = math.inf) -> int | None:
+        self._awaited.touch()
+        return super().wait(timeout_s)
 
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
@@ -85,10 +91,10 @@ class Bench:
         return pickle.loads((self.directory / "7_submitted.pkl").read_bytes()).function.run
 
     def soon(self, *signals: int) -> None:
-        """Send signals to this process once the agent listens."""
+        """Send signals to this process once the agent listens, and the task waits for it."""
 
         def send() -> None:
-            while not (self.directory / "ready").exists():
+            while not all((self.directory / name).exists() for name in ("ready", "awaited")):
                 time.sleep(0.01)
             for number in signals:
                 os.kill(os.getpid(), number)
