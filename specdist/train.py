@@ -6,7 +6,6 @@ torchrun --nproc-per-node N -m specdist.train --config configs/X.yaml [key=value
 
 from __future__ import annotations
 
-import argparse
 import logging
 import signal
 import sys
@@ -14,22 +13,19 @@ import traceback
 from collections.abc import Sequence
 
 from specdist.core.errors import ConfigError, Dismissed, UserError
+from specdist.core.launch_env import Attempt, RankFacts, rank_arguments
 from specdist.core.stop import end_with_launcher, leave
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     end_with_launcher()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `StopFlag` is there, Ctrl-C ends a rank without a traceback
-    parser = argparse.ArgumentParser(prog="python -m specdist.train", description=__doc__)
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; several are merged")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override single keys")
-    args = parser.parse_args(argv)
+    args = rank_arguments("specdist.train", __doc__, argv)
 
     import transformers
 
     from specdist.core.attempts import AttemptRecord
     from specdist.core.config import Sources
-    from specdist.core.launch_env import Attempt, RankFacts
     from specdist.job.config import home, job_of
     from specdist.run.context import Start
     from specdist.run.rank_log import RankLog

@@ -8,10 +8,11 @@ the environment.
 
 from __future__ import annotations
 
+import argparse
 import ipaddress
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,14 @@ Role = Literal["target", "draft"]
 JOB, RESTART, DEADLINE, NODE_ROLE, HOST, STOP, TOKEN = (
     f"SPECDIST_{name}" for name in ("JOB", "RESTART", "DEADLINE", "NODE_ROLE", "HOST", "STOP", "TOKEN")
 )
+
+
+def rank_arguments(module: str, text: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line of a rank, `config` and `overrides`."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=text)
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; several are merged")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override single keys")
+    return parser.parse_args(argv)
 
 
 @dataclass(frozen=True)

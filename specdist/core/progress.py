@@ -53,6 +53,8 @@ class Evaluated:
     step: int
     acceptance_length: float
     loss: float
+    basis: str = ""
+    """What it was measured on and with: only figures on one basis can be compared."""
 
     def merit(self, figure: str) -> float:
         """`acceptance_length`, or `loss` with its sign turned: more is better."""
@@ -83,13 +85,14 @@ def committed(directory: Path) -> list[Path]:
 
 def best_checkpoint(directory: Path, figure: str) -> Path | None:
     """The complete checkpoint that evaluation found best by `figure` (`checkpoint.keep_best`), the earliest of equal
-    ones; None where there is no such figure."""
+    ones, among those that were evaluated as the newest of them; None where there is no such figure."""
     found = []
     for path in committed(directory) if figure != "none" else ():
         progress = read_progress(path)
         if progress.evaluated is not None and progress.evaluated.step == progress.step:
-            found.append((-progress.evaluated.merit(figure), progress.step, path))
-    return min(found)[2] if found else None
+            found.append((progress.evaluated, path))
+    alike = [(-made.merit(figure), made.step, path) for made, path in found if made.basis == found[-1][0].basis]
+    return min(alike)[2] if alike else None
 
 
 def read_progress(checkpoint: Path) -> Progress:

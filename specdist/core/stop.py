@@ -11,6 +11,7 @@ import sys
 import time
 from enum import StrEnum
 from types import FrameType
+from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -87,7 +88,7 @@ class StopFlag:
         self.request(StopReason(signal.Signals(number).name))
 
 
-def leave(status: int) -> None:
+def leave(status: int) -> NoReturn:
     """End the process without finalisers: those of the process groups would wait for ranks that are gone, after a
     failure in threads that are stuck in a transfer with them. All files of the run are closed by now."""
     sys.stdout.flush()

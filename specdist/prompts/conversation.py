@@ -59,6 +59,9 @@ class Sample:
     category: str | None = None
 
 
+ANSWERED = "prompts.answers=target has the target write answers"
+
+
 def to_sample(record: object, file: str, line: int) -> Sample:
     """Read one record, already decoded.
 
@@ -80,7 +83,8 @@ def to_sample(record: object, file: str, line: int) -> Sample:
             raise UnusableError("nothing to supervise", "`text` is empty")
         return Sample(file, line, text=text, category=category or None)
     keys = ", ".join(map(str, record)) or "none"
-    raise UnusableError("unknown format", f"none of `messages`, `conversations`, `text` among the keys: {keys}")
+    hint = "" if record.keys().isdisjoint(("prompt", "turns")) else f"; of prompts alone, {ANSWERED}"
+    raise UnusableError("unknown format", f"none of `messages`, `conversations`, `text` among the keys: {keys}{hint}")
 
 
 def turns_of(value: object, key: str) -> list[Any]:
@@ -199,8 +203,7 @@ def _checked(messages: list[Message]) -> tuple[Message, ...]:
         asked = asked or role == "user"
         before = role
     if not last:
-        detail = f"no assistant turn among {len(messages)} turns; prompts.answers=target has the target write them"
-        raise UnusableError("nothing to supervise", detail)
+        raise UnusableError("nothing to supervise", f"no assistant turn among {len(messages)} turns; {ANSWERED}")
     return tuple(messages[:last])
 
 

@@ -6,29 +6,24 @@ torchrun --nproc-per-node N -m specdist.run.answers --config configs/X.yaml [key
 
 from __future__ import annotations
 
-import argparse
-import logging
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from specdist.core.errors import DataError, UserError
+from specdist.core.errors import DataError
 from specdist.core.launch_env import Attempt, RankFacts
-from specdist.core.stop import end_with_launcher, leave
 from specdist.generate.endpoint import check_installed
 from specdist.generate.files import answered, open_answers
 from specdist.generate.in_world import Assignment, answers_in_world
-from specdist.job.config import JobConfig, load_job
+from specdist.job.config import JobConfig
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.config import PromptsConfig
-from specdist.run.download import fetch_target
+from specdist.run.rank_program import leave_with, rank_status
 from specdist.world.groups import World, join_world
 
 
@@ -85,31 +80,16 @@ def generate_here(job: JobConfig) -> None:
     answers_in_world(assignment(job), dist.HashStore(), [socket.gethostname()], 0, torch.device("cpu"))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    end_with_launcher()
-    parser = argparse.ArgumentParser(prog="python -m specdist.run.answers", description=__doc__)
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; several are merged")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override single keys")
-    args = parser.parse_args(argv)
-    logging.getLogger("torch.distributed").setLevel(logging.WARNING)
-    try:
-        job, facts = load_job(args.config, args.overrides), RankFacts.from_environment()
-        world = join_world(job.world, facts)
-        if job.generate.endpoint is None:
-            fetch_target(job.target.path, world)
-        answers_in_world(assignment(job), world.store, world.hosts, facts.rank, world.device)
-    except UserError as error:
-        print(f"specdist: {error}", file=sys.stderr, flush=True)
-        return 2
+def write_answers(job: JobConfig, who: RankFacts) -> int:
+    """Take part as rank `who.rank` in a world that does nothing else; returns the exit status."""
+    world = join_world(job.world, who)
+    answers_in_world(assignment(job), world.store, world.hosts, who.rank, world.device)
     return 0
 
 
-def _leave_with(*error: Any) -> None:
-    """A defect is shown whole; the finalisers of process groups would wait for ranks that are gone."""
-    sys.__excepthook__(*error)
-    leave(1)
+def main(argv: Sequence[str] | None = None) -> int:
+    return rank_status(write_answers, "specdist.run.answers", __doc__, argv)
 
 
 if __name__ == "__main__":
-    sys.excepthook = _leave_with
-    leave(main())
+    leave_with(main)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,7 @@ class ReplayJudge(Judge):
     def __init__(self, context: RankContext):
         job, topology = context.job, context.topology
         self.draft_tokens, self.temperature = job.evaluate.draft_tokens, job.evaluate.temperature
+        self.basis = f"evaluate.draft_tokens={self.draft_tokens}, evaluate.limit={job.evaluate.limit}"
         self._corpus, self._groups, self._run_dir = context.prompts, context.groups, context.run_dir
         place = topology.draft_place(context.rank)
         assert place is not None
@@ -56,12 +58,20 @@ class ReplayJudge(Judge):
         sums = torch.from_numpy(tallies * self._counts)
         dist.all_reduce(sums, group=self._groups.draft_cpu)
         found = {label: ReplayTally.of(vector) for label, vector in zip(self._labels, sums.numpy(), strict=True)}
-        report = ReplayReport(step, {k: v for k, v in found.items() if v.answers}, self.temperature, self._costs)
+        answered = {label: tally for label, tally in found.items() if tally.answers} or found
+        report = ReplayReport(step, answered, self.temperature, self._costs)
         if self._leader:
-            path = self._run_dir.evaluation(step)
+            self._keep(report)
+        return report.metrics()
+
+    def _keep(self, report: ReplayReport) -> None:
+        """Write it down, if that can be: the run is worth more than a report, whose figures are in the metrics too."""
+        path = self._run_dir.evaluation(report.step)
+        try:
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, to_json(report.to_dict()))
-        return report.metrics()
+        except OSError as error:
+            print(f"specdist: {path} cannot be written, and the run goes on: {error}", file=sys.stderr, flush=True)
 
     def _tally(self, one: _Seen, tallies: np.ndarray) -> None:
         accepted, agreed, expected = map(self._whole, vars(one.drafts).values())

@@ -107,10 +107,12 @@ class Judge(ABC):
     Attributes:
         draft_tokens: K, drafts of a target forward.
         temperature: of the sampling that acceptance is expected for; 0 for greedy.
+        basis: what its figures are measured on and with, in words.
     """
 
     draft_tokens: int
     temperature: float
+    basis: str
 
     @abstractmethod
     def add(self, shard: Shard, host_batch: PackedTokens, drafts: Replayed) -> None:
@@ -235,7 +237,8 @@ class Trainer:
         figure, found = recipe.checkpoint.keep_best, progress.evaluated
         if figure == "none" or found is None or found.step != progress.step:
             return False
-        if self.best is not None and found.merit(figure) <= self.best.merit(figure):
+        best = self.best
+        if best is not None and best.basis == found.basis and found.merit(figure) <= best.merit(figure):
             return False
         self.best = found
         return True
@@ -263,7 +266,7 @@ class Trainer:
         metrics |= judge.result(progress.step)
         self.items.forget(before=indices.stop)
         reporter.evaluated(progress.step, metrics | {"seconds": time.monotonic() - began})
-        found = Evaluated(progress.step, metrics["acceptance_length"], metrics["loss"])
+        found = Evaluated(progress.step, metrics["acceptance_length"], metrics["loss"], judge.basis)
         return replace(progress, next_item=indices.stop, evaluated=found)
 
     def train_step(self, step: int, indices: range, clip_norm: float) -> WorkItem:

@@ -71,6 +71,11 @@ def test_a_bad_record_is_named_and_its_neighbours_live(tmp_path: Path, line: str
     assert messages(first) == messages(last) == TURNS
 
 
+def test_prompts_alone_are_told_how_to_get_answers(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"prompt": "Hi"}', '{"turns": ["Hi"]}', {"messages": TURNS[:1]}, '{"q": "Hi"}')
+    assert ["prompts.answers=target" in str(bad) for bad in read((path,))] == [True, True, True, False]
+
+
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     good = json.dumps({"messages": TURNS}).encode()
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + good + b"\n" + b'{"text": "\xff"}\n' + good + b"\n")

@@ -8,44 +8,30 @@ Rank 0 prints the report and ends with status 1 where it found a problem.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from specdist.core.errors import DataError, UserError, WorldError
+from specdist.core.errors import DataError, WorldError
 from specdist.core.launch_env import RankFacts
-from specdist.core.stop import end_with_launcher, leave
 from specdist.job import config as jobs
-from specdist.job.config import JobConfig, JobFacts, load_job
+from specdist.job.config import JobConfig, JobFacts
 from specdist.run.preflight.facts import report_rank
 from specdist.run.preflight.host import HostFacts, examine_storage, marked
 from specdist.run.preflight.judge import judge
 from specdist.run.preflight.needs import needs_of
 from specdist.run.preflight.preflight import Preflight
 from specdist.run.preflight.report import Report
+from specdist.run.rank_program import leave_with, rank_status
 from specdist.world.groups import join_world, make_groups
 from specdist.world.links import connect_links
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    end_with_launcher()
-    parser = argparse.ArgumentParser(prog="python -m specdist.run.preflight.world", description=__doc__)
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; several are merged")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override single keys")
-    args = parser.parse_args(argv)
-    logging.getLogger("torch.distributed").setLevel(logging.WARNING)
-    try:
-        return examine_world(load_job(args.config, args.overrides), RankFacts.from_environment())
-    except UserError as error:
-        print(f"specdist: {error}", file=sys.stderr, flush=True)
-        return 2
+    return rank_status(examine_world, "specdist.run.preflight.world", __doc__, argv)
 
 
 def examine_world(job: JobConfig, who: RankFacts) -> int:
@@ -93,12 +79,5 @@ def examine_model(job: JobConfig) -> tuple[JobFacts | None, str]:
         return None, str(error)
 
 
-def _leave_with(*error: Any) -> None:
-    """A defect is shown whole; the finalisers of process groups would wait for ranks that are gone."""
-    sys.__excepthook__(*error)
-    leave(1)
-
-
 if __name__ == "__main__":
-    sys.excepthook = _leave_with
-    leave(main())
+    leave_with(main)

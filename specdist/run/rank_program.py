@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ranks of a world execute that does not train: the doctor's part, and answers by the target."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from specdist.core.errors import UserError
+from specdist.core.launch_env import RankFacts, rank_arguments
+from specdist.core.stop import end_with_launcher, leave
+from specdist.job.config import JobConfig, load_job
+
+
+def rank_status(
+    part: Callable[[JobConfig, RankFacts], int], module: str, text: str | None, argv: Sequence[str] | None = None
+) -> int:
+    """Take this rank's `part` in a world; returns the exit status. `module` and `text` are for `--help`."""
+    end_with_launcher()
+    args = rank_arguments(module, text, argv)
+    logging.getLogger("torch.distributed").setLevel(logging.WARNING)
+    try:
+        return part(load_job(args.config, args.overrides), RankFacts.from_environment())
+    except UserError as error:
+        print(f"specdist: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def leave_with(main: Callable[[], int]) -> NoReturn:
+    """End this process with the status of `main`. A defect is shown whole; the finalisers of process groups would wait
+    for ranks that are gone."""
+
+    def defect(*error: Any) -> None:
+        sys.__excepthook__(*error)
+        leave(1)
+
+    sys.excepthook = defect
+    leave(main())
