@@ -55,7 +55,6 @@ def consume(context: RankContext) -> None:
         context.world.device,
         context.profile,
         judge=ReplayJudge(context) if context.resume.schedule.evaluation_items else None,
-        best=context.resume.best,
     )
     recipe = Recipe(job.train, job.optimizer, job.checkpoint, job.metrics.every, context.resume.total_steps)
     leader = context.rank == topology.draft_ranks[0]

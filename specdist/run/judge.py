@@ -37,6 +37,7 @@ class ReplayJudge(Judge):
         job, topology = context.job, context.topology
         self.draft_tokens, self.temperature = job.evaluate.draft_tokens, job.evaluate.temperature
         self.basis = f"evaluate.draft_tokens={self.draft_tokens}, evaluate.limit={job.evaluate.limit}"
+        self.best = context.resume.best
         self._corpus, self._groups, self._run_dir = context.prompts, context.groups, context.run_dir
         place = topology.draft_place(context.rank)
         assert place is not None

@@ -108,11 +108,13 @@ class Judge(ABC):
         draft_tokens: K, drafts of a target forward.
         temperature: of the sampling that acceptance is expected for; 0 for greedy.
         basis: what its figures are measured on and with, in words.
+        best: the best evaluation so far, of those that `checkpoint.keep_best` has saved.
     """
 
     draft_tokens: int
     temperature: float
     basis: str
+    best: Evaluated | None
 
     @abstractmethod
     def add(self, shard: Shard, host_batch: PackedTokens, drafts: Replayed) -> None:
@@ -159,14 +161,12 @@ class Trainer:
         device: torch.device,
         profile: Profile = NO_PROFILE,
         judge: Judge | None = None,
-        best: Evaluated | None = None,
     ):
         """
         Args:
             judge: of held-out items, where the schedule has such.
-            best: the best evaluation of earlier starts, of those that `checkpoint.keep_best` saved.
         """
-        self._judge, self.best, self.finished = judge, best, False
+        self._judge, self.finished = judge, False
         self.model, self.optimizer, self.source, self.items = model, optimizer, source, items
         self._prompts, self._groups, self._shard, self._device = prompts, groups, shard, device
         self._sums = torch.zeros(len(model.metric_names), dtype=torch.float64, device=device)
@@ -224,9 +224,10 @@ class Trainer:
         """Whether the last step is done, or as many evaluations as `train.patience` have found nothing better."""
         if progress.step >= recipe.total_steps:
             return True
-        if self.best is None or recipe.train.patience is None:
+        best = None if self._judge is None else self._judge.best
+        if best is None or recipe.train.patience is None:
             return False
-        return self.items.schedule.evaluations_between(self.best.step, progress.step) >= recipe.train.patience
+        return self.items.schedule.evaluations_between(best.step, progress.step) >= recipe.train.patience
 
     def _evaluation_left(self, progress: Progress) -> bool:
         made = progress.evaluated is not None and progress.evaluated.step == progress.step
@@ -234,13 +235,13 @@ class Trainer:
 
     def _improved(self, recipe: Recipe, progress: Progress) -> bool:
         """Whether this step's evaluation found the best draft so far."""
-        figure, found = recipe.checkpoint.keep_best, progress.evaluated
-        if figure == "none" or found is None or found.step != progress.step:
+        figure, found, judge = recipe.checkpoint.keep_best, progress.evaluated, self._judge
+        if figure == "none" or judge is None or found is None or found.step != progress.step:
             return False
-        best = self.best
+        best = judge.best
         if best is not None and best.basis == found.basis and found.merit(figure) <= best.merit(figure):
             return False
-        self.best = found
+        judge.best = found
         return True
 
     def _evaluate(self, progress: Progress, stop: StopFlag, reporter: Reporter) -> Progress:
