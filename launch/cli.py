@@ -244,10 +244,14 @@ def _keys(args: argparse.Namespace) -> int:
     from specdist.core import config
     from specdist.job.config import JobConfig
 
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `specdist keys | head` ends quietly
-    for entry in config.fields(JobConfig):
-        default = "(required)" if entry.default == MISSING else entry.default
-        print(f"{entry.key} = {default}    ({entry.type})\n    {entry.help}")
+    earlier = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `specdist keys | head` ends quietly
+    try:
+        for entry in config.fields(JobConfig):
+            default = "(required)" if entry.default == MISSING else entry.default
+            print(f"{entry.key} = {default}    ({entry.type})\n    {entry.help}")
+        sys.stdout.flush()
+    finally:
+        signal.signal(signal.SIGPIPE, earlier)
     return 0
 
 
