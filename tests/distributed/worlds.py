@@ -95,7 +95,8 @@ def run_on_hosts(
 def kill_all(process: subprocess.Popen[str]) -> None:
     """SIGKILL the agent and all its ranks: nobody has time to save anything."""
     for member in forks.family(process.pid):
-        member.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it went with one before it
+            member.kill()
     process.communicate()
 
 

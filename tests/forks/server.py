@@ -50,6 +50,7 @@ class Server:
     def __init__(self, directory: Path):
         self._directory = directory
         self._selector = selectors.DefaultSelector()
+        self._forks: dict[int, tuple[int, socket.socket, Path]] = {}  # what tells of its end, its client, its note
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(directory / "starting"))
         self._listener.listen(64)
@@ -61,16 +62,15 @@ class Server:
             for key, _ in self._selector.select():
                 if key.data is None:
                     self._accept()
-                elif key.fileobj in self._selector.get_map():  # not ended by an event before it
+                elif key.data[0] in self._forks:  # not ended by an event before it
                     self._ended(*key.data)
 
     def _accept(self) -> None:
         client, _ = self._listener.accept()
-        head, streams, _, _ = socket.recv_fds(client, 4, 3)
-        text = b""
-        while len(text) < int.from_bytes(head, "big"):
-            text += client.recv(1 << 16)
-        wanted = json.loads(text)
+        wanted, streams = _wanted(client)
+        if wanted is None:
+            client.close()
+            return
         pid = os.fork()
         if pid == 0:
             self._selector.close()
@@ -79,24 +79,40 @@ class Server:
             run(wanted, streams)
         for stream in streams:
             os.close(stream)
-        note = self._directory / f"{wanted['pid']}"
+        note = self._directory / str(wanted["pid"])
         note.with_suffix(".new").write_text(str(pid))
         note.with_suffix(".new").rename(note)
         end = os.pidfd_open(pid)
-        self._selector.register(end, selectors.EVENT_READ, (pid, end, client, False))
-        self._selector.register(client, selectors.EVENT_READ, (pid, end, client, True))
+        self._forks[pid] = end, client, note
+        self._selector.register(end, selectors.EVENT_READ, (pid, False))
+        self._selector.register(client, selectors.EVENT_READ, (pid, True))
         _say(client, pid)
 
-    def _ended(self, pid: int, end: int, client: socket.socket, killed: bool) -> None:
+    def _ended(self, pid: int, killed: bool) -> None:
         """A fork has ended, or its client is gone."""
+        end, client, note = self._forks.pop(pid)
         if killed:
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
+        note.unlink()  # another process may get the client's number
         for source in (end, client):
             self._selector.unregister(source)
         os.close(end)
         _say(client, os.waitstatus_to_exitcode(status))
         client.close()
+
+
+def _wanted(client: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """What a client asks for, and its standard streams; None: it was killed before it had said so."""
+    head, streams, _, _ = socket.recv_fds(client, 4, 3)
+    missing, text = int.from_bytes(head, "big"), b""
+    while missing and (part := client.recv(missing)):
+        text, missing = text + part, missing - len(part)
+    if len(head) == 4 and not missing:
+        return json.loads(text), streams
+    for stream in streams:
+        os.close(stream)
+    return None, []
 
 
 def _say(client: socket.socket, number: int) -> None:
