@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,6 +60,21 @@ class Evaluated:
     def merit(self, figure: str) -> float:
         """`acceptance_length`, or `loss` with its sign turned: more is better."""
         return -self.loss if figure == "loss" else self.acceptance_length
+
+
+@dataclass(frozen=True)
+class AnswersProgress:
+    """How far the target is with writing the answers, as rank 0 says every few seconds while it goes on.
+
+    The rate and what is left, in seconds (None before the first answer), are of this start.
+    """
+
+    conversations: int
+    """Answered in all starts."""
+    total: int
+    tokens_per_s: float
+    left_s: float | None
+    time: float = dataclasses.field(default_factory=time.time)
 
 
 @dataclass(frozen=True)

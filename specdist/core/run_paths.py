@@ -39,6 +39,11 @@ class RunPaths:
         return self.path / "answers"
 
     @property
+    def answers_progress(self) -> Path:
+        """There while answers are written."""
+        return self.answers / "progress.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

@@ -5,6 +5,7 @@ manifest.json     what the answers depend on, and, once all are there, their cou
 part-*.jsonl      what a replica has written in one start, a record a line; only appended to. A last line without its
                   end is what a kill has left of it, and is not read.
 NAME.jsonl        the answers to a file of prompts, in its order
+progress.json     how far that is, while it goes on (`specdist status` reads it)
 unanswered.txt    what could not be answered, with file and line
 """
 
@@ -29,7 +30,7 @@ from specdist.prompts.config import PromptsConfig
 from specdist.prompts.prepare import TOKENIZER_FILES
 from specdist.prompts.read import SourceFile, find_files
 
-MANIFEST, UNANSWERED = "manifest.json", "unanswered.txt"
+MANIFEST, UNANSWERED, PROGRESS = "manifest.json", "unanswered.txt", "progress.json"
 FORMAT = 1
 _AT = re.compile(rb'\{"at":(\d+),')
 
@@ -225,8 +226,8 @@ def merge(directory: Path, manifest: Manifest) -> Manifest:
     sync_directory(directory)
     manifest = msgspec.structs.replace(manifest, tally=tally)
     write_atomically(directory / MANIFEST, to_json(manifest))
-    for part in parts:
-        part.unlink()
+    for path in (*parts, directory / PROGRESS):
+        path.unlink(missing_ok=True)
     return manifest
 
 

@@ -7,7 +7,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,12 +16,14 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from specdist.core.errors import ConfigError
+from specdist.core.files import to_json, write_atomically
 from specdist.core.hub import resolve, served_name
+from specdist.core.progress import AnswersProgress
 from specdist.core.progress_bar import ProgressBar
 from specdist.generate.board import Board
 from specdist.generate.config import GenerateConfig
 from specdist.generate.engine import Engine, end_tokens, sampling_of
-from specdist.generate.files import Tally, answered, find_manifest, local_files, merge, open_answers, written
+from specdist.generate.files import PROGRESS, Tally, answered, find_manifest, local_files, merge, open_answers, written
 from specdist.generate.work import Author, Watch, count, records, write_answers
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.render import load_tokenizer
@@ -74,7 +76,8 @@ def _lead(asked: Assignment, board: Board, device: torch.device) -> None:
     total, before = count(manifest.sources), len(written(asked.directory))
     board.put("plan", "write")
     with ProgressBar("answers", total, before) as bar:
-        show = _Show(bar, board, total, before)
+        show = _Show(asked.directory, bar, board, total, before)
+        show(Tally())
         own = _write(asked, board, device, show)
         for rank in range(1, len(board.hosts)):
             board.wait(f"done/{rank}", rank, lambda: show(own))
@@ -85,22 +88,24 @@ def _lead(asked: Assignment, board: Board, device: torch.device) -> None:
 
 
 class _Show:
-    """Tells the other ranks how far this one is; on rank 0, shows how far all are."""
+    """Rank 0 tells the other ranks how far it is, and shows on the terminal and in progress.json how far all are."""
 
-    def __init__(self, bar: ProgressBar, board: Board, total: int, before: int) -> None:
-        self._bar, self._board, self._total, self._before, self._began = bar, board, total, before, time.monotonic()
+    def __init__(self, directory: Path, bar: ProgressBar, board: Board, total: int, before: int) -> None:
+        self._file, self._bar, self._board = directory / PROGRESS, bar, board
+        self._total, self._before, self._began = total, before, time.monotonic()
 
     def __call__(self, own: Tally) -> None:
         if not self._board.tell(own):
             return
         all_, seconds = self._board.total(own), time.monotonic() - self._began
-        done = self._before + all_.conversations
-        left = (
-            f", {(self._total - done) * seconds / 60 / all_.conversations:.0f} min to go" if all_.conversations else ""
-        )
-        text = f"{all_.finished + all_.cut:,} answers, {all_.tokens / seconds:,.0f} tokens/s"
+        done, rate = self._before + all_.conversations, all_.tokens / max(seconds, 1e-3)
+        left_s = (self._total - done) * seconds / all_.conversations if all_.conversations else None
+        left = "" if left_s is None else f", {left_s / 60:.0f} min to go"
+        text = f"{all_.finished + all_.cut:,} answers, {rate:,.0f} tokens/s"
         line = f"answers: {done:,} of {self._total:,} conversations, {text}{left}"
         self._bar.update(done, text, line)
+        with suppress(OSError):  # for those who look on; where the disk is full, writing the answers says so
+            write_atomically(self._file, to_json(AnswersProgress(done, self._total, rate, left_s)))
 
 
 def _write(

@@ -12,7 +12,7 @@ from pathlib import Path
 from specdist.core.attempts import AttemptRecord, attempts
 from specdist.core.errors import ConfigError
 from specdist.core.files import read_json
-from specdist.core.progress import committed, read_progress
+from specdist.core.progress import AnswersProgress, committed, read_progress
 from specdist.core.run_paths import RunPaths
 from specdist.job.split import verdict
 from specdist.scheduler.messages import Statistics
@@ -47,13 +47,16 @@ def describe(run_dir: Path, now: float | None = None) -> str:
     """
     now = time.time() if now is None else now
     paths = RunPaths(run_dir)
-    if not paths.config.exists() and not attempts(run_dir):
+    history, answers = attempts(run_dir), read_json(paths.answers_progress, AnswersProgress)
+    if not paths.config.exists() and not history and answers is None:
         raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml (give the run.dir of a job)")
-    history = attempts(run_dir)
     status = read_json(paths.status, Status)
-    lines = [f"{run_dir}: {_headline(history, status, now)}"]
-    if status is not None and _is_current(history, status):
-        lines += _running(status, _last_record(paths.metrics), now)
+    if answers is not None and answers.time > max(_last_event(history), status.time if status else 0):
+        lines = [f"{run_dir}: {_alive('writing answers', answers.time, _place(history), now)}", _answered(answers)]
+    else:
+        lines = [f"{run_dir}: {_headline(history, status, now)}"]
+        if status is not None and _is_current(history, status):
+            lines += _running(status, _last_record(paths.metrics), now)
     lines += _saved(paths, now)
     if len(history) > 1:
         lines.append(f"  attempts    {len(history)}, before this one: {', '.join(map(_ended, history[:-1]))}")
@@ -62,7 +65,7 @@ def describe(run_dir: Path, now: float | None = None) -> str:
 
 def _headline(history: list[AttemptRecord], status: Status | None, now: float) -> str:
     if not history:
-        return "not started through a launcher that keeps records" if status is None else _alive(status, now)
+        return "not started through a launcher that keeps records" if status is None else _at_work(status, now)
     last = history[-1]
     ending, failure = last.ending(), last.failed()
     if failure is not None:
@@ -72,15 +75,42 @@ def _headline(history: list[AttemptRecord], status: Status | None, now: float) -
         return f"{ending.state} at step {ending.step}" + (f" ({ending.why})" if ending.why else "")
     if status is None or status.attempt != last.name:
         return f"attempt {last.name} is starting: its ranks have not met yet (logs in {last.directory})"
-    return _alive(status, now)
+    return _at_work(status, now)
 
 
-def _alive(status: Status, now: float) -> str:
-    age = now - status.time
-    state = "training" if status.started else "starting"
+def _at_work(status: Status, now: float) -> str:
+    place = f", attempt {status.attempt} on {', '.join(dict.fromkeys(status.hosts))}"
+    return _alive("training" if status.started else "starting", status.time, place, now)
+
+
+def _alive(state: str, then: float, place: str, now: float) -> str:
+    age = now - then
     if age > _STALE_S:
-        return f"silent: was {state}, but rank 0 has written nothing for {_duration(age)} (attempt {status.attempt})"
-    return f"{state}, attempt {status.attempt} on {', '.join(dict.fromkeys(status.hosts))}; as of {age:.0f} s ago"
+        return f"silent: was {state}, but rank 0 has written nothing for {_duration(age)}{place}"
+    return f"{state}{place}; as of {age:.0f} s ago"
+
+
+def _last_event(history: list[AttemptRecord]) -> float:
+    """When the newest attempt began, ended or failed."""
+    events = (history[-1].started(), history[-1].ending(), history[-1].failure()) if history else ()
+    return max((event.time for event in events if event is not None), default=0.0)
+
+
+def _place(history: list[AttemptRecord]) -> str:
+    """Of answers: with an endpoint they may be written without an attempt."""
+    started = history[-1].started() if history else None
+    if started is None or history[-1].ending() or history[-1].failed():
+        return ""
+    return f", attempt {history[-1].name} on {', '.join(dict.fromkeys(started.hosts))}"
+
+
+def _answered(progress: AnswersProgress) -> str:
+    left = "" if progress.left_s is None else f", {_duration(progress.left_s)} to go"
+    share = f"{progress.conversations / max(progress.total, 1):.0%}"
+    return (
+        f"  answers     {progress.conversations:,} of {progress.total:,} conversations ({share}), "
+        f"{progress.tokens_per_s:,.0f} tokens/s{left}"
+    )
 
 
 def _is_current(history: list[AttemptRecord], status: Status) -> bool:

@@ -18,11 +18,13 @@ import torch
 import torch.distributed as dist
 
 from specdist.core.errors import ConfigError, WorldError
+from specdist.generate import board
 from specdist.generate.config import GenerateConfig
 from specdist.generate.endpoint import EndpointEngine
 from specdist.generate.engine import GREEDY, Reply, Request, Sampling
 from specdist.generate.in_world import Assignment, answers_in_world
 from specdist.prompts.config import PromptsConfig
+from specdist.run.status import describe
 from specdist.target.config import TargetConfig
 from tests.unit import prompts_tokenizers as t
 
@@ -206,13 +208,16 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(tmp_path: Path, server:
         answer(other)
 
 
-def test_a_server_that_stays_away_ends_it_in_time(tmp_path: Path, server: Server) -> None:
-    """What was written stays, and the same command goes on."""
+def test_a_server_that_stays_away_ends_it_in_time(tmp_path: Path, server: Server, monkeypatch) -> None:
+    """What was written stays, `specdist status` tells of it, and the same command goes on."""
+    monkeypatch.setattr(board, "TELL_S", 0.0)
     server.fail = lambda number: 200 if number < 10 else 503
     asked = assignment(tmp_path, server, timeout_s=1.0)
     with pytest.raises(WorldError, match=r"has written no answer for 1 s \(generate.timeout_s\).*status 503"):
         answer(asked)
+    assert "10 of 40 conversations (25%), " in describe(tmp_path / "run")
     before = len(server.asked)
     server.fail = lambda number: 200
     answer(replace(asked, start="second.0"))
+    assert not (asked.directory / "progress.json").exists()
     assert 25 < len(server.asked) - before <= 30

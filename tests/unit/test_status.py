@@ -13,9 +13,9 @@ import pytest
 
 from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
 from specdist.core.errors import ConfigError
-from specdist.core.files import read_json
+from specdist.core.files import read_json, to_json
 from specdist.core.launch_env import Attempt
-from specdist.core.progress import Cursor, Progress
+from specdist.core.progress import AnswersProgress, Cursor, Progress
 from specdist.core.stop import StopReason
 from specdist.core.topology import Topology
 from specdist.job.resume_plan import ResumePlan
@@ -102,6 +102,19 @@ def test_silence_and_a_new_attempt_are_not_taken_for_training(run_dir: Path) -> 
     said = describe(run_dir, NOW)
     assert "attempt 17.2 is starting: its ranks have not met yet" in said
     assert "before this one: 17.1 vanished" in said
+
+
+def test_answers_in_the_making_are_told_until_something_else_happens(run_dir: Path) -> None:
+    record = write(run_dir, time=NOW - 200)
+    (run_dir / "answers").mkdir()
+    progress = AnswersProgress(250, 1000, 4321.0, 1800.0, time=NOW - 5)
+    (run_dir / "answers/progress.json").write_text(to_json(progress))
+    said = describe(run_dir, NOW)
+    assert said.startswith(f"{run_dir}: writing answers, attempt 17.1 on a, b; as of 5 s ago\n")
+    assert "250 of 1,000 conversations (25%), 4,321 tokens/s, 30 min to go" in said
+    assert "silent: was writing answers, but rank 0 has written nothing for 10 min" in describe(run_dir, NOW + 600)
+    record.fail(Failure("lost", "the connection to it is lost", 0, "", "a", time=NOW))
+    assert "failed in attempt 17.1" in describe(run_dir, NOW + 1)
 
 
 def test_any_other_directory_is_refused(tmp_path: Path) -> None:
