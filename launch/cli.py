@@ -215,11 +215,14 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from specdist.export.serving import serve_commands
     from specdist.run.offline import export_checkpoint
 
     files, overrides = words.split(args.config)
     for path in export_checkpoint(files, overrides, checkpoint=args.checkpoint, output=args.output):
-        print(path)
+        print(path, flush=True)
+        for command in serve_commands(path):
+            print(f"serve with {command.by.engine} >= {command.by.since}:\n{command.lines()}", file=sys.stderr)
     return 0
 
 

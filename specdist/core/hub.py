@@ -94,8 +94,10 @@ def resolve(
 
 
 def served_name(path: str) -> str:
-    """The target as a server would be given it: the directory, or the repository's id without the revision."""
-    return path if Path(path).expanduser().is_dir() else path.partition("@")[0]
+    """The target as a server would be given it: the directory's absolute path, or the repository's id without the
+    revision."""
+    directory = Path(path).expanduser()
+    return str(directory.absolute()) if directory.is_dir() else path.partition("@")[0]
 
 
 def named_weights(directory: Path, names: Sequence[str]) -> list[str]:

@@ -22,6 +22,7 @@ from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
 from specdist.draft.base import DraftModel
 from specdist.draft.common.sizes import LayerSizes
 from specdist.draft.export_config import ExportConfig
+from specdist.draft.served_by import ServedBy
 
 C = TypeVar("C")
 Contents = tuple[dict[str, Any], dict[str, Tensor]]
@@ -114,6 +115,7 @@ class Algorithm(ABC, Generic[C]):
         changeable: its keys that may differ when a run directory is used again.
         benchmark: `key=value` words of its section for measurements, which have neither prompts nor a tokenizer.
         formats: what a draft can be written as.
+        served_by: the engines that serve it.
     """
 
     name: ClassVar[str]
@@ -121,6 +123,7 @@ class Algorithm(ABC, Generic[C]):
     changeable: ClassVar[tuple[str, ...]] = ()
     benchmark: ClassVar[tuple[str, ...]] = ()
     formats: ClassVar[tuple[str, ...]]
+    served_by: ClassVar[tuple[ServedBy, ...]] = ()
 
     def __init__(self, config: C) -> None:
         self.config = config
@@ -208,6 +211,10 @@ class Algorithm(ABC, Generic[C]):
         return False
 
     # Directories of serving engines.
+
+    def draft_tokens(self, options: ExportConfig) -> int:
+        """How many drafts a target forward a server is told to make."""
+        return options.speculative_tokens
 
     @abstractmethod
     def check_export(self, format: str, options: ExportConfig, target_layers: int) -> None:

@@ -21,7 +21,8 @@ class ExportConfig:
     embedding: bool = False
     """Write the target's input embedding too. Engines share the target's; vLLM's pipeline parallelism cannot."""
     speculative_tokens: int = 5
-    """speculators only: draft tokens that vLLM asks for unless told otherwise."""
+    """Draft tokens a target forward that the export asks servers for, of algorithms that draft a chain; a block is as
+    long as it was trained."""
 
     def __post_init__(self) -> None:
         if self.speculative_tokens < 1:

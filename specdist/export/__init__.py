@@ -11,6 +11,7 @@ from specdist.draft.algorithm import ExportedDraft, Trained
 from specdist.draft.config import DraftConfig
 from specdist.draft.export_config import ExportConfig
 from specdist.draft.registry import ALGORITHMS
+from specdist.export.config_json import OURS
 
 __all__ = ["ExportConfig", "Trained", "check_servable", "export_draft", "load_exported", "written_formats"]
 
@@ -44,6 +45,7 @@ def export_draft(
         raise ConfigError.at("export.embedding", "is true, but the target's embedding was not given")
     check_free(Path(directory), overwrite)
     config, tensors = draft.chosen.export(format, trained, options)
+    config[OURS] = {"target": trained.target_path, "draft_tokens": draft.chosen.draft_tokens(options)}
     return write_directory(Path(directory), config, tensors, overwrite)
 
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specdist.core.errors import ConfigError, DataError
+from specdist.export.config_json import CONFIG, read_config
 
-CONFIG, WEIGHTS, LEGACY_WEIGHTS = "config.json", "model.safetensors", "pytorch_model.bin"
+WEIGHTS, LEGACY_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 
 
 def write_directory(
@@ -77,15 +78,7 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         DataError: a file is missing or damaged.
     """
-    path = directory / CONFIG
-    if not path.is_file():
-        raise DataError(f"{directory} is not a draft directory: there is no {CONFIG} in it")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path} must hold an object, not {type(config).__name__}")
+    config = read_config(directory)
     try:
         if (directory / WEIGHTS).is_file():
             return config, load_file(directory / WEIGHTS)

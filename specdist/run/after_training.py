@@ -20,6 +20,7 @@ from specdist.core.progress import Progress, best_checkpoint, checkpoint_path, r
 from specdist.core.stop import StopReason
 from specdist.evaluate.replay import render_replay
 from specdist.export import Trained, export_draft, written_formats
+from specdist.export.serving import serve_commands
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.run_dir import RunDirectory
 from specdist.job.split import verdict
@@ -172,5 +173,7 @@ def _print(
     if best not in (None, checkpoint_path(run_dir.checkpoints, step)):
         lines.append(f"  best           {best}{', which is exported' if exports else ''}")
     lines += [f"  export         {path}" for path in exports]
+    commands = {command.by.engine: command for path in reversed(exports) for command in serve_commands(path)}
+    lines += [f"  serve          {command}" for command in commands.values()]
     lines.append(f"  figures        {run_dir.summary}, {run_dir.metrics}")
     print("\n".join(lines), file=sys.stderr, flush=True)

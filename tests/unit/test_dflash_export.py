@@ -18,6 +18,7 @@ from specdist.draft.build import build_draft
 from specdist.draft.config import DraftConfig, draft_config
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.export import ExportConfig, Trained, export_draft, load_exported, written_formats
+from specdist.export.serving import serve_commands
 from tests.unit import dflash_reference as reference
 from tests.unit.dflash_reference import BLOCK, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MASK, VOCAB, Case, build_case
 
@@ -105,6 +106,16 @@ def test_the_files_alone_draft_what_the_draft_does(case: Case, tmp_path: Path) -
     torch.testing.assert_close(
         proposer.propose(len(products)).logits[0], target.logit_map(products), rtol=1e-3, atol=1e-3
     )
+
+
+def test_a_server_is_told_the_block(case: Case, tmp_path: Path) -> None:
+    sglang, vllm = serve_commands(export(tmp_path / "draft", case))
+    options = dict(zip(sglang.words[3::2], sglang.words[4::2], strict=True))
+    assert options["--speculative-algorithm"] == "DFLASH"
+    assert options["--speculative-num-draft-tokens"] == str(BLOCK)
+    assert "--speculative-num-steps" not in options
+    assert json.loads(vllm.words[-1])["method"] == "dflash"
+    assert json.loads(vllm.words[-1])["num_speculative_tokens"] == BLOCK - 1
 
 
 def test_read_back(case: Case, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 import json
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.evaluate.decoding import EvaluationTarget
 from specdist.export import ExportConfig, Trained, export_draft, load_exported
+from specdist.export.serving import serve_commands
 
 V, V_D, H, LAYERS, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 40, 24, 32, 8, 48, 4, 2, 12
 CAPTURED = (1, 3, 4)
@@ -398,6 +400,36 @@ def test_layers_that_engines_cannot_capture_are_refused(case, tmp_path):
     with pytest.raises(ConfigError, match="last layer, 7"):
         attempt(last, "sglang")
     assert attempt(last, "speculators").is_dir()
+
+
+def test_the_command_lines_name_everything(case, tmp_path):
+    draft = case.export(tmp_path / "my draft", replace(FP32, speculative_tokens=4))
+    sglang, vllm = serve_commands(draft)
+    assert shlex.split(str(sglang)) == shlex.split(sglang.lines().replace("\\\n", "")) == sglang.words
+    assert sglang.words[:3] == ["python", "-m", "sglang.launch_server"]
+    assert dict(zip(sglang.words[3::2], sglang.words[4::2], strict=True)) == {
+        "--model-path": "org/model",
+        "--dtype": "float32",
+        "--speculative-algorithm": "EAGLE3",
+        "--speculative-draft-model-path": str(draft),
+        "--speculative-num-steps": "4",
+        "--speculative-eagle-topk": "1",
+        "--speculative-num-draft-tokens": "5",
+    }
+    assert vllm.words[:3] == ["vllm", "serve", "org/model"]
+    assert json.loads(vllm.words[-1]) == {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 4}
+    (only,) = serve_commands(case.export(tmp_path / "other", format="speculators"), target="/models/t", draft_tokens=2)
+    assert (only.by.engine, only.target, only.draft_tokens) == ("vLLM", "/models/t", 2)
+
+
+def test_an_export_that_does_not_say_its_target(case, tmp_path):
+    draft = case.export(tmp_path / "draft")
+    config = json.loads((draft / "config.json").read_text())
+    del config["specdist"]["target"]
+    (draft / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"config\.json: specdist\.target is missing"):
+        serve_commands(draft)
+    assert serve_commands(draft, target="org/model")
 
 
 def test_only_an_export_makes_way_and_only_when_told(case, tmp_path):

@@ -20,6 +20,7 @@ from specdist.draft.dflash.config import DFlashConfig, DFlashDims
 from specdist.draft.dflash.cost import DFlashCost
 from specdist.draft.dflash.mask_token import find_mask_token
 from specdist.draft.export_config import ExportConfig
+from specdist.draft.served_by import ServedBy
 
 if TYPE_CHECKING:
     from specdist.draft.dflash.reader import ExportedDFlash
@@ -33,6 +34,10 @@ class DFlash(Algorithm[DFlashConfig]):
     changeable = ("loss_chunk", "attention")
     benchmark = ("mask_token_id=0",)
     formats = ("sglang",)
+    served_by = (
+        ServedBy("SGLang", "DFLASH", "0.5.11", block=True),
+        ServedBy("vLLM", "dflash", "0.22", block=True),
+    )
 
     def completed(self, target: Callable[[], TargetDirectory]) -> DFlashConfig:
         if self.config.mask_token_id is not None:
@@ -81,6 +86,9 @@ class DFlash(Algorithm[DFlashConfig]):
         """One pass fills a block, and the target's head reads it."""
         text = target.get_text_config()
         return trained + text.vocab_size * text.hidden_size
+
+    def draft_tokens(self, options: ExportConfig) -> int:
+        return self.config.block_size - 1
 
     def check_export(self, format: str, options: ExportConfig, target_layers: int) -> None:
         from specdist.draft.dflash.export import check_servable

@@ -19,6 +19,7 @@ from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.cost import Eagle3Cost, needs_head
 from specdist.draft.export_config import ExportConfig
+from specdist.draft.served_by import ServedBy
 
 if TYPE_CHECKING:
     from specdist.draft.eagle3.reader import ExportedEagle3
@@ -32,6 +33,7 @@ class Eagle3(Algorithm[Eagle3Config]):
     changeable = ("teacher_head", "embedding", "recompute", "loss_chunk", "attention")
     benchmark = ("vocab_size=32000",)
     formats = ("sglang", "speculators")
+    served_by = (ServedBy("SGLang", "EAGLE3", "0.5.12"), ServedBy("vLLM", "eagle3", "0.22", formats))
 
     def check(self, dtype: str, device: str, draft_tokens: int | None) -> None:
         if self.config.products == "fp8" and dtype == "float32":

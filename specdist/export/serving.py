@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole command line that serves an exported draft beside its target, engine by engine.
+
+Which engine takes which algorithm, under which name and since which version, each algorithm says (`served_by`). What
+the command lines say was read in SGLang 0.5.10 to 0.5.23 (`server_args.py`, `arg_groups/speculative_hook.py`) and in
+vLLM 0.22 to 0.33 (`config/speculative.py`):
+
+- Without `num_steps`, `topk` and `num_draft_tokens` SGLang takes a tree of a size of its own choice. Of a chain it
+  verifies the drafts and the token before them: one more than the steps.
+- vLLM takes "eagle3", "dflash" or "dspark" in the draft's path for the method where it is not told.
+- A draft runs in the server's dtype. `auto` makes float16 or bfloat16 of a float32 model, so the export's is given.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from specdist.core.errors import DataError
+from specdist.draft.registry import ALGORITHMS
+from specdist.draft.served_by import ServedBy
+from specdist.export.config_json import CONFIG, OURS, form, read_config
+
+
+@dataclass(frozen=True)
+class ServeCommand:
+    """One engine's command line.
+
+    Attributes:
+        by: the engine, and what it calls the algorithm.
+        target, draft: what the server is given: a directory or an id on the Hub.
+        draft_tokens: drafts a target forward, K.
+        dtype: of both models.
+    """
+
+    by: ServedBy
+    target: str
+    draft: str
+    draft_tokens: int
+    dtype: str
+
+    @property
+    def words(self) -> list[str]:
+        """The command line, word by word."""
+        return _WORDS[self.by.engine](self)
+
+    def __str__(self) -> str:
+        return shlex.join(self.words)
+
+    def lines(self) -> str:
+        """The command line for people, an option a line."""
+        begin = [word.startswith("--") for word in self.words]
+        return "".join(
+            f" \\\n    {shlex.quote(word)}" if option else f" {shlex.quote(word)}"
+            for word, option in zip(self.words, begin, strict=True)
+        ).strip()
+
+
+def serve_commands(
+    directory: str | Path, target: str | None = None, draft_tokens: int | None = None, name: str | None = None
+) -> list[ServeCommand]:
+    """How each engine that loads the export in `directory` is started with it.
+
+    Args:
+        target: the target, where the export does not say it or it lies elsewhere.
+        draft_tokens: drafts a target forward; the export's by default.
+        name: what the server finds the draft by, by default the absolute path of `directory`.
+
+    Raises:
+        DataError: there is no export, of no algorithm that is known, or it does not say what is not given.
+    """
+    path = Path(directory)
+    config = read_config(path)
+    ours = config.get(OURS) or {}
+    target, draft_tokens = target or ours.get("target"), draft_tokens or ours.get("draft_tokens")
+    for key, value in (("target", target), ("draft_tokens", draft_tokens)):
+        if value is None:
+            raise DataError(f"{path / CONFIG}: {OURS}.{key} is missing: the draft was not exported by this version")
+    dtype = config.get("torch_dtype") or config.get("dtype") or "auto"
+    engines = next((a.served_by for a in ALGORITHMS.values() if a.recognises(config)), ())
+    return [
+        ServeCommand(by, str(target), name or str(path.absolute()), int(draft_tokens or 0), dtype)
+        for by in engines
+        if form(config) in by.formats
+    ]
+
+
+def _sglang(command: ServeCommand) -> list[str]:
+    steps = {} if command.by.block else {"speculative-num-steps": command.draft_tokens}
+    options = {
+        "model-path": command.target,
+        "dtype": command.dtype,
+        "speculative-algorithm": command.by.method,
+        "speculative-draft-model-path": command.draft,
+        **steps,
+        "speculative-eagle-topk": 1,
+        "speculative-num-draft-tokens": command.draft_tokens + 1,
+    }
+    return ["python", "-m", "sglang.launch_server", *(f for k, v in options.items() for f in (f"--{k}", str(v)))]
+
+
+def _vllm(command: ServeCommand) -> list[str]:
+    speculation = {
+        "method": command.by.method,
+        "model": command.draft,
+        "num_speculative_tokens": command.draft_tokens,
+    }
+    return [
+        "vllm",
+        "serve",
+        command.target,
+        "--dtype",
+        command.dtype,
+        "--speculative-config",
+        json.dumps(speculation),
+    ]
+
+
+_WORDS: Mapping[str, Callable[[ServeCommand], list[str]]] = {"SGLang": _sglang, "vLLM": _vllm}
