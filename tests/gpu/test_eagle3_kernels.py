@@ -15,8 +15,9 @@ from torch import Tensor
 
 from specdist.core.argmax_lse import argmax_lse
 from specdist.core.records import LogitMap
-from specdist.draft.eagle3 import fp8, loss, ops
-from specdist.draft.eagle3.loss import LossKind
+from specdist.draft.common import losses
+from specdist.draft.common.losses import LossKind
+from specdist.draft.eagle3 import fp8, ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -139,11 +140,17 @@ def test_logits(vocabulary: int, logit_map: LogitMap, dtype: torch.dtype) -> Non
     student[1, 2] = products[1] * 3  # agrees
     log_sum_exp = logit_map(products).logsumexp(-1) + 0.3
     weights = torch.rand(rows, steps, device=DEVICE)
-    wide = student.float().clone()
-    terms = loss.row_terms(wide, products.float(), logit_map, log_sum_exp, choice, weights, LossKind("kl", 0.0))
+    before, wide = student.clone(), student.float().clone()
+    terms = losses.row_terms(wide, products.float(), logit_map, log_sum_exp, choice, weights, LossKind("kl"))
     others = logits.kl_row_terms(student, products, logit_map, log_sum_exp, choice, weights)
     assert bool(terms[2][1, 2])
     torch.testing.assert_close(others, terms, rtol=1e-4, atol=1e-4)
+    assert_close([student], [wide], dtype)
+
+    student = before.clone()
+    wide = student.float().clone()
+    terms = losses.hard_row_terms(wide, choice, weights)
+    torch.testing.assert_close(logits.hard_row_terms(student, choice, weights), terms, rtol=1e-4, atol=1e-4)
     assert_close([student], [wide], dtype)
 
 

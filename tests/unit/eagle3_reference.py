@@ -172,15 +172,20 @@ def expected(case: Case[Eagle3Draft], totals: Tensor | None = None) -> Expected:
             acceptance = sum(torch.minimum(full[v], q[v]) for v in range(len(ids)))
             best = int(logits.argmax())
             sums[f"positions/{k}"] += 1
-            sums[f"accepted/{k}"] += float(acceptance.detach())
-            sums[f"correct/{k}"] += ids[int(student.argmax())] == best
+            agrees = ids[int(student.argmax())] == best
+            sums[f"correct/{k}"] += agrees
+            sums[f"accepted/{k}"] += agrees if config.loss == "argmax" else float(acceptance.detach())
             if best not in ids:
                 continue
             sums[f"counted/{k}"] += 1
             p = full / full.sum()
             entropy = -sum(p[v] * q[v].log() for v in range(len(ids)))
-            if config.loss == "kl":
+            if config.loss == "argmax":
+                loss = -q[ids.index(best)].log()
+            elif config.loss == "kl":
                 loss = entropy
+            elif config.loss == "tv":
+                loss = 1 - acceptance
             elif config.loss == "lk_alpha":
                 loss = -acceptance.log()
             else:

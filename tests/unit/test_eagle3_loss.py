@@ -18,6 +18,9 @@ VARIANTS = {
     "norm_output": {"norm_output": True},
     "eagle-3.1, lk_lambda": {"fc_norm": True, "norm_output": True, "loss": "lk_lambda"},
     "recompute": {"recompute": 3},
+    "argmax": {"loss": "argmax"},
+    "argmax, whole vocabulary": {"loss": "argmax", "pruned": False},
+    "tv": {"loss": "tv"},
     "lk_alpha": {"loss": "lk_alpha"},
     "lk_lambda": {"loss": "lk_lambda", "lk_eta": 1.5},
 }

@@ -10,6 +10,7 @@ from typing import Literal
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
+from specdist.draft.common.losses import LossName
 from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, layer_sizes, read
 
 SECTION = "draft.eagle3"
@@ -35,9 +36,9 @@ class Eagle3Config(LayerOptions):
     """EAGLE-3.1: the next step takes the normed state instead of the un-normed one."""
     init_head: Literal["target", "random"] = "target"
     """Where the draft's output head starts: the target's head rows of the draft vocabulary, or random."""
-    loss: Literal["kl", "lk_alpha", "lk_lambda"] = "kl"
-    """kl: cross entropy with the target's distribution; lk_alpha: -log acceptance; lk_lambda: a mixture of kl and
-    1 - acceptance."""
+    loss: LossName = "kl"
+    """argmax: cross entropy with the target's most likely token; kl: with its distribution; with a the chance that
+    sampling accepts the draft, tv: 1 - a, lk_alpha: -log a, lk_lambda: a mixture of kl and tv."""
     lk_eta: float = 3.0
     """lk_lambda: a position weighs its cross entropy by exp(-lk_eta * acceptance), 1 - acceptance by the rest."""
     loss_chunk: int = 4096

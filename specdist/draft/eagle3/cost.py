@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 from specdist.core.records import PackedTokens
 from specdist.draft.algorithm import WIDE, Cost
+from specdist.draft.common.losses import LossKind
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 
 
 def needs_head(config: Eagle3Config, vocab_size: int) -> bool:
     """Whether the target's whole head lies on a draft rank's device."""
-    return config.teacher_head == "draft" or (config.vocab_size or vocab_size) >= vocab_size
+    whole = (config.vocab_size or vocab_size) >= vocab_size
+    return config.teacher_head == "draft" or (whole and not LossKind(config.loss).hard)
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,16 @@ class Eagle3Cost(Cost):
     config: Eagle3Config
     dims: Eagle3Dims
 
+    @property
+    def _hard(self) -> bool:
+        return LossKind(self.config.loss).hard
+
     def flops(self, batch: PackedTokens) -> float:
         """What is trained costs three times its forward. Once, on all tokens: the fusion of the captured layers, the
         step-0 keys and values, and the embeddings' half of the projections. In every TTT step, on the rows that a loss
         depends on: the state's half of the projections, the output projection and the MLP, attention over the keys of
         the document so far, and the head where something is taught. The teacher, the target's whole head where the
-        draft runs it and the draft's part of it, costs a forward."""
+        draft runs it and, unless the loss is on the argmax alone, the draft's part of it, costs a forward."""
         from specdist.draft.eagle3.rows import Rows  # it imports FlexAttention
 
         rows, tokens, dims = Rows.of(batch, self.config.ttt_length), len(batch.tokens), self.dims
@@ -43,7 +49,9 @@ class Eagle3Cost(Cost):
         layer = 2 * hidden * (queries + 2 * keys) + 2 * queries * hidden + 3 * 2 * hidden * dims.intermediate_size
         attention = 4 * queries * int((rows.positions + 1).sum())
         trained = once + rows.steps * (layer * active + attention) + 2 * hidden * dims.draft_vocab_size * pairs
-        teacher = dims.draft_vocab_size + (dims.vocab_size if self.config.teacher_head == "draft" else 0)
+        teacher = (0 if self._hard else dims.draft_vocab_size) + (
+            dims.vocab_size if self.config.teacher_head == "draft" else 0
+        )
         return 3.0 * trained + 2.0 * hidden * teacher * taught
 
     def frozen_rows(self, tied: bool) -> int:
@@ -51,7 +59,7 @@ class Eagle3Cost(Cost):
         whole = self.dims.vocab_size
         head, own = needs_head(self.config, whole), self.config.vocab_size or whole
         embedding = self.config.embedding == "device" and not (tied and head)
-        return (head + embedding) * whole + (own if own < whole else 0)
+        return (head + embedding) * whole + (own if own < whole and not self._hard else 0)
 
     def step_bytes(self, tokens: int, share: int, itemsize: int, compiled: bool) -> dict[str, int]:
         config, dims = self.config, self.dims
@@ -72,7 +80,8 @@ class Eagle3Cost(Cost):
         layer = weights * WIDE + (2 * (weights + queries * hidden) if config.products == "fp8" else 0)
         head = dims.draft_vocab_size * hidden
         backward = working + layer + head * itemsize
-        logits = config.loss_chunk * dims.draft_vocab_size * (steps + 1) // steps * itemsize
+        rows = config.loss_chunk if self._hard else config.loss_chunk * (steps + 1) // steps  # the teacher's too
+        logits = rows * dims.draft_vocab_size * itemsize
         return {
             f"inputs of {tokens:,} tokens": once + 2 * joint * 2 * hidden * itemsize,
             f"kept of {steps} TTT steps": kept,

@@ -15,13 +15,14 @@ from specdist.core.errors import ConfigError
 from specdist.core.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
 from specdist.draft.base import DraftModel, Replayed, Supervision
 from specdist.draft.common.flex import takes_flex
+from specdist.draft.common.losses import LossKind
 from specdist.draft.common.rotary import Rotary, rotate
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.attention import DocumentAttention, eager_attention, flex_attention
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.fp8 import check_device
 from specdist.draft.eagle3.layer import MidLayer, modules
-from specdist.draft.eagle3.loss import SUMS, Eagle3LossInputs, LossKind, metrics
+from specdist.draft.eagle3.loss import SUMS, Eagle3LossInputs, metrics
 from specdist.draft.eagle3.matmul import Fp8Matmul, Matmul
 from specdist.draft.eagle3.op_set import PLAIN, compiled_ops
 from specdist.draft.eagle3.proposer import Eagle3Proposer
@@ -37,7 +38,8 @@ class Eagle3Frozen:
 
     Attributes:
         embedding: [V, H], the target's input embedding.
-        head: [V_d, H], the target's head rows of the draft vocabulary.
+        head: [V_d, H], the target's head rows of the draft vocabulary; in host memory where the loss is on the argmax
+            alone, for only a new draft starts from it then.
         whole_head: [V, H], the target's head; None where the target side runs it.
         logit_map: the target's, from products with its head to logits.
         vocabulary: the draft vocabulary.
@@ -61,13 +63,13 @@ class Eagle3Frozen:
         if host and importlib.util.find_spec("triton") is None:
             raise ConfigError.at("draft.eagle3.embedding", "=host needs Triton, which is not installed: use device")
         embedding = target.embedding.cpu().pin_memory() if host else target.embedding.to(device)
-        here, whole = config.teacher_head == "draft", None
-        if here or vocabulary.whole:
+        here, hard, whole = config.teacher_head == "draft", LossKind(config.loss).hard, None
+        if here or (vocabulary.whole and not hard):
             whole = embedding if tied and not host else target.head.to(device)
         if vocabulary.whole and whole is not None:
             head = whole
         else:
-            head = target.head[vocabulary.ids.to(target.head.device)].to(device)
+            head = target.head[vocabulary.ids.to(target.head.device)].to("cpu" if hard else device)
         return cls(embedding, head, whole if here else None, target.logit_map, vocabulary, rotary)
 
 
@@ -147,16 +149,16 @@ class Eagle3Draft(DraftModel):
 
     def loss(self, features: Features, teacher: Teacher, totals: Tensor) -> Eagle3LossInputs:
         """What the states of the unrolled steps are compared with."""
-        steps = torch.arange(self.config.ttt_length, device=totals.device, dtype=torch.float64)
+        steps, ops = torch.arange(self.config.ttt_length, device=totals.device, dtype=torch.float64), self.ops
         return Eagle3LossInputs(
             teacher=teacher,
             final=features.final,
-            head=self.frozen.head,
+            head=None if self.loss_kind.hard else self.frozen.head,
             logit_map=self.frozen.logit_map,
             weights=self.config.step_decay**steps / totals.clamp(min=1.0),
             kind=self.loss_kind,
             chunk=self.config.loss_chunk,
-            terms=self.ops.kl_row_terms if self.config.loss == "kl" else self.ops.row_terms,
+            terms={"argmax": ops.hard_row_terms, "kl": ops.kl_row_terms}.get(self.config.loss, ops.row_terms),
         )
 
     def task(self, rows: Rows, lengths: tuple[int, ...], products: str | None = None) -> UnrollTask:

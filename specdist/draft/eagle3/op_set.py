@@ -10,15 +10,16 @@ from typing import Any
 import torch
 
 from specdist.core import argmax_lse
+from specdist.draft.common import losses
 from specdist.draft.common.compiling import compiled
-from specdist.draft.eagle3 import fp8, loss, ops
+from specdist.draft.eagle3 import fp8, ops
 
 Op = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Eagle3Ops:
-    """One of each, see the functions of those names in `ops`, `fp8`, `loss` and `specdist.core.argmax_lse`.
+    """One of each, see the functions of those names in `ops`, `fp8`, `losses` and `specdist.core.argmax_lse`.
     `kl_row_terms` is `row_terms` for the loss kl."""
 
     norm: Op = ops.norm
@@ -32,8 +33,9 @@ class Eagle3Ops:
     heads_backward: Op = ops.heads_backward
     merge: Op = ops.merge
     merge_backward: Op = ops.merge_backward
-    row_terms: Op = loss.row_terms
-    kl_row_terms: Op = loss.row_terms
+    row_terms: Op = losses.row_terms
+    kl_row_terms: Op = losses.row_terms
+    hard_row_terms: Op = losses.hard_row_terms
     argmax_lse: Op = argmax_lse.argmax_lse
     quantise: Op = fp8.quantise
     quantise_both_ways: Op = fp8.quantise_both_ways
@@ -48,7 +50,7 @@ PLAIN = Eagle3Ops()
 def compiled_ops(device: torch.device) -> Eagle3Ops:
     """Each is compiled to one graph for all lengths and steps. On CUDA Triton kernels take the place of those that the
     compiler makes several passes of."""
-    row_terms = compiled(loss.row_terms, "student", "teacher", "log_sum_exp", "argmax", "weights")
+    row_terms = compiled(losses.row_terms, "student", "teacher", "log_sum_exp", "argmax", "weights")
     made = Eagle3Ops(
         norm=compiled(ops.norm, "x"),
         norm_backward=compiled(ops.norm_backward, "grad", "x", "carry"),
@@ -63,6 +65,7 @@ def compiled_ops(device: torch.device) -> Eagle3Ops:
         merge_backward=compiled(ops.merge_backward),
         row_terms=row_terms,
         kl_row_terms=row_terms,
+        hard_row_terms=compiled(losses.hard_row_terms, "student", "argmax", "weights"),
         argmax_lse=compiled(argmax_lse.argmax_lse, "products"),
         quantise=compiled(fp8.quantise, "x"),
         quantise_both_ways=compiled(fp8.quantise_both_ways),
@@ -79,6 +82,7 @@ def compiled_ops(device: torch.device) -> Eagle3Ops:
     return replace(
         made,
         kl_row_terms=logits.kl_row_terms,
+        hard_row_terms=logits.hard_row_terms,
         argmax_lse=argmax_lse_kernel.argmax_lse,
         heads=heads.heads,
         heads_backward=heads.heads_backward,

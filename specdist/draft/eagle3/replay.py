@@ -15,14 +15,14 @@ from torch import Tensor
 
 from specdist.core.records import Features, LogitMap, PackedTokens, moved_to
 from specdist.draft.base import Replayed
-from specdist.draft.eagle3.loss import LossKind
+from specdist.draft.common.losses import LossKind
 from specdist.draft.eagle3.rows import Rows, replayed_by
 from specdist.draft.eagle3.unroll import Unrolled, Weights
 
 if TYPE_CHECKING:
     from specdist.draft.eagle3.model import Eagle3Draft
 
-KL = LossKind("kl", 0.0)
+KL = LossKind("kl")
 
 
 @torch.no_grad()
@@ -78,10 +78,11 @@ def _chances(draft: Eagle3Draft, final: Tensor, states: Tensor, temperature: flo
     final, steps, found = final.to(frozen.whole_head.dtype), states.shape[1], []
     size = max(draft.config.loss_chunk * len(frozen.head) // len(frozen.whole_head) // steps, 1)
     for z, normed in zip(final.split(size), states.split(size), strict=True):
-        best, log_sum_exp = ops.argmax_lse(z @ frozen.whole_head.T, cooled)
+        products = z @ frozen.whole_head.T
+        best, log_sum_exp = ops.argmax_lse(products, cooled)
         student = (normed.flatten(0, 1) @ draft.lm_head.weight.T).div_(temperature).unflatten(0, normed.shape[:2])
         nothing = torch.zeros(normed.shape[:2], dtype=log_sum_exp.dtype, device=normed.device)
-        teacher = z @ frozen.head.T
+        teacher = products.index_select(1, frozen.vocabulary.ids)
         terms = ops.kl_row_terms(student, teacher, cooled, log_sum_exp, frozen.vocabulary.to_draft[best], nothing, KL)
         found.append(terms[1])
     return torch.cat(found).float()
