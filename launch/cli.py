@@ -13,8 +13,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from specdist.core.errors import UserError
+from specdist.core.errors import UserError, WorldError
 from specdist.core.launch_env import Role
+from specdist.core.stop import leave
 from specdist_launch import ssh, words
 from specdist_launch.agents import ExitStatus
 from specdist_launch.ray import launch as ray
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _naming_sources(args):
             return int(args.run(args))
+    except WorldError as error:  # what has not answered may be waited for by a thread, too
+        print(f"specdist: {error}", file=sys.stderr)
+        leave(ExitStatus.USER_ERROR)
     except UserError as error:
         print(f"specdist: {error}", file=sys.stderr)
         return ExitStatus.USER_ERROR

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -28,6 +28,7 @@ class Hub(ThreadingHTTPServer):
         asked: method and path of every request so far, without those that tell the Hub about the client.
         gated: repositories whose files it refuses with this status.
         delay_s: seconds that a weight file takes.
+        silent: whether it leaves a request, by its method and path, without an answer.
     """
 
     daemon_threads = True
@@ -38,6 +39,8 @@ class Hub(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.gated: dict[str, int] = {}
         self.delay_s = 0.0
+        self.silent: Callable[[str], bool] = lambda asked: False
+        self.closed = threading.Event()
 
     @property
     def endpoint(self) -> str:
@@ -60,6 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         if parts[-1] != "agent-harnesses":
             self.server.asked.append(f"{self.command} {'/'.join(parts)}")
+            if self.server.silent(self.server.asked[-1]):
+                self.server.closed.wait()
         kind = "datasets" if "datasets" in parts[:2] else "models"
         parts = [part for part in parts if part not in ("api", "models", "datasets")]
         directory, rest = self.server.directory.joinpath(kind, *parts[:2]), parts[2:]
@@ -114,6 +119,7 @@ def serving(directory: Path) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.closed.set()
         hub.shutdown()
         hub.server_close()
         thread.join()

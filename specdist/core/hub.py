@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from filelock import FileLock, Timeout
 
 from specdist.core.errors import DataError, WorldError
+from specdist.core.worker import Worker
 
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
 """Of a model's repository: everything but weights. A tokenizer and its chat template need several of them."""
@@ -28,6 +29,7 @@ DATASET = "hub:"
 SILENCE_S = 600.0
 """Seconds in which the process that downloads must have come further."""
 LOOK_S = 2.0
+T = TypeVar("T")
 Say = Callable[[int, str], None]
 """Called with the bytes that have arrived, and how far a download is in words."""
 
@@ -67,7 +69,7 @@ def resolve(
 
     Raises:
         DataError: there is neither, or it cannot be had; says what to do.
-        WorldError: another process of this host downloads it, and has come no further for `SILENCE_S` seconds.
+        WorldError: its download, here or by another process of this host, has come no further for `SILENCE_S` seconds.
     """
     directory = Path(path).expanduser()
     if directory.is_dir():
@@ -157,23 +159,35 @@ def refused(repository: Repository, error: Exception) -> DataError:
     return DataError.at(repository.key, f"={repository.id}{at}: there is no such directory, and {why}")
 
 
-@contextmanager
-def watched(folders: Sequence[Path], name: str, say: Say) -> Iterator[None]:
-    """While something is downloaded into `folders`, say how much they have gained."""
-    over, before = threading.Event(), _bytes(folders)
+def watched(download: Callable[[], T], folders: Sequence[Path], name: str, key: str, say: Say) -> T:
+    """What `download` returns. While it goes on, say how much `folders` have gained. It has a thread of its own, which
+    is left behind where it hangs: the libraries wait without end for locks, and for a Hub that accepts requests only.
 
-    def watch() -> None:
-        while not over.wait(LOOK_S):
-            gained = _bytes(folders) - before
-            say(gained, f"downloading {name}: {gained / 1e9:,.2f} GB")
+    Raises:
+        WorldError: they have gained nothing for `SILENCE_S` seconds. `key` names what is downloaded.
+    """
+    from huggingface_hub import constants, get_session
 
-    thread = threading.Thread(target=watch, name="specdist-download", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    get_session().timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # of requests that the library gives none
+    found = list[T]()
+    worker = Worker("specdist-download", lambda: found.append(download()), ended=lambda error: None)
+    before = size = _bytes(folders)
+    worker.start()
+    since = time.monotonic()
+    while worker.is_alive():
+        worker.join(LOOK_S)
+        now = _bytes(folders)
+        say(now - before, f"downloading {name}: {(now - before) / 1e9:,.2f} GB")
+        if now != size:
+            size, since = now, time.monotonic()
+        if time.monotonic() - since > SILENCE_S:
+            raise WorldError(
+                f"{key}: the download of {name} from {constants.ENDPOINT} has come no further for {SILENCE_S:.0f} s: "
+                f"that server is silent, or another program holds a lock under {folders[0].parents[1] / '.locks'}"
+            )
+    if worker.error is not None:
+        raise worker.error
+    return found[0]
 
 
 def _cached(repository: Repository, patterns: Sequence[str]) -> Path | None:
@@ -221,14 +235,15 @@ def _download(repository: Repository, patterns: Sequence[str], say: Say) -> Path
             HfApi().repo_info(repository.id, **where, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except (httpx.TransportError, errors.OfflineModeIsEnabled) as error:
             away = error
-        with watched([repository.folder / "blobs"], repository.id, say):
-            found = snapshot_download(
-                repository.id,
-                **where,
-                allow_patterns=list(patterns),
-                local_files_only=away is not None,
-                tqdm_class=Silent,
-            )
+        download = partial(
+            snapshot_download,
+            repository.id,
+            **where,
+            allow_patterns=list(patterns),
+            local_files_only=away is not None,
+            tqdm_class=Silent,
+        )
+        found = watched(download, [repository.folder / "blobs"], repository.id, repository.key, say)
     except (httpx.HTTPError, OSError) as error:
         raise refused(repository, away or error) from error
     return Path(found)
@@ -269,13 +284,13 @@ def _acquire(lock: FileLock, repository: Repository, say: Say) -> None:
 
 
 def _bytes(folders: Sequence[Path]) -> int:
+    """What is written there."""
     total = 0
     for folder in folders:
         for file in folder.rglob("*"):
-            try:
-                total += file.stat().st_size
-            except OSError:  # it has just been moved
-                continue
+            with suppress(OSError):  # it has just been moved
+                found = file.stat()
+                total += min(found.st_size, 512 * found.st_blocks)  # files that are written in parts have gaps
     return total
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 from specdist.core.errors import ConfigError, DataError
@@ -37,8 +38,8 @@ def dataset_files(name: str, key: str, say: Say) -> list[str]:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
-        with watched([repository.folder / "blobs", converted], name, say):
-            found = datasets.load_dataset(identity, config, revision=commit)
+        load = partial(datasets.load_dataset, identity, config, revision=commit)
+        found = watched(load, [repository.folder / "blobs", converted], name, key, say)
     except (ConnectionError, httpx.HTTPError) as error:
         raise refused(repository, error) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -31,7 +31,8 @@ RESOLVE = """
 import sys, time
 from specdist.core import hub
 from specdist.core.errors import UserError
-hub.SILENCE_S, hub.LOOK_S = 1.0, 0.1
+from specdist.core.stop import leave
+hub.SILENCE_S, hub.LOOK_S = 2.0, 0.1
 for path in sys.argv[1].splitlines():
     began = time.monotonic()
     try:
@@ -39,6 +40,14 @@ for path in sys.argv[1].splitlines():
     except UserError as error:
         print(error)
     assert time.monotonic() - began < 8
+leave(0)
+"""
+COMMAND = """
+import sys
+from specdist.core import hub
+from specdist_launch.cli import main
+hub.SILENCE_S, hub.LOOK_S = 1.0, 0.1
+sys.exit(main(sys.argv[1:]))
 """
 DATASET = """
 import sys
@@ -161,8 +170,32 @@ def test_the_wait_for_a_process_that_hangs_is_bounded(server: Hub, tmp_path: Pat
     lock.parent.mkdir(parents=True)
     with FileLock(lock):
         found = resolve("org/tiny", tmp_path, server.endpoint)
-    assert f"org/tiny and has come no further for 1 s; its lock is {lock}" in found
+    assert f"org/tiny and has come no further for 2 s; its lock is {lock}" in found
     assert not server.asked
+
+
+@pytest.mark.parametrize("part", ["/tree/", "GET org/tiny/resolve"])
+def test_a_hub_that_falls_silent_is_named_in_time(part: str, server: Hub, tmp_path: Path) -> None:
+    server.silent = lambda asked: part in asked
+    found = resolve("org/tiny", tmp_path, server.endpoint, HF_HUB_DOWNLOAD_TIMEOUT="60")
+    assert f"download of org/tiny from {server.endpoint} has come no further for 2 s: that server is silent" in found
+
+
+def test_the_command_ends_though_another_program_holds_a_file_of_the_cache(server: Hub, tmp_path: Path) -> None:
+    server.silent = lambda asked: not asked.startswith("HEAD") and "/resolve/" in asked  # the other one's download
+    tool = "from huggingface_hub import *; hf_hub_download('org/tiny', 'config.json')"
+    environment = client_environment(server.endpoint, tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="60")
+    other = start(["-c", tool], environment)
+    while not any(line.startswith("GET") and line.endswith("config.json") for line in server.asked):
+        time.sleep(0.05)
+    server.silent = lambda asked: False
+    words = ["plan", "target.path=org/tiny", "prompts.files=[x]", "run.dir=x", "draft.dp=1"]
+    process = start(["-c", COMMAND, *words], environment)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"or another program holds a lock under {tmp_path / 'hub/.locks'}" in err
+    other.kill()
+    other.communicate()
 
 
 def test_data_sets_are_the_arrow_files_of_a_split(server: Hub, tmp_path: Path) -> None:
