@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def build_case(
     assert isinstance(draft, DFlashDraft)
     draft = draft.to(dtype)
     exact = THETA ** -(torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
-    draft.frozen = replace(draft.frozen, rotary=Rotary(exact.to(dtype), 1.0))
+    draft.rotary = Rotary(exact.to(dtype), 1.0)
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter.add_(0.3 * normal(*parameter.shape))  # no norm weight stays one

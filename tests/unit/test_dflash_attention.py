@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from specdist.core.records import PackedTokens
+from specdist.draft.block.attention import block_mask, eager_attention, flex_attention
+from specdist.draft.block.blocks import Blocks
 from specdist.draft.common.flex import BLOCK, in_blocks
-from specdist.draft.dflash.attention import block_mask, eager_attention, flex_attention
-from specdist.draft.dflash.blocks import Blocks
 
 LENGTHS = ((40,), (5, 1, 30), (130, 3, 60, 127, 1), (BLOCK, BLOCK, 2 * BLOCK), (1, 300, 40, 2))
 SIZES = (2, 10, 16)
@@ -20,7 +20,7 @@ SCALE = 0.3
 def drawn(lengths: tuple[int, ...], size: int, most: int) -> Blocks:
     documents = [torch.arange(n) for n in lengths]
     batch = PackedTokens.from_documents(documents, [torch.ones(n) for n in lengths])
-    return Blocks.draw(batch, size, most, draw=len(lengths))
+    return Blocks.draw(batch, size, size - 1, most, draw=len(lengths))
 
 
 def allowed(blocks: Blocks, tokens: int) -> Tensor:

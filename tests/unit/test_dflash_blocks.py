@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from specdist.draft.base import ContextShare
-from specdist.draft.dflash.blocks import Blocks
+from specdist.draft.block.blocks import Blocks
 from tests.unit.dflash_reference import BLOCK, build_case, labelled, places
 
 LENGTHS = (9, 1, 2, 30, 3, 6, 40)
@@ -21,7 +21,7 @@ def all_places() -> list[int]:
 
 
 def test_blocks_begin_wherever_two_tokens_are_supervised() -> None:
-    blocks = Blocks.draw(build_case(LENGTHS).batch, BLOCK, 1000, draw=0)
+    blocks = Blocks.draw(build_case(LENGTHS).batch, BLOCK, BLOCK - 1, 1000, draw=0)
     assert blocks.anchors.tolist() == all_places()
     assert sum(blocks.counts) == len(blocks.anchors)
     assert blocks.valid[:, 0].all()
@@ -29,7 +29,7 @@ def test_blocks_begin_wherever_two_tokens_are_supervised() -> None:
 
 def test_labels_end_with_the_turn_and_the_document() -> None:
     case = build_case(LENGTHS)
-    blocks = Blocks.draw(case.batch, BLOCK, 1000, draw=0)
+    blocks = Blocks.draw(case.batch, BLOCK, BLOCK - 1, 1000, draw=0)
     starts = [sum(LENGTHS[:d]) for d in range(len(LENGTHS))]
     for anchor, start, labels, valid in zip(blocks.anchors, blocks.starts, blocks.labels, blocks.valid, strict=True):
         document = starts.index(int(start))
@@ -40,19 +40,19 @@ def test_labels_end_with_the_turn_and_the_document() -> None:
 
 def test_what_is_drawn_follows_from_the_number() -> None:
     batch = build_case(LENGTHS).batch
-    first, again, other = (Blocks.draw(batch, BLOCK, 10, draw).anchors for draw in (3, 3, 4))
+    first, again, other = (Blocks.draw(batch, BLOCK, BLOCK - 1, 10, draw).anchors for draw in (3, 3, 4))
     assert torch.equal(first, again)
     assert len(first) == len(first.unique()) == 10
     assert not torch.equal(first, other)
     assert set(first.tolist()) <= set(all_places())
-    drawn = torch.cat([Blocks.draw(batch, BLOCK, 10, draw).anchors for draw in range(60)])
+    drawn = torch.cat([Blocks.draw(batch, BLOCK, BLOCK - 1, 10, draw).anchors for draw in range(60)])
     assert set(drawn.tolist()) == set(all_places())
 
 
 def test_ranks_share_what_is_drawn() -> None:
     batch = build_case(LENGTHS).batch
-    whole = Blocks.draw(batch, BLOCK, 10, draw=1)
-    shares = [Blocks.draw(batch, BLOCK, 10, 1, ContextShare(index, 3)) for index in range(3)]
+    whole = Blocks.draw(batch, BLOCK, BLOCK - 1, 10, draw=1)
+    shares = [Blocks.draw(batch, BLOCK, BLOCK - 1, 10, 1, ContextShare(index, 3)) for index in range(3)]
     assert [len(share.anchors) for share in shares] == [4, 3, 3]
     assert torch.equal(torch.cat([share.anchors for share in shares]).sort().values, whole.anchors)
 
@@ -62,11 +62,11 @@ def test_documents_too_short_for_a_block() -> None:
         case = build_case(lengths)
         for mask in case.masks:
             mask[:] = True
-        blocks = Blocks.draw(case.batch, BLOCK, 10, draw=0)
+        blocks = Blocks.draw(case.batch, BLOCK, BLOCK - 1, 10, draw=0)
         assert blocks.labels.shape == (0, BLOCK - 1)
         assert blocks.counts == (0,) * len(lengths)
     case = build_case((3, 2))
     case.masks[0][:] = case.masks[1][:] = True
-    blocks = Blocks.draw(case.batch, BLOCK, 10, draw=0)
+    blocks = Blocks.draw(case.batch, BLOCK, BLOCK - 1, 10, draw=0)
     assert blocks.anchors.tolist() == [1]
     assert blocks.valid.tolist() == [[True, False, False, False]]

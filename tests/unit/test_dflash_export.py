@@ -91,7 +91,7 @@ def test_transformers_reads_the_configuration(case: Case, tmp_path: Path) -> Non
 
 def test_the_files_alone_draft_what_the_draft_does(case: Case, tmp_path: Path) -> None:
     """By the reference, which computes as the engines do and knows nothing but the two files and the target."""
-    directory, target, tokens = export(tmp_path / "draft", case), case.draft.frozen.target, case.documents[0]
+    directory, target, tokens = export(tmp_path / "draft", case), case.draft.target, case.documents[0]
     config = json.loads((directory / "config.json").read_text())
     served = reference.Reference(
         load_file(directory / "model.safetensors"),

@@ -25,7 +25,7 @@ KINDS: list[dict[str, object]] = [{}, {"decay_gamma": 1.5}, {"loss": "dpace"}, {
 
 
 def reference_of(case: Case) -> Reference:
-    target = case.draft.frozen.target
+    target = case.draft.target
     weights = {name: p.detach().clone().requires_grad_() for name, p in case.draft.named_parameters()}
     return Reference(weights, target.embedding, target.head)
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from specdist.core.records import Features
-from specdist.draft.dflash.blocks import Blocks
-from specdist.draft.dflash.proposer import DFlashProposer
+from specdist.draft.block.blocks import Blocks
+from specdist.draft.block.proposer import BlockProposer
 from tests.unit.dflash_reference import BLOCK, Case, Reference, build_case
 from tests.unit.draft_case import batch_equals_single
 
 
-def extended(case: Case, *cuts: int) -> DFlashProposer:
+def extended(case: Case, *cuts: int) -> BlockProposer:
     proposer, start = case.draft.proposer(), 0
     for cut in cuts:
         tokens = case.documents[0][start + 1 : cut + 1]
@@ -23,7 +23,7 @@ def extended(case: Case, *cuts: int) -> DFlashProposer:
     return proposer
 
 
-def whole(proposer: DFlashProposer) -> torch.Tensor:
+def whole(proposer: BlockProposer) -> torch.Tensor:
     return proposer.propose(BLOCK - 1).logits
 
 
@@ -33,15 +33,15 @@ def test_a_block_is_the_trained_one_and_the_definition(anchor: int) -> None:
     case.masks[0][:] = True
     drafts = extended(case, anchor).propose(BLOCK - 1)
     tokens, products = drafts.tokens[0].tolist(), drafts.logits[0]
-    blocks = Blocks.draw(case.batch, BLOCK, 1000, draw=0)
+    blocks = Blocks.draw(case.batch, BLOCK, BLOCK - 1, 1000, draw=0)
     attend = case.draft.attention(blocks, (40,))
     with torch.no_grad():
         states = case.draft.states(case.batch, blocks, case.draft.verified(case.batch, case.features), attend)
-        target = case.draft.frozen.target
+        target = case.draft.target
         reference = Reference(dict(case.draft.named_parameters()), target.embedding, target.head)
         expected = reference.products(case.documents[0].tolist(), case.rows, anchor)
     place = blocks.anchors.tolist().index(anchor)
-    torch.testing.assert_close(products, target.logits(states[place, 1:]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(products, target.logits(states[place]), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(products, target.logit_map(expected), rtol=1e-9, atol=1e-9)
     assert tokens == expected.argmax(-1).tolist()
 

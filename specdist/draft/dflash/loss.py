@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from specdist.core.records import LogitMap
 from specdist.draft.base import ratio
+from specdist.draft.block.blocks import Blocks
 from specdist.draft.common.precision import at_least_fp32
-from specdist.draft.dflash.blocks import Blocks
 from specdist.draft.dflash.config import DFlashConfig
 
 SUMS = ("loss", "counted", "correct", "prefix")

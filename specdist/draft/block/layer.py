@@ -7,17 +7,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from specdist.draft.block.attention import BlockAttention, KeysValues
+from specdist.draft.block.ops import PLAIN, LayerOps
+from specdist.draft.block.options import BlockDims
 from specdist.draft.common.mlp import MLP
 from specdist.draft.common.sizes import LayerSizes
-from specdist.draft.dflash.attention import BlockAttention, KeysValues
-from specdist.draft.dflash.config import DFlashDims
-from specdist.draft.dflash.ops import PLAIN, DFlashOps
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin, each [n, 1, D / 2]."""
 
 
-class DFlashAttention(nn.Module):
+class LayerAttention(nn.Module):
     """The projections of the attention, with norms of queries and keys by head. Keys and values of the verified tokens
     and of the block come from the same weights."""
 
@@ -35,12 +35,12 @@ class DFlashAttention(nn.Module):
             nn.RMSNorm(sizes.head_dim, eps=sizes.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)
         )
 
-    def queries(self, states: Tensor, rotation: Rotation, ops: DFlashOps = PLAIN) -> Tensor:
+    def queries(self, states: Tensor, rotation: Rotation, ops: LayerOps = PLAIN) -> Tensor:
         """[n, Hq, D] of normed states [n, H]."""
         heads = self.q_proj(states).unflatten(-1, self.heads)
         return ops.qk_norm_rope(heads, self.q_norm.weight, self.eps, *rotation)
 
-    def keys_values(self, states: Tensor, rotation: Rotation, ops: DFlashOps = PLAIN) -> KeysValues:
+    def keys_values(self, states: Tensor, rotation: Rotation, ops: LayerOps = PLAIN) -> KeysValues:
         """Of normed states [n, H]: those of the block, or those made of the target's."""
         heads = self.k_proj(states).unflatten(-1, self.heads)
         keys = ops.qk_norm_rope(heads, self.k_norm.weight, self.eps, *rotation)
@@ -52,7 +52,7 @@ class Layer(nn.Module):
 
     def __init__(self, sizes: LayerSizes, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        self.self_attn = DFlashAttention(sizes, device, dtype)
+        self.self_attn = LayerAttention(sizes, device, dtype)
         self.mlp = MLP(sizes, device, dtype)
         self.input_layernorm, self.post_attention_layernorm = (
             nn.RMSNorm(sizes.hidden_size, eps=sizes.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)
@@ -64,7 +64,7 @@ class Layer(nn.Module):
         rotation: Rotation,
         context: KeysValues,
         attend: BlockAttention,
-        ops: DFlashOps = PLAIN,
+        ops: LayerOps = PLAIN,
     ) -> Tensor:
         """The next states [n, H] of the blocks' rows, from theirs and the keys and values of the verified tokens."""
         attention, mlp, normed = self.self_attn, self.mlp, self.input_layernorm(hidden)
@@ -75,13 +75,13 @@ class Layer(nn.Module):
         return hidden + mlp.down_proj(ops.swiglu(mlp.gate_proj(normed), mlp.up_proj(normed)))
 
 
-def attention_of(layer: nn.Module) -> DFlashAttention:
+def attention_of(layer: nn.Module) -> LayerAttention:
     """Of a module that is known to be a `Layer`."""
     assert isinstance(layer, Layer)
     return layer.self_attn
 
 
-def modules(dims: DFlashDims, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+def modules(dims: BlockDims, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
     """All that is trained, by name."""
     hidden = dims.hidden_size
     fc = nn.Linear(dims.num_captured * hidden, hidden, bias=False, device=device, dtype=dtype)

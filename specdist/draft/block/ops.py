@@ -12,7 +12,6 @@ from torch.nn import functional
 from specdist.draft.common.compiling import compiled
 from specdist.draft.common.mlp import swiglu
 from specdist.draft.common.rotary import rotate
-from specdist.draft.dflash.loss import block_terms
 
 
 def qk_norm_rope(heads: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
@@ -21,21 +20,16 @@ def qk_norm_rope(heads: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Te
 
 
 @dataclass(frozen=True)
-class DFlashOps:
+class LayerOps:
     """One of each, see the functions of those names."""
 
     qk_norm_rope: Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor] = qk_norm_rope
     swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
-    block_terms: Callable[..., tuple[Tensor, Tensor, Tensor]] = block_terms
 
 
-PLAIN = DFlashOps()
+PLAIN = LayerOps()
 
 
-def compiled_ops() -> DFlashOps:
+def compiled_ops() -> LayerOps:
     """Each is compiled to one graph for all lengths and layers."""
-    return DFlashOps(
-        compiled(qk_norm_rope, "heads", "cos", "sin"),
-        compiled(swiglu, "gate", "up"),
-        compiled(block_terms, "products", "labels", "valid"),
-    )
+    return LayerOps(compiled(qk_norm_rope, "heads", "cos", "sin"), compiled(swiglu, "gate", "up"))

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
+from specdist.draft.block.blocks import Blocks
 from specdist.draft.common.compiling import compiled
 from specdist.draft.common.flex import BLOCK, block_list, blockwise_attention, in_blocks, whole_blocks
 from specdist.draft.common.precision import at_least_fp32
-from specdist.draft.dflash.blocks import Blocks
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values, each [n, Hkv, D]."""

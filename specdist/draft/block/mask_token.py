@@ -8,8 +8,9 @@ from pathlib import Path
 from specdist.core.errors import ConfigError, DataError
 
 
-def find_mask_token(target: Path, vocab_size: int) -> int:
+def find_mask_token(target: Path, vocab_size: int, key: str) -> int:
     """The tokenizer's own mask token, else the first row of the target's embedding that is no token of its tokenizer.
+    `key` is the option that would name one.
 
     Raises:
         ConfigError: there is none.
@@ -20,10 +21,7 @@ def find_mask_token(target: Path, vocab_size: int) -> int:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(target))
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"no usable tokenizer in {target} to find draft.dflash.mask_token_id with: {error}",
-            "draft.dflash.mask_token_id",
-        ) from error
+        raise DataError(f"no usable tokenizer in {target} to find {key} with: {error}", key) from error
     if tokenizer.mask_token_id is not None:
         return int(tokenizer.mask_token_id)
     free = max(tokenizer.get_vocab().values()) + 1
@@ -33,7 +31,7 @@ def find_mask_token(target: Path, vocab_size: int) -> int:
     spare = [(number, str(token)) for number, token in tokenizer.added_tokens_decoder.items() if number not in used]
     listed = ", ".join(f"{number} ({token})" for number, token in spare[:5])
     raise ConfigError.at(
-        "draft.dflash.mask_token_id",
+        key,
         f"is null, and every one of the {vocab_size} rows of the target's embedding is a "
         f"token of its tokenizer: give a token that never occurs in text, such as one that is reserved"
         + (f", of {listed}" if listed else ""),

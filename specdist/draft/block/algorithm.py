@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What algorithms that draft blocks have in common as the project sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import ClassVar, TypeVar
+
+import torch
+from transformers import PretrainedConfig
+
+from specdist.core.errors import ConfigError
+from specdist.core.records import FeatureLayout
+from specdist.draft.algorithm import Algorithm, TargetDirectory, check_attention
+from specdist.draft.block.mask_token import find_mask_token
+from specdist.draft.block.options import BlockDims, BlockOptions
+from specdist.draft.export_config import ExportConfig
+
+C = TypeVar("C", bound=BlockOptions)
+
+
+class BlockAlgorithm(Algorithm[C]):
+    """See `Algorithm`.
+
+    Attributes:
+        title: what messages call it.
+        final: whether the target's last hidden state is learnt from.
+    """
+
+    changeable = ("loss_chunk", "attention")
+    benchmark = ("mask_token_id=0",)
+    formats = ("sglang",)
+    title: ClassVar[str]
+    final: ClassVar[bool]
+
+    def completed(self, target: Callable[[], TargetDirectory]) -> C:
+        if self.config.mask_token_id is not None:
+            return self.config
+        # A tokenizer that changes later does not change it.
+        directory, key = target(), f"{self.config.SECTION}.mask_token_id"
+        return replace(self.config, mask_token_id=find_mask_token(directory.path, directory.vocab_size, key))
+
+    def check(self, dtype: str, device: str, draft_tokens: int | None) -> None:
+        options, section = self.config, self.config.SECTION
+        check_attention(f"{section}.attention", options.attention, device)
+        if draft_tokens is not None and draft_tokens > options.drafts:
+            less = ", less the verified token" if options.SILENT else ""
+            raise ConfigError.at(
+                "evaluate.draft_tokens",
+                f"={draft_tokens} is more than the {options.drafts} that a block drafts "
+                f"({section}.block_size={options.block_size}{less})",
+                f"{section}.block_size",
+            )
+
+    def layout(self, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:
+        BlockDims.of(self.config, target)
+        text = target.get_text_config()
+        layers = self.config.captured_layers(text.num_hidden_layers)
+        return FeatureLayout(layers, text.hidden_size, final=self.final, dtype=dtype)
+
+    def weights_read(self, trained: int, target: PretrainedConfig, count: int) -> int:
+        """One pass fills a block, and the target's head reads it."""
+        text = target.get_text_config()
+        return trained + text.vocab_size * text.hidden_size
+
+    def draft_tokens(self, options: ExportConfig) -> int:
+        return self.config.drafts
+
+    def check_export(self, format: str, options: ExportConfig, target_layers: int) -> None:
+        layers, name = self.config.captured_layers(target_layers), self.title
+        if options.embedding:
+            raise ConfigError.at(
+                "export.embedding", f"=true: engines serve {name} drafts with the target's embedding only"
+            )
+        if max(layers) == target_layers - 1:
+            raise ConfigError.at(
+                f"{self.config.SECTION}.layers",
+                f": {list(layers)}: SGLang cannot capture the output of the target's last layer, {target_layers - 1}; "
+                "train without it",
+            )

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A draft that fills blocks: fuse the captured features, run the layers over the blocks. Algorithms add their loss."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from specdist.core.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
+from specdist.draft.base import DraftModel, Drafts, Supervision
+from specdist.draft.block.attention import BlockAttention, KeysValues, eager_attention, flex_attention
+from specdist.draft.block.blocks import Blocks
+from specdist.draft.block.layer import attention_of, modules
+from specdist.draft.block.ops import PLAIN, compiled_ops
+from specdist.draft.block.options import BlockDims, BlockOptions
+from specdist.draft.block.proposer import BlockProposer
+from specdist.draft.common.flex import takes_flex
+from specdist.draft.common.rotary import Rotary
+
+
+class BlockDraft(DraftModel):
+    """Lives on the device of `target`; the frozen tensors do not follow `.to()`.
+
+    Computes in the precision its parameters have inside `forward` (FSDP2's mixed precision sets it).
+
+    Attributes:
+        target: the target's embedding and head, on the draft's device. Neither it nor `rotary`, the RoPE frequencies,
+            is a parameter or a buffer: plain objects are seen by neither FSDP nor state_dict.
+        logit_map: from `products` to the draft's logits.
+    """
+
+    fc: nn.Linear
+    hidden_norm: nn.RMSNorm
+    norm: nn.RMSNorm
+    layers: nn.ModuleList
+    logit_map: LogitMap
+    config: BlockOptions
+
+    def __init__(
+        self,
+        options: BlockOptions,
+        dims: BlockDims,
+        layout: FeatureLayout,
+        target: TargetVocabulary,
+        compiled: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        device = target.head.device
+        assert options.mask_token_id is not None, "the configuration was not completed"
+        self.config, self.dims, self.layout, self.mask_token = options, dims, layout, options.mask_token_id
+        self.target, self.rotary, self.scale = target, Rotary.of(dims, device), dims.head_dim**-0.5
+        for name, module in modules(dims, device, dtype).items():
+            self.add_module(name, module)
+        self._layer_ops = compiled_ops() if compiled else PLAIN
+
+    @abstractmethod
+    def total(self, blocks: Blocks) -> Tensor:
+        """What the loss of the step is divided by, of these blocks' share: float64 [1]."""
+
+    @abstractmethod
+    def products(self, states: Tensor, before: Tensor) -> Tensor:
+        """Products [n, V], in the precision of the target's head, that the drafts of states [n, H] follow from, each
+        after the token `before`, int64 [n]."""
+
+    @abstractmethod
+    def fill(self, states: Tensor, first: Tensor, temperature: float, generator: torch.Generator | None) -> Drafts:
+        """The drafts of normed states [n, k, H] that follow the tokens `first`, int64 [n]."""
+
+    def supervise(
+        self, batch: PackedTokens, host_batch: PackedTokens, features: Features, draw: int = 0
+    ) -> Supervision:
+        options = self.config
+        blocks = Blocks.draw(host_batch, options.block_size, options.drafts, options.anchors, draw, self.share)
+        blocks = blocks.to(features.rows.device)
+        return Supervision(self.total(blocks), {"blocks": blocks, "lengths": tuple(host_batch.lengths)})
+
+    def supervised_states(
+        self, batch: PackedTokens, features: Features, supervision: Supervision
+    ) -> tuple[Blocks, Tensor | None]:
+        """The blocks that `supervise` has drawn and their `states`; None where there are no blocks."""
+        blocks, lengths = supervision.data["blocks"], supervision.data["lengths"]
+        assert isinstance(blocks, Blocks)
+        assert isinstance(lengths, tuple)
+        if not len(blocks.anchors):
+            return blocks, None
+        verified = self.verified(batch, features)
+        return blocks, self.states(batch, blocks, verified, self.attention(blocks, lengths))
+
+    def verified(self, batch: PackedTokens, features: Features) -> list[KeysValues]:
+        """Each layer's keys and values of the T packed tokens."""
+        context, rotation = self.context(features.captured), self.rotary(batch.positions)
+        return [attention_of(layer).keys_values(context, rotation, self._layer_ops) for layer in self.layers]
+
+    def states(
+        self, batch: PackedTokens, blocks: Blocks, verified: Sequence[KeysValues], attend: BlockAttention
+    ) -> Tensor:
+        """The normed states [N, D, H] of the slots that draft."""
+        tokens = self.masked(batch.tokens[blocks.anchors])
+        places = blocks.positions[:, None] + torch.arange(blocks.size, device=tokens.device)
+        rotation = self.rotary(places.flatten())
+        hidden = self.embed(tokens.flatten())
+        for layer, context in zip(self.layers, verified, strict=True):
+            hidden = layer(hidden, rotation, context, attend, self._layer_ops)
+        return self.norm(hidden).unflatten(0, (-1, blocks.size))[:, self.config.SILENT :]
+
+    def masked(self, first: Tensor) -> Tensor:
+        """int64 [n, B]: blocks that begin with the tokens `first` [n] and are to be filled."""
+        tokens = first.new_full((len(first), self.config.block_size), self.mask_token)
+        tokens[:, 0] = first
+        return tokens
+
+    def context(self, captured: Tensor) -> Tensor:
+        """What keys and values of verified tokens are made of, [T, H], from the captured layers side by side."""
+        return self.hidden_norm(self.fc(captured.to(self.fc.weight.dtype)))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The target's embeddings [n, H] of tokens [n]."""
+        return functional.embedding(tokens, self.target.embedding).to(self.fc.weight.dtype)
+
+    def attention(self, blocks: Blocks, lengths: tuple[int, ...]) -> BlockAttention:
+        """The attention of a micro-batch; its mask is made here, once for all layers."""
+        if takes_flex(self.config.attention, blocks.anchors.is_cuda, self.dims.head_dim):
+            return flex_attention(blocks, sum(lengths), self.scale)
+        return eager_attention(blocks, lengths, self.scale)
+
+    def proposer(self) -> BlockProposer:
+        return BlockProposer(self)

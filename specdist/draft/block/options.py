@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options that drafts of blocks share, and the sizes that follow from them and the target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers import PretrainedConfig
+
+from specdist.core.errors import ConfigError
+from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, layer_sizes, read
+
+
+@dataclass(frozen=True)
+class BlockOptions(LayerOptions):
+    """What the section of an algorithm says about its blocks. `SECTION` is where it stands, and `SILENT` the number of
+    slots at the head of a block that draft nothing."""
+
+    SECTION: ClassVar[str]
+    SILENT: ClassVar[int]
+
+    block_size: int = 16
+    """Tokens of a block, the last verified one among them, that the draft fills at once. Serve with the same."""
+    num_layers: int = 5
+    """Decoder layers of the draft."""
+    layers: tuple[int, ...] | None = None
+    """Captured target layers, as ascending 0-based layer outputs; default as many as num_layers, evenly from 1 to
+    n - 3 of n layers."""
+    mask_token_id: int | None = None
+    """The token that stands for one to be drafted; null takes the first row of the target's embedding that no token of
+    its tokenizer has. Another one must never occur in text: give a reserved token."""
+    anchors: int = 512
+    """Blocks trained of a micro-batch at most: they begin at supervised tokens drawn at random."""
+    loss_chunk: int = 2048
+    """Rows of logits that are held at one time. Memory of the loss: about loss_chunk x vocabulary x 4 bytes, and five
+    times that without draft.compile."""
+
+    def __post_init__(self) -> None:
+        if self.drafts < 1:
+            why = ", for its first token is verified" if self.SILENT else ""
+            raise ConfigError.at(
+                f"{self.SECTION}.block_size", f"is {self.block_size}: it must be at least {self.SILENT + 1}{why}"
+            )
+        for key in ("num_layers", "anchors", "loss_chunk"):
+            if getattr(self, key) < 1:
+                raise ConfigError.at(f"{self.SECTION}.{key}", f"is {getattr(self, key)}: it must be at least 1")
+        self.check_sizes(self.SECTION)
+
+    @property
+    def drafts(self) -> int:
+        """D, the tokens that a block drafts."""
+        return self.block_size - self.SILENT
+
+    def captured_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The captured layers of a target of `num_layers` layers.
+
+        Raises:
+            ConfigError: a layer does not exist, or the layers do not ascend.
+        """
+        key, layers = f"{self.SECTION}.layers", self.layers
+        if layers is None:
+            layers = _spread(num_layers, self.num_layers)
+            if list(layers) != sorted(set(layers)) or layers[0] < 0:
+                raise ConfigError.at(
+                    key,
+                    f": the default gives {list(layers)} for {self.num_layers} draft layers and a "
+                    f"target of {num_layers}; give ascending layers between 0 and {num_layers - 1}, or fewer layers",
+                )
+        check_layers(key, layers, num_layers)
+        if not layers:
+            raise ConfigError.at(key, "is empty: the draft needs at least one of the target's layers")
+        return tuple(layers)
+
+
+def _spread(num_layers: int, count: int) -> tuple[int, ...]:
+    """`count` layers evenly from 1 to n - 3, or the middle one."""
+    if count == 1:
+        return (num_layers // 2,)
+    return tuple(round(1 + i * (num_layers - 4) / (count - 1)) for i in range(count))
+
+
+@dataclass(frozen=True)
+class BlockDims(LayerSizes):
+    """Sizes of the draft: Qwen3 layers as wide as the target, between the target's own embedding and head.
+
+    Attributes:
+        num_layers: of the draft.
+        num_captured: captured target layers side by side in the input of `fc`.
+        vocab_size: V, rows of the target's embedding and head.
+    """
+
+    num_layers: int
+    num_captured: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, options: BlockOptions, target: PretrainedConfig) -> BlockDims:
+        """The draft's sizes for a target's configuration.
+
+        Raises:
+            ConfigError: the target does not state a size, or sizes do not go together.
+        """
+        text, section, mask = target.get_text_config(), options.SECTION, options.mask_token_id
+        vocab_size = read(text, "vocab_size", section)
+        if mask is not None and not 0 <= mask < vocab_size:
+            raise ConfigError.at(f"{section}.mask_token_id", f"is {mask}: the target has tokens 0 to {vocab_size - 1}")
+        return cls(
+            **layer_sizes(section, options, target),
+            num_layers=options.num_layers,
+            num_captured=len(options.captured_layers(read(text, "num_hidden_layers", section))),
+            vocab_size=vocab_size,
+        )

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What serving accepts of a text: a block is filled at every token from which serving could draft.
+
+A draft counts only where all drafts before it equal the text, so those that follow from the tokens before them follow
+from the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from specdist.core.records import Features, PackedTokens
+from specdist.draft.base import Replayed
+from specdist.draft.block.blocks import Blocks
+from specdist.draft.block.proposer import check_count
+
+if TYPE_CHECKING:
+    from specdist.draft.block.backbone import BlockDraft
+
+
+@torch.no_grad()
+def replay(
+    draft: BlockDraft,
+    batch: PackedTokens,
+    host_batch: PackedTokens,
+    features: Features,
+    count: int,
+    agreed: Tensor | None = None,
+    chances: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Replayed:
+    """`DraftModel.replay`. As many blocks are filled at one time as training fills, `anchors`, and `loss_chunk` rows of
+    logits are held.
+
+    Args:
+        agreed: `Replayed.agreed`.
+        chances: of drafts, from their products [n, V] and the rows before theirs [n], `Replayed.expected` [n]; None
+            where that is not asked for.
+
+    Raises:
+        ValueError: a block has fewer drafts.
+    """
+    options = draft.config
+    check_count(count, options)
+    accepted = torch.zeros_like(batch.tokens)
+    expected = None if chances is None else torch.zeros(len(accepted), count, device=accepted.device)
+    anchors = Blocks.candidates(host_batch)[draft.share.index :: draft.share.of]
+    if not len(anchors):
+        return Replayed(accepted, agreed, expected)
+    verified, lengths = draft.verified(batch, features), tuple(host_batch.lengths)
+    for part in anchors.split(options.anchors):
+        blocks = Blocks.at(part, host_batch, options.block_size, options.drafts).to(accepted.device)
+        states = draft.states(batch, blocks, verified, draft.attention(blocks, lengths))[:, :count]
+        rows, labels, valid = (t[:, :count] for t in (blocks.rows, blocks.labels, blocks.valid))
+        found, likely = [], []
+        for some, before in zip(*(t.flatten(0, 1).split(options.loss_chunk) for t in (states, rows)), strict=True):
+            products = draft.products(some, batch.tokens[before])
+            found.append(products.argmax(-1))
+            if chances is not None:
+                likely.append(chances(products, before))
+        right = (torch.cat(found).view_as(labels) == labels) & valid
+        accepted[blocks.anchors - 1] = right.long().cumprod(1).sum(1)
+        if expected is not None:
+            expected[blocks.anchors - 1] = torch.cat(likely).float().view_as(labels).where(valid, 0.0)
+    return Replayed(accepted, agreed, expected)
