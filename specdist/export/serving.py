@@ -7,7 +7,7 @@ vLLM 0.22 to 0.33 (`config/speculative.py`):
 
 - Without `num_steps`, `topk` and `num_draft_tokens` SGLang takes a tree of a size of its own choice. Of a chain it
   verifies the drafts and the token before them: one more than the steps.
-- vLLM takes "eagle3", "dflash" or "dspark" in the draft's path for the method where it is not told.
+- vLLM takes the name of a method in the draft's path for it where it is not told.
 - A draft runs in the server's dtype. `auto` makes float16 or bfloat16 of a float32 model, so the export's is given.
 """
 

@@ -11,19 +11,18 @@ import pytest
 from specdist.draft.registry import ALGORITHMS, register
 
 ROOT = Path(__file__).resolve().parents[2]
-ALLOWED = {
-    "specdist/draft/registry.py",
-    "specdist/target/sglang/adapter.py",  # calls a method of SGLang that is named so
-    "benchmarks/step.py",  # shows commands in its help
-}
+SGLANGS_METHOD = "set_eagle3_layers_to_capture"
+"""That is how its models are told what to capture, whoever asks."""
 
 
-def test_nothing_else_names_an_algorithm() -> None:
+def test_one_file_outside_their_folders_names_algorithms() -> None:
     built_in = [name for name, found in ALGORITHMS.items() if found.__module__.startswith("specdist.")]
     names, own = re.compile("|".join(built_in), re.IGNORECASE), tuple(f"specdist/draft/{name}/" for name in built_in)
     files = [path for folder in ("specdist", "launch") for path in (ROOT / folder).rglob("*.py")]
-    naming = {str(path.relative_to(ROOT)) for path in files if names.search(path.read_text())}
-    assert {name for name in naming if not name.startswith(own)} <= ALLOWED
+    naming = [
+        str(path.relative_to(ROOT)) for path in files if names.search(path.read_text().replace(SGLANGS_METHOD, ""))
+    ]
+    assert [name for name in naming if not name.startswith(own)] == ["specdist/draft/registry.py"]
 
 
 def test_a_name_belongs_to_one_algorithm() -> None:
