@@ -10,5 +10,5 @@ launch = ["specdist_" + name for name in find_packages(include=["launch", "launc
 setup(
     packages=find_packages(include=["specdist", "specdist.*"]) + launch,
     package_dir={"specdist_launch": "launch"},
-    package_data={"specdist": ["py.typed"]},
+    package_data={"specdist": ["py.typed"], "specdist.run.report": ["page.html.j2"]},
 )

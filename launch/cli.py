@@ -78,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     text = "Show where a run is: phase, step, queues, starved side, time to go."
     status = command("status", _status, text, config=False)
     status.add_argument("run_dir", metavar="RUN_DIR", help="the run.dir of a job")
+    text = "Draw runs, one or several beside each other, into one HTML file: curves, times, answers, configuration."
+    report = command("report", _report, text, config=False)
+    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="the run.dir of a job, under way or ended")
+    report.add_argument(
+        "--output", metavar="FILE", help="where to write (default: RUN_DIR/report.html; of several runs ./report.html)"
+    )
     trace = command("trace", _trace, "Put together what the ranks of a run have traced, for Perfetto.", config=False)
     trace.add_argument("run_dir", metavar="RUN_DIR", help="the run.dir of a job that was started with trace.steps=N")
     trace.add_argument("--attempt", metavar="NAME", help="a folder of RUN_DIR/logs (default: the newest with a trace)")
@@ -171,6 +177,15 @@ def _status(args: argparse.Namespace) -> int:
     from specdist.run.status import describe
 
     print(describe(Path(args.run_dir)))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from specdist.run.report.page import write_report
+
+    runs = [Path(run_dir) for run_dir in args.run_dirs]
+    default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
+    print(write_report(runs, Path(args.output) if args.output else default))
     return 0
 
 

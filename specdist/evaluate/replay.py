@@ -9,12 +9,13 @@ Every step of that walk is one target forward of greedy speculative decoding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from specdist.core.records import PackedTokens
 from specdist.evaluate.report import position_lines, ratio
+from specdist.evaluate.shown import ShownAnswer
 
 OWN_TEXT = 0.99
 """The least share of tokens that are the target's argmax in text that counts as its own greedy one: rounding alone
@@ -162,12 +163,14 @@ class ReplayReport:
         temperature: that the expectation is for; 0 for none.
         costs: [K], what drafting 1..K tokens costs in target forwards, by the weights that are read: one sequence at a
             time, decoding is bound by them.
+        answers: a few of the answers, to be read.
     """
 
     step: int
     labels: Mapping[str, ReplayTally]
     temperature: float = 0.0
     costs: Sequence[float] = field(default_factory=tuple)
+    answers: Sequence[ShownAnswer] = field(default_factory=tuple)
 
     @property
     def total(self) -> ReplayTally:
@@ -206,13 +209,15 @@ class ReplayReport:
             "temperature": self.temperature,
             "costs": list(self.costs),
             "labels": {name: tally.vector.tolist() for name, tally in self.labels.items()},
+            "answers": [asdict(answer) for answer in self.answers],
         }
 
     @classmethod
     def from_dict(cls, found: Mapping[str, object]) -> ReplayReport:
         """What `to_dict` gave."""
         labels = {name: ReplayTally.of(np.array(vector)) for name, vector in found["labels"].items()}  # type: ignore[attr-defined]
-        return cls(found["step"], labels, found["temperature"], found["costs"])  # type: ignore[arg-type]
+        answers = [ShownAnswer(**answer) for answer in found.get("answers", ())]  # type: ignore[attr-defined]
+        return cls(found["step"], labels, found["temperature"], found["costs"], answers)  # type: ignore[arg-type]
 
 
 def render_replay(report: ReplayReport, before: ReplayReport | None = None) -> str:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from specdist.channel.base import Transport
@@ -24,6 +24,7 @@ from specdist.prompts.items import Items, evaluation_items
 from specdist.prompts.schedule import Schedule
 from specdist.prompts.stream import Stream
 from specdist.run.rank_log import RankLog
+from specdist.run.start_up import StartUp
 from specdist.scheduler.client import ControlClient
 from specdist.target.base import TargetModel
 from specdist.target.registry import load_target
@@ -38,6 +39,7 @@ class Start:
     attempt: Attempt
     record: AttemptRecord
     log: RankLog
+    clock: StartUp = field(default_factory=StartUp)
 
     def report(self, error: BaseException, facts: RankFacts) -> None:
         """Record what this rank has met, and show it, unless it is a consequence of what is on record."""
@@ -130,3 +132,14 @@ class RankContext(WorldContext):
 
     def items(self) -> Items:
         return self.items_of(self.resume.schedule, self.resume.progress.cursor)
+
+    def begin(self, phase: str) -> None:
+        """This rank begins a part of its start."""
+        self.client.phase = phase
+        self.start.clock.begin(phase)
+
+    def started(self) -> None:
+        """This rank's work begins; the first of each role keeps how it came there."""
+        topology = self.topology
+        if self.rank in (*topology.draft_ranks[:1], *(ranks[0] for ranks in topology.replicas[:1])):
+            self.start.clock.write(self.record, self.rank, topology.role(self.rank), self.world.facts.host)

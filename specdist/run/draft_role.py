@@ -35,13 +35,13 @@ def consume(context: RankContext) -> None:
     assert place is not None
     assert context.groups.checkpoint is not None
     items = context.items()
-    client.phase = "building the draft"
+    context.begin("building the draft")
     draft = _build_draft(context)
     optimizer = build_optimizer(draft, job.optimizer)
     number = topology.draft_ranks.index(context.rank)
     checkpointer = Checkpointer(context.run_dir.checkpoints, job.checkpoint, context.groups.checkpoint, number)
     if context.resume.checkpoint is not None:
-        client.phase = f"loading {context.resume.checkpoint.name}"
+        context.begin(f"loading {context.resume.checkpoint.name}")
         checkpointer.load(context.resume.checkpoint, draft, optimizer)
     source = _source(context, items, place.dp)
     trainer = Trainer(
@@ -59,7 +59,9 @@ def consume(context: RankContext) -> None:
     recipe = Recipe(job.train, job.optimizer, job.checkpoint, job.metrics.every, context.resume.total_steps)
     leader = context.rank == topology.draft_ranks[0]
     client.ready()
+    context.start.clock.begin("waiting for the other ranks")
     client.expect(StartWork)
+    context.started()
     with RunReporter(job, context.run_dir, context.resume, client, leader) as reporter:
         progress = trainer.train(recipe, context.resume.progress, checkpointer, context.stop, reporter)
         metrics = reporter.totals()
@@ -110,7 +112,7 @@ def _source(context: RankContext, items: Items, shard: int) -> FeatureSource:
     if topology.mode == "colocated":
         own = local_shards(topology, context.rank)
         rows = len(own) * job.prompts.tokens_per_rank
-        context.client.phase = "loading the target"
+        context.begin("loading the target")
         engine = context.load_engine(rows)
         buffers = [layout.empty(rows, device) for _ in range(job.train.accumulation)]
         source = ColocatedSource(engine, buffers, topology, context.rank, context.prompts)

@@ -11,12 +11,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from specdist.core.errors import DataError
 from specdist.core.files import to_json, write_atomically
 from specdist.core.records import PackedTokens, Shard
 from specdist.draft.base import Replayed
 from specdist.draft.build import parameter_count
 from specdist.evaluate.replay import ReplayReport, ReplayTally, tally_answers
+from specdist.evaluate.shown import SHOWN_ANSWERS, Decodes, ShownAnswer, show_answers
 from specdist.job.run_dir import RunDirectory
+from specdist.prompts.render import load_tokenizer
 from specdist.run.context import RankContext
 from specdist.training.trainer import Judge
 
@@ -26,6 +29,7 @@ class _Seen:
     """One item, until its numbers are on the host: they are read once, at the end."""
 
     labels: tuple[str, ...]
+    sequences: tuple[int, ...]
     batch: PackedTokens
     drafts: Replayed
 
@@ -47,12 +51,16 @@ class ReplayJudge(Judge):
         self._labels = context.prompts.labels
         self._costs = _costs(context)
         self._seen: list[_Seen] = []
+        self._tokenizer = _tokenizer(context) if self._leader else None
+        self._shown: list[ShownAnswer] = []
+        """Answers of this rank that are kept to be read."""
 
     def add(self, shard: Shard, host_batch: PackedTokens, drafts: Replayed) -> None:
-        self._seen.append(_Seen(tuple(map(self._corpus.label, shard.sequences)), host_batch, drafts))
+        labels = tuple(map(self._corpus.label, shard.sequences))
+        self._seen.append(_Seen(labels, tuple(shard.sequences), host_batch, drafts))
 
     def result(self, step: int) -> dict[str, float]:
-        seen, self._seen = self._seen, []
+        seen, self._seen, self._shown = self._seen, [], []
         tallies = np.zeros((len(self._labels), len(ReplayTally.empty(self.draft_tokens).vector)))
         for one in seen:
             self._tally(one, tallies)
@@ -60,7 +68,7 @@ class ReplayJudge(Judge):
         dist.all_reduce(sums, group=self._groups.draft_cpu)
         found = {label: ReplayTally.of(vector) for label, vector in zip(self._labels, sums.numpy(), strict=True)}
         answered = {label: tally for label, tally in found.items() if tally.answers} or found
-        report = ReplayReport(step, answered, self.temperature, self._costs)
+        report = ReplayReport(step, answered, self.temperature, self._costs, self._shown)
         if self._leader:
             self._keep(report)
         return report.metrics()
@@ -79,6 +87,10 @@ class ReplayJudge(Judge):
         assert accepted is not None
         documents, found = tally_answers(one.batch, accepted, agreed, expected, self.draft_tokens)
         np.add.at(tallies, [self._labels.index(one.labels[document]) for document in documents], found)
+        left = SHOWN_ANSWERS - len(self._shown)
+        if self._tokenizer is not None and left > 0:
+            sources = ["{}:{}".format(*self._corpus.provenance(sequence)) for sequence in one.sequences]
+            self._shown += show_answers(one.batch, accepted, self.draft_tokens, sources, self._tokenizer, left)
 
     def _whole(self, part: torch.Tensor | None) -> np.ndarray | None:
         """Of all rows, on the host, from this rank's share of them."""
@@ -90,6 +102,14 @@ class ReplayJudge(Judge):
             # Zeros where it is another rank's; what the target chose is found by all that reach the row.
             dist.all_reduce(part, dist.ReduceOp.MAX, group=self._groups.draft_mesh.get_group("cp"))
         return part.cpu().numpy()
+
+
+def _tokenizer(context: RankContext) -> Decodes | None:
+    """The target's, if it has one: all that is lost without is that answers can be read in the report."""
+    try:
+        return load_tokenizer(context.facts.target.path, context.job.prompts)
+    except DataError:
+        return None
 
 
 def _costs(context: RankContext) -> list[float]:

@@ -65,6 +65,10 @@ class RunReporter(Reporter):
             "target_wait": self._target_wait(),
             "bytes_moved": float(done.bytes - before.bytes),
         }
+        counts = self._client.statistics
+        if counts.slots:
+            record |= {"items_at_target": float(counts.queued + counts.computing)}
+            record |= {"items_before_draft": float(counts.delivered - counts.released)}
         if torch.cuda.is_available():
             record["gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         held_out = {name: value for name, value in self._last_record.items() if name.startswith("held_out/")}

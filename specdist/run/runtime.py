@@ -42,17 +42,22 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     """Take part in the run as rank `facts.rank`; returns when the run is done or was asked to stop."""
     job_facts = jobs.examine(job)
     jobs.check_replay(job)
+    start.clock.begin("meeting the other ranks")
     world = join_world(job.world, facts)
     topology = jobs.topology(job, world.hosts, world.roles)
     _place_log(start.log, topology, facts.rank)
     jobs.check_installed(job, target=topology.target_place(facts.rank) is not None)
+    start.clock.begin("preflight")
     preflight = Preflight(job, world, topology)
     preflight.hosts(job_facts)
+    start.clock.begin("target's files and answers")
     fetch_target(job.target.path, world)
     asked = answered_prompts(job, world)
+    start.clock.begin("prompts")
     prompts = prepare_in_world(asked, job_facts.target.path, world.store, world.hosts, facts.rank)
     backend = jobs.transport(job, world.device).link_backend
     engine = engine_groups(job.target, topology.replicas, world.device)
+    start.clock.begin("process groups")
     context = WorldContext(
         job=job,
         facts=job_facts,
@@ -72,6 +77,7 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
 def _take_part(context: WorldContext, preflight: Preflight) -> None:
     """The part of a rank of a world that leads its run."""
     topology, rank = context.topology, context.rank
+    context.start.clock.begin("control plane")
     with contextlib.ExitStack() as stack:
         if rank == 0:
             resume, lease = _begin(context)
@@ -85,6 +91,7 @@ def _take_part(context: WorldContext, preflight: Preflight) -> None:
         stack.enter_context(profile.recording(client.ask_clock))
         context.stop.install()  # before, no rank could be notified, and there is nothing to save
         client.phase = "connecting links"
+        context.start.clock.begin(client.phase)
         connect_links(topology, context.groups, context.world, context.job.world.join_timeout_s)
         preflight.links(context.groups)
         role = produce if topology.draft_place(rank) is None else consume

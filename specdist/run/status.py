@@ -37,6 +37,8 @@ class Status:
     statistics: Statistics
     phases: tuple[Phase, ...]
     time: float = field(default_factory=time.time)
+    places: tuple[tuple[str, str], ...] = ()
+    """Role and host of every rank, those of target worlds behind the others."""
 
 
 def describe(run_dir: Path, now: float | None = None) -> str:

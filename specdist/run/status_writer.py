@@ -78,6 +78,7 @@ class StatusWriter(Observer):
             total_steps=self._resume.total_steps,
             statistics=statistics,
             phases=tuple(phases),
+            places=peers.places,
         )
         self._write(to_json(status))
         self._break_the_silence(step, statistics.released, phases, started, now)

@@ -21,7 +21,7 @@ def produce(context: RankContext) -> None:
     """The role of a target rank."""
     job, topology = context.job, context.topology
     item_rows = topology.shards * job.prompts.tokens_per_rank
-    context.client.phase = "loading the target"
+    context.begin("loading the target")
     engine = context.load_engine(item_rows)
     layout = context.facts.layout
 
@@ -33,7 +33,7 @@ def produce(context: RankContext) -> None:
         sender = DropSender(Ring(layout, 1, item_rows, context.world.device), announce)
     else:
         sender = context.transport.sender(context.wire(), item_rows, announce)
-        context.client.phase = "connecting to the draft ranks"
+        context.begin("connecting to the draft ranks")
         sender.connect(job.control.load_timeout_s, context.client.check)
     producer = Producer(
         engine,
@@ -47,6 +47,7 @@ def produce(context: RankContext) -> None:
         context.profile,
     )
     context.client.ready()
+    context.started()
     report = producer.run()
     if topology.mode == "split":
         context.client.send(Produced(report))

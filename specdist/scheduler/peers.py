@@ -105,6 +105,11 @@ class Peers:
         return len(self._peers) - 1
 
     @property
+    def places(self) -> tuple[tuple[str, str], ...]:
+        """Role and host of every rank, in the order of the ranks."""
+        return tuple((peer.role, peer.host) for peer in self._peers)
+
+    @property
     def malformed(self) -> int:
         return sum(peer.malformed for peer in self._peers)
 

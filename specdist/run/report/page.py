@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`specdist report RUN_DIR ...`: one HTML file that needs nothing but a browser. plotly.js, which lies in it, draws."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from specdist.core.errors import ConfigError, UserError
+from specdist.run.report import tables
+from specdist.run.report.charts import colour, make_charts
+from specdist.run.report.run_records import RunRecords, read_runs
+
+LACKS_PLOTLY = "the report is drawn by plotly, which is not installed: pip install plotly"
+
+
+def write_report(directories: Sequence[Path], output: Path) -> Path:
+    """Write the page of the runs in `directories` to `output`, and return it.
+
+    Raises:
+        ConfigError: there is nothing to show, the runs cannot be compared, or plotly is not installed.
+        DataError: a file of a run cannot be read.
+    """
+    library = _plotly()
+    page = _render(read_runs(directories), library)
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.rename(output)
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error}") from error
+    return output
+
+
+def report_at_end(run_dir: Path) -> Path | None:
+    """The page of a run that has ended, RUN_DIR/report.html. What is wrong with it is said, and stops nothing."""
+    try:
+        return write_report([run_dir], run_dir / "report.html")
+    except UserError as error:
+        print(f"specdist: no report.html: {error}", file=sys.stderr, flush=True)
+    except Exception as error:  # noqa: BLE001 - the run is done, and worth more than a page about it
+        text = f"{type(error).__name__}: {error}; `specdist report {run_dir}` shows where"
+        print(f"specdist: no report.html: {text}", file=sys.stderr, flush=True)
+    return None
+
+
+def _plotly() -> str:
+    try:
+        return (resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise ConfigError(LACKS_PLOTLY) from error
+
+
+def _render(runs: Sequence[RunRecords], library: str) -> str:
+    charts = make_charts(runs)
+    loader = jinja2.PackageLoader("specdist.run.report", ".")
+    page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    figures = {chart.id: {"data": chart.traces, "layout": chart.layout} for chart in charts}
+    drafts = max((len(run.evaluation.total.forwards) for run in runs if run.evaluation), default=0)
+    return page.get_template("page.html.j2").render(
+        runs=runs,
+        charts=charts,
+        figures=jinja2.utils.markupsafe.Markup(_json(figures)),
+        library=jinja2.utils.markupsafe.Markup(library),
+        tables=tables,
+        colour=colour,
+        drafts=drafts,
+        configs=[run.paths.config.read_text(encoding="utf-8") for run in runs],
+        version=importlib.metadata.version("specdist"),
+        now=time.strftime("%Y-%m-%d %H:%M %Z"),
+    )
+
+
+def _json(value: Any) -> str:
+    """For a script of the page: no tag can end it, and what is no number is null."""
+    return json.dumps(_finite(value)).replace("<", "\\u003c")
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return [_finite(entry) for entry in value]
+    return value

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a page says in words and tables: the facts of each run, its ranks, the suggested split, and configurations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from specdist.core import config
+from specdist.core.errors import UserError
+from specdist.evaluate.shown import ShownAnswer
+from specdist.job import split
+from specdist.job.config import JobConfig
+from specdist.job.rates import read_rates
+from specdist.run.report.run_records import RunRecords
+
+_RANKS = 32
+"""More ranks than this are counted by host."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A figure of a run, and what stands below it in small letters."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A key of the configuration, its value in every run, and what it means."""
+
+    key: str
+    values: Sequence[str]
+    help: str
+
+
+def facts(run: RunRecords) -> list[Fact]:
+    """The figures on top."""
+    found = []
+    one, before = run.evaluation, run.before
+    if one is not None:
+        length, drafts = one.total.acceptance_length, len(one.total.forwards)
+        was = f", {before.total.acceptance_length:.2f} before training" if before and before.step != one.step else ""
+        found.append(Fact("acceptance length", f"{length:.2f}", f"{drafts} draft tokens, step {one.step:,}{was}"))
+        if one.costs:
+            speedup = max(one.speedups)
+            drafts = one.speedups.index(speedup) + 1
+            found.append(Fact("forecast speed-up", f"{speedup:.2f}x", f"one sequence, {drafts} draft tokens"))
+    if run.training:
+        last = run.training[-1]
+        total = run.status.total_steps if run.status else last["step"]
+        found.append(Fact("tokens trained", _short(run.tokens), f"step {last['step']:,.0f} of {total:,.0f}"))
+        seconds = sum(run.spans)
+        found.append(Fact("training time", _duration(seconds), f"{run.tokens / (seconds or 1):,.0f} tokens/s"))
+        found.append(_balance(run))
+        if "gpu_peak_gib" in last:
+            found.append(Fact("GPU memory", f"{last['gpu_peak_gib']:.1f} GiB", "peak of the first draft rank"))
+    return found
+
+
+def _balance(run: RunRecords) -> Fact:
+    told = run.summary.get("sides", {})
+    if run.mode != "split":
+        return Fact("bottleneck", "none", told.get("verdict", "one role waits for no other"))
+    spans = run.spans
+    waits = [
+        sum(s * record[name] for s, record in zip(spans, run.training, strict=True)) / (sum(spans) or 1)
+        for name in ("draft_wait", "target_wait")
+    ]
+    if "draft_wait" in told and "target_wait" in told:  # leaves out what came before it was warm
+        waits = [told["draft_wait"], told["target_wait"]]
+    words = told.get("verdict") or split.verdict(*waits, {})
+    balanced = max(waits) < split.WAITS_MATTER
+    return Fact("bottleneck", "balanced" if balanced else "target" if waits[0] > waits[1] else "draft", words)
+
+
+def ranks(run: RunRecords) -> list[tuple[str, str, str]]:
+    """Rank, role and host of every rank; of many ranks, how many of a role each host has."""
+    places = run.status.places if run.status else ()
+    if len(places) <= _RANKS:
+        return [(str(rank), role, host) for rank, (role, host) in enumerate(places)]
+    counts: dict[tuple[str, str], int] = {}
+    for role, host in places:
+        counts[role.split()[0], host] = counts.get((role.split()[0], host), 0) + 1
+    return [(f"{count} ranks", role, host) for (role, host), count in counts.items()]
+
+
+def suggested_split(run: RunRecords) -> str:
+    """What the measured rates suggest, in lines; empty where there are none."""
+    if run.mode != "split" or not run.summary:
+        return ""
+    tp = int(run.config.get("target.tp", 1))
+    try:
+        rates = read_rates(run.paths.summary, str(run.config.get("target.engine")))
+        if None in rates:
+            return ""
+        places = run.status.places if run.status else ()
+        gpus = len(places) or tp * run.summary["sides"]["replicas"] + run.summary["sides"]["draft_ranks"]
+        measured = split.Rates(*rates, "measured in this run")  # type: ignore[arg-type]
+        return split.render(gpus, *split.suggest(gpus, tp, measured))
+    except UserError as error:
+        return str(error)
+
+
+def differences(runs: Sequence[RunRecords]) -> list[Row]:
+    """The keys whose values differ between the runs; of one run, from the defaults."""
+    known = {entry.key: entry for entry in config.fields(JobConfig)}
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    rows = []
+    for key in keys:
+        if key == "run.dir":
+            continue
+        values = [_text(run.config[key]) if key in run.config else "" for run in runs]
+        entry = known.get(key)
+        others = values[1:] or ([_text(entry.default)] if entry else [])
+        if any(value != values[0] for value in others):
+            shown = values if len(runs) > 1 else [*values, *others]
+            rows.append(Row(key, shown, entry.help if entry else ""))
+    return rows
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out answer, and what the draft of each run made of it: the run's number, and pairs of a token's text and
+    its draft position."""
+
+    source: str
+    prompt: str
+    runs: Sequence[tuple[int, str, Sequence[tuple[str, int]]]]
+
+
+def answers(runs: Sequence[RunRecords]) -> list[Answer]:
+    """The answers that the runs keep, the same ones together."""
+    groups: dict[tuple[str, str, str], list[tuple[int, ShownAnswer]]] = {}
+    for number, run in enumerate(runs):
+        for shown in run.evaluation.answers if run.evaluation else ():
+            groups.setdefault((shown.source, shown.prompt, "".join(shown.tokens)), []).append((number, shown))
+    return [
+        Answer(
+            source,
+            prompt,
+            [(number, _yield(one), list(zip(one.tokens, one.positions, strict=True))) for number, one in group],
+        )
+        for (source, prompt, _), group in groups.items()
+    ]
+
+
+def _yield(answer: ShownAnswer) -> str:
+    forwards = sum(position == 0 for position in answer.positions[1:])
+    length = f" = {(len(answer.positions) - 1) / forwards:.2f} a forward" if forwards else ""
+    return f"{len(answer.positions)} tokens, {forwards} target forwards after the prefill{length}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
+        return json.dumps(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _short(count: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if count >= size:
+            return f"{count / (1e3 if unit == 'k' else size):.3g} {unit}"
+    return f"{count:,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
