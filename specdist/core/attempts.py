@@ -7,6 +7,7 @@ started.json     when, on which hosts, with how many ranks
 outcome.json     finished, or stopped (a signal, the time limit): written by the rank that saved
 failure.json     the first failure, by the rank that meets it first; what the others meet later is a consequence
 ROLE/HOST-rankN.log
+start-up/rank-N.json   how long each part of a start took, of the first rank of each role (specdist/run/start_up.py)
 trace/, trace.json   what every rank recorded of the traced steps, and all of it together (specdist/run/timeline.py)
 """
 

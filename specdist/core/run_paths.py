@@ -10,6 +10,7 @@ tensorboard/
 export/<format>/       the draft as serving engines load it
 evaluations/step-*.json   what replay over held-out text found
 summary.json           the results
+report.html            the same, to look at (specdist/run/report/)
 status.json            the state of the run a few seconds ago
 logs/<job>.<restart>/  every attempt's logs, first failure and end (specdist/core/attempts.py)
 """

@@ -38,6 +38,12 @@ class ShownAnswer:
     tokens: Sequence[str]
     positions: Sequence[int]
 
+    @property
+    def forwards(self) -> int:
+        """Target forwards after the prefill: each begins with its first draft token, or with one of the target's."""
+        pairs = zip(self.positions, self.positions[1:], strict=False)
+        return sum(after == 1 or before == after == 0 for before, after in pairs)
+
 
 def show_answers(
     batch: PackedTokens, accepted: np.ndarray, draft_tokens: int, sources: Sequence[str], tokenizer: Decodes, most: int

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from specdist.job.split import verdict
 from specdist.run.context import RankContext
 from specdist.run.drafts import load_state, new_draft
 from specdist.run.judge import read_evaluation
+from specdist.run.report.page import report_at_end
 from specdist.scheduler.messages import ProducerReport
 from specdist.target.vocabulary import load_target_vocabulary
 
@@ -103,9 +104,11 @@ def finish(context: RankContext, outcome: Outcome) -> Ending:
         summary["exports"] = [str(path) for path in exports]
     before, after = read_evaluation(run_dir, 0), read_evaluation(run_dir, read_progress(best).step if best else step)
     if after is not None:
-        summary["evaluation"] = {"before": before and before.to_dict(), "after": after.to_dict()}
+        figures = [found and replace(found, answers=()).to_dict() for found in (before, after)]
+        summary["evaluation"] = dict(zip(("before", "after"), figures, strict=True))
     write_atomically(run_dir.summary, to_json(summary))
-    _print(context, outcome, sides, best, exports, render_replay(after, before) if after else "")
+    page = report_at_end(run_dir.path) if context.resume.total_steps else None
+    _print(context, outcome, sides, best, exports, page, render_replay(after, before) if after else "")
     if outcome.finished:
         return Ending("finished", step)
     return Ending("stopped", step, stop.reason or StopReason.ANOTHER_RANK, stop.detail)
@@ -153,7 +156,13 @@ def _sides(context: RankContext, outcome: Outcome) -> Sides:
 
 
 def _print(
-    context: RankContext, outcome: Outcome, sides: Sides, best: Path | None, exports: Sequence[Path], evaluation: str
+    context: RankContext,
+    outcome: Outcome,
+    sides: Sides,
+    best: Path | None,
+    exports: Sequence[Path],
+    page: Path | None,
+    evaluation: str,
 ) -> None:
     run_dir, step, total, metrics = context.run_dir, outcome.progress.step, context.resume.total_steps, outcome.metrics
     ended = f"Stopped at step {step} of {total}; the same command goes on from there."
@@ -176,4 +185,5 @@ def _print(
     commands = {command.by.engine: command for path in reversed(exports) for command in serve_commands(path)}
     lines += [f"  serve          {command}" for command in commands.values()]
     lines.append(f"  figures        {run_dir.summary}, {run_dir.metrics}")
+    lines += [] if page is None else [f"  report         {page}"]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -249,7 +249,7 @@ class Trainer:
         indices = self.items.schedule.evaluation(progress.step)
         if not indices or self._agree(bool(stop), indices.start):
             return progress
-        sums, judge, began = torch.zeros_like(self._sums), self._judge, time.monotonic()
+        sums, judge, began, waited = torch.zeros_like(self._sums), self._judge, time.monotonic(), self.source.waited_s
         assert judge is not None
         for micro in (self._receive(self.items[i]) for i in indices):
             with span("evaluate", micro.item.index, tokens=len(micro.batch.tokens)), torch.no_grad():
@@ -266,6 +266,7 @@ class Trainer:
         metrics = self.model.metrics(dict(zip(self.model.metric_names, sums.tolist(), strict=True)))
         metrics |= judge.result(progress.step)
         self.items.forget(before=indices.stop)
+        self._waited_before += self.source.waited_s - waited  # like the time of it, which the reporter leaves out
         reporter.evaluated(progress.step, metrics | {"seconds": time.monotonic() - began})
         found = Evaluated(progress.step, metrics["acceptance_length"], metrics["loss"], judge.basis)
         return replace(progress, next_item=indices.stop, evaluated=found)

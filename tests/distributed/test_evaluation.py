@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from specdist.core.progress import best_checkpoint, committed
+from specdist.evaluate.shown import SHOWN_ANSWERS
 from specdist.export import load_exported
+from specdist.run.report import tables
+from specdist.run.report.run_records import read_runs
 from tests.distributed.worlds import kill_all, start_torchrun, train
 from tests.tiny import make_config, make_conversations, make_target
 
@@ -71,6 +74,18 @@ def test_it_is_evaluated_before_in_between_and_at_the_end(evaluated):
         assert f"held_out/{name}" in names
     assert names["held_out/acceptance_length"] >= 1
     assert names["held_out/agreement"] < 0.5  # words at random are not what the target would write
+
+
+def test_it_leaves_a_page_with_starts_and_answers(evaluated):
+    (run,) = read_runs([evaluated / "run"])
+    assert {start.role.split()[0] for start in run.starts} == {"target", "draft"}
+    assert all(part.began <= start.ended for start in run.starts for part in start.parts)
+    assert run.evaluation is not None
+    answers = run.evaluation.answers
+    assert len(answers) == SHOWN_ANSWERS
+    assert all("held.jsonl:" in answer.source and answer.prompt.endswith("assistant\n") for answer in answers)
+    assert [role.split()[0] for _, role, _ in tables.ranks(run)] == ["target", "draft", "draft"]
+    assert "chart-start-up" in (evaluated / "run/report.html").read_text()
 
 
 def test_the_losses_are_those_of_a_job_that_is_never_evaluated(evaluated, tmp_path, material):

@@ -24,6 +24,7 @@ def test_every_module_is_in_the_wheel(tmp_path: Path) -> None:
     [wheel] = tmp_path.glob("*.whl")
     installed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("specdist") and "-" not in name}
     files = [*ROOT.glob("specdist/**/*.py"), *ROOT.glob("launch/**/*.py"), ROOT / "specdist" / "py.typed"]
+    files += ROOT.glob("specdist/**/*.j2")
     expected = {path.relative_to(ROOT).as_posix() for path in files}
     assert installed == {
         name.replace("launch/", "specdist_launch/") if name.startswith("launch/") else name for name in expected

@@ -9,6 +9,8 @@ import torch
 
 from specdist.core.records import PackedTokens
 from specdist.evaluate.replay import ReplayReport, ReplayTally, render_replay, tally_answers
+from specdist.evaluate.shown import ShownAnswer, draft_positions, show_answers
+from tests.tiny import make_tokenizer
 
 
 def naive(text: list[int], drafts: list[list[int]], most: int) -> int:
@@ -44,6 +46,8 @@ def test_the_walk_is_that_of_a_decoder() -> None:
                 hits = [a == b for a, b in zip(drafts[known - 1], text[known:], strict=False)]
                 accepted[prompt + known - 2] = np.cumprod([*hits, False]).sum()
             rows.append(accepted)
+            shown = ShownAnswer("", "", [""] * length, draft_positions(accepted[prompt - 1 :], length, most))
+            assert shown.forwards == naive(text, drafts, most)
             expected.append([naive(text, drafts, k) for k in range(1, most + 1)])
         documents, found = tally_answers(batch_of(*parts), np.concatenate(rows), None, None, most)
         assert documents.tolist() == list(range(5))
@@ -112,3 +116,18 @@ def test_a_report_survives_its_file_and_says_what_it_has() -> None:
 
 def test_unknown_agreement_is_told() -> None:
     assert "is not known" in render_replay(report())
+
+
+def test_answers_are_shown_token_by_token() -> None:
+    tokenizer = make_tokenizer()
+    prompt, answer = tokenizer.encode("Say é: "), tokenizer.encode("é 1<|im_end|>")
+    marks = [torch.arange(len(prompt) + len(answer)) >= len(prompt)] * 2
+    batch = PackedTokens.from_documents([torch.tensor(prompt + answer)] * 2, marks)
+    accepted = np.zeros(len(batch.tokens), dtype=np.int64)
+    accepted[len(prompt) - 1] = 2
+    first, second = show_answers(batch, accepted, 3, ["a:1", "b:7"], tokenizer, most=3)
+    assert (first.source, first.prompt, second.source) == ("a:1", "Say é: ", "b:7")
+    assert list(first.tokens) == ["", "é", " ", "1", "<|im_end|>"]
+    assert (list(first.positions), first.forwards) == ([0, 1, 2, 0, 0], 2)
+    assert list(second.positions) == [0] * 5
+    assert len(show_answers(batch, accepted, 3, ["a:1", "b:7"], tokenizer, most=1)) == 1

@@ -92,6 +92,7 @@ def make_charts(runs: Sequence[RunRecords]) -> list[Chart]:
             "tokens/s",
             runs,
             _Curve("tokens_per_s", "tokens/s", _training),
+            axis={"rangemode": "tozero"},
         ),
         _over_steps(
             "waits",

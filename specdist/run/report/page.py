@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+import specdist
 from specdist.core.errors import ConfigError, UserError
 from specdist.run.report import tables
 from specdist.run.report.charts import colour, make_charts
@@ -75,7 +75,7 @@ def _render(runs: Sequence[RunRecords], library: str) -> str:
         colour=colour,
         drafts=drafts,
         configs=[run.paths.config.read_text(encoding="utf-8") for run in runs],
-        version=importlib.metadata.version("specdist"),
+        version=specdist.__version__,
         now=time.strftime("%Y-%m-%d %H:%M %Z"),
     )
 

@@ -52,6 +52,12 @@ class RunRecords:
         return describe(self.paths.path).splitlines()[0].removeprefix(f"{self.paths.path}: ")
 
     @property
+    def failure(self) -> str:
+        """What ended the newest start, in lines; empty where nothing failed."""
+        found = self.attempts[-1].failed() if self.attempts else None
+        return found.render(self.attempts[-1].failure_file) if found else ""
+
+    @property
     def mode(self) -> str:
         return str(self.config.get("world.mode", "split"))
 

@@ -73,7 +73,7 @@ def _balance(run: RunRecords) -> Fact:
     ]
     if "draft_wait" in told and "target_wait" in told:  # leaves out what came before it was warm
         waits = [told["draft_wait"], told["target_wait"]]
-    words = told.get("verdict") or split.verdict(*waits, {})
+    words = told.get("verdict") or split.verdict(waits[0], waits[1], {})
     balanced = max(waits) < split.WAITS_MATTER
     return Fact("bottleneck", "balanced" if balanced else "target" if waits[0] > waits[1] else "draft", words)
 
@@ -89,21 +89,28 @@ def ranks(run: RunRecords) -> list[tuple[str, str, str]]:
     return [(f"{count} ranks", role, host) for (role, host), count in counts.items()]
 
 
-def suggested_split(run: RunRecords) -> str:
-    """What the measured rates suggest, in lines; empty where there are none."""
-    if run.mode != "split" or not run.summary:
-        return ""
-    tp = int(run.config.get("target.tp", 1))
+@dataclass(frozen=True)
+class Suggestion:
+    """Divisions of the run's ranks at the rates that it measured: which they are, what comes of each, and the best."""
+
+    rates: split.Rates
+    best: split.Split
+    around: Sequence[split.Split]
+
+
+def suggested_split(run: RunRecords) -> Suggestion | None:
+    """None where the run has measured no rates."""
+    sides, tp = run.summary.get("sides", {}), int(run.config.get("target.tp", 1))
+    if run.mode != "split" or not sides.get("replicas"):
+        return None
     try:
-        rates = read_rates(run.paths.summary, str(run.config.get("target.engine")))
-        if None in rates:
-            return ""
-        places = run.status.places if run.status else ()
-        gpus = len(places) or tp * run.summary["sides"]["replicas"] + run.summary["sides"]["draft_ranks"]
-        measured = split.Rates(*rates, "measured in this run")  # type: ignore[arg-type]
-        return split.render(gpus, *split.suggest(gpus, tp, measured))
-    except UserError as error:
-        return str(error)
+        target, draft = read_rates(run.paths.summary, str(run.config.get("target.engine")))
+        if target is None or draft is None:
+            return None
+        rates = split.Rates(target, draft, "measured in this run")
+        return Suggestion(rates, *split.suggest(tp * sides["replicas"] + sides["draft_ranks"], tp, rates))
+    except UserError:  # a run that was too short measures no rate
+        return None
 
 
 def differences(runs: Sequence[RunRecords]) -> list[Row]:
@@ -150,7 +157,7 @@ def answers(runs: Sequence[RunRecords]) -> list[Answer]:
 
 
 def _yield(answer: ShownAnswer) -> str:
-    forwards = sum(position == 0 for position in answer.positions[1:])
+    forwards = answer.forwards
     length = f" = {(len(answer.positions) - 1) / forwards:.2f} a forward" if forwards else ""
     return f"{len(answer.positions)} tokens, {forwards} target forwards after the prefill{length}"
 

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of runs, of records as a run writes them; a browser draws it, without a network."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from specdist.core import config
+from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
+from specdist.core.errors import ConfigError
+from specdist.core.files import to_json
+from specdist.core.run_paths import RunPaths
+from specdist.evaluate.replay import ReplayReport, ReplayTally
+from specdist.evaluate.shown import ShownAnswer
+from specdist.job.config import load_job
+from specdist.run.report import page, tables
+from specdist.run.report.charts import make_charts, times
+from specdist.run.report.run_records import read_runs
+from specdist.run.start_up import Part, StartUp
+from specdist.run.status import Status
+from specdist.scheduler.messages import Statistics
+from specdist.training.metrics import JsonlTracker
+from specdist_launch import cli
+
+pytest.importorskip("plotly", reason="plotly, which draws the page, is not installed")
+ANSWER = ShownAnswer("a.jsonl:3", "<user>\nWhat</script>?", ("A", " king", " <b>", ""), (0, 0, 1, 2))
+
+
+def evaluation(step: int, forwards: float = 30.0) -> ReplayReport:
+    counts = np.array([60.0, forwards])
+    tally = ReplayTally(4, 64, 64, 64, 0.0, counts, np.array([30.0, 20.0]), np.array([20.0, 10.0]))
+    return ReplayReport(step, {"a": tally, "b": tally}, costs=[0.1, 0.2], answers=[ANSWER])
+
+
+def make_run(directory: Path, *overrides: str, steps: int = 40, ended: bool = True) -> Path:
+    """A run of `steps` steps, with a record every ten and an evaluation every twenty."""
+    directory.mkdir(parents=True)
+    paths = RunPaths(directory)
+    words = [f"run.dir={directory}", "target.path=models/tiny", "prompts.files=[a.jsonl]", *overrides]
+    paths.config.write_text(config.to_yaml(load_job([], words)))
+    tracker = JsonlTracker(paths.metrics)
+    for step in range(0, steps + 1, 10):
+        if step:
+            record = {"loss": 9.0 - step / 10, "simulated_acceptance_length": 1.5, "tokens_per_s": 100.0, "step_s": 2.0}
+            tracker.log(step, record | {"draft_wait": 0.25, "target_wait": 0.0, "items_before_draft": 3.0})
+        if step % 20 == 0:
+            found = evaluation(step, 60.0 - step)
+            tracker.log(step, {f"held_out/{k}": v for k, v in {**found.metrics(), "loss": 5.0, "seconds": 4.0}.items()})
+            paths.evaluation(step).parent.mkdir(exist_ok=True)
+            paths.evaluation(step).write_text(to_json(found.to_dict()))
+    tracker.close()
+    record = AttemptRecord(directory / "logs" / "7.0")
+    record.begin(Started("slurm", ("n1",), 3))
+    began = record.started()
+    assert began is not None
+    for rank, role in enumerate(("target replica 0 tp 0", "draft dp 0 cp 0")):
+        clock = StartUp([Part("importing", began.time + 1), Part("loading the target", began.time + 3)])
+        clock.write(record, rank, role, "n1")
+    places = (("target replica 0 tp 0", "n1"), ("draft dp 0 cp 0", "n1"), ("draft dp 1 cp 0", "n1"))
+    status = Status("7.0", None, ("n1",) * 3, True, steps, 40, Statistics(), (), places=places)
+    paths.status.write_text(to_json(status))
+    if ended:
+        sides = {"draft_tokens_per_s": 100.0, "draft_wait": 0.25, "target_wait": 0.0, "draft_ranks": 2}
+        sides |= {"target_tokens_per_s": 130.0, "replicas": 1, "verdict": "the draft side starves"}
+        after = evaluation(steps).to_dict()
+        paths.summary.write_text(json.dumps({"step": steps, "sides": sides, "evaluation": {"after": after}}))
+        record.end(Ending("finished", steps))
+    return directory
+
+
+def test_what_a_run_says(tmp_path):
+    (run,) = read_runs([make_run(tmp_path / "run")])
+    found = {fact.name: fact.value for fact in tables.facts(run)}
+    assert found == {
+        "acceptance length": "3.00",
+        "forecast speed-up": "2.50x",
+        "tokens trained": "8,000",
+        "training time": "80 s",
+        "bottleneck": "target",
+    }
+    assert tables.ranks(run)[1] == ("1", "draft dp 0 cp 0", "n1")
+    suggestion = tables.suggested_split(run)
+    assert suggestion is not None
+    assert (suggestion.rates.target, suggestion.best.replicas) == (130.0, 1)
+    assert [row.key for row in tables.differences([run])] == ["prompts.files", "target.path"]
+    parts = times(run)
+    assert parts["draft"] | {"start-up": 0} == parts["draft"] | {"start-up": 0, "waiting for the other role": 20.0}
+    assert (parts["draft"]["computing"], parts["target"]["computing"]) == (60.0, 80.0)
+    assert parts["draft"]["evaluating"] == 12.0
+    charts = {chart.id: chart for chart in make_charts([run])}
+    assert [t["y"] for t in charts["acceptance"].traces] == [(1.0, 1.5, 3.0), (1.5,) * 4]
+    (start, _) = charts["start-up"].traces
+    assert start["y"] == ["starting processes", "importing", "loading the target"]
+    assert start["x"][:2] == pytest.approx([1.0, 2.0], abs=1e-3)
+
+
+def test_runs_side_by_side(tmp_path):
+    one, other = make_run(tmp_path / "x/run"), make_run(tmp_path / "y/run", "optimizer.lr=0.5", steps=20)
+    assert cli.main(["report", str(one), str(other), "--output", str(tmp_path / "both.html")]) == 0
+    runs = read_runs([one, other])
+    assert [run.name for run in runs] == ["x/run", "y/run"]
+    (row,) = tables.differences(runs)
+    assert (row.key, row.values[1]) == ("optimizer.lr", "0.5")
+    (answer,) = tables.answers(runs)
+    assert [number for number, _, _ in answer.runs] == [0, 1]
+    loss = next(chart for chart in make_charts(runs) if chart.id == "loss")
+    assert [t["name"] for t in loss.traces] == [
+        f"{r}: {c}" for r in ("x/run", "y/run") for c in ("trained on", "held out")
+    ]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_run_that_fails_or_is_under_way_shows_what_there_is(tmp_path, ended):
+    directory = make_run(tmp_path / "run", ended=False)
+    (directory / "metrics.jsonl").open("a").write('{"step": 41, "lo')
+    if ended:
+        AttemptRecord(directory / "logs/7.0").fail(Failure("error", "out <of> memory", rank=1, role="draft", host="n1"))
+    text = page.write_report([directory], tmp_path / "page.html").read_text()
+    assert ("out &lt;of&gt; memory" in text) == ended
+    assert ("training, attempt 7.0" in text) != ended
+    assert "What</script>" not in text
+
+
+def test_what_cannot_be_shown_is_said_in_a_line(tmp_path, capsys, monkeypatch):
+    run = make_run(tmp_path / "run")
+    other_target = make_run(tmp_path / "target", "target.path=models/other")
+    other_text = make_run(tmp_path / "text")
+    for file in (other_text / "evaluations").iterdir():
+        found = ReplayReport.from_dict(json.loads(file.read_text()))
+        file.write_text(to_json(replace(found, labels={"a": found.labels["a"]}).to_dict()))
+    unmeasured = make_run(tmp_path / "unmeasured")
+    (unmeasured / "metrics.jsonl").unlink()
+    broken = make_run(tmp_path / "broken")
+    (broken / "metrics.jsonl").write_text("[1}\n")
+    for directories, said in (
+        ([tmp_path], "is no run directory"),
+        ([unmeasured], "metrics.jsonl has no record; "),
+        ([broken], "metrics.jsonl:1: no record of metrics"),
+        ([run, other_target], "cannot be compared: their targets are models/tiny and models/other"),
+        ([run, other_text], "other held-out text, 8 answers with 128 tokens (a, b) and 4 answers with 64 tokens (a)"),
+        ([run, run], "a run is given twice"),
+    ):
+        assert cli.main(["report", *map(str, directories)]) == 2
+        line = capsys.readouterr().err
+        assert said in line
+        assert line.count("\n") == 1
+    monkeypatch.setattr(page.resources, "files", lambda name: tmp_path / name)
+    assert page.report_at_end(run) is None  # the run goes on
+    assert "pip install plotly" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="pip install plotly"):
+        page.write_report([run], tmp_path / "page.html")
+
+
+def test_a_fault_of_the_page_stops_no_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(page, "make_charts", lambda runs: 1 / 0)
+    assert page.report_at_end(make_run(tmp_path / "run")) is None
+    assert "no report.html: ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    return found or pytest.skip("no chromium here: apt-get install chromium")
+
+
+def test_a_browser_draws_it_without_a_network(tmp_path, browser):
+    runs = [make_run(tmp_path / name) for name in ("one", "two")]
+    file = page.write_report(runs, tmp_path / "page.html")
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--proxy-server=127.0.0.1:9",
+    ]
+    options += [f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=10000", "--dump-dom"]
+    done = subprocess.run([browser, *options, f"file://{file}"], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    drawn = {}
+    for part in done.stdout.split('id="chart-')[1:]:
+        curves = re.findall(r'class="trace scatter[^"]*"', part)
+        drawn[part.split('"')[0]] = (len(curves), part.count('<g class="point">'))
+    assert drawn["acceptance"][0] == drawn["loss"][0] == drawn["waits"][0] == 4
+    assert drawn["positions"] == (0, 4)
+    assert drawn["counts"][0] == drawn["speedups"][0] == drawn["queues"][0] == 2
+    assert drawn["start-up"] == (0, 4 * 3)
+    assert '<span class="by" style="--p: 1.0" title="draft token 2"></span>' in done.stdout
