@@ -72,6 +72,7 @@ def _render(runs: Sequence[RunRecords], library: str) -> str:
         figures=jinja2.utils.markupsafe.Markup(_json(figures)),
         library=jinja2.utils.markupsafe.Markup(library),
         tables=tables,
+        commands=[tables.serving(run) for run in runs],
         colour=colour,
         drafts=drafts,
         configs=[run.paths.config.read_text(encoding="utf-8") for run in runs],

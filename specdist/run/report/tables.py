@@ -11,6 +11,7 @@ from typing import Any
 from specdist.core import config
 from specdist.core.errors import UserError
 from specdist.evaluate.shown import ShownAnswer
+from specdist.export.serving import ServeCommand, serve_commands
 from specdist.job import split
 from specdist.job.config import JobConfig
 from specdist.job.rates import read_rates
@@ -111,6 +112,17 @@ def suggested_split(run: RunRecords) -> Suggestion | None:
         return Suggestion(rates, *split.suggest(tp * sides["replicas"] + sides["draft_ranks"], tp, rates))
     except UserError:  # a run that was too short measures no rate
         return None
+
+
+def serving(run: RunRecords) -> list[ServeCommand]:
+    """How each engine that loads an export of the run serves it."""
+    found: dict[str, ServeCommand] = {}
+    for file in sorted(run.paths.exports.glob("*/config.json")):
+        try:
+            found = {command.by.engine: command for command in serve_commands(file.parent)} | found
+        except UserError:  # of another version
+            continue
+    return list(found.values())
 
 
 def differences(runs: Sequence[RunRecords]) -> list[Row]:
