@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from specdist.prompts.conversation import (
     REASONING_KEYS,
+    UNTAUGHT,
     WRITTEN_KEYS,
     Message,
     Sample,
@@ -60,11 +61,12 @@ class Conversation:
     steps: list[_Step] = field(repr=False)
     tools: tuple[dict[str, Any], ...] = ()
 
-    def dialogue(self, template: Template) -> Generator[str, Written | None, dict[str, Any] | None]:
+    def dialogue(self, template: Template, held: bool = False) -> Generator[str, Written | None, dict[str, Any] | None]:
         """Yields the prompt of one answer after the other and takes the answer, None for one that is refused.
 
         Returns the record with the answers. It ends before one that is refused and after one that was cut off, for what
-        the data goes on with is no reply to those. None: there is no answer.
+        the data goes on with is no reply to those. None: there is no answer. Where it is `held` out, what the target
+        has not written is context alone: serving drafts no such text.
 
         Raises:
             UnusableError: the chat template refuses the first prompt.
@@ -74,7 +76,8 @@ class Conversation:
             if not step.asked:
                 assert step.turn is not None
                 assert step.message is not None
-                turns.append(step.turn)
+                context = {UNTAUGHT: 0} if held and step.message["role"] == "assistant" else {}
+                turns.append({**step.turn, **context})
                 told.append(step.message)
                 continue
             try:
@@ -91,8 +94,10 @@ class Conversation:
             told.append({"role": "assistant", "content": written.content, **written.fields})
             if written.finish_reason == "length":
                 break
-        asked = any(step.asked for step in self.steps)
-        return {**self.record, self.key: turns[:kept] if asked else turns} if answers or not asked else None
+        if answers:
+            return {**self.record, self.key: turns[:kept]}
+        kept_whole = not held and not any(step.asked for step in self.steps)
+        return {**self.record, self.key: turns} if kept_whole else None
 
     def _turn(self, old: Mapping[str, Any] | None, written: Written) -> dict[str, Any]:
         like = old or next(step.turn for step in self.steps if step.turn)

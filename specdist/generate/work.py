@@ -113,6 +113,8 @@ class Author:
                 raise UnusableError(record.content.reason, record.content.detail)
             line.record = await self._converse(engine, record, record.content, line)
             line.tally.answered = int(line.record is not None)
+            if line.record is None and not line.notes:
+                line.notes.append(f"{record.place}: held out, and no answer in it is the target's to write")
         except UnusableError as error:
             if self._prompts.on_bad == "stop":
                 raise DataError(f"{record.place}: {error} (prompts.on_bad=stop)", "prompts.on_bad") from error
@@ -120,7 +122,7 @@ class Author:
         return line
 
     async def _converse(self, engine: Engine, record: Record, content: Conversation, line: Line) -> object:
-        dialogue, turn, longest = content.dialogue(self._template), 0, self._prompts.max_length
+        dialogue, turn, longest = content.dialogue(self._template, record.held), 0, self._prompts.max_length
         try:
             prompt = next(dialogue)
             while True:

@@ -45,6 +45,8 @@ WRITTEN_KEYS = ("finish_reason", "end", "token_ids")
 taught. `end`: what it ended with, an end-of-turn token, or nothing where it was cut; with this key `content` is the
 answer to the letter, thoughts and special tokens included. `token_ids`: those of content and end, where tokenising the
 two gives others."""
+UNTAUGHT = "weight"
+"""Beside an answer, 0 where it is context alone: neither taught nor evaluated (as in OpenAI's fine-tuning files)."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ def to_message(turn: object, number: int) -> Message:
     if isinstance(turn.get("finish_reason"), str):
         kinds = zip(WRITTEN_KEYS, (str, str, list), strict=True)
         message.update({key: turn[key] for key, kind in kinds if isinstance(turn.get(key), kind)})
+    if turn.get(UNTAUGHT) == 0:
+        message[UNTAUGHT] = 0
     reasoning = next((turn[key] for key in REASONING_KEYS if turn.get(key)), None)
     if reasoning is not None:
         message["reasoning_content"] = _text(reasoning, f"the reasoning of turn {number}")

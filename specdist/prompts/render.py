@@ -27,7 +27,7 @@ import numpy as np
 
 from specdist.core.errors import DataError
 from specdist.prompts.config import PromptsConfig
-from specdist.prompts.conversation import Sample
+from specdist.prompts.conversation import UNTAUGHT, Sample
 from specdist.prompts.report import UnusableError
 from specdist.prompts.template import Template, Turn
 
@@ -102,7 +102,13 @@ class Renderer:
 
     def conversation(self, sample: Sample) -> list[Sequenced]:
         """The sequences of a conversation, uncut."""
-        ends = [i for i, message in enumerate(sample.messages, start=1) if message["role"] == "assistant"]
+        ends = [
+            i
+            for i, message in enumerate(sample.messages, start=1)
+            if message["role"] == "assistant" and UNTAUGHT not in message
+        ]
+        if not ends:
+            raise UnusableError("nothing to supervise", "every answer has weight 0")
         if self.config.supervise == "last":
             ends = ends[-1:]
         turns = [self.template.turn(sample.messages[:end], sample.tools) for end in ends]

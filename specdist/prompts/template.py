@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import jinja2
 
 from specdist.core.errors import DataError
-from specdist.prompts.conversation import WRITTEN_KEYS, Message
+from specdist.prompts.conversation import UNTAUGHT, WRITTEN_KEYS, Message
 from specdist.prompts.report import UnusableError
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Template:
         divides it: into thought and content where the template takes them apart, and without Harmony's channels."""
         sent = []
         for message in messages:
-            bare = {key: value for key, value in message.items() if key not in WRITTEN_KEYS}
+            bare = {key: value for key, value in message.items() if key not in (*WRITTEN_KEYS, UNTAUGHT)}
             if "end" in message:
                 thought, closed, content = message["content"].rpartition("</think>")
                 if HARMONY_FINAL in message["content"]:

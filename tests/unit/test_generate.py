@@ -106,6 +106,28 @@ def test_what_the_files_lack_is_asked_and_tool_calls_stay() -> None:
             parse({"messages": turns}, "all")
 
 
+def test_of_held_out_text_only_what_the_target_wrote_is_evaluated(tmp_path: Path) -> None:
+    """Training learns tool calls as the data has them; serving would not draft them as it drafts the target's text."""
+    call = {"role": "assistant", "content": "f", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    talk = [{"role": "user", "content": "Hi"}, call, {"role": "tool", "content": "x"}]
+    files = [write(tmp_path / f"{name}.jsonl", {"messages": talk}, {"messages": talk[:2]}) for name in "ah"]
+    engine = Scripted(lambda n, r: Reply("stop", text="well"))
+    answer_all(tmp_path / "answers", files[:1], engine, holdout=(str(files[1]),))
+    renderer = Renderer(t.make_tokenizer(t.CHATML), PromptsConfig())
+
+    def taught(name: str) -> list[list[str]]:
+        samples = [to_sample(record, name, 1) for record in read(tmp_path / f"answers/{name}.jsonl")]
+        told = [renderer.conversation(sample) for sample in samples]
+        return [[renderer.tokenizer.decode(s.tokens[s.supervised]) for s in sequences] for sequences in told]
+
+    assert taught("a") == [["f<|im_end|>well<|im_end|>"], ["f<|im_end|>"]]
+    assert taught("h") == [["well<|im_end|>"]]
+    notes = (tmp_path / "answers/unanswered.txt").read_text()
+    assert notes == f"{files[1]}:2: held out, and no answer in it is the target's to write\n"
+    with pytest.raises(UnusableError, match="every answer has weight 0"):
+        renderer.conversation(to_sample({"messages": [talk[0], {**call, "weight": 0}]}, "h", 1))
+
+
 def test_records_come_back_in_their_order_with_all_their_fields(tmp_path: Path) -> None:
     old = {"from": "gpt", "value": "old", "reasoning": "old", "score": 3}
     share = {"conversations": [{"from": "human", "value": "Hi", "n": 1}, old], "id": 7}
