@@ -109,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--decode", action="store_true", help="decode prompts speculatively instead, in this process")
     evaluate.add_argument("--output", metavar="FILE", help="also write the report as JSON")
     bench = command("bench", _bench, "Measure a part on this machine, as JSON and as a table.", config=False)
-    bench.add_argument("part", choices=["channel", "pipeline", "scheduler", "step", "target"], help="what to measure")
+    bench.add_argument(
+        "part", choices=["channel", "decode", "pipeline", "scheduler", "step", "target"], help="what to measure"
+    )
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options; --help lists them")
     command("keys", _keys, "List every configuration key with its type, default and meaning.", config=False)
     return parser
