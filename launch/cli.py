@@ -98,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "Have the target write the answers of the prompts, into RUN_DIR/answers; resumes."
     generate = command("generate", _generate, text)
     generate.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks to start (default: one per GPU)")
-    export = command("export", _export, "Write a checkpoint as serving engines load it.")
+    export = command("export", _export, "Write a checkpoint as serving engines load it.", config=False)
+    export.add_argument("config", nargs="*", metavar="CONFIG.yaml|key=value", help="files, then overrides")
+    export.add_argument("--check", metavar="DIR", help="only check an exported draft, ours or another's")
     export.add_argument("--checkpoint", metavar="DIR", help="a checkpoint of the run (default: its best, else newest)")
     export.add_argument("--output", metavar="DIR", help="where to write (default: RUN_DIR/export)")
     text = "Measure what serving would accept of a draft: by replay over held-out text, on the ranks of the job."
@@ -236,6 +238,13 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    if args.check:
+        from specdist.export.lint import check_directory
+
+        print(f"{args.check}: {check_directory(Path(args.check))}, and nothing to object to")
+        return 0
+    if not args.config:
+        raise UserError("export needs a configuration, or --check DIR")
     from specdist.export.serving import serve_commands
     from specdist.run.offline import export_checkpoint
 

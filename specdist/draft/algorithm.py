@@ -217,7 +217,7 @@ class Algorithm(ABC, Generic[C]):
         return options.speculative_tokens
 
     @abstractmethod
-    def check_export(self, format: str, options: ExportConfig, target_layers: int) -> None:
+    def check_export(self, format: str, options: ExportConfig, target: PretrainedConfig) -> None:
         """Raise ConfigError where no engine could serve the draft as it is to be written."""
 
     @abstractmethod
@@ -228,6 +228,12 @@ class Algorithm(ABC, Generic[C]):
             ConfigError: the engines cannot serve such a draft.
             DataError: a tensor is missing, unknown, of the wrong shape or not finite, or the vocabulary is none.
         """
+
+    @classmethod
+    def faults(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+        """What engines would read otherwise than it was trained in a directory of such a draft: `KEY: why`, of
+        config.json."""
+        return []
 
     @classmethod
     @abstractmethod

@@ -6,6 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import ExportedDraft, Trained
 from specdist.draft.config import DraftConfig
@@ -39,13 +41,19 @@ def export_draft(
         DataError: a tensor is missing, unknown, of the wrong shape or not finite, or the vocabulary is none.
     """
     from specdist.export.directory import check_free, write_directory  # login nodes have no use for it
+    from specdist.export.lint import check_contents
 
     options = options or ExportConfig()
     if options.embedding and trained.embedding is None:
         raise ConfigError.at("export.embedding", "is true, but the target's embedding was not given")
     check_free(Path(directory), overwrite)
     config, tensors = draft.chosen.export(format, trained, options)
-    config[OURS] = {"target": trained.target_path, "draft_tokens": draft.chosen.draft_tokens(options)}
+    config[OURS] = {
+        "target": trained.target_path,
+        "target_architectures": list(trained.target.architectures or ()),
+        "draft_tokens": draft.chosen.draft_tokens(options),
+    }
+    check_contents(Path(directory), config, tensors)
     return write_directory(Path(directory), config, tensors, overwrite)
 
 
@@ -62,10 +70,10 @@ def written_formats(draft: DraftConfig, options: ExportConfig) -> tuple[str, ...
     return known if options.formats is None else options.formats
 
 
-def check_servable(draft: DraftConfig, options: ExportConfig, target_layers: int) -> None:
+def check_servable(draft: DraftConfig, options: ExportConfig, target: PretrainedConfig) -> None:
     """Raise ConfigError where the engines could not serve the draft as it is to be written."""
     for format in written_formats(draft, options):
-        draft.chosen.check_export(format, options, target_layers)
+        draft.chosen.check_export(format, options, target)
 
 
 def load_exported(directory: str | Path) -> ExportedDraft[Any]:

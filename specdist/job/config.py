@@ -217,7 +217,7 @@ def examine(job: JobConfig, weights: bool = True) -> JobFacts:
     absent = [file for file in named if not Path(file).expanduser().exists()]
     if absent:
         raise ConfigError.at("evaluate.prompts", f": there is no {', '.join(absent)} (working directory {Path.cwd()})")
-    check_servable(job.draft, job.export, target.layers)
+    check_servable(job.draft, job.export, target.config)
     return JobFacts(target, dtype, layout)
 
 

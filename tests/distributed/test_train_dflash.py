@@ -93,7 +93,7 @@ def test_every_split_trains_the_same(tmp_path, material, undisturbed, ranks, opt
 def test_what_was_trained_is_served(tmp_path, material, undisturbed, capsys):
     """Decoding with the export leaves the text as it is, and a run that starts from it goes on."""
     summary = json.loads((undisturbed / "run/summary.json").read_text())
-    (export,) = summary["exports"]
+    export, _ = summary["exports"]
     assert summary["evaluation"]["after"]["step"] == STEPS
     job = words(tmp_path, material, run__dir=undisturbed / "run")
     job.append(f"evaluate.prompts=[{material[1].parent / 'held.jsonl'}]")

@@ -123,4 +123,4 @@ def test_the_configurations_that_ship() -> None:
     examine(job)
     large = config.load(JobConfig, ["configs/qwen3-8b.yaml", "configs/qwen3-8b-dflash.yaml"])
     assert large.evaluate.draft_tokens == large.draft.dflash.block_size - 1
-    assert written_formats(large.draft, large.export) == ("sglang",)
+    assert written_formats(large.draft, large.export) == ("sglang", "speculators")

@@ -47,10 +47,12 @@ def dflash(**options: object) -> DraftConfig:
     return draft_config(algorithm="dflash", dflash=DFlashConfig(**options))  # type: ignore[arg-type]
 
 
-def export(directory: Path, case: Case, state: dict[str, Tensor] | None = None, **options: object) -> Path:
+def export(
+    directory: Path, case: Case, state: dict[str, Tensor] | None = None, format: str = "sglang", **options: object
+) -> Path:
     return export_draft(
         directory,
-        "sglang",
+        format,
         draft_config(algorithm="dflash", dflash=case.draft.config),
         Trained(
             case.draft.state_dict() if state is None else state,
@@ -118,8 +120,32 @@ def test_a_server_is_told_the_block(case: Case, tmp_path: Path) -> None:
     assert json.loads(vllm.words[-1])["num_speculative_tokens"] == BLOCK - 1
 
 
-def test_read_back(case: Case, tmp_path: Path) -> None:
-    exported = load_exported(export(tmp_path / "draft", case))
+def test_vllm_makes_the_same_of_the_speculators_format(case: Case, tmp_path: Path) -> None:
+    """`update_dflash` of vLLM's speculators reader, which makes the configuration of its model from the file."""
+    raw, directory = (export(tmp_path / format, case, format=format) for format in ("sglang", "speculators"))
+    served, config = (json.loads((path / "config.json").read_text()) for path in (raw, directory))
+    made = config["transformer_layer_config"] | {
+        "architectures": ["DFlashDraftModel"],
+        "draft_vocab_size": config["draft_vocab_size"],
+        "eagle_aux_hidden_state_layer_ids": config["aux_hidden_state_layer_ids"],
+        "dflash_config": {
+            "mask_token_id": config["mask_token_id"],
+            "target_layer_ids": [i - 1 for i in config["aux_hidden_state_layer_ids"]],
+        },
+    }
+    causal = not config.get("sliding_window_non_causal", True)
+    assert (causal, config["sample_from_anchor"], made.pop("draft_vocab_size")) == (False, False, VOCAB)
+    del served["block_size"], served["num_target_layers"], served["dflash_config"]["block_size"], served["specdist"]
+    assert made == served
+    (proposal,) = config["speculators_config"]["proposal_methods"]
+    assert proposal["speculative_tokens"] == BLOCK - 1
+    raw_tensors, tensors = (load_file(path / "model.safetensors") for path in (raw, directory))
+    assert tensors.keys() == raw_tensors.keys()
+
+
+@pytest.mark.parametrize("format", ["sglang", "speculators"])
+def test_read_back(case: Case, tmp_path: Path, format: str) -> None:
+    exported = load_exported(export(tmp_path / "draft", case, format=format))
     assert exported.vocabulary is None
     assert all(torch.equal(exported.state[name], tensor) for name, tensor in case.draft.state_dict().items())
     base = dflash(block_size=4, num_layers=7, loss="dpace")
@@ -197,6 +223,6 @@ def test_what_cannot_be_served_is_not_written(case: Case, tmp_path: Path) -> Non
     last = build_case((4,), layers=(1, 3, 7))
     with pytest.raises(ConfigError, match="SGLang cannot capture the output of the target's last layer, 7"):
         export(tmp_path / "draft", last)
-    with pytest.raises(ConfigError, match=r"export\.formats: speculators is not for drafts of draft\.algorithm=dflash"):
-        written_formats(dflash(), ExportConfig(formats=("sglang", "speculators")))
+    with pytest.raises(ConfigError, match=r"export\.formats: gguf is not for drafts of draft\.algorithm=dflash"):
+        written_formats(dflash(), ExportConfig(formats=("sglang", "gguf")))
     assert not (tmp_path / "draft").exists()

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """An export is what the engines load: names, shapes and keys, and the same logits from nothing but the two files."""
 
+import copy
 import json
 import math
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +18,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import TargetVocabulary
 from specdist.draft.build import build_draft
+from specdist.draft.common.rotary import Rotary
+from specdist.draft.common.yarn import engine_factors
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.evaluate.decoding import EvaluationTarget
-from specdist.export import ExportConfig, Trained, export_draft, load_exported
+from specdist.export import ExportConfig, Trained, check_servable, export_draft, load_exported
+from specdist.export.lint import check_directory
 from specdist.export.serving import serve_commands
+from specdist_launch.cli import main
 
 V, V_D, H, LAYERS, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 40, 24, 32, 8, 48, 4, 2, 12
 CAPTURED = (1, 3, 4)
@@ -171,7 +177,7 @@ class Served:
         for _ in range(count):
             rows.append(logits[-1])
             best = int(logits[-1].argmax())
-            drafted.append(best + int(self.tensors["d2t"][best]))
+            drafted.append(best + int(self.tensors["d2t"][best]) if "d2t" in self.tensors else best)
             positions = positions[-1:] + 1
             logits, hidden = self.layer(torch.tensor(drafted[-1:]), hidden[-1:], positions, cache)
         return drafted, torch.stack(rows)
@@ -260,12 +266,55 @@ def test_transformers_reads_the_rope_that_was_trained(tmp_path, rope):
         assert read.dtype == torch.float32
 
 
-def test_a_whole_vocabulary_keeps_its_maps(tmp_path):
-    directory = Case(whole=True).export(tmp_path / "draft")
+@pytest.mark.parametrize("format", ["sglang", "speculators"])
+def test_a_whole_vocabulary_has_no_maps(tmp_path, format):
+    """vLLM 0.30 makes no parameter for them then, and its loader raises."""
+    directory = Case(whole=True).export(tmp_path / "draft", format=format)
     assert json.loads((directory / "config.json").read_text())["draft_vocab_size"] == V
-    tensors = load_file(directory / "model.safetensors")
-    assert tensors["d2t"].tolist() == [0] * V
-    assert tensors["t2d"].all()
+    assert load_file(directory / "model.safetensors").keys().isdisjoint({"d2t", "t2d"})
+
+
+@pytest.mark.parametrize(("layers", "nested"), [((1, 3, 4), [1, 3, 4]), ((2, 3, 4), [3, 4, 5])])
+def test_deepseek_counts_layers_in_two_ways(case, tmp_path, layers, nested):
+    """SGLang's deepseek_v2.py captures the inputs [i + 1 for i in ids] where the first is 1, else those of the ids."""
+    target = copy.deepcopy(case.target.config)
+    target.architectures = ["DeepseekV3ForCausalLM"]
+    draft = replace(case.config, eagle3=replace(case.config.eagle3, layers=layers))
+    trained = Trained(case.state, case.ids, target, "org/model")
+    config = json.loads((export_draft(tmp_path / "draft", "sglang", draft, trained, FP32) / "config.json").read_text())
+    ids = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+    assert ids == nested
+    captured = [i + 1 for i in ids] if ids[0] == 1 else ids
+    assert captured == config["eagle_aux_hidden_state_layer_ids"] == [b + 1 for b in layers]
+    assert load_exported(tmp_path / "draft").captured_layers == layers
+    first = replace(draft, eagle3=replace(draft.eagle3, layers=(0, 3, 4)))
+    with pytest.raises(ConfigError, match=r"draft\.eagle3\.layers: \[0, 3, 4\]: SGLang cannot .* layer 0 of Deepseek"):
+        check_servable(first, ExportConfig(), target)
+    check_servable(first, ExportConfig(formats=("speculators",)), target)
+    check_servable(first, ExportConfig(), case.target.config)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 700.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("more", "factor"),
+    [({}, 0.1 * math.log(4) + 1), ({"attention_factor": 0.7}, 0.7), ({"mscale": 1.0, "mscale_all_dim": 0.5}, None)],
+    ids=["by the factor", "given", "as DeepSeek writes it"],
+)
+def test_yarn_turns_alike_in_every_engine(tmp_path, more, factor):
+    """SGLang knows `attn_factor` and multiplies by it, vLLM did until 0.26 and then knows `attention_factor`."""
+    case = Case(YARN | more)
+    factor = factor or (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
+    assert Rotary.of(case.draft.dims, "cpu").scaling == pytest.approx(factor)
+    directory = case.export(tmp_path / "draft")
+    config = json.loads((directory / "config.json").read_text())
+    for rope in (config["rope_parameters"], config["rope_scaling"]):
+        assert engine_factors(rope) == pytest.approx(dict.fromkeys(engine_factors(rope), factor))
+    assert LlamaConfig.from_dict(config).rope_parameters["factor"] == 4.0
+    exported = load_exported(directory)
+    assert exported.options(Eagle3Config(), case.target.config).rope_scaling
+    assert Rotary.of(exported.dims, "cpu").scaling == pytest.approx(factor)
 
 
 def test_the_speculators_format(case, tmp_path):
@@ -288,6 +337,9 @@ def test_the_speculators_format(case, tmp_path):
     assert (config["draft_vocab_size"], config["target_hidden_size"]) == (V_D, H)
     layer = config["transformer_layer_config"]
     assert (layer["model_type"], layer["num_hidden_layers"], layer["vocab_size"]) == ("llama", 1, V)
+    # vLLM passes on none of them, or two, by name
+    passed = {key: layer[key] for key in ("num_aux_hidden_states", "fc_norm", "norm_output")}
+    assert passed == {"num_aux_hidden_states": 3, "fc_norm": False, "norm_output": False}
     shapes = {name: list(tensor.shape) for name, tensor in load_file(directory / "model.safetensors").items()}
     assert shapes == {name.replace("midlayer.", "layers.0."): shape for name, shape in NAMES_AND_SHAPES.items()}
 
@@ -420,6 +472,42 @@ def test_the_command_lines_name_everything(case, tmp_path):
     assert json.loads(vllm.words[-1]) == {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 4}
     (only,) = serve_commands(case.export(tmp_path / "other", format="speculators"), target="/models/t", draft_tokens=2)
     assert (only.by.engine, only.target, only.draft_tokens) == ("vLLM", "/models/t", 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda c, t: c.update(eagle_aux_hidden_state_layer_ids=[1, 3, 4]),
+            r"eagle_config\.eagle_aux.* is \[1, 3, 4\]",
+        ),
+        (lambda c, t: c.pop("eagle_aux_hidden_state_layer_ids"), "eagle_aux_hidden_state_layer_ids is missing"),
+        (lambda c, t: c.update(target_hidden_size=None), "target_hidden_size is null"),
+        (lambda c, t: c.update(tie_word_embeddings=True), "tie_word_embeddings is true"),
+        (lambda c, t: c.update(rope_theta=1.0), r"rope_theta is 1\.0, and rope_parameters"),
+        (
+            lambda c, t: c["rope_parameters"].update(YARN, attention_factor=0.5),
+            r"rope_parameters: .* 1\.13863 in SGLang, .* 0\.5 in vLLM from 0\.30 on; write attention_factor and attn_",
+        ),
+    ],
+)
+def test_what_an_engine_reads_otherwise_is_named(case, tmp_path, damage, message, capsys):
+    directory = case.export(tmp_path / "draft")
+    assert main(["export", "--check", str(directory)]) == 0
+    config, tensors = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
+    damage(config, tensors)
+    (directory / "config.json").write_text(json.dumps(config))
+    assert main(["export", "--check", str(directory)]) == 2
+    assert re.search(rf"{directory}.*\n  config\.json: {message}", capsys.readouterr().err)
+
+
+def test_what_vllm_does_not_pass_on_is_named(tmp_path):
+    directory = Case(fc_norm=True).export(tmp_path / "draft", format="speculators")
+    config = json.loads((directory / "config.json").read_text())
+    del config["transformer_layer_config"]["fc_norm"]
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"config\.json: transformer_layer_config\.fc_norm is None, .* is True"):
+        check_directory(directory)
 
 
 def test_an_export_that_does_not_say_its_target(case, tmp_path):

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
@@ -30,7 +31,7 @@ class BlockAlgorithm(Algorithm[C]):
 
     changeable = ("loss_chunk", "attention")
     benchmark = ("mask_token_id=0",)
-    formats = ("sglang",)
+    formats: ClassVar[tuple[str, ...]] = ("sglang",)
     title: ClassVar[str]
     final: ClassVar[bool]
 
@@ -67,15 +68,23 @@ class BlockAlgorithm(Algorithm[C]):
     def draft_tokens(self, options: ExportConfig) -> int:
         return self.config.drafts
 
-    def check_export(self, format: str, options: ExportConfig, target_layers: int) -> None:
+    @classmethod
+    def faults(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+        from specdist.draft.block.directory import faults
+
+        return faults(config, f"{cls.name}_config")
+
+    def check_export(self, format: str, options: ExportConfig, target: PretrainedConfig) -> None:
+        target_layers = target.get_text_config().num_hidden_layers
         layers, name = self.config.captured_layers(target_layers), self.title
         if options.embedding:
             raise ConfigError.at(
                 "export.embedding", f"=true: engines serve {name} drafts with the target's embedding only"
             )
-        if max(layers) == target_layers - 1:
+        if format == "sglang" and max(layers) == target_layers - 1:
             raise ConfigError.at(
                 f"{self.config.SECTION}.layers",
                 f": {list(layers)}: SGLang cannot capture the output of the target's last layer, {target_layers - 1}; "
-                "train without it",
+                "train without it, or serve with vLLM (export.formats=[speculators])",
+                "export.formats",
             )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
+from specdist.draft.common import yarn
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -177,4 +178,11 @@ def rope_parameters(config: PretrainedConfig, scaling: bool, section: str) -> di
             f"{section}.rope_scaling",
         )
     dropped = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
-    return {"rope_type": kind, "rope_theta": theta, **{k: v for k, v in rope.items() if k not in dropped}}
+    kept = {"rope_type": kind, "rope_theta": theta, **{k: v for k, v in rope.items() if k not in dropped}}
+    if kind != "yarn":
+        return kept
+    # transformers takes both from elsewhere where they are missing; engines do not
+    length = written.get("max_position_embeddings") or 0
+    original = kept.get("original_max_position_embeddings") or length
+    factor = kept.get("factor") or length / original
+    return yarn.plain(kept | {"original_max_position_embeddings": original, "factor": factor})

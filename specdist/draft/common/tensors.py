@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from specdist.core.errors import DataError
+from specdist.draft.common import yarn
 from specdist.draft.common.sizes import LayerSizes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -48,7 +49,7 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def layers_json(sizes: LayerSizes, target: PretrainedConfig, dtype: str) -> dict[str, Any]:
     """Decoder layers in words that transformers 4 and 5 both read the same way."""
-    text, rope = target.get_text_config(), dict(sizes.rope_parameters)
+    text, rope = target.get_text_config(), yarn.for_engines(sizes.rope_parameters)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
         "hidden_size": sizes.hidden_size,
@@ -65,9 +66,7 @@ def layers_json(sizes: LayerSizes, target: PretrainedConfig, dtype: str) -> dict
         "attention_bias": False,
         "tie_word_embeddings": False,
         "use_cache": True,
-        "bos_token_id": text.bos_token_id,
-        "eos_token_id": text.eos_token_id,
-        "pad_token_id": text.pad_token_id,
+        **{key: getattr(text, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
         "torch_dtype": dtype,
     }
 
@@ -82,6 +81,8 @@ def read_layers(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = {"rope_type": scaling.get("type", "default"), "rope_theta": config.get("rope_theta") or 10000.0, **scaling}
     rope.pop("type", None)
+    if rope["rope_type"] == "yarn":
+        rope = yarn.from_engines(rope)
     return {
         "hidden_size": hidden,
         "intermediate_size": int(need(config, "intermediate_size", path)),

@@ -33,9 +33,10 @@ class DFlash(BlockAlgorithm[DFlashConfig]):
     title = "DFlash"
     section = DFlashConfig
     final = False
+    formats = ("sglang", "speculators")
     served_by = (
         ServedBy("SGLang", "DFLASH", "0.5.11", block=True),
-        ServedBy("vLLM", "dflash", "0.22", block=True),
+        ServedBy("vLLM", "dflash", "0.22", formats, block=True),
     )
 
     def build(
@@ -60,11 +61,13 @@ class DFlash(BlockAlgorithm[DFlashConfig]):
     def export(self, format: str, trained: Trained, options: ExportConfig) -> Contents:
         from specdist.draft.dflash.directory import export
 
-        self.check_export(format, options, trained.target.get_text_config().num_hidden_layers)
-        return export(self.config, trained, options)
+        self.check_export(format, options, trained.target)
+        return export(self.config, format, trained, options)
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
+        if kind := config.get("speculators_model_type"):
+            return bool(kind == cls.name)
         return "DFlashDraftModel" in (config.get("architectures") or ())
 
     @classmethod

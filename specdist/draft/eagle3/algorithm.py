@@ -97,15 +97,21 @@ class Eagle3(Algorithm[Eagle3Config]):
     def embedding_on_host(self) -> bool:
         return self.config.embedding == "host"
 
-    def check_export(self, format: str, options: ExportConfig, target_layers: int) -> None:
+    def check_export(self, format: str, options: ExportConfig, target: PretrainedConfig) -> None:
         from specdist.draft.eagle3.export import check_servable
 
-        check_servable(self.config.captured_layers(target_layers), target_layers, format)
+        check_servable(self.config, format, target)
 
     def export(self, format: str, trained: Trained, options: ExportConfig) -> Contents:
         from specdist.draft.eagle3.export import export
 
         return export(self.config, format, trained, options)
+
+    @classmethod
+    def faults(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+        from specdist.draft.eagle3.export import faults
+
+        return faults(config, tensors)
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 """The two directories of an EAGLE-3 draft: that of SGLang and vLLM, and that of the speculators library.
 
 What the engines do with them, read in SGLang 0.5.23 (`models/llama_eagle3.py`, `models/llama.py`,
-`speculative/eagle_utils.py`), in vLLM (`models/llama_eagle3.py`, `transformers_utils/configs/`) and in speculators 0.7:
+`speculative/eagle_utils.py`), in vLLM (`models/llama_eagle3.py`, `transformers_utils/configs/`) and in speculators 0.9:
 
 - SGLang skips a tensor whose name it does not know; vLLM raises a KeyError. Both take `midlayer.` for `layers.0.`.
 - The features enter `fc` from the lowest layer to the highest, in whatever order the layers are listed.
@@ -15,35 +15,52 @@ What the engines do with them, read in SGLang 0.5.23 (`models/llama_eagle3.py`, 
 - RoPE is read from `rope_parameters` where the configuration class has it (transformers 5 makes it of `rope_scaling`
   first), else from `rope_theta` and `rope_scaling` (transformers 4). All three are written, and agree.
 - vLLM's speculators reader takes a missing `norm_before_residual` for true.
-- `d2t` are offsets: target id = i + d2t[i]. Zeros are the identity, for a draft of the whole vocabulary.
+- `d2t` are offsets: target id = i + d2t[i]. A draft of the whole vocabulary has none: vLLM has no place for them since
+  0.30, and raises.
+- SGLang's DeepSeek family takes the nested layers as they are, in vLLM's numbers, unless the first is 1.
+- `num_aux_hidden_states`, `fc_norm` and `norm_output` of the speculators format reach vLLM's model in
+  `transformer_layer_config` only: no version passes on the first, and older than 0.30 none of them.
 - The embedding is the target's; only vLLM prefers one that the draft brings.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import Contents, Trained
+from specdist.draft.common.speculators import speculators_json
 from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, layers_json, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.layer import modules
 from specdist.draft.export_config import ExportConfig
 
-SPECULATORS_VERSION = "0.7.0"
-"""The version of the speculators library whose format is written."""
 MAPS = ("d2t", "t2d")
+PASSED_ON = ("num_aux_hidden_states", "fc_norm", "norm_output")
+AS_THEY_ARE = frozenset(
+    {
+        "DeepseekV2ForCausalLM",
+        "DeepseekV3ForCausalLM",
+        "DeepseekV32ForCausalLM",
+        "Glm4MoeLiteForCausalLM",
+        "GlmMoeDsaForCausalLM",
+        "KimiK25ForConditionalGeneration",
+        "MistralLarge3ForCausalLM",
+    }
+)
+"""Targets of SGLang's DeepSeek family (`set_eagle3_layers_to_capture` in `deepseek_v2.py`, `glm4_moe_lite.py`)."""
 EMBEDDING = "embed_tokens.weight"
 
 
 def export(config: Eagle3Config, format: str, trained: Trained, options: ExportConfig) -> Contents:
     """A draft in one of the two formats: see `Algorithm.export`."""
-    layers = trained.target.get_text_config().num_hidden_layers
-    check_servable(config.captured_layers(layers), layers, format)
+    check_servable(config, format, trained.target)
     dims = Eagle3Dims.of(config, trained.target, len(trained.vocabulary))
     tensors = _tensors(config, dims, trained, DTYPES[options.dtype])
     if format == "sglang":
@@ -66,7 +83,8 @@ def _tensors(config: Eagle3Config, dims: Eagle3Dims, trained: Trained, dtype: to
         check_tensors(
             {EMBEDDING: trained.embedding}, {EMBEDDING: (dims.vocab_size, dims.hidden_size)}, "the target", "EAGLE-3"
         )
-    return {name: converted(name, tensor, dtype) for name, tensor in state.items()} | maps
+    whole = len(trained.vocabulary) == dims.vocab_size
+    return {name: converted(name, tensor, dtype) for name, tensor in state.items()} | ({} if whole else maps)
 
 
 def _sglang_json(config: Eagle3Config, dims: Eagle3Dims, trained: Trained, options: ExportConfig) -> dict[str, Any]:
@@ -75,38 +93,25 @@ def _sglang_json(config: Eagle3Config, dims: Eagle3Dims, trained: Trained, optio
         "architectures": ["LlamaForCausalLMEagle3"],
         **_llama_json(dims, trained, options.dtype),
         **_common_json(config, dims, layers),
-        "num_aux_hidden_states": len(layers),
-        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": layers},
+        "eagle_config": {
+            "use_aux_hidden_state": True,
+            "eagle_aux_hidden_state_layer_ids": nested_layers(layers, trained.target.architectures),
+        },
     }
 
 
 def _speculators_json(
     config: Eagle3Config, dims: Eagle3Dims, trained: Trained, options: ExportConfig
 ) -> dict[str, Any]:
-    proposal = {
-        "proposal_type": "greedy",
-        "speculative_tokens": options.speculative_tokens,
-        "verifier_accept_k": 1,
-        "accept_tolerance": 0.0,
-    }
-    architectures = list(trained.target.architectures or [])
+    common = _common_json(config, dims, _captured(config, trained))
+    layers = _llama_json(dims, trained, options.dtype) | {key: common[key] for key in PASSED_ON}
+    tokens, target = options.speculative_tokens, trained.target
     return {
-        "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
-        "speculators_version": SPECULATORS_VERSION,
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [proposal],
-            "verifier": {"name_or_path": trained.target_path, "architectures": architectures},
-        },
-        "transformer_layer_config": _llama_json(dims, trained, options.dtype),
-        **_common_json(config, dims, _captured(config, trained)),
+        **speculators_json("eagle3", "Eagle3Speculator", layers, tokens, target, trained.target_path),
+        **common,
         "embed_requires_grad": False,
         "norm_before_residual": False,
         "norm_before_fc": False,
-        "tie_word_embeddings": False,
-        "torch_dtype": options.dtype,
     }
 
 
@@ -119,6 +124,7 @@ def _common_json(config: Eagle3Config, dims: Eagle3Dims, layers: list[int]) -> d
         "draft_vocab_size": dims.draft_vocab_size,
         "target_hidden_size": dims.hidden_size,
         "eagle_aux_hidden_state_layer_ids": [b + 1 for b in layers],
+        "num_aux_hidden_states": len(layers),
         "fc_norm": config.fc_norm,
         "norm_output": config.norm_output,
     }
@@ -134,8 +140,45 @@ def _llama_json(dims: Eagle3Dims, trained: Trained, dtype: str) -> dict[str, Any
     }
 
 
-def check_servable(layers: tuple[int, ...], target_layers: int, format: str) -> None:
+def faults(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+    """See `Algorithm.faults`."""
+    found = [f"{name}: SGLang ignores a bias of the attention" for name in tensors if name.endswith("_proj.bias")]
+    if "target_hidden_size" in config and config["target_hidden_size"] is None:
+        found.append("target_hidden_size is null: leave the key out")
+    ids = config.get("eagle_aux_hidden_state_layer_ids")
+    if not ids:
+        found.append("eagle_aux_hidden_state_layer_ids is missing: engines would take layers of their own choice")
+    if "speculators_model_type" in config:
+        layers = config.get("transformer_layer_config") or {}
+        usual = {"num_aux_hidden_states": 3, "fc_norm": False, "norm_output": False}
+        own = {"num_aux_hidden_states": len(ids or (0, 0, 0))} | {key: bool(config.get(key)) for key in PASSED_ON[1:]}
+        found += [
+            f"transformer_layer_config.{key} is {layers.get(key)}, but the draft's is {own[key]}: vLLM reads it there"
+            for key in PASSED_ON
+            if layers.get(key, usual[key]) != own[key]
+        ]
+        if config.get("norm_before_residual") is None:
+            found.append("norm_before_residual is missing: vLLM takes it for true")
+        return found
+    if "draft_vocab_size" not in config:
+        found.append("draft_vocab_size is missing: SGLang needs the key")
+    nested = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    expected = nested_layers([i - 1 for i in ids or ()], (config.get("specdist") or {}).get("target_architectures"))
+    if ids and nested is not None and nested != expected:
+        found.append(f"eagle_config.eagle_aux_hidden_state_layer_ids is {nested}, must be {expected} to say {ids}")
+    return found
+
+
+def nested_layers(layers: Sequence[int], architectures: Sequence[str] | None) -> list[int]:
+    """The captured layers, 0-based, as `eagle_config` says them to SGLang for a target of these architectures."""
+    counts_inputs = not AS_THEY_ARE.isdisjoint(architectures or ()) and layers[0] != 1
+    return [b + 1 for b in layers] if counts_inputs else list(layers)
+
+
+def check_servable(config: Eagle3Config, format: str, target: PretrainedConfig) -> None:
     """Raise ConfigError if an engine would not feed the draft the captured layers it was trained on."""
+    target_layers = target.get_text_config().num_hidden_layers
+    layers = config.captured_layers(target_layers)
     if list(layers) != sorted(layers):
         raise ConfigError.at(
             "draft.eagle3.layers",
@@ -147,5 +190,13 @@ def check_servable(layers: tuple[int, ...], target_layers: int, format: str) -> 
             "draft.eagle3.layers",
             f": {list(layers)}: SGLang cannot capture the output of the target's last layer, "
             f"{target_layers - 1}; train without it, or serve with vLLM (export.formats=[speculators])",
+            "export.formats",
+        )
+    if format == "sglang" and layers[0] == 0 and not AS_THEY_ARE.isdisjoint(target.architectures or ()):
+        raise ConfigError.at(
+            "draft.eagle3.layers",
+            f": {list(layers)}: SGLang cannot be told to capture layer 0 of {', '.join(target.architectures or ())}, "
+            "whose layers it counts in two ways by the first of them; train from layer 1 or higher, or serve with "
+            "vLLM (export.formats=[speculators])",
             "export.formats",
         )

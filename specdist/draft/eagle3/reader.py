@@ -63,8 +63,9 @@ def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
         layers = _layers(config.get("eagle_aux_hidden_state_layer_ids"), 1)
     else:
         llama = dict(config)
+        # What lies nested is SGLang's, which some targets count otherwise.
         nested = _layers((config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids"), 0)
-        layers = nested or _layers(config.get("eagle_aux_hidden_state_layer_ids"), 1)
+        layers = _layers(config.get("eagle_aux_hidden_state_layer_ids"), 1) or nested
     if llama.get("num_hidden_layers", 1) != 1 or config.get("norm_before_fc"):
         raise DataError(f"{path}: only drafts of one layer without norm_before_fc can be read")
     state = {_training_name(name): tensor for name, tensor in tensors.items()}

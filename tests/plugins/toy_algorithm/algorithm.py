@@ -94,7 +94,7 @@ class Toy(Algorithm[ToyConfig]):
         text = target.get_text_config()
         return ToyCost(text.hidden_size, text.vocab_size)
 
-    def check_export(self, format: str, options: ExportConfig, target_layers: int) -> None:
+    def check_export(self, format: str, options: ExportConfig, target: PretrainedConfig) -> None:
         if options.embedding:
             raise ConfigError.at("export.embedding", "=true: the toy has none")
 
