@@ -95,6 +95,7 @@ def make_config(directory: Path, target: Path, prompts: Path, **overrides: objec
         "channel.memory": "1MiB",
         "metrics.every": 1,
         "metrics.tensorboard": "false",
+        "metrics.report": "false",
         "train.steps": 4,
     }
     values |= {key.replace("__", "."): value for key, value in overrides.items()}

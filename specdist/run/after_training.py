@@ -107,7 +107,7 @@ def finish(context: RankContext, outcome: Outcome) -> Ending:
         figures = [found and replace(found, answers=()).to_dict() for found in (before, after)]
         summary["evaluation"] = dict(zip(("before", "after"), figures, strict=True))
     write_atomically(run_dir.summary, to_json(summary))
-    page = report_at_end(run_dir.path) if context.resume.total_steps else None
+    page = report_at_end(run_dir.path) if job.metrics.report and context.resume.total_steps else None
     _print(context, outcome, sides, best, exports, page, render_replay(after, before) if after else "")
     if outcome.finished:
         return Ending("finished", step)

@@ -43,6 +43,8 @@ class MetricsConfig:
     """Show a live line on a terminal, or a plain line every few seconds in a log."""
     tensorboard: bool = True
     """Write event files to the run directory's tensorboard/."""
+    report: bool = True
+    """Write report.html, a page to look at, when the run ends (docs/report.md)."""
     wandb: bool = False
     """Log to Weights & Biases (pip install 'specdist[trackers]'; its own environment variables apply)."""
     wandb_project: str = "specdist"

@@ -36,6 +36,7 @@ def words(directory: Path, material, **overrides) -> list[str]:
         "evaluate__temperature": 1.0,
         "checkpoint__every": 2,
         "optimizer__lr": 0.02,
+        "metrics__report": "true",
     }
     return make_config(directory, *material, **(settings | overrides))
 
@@ -43,6 +44,7 @@ def words(directory: Path, material, **overrides) -> list[str]:
 def run(ranks: int, directory: Path, material, **overrides) -> str:
     done = train(ranks, words(directory, material, **overrides))
     assert done.returncode == 0, done.stderr
+    assert "no report.html" not in done.stderr
     return done.stderr
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from specdist.core import config
 from specdist.core.errors import UserError
+from specdist.evaluate.replay import OWN_TEXT
 from specdist.evaluate.shown import ShownAnswer
 from specdist.export.serving import ServeCommand, serve_commands
 from specdist.job import split
@@ -46,7 +47,10 @@ def facts(run: RunRecords) -> list[Fact]:
     if one is not None:
         length, drafts = one.total.acceptance_length, len(one.total.forwards)
         was = f", {before.total.acceptance_length:.2f} before training" if before and before.step != one.step else ""
-        found.append(Fact("acceptance length", f"{length:.2f}", f"{drafts} draft tokens, step {one.step:,}{was}"))
+        own = one.total.agreement
+        foreign = f"; only {own:.0%} of the text is the target's own" if own is not None and own < OWN_TEXT else ""
+        note = f"{drafts} draft tokens, step {one.step:,}{was}{foreign}"
+        found.append(Fact("acceptance length", f"{length:.2f}", note))
         if one.costs:
             speedup = max(one.speedups)
             drafts = one.speedups.index(speedup) + 1
