@@ -27,7 +27,6 @@ from specdist.job.split import verdict
 from specdist.run.context import RankContext
 from specdist.run.drafts import load_state, new_draft
 from specdist.run.judge import read_evaluation
-from specdist.run.report.page import report_at_end
 from specdist.scheduler.messages import ProducerReport
 from specdist.target.vocabulary import load_target_vocabulary
 
@@ -107,8 +106,7 @@ def finish(context: RankContext, outcome: Outcome) -> Ending:
         figures = [found and replace(found, answers=()).to_dict() for found in (before, after)]
         summary["evaluation"] = dict(zip(("before", "after"), figures, strict=True))
     write_atomically(run_dir.summary, to_json(summary))
-    page = report_at_end(run_dir.path) if job.metrics.report and context.resume.total_steps else None
-    _print(context, outcome, sides, best, exports, page, render_replay(after, before) if after else "")
+    _print(context, outcome, sides, best, exports, render_replay(after, before) if after else "")
     if outcome.finished:
         return Ending("finished", step)
     return Ending("stopped", step, stop.reason or StopReason.ANOTHER_RANK, stop.detail)
@@ -156,13 +154,7 @@ def _sides(context: RankContext, outcome: Outcome) -> Sides:
 
 
 def _print(
-    context: RankContext,
-    outcome: Outcome,
-    sides: Sides,
-    best: Path | None,
-    exports: Sequence[Path],
-    page: Path | None,
-    evaluation: str,
+    context: RankContext, outcome: Outcome, sides: Sides, best: Path | None, exports: Sequence[Path], evaluation: str
 ) -> None:
     run_dir, step, total, metrics = context.run_dir, outcome.progress.step, context.resume.total_steps, outcome.metrics
     ended = f"Stopped at step {step} of {total}; the same command goes on from there."
@@ -185,5 +177,4 @@ def _print(
     commands = {command.by.engine: command for path in reversed(exports) for command in serve_commands(path)}
     lines += [f"  serve          {command}" for command in commands.values()]
     lines.append(f"  figures        {run_dir.summary}, {run_dir.metrics}")
-    lines += [] if page is None else [f"  report         {page}"]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ from specdist.run.context import RankContext
 from specdist.run.drafts import new_draft
 from specdist.run.feature_source import ColocatedSource, RemoteSource, SyntheticSource, local_shards
 from specdist.run.judge import ReplayJudge
+from specdist.run.report.page import report_at_end
 from specdist.run.reporter import RunReporter
 from specdist.scheduler.messages import LastItem, Reports, RingAddress, StartWork, Stop
 from specdist.training.checkpoint import Checkpointer
@@ -83,6 +84,8 @@ def consume(context: RankContext) -> None:
     if leader:  # stays in the control plane, which keeps the run's status alive
         client.phase = "exporting"
         context.record.end(finish(context, Outcome(state, progress, finished, metrics, producers)))
+        if job.metrics.report and context.resume.total_steps:
+            report_at_end(context.run_dir.path)
     context.profile.finish()
     client.close()
     context.stop.uninstall()

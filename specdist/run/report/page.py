@@ -41,16 +41,16 @@ def write_report(directories: Sequence[Path], output: Path) -> Path:
     return output
 
 
-def report_at_end(run_dir: Path) -> Path | None:
-    """The page of a run that has ended, RUN_DIR/report.html. What is wrong with it is said, and stops nothing."""
+def report_at_end(run_dir: Path) -> None:
+    """Write the page of a run that has ended, RUN_DIR/report.html, and say so. What is wrong with it stops nothing."""
     try:
-        return write_report([run_dir], run_dir / "report.html")
+        path = write_report([run_dir], run_dir / "report.html")
+        print(f"  report         {path}", file=sys.stderr, flush=True)  # below the lines of the summary
     except UserError as error:
         print(f"specdist: no report.html: {error}", file=sys.stderr, flush=True)
     except Exception as error:  # noqa: BLE001 - the run is done, and worth more than a page about it
         text = f"{type(error).__name__}: {error}; `specdist report {run_dir}` shows where"
         print(f"specdist: no report.html: {text}", file=sys.stderr, flush=True)
-    return None
 
 
 def _plotly() -> str:
