@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from specdist.core.records import FeatureLayout, Features, PackedTokens
+from specdist.core.records import FeatureLayout, Features, PackedTokens, moved_to
 from specdist.draft.common.cache import KeyValueCache
 
 
@@ -131,6 +131,17 @@ class DraftModel(nn.Module, ABC):
             count: K, the drafts that serving makes for each forward of the target.
             temperature: that of serving; where it is not 0, `Algorithm.check_replay` has allowed it.
         """
+
+    def agreed(
+        self, batch: PackedTokens, host_batch: PackedTokens, argmax: Callable[[Tensor], Tensor], chunk: int
+    ) -> Tensor:
+        """`Replayed.agreed`, of this rank's part of the rows before answers' tokens. `argmax` gives the target's, int64
+        [n], at packed rows [n], of which it is asked for `chunk` at one time."""
+        own = (host_batch.places[1:] > 0).nonzero()[self.share.index :: self.share.of, 0]
+        agreed = torch.zeros(len(batch.tokens), dtype=torch.bool, device=batch.tokens.device)
+        for rows in moved_to(own, agreed.device).split(chunk):
+            agreed[rows] = argmax(rows) == batch.tokens[rows + 1]
+        return agreed
 
     @abstractmethod
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from specdist.draft.algorithm import Algorithm
 from specdist.draft.dflash.algorithm import DFlash
+from specdist.draft.dspark.algorithm import DSpark
 from specdist.draft.eagle3.algorithm import Eagle3
 
-ALGORITHMS: dict[str, type[Algorithm[Any]]] = {Eagle3.name: Eagle3, DFlash.name: DFlash}
+ALGORITHMS: dict[str, type[Algorithm[Any]]] = {a.name: a for a in (Eagle3, DFlash, DSpark)}
 DEFAULT = Eagle3.name
 
 

@@ -9,19 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdist.core.records import TargetVocabulary
+from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.build import build_draft
 from specdist.draft.common.rotary import Rotary
-from specdist.draft.config import draft_config
+from specdist.draft.config import DraftConfig, draft_config
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.dflash.model import DFlashDraft
 from tests.unit.draft_case import EPS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, THETA, VOCAB, Case, target_config
 
 LAYERS, BLOCK, MASK = 2, 5, 36
+SETTINGS = {"num_layers": LAYERS, "layers": (1, 3, 5), "mask_token_id": MASK, "loss_chunk": 9}
 
 
 def build_case(
@@ -30,8 +33,14 @@ def build_case(
     dtype: torch.dtype = torch.float64,
     **options: object,
 ) -> Case[DFlashDraft]:
-    settings = {"block_size": BLOCK, "num_layers": LAYERS, "layers": (1, 3, 5), "mask_token_id": MASK, "loss_chunk": 9}
-    config = draft_config(algorithm="dflash", dflash=DFlashConfig(**{**settings, **options}))  # type: ignore[arg-type]
+    config = DFlashConfig(**{**SETTINGS, "block_size": BLOCK, **options})  # type: ignore[arg-type]
+    case = case_of(draft_config(algorithm="dflash", dflash=config), lengths, seed, dtype)
+    assert isinstance(case.draft, DFlashDraft)
+    return case
+
+
+def case_of(config: DraftConfig, lengths: tuple[int, ...], seed: int, dtype: torch.dtype) -> Case[Any]:
+    """Of any draft that fills blocks."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -39,7 +48,7 @@ def build_case(
 
     target = TargetVocabulary(normal(VOCAB, HIDDEN), normal(VOCAB, HIDDEN), logit_scale=0.5, logit_softcap=7.0)
     draft = build_draft(config, target_config(), target, seed=seed)
-    assert isinstance(draft, DFlashDraft)
+    assert isinstance(draft, BlockDraft)
     draft = draft.to(dtype)
     exact = THETA ** -(torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
     draft.rotary = Rotary(exact.to(dtype), 1.0)
@@ -53,9 +62,7 @@ def build_case(
     return Case(draft, documents, masks, normal(sum(lengths), draft.layout.width))
 
 
-def run(
-    case: Case[DFlashDraft], totals: Tensor | None = None, draw: int = 0
-) -> tuple[Tensor, dict[str, float], Tensor]:
+def run(case: Case[Any], totals: Tensor | None = None, draw: int = 0) -> tuple[Tensor, dict[str, float], Tensor]:
     """Loss (with a graph), metric sums and counts of the draft under test, as the trainer would call it."""
     batch, features = case.batch, case.features
     supervision = case.draft.supervise(batch, batch, features, draw)
@@ -63,7 +70,7 @@ def run(
     return loss, dict(zip(case.draft.metric_names, sums.tolist(), strict=True)), supervision.counts
 
 
-def gradients(case: Case[DFlashDraft], totals: Tensor | None = None, draw: int = 0) -> dict[str, Tensor]:
+def gradients(case: Case[Any], totals: Tensor | None = None, draw: int = 0) -> dict[str, Tensor]:
     case.draft.zero_grad()
     run(case, totals, draw)[0].backward()
     return {name: parameter.grad.clone() for name, parameter in case.draft.named_parameters()}
@@ -104,6 +111,10 @@ class Reference:
 
     def products(self, tokens: list[int], captured: Tensor, anchor: int) -> Tensor:
         """Products with the head [B - 1, V] of the slots of the block that begins at `anchor`."""
+        return self.states(tokens, captured, anchor)[1:] @ self.head.T
+
+    def states(self, tokens: list[int], captured: Tensor, anchor: int) -> Tensor:
+        """The normed states [B, H] of the block that begins at `anchor`."""
         context = [self.norm(self.linear(captured[j], "fc"), "hidden_norm") for j in range(anchor)]
         hidden = [self.embedding[t] for t in (tokens[anchor], *[self.mask] * (self.block - 1))]
         layers = 1 + max(int(name.split(".")[1]) for name in self.weights if name.startswith("layers."))
@@ -126,13 +137,14 @@ class Reference:
                 gate = self.linear(normed_state, f"{name}.mlp.gate_proj")
                 up = self.linear(normed_state, f"{name}.mlp.up_proj")
                 hidden[k] = state + self.linear(gate * torch.sigmoid(gate) * up, f"{name}.mlp.down_proj")
-        return torch.stack([self.head @ self.norm(h, "norm") for h in hidden[1:]])
+        return torch.stack([self.norm(h, "norm") for h in hidden])
+
+    def target_logits(self, products: Tensor) -> Tensor:
+        logits = products * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def log_chances(self, products: Tensor) -> Tensor:
-        logits = products * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits.log_softmax(-1)
+        return self.target_logits(products).log_softmax(-1)
 
 
 def labelled(tokens: list[int], mask: list[bool], anchor: int) -> list[int]:

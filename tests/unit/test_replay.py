@@ -16,7 +16,7 @@ from specdist.draft.base import ContextShare, Replayed
 from specdist.draft.config import draft_config
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.eagle3.config import Eagle3Config
-from tests.unit import dflash_reference, eagle3_reference
+from tests.unit import dflash_reference, dspark_reference, eagle3_reference
 from tests.unit.draft_case import Case
 from tests.unit.eagle3_reference import STEPS, Reference, target_of
 
@@ -25,8 +25,14 @@ CASES: dict[str, Callable[[], Case]] = {
     "eagle3": lambda: eagle3_reference.build_case(LENGTHS),
     "eagle3-whole": lambda: eagle3_reference.build_case(LENGTHS, pruned=False, norm_output=True, fc_norm=True),
     "dflash": lambda: dflash_reference.build_case(LENGTHS, anchors=7),
+    "dspark": lambda: dspark_reference.build_case(LENGTHS, anchors=7),
 }
-COUNTS = {"eagle3": (1, STEPS, STEPS + 2), "eagle3-whole": (2, STEPS + 1), "dflash": (2, dflash_reference.BLOCK - 1)}
+COUNTS = {
+    "eagle3": (1, STEPS, STEPS + 2),
+    "eagle3-whole": (2, STEPS + 1),
+    "dflash": (2, dflash_reference.BLOCK - 1),
+    "dspark": (2, dspark_reference.BLOCK),
+}
 
 
 def proposals(case: Case, document: int, row: int, count: int) -> list[int]:

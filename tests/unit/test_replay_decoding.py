@@ -16,6 +16,7 @@ from specdist.draft.base import DraftModel
 from specdist.draft.build import build_draft
 from specdist.draft.config import DraftConfig, draft_config
 from specdist.draft.dflash.config import DFlashConfig
+from specdist.draft.dspark.config import DSparkConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.evaluate.config import EvaluateConfig
 from specdist.evaluate.decoding import decode
@@ -31,6 +32,9 @@ BARD = Path(__file__).parents[2] / "examples" / "bard"
 LIMIT = 24
 EAGLE3 = Eagle3Config(layers=(2, 4, 6), ttt_length=3)
 DFLASH = DFlashConfig(layers=(2, 4, 6), num_layers=1, block_size=5, anchors=64, mask_token_id=511)
+DSPARK = DSparkConfig(
+    layers=(2, 4, 6), num_layers=1, block_size=4, anchors=64, mask_token_id=511, markov_rank=16, ce_weight=1.0
+)
 
 
 Turn = tuple[list[int], list[int]]
@@ -95,6 +99,7 @@ CASES = {
         eagle3=Eagle3Config(layers=(2, 4, 6), ttt_length=3, vocab_size=200, norm_output=True)
     ),
     "dflash": draft_config(algorithm="dflash", dflash=DFLASH),
+    "dspark": draft_config(algorithm="dspark", dspark=DSPARK),
 }
 
 
@@ -107,7 +112,7 @@ def test_replay_counts_the_forwards_of_real_decoding(case: str) -> None:
         ids = torch.unique(torch.cat([spoken[::3], torch.arange(150)]))[:200]
     draft, features = trained(config, ids)
     decoder, batch = EvaluationTarget(target.model, draft.layout), packed(conversations)
-    counts = (1, 3, 4) if config.algorithm == "dflash" else (1, 3, 5)
+    counts = (1, 3, 5) if config.algorithm == "eagle3" else (1, 3, 4)
     # Fewer drafts are the first of more.
     accepted = draft.replay(batch, batch, features, counts[-1]).accepted
     tallies = {k: tally_answers(batch, accepted.numpy(), None, None, k)[1] for k in counts}

@@ -13,6 +13,7 @@ from specdist.core.records import Features, PackedTokens
 from specdist.draft.build import build_draft
 from specdist.draft.config import draft_config
 from specdist.draft.dflash.config import DFlashConfig
+from specdist.draft.dspark.config import DSparkConfig
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.evaluate.config import EvaluateConfig
 from specdist.evaluate.decoding import decode
@@ -46,6 +47,10 @@ DRAFTS = {
     "eagle3": draft_config(eagle3=Eagle3Config(layers=(0, 2, 4), ttt_length=3)),
     "dflash": draft_config(
         algorithm="dflash", dflash=DFlashConfig(layers=(0, 2, 4), num_layers=1, block_size=5, mask_token_id=95)
+    ),
+    "dspark": draft_config(
+        algorithm="dspark",
+        dspark=DSparkConfig(layers=(0, 2, 4), num_layers=1, block_size=4, mask_token_id=95, markov_rank=8),
     ),
 }
 TOKENS = 24

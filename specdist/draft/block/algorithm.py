@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from specdist.core.errors import ConfigError
-from specdist.core.records import FeatureLayout
+from specdist.core.errors import ConfigError, DataError
+from specdist.core.records import FeatureLayout, TargetVocabulary
 from specdist.draft.algorithm import Algorithm, TargetDirectory, check_attention
 from specdist.draft.block.mask_token import find_mask_token
 from specdist.draft.block.options import BlockDims, BlockOptions
 from specdist.draft.export_config import ExportConfig
+
+if TYPE_CHECKING:
+    from specdist.draft.block.backbone import BlockDraft
 
 C = TypeVar("C", bound=BlockOptions)
 
@@ -59,6 +63,25 @@ class BlockAlgorithm(Algorithm[C]):
         text = target.get_text_config()
         layers = self.config.captured_layers(text.num_hidden_layers)
         return FeatureLayout(layers, text.hidden_size, final=self.final, dtype=dtype)
+
+    @staticmethod
+    @abstractmethod
+    def model() -> Callable[..., BlockDraft]:
+        """The draft's class: made of (config, dims, layout, target vocabulary, compiled)."""
+
+    def build(
+        self,
+        target: PretrainedConfig,
+        vocabulary: TargetVocabulary,
+        draft_ids: Tensor | None,
+        layout: FeatureLayout,
+        device: torch.device,
+        compiled: bool,
+    ) -> BlockDraft:
+        if draft_ids is not None:
+            raise DataError(f"a draft vocabulary was given, but a {self.title} draft has the target's")
+        dims = BlockDims.of(self.config, target)
+        return self.model()(self.config, dims, layout, vocabulary.to(device), compiled)
 
     def weights_read(self, trained: int, target: PretrainedConfig, count: int) -> int:
         """One pass fills a block, and the target's head reads it."""

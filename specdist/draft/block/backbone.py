@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from specdist.core.records import FeatureLayout, Features, LogitMap, PackedToken
 from specdist.draft.base import DraftModel, Drafts, Supervision
 from specdist.draft.block.attention import BlockAttention, KeysValues, eager_attention, flex_attention
 from specdist.draft.block.blocks import Blocks
-from specdist.draft.block.layer import attention_of, modules
+from specdist.draft.block.layer import attention_of
 from specdist.draft.block.ops import PLAIN, compiled_ops
 from specdist.draft.block.options import BlockDims, BlockOptions
 from specdist.draft.block.proposer import BlockProposer
@@ -30,7 +30,7 @@ class BlockDraft(DraftModel):
     Attributes:
         target: the target's embedding and head, on the draft's device. Neither it nor `rotary`, the RoPE frequencies,
             is a parameter or a buffer: plain objects are seen by neither FSDP nor state_dict.
-        logit_map: from `products` to the draft's logits.
+        logit_map: from `products` to the draft's logits; they are these unless the algorithm says otherwise.
     """
 
     fc: nn.Linear
@@ -46,15 +46,15 @@ class BlockDraft(DraftModel):
         dims: BlockDims,
         layout: FeatureLayout,
         target: TargetVocabulary,
+        modules: Mapping[str, nn.Module],
         compiled: bool,
-        dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        device = target.head.device
         assert options.mask_token_id is not None, "the configuration was not completed"
         self.config, self.dims, self.layout, self.mask_token = options, dims, layout, options.mask_token_id
-        self.target, self.rotary, self.scale = target, Rotary.of(dims, device), dims.head_dim**-0.5
-        for name, module in modules(dims, device, dtype).items():
+        self.target, self.rotary, self.scale = target, Rotary.of(dims, target.head.device), dims.head_dim**-0.5
+        self.logit_map = LogitMap()
+        for name, module in modules.items():
             self.add_module(name, module)
         self._layer_ops = compiled_ops() if compiled else PLAIN
 

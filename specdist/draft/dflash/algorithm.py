@@ -7,14 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from specdist.core.errors import DataError
-from specdist.core.records import FeatureLayout, TargetVocabulary
 from specdist.draft.algorithm import Contents, Trained
-from specdist.draft.base import DraftModel
 from specdist.draft.block.algorithm import BlockAlgorithm
 from specdist.draft.block.cost import BlockCost
 from specdist.draft.block.options import BlockDims
@@ -24,6 +20,7 @@ from specdist.draft.served_by import ServedBy
 
 if TYPE_CHECKING:
     from specdist.draft.dflash.directory import ExportedDFlash
+    from specdist.draft.dflash.model import DFlashDraft
 
 
 class DFlash(BlockAlgorithm[DFlashConfig]):
@@ -39,21 +36,11 @@ class DFlash(BlockAlgorithm[DFlashConfig]):
         ServedBy("vLLM", "dflash", "0.22", formats, block=True),
     )
 
-    def build(
-        self,
-        target: PretrainedConfig,
-        vocabulary: TargetVocabulary,
-        draft_ids: Tensor | None,
-        layout: FeatureLayout,
-        device: torch.device,
-        compiled: bool,
-    ) -> DraftModel:
+    @staticmethod
+    def model() -> type[DFlashDraft]:
         from specdist.draft.dflash.model import DFlashDraft
 
-        if draft_ids is not None:
-            raise DataError("a draft vocabulary was given, but a DFlash draft has the target's")
-        dims = BlockDims.of(self.config, target)
-        return DFlashDraft(self.config, dims, layout, vocabulary.to(device), compiled)
+        return DFlashDraft
 
     def cost(self, target: PretrainedConfig) -> BlockCost:
         return BlockCost(self.config, BlockDims.of(self.config, target))

@@ -12,6 +12,7 @@ from specdist.core.records import FeatureLayout, Features, PackedTokens, TargetV
 from specdist.draft.base import Drafts, Replayed, Supervision, draw
 from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.block.blocks import Blocks
+from specdist.draft.block.layer import modules
 from specdist.draft.block.options import BlockDims
 from specdist.draft.block.replay import replay
 from specdist.draft.common.compiling import compiled as compiled_once
@@ -31,8 +32,9 @@ class DFlashDraft(BlockDraft):
         compiled: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(config, dims, layout, target, compiled, dtype)
-        self.weighing, self.logit_map = Weighing.of(config, target.head.device), target.logit_map
+        device = target.head.device
+        super().__init__(config, dims, layout, target, modules(dims, device, dtype), compiled)
+        self.weighing, self.logit_map = Weighing.of(config, device), target.logit_map
         slots = range(1, config.block_size)
         self.metric_names = ("total", "weighted", *(f"{name}/{k}" for k in slots for name in SUMS))
         self._terms = compiled_once(block_terms, "products", "labels", "valid") if compiled else block_terms

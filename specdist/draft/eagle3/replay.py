@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from specdist.core.records import Features, LogitMap, PackedTokens, moved_to
+from specdist.core.records import Features, LogitMap, PackedTokens
 from specdist.draft.base import Replayed
 from specdist.draft.common.losses import LossKind
 from specdist.draft.eagle3.rows import Rows, replayed_by
@@ -90,13 +90,13 @@ def _chances(draft: Eagle3Draft, final: Tensor, states: Tensor, temperature: flo
 
 def _agreed(draft: Eagle3Draft, batch: PackedTokens, host_batch: PackedTokens, features: Features) -> Tensor:
     """`Replayed.agreed`, of this rank's part of the rows before answers' tokens."""
-    device, frozen = features.rows.device, draft.frozen
-    where = moved_to((host_batch.places[1:] > 0).nonzero()[draft.share.index :: draft.share.of, 0], device)
-    agreed = torch.zeros(len(batch.tokens), dtype=torch.bool, device=device)
+    frozen = draft.frozen
     if frozen.whole_head is None:
-        agreed[where] = features.argmax_lse(where)[0] == batch.tokens[where + 1]
-        return agreed
-    for part in where.split(max(draft.config.loss_chunk * len(frozen.head) // len(frozen.whole_head), 1)):
-        products = features.final[part].to(frozen.whole_head.dtype) @ frozen.whole_head.T
-        agreed[part] = draft.ops.argmax_lse(products, frozen.logit_map)[0] == batch.tokens[part + 1]
-    return agreed
+        return draft.agreed(batch, host_batch, lambda rows: features.argmax_lse(rows)[0], max(len(batch.tokens), 1))
+    head = frozen.whole_head
+
+    def argmax(rows: Tensor) -> Tensor:
+        return draft.ops.argmax_lse(features.final[rows].to(head.dtype) @ head.T, frozen.logit_map)[0]
+
+    chunk = max(draft.config.loss_chunk * len(frozen.head) // len(head), 1)
+    return draft.agreed(batch, host_batch, argmax, chunk)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DSpark as the project sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from specdist.draft.algorithm import Contents, Trained
+from specdist.draft.block.algorithm import BlockAlgorithm
+from specdist.draft.block.options import BlockDims
+from specdist.draft.dspark.config import DSparkConfig
+from specdist.draft.dspark.cost import DSparkCost
+from specdist.draft.export_config import ExportConfig
+from specdist.draft.served_by import ServedBy
+
+if TYPE_CHECKING:
+    from specdist.draft.dspark.directory import ExportedDSpark
+    from specdist.draft.dspark.model import DSparkDraft
+
+
+class DSpark(BlockAlgorithm[DSparkConfig]):
+    """See `Algorithm`."""
+
+    name = "dspark"
+    title = "DSpark"
+    section = DSparkConfig
+    final = True
+    served_by = (
+        ServedBy("SGLang", "DSPARK", "0.5.16", block=True),
+        ServedBy("vLLM", "dspark", "0.26", block=True),
+    )
+
+    def check_replay(self, temperature: float) -> None:
+        """The target's chances follow from its last hidden states."""
+
+    @staticmethod
+    def model() -> type[DSparkDraft]:
+        from specdist.draft.dspark.model import DSparkDraft
+
+        return DSparkDraft
+
+    def cost(self, target: PretrainedConfig) -> DSparkCost:
+        return DSparkCost(self.config, BlockDims.of(self.config, target), self.config.markov_rank)
+
+    def weights_read(self, trained: int, target: PretrainedConfig, count: int) -> int:
+        """One pass fills a block, and the target's head reads it. Every token then takes one row of the Markov head's
+        first table, and the whole second one."""
+        table = target.get_text_config().vocab_size * self.config.markov_rank
+        return super().weights_read(trained - 2 * table, target, count) + count * table
+
+    def export(self, format: str, trained: Trained, options: ExportConfig) -> Contents:
+        from specdist.draft.dspark.directory import export
+
+        self.check_export(format, options, trained.target.get_text_config().num_hidden_layers)
+        return export(self.config, trained, options)
+
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any]) -> bool:
+        named = {"Qwen3DSparkModel", "DSparkDraftModel"} & set(config.get("architectures") or ())
+        return bool(named) or config.get("speculators_model_type") == cls.name
+
+    @classmethod
+    def read(cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedDSpark:
+        from specdist.draft.dspark.directory import read
+
+        return read(directory, config, tensors)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of the DSpark draft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from specdist.core.errors import ConfigError
+from specdist.draft.block.options import BlockOptions
+
+
+@dataclass(frozen=True)
+class DSparkConfig(BlockOptions):
+    """DSpark (arXiv 2607.05147): DFlash's layers fill a block in one forward, all of its slots draft, and a Markov head
+    corrects each slot's logits by the token that was drafted before it."""
+
+    SECTION: ClassVar[str] = "draft.dspark"
+    SILENT: ClassVar[int] = 0
+
+    block_size: int = 7
+    """Tokens that a block drafts: the last verified one and block_size - 1 masked ones predict the token after them.
+    Serve with the same."""
+    markov_rank: int = 256
+    """Rank of the Markov head's two tables, each vocabulary x markov_rank."""
+    decay_gamma: float = 4.0
+    """Slot k = 0, 1, ... of a block weighs exp(-k / decay_gamma)."""
+    ce_weight: float = 0.1
+    """Share of the loss: the cross entropy with the text's token."""
+    l1_weight: float = 0.9
+    """Share of the loss: the sum over the vocabulary of what the draft's chances and the target's differ by, which is
+    twice the chance that a sampled draft is rejected."""
+    confidence_weight: float = 1.0
+    """Share of the loss: how well the confidence head foresees the chance that a slot's draft is accepted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.markov_rank < 1:
+            raise ConfigError.at(
+                "draft.dspark.markov_rank",
+                f"is {self.markov_rank}: it must be at least 1, for engines serve no draft without a Markov head",
+            )
+        if self.decay_gamma <= 0.0:
+            raise ConfigError.at("draft.dspark.decay_gamma", f"is {self.decay_gamma}: it must be above 0")
+        for key in ("ce_weight", "l1_weight", "confidence_weight"):
+            if getattr(self, key) < 0.0:
+                raise ConfigError.at(f"draft.dspark.{key}", f"is {getattr(self, key)}: it must not be negative")
+        if not self.ce_weight + self.l1_weight:
+            raise ConfigError.at(
+                "draft.dspark.ce_weight", "is 0, and so is l1_weight: nothing is learnt", "draft.dspark.l1_weight"
+            )
