@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DFlash in real torchrun worlds: any split trains the same, a killed job goes on, and what was trained is served."""
+"""DFlash and DSpark in real torchrun worlds: any split trains the same, a killed job goes on, and what was
+trained is served."""
 
 from __future__ import annotations
 
 import json
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,14 +27,14 @@ def material(tmp_path_factory):
     return make_target(directory / "target"), make_conversations(directory / "prompts.jsonl")
 
 
-def words(directory: Path, material, **overrides) -> list[str]:
+def words(directory: Path, material, algorithm: str = "dflash", **overrides) -> list[str]:
     settings = {
-        "draft__algorithm": "dflash",
-        "draft__dflash__num_layers": 2,
-        "draft__dflash__layers": "[1,3]",
-        "draft__dflash__block_size": 6,
-        "draft__dflash__anchors": 20,
-        "draft__dflash__mask_token_id": 256,
+        "draft__algorithm": algorithm,
+        f"draft__{algorithm}__num_layers": 2,
+        f"draft__{algorithm}__layers": "[1,3]",
+        f"draft__{algorithm}__block_size": 6,
+        f"draft__{algorithm}__anchors": 20,
+        f"draft__{algorithm}__mask_token_id": 256,
         "prompts__cache_dir": material[1].parent / "cache",
         "train__steps": STEPS,
         "checkpoint__every": 2,
@@ -56,15 +58,20 @@ def run(ranks: int, directory: Path, material, **overrides) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, material) -> Path:
-    """A job that nothing happened to: one target rank and two draft ranks."""
-    directory = tmp_path_factory.mktemp("undisturbed")
-    run(3, directory, material)
-    assert [step for step, _, _ in losses(directory)] == list(range(1, STEPS + 1))
-    return directory
+def runs(tmp_path_factory, material):
+    """Of each algorithm a job that nothing happened to: one target rank and two draft ranks."""
+
+    @cache
+    def made(algorithm: str) -> Path:
+        directory = tmp_path_factory.mktemp(algorithm)
+        run(3, directory, material, algorithm=algorithm)
+        assert [step for step, _, _ in losses(directory)] == list(range(1, STEPS + 1))
+        return directory
+
+    return made
 
 
-def test_a_killed_job_draws_the_same_blocks_and_has_the_same_losses_bitwise(tmp_path, material, undisturbed):
+def test_a_killed_job_draws_the_same_blocks_and_has_the_same_losses_bitwise(tmp_path, material, runs):
     process = start_torchrun(3, ["-m", "specdist.train", *words(tmp_path, material, **UNEVALUATED)])
     while not committed(tmp_path / "run/checkpoints"):
         assert process.poll() is None, process.communicate()
@@ -72,37 +79,41 @@ def test_a_killed_job_draws_the_same_blocks_and_has_the_same_losses_bitwise(tmp_
     kill_all(process)
     killed_at = read_progress(committed(tmp_path / "run/checkpoints")[-1]).step
     assert f"resuming from step-{killed_at:08d}" in run(3, tmp_path, material, **UNEVALUATED)
-    assert losses(tmp_path) == losses(undisturbed)
+    assert losses(tmp_path) == losses(runs("dflash"))
 
 
 @pytest.mark.parametrize(
-    ("ranks", "options"),
+    ("algorithm", "ranks", "options"),
     [
-        (5, {"draft__dp": 2, "draft__cp": 2}),
-        (2, {"world__mode": "colocated"}),
+        ("dflash", 5, {"draft__dp": 2, "draft__cp": 2}),
+        ("dflash", 2, {"world__mode": "colocated"}),
+        ("dspark", 5, {"draft__dp": 2, "draft__cp": 2}),
     ],
     ids=str,
 )
-def test_every_split_trains_the_same(tmp_path, material, undisturbed, ranks, options):
-    run(ranks, tmp_path, material, **options, **UNEVALUATED)
-    for (_, loss, norm), (_, expected, expected_norm) in zip(losses(tmp_path), losses(undisturbed), strict=True):
+def test_every_split_trains_the_same(tmp_path, material, runs, algorithm, ranks, options):
+    run(ranks, tmp_path, material, algorithm=algorithm, **options, **UNEVALUATED)
+    undisturbed = losses(runs(algorithm))
+    for (_, loss, norm), (_, expected, expected_norm) in zip(losses(tmp_path), undisturbed, strict=True):
         assert loss == pytest.approx(expected, rel=1e-5)  # another order of summation
         assert norm == pytest.approx(expected_norm, rel=1e-4)
 
 
-def test_what_was_trained_is_served(tmp_path, material, undisturbed, capsys):
+@pytest.mark.parametrize("algorithm", ["dflash", "dspark"])
+def test_what_was_trained_is_served(tmp_path, material, runs, algorithm, capsys):
     """Decoding with the export leaves the text as it is, and a run that starts from it goes on."""
+    undisturbed = runs(algorithm)
     summary = json.loads((undisturbed / "run/summary.json").read_text())
-    export, _ = summary["exports"]
-    assert summary["evaluation"]["after"]["step"] == STEPS
-    job = words(tmp_path, material, run__dir=undisturbed / "run")
+    export = summary["exports"][0]
+    assert summary["evaluation"]["after"]["step"] in (4, STEPS)  # the better one
+    job = words(tmp_path, material, algorithm, run__dir=undisturbed / "run")
     job.append(f"evaluate.prompts=[{material[1].parent / 'held.jsonl'}]")
     assert main(["eval", "--decode", *job, "--draft", export, "--output", str(tmp_path / "report.json")]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["prompts"], report["differing"]) == (3, 0)
     capsys.readouterr()
-    other = {"draft__init_from": export, "draft__dflash__num_layers": 1, "draft__dflash__layers": "null"}
-    run(2, tmp_path, material, **other, **UNEVALUATED, train__steps=1)
+    other = {"draft__init_from": export, f"draft__{algorithm}__num_layers": 1, f"draft__{algorithm}__layers": "null"}
+    run(2, tmp_path, material, algorithm=algorithm, **other, **UNEVALUATED, train__steps=1)
     assert losses(tmp_path)[0][1] < losses(undisturbed)[0][1]
 
 
