@@ -114,6 +114,7 @@ def test_read_back_and_what_deepspec_writes(case: Case, tmp_path: Path) -> None:
     [
         ({"markov_head_type": "gated"}, r"only plain DSpark drafts .* markov_head_type is 'gated' \(not 'vanilla'\)"),
         ({"sample_from_anchor": False}, "sample_from_anchor is False"),
+        ({"draft_vocab_size": 20}, r"draft_vocab_size is 20 \(not None\)"),
         ({"confidence_head_with_markov": False}, "confidence_head_with_markov is False"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types has sliding_attention"),
         ({"markov_rank": None}, "the key markov_rank is missing"),
@@ -134,7 +135,7 @@ def test_what_an_engine_would_fill_with_random_numbers_is_not_written(case: Case
             export(tmp_path / "draft", case, state)
     with pytest.raises(ConfigError, match="engines serve DSpark drafts with the target's embedding only"):
         draft_config(algorithm="dspark", dspark=case.draft.config).chosen.check_export(
-            "sglang", ExportConfig(embedding=True), 8
+            "sglang", ExportConfig(embedding=True), target_config()
         )
     assert not (tmp_path / "draft").exists()
 

@@ -56,13 +56,20 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
     def export(self, format: str, trained: Trained, options: ExportConfig) -> Contents:
         from specdist.draft.dspark.directory import export
 
-        self.check_export(format, options, trained.target.get_text_config().num_hidden_layers)
+        self.check_export(format, options, trained.target)
         return export(self.config, trained, options)
 
     @classmethod
+    def faults(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+        from specdist.draft.block.directory import faults
+
+        return faults(config, "dflash_config")  # engines share the code of these
+
+    @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
-        named = {"Qwen3DSparkModel", "DSparkDraftModel"} & set(config.get("architectures") or ())
-        return bool(named) or config.get("speculators_model_type") == cls.name
+        if kind := config.get("speculators_model_type"):
+            return bool(kind == cls.name)
+        return not {"Qwen3DSparkModel", "DSparkDraftModel"}.isdisjoint(config.get("architectures") or ())
 
     @classmethod
     def read(cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedDSpark:

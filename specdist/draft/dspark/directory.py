@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 
 from specdist.core.errors import DataError
 from specdist.draft.algorithm import Contents, Trained
-from specdist.draft.block.directory import ExportedBlocks, block_json, read_blocks
+from specdist.draft.block.directory import ExportedBlocks, block_json, flat, read_blocks
 from specdist.draft.block.options import BlockDims
 from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, need, shapes
 from specdist.draft.dspark.config import DSparkConfig
@@ -40,7 +40,6 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
     "attention_bias": (False, None),
     "rope_is_neox_style": (True, None),
     "draft_vocab_size": (None,),
-    "speculators_model_type": (None,),
 }
 """Keys of config.json, and the values of the drafts that we have; None stands for a key that is missing or null."""
 
@@ -84,13 +83,17 @@ class ExportedDSpark(ExportedBlocks[DSparkConfig]):
 def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedDSpark:
     """Understand a directory. Raises DataError: a key or a tensor is missing, or it is a variant of DSpark."""
     path = directory / "config.json"
-    flat = {**config, **(config.get("dflash_config") or {})}
-    if unlike := [key for key, plain in PLAIN.items() if flat.get(key) not in plain]:
-        listed = ", ".join(f"{key} is {flat.get(key)!r} (not {PLAIN[key][0]!r})" for key in unlike)
+    keys = flat(config, "dflash_config", path)
+    if keys.get("draft_vocab_size") == keys.get("vocab_size"):
+        keys.pop("draft_vocab_size", None)
+    if "speculators_model_type" in config:  # there blocks are filled from the second slot on unless told otherwise
+        keys.setdefault("sample_from_anchor", False)
+    if unlike := [key for key, plain in PLAIN.items() if keys.get(key) not in plain]:
+        listed = ", ".join(f"{key} is {keys.get(key)!r} (not {PLAIN[key][0]!r})" for key in unlike)
         raise DataError(f"{path}: only plain DSpark drafts can be read: {listed}")
-    if kinds := set(config.get("layer_types") or ()) - {"full_attention"}:
+    if kinds := set(keys.get("layer_types") or ()) - {"full_attention"}:
         raise DataError(f"{path}: only full attention can be read, and layer_types has {', '.join(sorted(kinds))}")
-    fields, rank = read_blocks(flat, path), int(need(flat, "markov_rank", path))
+    fields, rank = read_blocks(keys, path), int(need(keys, "markov_rank", path))
     names = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     state = {name: tensor for name, tensor in names.items() if not name.startswith(("embed_tokens.", "lm_head."))}
     check_tensors(state, shapes(modules(fields["dims"], rank, META, torch.float32)), str(directory), "DSpark")

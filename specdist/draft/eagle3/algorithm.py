@@ -117,7 +117,8 @@ class Eagle3(Algorithm[Eagle3Config]):
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         kind = config.get("speculators_model_type")
         named = any("eagle" in str(name).lower() for name in config.get("architectures") or ())
-        return kind == cls.name if kind else named or not config.keys().isdisjoint({"draft_vocab_size", "eagle_config"})
+        keyed = not config.keys().isdisjoint({"draft_vocab_size", "eagle_config"}) and "block_size" not in config
+        return kind == cls.name if kind else named or keyed
 
     @classmethod
     def read(cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedEagle3:
