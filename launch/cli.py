@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "Submit a job to Slurm, which starts itself again after preemption."
     slurm.arguments(command("slurm", slurm.main, text, among=ways))
     ray.arguments(command("ray", ray.main, "Start a job on the GPU hosts of a Ray cluster.", among=ways))
-    text = "Show where a run is: phase, step, queues, starved side, time to go."
+    text = "Show where a run is: phase, step, queues, bottleneck, time to go."
     status = command("status", _status, text, config=False)
     status.add_argument("run_dir", metavar="RUN_DIR", help="the run.dir of a job")
     text = "Draw runs, one or several beside each other, into one HTML file: curves, times, answers, configuration."

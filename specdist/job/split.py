@@ -13,16 +13,16 @@ WAITS_MATTER = 0.05
 
 
 def verdict(draft_wait: float, target_wait: float, moves: Mapping[str, str]) -> str:
-    """Which side starves, from the shares of the time (0 to 1) in which each waited for the other, and what would help.
-    `moves`: the `key=value` that moves work to a side, where the draft's algorithm has one."""
-    waits = f"draft ranks waited {draft_wait:.0%} of the time, target ranks {target_wait:.0%}"
+    """Which side is the bottleneck, from the shares of the time (0 to 1) in which each waited for the other, and what
+    would help. `moves`: the `key=value` that moves work to a side, where the draft's algorithm has one."""
+    waits = (
+        f"target ranks waited {target_wait:.0%} of the time for the draft, draft ranks {draft_wait:.0%} for the target"
+    )
     if max(draft_wait, target_wait) < WAITS_MATTER:
-        return f"balanced: {waits}"
-    if draft_wait > target_wait:
-        starves, helps, move = "draft", "target", moves.get("draft")
-    else:
-        starves, helps, move = "target", "draft", moves.get("target")
-    return f"the {starves} side starves: {waits}; more {helps} ranks{f' or {move}' if move else ''} would help"
+        return f"none: {waits}"
+    slow, other = ("target", "draft") if draft_wait > target_wait else ("draft", "target")
+    move = moves.get(other)
+    return f"the {slow} side: {waits}; more {slow} ranks{f' or {move}' if move else ''} would help"
 
 
 @dataclass(frozen=True)

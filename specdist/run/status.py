@@ -130,7 +130,7 @@ def _running(status: Status, record: Mapping[str, float], now: float) -> list[st
         known = "held_out/loss" in record
         figures = f"loss {record['loss']:.4g}, {record['tokens_per_s']:,.0f} tokens/s"
         lines.append(f"  figures     {figures}{held_out.format_map(record) if known else ''}")
-        lines.append(f"  balance     {verdict(record['draft_wait'], record['target_wait'], {})}")
+        lines.append(f"  bottleneck  {verdict(record['draft_wait'], record['target_wait'], {})}")
     counts = status.statistics
     if counts.replicas:
         waiting = counts.delivered - counts.released

@@ -32,7 +32,14 @@ def test_train_says_what_came_of_it(trained):
     summary = json.loads((directory / "run/summary.json").read_text())
     assert summary["finished"]
     assert summary["evaluation"]["after"]["step"] == 4
-    for part in ("Trained 4 steps", "acceptance length", "before training", "draft side", "balance", "export/sglang"):
+    for part in (
+        "Trained 4 steps",
+        "acceptance length",
+        "before training",
+        "draft side",
+        "bottleneck",
+        "export/sglang",
+    ):
         assert part in said
 
 

@@ -99,12 +99,17 @@ def test_plan_suggests_a_split(words: list[str], tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("draft", "target", "moves", "said"),
     [
-        (0.01, 0.02, TO_TARGET, "balanced: draft ranks waited 1% of the time, target ranks 2%"),
-        (0.3, 0.0, TO_TARGET, "target ranks 0%; more target ranks would help"),
+        (
+            0.01,
+            0.02,
+            TO_TARGET,
+            "none: target ranks waited 2% of the time for the draft, draft ranks 1% for the target",
+        ),
+        (0.3, 0.0, TO_TARGET, "draft ranks 30% for the target; more target ranks would help"),
         (0.3, 0.0, TO_DRAFT, "more target ranks or draft.eagle3.teacher_head=draft would help"),
-        (0.0, 0.3, TO_DRAFT, "target ranks 30%; more draft ranks would help"),
+        (0.0, 0.3, TO_DRAFT, "draft ranks 0% for the target; more draft ranks would help"),
         (0.0, 0.3, TO_TARGET, "more draft ranks or draft.eagle3.teacher_head=target would help"),
-        (0.0, 0.3, {}, "target ranks 30%; more draft ranks would help"),
+        (0.0, 0.3, {}, "draft ranks 0% for the target; more draft ranks would help"),
     ],
 )
 def test_the_verdict(draft: float, target: float, moves: dict[str, str], said: str) -> None:

@@ -57,7 +57,7 @@ def write(run_dir: Path, step_s: float = 2.0, **changes: object) -> AttemptRecor
     return record
 
 
-def test_a_run_that_trains_tells_step_queues_balance_and_time(run_dir: Path) -> None:
+def test_a_run_that_trains_tells_step_queues_bottleneck_and_time(run_dir: Path) -> None:
     write(run_dir)
     said = describe(run_dir, NOW)
     assert "training, attempt 17.1 on a, b; as of 3 s ago" in said
@@ -65,7 +65,7 @@ def test_a_run_that_trains_tells_step_queues_balance_and_time(run_dir: Path) -> 
     assert "the time limit is in 60 min" in said
     assert "saved and started again" not in said
     assert "loss 1.5, 4,000 tokens/s" in said
-    assert "the draft side starves: draft ranks waited 30%" in said
+    assert "the target side: target ranks waited 0% of the time for the draft, draft ranks 30% for the target" in said
     assert "1 queued and 1 computing at the targets, 2 before the draft" in said
     assert "2 draft ranks: training on item N (rank 1, 0 s)" in said
     assert "checkpoint  none yet" in said

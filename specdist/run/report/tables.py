@@ -61,13 +61,13 @@ def facts(run: RunRecords) -> list[Fact]:
         found.append(Fact("tokens trained", _short(run.tokens), f"step {last['step']:,.0f} of {total:,.0f}"))
         seconds = sum(run.spans)
         found.append(Fact("training time", _duration(seconds), f"{run.tokens / (seconds or 1):,.0f} tokens/s"))
-        found.append(_balance(run))
+        found.append(_bottleneck(run))
         if "gpu_peak_gib" in last:
             found.append(Fact("GPU memory", f"{last['gpu_peak_gib']:.1f} GiB", "peak of the first draft rank"))
     return found
 
 
-def _balance(run: RunRecords) -> Fact:
+def _bottleneck(run: RunRecords) -> Fact:
     told = run.summary.get("sides", {})
     if run.mode != "split":
         return Fact("bottleneck", "none", told.get("verdict", "one role waits for no other"))
@@ -79,8 +79,8 @@ def _balance(run: RunRecords) -> Fact:
     if "draft_wait" in told and "target_wait" in told:  # leaves out what came before it was warm
         waits = [told["draft_wait"], told["target_wait"]]
     words = told.get("verdict") or split.verdict(waits[0], waits[1], {})
-    balanced = max(waits) < split.WAITS_MATTER
-    return Fact("bottleneck", "balanced" if balanced else "target" if waits[0] > waits[1] else "draft", words)
+    busy = max(waits) < split.WAITS_MATTER
+    return Fact("bottleneck", "none" if busy else "target" if waits[0] > waits[1] else "draft", words)
 
 
 def ranks(run: RunRecords) -> list[tuple[str, str, str]]:
