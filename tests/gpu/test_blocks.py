@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DFlash on CUDA: FlexAttention and compiled pieces equal the reference, and no micro-batch compiles or waits again."""
+"""Drafts of blocks on CUDA: FlexAttention and compiled pieces are the reference, nothing compiles or waits twice."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +12,10 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig
 
 from specdist.core.records import Features, PackedTokens, TargetVocabulary
+from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.build import build_draft
 from specdist.draft.config import draft_config
-from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.dflash.model import DFlashDraft
+from specdist.draft.registry import ALGORITHMS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -34,8 +36,13 @@ def batch_of(lengths: tuple[int, ...]) -> PackedTokens:
 
 
 def draft_of(
-    attention: str, dtype: torch.dtype, compiled: bool, device: str = "cuda", **options: object
-) -> DFlashDraft:
+    attention: str,
+    dtype: torch.dtype,
+    compiled: bool,
+    device: str = "cuda",
+    algorithm: str = "dflash",
+    **options: object,
+) -> BlockDraft:
     target = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
@@ -54,13 +61,14 @@ def draft_of(
         "attention": attention,
         **options,
     }
-    config = draft_config(algorithm="dflash", dflash=DFlashConfig(**settings), compile=compiled)  # type: ignore[arg-type]
+    section = ALGORITHMS[algorithm].section(**settings)
+    config = draft_config(algorithm=algorithm, compile=compiled, **{algorithm: section})
     draft = build_draft(config, target, TargetVocabulary(*ends)).to(dtype)
-    assert isinstance(draft, DFlashDraft)
+    assert isinstance(draft, BlockDraft)
     return draft
 
 
-def run(draft: DFlashDraft, lengths: tuple[int, ...], device: str = "cuda") -> tuple[float, Tensor, dict[str, Tensor]]:
+def run(draft: BlockDraft, lengths: tuple[int, ...], device: str = "cuda") -> tuple[float, Tensor, dict[str, Tensor]]:
     host = batch_of(lengths)
     rows = torch.randn(sum(lengths), draft.layout.width, generator=torch.Generator().manual_seed(0))
     features, batch = Features(draft.layout, rows.to(device, draft.layout.dtype)), host.to(device)
@@ -80,24 +88,32 @@ def compare(
         assert float((found[2][name] - gradient).norm() / gradient.norm()) < tolerance, name
 
 
-@pytest.mark.parametrize("loss", ["decay", "dpace"])
-@pytest.mark.parametrize("size", [16, 10])
+KINDS: list[dict[str, object]] = [
+    *({"algorithm": "dflash", "block_size": size, "loss": loss} for size in (16, 10) for loss in ("decay", "dpace")),
+    *({"algorithm": "dspark", "block_size": size, "markov_rank": 32} for size in (7, 16)),
+]
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
 @pytest.mark.parametrize("compiled", [False, True], ids=["uncompiled", "compiled"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 6e-2)], ids=str)
-def test_flex_equals_eager(dtype: torch.dtype, tolerance: float, compiled: bool, size: int, loss: str) -> None:
-    options = {"block_size": size, "loss": loss}
+def test_flex_equals_eager(dtype: torch.dtype, tolerance: float, compiled: bool, options: dict[str, Any]) -> None:
     eager, flex = draft_of("eager", dtype, False, **options), draft_of("auto", dtype, compiled, **options)
     for lengths in LENGTHS:
         compare(run(flex, lengths), run(eager, lengths), tolerance)
 
 
-def test_cuda_equals_cpu() -> None:
-    cuda, cpu = draft_of("auto", torch.float32, True), draft_of("auto", torch.float32, False, "cpu")
+@pytest.mark.parametrize("algorithm", ["dflash", "dspark"])
+def test_cuda_equals_cpu(algorithm: str) -> None:
+    cuda, cpu = (
+        draft_of("auto", torch.float32, device == "cuda", device, algorithm, block_size=8) for device in ("cuda", "cpu")
+    )
     compare(run(cuda, LENGTHS[0]), run(cpu, LENGTHS[0], "cpu"), 1e-3)
 
 
-def test_lengths_do_not_recompile_and_nothing_waits_for_the_device() -> None:
-    draft = draft_of("auto", torch.bfloat16, True)
+@pytest.mark.parametrize("algorithm", ["dflash", "dspark"])
+def test_lengths_do_not_recompile_and_nothing_waits_for_the_device(algorithm: str) -> None:
+    draft = draft_of("auto", torch.bfloat16, True, algorithm=algorithm)
     for lengths in ((700, 300), (400, 33), (40, 20)):
         run(draft, lengths)  # compiles
     graphs = counters["stats"]["unique_graphs"]
@@ -116,19 +132,23 @@ def test_lengths_do_not_recompile_and_nothing_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def spoken(draft: DFlashDraft, rows: Tensor) -> Tensor:
+def spoken(draft: BlockDraft, rows: Tensor) -> Tensor:
     """A text that follows the draft's own blocks for a while, again and again, beside these features."""
     proposer, tokens, known, turn = draft.proposer(), [1, 2], 0, 0
     while len(tokens) < len(rows):
         more = torch.tensor(tokens[known + 1 :], device=rows.device)
         proposer.extend(Features(draft.layout, rows[known : len(tokens) - 1]), more, [len(more)])
         known, turn = len(tokens) - 1, turn + 1
-        tokens += [*proposer.propose(draft.config.block_size - 1).tokens[0].tolist()[: turn % 5], 10 + turn]
+        tokens += [*proposer.propose(draft.config.drafts).tokens[0].tolist()[: turn % 5], 10 + turn]
     return torch.tensor(tokens[: len(rows)])
 
 
-def test_a_replay_equals_the_eager_one_and_waits_for_nothing() -> None:
-    eager, flex = draft_of("eager", torch.float32, False), draft_of("auto", torch.float32, True)
+@pytest.mark.parametrize("algorithm", ["dflash", "dspark"])
+def test_a_replay_equals_the_eager_one_and_waits_for_nothing(algorithm: str) -> None:
+    eager, flex = (
+        draft_of(attention, torch.float32, compiled, algorithm=algorithm, block_size=9)
+        for attention, compiled in (("eager", False), ("auto", True))
+    )
     rows = torch.randn(400, eager.layout.width, generator=torch.Generator().manual_seed(0)).cuda()
     tokens = spoken(eager, rows[:300]), torch.arange(100)
     host = PackedTokens.from_documents(list(tokens), [torch.ones(300), torch.arange(100) > 40])
