@@ -12,6 +12,7 @@ import pytest
 
 FOLDERS = {
     "unit": "one process, seconds each",
+    "targets": "tiny models of every family, all the way; those marked `targets` (ten minutes) with -m targets",
     "distributed": "real torchrun worlds on the CPU; Mooncake over loopback where it is installed",
     "slurm": "a real Slurm on this machine (slurm/devcluster install)",
     "ray": "a real Ray, in .venv-ray",
@@ -38,7 +39,7 @@ class Collected:
 def main() -> None:
     collected = Collected()
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        status = pytest.main(["--collect-only", "-qqq", "tests"], plugins=[collected])
+        status = pytest.main(["--collect-only", "-qqq", "-m", "", "tests"], plugins=[collected])
     if status != pytest.ExitCode.OK:
         raise SystemExit(said.getvalue())
     for folder, needs in FOLDERS.items():

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from specdist.core.errors import ConfigError
+from specdist.core.model_config import read, text_part
 from specdist.core.records import FeatureLayout, Features
 from specdist.draft.base import ragged
 from specdist.evaluate.cache import BatchCache, Masks
-from specdist.target.hf.model import length_dependent_rope
+from specdist.target.hf.model import find_decoder, length_dependent_rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,9 +31,14 @@ class EvaluationTarget:
     """
 
     def __init__(self, model: PreTrainedModel, layout: FeatureLayout) -> None:
-        config = model.config.get_text_config()
+        config = text_part(model.config)
+        if config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):
+            raise ConfigError.at(
+                "target.path",
+                f": {type(model).__name__} counts positions by its mask (ALiBi), which decoding in batches cannot do",
+            )
         self._masks = Masks(config, type(model).__name__)
-        layers = decoder_layers(model)
+        decoder, layers = find_decoder(model, config.num_hidden_layers)
         wrong = [b for b in layout.captured_layers if not 0 <= b < len(layers)]
         if wrong:
             raise ConfigError(f"captured layers {wrong} are not among the target's {len(layers)} layers (0-based)")
@@ -43,7 +49,7 @@ class EvaluationTarget:
         self.model = model.eval()
         self.layout = replace(layout, argmax_lse=False)
         self.device = next(model.parameters()).device
-        self.max_positions: int | None = config.to_dict().get("max_position_embeddings")
+        self.max_positions: int | None = read(model.config, "max_position_embeddings")
         self.eos_tokens = eos_tokens(model)
         rope = length_dependent_rope(config)
         self.batch_obstacle = rope and f"the rotary embedding ({rope}) depends on the longest sequence of a forward"
@@ -51,7 +57,7 @@ class EvaluationTarget:
         self._final = torch.empty(0)
         for layer in sorted(set(layout.captured_layers)):
             layers[layer].register_forward_hook(self._capture(layer))
-        model.get_decoder().register_forward_hook(self._keep_final)
+        decoder.register_forward_hook(self._keep_final)
 
     @classmethod
     def load(
@@ -112,21 +118,10 @@ class EvaluationTarget:
         self._final = output.last_hidden_state  # type: ignore[attr-defined]
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a causal language model: the one list of modules as long as its number of layers."""
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if len(lists) != 1:
-        raise ConfigError(
-            f"{type(model).__name__}: found {len(lists)} lists of {count} layers in its decoder, need one"
-        )
-    return lists[0]
-
-
 def eos_tokens(model: PreTrainedModel) -> frozenset[int]:
     """The tokens that end a sequence, by the generation config, else by the model's."""
     generation = model.generation_config.eos_token_id if model.generation_config is not None else None
-    eos = model.config.get_text_config().eos_token_id if generation is None else generation
+    eos = read(model.config, "eos_token_id") if generation is None else generation
     if eos is None:
         return frozenset()
     return frozenset([eos] if isinstance(eos, int) else eos)

@@ -6,6 +6,7 @@ The weights need not be there yet: what is asked of them then follows from confi
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from specdist.core import hub
 from specdist.core.errors import ConfigError, DataError
+from specdist.core.model_config import is_tied, per_layer, read, residual_streams, text_part
 from specdist.target.config import TargetConfig
 from specdist.target.weights import StoredTensor, stored_tensors, weight_files
 
@@ -37,6 +39,7 @@ class TargetDescription:
     heads: int | None
     """Attention heads; None for a model without attention."""
     kv_heads: int | None
+    """Where layers differ, what divides the number of all."""
     max_positions: int | None
     """Longest sequence the model was built for, if it says so."""
     tied: bool
@@ -51,6 +54,12 @@ class TargetDescription:
         """The model without its weights, on the meta device. Raises ConfigError: it is not a causal language model."""
         import transformers
 
+        # The class that the checkpoint was saved with: an auto class may pick the language model's alone, which the
+        # whole configuration does not fit.
+        named = getattr(transformers, self.architectures[0], None) if self.architectures else None
+        if named is not None and not self.trust_remote_code and hasattr(named, "prepare_inputs_for_generation"):
+            with torch.device("meta"):
+                return named(self.config)
         if type(self.config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or self.trust_remote_code:
             auto: Any = transformers.AutoModelForCausalLM
         elif type(self.config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -66,7 +75,12 @@ class TargetDescription:
     @property
     def text_config(self) -> PretrainedConfig:
         """The language model's part of the configuration (multimodal models nest it)."""
-        return self.config.get_text_config(decoder=True)
+        return text_part(self.config)
+
+    @property
+    def streams(self) -> int:
+        """Hidden states of a token between layers: see `residual_streams`."""
+        return residual_streams(self.config)
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -84,7 +98,7 @@ class TargetDescription:
     @property
     def dtype(self) -> torch.dtype:
         """The checkpoint's own: config.json's, or else that of most of its bytes."""
-        said = self.text_config.dtype or self.config.dtype
+        said = read(self.config, "dtype")
         if isinstance(said, torch.dtype):
             return said
         if not self.complete:
@@ -120,11 +134,11 @@ class TargetDescription:
     @property
     def mlp_width(self) -> int:
         """The model's own, or the customary four times its hidden size where it does not say."""
-        return int(getattr(self.text_config, "intermediate_size", None) or 4 * self.hidden_size)
+        return int(read(self.config, "intermediate_size") or 4 * self.hidden_size)
 
     @property
     def head_dim(self) -> int:
-        return int(getattr(self.text_config, "head_dim", None) or self.hidden_size // (self.heads or 1))
+        return int(read(self.config, "head_dim") or self.hidden_size // (self.heads or 1))
 
     def flops(self, lengths: Sequence[int]) -> float:
         """Floating-point operations of the layers for sequences of these lengths, causal attention counted by half.
@@ -137,12 +151,13 @@ class TargetDescription:
 
     def kv_values_per_token(self, tp: int) -> int:
         """Numbers that one of `tp` ranks keeps of a token for attention, in all layers."""
-        text = self.text_config
-        if getattr(text, "kv_lora_rank", None):  # latent attention: one vector for all heads, on every rank
-            return int(self.layers * (text.kv_lora_rank + text.qk_rope_head_dim))
+        latent = read(self.config, "kv_lora_rank")
+        if latent:  # latent attention: one vector for all heads, on every rank
+            return int(self.layers * (latent + read(self.config, "qk_rope_head_dim")))
         if not self.heads or not self.kv_heads:
             return 0
-        return self.layers * 2 * self.head_dim * -(-self.kv_heads // tp)
+        heads, sizes = per_layer(self.config, "num_key_value_heads"), per_layer(self.config, "head_dim")
+        return sum(2 * (d or self.head_dim) * -(-(n or self.kv_heads) // tp) for n, d in zip(heads, sizes, strict=True))
 
 
 def describe(path: str | Path, trust_remote_code: bool = False, weights: bool = True) -> TargetDescription:
@@ -162,12 +177,13 @@ def describe(path: str | Path, trust_remote_code: bool = False, weights: bool = 
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, OSError) as e:
         raise DataError(f"{path / 'config.json'}: transformers cannot read it: {e}") from e
-    text = config.get_text_config(decoder=True)
+    text = text_part(config)
     needed = ("num_hidden_layers", "hidden_size", "vocab_size")
     absent = [key for key in needed if not hasattr(text, key)]
     if absent:
         raise DataError(f"{path / 'config.json'} ({text.model_type}): no {', '.join(absent)}: not a causal LM?")
-    heads = getattr(text, "num_attention_heads", None)
+    heads = read(config, "num_attention_heads")
+    kv_heads = [n for n in per_layer(config, "num_key_value_heads") if n]
     described = TargetDescription(
         path=path,
         architectures=tuple(config.architectures or ()),
@@ -175,9 +191,9 @@ def describe(path: str | Path, trust_remote_code: bool = False, weights: bool = 
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
         heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        max_positions=getattr(text, "max_position_embeddings", None),
-        tied=bool(config.tie_word_embeddings or text.tie_word_embeddings),
+        kv_heads=math.gcd(*kv_heads) or heads,
+        max_positions=read(config, "max_position_embeddings"),
+        tied=is_tied(config),
         has_tp_plan=bool(text.base_model_tp_plan),
         config=config,
         trust_remote_code=trust_remote_code,

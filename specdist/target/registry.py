@@ -52,6 +52,12 @@ def check_target(config: TargetConfig, weights: bool = True) -> TargetDescriptio
     """Describe the target (see `describe`) and check everything about it that needs no GPU. Raises ConfigError or
     DataError."""
     target = describe(config.path, config.trust_remote_code, weights)
+    if target.streams > 1:
+        raise ConfigError.at(
+            "target.path",
+            f"={config.path}: {target.text_config.model_type} carries {target.streams} hidden states a token between "
+            "its layers (hyper-connections, AltUp), of which no engine serves a draft: not supported",
+        )
     compute_dtype(config, target)
     ENGINES[config.engine].check(config, target)
     if _is_compared(config):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specdist.core.errors import DataError
+from specdist.core.model_config import read
 from specdist.core.records import LogitMap, TargetVocabulary
 from specdist.target.description import TargetDescription
 from specdist.target.weights import StoredTensor
@@ -87,7 +88,7 @@ def logit_transform(target: TargetDescription) -> tuple[float, float | None]:
             f"{target.path / 'config.json'}: {strange} may change the logits in a way that is not known here "
             f"(known, as numbers: {', '.join(known)})"
         )
-    scale = 1.0
+    scale = _minicpm_scale(target)
     for key in MULTIPLIERS:
         scale *= values.get(key, 1.0)
     for key in DIVISORS:
@@ -95,6 +96,12 @@ def logit_transform(target: TargetDescription) -> tuple[float, float | None]:
         scale *= values.get(key, 1.0) ** (1 if "hyperclovax" in target.text_config.model_type else -1)
     softcaps = [float(values[key]) for key in SOFTCAPS if key in values]
     return float(scale), softcaps[0] if softcaps else None
+
+
+def _minicpm_scale(target: TargetDescription) -> float:
+    """MiniCPM divides the last state by the width over that of the model whose training it took."""
+    base = read(target.config, "dim_model_base")
+    return base / target.hidden_size if base else 1.0
 
 
 def _find(what: str, names: tuple[str, ...], target: TargetDescription) -> StoredTensor | None:

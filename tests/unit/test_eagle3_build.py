@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen3Config
+from transformers import GptOssConfig, LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from specdist.core.config import load
@@ -173,12 +173,13 @@ def test_rope_is_the_targets(kind: str) -> None:
         torch.testing.assert_close(rotate(heads, *rotary(positions)), turned[0])
 
 
-def test_rope_that_depends_on_the_length_is_refused() -> None:
+def test_rope_that_depends_on_the_length_is_left_out_and_refused_where_it_is_asked_for() -> None:
     target = scaled_target({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(ConfigError, match=r"'dynamic'.*draft\.eagle3\.rope_scaling=false"):
-        Eagle3Dims.of(Eagle3Config(), target)
-    dims = Eagle3Dims.of(Eagle3Config(rope_scaling=False), target)
-    assert dims.rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
+        Eagle3Dims.of(Eagle3Config(rope_scaling=True), target)
+    for scaling in (None, False):
+        dims = Eagle3Dims.of(Eagle3Config(rope_scaling=scaling), target)
+        assert dims.rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
 
 
 def test_sizes_follow_the_target_and_the_config() -> None:
@@ -193,8 +194,10 @@ def test_sizes_follow_the_target_and_the_config() -> None:
     assert (other.num_attention_heads, other.num_key_value_heads, other.intermediate_size) == (4, 1, 96)
     with pytest.raises(ConfigError, match=r"8 is not a multiple of draft\.eagle3\.num_key_value_heads 3"):
         Eagle3Dims.of(Eagle3Config(num_key_value_heads=3), target)
-    with pytest.raises(ConfigError, match="must divide the target's hidden size 64"):
-        Eagle3Dims.of(Eagle3Config(num_attention_heads=6, num_key_value_heads=1), target)
+    wider = Eagle3Dims.of(Eagle3Config(num_attention_heads=6, num_key_value_heads=1), target)
+    assert (wider.query_width, wider.hidden_size) == (96, 64)  # as in GLM-4.5-Air
+    mixture = GptOssConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=12)  # the width of an expert
+    assert Eagle3Dims.of(Eagle3Config(), mixture).intermediate_size == 192
 
 
 def test_a_head_that_is_not_the_targets_is_refused() -> None:

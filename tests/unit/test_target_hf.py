@@ -48,14 +48,12 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 DOCUMENT_BY_DOCUMENT = {
     "mamba": "linear_attention",
-    "falcon_h1": "hybrid",
     "lfm2": "conv",
     "bloom": "AttentionInterface",
     "phi3": "longrope",
 }
 SPECIAL: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 4, "num_attention_heads": None, "num_key_value_heads": None},
-    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "bloom": {"n_layer": 4, "n_head": 4},
     "phi3": {
@@ -137,7 +135,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1)).max().item()
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "mistral", "mixtral"])  # more: tests/targets
 def test_packed_equals_plain_transformers(kind: str, tmp_path: Path) -> None:
     path, batch = make_model(kind, tmp_path), make_batch()
     engine = make_engine(path)

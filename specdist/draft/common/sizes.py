@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PretrainedConfig
 
+from specdist.core import model_config
 from specdist.core.errors import ConfigError
 from specdist.draft.common import yarn
 
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
 SCALINGS = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length of the sequence: the same in training and when served."""
 
-
+PARTIAL = ("mrope", "proportional")
+"""RoPE types with the base frequencies of a plain one: sections for images; turning a part of the head."""
+FACTORS = (
+    "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+    "attention_factor", "mscale", "mscale_all_dim", "truncate",
+)  # fmt: skip
+"""What a scaling is made of."""
 SIZES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
@@ -35,8 +42,9 @@ class LayerOptions:
     """Key and value heads of the draft; default the target's."""
     head_dim: int | None = None
     """Width of one attention head; default the target's."""
-    rope_scaling: bool = True
-    """Take the target's RoPE scaling (linear, llama3, yarn); false keeps only its base frequency."""
+    rope_scaling: bool | None = None
+    """Take the target's RoPE scaling (linear, llama3, yarn); false keeps only its base frequency; null takes it where a
+    draft can have it."""
     attention: Literal["auto", "eager", "flex"] = "auto"
     """Training attention: flex (FlexAttention) needs CUDA, eager is the reference; auto takes eager where
     flex cannot work."""
@@ -103,33 +111,42 @@ def layer_sizes(section: str, options: LayerOptions, target: PretrainedConfig) -
     Raises:
         ConfigError: the target does not state a size, or sizes do not go together.
     """
-    text = target.get_text_config()
-    hidden = read(text, "hidden_size", section)
-    heads = options.num_attention_heads or read(text, "num_attention_heads", section)
-    kv_heads = options.num_key_value_heads or read(text, "num_key_value_heads", section, default=heads)
+    hidden = read(target, "hidden_size", section)
+    own_heads = model_config.read(target, "num_attention_heads") or max(hidden // 128, 1)  # Mamba has none
+    heads = options.num_attention_heads or own_heads
+    kv_heads = options.num_key_value_heads or model_config.read(target, "num_key_value_heads") or heads
     if heads % kv_heads:
         raise ConfigError.at(
             f"{section}.num_attention_heads",
             f"{heads} is not a multiple of {section}.num_key_value_heads {kv_heads}",
             f"{section}.num_key_value_heads",
         )
-    if hidden % heads:
+    head_dim = options.head_dim or model_config.read(target, "head_dim")
+    if not head_dim and hidden % heads:
         raise ConfigError.at(
-            f"{section}.num_attention_heads", f"is {heads}: it must divide the target's hidden size {hidden}"
+            f"{section}.num_attention_heads",
+            f"is {heads}, which does not divide the target's hidden size {hidden}: give {section}.head_dim too",
         )
-    head_dim = options.head_dim or read(text, "head_dim", section, default=hidden // heads)
+    head_dim = head_dim or hidden // heads
     if head_dim % 2:
         raise ConfigError.at(f"{section}.head_dim", f"is {head_dim}: RoPE turns pairs of numbers, so it must be even")
     return {
         "hidden_size": hidden,
-        "intermediate_size": options.intermediate_size or read(text, "intermediate_size", section),
+        "intermediate_size": options.intermediate_size or _mlp_width(target, hidden),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "rms_norm_eps": read(text, "rms_norm_eps", section, default=1e-6),
-        "max_position_embeddings": read(text, "max_position_embeddings", section, default=32768),
-        "rope_parameters": rope_parameters(text, options.rope_scaling, section),
+        "rms_norm_eps": model_config.read(target, "rms_norm_eps", default=1e-6),
+        "max_position_embeddings": model_config.read(target, "max_position_embeddings", default=32768),
+        "rope_parameters": rope_parameters(model_config.text_part(target), options.rope_scaling, section),
     }
+
+
+def _mlp_width(target: PretrainedConfig, hidden: int) -> int:
+    """The target's, or three hidden sizes where that is the width of an expert, or is not stated."""
+    width = model_config.read(target, "intermediate_size")
+    narrow = width is not None and width < 2 * hidden and model_config.has_experts(target)
+    return 3 * hidden if width is None or narrow else int(width)
 
 
 def check_layers(key: str, layers: tuple[int, ...], num_layers: int) -> None:
@@ -148,11 +165,9 @@ def check_layers(key: str, layers: tuple[int, ...], num_layers: int) -> None:
         )
 
 
-def read(config: PretrainedConfig, key: str, section: str, default: Any = None) -> Any:
-    """A key of a target's configuration, where model families differ in what they state."""
-    value = getattr(config, key) if hasattr(config, key) else None
-    if value is None:
-        value = default
+def read(config: PretrainedConfig, key: str, section: str) -> Any:
+    """A key of a target's configuration that a draft cannot do without."""
+    value = model_config.read(config, key)
     if value is None:
         raise ConfigError(
             f"the target ({config.model_type}) states no {key}; give it as {section}.{key}", f"{section}.{key}"
@@ -160,8 +175,11 @@ def read(config: PretrainedConfig, key: str, section: str, default: Any = None) 
     return value
 
 
-def rope_parameters(config: PretrainedConfig, scaling: bool, section: str) -> dict[str, Any]:
-    """The target's RoPE for a whole head, without what a plain Llama layer does not have (sections, partial rotary)."""
+def rope_parameters(config: PretrainedConfig, scaling: bool | None, section: str) -> dict[str, Any]:
+    """The target's RoPE for a whole head, without what a plain Llama layer does not have (sections, partial rotary).
+
+    `scaling`: whether to take the target's; None takes one that a draft can have.
+    """
     written = config.to_dict()
     rope = dict(written.get("rope_parameters") or written.get("rope_scaling") or {})
     if isinstance(rope.get("full_attention"), dict):  # one set per layer type: the draft attends to everything
@@ -169,16 +187,15 @@ def rope_parameters(config: PretrainedConfig, scaling: bool, section: str) -> di
     theta = rope.pop("rope_theta", None) or written.get("rope_theta") or 10000.0
     legacy_type = rope.pop("type", "default")
     kind = rope.pop("rope_type", legacy_type)
-    if not scaling or kind in ("default", "mrope"):
-        return {"rope_type": "default", "rope_theta": theta}
-    if kind not in SCALINGS:
+    if scaling and kind not in (*SCALINGS, *PARTIAL):
         raise ConfigError(
             f"the target's RoPE scaling is {kind!r}, which engines apply by the length of the sequence; a draft can "
             f"have {', '.join(SCALINGS)}, or none of it with {section}.rope_scaling=false",
             f"{section}.rope_scaling",
         )
-    dropped = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
-    kept = {"rope_type": kind, "rope_theta": theta, **{k: v for k, v in rope.items() if k not in dropped}}
+    if scaling is False or kind not in SCALINGS[1:]:
+        return {"rope_type": "default", "rope_theta": theta}
+    kept = {"rope_type": kind, "rope_theta": theta, **{key: rope[key] for key in FACTORS if rope.get(key) is not None}}
     if kind != "yarn":
         return kept
     # transformers takes both from elsewhere where they are missing; engines do not

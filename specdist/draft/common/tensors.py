@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from specdist.core.errors import DataError
+from specdist.core.model_config import read
 from specdist.draft.common import yarn
 from specdist.draft.common.sizes import LayerSizes
 
@@ -49,7 +50,7 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def layers_json(sizes: LayerSizes, target: PretrainedConfig, dtype: str) -> dict[str, Any]:
     """Decoder layers in words that transformers 4 and 5 both read the same way."""
-    text, rope = target.get_text_config(), yarn.for_engines(sizes.rope_parameters)
+    rope = yarn.for_engines(sizes.rope_parameters)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
         "hidden_size": sizes.hidden_size,
@@ -66,7 +67,7 @@ def layers_json(sizes: LayerSizes, target: PretrainedConfig, dtype: str) -> dict
         "attention_bias": False,
         "tie_word_embeddings": False,
         "use_cache": True,
-        **{key: getattr(text, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **{key: read(target, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
         "torch_dtype": dtype,
     }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
+from specdist.core.model_config import is_tied
 from specdist.core.records import FeatureLayout, TargetVocabulary
 from specdist.draft.algorithm import Algorithm, Contents, Trained, check_attention
 from specdist.draft.base import DraftModel
@@ -54,8 +55,7 @@ class Eagle3(Algorithm[Eagle3Config]):
     def layout(self, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:
         text, on_target = target.get_text_config(), self.config.teacher_head == "target"
         Eagle3Dims.of(self.config, target)
-        tied = target.tie_word_embeddings or text.tie_word_embeddings
-        if self.embedding_on_host and tied and needs_head(self.config, text.vocab_size):
+        if self.embedding_on_host and is_tied(target) and needs_head(self.config, text.vocab_size):
             raise ConfigError.at(
                 "draft.eagle3.embedding",
                 "=host saves nothing: the target's embedding is its output head, which the draft needs on the device: "

@@ -12,8 +12,13 @@ from specdist.target.base import Engine, TargetModel, weights_and_activations
 from specdist.target.config import TargetConfig
 from specdist.target.description import TargetDescription, common_divisors
 
+WITHOUT_FEATURES = {"longcat_flash": "runs two layers in each of its blocks, and only blocks hand out their output"}
+"""Model types that cannot be captured, and why."""
+
 
 def check(config: TargetConfig, target: TargetDescription) -> None:
+    if (reason := WITHOUT_FEATURES.get(target.text_config.model_type)) is not None:
+        raise ConfigError.at("target.path", f"={config.path}: {target.text_config.model_type} {reason}: not supported")
     if config.tp == 1:
         return
     heads, kv_heads, path = target.heads, target.kv_heads, target.path

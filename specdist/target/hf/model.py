@@ -51,15 +51,14 @@ class HfTarget(TargetModel):
         self.layout, self.device, self.dtype = layout, device, compute_dtype(config, target)
         # Of the model only the decoder is kept: what else was loaded is freed with it.
         model = load_model(target, self.dtype, device, group)
-        self.decoder: PreTrainedModel = model.get_decoder()
+        self.decoder, layers = find_decoder(model, target.layers)
         self._own_attention = own_attention(self.decoder, target.text_config)
         self.decoder.set_attn_implementation(self._own_attention)
         self.packs = False
         self._out: Tensor | None = None
-        layers = find_layers(self.decoder, target)
         self._layers = len(layers)
         for column, index in enumerate(layout.captured_layers):
-            layers[index].register_forward_hook(self._capture(column))
+            layers[index].register_forward_hook(self._capture(column, index))
         self._settle_prefill(config, target)
 
     @torch.no_grad()
@@ -84,12 +83,18 @@ class HfTarget(TargetModel):
             self.layout.final_state(out).copy_(states.last_hidden_state[0])
         self._out = None
 
-    def _capture(self, column: int) -> Callable[[nn.Module, Any, Any], None]:
+    def _capture(self, column: int, layer: int) -> Callable[[nn.Module, Any, Any], None]:
         columns = slice(column * self.layout.hidden_size, (column + 1) * self.layout.hidden_size)
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            hidden_1TH = output[0] if isinstance(output, tuple) else output
             assert self._out is not None, "the decoder runs only inside HfTarget.forward"
+            hidden_1TH = output[0] if isinstance(output, tuple) else output
+            if hidden_1TH.shape[-2:] != (len(self._out), self.layout.hidden_size):
+                raise DataError.at(
+                    "target.path",
+                    f": layer {layer} of {type(self.decoder).__name__} hands out {list(hidden_1TH.shape)}, and not one "
+                    f"hidden state of {self.layout.hidden_size} a token: such a target has no features for a draft",
+                )
             self._out[:, columns].copy_(hidden_1TH[0])
 
         return hook
@@ -136,14 +141,17 @@ class HfTarget(TargetModel):
         return obstacle
 
 
-def find_layers(decoder: nn.Module, target: TargetDescription) -> nn.ModuleList:
-    """The decoder layers: the first list of modules, from the outside in, that has one for every hidden layer."""
+def find_decoder(model: PreTrainedModel, count: int) -> tuple[PreTrainedModel, nn.ModuleList]:
+    """The model without its head, and its `count` layers: the first list of so many modules, from the outside in."""
+    decoder = model.get_decoder()
     lists = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList)]
-    for _, modules in sorted(lists, key=lambda found: found[0].count(".")):
-        if len(modules) == target.layers:
-            return modules
-    held = ", ".join(f"{name} ({len(m)})" for name, m in lists) or "none"
-    raise DataError(f"{target.path}: no list of {target.layers} layers in {type(decoder).__name__}; it has: {held}")
+    for name, modules in sorted(lists, key=lambda found: found[0].count(".")):
+        if len(modules) == count:
+            # What `get_decoder` hands out may have the head still (Llama 4's language model alone).
+            held = decoder.get_submodule(name.rpartition(".")[0])
+            return held if isinstance(held, PreTrainedModel) else decoder, modules
+    found = ", ".join(f"{name} ({len(m)})" for name, m in lists) or "none"
+    raise DataError.at("target.path", f": {type(decoder).__name__} has no list of {count} layers; it has: {found}")
 
 
 def own_attention(decoder: PreTrainedModel, config: PretrainedConfig) -> str:

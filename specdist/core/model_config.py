@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a model's configuration, which families write in ways of their own.
+
+Wrappers of several modes nest the language model's part and may keep a key on either level; a key may be a property of
+the class, be absent from the class altogether, or have one value a layer. All reading of a target's configuration goes
+through here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys that count the experts of a mixture: Qwen, Llama 4; Mixtral, gpt-oss, MiniMax; DeepSeek, GLM, Kimi; ERNIE."""
+STREAMS = ("hc_mult", "hc_count", "altup_num_inputs", "hc_num_streams")
+"""Keys that count the residual streams side by side: DeepSeek-V4, GLM-5-next, HY-V4; Qwen4; Gemma 3n."""
+
+
+def text_part(config: PretrainedConfig) -> PretrainedConfig:
+    """The language model's part of a configuration: itself, where nothing is nested."""
+    return config.get_text_config(decoder=True)
+
+
+def per_layer(config: PretrainedConfig, key: str) -> list[Any]:
+    """The value of `key` in every layer of the language model; None where the configuration does not have it.
+
+    Values that differ come from `per_layer_config` (transformers 5.2x: Gemma 4) or from a list with one value a layer
+    (Gemma 3n).
+    """
+    text = text_part(config)
+    count = int(getattr(text, "num_hidden_layers", 1))
+    if getattr(text, "is_heterogeneous", False):
+        return [getattr(layer, key, None) for layer in text.per_layer_config]
+    value = getattr(text, key, None)
+    if isinstance(value, list | tuple) and len(value) == count:
+        return list(value)
+    return [value] * count
+
+
+def read(config: PretrainedConfig, key: str, default: Any = None) -> Any:
+    """A number or word that holds for the model: of the language model's part, else of the wrapper, else `default`.
+
+    Where layers differ, what most of them have.
+    """
+    values = per_layer(config, key)
+    alike = all(value == values[0] for value in values)
+    value = values[0] if alike else Counter(values).most_common(1)[0][0]
+    if value is None:
+        value = getattr(config, key, None)
+    return default if value is None else value
+
+
+def has_experts(config: PretrainedConfig) -> bool:
+    """Whether the model's MLPs are mixtures of experts."""
+    return any(read(config, key) for key in EXPERTS)
+
+
+def residual_streams(config: PretrainedConfig) -> int:
+    """How many hidden states a token has between layers: more than one with hyper-connections or AltUp."""
+    return max([1, *(int(read(config, key) or 1) for key in STREAMS)])
+
+
+def is_tied(config: PretrainedConfig) -> bool:
+    """Whether the output head is the input embedding."""
+    return any(getattr(part, "tie_word_embeddings", False) for part in (config, text_part(config)))

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One family's way through everything that a target meets: plan, features, teacher, training, replay, export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdist.core.errors import UserError
+from specdist.core.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
+from specdist.draft.base import DraftModel
+from specdist.draft.build import build_draft
+from specdist.draft.config import DraftConfig
+from specdist.evaluate.config import EvaluateConfig
+from specdist.evaluate.decoding import decode
+from specdist.evaluate.replay import ReplayTally, tally_answers
+from specdist.evaluate.target import EvaluationTarget
+from specdist.export import Trained, export_draft, load_exported
+from specdist.job.config import examine, load_job
+from specdist.job.plan import make_plan, render
+from specdist.target.registry import load_target
+from specdist.target.verify import verify
+from specdist.target.vocabulary import load_target_vocabulary
+from tests.targets.families import Family
+
+CPU = torch.device("cpu")
+LENGTHS = (11, 1, 23, 9)
+EXACT = 1e-5
+"""Relative error of a row, packed in fp32 against transformers document by document."""
+TOKENS = 16
+DRAFTS: dict[str, tuple[str, ...]] = {
+    "eagle3": ("draft.eagle3.ttt_length=3",),
+    "dflash": ("draft.algorithm=dflash", "draft.dflash.block_size=5", "draft.dflash.mask_token_id=95"),
+    "dspark": (
+        "draft.algorithm=dspark",
+        "draft.dspark.block_size=4",
+        "draft.dspark.mask_token_id=95",
+        "draft.dspark.num_layers=1",
+        "draft.dspark.layers=[1,3,5]",
+        "draft.dspark.markov_rank=8",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one family with one algorithm.
+
+    Attributes:
+        refused: what `specdist plan` says, if it says no.
+        packed: whether documents share a forward.
+        decodes: why `specdist eval --decode` refuses the target, if it does.
+        error: largest relative error of features.
+    """
+
+    refused: str | None = None
+    packed: bool = False
+    decodes: str | None = None
+    error: float = 0.0
+
+
+def walk(family: Family, algorithm: str, path: Path, engine: str = "hf") -> Outcome:
+    """Raises whatever goes wrong after `specdist plan` has said yes."""
+    family.write_config(path / "target")
+    try:
+        job = load_job([], _words(path, algorithm, engine))
+        render(make_plan(job, ["host"] * 2, 80 * 2**30))
+    except UserError as error:
+        return Outcome(refused=str(error))
+    family.write_weights(path / "target")
+    facts = examine(job)
+    render(make_plan(job, ["host"] * 2, 80 * 2**30))
+    target, layout = facts.target, facts.layout
+    plain = plain_model(family, target.path)
+    batch = make_batch()
+    model = load_target(job.target, layout, CPU)
+    features = Features(layout, layout.empty(len(batch.tokens)).fill_(torch.nan))
+    model.forward(batch, features.rows)
+    error = relative(features.rows, plain_features(plain, layout, batch))
+    assert error < EXACT, f"features are off by {error:.1e}"
+    verify(model, batch)
+    vocabulary = load_target_vocabulary(target, torch.float32)
+    check_teacher(plain, vocabulary, batch)
+    draft = build_draft(job.draft, target.config, vocabulary)
+    train(draft, batch, features)
+    try:
+        decodes = None
+        check_replay(job.draft, draft, target, layout, model)
+    except UserError as refused:
+        decodes = str(refused)
+    check_exports(job.draft, draft, target, path)
+    return Outcome(None, getattr(model, "packs", True), decodes, error)
+
+
+def _words(path: Path, algorithm: str, engine: str) -> list[str]:
+    prompts = path / "prompts.jsonl"
+    prompts.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    return [
+        f"run.dir={path / 'run'}", "world.device=cpu", f"target.path={path / 'target'}", f"prompts.files=[{prompts}]",
+        "target.dtype=float32", f"target.engine={engine}", "prompts.max_length=128", "prompts.tokens_per_rank=256",
+        *DRAFTS[algorithm],
+    ]  # fmt: skip
+
+
+def make_batch(lengths: tuple[int, ...] = LENGTHS) -> PackedTokens:
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(4, 90, (n,), generator=generator) for n in lengths]
+    return PackedTokens.from_documents(ids, [torch.ones(n, dtype=torch.bool) for n in lengths])
+
+
+def plain_model(family: Family, path: Path) -> PreTrainedModel:
+    """The class that config.json names, as transformers loads it."""
+    cls: Any = getattr(transformers, family.architecture)
+    caps = family.keys.get("attn_logit_softcapping")
+    # transformers' default attention ignores the soft cap
+    return cls.from_pretrained(path, dtype=torch.float32, **({"attn_implementation": "eager"} if caps else {})).eval()
+
+
+def plain_features(plain: PreTrainedModel, layout: FeatureLayout, batch: PackedTokens) -> Tensor:
+    """What transformers itself gives, document by document: hidden_states[i + 1] is the output of layer i."""
+    rows = []
+    for ids in batch.tokens.split(batch.lengths):
+        with torch.no_grad():
+            states = plain(input_ids=ids[None], output_hidden_states=True, use_cache=False).hidden_states
+        shift = 0 if "mamba" in plain.config.model_type else 1  # those of Mamba leave the embedding out
+        rows.append(torch.cat([*(states[i + shift][0] for i in layout.captured_layers), states[-1][0]], dim=-1))
+    return torch.cat(rows)[:, : layout.width]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1)).max().item()
+
+
+def check_teacher(plain: PreTrainedModel, vocabulary: TargetVocabulary, batch: PackedTokens) -> None:
+    """The distribution that the loss teaches is the target's."""
+    ids = batch.tokens[: LENGTHS[0]][None]
+    with torch.no_grad():
+        output = plain(input_ids=ids, output_hidden_states=True, use_cache=False)
+        taught = vocabulary.logits(output.hidden_states[-1][0]).log_softmax(-1)
+        kl = torch.nn.functional.kl_div(
+            taught, output.logits[0].log_softmax(-1), log_target=True, reduction="batchmean"
+        )
+    assert kl < 1e-6, f"the teacher is off by a KL of {kl:.1e}"
+
+
+def train(draft: DraftModel, batch: PackedTokens, features: Features, steps: int = 12) -> None:
+    optimizer = torch.optim.AdamW(draft.parameters(), 5e-3)
+    losses = []
+    for _ in range(steps):
+        supervision = draft.supervise(batch, batch, features, 0)
+        loss = draft(batch, features, supervision, supervision.counts)[0]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0], f"the loss does not fall: {losses}"
+
+
+def check_replay(config: DraftConfig, draft: DraftModel, target: Any, layout: FeatureLayout, model: Any) -> None:
+    """Replay needs the forwards of decoding. Raises ConfigError where the target cannot decode."""
+    decoder = EvaluationTarget.load(target, layout, CPU, torch.float32)
+    prompts = [ids.tolist() for ids in make_batch((3, 9, 30)).tokens.split([3, 9, 30])]
+    replies = [reply.tokens for reply in decode(decoder, prompts, EvaluateConfig(max_new_tokens=TOKENS))]
+    texts = [torch.tensor(prompt + reply) for prompt, reply in zip(prompts, replies, strict=True)]
+    marks = [torch.arange(len(text)) >= len(prompt) for prompt, text in zip(prompts, texts, strict=True)]
+    batch = PackedTokens.from_documents(texts, marks)
+    features = Features(layout, layout.empty(len(batch.tokens)))
+    model.forward(batch, features.rows)
+    train(draft, batch, features, 30)
+    replayed = draft.eval().replay(batch, batch, features, 4)
+    tallies = [ReplayTally.of(row) for row in tally_answers(batch, replayed.accepted.numpy(), None, None, 4)[1]]
+    found = decode(decoder, prompts, EvaluateConfig(max_new_tokens=TOKENS, draft_tokens=4), draft.proposer())
+    assert [reply.tokens for reply in found] == replies
+    assert [tally.forwards[-1] for tally in tallies] == [reply.forwards for reply in found]
+    assert min(tally.forwards[-1] for tally in tallies) < TOKENS - 1, "a draft that gets nothing right tests nothing"
+
+
+def check_exports(config: DraftConfig, draft: DraftModel, target: Any, path: Path) -> None:
+    state = {name: p.detach() for name, p in draft.state_dict().items()}
+    for format in config.chosen.formats:
+        trained = Trained(state, torch.arange(target.vocab_size), target.config, str(target.path), None)
+        load_exported(export_draft(path / format, format, config, trained))
