@@ -140,10 +140,13 @@ def test_what_cannot_be_shown_is_said_in_a_line(tmp_path, capsys, monkeypatch):
     (unmeasured / "metrics.jsonl").unlink()
     broken = make_run(tmp_path / "broken")
     (broken / "metrics.jsonl").write_text("[1}\n")
+    no_config = make_run(tmp_path / "no_config")
+    (no_config / "config.yaml").write_text("a: b: c")
     for directories, said in (
         ([tmp_path], "is no run directory"),
         ([unmeasured], "metrics.jsonl has no record; "),
         ([broken], "metrics.jsonl:1: no record of metrics"),
+        ([no_config], "cannot be read: mapping values are not allowed"),
         ([run, other_target], "cannot be compared: their targets are models/tiny and models/other"),
         ([run, other_text], "other held-out text, 8 answers with 128 tokens (a, b) and 4 answers with 64 tokens (a)"),
         ([run, run], "a run is given twice"),

@@ -68,12 +68,12 @@ def make_charts(runs: Sequence[RunRecords]) -> list[Chart]:
         _over_steps(
             "acceptance",
             "Acceptance length",
-            "Tokens per target forward. Held out: by replay of text that is not trained on, what greedy serving gives.",
+            "Tokens per target forward. Held out: by replay, what greedy serving gives; expected: at the temperature.",
             "tokens per target forward",
             runs,
             _Curve("acceptance_length", "held out", _held_out, mode="lines+markers"),
-            _Curve("expected_acceptance_length", "held out, expected at the temperature", _held_out, "dash"),
-            _Curve("simulated_acceptance_length", "training text, simulated", _training, "dot"),
+            _Curve("expected_acceptance_length", "held out, expected", _held_out, "dash"),
+            _Curve("simulated_acceptance_length", "trained on, simulated", _training, "dot"),
         ),
         _over_steps(
             "loss",
@@ -248,7 +248,10 @@ def _time_of_roles(runs: Sequence[RunRecords]) -> Chart:
         "yaxis": {"autorange": "reversed"},
         "height": 230 + 34 * len(rows),
     }
-    note = "All of the run's time: start-up of the newest start, training, evaluations, and saving with the export."
+    note = (
+        "All of the run's time: start-up of the newest start, training (computing: all that is not waiting), "
+        "evaluations, and saving with the export."
+    )
     return Chart("roles", "Time of both roles", note, traces, layout)
 
 

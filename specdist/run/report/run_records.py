@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from specdist.core.attempts import AttemptRecord, attempts
 from specdist.core.errors import ConfigError, DataError
@@ -115,12 +116,12 @@ def _read(path: Path, name: str) -> RunRecords:
     paths = RunPaths(path)
     if not paths.config.exists():
         raise ConfigError(f"{path} is no run directory: it has no config.yaml (give the run.dir of a job)")
-    records = _metrics(paths.metrics)
-    if not records:
-        state = describe(path).splitlines()[0]
-        raise ConfigError(f"nothing to report yet: {paths.metrics} has no record; {state}")
-    held_out = [record for record in records if f"{HELD_OUT}loss" in record]
     try:
+        records = _metrics(paths.metrics)
+        if not records:
+            state = describe(path).splitlines()[0]
+            raise ConfigError(f"nothing to report yet: {paths.metrics} has no record; {state}")
+        held_out = [record for record in records if f"{HELD_OUT}loss" in record]
         config = _flat(OmegaConf.to_container(OmegaConf.load(paths.config)))
         evaluations = [_evaluation(file) for file in sorted((path / "evaluations").glob("step-*.json"))]
         last = max(record["step"] for record in records)
@@ -135,21 +136,22 @@ def _read(path: Path, name: str) -> RunRecords:
             read_json(paths.status, Status),
             attempts(path),
         )
-    except (OSError, OmegaConfBaseException) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    except (OSError, OmegaConfBaseException, YAMLError) as error:
+        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     found = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         if not line.endswith("}"):  # being written
             continue
         try:
-            found.append({**json.loads(line)})
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path}:{number}: no record of metrics: {error}") from error
+            record = json.loads(line)
+            found.append({"step": record["step"], "time": record["time"], **record})
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}:{number}: no record of metrics: {type(error).__name__}: {error}") from error
     return found
 
 
@@ -169,7 +171,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def _names(directories: Sequence[Path]) -> list[str]:
     """The end of each path that tells it from the others."""
-    parts = [path.absolute().parts for path in directories]
+    parts = [path.resolve().parts for path in directories]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
