@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from specdist.draft.served_by import ServedBy
 C = TypeVar("C")
 Contents = tuple[dict[str, Any], dict[str, Tensor]]
 """What a directory for a serving engine holds: config.json, and the tensors of the weight file."""
+Serving = Literal["greedy", "sampled"]
+"""What `draft.serving` may be."""
 WIDE = 4
 """Bytes of a number in fp32, which sums are made in."""
 
@@ -116,6 +118,7 @@ class Algorithm(ABC, Generic[C]):
         benchmark: `key=value` words of its section for measurements, which have neither prompts nor a tokenizer.
         formats: what a draft can be written as.
         served_by: the engines that serve it.
+        config: the options, with what follows from `draft.serving` filled in.
     """
 
     name: ClassVar[str]
@@ -125,7 +128,7 @@ class Algorithm(ABC, Generic[C]):
     formats: ClassVar[tuple[str, ...]]
     served_by: ClassVar[tuple[ServedBy, ...]] = ()
 
-    def __init__(self, config: C) -> None:
+    def __init__(self, config: C, serving: Serving = "greedy") -> None:
         self.config = config
 
     # What follows from the configuration.

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from specdist.core.config import complete
 from specdist.core.errors import ConfigError
-from specdist.draft.algorithm import Algorithm, ExportedDraft
+from specdist.draft.algorithm import Algorithm, ExportedDraft, Serving
 from specdist.draft.registry import ALGORITHMS, DEFAULT
 
 
@@ -20,6 +20,9 @@ class DraftConfig:
 
     algorithm: str = DEFAULT
     """Which draft to train; its own options are in the section of that name."""
+    serving: Serving = "greedy"
+    """How drafts will be made, which decides what is taught where no loss is given. greedy: the draft's most likely
+    tokens, as SGLang and vLLM do by default at any temperature; sampled: from its distribution."""
     dp: int | None = None
     """Data-parallel draft ranks; null takes all ranks the target leaves."""
     cp: int = 1
@@ -53,7 +56,7 @@ class DraftConfig:
     @property
     def chosen(self) -> Algorithm[Any]:
         """The algorithm in use, with its options."""
-        return ALGORITHMS[self.algorithm](getattr(self, self.algorithm))
+        return ALGORITHMS[self.algorithm](getattr(self, self.algorithm), self.serving)
 
     def with_options(self, options: object) -> DraftConfig:
         """With another section of the algorithm in use."""

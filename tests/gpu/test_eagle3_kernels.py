@@ -140,15 +140,16 @@ def test_logits(vocabulary: int, logit_map: LogitMap, dtype: torch.dtype) -> Non
     student[1, 2] = products[1] * 3  # agrees
     log_sum_exp = logit_map(products).logsumexp(-1) + 0.3
     weights = torch.rand(rows, steps, device=DEVICE)
-    before, wide = student.clone(), student.float().clone()
-    terms = losses.row_terms(wide, products.float(), logit_map, log_sum_exp, choice, weights, LossKind("kl"))
-    others = logits.kl_row_terms(student, products, logit_map, log_sum_exp, choice, weights)
-    assert bool(terms[2][1, 2])
-    torch.testing.assert_close(others, terms, rtol=1e-4, atol=1e-4)
-    assert_close([student], [wide], dtype)
+    before = student
+    for kind in (LossKind("kl"), LossKind("mixed")):
+        student, wide = before.clone(), before.float().clone()
+        terms = losses.row_terms(wide, products.float(), logit_map, log_sum_exp, choice, weights, kind)
+        others = logits.kl_row_terms(student, products, logit_map, log_sum_exp, choice, weights, kind)
+        assert bool(terms[2][1, 2])
+        torch.testing.assert_close(others, terms, rtol=1e-4, atol=1e-4)
+        assert_close([student], [wide], dtype)
 
-    student = before.clone()
-    wide = student.float().clone()
+    student, wide = before.clone(), before.float().clone()
     terms = losses.hard_row_terms(wide, choice, weights)
     torch.testing.assert_close(logits.hard_row_terms(student, choice, weights), terms, rtol=1e-4, atol=1e-4)
     assert_close([student], [wide], dtype)

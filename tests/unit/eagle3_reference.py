@@ -167,6 +167,8 @@ def expected(case: Case[Eagle3Draft], totals: Tensor | None = None) -> Expected:
         for (i, k), student in reference.students(tokens, rows[:, : 3 * HIDDEN]).items():
             if i + 2 + k >= len(tokens) or not mask[i + 2 + k]:
                 continue
+            if config.pairs == "served" and not mask[i + 1 : i + 2 + k].all():
+                continue
             logits = reference.logits(rows[i + 1 + k, 3 * HIDDEN :])
             q, full = student.softmax(0), logits.softmax(0)[ids]
             acceptance = sum(torch.minimum(full[v], q[v]) for v in range(len(ids)))
@@ -184,6 +186,8 @@ def expected(case: Case[Eagle3Draft], totals: Tensor | None = None) -> Expected:
                 loss = -q[ids.index(best)].log()
             elif config.loss == "kl":
                 loss = entropy
+            elif config.loss == "mixed":
+                loss = (entropy - q[ids.index(best)].log()) / 2
             elif config.loss == "tv":
                 loss = 1 - acceptance
             elif config.loss == "lk_alpha":

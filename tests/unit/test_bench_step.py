@@ -27,12 +27,15 @@ def test_operations_of_the_qwen3_8b_shape() -> None:
     """By hand, for 4 documents of 2,048: products with weights, and causal attention."""
     target = AutoConfig.for_model(**SHAPES["qwen3-8b"])
     config = draft_config(eagle3=Eagle3Config(vocab_size=32000))
+    hard = draft_config(eagle3=Eagle3Config(vocab_size=32000, loss="argmax"))
     layer = 4096 * 6144 + 4096 * 4096 + 3 * 4096 * 12288  # the state's half of q, k, v
     once = 3 * 4096 * 4096 + 4096 * 6144 + 4096 * 2048  # fusion, the embeddings' half, the first keys and values
     attention = 2 * 4096 * 2049 / 2  # multiply-adds of a token
     teacher = 4096 * (151936 + 32000)
     per_token = 2 * (3 * (once + 7 * (layer + attention + 4096 * 32000)) + teacher)
     assert config.chosen.cost(target).flops(packed([2048] * 4, 1.0)) / 8192 == pytest.approx(per_token, rel=2e-3)
+    saved = (config.chosen.cost(target).flops(b := packed([2048] * 4, 1.0)) - hard.chosen.cost(target).flops(b)) / 8192
+    assert saved == pytest.approx(2 * 4096 * 32000, rel=1e-3)
     late = 2 * (3 * (once + 7 * (layer + 1.5 * attention + 4096 * 32000) / 2) + teacher / 2)
     assert config.chosen.cost(target).flops(packed([2048] * 4, 0.5)) / 8192 == pytest.approx(late, rel=5e-3)
 

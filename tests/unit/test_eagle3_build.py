@@ -62,8 +62,9 @@ def test_a_tied_embedding_that_the_draft_needs_as_a_head_stays_on_the_device() -
         config = draft_config(eagle3=Eagle3Config(embedding="host", **options))  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=r"embedding=host saves nothing: .*teacher_head=target and a"):
             config.chosen.layout(target, torch.float32)
-    config = draft_config(eagle3=Eagle3Config(embedding="host", teacher_head="target", vocab_size=5))
-    assert config.chosen.layout(target, torch.float32).argmax_lse
+    for options in ({"vocab_size": 5}, {"loss": "argmax"}):
+        config = draft_config(eagle3=Eagle3Config(embedding="host", teacher_head="target", **options))  # type: ignore[arg-type]
+        assert config.chosen.layout(target, torch.float32).argmax_lse
 
 
 def test_on_a_cpu_the_embedding_is_on_the_host_anyway() -> None:
@@ -78,6 +79,11 @@ def test_on_a_cpu_the_embedding_is_on_the_host_anyway() -> None:
 def test_its_section_is_read() -> None:
     config = load(DraftConfig, [], ["eagle3.layers=[1,2,3]", "eagle3.loss=lk_alpha"])
     assert config.chosen.config == Eagle3Config(layers=(1, 2, 3), loss="lk_alpha")
+
+
+def test_how_it_is_served_decides_the_loss() -> None:
+    words = {"": "mixed", "serving=sampled": "kl", "serving=sampled eagle3.loss=tv": "tv"}
+    assert {w: load(DraftConfig, [], w.split()).chosen.config.loss for w in words} == words
 
 
 def test_layout_needs_no_weights() -> None:

@@ -12,14 +12,16 @@ from tests.unit import eagle3_reference as reference
 from tests.unit.eagle3_reference import STEPS, build_case, gradients, run
 
 VARIANTS = {
-    "kl": {},
-    "whole vocabulary": {"pruned": False},
-    "fc_norm": {"fc_norm": True},
-    "norm_output": {"norm_output": True},
-    "eagle-3.1, lk_lambda": {"fc_norm": True, "norm_output": True, "loss": "lk_lambda"},
-    "recompute": {"recompute": 3},
     "argmax": {"loss": "argmax"},
+    "kl": {"loss": "kl"},
+    "whole vocabulary": {"loss": "kl", "pruned": False},
+    "fc_norm": {"loss": "kl", "fc_norm": True},
+    "norm_output": {"loss": "kl", "norm_output": True},
+    "eagle-3.1, lk_lambda": {"fc_norm": True, "norm_output": True, "loss": "lk_lambda"},
+    "recompute": {"loss": "kl", "recompute": 3},
     "argmax, whole vocabulary": {"loss": "argmax", "pruned": False},
+    "pairs as served": {"pairs": "served"},
+    "mixed": {},
     "tv": {"loss": "tv"},
     "lk_alpha": {"loss": "lk_alpha"},
     "lk_lambda": {"loss": "lk_lambda", "lk_eta": 1.5},

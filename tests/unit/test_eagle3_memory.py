@@ -34,7 +34,7 @@ MEASURED: list[tuple[int, int, dict[str, Any], float]] = [
 @pytest.mark.parametrize("case", MEASURED, ids=str)
 def test_the_peak_is_foreseen(case: tuple[int, int, dict[str, Any], float]) -> None:
     tokens, active, options, measured = case
-    config = Eagle3Config(vocab_size=32000, **options)
+    config = Eagle3Config(vocab_size=32000, loss="mixed", **options)
     dims = Eagle3Dims.of(config, AutoConfig.for_model(**SHAPES["qwen3-8b"]))
     cost = Eagle3Cost(config, dims)
     step = sum(cost.step_bytes(tokens, active, itemsize=2, compiled=True).values())

@@ -42,6 +42,7 @@ def defined(name: LossName, s: Tensor, logits: Tensor, best: int, eta: float) ->
     share = torch.exp(-eta * acceptance).detach()
     loss = {
         "kl": entropy,
+        "mixed": (entropy - log_q[best]) / 2,
         "tv": 1 - acceptance,
         "lk_alpha": -acceptance.log(),
         "lk_lambda": share * entropy + (1 - share) * (1 - acceptance),

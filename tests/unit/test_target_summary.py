@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 from specdist.core.records import FeatureLayout, Features, PackedTokens
 from specdist.draft.build import build_draft
+from specdist.draft.common.losses import LossName
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.run.feature_source import random_rows
@@ -89,12 +90,13 @@ def test_supervised_rows_are_those_before_supervised_tokens() -> None:
     assert supervised_rows(batch).tolist() == [1, 2, 4]
 
 
-def test_a_draft_learns_the_same_from_either_side(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["argmax", "kl"])
+def test_a_draft_learns_the_same_from_either_side(tmp_path: Path, name: LossName) -> None:
     config = TargetConfig(path=str(make_target(tmp_path)))
     batch, target = make_batch(), LlamaConfig.from_pretrained(config.path)
     found = []
     for side in ("draft", "target"):
-        options = Eagle3Config(layers=(0, 2, 4), ttt_length=3, teacher_head=side)  # type: ignore[arg-type]
+        options = Eagle3Config(layers=(0, 2, 4), ttt_length=3, loss=name, teacher_head=side)  # type: ignore[arg-type]
         vocabulary = load_target_vocabulary(describe(config.path))
         draft = build_draft(draft_config(eagle3=options), target, vocabulary, torch.arange(0, VOCAB, 3))
         assert (draft.frozen.whole_head is None) == (side == "target")

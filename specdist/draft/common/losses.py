@@ -8,6 +8,7 @@ full softmax on the same tokens, y the target's argmax, and a = sum_v min(p'_v, 
 speculative sampling accepts the draft (arXiv 2302.01318; as a loss: 2602.23881):
     argmax     -log q_y                                dL/ds_v = q_v - [v = y]
     kl         CE = -sum_v p_v log q_v                 dL/ds_v = q_v - p_v
+    mixed      half argmax, half kl
     tv         1 - a                                   da/ds_v = q_v ([q_v < p'_v] - sum_u q_u [q_u < p'_u])
     lk_alpha   -log a
     lk_lambda  w CE + (1 - w)(1 - a), w = exp(-eta a) per position and without gradient
@@ -24,7 +25,7 @@ from torch import Tensor
 from specdist.core.records import LogitMap
 from specdist.draft.common.precision import at_least_fp32
 
-LossName = Literal["argmax", "kl", "tv", "lk_alpha", "lk_lambda"]
+LossName = Literal["argmax", "mixed", "kl", "tv", "lk_alpha", "lk_lambda"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,9 @@ def row_terms(
     elif kind.name == "tv":
         loss, grad = 1 - acceptance, -acceptance_gradient(q, full)
     else:
+        if kind.name == "mixed":
+            label = torch.arange(s.shape[-1], device=s.device) == argmax[:, None, None]
+            p = (p + label.to(p.dtype)) / 2
         loss, grad = log_q[..., 0] - (p * s).sum(-1), q - p
         if kind.name == "lk_lambda":
             share = (-kind.eta * acceptance).exp()

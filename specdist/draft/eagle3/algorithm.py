@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from transformers import PretrainedConfig
 from specdist.core.errors import ConfigError
 from specdist.core.model_config import is_tied
 from specdist.core.records import FeatureLayout, TargetVocabulary
-from specdist.draft.algorithm import Algorithm, Contents, Trained, check_attention
+from specdist.draft.algorithm import Algorithm, Contents, Serving, Trained, check_attention
 from specdist.draft.base import DraftModel
+from specdist.draft.common.losses import LossName
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.cost import Eagle3Cost, needs_head
@@ -24,6 +26,10 @@ from specdist.draft.served_by import ServedBy
 
 if TYPE_CHECKING:
     from specdist.draft.eagle3.reader import ExportedEagle3
+
+
+BEST_LOSS: dict[Serving, LossName] = {"greedy": "mixed", "sampled": "kl"}
+"""What accepts most: docs/LOG.md."""
 
 
 class Eagle3(Algorithm[Eagle3Config]):
@@ -35,6 +41,9 @@ class Eagle3(Algorithm[Eagle3Config]):
     benchmark = ("vocab_size=32000",)
     formats = ("sglang", "speculators")
     served_by = (ServedBy("SGLang", "EAGLE3", "0.5.12"), ServedBy("vLLM", "eagle3", "0.22", formats))
+
+    def __init__(self, config: Eagle3Config, serving: Serving = "greedy") -> None:
+        super().__init__(config if config.loss else replace(config, loss=BEST_LOSS[serving]))
 
     def check(self, dtype: str, device: str, draft_tokens: int | None) -> None:
         if self.config.products == "fp8" and dtype == "float32":

@@ -10,7 +10,7 @@ from typing import Literal
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
-from specdist.draft.common.losses import LossName
+from specdist.draft.common.losses import LossKind, LossName
 from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, layer_sizes, read
 
 SECTION = "draft.eagle3"
@@ -36,9 +36,12 @@ class Eagle3Config(LayerOptions):
     """EAGLE-3.1: the next step takes the normed state instead of the un-normed one."""
     init_head: Literal["target", "random"] = "target"
     """Where the draft's output head starts: the target's head rows of the draft vocabulary, or random."""
-    loss: LossName = "kl"
-    """argmax: cross entropy with the target's most likely token; kl: with its distribution; with a the chance that
-    sampling accepts the draft, tv: 1 - a, lk_alpha: -log a, lk_lambda: a mixture of kl and tv."""
+    loss: LossName | None = None
+    """Null follows draft.serving: mixed for greedy, kl for sampled. argmax: cross entropy with the target's most
+    likely token; kl: with its distribution; mixed: half of each. With a the chance that sampling accepts the draft, tv:
+    1 - a; lk_alpha: -log a; lk_lambda: a mixture of kl and tv."""
+    pairs: Literal["all", "served"] = "all"
+    """Which rows a TTT step is taught at: all, or those that serving drafts at, whose next token is of the answer."""
     lk_eta: float = 3.0
     """lk_lambda: a position weighs its cross entropy by exp(-lk_eta * acceptance), 1 - acceptance by the rest."""
     loss_chunk: int = 4096
@@ -76,6 +79,12 @@ class Eagle3Config(LayerOptions):
             raise ConfigError.at("draft.eagle3.step_decay", f"is {self.step_decay}: it must be above 0 and at most 1")
         if self.lk_eta < 0.0:
             raise ConfigError.at("draft.eagle3.lk_eta", f"is {self.lk_eta}: it must not be negative")
+
+    @property
+    def loss_kind(self) -> LossKind:
+        """`loss`, which the algorithm has filled in (`Algorithm.config`)."""
+        assert self.loss is not None
+        return LossKind(self.loss, self.lk_eta)
 
     def captured_layers(self, num_layers: int) -> tuple[int, ...]:
         """The captured layers of a target of `num_layers` layers.

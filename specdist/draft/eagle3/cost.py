@@ -12,14 +12,13 @@ from dataclasses import dataclass
 
 from specdist.core.records import PackedTokens
 from specdist.draft.algorithm import WIDE, Cost
-from specdist.draft.common.losses import LossKind
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 
 
 def needs_head(config: Eagle3Config, vocab_size: int) -> bool:
     """Whether the target's whole head lies on a draft rank's device."""
     whole = (config.vocab_size or vocab_size) >= vocab_size
-    return config.teacher_head == "draft" or (whole and not LossKind(config.loss).hard)
+    return config.teacher_head == "draft" or (whole and not config.loss_kind.hard)
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Eagle3Cost(Cost):
 
     @property
     def _hard(self) -> bool:
-        return LossKind(self.config.loss).hard
+        return self.config.loss_kind.hard
 
     def flops(self, batch: PackedTokens) -> float:
         """What is trained costs three times its forward. Once, on all tokens: the fusion of the captured layers, the
@@ -41,7 +40,8 @@ class Eagle3Cost(Cost):
         draft runs it and, unless the loss is on the argmax alone, the draft's part of it, costs a forward."""
         from specdist.draft.eagle3.rows import Rows  # it imports FlexAttention
 
-        rows, tokens, dims = Rows.of(batch, self.config.ttt_length), len(batch.tokens), self.dims
+        rows = Rows.of(batch, self.config.ttt_length, served=self.config.pairs == "served")
+        tokens, dims = len(batch.tokens), self.dims
         hidden, queries, keys = dims.hidden_size, dims.query_width, dims.key_width
         active, taught = len(rows.active), len(rows.taught)
         pairs = int((rows.student >= 0).sum())

@@ -15,7 +15,6 @@ from specdist.core.errors import ConfigError
 from specdist.core.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
 from specdist.draft.base import DraftModel, Replayed, Supervision
 from specdist.draft.common.flex import takes_flex
-from specdist.draft.common.losses import LossKind
 from specdist.draft.common.rotary import Rotary, rotate
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.attention import DocumentAttention, eager_attention, flex_attention
@@ -38,8 +37,8 @@ class Eagle3Frozen:
 
     Attributes:
         embedding: [V, H], the target's input embedding.
-        head: [V_d, H], the target's head rows of the draft vocabulary; in host memory where the loss is on the argmax
-            alone, for only a new draft starts from it then.
+        head: [V_d, H], the target's head rows of the draft vocabulary; not on the device where the loss is on the
+            argmax alone: then it is no more than what a new draft starts from.
         whole_head: [V, H], the target's head; None where the target side runs it.
         logit_map: the target's, from products with its head to logits.
         vocabulary: the draft vocabulary.
@@ -63,13 +62,14 @@ class Eagle3Frozen:
         if host and importlib.util.find_spec("triton") is None:
             raise ConfigError.at("draft.eagle3.embedding", "=host needs Triton, which is not installed: use device")
         embedding = target.embedding.cpu().pin_memory() if host else target.embedding.to(device)
-        here, hard, whole = config.teacher_head == "draft", LossKind(config.loss).hard, None
+        here, hard, whole = config.teacher_head == "draft", config.loss_kind.hard, None
         if here or (vocabulary.whole and not hard):
             whole = embedding if tied and not host else target.head.to(device)
         if vocabulary.whole and whole is not None:
             head = whole
         else:
-            head = target.head[vocabulary.ids.to(target.head.device)].to("cpu" if hard else device)
+            head = target.head[vocabulary.ids.to(target.head.device)]
+            head = head if hard else head.to(device)
         return cls(embedding, head, whole if here else None, target.logit_map, vocabulary, rotary)
 
 
@@ -100,7 +100,6 @@ class Eagle3Draft(DraftModel):
         self.config, self.dims, self.layout = config, dims, layout
         self.frozen = Eagle3Frozen.of(config, target, vocabulary, Rotary.of(dims, device))
         self.scale = dims.head_dim**-0.5
-        self.loss_kind = LossKind(config.loss, config.lk_eta)
         self.metric_names = tuple(f"{name}/{k}" for k in range(config.ttt_length) for name in (*SUMS, "positions"))
 
         for name, module in modules(dims, config.fc_norm, device, dtype).items():
@@ -125,6 +124,7 @@ class Eagle3Draft(DraftModel):
             max(self.config.loss_chunk * len(frozen.head) // len(frozen.embedding), 1),
             self.ops.argmax_lse,
             self.share,
+            self.config.pairs == "served",
         )
         return Supervision(teacher.counts(), {"teacher": teacher, "lengths": tuple(host_batch.lengths)})
 
@@ -153,12 +153,14 @@ class Eagle3Draft(DraftModel):
         return Eagle3LossInputs(
             teacher=teacher,
             final=features.final,
-            head=None if self.loss_kind.hard else self.frozen.head,
+            head=None if self.config.loss_kind.hard else self.frozen.head,
             logit_map=self.frozen.logit_map,
             weights=self.config.step_decay**steps / totals.clamp(min=1.0),
-            kind=self.loss_kind,
+            kind=self.config.loss_kind,
             chunk=self.config.loss_chunk,
-            terms={"argmax": ops.hard_row_terms, "kl": ops.kl_row_terms}.get(self.config.loss, ops.row_terms),
+            terms={"argmax": ops.hard_row_terms, "mixed": ops.kl_row_terms, "kl": ops.kl_row_terms}.get(
+                self.config.loss_kind.name, ops.row_terms
+            ),
         )
 
     def task(self, rows: Rows, lengths: tuple[int, ...], products: str | None = None) -> UnrollTask:

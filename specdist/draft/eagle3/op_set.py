@@ -20,7 +20,7 @@ Op = Callable[..., Any]
 @dataclass(frozen=True)
 class Eagle3Ops:
     """One of each, see the functions of those names in `ops`, `fp8`, `losses` and `specdist.core.argmax_lse`.
-    `kl_row_terms` is `row_terms` for the loss kl."""
+    `kl_row_terms` is `row_terms` for the losses kl and mixed."""
 
     norm: Op = ops.norm
     norm_backward: Op = ops.norm_backward

@@ -16,7 +16,7 @@ from torch import Tensor
 from specdist.core.records import Features, LogitMap, PackedTokens
 from specdist.draft.base import Replayed
 from specdist.draft.common.losses import LossKind
-from specdist.draft.eagle3.rows import Rows, replayed_by
+from specdist.draft.eagle3.rows import Rows
 from specdist.draft.eagle3.unroll import Unrolled, Weights
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def replay(
 ) -> Replayed:
     """`DraftModel.replay`. Rows of logits are held `loss_chunk` at one time."""
     device, tokens = features.rows.device, len(batch.tokens)
-    rows = Rows.of(host_batch, count, draft.share, replayed_by(host_batch, count)).to(device)
+    rows = Rows.of(host_batch, count, draft.share, served=True).to(device)
     accepted = torch.zeros(tokens, dtype=torch.int64, device=device)
     expected = torch.zeros(tokens, count, device=device) if temperature else None
     agreed = _agreed(draft, batch, host_batch, features)

@@ -44,10 +44,10 @@ class Rows:
     teacher: Tensor
 
     @classmethod
-    def of(cls, host_batch: PackedTokens, steps: int, share: ContextShare = WHOLE, reach: Tensor | None = None) -> Rows:
-        """This rank's share of the rows of a batch on the CPU, for `steps` TTT steps. `reach`: default `reached_by`."""
+    def of(cls, host_batch: PackedTokens, steps: int, share: ContextShare = WHOLE, served: bool = False) -> Rows:
+        """This rank's share of the rows of a batch on the CPU, for `steps` TTT steps. `served`: see `reached_by`."""
         positions = host_batch.positions.long()
-        reach = reached_by(host_batch, steps) if reach is None else reach
+        reach = reached_by(host_batch, steps, served)
         # Rows p - reach .. p - 1 of every p: +1 where such a run begins, -1 where it ends.
         supervised = reach.nonzero().flatten()
         edges = torch.zeros(len(positions) + 1, dtype=torch.int64)
@@ -80,19 +80,15 @@ class Rows:
         return on_device(self, device)
 
 
-def reached_by(host_batch: PackedTokens, steps: int) -> Tensor:
+def reached_by(host_batch: PackedTokens, steps: int, served: bool = False) -> Tensor:
     """int64 [T]: how many of the `steps` steps reach a row as a supervised position: as many as there are rows before
-    it in its document, none where its next token is not supervised or not in the document."""
-    positions, supervised = host_batch.positions.long(), host_batch.supervised
-    reach = torch.zeros_like(positions)
-    reach[:-1] = positions[:-1] * (supervised[1:] & (positions[1:] > 0))
-    return reach.clamp(max=steps)
-
-
-def replayed_by(host_batch: PackedTokens, steps: int) -> Tensor:
-    """`reached_by` from the rows that serving can draft at alone: the token after such a row is of the same answer."""
-    reach = torch.zeros_like(host_batch.positions, dtype=torch.int64)
-    reach[:-1] = host_batch.places[1:] - 1
+    it in its document, none where its next token is not supervised or not in the document. `served`: only from rows
+    that serving drafts at, whose next token is of the same answer as all that are drafted."""
+    positions, reach = host_batch.positions.long(), torch.zeros_like(host_batch.positions, dtype=torch.int64)
+    if served:
+        reach[:-1] = host_batch.places[1:] - 1
+    else:
+        reach[:-1] = positions[:-1] * (host_batch.supervised[1:] & (positions[1:] > 0))
     return reach.clamp(min=0, max=steps)
 
 

@@ -49,6 +49,7 @@ def teach(
     chunk: int,
     find: ArgmaxLse = argmax_lse,
     share: ContextShare = WHOLE,
+    served: bool = False,
 ) -> Teacher:
     """Find the target's argmax at the supervised positions.
 
@@ -56,8 +57,9 @@ def teach(
         whole_head: [V, H], run over the last hidden states, `chunk` rows of logits at a time; None where the features
             bring the target's own.
         find: `argmax_lse`, or its compiled form.
+        served: whether only pairs that serving meets are taught.
     """
-    rows = Rows.of(host_batch, steps, share).to(features.rows.device)
+    rows = Rows.of(host_batch, steps, share, served).to(features.rows.device)
     if whole_head is None:
         argmax, log_sum_exp = features.argmax_lse(rows.taught)
         return Teacher(rows, vocabulary.to_draft[argmax], log_sum_exp)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`losses.row_terms` of the losses `kl` and `argmax`: rows of logits, read as rarely as can be."""
+"""`losses.row_terms` of the losses `kl`, `mixed` and `argmax`: rows of logits, read as rarely as can be."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _read(mine, vocabulary, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def
 @triton.jit
 def _row_terms(  # type: ignore[no-untyped-def]
     student, teacher, log_p, log_sum_exp, argmax, weights, loss, acceptance, agree, steps, vocabulary, scale, cap,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, MIXED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)  # of a row and a step
     row = pair // steps
@@ -49,6 +49,8 @@ def _row_terms(  # type: ignore[no-untyped-def]
         q = tl.where(inside, tl.exp(s - log_q), 0.0)
         p = tl.where(inside, tl.exp(t - log_p_here), 0.0)
         accepted += tl.sum(tl.minimum(q, p * full_share), axis=0)
+        if MIXED:
+            p = (p + (column == taught).to(tl.float32)) / 2
         inner += tl.sum(p * s, axis=0)
         tl.store(mine + column, (q - p) * weight, mask=inside)
     tl.store(loss + pair, tl.where(taught >= 0, log_q - inner, 0.0))
@@ -83,15 +85,15 @@ def kl_row_terms(
     log_sum_exp: Tensor,
     argmax: Tensor,
     weights: Tensor,
-    _kind: LossKind | None = None,
+    kind: LossKind,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`losses.row_terms` for the loss `kl`. Contiguous."""
+    """`losses.row_terms` for the losses `kl` and `mixed`. Contiguous."""
     rows, steps, vocabulary = student.shape
     found = torch.empty(3, rows, steps, dtype=torch.float32, device=student.device)
     _, log_p = argmax_lse(teacher, logit_map)
     _row_terms[(rows * steps,)](
         student, teacher, log_p, log_sum_exp, argmax, weights, *found, steps, vocabulary, *map_arguments(logit_map),
-        BLOCK=BLOCK, num_warps=8,
+        MIXED=kind.name == "mixed", BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return found[0], found[1], found[2]
 
