@@ -101,13 +101,21 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "Write a checkpoint as serving engines load it.", config=False)
     export.add_argument("config", nargs="*", metavar="CONFIG.yaml|key=value", help="files, then overrides")
     export.add_argument("--check", metavar="DIR", help="only check an exported draft, ours or another's")
-    export.add_argument("--checkpoint", metavar="DIR", help="a checkpoint of the run (default: its best, else newest)")
-    export.add_argument("--output", metavar="DIR", help="where to write (default: RUN_DIR/export)")
+    export.add_argument(
+        "--checkpoint", metavar="DIR", help="a checkpoint of the run, or its step (default: the best, else newest)"
+    )
+    text = (
+        "where to write (default: RUN_DIR/export; another checkpoint than the default one: a folder of its own in it)"
+    )
+    export.add_argument("--output", metavar="DIR", help=text)
+    text = "put the first of export.formats on the Hugging Face Hub, with its model card"
+    export.add_argument("--push", metavar="ORG/NAME", help=text)
     text = "Measure what serving would accept of a draft: by replay over held-out text, on the ranks of the job."
     evaluate = command("eval", _eval, text)
     evaluate.add_argument(
         "--draft", metavar="DIR", help="an exported draft, or its id on the Hub (default: what export would write)"
     )
+    evaluate.add_argument("--checkpoint", metavar="DIR", help="a checkpoint of the run, or its step, instead")
     evaluate.add_argument("--decode", action="store_true", help="decode prompts speculatively instead, in this process")
     evaluate.add_argument("--output", metavar="FILE", help="also write the report as JSON")
     bench = command("bench", _bench, "Measure a part on this machine, as JSON and as a table.", config=False)
@@ -249,10 +257,15 @@ def _export(args: argparse.Namespace) -> int:
     from specdist.run.offline import export_checkpoint
 
     files, overrides = words.split(args.config)
-    for path in export_checkpoint(files, overrides, checkpoint=args.checkpoint, output=args.output):
+    exports = export_checkpoint(files, overrides, checkpoint=args.checkpoint, output=args.output)
+    for path in exports:
         print(path, flush=True)
         for command in serve_commands(path):
             print(f"serve with {command.by.engine} >= {command.by.since}:\n{command.lines()}", file=sys.stderr)
+    if args.push:
+        from specdist.export.card import push
+
+        print(push(exports[0], args.push))
     return 0
 
 
@@ -264,11 +277,11 @@ def _eval(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     files, overrides = words.split(args.config)
     if args.decode:
-        print(decode_prompts(files, overrides, draft=args.draft, output=args.output))
+        print(decode_prompts(files, overrides, draft=args.draft, checkpoint=args.checkpoint, output=args.output))
         return 0
     from specdist_launch.local import evaluate
 
-    return evaluate(evaluation_words(files, overrides, args.draft), args.output)
+    return evaluate(evaluation_words(files, overrides, args.draft, args.checkpoint), args.output)
 
 
 def _keys(args: argparse.Namespace) -> int:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face Hub on this machine, for HF_ENDPOINT: what huggingface_hub and datasets ask of one for a download."""
+"""A Hugging Face Hub on this machine, for HF_ENDPOINT: what huggingface_hub and datasets ask of one for a download, and
+for a commit of small files."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -26,7 +28,7 @@ class Hub(ThreadingHTTPServer):
 
     Attributes:
         asked: method and path of every request so far, without those that tell the Hub about the client.
-        gated: repositories whose files it refuses with this status.
+        gated: repositories that it refuses with this status, or their files.
         delay_s: seconds that a weight file takes.
         silent: whether it leaves a request, by its method and path, without an answer.
     """
@@ -85,7 +87,35 @@ class _Handler(BaseHTTPRequestHandler):
             about = {"id": "/".join(parts[:2]), "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
             self._answer(200, json.dumps(listed if rest and rest[0] != "revision" else about).encode())
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        last = parts[-2] if parts[:2] == ["api", "models"] else parts[-1]
+        if last not in ("create", "validate-yaml", "preupload", "commit"):
+            return self.do_GET()
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked.append(f"POST {'/'.join(parts)}")
+        models = self.server.directory / "models"
+        if last == "create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            if status := self.server.gated.get(name):
+                return self._answer(status)
+            (models / name).mkdir(parents=True, exist_ok=True)
+            self._answer(200, json.dumps({"url": f"{self.server.endpoint}/{name}"}).encode())
+        elif last == "commit":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    path = models.joinpath(*parts[2:4], line["value"]["path"])
+                    path.write_bytes(base64.b64decode(line["value"]["content"]))
+            url = f"{self.server.endpoint}/{'/'.join(parts[2:4])}/commit/{COMMIT}"
+            self._answer(200, json.dumps({"commitUrl": url, "commitOid": COMMIT, "success": True}).encode())
+        else:
+            files = [
+                {**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body).get("files", ())
+            ]
+            self._answer(200, json.dumps({"files": files, "errors": [], "warnings": []}).encode())
 
     def _file(self, file: Path, repository: str) -> None:
         if repository in self.server.gated:

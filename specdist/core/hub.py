@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from filelock import FileLock, Timeout
 
-from specdist.core.errors import DataError, WorldError
+from specdist.core.errors import ConfigError, DataError, WorldError
 from specdist.core.worker import Worker
 
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
@@ -157,6 +157,33 @@ def refused(repository: Repository, error: Exception) -> DataError:
     if repository.kind == "dataset":
         return DataError.at(repository.key, f": {DATASET}{repository.id}{at}: {why}")
     return DataError.at(repository.key, f"={repository.id}{at}: there is no such directory, and {why}")
+
+
+def push(files: Mapping[str, Path | bytes], name: str, message: str) -> str:
+    """Commit files, by their names there, to the model repository `name`, which is made where there is none; returns
+    its address. What else it holds stays.
+
+    Raises:
+        ConfigError: `name` is not ORG/NAME.
+        DataError: the Hub refuses it, or gives no answer.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, get_session
+    from huggingface_hub.utils import httpx
+
+    repository = Repository.of(name, "--push")
+    if repository is None or "@" in name:
+        raise ConfigError(f"--push {name}: give ORG/NAME, a model repository on the Hugging Face Hub")
+    get_session().timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # of requests that the library gives none
+    added = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
+    try:
+        HfApi().create_repo(repository.id, exist_ok=True)
+        HfApi().create_commit(repository.id, added, commit_message=message)
+    except (httpx.HTTPError, errors.OfflineModeIsEnabled, OSError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        log_in = ": log in with a token that may write there (`hf auth login`, or HF_TOKEN)"
+        why = f"{constants.ENDPOINT} refuses it{log_in}" if status in (401, 403) else _line(error)
+        raise DataError(f"--push {repository.id}: {why}") from error
+    return f"{constants.ENDPOINT}/{repository.id}"
 
 
 def watched(download: Callable[[], T], folders: Sequence[Path], name: str, key: str, say: Say) -> T:

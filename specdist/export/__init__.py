@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def export_draft(
     trained: Trained,
     options: ExportConfig | None = None,
     overwrite: bool = False,
+    origin: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a trained draft for serving engines; the directory appears complete or not at all.
 
@@ -32,6 +34,7 @@ def export_draft(
         format: one that the draft's algorithm has.
         draft: the configuration it was trained with.
         overwrite: replace an export that is already in the directory.
+        origin: what config.json and the model card say of where the draft comes from (`specdist.run.origin`).
 
     Returns:
         The directory.
@@ -40,6 +43,7 @@ def export_draft(
         ConfigError: the directory is taken, or the engines cannot serve such a draft; the message says why.
         DataError: a tensor is missing, unknown, of the wrong shape or not finite, or the vocabulary is none.
     """
+    from specdist.export.card import model_card
     from specdist.export.directory import check_free, write_directory  # login nodes have no use for it
     from specdist.export.lint import check_contents
 
@@ -52,9 +56,11 @@ def export_draft(
         "target": trained.target_path,
         "target_architectures": list(trained.target.architectures or ()),
         "draft_tokens": draft.chosen.draft_tokens(options),
+        **(origin or {}),
     }
     check_contents(Path(directory), config, tensors)
-    return write_directory(Path(directory), config, tensors, overwrite)
+    card = model_card(config, str(Path(directory).absolute()))
+    return write_directory(Path(directory), config, tensors, card, overwrite)
 
 
 def written_formats(draft: DraftConfig, options: ExportConfig) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ engine reads."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def form(config: dict[str, Any]) -> str:
+def form(config: Mapping[str, Any]) -> str:
     """The name in `export.formats` of the form that a config.json has."""
     return "speculators" if "speculators_model_type" in config else "sglang"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model directory on disk: config.json and model.safetensors, written so that it is there whole or not at all."""
+"""A model directory on disk: config.json, model.safetensors and README.md, written so that it is there whole or not at
+all."""
 
 from __future__ import annotations
 
@@ -17,15 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specdist.core.errors import ConfigError, DataError
+from specdist.export.card import CARD
 from specdist.export.config_json import CONFIG, read_config
 
 WEIGHTS, LEGACY_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 
 
 def write_directory(
-    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], overwrite: bool = False
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str, overwrite: bool = False
 ) -> Path:
-    """Write the two files into a directory beside `directory`, then rename it: a kill leaves no half of an export.
+    """Write the three files into a directory beside `directory`, then rename it: a kill leaves no half of an export.
 
     With `overwrite`, an earlier export makes way; anything else that is in the way stays, and is an error.
 
@@ -42,6 +44,9 @@ def write_directory(
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (partial / CARD).write_text(card, encoding="utf-8")
+        # safetensors writes for the owner alone; this one follows the umask
+        (partial / WEIGHTS).chmod((partial / CONFIG).stat().st_mode)
         if directory.exists():
             directory.rename(earlier)
         partial.rename(directory)
@@ -65,7 +70,7 @@ def check_free(directory: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"{directory} is not empty; export elsewhere, or replace what is there with overwrite=true")
-    if foreign := names - {CONFIG, WEIGHTS}:
+    if foreign := names - {CONFIG, WEIGHTS, CARD}:
         raise ConfigError(
             f"{directory} holds more than an export ({', '.join(sorted(foreign)[:5])}); overwrite=true replaces "
             "exports only, so that nothing else is lost"

@@ -18,6 +18,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from specdist.core.errors import DataError
 from specdist.draft.registry import ALGORITHMS
@@ -79,10 +80,17 @@ def serve_commands(
     for key, value in (("target", target), ("draft_tokens", draft_tokens)):
         if value is None:
             raise DataError(f"{path / CONFIG}: {OURS}.{key} is missing: the draft was not exported by this version")
+    told = {**config, OURS: {"target": target, "draft_tokens": draft_tokens}}
+    return commands_of(told, name or str(path.absolute()))
+
+
+def commands_of(config: Mapping[str, Any], name: str) -> list[ServeCommand]:
+    """The same of the config.json of an export of ours, which servers find by `name`."""
+    ours = config[OURS]
     dtype = config.get("torch_dtype") or config.get("dtype") or "auto"
     engines = next((a.served_by for a in ALGORITHMS.values() if a.recognises(config)), ())
     return [
-        ServeCommand(by, str(target), name or str(path.absolute()), int(draft_tokens or 0), dtype)
+        ServeCommand(by, str(ours["target"]), name, int(ours["draft_tokens"]), dtype)
         for by in engines
         if form(config) in by.formats
     ]

@@ -74,7 +74,10 @@ class RunDirectory(RunPaths):
             self._vocabulary.unlink(missing_ok=True)
             return
         temporary = self._vocabulary.with_suffix(".tmp")
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors writes for the owner alone, whatever the umask
         save_file({"ids": ids.to(torch.int64).contiguous()}, temporary)
+        temporary.chmod(mode)
         temporary.rename(self._vocabulary)
 
     def vocabulary(self) -> Tensor | None:

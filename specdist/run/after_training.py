@@ -27,6 +27,7 @@ from specdist.job.split import verdict
 from specdist.run.context import RankContext
 from specdist.run.drafts import load_state, new_draft
 from specdist.run.judge import read_evaluation
+from specdist.run.origin import origin
 from specdist.scheduler.messages import ProducerReport
 from specdist.target.vocabulary import load_target_vocabulary
 
@@ -99,7 +100,7 @@ def finish(context: RankContext, outcome: Outcome) -> Ending:
         state = outcome.state
         if best not in (None, last):
             state = load_state(new_draft(job, context.facts, run_dir, torch.device("cpu")), best)
-        exports = export_all(job, context.facts, run_dir, state)
+        exports = export_all(job, context.facts, run_dir, state, read_progress(best).step if best else step)
         summary["exports"] = [str(path) for path in exports]
     before, after = read_evaluation(run_dir, 0), read_evaluation(run_dir, read_progress(best).step if best else step)
     if after is not None:
@@ -122,18 +123,24 @@ def _earlier(run_dir: RunDirectory, step: int) -> dict[str, object]:
 
 
 def export_all(
-    job: JobConfig, facts: JobFacts, run_dir: RunDirectory, state: Mapping[str, Tensor], directory: Path | None = None
+    job: JobConfig,
+    facts: JobFacts,
+    run_dir: RunDirectory,
+    state: Mapping[str, Tensor],
+    step: int,
+    directory: Path | None = None,
 ) -> list[Path]:
-    """Write every format of `export.formats` into a directory of its name (under the run's export/ by default)."""
+    """Write the draft after `step` steps in every format of `export.formats`, into a directory of the format's name
+    (under the run's export/ by default)."""
     ids = run_dir.vocabulary()
     vocabulary = torch.arange(facts.target.vocab_size) if ids is None else ids
     embedding = None
     if job.export.embedding:
         embedding = load_target_vocabulary(facts.target, facts.target_dtype).embedding
     trained = Trained(state, vocabulary, facts.target.config, served_name(job.target.path), embedding)
-    exports = directory or run_dir.exports
+    exports, come = directory or run_dir.exports, origin(job, run_dir, step)
     return [
-        export_draft(exports / name, name, job.draft, trained, job.export, overwrite=True)
+        export_draft(exports / name, name, job.draft, trained, job.export, overwrite=True, origin=come)
         for name in written_formats(job.draft, job.export)
     ]
 

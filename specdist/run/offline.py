@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from specdist.core.errors import ConfigError
 from specdist.core.files import to_json, write_atomically
 from specdist.core.hub import resolve
-from specdist.core.progress import best_checkpoint, committed, read_progress
+from specdist.core.progress import best_checkpoint, checkpoint_path, committed, read_progress
 from specdist.draft.base import DraftModel
 from specdist.evaluate.report import render
 from specdist.job.config import JobConfig, JobFacts, examine, load_job
@@ -30,19 +31,29 @@ CPU = torch.device("cpu")
 def export_checkpoint(
     files: Sequence[str], overrides: Sequence[str], checkpoint: str | None = None, output: str | None = None
 ) -> list[Path]:
-    """Write a checkpoint in every format of `export.formats`; returns the directories. Default: the run's best one by
-    `checkpoint.keep_best`, else its newest."""
+    """Write a checkpoint in every format of `export.formats`; returns the directories.
+
+    Args:
+        checkpoint: a directory, or the name or step of one of the run's. By default the run's best one by
+            `checkpoint.keep_best`, else its newest.
+        output: where to. By default the run's export/, for another checkpoint than that one a folder of its name in it.
+    """
     job = load_job(files, overrides)
     facts, run_dir = _examined(job), RunDirectory(Path(job.run.dir))
     run_dir.check_draft(job)
     path = _checkpoint(job, checkpoint)
+    if output is None and checkpoint is not None and path.absolute() != _usual(job).absolute():
+        output = str(run_dir.exports / path.name)
     state = load_state(new_draft(job, facts, run_dir, CPU), path)
-    return export_all(job, facts, run_dir, state, Path(output) if output else None)
+    return export_all(job, facts, run_dir, state, read_progress(path).step, Path(output) if output else None)
 
 
-def evaluation_words(files: Sequence[str], overrides: Sequence[str], draft: str | None) -> list[str]:
-    """The words of a run, in RUN_DIR/evaluation, that does nothing but evaluate an exported draft; by default of the
-    checkpoint that export takes."""
+def evaluation_words(
+    files: Sequence[str], overrides: Sequence[str], draft: str | None, checkpoint: str | None = None
+) -> list[str]:
+    """The words of a run, in RUN_DIR/evaluation, that does nothing but evaluate an exported draft; by default of
+    `checkpoint`, as export takes it."""
+    _check_one(draft, checkpoint)
     job = load_job(files, overrides)
     if not job.prompts.holdout:
         raise ConfigError.at("prompts.holdout", "is not set: give files of held-out conversations, or a share")
@@ -50,7 +61,7 @@ def evaluation_words(files: Sequence[str], overrides: Sequence[str], draft: str 
     if (directory / "config.yaml").exists():
         shutil.rmtree(directory)  # of the evaluation before
     if draft is None:
-        draft = str(export_checkpoint(files, overrides, output=str(directory / "draft"))[0])
+        draft = str(export_checkpoint(files, overrides, checkpoint, str(directory / "draft"))[0])
     prompts = ready_prompts(job) if job.prompts.answers == "target" else job.prompts
     holdout = prompts.holdout if isinstance(prompts.holdout, float) else json.dumps(prompts.holdout)
     texts = [f"prompts.files={json.dumps(prompts.files)}", f"prompts.holdout={holdout}", "prompts.answers=data"]
@@ -67,9 +78,14 @@ def evaluation_words(files: Sequence[str], overrides: Sequence[str], draft: str 
 
 
 def decode_prompts(
-    files: Sequence[str], overrides: Sequence[str], draft: str | None = None, output: str | None = None
+    files: Sequence[str],
+    overrides: Sequence[str],
+    draft: str | None = None,
+    checkpoint: str | None = None,
+    output: str | None = None,
 ) -> str:
-    """Decode prompts with an exported draft, or with the checkpoint that export takes; returns the report as text."""
+    """Decode prompts with an exported draft, or with `checkpoint`, as export takes it; returns the report as text."""
+    _check_one(draft, checkpoint)
     job = load_job(files, overrides)
     if output and not Path(output).absolute().parent.is_dir():
         raise ConfigError(f"--output {output}: there is no directory {Path(output).absolute().parent}")
@@ -78,7 +94,8 @@ def decode_prompts(
             "evaluate.prompts", "is empty, and prompts.holdout is not set: give files of held-out prompts"
         )
     facts, device = _examined(job), _device(job)
-    make = partial(exported_draft, job, facts, draft, device) if draft else partial(_run_draft, job, facts, device)
+    ours = partial(_run_draft, job, facts, checkpoint, device)
+    make = partial(exported_draft, job, facts, draft, device) if draft else ours
     (report,) = evaluate_drafts(job, facts, {"evaluate": make}, device)
     if output:
         write_atomically(Path(output), to_json(report.to_dict()))
@@ -90,17 +107,35 @@ def _examined(job: JobConfig) -> JobFacts:
     return examine(job)
 
 
-def _run_draft(job: JobConfig, facts: JobFacts, device: torch.device) -> DraftModel:
+def _check_one(draft: str | None, checkpoint: str | None) -> None:
+    if draft is not None and checkpoint is not None:
+        raise ConfigError("--draft and --checkpoint both say what to evaluate: give one")
+
+
+def _run_draft(job: JobConfig, facts: JobFacts, checkpoint: str | None, device: torch.device) -> DraftModel:
     run_dir = RunDirectory(Path(job.run.dir))
     run_dir.check_draft(job)
-    state = load_state(new_draft(job, facts, run_dir, CPU), _checkpoint(job, None))
+    state = load_state(new_draft(job, facts, run_dir, CPU), _checkpoint(job, checkpoint))
     return served_draft(job, facts, run_dir, device, state)
 
 
 def _checkpoint(job: JobConfig, given: str | None) -> Path:
-    if given is not None:
-        read_progress(Path(given))
-        return Path(given)
+    if given is None:
+        return _usual(job)
+    checkpoints, path = RunDirectory(Path(job.run.dir)).checkpoints, Path(given)
+    if not path.exists() and (step := re.fullmatch(r"(?:step-)?(\d+)", given)):
+        path = checkpoint_path(checkpoints, int(step[1]))
+        if path not in (found := committed(checkpoints)):
+            there = ", ".join(other.name for other in found) or "none"
+            raise ConfigError(
+                f"--checkpoint {given}: {checkpoints} has no complete one of this step; there are {there}"
+            )
+    read_progress(path)
+    return path
+
+
+def _usual(job: JobConfig) -> Path:
+    """The checkpoint that is exported unless another one is asked for."""
     checkpoints = RunDirectory(Path(job.run.dir)).checkpoints
     found = committed(checkpoints)
     if not found:

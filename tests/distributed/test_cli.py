@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("cli")
     target, prompts = make_target(directory / "target"), make_conversations(directory / "prompts.jsonl", count=1)
     held = make_conversations(directory / "held.jsonl", count=2, seed=1)
-    evaluation = {"prompts__holdout": f"[{held}]", "evaluate__max_new_tokens": 12}
+    evaluation = {"prompts__holdout": f"[{held}]", "evaluate__max_new_tokens": 12, "checkpoint__every": 2}
     words = make_config(directory, target, prompts, world__mode="colocated", draft__dp=1, **evaluation)
     done = specdist("train", *words)
     assert done.returncode == 0, done.stderr
@@ -63,6 +64,34 @@ def test_eval_takes_the_checkpoint_or_an_export(trained, tmp_path, capsys):
     during = json.loads((directory / "evaluations/step-00000004.json").read_text())
     assert json.loads(report.read_text())["labels"] == during["labels"]
     assert "by replay of held-out text" in done.stderr
+
+
+def test_an_export_says_what_it_is(trained, capsys):
+    directory, words, _ = trained
+    exports = directory / "run/export"
+    for folder in (exports / "sglang", exports / "speculators"):
+        ours = json.loads((folder / "config.json").read_text())["specdist"]
+        assert (ours["run"], ours["step"], ours["data"]) == ("run", 4, [str(directory / "prompts.jsonl")])
+        assert ours["configuration"]["draft.eagle3.layers"] == [0, 2, 4]
+        assert len(ours["evaluation"]["acceptance_length"]) == len(ours["evaluation"]["accepted"])
+        card = (folder / "README.md").read_text()
+        for part in ('license: "unknown"', "| step | 4 |", f"| 1 | {ours['evaluation']['acceptance_length'][0]:.2f} |"):
+            assert part in card
+        assert f'"model": "{folder}"' in card
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask()}
+    before = (exports / "sglang/config.json").read_text()
+    assert main(["export", *words, "--checkpoint", "2"]) == 0
+    written, *_ = capsys.readouterr().out.splitlines()
+    assert Path(written) == exports / "step-00000002/sglang"
+    assert json.loads((Path(written) / "config.json").read_text())["specdist"]["step"] == 2
+    assert (exports / "sglang/config.json").read_text() == before
+    assert main(["export", *words, "--checkpoint", "3"]) == 2
+    assert "has no complete one of this step; there are step-00000002, step-00000004" in capsys.readouterr().err
+
+
+def umask():
+    os.umask(found := os.umask(0))
+    return found
 
 
 def test_an_empty_shard_trains_as_if_it_were_not_there(trained, tmp_path):

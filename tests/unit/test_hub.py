@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+import yaml
 from filelock import FileLock
 
 from specdist.core import hub
@@ -48,6 +49,17 @@ from specdist.core import hub
 from specdist_launch.cli import main
 hub.SILENCE_S, hub.LOOK_S = 1.0, 0.1
 sys.exit(main(sys.argv[1:]))
+"""
+PUSH = """
+import sys
+from pathlib import Path
+from specdist.core.errors import UserError
+from specdist.export.card import push
+for name in sys.argv[2:]:
+    try:
+        print(push(Path(sys.argv[1]), name))
+    except UserError as error:
+        print(error)
 """
 DATASET = """
 import sys
@@ -123,6 +135,35 @@ def test_what_another_program_has_left_in_the_cache_is_completed(server: Hub, tm
     other = start(["-c", "from huggingface_hub import *; hf_hub_download('org/tiny', 'config.json')"], environment)
     assert other.wait() == 0
     assert "tokenizer.json" in names(resolve("org/tiny", tmp_path, server.endpoint))
+
+
+def test_an_export_is_put_there_under_a_card_of_its_name(server: Hub, tmp_path: Path, repositories: Path) -> None:
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    ours = {"target": "org/tiny", "draft_tokens": 3, "step": 7, "data": ["hub:org/chat/short:train", "a.jsonl"]}
+    config = {"architectures": ["LlamaForCausalLMEagle3"], "torch_dtype": "bfloat16", "specdist": ours}
+    files = {"config.json": json.dumps(config), "model.safetensors": "weights", "README.md": "of this machine"}
+    for name, text in files.items():
+        (draft / name).write_text(text)
+
+    server.gated["others/new"] = 403
+    words = ["-c", PUSH, str(draft), "org/new", "nowhere", "others/new"]
+    process = start(words, client_environment(server.endpoint, tmp_path))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    log_in = "log in with a token that may write there (`hf auth login`, or HF_TOKEN)"
+    assert out.splitlines() == [
+        f"{server.endpoint}/org/new",
+        "--push nowhere: give ORG/NAME, a model repository on the Hugging Face Hub",
+        f"--push others/new: {server.endpoint} refuses it: {log_in}",
+    ]
+    there = {path.name: path.read_text() for path in (repositories / "models/org/new").iterdir()}
+    card = there.pop("README.md")
+    assert there == {name: text for name, text in files.items() if name != "README.md"}
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["base_model"], front["license"], front["datasets"]) == ("org/tiny", "unknown", ["org/chat"])
+    assert "--speculative-draft-model-path org/new" in card
+    assert str(draft) not in card
 
 
 def test_a_directory_wins(server: Hub, tmp_path: Path) -> None:
