@@ -47,6 +47,20 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Drafted:
+    """What became of drafts.
+
+    Attributes:
+        forwards: target forwards that verified some.
+        accepted: of the draft in every position, how many of them accepted it; None where the engine does not say.
+            Engines count drafts behind the end of an answer, too.
+    """
+
+    forwards: int
+    accepted: list[int] | None = None
+
+
+@dataclass(frozen=True)
 class Reply:
     """What an engine wrote.
 
@@ -54,12 +68,14 @@ class Reply:
         finish_reason: `stop`, `length`, or `error`: then `text` says why, and it is not asked again.
         token_ids: as written; None where the engine tells no ids, and `text` has the answer.
         end: the token that ended it, where the engine says so beside the ids or the text.
+        drafted: what became of the drafts, where some were made and the engine tells of every answer.
     """
 
     finish_reason: str
     token_ids: list[int] | None = None
     text: str = ""
     end: int | None = None
+    drafted: Drafted | None = None
 
 
 class Engine(Protocol):

@@ -154,9 +154,9 @@ def _engine(asked: Assignment, device: torch.device, ends: frozenset[int], watch
         return EndpointEngine(config, served_name(asked.target.path), watch.note)
     target = replace(asked.target, path=str(resolve(asked.target.path, "target.path")))
     if target.engine == "sglang":
-        from specdist.generate.sglang import SglangEngine
+        from specdist.generate.sglang import sglang_engine
 
-        return SglangEngine(target, device, config.concurrency, ends, config.seed)
+        return sglang_engine(target, device, config.concurrency, ends, config.seed)
     from specdist.generate.hf import HfEngine
 
     return HfEngine(target, device, config.batch, ends, watch.alive)

@@ -1,65 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process in which SGLang's offline engine runs (see `sglang.py`): requests in, replies out, a line of JSON each.
+"""The process in which SGLang's offline engine runs (see `engine_child.py`).
 
 python -m specdist.generate.sglang_process '{"model_path": ...}'
-
-It ends at the end of its standard input, and when who has started it is gone.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import sys
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
-from specdist.core.stop import end_with_launcher
+from specdist.generate.engine_child import begin, serve
 
 
-async def serve(engine: Any, replies: Any) -> None:
-    """Answer the lines of standard input until it ends."""
-    loop = asyncio.get_running_loop()
-    lines = asyncio.StreamReader(limit=1 << 26)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    answering = set()
-    async for line in lines:
-        task = asyncio.create_task(answer(engine, json.loads(line), replies))
-        answering.add(task)
-        task.add_done_callback(answering.discard)
+async def generate(engine: Any, prompt: list[int], sampling: dict[str, Any]) -> dict[str, Any]:
+    """What SGLang's engine writes after `prompt`, as the fields of a reply."""
+    found = await engine.async_generate(input_ids=prompt, sampling_params=sampling)
+    about = found["meta_info"]
+    ended = about["finish_reason"]
+    kind = ended["type"] if ended["type"] in ("stop", "length") else "error"
+    matched = ended.get("matched")
+    return {
+        "finish_reason": kind,
+        "token_ids": list(found["output_ids"]),
+        "text": "" if kind != "error" else str(ended.get("message", ended)),
+        "end": matched if isinstance(matched, int) else None,
+        "drafted": drafted(about),
+    }
 
 
-async def answer(engine: Any, asked: dict[str, Any], replies: Any) -> None:
-    """One request; what SGLang refuses (a prompt that is too long, say) is told as an error of that request."""
-    number = asked.pop("id")
-    try:
-        found = await engine.async_generate(**asked)
-    except ValueError as error:
-        told: dict[str, Any] = {"finish_reason": "error", "text": str(error)}
-    else:
-        ended = found["meta_info"]["finish_reason"]
-        kind = ended["type"] if ended["type"] in ("stop", "length") else "error"
-        matched = ended.get("matched")
-        told = {
-            "finish_reason": kind,
-            "token_ids": list(found["output_ids"]),
-            "text": "" if kind != "error" else str(ended.get("message", ended)),
-            "end": matched if isinstance(matched, int) else None,
-        }
-    replies.write(json.dumps({"id": number, **told}) + "\n")
-    replies.flush()
+def drafted(about: dict[str, Any]) -> dict[str, Any] | None:
+    """What became of the drafts, by the `meta_info` of an answer: `spec_accept_histogram` counts the forwards that
+    accepted 0, 1, ... of them, also those behind an answer's end."""
+    if "spec_verify_ct" not in about:
+        return None
+    histogram = about.get("spec_accept_histogram")
+    at_least = list(accumulate(reversed(histogram)))[::-1][1:] if histogram else None
+    return {"forwards": about["spec_verify_ct"], "accepted": at_least}
 
 
 def main() -> None:
-    end_with_launcher()
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed is no reply
+    replies = begin()
     import sglang
 
     # Its own loop is the one that is current here, and its processes must not inherit the requests.
     engine = sglang.Engine(**json.loads(sys.argv[1]))
     try:
-        engine.loop.run_until_complete(serve(engine, replies))
+        engine.loop.run_until_complete(serve(partial(generate, engine), replies))
     finally:
         engine.shutdown()
 

@@ -14,8 +14,9 @@ from transformers import LlamaForCausalLM
 from specdist.core.errors import ConfigError, WorldError
 from specdist.generate import sglang
 from specdist.generate.engine import GREEDY, Engine, Reply, Request, Sampling
+from specdist.generate.engine_process import EngineProcess
 from specdist.generate.hf import HfEngine
-from specdist.generate.sglang import SglangEngine, server_arguments
+from specdist.generate.sglang import server_arguments, sglang_engine
 from specdist.target.config import TargetConfig
 from specdist.target.sglang.config import SglangConfig
 from tests.tiny import make_target
@@ -104,8 +105,8 @@ def test_the_process_of_sglang_answers_and_its_end_is_told(tmp_path: Path, monke
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(sglang.versions, "require", lambda: "0.5.20")
 
-    def engine() -> SglangEngine:
-        return SglangEngine(TargetConfig(path="m"), CPU, 8, {2}, 0)
+    def engine() -> EngineProcess:
+        return sglang_engine(TargetConfig(path="m"), CPU, 8, {2}, 0)
 
     asked = [Request(ids, 4, GREEDY, 0) for ids in ([1], [0, 5], [8])]
     assert write(engine(), asked) == [
@@ -133,4 +134,4 @@ def test_arguments_of_sglang_are_the_targets(monkeypatch: pytest.MonkeyPatch) ->
     assert "attention_backend" not in found
     monkeypatch.setattr(sglang.versions, "installed", lambda: None)
     with pytest.raises(ConfigError, match="SGLang is not installed here"):
-        SglangEngine(config, CPU, 1, (), 0)
+        sglang_engine(config, CPU, 1, (), 0)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers by an engine in a process of its own beside this one: SGLang's (`sglang.py`) or vLLM's (`vllm.py`).
+
+Such engines start processes for their tensor-parallel ranks and handle signals, and their import changes transformers.
+In its own process none of this reaches the rank, and when that ends all of its memory is free.
+Requests and replies are lines of JSON on its standard input and output (`engine_child.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from specdist.core.errors import WorldError
+from specdist.core.launch_env import without_world
+from specdist.generate.engine import Drafted, Reply, Request
+
+_END_S = 90.0
+"""How long the engine may take to end; SGLang's waits up to 60 s for its own processes."""
+
+
+class EngineProcess:
+    """One replica of the target.
+
+    Args:
+        name: the engine's, for errors.
+        module: what the process runs, as `python -m MODULE ARGUMENTS`.
+        arguments: the engine's keyword arguments.
+        ends: the tokens that end an answer.
+        environment: variables of the process alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        arguments: Mapping[str, Any],
+        concurrency: int,
+        ends: Collection[int],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name, self.concurrency = name, concurrency
+        self.drafted: Drafted | None = None
+        """Of all answers together, where the engine says so only at its end: known after `close`."""
+        self._command = [sys.executable, "-m", module, json.dumps(arguments)]
+        self._ends, self._environment = sorted(ends), dict(environment or {})
+        self._process: asyncio.subprocess.Process | None = None
+        self._waiting: dict[int, asyncio.Future[Reply]] = {}
+        self._said: deque[str] = deque(maxlen=20)
+        self._readers: list[asyncio.Task[None]] = []
+        self._asked = 0
+
+    async def open(self) -> None:
+        """Start the process; the model is loaded while the first requests wait."""
+        pipe = asyncio.subprocess.PIPE
+        environment = without_world(os.environ) | self._environment
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, limit=1 << 26
+        )
+        self._readers = [asyncio.create_task(self._read_replies()), asyncio.create_task(self._read_words())]
+
+    async def write(self, request: Request) -> Reply:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        if self._readers[0].done():
+            raise self._lost()
+        how, self._asked = request.sampling, self._asked + 1
+        given = {
+            "temperature": how.temperature,
+            "top_p": how.top_p,
+            "top_k": how.top_k or None,
+            "min_p": how.min_p,
+            "repetition_penalty": how.repetition_penalty,
+        }
+        sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        sampling |= {"max_new_tokens": request.limit, "stop_token_ids": self._ends}
+        asked = {"id": self._asked, "input_ids": request.prompt, "sampling_params": sampling}
+        reply = self._waiting[self._asked] = asyncio.get_running_loop().create_future()
+        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+        return await reply
+
+    async def close(self) -> None:
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        self._process.stdin.close()  # which asks it to end
+        try:
+            await asyncio.wait_for(self._process.wait(), _END_S)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+
+    async def _read_replies(self) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            told = json.loads(line)
+            drafted = told.pop("drafted", None)
+            drafted = drafted and Drafted(**drafted)
+            number = told.pop("id")
+            if number is None:
+                self.drafted = drafted
+            else:
+                self._waiting.pop(number).set_result(Reply(**told, drafted=drafted))
+        await self._process.wait()
+        await asyncio.sleep(0.5)  # for the last of its words
+        for reply in self._waiting.values():
+            reply.set_exception(self._lost())
+        self._waiting.clear()
+
+    async def _read_words(self) -> None:
+        """Its log goes to the rank's, and the last lines of it into an error."""
+        assert self._process is not None
+        assert self._process.stderr is not None
+        async for line in self._process.stderr:
+            text = line.decode(errors="replace").rstrip()
+            self._said.append(text)
+            print(text, file=sys.stderr, flush=True)
+
+    def _lost(self) -> WorldError:
+        assert self._process is not None
+        said = "\n".join(self._said)
+        return WorldError(
+            f"{self.name}'s engine ended with status {self._process.returncode} while it wrote answers:\n{said}"
+        )
