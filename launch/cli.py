@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = among.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         if config:
-            sub.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="files, then overrides")
+            sub.add_argument("config", nargs="+", metavar="CONFIG.yaml|RUN_DIR|key=value", help="files, then overrides")
         return sub
 
     train = command("train", _train, "Train a draft, here or over ssh: tokenise, start the ranks, export, evaluate.")
@@ -118,6 +118,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--checkpoint", metavar="DIR", help="a checkpoint of the run, or its step, instead")
     evaluate.add_argument("--decode", action="store_true", help="decode prompts speculatively instead, in this process")
     evaluate.add_argument("--output", metavar="FILE", help="also write the report as JSON")
+    text = "Check that an engine serves a draft as it was evaluated: SGLang or vLLM, on held-out prompts."
+    check = command("serve-check", _serve_check, text)
+    check.add_argument("--engine", choices=["sglang", "vllm"], help="default: the target's, else the one installed")
+    check.add_argument(
+        "--draft", metavar="DIR", help="an exported draft, or its id on the Hub (default: RUN_DIR/export)"
+    )
+    check.add_argument("--tolerance", type=float, default=0.01, metavar="SHARE", help="of the length (default 0.01)")
+    check.add_argument("--tokens", type=int, default=5000, metavar="N", help="the least for a verdict (default 5000)")
     bench = command("bench", _bench, "Measure a part on this machine, as JSON and as a table.", config=False)
     bench.add_argument(
         "part", choices=["channel", "decode", "pipeline", "scheduler", "step", "target"], help="what to measure"
@@ -282,6 +290,23 @@ def _eval(args: argparse.Namespace) -> int:
     from specdist_launch.local import evaluate
 
     return evaluate(evaluation_words(files, overrides, args.draft, args.checkpoint), args.output)
+
+
+def _serve_check(args: argparse.Namespace) -> int:
+    """0: served as evaluated; 1: not, or not judged; 2: it cannot be checked."""
+    from specdist.run import serve_check
+    from specdist_launch.local import evaluate
+
+    engine = {"sglang": "SGLang", "vllm": "vLLM"}.get(args.engine)
+    files, overrides = words.split(args.config)
+    check = serve_check.prepare(files, overrides, engine, args.draft)
+    decoded = check.decode()
+    status = evaluate(check.replay)
+    if status:
+        return status
+    report = serve_check.judge(check, *decoded, args.tolerance, args.tokens)
+    print(report.render())
+    return 0 if report.right else 1
 
 
 def _keys(args: argparse.Namespace) -> int:

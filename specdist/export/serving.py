@@ -44,9 +44,20 @@ class ServeCommand:
     dtype: str
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """The same as keyword arguments of the engine in Python."""
+        return _ARGUMENTS[self.by.engine](self)
+
+    @property
     def words(self) -> list[str]:
         """The command line, word by word."""
-        return _WORDS[self.by.engine](self)
+        options = self.arguments
+        if self.by.engine == "SGLang":
+            begin = ["python", "-m", "sglang.launch_server"]
+        else:
+            begin = ["vllm", "serve", options.pop("model")]
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in options.items()}
+        return [*begin, *(word for name, text in texts.items() for word in (f"--{name.replace('_', '-')}", text))]
 
     def __str__(self) -> str:
         return shlex.join(self.words)
@@ -96,35 +107,26 @@ def commands_of(config: Mapping[str, Any], name: str) -> list[ServeCommand]:
     ]
 
 
-def _sglang(command: ServeCommand) -> list[str]:
-    steps = {} if command.by.block else {"speculative-num-steps": command.draft_tokens}
-    options = {
-        "model-path": command.target,
+def _sglang(command: ServeCommand) -> dict[str, Any]:
+    steps = {} if command.by.block else {"speculative_num_steps": command.draft_tokens}
+    return {
+        "model_path": command.target,
         "dtype": command.dtype,
-        "speculative-algorithm": command.by.method,
-        "speculative-draft-model-path": command.draft,
+        "speculative_algorithm": command.by.method,
+        "speculative_draft_model_path": command.draft,
         **steps,
-        "speculative-eagle-topk": 1,
-        "speculative-num-draft-tokens": command.draft_tokens + 1,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": command.draft_tokens + 1,
     }
-    return ["python", "-m", "sglang.launch_server", *(f for k, v in options.items() for f in (f"--{k}", str(v)))]
 
 
-def _vllm(command: ServeCommand) -> list[str]:
+def _vllm(command: ServeCommand) -> dict[str, Any]:
     speculation = {
         "method": command.by.method,
         "model": command.draft,
         "num_speculative_tokens": command.draft_tokens,
     }
-    return [
-        "vllm",
-        "serve",
-        command.target,
-        "--dtype",
-        command.dtype,
-        "--speculative-config",
-        json.dumps(speculation),
-    ]
+    return {"model": command.target, "dtype": command.dtype, "speculative_config": speculation}
 
 
-_WORDS: Mapping[str, Callable[[ServeCommand], list[str]]] = {"SGLang": _sglang, "vLLM": _vllm}
+_ARGUMENTS: Mapping[str, Callable[[ServeCommand], dict[str, Any]]] = {"SGLang": _sglang, "vLLM": _vllm}

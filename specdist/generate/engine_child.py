@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the processes of engines have in common: requests in, replies out, a line of JSON each (`engine_process.py`).
 
-They end at the end of their standard input, and when who has started them is gone. A last line without a number tells
-what an engine counts of all answers together.
+They end at the end of their standard input, and when who has started them is gone. The first line says that the model
+is loaded; a last one may tell what the engine counts of the drafts of all answers together.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ async def serve(generate: Generate, replies: Any) -> None:
     loop = asyncio.get_running_loop()
     lines = asyncio.StreamReader(limit=1 << 26)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    tell(replies, {"ready": True})
     async with asyncio.TaskGroup() as group:  # an engine that fails ends the process, whose words are then told
         tasks = [group.create_task(_answer(generate, json.loads(line), replies)) async for line in lines]
         for task in tasks:

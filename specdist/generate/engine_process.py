@@ -54,6 +54,7 @@ class EngineProcess:
         self._said: deque[str] = deque(maxlen=20)
         self._readers: list[asyncio.Task[None]] = []
         self._asked = 0
+        self._ready = asyncio.Event()
 
     async def open(self) -> None:
         """Start the process; the model is loaded while the first requests wait."""
@@ -63,6 +64,13 @@ class EngineProcess:
             *self._command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, limit=1 << 26
         )
         self._readers = [asyncio.create_task(self._read_replies()), asyncio.create_task(self._read_words())]
+
+    async def ready(self) -> None:
+        """Returns when the model is loaded. Raises WorldError: the engine ended before."""
+        assert self._process is not None
+        await self._ready.wait()
+        if self._process.returncode is not None:
+            raise self._lost()
 
     async def write(self, request: Request) -> Reply:
         assert self._process is not None
@@ -101,15 +109,18 @@ class EngineProcess:
         assert self._process.stdout is not None
         async for line in self._process.stdout:
             told = json.loads(line)
+            if "ready" in told:
+                self._ready.set()
+                continue
             drafted = told.pop("drafted", None)
             drafted = drafted and Drafted(**drafted)
-            number = told.pop("id")
-            if number is None:
-                self.drafted = drafted
+            if "id" in told:
+                self._waiting.pop(told.pop("id")).set_result(Reply(**told, drafted=drafted))
             else:
-                self._waiting.pop(number).set_result(Reply(**told, drafted=drafted))
+                self.drafted = drafted
         await self._process.wait()
         await asyncio.sleep(0.5)  # for the last of its words
+        self._ready.set()
         for reply in self._waiting.values():
             reply.set_exception(self._lost())
         self._waiting.clear()

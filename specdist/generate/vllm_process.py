@@ -59,7 +59,7 @@ async def run(arguments: dict[str, Any], replies: Any) -> None:
     try:
         await serve(partial(generate, engine, sampling_params), replies)
         await asyncio.sleep(1)  # it counts the last forward after it has handed out the answer
-        tell(replies, {"id": None, "drafted": drafted(get_metrics_snapshot())})
+        tell(replies, {"drafted": drafted(get_metrics_snapshot())})
     finally:
         engine.shutdown()
 

@@ -6,15 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from transformers import AutoTokenizer
 
 from specdist.core.progress_bar import ProgressBar
 from specdist.draft.base import DraftModel
 from specdist.evaluate.decoding import evaluate
-from specdist.evaluate.prompts import read_prompts
+from specdist.evaluate.prompts import EvaluationPrompt, read_prompts
 from specdist.evaluate.report import EvaluationReport, Tally
 from specdist.evaluate.target import EvaluationTarget
 from specdist.job.config import JobConfig, JobFacts
+from specdist.prompts.render import load_tokenizer
 
 
 def obstacle(facts: JobFacts, device: torch.device) -> str | None:
@@ -37,6 +37,13 @@ def prompt_files(job: JobConfig) -> tuple[tuple[str, ...], float | None]:
     return (tuple(job.prompts.files), holdout) if isinstance(holdout, float) else (tuple(holdout), None)
 
 
+def heldout_prompts(job: JobConfig, facts: JobFacts) -> list[EvaluationPrompt]:
+    """The prompts that are decoded. Raises DataError, see `read_prompts`."""
+    files, share = prompt_files(job)
+    tokenizer = load_tokenizer(facts.target.path, job.prompts)
+    return read_prompts(files, tokenizer, job.evaluate.limit, job.prompts.template_kwargs, share)
+
+
 def evaluate_drafts(
     job: JobConfig,
     facts: JobFacts,
@@ -51,11 +58,9 @@ def evaluate_drafts(
         check: called after every forward; what it raises ends the evaluation.
 
     Raises:
-        ConfigError, DataError: see `read_prompts`, `EvaluationTarget` and `evaluate`.
+        ConfigError, DataError: see `heldout_prompts`, `EvaluationTarget` and `evaluate`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(facts.target.path)
-    files, share = prompt_files(job)
-    prompts = read_prompts(files, tokenizer, job.evaluate.limit, job.prompts.template_kwargs, share)
+    prompts = heldout_prompts(job, facts)
     tokens, sources = [p.tokens for p in prompts], [p.file for p in prompts]
     target: EvaluationTarget | None = None
     reports = []

@@ -17,13 +17,14 @@ from specdist.core.files import to_json, write_atomically
 from specdist.core.hub import resolve
 from specdist.core.progress import best_checkpoint, checkpoint_path, committed, read_progress
 from specdist.draft.base import DraftModel
-from specdist.evaluate.report import render
+from specdist.evaluate.report import EvaluationReport, render
 from specdist.job.config import JobConfig, JobFacts, examine, load_job
 from specdist.job.run_dir import RunDirectory
 from specdist.run.after_training import export_all
 from specdist.run.answers import ready_prompts
 from specdist.run.drafts import exported_draft, load_state, new_draft, served_draft
 from specdist.run.evaluation import evaluate_drafts, prompt_files
+from specdist.run.serving import evaluate_served
 
 CPU = torch.device("cpu")
 
@@ -61,7 +62,7 @@ def evaluation_words(
     if (directory / "config.yaml").exists():
         shutil.rmtree(directory)  # of the evaluation before
     if draft is None:
-        draft = str(export_checkpoint(files, overrides, checkpoint, str(directory / "draft"))[0])
+        draft = str(_exported(files, overrides, job, checkpoint))
     prompts = ready_prompts(job) if job.prompts.answers == "target" else job.prompts
     holdout = prompts.holdout if isinstance(prompts.holdout, float) else json.dumps(prompts.holdout)
     texts = [f"prompts.files={json.dumps(prompts.files)}", f"prompts.holdout={holdout}", "prompts.answers=data"]
@@ -94,12 +95,24 @@ def decode_prompts(
             "evaluate.prompts", "is empty, and prompts.holdout is not set: give files of held-out prompts"
         )
     facts, device = _examined(job), _device(job)
+    if job.target.engine == "sglang":
+        directory = resolve(draft, "--draft", weights=True) if draft else _exported(files, overrides, job, checkpoint)
+        return _reported(evaluate_served(job, facts, directory), output)
     ours = partial(_run_draft, job, facts, checkpoint, device)
     make = partial(exported_draft, job, facts, draft, device) if draft else ours
     (report,) = evaluate_drafts(job, facts, {"evaluate": make}, device)
+    return _reported(report, output)
+
+
+def _reported(report: EvaluationReport, output: str | None) -> str:
     if output:
         write_atomically(Path(output), to_json(report.to_dict()))
     return render(report)
+
+
+def _exported(files: Sequence[str], overrides: Sequence[str], job: JobConfig, checkpoint: str | None) -> Path:
+    """A checkpoint's draft, for an evaluation; by default of the one that export takes."""
+    return export_checkpoint(files, overrides, checkpoint, str(Path(job.run.dir) / "evaluation" / "draft"))[0]
 
 
 def _examined(job: JobConfig) -> JobFacts:

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""specdist.generate.sglang_process on a CPU: SGLang refuses to speculate there, or has no kernels for it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from specdist.generate import sglang_process
+
+if __name__ == "__main__":  # what SGLang prints when it is imported is no reply; its own processes have none
+    replies = sglang_process.begin()
+    sglang_process.begin = lambda: replies
+
+import torch
+from sglang.srt.arg_groups import speculative_hook
+from sglang.srt.arg_groups.choices import add_draft_attention_backend_choices
+from sglang.srt.runtime_context import override_platform
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative.dflash_info import DFlashVerifyInput
+
+# Here, for the processes of the engine import this module too.
+add_draft_attention_backend_choices(["intel_amx"])
+DFlashVerifyInput.tree_topk = DFlashVerifyInput.topk  # the CPU's attention asks for it by EAGLE's name
+torch.Tensor.bfloat16 = lambda tensor: tensor  # type: ignore[method-assign]  # of a block's embeddings, whatever the dtype
+torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]  # a CPU has one stream
+
+CPU = {
+    "attention_backend": "intel_amx",  # the only one that speculates on CPUs; sgl_kernel.py plays its kernels
+    "disable_radix_cache": True,
+    "disable_cuda_graph": True,
+    "disable_overlap_schedule": True,
+    "mem_fraction_static": 0.2,
+    "max_total_tokens": 8192,
+    "max_running_requests": 8,
+    "chunked_prefill_size": -1,
+}
+
+
+@contextlib.contextmanager
+def dflash_without_a_gpu() -> Iterator[None]:
+    """SGLang refuses DFlash on CPUs, for which it has no kernels, before it looks at anything else."""
+    refused = speculative_hook._handle_dflash  # noqa: SLF001 - it asks in no other place
+
+    def handle(server_args: ServerArgs) -> None:
+        with mock.patch.object(speculative_hook, "resolving_view", lambda args: AsIfOnAGpu(view(args))):
+            refused(server_args)
+
+    view = speculative_hook.resolving_view
+    with mock.patch.object(speculative_hook, "_handle_dflash", handle):
+        yield
+
+
+class AsIfOnAGpu:
+    """Arguments of a server, but for the device."""
+
+    device = "cuda"
+
+    def __init__(self, arguments: Any) -> None:
+        self._arguments = arguments
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._arguments, name)
+
+
+if __name__ == "__main__":
+    sys.argv[1] = json.dumps(json.loads(sys.argv[1]) | CPU)
+    # Without it, it would fall back to torch_native, which does not speculate.
+    with override_platform(has_amx=True), dflash_without_a_gpu():
+        sglang_process.main()

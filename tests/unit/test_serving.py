@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said before an engine starts, what engines tell of drafts, and the verdict."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from specdist.core.errors import ConfigError, DataError
+from specdist.draft.build import build_draft
+from specdist.draft.config import draft_config
+from specdist.draft.eagle3.config import Eagle3Config
+from specdist.export import ExportConfig, Trained, export_draft
+from specdist.export.serving import serve_commands
+from specdist.generate import sglang_process, vllm, vllm_process
+from specdist.generate.engine import Drafted
+from specdist.run import served_models, serving
+from specdist.run.serve_check import prepare
+from specdist.run.serve_report import ALL, SAME, Compared, ServeReport
+from specdist.target.description import describe
+from specdist.target.sglang import versions
+from specdist.target.vocabulary import load_target_vocabulary
+from tests.tiny import make_config, make_conversations, make_target
+
+DRAFT = draft_config(eagle3=Eagle3Config(layers=(0, 2, 4), ttt_length=3))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with an export, and its words."""
+    directory = tmp_path_factory.mktemp("served")
+    path = make_target(directory / "target")
+    target = describe(path)
+    draft = build_draft(DRAFT, target.config, load_target_vocabulary(target, torch.float32))
+    trained = Trained(draft.state_dict(), torch.arange(target.vocab_size), target.config, str(path))
+    for form in ("sglang", "speculators"):
+        export_draft(directory / "run/export" / form, form, DRAFT, trained, ExportConfig())
+    prompts, held = (make_conversations(directory / name, 6) for name in ("prompts.jsonl", "held.jsonl"))
+    return directory, make_config(directory, path, prompts, prompts__holdout=f"[{held}]", evaluate__max_new_tokens=9)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """An environment with engines of some versions, with a GPU, whose models hand out layers."""
+
+    def have(sglang: str | None = "0.5.16", vllm_version: str | None = None, gpus: int = 1) -> None:
+        monkeypatch.setattr(versions, "installed", lambda: sglang)
+        monkeypatch.setattr(vllm, "installed", lambda: vllm_version)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+    monkeypatch.setattr(serving, "hands_out_layers", lambda engine, architecture: True)
+    monkeypatch.setattr(versions, "check_arguments", lambda names: None)
+    have()
+    return have
+
+
+def test_the_engine_is_the_one_asked_for_the_targets_or_the_one_that_is_there(run, here):
+    directory, words = run
+
+    def chosen(engine: str | None, *more: str) -> str:
+        return prepare([], [*words, *more], engine, None).server.command.by.engine
+
+    assert chosen(None) == "SGLang"
+    here("0.5.16", "0.22.1")
+    assert (chosen("vLLM"), chosen(None, "target.engine=sglang")) == ("vLLM", "SGLang")
+    here(None, "0.22.1")
+    check = prepare([], words, None, None)
+    assert check.server.command.by.engine == "vLLM"
+    assert check.server.command.draft == str(directory / "run/export/sglang")
+    assert f"draft.init_from={check.server.command.draft}" in check.replay
+    assert len(check.server.prompts) == 6
+
+
+@pytest.mark.parametrize(
+    ("versions_here", "more", "engine", "said"),
+    [
+        ((None, None), [], None, r"nothing that serves this draft is installed here: SGLang, 0.5.12 or later \(pip in"),
+        (("0.5.16", None), [], "vLLM", r"installed here: vLLM, 0.22 or later \(pip install vllm\)"),
+        (("0.5.10", None), [], "SGLang", "SGLang 0.5.10 is installed, 0.5.16 to 0.5.20 are supported"),
+        ((None, "0.10.2"), [], None, "vLLM 0.10.2 is installed, 0.22 and later serve such drafts"),
+        (("0.5.16", None, 0), [], None, "target.tp=1: SGLang decodes with drafts on GPUs, .* here are 0"),
+        (("0.5.16", None), ["target.tp=2"], None, "target.tp=2: SGLang decodes with drafts on GPUs, .* here are 1"),
+        (("0.5.16", None), ["prompts.holdout=null"], None, "prompts.holdout is not set, and evaluate.prompts is empty"),
+        (("0.5.16", None), ["run.dir=nowhere"], None, "run.dir=nowhere: nothing is exported there yet"),
+        (("0.5.16", None), ["evaluate.max_new_tokens=600"], None, "all 6 prompts are too long"),
+    ],
+)
+def test_what_cannot_be_checked_is_said_before_an_engine_starts(run, here, versions_here, more, engine, said):
+    here(*versions_here)
+    with pytest.raises((ConfigError, DataError), match=said):
+        prepare([], [*run[1], *more], engine, None)
+
+
+def test_a_draft_of_another_target_is_refused(run, here, tmp_path):
+    other = make_target(tmp_path / "wide", hidden=48)
+    with pytest.raises(ConfigError, match=r"export/sglang is no draft of .*wide: .*hidden_size is 32, 48 beside this"):
+        prepare([], [*run[1], f"target.path={other}"], None, None)
+    shallow = make_target(tmp_path / "shallow", layers=4)
+    with pytest.raises(ConfigError, match=r"export/sglang is no draft of .*shallow: .*layers"):
+        prepare([], [*run[1], f"target.path={shallow}", "draft.eagle3.layers=[0,1,2]"], None, None)
+
+
+def test_an_engine_without_the_targets_hidden_states_is_refused(run, here, monkeypatch):
+    monkeypatch.setattr(serving, "hands_out_layers", lambda engine, architecture: False)
+    with pytest.raises(ConfigError, match=r"SGLang 0\.5\.16 gives no hidden states of LlamaForCausalLM"):
+        prepare([], run[1], None, None)
+
+
+def test_models_of_engines_are_read_without_importing_them(tmp_path, monkeypatch):
+    folders = {"sglang": "srt/models", "vllm": "model_executor/models"}
+    for package, folder in folders.items():
+        (tmp_path / package / folder).mkdir(parents=True)
+        (tmp_path / package / "__init__.py").write_text("raise ImportError")
+    (tmp_path / "sglang/srt/models/a.py").write_text(
+        "class Llama(nn.Module):\n    def set_eagle3_layers_to_capture(self): ...\n\nclass Plain(nn.Module):\n    ...\n"
+    )
+    (tmp_path / "sglang/srt/models/b.py").write_text("class Mistral(Llama):\n    pass\n")
+    (tmp_path / "vllm/model_executor/models/a.py").write_text(
+        "class Llama(\n    nn.Module, SupportsLoRA, SupportsEagle3\n):\n    pass\nclass Old(nn.Module):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = {name: served_models.hands_out_layers("SGLang", name) for name in ("Llama", "Mistral", "Plain", "Other")}
+    assert found == {"Llama": True, "Mistral": True, "Plain": False, "Other": None}
+    assert [served_models.hands_out_layers("vLLM", name) for name in ("Llama", "Old")] == [True, False]
+
+
+def test_engines_tell_of_drafts_in_their_own_ways():
+    about = {"spec_verify_ct": 10, "spec_accept_histogram": [4, 3, 0, 3]}
+    assert sglang_process.drafted(about) == {"forwards": 10, "accepted": [6, 3, 3]}
+    assert sglang_process.drafted({"spec_verify_ct": 10}) == {"forwards": 10, "accepted": None}
+    assert sglang_process.drafted({}) is None
+    drafts = SimpleNamespace(name="vllm:spec_decode_num_drafts", value=10)
+    positions = SimpleNamespace(name="vllm:spec_decode_num_accepted_tokens_per_pos", values=[6, 3, 3])
+    assert vllm_process.drafted([drafts, positions]) == {"forwards": 10, "accepted": [6, 3, 3]}
+    assert vllm_process.drafted([drafts]) == {"forwards": 10, "accepted": None}
+    assert vllm_process.drafted([]) is None
+
+
+def test_the_verdict(run):
+    command = next(c for c in serve_commands(run[0] / "run/export/sglang") if c.by.engine == "SGLang")
+    compared = {ALL: Compared(100, 9000, 2.3, 2.4), SAME: Compared(80, 6000, 2.39, 2.4)}
+    report = ServeReport(
+        command,
+        "0.5.16",
+        Drafted(3000, [1500, 600]),
+        compared,
+        [0.5, 0.2, 0.1],
+        80,
+        "x.jsonl:3, token 9",
+        7,
+        0.01,
+        5000,
+    )
+    assert report.right
+    assert "served as evaluated: -0.42% over same text" in report.render()
+    assert "80 of 100 texts are those of plain decoding; the first that is not: x.jsonl:3" in report.render()
+    assert "7 prompts were left out" in report.render()
+    assert report.positions == [0.5, 0.2, 0.0]
+    few = replace(report, least_tokens=7000)
+    assert (few.judged, few.right) == (ALL, False)
+    assert "NOT served as evaluated: -4.17% over all texts" in few.render()
+    fewer = replace(report, least_tokens=10_000)
+    assert (fewer.judged, fewer.right) == (None, False)
+    assert "not judged: 9,000 tokens, and 10,000 are needed: raise evaluate.limit" in fewer.render()
+    silent = replace(report, total=Drafted(3000), compared={ALL: compared[ALL]})
+    assert "SGLang 0.5.16 does not say which drafts were accepted" in silent.render()
+    assert json.loads(json.dumps(report.to_dict()))["compared"][SAME]["difference"] == pytest.approx(-0.01 / 2.4)
+    assert str(command) in report.to_dict()["command"]
+    assert Path(command.draft).is_dir()
