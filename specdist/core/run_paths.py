@@ -9,6 +9,7 @@ metrics.jsonl          one record every metrics.every steps
 tensorboard/
 export/<format>/       the draft as serving engines load it
 evaluations/step-*.json   what replay over held-out text found
+serve-check/           what engines accept of the export, beside replay (specdist/run/serve_check.py)
 summary.json           the results
 report.html            the same, to look at (specdist/run/report/)
 status.json            the state of the run a few seconds ago

@@ -118,6 +118,7 @@ def _replay_words(command: ServeCommand, folder: Path, tp: int) -> list[str]:
         "train.steps": 0,
         "train.epochs": "null",
         "train.patience": "null",
+        "metrics.report": "false",
         "metrics.tensorboard": "false",
         "metrics.wandb": "false",
     }

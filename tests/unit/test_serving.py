@@ -25,6 +25,7 @@ from specdist.run.serve_report import ALL, SAME, Compared, ServeReport
 from specdist.target.description import describe
 from specdist.target.sglang import versions
 from specdist.target.vocabulary import load_target_vocabulary
+from specdist_launch import words
 from tests.tiny import make_config, make_conversations, make_target
 
 DRAFT = draft_config(eagle3=Eagle3Config(layers=(0, 2, 4), ttt_length=3))
@@ -60,16 +61,16 @@ def here(monkeypatch):
 
 
 def test_the_engine_is_the_one_asked_for_the_targets_or_the_one_that_is_there(run, here):
-    directory, words = run
+    directory, given = run
 
     def chosen(engine: str | None, *more: str) -> str:
-        return prepare([], [*words, *more], engine, None).server.command.by.engine
+        return prepare([], [*given, *more], engine, None).server.command.by.engine
 
     assert chosen(None) == "SGLang"
     here("0.5.16", "0.22.1")
     assert (chosen("vLLM"), chosen(None, "target.engine=sglang")) == ("vLLM", "SGLang")
     here(None, "0.22.1")
-    check = prepare([], words, None, None)
+    check = prepare([], given, None, None)
     assert check.server.command.by.engine == "vLLM"
     assert check.server.command.draft == str(directory / "run/export/sglang")
     assert f"draft.init_from={check.server.command.draft}" in check.replay
@@ -172,3 +173,8 @@ def test_the_verdict(run):
     assert json.loads(json.dumps(report.to_dict()))["compared"][SAME]["difference"] == pytest.approx(-0.01 / 2.4)
     assert str(command) in report.to_dict()["command"]
     assert Path(command.draft).is_dir()
+
+
+def test_a_run_directory_stands_for_its_configuration(tmp_path):
+    found = words.split([str(tmp_path), "x.yaml", "train.steps=1"])
+    assert found == ([f"{tmp_path}/config.yaml", "x.yaml"], [f"run.dir={tmp_path}", "train.steps=1"])
