@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.distributed.worlds import ROOT
 
 VENV = ROOT / ".venv-sglang"
-MODELS = {"llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
+MODELS = {"llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama_eagle3", "dflash", "dspark"}
 """SGLang's modules of the architectures tested here, and what they build on."""
 
 

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests import forks
@@ -18,10 +20,16 @@ from tests.sglang.environment import on_the_cpu, run
 from tests.sglang.models import MODELS, make_model, plain_features, relative
 from tests.sglang.world import make_batch
 from tests.tiny import make_config, make_conversations, make_target
+from tests.unit.dflash_reference import build_case as dflash_case
+from tests.unit.dspark_reference import build_case as dspark_case
+from tests.unit.test_dflash_export import export as export_dflash
+from tests.unit.test_dspark_export import export as export_dspark
+from tests.unit.test_export import LLAMA3, Case
 
 Forked = tuple[Path, dict[str, str]]
 FP32 = 1e-5
 BF16 = 5e-2
+ARCHIVE = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +165,39 @@ def test_errors_say_what_to_change(one_rank: Path) -> None:
     assert "document of 20 tokens is longer than the 19" in error["too_long"]
     assert "raise target.sglang.prefill_tokens, or lower prompts.max_length" in error["too_long"]
     assert "'moe_runner_backen'; did you mean 'moe_runner_backend'?" in error["unknown"]
+
+
+@pytest.fixture(scope="module")
+def exports(forked: Forked, models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Drafts as they are exported, and what SGLang's own models hold after it has loaded them."""
+    folder = tmp_path_factory.mktemp("exports")
+    eagle = {"plain": Case(), "whole": Case(whole=True), "norms": Case(LLAMA3, fc_norm=True, norm_output=True)}
+    drafts = [case.export(folder / name) for name, case in eagle.items()]
+    drafts.append(export_dflash(folder / "dflash", dflash_case((4,), dtype=torch.float32)))
+    drafts.append(export_dspark(folder / "dspark", dspark_case((4,), dtype=torch.float32)))
+    result = folder / "loaded.json"
+    words = ["-m", "tests.sglang.exports", str(result), str(models / "llama"), *map(str, drafts)]
+    run(forked[0], 1, words, forked[1])
+    return folder, json.loads(result.read_text())
+
+
+@pytest.mark.parametrize("name", ["plain", "whole", "norms", "dflash", "dspark"])
+def test_sglangs_own_models_take_an_export_whole(name: str, exports: tuple[Path, dict[str, Any]]) -> None:
+    """It skips tensors that it does not know, and leaves parameters that it gets nothing for as they are."""
+    folder, loaded = exports
+    config, written = json.loads((folder / name / "config.json").read_text()), load_file(folder / name / ARCHIVE)
+    assert [loaded[name]["class"]] == config["architectures"]
+    ids, _ = written.pop("d2t", None), written.pop("t2d", None)
+    assert loaded[name]["ids"] == (None if ids is None else (ids + torch.arange(len(ids))).tolist())
+    sums: dict[str, float] = {}
+    for key, tensor in written.items():
+        if not key.startswith("confidence_head."):  # made where its verification is asked for
+            key = re.sub("[qkv]_proj", "qkv_proj", re.sub("(gate|up)_proj", "gate_up_proj", key))
+            key = key.replace("midlayer.", "layers.0.")
+            sums[key] = sums.get(key, 0.0) + tensor.double().sum().item()
+    found = {key.removeprefix("model."): value for key, value in loaded[name]["parameters"].items()}
+    found.pop("embed_tokens.weight", None)  # the target's
+    assert found == pytest.approx(sums, abs=1e-4)
 
 
 def test_a_run_learns_what_it_learns_with_the_hf_engine(forked: Forked, tmp_path: Path) -> None:
