@@ -33,7 +33,7 @@ from specdist.prompts.items import Items
 from specdist.prompts.schedule import Schedule
 from specdist.prompts.stream import Stream
 from specdist.run.feature_source import RemoteSource
-from specdist.run.target_loop import Producer
+from specdist.run.target_loop import Announcement, Producer
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.messages import Computed, Produced, StartWork
@@ -138,7 +138,7 @@ class Work(TargetModel):
             make = functools.partial(torch.randn, device=device, dtype=dtype)
             self._a, self._b, self._out = make(tokens, hidden), make(hidden, 3 * hidden), make(tokens, 3 * hidden)
 
-    def forward(self, batch: Any, out: Tensor) -> None:
+    def forward(self, batch: Any, out: Tensor, final: Tensor | None = None) -> None:
         if self._check:
             for sequence, rows in zip(batch, out.chunk(len(batch)), strict=True):
                 rows.copy_(pattern(sequence, rows))
@@ -264,18 +264,20 @@ class Bench:
         with self._control(end) as client:
             if self._shard is None:
                 prompts: Any = Sequences()
-                producer = Producer(work, self._sender, client, items, prompts, self._slots, 0, _WAIT_S)
+                announcement = Announcement(client)
+                producer = Producer(work, self._sender, announcement, client, items, prompts, self._slots, 0, _WAIT_S)
                 client.ready()
                 client.send(Produced(producer.run()))
             else:
-                source = RemoteSource(client, self._receiver, items, StopFlag(), _WAIT_S, self._device)
+                shard = self._shard.dp
+                source = RemoteSource(client, self._receiver, items, StopFlag(), _WAIT_S, self._device, shard)
                 client.ready()
                 client.expect(StartWork)
                 began = time.perf_counter()
                 for index in range(end):
                     features = source.take(items[index])
                     if check:
-                        self._compare(index, items[index].shards[self._shard.dp].sequences[0], features)
+                        self._compare(index, items[index].shards[shard].sequences[0], features)
                     work.run()
                     source.release(items[index])
                     items.forget(before=index + 1)

@@ -106,7 +106,7 @@ def _measure(
     batch: int,
     repeats: int,
 ) -> DecodeSpeed:
-    settings = replace(job.evaluate, batch=batch)
+    settings = replace(job.decoding, batch=batch)
     chosen = [prompts[i % len(prompts)] for i in range(max(2 * batch, 8))]
     replies: dict[bool, list[Reply]] = {}
 

@@ -41,6 +41,8 @@ class WorkItem:
     start: Cursor
     end: Cursor
     shards: tuple[Shard, ...]
+    evaluated: bool = False
+    """Whether the draft is evaluated on it, and not trained."""
 
     @cached_property
     def tokens(self) -> int:

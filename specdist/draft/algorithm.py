@@ -216,7 +216,7 @@ class Algorithm(ABC, Generic[C]):
     # Directories of serving engines.
 
     def draft_tokens(self, options: ExportConfig) -> int:
-        """How many drafts a target forward a server is told to make."""
+        """How many drafts a target forward a server is told to make: `evaluate.draft_tokens` where that is null."""
         return options.speculative_tokens
 
     @abstractmethod

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from specdist.core.records import FeatureLayout, Features, PackedTokens, moved_to
+from specdist.core.records import FeatureLayout, Features, PackedTokens
 from specdist.draft.common.cache import KeyValueCache
 
 
@@ -36,15 +36,12 @@ class Replayed:
     Attributes:
         accepted: int64 [T], how many of K drafts equal x_{i+2}, x_{i+3}, ... in turn, none past the end of the answer
             (`PackedTokens.places`). 0 where x_{i+1} and x_{i+2} are not in one answer.
-        agreed: bool [T], whether x_{i+1} is in an answer and the target's own argmax at i; None where the features do
-            not tell.
         expected: fp32 [T, K], with a temperature: of each of these drafts sum_v min(p'_v, q_v), the chance that it is
             accepted, with p' the target's distribution and q the draft's. It is exact for the first draft; a later one
             stands after drafts, of which the text is one possibility. 0 where there is no draft, and at the end.
     """
 
     accepted: Tensor
-    agreed: Tensor | None
     expected: Tensor | None = None
 
 
@@ -131,17 +128,6 @@ class DraftModel(nn.Module, ABC):
             count: K, the drafts that serving makes for each forward of the target.
             temperature: that of serving; where it is not 0, `Algorithm.check_replay` has allowed it.
         """
-
-    def agreed(
-        self, batch: PackedTokens, host_batch: PackedTokens, argmax: Callable[[Tensor], Tensor], chunk: int
-    ) -> Tensor:
-        """`Replayed.agreed`, of this rank's part of the rows before answers' tokens. `argmax` gives the target's, int64
-        [n], at packed rows [n], of which it is asked for `chunk` at one time."""
-        own = (host_batch.places[1:] > 0).nonzero()[self.share.index :: self.share.of, 0]
-        agreed = torch.zeros(len(batch.tokens), dtype=torch.bool, device=batch.tokens.device)
-        for rows in moved_to(own, agreed.device).split(chunk):
-            agreed[rows] = argmax(rows) == batch.tokens[rows + 1]
-        return agreed
 
     @abstractmethod
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:

@@ -22,8 +22,9 @@ class EvaluateConfig:
     temperature: float = 0.0
     """Also say what speculative sampling at this temperature would accept, in expectation, and decode (`specdist eval
     --decode`) by sampling at it, without loss; 0: greedy decoding alone."""
-    draft_tokens: int = 5
-    """K, the number of tokens drafted before each target forward."""
+    draft_tokens: int | None = None
+    """K, the number of tokens drafted before each target forward. null: as many as the export asks servers for:
+    export.speculative_tokens, or all that a block drafts."""
     max_new_tokens: int = 128
     """Tokens generated for each prompt at most; less when the target ends the sequence."""
     check: bool = False
@@ -32,8 +33,8 @@ class EvaluateConfig:
     """Sequences that are decoded at once."""
 
     def __post_init__(self) -> None:
-        if self.draft_tokens < 1:
-            raise ConfigError.at("evaluate.draft_tokens", f"is {self.draft_tokens}; drafting needs at least 1")
+        if self.draft_tokens is not None and self.draft_tokens < 1:
+            raise ConfigError.at("evaluate.draft_tokens", f"is {self.draft_tokens}; drafting needs at least 1, or null")
         if self.max_new_tokens < 2:
             raise ConfigError.at(
                 "evaluate.max_new_tokens",
@@ -48,3 +49,9 @@ class EvaluateConfig:
             raise ConfigError.at("evaluate.temperature", f"is {self.temperature:g}; it must not be negative")
         if self.every is not None and self.every < 1:
             raise ConfigError.at("evaluate.every", f"is {self.every}; it must be at least 1, or null")
+
+    @property
+    def drafts(self) -> int:
+        """`draft_tokens`, where what null stands for is filled in (`JobConfig.draft_tokens`)."""
+        assert self.draft_tokens is not None
+        return self.draft_tokens

@@ -37,9 +37,9 @@ class Reply:
         self.limit = settings.max_new_tokens
         self.eos = eos
         self.forwards = 0
-        self.drafted = [0] * settings.draft_tokens
-        self.reached = [0] * settings.draft_tokens
-        self.accepted = [0] * settings.draft_tokens
+        self.drafted = [0] * settings.drafts
+        self.reached = [0] * settings.drafts
+        self.accepted = [0] * settings.drafts
         self.seconds = 0.0
         """Its share of the time of the forwards it took part in."""
 
@@ -229,7 +229,7 @@ def evaluate(
     check_settings(settings)
     if settings.batch > 1 and target.batch_obstacle:
         raise ConfigError.at("evaluate.batch", f"={settings.batch}: {target.batch_obstacle}: set 1")
-    chosen, done, count = [prompts[i] for i in fitting], Tally.empty(settings.draft_tokens), len(prompts) - len(fitting)
+    chosen, done, count = [prompts[i] for i in fitting], Tally.empty(settings.drafts), len(prompts) - len(fitting)
 
     def watch(finished: list[Reply]) -> None:
         nonlocal done, count
@@ -282,9 +282,9 @@ def make_report(
     settings: EvaluateConfig, sources: Sequence[str], fitting: Sequence[int], tallies: Sequence[Tally]
 ) -> EvaluationReport:
     """The report of the tallies of the prompts `fitting`, by the file that each prompt is of."""
-    empty = Tally.empty(settings.draft_tokens)
+    empty = Tally.empty(settings.drafts)
     found = dict(zip(fitting, tallies, strict=True))
     files = dict.fromkeys(sources, empty)
     for i, name in enumerate(sources):
         files[name] += found.get(i, replace(empty, too_long=1))
-    return EvaluationReport(settings.draft_tokens, files)
+    return EvaluationReport(settings.drafts, files)

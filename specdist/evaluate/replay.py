@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,6 @@ class ReplayTally:
 
     Attributes:
         answers, tokens: answers, and their tokens.
-        checked, agreed: tokens whose target argmax is known, and those that equal it.
         expected_forwards: target forwards that speculative sampling needs in expectation; 0 where it is not known.
         forwards: float64 [K], target forwards with 1..K draft tokens each.
         reached, accepted: float64 [K], of the forwards with K draft tokens those that came to look at the draft of a
@@ -37,8 +37,6 @@ class ReplayTally:
 
     answers: float
     tokens: float
-    checked: float
-    agreed: float
     expected_forwards: float
     forwards: np.ndarray
     reached: np.ndarray
@@ -46,17 +44,17 @@ class ReplayTally:
 
     @classmethod
     def empty(cls, draft_tokens: int) -> ReplayTally:
-        return cls.of(np.zeros(5 + 3 * draft_tokens))
+        return cls.of(np.zeros(3 + 3 * draft_tokens))
 
     @classmethod
     def of(cls, vector: np.ndarray) -> ReplayTally:
-        """From `vector`, float64 [5 + 3 K]."""
-        return cls(*vector[:5].tolist(), *vector[5:].reshape(3, -1))
+        """From `vector`, float64 [3 + 3 K]."""
+        return cls(*vector[:3].tolist(), *vector[3:].reshape(3, -1))
 
     @property
     def vector(self) -> np.ndarray:
         """All sums side by side, to add those of ranks."""
-        alone = [self.answers, self.tokens, self.checked, self.agreed, self.expected_forwards]
+        alone = [self.answers, self.tokens, self.expected_forwards]
         return np.concatenate([alone, self.forwards, self.reached, self.accepted])
 
     def __add__(self, other: ReplayTally) -> ReplayTally:
@@ -87,37 +85,28 @@ class ReplayTally:
         """The same, of those forwards that accepted all before it."""
         return [ratio(*pair) for pair in zip(self.accepted, self.reached, strict=True)]
 
-    @property
-    def agreement(self) -> float | None:
-        """The share of the tokens that are the target's own argmax; None where it is not known."""
-        return self.agreed / self.checked if self.checked else None
-
 
 def tally_answers(
     batch: PackedTokens,
     accepted: np.ndarray,
-    agreed: np.ndarray | None,
     expected: np.ndarray | None,
     draft_tokens: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the A answers of a packed batch on the CPU (`PackedTokens.places`) add, in the order of their rows.
 
     Args:
-        accepted, agreed, expected: those of `Replayed`, of all rows.
+        accepted, expected: those of `Replayed`, of all rows.
 
     Returns:
-        int64 [A], the document of each answer; float64 [A, 5 + 3 K], the `ReplayTally.vector` of each.
+        int64 [A], the document of each answer; float64 [A, 3 + 3 K], the `ReplayTally.vector` of each.
     """
     places = batch.places.numpy()
     first, last = np.flatnonzero(places == 1), np.flatnonzero((places > 0) & (np.append(places[1:], 0) == 0))
-    found = np.zeros((len(first), 5 + 3 * draft_tokens))
+    found = np.zeros((len(first), 3 + 3 * draft_tokens))
     found[:, 0], found[:, 1] = 1, last - first + 1
-    if agreed is not None:
-        found[:, 2] = found[:, 1]
-        found[:, 3] = [agreed[start - 1 : end].sum() for start, end in zip(first, last, strict=True)]
     if expected is not None:
-        found[:, 4] = expected_forwards(first, last, expected)
-    found[:, 5:] = np.hstack(walk(first, last, accepted, draft_tokens))
+        found[:, 2] = expected_forwards(first, last, expected)
+    found[:, 3:] = np.hstack(walk(first, last, accepted, draft_tokens))
     return np.searchsorted(batch.cu_seqlens.numpy(), first, side="right") - 1, found
 
 
@@ -160,16 +149,20 @@ class ReplayReport:
 
     Attributes:
         labels: the tallies by category of the text.
+        agreed: how many of all tokens are the target's own argmax.
         temperature: that the expectation is for; 0 for none.
         costs: [K], what drafting 1..K tokens costs in target forwards, by the weights that are read: one sequence at a
-            time, decoding is bound by them.
+            time, decoding is bound by them. Empty where that is not known.
+        forward_s: seconds in which the target's weights are read once; None where that is not known.
         answers: a few of the answers, to be read.
     """
 
     step: int
     labels: Mapping[str, ReplayTally]
+    agreed: float
     temperature: float = 0.0
     costs: Sequence[float] = field(default_factory=tuple)
+    forward_s: float | None = None
     answers: Sequence[ShownAnswer] = field(default_factory=tuple)
 
     @property
@@ -178,22 +171,32 @@ class ReplayReport:
         return sum(others, first)
 
     @property
+    def agreement(self) -> float:
+        """The share of the tokens that are the target's own argmax."""
+        return ratio(self.agreed, self.total.tokens)
+
+    @property
     def speedups(self) -> list[float]:
-        """Of decoding one sequence, forecast for 1..K draft tokens: acceptance length / (1 + cost of drafting)."""
-        lengths = self.total.acceptance_lengths
+        """Of decoding one sequence, forecast for 1..K draft tokens: acceptance length / (1 + cost of drafting), as in
+        Leviathan et al. 2023 (arXiv 2211.17192, theorem 3.8)."""
+        lengths = self.total.acceptance_lengths if self.costs else []
         return [length / (1 + cost) for length, cost in zip(lengths, self.costs, strict=True)]
+
+    @property
+    def tokens_per_s(self) -> list[float]:
+        """The same in tokens/s, where the target alone makes one in `forward_s`."""
+        return [] if self.forward_s is None else [speedup / self.forward_s for speedup in self.speedups]
 
     def metrics(self) -> dict[str, float]:
         """The figures for trackers."""
         total = self.total
-        found = {"acceptance_length": total.acceptance_length}
+        found = {"acceptance_length": total.acceptance_length, "agreement": self.agreement}
         found |= {f"acceptance_length/{k}": length for k, length in enumerate(total.acceptance_lengths, 1)}
         found |= {f"speedup/{k}": speedup for k, speedup in enumerate(self.speedups, 1)}
+        found |= {f"forecast_tokens_per_s/{k}": speed for k, speed in enumerate(self.tokens_per_s, 1)}
         found |= {f"accepted/{k}": share for k, share in enumerate(total.position_acceptance, 1)}
         if total.expected_length is not None:
             found["expected_acceptance_length"] = total.expected_length
-        if total.agreement is not None:
-            found["agreement"] = total.agreement
         if len(self.labels) > 1:
             found |= {f"acceptance_length/{name}": tally.acceptance_length for name, tally in self.labels.items()}
         return found
@@ -207,17 +210,20 @@ class ReplayReport:
             "step": self.step,
             "draft_tokens": len(total.forwards),
             "temperature": self.temperature,
+            "agreed": self.agreed,
             "costs": list(self.costs),
+            "forward_s": self.forward_s,
             "labels": {name: tally.vector.tolist() for name, tally in self.labels.items()},
             "answers": [asdict(answer) for answer in self.answers],
         }
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, object]) -> ReplayReport:
+    def from_dict(cls, found: Mapping[str, Any]) -> ReplayReport:
         """What `to_dict` gave."""
-        labels = {name: ReplayTally.of(np.array(vector)) for name, vector in found["labels"].items()}  # type: ignore[attr-defined]
-        answers = [ShownAnswer(**answer) for answer in found.get("answers", ())]  # type: ignore[attr-defined]
-        return cls(found["step"], labels, found["temperature"], found["costs"], answers)  # type: ignore[arg-type]
+        labels = {name: ReplayTally.of(np.array(vector)) for name, vector in found["labels"].items()}
+        answers = [ShownAnswer(**answer) for answer in found.get("answers", ())]
+        alike = {key: found[key] for key in ("step", "agreed", "temperature", "costs", "forward_s")}
+        return cls(labels=labels, answers=answers, **alike)
 
 
 def render_replay(report: ReplayReport, before: ReplayReport | None = None) -> str:
@@ -230,13 +236,7 @@ def render_replay(report: ReplayReport, before: ReplayReport | None = None) -> s
         f"{total.answers:,.0f} prefills"
     )
     lines += position_lines(total.position_acceptance, total.conditional_acceptance)
-    by_count = ", ".join(
-        f"{k}: {length:.2f}" + (f" ({speedup:.2f}x)" if report.costs else "")
-        for k, (length, speedup) in enumerate(
-            zip(total.acceptance_lengths, report.speedups or total.acceptance_lengths, strict=True), 1
-        )
-    )
-    lines.append(f"by draft tokens{' (forecast speed-up of one sequence)' if report.costs else ''}: {by_count}")
+    lines.append(_by_draft_tokens(report))
     if total.expected_length is not None:
         lines.append(
             f"expected at temperature {report.temperature:g}: {total.expected_length:.2f} tokens per target forward "
@@ -245,18 +245,28 @@ def render_replay(report: ReplayReport, before: ReplayReport | None = None) -> s
     if len(report.labels) > 1:
         olds = before.labels if old and before else {}
         lines += [f"{name}: {_length(tally, olds.get(name))}" for name, tally in report.labels.items()]
-    return "\n".join(lines + _notes(total))
+    return "\n".join([*lines, _agreement(report.agreement)])
 
 
-def _notes(total: ReplayTally) -> list[str]:
-    if total.agreement is None:
-        return ["whether the text is the target's own is not known: this draft does not take its last hidden state"]
-    if total.agreement < OWN_TEXT:
-        return [
-            f"warning: only {total.agreement:.1%} of the tokens are what the target itself would write, so this is not "
+def _by_draft_tokens(report: ReplayReport) -> str:
+    lengths, speedups, speeds = report.total.acceptance_lengths, report.speedups, report.tokens_per_s
+    if not speedups:
+        return "by draft tokens: " + ", ".join(f"{k}: {length:.2f}" for k, length in enumerate(lengths, 1))
+    forecasts = [f"{speedup:.2f}x" for speedup in speedups]
+    if speeds:
+        forecasts = [f"{forecast}, {speed:,.0f}" for forecast, speed in zip(forecasts, speeds, strict=True)]
+    found = ", ".join(f"{k}: {x:.2f} ({y})" for k, (x, y) in enumerate(zip(lengths, forecasts, strict=True), 1))
+    unit, fastest = ", tokens/s" if speeds else "", speedups.index(max(speedups)) + 1
+    return f"by draft tokens (forecast speed-up{unit} of one sequence): {found}; fastest with {fastest}"
+
+
+def _agreement(share: float) -> str:
+    if share < OWN_TEXT:
+        return (
+            f"warning: only {share:.1%} of the tokens are what the target itself would write, so this is not "
             "the length that serving gives: answer the held-out prompts with the target (prompts.answers=target)"
-        ]
-    return [f"{total.agreement:.2%} of the tokens are the target's own greedy choice"]
+        )
+    return f"{share:.2%} of the tokens are the target's own greedy choice"
 
 
 def _length(tally: ReplayTally, old: ReplayTally | None) -> str:

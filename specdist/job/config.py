@@ -81,6 +81,16 @@ class JobConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
+    @property
+    def draft_tokens(self) -> int:
+        """K, drafts a target forward in evaluations: `evaluate.draft_tokens`, or what the export asks servers for."""
+        return self.evaluate.draft_tokens or self.draft.chosen.draft_tokens(self.export)
+
+    @property
+    def decoding(self) -> EvaluateConfig:
+        """`evaluate` with the `draft_tokens` in use."""
+        return replace(self.evaluate, draft_tokens=self.draft_tokens)
+
 
 CHANGEABLE = (
     "world", "scheduler", "control", "channel", "checkpoint", "metrics", "trace", "export", "evaluate", "launch",
@@ -126,8 +136,7 @@ def job_of(sources: config.Sources) -> JobConfig:
         )
         job = replace(job, draft=job.draft.with_options(options))
         evaluated = bool(job.prompts.holdout or job.evaluate.prompts)
-        draft_tokens = job.evaluate.draft_tokens if evaluated else None
-        job.draft.chosen.check(job.draft.dtype, job.world.device, draft_tokens)
+        job.draft.chosen.check(job.draft.dtype, job.world.device, job.draft_tokens if evaluated else None)
         if not transport_for(job.channel.transport).one_sided and job.world.role != "both":
             raise ConfigError.at(
                 "channel.transport",

@@ -24,7 +24,7 @@ from specdist.draft.build import parameter_count
 from specdist.draft.config import DraftConfig
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
-from specdist.target.argmax_lse import CHUNK
+from specdist.target.head import CHUNK
 from specdist.target.registry import ENGINES
 from specdist.world.groups import ranges
 
@@ -110,7 +110,7 @@ def _target_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[N
     buffers = {"split": job.channel.send_buffers, "colocated": job.train.accumulation}.get(topology.mode, 1)
     parts = ENGINES[job.target.engine].memory(job.target, facts.target, facts.target_dtype, tokens)
     parts[f"{buffers} feature buffers of {tokens:,} tokens"] = buffers * tokens * facts.layout.bytes_per_token
-    if facts.layout.argmax_lse:
+    if facts.layout.argmax_lse or (job.prompts.holdout and topology.mode in ("split", "colocated")):
         head = facts.target.vocab_size * (facts.target.hidden_size // job.target.tp + CHUNK // job.target.tp) * width
         parts[f"output head, and logits of {CHUNK:,} tokens"] = head
     return [Need("target", part, size) for part, size in parts.items()]
@@ -170,6 +170,8 @@ def render(plan: Plan) -> str:
         highlight=False,
     )
     out.print(f"draft {job.draft.algorithm}: captures layers {list(facts.layout.captured_layers)}", highlight=False)
+    if job.prompts.holdout:
+        out.print(f"evaluation: held-out text, with {job.draft_tokens} draft tokens a forward", highlight=False)
     out.print(_rank_table(topology, _has_scheduler(plan)))
     for line in _link_lines(plan):
         out.print(line, highlight=False)

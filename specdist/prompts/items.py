@@ -61,7 +61,7 @@ def evaluation_items(corpus: Corpus, stream: Stream, limit: int | None) -> list[
 
     def of_corpus(item: WorkItem) -> WorkItem:
         shards = (Shard(tuple(held_out[list(s.sequences)].tolist()), s.lengths) for s in item.shards)
-        return replace(item, shards=tuple(shards))
+        return replace(item, shards=tuple(shards), evaluated=True)
 
     return [of_corpus(item) for item in own.items(epochs=1)]
 

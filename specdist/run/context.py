@@ -86,11 +86,13 @@ class WorldContext:
         job = self.job
         return Stream(self.prompts.training.lengths, self.topology.shards, job.prompts.tokens_per_rank, job.run.seed)
 
+    @property
+    def _evaluates(self) -> bool:
+        return len(self.prompts.heldout_indices) > 0 and self.topology.mode not in ("target_only", "draft_only")
+
     def evaluation_items(self) -> list[WorkItem]:
         """The items of one evaluation: the held-out sequences, or `evaluate.limit` of them, evenly spread."""
-        if self.topology.mode in ("target_only", "draft_only"):
-            return []
-        return evaluation_items(self.prompts, self.stream(), self.job.evaluate.limit)
+        return evaluation_items(self.prompts, self.stream(), self.job.evaluate.limit) if self._evaluates else []
 
     def items_of(self, schedule: Schedule, cursor: Cursor) -> Items:
         """The items of a start, from `cursor` of the stream on."""
@@ -103,7 +105,8 @@ class WorldContext:
 
     def load_engine(self, tokens: int) -> TargetModel:
         """The target of this rank's replica, for batches of up to `tokens`; all ranks of the replica call it."""
-        return load_target(self.job.target, self.facts.layout, self.world.device, self.groups.replica, tokens)
+        target, layout, device, group = self.job.target, self.facts.layout, self.world.device, self.groups.replica
+        return load_target(target, layout, device, group, tokens, self._evaluates)
 
     def begun(self, step: int = 0) -> Started:
         """The beginning of an attempt that no launcher of ours has recorded."""

@@ -130,7 +130,7 @@ def _source(context: RankContext, items: Items, shard: int) -> FeatureSource:
         )
         timeout_s += job.control.replica_timeout_s  # the scheduler says first when there is no replica for too long
     receiver = context.transport.receiver(context.wire(book), slots, job.prompts.tokens_per_rank, context.client.check)
-    return RemoteSource(context.client, receiver, items, context.stop, timeout_s, context.world.device)
+    return RemoteSource(context.client, receiver, items, context.stop, timeout_s, device, shard)
 
 
 def _end_the_run(context: RankContext, source: FeatureSource, next_item: int, leader: bool) -> None:

@@ -62,6 +62,7 @@ def evaluate_drafts(
     """
     prompts = heldout_prompts(job, facts)
     tokens, sources = [p.tokens for p in prompts], [p.file for p in prompts]
+    settings = job.decoding
     target: EvaluationTarget | None = None
     reports = []
     for name, make in drafts.items():
@@ -74,5 +75,5 @@ def evaluate_drafts(
                 text = f"acceptance length {tally.acceptance_length:.2f}, {tally.tokens_per_second:,.0f} tokens/s"
                 bar.update(done, text, f"{name}: {done} of {total} prompts, {text}")
 
-            reports.append(evaluate(target, draft.proposer, tokens, job.evaluate, show, sources, job.run.seed))
+            reports.append(evaluate(target, draft.proposer, tokens, settings, show, sources, job.run.seed))
     return reports

@@ -7,6 +7,7 @@ import functools
 import math
 import threading
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from specdist.run.stall_timer import StallTimer
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Deliver, Message, Released, Stop, StopRequest
 from specdist.target.base import TargetModel
+from specdist.target.head import forward_item
 from specdist.target.verify import verify
 from specdist.training.trainer import FeatureSource
 
@@ -40,11 +42,14 @@ class RemoteSource(FeatureSource):
         stop: StopFlag,
         timeout_s: float,
         device: torch.device,
+        shard: int,
     ):
+        self._shard = shard
         self._waits = StallTimer(device)
         self._client, self.receiver, self._items = client, receiver, items
         self._stop, self._timeout_s = stop, timeout_s
         self._delivered: set[int] = set()  # items that are posted and not yet released
+        self._agreed: dict[int, int] = {}
         self._changed = threading.Condition()
         self._stopped = False
         self._thread = Worker("specdist-receiver", self._listen, lambda error: self._notify())
@@ -69,6 +74,9 @@ class RemoteSource(FeatureSource):
     def release(self, item: WorkItem) -> None:
         self._delivered.discard(item.index)
         self.receiver.release(item, functools.partial(self._client.send, Released(item.index)))
+
+    def agreed(self, item: WorkItem) -> int:
+        return self._agreed.pop(item.index)
 
     def drain(self, next_item: int) -> None:
         """Receive and release, untrained, what was on its way beyond the last item, until the scheduler stops."""
@@ -101,9 +109,11 @@ class RemoteSource(FeatureSource):
 
     def _handle(self, message: Message) -> None:
         match message:
-            case Deliver(index, replica, slot):
+            case Deliver(index, replica, slot, agreed):
                 with span("post the receives", index):
                     self.receiver.post(self._items[index], replica, slot)
+                if agreed:
+                    self._agreed[index] = agreed[self._shard]
                 self._delivered.add(index)
                 self._notify()
             case StopRequest(reason, rank):
@@ -137,6 +147,7 @@ class ColocatedSource(FeatureSource):
         self._shards = local_shards(topology, rank)
         self._shard = self._shards.index(place.dp)
         self._taken: dict[int, Tensor] = {}  # slots, by item
+        self._agreed: dict[int, Tensor] = {}
 
     def verify(self, items: Items, count: int) -> None:
         """Compare the packed forward of the next `count` items with one of each document alone."""
@@ -150,17 +161,23 @@ class ColocatedSource(FeatureSource):
         rows = self._taken.setdefault(item.index, self._free.pop())[: own.tokens]
         if own.tokens:
             with span("target forward", item.index, tokens=own.tokens):
-                self._engine.forward(self._pack(own), rows)
+                agreed = forward_item(self._engine, own, self._pack(own), rows)
+            if agreed is not None:
+                self._agreed[item.index] = agreed
         return rows[own.rows(self._shard)]
 
     def release(self, item: WorkItem) -> None:
         self._free.append(self._taken.pop(item.index))
 
+    def agreed(self, item: WorkItem) -> int | Tensor:
+        found = self._agreed.pop(item.index, None)
+        return 0 if found is None else found[self._shard]
+
     def _pack(self, item: WorkItem) -> PackedTokens:
         return self._prompts.pack([s for shard in item.shards for s in shard.sequences])
 
     def _own(self, item: WorkItem) -> WorkItem:
-        return WorkItem(item.index, item.start, item.end, tuple(item.shards[d] for d in self._shards))
+        return replace(item, shards=tuple(item.shards[d] for d in self._shards))
 
 
 def local_shards(topology: Topology, rank: int) -> list[int]:

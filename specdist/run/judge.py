@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from specdist.core.errors import DataError
 from specdist.core.files import to_json, write_atomically
+from specdist.core.model_config import has_experts
 from specdist.core.records import PackedTokens, Shard
 from specdist.draft.base import Replayed
 from specdist.draft.build import parameter_count
+from specdist.evaluate.forecast import memory_bandwidth
 from specdist.evaluate.replay import ReplayReport, ReplayTally, tally_answers
 from specdist.evaluate.shown import SHOWN_ANSWERS, Decodes, ShownAnswer, show_answers
 from specdist.job.run_dir import RunDirectory
@@ -32,6 +35,7 @@ class _Seen:
     sequences: tuple[int, ...]
     batch: PackedTokens
     drafts: Replayed
+    agreed: int | Tensor
 
 
 class ReplayJudge(Judge):
@@ -39,7 +43,7 @@ class ReplayJudge(Judge):
 
     def __init__(self, context: RankContext):
         job, topology = context.job, context.topology
-        self.draft_tokens, self.temperature = job.evaluate.draft_tokens, job.evaluate.temperature
+        self.draft_tokens, self.temperature = job.draft_tokens, job.evaluate.temperature
         self.basis = f"evaluate.draft_tokens={self.draft_tokens}, evaluate.limit={job.evaluate.limit}"
         self.best = context.resume.best
         self._corpus, self._groups, self._run_dir = context.prompts, context.groups, context.run_dir
@@ -49,26 +53,29 @@ class ReplayJudge(Judge):
         self._shared = job.draft.cp > 1
         self._leader = context.rank == topology.draft_ranks[0]
         self._labels = context.prompts.labels
-        self._costs = _costs(context)
+        self._costs, self._forward_s = _forecast(context, measured=self._leader)
         self._seen: list[_Seen] = []
         self._tokenizer = _tokenizer(context) if self._leader else None
         self._shown: list[ShownAnswer] = []
         """Answers of this rank that are kept to be read."""
 
-    def add(self, shard: Shard, host_batch: PackedTokens, drafts: Replayed) -> None:
+    def add(self, shard: Shard, host_batch: PackedTokens, drafts: Replayed, agreed: int | Tensor) -> None:
         labels = tuple(map(self._corpus.label, shard.sequences))
-        self._seen.append(_Seen(labels, tuple(shard.sequences), host_batch, drafts))
+        self._seen.append(_Seen(labels, tuple(shard.sequences), host_batch, drafts, agreed))
 
     def result(self, step: int) -> dict[str, float]:
         seen, self._seen, self._shown = self._seen, [], []
         tallies = np.zeros((len(self._labels), len(ReplayTally.empty(self.draft_tokens).vector)))
         for one in seen:
             self._tally(one, tallies)
-        sums = torch.from_numpy(tallies * self._counts)
+        sums = torch.from_numpy(np.append(tallies, sum(int(one.agreed) for one in seen)) * self._counts)
         dist.all_reduce(sums, group=self._groups.draft_cpu)
-        found = {label: ReplayTally.of(vector) for label, vector in zip(self._labels, sums.numpy(), strict=True)}
+        *_, agreed = sums.tolist()
+        vectors = sums[:-1].view(tallies.shape).numpy()
+        found = {label: ReplayTally.of(vector) for label, vector in zip(self._labels, vectors, strict=True)}
         answered = {label: tally for label, tally in found.items() if tally.answers} or found
-        report = ReplayReport(step, answered, self.temperature, self._costs, self._shown)
+        figures = answered, agreed, self.temperature, self._costs, self._forward_s, self._shown
+        report = ReplayReport(step, *figures)
         if self._leader:
             self._keep(report)
         return report.metrics()
@@ -83,24 +90,22 @@ class ReplayJudge(Judge):
             print(f"specdist: {path} cannot be written, and the run goes on: {error}", file=sys.stderr, flush=True)
 
     def _tally(self, one: _Seen, tallies: np.ndarray) -> None:
-        accepted, agreed, expected = map(self._whole, vars(one.drafts).values())
+        accepted, expected = map(self._whole, vars(one.drafts).values())
         assert accepted is not None
-        documents, found = tally_answers(one.batch, accepted, agreed, expected, self.draft_tokens)
+        documents, found = tally_answers(one.batch, accepted, expected, self.draft_tokens)
         np.add.at(tallies, [self._labels.index(one.labels[document]) for document in documents], found)
         left = SHOWN_ANSWERS - len(self._shown)
         if self._tokenizer is not None and left > 0:
             sources = ["{}:{}".format(*self._corpus.provenance(sequence)) for sequence in one.sequences]
             self._shown += show_answers(one.batch, accepted, self.draft_tokens, sources, self._tokenizer, left)
 
-    def _whole(self, part: torch.Tensor | None) -> np.ndarray | None:
+    def _whole(self, part: Tensor | None) -> np.ndarray | None:
         """Of all rows, on the host, from this rank's share of them."""
         if part is None:
             return None
         if self._shared:
-            part = part.to(torch.int32 if part.dtype == torch.bool else part.dtype)
             assert self._groups.draft_mesh is not None
-            # Zeros where it is another rank's; what the target chose is found by all that reach the row.
-            dist.all_reduce(part, dist.ReduceOp.MAX, group=self._groups.draft_mesh.get_group("cp"))
+            dist.all_reduce(part, group=self._groups.draft_mesh.get_group("cp"))  # zeros where it is another rank's
         return part.cpu().numpy()
 
 
@@ -112,13 +117,20 @@ def _tokenizer(context: RankContext) -> Decodes | None:
         return None
 
 
-def _costs(context: RankContext) -> list[float]:
-    """What drafting 1..K tokens costs, in target forwards of one token, by the weights that are read."""
+def _forecast(context: RankContext, measured: bool) -> tuple[list[float], float | None]:
+    """`ReplayReport.costs` and, where the bandwidth of this GPU is `measured`, `forward_s`: each weight is read once a
+    forward, divided among as many such GPUs as hold the target here. Neither is known of a mixture of experts, of which
+    the text decides what is read, and of a quantised target."""
     job, target = context.job, context.facts.target
+    if has_experts(target.config) or target.quantised:
+        return [], None
     trained = parameter_count(job.draft, target.config)
     whole = target.flops([1]) / 2 + target.hidden_size * target.vocab_size
     algorithm = job.draft.chosen
-    return [algorithm.weights_read(trained, target.config, k) / whole for k in range(1, job.evaluate.draft_tokens + 1)]
+    costs = [algorithm.weights_read(trained, target.config, k) / whole for k in range(1, job.draft_tokens + 1)]
+    bandwidth = memory_bandwidth(context.world.device) if measured else None
+    size = whole * context.facts.target_dtype.itemsize / job.target.tp
+    return costs, None if bandwidth is None else size / bandwidth
 
 
 def read_evaluation(run_dir: RunDirectory, step: int) -> ReplayReport | None:

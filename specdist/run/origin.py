@@ -54,7 +54,7 @@ def _evaluation(run_dir: RunDirectory, step: int) -> dict[str, Any] | None:
         "accepted": [round(share, 4) for share in total.position_acceptance],
         "answers": int(total.answers),
         "tokens": int(total.tokens),
-        "agreement": total.agreement,
+        "agreement": report.agreement,
     }
 
 

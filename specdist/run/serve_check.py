@@ -84,7 +84,7 @@ def prepare(files: Sequence[str], overrides: Sequence[str], engine: str | None, 
             raise ConfigError.at("run.dir", f"={job.run.dir}: nothing is exported there yet: `specdist export` does")
     else:
         exports = [resolve(draft, "--draft", weights=True)]
-    command = serve_command(job, exports, engine, job.evaluate.draft_tokens if draft else None)
+    command = serve_command(job, exports, engine, job.draft_tokens if draft else None)
     resolve(job.target.path, "target.path", weights=True)
     facts = examine(job)
     check_draft(job, facts, Path(command.draft))

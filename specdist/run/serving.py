@@ -221,8 +221,8 @@ def evaluate_served(job: JobConfig, facts: JobFacts, directory: Path) -> Evaluat
     Raises:
         ConfigError, DataError, WorldError: see `serve_command`, `check_engine`, `fitting_prompts` and `Server`.
     """
-    settings = job.evaluate
-    command = serve_command(job, [directory], draft_tokens=settings.draft_tokens)
+    settings = job.decoding
+    command = serve_command(job, [directory], draft_tokens=settings.drafts)
     check_settings(settings)
     check_draft(job, facts, directory)
     check_engine(command, job, facts.target)
@@ -242,12 +242,12 @@ def evaluate_served(job: JobConfig, facts: JobFacts, directory: Path) -> Evaluat
 def _tally(reply: Reply, settings: EvaluateConfig, seconds: float) -> Tally:
     forwards = reply.drafted.forwards if reply.drafted else 0
     accepted = (reply.drafted.accepted or []) if reply.drafted else []
-    accepted = [*accepted, *[0] * settings.draft_tokens][: settings.draft_tokens]
+    accepted = [*accepted, *[0] * settings.drafts][: settings.drafts]
     return Tally(
         prompts=1,
         tokens=len(reply.token_ids or ()),
         forwards=forwards,
-        drafted=(forwards,) * settings.draft_tokens,
+        drafted=(forwards,) * settings.drafts,
         reached=(forwards, *accepted[:-1]),
         accepted=tuple(accepted),
         seconds=seconds,

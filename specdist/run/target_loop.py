@@ -16,8 +16,9 @@ from specdist.core.trace import span
 from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.messages import Dispatch, Message, ProducerReport, Stop
+from specdist.scheduler.messages import Computed, Dispatch, Message, ProducerReport, Stop
 from specdist.target.base import TargetModel
+from specdist.target.head import forward_item
 from specdist.target.verify import verify
 from specdist.training.profile import NO_PROFILE, Profile
 
@@ -29,6 +30,8 @@ class _Forward:
     item: WorkItem
     slot: int
     rows: Tensor
+    agreed: Tensor | None
+    """On the host, see `forward_item`."""
     began: torch.cuda.Event | float
     ended: torch.cuda.Event | float
 
@@ -43,6 +46,17 @@ class _Forward:
         return self.ended - self.began
 
 
+class Announcement:
+    """Tells the scheduler what a sender announces, and `agreed` of items that are evaluated (`Computed`)."""
+
+    def __init__(self, client: ControlClient) -> None:
+        self._client = client
+        self.agreed: dict[int, tuple[int, ...]] = {}
+
+    def __call__(self, item: int) -> None:
+        self._client.send(Computed(item, self.agreed.pop(item, ())))
+
+
 class Producer:
     """Drives one target rank. All ranks of a replica get the same items in the same order, so they stay in step."""
 
@@ -50,6 +64,7 @@ class Producer:
         self,
         engine: TargetModel,
         sender: FeatureSender,
+        announcement: Announcement,
         client: ControlClient,
         items: Items,
         prompts: Corpus,
@@ -60,9 +75,10 @@ class Producer:
     ):
         """
         Args:
+            announcement: the sender's.
             slots: items that may be in flight: an item that another replica has lost is never older than that.
         """
-        self._engine, self._sender, self._client = engine, sender, client
+        self._engine, self._sender, self._announcement, self._client = engine, sender, announcement, client
         self._items, self._prompts = items, prompts
         self._verify_left, self._timeout_s = verify_items, timeout_s
         self._slots = slots
@@ -116,9 +132,12 @@ class Producer:
             rows = self._sender.buffer(item)
         began = self._now()
         with span("forward", item.index, tokens=item.tokens):
-            self._engine.forward(batch, rows)
+            agreed = forward_item(self._engine, item, batch, rows)
+            if agreed is not None:  # read when the forward is finished, without waiting for the next one
+                host = torch.empty_like(agreed, device="cpu", pin_memory=agreed.is_cuda)
+                agreed = host.copy_(agreed, non_blocking=True)
         ended = self._now()
-        self._running.append(_Forward(item, dispatch.slot, rows, began, ended))
+        self._running.append(_Forward(item, dispatch.slot, rows, agreed, began, ended))
 
     def _now(self) -> torch.cuda.Event | float:
         if self._engine.device.type != "cuda":
@@ -131,6 +150,8 @@ class Producer:
         """Send what is finished; the sender announces it to the scheduler."""
         while self._running and self._running[0].finished():
             done = self._running.popleft()
+            if done.agreed is not None:
+                self._announcement.agreed[done.item.index] = tuple(done.agreed.tolist())
             with span("issue the sends", done.item.index):
                 self._sender.send(done.item, done.rows, done.slot)
             self.report.add(done.item.tokens, done.seconds(), time.monotonic() - self._began)

@@ -13,8 +13,8 @@ from specdist.core.attempts import Ending
 from specdist.core.files import to_json, write_atomically
 from specdist.job import config as jobs
 from specdist.run.context import RankContext
-from specdist.run.target_loop import Producer
-from specdist.scheduler.messages import Computed, Produced, ProducerReport
+from specdist.run.target_loop import Announcement, Producer
+from specdist.scheduler.messages import Produced, ProducerReport
 
 
 def produce(context: RankContext) -> None:
@@ -23,21 +23,18 @@ def produce(context: RankContext) -> None:
     item_rows = topology.shards * job.prompts.tokens_per_rank
     context.begin("loading the target")
     engine = context.load_engine(item_rows)
-    layout = context.facts.layout
-
-    def announce(item: int) -> None:
-        context.client.send(Computed(item))
-
+    layout, announcement = context.facts.layout, Announcement(context.client)
     sender: FeatureSender
     if topology.mode == "target_only":
-        sender = DropSender(Ring(layout, 1, item_rows, context.world.device), announce)
+        sender = DropSender(Ring(layout, 1, item_rows, context.world.device), announcement)
     else:
-        sender = context.transport.sender(context.wire(), item_rows, announce)
+        sender = context.transport.sender(context.wire(), item_rows, announcement)
         context.begin("connecting to the draft ranks")
         sender.connect(job.control.load_timeout_s, context.client.check)
     producer = Producer(
         engine,
         sender,
+        announcement,
         context.client,
         context.items(),
         context.prompts,

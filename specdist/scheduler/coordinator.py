@@ -177,8 +177,8 @@ class Coordinator:
         match message:
             case Released(item) if self._scheduler is not None and rank in self._draft_of:
                 self._scheduler.on_released(item, self._draft_of[rank], now)
-            case Computed(item) if self.replicas is not None:
-                deliver = self.replicas.computed(rank, item, now)
+            case Computed(item, agreed) if self.replicas is not None:
+                deliver = self.replicas.computed(rank, item, agreed, now)
                 if deliver is not None:
                     self._broadcast(deliver, now, self._draft_ranks)
             case Heartbeat(seconds, step, phase):

@@ -16,7 +16,7 @@ from specdist.core.attempts import Failure
 from specdist.core.errors import Dismissed, WorldError
 from specdist.core.stop import StopReason
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_MESSAGE_BYTES = 65536
 MAX_TERMS_BYTES = 32768
 """Of the terms in `Welcome`: far below the limit of a message."""
@@ -95,17 +95,21 @@ class Dispatch(_Message, frozen=True):
 
 class Computed(_Message, frozen=True):
     """rank of a replica -> scheduler: its share of `item` may be received (a transport with receives), or has arrived
-    in the rings (a one-sided transport). The item is delivered when every rank of the replica has said so."""
+    in the rings (a one-sided transport). The item is delivered when every rank of the replica has said so. `agreed`,
+    of an item that is evaluated: see `Deliver`."""
 
     item: int
+    agreed: tuple[int, ...] = ()
 
 
 class Deliver(_Message, frozen=True):
-    """scheduler -> all draft ranks: receive `item` from the ranks of `replica`, in `slot` of the ring."""
+    """scheduler -> all draft ranks: receive `item` from the ranks of `replica`, in `slot` of the ring. `agreed`, of an
+    item that is evaluated: of each shard, how many tokens of its answers are the target's own argmax."""
 
     item: int
     replica: int
     slot: int
+    agreed: tuple[int, ...] = ()
 
 
 class Released(_Message, frozen=True):

@@ -133,8 +133,9 @@ class Replicas:
             for rank in replica.members
         )
 
-    def computed(self, rank: int, item: int, now: float) -> Deliver | None:
-        """`rank` has computed its share of `item`; returns the delivery once all ranks of its replica have.
+    def computed(self, rank: int, item: int, agreed: tuple[int, ...], now: float) -> Deliver | None:
+        """`rank` has computed its share of `item`; returns the delivery once all ranks of its replica have. All find
+        the same `agreed`.
 
         Raises:
             ProtocolError: it was not to compute that item now.
@@ -148,7 +149,7 @@ class Replicas:
             return None
         del replica.computed[item]
         replica.delivered += 1
-        return self._scheduler.on_computed(item, replica.number, now)
+        return self._scheduler.on_computed(item, replica.number, now, agreed)
 
     def produced(self, rank: int, report: ProducerReport) -> None:
         """All that `rank` has sent has arrived, and it sends nothing more."""

@@ -123,8 +123,8 @@ class Scheduler:
             dispatches.append(Dispatch(item, replica, self.slots[item]))
         return dispatches
 
-    def on_computed(self, item: int, replica: int, now: float) -> Deliver | None:
-        """`replica` has computed `item`; None if it was dropped meanwhile.
+    def on_computed(self, item: int, replica: int, now: float, agreed: tuple[int, ...] = ()) -> Deliver | None:
+        """`replica` has computed `item`; None if it was dropped meanwhile. `agreed` is passed on.
 
         Raises:
             ProtocolError: `item` is not the oldest one outstanding at `replica`.
@@ -138,7 +138,7 @@ class Scheduler:
         self._move(replica, -1)
         queue.popleft()
         self._head_since[replica] = now
-        deliver = Deliver(item, replica, self.slots[item])
+        deliver = Deliver(item, replica, self.slots[item], agreed)
         self._delivered[item] = _Delivery(now, self.draft_ranks)
         self._delivered_count += 1
         if not self.draft_ranks:

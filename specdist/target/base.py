@@ -26,11 +26,14 @@ class TargetModel(ABC):
     """Of the weights and the computation; the features are written in `layout.dtype`."""
 
     @abstractmethod
-    def forward(self, batch: PackedTokens, out: Tensor) -> None:
+    def forward(self, batch: PackedTokens, out: Tensor, final: Tensor | None = None) -> None:
         """Compute the features of `batch`, given on the CPU, into `out` [T, layout.width] on the target's device.
 
         Rows come in packed order. Every rank of the replica gets all columns. Nothing waits for the device, and `out`
         is complete once the device has done what was queued on its current stream. No logits are computed.
+
+        Args:
+            final: [T, H], where the last hidden state goes where the layout has no place for it.
         """
 
 

@@ -16,10 +16,10 @@ from specdist.core import hub
 from specdist.core.engine_groups import EngineGroups
 from specdist.core.errors import ConfigError
 from specdist.core.records import FeatureLayout
-from specdist.target.argmax_lse import WithArgmaxLse
 from specdist.target.base import Engine, TargetModel
 from specdist.target.config import SECTIONS, TargetConfig
 from specdist.target.description import TargetDescription, compute_dtype, describe
+from specdist.target.head import WithHead
 from specdist.target.hf.engine import HF
 from specdist.target.sglang.engine import SGLANG
 from specdist.target.verify import compare, reference_features, spot_check_batch
@@ -92,6 +92,7 @@ def load_target(
     device: torch.device,
     group: ProcessGroup | None = None,
     tokens: int | None = None,
+    checked: bool = False,
 ) -> TargetModel:
     """Load the target that `config` names onto `device`.
 
@@ -99,6 +100,7 @@ def load_target(
         group: the replica's process group when `target.tp` > 1 (all its ranks call this), of a backend that serves
             `device`. Other ranks of the world take no part.
         tokens: of the largest batch there will be, where that is known: memory is set aside for it, not more.
+        checked: whether there are items that are evaluated, for which a `WithHead` is needed (`forward_item`).
     """
     check_installed(config)
     hub.resolve(config.path, "target.path", weights=True)
@@ -116,7 +118,8 @@ def load_target(
         compare(model, batch, expected)
     else:
         model = load(config.engine)
-    return WithArgmaxLse(model, target, group if config.tp > 1 else None) if layout.argmax_lse else model
+    needed = checked or layout.argmax_lse
+    return WithHead(model, target, group if config.tp > 1 else None) if needed else model
 
 
 def _is_compared(config: TargetConfig) -> bool:

@@ -59,6 +59,11 @@ class FeatureSource(ABC):
     def release(self, item: WorkItem) -> None:
         """The rows of `item` are not needed after the work already on the current stream."""
 
+    def agreed(self, item: WorkItem) -> int | Tensor:
+        """Of an evaluated item that was taken: how many tokens of the answers in this rank's shard are the target's own
+        argmax, once the device has done what is queued. Called once. Sources without a target evaluate nothing."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -117,8 +122,9 @@ class Judge(ABC):
     best: Evaluated | None
 
     @abstractmethod
-    def add(self, shard: Shard, host_batch: PackedTokens, drafts: Replayed) -> None:
-        """What this rank has replayed of its shard of one item, of which `host_batch` is the packing."""
+    def add(self, shard: Shard, host_batch: PackedTokens, drafts: Replayed, agreed: int | Tensor) -> None:
+        """What this rank has replayed of its shard of one item, of which `host_batch` is the packing; `agreed`: see
+        `FeatureSource`."""
 
     @abstractmethod
     def result(self, step: int) -> dict[str, float]:
@@ -258,7 +264,8 @@ class Trainer:
                 drafts = self.model.replay(
                     micro.batch, micro.host_batch, micro.features, judge.draft_tokens, judge.temperature
                 )
-                judge.add(micro.item.shards[self._shard], micro.host_batch, drafts)
+                shard, agreed = micro.item.shards[self._shard], self.source.agreed(micro.item)
+                judge.add(shard, micro.host_batch, drafts, agreed)
             self.source.release(micro.item)
         assert isinstance(self.model, FSDPModule)
         self.model.reshard()

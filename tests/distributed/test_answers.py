@@ -30,12 +30,14 @@ def test_prompts_alone_train_a_draft_and_the_answers_stay(tmp_path: Path) -> Non
     words = make_config(
         tmp_path, BARD / "model", make_prompts(tmp_path / "prompts.jsonl", 24), target__dtype="float32",
         prompts__answers="target", prompts__holdout=0.2, generate__max_new_tokens=48, generate__batch=8,
-        draft__dp=2, train__steps=2, prompts__max_length=256,
+        draft__dp=2, train__steps=2, prompts__max_length=256, draft__algorithm="dflash", draft__dflash__num_layers=2,
+        draft__dflash__mask_token_id=0,
     )  # fmt: skip
     done = specdist("train", *words)
     assert done.returncode == 0, done.stderr
     assert "answers: 24 conversations" in done.stderr
     assert "held out" in done.stderr
+    assert "100.00% of the tokens are the target's own greedy choice" in done.stderr
     answers = tmp_path / "run/answers/prompts.jsonl"
     records = [json.loads(line) for line in answers.read_text().splitlines()]
     said = [turn for record in records for turn in record["messages"] if turn["role"] == "assistant"]

@@ -159,6 +159,8 @@ def test_two_worlds_train_as_one(worlds, undisturbed, tmp_path):
     assert losses(worlds.directory) == undisturbed
     run = worlds.directory / "run"
     assert {path.name for path in (run / "evaluations").iterdir()} == {f"step-{n:08d}.json" for n in (0, 8, STEPS)}
+    agreed = [json.loads(path.read_text())["agreed"] for path in (run / "evaluations").iterdir()]
+    assert agreed == [agreed[0]] * 3  # of the text and the target alone
     assert not (run / "scheduler.json").exists()
     assert len(list((run / "logs").iterdir())) == len(list((run / "targets").glob("*/logs/*"))) == 1
     summary = json.loads((run / "summary.json").read_text())

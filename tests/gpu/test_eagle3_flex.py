@@ -170,7 +170,6 @@ def test_a_replay_equals_the_eager_one_waits_for_nothing_and_leaves_training_as_
     assert float(found.expected.max()) > 0
     torch.testing.assert_close(found.expected, expected.expected, rtol=1e-3, atol=1e-5)
     assert (found.accepted != expected.accepted).float().mean() < 0.005  # argmax ties may fall otherwise
-    assert torch.equal(found.agreed, expected.agreed)
 
     for lengths in ((700, 300), (400, 33)):
         run(flex, lengths)  # compiles

@@ -24,6 +24,7 @@ from specdist.evaluate.target import EvaluationTarget
 from specdist.export import Trained, export_draft, load_exported
 from specdist.job.config import examine, load_job
 from specdist.job.plan import make_plan, render
+from specdist.target.head import WithHead
 from specdist.target.registry import load_target
 from specdist.target.verify import verify
 from specdist.target.vocabulary import load_target_vocabulary
@@ -79,7 +80,8 @@ def walk(family: Family, algorithm: str, path: Path, engine: str = "hf") -> Outc
     target, layout = facts.target, facts.layout
     plain = plain_model(family, target.path)
     batch = make_batch()
-    model = load_target(job.target, layout, CPU)
+    model = load_target(job.target, layout, CPU, checked=True)
+    assert isinstance(model, WithHead)
     features = Features(layout, layout.empty(len(batch.tokens)).fill_(torch.nan))
     model.forward(batch, features.rows)
     error = relative(features.rows, plain_features(plain, layout, batch))
@@ -95,7 +97,7 @@ def walk(family: Family, algorithm: str, path: Path, engine: str = "hf") -> Outc
     except UserError as refused:
         decodes = str(refused)
     check_exports(job.draft, draft, target, path)
-    return Outcome(None, getattr(model, "packs", True), decodes, error)
+    return Outcome(None, getattr(model.model, "packs", True), decodes, error)
 
 
 def _words(path: Path, algorithm: str, engine: str) -> list[str]:
@@ -162,19 +164,23 @@ def train(draft: DraftModel, batch: PackedTokens, features: Features, steps: int
     assert losses[-1] < losses[0], f"the loss does not fall: {losses}"
 
 
-def check_replay(config: DraftConfig, draft: DraftModel, target: Any, layout: FeatureLayout, model: Any) -> None:
-    """Replay needs the forwards of decoding. Raises ConfigError where the target cannot decode."""
+def check_replay(config: DraftConfig, draft: DraftModel, target: Any, layout: FeatureLayout, model: WithHead) -> None:
+    """Replay needs the forwards of decoding, and the text is told to be the target's own. Raises ConfigError where the
+    target cannot decode."""
     decoder = EvaluationTarget.load(target, layout, CPU, torch.float32)
     prompts = [ids.tolist() for ids in make_batch((3, 9, 30)).tokens.split([3, 9, 30])]
-    replies = [reply.tokens for reply in decode(decoder, prompts, EvaluateConfig(max_new_tokens=TOKENS))]
+    replies = [
+        reply.tokens for reply in decode(decoder, prompts, EvaluateConfig(max_new_tokens=TOKENS, draft_tokens=4))
+    ]
     texts = [torch.tensor(prompt + reply) for prompt, reply in zip(prompts, replies, strict=True)]
     marks = [torch.arange(len(text)) >= len(prompt) for prompt, text in zip(prompts, texts, strict=True)]
     batch = PackedTokens.from_documents(texts, marks)
     features = Features(layout, layout.empty(len(batch.tokens)))
-    model.forward(batch, features.rows)
+    own = model.forward_checked(batch, features.rows)
+    assert int(own.sum()) == sum(map(len, replies))
     train(draft, batch, features, 30)
     replayed = draft.eval().replay(batch, batch, features, 4)
-    tallies = [ReplayTally.of(row) for row in tally_answers(batch, replayed.accepted.numpy(), None, None, 4)[1]]
+    tallies = [ReplayTally.of(row) for row in tally_answers(batch, replayed.accepted.numpy(), None, 4)[1]]
     found = decode(decoder, prompts, EvaluateConfig(max_new_tokens=TOKENS, draft_tokens=4), draft.proposer())
     assert [reply.tokens for reply in found] == replies
     assert [tally.forwards[-1] for tally in tallies] == [reply.forwards for reply in found]

@@ -88,6 +88,14 @@ def test_more_tokens_than_a_block_has(tmp_path: Path, material: tuple[Path, Path
         load_job([], words(tmp_path, material, draft__dflash__block_size=4, evaluate__draft_tokens=4, **prompts))
 
 
+def test_as_many_tokens_are_drafted_as_a_server_is_told_to(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    keys = {"draft__dflash__block_size": 4, "draft__dflash__mask_token_id": 256}
+    assert load_job([], words(tmp_path, material, **keys)).draft_tokens == 3
+    assert load_job([], words(tmp_path, material, **keys, evaluate__draft_tokens=2)).draft_tokens == 2
+    chain = {"draft__algorithm": "eagle3", "export__speculative_tokens": 6}
+    assert load_job([], words(tmp_path, material, **keys, **chain)).draft_tokens == 6
+
+
 def test_an_embedding_is_not_exported(tmp_path: Path, material: tuple[Path, Path]) -> None:
     job = load_job([], words(tmp_path, material, draft__dflash__mask_token_id=256, export__embedding="true"))
     with pytest.raises(ConfigError, match=r"export\.embedding=true: engines serve DFlash drafts"):
@@ -122,5 +130,4 @@ def test_the_configurations_that_ship() -> None:
     assert (job.draft.algorithm, job.draft.dflash.block_size) == ("dflash", 6)
     examine(job)
     large = config.load(JobConfig, ["configs/qwen3-8b.yaml", "configs/qwen3-8b-dflash.yaml"])
-    assert large.evaluate.draft_tokens == large.draft.dflash.block_size - 1
     assert written_formats(large.draft, large.export) == ("sglang", "speculators")

@@ -71,6 +71,12 @@ def test_the_tables_of_the_target_are_where_they_are_asked_for(job):
     assert not any("output head" in what for _, what in sizes["draft"])
 
 
+def test_an_evaluation_is_planned(job):
+    plan = make_plan(job(prompts__holdout=0.1), ["a"] * 3, 2**30)
+    assert "evaluation: held-out text, with 5 draft tokens a forward" in render(plan)
+    assert ("target", "output head, and logits of 1,024 tokens") in {(need.role, need.what) for need in plan.needs}
+
+
 def test_what_does_not_fit_is_said_with_advice(job):
     plan = make_plan(job(), ["a"] * 3, 2**20)
     assert not plan.fits

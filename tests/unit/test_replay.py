@@ -96,25 +96,6 @@ def test_what_is_accepted_is_what_the_decoder_drafts(name: str, count: int) -> N
     assert {0, count} <= set(replayed.accepted.tolist())
     shares = shared(case, count, 0.0, of=3)
     assert torch.equal(sum(share.accepted for share in shares), replayed.accepted)
-    if replayed.agreed is not None:
-        assert torch.equal(sum(share.agreed.int() for share in shares), replayed.agreed.int())
-
-
-def test_the_targets_own_words_are_told_from_others() -> None:
-    case = eagle3_reference.build_case(LENGTHS)
-    best = target_of(case.draft).logits(case.features.final).argmax(-1)
-    batch = case.batch
-    batch.tokens[1::2] = best[:-1][::2]  # every other token is its own
-    agreed = case.draft.replay(batch, batch, case.features, 2).agreed
-    answers = batch.supervised & (batch.positions > 0)
-    assert agreed is not None
-    assert torch.equal(agreed[:-1], (batch.tokens[1:] == best[:-1]) & answers[1:])
-    assert not agreed[-1]
-    told = replace(case.draft.layout, argmax_lse=True)
-    rows = torch.cat([case.rows, torch.zeros(len(case.rows), told.width - told.states_width)], dim=1)
-    told.write_argmax_lse(rows, torch.arange(len(rows)), best, torch.zeros(len(rows)))
-    case.draft.frozen = replace(case.draft.frozen, whole_head=None)
-    assert torch.equal(case.draft.replay(batch, batch, Features(told, rows), 2).agreed, agreed)
 
 
 @pytest.mark.parametrize("pruned", [False, True])
@@ -148,7 +129,6 @@ def test_nothing_is_replayed_where_there_is_no_answer(name: str) -> None:
         replayed = run(quiet, 2)
         assert len(replayed.accepted) == len(quiet.rows)
         assert not replayed.accepted.any()
-        assert replayed.agreed is None or not replayed.agreed.any()
 
 
 def test_what_cannot_be_replayed_is_said() -> None:

@@ -51,7 +51,7 @@ def bard() -> tuple[EvaluationTarget, list[list[Turn]]]:
     prompts = [list(p.tokens) for p in read_prompts([BARD / "heldout.jsonl"], tokenizer, 16) if len(p.tokens) < 280]
 
     def said(prompt: list[int]) -> Turn:
-        (reply,) = decode(target, [prompt], EvaluateConfig(max_new_tokens=LIMIT))
+        (reply,) = decode(target, [prompt], EvaluateConfig(max_new_tokens=LIMIT, draft_tokens=1))
         return prompt, reply.tokens
 
     conversations = [[said(prompt)] for prompt in prompts]
@@ -115,7 +115,7 @@ def test_replay_counts_the_forwards_of_real_decoding(case: str) -> None:
     counts = (1, 3, 5) if config.algorithm == "eagle3" else (1, 3, 4)
     # Fewer drafts are the first of more.
     accepted = draft.replay(batch, batch, features, counts[-1]).accepted
-    tallies = {k: tally_answers(batch, accepted.numpy(), None, None, k)[1] for k in counts}
+    tallies = {k: tally_answers(batch, accepted.numpy(), None, k)[1] for k in counts}
     several = False
     turns = list(chain(*conversations))
     for count in counts:

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from specdist.core.files import to_json
 from specdist.core.records import PackedTokens
 from specdist.evaluate.replay import ReplayReport, ReplayTally, render_replay, tally_answers
 from specdist.evaluate.shown import ShownAnswer, draft_positions, show_answers
@@ -49,7 +52,7 @@ def test_the_walk_is_that_of_a_decoder() -> None:
             shown = ShownAnswer("", "", [""] * length, draft_positions(accepted[prompt - 1 :], length, most))
             assert shown.forwards == naive(text, drafts, most)
             expected.append([naive(text, drafts, k) for k in range(1, most + 1)])
-        documents, found = tally_answers(batch_of(*parts), np.concatenate(rows), None, None, most)
+        documents, found = tally_answers(batch_of(*parts), np.concatenate(rows), None, most)
         assert documents.tolist() == list(range(5))
         for vector, forwards, (_, length) in zip(found, expected, parts, strict=True):
             tally = ReplayTally.of(vector)
@@ -63,18 +66,12 @@ def test_answers_are_supervised_runs_of_a_document() -> None:
     marks = [[0, 1, 1, 0, 1], [1, 1, 0], [1], [0, 0], [0, 1]]  # plain text: its first token is the prompt
     tensors = [torch.tensor(mark, dtype=torch.bool) for mark in marks]
     batch = PackedTokens.from_documents([torch.zeros(len(mark)) for mark in marks], tensors)
-    agreed = np.arange(len(batch.tokens)) != 1
-    documents, found = tally_answers(batch, np.zeros(len(batch.tokens), dtype=np.int64), agreed, None, 2)
+    documents, found = tally_answers(batch, np.zeros(len(batch.tokens), dtype=np.int64), None, 2)
     assert documents.tolist() == [0, 0, 1, 4]
     tallies = [ReplayTally.of(vector) for vector in found]
-    assert [(t.tokens, t.checked, t.agreed, t.forwards[-1]) for t in tallies] == [
-        (2, 2, 1, 1),
-        (1, 1, 1, 0),
-        (1, 1, 1, 0),
-        (1, 1, 1, 0),
-    ]
-    nothing = tally_answers(batch_of((3, 0)), np.zeros(3, dtype=np.int64), None, np.zeros((3, 2)), 2)[1]
-    assert nothing.shape == (0, 11)
+    assert [(t.tokens, t.forwards[-1]) for t in tallies] == [(2, 1), (1, 0), (1, 0), (1, 0)]
+    nothing = tally_answers(batch_of((3, 0)), np.zeros(3, dtype=np.int64), np.zeros((3, 2)), 2)[1]
+    assert nothing.shape == (0, 9)
 
 
 def test_sure_chances_need_the_forwards_of_the_walk() -> None:
@@ -83,7 +80,7 @@ def test_sure_chances_need_the_forwards_of_the_walk() -> None:
         batch, count = batch_of(*((2, int(n)) for n in draw.integers(1, 12, 6))), 3
         accepted = draw.integers(0, count + 1, len(batch.tokens))
         chances = (np.arange(count) < accepted[:, None]).astype(np.float32)
-        for vector in tally_answers(batch, accepted, None, chances, count)[1]:
+        for vector in tally_answers(batch, accepted, chances, count)[1]:
             assert ReplayTally.of(vector).expected_forwards == pytest.approx(ReplayTally.of(vector).forwards[-1])
 
 
@@ -92,30 +89,27 @@ def test_chances_are_those_of_many_decoders() -> None:
     batch = batch_of((1, 8))
     chances = draw.random((9, count)) * (np.arange(count) < np.arange(7, -2, -1)[:, None])
     trials = draw.random((4000, 9, count)) < chances
-    walks = [tally_answers(batch, trial.cumprod(1).sum(1), None, None, count)[1][0] for trial in trials]
+    walks = [tally_answers(batch, trial.cumprod(1).sum(1), None, count)[1][0] for trial in trials]
     mean = np.mean([ReplayTally.of(vector).forwards[-1] for vector in walks])
-    (found,) = tally_answers(batch, np.zeros(9, dtype=np.int64), None, chances, count)[1]
+    (found,) = tally_answers(batch, np.zeros(9, dtype=np.int64), chances, count)[1]
     assert ReplayTally.of(found).expected_forwards == pytest.approx(mean, rel=0.02)
 
 
-def report(agreed: float = 0.0, checked: float = 0.0) -> ReplayReport:
-    first = ReplayTally(2, 12, checked, agreed, 5.0, np.array([8.0, 4.0]), np.array([4.0, 3.0]), np.array([3.0, 3.0]))
-    return ReplayReport(7, {"a": first, "b": first}, 0.7, [0.1, 0.2])
+def report(costs: tuple[float, ...] = (0.1, 1.5), forward_s: float | None = None) -> ReplayReport:
+    first = ReplayTally(2, 12, 5.0, np.array([8.0, 4.0]), np.array([4.0, 3.0]), np.array([3.0, 3.0]))
+    return ReplayReport(7, {"a": first, "b": first}, 20.0, 0.7, costs, forward_s)
 
 
 def test_a_report_survives_its_file_and_says_what_it_has() -> None:
-    assert ReplayReport.from_dict(report().to_dict()).to_dict() == report().to_dict()
+    for one in (report(), report(forward_s=0.004), report(costs=())):
+        assert ReplayReport.from_dict(json.loads(to_json(one.to_dict()))).to_dict() == one.to_dict()
     assert report().total.acceptance_lengths == [1.25, 2.5]
-    text = render_replay(report(agreed=20, checked=24), report())
+    text = render_replay(report(), report())
     assert "acceptance length 2.50 tokens per target forward, by replay" in text
-    assert "1: 1.25 (1.14x), 2: 2.50 (2.08x)" in text
+    assert "(forecast speed-up of one sequence): 1: 1.25 (1.14x), 2: 2.50 (1.00x); fastest with 1\n" in text
     assert "expected at temperature 0.7: 2.00" in text
     assert "a: 2.50" in text
     assert "only 83.3% of the tokens are what the target itself would write" in text
-
-
-def test_unknown_agreement_is_told() -> None:
-    assert "is not known" in render_replay(report())
 
 
 def test_answers_are_shown_token_by_token() -> None:
@@ -131,3 +125,12 @@ def test_answers_are_shown_token_by_token() -> None:
     assert (list(first.positions), first.forwards) == ([0, 1, 2, 0, 0], 2)
     assert list(second.positions) == [0] * 5
     assert len(show_answers(batch, accepted, 3, ["a:1", "b:7"], tokenizer, most=1)) == 1
+
+
+def test_tokens_per_second_are_forecast_where_a_forward_is_known() -> None:
+    """A target of 4 ms a forward makes 250 tokens/s alone."""
+    known = report(forward_s=0.004)
+    assert known.tokens_per_s == pytest.approx([1.25 / 0.0044, 2.5 / 0.01])
+    assert known.metrics()["forecast_tokens_per_s/2"] == pytest.approx(250)
+    assert "tokens/s of one sequence): 1: 1.25 (1.14x, 284), 2: 2.50 (1.00x, 250); fastest" in render_replay(known)
+    assert "by draft tokens: 1: 1.25, 2: 2.50\n" in render_replay(report(costs=()))  # of a mixture of experts

@@ -36,8 +36,8 @@ ANSWER = ShownAnswer("a.jsonl:3", "<user>\nWhat</script>?", ("A", " king", " <b>
 
 def evaluation(step: int, forwards: float = 30.0) -> ReplayReport:
     counts = np.array([60.0, forwards])
-    tally = ReplayTally(4, 64, 64, 64, 0.0, counts, np.array([30.0, 20.0]), np.array([20.0, 10.0]))
-    return ReplayReport(step, {"a": tally, "b": tally}, costs=[0.1, 0.2], answers=[ANSWER])
+    tally = ReplayTally(4, 64, 0.0, counts, np.array([30.0, 20.0]), np.array([20.0, 10.0]))
+    return ReplayReport(step, {"a": tally, "b": tally}, 96.0, costs=[0.1, 0.2], forward_s=0.01, answers=[ANSWER])
 
 
 def make_run(directory: Path, *overrides: str, steps: int = 40, ended: bool = True) -> Path:

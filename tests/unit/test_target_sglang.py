@@ -212,6 +212,14 @@ def test_columns_are_in_the_layouts_order_and_rows_in_the_items(engine_of: Any) 
     assert runner.forwards == [[3, 5]]
 
 
+def test_the_last_state_goes_where_it_is_asked_for(engine_of: Any) -> None:
+    engine, packed = engine_of(FakeRunner(), 5), batch([3, 5])  # two forwards
+    engine.layout = replace(engine.layout, final=False)
+    final = torch.full((8, HIDDEN), torch.nan)
+    engine.forward(packed, engine.layout.empty(8), final)
+    assert torch.equal(final[:, 0], packed.tokens.float() + 100)
+
+
 @pytest.mark.parametrize(
     ("runner", "keys", "forwards"),
     [

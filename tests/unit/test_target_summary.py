@@ -3,21 +3,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from specdist.core.records import FeatureLayout, Features, PackedTokens
+from specdist.core.progress import Cursor
+from specdist.core.records import FeatureLayout, Features, PackedTokens, Shard, WorkItem
 from specdist.draft.build import build_draft
 from specdist.draft.common.losses import LossName
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.run.feature_source import random_rows
-from specdist.target.argmax_lse import supervised_rows
 from specdist.target.config import TargetConfig
 from specdist.target.description import describe
+from specdist.target.head import forward_item, supervised_rows
 from specdist.target.registry import load_target
 from specdist.target.verify import verify
 from specdist.target.vocabulary import load_target_head, load_target_vocabulary
@@ -82,6 +84,32 @@ def test_an_engine_adds_what_its_head_says(tmp_path: Path) -> None:
     alone = PackedTokens.from_documents([torch.tensor([5])], [torch.tensor([True])])
     engine.forward(alone, rows[:1])
     assert not rows[0, layout.states_width :].any()
+
+
+@pytest.mark.parametrize("prefill", ["packed", "documents"])
+@pytest.mark.parametrize(("final", "argmax_lse"), [(False, False), (True, False), (True, True)])
+def test_a_text_is_told_to_be_the_targets_own(tmp_path: Path, final: bool, argmax_lse: bool, prefill: str) -> None:
+    """Whatever the draft asks for. Every other token is what the target says after those before it."""
+    config, batch = TargetConfig(path=str(make_target(tmp_path)), prefill=prefill), make_batch()  # type: ignore[arg-type]
+    plain, head = (
+        load_target(config, FeatureLayout((), 32, True, torch.float32), CPU),
+        load_target_head(describe(tmp_path)),
+    )
+    said, states = torch.zeros(len(batch.tokens), dtype=torch.bool), torch.empty(len(batch.tokens), 32)
+    for row in supervised_rows(batch)[::2].tolist():
+        plain.forward(batch, states)
+        batch.tokens[row + 1] = (states[row] @ head[0].T).argmax()
+        said[row] = True
+    layout = FeatureLayout((0, 2), 32, final, torch.float32, argmax_lse)
+    engine, rows = load_target(config, layout, CPU, checked=True), layout.empty(len(batch.tokens))
+    item = WorkItem(7, Cursor(), Cursor(), (Shard((0, 1), (9, 1)), Shard((), ()), Shard((2,), (30,))), evaluated=True)
+    counts = forward_item(engine, item, batch, rows)
+    assert counts is not None
+    assert counts.tolist() == [int(said[:10].sum()), 0, int(said[10:].sum())]
+    assert 0 < int(counts[0]) < int(counts[2])
+    alone = layout.empty(len(batch.tokens))
+    assert forward_item(engine, replace(item, evaluated=False), batch, alone) is None
+    assert torch.equal(alone, rows)
 
 
 def test_supervised_rows_are_those_before_supervised_tokens() -> None:

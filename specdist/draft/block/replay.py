@@ -29,14 +29,12 @@ def replay(
     host_batch: PackedTokens,
     features: Features,
     count: int,
-    agreed: Tensor | None = None,
     chances: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Replayed:
     """`DraftModel.replay`. As many blocks are filled at one time as training fills, `anchors`, and `loss_chunk` rows of
     logits are held.
 
     Args:
-        agreed: `Replayed.agreed`.
         chances: of drafts, from their products [n, V] and the rows before theirs [n], `Replayed.expected` [n]; None
             where that is not asked for.
 
@@ -49,7 +47,7 @@ def replay(
     expected = None if chances is None else torch.zeros(len(accepted), count, device=accepted.device)
     anchors = Blocks.candidates(host_batch)[draft.share.index :: draft.share.of]
     if not len(anchors):
-        return Replayed(accepted, agreed, expected)
+        return Replayed(accepted, expected)
     verified, lengths = draft.verified(batch, features), tuple(host_batch.lengths)
     for part in anchors.split(options.anchors):
         blocks = Blocks.at(part, host_batch, options.block_size, options.drafts).to(accepted.device)
@@ -65,4 +63,4 @@ def replay(
         accepted[blocks.anchors - 1] = right.long().cumprod(1).sum(1)
         if expected is not None:
             expected[blocks.anchors - 1] = torch.cat(likely).float().view_as(labels).where(valid, 0.0)
-    return Replayed(accepted, agreed, expected)
+    return Replayed(accepted, expected)

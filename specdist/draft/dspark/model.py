@@ -89,8 +89,7 @@ class DSparkDraft(BlockDraft):
             target = self.target.logit_map(taught(rows)).div_(temperature).softmax(-1)
             return torch.minimum(target, self.logit_map(products).div(temperature).softmax(-1)).sum(-1)
 
-        agreed = self.agreed(batch, host_batch, lambda rows: taught(rows).argmax(-1), self.config.loss_chunk)
-        return replay(self, batch, host_batch, features, count, agreed, chances if temperature else None)
+        return replay(self, batch, host_batch, features, count, chances if temperature else None)
 
     def products(self, states: Tensor, before: Tensor) -> Tensor:
         head = self.target.head

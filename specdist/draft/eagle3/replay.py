@@ -39,9 +39,8 @@ def replay(
     rows = Rows.of(host_batch, count, draft.share, served=True).to(device)
     accepted = torch.zeros(tokens, dtype=torch.int64, device=device)
     expected = torch.zeros(tokens, count, device=device) if temperature else None
-    agreed = _agreed(draft, batch, host_batch, features)
     if not len(rows.active):
-        return Replayed(accepted, agreed, expected)
+        return Replayed(accepted, expected)
 
     hidden, entry, key, value, *weights = draft.inputs(batch, features, rows)
     task = draft.task(rows, tuple(host_batch.lengths), products="compute")
@@ -50,7 +49,7 @@ def replay(
     accepted[rows.active] = _by_row(right, rows).cumprod(1).sum(1)
     if expected is not None:
         expected[rows.active] = _by_row(_chances(draft, features.final[rows.taught], states, temperature), rows)
-    return Replayed(accepted, agreed, expected)
+    return Replayed(accepted, expected)
 
 
 def _by_row(found: Tensor, rows: Rows) -> Tensor:
@@ -86,17 +85,3 @@ def _chances(draft: Eagle3Draft, final: Tensor, states: Tensor, temperature: flo
         terms = ops.kl_row_terms(student, teacher, cooled, log_sum_exp, frozen.vocabulary.to_draft[best], nothing, KL)
         found.append(terms[1])
     return torch.cat(found).float()
-
-
-def _agreed(draft: Eagle3Draft, batch: PackedTokens, host_batch: PackedTokens, features: Features) -> Tensor:
-    """`Replayed.agreed`, of this rank's part of the rows before answers' tokens."""
-    frozen = draft.frozen
-    if frozen.whole_head is None:
-        return draft.agreed(batch, host_batch, lambda rows: features.argmax_lse(rows)[0], max(len(batch.tokens), 1))
-    head = frozen.whole_head
-
-    def argmax(rows: Tensor) -> Tensor:
-        return draft.ops.argmax_lse(features.final[rows].to(head.dtype) @ head.T, frozen.logit_map)[0]
-
-    chunk = max(draft.config.loss_chunk * len(frozen.head) // len(head), 1)
-    return draft.agreed(batch, host_batch, argmax, chunk)

@@ -47,14 +47,14 @@ def facts(run: RunRecords) -> list[Fact]:
     if one is not None:
         length, drafts = one.total.acceptance_length, len(one.total.forwards)
         was = f", {before.total.acceptance_length:.2f} before training" if before and before.step != one.step else ""
-        own = one.total.agreement
-        foreign = f"; only {own:.0%} of the text is the target's own" if own is not None and own < OWN_TEXT else ""
+        foreign = f"; only {one.agreement:.0%} of the text is the target's own" if one.agreement < OWN_TEXT else ""
         note = f"{drafts} draft tokens, step {one.step:,}{was}{foreign}"
         found.append(Fact("acceptance length", f"{length:.2f}", note))
         if one.costs:
             speedup = max(one.speedups)
             drafts = one.speedups.index(speedup) + 1
-            found.append(Fact("forecast speed-up", f"{speedup:.2f}x", f"one sequence, {drafts} draft tokens"))
+            speed = f", {one.tokens_per_s[drafts - 1]:,.0f} tokens/s" if one.tokens_per_s else ""
+            found.append(Fact("forecast speed-up", f"{speedup:.2f}x", f"one sequence, {drafts} draft tokens{speed}"))
     if run.training:
         last = run.training[-1]
         total = run.status.total_steps if run.status else last["step"]

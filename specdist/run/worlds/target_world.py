@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from specdist.core.attempts import Ending
 from specdist.core.errors import Dismissed, WorldError
 from specdist.run.context import WorldContext
-from specdist.run.target_loop import Producer
+from specdist.run.target_loop import Announcement, Producer
 from specdist.run.worlds.search import Lost, Over, Search, Session, say
 from specdist.run.worlds.terms import common_facts
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.messages import Computed, Produced, ProducerReport, Stop
+from specdist.scheduler.messages import Produced, ProducerReport, Stop
 from specdist.target.base import TargetModel
 
 _LOOK_S = 0.5
@@ -113,8 +113,8 @@ class TargetWorld:
         job, timeout_s = context.job, context.timeout_s
         item_rows = context.topology.shards * job.prompts.tokens_per_rank
         engine = self._loaded(client, item_rows)
-        wire = context.wire(address_book=session.book)
-        sender = context.transport.sender(wire, item_rows, lambda index: client.send(Computed(index)))
+        wire, announcement = context.wire(address_book=session.book), Announcement(client)
+        sender = context.transport.sender(wire, item_rows, announcement)
         report = ProducerReport()
         try:
             with contextlib.suppress(Over):
@@ -122,7 +122,9 @@ class TargetWorld:
                 sender.connect(job.control.load_timeout_s, session.check)
                 items = context.items_of(terms.schedule, terms.cursor)
                 verify = job.target.verify
-                producer = Producer(engine, sender, client, items, context.prompts, terms.slots, verify, timeout_s)
+                producer = Producer(
+                    engine, sender, announcement, client, items, context.prompts, terms.slots, verify, timeout_s
+                )
                 client.ready()
                 report = producer.run()
         finally:

@@ -62,25 +62,29 @@ class HfTarget(TargetModel):
         self._settle_prefill(config, target)
 
     @torch.no_grad()
-    def forward(self, batch: PackedTokens, out: Tensor) -> None:
+    def forward(self, batch: PackedTokens, out: Tensor, final: Tensor | None = None) -> None:
         lengths = [n for n in batch.lengths if n]
         if not lengths:
             return
         tokens, positions = self._to_device(batch.tokens), self._to_device(batch.positions)
         if not self.packs:
-            for ids, places, rows in zip(*(x.split(lengths) for x in (tokens, positions, out)), strict=True):
-                self._run(ids, places, rows)
+            finals = [None] * len(lengths) if final is None else final.split(lengths)
+            parts = (x.split(lengths) for x in (tokens, positions, out))
+            for ids, places, rows, last in zip(*parts, finals, strict=True):
+                self._run(ids, places, rows, last)
             return
         documents = Documents(lengths, self._to_device(batch.cu_seqlens))
-        self._run(tokens, positions, out, documents=documents)
+        self._run(tokens, positions, out, final, documents=documents)
         if documents.attended != self._layers:
             raise NotPackable(f"its {self._layers} layers called their attention {documents.attended} times")
 
-    def _run(self, tokens: Tensor, positions: Tensor, out: Tensor, **kwargs: Any) -> None:
+    def _run(self, tokens: Tensor, positions: Tensor, out: Tensor, final: Tensor | None, **kwargs: Any) -> None:
         self._out = out
         states = self.decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, **kwargs)
         if self.layout.final:
-            self.layout.final_state(out).copy_(states.last_hidden_state[0])
+            final = self.layout.final_state(out)
+        if final is not None:
+            final.copy_(states.last_hidden_state[0])
         self._out = None
 
     def _capture(self, column: int, layer: int) -> Callable[[nn.Module, Any, Any], None]:

@@ -67,12 +67,16 @@ class SglangTarget(TargetModel):
         log.info("target %s: SGLang's KV cache holds %d tokens", target.path, self.runner.tokens)
 
     @torch.no_grad()
-    def forward(self, batch: PackedTokens, out: Tensor) -> None:
+    def forward(self, batch: PackedTokens, out: Tensor, final: Tensor | None = None) -> None:
+        final = self.layout.final_state(out) if self.layout.final else final
         first = 0
         with _memory_errors_named(self._config):
             for documents in self._forwards([tokens for tokens in batch.tokens.split(batch.lengths) if len(tokens)]):
                 rows = sum(map(len, documents))
-                self._write(self.runner.forward(documents), out[first : first + rows])
+                captured, where = self.runner.forward(documents), slice(first, first + rows)
+                self._write(captured, out[where])
+                if final is not None:
+                    final[where].copy_(captured.final)
                 first += rows
 
     def _write(self, captured: adapter.Captured, out: Tensor) -> None:
@@ -84,8 +88,6 @@ class SglangTarget(TargetModel):
             )
         for column, index in enumerate(self.layout.captured_layers):
             out[:, column * hidden : (column + 1) * hidden].copy_(layers[self._columns.index(index)])
-        if self.layout.final:
-            self.layout.final_state(out).copy_(captured.final)
 
     def _forwards(self, documents: list[Tensor]) -> Iterator[list[Tensor]]:
         """Divide documents into forwards that fit, in order."""

@@ -71,6 +71,9 @@ class Toy(Algorithm[ToyConfig]):
         if draft_tokens is not None and draft_tokens > 1:
             raise ConfigError.at("evaluate.draft_tokens", f"={draft_tokens}: the toy drafts one token")
 
+    def draft_tokens(self, options: ExportConfig) -> int:
+        return 1
+
     def layout(self, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:
         text = target.get_text_config()
         if self.config.layer >= text.num_hidden_layers:

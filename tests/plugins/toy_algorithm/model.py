@@ -50,7 +50,7 @@ class ToyDraft(DraftModel):
         accepted = torch.zeros_like(batch.tokens)
         drafts = self.head(features.captured[rows].to(self.head.weight.dtype)).argmax(-1)
         accepted[rows] = (drafts == batch.tokens[rows + 2]).long()
-        return Replayed(accepted, None)
+        return Replayed(accepted)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         counted = max(sums["counted"], 1.0)

@@ -37,10 +37,14 @@ class ToyTarget(TargetModel):
         self.layout, self.device, self.dtype = layout, device, torch.float32
         self._table = config.toy.scale * load_target_vocabulary(target, torch.float32).embedding.to(device)
 
-    def forward(self, batch: PackedTokens, out: Tensor) -> None:
+    def forward(self, batch: PackedTokens, out: Tensor, final: Tensor | None = None) -> None:
         rows, hidden = self._table[batch.tokens.to(self.device)], self.layout.hidden_size
-        for part in range(len(self.layout.captured_layers) + self.layout.final):
+        captured = len(self.layout.captured_layers)
+        for part in range(captured):
             out[:, part * hidden : (part + 1) * hidden] = (part + 1) * rows
+        final = self.layout.final_state(out) if self.layout.final else final
+        if final is not None:
+            final.copy_((captured + 1) * rows)
 
 
 def check(config: TargetConfig, target: TargetDescription) -> None:

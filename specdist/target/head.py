@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The argmax and log-sum-exp of the target's logits beside the features, where the draft asks the target side for them.
+"""The target's output head on the target side: the argmax and log-sum-exp of its logits beside the features, where the
+draft asks for them, and whether a held-out text is the target's own.
 
-Works with any engine: what it has written as the last hidden state goes through the output head of the checkpoint. Each
+Works with any engine: the last hidden state that it has written goes through the output head of the checkpoint. Each
 rank of a replica has a part of the vocabulary, and the parts are put together for the supervised rows only.
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from specdist.core.argmax_lse import argmax_lse_on
-from specdist.core.records import PackedTokens
+from specdist.core.records import PackedTokens, WorkItem, moved_to
 from specdist.target.base import TargetModel
 from specdist.target.description import TargetDescription
 from specdist.target.vocabulary import load_target_head
@@ -22,8 +23,8 @@ CHUNK = 1024
 """Rows of logits that are held at one time."""
 
 
-class WithArgmaxLse(TargetModel):
-    """A target whose rows also get the argmax and log-sum-exp that their layout has room for."""
+class WithHead(TargetModel):
+    """A target with its head. Its rows also get the argmax and log-sum-exp that their layout may have room for."""
 
     def __init__(self, model: TargetModel, target: TargetDescription, group: ProcessGroup | None = None) -> None:
         """`group`: the replica's, where it has several ranks; all of them call this."""
@@ -35,18 +36,30 @@ class WithArgmaxLse(TargetModel):
         self._head = head[self._first : len(head) * (index + 1) // of].to(model.device)
         self._argmax_lse = argmax_lse_on(model.device)
 
+    def forward(self, batch: PackedTokens, out: Tensor, final: Tensor | None = None) -> None:
+        if self.layout.argmax_lse:
+            self.forward_checked(batch, out)
+        else:
+            self.model.forward(batch, out, final)
+
     @torch.no_grad()
-    def forward(self, batch: PackedTokens, out: Tensor) -> None:
-        self.model.forward(batch, out)
-        out[:, self.layout.states_width :].zero_()
+    def forward_checked(self, batch: PackedTokens, out: Tensor) -> Tensor:
+        """`forward`, which also tells, bool [T] on the device, of every row i whether x_{i+1} is an answer's token
+        (`PackedTokens.places`) and the target's own argmax."""
+        layout, own = self.layout, torch.zeros(len(out), dtype=torch.bool, device=self.device)
+        final = layout.final_state(out) if layout.final else out.new_empty(len(out), layout.hidden_size)
+        self.model.forward(batch, out, final)
+        out[:, layout.states_width :].zero_()
         where = supervised_rows(batch)
         if not len(where):  # on all ranks alike
-            return
-        if self.device.type == "cuda":
-            where = where.pin_memory()
-        where = where.to(self.device, non_blocking=True)
-        for rows in where.split(CHUNK):
-            self.layout.write_argmax_lse(out, rows, *self._of(self.layout.final_state(out)[rows]))
+            return own
+        follows = moved_to(batch.tokens[where + 1], self.device)
+        for rows, tokens in zip(moved_to(where, self.device).split(CHUNK), follows.split(CHUNK), strict=True):
+            argmax, log_sum_exp = self._of(final[rows])
+            own[rows] = argmax == tokens
+            if layout.argmax_lse:
+                layout.write_argmax_lse(out, rows, argmax, log_sum_exp)
+        return own
 
     def _of(self, final: Tensor) -> tuple[Tensor, Tensor]:
         """Argmax and log-sum-exp [n] over the whole vocabulary, of last hidden states [n, H]."""
@@ -56,6 +69,17 @@ class WithArgmaxLse(TargetModel):
             return argmax, log_sum_exp
         highest = self._logit_map(products.gather(1, argmax[:, None])[:, 0])
         return _combined(argmax + self._first, highest, log_sum_exp, self._group)
+
+
+def forward_item(engine: TargetModel, item: WorkItem, batch: PackedTokens, out: Tensor) -> Tensor | None:
+    """`TargetModel.forward` of an item's batch. Of an item that is evaluated it returns, int64 [shards] on the device,
+    how many tokens of the answers in each shard are the target's own argmax."""
+    if not item.evaluated:
+        engine.forward(batch, out)
+        return None
+    assert isinstance(engine, WithHead)
+    parts = engine.forward_checked(batch, out).split([shard.tokens for shard in item.shards])
+    return torch.stack([part.sum() for part in parts])
 
 
 def supervised_rows(batch: PackedTokens) -> Tensor:
