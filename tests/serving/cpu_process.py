@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -22,11 +22,14 @@ from sglang.srt.arg_groups.choices import add_draft_attention_backend_choices
 from sglang.srt.runtime_context import override_platform
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
+from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWorkerV2
 
 # Here, for the processes of the engine import this module too.
 add_draft_attention_backend_choices(["intel_amx"])
 DFlashVerifyInput.tree_topk = DFlashVerifyInput.topk  # the CPU's attention asks for it by EAGLE's name
 torch.Tensor.bfloat16 = lambda tensor: tensor  # type: ignore[method-assign]  # of a block's embeddings, whatever the dtype
+_generate = DSparkWorkerV2.forward_batch_generation  # without overlap it is called with one argument more than it takes
+DSparkWorkerV2.forward_batch_generation = lambda *args, pp_proxy_tensors=None, **more: _generate(*args, **more)
 torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]  # a CPU has one stream
 
 CPU = {
@@ -42,16 +45,20 @@ CPU = {
 
 
 @contextlib.contextmanager
-def dflash_without_a_gpu() -> Iterator[None]:
-    """SGLang refuses DFlash on CPUs, for which it has no kernels, before it looks at anything else."""
-    refused = speculative_hook._handle_dflash  # noqa: SLF001 - it asks in no other place
-
-    def handle(server_args: ServerArgs) -> None:
-        with mock.patch.object(speculative_hook, "resolving_view", lambda args: AsIfOnAGpu(view(args))):
-            refused(server_args)
-
+def blocks_without_a_gpu() -> Iterator[None]:
+    """SGLang refuses drafts of blocks on CPUs, for which it has no kernels, before it looks at anything else."""
     view = speculative_hook.resolving_view
-    with mock.patch.object(speculative_hook, "_handle_dflash", handle):
+
+    def allowed(refused: Callable[[ServerArgs], None]) -> Callable[[ServerArgs], None]:
+        def handle(server_args: ServerArgs) -> None:
+            with mock.patch.object(speculative_hook, "resolving_view", lambda args: AsIfOnAGpu(view(args))):
+                refused(server_args)
+
+        return handle
+
+    with contextlib.ExitStack() as stack:
+        for name in ("_handle_dflash", "_handle_dspark"):  # it asks in no other place
+            stack.enter_context(mock.patch.object(speculative_hook, name, allowed(getattr(speculative_hook, name))))
         yield
 
 
@@ -70,5 +77,5 @@ class AsIfOnAGpu:
 if __name__ == "__main__":
     sys.argv[1] = json.dumps(json.loads(sys.argv[1]) | CPU)
     # Without it, it would fall back to torch_native, which does not speculate.
-    with override_platform(has_amx=True), dflash_without_a_gpu():
+    with override_platform(has_amx=True), blocks_without_a_gpu():
         sglang_process.main()

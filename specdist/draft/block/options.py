@@ -33,8 +33,8 @@ class BlockOptions(LayerOptions):
     anchors: int = 512
     """Blocks trained of a micro-batch at most: they begin at supervised tokens drawn at random."""
     loss_chunk: int = 2048
-    """Rows of logits that are held at one time. Memory of the loss: about loss_chunk x vocabulary x 4 bytes, and five
-    times that without draft.compile."""
+    """Rows of logits that are held at one time. Memory of the loss: about loss_chunk x vocabulary x 4 to 6 bytes, and
+    five times that without draft.compile."""
 
     def __post_init__(self) -> None:
         if self.drafts < 1:
