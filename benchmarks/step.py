@@ -27,7 +27,7 @@ from specdist.core import config as configuration
 from specdist.core.errors import ConfigError
 from specdist.draft.config import DraftConfig
 from specdist.draft.registry import benchmark_words
-from specdist.training.optimizer import OptimizerConfig
+from specdist.training.config import OptimizerConfig
 
 
 @dataclass(frozen=True)

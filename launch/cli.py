@@ -154,7 +154,7 @@ def _naming_sources(args: argparse.Namespace) -> AbstractContextManager[None]:
     """Of a command with a configuration: its errors say where the values came from."""
     if not hasattr(args, "config"):
         return nullcontext()
-    from specdist.job.config import naming_sources
+    from specdist.job.sections import naming_sources
 
     return naming_sources(*words.split(args.config))
 
@@ -313,7 +313,7 @@ def _keys(args: argparse.Namespace) -> int:
     from omegaconf import MISSING
 
     from specdist.core import config
-    from specdist.job.config import JobConfig
+    from specdist.job.sections import JobConfig
 
     earlier = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `specdist keys | head` ends quietly
     try:

@@ -103,7 +103,7 @@ def _words(overrides: Overrides) -> list[str]:
 
 def _check(venue: Venue, run: Sequence[str]) -> JobConfig:
     """Read a run's configuration and check all of it that can be checked before the run is submitted."""
-    from specdist.job.config import naming_sources
+    from specdist.job.sections import naming_sources
 
     run = [*run, *_words({f"launch.slurm.{key}": value for key, value in venue.asked.items()})]
     with naming_sources(*words.split(run)):

@@ -11,21 +11,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
-
-import torch
-from torch import Tensor
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from specdist.core.errors import ConfigError
-from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
-from specdist.draft.base import DraftModel
-from specdist.draft.common.sizes import LayerSizes
-from specdist.draft.export_config import ExportConfig
 from specdist.draft.served_by import ServedBy
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+    from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
+    from specdist.draft.base import DraftModel
+    from specdist.draft.common.sizes import LayerSizes
+    from specdist.draft.export_config import ExportConfig
+
 C = TypeVar("C")
-Contents = tuple[dict[str, Any], dict[str, Tensor]]
+Contents: TypeAlias = "tuple[dict[str, Any], dict[str, Tensor]]"
 """What a directory for a serving engine holds: config.json, and the tensors of the weight file."""
 Serving = Literal["greedy", "sampled"]
 """What `draft.serving` may be."""

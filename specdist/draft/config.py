@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any, Literal
 
 from specdist.core.config import complete
 from specdist.core.errors import ConfigError
 from specdist.draft.algorithm import Algorithm, ExportedDraft, Serving
 from specdist.draft.registry import ALGORITHMS, DEFAULT
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)

@@ -1,106 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole configuration of a run, put together from the stations' sections, and what follows without a GPU."""
+"""What follows from the configuration of a run (`sections.py`) without a GPU."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from omegaconf import MISSING
 
 from specdist.channel.base import Transport
-from specdist.channel.config import ChannelConfig, parse_bytes
+from specdist.channel.config import parse_bytes
 from specdist.channel.registry import transport_for
 from specdist.channel.ring import ring_slots
 from specdist.core import config, hub
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.launch_env import Attempt, Role
-from specdist.core.progress import CheckpointConfig
 from specdist.core.records import FeatureLayout
-from specdist.core.topology import Topology, WorldConfig
+from specdist.core.topology import Topology
 from specdist.draft import registry as algorithms
-from specdist.draft.config import DraftConfig
-from specdist.evaluate.config import EvaluateConfig
-from specdist.export import ExportConfig, check_servable, load_exported
-from specdist.generate import config as generating
-from specdist.generate.config import GenerateConfig
-from specdist.job.launch_config import LaunchConfig
-from specdist.job.preflight_config import PreflightConfig
-from specdist.prompts.config import PromptsConfig
-from specdist.scheduler.config import ControlConfig, SchedulerConfig
+from specdist.export import check_servable, load_exported
+from specdist.job.sections import CHANGEABLE, JobConfig, import_plugins
 from specdist.target import registry as engines
-from specdist.target.config import TargetConfig
 from specdist.target.description import TargetDescription, compute_dtype, describe
-from specdist.training.metrics import MetricsConfig
-from specdist.training.optimizer import OptimizerConfig
-from specdist.training.profile import TraceConfig
-from specdist.training.recipe import TrainConfig
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """The run itself."""
-
-    dir: str = MISSING
-    """Run directory: configuration, checkpoints, metrics, export. All hosts must see it. A second start resumes."""
-    seed: int = 0
-    """Fixes the order of the prompts and the draft's initial weights."""
-    plugins: tuple[str, ...] = ()
-    """Python modules that are imported before the rest of the configuration is checked, by every process that reads it.
-    An algorithm, a transport or an engine from outside registers itself so. They must be installed on every host."""
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ConfigError.at("run.seed", f"is {self.seed}: it must be at least 0")
-
-
-@dataclass(frozen=True)
-class JobConfig:
-    """Everything a run is made of, one section a station."""
-
-    run: RunConfig = field(default_factory=RunConfig)
-    world: WorldConfig = field(default_factory=WorldConfig)
-    prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    generate: GenerateConfig = field(default_factory=GenerateConfig)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    control: ControlConfig = field(default_factory=ControlConfig)
-    target: TargetConfig = field(default_factory=TargetConfig)
-    channel: ChannelConfig = field(default_factory=ChannelConfig)
-    draft: DraftConfig = field(default_factory=DraftConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    trace: TraceConfig = field(default_factory=TraceConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
-    preflight: PreflightConfig = field(default_factory=PreflightConfig)
-
-    @property
-    def draft_tokens(self) -> int:
-        """K, drafts a target forward in evaluations: `evaluate.draft_tokens`, or what the export asks servers for."""
-        return self.evaluate.draft_tokens or self.draft.chosen.draft_tokens(self.export)
-
-    @property
-    def decoding(self) -> EvaluateConfig:
-        """`evaluate` with the `draft_tokens` in use."""
-        return replace(self.evaluate, draft_tokens=self.draft_tokens)
-
-
-CHANGEABLE = (
-    "world", "scheduler", "control", "channel", "checkpoint", "metrics", "trace", "export", "evaluate", "launch",
-    "run.dir", "train", "target.replicas", "target.tp", "target.verify", "target.verify_against", "target.prefill",
-    "target.engine", "draft.dp", "draft.cp", "draft.sharding", "draft.compile", "prompts.workers",
-    "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer", "run.plugins",
-    *(f"generate.{key}" for key in generating.CHANGEABLE),
-)  # fmt: skip
-"""Keys that may differ when a run directory is used again: they do not change what the draft is or learns from. An
-algorithm says the same of its own keys (`Algorithm.changeable`)."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +42,7 @@ def load_job(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> JobC
 def job_of(sources: config.Sources) -> JobConfig:
     """The job that a configuration is, checked. Imports `run.plugins` first. Raises ConfigError."""
     with sources.naming():
-        _import_plugins(sources.value("run.plugins"))
+        import_plugins(sources.value("run.plugins"))
         job = sources.load(JobConfig)
         if job.draft.init_from is not None:
             # What the weights decide follows from the weights, so that it cannot contradict them.
@@ -171,25 +93,6 @@ def _check_patience(job: JobConfig) -> None:
         raise ConfigError.at(
             "train.patience", "needs held-out text: set prompts.holdout, e.g. to 0.02", "prompts.holdout"
         )
-
-
-def _import_plugins(modules: object) -> None:
-    if not isinstance(modules, list):
-        return  # absent, or refused with the rest of the configuration
-    for name in modules:
-        try:
-            importlib.import_module(str(name))
-        except (ImportError, ValueError) as error:
-            raise ConfigError.at(
-                "run.plugins",
-                f": the module {name!r} cannot be imported ({error}): install it on this host, or name its "
-                "directory in PYTHONPATH",
-            ) from error
-
-
-def naming_sources(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> AbstractContextManager[None]:
-    """Errors that come of a job say where the values of the keys they name were set. Raises ConfigError."""
-    return config.Sources(files, overrides).naming()
 
 
 def initial_draft(job: JobConfig) -> Path:

@@ -24,8 +24,8 @@ from specdist.run.report.page import report_at_end
 from specdist.run.reporter import RunReporter
 from specdist.scheduler.messages import LastItem, Reports, RingAddress, StartWork, Stop
 from specdist.training.checkpoint import Checkpointer
+from specdist.training.config import Recipe
 from specdist.training.optimizer import build_optimizer
-from specdist.training.recipe import Recipe
 from specdist.training.trainer import FeatureSource, Trainer, shard_draft
 
 

@@ -6,15 +6,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-from torch.distributed import ProcessGroup
+from typing import TYPE_CHECKING
 
 from specdist.core.engine_groups import EngineGroups
-from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target.config import TargetConfig
-from specdist.target.description import TargetDescription
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+    from specdist.core.records import FeatureLayout, PackedTokens
+    from specdist.target.description import TargetDescription
 
 
 class TargetModel(ABC):
@@ -92,3 +95,7 @@ def weights_and_activations(
         f"weights / tp {config.tp}": weights // config.tp,
         "activations of one layer": tokens * numbers * dtype.itemsize,
     }
+
+
+def common_divisors(a: int, b: int) -> list[int]:
+    return [d for d in range(1, min(a, b) + 1) if a % d == 0 and b % d == 0]

@@ -214,7 +214,3 @@ def compute_dtype(config: TargetConfig, target: TargetDescription) -> torch.dtyp
             "set target.dtype to bfloat16, float16 or float32",
         )
     return target.dtype
-
-
-def common_divisors(a: int, b: int) -> list[int]:
-    return [d for d in range(1, min(a, b) + 1) if a % d == 0 and b % d == 0]

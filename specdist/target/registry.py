@@ -1,28 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engines by name, and what is done with the one that the configuration names. Nothing else names an engine.
 
-A module that `run.plugins` names may `register` further ones.
+It is light to import, as the engines are: every reading of a configuration does. A module that `run.plugins` names may
+`register` further ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-
-import torch
-from torch.distributed import ProcessGroup
+from typing import TYPE_CHECKING
 
 from specdist.core import hub
-from specdist.core.engine_groups import EngineGroups
 from specdist.core.errors import ConfigError
-from specdist.core.records import FeatureLayout
-from specdist.target.base import Engine, TargetModel
 from specdist.target.config import SECTIONS, TargetConfig
-from specdist.target.description import TargetDescription, compute_dtype, describe
-from specdist.target.head import WithHead
 from specdist.target.hf.engine import HF
 from specdist.target.sglang.engine import SGLANG
-from specdist.target.verify import compare, reference_features, spot_check_batch
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+    from specdist.core.engine_groups import EngineGroups
+    from specdist.core.records import FeatureLayout
+    from specdist.target.base import Engine, TargetModel
+    from specdist.target.description import TargetDescription
 
 REFERENCE = "hf"
 ENGINES: dict[str, Engine] = {}
@@ -51,6 +53,8 @@ def engine_groups(config: TargetConfig, replicas: Sequence[Sequence[int]], devic
 def check_target(config: TargetConfig, weights: bool = True) -> TargetDescription:
     """Describe the target (see `describe`) and check everything about it that needs no GPU. Raises ConfigError or
     DataError."""
+    from specdist.target.description import compute_dtype, describe
+
     target = describe(config.path, config.trust_remote_code, weights)
     if target.streams > 1:
         raise ConfigError.at(
@@ -102,6 +106,9 @@ def load_target(
         tokens: of the largest batch there will be, where that is known: memory is set aside for it, not more.
         checked: whether there are items that are evaluated, for which a `WithHead` is needed (`forward_item`).
     """
+    from specdist.target.head import WithHead
+    from specdist.target.verify import compare, reference_features, spot_check_batch
+
     check_installed(config)
     hub.resolve(config.path, "target.path", weights=True)
     target = check_target(config)

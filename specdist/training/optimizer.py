@@ -4,56 +4,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
-from specdist.core.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and its schedule. The defaults are what published drafts were trained with."""
-
-    lr: float = 1e-4
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the first and second moment."""
-    eps: float = 1e-8
-    """AdamW's epsilon."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    clip_norm: float = 0.5
-    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After warmup: cosine to final_lr; wsd (stable, then linear to final_lr over the last decay share); constant."""
-    warmup: float = 0.015
-    """Share of all steps over which the rate rises linearly from 0."""
-    decay: float = 0.2
-    """wsd only: share of all steps over which the rate falls."""
-    final_lr: float = 0.0
-    """The rate at the end, as a share of the peak."""
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ConfigError.at("optimizer.lr", f"is > 0, not {self.lr}")
-        for key in ("clip_norm", "weight_decay", "eps"):
-            if getattr(self, key) < 0:
-                off = " (0 turns it off)" if key != "eps" else ""
-                raise ConfigError.at(f"optimizer.{key}", f"is at least 0{off}, not {getattr(self, key)}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError.at("optimizer.betas", f"are at least 0 and less than 1, not {list(self.betas)}")
-        for key in ("warmup", "decay", "final_lr"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ConfigError.at(f"optimizer.{key}", f"is a share between 0 and 1, not {getattr(self, key)}")
-        if self.schedule == "wsd" and self.warmup + self.decay > 1:
-            raise ConfigError.at(
-                "optimizer.warmup",
-                f"+ optimizer.decay = {self.warmup + self.decay} is more than all steps",
-                "optimizer.decay",
-            )
+from specdist.training.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:

@@ -17,15 +17,13 @@ import torch
 from torch.profiler import ProfilerActivity, _ExperimentalConfig
 
 from specdist.core.clock import ClockOffset, ClockReading, clock_offset
-from specdist.core.errors import ConfigError, WorldError
+from specdist.core.errors import WorldError
 from specdist.core.files import write_atomically
 from specdist.prompts.schedule import Schedule
+from specdist.training.config import WARM_UP_STEPS, TraceConfig
 
 logger = logging.getLogger(__name__)
 
-WARM_UP_STEPS = 20
-"""Steps of a start that are over before it is traced, where trace.start does not say: compilation, allocations."""
-_MOST_STEPS = 100
 _LEAD_ITEMS = 8
 """The profiler, which takes a second to load, is loaded this many items before the first traced one."""
 _READINGS = 32
@@ -35,41 +33,6 @@ _LEAVE_S = 5.0
 
 AskClock = Callable[[float], ClockReading]
 """Asks rank 0 for its time, within a number of seconds; raises WorldError."""
-
-
-@dataclass(frozen=True)
-class TraceConfig:
-    """A timeline of a few steps over all ranks, for Perfetto (docs/trace.md)."""
-
-    steps: int | None = None
-    """Optimizer steps to record, at most 100; null records nothing. Every start of the job writes one timeline, and
-    `specdist trace RUN_DIR` puts it together."""
-    start: int | None = None
-    """The first of them, 1 being the first of the run; null is the 21st step of every start, after it has warmed up."""
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and not 1 <= self.steps <= _MOST_STEPS:
-            raise ConfigError.at("trace.steps", f"is a number of steps, 1 to {_MOST_STEPS}, or null, not {self.steps}")
-        if self.start is not None and self.start < 1:
-            raise ConfigError.at("trace.start", f"is at least 1, the first step of the run, not {self.start}")
-        if self.start is not None and self.steps is None:
-            raise ConfigError.at(
-                "trace.start",
-                f"={self.start} records nothing: say with trace.steps how many steps it shall be",
-                "trace.steps",
-            )
-
-    def check(self, last_step: int | None) -> None:
-        """Raise ConfigError where no start of a job whose last step is known could reach the first traced one."""
-        first = self.start or WARM_UP_STEPS + 1
-        if self.steps is not None and last_step is not None and first > last_step:
-            default = "" if self.start else " (trace.start=null, after the warm-up)"
-            raise ConfigError.at(
-                "trace.steps",
-                f"={self.steps} would record nothing: it begins with step {first}{default} and "
-                f"train.steps={last_step}; set trace.start to a step of the run",
-                "train.steps trace.start",
-            )
 
 
 @dataclass(frozen=True)

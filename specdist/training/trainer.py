@@ -33,9 +33,9 @@ from specdist.draft.base import DraftModel, Replayed, Supervision
 from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
 from specdist.training.checkpoint import Checkpointer
+from specdist.training.config import Recipe
 from specdist.training.optimizer import learning_rate, set_learning_rate
 from specdist.training.profile import NO_PROFILE, Profile
-from specdist.training.recipe import Recipe
 from specdist.world.groups import Groups
 
 

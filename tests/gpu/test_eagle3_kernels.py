@@ -16,7 +16,7 @@ from torch import Tensor
 from specdist.core.argmax_lse import argmax_lse
 from specdist.core.records import LogitMap
 from specdist.draft.common import losses
-from specdist.draft.common.losses import LossKind
+from specdist.draft.common.loss_kind import LossKind
 from specdist.draft.eagle3 import fp8, ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

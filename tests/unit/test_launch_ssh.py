@@ -11,7 +11,7 @@ import pytest
 
 from specdist.core.errors import ConfigError, UserError
 from specdist.core.launch_env import Attempt
-from specdist.job.config import JobConfig, RunConfig
+from specdist.job.sections import JobConfig, RunConfig
 from specdist_launch.agents import Host, agent_command, agent_words
 from specdist_launch.ssh import find_hosts, plain_torchrun, read_hostfile
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from specdist.core.records import LogitMap
-from specdist.draft.common.losses import LossKind, LossName, hard_row_terms, row_terms
+from specdist.draft.common.loss_kind import LossKind, LossName
+from specdist.draft.common.losses import hard_row_terms, row_terms
 
 ROWS, STEPS, VOCAB = 6, 3, 20
 IDS = torch.tensor([0, 2, 3, 5, 8, 9, 11, 12, 15, 19])

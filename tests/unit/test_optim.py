@@ -6,7 +6,8 @@ import math
 import pytest
 
 from specdist.core.errors import ConfigError
-from specdist.training.optimizer import OptimizerConfig, learning_rate
+from specdist.training.config import OptimizerConfig
+from specdist.training.optimizer import learning_rate
 
 
 def rates(total=100, **settings):

@@ -183,9 +183,14 @@ def test_the_first_failure_is_recorded_and_shown_once(run_dir: Path, capsys) -> 
     assert "second" not in said
 
 
-def test_it_answers_without_importing_torch(run_dir: Path) -> None:
-    """Which takes seconds from a cluster's file system."""
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("status {run_dir}", "{run_dir}: "), ("keys", "optimizer.lr = 0.0001"), ("train prompts.file=x", "unknown key")],
+)
+def test_it_answers_without_importing_torch(words: str, said: str, run_dir: Path) -> None:
+    """Which takes seconds from a cluster's file system; so do the list of keys, and what is wrong with one."""
     program = "import sys; from specdist_launch.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program, "status", run_dir], capture_output=True, text=True)
-    assert done.stdout.startswith(f"{run_dir}: "), done.stderr
-    assert done.stdout.endswith("\nFalse\n")
+    command = [sys.executable, "-c", program, *words.format(run_dir=run_dir).split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert said.format(run_dir=run_dir) in done.stdout + done.stderr
+    assert done.stdout.endswith("False\n")

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from specdist.core.progress import Cursor
 from specdist.core.records import FeatureLayout, Features, PackedTokens, Shard, WorkItem
 from specdist.draft.build import build_draft
-from specdist.draft.common.losses import LossName
+from specdist.draft.common.loss_kind import LossName
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.run.feature_source import random_rows

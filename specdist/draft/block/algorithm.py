@@ -8,19 +8,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import torch
-from torch import Tensor
-from transformers import PretrainedConfig
-
 from specdist.core.errors import ConfigError, DataError
-from specdist.core.records import FeatureLayout, TargetVocabulary
 from specdist.draft.algorithm import Algorithm, TargetDirectory, check_attention
 from specdist.draft.block.mask_token import find_mask_token
 from specdist.draft.block.options import BlockDims, BlockOptions
-from specdist.draft.export_config import ExportConfig
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+    from specdist.core.records import FeatureLayout, TargetVocabulary
     from specdist.draft.block.backbone import BlockDraft
+    from specdist.draft.export_config import ExportConfig
 
 C = TypeVar("C", bound=BlockOptions)
 
@@ -59,6 +59,8 @@ class BlockAlgorithm(Algorithm[C]):
             )
 
     def layout(self, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:
+        from specdist.core.records import FeatureLayout
+
         BlockDims.of(self.config, target)
         text = target.get_text_config()
         layers = self.config.captured_layers(text.num_hidden_layers)

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, ClassVar
 
 from specdist.core.errors import ConfigError
 from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, layer_sizes, read
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)

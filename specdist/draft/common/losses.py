@@ -16,29 +16,12 @@ speculative sampling accepts the draft (arXiv 2302.01318; as a loss: 2602.23881)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from specdist.core.records import LogitMap
+from specdist.draft.common.loss_kind import LossKind
 from specdist.draft.common.precision import at_least_fp32
-
-LossName = Literal["argmax", "mixed", "kl", "tv", "lk_alpha", "lk_lambda"]
-
-
-@dataclass(frozen=True)
-class LossKind:
-    """Which loss; `eta` is that of lk_lambda."""
-
-    name: LossName
-    eta: float = 3.0
-
-    @property
-    def hard(self) -> bool:
-        """Whether the target's argmax is all that it reads of the target."""
-        return self.name == "argmax"
 
 
 def hard_row_terms(student: Tensor, argmax: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

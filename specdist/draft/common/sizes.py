@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import PretrainedConfig
-
 from specdist.core import model_config
 from specdist.core.errors import ConfigError
 from specdist.draft.common import yarn
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, PretrainedConfig
 
 SCALINGS = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length of the sequence: the same in training and when served."""

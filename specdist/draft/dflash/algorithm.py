@@ -7,20 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from transformers import PretrainedConfig
-
-from specdist.draft.algorithm import Contents, Trained
 from specdist.draft.block.algorithm import BlockAlgorithm
-from specdist.draft.block.cost import BlockCost
 from specdist.draft.block.options import BlockDims
 from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.export_config import ExportConfig
 from specdist.draft.served_by import ServedBy
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+    from specdist.draft.algorithm import Contents, Trained
+    from specdist.draft.block.cost import BlockCost
     from specdist.draft.dflash.directory import ExportedDFlash
     from specdist.draft.dflash.model import DFlashDraft
+    from specdist.draft.export_config import ExportConfig
 
 
 class DFlash(BlockAlgorithm[DFlashConfig]):
@@ -43,6 +43,8 @@ class DFlash(BlockAlgorithm[DFlashConfig]):
         return DFlashDraft
 
     def cost(self, target: PretrainedConfig) -> BlockCost:
+        from specdist.draft.block.cost import BlockCost
+
         return BlockCost(self.config, BlockDims.of(self.config, target))
 
     def export(self, format: str, trained: Trained, options: ExportConfig) -> Contents:

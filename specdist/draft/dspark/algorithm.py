@@ -7,20 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from transformers import PretrainedConfig
-
-from specdist.draft.algorithm import Contents, Trained
 from specdist.draft.block.algorithm import BlockAlgorithm
 from specdist.draft.block.options import BlockDims
 from specdist.draft.dspark.config import DSparkConfig
-from specdist.draft.dspark.cost import DSparkCost
-from specdist.draft.export_config import ExportConfig
 from specdist.draft.served_by import ServedBy
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+    from specdist.draft.algorithm import Contents, Trained
+    from specdist.draft.dspark.cost import DSparkCost
     from specdist.draft.dspark.directory import ExportedDSpark
     from specdist.draft.dspark.model import DSparkDraft
+    from specdist.draft.export_config import ExportConfig
 
 
 class DSpark(BlockAlgorithm[DSparkConfig]):
@@ -45,6 +45,8 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
         return DSparkDraft
 
     def cost(self, target: PretrainedConfig) -> DSparkCost:
+        from specdist.draft.dspark.cost import DSparkCost
+
         return DSparkCost(self.config, BlockDims.of(self.config, target), self.config.markov_rank)
 
     def weights_read(self, trained: int, target: PretrainedConfig, count: int) -> int:

@@ -8,24 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from transformers import PretrainedConfig
-
 from specdist.core.errors import ConfigError
 from specdist.core.model_config import is_tied
-from specdist.core.records import FeatureLayout, TargetVocabulary
 from specdist.draft.algorithm import Algorithm, Contents, Serving, Trained, check_attention
-from specdist.draft.base import DraftModel
-from specdist.draft.common.losses import LossName
-from specdist.draft.common.vocabulary import DraftVocabulary
+from specdist.draft.common.loss_kind import LossName
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
-from specdist.draft.eagle3.cost import Eagle3Cost, needs_head
-from specdist.draft.export_config import ExportConfig
 from specdist.draft.served_by import ServedBy
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+    from specdist.core.records import FeatureLayout, TargetVocabulary
+    from specdist.draft.base import DraftModel
+    from specdist.draft.eagle3.cost import Eagle3Cost
     from specdist.draft.eagle3.reader import ExportedEagle3
+    from specdist.draft.export_config import ExportConfig
 
 
 BEST_LOSS: dict[Serving, LossName] = {"greedy": "mixed", "sampled": "kl"}
@@ -62,6 +61,9 @@ class Eagle3(Algorithm[Eagle3Config]):
             )
 
     def layout(self, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:
+        from specdist.core.records import FeatureLayout
+        from specdist.draft.eagle3.cost import needs_head
+
         text, on_target = target.get_text_config(), self.config.teacher_head == "target"
         Eagle3Dims.of(self.config, target)
         if self.embedding_on_host and is_tied(target) and needs_head(self.config, text.vocab_size):
@@ -93,6 +95,7 @@ class Eagle3(Algorithm[Eagle3Config]):
         device: torch.device,
         compiled: bool,
     ) -> DraftModel:
+        from specdist.draft.common.vocabulary import DraftVocabulary
         from specdist.draft.eagle3.model import Eagle3Draft
 
         own = DraftVocabulary.from_ids(draft_ids, len(vocabulary.head), device)
@@ -100,6 +103,8 @@ class Eagle3(Algorithm[Eagle3Config]):
         return Eagle3Draft(self.config, dims, layout, vocabulary, own, compiled)
 
     def cost(self, target: PretrainedConfig) -> Eagle3Cost:
+        from specdist.draft.eagle3.cost import Eagle3Cost
+
         return Eagle3Cost(self.config, Eagle3Dims.of(self.config, target))
 
     @property

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Literal
 
 from specdist.core.errors import ConfigError
-from specdist.draft.common.losses import LossKind, LossName
+from specdist.draft.common.loss_kind import LossKind, LossName
 from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, layer_sizes, read
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SECTION = "draft.eagle3"
 FP8_MULTIPLE = 16

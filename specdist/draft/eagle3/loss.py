@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdist.core.records import LogitMap
 from specdist.draft.base import ratio
-from specdist.draft.common.losses import LossKind
+from specdist.draft.common.loss_kind import LossKind
 from specdist.draft.common.precision import add_product, wide_zeros
 from specdist.draft.eagle3.teacher import Teacher
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdist.core.records import Features, LogitMap, PackedTokens
 from specdist.draft.base import Replayed
-from specdist.draft.common.losses import LossKind
+from specdist.draft.common.loss_kind import LossKind
 from specdist.draft.eagle3.rows import Rows
 from specdist.draft.eagle3.unroll import Unrolled, Weights
 

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from specdist.core.errors import ConfigError
-from specdist.target.base import Engine, TargetModel, weights_and_activations
+from specdist.target.base import Engine, TargetModel, common_divisors, weights_and_activations
 from specdist.target.config import TargetConfig
-from specdist.target.description import TargetDescription, common_divisors
+
+if TYPE_CHECKING:
+    import torch
+
+    from specdist.target.description import TargetDescription
 
 WITHOUT_FEATURES = {"longcat_flash": "runs two layers in each of its blocks, and only blocks hand out their output"}
 """Model types that cannot be captured, and why."""

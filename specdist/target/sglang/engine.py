@@ -5,17 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from specdist.core.engine_groups import EngineGroups
 from specdist.core.errors import ConfigError
-from specdist.target.base import Engine, Limits, TargetModel, weights_and_activations
+from specdist.target.base import Engine, Limits, TargetModel, common_divisors, weights_and_activations
 from specdist.target.config import TargetConfig
-from specdist.target.description import TargetDescription, common_divisors
-from specdist.target.sglang import adapter, versions
+from specdist.target.sglang import versions
 from specdist.target.sglang.config import SglangConfig, settings_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from specdist.target.description import TargetDescription
 
 
 def check(config: TargetConfig, target: TargetDescription) -> None:
@@ -63,6 +65,8 @@ def limits(config: TargetConfig) -> Limits:
 
 def groups(config: TargetConfig, replicas: Sequence[Sequence[int]], device: torch.device) -> EngineGroups:
     """SGLang's parallel groups, as every rank of the world has to know them."""
+    from specdist.target.sglang import adapter
+
     ep = settings_of(config).ep
     lists = adapter.group_lists(replicas, ep)
     backends = (adapter.backend(device), "gloo")  # a coordinator has a group of each

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specdist.core.argmax_lse_kernel import BLOCK, argmax_lse, map_arguments, mapped
 from specdist.core.records import LogitMap
-from specdist.draft.common.losses import LossKind
+from specdist.draft.common.loss_kind import LossKind
 
 
 @triton.jit

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole configuration of a run, put together from the stations' sections. It is light to import, without torch, so
+that a wrong key is told at once; `config.py` checks what the values mean together."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from specdist.channel.config import ChannelConfig
+from specdist.core import config
+from specdist.core.errors import ConfigError
+from specdist.core.progress import CheckpointConfig
+from specdist.core.topology import WorldConfig
+from specdist.draft.config import DraftConfig
+from specdist.draft.export_config import ExportConfig
+from specdist.evaluate.config import EvaluateConfig
+from specdist.generate import config as generating
+from specdist.generate.config import GenerateConfig
+from specdist.job.launch_config import LaunchConfig
+from specdist.job.preflight_config import PreflightConfig
+from specdist.prompts.config import PromptsConfig
+from specdist.scheduler.config import ControlConfig, SchedulerConfig
+from specdist.target import registry as _engines  # noqa: F401 (their sections)
+from specdist.target.config import TargetConfig
+from specdist.training.config import OptimizerConfig, TraceConfig, TrainConfig
+from specdist.training.metrics import MetricsConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run itself."""
+
+    dir: str = MISSING
+    """Run directory: configuration, checkpoints, metrics, export. All hosts must see it. A second start resumes."""
+    seed: int = 0
+    """Fixes the order of the prompts and the draft's initial weights."""
+    plugins: tuple[str, ...] = ()
+    """Python modules that are imported before the rest of the configuration is checked, by every process that reads it.
+    An algorithm, a transport or an engine from outside registers itself so. They must be installed on every host."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError.at("run.seed", f"is {self.seed}: it must be at least 0")
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """Everything a run is made of, one section a station."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    channel: ChannelConfig = field(default_factory=ChannelConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
+
+    @property
+    def draft_tokens(self) -> int:
+        """K, drafts a target forward in evaluations: `evaluate.draft_tokens`, or what the export asks servers for."""
+        return self.evaluate.draft_tokens or self.draft.chosen.draft_tokens(self.export)
+
+    @property
+    def decoding(self) -> EvaluateConfig:
+        """`evaluate` with the `draft_tokens` in use."""
+        return replace(self.evaluate, draft_tokens=self.draft_tokens)
+
+
+CHANGEABLE = (
+    "world", "scheduler", "control", "channel", "checkpoint", "metrics", "trace", "export", "evaluate", "launch",
+    "run.dir", "train", "target.replicas", "target.tp", "target.verify", "target.verify_against", "target.prefill",
+    "target.engine", "draft.dp", "draft.cp", "draft.sharding", "draft.compile", "prompts.workers",
+    "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer", "run.plugins",
+    *(f"generate.{key}" for key in generating.CHANGEABLE),
+)  # fmt: skip
+"""Keys that may differ when a run directory is used again: they do not change what the draft is or learns from. An
+algorithm says the same of its own keys (`Algorithm.changeable`)."""
+
+
+def naming_sources(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> AbstractContextManager[None]:
+    """Errors that come of a job say where the values of the keys they name were set.
+
+    Raises:
+        ConfigError: at once, of an unknown key or a wrong type.
+    """
+    sources = config.Sources(files, overrides)
+    with sources.naming():
+        import_plugins(sources.value("run.plugins"))
+        sources.load(JobConfig)
+    return sources.naming()
+
+
+def import_plugins(modules: object) -> None:
+    """Import `run.plugins` as it is given. Raises ConfigError."""
+    if not isinstance(modules, list):
+        return  # absent, or refused with the rest of the configuration
+    for name in modules:
+        try:
+            importlib.import_module(str(name))
+        except (ImportError, ValueError) as error:
+            raise ConfigError.at(
+                "run.plugins",
+                f": the module {name!r} cannot be imported ({error}): install it on this host, or name its "
+                "directory in PYTHONPATH",
+            ) from error

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sections of the configuration that say how long to train, by which steps, and which of them are traced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from specdist.core.errors import ConfigError
+from specdist.core.progress import CheckpointConfig
+
+WARM_UP_STEPS = 20
+"""Steps of a start that are over before it is traced, where trace.start does not say: compilation, allocations."""
+_MOST_STEPS = 100
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long to train and what one optimizer step is made of."""
+
+    steps: int | None = None
+    """Optimizer steps; or give train.epochs. 0 evaluates and does nothing else."""
+    epochs: int | None = None
+    """Passes over the prompts; or give train.steps. One epoch if neither is given."""
+    accumulation: int = 1
+    """Micro-batches (work items) per optimizer step. The ring must hold them all: the loss is divided by what the
+    whole step supervises, which is known only once its features are there."""
+
+    patience: int | None = None
+    """End the run when so many evaluations in a row have found nothing better (`checkpoint.keep_best`); null: never."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError(
+                f"give train.steps ({self.steps}) or train.epochs ({self.epochs}), not both", "train.steps train.epochs"
+            )
+        if self.steps is not None and self.steps < 0:
+            raise ConfigError.at("train.steps", f"is at least 0, not {self.steps}")
+        for key in ("epochs", "accumulation", "patience"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError.at(f"train.{key}", f"is at least 1, not {value}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule. The defaults are what published drafts were trained with."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip_norm: float = 0.5
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warmup: cosine to final_lr; wsd (stable, then linear to final_lr over the last decay share); constant."""
+    warmup: float = 0.015
+    """Share of all steps over which the rate rises linearly from 0."""
+    decay: float = 0.2
+    """wsd only: share of all steps over which the rate falls."""
+    final_lr: float = 0.0
+    """The rate at the end, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ConfigError.at("optimizer.lr", f"is > 0, not {self.lr}")
+        for key in ("clip_norm", "weight_decay", "eps"):
+            if getattr(self, key) < 0:
+                off = " (0 turns it off)" if key != "eps" else ""
+                raise ConfigError.at(f"optimizer.{key}", f"is at least 0{off}, not {getattr(self, key)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError.at("optimizer.betas", f"are at least 0 and less than 1, not {list(self.betas)}")
+        for key in ("warmup", "decay", "final_lr"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ConfigError.at(f"optimizer.{key}", f"is a share between 0 and 1, not {getattr(self, key)}")
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ConfigError.at(
+                "optimizer.warmup",
+                f"+ optimizer.decay = {self.warmup + self.decay} is more than all steps",
+                "optimizer.decay",
+            )
+
+
+@dataclass(frozen=True)
+class TraceConfig:
+    """A timeline of a few steps over all ranks, for Perfetto (docs/trace.md)."""
+
+    steps: int | None = None
+    """Optimizer steps to record, at most 100; null records nothing. Every start of the job writes one timeline, and
+    `specdist trace RUN_DIR` puts it together."""
+    start: int | None = None
+    """The first of them, 1 being the first of the run; null is the 21st step of every start, after it has warmed up."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and not 1 <= self.steps <= _MOST_STEPS:
+            raise ConfigError.at("trace.steps", f"is a number of steps, 1 to {_MOST_STEPS}, or null, not {self.steps}")
+        if self.start is not None and self.start < 1:
+            raise ConfigError.at("trace.start", f"is at least 1, the first step of the run, not {self.start}")
+        if self.start is not None and self.steps is None:
+            raise ConfigError.at(
+                "trace.start",
+                f"={self.start} records nothing: say with trace.steps how many steps it shall be",
+                "trace.steps",
+            )
+
+    def check(self, last_step: int | None) -> None:
+        """Raise ConfigError where no start of a job whose last step is known could reach the first traced one."""
+        first = self.start or WARM_UP_STEPS + 1
+        if self.steps is not None and last_step is not None and first > last_step:
+            default = "" if self.start else " (trace.start=null, after the warm-up)"
+            raise ConfigError.at(
+                "trace.steps",
+                f"={self.steps} would record nothing: it begins with step {first}{default} and "
+                f"train.steps={last_step}; set trace.start to a step of the run",
+                "train.steps trace.start",
+            )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The configuration of one training run, and the optimizer step it ends at."""
+
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig
+    log_every: int
+    total_steps: int
