@@ -30,7 +30,7 @@ SILENCE_S = 600.0
 """Seconds in which the process that downloads must have come further."""
 LOOK_S = 2.0
 T = TypeVar("T")
-Say = Callable[[int, str], None]
+Say = Callable[[int, str], object]
 """Called with the bytes that have arrived, and how far a download is in words."""
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
@@ -20,7 +22,7 @@ from specdist.core.files import to_json, write_atomically
 from specdist.core.hub import resolve, served_name
 from specdist.core.progress import AnswersProgress
 from specdist.core.progress_bar import ProgressBar
-from specdist.generate.board import Board
+from specdist.core.team import Team
 from specdist.generate.config import GenerateConfig
 from specdist.generate.engine import Engine, end_tokens, sampling_of
 from specdist.generate.files import PROGRESS, Tally, answered, find_manifest, local_files, merge, open_answers, written
@@ -53,87 +55,90 @@ def answers_in_world(
         ConfigError, DataError: of prompts, target, endpoint, or of answers that were written otherwise; on all ranks.
         WorldError: an engine has written nothing for `generate.timeout_s`, or a rank said nothing; on all ranks.
     """
-    board = Board(store, rank, hosts, asked.config.timeout_s)
-    with board.telling_errors():
+    team = Team(store, "answers", "writes answers (generate.timeout_s)", rank, hosts, asked.config.timeout_s)
+    with team.telling_errors():
         if rank == 0:
             with _locked(asked.directory):
-                _lead(asked, board, device)
-        elif board.wait("plan", 0) == "write":
-            _write(asked, board, device)
-            board.put(f"done/{rank}")
-            board.wait("merged", 0)
+                _lead(asked, team, device)
+        elif team.wait("plan", 0) == "write":
+            _write(asked, team, device, lambda tally: team.tell(_encoded(tally)))
+            team.put(f"done/{rank}")
+            team.wait("merged", 0)
     found = answered(asked.prompts, asked.directory)
     assert found is not None, "rank 0 has put them together"
     return found
 
 
-def _lead(asked: Assignment, board: Board, device: torch.device) -> None:
+def _lead(asked: Assignment, team: Team, device: torch.device) -> None:
     """Rank 0's part: look what is there, show how far all are, put the parts together."""
     manifest = open_answers(asked.directory, asked.prompts, asked.config, asked.target.path)
     if manifest.tally is not None:
-        board.put("plan", "done")
+        team.put("plan", "done")
         return
-    total, before = count(manifest.sources), len(written(asked.directory))
-    board.put("plan", "write")
+    total, before, began = count(manifest.sources), len(written(asked.directory)), time.monotonic()
+    team.put("plan", "write")
     with ProgressBar("answers", total, before) as bar:
-        show = _Show(asked.directory, bar, board, total, before)
+
+        def show(own: Tally) -> None:
+            """On the terminal and in progress.json, if it is time to."""
+            if not team.tell(_encoded(own)):
+                return
+            written, seconds = _of_all(team), max(time.monotonic() - began, 1e-3)
+            done, rate = before + written.conversations, written.tokens / seconds
+            left_s = (total - done) * seconds / written.conversations if written.conversations else None
+            left = "" if left_s is None else f", {left_s / 60:.0f} min to go"
+            text = f"{written.finished + written.cut:,} answers, {rate:,.0f} tokens/s"
+            bar.update(done, text, f"answers: {done:,} of {total:,} conversations, {text}{left}")
+            with suppress(OSError):  # for those who look on; where the disk is full, writing the answers says so
+                progress = AnswersProgress(done, total, rate, left_s)
+                write_atomically(asked.directory / PROGRESS, to_json(progress))
+
         show(Tally())
-        own = _write(asked, board, device, show)
-        for rank in range(1, len(board.hosts)):
-            board.wait(f"done/{rank}", rank, lambda: show(own))
-    print(
-        f"specdist: answers: {merge(asked.directory, manifest).tally} ({asked.directory})", file=sys.stderr, flush=True
-    )
-    board.put("merged")
+        own = _write(asked, team, device, show)
+        for rank in range(1, len(team.hosts)):
+            team.wait(f"done/{rank}", rank, lambda: show(own))
+    tally = merge(asked.directory, manifest).tally
+    print(f"specdist: answers: {tally} ({asked.directory})", file=sys.stderr, flush=True)
+    team.put("merged")
 
 
-class _Show:
-    """Rank 0 tells the other ranks how far it is, and shows on the terminal and in progress.json how far all are."""
-
-    def __init__(self, directory: Path, bar: ProgressBar, board: Board, total: int, before: int) -> None:
-        self._file, self._bar, self._board = directory / PROGRESS, bar, board
-        self._total, self._before, self._began = total, before, time.monotonic()
-
-    def __call__(self, own: Tally) -> None:
-        if not self._board.tell(own):
-            return
-        all_, seconds = self._board.total(own), time.monotonic() - self._began
-        done, rate = self._before + all_.conversations, all_.tokens / max(seconds, 1e-3)
-        left_s = (self._total - done) * seconds / all_.conversations if all_.conversations else None
-        left = "" if left_s is None else f", {left_s / 60:.0f} min to go"
-        text = f"{all_.finished + all_.cut:,} answers, {rate:,.0f} tokens/s"
-        line = f"answers: {done:,} of {self._total:,} conversations, {text}{left}"
-        self._bar.update(done, text, line)
-        with suppress(OSError):  # for those who look on; where the disk is full, writing the answers says so
-            write_atomically(self._file, to_json(AnswersProgress(done, self._total, rate, left_s)))
+def _encoded(tally: Tally) -> str:
+    return json.dumps([time.monotonic(), msgspec.to_builtins(tally)])  # the time, for who waits: this rank is alive
 
 
-def _write(
-    asked: Assignment, board: Board, device: torch.device, tell: Callable[[Tally], object] | None = None
-) -> Tally:
+def _of_all(team: Team) -> Tally:
+    """What all ranks have written in this start."""
+    total = Tally()
+    for rank in range(len(team.hosts)):
+        if (said := team.said(rank)) is not None:
+            total.add(msgspec.convert(json.loads(said)[1], Tally))
+    return total
+
+
+def _write(asked: Assignment, team: Team, device: torch.device, tell: Callable[[Tally], object]) -> Tally:
     """This rank's part of the answers, by its replica; nothing where it leads none."""
-    if not _leads(asked, board, device):
+    if not _leads(asked, team, device):
         return Tally()
     config, path = asked.config, resolve(asked.target.path, "target.path")
     manifest = find_manifest(asked.directory)
     assert manifest is not None, "rank 0 has written it"
     tokenizer = load_tokenizer(path, asked.prompts)
     ends = end_tokens(path, tokenizer.eos_token_id)
-    where = f"the replica of rank {board.rank} (host {board.hosts[board.rank]})"
-    watch = Watch(where if config.endpoint is None else config.endpoint, config.timeout_s, tell or board.tell)
+    where = f"the replica of rank {team.rank} (host {team.hosts[team.rank]})"
+    watch = Watch(where if config.endpoint is None else config.endpoint, config.timeout_s, tell)
     author = Author(tokenizer, asked.prompts, config, sampling_of(config, None if config.endpoint else path), ends)
-    todo = records(asked.prompts, config, local_files(manifest.sources, asked.prompts), board.claim)
-    part = asked.directory / f"part-{asked.start}-{board.rank}.jsonl"
+    todo = records(asked.prompts, config, local_files(manifest.sources, asked.prompts), team.claim)
+    part = asked.directory / f"part-{asked.start}-{team.rank}.jsonl"
     asyncio.run(write_answers(_engine(asked, device, ends, watch), author, todo, written(asked.directory), part, watch))
     return watch.tally
 
 
-def _leads(asked: Assignment, board: Board, device: torch.device) -> bool:
+def _leads(asked: Assignment, team: Team, device: torch.device) -> bool:
     """Whether this rank has an engine: with an endpoint rank 0 alone, else the first of every `target.tp` GPUs."""
     if asked.config.endpoint is not None:
-        return board.rank == 0
-    host = board.hosts[board.rank]
-    own = [rank for rank, other in enumerate(board.hosts) if other == host]
+        return team.rank == 0
+    host = team.hosts[team.rank]
+    own = [rank for rank, other in enumerate(team.hosts) if other == host]
     tp = asked.target.tp if asked.target.engine == "sglang" else 1
     devices = len(own) if device.type == "cpu" else min(len(own), torch.cuda.device_count())
     if devices < tp:
@@ -142,7 +147,7 @@ def _leads(asked: Assignment, board: Board, device: torch.device) -> bool:
             f"={tp}: host {host} has {devices} ranks with a GPU of their own, and a replica that writes answers lies "
             "on one host: give generate.endpoint instead",
         )
-    place = own.index(board.rank)
+    place = own.index(team.rank)
     return place % tp == 0 and place + tp <= devices
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from specdist.core.errors import DataError
-from specdist.core.host_work import SILENCE_S, await_result, finish, telling
+from specdist.core.team import SILENCE_S, Team
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.corpus import Corpus, make_corpus
 from specdist.prompts.prepare import prepare_corpus
@@ -35,21 +35,25 @@ def prepare_in_world(
         WorldError: the rank that is waited for has come no further for `silence_s` seconds, more than one piece may
             take.
     """
-    firsts = sorted({hosts.index(host) for host in set(hosts)})
+    team = Team(store, "prompts", "prepares the prompts", rank, hosts, silence_s)
     prompts, own, fingerprints = None, hosts.index(hosts[rank]), {}
-    for preparing in firsts:
-        name = f"prompts/{preparing}"
-        if preparing == rank:
-            prompts = prompts or _prepare(config, tokenizer_dir, store, rank)
-            stores = [(str(prepared.directory), prepared.files) for prepared in prompts.stores]
-            finish(store, name, {"stores": stores, "fingerprint": prompts.fingerprint})
-            continue
-        found = await_result(store, name, preparing, hosts, "prepares the prompts", silence_s)
-        stores, fingerprints[hosts[preparing]] = found["stores"], found["fingerprint"]
-        if prompts is None and preparing in (0, own) and all(is_store(Path(directory)) for directory, _ in stores):
-            share = config.holdout if isinstance(config.holdout, float) else None
-            prompts = make_corpus([PromptStore.open(*opened) for opened in stores], share)
-    prompts = prompts or _prepare(config, tokenizer_dir, store, rank)
+
+    def prepared() -> Corpus:
+        return prepare_corpus(config, tokenizer_dir, progress=rank == 0, on_progress=team.tell)
+
+    with team.telling_errors():
+        for preparing in sorted({hosts.index(host) for host in set(hosts)}):
+            if preparing == rank:
+                prompts = prompts or prepared()
+                stores = [(str(side.directory), side.files) for side in prompts.stores]
+                team.put(str(rank), {"stores": stores, "fingerprint": prompts.fingerprint})
+                continue
+            found = team.wait(str(preparing), preparing)
+            stores, fingerprints[hosts[preparing]] = found["stores"], found["fingerprint"]
+            if prompts is None and preparing in (0, own) and all(is_store(Path(directory)) for directory, _ in stores):
+                share = config.holdout if isinstance(config.holdout, float) else None
+                prompts = make_corpus([PromptStore.open(*opened) for opened in stores], share)
+        prompts = prompts or prepared()
     if other := [host for host, fingerprint in fingerprints.items() if fingerprint != prompts.fingerprint]:
         raise DataError.at(
             "prompts.files",
@@ -57,9 +61,3 @@ def prepare_in_world(
             "of a data set",
         )
     return prompts
-
-
-def _prepare(config: PromptsConfig, tokenizer_dir: str | Path, store: dist.Store, rank: int) -> Corpus:
-    """Prepare them here; the other ranks learn how far it is, and the error."""
-    with telling(store, f"prompts/{rank}") as tell:
-        return prepare_corpus(config, tokenizer_dir, progress=rank == 0, on_progress=tell)

@@ -65,7 +65,7 @@ def prepare_corpus(
     config: PromptsConfig,
     tokenizer_dir: str | Path,
     progress: bool = True,
-    on_progress: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str], object] = lambda text: None,
 ) -> Corpus:
     """The configured prompts, those trained on and those held out; see `prepare`. In a world see
     `in_world.prepare_in_world`.
@@ -87,7 +87,7 @@ def prepare(
     tokenizer_dir: str | Path,
     progress: bool = True,
     timeout: float = 3600.0,
-    on_progress: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str], object] = lambda text: None,
     key: str = "prompts.files",
 ) -> PromptStore:
     """The store of `config.files`: from the cache, or tokenised now. Of several processes that share a cache one works

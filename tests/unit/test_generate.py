@@ -17,7 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from specdist.core.errors import ConfigError, DataError, WorldError
-from specdist.generate.board import Board
+from specdist.core.team import Team
 from specdist.generate.config import GenerateConfig
 from specdist.generate.conversation import parse
 from specdist.generate.engine import Reply, Request, Sampling, end_tokens, sampling_of
@@ -300,11 +300,10 @@ def test_sampling_is_what_a_server_takes(tmp_path: Path) -> None:
 
 def test_waits_are_bounded_and_name_who_is_waited_for() -> None:
     store = dist.HashStore()
-    mine, other = Board(store, 0, ["a", "b"], 0.5), Board(store, 1, ["a", "b"], 0.5)
-    other.tell(Tally(conversations=3, tokens=5))
-    assert mine.total(Tally(tokens=2)) == Tally(conversations=3, tokens=7)
+    mine, other = (Team(store, "answers", "writes answers", rank, ["a", "b"], 0.5) for rank in (0, 1))
+    other.tell("three of them")
     assert [mine.claim(), other.claim(), mine.claim()] == [0, 1, 2]
-    with pytest.raises(WorldError, match=r"rank 1 \(host b\) writes answers and has said nothing for 0 s") as error:
+    with pytest.raises(WorldError, match=r"rank 1 \(host b\) writes .* for 0 s; its last word: three of") as error:
         mine.wait("done/1", 1)
     assert error.value.culprit == 1
     with pytest.raises(DataError), other.telling_errors():

@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from specdist.core import team
 from specdist.core.errors import ConfigError, WorldError
-from specdist.generate import board
 from specdist.generate.config import GenerateConfig
 from specdist.generate.endpoint import EndpointEngine
 from specdist.generate.engine import GREEDY, Reply, Request, Sampling
@@ -210,7 +210,7 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(tmp_path: Path, server:
 
 def test_a_server_that_stays_away_ends_it_in_time(tmp_path: Path, server: Server, monkeypatch) -> None:
     """What was written stays, `specdist status` tells of it, and the same command goes on."""
-    monkeypatch.setattr(board, "TELL_S", 0.0)
+    monkeypatch.setattr(team, "TELL_S", 0.0)
     server.fail = lambda number: 200 if number < 10 else 503
     asked = assignment(tmp_path, server, timeout_s=1.0)
     with pytest.raises(WorldError, match=r"has written no answer for 1 s \(generate.timeout_s\).*status 503"):

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from filelock import FileLock
 
 from specdist.core.errors import ConfigError, DataError, WorldError
+from specdist.core.team import Team
 from specdist.prompts import in_world
 from specdist.prompts import prepare as prepare_module
 from specdist.prompts.config import PromptsConfig
@@ -381,9 +382,8 @@ def test_in_a_world_no_rank_goes_on_before_all_hosts_have_their_prompts(config: 
     with pytest.raises(WorldError, match=r"rank 1 \(host b\) prepares the prompts") as error:
         prepare_in_world(config, model, store, HOSTS, 0, silence_s=0.1)
     assert error.value.culprit == 1
-    prepare_in_world(config, model, store, HOSTS, 1)  # sees what rank 0 has prepared, and says so
-    for rank in (0, 2, 3):
-        prepare_in_world(config, model, store, HOSTS, rank, silence_s=0.1)
+    with pytest.raises(WorldError, match=r"rank 1 \(host b\) prepares the prompts"):
+        prepare_in_world(config, model, store, HOSTS, 2)
 
 
 def test_in_a_world_all_ranks_have_the_same_error(config: PromptsConfig, model: Path) -> None:
@@ -398,14 +398,14 @@ def test_in_a_world_all_ranks_have_the_same_error(config: PromptsConfig, model: 
 def test_in_a_world_hosts_of_different_prompts_are_named(config: PromptsConfig, model: Path) -> None:
     store = dist.HashStore()
     other = {"stores": [("/elsewhere", [])], "fingerprint": "other"}
-    store.set("prompts/0", json.dumps(other))
+    Team(store, "prompts", "prepares", 0, HOSTS).put("0", other)
     with pytest.raises(DataError, match=r"prompts\.files: hosts b and a have different ones: .* name the revision"):
         prepare_in_world(config, model, store, HOSTS, 1)
 
 
 def test_in_a_world_a_rank_that_comes_no_further_is_named(config: PromptsConfig, model: Path) -> None:
     store = dist.HashStore()
-    store.set("prompts/0/progress", "42%: 7 sequences")
+    Team(store, "prompts", "prepares", 0, HOSTS).tell("42%: 7 sequences")
     with pytest.raises(WorldError, match=r"rank 0 \(host a\) .* no further for 0 s; its last word: 42%: 7") as error:
         prepare_in_world(config, model, store, HOSTS, 1, silence_s=0.1)
     assert error.value.culprit == 0
