@@ -65,8 +65,8 @@ class Eagle3Frozen:
         here, hard, whole = config.teacher_head == "draft", config.loss_kind.hard, None
         if here or (vocabulary.whole and not hard):
             whole = embedding if tied and not host else target.head.to(device)
-        if vocabulary.whole and whole is not None:
-            head = whole
+        if vocabulary.whole:
+            head = target.head if whole is None else whole
         else:
             head = target.head[vocabulary.ids.to(target.head.device)]
             head = head if hard else head.to(device)
