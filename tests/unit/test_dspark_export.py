@@ -39,10 +39,12 @@ def case() -> Case:
     return build_case((30,), dtype=torch.float32)
 
 
-def export(directory: Path, case: Case, state: dict[str, Tensor] | None = None, **options: object) -> Path:
+def export(
+    directory: Path, case: Case, state: dict[str, Tensor] | None = None, format: str = "sglang", **options: object
+) -> Path:
     return export_draft(
         directory,
-        "sglang",
+        format,
         draft_config(algorithm="dspark", dspark=case.draft.config),
         Trained(state or case.draft.state_dict(), torch.arange(VOCAB), target_config(), "org/model"),
         ExportConfig(**{"dtype": "float32", **options}),  # type: ignore[arg-type]
@@ -79,6 +81,23 @@ def test_names_shapes_and_keys(case: Case, tmp_path: Path) -> None:
         "eagle_aux_hidden_state_layer_ids": [2, 4, 6],
     }
     assert {key: config[key] for key in told} == told
+
+
+def test_vllm_makes_the_same_of_the_speculators_format(case: Case, tmp_path: Path) -> None:
+    """`update_dspark` of vLLM's speculators reader: what the model looks for is the same as in the other form."""
+    raw, directory = (export(tmp_path / format, case, format=format) for format in ("sglang", "speculators"))
+    served, config = (json.loads((path / "config.json").read_text()) for path in (raw, directory))
+    assert (config["speculators_model_type"], config["sample_from_anchor"]) == ("dspark", True)
+    (proposal,) = config["speculators_config"]["proposal_methods"]
+    assert proposal["speculative_tokens"] == served["specdist"]["draft_tokens"] == BLOCK
+    picked = ("mask_token_id", "markov_rank", "markov_head_type", "block_size", "enable_confidence_head")
+    made = config["transformer_layer_config"] | {key: config[key] for key in (*picked, "confidence_head_with_markov")}
+    made["eagle_aux_hidden_state_layer_ids"] = ids = config["aux_hidden_state_layer_ids"]
+    made["target_layer_ids"] = [i - 1 for i in ids]
+    assert made == {key: served[key] for key in made}
+    ours, theirs = load_exported(raw), load_exported(directory)
+    assert (ours.dims, ours.captured_layers, ours.markov_rank) == (theirs.dims, theirs.captured_layers, RANK)
+    assert ours.state.keys() == theirs.state.keys()
 
 
 def test_the_files_alone_draft_what_the_draft_does(case: Case, tmp_path: Path) -> None:

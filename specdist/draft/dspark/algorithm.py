@@ -30,9 +30,10 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
     title = "DSpark"
     section = DSparkConfig
     final = True
+    formats = ("sglang", "speculators")
     served_by = (
         ServedBy("SGLang", "DSPARK", "0.5.16", block=True),
-        ServedBy("vLLM", "dspark", "0.26", block=True),
+        ServedBy("vLLM", "dspark", "0.26", formats, block=True),
     )
 
     def check_replay(self, temperature: float) -> None:
@@ -59,7 +60,7 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
         from specdist.draft.dspark.directory import export
 
         self.check_export(format, options, trained.target)
-        return export(self.config, trained, options)
+        return export(self.config, format, trained, options)
 
     @classmethod
     def faults(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:

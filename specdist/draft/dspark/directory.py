@@ -2,7 +2,8 @@
 """The directory of a DSpark draft: our own exports, and those that DeepSpec writes and DeepSeek publishes.
 
 What the engines do with it, read in SGLang 0.5.20 (`models/dspark.py`, `speculative/dspark_components/`) and in vLLM
-(`models/qwen3_dspark.py`); what they do with all drafts of blocks is said in `block/directory.py`:
+(`models/qwen3_dspark.py`, and `configs/speculators/algos.py` for the speculators format); what they do with all drafts
+of blocks is said in `block/directory.py`:
 
 - SGLang leaves the Markov head random without a word where its tensors are missing, and asks for the confidence head's
   wherever the key `enable_confidence_head` is, whatever it says.
@@ -24,7 +25,7 @@ from transformers import PretrainedConfig
 
 from specdist.core.errors import DataError
 from specdist.draft.algorithm import Contents, Trained
-from specdist.draft.block.directory import ExportedBlocks, block_json, flat, read_blocks
+from specdist.draft.block.directory import ExportedBlocks, block_json, block_speculators_json, flat, read_blocks
 from specdist.draft.block.options import BlockDims
 from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, need, shapes
 from specdist.draft.dspark.config import DSparkConfig
@@ -44,7 +45,7 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
 """Keys of config.json, and the values of the drafts that we have; None stands for a key that is missing or null."""
 
 
-def export(config: DSparkConfig, trained: Trained, options: ExportConfig) -> Contents:
+def export(config: DSparkConfig, format: str, trained: Trained, options: ExportConfig) -> Contents:
     """A draft in its directory: see `Algorithm.export`."""
     dims = BlockDims.of(config, trained.target)
     keys = block_json(config, dims, trained.target, options.dtype)
@@ -54,15 +55,16 @@ def export(config: DSparkConfig, trained: Trained, options: ExportConfig) -> Con
     layers = list(config.captured_layers(keys["num_target_layers"]))
     nested = {"mask_token_id": config.mask_token_id, "target_layer_ids": layers}
     own = {
-        **nested,
         "markov_rank": config.markov_rank,
         "markov_head_type": "vanilla",
         "enable_confidence_head": True,
         "confidence_head_with_markov": True,
         "sample_from_anchor": True,
-        "dflash_config": nested,
     }
-    return {"architectures": [ARCHITECTURE], **keys, **own}, tensors
+    if format == "speculators":
+        args = ("dspark", "DSparkSpeculator", config, dims, trained, options.dtype)
+        return block_speculators_json(*args) | own, tensors
+    return {"architectures": [ARCHITECTURE], **keys, **nested, **own, "dflash_config": nested}, tensors
 
 
 @dataclass(frozen=True)
