@@ -152,7 +152,7 @@ def _plan_arguments(plan: argparse.ArgumentParser) -> None:
 
 def _naming_sources(args: argparse.Namespace) -> AbstractContextManager[None]:
     """Of a command with a configuration: its errors say where the values came from."""
-    if not hasattr(args, "config"):
+    if not getattr(args, "config", None):
         return nullcontext()
     from specdist.job.sections import naming_sources
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 _MODELS = {"SGLang": ("sglang", "srt/models"), "vLLM": ("vllm", "model_executor/models")}
 _CLASS = re.compile(r"^class (\w+)(?:\(([^)]*)\))?:", re.MULTILINE)
-_CAPTURES = re.compile(r"def set_(?:eagle3|dflash|dspark)_layers_to_capture\b")
+_CAPTURES = re.compile(r"def set_\w+_layers_to_capture\b")
 
 
 def hands_out_layers(engine: str, architecture: str) -> bool | None:
