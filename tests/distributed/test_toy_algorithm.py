@@ -50,7 +50,7 @@ def test_its_section_is_one_as_any_other(words, capsys):
     assert main(["keys"]) == 0
     assert signal.getsignal(signal.SIGPIPE) == before  # else the next write to a pipe that is closed ends this process
     shown = capsys.readouterr().out
-    assert "draft.algorithm = eagle3    (eagle3 | dflash | toy)" in shown
+    assert "draft.algorithm = eagle3    (eagle3 | dflash | dspark | toy)" in shown
     assert "draft.toy.layer = 1    (int)\n    The captured target layer." in shown
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from omegaconf import MISSING
+
 from specdist.core import config
 from specdist.core.errors import UserError
 from specdist.evaluate.replay import OWN_TEXT
@@ -139,7 +141,7 @@ def differences(runs: Sequence[RunRecords]) -> list[Row]:
             continue
         values = [_text(run.config[key]) if key in run.config else "" for run in runs]
         entry = known.get(key)
-        others = values[1:] or ([_text(entry.default)] if entry else [])
+        others = values[1:] or (["(required)" if entry.default == MISSING else _text(entry.default)] if entry else [])
         if any(value != values[0] for value in others):
             shown = values if len(runs) > 1 else [*values, *others]
             rows.append(Row(key, shown, entry.help if entry else ""))
