@@ -80,9 +80,8 @@ def _bottleneck(run: RunRecords) -> Fact:
     ]
     if "draft_wait" in told and "target_wait" in told:  # leaves out what came before it was warm
         waits = [told["draft_wait"], told["target_wait"]]
-    words = told.get("verdict") or split.verdict(waits[0], waits[1], {})
-    busy = max(waits) < split.WAITS_MATTER
-    return Fact("bottleneck", "none" if busy else "target" if waits[0] > waits[1] else "draft", words)
+    side, _, words = split.verdict(waits[0], waits[1], told.get("moves", {})).partition(": ")
+    return Fact("bottleneck", side.removeprefix("the ").removesuffix(" side"), words)
 
 
 def ranks(run: RunRecords) -> list[tuple[str, str, str]]:
