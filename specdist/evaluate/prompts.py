@@ -14,7 +14,7 @@ from specdist.prompts.conversation import ROLES, Sample, to_sample
 from specdist.prompts.holdout import conversation_key, is_held_out
 from specdist.prompts.read import find_files, pieces, samples
 from specdist.prompts.report import BadSample, UnusableError
-from specdist.prompts.template import RENDER_ERRORS
+from specdist.prompts.template import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ def read_prompts(
         DataError: a file cannot be read, a record has another shape, or the template does not take it; the message
             names the file and the line.
     """
-    prompts: list[EvaluationPrompt] = []
+    prompts, template = list[EvaluationPrompt](), Template(tokenizer, dict(template_kwargs or {}))
     for file in files:
         if not Path(file).expanduser().exists() and not str(file).startswith(DATASET):
             raise DataError.at("evaluate.prompts", f": there is no {file}")
@@ -66,26 +66,12 @@ def read_prompts(
                 break
             if share is not None and not is_held_out(conversation_key(sample), share):
                 continue
-            tokens = _tokens(sample, tokenizer, template_kwargs or {})
+            tokens = _tokens(sample, template)
             prompts.append(EvaluationPrompt(str(file), sample.line, tuple(tokens)))
             found += 1
         if not found and share is None:
             raise DataError.at("evaluate.prompts", f": there is no prompt in {file}")
     return prompts
-
-
-def check_prompts(
-    files: Sequence[str | Path], tokenizer: str | Path, limit: int | None, template_kwargs: Mapping[str, Any]
-) -> None:
-    """Read prompts as an evaluation will that may come hours later, with the tokenizer of a model directory.
-
-    Raises:
-        DataError: see `read_prompts`.
-    """
-    if files:
-        from transformers import AutoTokenizer
-
-        read_prompts(files, AutoTokenizer.from_pretrained(tokenizer), limit, template_kwargs)
 
 
 def _read(file: str) -> Iterator[Sample]:
@@ -119,20 +105,11 @@ def _answered(record: object) -> object:
     return {"messages": [{"role": "user", "content": asked}, STAND_IN]}
 
 
-def _tokens(sample: Sample, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> list[int]:
-    where = f"evaluate.prompts: {sample.file}:{sample.line}"
+def _tokens(sample: Sample, template: Template) -> list[int]:
     if sample.text is not None:
-        return tokenizer.encode(sample.text)
-    if tokenizer.chat_template is None:
-        raise DataError(f"{where}: the target's tokenizer has no chat template; only `text` prompts can be used")
+        return list(template.tokenizer.encode(sample.text))
     try:
-        rendered = tokenizer.apply_chat_template(
-            list(sample.messages[:-1]),
-            tools=list(sample.tools) or None,
-            add_generation_prompt=True,
-            tokenize=False,
-            **variables,
-        )
-    except RENDER_ERRORS as error:
-        raise DataError(f"{where}: refused by the chat template: {error}") from error
-    return tokenizer.encode(str(rendered), add_special_tokens=False)
+        prompt = template.prompt(sample.messages[:-1], sample.tools)
+    except UnusableError as error:
+        raise DataError(f"evaluate.prompts: {sample.file}:{sample.line}: {error}") from error
+    return list(template.tokenizer.encode(prompt, add_special_tokens=False))

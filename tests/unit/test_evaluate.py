@@ -419,7 +419,7 @@ def test_every_shape_of_prompt_is_rendered_with_the_generation_prompt(tmp_path, 
     assert 0 < len(held) < len(prompts)
     assert set(held) < set(prompts)
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match=r"p.jsonl:1: .*chat template"):
+    with pytest.raises(DataError, match=r"has no chat template for conversations: give prompts.chat_template"):
         read_prompts([path], tokenizer)
 
 
