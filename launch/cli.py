@@ -68,10 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         dest="world.role",
         help="start a world of this role alone (docs/two-worlds.md)",
     )
-    launch = commands.add_parser("launch", help="Start a job elsewhere: over ssh, on Slurm, on a Ray cluster's hosts.")
+    launch = commands.add_parser("launch", help="Start a job elsewhere: on Slurm, or on a Ray cluster's hosts.")
     ways = launch.add_subparsers(required=True, metavar="HOW")
-    text = "Print the torchrun commands of a job, one a node, or run them over ssh."
-    ssh.arguments(command("torchrun", ssh.main, text, among=ways))
     text = "Submit a job to Slurm, which starts itself again after preemption."
     slurm.arguments(command("slurm", slurm.main, text, among=ways))
     ray.arguments(command("ray", ray.main, "Start a job on the GPU hosts of a Ray cluster.", among=ways))

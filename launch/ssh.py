@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start a world on hosts without a batch system: `specdist train --hosts`, and `specdist launch torchrun`.
+"""Start a world on hosts without a batch system: `specdist train --hosts`.
 
 One agent a host, over ssh, in the same directory as here, with this Python. `--dry-run` prints plain torchrun commands
 instead, for those who start their own agents.
@@ -65,10 +65,8 @@ def find_hosts(args: argparse.Namespace, job: JobConfig) -> list[Host]:
         found = read_hostfile(args.hostfile)
     elif args.hosts is not None:
         found = [(name, None) for name in args.hosts.split(",") if name]
-    elif args.dry_run:
-        found = [(f"node{number}", None) for number in range(args.nodes)]
     else:
-        raise UserError("give the hosts of the job: --hosts h1,h2 or --hostfile FILE (--dry-run needs none)")
+        found = [(f"node{number}", None) for number in range(args.nodes)]
     if not found:
         raise UserError(f"no hosts in {args.hostfile or '--hosts'}")
     names = [name for name, _ in found]

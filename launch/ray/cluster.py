@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 from specdist.core.errors import ConfigError, UserError
 
-LOCAL = "local"
-"""The address that stands for this machine, without any Ray."""
 _PORT_S = 5.0
 """How long a cluster's port may take to accept a connection."""
 _CONNECT_S = 30.0
@@ -26,10 +24,6 @@ _SILENT_S = 5.0
 """How long a wait for GPUs is not worth a word."""
 _SLICE_S = 1.0
 """No signal is handled during Ray's waits, so they are cut into slices of this length."""
-
-
-class ClusterError(UserError):
-    """No cluster was named, or the one that was named cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -56,34 +50,32 @@ class Shape(NamedTuple):
 
 
 def cluster_address(option: str | None, environment: Mapping[str, str]) -> str:
-    """HOST:PORT of the cluster that the user named, or LOCAL; never one that happens to run on this host.
+    """HOST:PORT of the cluster that the user named; never one that happens to run on this host.
 
     Args:
         option: what the command line says; then RAY_ADDRESS counts, then what KubeRay tells the pods of a cluster.
 
     Raises:
-        ClusterError: there is none, or it is none that a job can be started through.
+        UserError: there is none, or it is none that a job can be started through.
     """
     service = environment.get("FQ_RAY_IP")
     kubernetes = f"{service}:{environment.get('RAY_PORT', '6379')}" if service else None
     address = option or environment.get("RAY_ADDRESS") or kubernetes
     if not address:
-        raise ClusterError(
+        raise UserError(
             "no Ray cluster is named, and none is joined by accident: give --address HOST:6379 or set RAY_ADDRESS; "
             "`specdist train` starts the job on this machine"
         )
-    if address == LOCAL:
-        return LOCAL
     if address.startswith("ray://"):
         host = address.removeprefix("ray://").rpartition(":")[0]
-        raise ClusterError(
+        raise UserError(
             f"{address} is the address of a Ray client, which cannot stream a job's output: start the job on a host of "
             f"the cluster, with `ray job submit --address http://{host}:8265 -- specdist launch ray ...` or `kubectl "
             "exec` (docs/ray.md)"
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise ClusterError(f"a Ray cluster's address is HOST:PORT (its head's, mostly port 6379), not '{address}'")
+        raise UserError(f"a Ray cluster's address is HOST:PORT (its head's, mostly port 6379), not '{address}'")
     return address
 
 
@@ -91,7 +83,7 @@ def connect(address: str) -> None:
     """Join the cluster as a driver.
 
     Raises:
-        ClusterError: it does not answer in time, or does not take this driver.
+        UserError: it does not answer in time, or does not take this driver.
     """
     if importlib.util.find_spec("ray") is None:
         raise UserError("starting a job on a Ray cluster needs Ray: pip install 'specdist[ray]'")
@@ -99,7 +91,7 @@ def connect(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_PORT_S).close()
     except OSError as error:
-        raise ClusterError(
+        raise UserError(
             f"no Ray cluster answers at {address} ({error}): if it was stopped or has moved, start it with "
             "`ray start --head`, or correct --address or RAY_ADDRESS"
         ) from error
@@ -108,13 +100,13 @@ def connect(address: str) -> None:
     try:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=_CONNECT_S)
     except subprocess.TimeoutExpired as error:
-        raise ClusterError(
+        raise UserError(
             f"{address} accepts connections, but Ray has not joined it within {_CONNECT_S:.0f} s: is that the port of "
             "the head (`ray start --head --port`), and does this host belong to the cluster?"
         ) from error
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-        raise ClusterError(f"Ray does not join {address}: {lines[-1]}")
+        raise UserError(f"Ray does not join {address}: {lines[-1]}")
     import ray
 
     ray.init(address, log_to_driver=False, logging_level="ERROR")

@@ -29,9 +29,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--env", action="append", default=[], metavar="NAME[=VALUE]", help="a variable for the ranks; may be repeated"
     )
-    parser.add_argument(
-        "--local-fallback", action="store_true", help="start on this machine where no cluster is named or answers"
-    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -39,16 +36,12 @@ def main(args: argparse.Namespace) -> int:
     for option, value in {"--nodes": args.nodes, "--gpus-per-node": args.gpus_per_node}.items():
         if value is not None and value < 1:
             raise ConfigError(f"{option} is at least 1, not {value}")
-    if not _join_cluster(args):
-        from specdist_launch.local import train
-
-        return train(args.config, retries=args.retries or 0)
-
     from specdist_launch.agents import new_job, supervise
     from specdist_launch.local import world_size
     from specdist_launch.ray.agents import run_agents
-    from specdist_launch.ray.cluster import choose_shape, gpu_hosts, reserve
+    from specdist_launch.ray.cluster import choose_shape, cluster_address, connect, gpu_hosts, reserve
 
+    connect(cluster_address(args.address, os.environ))
     job = words.load_checked(args.config)
     ranks = None if job.draft.dp is None else world_size(job, 0)
     shape = choose_shape(ranks, args.nodes, args.gpus_per_node, gpu_hosts())
@@ -77,19 +70,3 @@ def read_environment(words: list[str]) -> dict[str, str]:
             raise UserError(f"--env {name}: {name} is not set here; give it as {name}=VALUE")
         found[name] = value if given else os.environ[name]
     return found
-
-
-def _join_cluster(args: argparse.Namespace) -> bool:
-    """Join the cluster; False where the job is to run on this machine instead."""
-    from specdist_launch.ray.cluster import LOCAL, ClusterError, cluster_address, connect
-
-    try:
-        address = cluster_address(args.address, os.environ)
-        if address != LOCAL:
-            connect(address)
-    except ClusterError as error:
-        if not args.local_fallback:
-            raise
-        print(f"specdist: {error}; starting on this machine (--local-fallback)", file=sys.stderr)
-        return False
-    return address != LOCAL

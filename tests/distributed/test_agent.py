@@ -50,7 +50,7 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def launch(hosts: str, *config: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "specdist_launch.cli", "launch", "torchrun", "--hosts", hosts]
+    command = [sys.executable, "-m", "specdist_launch.cli", "train", "--hosts", hosts]
     return start_command([*command, "--master-port", str(free_port()), *config])
 
 

@@ -13,13 +13,11 @@ from types import SimpleNamespace
 import pytest
 
 from specdist.core.errors import ConfigError, UserError
-from specdist_launch import cli, local
+from specdist_launch import cli
 from specdist_launch.agents import supervise
 from specdist_launch.ray import cluster
 from specdist_launch.ray.agents import HostAgent, agent_environment, examine_host, host_names, run_agent
 from specdist_launch.ray.cluster import (
-    LOCAL,
-    ClusterError,
     GpuHost,
     Shape,
     choose_shape,
@@ -45,7 +43,6 @@ CLUSTER = [host("10.0.0.1"), host("10.0.0.2"), host("10.0.0.3", gpus=4)]
         (None, {"RAY_ADDRESS": "b:2", "FQ_RAY_IP": "c"}, "b:2"),
         (None, {"FQ_RAY_IP": "head.ns.svc.cluster.local"}, "head.ns.svc.cluster.local:6379"),
         (None, {"FQ_RAY_IP": "head", "RAY_PORT": "6380"}, "head:6380"),
-        (None, {"RAY_ADDRESS": "local"}, LOCAL),
         ("[::1]:6379", {}, "[::1]:6379"),
     ],
 )
@@ -59,12 +56,13 @@ def test_the_nearest_address_counts(option, environment, found):
         ("", "none is joined by accident"),
         ("auto", "HOST:PORT (its head's, mostly port 6379), not 'auto'"),
         ("head", "not 'head'"),
+        ("local", "not 'local'"),
         ("head:", "not 'head:'"),
         ("ray://svc:10001", "ray job submit --address http://svc:8265 -- specdist launch ray"),
     ],
 )
 def test_other_addresses_are_refused(address, said):
-    with pytest.raises(ClusterError) as error:
+    with pytest.raises(UserError) as error:
         cluster_address(None, {"RAY_ADDRESS": address})
     assert said in str(error.value)
     assert "\n" not in str(error.value)
@@ -252,11 +250,3 @@ def test_without_ray_it_says_how_to_install_it(monkeypatch, capsys, no_cluster):
     monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["launch", "ray", "run.dir=unused", "--address", "127.0.0.1:1"]) == 2
     assert "pip install 'specdist[ray]'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("words", [["--local-fallback"], ["--address", "local"]])
-def test_this_machine_is_used_when_asked_for(words, monkeypatch, no_cluster):
-    called = []
-    monkeypatch.setattr(local, "train", lambda words, retries: called.append((words, retries)) or 7)
-    assert cli.main(["launch", "ray", "run.dir=unused", "--retries", "1", *words]) == 7
-    assert called == [(["run.dir=unused"], 1)]
