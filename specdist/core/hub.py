@@ -17,9 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from filelock import FileLock, Timeout
-
 from specdist.core.errors import ConfigError, DataError, WorldError
+from specdist.core.locked import locked
 from specdist.core.worker import Worker
 
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
@@ -127,7 +126,7 @@ def snapshot(repository: Repository, patterns: Sequence[str], say: Say = lambda 
     """
     found = _cached(repository, patterns)
     if found is None:
-        with _locked(repository, say):
+        with _alone(repository, say):
             found = _cached(repository, patterns) or _download(repository, patterns, say)
     return found
 
@@ -277,37 +276,25 @@ def _download(repository: Repository, patterns: Sequence[str], say: Say) -> Path
 
 
 @contextmanager
-def _locked(repository: Repository, say: Say) -> Iterator[None]:
+def _alone(repository: Repository, say: Say) -> Iterator[None]:
     """Let one process of a host download at a time; the others wait as long as it comes further."""
     path = repository.folder.parent / ".locks" / repository.folder.name / "specdist.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, fallback_to_soft=False)
-        _acquire(lock, repository, say)
-    except OSError:  # a cache that cannot be written, or locked: the library's own locks are left
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
+    size, moved_at = -1, 0.0
 
+    def waiting(seconds: float) -> None:
+        nonlocal size, moved_at
+        now = _bytes([repository.folder / "blobs"])
+        if now != size:
+            size, moved_at = now, seconds
+        if seconds - moved_at > SILENCE_S:
+            raise WorldError(
+                f"{repository.key}: another process of this host downloads {repository.id} and has come no further "
+                f"for {SILENCE_S:.0f} s; its lock is {path}"
+            )
+        say(0, f"another process downloads {repository.id}: {size / 1e9:,.2f} GB")
 
-def _acquire(lock: FileLock, repository: Repository, say: Say) -> None:
-    size, since = -1, time.monotonic()
-    while not lock.is_locked:
-        try:
-            lock.acquire(timeout=LOOK_S)
-        except Timeout:
-            now = _bytes([repository.folder / "blobs"])
-            if now != size:
-                size, since = now, time.monotonic()
-            if time.monotonic() - since > SILENCE_S:
-                raise WorldError(
-                    f"{repository.key}: another process of this host downloads {repository.id} and has come no further "
-                    f"for {SILENCE_S:.0f} s; its lock is {lock.lock_file}"
-                ) from None
-            say(0, f"another process downloads {repository.id}: {size / 1e9:,.2f} GB")
+    with locked(path, waiting):
+        yield
 
 
 def _bytes(folders: Sequence[Path]) -> int:

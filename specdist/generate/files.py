@@ -31,7 +31,7 @@ from specdist.prompts.prepare import TOKENIZER_FILES
 from specdist.prompts.read import SourceFile, find_files
 
 MANIFEST, UNANSWERED, PROGRESS = "manifest.json", "unanswered.txt", "progress.json"
-FORMAT = 1
+FORMAT = 2
 _AT = re.compile(rb'\{"at":(\d+),')
 
 

@@ -7,19 +7,20 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 
 from specdist.core.errors import ConfigError
 from specdist.core.files import to_json, write_atomically
 from specdist.core.hub import resolve, served_name
+from specdist.core.locked import locked
 from specdist.core.progress import AnswersProgress
 from specdist.core.progress_bar import ProgressBar
 from specdist.core.team import Team
@@ -55,10 +56,15 @@ def answers_in_world(
         ConfigError, DataError: of prompts, target, endpoint, or of answers that were written otherwise; on all ranks.
         WorldError: an engine has written nothing for `generate.timeout_s`, or a rank said nothing; on all ranks.
     """
+
+    def refuse(seconds: float) -> NoReturn:
+        text = f": another process writes answers in {asked.directory}: wait for it, or stop it"
+        raise ConfigError.at("run.dir", text)
+
     team = Team(store, "answers", "writes answers (generate.timeout_s)", rank, hosts, asked.config.timeout_s)
     with team.telling_errors():
         if rank == 0:
-            with _locked(asked.directory):
+            with locked(asked.directory / ".lock", refuse):
                 _lead(asked, team, device)
         elif team.wait("plan", 0) == "write":
             _write(asked, team, device, lambda tally: team.tell(_encoded(tally)))
@@ -165,22 +171,3 @@ def _engine(asked: Assignment, device: torch.device, ends: frozenset[int], watch
     from specdist.generate.hf import HfEngine
 
     return HfEngine(target, device, config.batch, ends, watch.alive)
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Keep another process from writing there. On a file system without locks nobody is kept."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / ".lock", fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError.at(
-            "run.dir", f": another process writes answers in {directory}: wait for it, or stop it"
-        ) from None
-    except OSError as error:
-        print(f"specdist: {directory} cannot be locked ({error})", file=sys.stderr)
-    try:
-        yield
-    finally:
-        lock.release()

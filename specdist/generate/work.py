@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One replica's part of the answers: it claims shares of the prompts, and writes what the target says to its file.
 
-Replicas and ranks see the same prompts files, and a number is all that passes between them: share n is the records
-`n * SHARE` and on of all files, a piece of a file (prompts/read.py) counting as `PIECE_ROWS` records.
+Replicas and ranks see the same prompts files, and a number is all that passes between them: share n is the SHARE
+records from number n * SHARE on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from specdist.generate.engine import GREEDY, Engine, Reply, Request, Sampling
 from specdist.generate.files import Line, Source, Tally
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.holdout import is_held_out
-from specdist.prompts.read import PIECE_ROWS, Piece, SourceFile, pieces, samples
+from specdist.prompts.read import Piece, SourceFile, pieces, samples
 from specdist.prompts.report import BadSample, UnusableError
 from specdist.prompts.template import Template
 
@@ -50,17 +50,18 @@ def records(
 ) -> Iterator[Record]:
     """The records of the shares that `claim` gives, in their order, until there are no more. `claim` gives ascending
     numbers, each to one replica."""
-    share, per_piece = claim(), PIECE_ROWS // SHARE
-    for number, (source, piece) in enumerate(_pieces(sources)):
-        decoded: list[Conversation | BadSample] | None = None
-        while share // per_piece == number:
-            if decoded is None:
-                decoded = list(samples(piece, lambda record, file, line: parse(record, config.turns)))
-            first = share % per_piece * SHARE
-            for i, content in enumerate(decoded[first : first + SHARE], start=first):
-                held = sources[source].held or _held_out(content, prompts.holdout)
-                yield Record(number * PIECE_ROWS + i, source, _place(piece, i), content, held)
-            share = claim()
+    share, first = claim(), 0
+    for source, piece in _pieces(sources):
+        end = first + _rows(piece)
+        if share * SHARE < end:
+            found = samples(piece, lambda record, file, line: parse(record, config.turns))
+            for i, content in enumerate(found):
+                if (first + i) // SHARE > share:
+                    share = claim()
+                if (first + i) // SHARE == share:
+                    held = sources[source].held or _held_out(content, prompts.holdout)
+                    yield Record(first + i, source, _place(piece, i), content, held)
+        first = end
 
 
 def _held_out(content: Conversation | BadSample, holdout: object) -> bool:
@@ -69,7 +70,11 @@ def _held_out(content: Conversation | BadSample, holdout: object) -> bool:
 
 def count(sources: Sequence[Source]) -> int:
     """How many records the files have."""
-    return sum(len(piece.texts) or piece.last - piece.first + 1 for _, piece in _pieces(sources))
+    return sum(_rows(piece) for _, piece in _pieces(sources))
+
+
+def _rows(piece: Piece) -> int:
+    return len(piece.texts) or piece.last - piece.first + 1
 
 
 def _pieces(sources: Sequence[Source]) -> Iterator[tuple[int, Piece]]:

@@ -27,10 +27,9 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from filelock import FileLock, Timeout
-
 from specdist.core.errors import DataError, WorldError
 from specdist.core.files import sync_directory
+from specdist.core.locked import locked
 from specdist.core.progress_bar import ProgressBar
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.corpus import Corpus, make_corpus
@@ -44,8 +43,6 @@ DEFAULT_CACHE = "~/.cache/specdist"
 SMALL_BYTES = 4 << 20
 """Files of less than this are tokenised by this process: starting others would take longer."""
 PIECE_TIMEOUT_S = 600.0
-POLL_S = 0.5
-"""Between two looks at the lock of another process."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -125,7 +122,7 @@ def prepare(
         say(f"looking up {len(sources)} files ({total / 1e6:,.1f} MB) in the cache")
         final = root / cache_key(config, sources, Path(tokenizer_dir))
         if not (final / MANIFEST).exists():
-            with _locked(final, timeout, say):
+            with _alone(final, timeout, say):
                 if not (final / MANIFEST).exists():  # another process may have prepared them meanwhile
                     bar.set_total(total)
                     _prepare_into(final, config, sources, str(tokenizer_dir), total, advance)
@@ -135,32 +132,24 @@ def prepare(
 
 
 @contextmanager
-def _locked(final: Path, timeout: float, say: Callable[[str], None]) -> Iterator[None]:
+def _alone(final: Path, timeout: float, say: Callable[[str], None]) -> Iterator[None]:
     """Keep other processes from preparing the same. What killed ones have left is deleted."""
     path, pattern = final.with_suffix(".lock"), f"{final.name}.*.tmp"
     at_work = next((work.name.split(".")[1] for work in final.parent.glob(pattern)), "another process")
-    lock, began = FileLock(path, fallback_to_soft=False), time.monotonic()  # a soft one of a lost host stays
-    while not lock.is_locked:
+
+    def waiting(seconds: float) -> None:
+        if seconds > timeout:
+            raise WorldError(f"waited {timeout:.0f} s for {at_work} to prepare the prompts. Its lock is {path}")
+        say(f"{at_work} prepares them; waiting for {seconds // 60:.0f} min")
+
+    with locked(path, waiting) as held:  # where it is not, nothing is deleted, and two may do the work
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            waited = time.monotonic() - began
-            if waited > timeout:
-                message = f"waited {timeout:.0f} s for {at_work} to prepare the prompts. Its lock is {path}"
-                raise WorldError(message) from None
-            say(f"{at_work} prepares them; waiting for {waited // 60:.0f} min")
-            time.sleep(POLL_S)
-        except OSError as error:  # of a file system without locks: nothing is deleted there, and two may do the work
-            say(f"{path} cannot be locked ({error})")
-            break
-    try:
-        for remains in final.parent.glob(pattern) if lock.is_locked else ():
-            shutil.rmtree(remains, ignore_errors=True)
-        yield
-    finally:
-        if lock.is_locked:
-            path.unlink(missing_ok=True)  # a process that waits for it finds the store, or makes a lock of its own
-            lock.release()
+            for remains in final.parent.glob(pattern) if held else ():
+                shutil.rmtree(remains, ignore_errors=True)
+            yield
+        finally:
+            if held:
+                path.unlink(missing_ok=True)  # a process that waits for it finds the store, or makes a lock of its own
 
 
 def _ready(directory: Path, config: PromptsConfig) -> PromptStore:
