@@ -239,7 +239,7 @@ def no_cluster(monkeypatch):
     ],
 )
 def test_bad_words_get_one_line(words, said, capsys, no_cluster):
-    assert cli.main(["launch", "ray", "run.dir=unused", *words]) == 2
+    assert cli.main(["launch", "ray", "run.dir=unused", "target.path=unused", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("specdist: ")
     assert said in error
@@ -248,5 +248,5 @@ def test_bad_words_get_one_line(words, said, capsys, no_cluster):
 
 def test_without_ray_it_says_how_to_install_it(monkeypatch, capsys, no_cluster):
     monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
-    assert cli.main(["launch", "ray", "run.dir=unused", "--address", "127.0.0.1:1"]) == 2
+    assert cli.main(["launch", "ray", "run.dir=unused", "target.path=unused", "--address", "127.0.0.1:1"]) == 2
     assert "pip install 'specdist[ray]'" in capsys.readouterr().err
