@@ -48,10 +48,16 @@ def figures(export: Path) -> dict:
     return json.loads((export.parents[1] / "serve-check/sglang.json").read_text())
 
 
-def test_an_engine_that_serves_the_draft_rightly_takes_as_many_forwards_as_replay(export):
+@pytest.fixture(scope="module")
+def checked(export) -> tuple[str, dict]:
+    """What is said of an engine that serves it rightly."""
     done = check("right", export)
     assert done.returncode == 0, done.stderr
-    found = figures(export)
+    return done.stdout, figures(export)
+
+
+def test_an_engine_that_serves_the_draft_rightly_takes_as_many_forwards_as_replay(checked, export):
+    said, found = checked
     for one in found["compared"].values():
         assert one["tokens"] > 200
         assert one["served"] == pytest.approx(one["replayed"], abs=1e-9)
@@ -61,11 +67,11 @@ def test_an_engine_that_serves_the_draft_rightly_takes_as_many_forwards_as_repla
     served, replayed = found["position_acceptance"].values()
     assert len(served) == 4
     assert served == pytest.approx(replayed, abs=0.02)  # fewer are drafted near the limit
-    assert "served as evaluated: +0.00% over same text" in done.stdout
-    assert f"--speculative-draft-model-path {export}" in done.stdout
+    assert "served as evaluated: +0.00% over same text" in said
+    assert f"--speculative-draft-model-path {export}" in said
 
 
-def test_an_engine_that_serves_it_wrongly_is_found_out(export):
+def test_an_engine_that_serves_it_wrongly_is_found_out(checked, export):
     done = check("wrong", export)
     assert done.returncode == 1, done.stderr
     found = figures(export)

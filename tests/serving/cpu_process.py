@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -74,7 +76,18 @@ class AsIfOnAGpu:
         return getattr(self._arguments, name)
 
 
+def parsed(words: list[str]) -> dict[str, Any]:
+    """What SGLang's own parser makes of the options of a server's command line, without its defaults."""
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    for action in parser._actions:  # noqa: SLF001
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(words))
+
+
 if __name__ == "__main__":
+    for command in json.loads(os.environ.get("SERVE_COMMANDS", "[]")):
+        print("parsed", json.dumps(parsed(command)), file=sys.stderr)
     sys.argv[1] = json.dumps(json.loads(sys.argv[1]) | CPU)
     # Without it, it would fall back to torch_native, which does not speculate.
     with override_platform(has_amx=True), blocks_without_a_gpu():

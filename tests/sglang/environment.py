@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 from tests.distributed.worlds import ROOT
@@ -15,12 +15,12 @@ MODELS = {"llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama_eagle3", "
 """SGLang's modules of the architectures tested here, and what they build on."""
 
 
-def on_the_cpu() -> dict[str, str]:
-    """Variables for an SGLang of .venv-sglang, whose compiled parts are played."""
+def on_the_cpu(more: Set[str] = frozenset()) -> dict[str, str]:
+    """Variables for an SGLang of .venv-sglang, whose compiled parts are played; `more`: modules of further models."""
     stand_ins = (ROOT / "tests/serving/cpu_kernels", ROOT / "tests/sglang/stand_ins")
     return {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *stand_ins, *_inherited()))),
-        "SGLANG_DISABLED_MODEL_ARCHS": ",".join(_other_models()),
+        "SGLANG_DISABLED_MODEL_ARCHS": ",".join(_other_models(MODELS | more)),
     }
 
 
@@ -34,10 +34,10 @@ def run(python: Path, ranks: int, arguments: Sequence[str], environment: Mapping
     return said
 
 
-def _other_models() -> list[str]:
+def _other_models(wanted: Set[str]) -> list[str]:
     """SGLang imports every architecture it knows to find one; these are left out, which saves seconds on each rank."""
     models = next(VENV.glob("lib/python*/site-packages/sglang/srt/models"))
-    return sorted({file.stem for file in models.glob("*.py")} - MODELS)
+    return sorted({file.stem for file in models.glob("*.py")} - wanted)
 
 
 def _inherited() -> list[str]:
