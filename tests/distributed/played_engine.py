@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The specdist command where SGLang is played: `python -m tests.distributed.played_engine right|wrong COMMAND [...]`.
 
-A process that speaks with it as SGLang's does decodes with our own target and proposer. `wrong`: the draft gets the
-features of the captured layers in another order, and the second answer with the draft is not the target's. The answers
-without it are the same, so what an earlier replay has left is taken.
+A process that speaks with it as SGLang's does decodes with our own target and proposer. `wrong`: every draft is the
+token after the one that is meant, as an offset vocabulary has it, and the second answer with the draft is not the
+target's. The answers without it are the same, so what an earlier replay has left is taken.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import asyncio
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from specdist.core.records import Features
 from specdist.core.stop import leave
-from specdist.draft.base import Proposer
+from specdist.draft.base import Drafts, Proposer
 from specdist.draft.build import build_draft
 from specdist.draft.config import draft_config
 from specdist.evaluate.config import EvaluateConfig
@@ -76,10 +76,13 @@ class PlayedEngine:
         assert self.draft is not None
         proposer = self.draft.proposer()
         if self.wrong:
-            take, width = proposer.take, self.draft.layout.hidden_size
-            proposer.take = lambda features, *rest: take(  # type: ignore[method-assign]
-                Features(features.layout, features.rows.roll(width, dims=1)), *rest
-            )
+            draft, size = proposer.draft_tokens, self.target.model.config.vocab_size
+
+            def next_ones(*arguments: Any) -> Drafts:
+                drafts = draft(*arguments)
+                return replace(drafts, tokens=(drafts.tokens + 1) % size)
+
+            proposer.draft_tokens = next_ones  # type: ignore[method-assign]
         return proposer
 
 
