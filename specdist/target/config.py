@@ -42,9 +42,11 @@ class TargetConfig:
     verify: int = 1
     """Work items at the start of a run whose packed features are compared with a document-by-document forward."""
 
-    verify_against: Literal["itself", "hf"] = "itself"
-    """`hf` also compares a few short documents with the hf engine when the target is loaded; that engine is loaded
-    first and let go, so a GPU needs room for one of them at a time."""
+    verify_against: Literal["auto", "itself", "hf"] = "auto"
+    """`hf` also compares a few short documents with transformers' own hidden states when the target is loaded, and the
+    job ends where a layer or the last state differs. Of another engine the hf engine is loaded first and let go, so a
+    GPU needs room for one of them at a time. `auto` does so for architectures and versions of an engine that are not on
+    the tested list (docs/targets.md), unless the weights are quantised."""
 
     trust_remote_code: bool = False
     """Run Python code that comes with the model directory."""

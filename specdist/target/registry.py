@@ -7,6 +7,7 @@ It is light to import, as the engines are: every reading of a configuration does
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from specdist.core.records import FeatureLayout
     from specdist.target.base import Engine, TargetModel
     from specdist.target.description import TargetDescription
+
+log = logging.getLogger(__name__)
 
 REFERENCE = "hf"
 ENGINES: dict[str, Engine] = {}
@@ -64,7 +67,7 @@ def check_target(config: TargetConfig, weights: bool = True) -> TargetDescriptio
         )
     compute_dtype(config, target)
     ENGINES[config.engine].check(config, target)
-    if _is_compared(config):
+    if config.verify_against == REFERENCE != config.engine:
         ENGINES[REFERENCE].check(config, target)
     return target
 
@@ -117,7 +120,7 @@ def load_target(
     def load(name: str) -> TargetModel:
         return ENGINES[name].load(replace(config, engine=name), target, layout, device, group, tokens)
 
-    if _is_compared(config):  # the reference first: a GPU holds one of the two at a time
+    if is_compared(config, target):  # the reference first: a GPU holds one of the two at a time
         longest = (tokens, ENGINES[config.engine].limits(config).document, target.max_positions)
         batch = spot_check_batch(target.vocab_size, longest)
         expected = reference_features(lambda: load(REFERENCE), batch)
@@ -129,8 +132,27 @@ def load_target(
     return WithHead(model, target, group if config.tp > 1 else None) if needed else model
 
 
-def _is_compared(config: TargetConfig) -> bool:
-    return config.verify_against == REFERENCE != config.engine
+def is_compared(config: TargetConfig, target: TargetDescription) -> bool:
+    """Whether the engine's features are compared with the reference's when the target is loaded."""
+    if config.engine == REFERENCE or config.verify_against == "itself":
+        return False
+    if config.verify_against == REFERENCE:
+        return True
+    if ENGINES[config.engine].tested(target):
+        return False
+    obstacle = "its weights are quantised" if target.quantised else None
+    try:
+        ENGINES[REFERENCE].check(config, target)
+    except ConfigError as error:
+        obstacle = obstacle or str(error)
+    if obstacle is not None:
+        log.warning(
+            "target %s: not on the tested list of target.engine=%s, and not compared with transformers: %s",
+            target.path,
+            config.engine,
+            obstacle,
+        )
+    return obstacle is None
 
 
 register(REFERENCE, HF)

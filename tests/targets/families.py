@@ -50,6 +50,11 @@ class Family:
     keys: dict[str, Any] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)
 
+    def model_class(self) -> Any:
+        """The class of transformers, which may have another name than the published one (Kimi-K2.5)."""
+        own = getattr(transformers, self.architecture, None)
+        return own or transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[CONFIG_MAPPING[self.type]]
+
     def config(self) -> dict[str, Any]:
         """What its config.json holds."""
         cls = CONFIG_MAPPING[self.type]
@@ -67,7 +72,7 @@ class Family:
     def write_weights(self, path: Path) -> None:
         """Add random weights; they are large enough that a wrong layer, mask or position shows."""
         config = AutoConfig.from_pretrained(path)
-        model: PreTrainedModel = getattr(transformers, self.architecture)(config)
+        model: PreTrainedModel = self.model_class()(config)
         _randomise(model)
         published = (path / "config.json").read_bytes()
         model.save_pretrained(path)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -118,7 +117,7 @@ def make_batch(lengths: tuple[int, ...] = LENGTHS) -> PackedTokens:
 
 def plain_model(family: Family, path: Path) -> PreTrainedModel:
     """The class that config.json names, as transformers loads it."""
-    cls: Any = getattr(transformers, family.architecture)
+    cls = family.model_class()
     caps = family.keys.get("attn_logit_softcapping")
     # transformers' default attention ignores the soft cap
     return cls.from_pretrained(path, dtype=torch.float32, **({"attn_implementation": "eager"} if caps else {})).eval()

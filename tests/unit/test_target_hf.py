@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import FeatureLayout, PackedTokens
+from specdist.target import vocabulary
 from specdist.target.config import TargetConfig
 from specdist.target.hf import attention
+from specdist.target.hf import model as hf_model
 from specdist.target.hf.model import HfTarget, packing_obstacle
 from specdist.target.registry import load_target
 from specdist.target.verify import TOLERANCE, verify
@@ -329,3 +332,30 @@ def test_shards_without_an_index_load(tmp_path: Path) -> None:
     assert torch.equal(run(make_engine(path), batch), whole)
     (path / "model.safetensors.index.json").unlink()
     assert torch.equal(run(make_engine(path), batch), whole)
+
+
+def test_a_wrong_layer_or_teacher_of_an_untested_model_stops_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_model("llama", tmp_path / "llama")
+    monkeypatch.setattr(hf_model, "TESTED", frozenset())
+    make_engine(path)
+    make_engine(make_model("mamba", tmp_path / "mamba"))  # its hidden states leave out what enters the first layer
+    right = hf_model.find_decoder
+
+    def shifted(*arguments: Any) -> tuple[Any, nn.ModuleList]:
+        decoder, layers = right(*arguments)
+        return decoder, nn.ModuleList([layers[-1], *layers[:-1]])
+
+    with monkeypatch.context() as wrong:
+        wrong.setattr(hf_model, "find_decoder", shifted)
+        with pytest.raises(DataError, match=r"llama .*not among the tested.* layer 0 differs .*verify_against=itself"):
+            make_engine(path)
+        make_engine(path, verify_against="itself")
+    monkeypatch.setitem(MODELS, "granite", {"logits_scaling": 4.0})
+    scaled = make_model("granite", tmp_path / "granite")
+    make_engine(scaled)
+    monkeypatch.setattr(vocabulary, "DIVISORS", ())
+    monkeypatch.setattr(vocabulary, "LOGIT_KEY", re.compile("nothing"))
+    with pytest.raises(DataError, match="logits are not the head's products as its configuration says, but off by 3"):
+        make_engine(scaled)

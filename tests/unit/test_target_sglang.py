@@ -6,11 +6,13 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import MistralConfig
 
 from specdist.core.config import complete
 from specdist.core.errors import ConfigError, DataError
@@ -19,9 +21,16 @@ from specdist.job.config import examine, load_job
 from specdist.job.plan import make_plan
 from specdist.target.base import TargetModel
 from specdist.target.config import TargetConfig
-from specdist.target.description import describe
-from specdist.target.registry import check_installed, check_layout, check_target, engine_groups, load_target
-from specdist.target.sglang import adapter, versions
+from specdist.target.description import TargetDescription, describe
+from specdist.target.registry import (
+    check_installed,
+    check_layout,
+    check_target,
+    engine_groups,
+    is_compared,
+    load_target,
+)
+from specdist.target.sglang import adapter, support, versions
 from specdist.target.sglang.config import FIXED, OWNED, SglangConfig
 from specdist.target.sglang.model import SglangTarget
 from specdist.target.verify import compare, reference_features, spot_check_batch
@@ -108,6 +117,89 @@ def test_other_versions_are_refused(version: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("version", ["0.5.16", "0.5.18", "0.5.19.post1", "0.5.20"])
 def test_versions_in_the_range(version: str) -> None:
     versions.check_version(version)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "version", "said"),
+    [
+        ("Gemma3ForCausalLM", "0.5.16", None),
+        ("Gemma3ForCausalLM", "0.5.18", "SGLang 0.5.18 hands out layers without their residual for Gemma3ForCausalLM"),
+        ("Gemma3ForConditionalGeneration", None, "SGLang 0.5.20 hands out layers without their residual"),
+        ("Gemma4ForConditionalGeneration", None, "one KV cache for layers with heads of two sizes"),
+        ("Llama4ForConditionalGeneration", "0.5.16", "two places of logits"),
+        (
+            "NemotronHForCausalLM",
+            "0.5.18",
+            "0.5.18 does not hand out layers of NemotronHForCausalLM, 0.5.20 does",
+        ),
+        ("NemotronHForCausalLM", None, None),
+        ("BloomForCausalLM", None, "SGLang up to 0.5.20 does not hand out layers of BloomForCausalLM"),
+    ],
+)
+def test_architectures_whose_layers_sglang_does_not_hand_out_right(
+    architecture: str, version: str | None, said: str | None, target: Path
+) -> None:
+    described = replace(describe(target), architectures=(architecture,))
+    if said is None:
+        support.check_architecture(described, version)
+        return
+    with pytest.raises(ConfigError, match=rf"target\.engine=sglang: .*{said}.*: use target\.engine=hf") as e:
+        support.check_architecture(described, version)
+    assert "\n" not in str(e.value)
+
+
+def test_a_window_that_sglang_leaves_out_is_refused(target: Path) -> None:
+    def described(window: int | None) -> TargetDescription:
+        config = MistralConfig(sliding_window=window, max_position_embeddings=512)
+        return replace(describe(target), architectures=("MistralForCausalLM",), config=config)
+
+    for window in (None, 512):
+        support.check_architecture(described(window), None)
+    with pytest.raises(ConfigError, match="leaves out the sliding window of 64 tokens of MistralForCausalLM: use"):
+        support.check_architecture(described(64), None)
+
+
+def test_layers_are_asked_for_in_the_numbers_that_all_models_share() -> None:
+    """SGLang's DeepSeek takes the numbers of its EAGLE-3 call in two ways."""
+    asked: list[tuple[str, list[int]]] = []
+
+    class Both:
+        def set_eagle3_layers_to_capture(self, layers: list[int]) -> None:
+            asked.append(("eagle3", layers))
+
+    class Lacking(Both):  # Qwen3-VL
+        def set_dflash_layers_to_capture(self, layers: list[int]) -> None:
+            raise AttributeError("Qwen3LLMModel")
+
+    class Newer(Both):
+        def set_dflash_layers_to_capture(self, layers: list[int]) -> None:
+            asked.append(("dflash", layers))
+
+    for model in (Newer(), Lacking(), Both(), object()):
+        runner = object.__new__(adapter.Runner)
+        runner._runner = SimpleNamespace(model=model)
+        if type(model) is object:
+            with pytest.raises(ConfigError, match=r"object cannot hand out layer outputs .* use target\.engine=hf"):
+                runner.capture_layers([0, 2])
+        else:
+            runner.capture_layers([0, 2])
+    assert asked == [("dflash", [0, 2]), ("eagle3", [0, 2]), ("eagle3", [0, 2])]
+
+
+def test_what_is_not_on_the_tested_list_is_compared_with_transformers(
+    target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, described = sglang(path=str(target)), describe(target)
+    other = replace(described, architectures=("MistralForCausalLM",))
+    for version, llama, mistral in (("0.5.20", False, True), ("0.5.19", True, True)):
+        monkeypatch.setattr(versions, "installed", lambda version=version: version)
+        assert (is_compared(config, described), is_compared(config, other)) == (llama, mistral)
+    assert not is_compared(replace(config, verify_against="itself"), other)
+    assert is_compared(replace(config, verify_against="hf"), described)
+    assert not is_compared(replace(config, engine="hf"), other)
+    monkeypatch.setattr(type(described), "quantised", True)
+    assert not is_compared(config, other)
+    assert "not compared with transformers: its weights are quantised" in caplog.text
 
 
 def test_unknown_arguments_are_named_before_a_rank_starts_without_importing_sglang(

@@ -24,6 +24,7 @@ from specdist.target.base import TargetModel
 from specdist.target.config import TargetConfig
 from specdist.target.description import TargetDescription, compute_dtype
 from specdist.target.hf import attention
+from specdist.target.hf.against_transformers import TESTED, compare_with_transformers
 from specdist.target.hf.attention import Documents, NotPackable
 from specdist.target.loading import load_model
 from specdist.target.verify import TOLERANCE, beyond, deviations
@@ -49,7 +50,7 @@ class HfTarget(TargetModel):
         tokens: int | None = None,
     ) -> None:
         self.layout, self.device, self.dtype = layout, device, compute_dtype(config, target)
-        # Of the model only the decoder is kept: what else was loaded is freed with it.
+        # Of the model only the decoder is kept: what else was loaded is freed at the end.
         model = load_model(target, self.dtype, device, group)
         self.decoder, layers = find_decoder(model, target.layers)
         self._own_attention = own_attention(self.decoder, target.text_config)
@@ -59,6 +60,10 @@ class HfTarget(TargetModel):
         self._layers = len(layers)
         for column, index in enumerate(layout.captured_layers):
             layers[index].register_forward_hook(self._capture(column, index))
+        if config.verify_against == "hf" or (
+            config.verify_against == "auto" and target.text_config.model_type not in TESTED
+        ):
+            compare_with_transformers(model, layers, target, layout, self.forward)
         self._settle_prefill(config, target)
 
     @torch.no_grad()
@@ -91,7 +96,8 @@ class HfTarget(TargetModel):
         columns = slice(column * self.layout.hidden_size, (column + 1) * self.layout.hidden_size)
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            assert self._out is not None, "the decoder runs only inside HfTarget.forward"
+            if self._out is None:  # the whole model runs, to be compared with
+                return
             hidden_1TH = output[0] if isinstance(output, tuple) else output
             if hidden_1TH.shape[-2:] != (len(self._out), self.layout.hidden_size):
                 raise DataError.at(

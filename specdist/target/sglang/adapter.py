@@ -172,15 +172,22 @@ class Runner:
         if not layers:
             return
         model = self._runner.model
-        if not hasattr(model, "set_eagle3_layers_to_capture"):
-            raise ConfigError.at(
-                "target.engine",
-                f"=sglang: SGLang's {type(model).__name__} cannot hand out layer outputs (it has no "
-                "set_eagle3_layers_to_capture): use target.engine=hf",
-            )
         # Public, and the same in all versions. Hooks on the layers would be wrong: residuals and sums over ranks are
-        # left to later layers where that is faster.
-        model.set_eagle3_layers_to_capture(layers)
+        # left to later layers where that is faster. The numbers of the first call mean the same in every model; those
+        # of the second DeepSeek's models take for next layers, unless the first is 1.
+        for name in ("set_dflash_layers_to_capture", "set_eagle3_layers_to_capture"):
+            if not hasattr(model, name):
+                continue
+            try:
+                return getattr(model, name)(layers)
+            except AttributeError:  # Qwen3-VL's first call is one that its language model lacks
+                if not name.startswith("set_dflash"):
+                    raise
+        raise ConfigError.at(
+            "target.engine",
+            f"=sglang: SGLang's {type(model).__name__} cannot hand out layer outputs (it has no "
+            "set_dflash_layers_to_capture): use target.engine=hf",
+        )
 
     @torch.no_grad()
     def forward(self, documents: Sequence[Tensor]) -> Captured:

@@ -11,7 +11,7 @@ from specdist.core.engine_groups import EngineGroups
 from specdist.core.errors import ConfigError
 from specdist.target.base import Engine, Limits, TargetModel, common_divisors, weights_and_activations
 from specdist.target.config import TargetConfig
-from specdist.target.sglang import versions
+from specdist.target.sglang import support, versions
 from specdist.target.sglang.config import SglangConfig, settings_of
 
 if TYPE_CHECKING:
@@ -23,9 +23,14 @@ if TYPE_CHECKING:
 def check(config: TargetConfig, target: TargetDescription) -> None:
     """Of SGLang's own rules, those that a login node can check. Its arguments are looked up where it is installed."""
     settings, heads, kv_heads = settings_of(config), target.heads, target.kv_heads
+    version = versions.installed()
+    if version is not None:
+        versions.check_version(version)
+        versions.check_arguments(settings.arguments)
+    support.check_architecture(target, version)
     if config.tp % settings.ep:
         raise ConfigError.at("target.sglang.ep", f"={settings.ep} does not divide target.tp={config.tp}", "target.tp")
-    if config.verify_against != "itself" and settings.quantization is not None:
+    if config.verify_against == "hf" and settings.quantization is not None:
         raise ConfigError.at(
             "target.verify_against",
             f"={config.verify_against} beside target.sglang.quantization={settings.quantization}: "
@@ -43,10 +48,6 @@ def check(config: TargetConfig, target: TargetDescription) -> None:
             "target.tp",
             f"={config.tp} and num_key_value_heads={kv_heads} of {target.path}: one must divide the other",
         )
-    version = versions.installed()
-    if version is not None:
-        versions.check_version(version)
-        versions.check_arguments(settings.arguments)
 
 
 def memory(config: TargetConfig, target: TargetDescription, dtype: torch.dtype, tokens: int) -> dict[str, int]:
@@ -74,6 +75,10 @@ def groups(config: TargetConfig, replicas: Sequence[Sequence[int]], device: torc
     return EngineGroups(calls, partial(adapter.make_coordinators, lists, device, ep))
 
 
+def tested(target: TargetDescription) -> bool:
+    return support.is_tested(target, versions.installed() or versions.NEWEST)
+
+
 def load(*arguments: Any) -> TargetModel:
     from specdist.target.sglang.model import SglangTarget
 
@@ -86,6 +91,7 @@ SGLANG = Engine(
     load,
     limits=limits,
     groups=groups,
+    tested=tested,
     require=versions.require,
     settings=SglangConfig,
     changeable=("prefill_tokens", "memory_fraction", "attention_backend", "ep"),
