@@ -68,7 +68,7 @@ class Engine:
             ranks call this; the number is the tokens of the largest batch there will be, None where it is not known.
         limits: what it cannot do.
         groups: what `make_groups` has to make for it, for replicas of these ranks; called by all ranks of the world.
-        tested: whether the features of such a target were compared with transformers' before.
+        tested: whether features under this configuration were compared with transformers' before, or cannot be.
         require: raises ConfigError, with what to install, where the engine's library is missing.
         settings: the dataclass of its section of the configuration, `target.NAME`, if it has one.
         changeable: the keys of that section that may differ when a run goes on.
@@ -81,7 +81,7 @@ class Engine:
     ]
     limits: Callable[[TargetConfig], Limits] = lambda config: Limits()
     groups: Callable[[TargetConfig, Sequence[Sequence[int]], torch.device], EngineGroups | None] = _no_groups
-    tested: Callable[[TargetDescription], bool] = lambda target: True
+    tested: Callable[[TargetConfig, TargetDescription], bool] = lambda config, target: True
     require: Callable[[], object] = lambda: None
     settings: type | None = None
     changeable: tuple[str, ...] = ()

@@ -138,7 +138,7 @@ def is_compared(config: TargetConfig, target: TargetDescription) -> bool:
         return False
     if config.verify_against == REFERENCE:
         return True
-    if ENGINES[config.engine].tested(target):
+    if ENGINES[config.engine].tested(config, target):
         return False
     obstacle = "its weights are quantised" if target.quantised else None
     try:

@@ -190,13 +190,14 @@ def test_what_is_not_on_the_tested_list_is_compared_with_transformers(
     target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config, described = sglang(path=str(target)), describe(target)
-    other = replace(described, architectures=("MistralForCausalLM",))
-    for version, llama, mistral in (("0.5.20", False, True), ("0.5.19", True, True)):
+    other = replace(described, architectures=("ApertusForCausalLM",))
+    for version, llama, apertus in (("0.5.20", False, True), ("0.5.19", True, True)):
         monkeypatch.setattr(versions, "installed", lambda version=version: version)
-        assert (is_compared(config, described), is_compared(config, other)) == (llama, mistral)
+        assert (is_compared(config, described), is_compared(config, other)) == (llama, apertus)
     assert not is_compared(replace(config, verify_against="itself"), other)
     assert is_compared(replace(config, verify_against="hf"), described)
     assert not is_compared(replace(config, engine="hf"), other)
+    assert not is_compared(sglang(path=str(target), sglang=SglangConfig(quantization="fp8")), other)
     monkeypatch.setattr(type(described), "quantised", True)
     assert not is_compared(config, other)
     assert "not compared with transformers: its weights are quantised" in caplog.text

@@ -75,7 +75,9 @@ def groups(config: TargetConfig, replicas: Sequence[Sequence[int]], device: torc
     return EngineGroups(calls, partial(adapter.make_coordinators, lists, device, ep))
 
 
-def tested(target: TargetDescription) -> bool:
+def tested(config: TargetConfig, target: TargetDescription) -> bool:
+    if settings_of(config).quantization is not None:  # features of rounded weights are others
+        return True
     return support.is_tested(target, versions.installed() or versions.NEWEST)
 
 

@@ -62,6 +62,8 @@ TESTED = {
     "0.5.20": _COMPARED
     | {
         "Glm4MoeForCausalLM",
+        "MistralForCausalLM",
+        "Phi3ForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen3VLForConditionalGeneration",
