@@ -94,6 +94,11 @@ class Cost(ABC):
     def flops(self, batch: PackedTokens) -> float:
         """Floating-point operations that a step over `batch`, on the CPU, needs on all ranks that share it."""
 
+    def evaluated(self, batch: PackedTokens) -> float:
+        """What the loss and the replay of an evaluation of `batch` need, in training steps over it. A forward is about
+        a third of one, and a chain is replayed by the steps that training unrolls."""
+        return 2 / 3
+
     @abstractmethod
     def frozen_rows(self, tied: bool) -> int:
         """Rows of the target's tables on a draft rank's device. `tied`: whether embedding and head are one."""

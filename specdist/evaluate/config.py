@@ -14,7 +14,7 @@ class EvaluateConfig:
 
     every: int | None = None
     """Optimizer steps between two evaluations on held-out text (`prompts.holdout`); one is made before training and one
-    at the end. null: as many as read at most one in a hundred of the tokens trained."""
+    at the end. null: as many as cost at most a hundredth of the training, by an estimate."""
     prompts: tuple[str, ...] = ()
     """Files of prompts that `specdist eval --decode` decodes; empty: held-out conversations, last answer dropped."""
     limit: int | None = 256

@@ -75,6 +75,18 @@ def _of_object(found: dict[str, Any]) -> tuple[float | None, float | None]:
     return sides["target_tokens_per_s"] / sides["replicas"], draft
 
 
+def evaluation_weight(job: JobConfig, facts: JobFacts) -> float:
+    """What evaluating on a token costs in tokens trained, on the side of the two that it costs more: the target side
+    runs its head as well. An estimate, from operations, for answers alone."""
+    import torch
+
+    target, length = facts.target, job.prompts.max_length
+    count = max(job.prompts.tokens_per_rank // length, 1)
+    batch = PackedTokens.from_documents([torch.zeros(length)] * count, [torch.ones(length)] * count)
+    head = 2.0 * target.hidden_size * target.vocab_size
+    return max(job.draft.chosen.cost(target.config).evaluated(batch), 1 + head * length / target.flops([length]))
+
+
 def estimated(job: JobConfig, facts: JobFacts) -> Rates:
     """From operations, of a dense target's forward and of a whole step of the draft with all tokens supervised, both
     for sequences of prompts.max_length."""

@@ -41,13 +41,19 @@ class ResumePlan:
 
 
 def find_resume_plan(
-    job: JobConfig, run_dir: RunDirectory, fingerprint: str, stream: Stream, evaluation: Sequence[WorkItem] = ()
+    job: JobConfig,
+    run_dir: RunDirectory,
+    fingerprint: str,
+    stream: Stream,
+    evaluation: Sequence[WorkItem] = (),
+    weight: float = 1.0,
 ) -> ResumePlan:
     """Look for a checkpoint to resume from, and count what is left to do.
 
     Args:
         fingerprint: identity of the prompts that are trained on.
         evaluation: the items of one evaluation.
+        weight: see `evaluation_weight`.
 
     Raises:
         ConfigError: the checkpoint belongs to other prompts, or checkpoint.resume=false and there is one.
@@ -72,10 +78,12 @@ def find_resume_plan(
             )
     best = best_checkpoint(run_dir.checkpoints, job.checkpoint.keep_best)
     found = None if best is None else read_progress(best).evaluated
-    return ResumePlan(progress, checkpoint, _schedule(job, progress, stream, evaluation), found)
+    return ResumePlan(progress, checkpoint, _schedule(job, progress, stream, evaluation, weight), found)
 
 
-def _schedule(job: JobConfig, progress: Progress, stream: Stream, evaluation: Sequence[WorkItem]) -> Schedule:
+def _schedule(
+    job: JobConfig, progress: Progress, stream: Stream, evaluation: Sequence[WorkItem], weight: float
+) -> Schedule:
     accumulation, evaluated = job.train.accumulation, progress.evaluated
     if job.train.steps is not None:
         total, items = job.train.steps, max(job.train.steps - progress.step, 0) * accumulation
@@ -90,13 +98,13 @@ def _schedule(job: JobConfig, progress: Progress, stream: Stream, evaluation: Se
         accumulation,
         items,
         len(evaluation),
-        job.evaluate.every or _affordable(total, tokens_per_step, sum(item.tokens for item in evaluation)),
+        job.evaluate.every or affordable(total, tokens_per_step, weight * sum(item.tokens for item in evaluation)),
         evaluated is not None and evaluated.step == progress.step,
     )
 
 
-def _affordable(total_steps: int, tokens_per_step: int, tokens: int) -> int:
-    """Steps between evaluations of so many `tokens` that together read at most one in a hundred of the tokens trained;
-    the ones at the start and at the end are made in any case."""
-    most = max(total_steps * tokens_per_step // (100 * max(tokens, 1)), 2)
+def affordable(total_steps: int, tokens_per_step: int, tokens: float) -> int:
+    """Steps between evaluations, each as dear as training on `tokens`, that together cost at most a hundredth of the
+    training; the ones at the start and at the end are made in any case."""
+    most = max(int(total_steps * tokens_per_step / (100 * max(tokens, 1))), 2)
     return max(-(-total_steps // (most - 1)), 1)

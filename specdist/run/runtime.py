@@ -16,6 +16,7 @@ from specdist.core.topology import Topology
 from specdist.export import load_exported
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig
+from specdist.job.rates import evaluation_weight
 from specdist.job.resume_plan import ResumePlan, find_resume_plan
 from specdist.prompts.in_world import prepare_in_world
 from specdist.prompts.vocabulary import frequent_tokens
@@ -124,7 +125,14 @@ def _begin(context: WorldContext) -> tuple[ResumePlan, contextlib.AbstractContex
     job, run_dir, record = context.job, context.run_dir, context.record
     run_dir.check(job)
     run_dir.create()
-    resume = find_resume_plan(job, run_dir, context.prompts.fingerprint, context.stream(), context.evaluation_items())
+    resume = find_resume_plan(
+        job,
+        run_dir,
+        context.prompts.fingerprint,
+        context.stream(),
+        context.evaluation_items(),
+        evaluation_weight(job, context.facts),
+    )
     if resume.checkpoint is None:  # a run that was saved keeps the vocabulary it has
         run_dir.save_vocabulary(_draft_vocabulary(context))
     run_dir.save_config(job)

@@ -27,7 +27,12 @@ def test_operations() -> None:
     attention = 2 * 4096 * (seen + 16)  # multiply-adds of a row
     trained = 8192 * (5 * 4096 * 4096 + 5 * 2 * 4096 * 1024) + rows * 5 * (LAYER + attention)
     head = 512 * 15 * 4096 * 151_936
-    assert DRAFT.chosen.cost(TARGET).flops(packed) == pytest.approx(6 * trained + 4 * head, rel=0.01)
+    cost = DRAFT.chosen.cost(TARGET)
+    assert cost.flops(packed) == pytest.approx(6 * trained + 4 * head, rel=0.01)
+    once, places = 8192 * (5 * 4096 * 4096 + 5 * 2 * 4096 * 1024), 4 * 2046  # where an answer goes on
+    replayed = once + places / 512 * (trained - once)
+    forwards = 2 * (trained + replayed) + 2 * head * (1 + places / 512)
+    assert cost.evaluated(packed) == pytest.approx(forwards / cost.flops(packed), rel=0.01)
 
 
 def test_parameters() -> None:

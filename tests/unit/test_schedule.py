@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from specdist.core.records import Cursor
+from specdist.job.resume_plan import affordable
 from specdist.prompts.items import Items
 from specdist.prompts.schedule import Schedule
 from specdist.prompts.stream import Stream
@@ -32,6 +33,20 @@ def test_evaluations_stand_before_the_first_step_after_every_so_many_and_at_the_
         range(17, 18),  # a short last step
     ]
     assert schedule.end_item == 21
+
+
+def test_evaluations_cost_a_hundredth_of_the_training_unless_there_are_two() -> None:
+    draw, several = random.Random(3), 0
+    for _ in range(500):
+        steps, per_step, tokens = draw.randint(1, 3000), draw.randint(1, 5000), draw.uniform(0.1, 40_000)
+        every = affordable(steps, per_step, tokens)
+        count = 1 + Schedule(0, 0, steps, 1, steps, 1, every).evaluations_between(0, steps)
+        cost = count * max(tokens, 1) / (steps * per_step)
+        assert count == 2 or cost <= 0.01
+        several += 2 < count < steps
+        if 2 < count < steps + 1:
+            assert cost > 0.003  # and not much less than may be
+    assert several > 100
 
 
 def in_order(schedule: Schedule) -> list[int]:

@@ -19,16 +19,30 @@ class BlockCost(Cost):
     dims: BlockDims
 
     def flops(self, batch: PackedTokens) -> float:
-        """What is trained costs three times its forward: on all tokens the fusion of the captured layers and each
-        layer's keys and values, on the rows of the blocks the layers and attention; and `loss_flops`."""
-        dims, options = self.dims, self.options
-        blocks = Blocks.draw(batch, options.block_size, options.drafts, options.anchors, draw=0)
+        """What is trained costs three times its forward; and `loss_flops`."""
+        blocks = self._drawn(batch)
+        return 3.0 * self._forward(batch, blocks) + self.loss_flops(blocks.labels.numel())
+
+    def evaluated(self, batch: PackedTokens) -> float:
+        """A block is replayed at every place where one can begin; of these training draws some."""
+        size, drafts = self.options.block_size, self.options.drafts
+        both = (self._drawn(batch), Blocks.at(Blocks.candidates(batch), batch, size, drafts))
+        needed = sum(self._forward(batch, blocks) + self.loss_flops(blocks.labels.numel()) / 2 for blocks in both)
+        return needed / self.flops(batch)
+
+    def _drawn(self, batch: PackedTokens) -> Blocks:
+        options = self.options
+        return Blocks.draw(batch, options.block_size, options.drafts, options.anchors, draw=0)
+
+    def _forward(self, batch: PackedTokens, blocks: Blocks) -> float:
+        """On all tokens the fusion of the captured layers and each layer's keys and values, on the rows of the blocks
+        the layers and attention."""
+        dims = self.dims
         hidden, rows = dims.hidden_size, len(blocks.anchors) * blocks.size
         once = 2 * hidden * (dims.num_captured * hidden + dims.num_layers * 2 * dims.key_width) * len(batch.tokens)
         projections = 2 * hidden * (2 * dims.query_width + 2 * dims.key_width + 3 * dims.intermediate_size)
         attention = 4 * dims.query_width * blocks.size * int((blocks.positions + blocks.size).sum())
-        trained = once + dims.num_layers * (projections * rows + attention)
-        return 3.0 * trained + self.loss_flops(blocks.labels.numel())
+        return float(once + dims.num_layers * (projections * rows + attention))
 
     def loss_flops(self, drafts: int) -> float:
         """Of that many drafts: the target's head, which is frozen, costs twice its forward."""
