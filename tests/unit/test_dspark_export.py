@@ -19,6 +19,7 @@ from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import Features, PackedTokens, TargetVocabulary
 from specdist.draft.build import build_draft, parameter_count
 from specdist.draft.config import draft_config
+from specdist.draft.dspark.algorithm import DSpark
 from specdist.draft.dspark.config import DSparkConfig
 from specdist.export import ExportConfig, Trained, export_draft, load_exported
 from specdist.job.config import JobConfig, examine, load_job
@@ -178,7 +179,10 @@ def test_defaults_are_those_of_the_paper_and_the_configurations_that_ship_are_wh
     large = configuration.load(JobConfig, ["configs/qwen3-8b.yaml", "configs/qwen3-8b-dspark.yaml"])
     options = large.draft.dspark
     assert (options.block_size, options.num_layers, options.markov_rank, options.decay_gamma) == (7, 5, 256, 4.0)
-    assert (options.ce_weight, options.l1_weight, options.confidence_weight) == (0.1, 0.9, 1.0)
+    shares = {serving: DSpark(options, serving).config for serving in ("greedy", "sampled")}
+    assert (shares["sampled"].ce_weight, shares["sampled"].l1_weight, options.confidence_weight) == (0.1, 0.9, 1.0)
+    assert (shares["greedy"].ce_weight, shares["greedy"].l1_weight) == (0.5, 0.5)
+    assert DSpark(DSparkConfig(l1_weight=0.2), "sampled").config == DSparkConfig(ce_weight=0.1, l1_weight=0.2)
     assert options.captured_layers(36) == (1, 9, 17, 25, 33)
     assert large.evaluate.draft_tokens == options.block_size
     job = load_job(["configs/quickstart.yaml", "configs/quickstart-dspark.yaml"])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from specdist.draft.algorithm import Contents, Trained
+    from specdist.draft.algorithm import Contents, Serving, Trained
     from specdist.draft.dspark.cost import DSparkCost
     from specdist.draft.dspark.directory import ExportedDSpark
     from specdist.draft.dspark.model import DSparkDraft
     from specdist.draft.export_config import ExportConfig
+
+
+SHARES: dict[Serving, tuple[float, float]] = {"greedy": (0.5, 0.5), "sampled": (0.1, 0.9)}
+"""`ce_weight` and `l1_weight`: of two that accept most greedily, the one that accepts more samples (docs/LOG.md); and
+the paper's."""
 
 
 class DSpark(BlockAlgorithm[DSparkConfig]):
@@ -35,6 +41,12 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
         ServedBy("SGLang", "DSPARK", "0.5.16", block=True),
         ServedBy("vLLM", "dspark", "0.26", formats, block=True),
     )
+
+    def __init__(self, config: DSparkConfig, serving: Serving = "greedy") -> None:
+        ce, l1 = SHARES[serving]
+        ce = ce if config.ce_weight is None else config.ce_weight
+        l1 = l1 if config.l1_weight is None else config.l1_weight
+        super().__init__(replace(config, ce_weight=ce, l1_weight=l1))
 
     def check_replay(self, temperature: float) -> None:
         """The target's chances follow from its last hidden states."""

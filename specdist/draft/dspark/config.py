@@ -25,11 +25,13 @@ class DSparkConfig(BlockOptions):
     """Rank of the Markov head's two tables, each vocabulary x markov_rank."""
     decay_gamma: float = 4.0
     """Slot k = 0, 1, ... of a block weighs exp(-k / decay_gamma)."""
-    ce_weight: float = 0.1
-    """Share of the loss: the cross entropy with the text's token."""
-    l1_weight: float = 0.9
+    ce_weight: float | None = None
+    """Share of the loss: the cross entropy with the text's token. Null follows draft.serving: 0.5 for greedy, the
+    paper's 0.1 for sampled."""
+    l1_weight: float | None = None
     """Share of the loss: the sum over the vocabulary of what the draft's chances and the target's differ by, which is
-    twice the chance that a sampled draft is rejected."""
+    twice the chance that a sampled draft is rejected. Null follows draft.serving: 0.5 for greedy, the paper's 0.9 for
+    sampled."""
     confidence_weight: float = 1.0
     """Share of the loss: how well the confidence head foresees the chance that a slot's draft is accepted."""
 
@@ -43,9 +45,9 @@ class DSparkConfig(BlockOptions):
         if self.decay_gamma <= 0.0:
             raise ConfigError.at("draft.dspark.decay_gamma", f"is {self.decay_gamma}: it must be above 0")
         for key in ("ce_weight", "l1_weight", "confidence_weight"):
-            if getattr(self, key) < 0.0:
+            if (getattr(self, key) or 0.0) < 0.0:
                 raise ConfigError.at(f"draft.dspark.{key}", f"is {getattr(self, key)}: it must not be negative")
-        if not self.ce_weight + self.l1_weight:
+        if self.ce_weight == self.l1_weight == 0.0:
             raise ConfigError.at(
                 "draft.dspark.ce_weight", "is 0, and so is l1_weight: nothing is learnt", "draft.dspark.l1_weight"
             )

@@ -60,6 +60,8 @@ class DSparkDraft(BlockDraft):
             return self.nothing(totals)
         config, markov = self.config, self.markov_head.rows(batch.tokens[blocks.rows])
         wide = at_least_fp32(states[:0]).dtype
+        assert config.ce_weight is not None, "the configuration was not completed"
+        assert config.l1_weight is not None
         weights = (blocks.valid * self.decay / totals).to(wide)
         inputs = DSparkLossInputs(
             blocks=blocks,
