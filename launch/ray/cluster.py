@@ -86,7 +86,7 @@ def connect(address: str) -> None:
         UserError: it does not answer in time, or does not take this driver.
     """
     if importlib.util.find_spec("ray") is None:
-        raise UserError("starting a job on a Ray cluster needs Ray: pip install 'specdist[ray]'")
+        raise UserError("starting a job on a Ray cluster needs Ray: pip install -e '.[ray]'")
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_PORT_S).close()

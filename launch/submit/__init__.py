@@ -84,7 +84,7 @@ def submit_sweep(
 
 def _venue(executor: str, options: Mapping[str, object], array_parallelism: int | None) -> Venue:
     if importlib.util.find_spec("submitit") is None:
-        raise UserError("submitit is not installed: pip install 'specdist[slurm]'")
+        raise UserError("submitit is not installed: pip install -e '.[slurm]'")
     from specdist_launch.submit.executors import choose_venue
 
     return choose_venue(executor, options, array_parallelism)

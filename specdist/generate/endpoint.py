@@ -32,7 +32,7 @@ _PAUSE_S, _LONGEST_PAUSE_S = 0.25, 15.0
 def check_installed() -> None:
     """Raise ConfigError, with what to install, where the client is missing."""
     if find_spec("openai") is None:
-        raise ConfigError.at("generate.endpoint", "needs the openai client: pip install 'specdist[endpoint]'")
+        raise ConfigError.at("generate.endpoint", "needs the openai client: pip install -e '.[endpoint]'")
 
 
 class EndpointEngine:

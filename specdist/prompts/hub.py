@@ -29,7 +29,7 @@ def dataset_files(name: str, key: str, say: Say) -> list[str]:
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError.at(key, f": {name} needs the library datasets: pip install 'specdist[hub]'") from error
+        raise ConfigError.at(key, f": {name} needs the library datasets: pip install -e '.[hub]'") from error
     from huggingface_hub.utils import httpx
 
     repository = Repository(identity, revision or "main", key, "dataset")

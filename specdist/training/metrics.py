@@ -46,7 +46,7 @@ class MetricsConfig:
     report: bool = True
     """Write report.html, a page to look at, when the run ends (docs/report.md)."""
     wandb: bool = False
-    """Log to Weights & Biases (pip install 'specdist[trackers]'; its own environment variables apply)."""
+    """Log to Weights & Biases (pip install -e '.[trackers]'; its own environment variables apply)."""
     wandb_project: str = "specdist"
     """The Weights & Biases project."""
 
@@ -104,7 +104,7 @@ class WandbTracker(Tracker):
         try:
             import wandb
         except ImportError as error:
-            raise ConfigError.at("metrics.wandb", "=true needs wandb: pip install 'specdist[trackers]'") from error
+            raise ConfigError.at("metrics.wandb", "=true needs wandb: pip install -e '.[trackers]'") from error
         # The id is kept with the run, so that a resumed job goes on in the same W&B run and nobody else's does.
         identity = run_dir / "wandb-id"
         if not identity.exists():

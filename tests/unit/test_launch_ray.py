@@ -249,4 +249,4 @@ def test_bad_words_get_one_line(words, said, capsys, no_cluster):
 def test_without_ray_it_says_how_to_install_it(monkeypatch, capsys, no_cluster):
     monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["launch", "ray", "run.dir=unused", "target.path=unused", "--address", "127.0.0.1:1"]) == 2
-    assert "pip install 'specdist[ray]'" in capsys.readouterr().err
+    assert "pip install -e '.[ray]'" in capsys.readouterr().err

@@ -144,7 +144,7 @@ def _load():  # type: ignore[no-untyped-def]
         raise ConfigError.at(
             "channel.transport",
             "=mooncake: Mooncake's Transfer Engine does not load here "
-            f"({error}): pip install 'specdist[mooncake]' (CUDA 12), mooncake-transfer-engine-cuda13, or "
+            f"({error}): pip install -e '.[mooncake]' (CUDA 12), mooncake-transfer-engine-cuda13, or "
             "mooncake-transfer-engine-non-cuda on machines without a GPU; on Debian and Ubuntu also apt-get install "
             "libibverbs1",
         ) from error
