@@ -22,6 +22,7 @@ from specdist.draft.config import draft_config
 from specdist.draft.dspark.algorithm import DSpark
 from specdist.draft.dspark.config import DSparkConfig
 from specdist.export import ExportConfig, Trained, export_draft, load_exported
+from specdist.export.serving import serve_commands
 from specdist.job.config import JobConfig, examine, load_job
 from tests.unit.dflash_reference import MASK
 from tests.unit.draft_case import HIDDEN, VOCAB, Case, target_config
@@ -96,6 +97,9 @@ def test_vllm_makes_the_same_of_the_speculators_format(case: Case, tmp_path: Pat
     made["eagle_aux_hidden_state_layer_ids"] = ids = config["aux_hidden_state_layer_ids"]
     made["target_layer_ids"] = [i - 1 for i in ids]
     assert made == {key: served[key] for key in made}
+    # 0.26 says `dspark_bonus_anchor` true of every draft of this format, which shifts the block by one
+    assert [command.by.since for command in serve_commands(directory)] == ["0.30"]
+    assert [command.by.since for command in serve_commands(raw)] == ["0.5.16", "0.26"]
     ours, theirs = load_exported(raw), load_exported(directory)
     assert (ours.dims, ours.captured_layers, ours.markov_rank) == (theirs.dims, theirs.captured_layers, RANK)
     assert ours.state.keys() == theirs.state.keys()

@@ -303,7 +303,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 700.0, "factor": 4.0, "original_max_p
     ids=["by the factor", "given", "as DeepSeek writes it"],
 )
 def test_yarn_turns_alike_in_every_engine(tmp_path, more, factor):
-    """SGLang knows `attn_factor` and multiplies by it, vLLM did until 0.26 and then knows `attention_factor`."""
+    """SGLang knows `attn_factor` and multiplies by it, vLLM did until 0.28 and then knows `attention_factor`."""
     case = Case(YARN | more)
     factor = factor or (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
     assert Rotary.of(case.draft.dims, "cpu").scaling == pytest.approx(factor)

@@ -3,7 +3,7 @@
 
 With m(s) = 0.1 s ln(factor) + 1 (1 where factor <= 1), it is
 - in transformers, and in vLLM from 0.30 on: `attention_factor`, else m(mscale) / m(mscale_all_dim), else m(1)
-- in vLLM up to 0.26: m(1) * `attn_factor`
+- in vLLM up to 0.28: m(1) * `attn_factor`
 - in SGLang: m(mscale) / m(mscale_all_dim) where both are given, else m(1); times `attn_factor`
 
 (`_compute_yarn_parameters` in transformers; `yarn_scaling_rope.py` in vLLM; `rotary_embedding/yarn.py` in SGLang.)
@@ -46,7 +46,7 @@ def engine_factors(rope: Mapping[str, Any]) -> dict[str, float]:
     pair = rope.get("mscale") is not None and rope.get("mscale_all_dim") is not None
     return {
         "SGLang": scale * (_ratio(rope) if pair else _magnitude(rope, 1)),
-        "vLLM up to 0.26": scale * _magnitude(rope, 1),
+        "vLLM up to 0.28": scale * _magnitude(rope, 1),
         "vLLM from 0.30 on": _transformers(rope),
     }
 

@@ -39,7 +39,9 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
     formats = ("sglang", "speculators")
     served_by = (
         ServedBy("SGLang", "DSPARK", "0.5.16", block=True),
-        ServedBy("vLLM", "dspark", "0.26", formats, block=True),
+        ServedBy("vLLM", "dspark", "0.26", block=True),
+        # Before, vLLM's reader of that format takes the first slot for a verified token, whatever is written.
+        ServedBy("vLLM", "dspark", "0.30", ("speculators",), block=True),
     )
 
     def __init__(self, config: DSparkConfig, serving: Serving = "greedy") -> None:
