@@ -64,6 +64,27 @@ def residual_streams(config: PretrainedConfig) -> int:
     return max([1, *(int(read(config, key) or 1) for key in STREAMS)])
 
 
+def state_values(config: PretrainedConfig) -> int:
+    """Numbers that layers with a state of fixed size keep of one document: linear attention as Qwen3-Next's, Mamba-2's
+    state space as Nemotron-H's, the convolutions of LFM2. 0 where there are none, or they are of another kind."""
+    kinds = list(getattr(text_part(config), "layer_types", None) or ())
+
+    def number(key: str) -> int:
+        return int(read(config, key) or 0)
+
+    keys = number("linear_num_key_heads") * number("linear_key_head_dim")
+    values = number("linear_num_value_heads") * number("linear_value_head_dim")
+    inner = number("mamba_num_heads") * number("mamba_head_dim")
+    state = number("ssm_state_size")
+    if values:
+        each = values * number("linear_key_head_dim") + (number("linear_conv_kernel_dim") - 1) * (2 * keys + values)
+    elif inner:
+        each = inner * state + (number("conv_kernel") - 1) * (inner + 2 * number("n_groups") * state)
+    else:
+        each = number("hidden_size") * max(number("conv_L_cache") - 1, 0)
+    return each * sum(kind in ("linear_attention", "mamba", "conv") for kind in kinds)
+
+
 def is_tied(config: PretrainedConfig) -> bool:
     """Whether the output head is the input embedding."""
     return any(getattr(part, "tie_word_embeddings", False) for part in (config, text_part(config)))

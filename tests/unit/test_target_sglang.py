@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import MistralConfig
+from transformers import MistralConfig, Qwen3NextConfig
 
 from specdist.core.config import complete
 from specdist.core.errors import ConfigError, DataError
+from specdist.core.model_config import state_values
 from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.job.config import examine, load_job
 from specdist.job.plan import make_plan
@@ -32,6 +33,7 @@ from specdist.target.registry import (
 )
 from specdist.target.sglang import adapter, support, versions
 from specdist.target.sglang.config import FIXED, OWNED, SglangConfig
+from specdist.target.sglang.engine import SGLANG
 from specdist.target.sglang.model import SglangTarget
 from specdist.target.verify import compare, reference_features, spot_check_batch
 from tests.tiny import make_config, make_conversations, make_target
@@ -157,6 +159,24 @@ def test_a_window_that_sglang_leaves_out_is_refused(target: Path) -> None:
         support.check_architecture(described(window), None)
     with pytest.raises(ConfigError, match="leaves out the sliding window of 64 tokens of MistralForCausalLM: use"):
         support.check_architecture(described(64), None)
+
+
+def test_the_plan_counts_the_states_of_linear_attention(target: Path) -> None:
+    """Qwen3.5-27B: 48 linear layers of 48 x 128 x 128 states, and three tokens of 10,240 channels before them."""
+    config = Qwen3NextConfig(
+        num_hidden_layers=64,
+        layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 16,
+        linear_num_key_heads=16,
+        linear_num_value_heads=48,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_conv_kernel_dim=4,
+    )
+    assert state_values(config) == 48 * (48 * 128 * 128 + 3 * 10240)
+    described = replace(describe(target), architectures=("Qwen3NextForCausalLM",), config=config)
+    needs = SGLANG.memory(sglang(path=str(target), tp=2), described, torch.bfloat16, 4096)
+    assert needs["SGLang's states of 32 documents"] == 4 * 33 * state_values(config) // 2
+    assert state_values(describe(target).config) == 0
 
 
 def test_layers_are_asked_for_in_the_numbers_that_all_models_share() -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from specdist.core.errors import ConfigError, DataError
+from specdist.core.model_config import text_part
 from specdist.draft.algorithm import Algorithm, TargetDirectory, check_attention
 from specdist.draft.block.mask_token import find_mask_token
 from specdist.draft.block.options import BlockDims, BlockOptions
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from specdist.draft.export_config import ExportConfig
 
 C = TypeVar("C", bound=BlockOptions)
+
+SCALED = ("gemma3_text", "gemma4_text")
+"""Targets whose embedding is a module that scales, which SGLang calls for its drafts (read in 0.5.20)."""
 
 
 class BlockAlgorithm(Algorithm[C]):
@@ -105,6 +109,16 @@ class BlockAlgorithm(Algorithm[C]):
         if options.embedding:
             raise ConfigError.at(
                 "export.embedding", f"=true: engines serve {name} drafts with the target's embedding only"
+            )
+        if format == "sglang" and text_part(target).model_type in SCALED:
+            other = (
+                "serve with vLLM (export.formats=[speculators])" if "speculators" in self.formats else "train eagle3"
+            )
+            raise ConfigError.at(
+                "draft.algorithm",
+                f"={self.name}: SGLang feeds {name} drafts the scaled embedding of {text_part(target).model_type}, and "
+                f"they are trained on it as it is: {other}",
+                "export.formats",
             )
         if format == "sglang" and max(layers) == target_layers - 1:
             raise ConfigError.at(

@@ -51,6 +51,11 @@ FIXED: dict[str, Any] = {
 }
 """SGLang's arguments that the engine depends on."""
 
+DOCUMENTS = 256
+"""Documents of one forward at most: SGLang keeps a table of the longest sequence's size for each."""
+STATES = 32
+"""The same of a target with layers that keep a state of each document (3 MiB a layer in Qwen3.5-27B)."""
+
 
 @dataclass(frozen=True)
 class SglangConfig:

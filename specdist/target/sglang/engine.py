@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from specdist.core.engine_groups import EngineGroups
 from specdist.core.errors import ConfigError
+from specdist.core.model_config import state_values
 from specdist.target.base import Engine, Limits, TargetModel, common_divisors, weights_and_activations
 from specdist.target.config import TargetConfig
 from specdist.target.sglang import support, versions
-from specdist.target.sglang.config import SglangConfig, settings_of
+from specdist.target.sglang.config import STATES, SglangConfig, settings_of
 
 if TYPE_CHECKING:
     import torch
@@ -54,9 +55,11 @@ def memory(config: TargetConfig, target: TargetDescription, dtype: torch.dtype, 
     tokens = min(tokens, settings_of(config).prefill_tokens or tokens)
     weights = target.checkpoint_bytes if target.quantised else target.parameters * dtype.itemsize
     kept = tokens * target.kv_values_per_token(config.tp) * dtype.itemsize
+    states = 4 * (STATES + 1) * state_values(target.config) // config.tp  # in fp32, as SGLang keeps the larger part
     return {
         **weights_and_activations(config, target, dtype, weights, tokens),
         f"SGLang's KV cache of {tokens:,} tokens": kept,
+        **({f"SGLang's states of {STATES} documents": states} if states else {}),
     }
 
 

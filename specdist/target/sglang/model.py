@@ -17,17 +17,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from specdist.core.errors import ConfigError, DataError
+from specdist.core.model_config import state_values
 from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target.base import TargetModel
 from specdist.target.config import TargetConfig
 from specdist.target.description import TargetDescription, compute_dtype
 from specdist.target.sglang import adapter
-from specdist.target.sglang.config import FIXED, settings_of
+from specdist.target.sglang.config import DOCUMENTS, FIXED, STATES, settings_of
 
 log = logging.getLogger(__name__)
-
-DOCUMENTS = 256
-"""Documents of one forward at most: SGLang keeps a table of the longest sequence's size for each."""
 
 
 class SglangTarget(TargetModel):
@@ -49,6 +47,7 @@ class SglangTarget(TargetModel):
         """`tokens`: of the largest batch there will be; None sizes the KV cache by the memory there is."""
         self.layout, self.device, self.dtype = layout, device, compute_dtype(config, target)
         self._path, self._one_by_one = target.path, config.prefill == "documents"
+        self._documents = STATES if state_values(target.config) else DOCUMENTS
         budget = min((n for n in (tokens, settings_of(config).prefill_tokens) if n is not None), default=None)
         with _memory_errors_named(config):
             self.runner = adapter.load(self._settings(config, budget), device, group)
@@ -93,7 +92,7 @@ class SglangTarget(TargetModel):
         """Divide documents into forwards that fit, in order."""
         together: list[Tensor] = []
         used, page = 0, self.runner.page
-        most = 1 if self._one_by_one else min(self.runner.documents, DOCUMENTS)
+        most = 1 if self._one_by_one else min(self.runner.documents, self._documents)
         for tokens in documents:
             needed = -(-len(tokens) // page) * page
             if needed > max(self._limit, page):
@@ -124,7 +123,7 @@ class SglangTarget(TargetModel):
             "attention_backend": sglang.attention_backend or ("torch_native" if cpu else None),
             "quantization": sglang.quantization,
             "max_total_tokens": budget,
-            "max_running_requests": DOCUMENTS,
+            "max_running_requests": self._documents,
             "random_seed": 0,
         }
         settings = {**FIXED, **settings, **sglang.arguments}
