@@ -20,6 +20,7 @@ from specdist.evaluate.decoding import check_settings, fitting_prompts, make_rep
 from specdist.evaluate.prompts import EvaluationPrompt
 from specdist.evaluate.report import EvaluationReport, Tally
 from specdist.export import load_exported
+from specdist.export.config_json import read_config
 from specdist.export.serving import ServeCommand, serve_commands
 from specdist.generate import vllm
 from specdist.generate.engine import Drafted, Reply, Request, Sampling, end_tokens
@@ -89,6 +90,12 @@ def check_draft(job: JobConfig, facts: JobFacts, directory: Path) -> None:
         draft.chosen.layout(facts.target.config, facts.layout.dtype)
     except ConfigError as error:
         raise ConfigError(f"{directory} is no draft of {job.target.path}: {error}", "target.path") from error
+    layers = read_config(directory).get("num_target_layers", facts.target.layers)
+    if layers != facts.target.layers:
+        raise ConfigError(
+            f"{directory} is a draft of a target of {layers} layers, and {job.target.path} has {facts.target.layers}",
+            "target.path",
+        )
 
 
 def check_engine(command: ServeCommand, job: JobConfig, target: TargetDescription) -> None:
@@ -115,7 +122,9 @@ def gpus(command: ServeCommand, tp: int) -> torch.device:
     found = torch.cuda.device_count()
     if found < tp:
         raise ConfigError.at(
-            "target.tp", f"={tp}: {command.by.engine} decodes with drafts on GPUs, so many, and here are {found}"
+            "target.tp",
+            f"={tp}: {command.by.engine} decodes with drafts on GPUs, so many, and here are {found} "
+            "(specdist eval --decode target.engine=hf decodes in transformers)",
         )
     return torch.device("cuda", 0)
 

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from specdist.core.errors import ConfigError, WorldError
 from specdist.generate import sglang
-from specdist.generate.engine import GREEDY, Engine, Reply, Request, Sampling
+from specdist.generate.engine import GREEDY, Drafted, Engine, Reply, Request, Sampling
 from specdist.generate.engine_process import EngineProcess
 from specdist.generate.hf import HfEngine
 from specdist.generate.sglang import server_arguments, sglang_engine
@@ -82,6 +82,9 @@ def test_sampling_follows_its_seed_and_greedy_answers_stay_greedy_beside_it(targ
 
 FAKE = """
 import asyncio, os
+from transformers import AutoConfig, LlamaConfig
+AutoConfig.register("llama", LlamaConfig)  # as SGLang does, whatever transformers knows already
+DRAFTED = {"spec_verify_ct": 2, "spec_accept_histogram": [1, 0, 1]}
 class Engine:
     def __init__(self, **arguments):
         print("loading", arguments["model_path"])
@@ -94,7 +97,8 @@ class Engine:
         if input_ids[0] == 8:
             raise ValueError("too long")
         end = {"type": "stop", "matched": 2} if len(input_ids) > 1 else {"type": "length", "length": 3}
-        return {"output_ids": [*input_ids, sampling_params["max_new_tokens"]], "meta_info": {"finish_reason": end}}
+        about = {"finish_reason": end, **DRAFTED}
+        return {"output_ids": [*input_ids, sampling_params["max_new_tokens"]], "meta_info": about}
     def shutdown(self): ...
 """
 
@@ -109,9 +113,10 @@ def test_the_process_of_sglang_answers_and_its_end_is_told(tmp_path: Path, monke
         return sglang_engine(TargetConfig(path="m"), CPU, 8, {2}, 0)
 
     asked = [Request(ids, 4, GREEDY, 0) for ids in ([1], [0, 5], [8])]
+    drafted = Drafted(2, [1, 1])
     assert write(engine(), asked) == [
-        Reply("length", [1, 4]),
-        Reply("stop", [0, 5, 4], end=2),
+        Reply("length", [1, 4], drafted=drafted),
+        Reply("stop", [0, 5, 4], end=2, drafted=drafted),
         Reply("error", text="too long"),
     ]
     with pytest.raises(WorldError, match=r"(?s)SGLang's engine ended with status 3 .*out of memory"):

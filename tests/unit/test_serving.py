@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,6 +105,14 @@ def test_a_draft_of_another_target_is_refused(run, here, tmp_path):
     shallow = make_target(tmp_path / "shallow", layers=4)
     with pytest.raises(ConfigError, match=r"export/sglang is no draft of .*shallow: .*layers"):
         prepare([], [*run[1], f"target.path={shallow}", "draft.eagle3.layers=[0,1,2]"], None, None)
+
+
+def test_a_draft_of_a_target_of_other_depth_is_refused(run, here, tmp_path):
+    draft = shutil.copytree(run[0] / "run/export/sglang", tmp_path / "draft")
+    config = json.loads((draft / "config.json").read_text())
+    (draft / "config.json").write_text(json.dumps(config | {"num_target_layers": 9}))
+    with pytest.raises(ConfigError, match=r"is a draft of a target of 9 layers, and .* has 6"):
+        prepare([], run[1], None, str(draft))
 
 
 def test_an_engine_without_the_targets_hidden_states_is_refused(run, here, monkeypatch):

@@ -13,8 +13,7 @@ import inspect
 import os
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -25,6 +24,7 @@ from torch.distributed import ProcessGroup
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.target.sglang import versions
+from specdist.target.sglang.known_configs import known_configs_may_come_again
 
 GroupLists = list[tuple[str, list[list[int]]]]
 """The groups of ranks SGLang's coordinators are made of: a name, and the lists that divide the target ranks."""
@@ -293,28 +293,10 @@ def _import(device: torch.device) -> None:
     if device.type == "cpu":
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     try:
-        with _known_configs_may_come_again():
+        with known_configs_may_come_again():
             importlib.import_module("sglang.srt.model_executor.model_runner")
     except ImportError as error:
         raise ConfigError.at("target.engine", f"=sglang: SGLang {version} cannot be imported here: {error}") from error
-
-
-@contextmanager
-def _known_configs_may_come_again() -> Iterator[None]:
-    """SGLang registers configurations of models that a newer transformers (5.17) has learnt meanwhile, and the second
-    registration is an error unless it says that it may be one. Only while SGLang is imported."""
-    from transformers import AutoConfig
-
-    register = AutoConfig.__dict__["register"]
-
-    def register_again(model_type: str, config: Any, exist_ok: bool = False) -> None:
-        register.__func__(model_type, config, exist_ok=True)
-
-    AutoConfig.register = staticmethod(register_again)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        AutoConfig.register = register  # type: ignore[method-assign]
 
 
 def _publish(args: Any) -> None:
