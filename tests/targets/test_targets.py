@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from specdist.target.hf.against_transformers import TESTED
 from tests.targets.families import FAMILIES
 from tests.targets.walk import DRAFTS, walk
 
@@ -36,7 +37,7 @@ REFUSED = {
     "qwen4_exp": "carries 4 hidden states a token",
     "longcat_flash": "two layers in each of its blocks",
 }
-SCALED = {"dflash": "as it is: serve with vLLM (export.formats=[speculators])", "dspark": "as it is: train eagle3"}
+SCALED = "as it is: serve with vLLM (export.formats=[speculators])"
 DOCUMENT_BY_DOCUMENT = {"qwen3_5", "nemotron_h", "bloom", "falcon_h1", "lfm2", "phi3 longrope", "llama4"}
 ROWS = [
     pytest.param(
@@ -51,7 +52,7 @@ ROWS = [
 def test_a_target_is_right_or_refused(name: str, algorithm: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     outcome = walk(FAMILIES[name], algorithm, tmp_path)
-    refused = SCALED[algorithm] if name.startswith(("gemma3", "gemma4")) and algorithm != "eagle3" else None
+    refused = SCALED if name.startswith(("gemma3", "gemma4")) and algorithm != "eagle3" else None
     if (refused := REFUSED.get(name, refused)) is not None:
         assert outcome.refused is not None
         assert refused in outcome.refused
@@ -62,3 +63,18 @@ def test_a_target_is_right_or_refused(name: str, algorithm: str, tmp_path: Path)
         assert not outcome.packed
     elif name in EVERY_TIME:
         assert outcome.packed
+
+
+def test_the_page_has_every_family() -> None:
+    page = (Path(__file__).parents[2] / "docs/targets.md").read_text()
+    missing = [name for name in FAMILIES if f"| `{name}` |" not in page]
+    assert not missing, "run python -m tests.targets"
+
+
+def test_the_tested_list_is_the_table() -> None:
+    """What transformers is trusted with when a target is loaded (`target.verify_against=auto`)."""
+    types = set()
+    for name in FAMILIES.keys() - REFUSED.keys():
+        config = FAMILIES[name].config()
+        types.add(config.get("text_config", config)["model_type"])
+    assert types == TESTED
