@@ -113,6 +113,8 @@ def _target_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[N
     if facts.layout.argmax_lse or (job.prompts.holdout and topology.mode in ("split", "colocated")):
         head = facts.target.vocab_size * (facts.target.hidden_size // job.target.tp + CHUNK // job.target.tp) * width
         parts[f"output head, and logits of {CHUNK:,} tokens"] = head
+        if not facts.layout.final:
+            parts[f"last hidden states of {tokens:,} held-out tokens"] = tokens * facts.target.hidden_size * width
     return [Need("target", part, size) for part, size in parts.items()]
 
 

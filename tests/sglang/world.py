@@ -92,6 +92,10 @@ def run_case(case: dict[str, Any], world: World, groups: Groups) -> dict[str, An
         rows = layout.empty(len(batch.tokens), world.device).fill_(torch.nan)
         engine.forward(batch, rows)
         found = verify(engine, batch)
+        final = torch.empty(len(batch.tokens), layout.hidden_size, dtype=layout.dtype, device=world.device)
+        engine.layout = dataclasses.replace(layout, final=False)  # as of a draft that has no use for it
+        engine.forward(batch, torch.empty_like(rows), final)
+        torch.testing.assert_close(final, layout.final_state(rows))
     except UserError as error:
         return {"error": str(error)}
     assert found is not None

@@ -72,9 +72,12 @@ def test_the_tables_of_the_target_are_where_they_are_asked_for(job):
 
 
 def test_an_evaluation_is_planned(job):
-    plan = make_plan(job(prompts__holdout=0.1), ["a"] * 3, 2**30)
-    assert "evaluation: held-out text, with 5 draft tokens a forward" in render(plan)
-    assert ("target", "output head, and logits of 1,024 tokens") in {(need.role, need.what) for need in plan.needs}
+    options = {"draft__algorithm": "dflash", "draft__dflash__num_layers": 1, "draft__dflash__mask_token_id": 256}
+    plan = make_plan(job(prompts__holdout=0.1, **options), ["a"] * 3, 2**30)
+    assert "evaluation: held-out text, with 15 draft tokens a forward" in render(plan)
+    needs = {need.what: need.bytes for need in plan.needs if need.role == "target"}
+    assert "output head, and logits of 1,024 tokens" in needs
+    assert needs["last hidden states of 512 held-out tokens"] == 512 * 32 * 4
 
 
 def test_what_does_not_fit_is_said_with_advice(job):
