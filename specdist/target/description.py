@@ -113,7 +113,12 @@ class TargetDescription:
     @property
     def parameters(self) -> int:
         """Those of the checkpoint, or, where it is not there, of the model that config.json describes."""
-        return sum(tensor.elements for tensor in self.tensors.values()) if self.complete else self._described_parameters
+        if not self.complete:
+            return self._described_parameters
+        # MXFP4 (gpt-oss) has two weights in a byte of `_blocks`, and a scale of 32 of them in one of `_scales`
+        halves = {n for n, t in self.tensors.items() if n.endswith("_blocks") and t.dtype is torch.uint8}
+        scales = {name.removesuffix("_blocks") + "_scales" for name in halves}
+        return sum((1 + (n in halves)) * t.elements for n, t in self.tensors.items() if n not in scales)
 
     @cached_property
     def _described_parameters(self) -> int:
