@@ -11,7 +11,7 @@ import pytest
 from specdist.draft.registry import ALGORITHMS, register
 
 ROOT = Path(__file__).resolve().parents[2]
-ENGINES_NAMES = re.compile("set_eagle3_layers_to_capture|SupportsEagle3")
+ENGINES_NAMES = re.compile("set_(eagle3|dflash)_layers_to_capture|SupportsEagle3")
 """That is how its models are told what to capture, whoever asks."""
 
 

@@ -112,7 +112,7 @@ class BlockAlgorithm(Algorithm[C]):
             )
         if format == "sglang" and text_part(target).model_type in SCALED:
             other = (
-                "serve with vLLM (export.formats=[speculators])" if "speculators" in self.formats else "train eagle3"
+                "serve with vLLM (export.formats=[speculators])" if "speculators" in self.formats else "take another"
             )
             raise ConfigError.at(
                 "draft.algorithm",

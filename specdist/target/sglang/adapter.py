@@ -181,7 +181,7 @@ class Runner:
             try:
                 return getattr(model, name)(layers)
             except AttributeError:  # Qwen3-VL's first call is one that its language model lacks
-                if not name.startswith("set_dflash"):
+                if name == "set_eagle3_layers_to_capture":
                     raise
         raise ConfigError.at(
             "target.engine",
