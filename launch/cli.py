@@ -184,7 +184,8 @@ def _plan(args: argparse.Namespace) -> int:
         raise UserError("--target-nodes and --draft-nodes go together, without --nodes and --nproc-per-node")
     plan = make_plan(job, hosts, parse_bytes(args.gpu_memory, "--gpu-memory"), roles)
     print(render(plan))
-    if job.world.mode == "split":
+    asked = [args.gpus, args.target_rate, args.draft_rate, args.rates or None] != [None] * 4
+    if job.world.mode == "split" and (plan.on_gpus or asked):  # what is estimated of GPUs says nothing of the CPU
         rates = find_rates(job, plan.facts, args.target_rate, args.draft_rate, args.rates)
         gpus = args.gpus or plan.topology.world_size
         print(split.render(gpus, *split.suggest(gpus, job.target.tp, rates)))

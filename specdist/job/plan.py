@@ -59,8 +59,14 @@ class Plan:
         return {"target + draft": sum(totals.values())} if self.topology.mode == "colocated" else totals
 
     @property
+    def on_gpus(self) -> bool:
+        """Not where the job itself asks for the CPU."""
+        return self.job.world.device != "cpu"
+
+    @property
     def fits(self) -> bool:
-        return all(total <= self.limit for total in self.demand().values())
+        """True on the CPU, whose memory `limit` says nothing of."""
+        return not self.on_gpus or all(total <= self.limit for total in self.demand().values())
 
 
 def make_plan(job: JobConfig, hosts: Sequence[str], limit: int, roles: Sequence[Role | None] = ()) -> Plan:
@@ -176,11 +182,11 @@ def render(plan: Plan) -> str:
         out.print(f"evaluation: held-out text, with {job.draft_tokens} draft tokens a forward", highlight=False)
     out.print(_rank_table(topology, _has_scheduler(plan)))
     for line in _link_lines(plan):
-        out.print(line, highlight=False)
+        out.print(line, highlight=False, soft_wrap=True)
     out.print(_memory_table(plan))
     for role, total in plan.demand().items():
-        verdict = "fits" if total <= plan.limit else "does NOT fit"
-        out.print(f"{role}: {_size(total)} of {_size(plan.limit)}: {verdict}", highlight=False)
+        verdict = f"of {_size(plan.limit)}: {'fits' if total <= plan.limit else 'does NOT fit'}"
+        out.print(f"{role}: {_size(total)} {verdict if plan.on_gpus else 'a rank'}", highlight=False)
     if not plan.fits:
         out.print(_advice(plan), highlight=False)
     assert isinstance(out.file, io.StringIO)

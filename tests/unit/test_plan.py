@@ -81,7 +81,7 @@ def test_an_evaluation_is_planned(job):
 
 
 def test_what_does_not_fit_is_said_with_advice(job):
-    plan = make_plan(job(), ["a"] * 3, 2**20)
+    plan = make_plan(job(world__device="auto"), ["a"] * 3, 2**20)
     assert not plan.fits
     text = render(plan)
     assert "does NOT fit" in text
@@ -154,3 +154,13 @@ def test_an_error_that_comes_after_loading_says_where_the_values_came_from(words
     assert (
         f"(channel.memory: {file}:2; prompts.tokens_per_rank: command line; train.accumulation: command line)" in said
     )
+
+
+def test_a_job_for_the_cpu_is_told_nothing_of_gpus(words, capsys):
+    asked = words(world__device="cpu", draft__dp=2)
+    assert main(["plan", *asked, "--gpu-memory", "1KiB"]) == 0
+    said = capsys.readouterr().out
+    assert "MiB a rank" in said or "KiB a rank" in said
+    assert "fit" not in said and "split of" not in said
+    assert main(["plan", *asked, "--target-rate", "2", "--draft-rate", "1"]) == 0
+    assert "split of 3 GPUs at 2 tokens/s" in capsys.readouterr().out
