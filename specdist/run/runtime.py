@@ -170,7 +170,7 @@ def _introduce(context: WorldContext, resume: ResumePlan) -> None:
     held_out = f" ({len(heldout)} more held out, {heldout.tokens:,} tokens)" if heldout is not None else ""
     print(
         f"specdist: {topology.mode} world of {topology.world_size} ranks: {target}"
-        f"{len(topology.draft)} draft rank(s). {len(prompts.training)} sequences, "
+        f"{len(topology.draft)} draft rank(s). {len(prompts.training):,} sequences, "
         f"{prompts.tokens:,} tokens{held_out}, {context.facts.layout.bytes_per_token:,} B of features per token. "
         f"{start}: {steps}. Run directory {job.run.dir}"
         + (UNSEEN if heldout is None and topology.mode in ("split", "colocated") else ""),

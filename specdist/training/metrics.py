@@ -139,12 +139,12 @@ def _share(value: float) -> str:
 
 _LINE: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("loss", "loss", _number),
-    ("held_out/loss", "held-out loss", _number),
-    ("held_out/acceptance_length", "held-out acceptance length", _length),
     ("simulated_acceptance_length", "accept length (simulated)", _number),
     ("tokens_per_s", "tokens/s", _number),
     ("draft_wait", "draft waits", _share),
     ("target_wait", "target waits", _share),
+    ("held_out/loss", "held-out loss", _number),
+    ("held_out/acceptance_length", "held-out acceptance length", _length),
 )
 """The metrics of the progress line, the words for them, and how they are written."""
 WAITS = ("draft_wait", "target_wait")
@@ -162,6 +162,7 @@ class ProgressTracker(Tracker):
         self._total, self._leave_out = total, leave_out
         self._bar = ProgressBar("train", total, start, every_s=_LINES_S, at_once=True, transient=False)
         self._latest: dict[str, float] = {}
+        self._held_out_at = start
 
     def advance(self, step: int) -> None:
         """Move the bar; the metrics stay those of the last record."""
@@ -172,8 +173,12 @@ class ProgressTracker(Tracker):
             k: v for k, v in self._latest.items() if k.startswith("held_out/") or "loss" not in metrics
         }
         self._latest = {**kept, **metrics}  # what is held out is evaluated now and then, in records of its own
+        if "held_out/loss" in metrics:
+            self._held_out_at = step
         shown = [entry for entry in _LINE if entry[0] in self._latest and entry[0] not in self._leave_out]
         text = "  ".join(f"{words} {written(self._latest[name])}" for name, words, written in shown)
+        if "held_out/loss" in self._latest and self._held_out_at != step:
+            text += f" (step {self._held_out_at})"
         self._bar.update(step, text, f"step {step}/{self._total}  {text}", now=step >= self._total)
 
     def close(self) -> None:

@@ -193,7 +193,7 @@ def test_no_slurm_on_this_machine(words, monkeypatch, tmp_path):
 
 def test_submitit_is_not_installed(words, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'specdist\[slurm\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[slurm\]'"):
         specdist.submit([], words)
 
 

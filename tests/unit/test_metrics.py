@@ -39,7 +39,7 @@ def test_tensorboard_holds_every_figure(tmp_path):
 
 def test_wandb_missing_says_how_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"pip install 'specdist\[trackers\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[trackers\]'"):
         WandbTracker("project", tmp_path, {})
 
 
@@ -70,3 +70,16 @@ def test_a_log_file_gets_plain_lines(capsys):
     tracker.log(10, {"loss": 0.5})
     tracker.close()
     assert capsys.readouterr().err == "step 4/10  loss 1.23  draft waits 5%\nstep 10/10  loss 0.5\n"
+
+
+def test_what_was_held_out_says_of_which_step_it_is(capsys):
+    tracker = ProgressTracker(10, 0)
+    tracker.log(4, {"held_out/loss": 2.0, "held_out/acceptance_length": 1.5})
+    tracker.log(10, {"loss": 1.0})
+    tracker.log(10, {"held_out/loss": 0.5, "held_out/acceptance_length": 2})
+    tracker.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "step 4/10  held-out loss 2  held-out acceptance length 1.50",
+        "step 10/10  loss 1  held-out loss 2  held-out acceptance length 1.50 (step 4)",
+        "step 10/10  loss 1  held-out loss 0.5  held-out acceptance length 2.00",
+    ]
