@@ -10,7 +10,7 @@ from typing import Any
 
 from specdist.core import hub
 from specdist.draft.registry import ALGORITHMS
-from specdist.export.config_json import OURS, read_config
+from specdist.export.config_json import CONFIG, OURS, read_config
 from specdist.export.serving import commands_of
 
 CARD = "README.md"
@@ -47,15 +47,26 @@ def model_card(config: Mapping[str, Any], name: str) -> str:
 
 
 def push(directory: Path, name: str) -> str:
-    """Put an export of ours on the Hub as ORG/NAME, with a card that says so; returns its address.
+    """Put an export of ours on the Hub as ORG/NAME, with a card that says so; returns its address. Of files of this
+    machine that it names, others get the names alone.
 
     Raises:
         ConfigError, DataError: see `hub.push`.
     """
-    config = read_config(directory)
+    config = _public(read_config(directory))
     files: dict[str, Path | bytes] = {path.name: path for path in sorted(directory.iterdir())}
+    files[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     files[CARD] = model_card(config, name).encode()
     return hub.push(files, name, f"Draft of step {config[OURS].get('step', 'unknown')}, by specdist")
+
+
+def _public(value: Any) -> Any:
+    """`value` of JSON without the directories of this machine."""
+    if isinstance(value, dict):
+        return {key: _public(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_public(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def _front_matter(ours: Mapping[str, Any], algorithm: str, engines: list[str]) -> list[str]:

@@ -10,12 +10,15 @@ from typing import Any
 
 from specdist import __version__
 from specdist.core import config
+from specdist.generate.config import CHANGEABLE
 from specdist.job.config import JobConfig
 from specdist.job.run_dir import RunDirectory
 from specdist.run.judge import read_evaluation
 
 SECTIONS = ("target", "draft", "prompts", "generate", "train", "optimizer", "run.seed")
-"""Of the configuration, what makes a draft what it is; not where it ran."""
+"""Of the configuration, what makes a draft what it is."""
+WHERE = ("prompts.cache_dir", *(f"generate.{key}" for key in CHANGEABLE))
+"""And not where it ran."""
 
 
 def origin(job: JobConfig, run_dir: RunDirectory, step: int) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def _configuration(job: JobConfig) -> dict[str, Any]:
         for part in entry.key.split("."):
             value = value[part]
         default = list(entry.default) if isinstance(entry.default, tuple) else entry.default
-        if value != default and entry.key.startswith(SECTIONS) and not entry.key.endswith("cache_dir"):
+        if value != default and entry.key.startswith(SECTIONS) and entry.key not in WHERE:
             found[entry.key] = value
     return found
 
