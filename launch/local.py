@@ -97,17 +97,20 @@ def generate(config: Sequence[str], ranks: int | None = None) -> int:
 
 
 def evaluate(config: Sequence[str], output: str | None = None) -> int:
-    """What `specdist eval` does on this machine with a job that only evaluates; its exit status.
+    """What `specdist eval` does on this machine with a job that only evaluates; its exit status. What an evaluation
+    before has left in its run.dir is deleted: it may be of another draft.
 
     Args:
         output: a file for the report, as JSON.
     """
     from specdist.job.run_dir import RunDirectory
 
+    run_dir = RunDirectory(Path(words.load(config).run.dir))
+    if run_dir.config.exists():
+        shutil.rmtree(run_dir.path)
     status = train(config)
     if status == 0 and output is not None:
-        found = RunDirectory(Path(words.load(config).run.dir)).evaluation(0)
-        shutil.copyfile(found, output)
+        shutil.copyfile(run_dir.evaluation(0), output)
     return status
 
 

@@ -79,7 +79,7 @@ def prepare(files: Sequence[str], overrides: Sequence[str], engine: str | None, 
             "prompts.holdout", "is not set, and evaluate.prompts is empty: give files of held-out prompts"
         )
     if draft is None:
-        exports = sorted(path.parent for path in RunDirectory(Path(job.run.dir)).exports.glob("*/config.json"))
+        exports = sorted(path.parent for path in RunDirectory(Path(job.run.dir)).exports.glob("[!.]*/config.json"))
         if not exports:
             raise ConfigError.at("run.dir", f"={job.run.dir}: nothing is exported there yet: `specdist export` does")
     else:

@@ -26,7 +26,7 @@ from specdist.run.serve_report import ALL, SAME, Compared, ServeReport
 from specdist.target.description import describe
 from specdist.target.sglang import versions
 from specdist.target.vocabulary import load_target_vocabulary
-from specdist_launch import words
+from specdist_launch import local, words
 from tests.tiny import make_config, make_conversations, make_target
 
 DRAFT = draft_config(eagle3=Eagle3Config(layers=(0, 2, 4), ttt_length=3))
@@ -42,6 +42,7 @@ def run(tmp_path_factory):
     trained = Trained(draft.state_dict(), torch.arange(target.vocab_size), target.config, str(path))
     for form in ("sglang", "speculators"):
         export_draft(directory / "run/export" / form, form, DRAFT, trained, ExportConfig())
+    shutil.copytree(directory / "run/export/sglang", directory / "run/export/.sglang.replaced-7")  # of a killed export
     prompts, held = (make_conversations(directory / name, 6) for name in ("prompts.jsonl", "held.jsonl"))
     return directory, make_config(directory, path, prompts, prompts__holdout=f"[{held}]", evaluate__max_new_tokens=9)
 
@@ -113,6 +114,15 @@ def test_a_draft_of_a_target_of_other_depth_is_refused(run, here, tmp_path):
     (draft / "config.json").write_text(json.dumps(config | {"num_target_layers": 9}))
     with pytest.raises(ConfigError, match=r"is a draft of a target of 9 layers, and .* has 6"):
         prepare([], run[1], None, str(draft))
+
+
+def test_a_replay_knows_nothing_of_the_one_before(run, here, monkeypatch):
+    check = prepare([], run[1], None, None)
+    before = check.folder / "replay/config.yaml"
+    before.parent.mkdir(parents=True)
+    before.write_text("draft: {init_from: elsewhere}")
+    monkeypatch.setattr(local, "train", lambda given: int(before.exists()))
+    assert local.evaluate(check.replay) == 0
 
 
 def test_an_engine_without_the_targets_hidden_states_is_refused(run, here, monkeypatch):

@@ -122,7 +122,7 @@ def suggested_split(run: RunRecords) -> Suggestion | None:
 def serving(run: RunRecords) -> list[ServeCommand]:
     """How each engine that loads an export of the run serves it."""
     found: dict[str, ServeCommand] = {}
-    for file in sorted(run.paths.exports.glob("*/config.json")):
+    for file in sorted(run.paths.exports.glob("[!.]*/config.json")):
         try:
             found = {command.by.engine: command for command in serve_commands(file.parent)} | found
         except UserError:  # of another version
