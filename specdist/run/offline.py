@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -133,10 +134,16 @@ def _run_draft(job: JobConfig, facts: JobFacts, checkpoint: str | None, device: 
 
 
 def _checkpoint(job: JobConfig, given: str | None) -> Path:
-    if given is None:
-        return _usual(job)
+    """The one that is asked for, which is said on the terminal."""
+    path = _usual(job) if given is None else _given(job, given)
+    print(f"specdist: checkpoint {path}", file=sys.stderr, flush=True)
+    return path
+
+
+def _given(job: JobConfig, given: str) -> Path:
     checkpoints, path = RunDirectory(Path(job.run.dir)).checkpoints, Path(given)
-    if not path.exists() and (step := re.fullmatch(r"(?:step-)?(\d+)", given)):
+    name = path.name if path.absolute().parent == checkpoints.absolute() else given
+    if not path.exists() and (step := re.fullmatch(r"(?:step-)?(\d+)", name)):
         path = checkpoint_path(checkpoints, int(step[1]))
         if path not in (found := committed(checkpoints)):
             there = ", ".join(other.name for other in found) or "none"

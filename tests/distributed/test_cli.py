@@ -81,12 +81,15 @@ def test_an_export_says_what_it_is(trained, capsys):
         assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask()}
     before = (exports / "sglang/config.json").read_text()
     assert main(["export", *words, "--checkpoint", "2"]) == 0
-    written, *_ = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    assert f"specdist: checkpoint {directory / 'run/checkpoints/step-00000002'}\n" in said.err
+    written, *_ = said.out.splitlines()
     assert Path(written) == exports / "step-00000002/sglang"
     assert json.loads((Path(written) / "config.json").read_text())["specdist"]["step"] == 2
     assert (exports / "sglang/config.json").read_text() == before
-    assert main(["export", *words, "--checkpoint", "3"]) == 2
-    assert "has no complete one of this step; there are step-00000002, step-00000004" in capsys.readouterr().err
+    for missing in ("3", str(directory / "run/checkpoints/step-00000003")):
+        assert main(["export", *words, "--checkpoint", missing]) == 2
+        assert "has no complete one of this step; there are step-00000002, step-00000004" in capsys.readouterr().err
 
 
 def umask():
