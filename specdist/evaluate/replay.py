@@ -256,8 +256,9 @@ def _by_draft_tokens(report: ReplayReport) -> str:
     if speeds:
         forecasts = [f"{forecast}, {speed:,.0f}" for forecast, speed in zip(forecasts, speeds, strict=True)]
     found = ", ".join(f"{k}: {x:.2f} ({y})" for k, (x, y) in enumerate(zip(lengths, forecasts, strict=True), 1))
-    unit, fastest = ", tokens/s" if speeds else "", speedups.index(max(speedups)) + 1
-    return f"by draft tokens (forecast speed-up{unit} of one sequence): {found}; fastest with {fastest}"
+    unit, best = ", tokens/s" if speeds else "", max(speedups)
+    fastest = f"fastest with {speedups.index(best) + 1}" if best > 1 else "fastest without a draft"
+    return f"by draft tokens (forecast speed-up{unit} of one sequence): {found}; {fastest}"
 
 
 def _agreement(share: float) -> str:

@@ -196,7 +196,7 @@ def test_a_run_may_change_sides_with_a_smaller_vocabulary(tmp_path, material):
     whole = tmp_path / "whole"
     whole.mkdir()
     held = make_conversations(tmp_path / "held.jsonl", 4, seed=1)
-    options = {"draft__eagle3__vocab_size": 100, "prompts__holdout": f"[{held}]", "checkpoint__keep_best": "null"}
+    options = {"draft__eagle3__vocab_size": 100, "prompts__holdout": f"[{held}]", "checkpoint__keep_best": "none"}
     run(2, whole, material, **options, train__steps=4)
     run(3, tmp_path, material, **options, target__tp=2, train__steps=2)
     run(3, tmp_path, material, **options, **TARGET_SIDE, target__tp=2, train__steps=4)

@@ -107,6 +107,7 @@ def test_a_report_survives_its_file_and_says_what_it_has() -> None:
     text = render_replay(report(), report())
     assert "acceptance length 2.50 tokens per target forward, by replay" in text
     assert "(forecast speed-up of one sequence): 1: 1.25 (1.14x), 2: 2.50 (1.00x); fastest with 1\n" in text
+    assert "1: 1.25 (0.50x), 2: 2.50 (1.00x); fastest without a draft\n" in render_replay(report(costs=(1.5, 1.5)))
     assert "expected at temperature 0.7: 2.00" in text
     assert "a: 2.50" in text
     assert "only 83.3% of the tokens are what the target itself would write" in text
