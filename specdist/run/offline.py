@@ -41,6 +41,8 @@ def export_checkpoint(
         output: where to. By default the run's export/, for another checkpoint than that one a folder of its name in it.
     """
     job = load_job(files, overrides)
+    if job.export.formats == ():
+        raise ConfigError.at("export.formats", "=[] leaves nothing to write: name a format, or give null for all")
     facts, run_dir = _examined(job), RunDirectory(Path(job.run.dir))
     run_dir.check_draft(job)
     path = _checkpoint(job, checkpoint)

@@ -26,7 +26,7 @@ from specdist.run.serve_report import ALL, SAME, Compared, ServeReport
 from specdist.target.description import describe
 from specdist.target.sglang import versions
 from specdist.target.vocabulary import load_target_vocabulary
-from specdist_launch import local, words
+from specdist_launch import cli, local, words
 from tests.tiny import make_config, make_conversations, make_target
 
 DRAFT = draft_config(eagle3=Eagle3Config(layers=(0, 2, 4), ttt_length=3))
@@ -123,6 +123,12 @@ def test_a_replay_knows_nothing_of_the_one_before(run, here, monkeypatch):
     before.write_text("draft: {init_from: elsewhere}")
     monkeypatch.setattr(local, "train", lambda given: int(before.exists()))
     assert local.evaluate(check.replay) == 0
+
+
+@pytest.mark.parametrize("command", [["eval"], ["export", "--push", "org/new"]])
+def test_a_run_without_exports_is_told_so(run, command, capsys):
+    assert cli.main([*command, *run[1], "export.formats=[]"]) == 2
+    assert "export.formats=[] leaves nothing to write" in capsys.readouterr().err
 
 
 def test_an_engine_without_the_targets_hidden_states_is_refused(run, here, monkeypatch):
