@@ -181,7 +181,7 @@ def _print(
     if best not in (None, checkpoint_path(run_dir.checkpoints, step)):
         lines.append(f"  best           {best}{', which is exported' if exports else ''}")
     lines += [f"  export         {path}" for path in exports]
-    commands = {command.by.engine: command for path in reversed(exports) for command in serve_commands(path)}
-    lines += [f"  serve          {command}" for command in commands.values()]
+    commands = {command.by.engine: command for path in reversed(exports) for command in reversed(serve_commands(path))}
+    lines += [f"  serve          {command}" for command in reversed(commands.values())]
     lines.append(f"  figures        {run_dir.summary}, {run_dir.metrics}")
     print("\n".join(lines), file=sys.stderr, flush=True)
