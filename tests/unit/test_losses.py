@@ -85,6 +85,6 @@ def test_half_precision_rounds_once(name: LossName) -> None:
     student, exact = case(torch.bfloat16)[0], case(torch.bfloat16)[0].double()
     rounded, wide = found(name, student), found(name, exact)
     for a, b in zip(rounded, wide, strict=True):
-        assert a.dtype == torch.float64 if name != "argmax" else torch.float32
+        assert a.dtype == (torch.float64 if name != "argmax" else torch.float32)
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(student.double(), exact, rtol=2**-8, atol=1e-6)
