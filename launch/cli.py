@@ -260,9 +260,12 @@ def _export(args: argparse.Namespace) -> int:
         return 0
     if not args.config:
         raise UserError("export needs a configuration, or --check DIR")
+    from specdist.core.hub import to_push
     from specdist.export.serving import serve_commands
     from specdist.run.offline import export_checkpoint
 
+    if args.push:
+        to_push(args.push)
     files, overrides = words.split(args.config)
     exports = export_checkpoint(files, overrides, checkpoint=args.checkpoint, output=args.output)
     for path in exports:

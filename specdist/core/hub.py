@@ -158,6 +158,14 @@ def refused(repository: Repository, error: Exception) -> DataError:
     return DataError.at(repository.key, f"={repository.id}{at}: there is no such directory, and {why}")
 
 
+def to_push(name: str) -> Repository:
+    """The model repository `name`. Raises ConfigError: it is not ORG/NAME."""
+    repository = Repository.of(name, "--push")
+    if repository is None or "@" in name:
+        raise ConfigError(f"--push {name}: give ORG/NAME, a model repository on the Hugging Face Hub")
+    return repository
+
+
 def push(files: Mapping[str, Path | bytes], name: str, message: str) -> str:
     """Commit files, by their names there, to the model repository `name`, which is made where there is none; returns
     its address. What else it holds stays.
@@ -169,9 +177,7 @@ def push(files: Mapping[str, Path | bytes], name: str, message: str) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, get_session
     from huggingface_hub.utils import httpx
 
-    repository = Repository.of(name, "--push")
-    if repository is None or "@" in name:
-        raise ConfigError(f"--push {name}: give ORG/NAME, a model repository on the Hugging Face Hub")
+    repository = to_push(name)
     get_session().timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # of requests that the library gives none
     added = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
     try:

@@ -54,7 +54,7 @@ def push(directory: Path, name: str) -> str:
         ConfigError, DataError: see `hub.push`.
     """
     config = _public(read_config(directory))
-    files: dict[str, Path | bytes] = {path.name: path for path in sorted(directory.iterdir())}
+    files: dict[str, Path | bytes] = {path.name: path for path in sorted(directory.iterdir()) if path.is_file()}
     files[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     files[CARD] = model_card(config, name).encode()
     return hub.push(files, name, f"Draft of step {config[OURS].get('step', 'unknown')}, by specdist")

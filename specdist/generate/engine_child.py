@@ -35,7 +35,10 @@ async def serve(generate: Generate, replies: Any) -> None:
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     tell(replies, {"ready": True})
     async with asyncio.TaskGroup() as group:  # an engine that fails ends the process, whose words are then told
-        tasks = [group.create_task(_answer(generate, json.loads(line), replies)) async for line in lines]
+        tasks: set[asyncio.Task[None]] = set()
+        async for line in lines:
+            tasks.add(task := group.create_task(_answer(generate, json.loads(line), replies)))
+            task.add_done_callback(tasks.discard)
         for task in tasks:
             task.cancel()  # whoever has ended the input waits for no answer
 

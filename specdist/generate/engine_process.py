@@ -107,23 +107,32 @@ class EngineProcess:
     async def _read_replies(self) -> None:
         assert self._process is not None
         assert self._process.stdout is not None
-        async for line in self._process.stdout:
-            told = json.loads(line)
-            if "ready" in told:
-                self._ready.set()
-                continue
-            drafted = told.pop("drafted", None)
-            drafted = drafted and Drafted(**drafted)
-            if "id" in told:
-                self._waiting.pop(told.pop("id")).set_result(Reply(**told, drafted=drafted))
-            else:
-                self.drafted = drafted
+        try:
+            async for line in self._process.stdout:
+                self._take(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            self._said.append(f"a line of its replies cannot be read: {error!r}")
+            self._process.kill()
         await self._process.wait()
         await asyncio.sleep(0.5)  # for the last of its words
         self._ready.set()
         for reply in self._waiting.values():
-            reply.set_exception(self._lost())
+            if not reply.done():
+                reply.set_exception(self._lost())
         self._waiting.clear()
+
+    def _take(self, told: dict[str, Any]) -> None:
+        if "ready" in told:
+            self._ready.set()
+            return
+        drafted = told.pop("drafted", None)
+        drafted = drafted and Drafted(**drafted)
+        if "id" not in told:
+            self.drafted = drafted
+            return
+        reply = self._waiting.pop(told.pop("id"))
+        if not reply.done():  # else nobody waits for it any more
+            reply.set_result(Reply(**told, drafted=drafted))
 
     async def _read_words(self) -> None:
         """Its log goes to the rank's, and the last lines of it into an error."""

@@ -123,6 +123,39 @@ def test_the_process_of_sglang_answers_and_its_end_is_told(tmp_path: Path, monke
         write(engine(), [*asked, Request([9], 4, GREEDY, 0)])
 
 
+BAD_REPLIES = """
+import json, sys, time
+print(json.dumps({"ready": True}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    time.sleep(0.3)
+    told = json.dumps({"id": asked["id"], "finish_reason": "stop"})
+    print("no JSON" if asked["input_ids"] == [9] else told, flush=True)
+"""
+
+
+def test_a_reply_that_nobody_awaits_or_nobody_can_read_leaves_no_one_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad_replies.py").write_text(BAD_REPLIES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+
+    async def ask() -> None:
+        engine = EngineProcess("SGLang", "bad_replies", {}, 8, {2})
+        await engine.open()
+        try:
+            await engine.ready()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(engine.write(Request([1], 4, GREEDY, 0)), 0.05)
+            assert await engine.write(Request([2], 4, GREEDY, 0)) == Reply("stop")
+            with pytest.raises(WorldError, match=r"(?s)SGLang's engine ended.*a line of its replies cannot be read"):
+                await asyncio.gather(*(engine.write(Request(ids, 4, GREEDY, 0)) for ids in ([9], [3])))
+        finally:
+            await engine.close()
+
+    asyncio.run(asyncio.wait_for(ask(), 30))
+
+
 def test_arguments_of_sglang_are_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TargetConfig(path="m", tp=2)
     object.__setattr__(config, "sglang", SglangConfig(memory_fraction=0.7, ep=2, arguments={"kv_cache_dtype": "fp8"}))
