@@ -83,7 +83,7 @@ def test_plan_suggests_a_split(words: list[str], tmp_path: Path, capsys: pytest.
     told = capsys.readouterr().out
     assert "(--target-rate, --draft-rate):" in told
     assert "target.replicas=3 draft.dp=5" in told
-    assert main(asked) == 0
+    assert main([*asked, "world.device=auto"]) == 0
     assert "split of 2 GPUs at" in (told := capsys.readouterr().out)
     assert "an estimate: " in told
     step = tmp_path / "step.json"
