@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from specdist.core.stop import leave
@@ -30,6 +31,7 @@ def failing_forward(*arguments: Any) -> TargetModel:
     def fail(*batch: Any) -> None:
         calls.append(batch)
         if len(calls) == 3:
+            time.sleep(3.0)  # every draft rank has begun with the items before
             raise DefectError("a defect in the forward")
         forward(*batch)
 
