@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = command("generate", _generate, text)
     generate.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks to start (default: one per GPU)")
     export = command("export", _export, "Write a checkpoint as serving engines load it.", config=False)
-    export.add_argument("config", nargs="*", metavar="CONFIG.yaml|key=value", help="files, then overrides")
+    export.add_argument("config", nargs="*", metavar="CONFIG.yaml|RUN_DIR|key=value", help="files, then overrides")
     export.add_argument("--check", metavar="DIR", help="only check an exported draft, ours or another's")
     export.add_argument(
         "--checkpoint", metavar="DIR", help="a checkpoint of the run, or its step (default: the best, else newest)"

@@ -106,8 +106,7 @@ def evaluate(config: Sequence[str], output: str | None = None) -> int:
     from specdist.job.run_dir import RunDirectory
 
     run_dir = RunDirectory(Path(words.load(config).run.dir))
-    if run_dir.config.exists():
-        shutil.rmtree(run_dir.path)
+    run_dir.clear()
     status = train(config)
     if status == 0 and output is not None:
         shutil.copyfile(run_dir.evaluation(0), output)

@@ -16,9 +16,9 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Configuration files and overrides, told apart by the equals sign. A run directory stands for the configuration
     that lies in it."""
     files, overrides = [word for word in words if "=" not in word], [word for word in words if "=" in word]
-    runs = [Path(word) for word in files if Path(word).is_dir()]
-    files = [str(Path(word) / "config.yaml") if Path(word) in runs else word for word in files]
-    return files, [*(f"run.dir={run}" for run in runs), *overrides]
+    runs = [word for word in files if Path(word).is_dir()]
+    files = [str(Path(word) / "config.yaml") if word in runs else word for word in files]
+    return files, [*(f"run.dir={Path(run)}" for run in runs), *overrides]
 
 
 def load(words: Sequence[str]) -> JobConfig:

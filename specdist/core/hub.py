@@ -166,6 +166,13 @@ def to_push(name: str) -> Repository:
     return repository
 
 
+def _limit_requests() -> None:
+    """Give requests a limit to which the library gives none."""
+    from huggingface_hub import constants, get_session
+
+    get_session().timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+
+
 def push(files: Mapping[str, Path | bytes], name: str, message: str) -> str:
     """Commit files, by their names there, to the model repository `name`, which is made where there is none; returns
     its address. What else it holds stays.
@@ -174,11 +181,11 @@ def push(files: Mapping[str, Path | bytes], name: str, message: str) -> str:
         ConfigError: `name` is not ORG/NAME.
         DataError: the Hub refuses it, or gives no answer.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, get_session
+    from huggingface_hub import CommitOperationAdd, HfApi, constants, errors
     from huggingface_hub.utils import httpx
 
     repository = to_push(name)
-    get_session().timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # of requests that the library gives none
+    _limit_requests()
     added = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
     try:
         HfApi().create_repo(repository.id, exist_ok=True)
@@ -198,9 +205,9 @@ def watched(download: Callable[[], T], folders: Sequence[Path], name: str, key: 
     Raises:
         WorldError: they have gained nothing for `SILENCE_S` seconds. `key` names what is downloaded.
     """
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
 
-    get_session().timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # of requests that the library gives none
+    _limit_requests()
     found = list[T]()
     worker = Worker("specdist-download", lambda: found.append(download()), ended=lambda error: None)
     before = size = _bytes(folders)

@@ -10,13 +10,14 @@ from specdist.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Evaluation by speculative decoding with the target."""
+    """What held-out text is evaluated on, how often, and how."""
 
     every: int | None = None
     """Optimizer steps between two evaluations on held-out text (`prompts.holdout`); one is made before training and one
     at the end. null: as many as cost at most a hundredth of the training, by an estimate."""
     prompts: tuple[str, ...] = ()
-    """Files of prompts that `specdist eval --decode` decodes; empty: held-out conversations, last answer dropped."""
+    """Files of prompts that `specdist eval --decode` and `serve-check` decode; empty: held-out conversations,
+    last answer dropped."""
     limit: int | None = 256
     """At most this many held-out sequences, evenly spread, or prompts of each file (null: all)."""
     temperature: float = 0.0
@@ -30,7 +31,7 @@ class EvaluateConfig:
     check: bool = False
     """Also decode every prompt with the target alone and count the sequences that differ."""
     batch: int = 32
-    """Sequences that are decoded at once."""
+    """Sequences that `eval --decode` decodes at once in transformers; SGLang sees to that itself."""
 
     def __post_init__(self) -> None:
         if self.draft_tokens is not None and self.draft_tokens < 1:

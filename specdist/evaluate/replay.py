@@ -225,6 +225,11 @@ class ReplayReport:
         alike = {key: found[key] for key in ("step", "agreed", "temperature", "costs", "forward_s")}
         return cls(labels=labels, answers=answers, **alike)
 
+    def comparable(self, other: ReplayReport) -> bool:
+        """Whether `other` is of as much text, and of as many drafts a forward."""
+        mine, others = self.total, other.total
+        return (mine.answers, mine.tokens, len(mine.forwards)) == (others.answers, others.tokens, len(others.forwards))
+
 
 def render_replay(report: ReplayReport, before: ReplayReport | None = None) -> str:
     """The report as lines of plain text, with a bar for every draft position and a line for every category; `before` is

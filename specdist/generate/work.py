@@ -8,6 +8,7 @@ records from number n * SHARE on.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -191,6 +192,8 @@ class Watch:
 
     def note(self, trouble: str) -> None:
         """What an engine has met, in words; it goes on."""
+        if trouble != self._trouble:
+            print(f"specdist: {trouble}; trying again", file=sys.stderr, flush=True)
         self._trouble = trouble
 
     def alive(self) -> None:

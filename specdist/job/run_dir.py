@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from specdist.core import config
 from specdist.core.errors import ConfigError
 from specdist.core.files import write_atomically
+from specdist.core.run_lock import refuse_if_held
 from specdist.core.run_paths import RunPaths
 from specdist.job.config import JobConfig, differing_keys, load_job
 
@@ -47,6 +49,12 @@ class RunDirectory(RunPaths):
                 f"those, which {self.config} has, or that file itself",
                 "run.dir",
             )
+
+    def clear(self) -> None:
+        """Delete a run that was only a means. Raises ConfigError where a job is at work in it."""
+        if self.config.exists():
+            refuse_if_held(self.path, "")
+            shutil.rmtree(self.path)
 
     def create(self) -> None:
         """Create the directory. Raises ConfigError where that cannot be, or nothing can be written into it."""

@@ -95,15 +95,16 @@ def finish(context: RankContext, outcome: Outcome) -> Ending:
     }
     if not outcome.metrics["steps"]:
         summary |= _earlier(run_dir, step)
-    exports: list[Path] = []
+    exports, chosen = list[Path](), read_progress(best).step if best else step
     if outcome.finished and step and job.world.mode != "draft_only":
         state = outcome.state
         if best not in (None, last):
             state = load_state(new_draft(job, context.facts, run_dir, torch.device("cpu")), best)
-        exports = export_all(job, context.facts, run_dir, state, read_progress(best).step if best else step)
+        exports = export_all(job, context.facts, run_dir, state, chosen)
         summary["exports"] = [str(path) for path in exports]
-    before, after = read_evaluation(run_dir, 0), read_evaluation(run_dir, read_progress(best).step if best else step)
+    before, after = read_evaluation(run_dir, 0), read_evaluation(run_dir, chosen)
     if after is not None:
+        before = before if before and before.comparable(after) else None
         figures = [found and replace(found, answers=()).to_dict() for found in (before, after)]
         summary["evaluation"] = dict(zip(("before", "after"), figures, strict=True))
     write_atomically(run_dir.summary, to_json(summary))

@@ -45,6 +45,8 @@ class ReplayJudge(Judge):
         job, topology = context.job, context.topology
         self.draft_tokens, self.temperature = job.draft_tokens, job.evaluate.temperature
         self.basis = f"evaluate.draft_tokens={self.draft_tokens}, evaluate.limit={job.evaluate.limit}"
+        if context.prompts.heldout is not None:
+            self.basis += f", held-out text {context.prompts.heldout.fingerprint[:12]}"
         self.best = context.resume.best
         self._corpus, self._groups, self._run_dir = context.prompts, context.groups, context.run_dir
         place = topology.draft_place(context.rank)
@@ -137,5 +139,5 @@ def read_evaluation(run_dir: RunDirectory, step: int) -> ReplayReport | None:
     """What the evaluation after `step` steps found; None where there was none."""
     try:
         return ReplayReport.from_dict(json.loads(run_dir.evaluation(step).read_text()))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or one of another version
         return None

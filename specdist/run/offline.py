@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -24,7 +23,7 @@ from specdist.job.run_dir import RunDirectory
 from specdist.run.after_training import export_all
 from specdist.run.answers import ready_prompts
 from specdist.run.drafts import exported_draft, load_state, new_draft, served_draft
-from specdist.run.evaluation import evaluate_drafts, prompt_files
+from specdist.run.evaluation import evaluate_draft, prompt_files
 from specdist.run.serving import evaluate_served
 
 CPU = torch.device("cpu")
@@ -62,8 +61,9 @@ def evaluation_words(
     if not job.prompts.holdout:
         raise ConfigError.at("prompts.holdout", "is not set: give files of held-out conversations, or a share")
     directory = Path(job.run.dir) / "evaluation"
-    if (directory / "config.yaml").exists():
-        shutil.rmtree(directory)  # of the evaluation before
+    if draft is not None and Path(draft).absolute().is_relative_to(directory.absolute()):
+        raise ConfigError(f"--draft {draft}: every evaluation begins by emptying {directory}: export it elsewhere")
+    RunDirectory(directory).clear()  # of the evaluation before
     if draft is None:
         draft = str(_exported(files, overrides, job, checkpoint))
     prompts = ready_prompts(job) if job.prompts.answers == "target" else job.prompts
@@ -103,8 +103,7 @@ def decode_prompts(
         return _reported(evaluate_served(job, facts, directory), output)
     ours = partial(_run_draft, job, facts, checkpoint, device)
     make = partial(exported_draft, job, facts, draft, device) if draft else ours
-    (report,) = evaluate_drafts(job, facts, {"evaluate": make}, device)
-    return _reported(report, output)
+    return _reported(evaluate_draft(job, facts, make, device), output)
 
 
 def _reported(report: EvaluationReport, output: str | None) -> str:

@@ -12,7 +12,7 @@ from importlib import util
 from pathlib import Path
 
 _MODELS = {"SGLang": ("sglang", "srt/models"), "vLLM": ("vllm", "model_executor/models")}
-_CLASS = re.compile(r"^class (\w+)(?:\(([^)]*)\))?:", re.MULTILINE)
+_CLASS = re.compile(r"^class (\w+)(?:\[[^\]]*\])?(?:\(([^)]*)\))?:", re.MULTILINE)
 _CAPTURES = re.compile(r"def set_\w+_layers_to_capture\b")
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,7 @@ class StartUp:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, to_json(RankStart(rank, role, host, tuple(self.parts), time.time())))
         except OSError as error:
-            print(f"specdist: {file} cannot be written, and the run goes on: {error}", flush=True)
+            print(f"specdist: {file} cannot be written, and the run goes on: {error}", file=sys.stderr, flush=True)
 
 
 def directory(record: AttemptRecord) -> Path:

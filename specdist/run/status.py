@@ -88,7 +88,7 @@ def _at_work(status: Status, now: float) -> str:
 def _alive(state: str, then: float, place: str, now: float) -> str:
     age = now - then
     if age > _STALE_S:
-        return f"silent: was {state}, but rank 0 has written nothing for {_duration(age)}{place}"
+        return f"silent: was {state}, but rank 0 has written nothing for {duration(age)}{place}"
     return f"{state}{place}; as of {age:.0f} s ago"
 
 
@@ -107,7 +107,7 @@ def _place(history: list[AttemptRecord]) -> str:
 
 
 def _answered(progress: AnswersProgress) -> str:
-    left = "" if progress.left_s is None else f", {_duration(progress.left_s)} to go"
+    left = "" if progress.left_s is None else f", {duration(progress.left_s)} to go"
     share = f"{progress.conversations / max(progress.total, 1):.0%}"
     return (
         f"  answers     {progress.conversations:,} of {progress.total:,} conversations ({share}), "
@@ -130,9 +130,10 @@ def _running(status: Status, record: Mapping[str, float], now: float) -> list[st
         known = "held_out/loss" in record
         figures = f"loss {record['loss']:.4g}, {record['tokens_per_s']:,.0f} tokens/s"
         lines.append(f"  figures     {figures}{held_out.format_map(record) if known else ''}")
-        lines.append(f"  bottleneck  {verdict(record['draft_wait'], record['target_wait'], {})}")
     counts = status.statistics
     if counts.replicas:
+        if record:
+            lines.append(f"  bottleneck  {verdict(record['draft_wait'], record['target_wait'], {})}")
         waiting = counts.delivered - counts.released
         queues = f"{counts.queued} queued and {counts.computing} computing at the targets, {waiting} before the draft"
         lines.append(f"  queues      {queues} (items)")
@@ -149,9 +150,9 @@ def _remaining(status: Status, record: Mapping[str, float], now: float) -> str:
     words = ""
     if record:
         left = (status.total_steps - status.step) * record["step_s"]
-        words = f", {record['step_s']:.2f} s a step, {_duration(left)} to go"
+        words = f", {record['step_s']:.2f} s a step, {duration(left)} to go"
     if status.deadline is not None:
-        words += f"; the time limit is in {_duration(status.deadline - now)}"
+        words += f"; the time limit is in {duration(status.deadline - now)}"
         if record and left > status.deadline - now:
             words += ": it will be saved and started again"
     return words
@@ -162,7 +163,7 @@ def _saved(paths: RunPaths, now: float) -> list[str]:
     if not found:
         return ["  checkpoint  none yet"]
     age = now - found[-1].stat().st_mtime
-    return [f"  checkpoint  step {read_progress(found[-1]).step:,}, {_duration(age)} ago ({found[-1]})"]
+    return [f"  checkpoint  step {read_progress(found[-1]).step:,}, {duration(age)} ago ({found[-1]})"]
 
 
 def _ended(record: AttemptRecord) -> str:
@@ -185,7 +186,7 @@ def _last_record(metrics: Path) -> Mapping[str, float]:
     return found if "loss" in found else {}  # before the first step there may be an evaluation
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A length of time as people say it."""
     if seconds < 120:
         return f"{max(seconds, 0):.0f} s"

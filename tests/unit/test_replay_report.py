@@ -36,6 +36,16 @@ def batch_of(*parts: tuple[int, int]) -> PackedTokens:
     return PackedTokens.from_documents([torch.zeros(len(mark)) for mark in marks], marks)
 
 
+def test_lengths_of_other_text_or_other_drafts_are_not_compared() -> None:
+    def report(answers: int, tokens: int, most: int) -> ReplayReport:
+        tally = ReplayTally.of(np.array([answers, tokens, 0.0, *[9.0] * most, *[1.0] * 2 * most]))
+        return ReplayReport(0, {"a": tally}, 0.0, 0.0, [], None, [])
+
+    assert report(2, 20, 3).comparable(report(2, 20, 3))
+    for other in ((1, 20, 3), (2, 19, 3), (2, 20, 4)):
+        assert not report(2, 20, 3).comparable(report(*other))
+
+
 def test_the_walk_is_that_of_a_decoder() -> None:
     draw = np.random.default_rng(0)
     for _ in range(60):

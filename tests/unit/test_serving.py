@@ -12,7 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from specdist.core.attempts import AttemptRecord, Started
 from specdist.core.errors import ConfigError, DataError
+from specdist.core.launch_env import Attempt
+from specdist.core.run_lock import Lease
 from specdist.draft.build import build_draft
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
@@ -21,6 +24,7 @@ from specdist.export.serving import serve_commands
 from specdist.generate import sglang_process, vllm, vllm_process
 from specdist.generate.engine import Drafted
 from specdist.run import served_models, serving
+from specdist.run.offline import evaluation_words
 from specdist.run.serve_check import prepare
 from specdist.run.serve_report import ALL, SAME, Compared, ServeReport
 from specdist.target.description import describe
@@ -125,6 +129,21 @@ def test_a_replay_knows_nothing_of_the_one_before(run, here, monkeypatch):
     assert local.evaluate(check.replay) == 0
 
 
+def test_an_evaluation_empties_no_directory_that_is_in_use(run, tmp_path):
+    directory, given = run
+    words = [*given, f"run.dir={shutil.copytree(directory / 'run', tmp_path / 'run')}"]
+    evaluation = tmp_path / "run/evaluation"
+    evaluation.mkdir()
+    (evaluation / "config.yaml").write_text("run: {dir: x}")
+    with pytest.raises(ConfigError, match=r"--draft .*draft: every evaluation begins by emptying .*evaluation"):
+        evaluation_words([], words, str(evaluation / "draft"))
+    record = AttemptRecord(Attempt("7", 0).directory(evaluation))
+    record.begin(Started("local", ("a",), 1))
+    with Lease(record), pytest.raises(ConfigError, match=r"evaluation is in use: attempt 7\.0"):
+        evaluation_words([], words, str(directory / "run/export/sglang"))
+    assert (evaluation / "config.yaml").exists()
+
+
 @pytest.mark.parametrize("command", [["eval"], ["export", "--push", "org/new"]])
 def test_a_run_without_exports_is_told_so(run, command, capsys):
     assert cli.main([*command, *run[1], "export.formats=[]"]) == 2
@@ -148,11 +167,12 @@ def test_models_of_engines_are_read_without_importing_them(tmp_path, monkeypatch
     (tmp_path / "sglang/srt/models/b.py").write_text("class Mistral(Llama):\n    pass\n")
     (tmp_path / "vllm/model_executor/models/a.py").write_text(
         "class Llama(\n    nn.Module, SupportsLoRA, SupportsEagle3\n):\n    pass\nclass Old(nn.Module):\n    pass\n"
+        "class New[T](nn.Module, SupportsEagle3):\n    pass\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     found = {name: served_models.hands_out_layers("SGLang", name) for name in ("Llama", "Mistral", "Plain", "Other")}
     assert found == {"Llama": True, "Mistral": True, "Plain": False, "Other": None}
-    assert [served_models.hands_out_layers("vLLM", name) for name in ("Llama", "Old")] == [True, False]
+    assert [served_models.hands_out_layers("vLLM", name) for name in ("Llama", "Old", "New")] == [True, False, True]
 
 
 def test_engines_tell_of_drafts_in_their_own_ways():

@@ -71,6 +71,11 @@ def test_a_run_that_trains_tells_step_queues_bottleneck_and_time(run_dir: Path) 
     assert "checkpoint  none yet" in said
 
 
+def test_roles_that_share_their_ranks_wait_for_none(run_dir: Path) -> None:
+    write(run_dir, statistics=Statistics())
+    assert "bottleneck" not in describe(run_dir, NOW)
+
+
 def test_a_draft_world_without_a_target_world_says_so(run_dir: Path) -> None:
     write(run_dir, statistics=Statistics(elapsed_s=100.0, slots=10))
     assert "no target replica is there" in describe(run_dir, NOW)

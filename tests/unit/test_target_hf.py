@@ -17,7 +17,7 @@ from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target import vocabulary
 from specdist.target.config import TargetConfig
-from specdist.target.hf import attention
+from specdist.target.hf import against_transformers, attention
 from specdist.target.hf import model as hf_model
 from specdist.target.hf.model import HfTarget, packing_obstacle
 from specdist.target.registry import load_target
@@ -338,7 +338,11 @@ def test_a_wrong_layer_or_teacher_of_an_untested_model_stops_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_model("llama", tmp_path / "llama")
-    monkeypatch.setattr(hf_model, "TESTED", frozenset())
+    with monkeypatch.context() as newer:
+        newer.setattr(against_transformers, "NEWEST", "5.0")
+        assert not against_transformers.is_tested("llama")
+    assert against_transformers.is_tested("llama")
+    monkeypatch.setattr(against_transformers, "TESTED", frozenset())
     make_engine(path)
     make_engine(make_model("mamba", tmp_path / "mamba"))  # its hidden states leave out what enters the first layer
     right = hf_model.find_decoder

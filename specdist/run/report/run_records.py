@@ -69,7 +69,8 @@ class RunRecords:
     @property
     def before(self) -> ReplayReport | None:
         """The evaluation before training."""
-        return next((found for found in self.evaluations if found.step == 0), None)
+        first = next((found for found in self.evaluations if found.step == 0), None)
+        return first if first and self.evaluation and first.comparable(self.evaluation) else None
 
     @cached_property
     def evaluation(self) -> ReplayReport | None:

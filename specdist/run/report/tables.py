@@ -19,6 +19,7 @@ from specdist.job import split
 from specdist.job.config import JobConfig
 from specdist.job.rates import read_rates
 from specdist.run.report.run_records import RunRecords
+from specdist.run.status import duration
 
 _RANKS = 32
 """More ranks than this are counted by host."""
@@ -62,7 +63,7 @@ def facts(run: RunRecords) -> list[Fact]:
         total = run.status.total_steps if run.status else last["step"]
         found.append(Fact("tokens trained", _short(run.tokens), f"step {last['step']:,.0f} of {total:,.0f}"))
         seconds = sum(run.spans)
-        found.append(Fact("training time", _duration(seconds), f"{run.tokens / (seconds or 1):,.0f} tokens/s"))
+        found.append(Fact("training time", duration(seconds), f"{run.tokens / (seconds or 1):,.0f} tokens/s"))
         found.append(_bottleneck(run))
         if "gpu_peak_gib" in last:
             found.append(Fact("GPU memory", f"{last['gpu_peak_gib']:.1f} GiB", "peak of the first draft rank"))
@@ -190,10 +191,3 @@ def _short(count: float) -> str:
         if count >= size:
             return f"{count / (1e3 if unit == 'k' else size):.3g} {unit}"
     return f"{count:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"

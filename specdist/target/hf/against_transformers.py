@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -34,7 +36,14 @@ NAMES = """
 """
 TESTED = frozenset(NAMES.split())
 """Model types of language models that docs/targets.md has as right."""
+NEWEST = "5.23"
+"""The version of transformers that it was written with."""
 TOKENS = 24
+
+
+def is_tested(model_type: str) -> bool:
+    """Whether features of such models have been compared, with this version of transformers or a newer one."""
+    return model_type in TESTED and Version(transformers.__version__).release[:2] <= Version(NEWEST).release
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from specdist.target.base import TargetModel
 from specdist.target.config import TargetConfig
 from specdist.target.description import TargetDescription, compute_dtype
 from specdist.target.hf import attention
-from specdist.target.hf.against_transformers import TESTED, compare_with_transformers
+from specdist.target.hf.against_transformers import compare_with_transformers, is_tested
 from specdist.target.hf.attention import Documents, NotPackable
 from specdist.target.loading import load_model
 from specdist.target.verify import TOLERANCE, beyond, deviations
@@ -60,9 +60,8 @@ class HfTarget(TargetModel):
         self._layers = len(layers)
         for column, index in enumerate(layout.captured_layers):
             layers[index].register_forward_hook(self._capture(column, index))
-        if config.verify_against == "hf" or (
-            config.verify_against == "auto" and target.text_config.model_type not in TESTED
-        ):
+        tested = is_tested(target.text_config.model_type)
+        if config.verify_against == "hf" or (config.verify_against == "auto" and not tested):
             compare_with_transformers(model, layers, target, layout, self.forward)
         self._settle_prefill(config, target)
 

@@ -34,8 +34,8 @@ def check(config: TargetConfig, target: TargetDescription) -> None:
     if config.verify_against == "hf" and settings.quantization is not None:
         raise ConfigError.at(
             "target.verify_against",
-            f"={config.verify_against} beside target.sglang.quantization={settings.quantization}: "
-            "the hf engine has unrounded weights, whose features are others: leave verify_against at itself",
+            f"=hf beside target.sglang.quantization={settings.quantization}: "
+            "the hf engine has unrounded weights, whose features are others: set verify_against to auto or itself",
             "target.sglang.quantization",
         )
     if heads is not None and heads % config.tp:
