@@ -8,7 +8,7 @@ model and what else is heavy when they are called.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
@@ -261,6 +261,18 @@ def check_attention(key: str, backend: str, device: str) -> None:
     if backend == "flex" and device == "cpu":
         raise ConfigError.at(
             key, "=flex needs a CUDA device, and world.device is cpu: auto takes what works", "world.device"
+        )
+
+
+def check_last_layer(key: str, layers: Sequence[int], target_layers: int) -> None:
+    """Raises ConfigError where SGLang cannot hand out the captured `layers`, 0-based; `key` is where they were read
+    from."""
+    if max(layers) == target_layers - 1:
+        raise ConfigError.at(
+            key,
+            f": {list(layers)}: SGLang cannot capture the output of the target's last layer, {target_layers - 1}; "
+            "train without it, or serve with vLLM (export.formats=[speculators])",
+            "export.formats",
         )
 
 

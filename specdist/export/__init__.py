@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
@@ -15,6 +15,9 @@ from specdist.draft.config import DraftConfig
 from specdist.draft.export_config import ExportConfig
 from specdist.draft.registry import ALGORITHMS
 from specdist.export.config_json import OURS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["ExportConfig", "Trained", "check_servable", "export_draft", "load_exported", "written_formats"]
 
@@ -90,9 +93,13 @@ def load_exported(directory: str | Path) -> ExportedDraft[Any]:
     """
     from specdist.export.directory import read_directory
 
-    config, tensors = read_directory(Path(directory))
+    return understand(Path(directory), *read_directory(Path(directory)))
+
+
+def understand(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedDraft[Any]:
+    """The same of a directory whose files are read already. Raises DataError."""
     for algorithm in ALGORITHMS.values():
         if algorithm.recognises(config):
-            return algorithm.read(Path(directory), config, tensors)
+            return algorithm.read(directory, config, tensors)
     names = [config[key] for key in ("architectures", "speculators_model_type") if config.get(key)]
     raise DataError(f"{directory} holds {names or 'nothing named'}, and no draft of {', '.join(ALGORITHMS)}")

@@ -26,10 +26,11 @@ def check_directory(directory: Path) -> str:
     Raises:
         DataError: it cannot be read, or an engine would load it wrongly; the message names file and key.
     """
-    from specdist.export import load_exported
+    from specdist.export import understand
 
-    algorithm = load_exported(directory).algorithm
-    check_contents(directory, *read_directory(directory))
+    config, tensors = read_directory(directory)
+    algorithm = understand(directory, config, tensors).algorithm
+    check_contents(directory, config, tensors)
     return algorithm
 
 
@@ -62,8 +63,6 @@ def _of_layers(config: Mapping[str, Any]) -> list[str]:
     theta = (stack.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None and stack.get("rope_theta") not in (None, theta):
         found.append(f"{at}rope_theta is {stack['rope_theta']}, and rope_parameters.rope_theta {theta}")
-    if config.get("tie_word_embeddings"):
-        found.append("tie_word_embeddings is true: engines take the embedding for the head")
     return found
 
 

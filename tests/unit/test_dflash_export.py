@@ -18,6 +18,7 @@ from specdist.draft.build import build_draft
 from specdist.draft.config import DraftConfig, draft_config
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.export import ExportConfig, Trained, export_draft, load_exported, written_formats
+from specdist.export.lint import check_directory
 from specdist.export.serving import serve_commands
 from tests.unit import dflash_reference as reference
 from tests.unit.dflash_reference import BLOCK, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MASK, VOCAB, Case, build_case
@@ -171,8 +172,10 @@ def test_what_others_publish_can_be_read(case: Case, tmp_path: Path) -> None:
     directory = export(tmp_path / "draft", case)
     tensors = load_file(directory / "model.safetensors")
     save_file({f"model.{name}": tensor for name, tensor in tensors.items()}, directory / "model.safetensors")
-    change(directory, dflash_config={"mask_token_id": MASK, "target_layer_ids": [1, 3, 5]})
+    nested = {"mask_token_id": MASK, "target_layer_ids": [1, 3, 5], "causal": False}
+    change(directory, dflash_config=nested, is_causal=False, tie_word_embeddings=True)
     assert load_exported(directory).options(DFlashConfig(), reference.target_config()).block_size == BLOCK
+    assert check_directory(directory) == "dflash"  # there is neither an embedding nor a head to be taken for the other
 
 
 def change(directory: Path, **keys: object) -> None:
@@ -187,6 +190,8 @@ def change(directory: Path, **keys: object) -> None:
         ({"num_hidden_layers": 3}, r"missing: layers\.2\.input_layernorm"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "only plain DFlash drafts"),
         ({"dflash_config": {"projector_type": "domino"}}, "only plain DFlash drafts"),
+        ({"is_causal": True}, "only plain DFlash drafts .* both directions"),
+        ({"dflash_config": {"causal": True}}, "only plain DFlash drafts .* both directions"),
         ({"dflash_config": {"target_layer_ids": [1, 3, 5]}}, "the key mask_token_id is missing"),
         ({"vocab_size": None}, "the key vocab_size is missing"),
     ],

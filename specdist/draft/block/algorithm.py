@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.model_config import text_part
-from specdist.draft.algorithm import Algorithm, TargetDirectory, check_attention
+from specdist.draft.algorithm import Algorithm, TargetDirectory, check_attention, check_last_layer
 from specdist.draft.block.mask_token import find_mask_token
 from specdist.draft.block.options import BlockDims, BlockOptions
 
@@ -35,13 +35,15 @@ class BlockAlgorithm(Algorithm[C]):
     Attributes:
         title: what messages call it.
         final: whether the target's last hidden state is learnt from.
+        nested: where engines look for a part of config.json's keys.
     """
 
     changeable = ("loss_chunk", "attention")
     benchmark = ("mask_token_id=0",)
-    formats: ClassVar[tuple[str, ...]] = ("sglang",)
+    formats = ("sglang", "speculators")
     title: ClassVar[str]
     final: ClassVar[bool]
+    nested: ClassVar[str]
 
     def completed(self, target: Callable[[], TargetDirectory]) -> C:
         if self.config.mask_token_id is not None:
@@ -101,7 +103,7 @@ class BlockAlgorithm(Algorithm[C]):
     def faults(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
         from specdist.draft.block.directory import faults
 
-        return faults(config, f"{cls.name}_config")
+        return faults(config, cls.nested)
 
     def check_export(self, format: str, options: ExportConfig, target: PretrainedConfig) -> None:
         target_layers = target.get_text_config().num_hidden_layers
@@ -111,19 +113,11 @@ class BlockAlgorithm(Algorithm[C]):
                 "export.embedding", f"=true: engines serve {name} drafts with the target's embedding only"
             )
         if format == "sglang" and text_part(target).model_type in SCALED:
-            other = (
-                "serve with vLLM (export.formats=[speculators])" if "speculators" in self.formats else "take another"
-            )
             raise ConfigError.at(
                 "draft.algorithm",
                 f"={self.name}: SGLang feeds {name} drafts the scaled embedding of {text_part(target).model_type}, and "
-                f"they are trained on it as it is: {other}",
+                "they are trained on it as it is: serve with vLLM (export.formats=[speculators])",
                 "export.formats",
             )
-        if format == "sglang" and max(layers) == target_layers - 1:
-            raise ConfigError.at(
-                f"{self.config.SECTION}.layers",
-                f": {list(layers)}: SGLang cannot capture the output of the target's last layer, {target_layers - 1}; "
-                "train without it, or serve with vLLM (export.formats=[speculators])",
-                "export.formats",
-            )
+        if format == "sglang":
+            check_last_layer(f"{self.config.SECTION}.layers", layers, target_layers)

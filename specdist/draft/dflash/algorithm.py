@@ -30,10 +30,10 @@ class DFlash(BlockAlgorithm[DFlashConfig]):
     title = "DFlash"
     section = DFlashConfig
     final = False
-    formats = ("sglang", "speculators")
+    nested = "dflash_config"
     served_by = (
         ServedBy("SGLang", "DFLASH", "0.5.11", block=True),
-        ServedBy("vLLM", "dflash", "0.22", formats, block=True),
+        ServedBy("vLLM", "dflash", "0.22", BlockAlgorithm.formats, block=True),
     )
 
     @staticmethod

@@ -57,10 +57,11 @@ def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     nested = flat(config, "dflash_config", path)
     other = set(nested.get("layer_types") or ()) - {"full_attention"} or nested.get("sample_from_anchor")
     other = other or nested.get("draft_vocab_size") not in (None, nested.get("vocab_size"))
+    other = other or nested.get("is_causal") or nested.get("causal")
     if other or nested.get("projector_type") not in (None, "dflash") or nested.get("attention_bias"):
         raise DataError(
-            f"{path}: only plain DFlash drafts can be read: full attention in all layers, the whole vocabulary, no "
-            "biases, nothing sampled from the anchor, and no projector of another algorithm"
+            f"{path}: only plain DFlash drafts can be read: full attention in all layers and both directions, the "
+            "whole vocabulary, no biases, nothing sampled from the anchor, and no projector of another algorithm"
         )
     state = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     read = read_blocks(nested, path)

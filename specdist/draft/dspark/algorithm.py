@@ -36,7 +36,7 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
     title = "DSpark"
     section = DSparkConfig
     final = True
-    formats = ("sglang", "speculators")
+    nested = "dflash_config"  # engines share the code of these
     served_by = (
         ServedBy("SGLang", "DSPARK", "0.5.16", block=True),
         ServedBy("vLLM", "dspark", "0.26", block=True),
@@ -75,12 +75,6 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
 
         self.check_export(format, options, trained.target)
         return export(self.config, format, trained, options)
-
-    @classmethod
-    def faults(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-        from specdist.draft.block.directory import faults
-
-        return faults(config, "dflash_config")  # engines share the code of these
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:

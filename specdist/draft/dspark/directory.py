@@ -41,6 +41,8 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
     "attention_bias": (False, None),
     "rope_is_neox_style": (True, None),
     "draft_vocab_size": (None,),
+    "is_causal": (False, None),
+    "causal": (False, None),
 }
 """Keys of config.json, and the values of the drafts that we have; None stands for a key that is missing or null."""
 

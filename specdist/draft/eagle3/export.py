@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.draft.algorithm import Contents, Trained
+from specdist.draft.algorithm import Contents, Trained, check_last_layer
 from specdist.draft.common.speculators import speculators_json
 from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, layers_json, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
@@ -145,6 +145,8 @@ def faults(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str
     found = [f"{name}: SGLang ignores a bias of the attention" for name in tensors if name.endswith("_proj.bias")]
     if "target_hidden_size" in config and config["target_hidden_size"] is None:
         found.append("target_hidden_size is null: leave the key out")
+    if config.get("tie_word_embeddings"):
+        found.append("tie_word_embeddings is true: engines take the embedding for the head")
     ids = config.get("eagle_aux_hidden_state_layer_ids")
     if not ids:
         found.append("eagle_aux_hidden_state_layer_ids is missing: engines would take layers of their own choice")
@@ -179,19 +181,8 @@ def check_servable(config: Eagle3Config, format: str, target: PretrainedConfig) 
     """Raise ConfigError if an engine would not feed the draft the captured layers it was trained on."""
     target_layers = target.get_text_config().num_hidden_layers
     layers = config.captured_layers(target_layers)
-    if list(layers) != sorted(layers):
-        raise ConfigError.at(
-            "draft.eagle3.layers",
-            f": {list(layers)}: SGLang and vLLM hand over captured layers from the lowest to the "
-            f"highest, so a draft trained on another order cannot be served; train with {sorted(layers)}",
-        )
-    if format == "sglang" and max(layers) == target_layers - 1:
-        raise ConfigError.at(
-            "draft.eagle3.layers",
-            f": {list(layers)}: SGLang cannot capture the output of the target's last layer, "
-            f"{target_layers - 1}; train without it, or serve with vLLM (export.formats=[speculators])",
-            "export.formats",
-        )
+    if format == "sglang":
+        check_last_layer("draft.eagle3.layers", layers, target_layers)
     if format == "sglang" and layers[0] == 0 and not AS_THEY_ARE.isdisjoint(target.architectures or ()):
         raise ConfigError.at(
             "draft.eagle3.layers",
