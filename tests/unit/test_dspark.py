@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from specdist.core.records import Features
 from specdist.draft.base import ContextShare
@@ -99,6 +100,17 @@ def test_nothing_supervised_is_a_loss_of_zero_with_a_graph() -> None:
     loss.backward()
     assert loss.item() == counts.item() == sum(sums.values()) == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in case.draft.parameters())
+
+
+def test_without_gradients_none_are_computed_and_the_loss_is_the_same() -> None:
+    case, counted = build_case(), []
+    (loss, sums, _), blocks = run(case), case.draft.supervise(case.batch, case.batch, case.features).data["blocks"]
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), FlopCounterMode(display=False) as counter:
+            found, told, _ = run(case)
+        assert (found.item(), told) == (loss.item(), sums)
+        counted.append(counter.get_total_flops())
+    assert counted[0] - counted[1] >= 2 * blocks.labels.numel() * case.draft.target.head.numel()
 
 
 def test_what_a_person_reads() -> None:

@@ -11,7 +11,7 @@ With q_k the draft's chance of x_{a+k}, the cross entropy -log q_k of slot k wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from specdist.core.records import LogitMap
-from specdist.draft.base import ratio
 from specdist.draft.block.blocks import Blocks
 from specdist.draft.common.precision import at_least_fp32
 from specdist.draft.dflash.config import DFlashConfig
@@ -90,6 +89,7 @@ class DFlashLossInputs:
         total: [1], what the weighted losses of the optimizer step are divided by.
         chunk: rows of logits that are held at one time; at least one block's are.
         terms: `block_terms`, or its compiled form.
+        with_grad: whether the states' gradient is computed.
     """
 
     blocks: Blocks
@@ -99,15 +99,16 @@ class DFlashLossInputs:
     total: Tensor
     chunk: int
     terms: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    with_grad: bool
 
 
-def losses(inputs: DFlashLossInputs, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def losses(inputs: DFlashLossInputs, states: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """The sum of weighted losses, float64 [], the sums [B - 1, 4] in float64 in the order of `SUMS`, and the gradient
-    of the first over `total` with respect to the normed states [N, B - 1, H]."""
+    of the first over `total` with respect to the normed states [N, B - 1, H]; None without `with_grad`."""
     blocks, slots = inputs.blocks, states.shape[1]
     sums = torch.zeros(slots, len(SUMS), dtype=torch.float64, device=states.device)
     weighted = torch.zeros((), dtype=torch.float64, device=states.device)
-    grad = torch.empty_like(states)
+    grad = torch.empty_like(states) if inputs.with_grad else None
     for start in range(0, len(states), max(inputs.chunk // slots, 1)):
         part = slice(start, start + max(inputs.chunk // slots, 1))
         products = states[part].flatten(0, 1) @ inputs.head.T
@@ -116,7 +117,8 @@ def losses(inputs: DFlashLossInputs, states: Tensor) -> tuple[Tensor, Tensor, Te
         loss, weights, right = inputs.terms(
             products.unflatten(0, (-1, slots)), blocks.labels[part], valid, inputs.logit_map, inputs.weighing, total
         )
-        grad[part] = (products @ inputs.head).unflatten(0, (-1, slots))
+        if grad is not None:
+            grad[part] = (products @ inputs.head).unflatten(0, (-1, slots))
         weighted += (loss * weights).double().sum()
         sums += torch.stack([loss * valid, valid, right, right.cumprod(-1)], dim=-1).double().sum(0)
     return weighted, sums, grad
@@ -138,19 +140,3 @@ class BlockLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         (grad,) = ctx.saved_tensors
         return None, grad * grads[0].to(grad.dtype)
-
-
-def metrics(sums: Mapping[str, float], slots: int) -> dict[str, float]:
-    """The loss that is minimised, and cross entropy and accuracy per slot, from sums over all micro-batches and ranks.
-
-    `simulated_acceptance_length` is 1 + sum_k (share of blocks whose slots 1..k are all right): tokens per target
-    forward, were the target's argmaxes the tokens of the data.
-    """
-    found: dict[str, float] = {}
-    length = 1.0
-    for slot in range(1, slots + 1):
-        counted = sums[f"counted/{slot}"]
-        found[f"loss/{slot}"] = ratio(sums[f"loss/{slot}"], counted)
-        found[f"accuracy/{slot}"] = ratio(sums[f"correct/{slot}"], counted)
-        length += ratio(sums[f"prefix/{slot}"], counted)
-    return {"loss": ratio(sums["weighted"], sums["total"]), "simulated_acceptance_length": length, **found}

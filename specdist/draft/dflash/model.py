@@ -13,11 +13,12 @@ from specdist.draft.base import Drafts, Replayed, Supervision, draw
 from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.block.blocks import Blocks
 from specdist.draft.block.layer import modules
+from specdist.draft.block.metrics import metrics
 from specdist.draft.block.options import BlockDims
 from specdist.draft.block.replay import replay
 from specdist.draft.common.compiling import compiled as compiled_once
 from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.dflash.loss import SUMS, BlockLoss, DFlashLossInputs, Weighing, block_terms, metrics
+from specdist.draft.dflash.loss import SUMS, BlockLoss, DFlashLossInputs, Weighing, block_terms
 
 
 class DFlashDraft(BlockDraft):
@@ -56,6 +57,7 @@ class DFlashDraft(BlockDraft):
             total=totals,
             chunk=self.config.loss_chunk,
             terms=self._terms,
+            with_grad=torch.is_grad_enabled(),
         )
         loss, sums = BlockLoss.apply(inputs, states)
         return loss, torch.cat([supervision.counts, sums])

@@ -14,7 +14,7 @@ W is the bare head of the target, without scale and soft cap: so engines compute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from specdist.core.records import LogitMap
-from specdist.draft.base import ratio
 from specdist.draft.block.blocks import Blocks
 from specdist.draft.common.losses import acceptance_gradient
 from specdist.draft.common.precision import add_product, at_least_fp32, wide_zeros
@@ -45,6 +44,7 @@ class DSparkLossInputs:
         ce, l1: shares of the two losses.
         chunk: rows of logits that are held at one time; at least one block's are.
         terms: `draft_terms`, or its compiled form.
+        with_grad: whether gradients are computed.
     """
 
     blocks: Blocks
@@ -56,6 +56,7 @@ class DSparkLossInputs:
     l1: float
     chunk: int
     terms: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    with_grad: bool
 
 
 def draft_terms(
@@ -82,11 +83,11 @@ def losses(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The weighted loss, float64 []; every draft's chance to be accepted, [N, D]; the sums [D, 5] in float64 in the
     order of `SUMS`; and the gradients of the first with respect to the normed states [N, D, H], the Markov rows
-    [N, D, r] of the tokens before them and the Markov head's second table [V, r]."""
+    [N, D, r] of the tokens before them and the Markov head's second table [V, r]; none without `with_grad`."""
     blocks, (count, drafts, _) = inputs.blocks, states.shape
     weighted = torch.zeros((), dtype=torch.float64, device=states.device)
     sums = torch.zeros(drafts, len(SUMS), dtype=torch.float64, device=states.device)
-    grads = [torch.empty_like(states), torch.empty_like(markov), wide_zeros(markov_w2)]
+    grads = [torch.empty_like(states), torch.empty_like(markov), wide_zeros(markov_w2)] if inputs.with_grad else []
     chances = []
     for start in range(0, count, max(inputs.chunk // drafts, 1)):
         part = slice(start, start + max(inputs.chunk // drafts, 1))
@@ -96,16 +97,17 @@ def losses(
         labels, weights = blocks.labels[part].flatten(), inputs.weights[part]
         terms = inputs.terms(products, teacher, labels, weights.flatten(), inputs.logit_map, inputs.ce, inputs.l1)
         loss, chance, right = (term.view_as(weights) for term in terms)
-        # `products` holds the gradient of the logits since.
-        grads[0][part] = (products @ inputs.head).view_as(states[part])
-        grads[1][part] = (products @ markov_w2).view_as(markov[part])
-        add_product(grads[2], products.T, rows)
+        if grads:  # `products` holds the gradient of the logits since
+            grads[0][part] = (products @ inputs.head).view_as(states[part])
+            grads[1][part] = (products @ markov_w2).view_as(markov[part])
+            add_product(grads[2], products.T, rows)
         valid = blocks.valid[part]
         right = right * valid
         weighted += (loss * weights).double().sum()
         sums += torch.stack([loss * valid, valid, right, right.cumprod(-1), chance * valid], dim=-1).double().sum(0)
         chances.append(chance)
-    grads[2] = grads[2].to(markov_w2.dtype)  # complete, and large
+    if grads:
+        grads[2] = grads[2].to(markov_w2.dtype)  # complete, and large
     return weighted, torch.cat(chances), sums, grads
 
 
@@ -127,27 +129,3 @@ class DraftLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
         states, markov, markov_w2 = (grad * grads[0].to(grad.dtype) for grad in ctx.saved_tensors)
         return None, states, markov, markov_w2
-
-
-def metrics(sums: Mapping[str, float], drafts: int) -> dict[str, float]:
-    """The loss that is minimised, and loss, accuracy and acceptance rate per draft, from sums over all micro-batches
-    and ranks.
-
-    `simulated_acceptance_length` is 1 + sum_k (share of blocks whose drafts 1..k are all right): tokens per target
-    forward, were the target's argmaxes the tokens of the data. `confidence_loss` is that of the confidence head alone.
-    """
-    found: dict[str, float] = {}
-    length = 1.0
-    for slot in range(1, drafts + 1):
-        counted = sums[f"counted/{slot}"]
-        found[f"loss/{slot}"] = ratio(sums[f"loss/{slot}"], counted)
-        found[f"accuracy/{slot}"] = ratio(sums[f"correct/{slot}"], counted)
-        found[f"acceptance_rate/{slot}"] = ratio(sums[f"accepted/{slot}"], counted)
-        length += ratio(sums[f"prefix/{slot}"], counted)
-    total, confidence = sums["total"], sums["confidence"]
-    return {
-        "loss": ratio(sums["weighted"], total),
-        "confidence_loss": ratio(confidence, total),
-        "simulated_acceptance_length": length,
-        **found,
-    }

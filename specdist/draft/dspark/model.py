@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from specdist.core.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
-from specdist.draft.base import Drafts, Replayed, Supervision, draw
+from specdist.draft.base import Drafts, Replayed, Supervision, draw, ratio
 from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.block.blocks import Blocks
+from specdist.draft.block.metrics import RATES, metrics
 from specdist.draft.block.options import BlockDims
 from specdist.draft.block.replay import replay
 from specdist.draft.common.compiling import compiled as compiled_once
 from specdist.draft.common.precision import at_least_fp32
 from specdist.draft.dspark.config import DSparkConfig
 from specdist.draft.dspark.heads import ConfidenceHead, MarkovHead, modules
-from specdist.draft.dspark.loss import SUMS, DraftLoss, DSparkLossInputs, draft_terms, metrics
+from specdist.draft.dspark.loss import SUMS, DraftLoss, DSparkLossInputs, draft_terms
 
 
 class DSparkDraft(BlockDraft):
@@ -73,6 +74,7 @@ class DSparkDraft(BlockDraft):
             l1=config.l1_weight,
             chunk=config.loss_chunk,
             terms=self._terms,
+            with_grad=torch.is_grad_enabled(),
         )
         drafts, chances, sums = DraftLoss.apply(inputs, states, markov, self.markov_head.markov_w2.weight)
         foreseen = self.confidence_head(states, markov).to(wide)
@@ -105,4 +107,5 @@ class DSparkDraft(BlockDraft):
         return Drafts(torch.stack(tokens[1:], 1), torch.stack(logits, 1))
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        return metrics(sums, self.config.drafts)
+        found = metrics(sums, self.config.drafts, RATES | {"acceptance_rate": "accepted"})
+        return found | {"confidence_loss": ratio(sums["confidence"], sums["total"])}
