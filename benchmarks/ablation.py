@@ -4,7 +4,8 @@
     python -m benchmarks.ablation configs/quickstart.yaml --seeds 0 1 2 \\
         --point draft.eagle3.loss=kl --point "draft.eagle3.loss=argmax draft.eagle3.pairs=all"
 
-The other words are those of all runs. A run that is finished is not made again.
+The other words are those of all runs. A run that is finished is not made again. Drafts that cannot be replayed at a
+temperature need the word evaluate.temperature=0, which is told before the first run; what a run did not measure is `-`.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ def row(point: str, runs: Sequence[RunSummary], draft_tokens: Sequence[int]) -> 
     """A line of the table, of one point's runs."""
     found = [run.details["evaluation"]["after"] for run in runs]
     by_seed = ", ".join(f"{one['acceptance_length']:.3f}" for one in found)
-    shorter = [f"{mean(one[f'acceptance_length/{k}'] for one in found):.3f}" for k in draft_tokens]
-    expected = f"{mean(one['expected_acceptance_length'] for one in found):.3f}"
+    keys = [*(f"acceptance_length/{k}" for k in draft_tokens), "expected_acceptance_length"]
+    means = [f"{mean(one[key] for one in found):.3f}" if all(key in one for one in found) else "-" for key in keys]
     speed = f"{mean(run.details['training']['tokens_per_s'] for run in runs):,.0f}"
-    return f"| {' | '.join([f'`{point}`', by_seed, *shorter, expected, speed])} |"
+    return f"| {' | '.join([f'`{point}`', by_seed, *means, speed])} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

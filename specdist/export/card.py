@@ -14,6 +14,8 @@ from specdist.export.config_json import CONFIG, OURS, read_config
 from specdist.export.serving import commands_of
 
 CARD = "README.md"
+FILES = ("data", "prompts.files", "prompts.holdout", "prompts.chat_template")
+"""Keys of what is ours in config.json whose words may be relative paths."""
 
 
 def model_card(config: Mapping[str, Any], name: str) -> str:
@@ -60,23 +62,25 @@ def push(directory: Path, name: str) -> str:
     return hub.push(files, name, f"Draft of step {config[OURS].get('step', 'unknown')}, by specdist")
 
 
-def _public(value: Any) -> Any:
-    """`value` of JSON without the directories of this machine."""
+def _public(value: Any, file: bool = False) -> Any:
+    """`value` of JSON without the directories of this machine. `file`: whether its words are files or on the Hub."""
     if isinstance(value, dict):
-        return {key: _public(entry) for key, entry in value.items()}
+        return {key: _public(entry, file or key in FILES) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_public(entry) for entry in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+        return [_public(entry, file) for entry in value]
+    if not isinstance(value, str) or value.startswith("hub:"):
+        return value
+    return Path(value).name if file or value.startswith(("/", "~")) else value
 
 
 def _front_matter(ours: Mapping[str, Any], algorithm: str, engines: list[str]) -> list[str]:
     """YAML, of which JSON is a part."""
     keys: dict[str, Any] = {"license": "unknown"}
     if _on_hub(ours["target"]):
-        keys |= {"base_model": ours["target"]}
+        keys["base_model"] = ours["target"]
     if data := [_dataset(name) for name in ours.get("data") or () if name.startswith("hub:")]:
         keys["datasets"] = data
-    keys |= {"pipeline_tag": "text-generation"}
+    keys["pipeline_tag"] = "text-generation"
     keys["tags"] = ["speculative-decoding", "draft-model", algorithm, "specdist", *engines]
     return ["---", *(f"{key}: {json.dumps(value)}" for key, value in keys.items()), "---", ""]
 

@@ -42,3 +42,9 @@ def test_every_recipe_runs_with_every_seed(monkeypatch: pytest.MonkeyPatch, caps
         "| `a.b=1` | 2.000, 3.000 | 1.250 | 1.500 | 1,234 |",
         "| `a.b=2 c=x` | 4.000, 5.000 | 2.250 | 1.500 | 1,234 |",
     ]
+
+
+def test_what_a_run_did_not_measure_is_a_dash() -> None:
+    details = {"evaluation": {"after": {"acceptance_length": 2.0}}, "training": {"tokens_per_s": 10.0}}
+    runs: list[Any] = [SimpleNamespace(details=details)]
+    assert ablation.row("a.b=1", runs, [5]) == "| `a.b=1` | 2.000 | - | - | 10 |"

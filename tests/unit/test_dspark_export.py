@@ -190,7 +190,7 @@ def test_defaults_are_those_of_the_paper_and_the_configurations_that_ship_are_wh
     assert (shares["greedy"].ce_weight, shares["greedy"].l1_weight) == (0.5, 0.5)
     assert DSpark(DSparkConfig(l1_weight=0.2), "sampled").config == DSparkConfig(ce_weight=0.1, l1_weight=0.2)
     assert options.captured_layers(36) == (1, 9, 17, 25, 33)
-    assert large.evaluate.draft_tokens == options.block_size
+    assert (large.evaluate.draft_tokens, DSpark(options).draft_tokens(large.export)) == (None, options.block_size)
     job = load_job(["configs/quickstart.yaml", "configs/quickstart-dspark.yaml"])
     examine(job)
     with pytest.raises(ConfigError, match=r"evaluate\.draft_tokens=6 is more than the 5 that a block drafts"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GptOssConfig, LlamaConfig, Qwen3Config
+from transformers import GptOssConfig, LlamaConfig, PretrainedConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from specdist.core.config import load
@@ -13,6 +13,7 @@ from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import TargetVocabulary
 from specdist.draft.build import build_draft, parameter_count
 from specdist.draft.common.rotary import Rotary, rotate
+from specdist.draft.common.sizes import rope_parameters
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.config import DraftConfig, draft_config
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
@@ -186,6 +187,14 @@ def test_rope_that_depends_on_the_length_is_left_out_and_refused_where_it_is_ask
     for scaling in (None, False):
         dims = Eagle3Dims.of(Eagle3Config(rope_scaling=scaling), target)
         assert dims.rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
+
+
+def test_yarn_without_the_length_that_it_stretches_is_refused() -> None:
+    target = PretrainedConfig()
+    target.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ConfigError, match=r"draft\.eagle3\.rope_scaling takes the target's YaRN"):
+        rope_parameters(target, None, "draft.eagle3")
+    assert rope_parameters(target, False, "draft.eagle3") == {"rope_type": "default", "rope_theta": 1e4}
 
 
 def test_sizes_follow_the_target_and_the_config() -> None:

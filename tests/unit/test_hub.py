@@ -140,8 +140,9 @@ def test_what_another_program_has_left_in_the_cache_is_completed(server: Hub, tm
 def test_an_export_is_put_there_under_a_card_of_its_name(server: Hub, tmp_path: Path, repositories: Path) -> None:
     draft = tmp_path / "draft"
     draft.mkdir()
-    data = ["hub:org/chat/short:train", str(tmp_path / "a.jsonl")]
-    ours = {"target": "org/tiny", "draft_tokens": 3, "step": 7, "data": data, "configuration": {"prompts.files": data}}
+    data = ["hub:org/chat/short:train", str(tmp_path / "a.jsonl"), "private/b.jsonl", "../private/*.jsonl"]
+    keys = {"prompts.files": data, "prompts.chat_template": "private/chat.jinja", "draft.eagle3.loss": "kl"}
+    ours = {"target": "org/tiny", "draft_tokens": 3, "step": 7, "data": data, "configuration": keys}
     config = {"architectures": ["LlamaForCausalLMEagle3"], "torch_dtype": "bfloat16", "specdist": ours}
     files = {"config.json": json.dumps(config), "model.safetensors": "weights", "README.md": "of this machine"}
     for name, text in files.items():
@@ -162,11 +163,14 @@ def test_an_export_is_put_there_under_a_card_of_its_name(server: Hub, tmp_path: 
     card = there.pop("README.md")
     assert there["model.safetensors"] == "weights"
     said = json.loads(there["config.json"])["specdist"]
-    assert said["data"] == said["configuration"]["prompts.files"] == ["hub:org/chat/short:train", "a.jsonl"]
+    assert said["data"] == ["hub:org/chat/short:train", "a.jsonl", "b.jsonl", "*.jsonl"]
+    told = {"prompts.files": said["data"], "prompts.chat_template": "chat.jinja", "draft.eagle3.loss": "kl"}
+    assert said["configuration"] == told
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["base_model"], front["license"], front["datasets"]) == ("org/tiny", "unknown", ["org/chat"])
     assert "--speculative-draft-model-path org/new" in card
     assert str(tmp_path) not in card + there["config.json"]
+    assert "private" not in card + there["config.json"]
 
 
 def test_a_directory_wins(server: Hub, tmp_path: Path) -> None:

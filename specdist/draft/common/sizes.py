@@ -33,9 +33,10 @@ class LayerOptions:
     """What a draft's section of the configuration says about its decoder layers."""
 
     intermediate_size: int | None = None
-    """Width of the draft's MLPs; default the target's."""
+    """Width of the draft's MLPs; default the target's, or three hidden sizes where that is an expert's or not
+    stated."""
     num_attention_heads: int | None = None
-    """Query heads of the draft; default the target's."""
+    """Query heads of the draft; default the target's, or one for every 128 of the hidden size."""
     num_key_value_heads: int | None = None
     """Key and value heads of the draft; default the target's."""
     head_dim: int | None = None
@@ -199,5 +200,11 @@ def rope_parameters(config: PretrainedConfig, scaling: bool | None, section: str
     # transformers takes both from elsewhere where they are missing; engines do not
     length = written.get("max_position_embeddings") or 0
     original = kept.get("original_max_position_embeddings") or length
+    if not original:
+        raise ConfigError.at(
+            f"{section}.rope_scaling",
+            "takes the target's YaRN, which states neither original_max_position_embeddings nor "
+            "max_position_embeddings: false goes without it",
+        )
     factor = kept.get("factor") or length / original
     return yarn.plain(kept | {"original_max_position_embeddings": original, "factor": factor})
