@@ -122,7 +122,10 @@ class Producer:
     def _launch(self, dispatch: Dispatch) -> None:
         item = self._items[dispatch.item]
         self._client.phase = f"forward of item {item.index}"
-        self._profile.reach(self._running[0].item.index if self._running else item.index, item.index)
+        oldest = self._running[0].item.index if self._running else item.index
+        if self._profile.ends_at(oldest):
+            self._sender.flush(self._timeout_s)  # a send that is under way would be missing
+        self._profile.reach(oldest, item.index)
         with span("pack", item.index, tokens=item.tokens):
             batch = self._prompts.pack([s for shard in item.shards for s in shard.sequences])
         if self._verify_left > 0:

@@ -138,6 +138,10 @@ class Profile:
         if oldest >= self._items.stop:
             self._over.set()
 
+    def ends_at(self, oldest: int) -> bool:
+        """Whether `reach` with this oldest item ends the recording."""
+        return self._is_started() and not self._over.is_set() and oldest >= self._items.stop
+
     def count_slots(self, lowest: int, highest: int, counts: dict[str, int]) -> None:
         """The state of a ring's slots now, while the items `lowest` to `highest` are on their way; rank 0 calls it."""
         if not self.on:
