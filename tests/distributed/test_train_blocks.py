@@ -46,9 +46,12 @@ def words(directory: Path, material, algorithm: str = "dflash", **overrides) -> 
     return make_config(directory, *material, **(settings | overrides))
 
 
+def records(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (directory / "run/metrics.jsonl").read_text().splitlines()]
+
+
 def losses(directory: Path) -> list[tuple[int, float, float]]:
-    records = [json.loads(line) for line in (directory / "run/metrics.jsonl").read_text().splitlines()]
-    return [(r["step"], r["loss"], r["grad_norm"]) for r in records if "loss" in r]
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records(directory) if "loss" in r]
 
 
 def run(ranks: int, directory: Path, material, **overrides) -> str:
@@ -104,8 +107,11 @@ def test_what_was_trained_is_served(tmp_path, material, runs, algorithm, capsys)
     """Decoding with the export leaves the text as it is, and a run that starts from it goes on."""
     undisturbed = runs(algorithm)
     summary = json.loads((undisturbed / "run/summary.json").read_text())
+    lengths = {r["step"]: r["held_out/acceptance_length"] for r in records(undisturbed) if "held_out/loss" in r}
+    assert lengths.keys() == {0, 4, STEPS}
+    assert summary["evaluation"]["after"]["step"] == min((4, STEPS), key=lambda step: (-lengths[step], step))
+    assert [Path(export).name for export in summary["exports"]] == ["sglang", "speculators"]
     export = summary["exports"][0]
-    assert summary["evaluation"]["after"]["step"] in (4, STEPS)  # the better one
     job = words(tmp_path, material, algorithm, run__dir=undisturbed / "run")
     job.append(f"evaluate.prompts=[{material[1].parent / 'held.jsonl'}]")
     assert main(["eval", "--decode", *job, "--draft", export, "--output", str(tmp_path / "report.json")]) == 0

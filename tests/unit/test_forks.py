@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 
 import psutil
 
@@ -17,25 +18,38 @@ def test_a_client_and_its_fork_that_are_killed_at_once_end_nothing_else(tmp_path
     script.write_text("import time; time.sleep(60)")
     python = forks.python()
     client = subprocess.Popen([python, script])
-    while len(forks.family(client.pid)) < 2:
-        time.sleep(0.01)
-    _, fork = forks.family(client.pid)
+    asks = psutil.Process(client.pid)
+    _wait_until(lambda: forks.fork_of(asks) != asks)
+    fork = forks.fork_of(asks)
     server = fork.parent()
     server.suspend()  # so that it hears of both at once, the fork's end first
-    fork.kill()
-    client.kill()
-    client.wait()
-    with socket.socket(socket.AF_UNIX) as killed:  # a client that has not said what it wants
-        killed.connect(os.path.join(os.environ["SPECDIST_FORKS"], "socket"))
-    server.resume()
+    try:
+        _wait_until(lambda: server.status() == psutil.STATUS_STOPPED)
+        fork.kill()
+        _wait_until(lambda: fork.status() == psutil.STATUS_ZOMBIE)
+        client.kill()
+        client.wait()
+        with socket.socket(socket.AF_UNIX) as killed:  # a client that has not said what it wants
+            killed.connect(os.path.join(os.environ["SPECDIST_FORKS"], "socket"))
+    finally:
+        server.resume()
     _runs(python, tmp_path)
-    assert not fork.is_running() or fork.status() == psutil.STATUS_ZOMBIE
+    assert not fork.is_running()
+    note = os.path.join(os.environ["SPECDIST_FORKS"], str(client.pid))
+    assert not os.path.exists(note)  # whoever gets the number of the client has no fork
 
 
 def test_a_fork_ends_as_its_client_is_told_to(tmp_path):
     script = tmp_path / "ends.py"
     script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert subprocess.run([forks.python(), script], check=False).returncode == -signal.SIGKILL
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def _runs(python: str, tmp_path) -> None:
