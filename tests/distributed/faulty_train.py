@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """specdist.train with a fault in its target rank: `python -m tests.distributed.faulty_train FAULT [key=value ...]`.
 
-forward  the third forward raises
+forward  the third forward raises, when the first step is recorded
 signal   SIGTERM arrives while the target is being loaded
 """
 
@@ -11,8 +11,10 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+from specdist.core.run_paths import RunPaths
 from specdist.core.stop import leave
 from specdist.run import context as rank
 from specdist.target.base import TargetModel
@@ -24,6 +26,14 @@ class DefectError(RuntimeError):
     """What the fault raises."""
 
 
+def await_a_record() -> None:
+    (directory,) = [word.removeprefix("run.dir=") for word in sys.argv if word.startswith("run.dir=")]
+    deadline, metrics = time.monotonic() + 60, RunPaths(Path(directory)).metrics
+    while not (metrics.exists() and metrics.read_text()):
+        assert time.monotonic() < deadline, "no step within 60 s"
+        time.sleep(0.02)
+
+
 def failing_forward(*arguments: Any) -> TargetModel:
     engine = load_target(*arguments)
     forward, calls = engine.forward, []
@@ -31,7 +41,7 @@ def failing_forward(*arguments: Any) -> TargetModel:
     def fail(*batch: Any) -> None:
         calls.append(batch)
         if len(calls) == 3:
-            time.sleep(3.0)  # every draft rank has begun with the items before
+            await_a_record()  # of a step with the gradients of every draft rank
             raise DefectError("a defect in the forward")
         forward(*batch)
 
