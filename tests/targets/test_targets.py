@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from specdist.target.hf.against_transformers import TESTED
+from tests.targets.__main__ import said
 from tests.targets.families import FAMILIES
 from tests.targets.walk import DRAFTS, walk
 
@@ -38,7 +39,6 @@ REFUSED = {
     "longcat_flash": "two layers in each of its blocks",
 }
 SCALED = "as it is: serve with vLLM (export.formats=[speculators])"
-DOCUMENT_BY_DOCUMENT = {"qwen3_5", "nemotron_h", "bloom", "falcon_h1", "lfm2", "phi3 longrope", "llama4"}
 ROWS = [
     pytest.param(
         name, algorithm, marks=[] if algorithm in EVERY_TIME.get(name, "") or name in REFUSED else pytest.mark.targets
@@ -48,27 +48,32 @@ ROWS = [
 ]
 
 
+def page() -> dict[str, dict[str, str]]:
+    """The cells of docs/targets.md, by family and column."""
+    lines = (Path(__file__).parents[2] / "docs/targets.md").read_text().splitlines()
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|"))
+    return {row[0].strip("`"): dict(zip(head, row, strict=True)) for row in rows}
+
+
 @pytest.mark.parametrize(("name", "algorithm"), ROWS)
-def test_a_target_is_right_or_refused(name: str, algorithm: str, tmp_path: Path) -> None:
+def test_a_target_is_what_the_page_says_or_refused(name: str, algorithm: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    outcome = walk(FAMILIES[name], algorithm, tmp_path)
+    outcome, told = walk(FAMILIES[name], algorithm, tmp_path), page()[name]
     refused = SCALED if name.startswith(("gemma3", "gemma4")) and algorithm != "eagle3" else None
     if (refused := REFUSED.get(name, refused)) is not None:
         assert outcome.refused is not None
         assert refused in outcome.refused
         assert "\n" not in outcome.refused
+        assert told[algorithm] == said(outcome.refused)
         return
     assert outcome.refused is None
-    if name in DOCUMENT_BY_DOCUMENT:
-        assert not outcome.packed
-    elif name in EVERY_TIME:
-        assert outcome.packed
+    assert told[algorithm] == "right"
+    assert told["prefill"] == ("packed" if outcome.packed else "one by one")
+    assert told["decoding"] == ("no" if outcome.decodes else "yes")
 
 
 def test_the_page_has_every_family() -> None:
-    page = (Path(__file__).parents[2] / "docs/targets.md").read_text()
-    missing = [name for name in FAMILIES if f"| `{name}` |" not in page]
-    assert not missing, "run python -m tests.targets"
+    assert list(page()) == list(FAMILIES), "run python -m tests.targets"
 
 
 def test_the_tested_list_is_the_table() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdist.core.errors import UserError
+from specdist.core.errors import ConfigError, UserError
 from specdist.core.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
 from specdist.draft.base import DraftModel
 from specdist.draft.build import build_draft
@@ -20,7 +20,7 @@ from specdist.evaluate.config import EvaluateConfig
 from specdist.evaluate.decoding import decode
 from specdist.evaluate.replay import ReplayTally, tally_answers
 from specdist.evaluate.target import EvaluationTarget
-from specdist.export import Trained, export_draft, load_exported
+from specdist.export import ExportConfig, Trained, export_draft, load_exported
 from specdist.job.config import examine, load_job
 from specdist.job.plan import make_plan, render
 from specdist.target.head import WithHead
@@ -90,11 +90,13 @@ def walk(family: Family, algorithm: str, path: Path, engine: str = "hf") -> Outc
     check_teacher(plain, vocabulary, batch)
     draft = build_draft(job.draft, target.config, vocabulary)
     train(draft, batch, features)
+    decodes = None
     try:
-        decodes = None
-        check_replay(job.draft, draft, target, layout, model)
-    except UserError as refused:
+        decoder = EvaluationTarget.load(target, layout, CPU, torch.float32)
+    except ConfigError as refused:
         decodes = str(refused)
+    else:
+        check_replay(draft, decoder, layout, model)
     check_exports(job.draft, draft, target, path)
     return Outcome(None, getattr(model.model, "packs", True), decodes, error)
 
@@ -163,10 +165,8 @@ def train(draft: DraftModel, batch: PackedTokens, features: Features, steps: int
     assert losses[-1] < losses[0], f"the loss does not fall: {losses}"
 
 
-def check_replay(config: DraftConfig, draft: DraftModel, target: Any, layout: FeatureLayout, model: WithHead) -> None:
-    """Replay needs the forwards of decoding, and the text is told to be the target's own. Raises ConfigError where the
-    target cannot decode."""
-    decoder = EvaluationTarget.load(target, layout, CPU, torch.float32)
+def check_replay(draft: DraftModel, decoder: EvaluationTarget, layout: FeatureLayout, model: WithHead) -> None:
+    """Replay needs the forwards of decoding, and the text is told to be the target's own."""
     prompts = [ids.tolist() for ids in make_batch((3, 9, 30)).tokens.split([3, 9, 30])]
     replies = [
         reply.tokens for reply in decode(decoder, prompts, EvaluateConfig(max_new_tokens=TOKENS, draft_tokens=4))
@@ -188,6 +188,10 @@ def check_replay(config: DraftConfig, draft: DraftModel, target: Any, layout: Fe
 
 def check_exports(config: DraftConfig, draft: DraftModel, target: Any, path: Path) -> None:
     state = {name: p.detach() for name, p in draft.state_dict().items()}
+    options = ExportConfig(dtype="float32")
     for format in config.chosen.formats:
         trained = Trained(state, torch.arange(target.vocab_size), target.config, str(target.path), None)
-        load_exported(export_draft(path / format, format, config, trained))
+        read = load_exported(export_draft(path / format, format, config, trained, options)).state
+        assert read.keys() == state.keys()
+        wrong = [name for name, tensor in state.items() if not torch.equal(read[name], tensor)]
+        assert not wrong, f"{format}: {wrong} are not what was trained"
