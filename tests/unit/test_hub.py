@@ -234,16 +234,19 @@ def test_the_command_ends_though_another_program_holds_a_file_of_the_cache(serve
     tool = "from huggingface_hub import *; hf_hub_download('org/tiny', 'config.json')"
     environment = client_environment(server.endpoint, tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="60")
     other = start(["-c", tool], environment)
-    while not any(line.startswith("GET") and line.endswith("config.json") for line in server.asked):
-        time.sleep(0.05)
-    server.silent = lambda asked: False
-    words = ["plan", "target.path=org/tiny", "prompts.files=[x]", "run.dir=x", "draft.dp=1"]
-    process = start(["-c", COMMAND, *words], environment)
-    _, err = process.communicate(timeout=60)
+    try:
+        while not any(line.startswith("GET") and line.endswith("config.json") for line in server.asked):
+            assert other.poll() is None, other.communicate()
+            time.sleep(0.05)
+        server.silent = lambda asked: False
+        words = ["plan", "target.path=org/tiny", "prompts.files=[x]", "run.dir=x", "draft.dp=1"]
+        process = start(["-c", COMMAND, *words], environment)
+        _, err = process.communicate(timeout=60)
+    finally:
+        other.kill()
+        other.communicate()
     assert process.returncode == 2
     assert f"or another program holds a lock under {tmp_path / 'hub/.locks'}" in err
-    other.kill()
-    other.communicate()
 
 
 def test_data_sets_are_the_arrow_files_of_a_split(server: Hub, tmp_path: Path) -> None:

@@ -96,15 +96,29 @@ def test_what_a_run_says(tmp_path):
         >= {"prompts.files": ['["a.jsonl"]', "[]"], "target.path": ["models/tiny", "(required)"]}.items()
     )
     assert "draft.dp" not in differing
-    parts = times(run)
-    assert parts["draft"] | {"start-up": 0} == parts["draft"] | {"start-up": 0, "waiting for the other role": 20.0}
-    assert (parts["draft"]["computing"], parts["target"]["computing"]) == (60.0, 80.0)
-    assert parts["draft"]["evaluating"] == 12.0
     charts = {chart.id: chart for chart in make_charts([run])}
     assert [t["y"] for t in charts["acceptance"].traces] == [(1.0, 1.5, 3.0), (1.5,) * 4]
     (start, _) = charts["start-up"].traces
     assert start["y"] == ["starting processes", "importing", "loading the target"]
     assert start["x"][:2] == pytest.approx([1.0, 2.0], abs=1e-3)
+
+
+def test_where_the_time_went(tmp_path):
+    """Start-up 5 s and 6 s, four records of ten steps at 2 s, three evaluations of 4 s, 7 s to the end."""
+    run_dir = make_run(tmp_path / "run")
+    for rank, ended in ((0, 5.0), (1, 6.0)):
+        file = run_dir / f"logs/7.0/start-up/rank-{rank}.json"
+        start = json.loads(file.read_text())
+        file.write_text(json.dumps(start | {"ended": start["parts"][0]["began"] + ended}))
+    (run,) = read_runs([run_dir])
+    last = max(record["time"] for record in (*run.training, *run.held_out))
+    file = run_dir / "logs/7.0/outcome.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"time": last + 7.0}))
+    common = {"evaluating": 12.0, "saving and exporting": pytest.approx(7.0, abs=1e-3)}
+    assert times(run) == {
+        "draft": {"start-up": 6.0, "computing": 60.0, "waiting for the other role": 20.0, **common},
+        "target": {"start-up": 5.0, "computing": 80.0, **common},
+    }
 
 
 def test_runs_side_by_side(tmp_path):

@@ -44,7 +44,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 6},
     "gemma2": {"sliding_window": 6, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
     "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 8},
-    "gpt_oss": {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": MOE,
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
@@ -138,7 +137,9 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1)).max().item()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "mistral", "mixtral"])  # more: tests/targets
+@pytest.mark.parametrize(  # more: tests/targets
+    "kind", ["llama", "qwen3", "gpt_neox", "gpt2", "opt", "mistral", "mixtral"]
+)
 def test_packed_equals_plain_transformers(kind: str, tmp_path: Path) -> None:
     path, batch = make_model(kind, tmp_path), make_batch()
     engine = make_engine(path)
