@@ -7,6 +7,7 @@ The weights need not be there yet: what is asked of them then follows from confi
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from specdist.target.weights import StoredTensor, stored_tensors, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_BESIDE_TEXT = re.compile(r"(^|\.)(vision\w*|visual|audio\w*|mtp\w*)\.")
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,13 @@ class TargetDescription:
     def _described_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.blank().parameters())
 
+    @cached_property
+    def _beside_text(self) -> int:
+        """Parameters that no token of text meets in the forward."""
+        if not self.complete:
+            return sum(p.numel() for name, p in self.blank().named_parameters() if _BESIDE_TEXT.search(name))
+        return sum(tensor.elements for name, tensor in self.tensors.items() if _BESIDE_TEXT.search(name))
+
     @property
     def checkpoint_bytes(self) -> int:
         """Where it is not there, as if it were not quantised."""
@@ -148,11 +158,12 @@ class TargetDescription:
     def flops(self, lengths: Sequence[int]) -> float:
         """Floating-point operations of the layers for sequences of these lengths, causal attention counted by half.
 
-        The layers' weights are all parameters but the embedding and the head: for a dense model.
+        The layers' weights are all parameters but the embedding, the head, encoders of images and sound, and layers
+        that predict further tokens: for a dense model.
         """
         tables = (1 if self.tied else 2) * self.vocab_size * self.hidden_size
         attention = 2.0 * self.layers * (self.heads or 0) * self.head_dim * sum(n * n for n in lengths)
-        return 2.0 * (self.parameters - tables) * sum(lengths) + attention
+        return 2.0 * (self.parameters - self._beside_text - tables) * sum(lengths) + attention
 
     def kv_values_per_token(self, tp: int) -> int:
         """Numbers that one of `tp` ranks keeps of a token for attention, in all layers."""

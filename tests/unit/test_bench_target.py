@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.target import TargetSpeed, main, render
 from specdist.target.description import TargetDescription, describe
+from tests.targets.families import FAMILIES
 from tests.tiny import make_target
 
 pytestmark = pytest.mark.usefixtures("forked_worlds")
@@ -23,12 +24,24 @@ def test_operations_of_the_qwen3_8b_shape() -> None:
     tables = 2 * 151936 * 4096
     facts = SimpleNamespace(
         tied=False, vocab_size=151936, hidden_size=4096, heads=32, layers=36, parameters=36 * layer + tables,
-        head_dim=128,
+        head_dim=128, _beside_text=0,
     )  # fmt: skip
     # A query meets (n + 1) / 2 keys on average, in two products of 4096 columns
     assert TargetDescription.flops(facts, [2048] * 4) == pytest.approx(  # type: ignore[arg-type]
         2 * 36 * layer * 8192 + 4 * 36 * 4096 * 4 * 2048 * 2049 / 2, rel=1e-4
     )
+
+
+def test_a_text_costs_no_encoder_of_images(tmp_path: Path) -> None:
+    family = FAMILIES["qwen3_vl"]
+    family.write_config(tmp_path)
+    described = describe(tmp_path, weights=False)
+    layers = described.blank().get_decoder().parameters()
+    tables, heads = described.vocab_size * described.hidden_size, (described.heads or 0) * described.head_dim
+    expected = 2 * (sum(p.numel() for p in layers) - tables) + 2 * described.layers * heads
+    assert described.flops([1]) == pytest.approx(expected)
+    family.write_weights(tmp_path)
+    assert describe(tmp_path).flops([1]) == pytest.approx(expected)
 
 
 def test_a_run_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
