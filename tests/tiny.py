@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -58,19 +59,38 @@ def make_target(directory: Path, seed: int = 0, layers: int = 6, hidden: int = 3
     return directory
 
 
-def make_conversations(path: Path, count: int = 40, seed: int = 0) -> Path:
-    """Conversations of one or two exchanges and very different lengths."""
+def greedy_replies(target: Path) -> Callable[[list[dict[str, str]], int], str]:
+    """What a target made by `make_target` answers in so many tokens: its argmax where that is a visible ASCII
+    character, else the likeliest of these."""
+    tokenizer, model = make_tokenizer(), LlamaForCausalLM.from_pretrained(target)
+    visible = set(tokenizer.convert_tokens_to_ids([chr(byte) for byte in range(33, 127)]))
+    others = [token for token in range(len(tokenizer)) if token not in visible]
+
+    def reply(messages: list[dict[str, str]], tokens: int) -> str:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        written = model.generate(**ids, max_new_tokens=tokens, do_sample=False, suppress_tokens=others)
+        return str(tokenizer.decode(written[0, ids["input_ids"].shape[1] :]))
+
+    return reply
+
+
+def make_conversations(path: Path, count: int = 40, seed: int = 0, own: Path | None = None) -> Path:
+    """Conversations of one or two exchanges and very different lengths. Every second one of those for a target, `own`,
+    has its replies, many of whose tokens are its argmax."""
     chance = random.Random(seed)
+    answer = own and greedy_replies(own)
 
     def say(words: int) -> str:
         return " ".join(chance.choice(WORDS) for _ in range(words))
 
     with path.open("w") as file:
-        for _ in range(count):
-            messages = []
+        for number in range(count):
+            messages: list[dict[str, str]] = []
             for _ in range(chance.randint(1, 2)):
                 messages.append({"role": "user", "content": say(chance.randint(1, 8))})
-                messages.append({"role": "assistant", "content": say(chance.randint(1, 20))})
+                words = say(chance.randint(1, 20))
+                content = answer(messages, len(words)) if answer and number % 2 else words
+                messages.append({"role": "assistant", "content": content})
             file.write(json.dumps({"messages": messages}) + "\n")
     return path
 

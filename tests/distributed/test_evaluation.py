@@ -23,8 +23,9 @@ STEPS = 8
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     directory = tmp_path_factory.mktemp("material")
-    make_conversations(directory / "held.jsonl", 6, seed=1)
-    return make_target(directory / "target"), make_conversations(directory / "prompts.jsonl")
+    target = make_target(directory / "target")
+    make_conversations(directory / "held.jsonl", 6, seed=1, own=target)
+    return target, make_conversations(directory / "prompts.jsonl")
 
 
 def words(directory: Path, material, **overrides) -> list[str]:
@@ -75,7 +76,7 @@ def test_it_is_evaluated_before_in_between_and_at_the_end(evaluated):
     for name in ("loss", "acceptance_length", "acceptance_length/1", "accepted/1", "agreement", "speedup/5"):
         assert f"held_out/{name}" in names
     assert names["held_out/acceptance_length"] >= 1
-    assert names["held_out/agreement"] < 0.5  # words at random are not what the target would write
+    assert 0.1 < names["held_out/agreement"] < 0.5  # a part of the text is what the target would write
 
 
 def test_it_leaves_a_page_with_starts_and_answers(evaluated):

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from specdist.core.progress import committed
+from specdist.evaluate.replay import ReplayReport
 from tests.distributed.worlds import kill_all, mooncake_loads, ranks_below, start_command, start_torchrun, train
 from tests.tiny import make_config, make_conversations, make_target
 
@@ -151,7 +152,7 @@ def items_of(said: str) -> int:
 
 def test_two_worlds_train_as_one(worlds, undisturbed, tmp_path):
     """What is held out is evaluated between them too, an item each time, and leaves no trace in the losses."""
-    held = make_conversations(tmp_path / "held.jsonl", 3, seed=1)
+    held = make_conversations(tmp_path / "held.jsonl", 3, seed=1, own=worlds.material[0])
     evaluated = {"prompts__holdout": f"[{held}]", "evaluate__every": 8}
     target = worlds.target(**evaluated)
     worlds.end(worlds.draft(trace__steps=2, trace__start=3, **evaluated))
@@ -159,8 +160,10 @@ def test_two_worlds_train_as_one(worlds, undisturbed, tmp_path):
     assert losses(worlds.directory) == undisturbed
     run = worlds.directory / "run"
     assert {path.name for path in (run / "evaluations").iterdir()} == {f"step-{n:08d}.json" for n in (0, 8, STEPS)}
-    agreed = [json.loads(path.read_text())["agreed"] for path in (run / "evaluations").iterdir()]
-    assert agreed == [agreed[0]] * 3  # of the text and the target alone
+    reports = [ReplayReport.from_dict(json.loads(path.read_text())) for path in (run / "evaluations").iterdir()]
+    agreement = [report.agreement for report in reports]
+    assert agreement == [agreement[0]] * 3  # of the text and the target alone
+    assert 0.1 < agreement[0] < 1
     assert not (run / "scheduler.json").exists()
     assert len(list((run / "logs").iterdir())) == len(list((run / "targets").glob("*/logs/*"))) == 1
     summary = json.loads((run / "summary.json").read_text())

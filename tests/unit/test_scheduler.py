@@ -41,7 +41,7 @@ def test_items_go_in_order_to_the_least_busy_replica() -> None:
     ]
     assert scheduler.on_computed(6, 1, 1.0) == Deliver(6, 1, 1)
     assert scheduler.on_computed(8, 1, 2.0) == Deliver(8, 1, 3)
-    assert scheduler.on_computed(5, 0, 2.0) == Deliver(5, 0, 0)
+    assert scheduler.on_computed(5, 0, 2.0, (3, 4)) == Deliver(5, 0, 0, (3, 4))
     assert scheduler.next_dispatches(2.0) == [Dispatch(9, 1, 4), Dispatch(10, 0, 5), Dispatch(11, 1, 6)]
 
 
