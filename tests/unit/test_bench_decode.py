@@ -32,3 +32,20 @@ def test_a_run_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         assert 1 <= speed.acceptance_length < 2
         assert speed.ratio == pytest.approx(speed.tokens_per_s / speed.alone_tokens_per_s)
         assert speed.cost == pytest.approx(speed.acceptance_length / speed.ratio)
+
+
+def test_the_table_of_a_speed() -> None:
+    speed = DecodeSpeed(
+        batch=32,
+        prompts=64,
+        tokens=8192,
+        alone_tokens_per_s=1234.6,
+        tokens_per_s=2469.2,
+        ratio=2.0,
+        acceptance_length=2.5,
+        cost=1.25,
+    )
+    assert render([speed]) == (
+        "batch  prompts  alone, tokens/s  with the draft  ratio  acceptance length  cost of a forward\n"
+        "32          64            1,235           2,469   2.00               2.50               1.25"
+    )
