@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -54,6 +56,13 @@ class Case(Generic[D]):
         start = sum(len(d) for d in self.documents[:document])
         rows = self.rows[start : start + len(self.documents[document])]
         return replace(self, documents=[self.documents[document]], masks=[self.masks[document]], rows=rows)
+
+
+def change(directory: Path, **keys: object) -> None:
+    """Set keys of an export's config.json; those that are None are taken out."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | keys
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
 def batch_equals_single(draft: DraftModel, cases: Sequence[Case[Any]], count: int) -> None:

@@ -88,12 +88,16 @@ def test_more_tokens_than_a_block_has(tmp_path: Path, material: tuple[Path, Path
         load_job([], words(tmp_path, material, draft__dflash__block_size=4, evaluate__draft_tokens=4, **prompts))
 
 
-def test_as_many_tokens_are_drafted_as_a_server_is_told_to(tmp_path: Path, material: tuple[Path, Path]) -> None:
-    keys = {"draft__dflash__block_size": 4, "draft__dflash__mask_token_id": 256}
-    assert load_job([], words(tmp_path, material, **keys)).draft_tokens == 3
+@pytest.mark.parametrize(("algorithm", "block", "tokens"), [("dflash", 4, 3), ("dspark", 4, 4)])
+def test_as_many_tokens_are_drafted_as_a_server_is_told_to(
+    tmp_path: Path, material: tuple[Path, Path], algorithm: str, block: int, tokens: int
+) -> None:
+    section = f"draft__{algorithm}__"
+    keys = {"draft__algorithm": algorithm, f"{section}block_size": block, f"{section}mask_token_id": 256}
+    assert load_job([], words(tmp_path, material, **keys)).draft_tokens == tokens
     assert load_job([], words(tmp_path, material, **keys, evaluate__draft_tokens=2)).draft_tokens == 2
     chain = {"draft__algorithm": "eagle3", "export__speculative_tokens": 6}
-    assert load_job([], words(tmp_path, material, **keys, **chain)).draft_tokens == 6
+    assert load_job([], words(tmp_path, material, **{**keys, **chain})).draft_tokens == 6
 
 
 def test_an_embedding_is_not_exported(tmp_path: Path, material: tuple[Path, Path]) -> None:

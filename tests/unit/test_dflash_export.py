@@ -22,6 +22,7 @@ from specdist.export.lint import check_directory
 from specdist.export.serving import serve_commands
 from tests.unit import dflash_reference as reference
 from tests.unit.dflash_reference import BLOCK, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MASK, VOCAB, Case, build_case
+from tests.unit.draft_case import change
 
 LAYER = {
     "self_attn.q_proj.weight": [HEADS * HEAD_DIM, HIDDEN],
@@ -176,12 +177,6 @@ def test_what_others_publish_can_be_read(case: Case, tmp_path: Path) -> None:
     change(directory, dflash_config=nested, is_causal=False, tie_word_embeddings=True)
     assert load_exported(directory).options(DFlashConfig(), reference.target_config()).block_size == BLOCK
     assert check_directory(directory) == "dflash"  # there is neither an embedding nor a head to be taken for the other
-
-
-def change(directory: Path, **keys: object) -> None:
-    path = directory / "config.json"
-    config = json.loads(path.read_text()) | keys
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
 @pytest.mark.parametrize(

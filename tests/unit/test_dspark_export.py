@@ -25,7 +25,7 @@ from specdist.export import ExportConfig, Trained, export_draft, load_exported
 from specdist.export.serving import serve_commands
 from specdist.job.config import JobConfig, examine, load_job
 from tests.unit.dflash_reference import MASK
-from tests.unit.draft_case import HIDDEN, VOCAB, Case, target_config
+from tests.unit.draft_case import HIDDEN, VOCAB, Case, change, target_config
 from tests.unit.dspark_reference import BLOCK, RANK, Reference, build_case
 
 HEADS = {
@@ -51,12 +51,6 @@ def export(
         Trained(state or case.draft.state_dict(), torch.arange(VOCAB), target_config(), "org/model"),
         ExportConfig(**{"dtype": "float32", **options}),  # type: ignore[arg-type]
     )
-
-
-def change(directory: Path, **keys: object) -> None:
-    path = directory / "config.json"
-    config = json.loads(path.read_text()) | keys
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
 def test_names_shapes_and_keys(case: Case, tmp_path: Path) -> None:
@@ -190,7 +184,6 @@ def test_defaults_are_those_of_the_paper_and_the_configurations_that_ship_are_wh
     assert (shares["greedy"].ce_weight, shares["greedy"].l1_weight) == (0.5, 0.5)
     assert DSpark(DSparkConfig(l1_weight=0.2), "sampled").config == DSparkConfig(ce_weight=0.1, l1_weight=0.2)
     assert options.captured_layers(36) == (1, 9, 17, 25, 33)
-    assert (large.evaluate.draft_tokens, DSpark(options).draft_tokens(large.export)) == (None, options.block_size)
     job = load_job(["configs/quickstart.yaml", "configs/quickstart-dspark.yaml"])
     examine(job)
     with pytest.raises(ConfigError, match=r"evaluate\.draft_tokens=6 is more than the 5 that a block drafts"):
