@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 from transformers import LlamaConfig
 
 from specdist.core.records import Features, PackedTokens, TargetVocabulary
@@ -16,6 +16,7 @@ from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.build import build_draft
 from specdist.draft.config import draft_config
 from specdist.draft.registry import ALGORITHMS
+from tests.gpu.steady import check_steady
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -114,22 +115,7 @@ def test_cuda_equals_cpu(algorithm: str) -> None:
 @pytest.mark.parametrize("algorithm", ["dflash", "dspark"])
 def test_lengths_do_not_recompile_and_nothing_waits_for_the_device(algorithm: str) -> None:
     draft = draft_of("auto", torch.bfloat16, True, algorithm=algorithm)
-    for lengths in ((700, 300), (400, 33), (40, 20)):
-        run(draft, lengths)  # compiles
-    graphs = counters["stats"]["unique_graphs"]
-    for lengths in ((50, 900), (1025,), (3, 3, 3, 640), (129, 1), (70,)):
-        run(draft, lengths)
-    assert counters["stats"]["unique_graphs"] == graphs
-
-    host = PackedTokens.from_documents([torch.arange(800)], [torch.ones(800)])
-    batch = host.to("cuda")
-    features = Features(draft.layout, torch.randn(800, draft.layout.width, device="cuda", dtype=torch.bfloat16))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        supervision = draft.supervise(batch, host, features)
-        draft(batch, features, supervision, supervision.counts)[0].backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    check_steady(draft, partial(run, draft), ((700, 300), (400, 33), (40, 20)))
 
 
 def spoken(draft: BlockDraft, rows: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from specdist.draft.eagle3.attention import eager_attention, flex_attention
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.model import Eagle3Draft
 from specdist.draft.eagle3.rows import Rows
+from tests.gpu.steady import check_steady
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -140,22 +142,7 @@ def test_an_embedding_on_the_host_is_read_as_on_the_device() -> None:
 
 def test_lengths_do_not_recompile_and_nothing_waits_for_the_device() -> None:
     draft = draft_of("auto", torch.bfloat16, True)
-    for lengths in ((700, 300), (400, 33)):
-        run(draft, lengths)  # compiles
-    graphs = counters["stats"]["unique_graphs"]
-    for lengths in ((50, 900), (1025,), (3, 3, 3, 640), (129, 1), (70,)):
-        run(draft, lengths)
-    assert counters["stats"]["unique_graphs"] == graphs
-
-    host = PackedTokens.from_documents([torch.arange(800)], [torch.ones(800)])
-    batch = host.to("cuda")
-    features = Features(draft.layout, torch.randn(800, draft.layout.width, device="cuda", dtype=torch.bfloat16))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        supervision = draft.supervise(batch, host, features)
-        draft(batch, features, supervision, supervision.counts)[0].backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    check_steady(draft, partial(run, draft), ((700, 300), (400, 33)))
 
 
 @pytest.mark.parametrize("count", [3, 9])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from specdist.draft.base import ContextShare
+from tests.unit import block_checks
 from tests.unit.dflash_reference import (
     BLOCK,
     Case,
@@ -61,14 +61,7 @@ def expected(case: Case, reference: Reference) -> tuple[torch.Tensor, dict[str, 
 def test_loss_sums_and_gradients_are_the_definition(options: dict[str, object]) -> None:
     case = build_case(**options)  # type: ignore[arg-type]
     reference = reference_of(case)
-    loss, sums = expected(case, reference)
-    loss.backward()
-    found, told, counts = run(case)
-    assert found.item() == pytest.approx(loss.item(), rel=1e-9)
-    assert told == pytest.approx(sums)
-    assert counts.item() == pytest.approx(sums["total"])
-    for name, grad in gradients(case).items():
-        torch.testing.assert_close(grad, reference.weights[name].grad, rtol=1e-8, atol=1e-10, msg=name)
+    block_checks.is_the_definition(case, reference, *expected(case, reference))
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
@@ -79,38 +72,16 @@ def test_chunks_do_not_matter(options: dict[str, object]) -> None:
 
 
 def test_micro_batches_add_up_to_the_step() -> None:
-    case = build_case()
-    _, _, totals = run(case)
-    whole = gradients(case, totals)
-    parts = [case.only(d) for d in range(len(case.documents))]
-    assert sum(float(run(part, totals)[0]) for part in parts) == pytest.approx(float(run(case)[0]))
-    summed = [gradients(part, totals) for part in parts]
-    for name, grad in whole.items():
-        torch.testing.assert_close(sum(part[name] for part in summed), grad, rtol=1e-9, atol=1e-12)
+    block_checks.micro_batches_add_up(build_case())
 
 
 @pytest.mark.parametrize("anchors", [4, 512])
 def test_context_parallel_ranks_add_up(anchors: int) -> None:
-    case = build_case(anchors=anchors)
-    loss, sums, totals = run(case, draw=5)
-    found, added, counts = 0.0, dict.fromkeys(sums, 0.0), torch.zeros(1, dtype=torch.float64)
-    for index in range(3):
-        case.draft.share = ContextShare(index, 3)
-        part, told, count = run(case, totals, draw=5)
-        found, counts = found + float(part), counts + count
-        added = {name: added[name] + value for name, value in told.items()}
-    assert found == pytest.approx(loss.item())
-    assert counts.item() == pytest.approx(totals.item())
-    assert added == pytest.approx(sums)
+    block_checks.context_parallel_ranks_add_up(build_case(anchors=anchors))
 
 
 def test_nothing_supervised_is_a_loss_of_zero_with_a_graph() -> None:
-    case = build_case((4,))
-    case.masks[0][:] = False
-    loss, sums, counts = run(case)
-    loss.backward()
-    assert loss.item() == counts.item() == sum(sums.values()) == 0.0
-    assert all(p.grad is not None and not p.grad.any() for p in case.draft.parameters())
+    block_checks.nothing_supervised_is_zero(build_case((4,)))
 
 
 def test_without_gradients_none_are_computed_and_the_loss_is_the_same() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from specdist.core.records import Features
-from specdist.draft.base import ContextShare
+from tests.unit import block_checks
 from tests.unit.dflash_reference import gradients, labelled, places, run
 from tests.unit.draft_case import HIDDEN, Case, batch_equals_single
 from tests.unit.dspark_reference import BLOCK, Reference, build_case, reference_of
@@ -59,47 +59,24 @@ def expected(case: Case, reference: Reference) -> tuple[torch.Tensor, dict[str, 
 def test_loss_sums_and_gradients_are_the_definition(options: dict[str, object]) -> None:
     case = build_case(**options)  # type: ignore[arg-type]
     reference = reference_of(case)
-    loss, sums = expected(case, reference)
-    loss.backward()
-    found, told, counts = run(case)
-    assert found.item() == pytest.approx(loss.item(), rel=1e-9)
-    assert told == pytest.approx(sums)
-    assert counts.item() == pytest.approx(sums["total"])
-    for name, grad in gradients(case).items():
-        torch.testing.assert_close(grad, reference.weights[name].grad, rtol=1e-8, atol=1e-10, msg=name)
+    block_checks.is_the_definition(case, reference, *expected(case, reference))
 
 
 def test_chunks_do_not_matter_and_micro_batches_add_up_to_the_step() -> None:
     case = build_case()
-    _, _, totals = run(case)
-    whole = gradients(case, totals)
+    whole = gradients(case)
     for name, grad in gradients(build_case(loss_chunk=10_000)).items():
         torch.testing.assert_close(grad, whole[name], rtol=1e-9, atol=1e-12)
-    summed = [gradients(case.only(d), totals) for d in range(len(case.documents))]
-    for name, grad in whole.items():
-        torch.testing.assert_close(sum(part[name] for part in summed), grad, rtol=1e-9, atol=1e-12)
+    block_checks.micro_batches_add_up(case)
 
 
-def test_context_parallel_ranks_add_up() -> None:
-    case = build_case(anchors=7)
-    loss, sums, totals = run(case, draw=5)
-    found, added = 0.0, dict.fromkeys(sums, 0.0)
-    for index in range(3):
-        case.draft.share = ContextShare(index, 3)
-        part, told, _ = run(case, totals, draw=5)
-        found += part.item()
-        added = {name: added[name] + value for name, value in told.items()}
-    assert found == pytest.approx(loss.item())
-    assert added == pytest.approx(sums)
+@pytest.mark.parametrize("anchors", [7, 512])
+def test_context_parallel_ranks_add_up(anchors: int) -> None:
+    block_checks.context_parallel_ranks_add_up(build_case(anchors=anchors))
 
 
 def test_nothing_supervised_is_a_loss_of_zero_with_a_graph() -> None:
-    case = build_case((4,))
-    case.masks[0][:] = False
-    loss, sums, counts = run(case)
-    loss.backward()
-    assert loss.item() == counts.item() == sum(sums.values()) == 0.0
-    assert all(p.grad is not None and not p.grad.any() for p in case.draft.parameters())
+    block_checks.nothing_supervised_is_zero(build_case((4,)))
 
 
 def test_without_gradients_none_are_computed_and_the_loss_is_the_same() -> None:
