@@ -96,6 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.do_GET()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.asked.append(f"POST {'/'.join(parts)}")
+        if self.server.silent(self.server.asked[-1]):
+            self.server.closed.wait()
         models = self.server.directory / "models"
         if last == "create":
             asked = json.loads(body)

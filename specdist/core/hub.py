@@ -27,6 +27,8 @@ DATASET = "hub:"
 """What tells a data set of the Hub from a file, in a list of files."""
 SILENCE_S = 600.0
 """Seconds in which the process that downloads must have come further."""
+SLOWEST = 1e6
+"""Bytes a second: an upload may take `SILENCE_S` and what it takes at this rate."""
 LOOK_S = 2.0
 T = TypeVar("T")
 Say = Callable[[int, str], object]
@@ -187,9 +189,24 @@ def push(files: Mapping[str, Path | bytes], name: str, message: str) -> str:
     repository = to_push(name)
     _limit_requests()
     added = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
-    try:
+
+    def upload() -> None:
         HfApi().create_repo(repository.id, exist_ok=True)
         HfApi().create_commit(repository.id, added, commit_message=message)
+
+    size = sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values())
+    limit = SILENCE_S + size / SLOWEST
+    worker = Worker("specdist-upload", upload, ended=lambda error: None)  # left behind where the library hangs
+    worker.start()
+    worker.join(limit)
+    if worker.is_alive():
+        raise DataError(
+            f"--push {repository.id}: {constants.ENDPOINT} has not taken {size / 1e6:,.0f} MB in {limit:,.0f} s: "
+            "what is there already is passed over when it is pushed again"
+        )
+    try:
+        if worker.error is not None:
+            raise worker.error
     except (httpx.HTTPError, errors.OfflineModeIsEnabled, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         log_in = ": log in with a token that may write there (`hf auth login`, or HF_TOKEN)"

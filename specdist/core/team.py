@@ -74,24 +74,32 @@ class Team:
         Raises:
             DataError, WorldError: another rank has failed, or `rank` comes no further.
         """
-        said, since = self.said(rank), time.monotonic()
+        said, since = None, time.monotonic()
         while True:
             try:
-                self._store.wait([f"put/{key}"], timedelta(seconds=LOOK_S))
-                return json.loads(self._store.get(f"put/{key}"))
-            except dist.DistStoreError:  # not yet
+                if self._has(f"put/{key}"):
+                    return json.loads(self._store.get(f"put/{key}"))
                 self._raise_others()
-                meanwhile()
-                if (now := self.said(rank)) != said:
-                    said, since = now, time.monotonic()
+                now = self.said(rank)
             except dist.DistError as error:
                 raise WorldError(f"the world's store was lost while rank {rank} {self._doing}: {error}") from error
+            meanwhile()
+            if now != said:
+                said, since = now, time.monotonic()
             if time.monotonic() - since > self._silence_s:
                 raise WorldError(
                     f"rank {rank} (host {self.hosts[rank]}) {self._doing} and has come no further for "
                     f"{self._silence_s:.0f} s; its last word: {said or 'nothing yet'}",
                     culprit=rank,
                 )
+
+    def _has(self, key: str) -> bool:
+        """Whether the store has it, or gets it within `LOOK_S` seconds."""
+        try:
+            self._store.wait([key], timedelta(seconds=LOOK_S))
+        except dist.DistStoreError:  # not yet
+            return False
+        return True
 
     @contextmanager
     def telling_errors(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import date
 from itertools import count as numbers
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -306,6 +307,11 @@ def test_waits_are_bounded_and_name_who_is_waited_for() -> None:
     with pytest.raises(WorldError, match=r"rank 1 \(host b\) writes .* for 0 s; its last word: three of") as error:
         mine.wait("done/1", 1)
     assert error.value.culprit == 1
+    lost = Team(store, "answers", "writes answers", 0, ["a", "b"], 0.5)
+    gone, late = Mock(side_effect=dist.DistNetworkError("gone")), Mock(side_effect=dist.DistStoreError("not yet"))
+    lost._store = Mock(wait=late, check=gone)  # noqa: SLF001 - its host goes while it is asked whether anybody has failed
+    with pytest.raises(WorldError, match="the world's store was lost while rank 1 writes answers: gone"):
+        lost.wait("done/1", 1)
     with pytest.raises(DataError), other.telling_errors():
         raise DataError("it is broken", "prompts.files")
     with pytest.raises(DataError, match="it is broken"):

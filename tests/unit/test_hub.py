@@ -53,13 +53,17 @@ sys.exit(main(sys.argv[1:]))
 PUSH = """
 import sys
 from pathlib import Path
+from specdist.core import hub
 from specdist.core.errors import UserError
+from specdist.core.stop import leave
 from specdist.export.card import push
+hub.SILENCE_S = 2.0
 for name in sys.argv[2:]:
     try:
         print(push(Path(sys.argv[1]), name))
     except UserError as error:
         print(error)
+leave(0)
 """
 DATASET = """
 import sys
@@ -149,7 +153,8 @@ def test_an_export_is_put_there_under_a_card_of_its_name(server: Hub, tmp_path: 
         (draft / name).write_text(text)
 
     server.gated["others/new"] = 403
-    words = ["-c", PUSH, str(draft), "org/new", "nowhere", "others/new"]
+    server.silent = lambda asked: "org/hangs/commit" in asked
+    words = ["-c", PUSH, str(draft), "org/new", "nowhere", "others/new", "org/hangs"]
     process = start(words, client_environment(server.endpoint, tmp_path))
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
@@ -158,6 +163,8 @@ def test_an_export_is_put_there_under_a_card_of_its_name(server: Hub, tmp_path: 
         f"{server.endpoint}/org/new",
         "--push nowhere: give ORG/NAME, a model repository on the Hugging Face Hub",
         f"--push others/new: {server.endpoint} refuses it: {log_in}",
+        f"--push org/hangs: {server.endpoint} has not taken 0 MB in 2 s: what is there already is passed over when it "
+        "is pushed again",
     ]
     there = {path.name: path.read_text() for path in (repositories / "models/org/new").iterdir()}
     card = there.pop("README.md")
