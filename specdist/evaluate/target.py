@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from specdist.target.description import TargetDescription
+from specdist.target.generation import end_tokens
 
 
 class EvaluationTarget:
@@ -30,7 +31,7 @@ class EvaluationTarget:
         ConfigError: tokens cannot be taken back from its cache, or it has not the features.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: FeatureLayout) -> None:
+    def __init__(self, model: PreTrainedModel, layout: FeatureLayout, eos_tokens: frozenset[int] = frozenset()) -> None:
         config = text_part(model.config)
         if config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):
             raise ConfigError.at(
@@ -50,7 +51,7 @@ class EvaluationTarget:
         self.layout = replace(layout, argmax_lse=False)
         self.device = next(model.parameters()).device
         self.max_positions: int | None = read(model.config, "max_position_embeddings")
-        self.eos_tokens = eos_tokens(model)
+        self.eos_tokens = eos_tokens
         rope = length_dependent_rope(config)
         self.batch_obstacle = rope and f"the rotary embedding ({rope}) depends on the longest sequence of a forward"
         self._captured: dict[int, Tensor] = {}
@@ -66,11 +67,13 @@ class EvaluationTarget:
         layout: FeatureLayout,
         device: torch.device | str,
         dtype: torch.dtype,
+        tokenizer_eos: int | None = None,
     ) -> EvaluationTarget:
-        """The model of a target's directory, whole, on `device`, in `dtype`."""
+        """The model of a target's directory, whole, on `device`, in `dtype`. Text ends at its `end_tokens`."""
         from specdist.target.loading import load_model
 
-        return cls(load_model(target, dtype, torch.device(device)), layout)
+        ends = end_tokens(target.path, tokenizer_eos)
+        return cls(load_model(target, dtype, torch.device(device)), layout, ends)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, BatchCache]:
         """Begin sequences with these prompts: the logits [n, V] after each, and the cache that has them."""
@@ -116,12 +119,3 @@ class EvaluationTarget:
 
     def _keep_final(self, _module: nn.Module, _args: object, output: object) -> None:
         self._final = output.last_hidden_state  # type: ignore[attr-defined]
-
-
-def eos_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end a sequence, by the generation config, else by the model's."""
-    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
-    eos = read(model.config, "eos_token_id") if generation is None else generation
-    if eos is None:
-        return frozenset()
-    return frozenset([eos] if isinstance(eos, int) else eos)

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from specdist.core.errors import DataError
 from specdist.generate.config import GenerateConfig
+from specdist.target.generation import model_settings
 
 
 @dataclass(frozen=True)
@@ -91,17 +90,6 @@ class Engine(Protocol):
     async def close(self) -> None: ...
 
 
-def model_settings(directory: str | Path) -> dict[str, Any]:
-    """generation_config.json of a model directory; empty where there is none. Raises DataError where it is no JSON."""
-    path = Path(directory) / "generation_config.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise DataError.at("target.path", f": {path} cannot be read: {error}") from error
-
-
 def sampling_of(config: GenerateConfig, directory: str | Path | None) -> Sampling:
     """As configured, else as generation_config.json of the model `directory` says, else None, as SGLang and vLLM do.
     Without a directory it is left to the server to look there."""
@@ -111,14 +99,3 @@ def sampling_of(config: GenerateConfig, directory: str | Path | None) -> Samplin
     found = {} if directory is None else model_settings(directory)
     found |= {name: value for name, value in given.items() if value is not None}
     return Sampling(**{name: found.get(name) for name in Sampling.__dataclass_fields__})
-
-
-def end_tokens(directory: str | Path, tokenizer_eos: int | None) -> frozenset[int]:
-    """The tokens that end an answer, as servers know them: the tokenizer's, and those of generation_config.json or,
-    where that names none, of config.json."""
-    found = model_settings(directory).get("eos_token_id")
-    if found is None:
-        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-        found = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
-    listed = found if isinstance(found, list) else [found]
-    return frozenset(token for token in [*listed, tokenizer_eos] if token is not None)

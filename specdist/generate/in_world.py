@@ -25,12 +25,13 @@ from specdist.core.progress import AnswersProgress
 from specdist.core.progress_bar import ProgressBar
 from specdist.core.team import Team
 from specdist.generate.config import GenerateConfig
-from specdist.generate.engine import Engine, end_tokens, sampling_of
+from specdist.generate.engine import Engine, sampling_of
 from specdist.generate.files import PROGRESS, Tally, answered, find_manifest, local_files, merge, open_answers, written
 from specdist.generate.work import Author, Watch, count, records, write_answers
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.render import load_tokenizer
 from specdist.target.config import TargetConfig
+from specdist.target.generation import end_tokens
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def evaluate_draft(
     prompts = heldout_prompts(job, facts)
     tokens, sources = [p.tokens for p in prompts], [p.file for p in prompts]
     draft = make()
-    target = EvaluationTarget.load(facts.target, draft.layout, device, facts.target_dtype)
+    ends = load_tokenizer(facts.target.path, job.prompts).eos_token_id
+    target = EvaluationTarget.load(facts.target, draft.layout, device, facts.target_dtype, ends)
     with ProgressBar("evaluate", len(prompts)) as bar:
 
         def show(done: int, total: int, tally: Tally) -> None:

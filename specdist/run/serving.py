@@ -23,7 +23,7 @@ from specdist.export import load_exported
 from specdist.export.config_json import read_config
 from specdist.export.serving import ServeCommand, serve_commands
 from specdist.generate import vllm
-from specdist.generate.engine import Drafted, Reply, Request, Sampling, end_tokens
+from specdist.generate.engine import Drafted, Reply, Request, Sampling
 from specdist.generate.engine_process import EngineProcess
 from specdist.generate.sglang import sglang_engine
 from specdist.generate.work import TICK_S, Watch
@@ -32,6 +32,7 @@ from specdist.prompts.render import load_tokenizer
 from specdist.run.evaluation import heldout_prompts
 from specdist.run.served_models import hands_out_layers
 from specdist.target.description import TargetDescription
+from specdist.target.generation import end_tokens
 from specdist.target.sglang import versions
 
 INSTALL = {"SGLang": "pip install -e '.[sglang]'", "vLLM": "pip install vllm"}

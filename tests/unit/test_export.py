@@ -294,6 +294,14 @@ def test_deepseek_counts_layers_in_two_ways(case, tmp_path, layers, nested):
     check_servable(first, ExportConfig(), case.target.config)
 
 
+def test_a_target_whose_layers_lack_their_residual_is_refused(case):
+    target = copy.deepcopy(case.target.config)
+    target.architectures = ["Gemma3ForCausalLM"]
+    with pytest.raises(ConfigError, match=r"export\.formats has sglang, .* Gemma3ForCausalLM without their residual"):
+        check_servable(case.config, ExportConfig(), target)
+    check_servable(case.config, ExportConfig(formats=("speculators",)), target)
+
+
 YARN = {"rope_type": "yarn", "rope_theta": 700.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 

@@ -21,13 +21,14 @@ from specdist.core.errors import ConfigError, DataError, WorldError
 from specdist.core.team import Team
 from specdist.generate.config import GenerateConfig
 from specdist.generate.conversation import parse
-from specdist.generate.engine import Reply, Request, Sampling, end_tokens, sampling_of
+from specdist.generate.engine import Reply, Request, Sampling, sampling_of
 from specdist.generate.files import Tally, answered, find_manifest, merge, open_answers, written
 from specdist.generate.work import Author, Record, Watch, records, write_answers
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import to_sample
 from specdist.prompts.render import Renderer
 from specdist.prompts.report import UnusableError
+from specdist.target.generation import end_tokens
 from tests.unit import prompts_tokenizers as t
 
 ASKED = ["how are you today?", "The answer", "Hello there"]

@@ -111,7 +111,7 @@ def test_replay_counts_the_forwards_of_real_decoding(case: str) -> None:
         spoken = torch.tensor([token for _, reply in chain(*conversations) for token in reply])
         ids = torch.unique(torch.cat([spoken[::3], torch.arange(150)]))[:200]
     draft, features = trained(config, ids)
-    decoder, batch = EvaluationTarget(target.model, draft.layout), packed(conversations)
+    decoder, batch = EvaluationTarget(target.model, draft.layout, target.eos_tokens), packed(conversations)
     counts = (1, 3, 5) if config.algorithm == "eagle3" else (1, 3, 4)
     # Fewer drafts are the first of more.
     accepted = draft.replay(batch, batch, features, counts[-1]).accepted

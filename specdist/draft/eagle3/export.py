@@ -17,7 +17,8 @@ What the engines do with them, read in SGLang 0.5.23 (`models/llama_eagle3.py`, 
 - vLLM's speculators reader takes a missing `norm_before_residual` for true.
 - `d2t` are offsets: target id = i + d2t[i]. A draft of the whole vocabulary has none: vLLM has no place for them since
   0.30, and raises.
-- SGLang's DeepSeek family takes the nested layers as they are, in vLLM's numbers, unless the first is 1.
+- SGLang's DeepSeek family takes the nested layers as they are, in vLLM's numbers, unless the first is 1; its gpt_oss
+  only where the largest is the number of layers, which says the last layer, and that is none of ours.
 - `num_aux_hidden_states`, `fc_norm` and `norm_output` of the speculators format reach vLLM's model in
   `transformer_layer_config` only: no version passes on the first, and older than 0.30 none of them.
 - The embedding is the target's; only vLLM prefers one that the draft brings.
@@ -55,6 +56,8 @@ AS_THEY_ARE = frozenset(
     }
 )
 """Targets of SGLang's DeepSeek family (`set_eagle3_layers_to_capture` in `deepseek_v2.py`, `glm4_moe_lite.py`)."""
+WITHOUT_RESIDUAL = frozenset({"Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"})
+"""Targets whose captured layers lack the residual in SGLang from 0.5.18 on (`gemma3_causal.py`)."""
 EMBEDDING = "embed_tokens.weight"
 
 
@@ -179,15 +182,23 @@ def nested_layers(layers: Sequence[int], architectures: Sequence[str] | None) ->
 
 def check_servable(config: Eagle3Config, format: str, target: PretrainedConfig) -> None:
     """Raise ConfigError if an engine would not feed the draft the captured layers it was trained on."""
-    target_layers = target.get_text_config().num_hidden_layers
+    target_layers, names = target.get_text_config().num_hidden_layers, frozenset(target.architectures or ())
     layers = config.captured_layers(target_layers)
-    if format == "sglang":
-        check_last_layer("draft.eagle3.layers", layers, target_layers)
-    if format == "sglang" and layers[0] == 0 and not AS_THEY_ARE.isdisjoint(target.architectures or ()):
+    if format != "sglang":
+        return
+    check_last_layer("draft.eagle3.layers", layers, target_layers)
+    if layers[0] == 0 and names & AS_THEY_ARE:
         raise ConfigError.at(
             "draft.eagle3.layers",
-            f": {list(layers)}: SGLang cannot be told to capture layer 0 of {', '.join(target.architectures or ())}, "
-            "whose layers it counts in two ways by the first of them; train from layer 1 or higher, or serve with "
-            "vLLM (export.formats=[speculators])",
+            f": {list(layers)}: SGLang cannot be told to capture layer 0 of {', '.join(names)}, whose layers it counts "
+            "in two ways by the first of them; train from layer 1 or higher, or serve with vLLM "
+            "(export.formats=[speculators])",
             "export.formats",
+        )
+    if names & WITHOUT_RESIDUAL:
+        raise ConfigError.at(
+            "export.formats",
+            f"has sglang, and SGLang from 0.5.18 on hands out the layers of {', '.join(names)} without their residual: "
+            "write vLLM's form alone (export.formats=[speculators])",
+            "target.path",
         )
