@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -18,6 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from specdist.core import launch_env
 from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
 from specdist.core.errors import ConfigError, Dismissed, UserError
+from specdist.core.files import unwritable
 from specdist.core.network import interface_towards
 from specdist.core.run_lock import Lease, refuse_if_held
 from specdist.core.stop import StopReason
@@ -162,8 +163,9 @@ class Agent:
         failure, ended = self._record.failure(), self._record.ending() is not None
         if not ended and stopped is not None and (failure is None or failure.of_leaving):
             if self._leads:
-                self._record.end(Ending("stopped", saved_step(self._run_dir), stopped, detail))
-        elif failed and not self._known():
+                with suppress(OSError):  # the verdict sees it
+                    self._record.end(Ending("stopped", saved_step(self._run_dir), stopped, detail))
+        elif failed and not self._known() and unwritable(self._home) is None:  # else rank 0 has told it
             ends = ", ".join(f"rank {rank}: {_end(status)}" for rank, status in sorted(failed.items()))
             self._fail(Failure("lost", f"ended without a word: {ends}", host=self._place.host))
         if not self._leads:
@@ -183,8 +185,7 @@ class Agent:
             time.sleep(0.2)  # another host writes it into a shared directory, which notifies nobody
 
     def _fail(self, failure: Failure) -> None:
-        if self._record.fail(failure):
-            print(failure.render(self._record.failure_file), file=sys.stderr)
+        self._record.tell(failure, sys.stderr)
 
 
 def _end(status: int) -> str:

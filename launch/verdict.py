@@ -21,6 +21,7 @@ from pathlib import Path
 
 from specdist.core.attempts import AttemptRecord, Failure, Started, attempts
 from specdist.core.errors import UserError
+from specdist.core.files import unwritable
 from specdist.core.launch_env import Attempt
 from specdist.core.progress import committed, read_progress
 from specdist.core.run_lock import holder
@@ -51,6 +52,8 @@ def judge(run_dir: Path, config: LaunchConfig, record: AttemptRecord | None = No
     ending, failure = history[-1].ending(), history[-1].failed()
     if ending is None and failure is None:
         failure = Failure("lost", "it vanished: its hosts are gone, or it was killed without time to say so")
+        if (error := unwritable(run_dir)) is not None:  # which is why nothing was kept
+            failure = Failure("disk", f"{run_dir} cannot be written: {error}")
     if failure is not None:
         return _judge_failure(failure, history, config)
     assert ending is not None
@@ -74,6 +77,8 @@ def _judge_failure(failure: Failure, history: Sequence[AttemptRecord], config: L
     what = failure.message.splitlines()[0]
     if failure.kind == "input":
         return Verdict(USER_ERROR, f"not started again: {what}")
+    if failure.kind == "disk":
+        return Verdict(GIVE_UP, f"not started again before there is room: {what}")
     before = history[-2].failed() if len(history) > 1 else None
     if before is not None and failure.kind == "error" and _essence(failure) == _essence(before):
         return Verdict(GIVE_UP, f"not started again: the same error at the same step as the time before: {what}")

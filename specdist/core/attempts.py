@@ -13,23 +13,25 @@ trace/, trace.json   what every rank recorded of the traced steps, and all of it
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import msgspec
 
-from specdist.core.errors import DataError, UserError, WorldError
-from specdist.core.files import read_json, to_json, write_atomically
+from specdist.core.errors import DataError, DiskError, UserError, WorldError
+from specdist.core.files import of_full_disk, read_json, to_json, write_atomically
 from specdist.core.stop import StopReason
 
-Kind = Literal["input", "error", "device", "lost", "world"]
+Kind = Literal["input", "error", "device", "lost", "world", "disk"]
 """input: the user's configuration or data; error: an exception of the code; device: a GPU or its communication; lost: a
-rank was killed or stopped answering; world: the ranks did not come together."""
+rank was killed or stopped answering; world: the ranks did not come together; disk: a file system is full, or fails."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ class Failure:
             traceback="" if isinstance(error, UserError) else "".join(traceback.format_exception(error)),
         )
 
-    def render(self, record: Path) -> str:
-        """The block on the terminal. `record` is the file that has it all."""
+    def render(self, record: Path, unwritten: OSError | None = None) -> str:
+        """The block on the terminal. `record` is the file that has it all; `unwritten`: why it could not be written."""
         place = ", ".join(filter(None, (self.role, f"host {self.host}" if self.host else "")))
         if self.rank >= 0 and place:  # without a place the message says it
             place = f"rank {self.rank} ({place})"
@@ -112,7 +114,8 @@ class Failure:
         if self.doing:
             lines.append(f"  doing    {self.doing}")
         lines += [f"  {line}" for line in self.traceback.rstrip().splitlines()[-_SHOWN_LINES:]]
-        lines.append(f"  record   {record}; logs of all ranks beside it")
+        beside = "logs of all ranks beside it" if unwritten is None else f"which cannot be written: {unwritten}"
+        lines.append(f"  record   {record}; {beside}")
         return "\n".join(lines)
 
 
@@ -125,6 +128,8 @@ def kind_of(error: BaseException) -> Kind:
     import torch  # here, so that those who only read records start quickly
     import torch.distributed as dist
 
+    if isinstance(error, DiskError) or of_full_disk(error):
+        return "disk"
     if isinstance(error, UserError):
         return "input"
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, torch.AcceleratorError)):
@@ -169,15 +174,27 @@ class AttemptRecord:
             OSError: the directory cannot be written.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        own = self.directory / f".failure-{failure.host}-{os.getpid()}"
-        own.write_text(to_json(failure))
+        own = self.directory / f".failure-{failure.host}-{os.getpid()}-{threading.get_native_id()}"
         try:
+            own.write_text(to_json(failure))
             os.link(own, self.failure_file)  # atomic, also over NFS, and refused where the file exists
         except FileExistsError:
             return False
         finally:
-            own.unlink()
+            own.unlink(missing_ok=True)
         return True
+
+    def tell(self, failure: Failure, terminal: TextIO) -> None:
+        """Record the failure and show it, unless one is on record. It is shown, too, where that cannot be written: a
+        record is worth less than that people learn of it."""
+        unwritten = None
+        try:
+            if not self.fail(failure):
+                return
+        except OSError as error:
+            unwritten = error
+        with contextlib.suppress(OSError):  # whoever read the terminal is gone
+            print(failure.render(self.failure_file, unwritten), file=terminal, flush=True)
 
     def started(self) -> Started | None:
         return read_json(self.directory / "started.json", Started)

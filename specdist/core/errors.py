@@ -41,6 +41,10 @@ class Dismissed(UserError):
     """Not a failure: the run was asked to stop before it had begun."""
 
 
+class DiskError(UserError):
+    """A file system that takes no more: it is full, a quota is, or it fails. Starting again would meet it again."""
+
+
 class WorldError(UserError, RuntimeError):
     """The world did not come up, or a part of it stopped answering; names the rank, its role and its host.
 
@@ -50,3 +54,7 @@ class WorldError(UserError, RuntimeError):
     def __init__(self, message: str, culprit: int = -1):
         super().__init__(message)
         self.culprit = culprit
+
+
+class Aborted(WorldError):
+    """The world's failure as rank 0 has sent it to all; rank 0 also keeps it on record and shows it."""

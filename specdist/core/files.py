@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +25,21 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     temporary.rename(path)
     sync_directory(path.parent)
+
+
+def unwritable(directory: Path) -> OSError | None:
+    """Why nothing can be written into `directory`; None where it can."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"x" * 4096)
+    except OSError as error:
+        return error
+    return None
+
+
+def of_full_disk(error: BaseException) -> bool:
+    """Whether an exception says that a file system or a quota is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def to_json(value: Any) -> str:

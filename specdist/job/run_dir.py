@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from specdist.core import config
 from specdist.core.errors import ConfigError
-from specdist.core.files import write_atomically
+from specdist.core.files import unwritable, write_atomically
 from specdist.core.run_lock import refuse_if_held
 from specdist.core.run_paths import RunPaths
 from specdist.job.config import JobConfig, differing_keys, load_job
@@ -62,11 +61,8 @@ class RunDirectory(RunPaths):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError.at("run.dir", f": {self.path} cannot be created: {error}") from error
-        try:
-            with tempfile.TemporaryFile(dir=self.path) as probe:
-                probe.write(b"x")
-        except OSError as error:
-            raise ConfigError.at("run.dir", f": {self.path} cannot be written: {error}") from error
+        if (cause := unwritable(self.path)) is not None:
+            raise ConfigError.at("run.dir", f": {self.path} cannot be written: {cause}") from cause
 
     def save_config(self, job: JobConfig) -> None:
         """Record the configuration of a run that has been accepted."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,12 +41,14 @@ class Start:
     record: AttemptRecord
     log: RankLog
     clock: StartUp = field(default_factory=StartUp)
+    told: threading.Event = field(default_factory=threading.Event)
+    """Set once rank 0 tells of the world's failure, which it keeps on record."""
 
     def report(self, error: BaseException, facts: RankFacts) -> None:
-        """Record what this rank has met, and show it, unless it is a consequence of what is on record."""
-        failure = Failure.of(error, facts.rank, facts.host)
-        if self.record.fail(failure):
-            print(failure.render(self.record.failure_file), file=self.log.terminal, flush=True)
+        """Record what this rank has met, and show it, unless it is a consequence of what rank 0 tells or what is on
+        record."""
+        if not self.told.is_set():
+            self.record.tell(Failure.of(error, facts.rank, facts.host), self.log.terminal)
 
 
 @dataclass(frozen=True, kw_only=True)

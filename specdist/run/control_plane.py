@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from specdist.core.errors import Dismissed, UserError, WorldError
+from specdist.core.errors import Aborted, Dismissed, UserError, WorldError
 from specdist.core.launch_env import local_address
 from specdist.job import config as jobs
 from specdist.job.resume_plan import ResumePlan
@@ -109,17 +109,20 @@ def connected(context: WorldContext, control: ControlAddress, profile: Profile) 
 
 def _leave_soon(context: WorldContext, profile: Profile, error: UserError) -> None:
     """The main thread may be stuck in a collective with a rank that is gone: it has `LEAVE_S` seconds."""
-    profile.abandon()
-    if not isinstance(error, Dismissed):
-        context.start.report(error, context.world.facts)
 
     def leave() -> None:
         print(f"specdist: {error}", file=context.start.log.file, flush=True)
         os._exit(0 if isinstance(error, Dismissed) else 3)
 
-    timer = threading.Timer(LEAVE_S, leave)
-    timer.daemon = True
-    timer.start()
+    threads: list[threading.Thread] = [threading.Timer(LEAVE_S, leave)]
+    if isinstance(error, Aborted):
+        context.start.told.set()
+    elif not isinstance(error, Dismissed):
+        threads.append(threading.Thread(target=context.start.report, args=(error, context.world.facts)))
+    for thread in threads:  # the first bounds the second, whose disk may be slow
+        thread.daemon = True
+        thread.start()
+    profile.abandon()
 
 
 def _scheduler(context: WorldContext, resume: ResumePlan) -> Scheduler | None:

@@ -12,9 +12,12 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from specdist.core.launch_env import RankFacts
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _ESCAPE = "\x1b"
 
@@ -30,7 +33,10 @@ class RankLog:
     def __init__(self, directory: Path, facts: RankFacts):
         self._directory, self._name = directory, f"{facts.host}-rank{facts.rank}.log"
         self.path = self._place("starting")
-        file = self.path.open("a", buffering=1)
+        raw = _Unfailing(self.path, "a")
+        file = io.TextIOWrapper(
+            io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True
+        )
         sys.stdout.flush()
         sys.stderr.flush()
         self.terminal: TextIO = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1)
@@ -56,6 +62,16 @@ class RankLog:
         path = self._directory / folder / self._name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+class _Unfailing(io.FileIO):
+    """A file that drops what it cannot take: a run must not end because the disk of its log is full."""
+
+    def write(self, data: ReadableBuffer) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
 
 
 class Tee(io.TextIOBase):

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,6 +30,7 @@ class RunReporter(Reporter):
         self._client = client
         self._trackers: list[Tracker] = []
         self._bar: ProgressTracker | None = None
+        self._unlogged = False
         self._last_record: dict[str, float] = {}
         self._aside_s = 0.0  # evaluations are left out of the rates
         self._seen, self._target_waits = Statistics(), 0.0
@@ -75,15 +78,22 @@ class RunReporter(Reporter):
         self._last_record, self._latest = record | held_out, (done, self._client.statistics)
         if self._warm is self._began:
             self._warm = self._latest
-        for tracker in self._trackers:
-            tracker.log(step, record)
+        self._log(step, record)
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         self._aside_s += metrics["seconds"]
         record = {f"held_out/{name}": value for name, value in metrics.items()}
         self._last_record |= record
+        self._log(step, record)
+
+    def _log(self, step: int, record: Mapping[str, float]) -> None:
         for tracker in self._trackers:
-            tracker.log(step, record)
+            try:
+                tracker.log(step, record)
+            except OSError as error:  # said once: the run is worth more than its metrics
+                if not self._unlogged:
+                    print(f"specdist: metrics cannot be written, and the run goes on: {error}", file=sys.stderr)
+                self._unlogged = True
 
     def totals(self) -> dict[str, float]:
         """The run so far: steps, tokens, tokens/s, the share of the time each side waited, and the last record.
@@ -118,7 +128,8 @@ class RunReporter(Reporter):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for tracker in self._trackers:
-            tracker.close()
+            with contextlib.suppress(OSError):
+                tracker.close()
 
 
 def _target_wait(before: Statistics, now: Statistics) -> float:

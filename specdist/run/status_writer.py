@@ -4,6 +4,7 @@ and the first failure."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,13 +56,13 @@ class StatusWriter(Observer):
         self._quiet_s = _QUIET_S
 
     def failed(self, failure: Failure) -> None:
-        if self._record.fail(failure):
-            print(failure.render(self._record.failure_file), file=sys.stderr, flush=True)
+        self._record.tell(failure, sys.stderr)
 
     def dismissed(self, rank: int, reason: StopReason) -> None:
         step = self._resume.progress.step
         ending = Ending("stopped", step, reason, f" on rank {rank}, before the first step")
-        self._record.end(ending)
+        with contextlib.suppress(OSError):  # there is nothing that is lost with it
+            self._record.end(ending)
         print(f"specdist: stopped at step {step} ({ending.why}); the same command goes on from there.", file=sys.stderr)
 
     def inform(self, text: str) -> None:

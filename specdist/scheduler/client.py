@@ -73,8 +73,8 @@ class ControlClient:
     Args:
         address: `ControlServer.address`, as handed out by rank 0.
         scheduler: how errors name the rank at the other end.
-        on_abort: called once, in the client's thread, when the world has failed: to abort communicators in which the
-            main thread may be stuck.
+        on_abort: called once, in the client's thread, when the world has failed: to end the process if the main thread
+            is stuck in a collective. It does not wait for anything.
         stop: this process's request to stop; the client passes it on, whatever the main thread is busy with.
         place: of a rank of a target world, which is not one of the scheduler's; `rank` is then its number in its own
             world until `Welcome` gives it another.
@@ -355,8 +355,8 @@ class ControlClient:
         if self._error is not None:
             return
         self._error = error
+        if self._on_abort is not None:  # before any thread goes on of it
+            self._on_abort(error if isinstance(error, UserError) else WorldError(f"{type(error).__name__}: {error}"))
         self._failed.set()
         for inbox in (self._inbox, *self._answers.values()):
             inbox.put(None)
-        if self._on_abort is not None:
-            self._on_abort(error if isinstance(error, UserError) else WorldError(f"{type(error).__name__}: {error}"))

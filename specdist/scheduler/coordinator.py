@@ -53,7 +53,7 @@ class Observer:
     """What the coordinator reports to people. This one drops it."""
 
     def failed(self, failure: Failure) -> None:
-        """The run has failed; called once."""
+        """The run has failed, and all ranks have been told; called once."""
 
     def dismissed(self, rank: int, reason: StopReason) -> None:
         """`rank` was asked to stop before the run had begun; called once."""
@@ -161,8 +161,8 @@ class Coordinator:
         """
         if self.aborted is None:
             failure = self.peers.blame(rank, Failure("lost", failure) if isinstance(failure, str) else failure)
-            self._observer.failed(failure)  # before the other ranks fail of it, which know less
             self._end(Abort(replace(failure, traceback="")), now)
+            self._observer.failed(failure)  # once all have been told: a disk may be slow, or full
 
     def statistics(self, now: float) -> Statistics:
         return Statistics() if self._scheduler is None else self._scheduler.statistics(now)

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from specdist.core.attempts import Failure
-from specdist.core.errors import Dismissed, WorldError
+from specdist.core.errors import Aborted, Dismissed, WorldError
 from specdist.core.stop import StopReason
 
 PROTOCOL_VERSION = 5
@@ -163,8 +163,8 @@ class Abort(_Message, frozen=True):
             return Dismissed(failure.message)
         said = f"{failure.exception}: {failure.message}" if failure.exception else failure.message
         if failure.rank < 0:
-            return WorldError(said)
-        return WorldError(f"rank {failure.rank} ({failure.role}, host {failure.host}): {said}", culprit=failure.rank)
+            return Aborted(said)
+        return Aborted(f"rank {failure.rank} ({failure.role}, host {failure.host}): {said}", culprit=failure.rank)
 
 
 class Goodbye(_Message, frozen=True):

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from specdist.core.errors import ConfigError
+from specdist.core.files import write_atomically
 from specdist.core.progress_bar import ProgressBar
 
 _LINES_S = 5.0
@@ -74,7 +75,7 @@ class JsonlTracker(Tracker):
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= resume_step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        write_atomically(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import threading
 from dataclasses import replace
@@ -16,10 +18,12 @@ from specdist.core.errors import ConfigError, DataError, WorldError
 from specdist.core.launch_env import Attempt
 from specdist.core.stop import StopReason
 from specdist.job.launch_config import LaunchConfig
+from specdist_launch import verdict
 from specdist_launch.verdict import AGAIN, DONE, GIVE_UP, USER_ERROR, judge
 
 CONFIG = LaunchConfig(retries=2)
 ERROR = Failure("error", "index out of range", 3, "draft dp 1 cp 0", "b", 40, "training", "IndexError", "Traceback ...")
+FULL = OSError(errno.ENOSPC, "No space left on device")
 LOST = Failure("lost", "the connection to it is lost", 0, "target replica 0 tp 0", "a", 40)
 
 
@@ -112,12 +116,36 @@ def test_only_the_first_failure_is_kept_whoever_writes_at_once(tmp_path: Path) -
         (ERROR, AGAIN, "try 1 of 2 (kind: error)"),
         (LOST, AGAIN, "try 1 of 2 (kind: lost)"),
         (None, AGAIN, "it vanished"),
+        (
+            Failure.of(FULL),
+            GIVE_UP,
+            "not started again before there is room",
+        ),
     ],
 )
 def test_what_an_attempt_left_behind_is_told_apart(tmp_path: Path, end, status: int, words: str) -> None:
     found, said = History(tmp_path).add(end).verdict()
     assert found == status
     assert words in said
+
+
+def test_a_failure_is_told_where_it_cannot_be_kept_and_the_job_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history, terminal = History(tmp_path).add(None), io.StringIO()
+    record = attempts(tmp_path)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", lambda path, text: (_ for _ in ()).throw(FULL))
+        record.tell(ERROR, terminal)
+    said = terminal.getvalue()
+    assert "rank 3 (draft dp 1 cp 0, host b): IndexError: index out of range" in said
+    assert "failure.json; which cannot be written: [Errno 28] No space left on device" in said
+    monkeypatch.setattr(verdict, "unwritable", lambda directory: FULL)
+    assert history.verdict()[0] == GIVE_UP
+    for _ in range(2):  # there is room again: shown once, and kept
+        record.tell(ERROR, terminal)
+    assert terminal.getvalue().count("index out of range") == 2
+    assert record.failure() == ERROR
 
 
 def test_the_same_error_at_the_same_step_is_not_tried_again(tmp_path: Path) -> None:

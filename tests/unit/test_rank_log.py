@@ -6,8 +6,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from pathlib import Path
 
-from specdist.run.rank_log import Tee
+from specdist.run.rank_log import Tee, _Unfailing
 
 
 def test_a_terminal_that_is_gone_does_not_end_the_run():
@@ -22,3 +23,12 @@ def test_a_terminal_that_is_gone_does_not_end_the_run():
     assert log.getvalue() == "before\nafter\nafter\nafter\n"
     with contextlib.suppress(BrokenPipeError):
         terminal.close()
+
+
+def test_a_full_disk_of_the_log_does_not_end_the_run():
+    log = io.TextIOWrapper(io.BufferedWriter(_Unfailing(Path("/dev/full"), "a")), line_buffering=True)
+    terminal = io.StringIO()
+    for _ in range(3):
+        print("said" * 5000, file=Tee(log, terminal), flush=True)
+    log.close()  # as an interpreter that ends would
+    assert terminal.getvalue().count("said" * 5000) == 3
