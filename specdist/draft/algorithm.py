@@ -246,6 +246,11 @@ class Algorithm(ABC, Generic[C]):
         return []
 
     @classmethod
+    def served(cls, config: Mapping[str, Any]) -> tuple[ServedBy, ...]:
+        """`served_by` of the draft with this config.json."""
+        return cls.served_by
+
+    @classmethod
     @abstractmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         """Whether a directory with this config.json holds such a draft, ours or another project's."""

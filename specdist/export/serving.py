@@ -99,7 +99,7 @@ def commands_of(config: Mapping[str, Any], name: str) -> list[ServeCommand]:
     """The same of the config.json of an export of ours, which servers find by `name`."""
     ours = config[OURS]
     dtype = config.get("torch_dtype") or config.get("dtype") or "auto"
-    engines = next((a.served_by for a in ALGORITHMS.values() if a.recognises(config)), ())
+    engines = next((a.served(config) for a in ALGORITHMS.values() if a.recognises(config)), ())
     return [
         ServeCommand(by, str(ours["target"]), name, int(ours["draft_tokens"]), dtype)
         for by in engines

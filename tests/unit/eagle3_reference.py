@@ -113,6 +113,8 @@ class Reference:
             scores = torch.stack([q[head] @ key[group] / math.sqrt(HEAD_DIM) for key in keys])
             weights = scores.softmax(0)
             outputs.append(sum(weights[j] * values[j][group] for j in range(len(values))))
+        if self.config.norm_before_residual:
+            state = rms_norm(state, w["midlayer.hidden_norm.weight"])
         r = state + w["midlayer.self_attn.o_proj.weight"] @ torch.cat(outputs)
         x = rms_norm(r, w["midlayer.post_attention_layernorm.weight"])
         gate, up = w["midlayer.mlp.gate_proj.weight"] @ x, w["midlayer.mlp.up_proj.weight"] @ x
@@ -122,6 +124,8 @@ class Reference:
         parts = captured.split(HIDDEN)
         if self.config.fc_norm:
             parts = [rms_norm(part, self.w[f"fc_norm.{n}.weight"]) for n, part in enumerate(parts)]
+        if self.config.norm_before_fc:
+            parts = rms_norm(captured, self.w["input_norm.weight"]).split(HIDDEN)
         return self.w["fc.weight"] @ torch.cat(list(parts))
 
     def students(self, tokens: list[int], captured: Tensor) -> dict[tuple[int, int], Tensor]:

@@ -18,6 +18,8 @@ VARIANTS = {
     "fc_norm": {"loss": "kl", "fc_norm": True},
     "norm_output": {"loss": "kl", "norm_output": True},
     "eagle-3.1, lk_lambda": {"fc_norm": True, "norm_output": True, "loss": "lk_lambda"},
+    "as speculators trains": {"norm_before_fc": True, "norm_before_residual": True, "norm_output": True},
+    "norm_before_residual, recompute": {"loss": "argmax", "norm_before_residual": True, "recompute": 2},
     "recompute": {"loss": "kl", "recompute": 3},
     "argmax, whole vocabulary": {"loss": "argmax", "pruned": False},
     "pairs as served": {"pairs": "served"},

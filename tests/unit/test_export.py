@@ -21,7 +21,7 @@ from specdist.draft.build import build_draft
 from specdist.draft.common.rotary import Rotary
 from specdist.draft.common.yarn import engine_factors
 from specdist.draft.config import draft_config
-from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.eagle3.config import VARIANT, Eagle3Config
 from specdist.evaluate.decoding import EvaluationTarget
 from specdist.export import ExportConfig, Trained, check_servable, export_draft, load_exported
 from specdist.export.lint import check_directory
@@ -113,8 +113,10 @@ class Served:
     """A draft as an engine runs it, from the two files alone. Written from the engines' behaviour, not from ours."""
 
     def __init__(self, directory, target):
-        self.config = json.loads((directory / "config.json").read_text())
-        self.tensors = load_file(directory / "model.safetensors")
+        config = json.loads((directory / "config.json").read_text())
+        self.config = config.get("transformer_layer_config", {}) | config
+        tensors = load_file(directory / "model.safetensors")
+        self.tensors = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}
         self.target = target
 
     def features(self, tokens, engine):
@@ -159,6 +161,8 @@ class Served:
         scores = torch.einsum("qhd,khd->hqk", self.rotate(q, positions), keys) / math.sqrt(self.config["head_dim"])
         scores = scores.masked_fill(places > positions[:, None], -torch.inf)
         attended = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).flatten(1)
+        if self.config["norm_before_residual"]:
+            hidden = self.norm("midlayer.hidden_norm", hidden)
         hidden = hidden + self.linear("midlayer.self_attn.o_proj", attended)
         y = self.norm("midlayer.post_attention_layernorm", hidden)
         y = functional.silu(self.linear("midlayer.mlp.gate_proj", y)) * self.linear("midlayer.mlp.up_proj", y)
@@ -171,6 +175,8 @@ class Served:
         if self.config["fc_norm"]:
             chunks = captured.chunk(self.config["num_aux_hidden_states"], dim=-1)
             captured = torch.cat([self.norm(f"fc_norm.{i}", c) for i, c in enumerate(chunks)], dim=-1)
+        if self.config["norm_before_fc"]:
+            captured = self.norm("input_norm", captured)
         positions, cache = torch.arange(len(tokens)), []
         logits, hidden = self.layer(next_tokens, self.linear("fc", captured), positions, cache)
         drafted, rows = [], []
@@ -190,14 +196,22 @@ class Served:
         {},
         {"whole": True},
         {"fc_norm": True, "norm_output": True},
+        {"norm_before_fc": True, "norm_output": True},
         {"rope": LLAMA3},
         {"rope": LLAMA3, "rope_scaling": False},
+        {"norm_before_fc": True, "norm_before_residual": True, "norm_output": True},
     ],
-    ids=["plain", "whole vocabulary", "3.1", "scaled rope", "rope base only"],
+    ids=["plain", "whole vocabulary", "3.1", "norm_before_fc", "scaled rope", "rope base only", "speculators"],
 )
 def test_the_two_files_alone_give_the_trained_logits(tmp_path, options, engine):
-    case = Case(**options)
-    served = Served(case.export(tmp_path / "draft"), case.target)
+    case, form = Case(**options), "sglang"
+    if case.config.eagle3.norm_before_residual:
+        if engine == "sglang":
+            with pytest.raises(ConfigError, match=r"norm_before_residual=true is not known to SGLang"):
+                case.export(tmp_path / "draft")
+            return
+        form = "speculators"
+    served = Served(case.export(tmp_path / "draft", format=form), case.target)
     tokens = torch.randint(V, (30,)).tolist()
     next_tokens = torch.tensor([*tokens[1:], 7])
     target = EvaluationTarget(case.target, case.draft.layout)
@@ -346,14 +360,19 @@ def test_the_speculators_format(case, tmp_path):
     layer = config["transformer_layer_config"]
     assert (layer["model_type"], layer["num_hidden_layers"], layer["vocab_size"]) == ("llama", 1, V)
     # vLLM passes on none of them, or two, by name
-    passed = {key: layer[key] for key in ("num_aux_hidden_states", "fc_norm", "norm_output")}
-    assert passed == {"num_aux_hidden_states": 3, "fc_norm": False, "norm_output": False}
+    assert {key: layer[key] for key in ("num_aux_hidden_states", *VARIANT)} == {
+        "num_aux_hidden_states": 3,
+        **dict.fromkeys(VARIANT, False),
+    }
     shapes = {name: list(tensor.shape) for name, tensor in load_file(directory / "model.safetensors").items()}
     assert shapes == {name.replace("midlayer.", "layers.0."): shape for name, shape in NAMES_AND_SHAPES.items()}
 
 
 @pytest.mark.parametrize("format", ["sglang", "speculators"])
-@pytest.mark.parametrize("options", [{}, {"whole": True}, {"fc_norm": True, "norm_output": True, "rope": LLAMA3}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"whole": True}, {"fc_norm": True, "norm_output": True, "rope": LLAMA3}, {"norm_before_fc": True}],
+)
 def test_an_export_reads_back_as_it_was(tmp_path, format, options):
     case = Case(**options)
     embedding = case.target.get_input_embeddings().weight.detach()
@@ -367,7 +386,8 @@ def test_an_export_reads_back_as_it_was(tmp_path, format, options):
     assert exported.dims == case.draft.dims
     restored = exported.options(Eagle3Config(init_head="random"), case.target.config)
     assert restored.layers == CAPTURED
-    assert (restored.fc_norm, restored.norm_output) == (exported.fc_norm, exported.norm_output)
+    own = case.config.eagle3
+    assert [getattr(restored, key) for key in VARIANT] == [getattr(own, key) for key in VARIANT]
     case.draft.load_state_dict(exported.state)
 
 
@@ -477,6 +497,9 @@ def test_the_command_lines_name_everything(case, tmp_path):
         "--speculative-num-draft-tokens": "5",
     }
     assert vllm.words[:3] == ["vllm", "serve", "org/model"]
+    assert sglang.by.since == "0.5.12"
+    newer = serve_commands(Case(norm_before_fc=True).export(tmp_path / "newer"))[0]
+    assert (newer.by.engine, newer.by.since) == ("SGLang", "0.5.18")
     assert json.loads(vllm.words[-1]) == {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 4}
     (only,) = serve_commands(case.export(tmp_path / "other", format="speculators"), target="/models/t", draft_tokens=2)
     assert (only.by.engine, only.target, only.draft_tokens) == ("vLLM", "/models/t", 2)

@@ -96,7 +96,14 @@ def trained(config: DraftConfig, ids: torch.Tensor | None = None, steps: int = 1
 CASES = {
     "eagle3": draft_config(eagle3=EAGLE3),
     "eagle3, reduced vocabulary, normed recurrence": draft_config(
-        eagle3=Eagle3Config(layers=(2, 4, 6), ttt_length=3, vocab_size=200, norm_output=True)
+        eagle3=Eagle3Config(
+            layers=(2, 4, 6),
+            ttt_length=3,
+            vocab_size=200,
+            norm_output=True,
+            norm_before_fc=True,
+            norm_before_residual=True,
+        )
     ),
     "dflash": draft_config(algorithm="dflash", dflash=DFLASH),
     "dspark": draft_config(algorithm="dspark", dspark=DSPARK),

@@ -128,6 +128,11 @@ class Eagle3(Algorithm[Eagle3Config]):
         return faults(config, tensors)
 
     @classmethod
+    def served(cls, config: Mapping[str, Any]) -> tuple[ServedBy, ...]:
+        newer = {"SGLang": "0.5.18"} if config.get("norm_before_fc") else {}
+        return tuple(replace(by, since=newer.get(by.engine, by.since)) for by in cls.served_by)
+
+    @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         kind = config.get("speculators_model_type")
         named = any("eagle" in str(name).lower() for name in config.get("architectures") or ())

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 SECTION = "draft.eagle3"
+VARIANT = ("fc_norm", "norm_before_fc", "norm_output", "norm_before_residual")
+"""Options that say what a draft computes with its weights, under the names that engines read too."""
 FP8_MULTIPLE = 16
 """Rows and columns of FP8 products."""
 
@@ -33,8 +35,14 @@ class Eagle3Config(LayerOptions):
     """Draft vocabulary: the most frequent target tokens the draft may propose; null is the whole vocabulary."""
     fc_norm: bool = False
     """EAGLE-3.1: an RMSNorm on each captured layer's output before they are fused."""
+    norm_before_fc: bool = False
+    """One RMSNorm on the captured outputs side by side before they are fused, as speculators trains; not with fc_norm.
+    SGLang serves it from 0.5.18 on."""
     norm_output: bool = False
     """EAGLE-3.1: the next step takes the normed state instead of the un-normed one."""
+    norm_before_residual: bool = False
+    """The layer adds its attention to the normed state instead of the un-normed one, as speculators trains. Only vLLM
+    serves it."""
     init_head: Literal["target", "random"] = "target"
     """Where the draft's output head starts: the target's head rows of the draft vocabulary, or random."""
     loss: LossName | None = None
@@ -71,6 +79,12 @@ class Eagle3Config(LayerOptions):
         for key in ("ttt_length", "loss_chunk"):
             if getattr(self, key) < 1:
                 raise ConfigError.at(f"draft.eagle3.{key}", f"is {getattr(self, key)}: it must be at least 1")
+        if self.fc_norm and self.norm_before_fc:
+            raise ConfigError.at(
+                "draft.eagle3.norm_before_fc",
+                "and draft.eagle3.fc_norm exclude each other: the captured outputs are normed side by side or each",
+                "draft.eagle3.fc_norm",
+            )
         self.check_sizes("draft.eagle3")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ConfigError.at(

@@ -14,7 +14,8 @@ What the engines do with them, read in SGLang 0.5.23 (`models/llama_eagle3.py`, 
 - `target_hidden_size` counts wherever the key is present: it must not be null.
 - RoPE is read from `rope_parameters` where the configuration class has it (transformers 5 makes it of `rope_scaling`
   first), else from `rope_theta` and `rope_scaling` (transformers 4). All three are written, and agree.
-- vLLM's speculators reader takes a missing `norm_before_residual` for true.
+- vLLM's speculators reader takes a missing `norm_before_residual` for true; SGLang does not know the key.
+- `norm_before_fc` is read in `eagle_config` first, then at the top; by SGLang from 0.5.18 on.
 - `d2t` are offsets: target id = i + d2t[i]. A draft of the whole vocabulary has none: vLLM has no place for them since
   0.30, and raises.
 - SGLang's DeepSeek family takes the nested layers as they are, in vLLM's numbers, unless the first is 1; its gpt_oss
@@ -38,12 +39,12 @@ from specdist.draft.algorithm import Contents, Trained, check_last_layer
 from specdist.draft.common.speculators import speculators_json
 from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, layers_json, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
-from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
+from specdist.draft.eagle3.config import VARIANT, Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.layer import modules
 from specdist.draft.export_config import ExportConfig
 
 MAPS = ("d2t", "t2d")
-PASSED_ON = ("num_aux_hidden_states", "fc_norm", "norm_output")
+PASSED_ON = ("num_aux_hidden_states", *VARIANT)
 AS_THEY_ARE = frozenset(
     {
         "DeepseekV2ForCausalLM",
@@ -75,7 +76,7 @@ def export(config: Eagle3Config, format: str, trained: Trained, options: ExportC
 def _tensors(config: Eagle3Config, dims: Eagle3Dims, trained: Trained, dtype: torch.dtype) -> dict[str, Tensor]:
     """Everything the weight file holds, checked, in `dtype`."""
     state = {name: tensor for name, tensor in trained.state.items() if name not in MAPS}
-    check_tensors(state, shapes(modules(dims, config.fc_norm, META, torch.float32)), "the state dict", "EAGLE-3")
+    check_tensors(state, shapes(modules(config, dims, META, torch.float32)), "the state dict", "EAGLE-3")
     vocabulary = DraftVocabulary.from_ids(trained.vocabulary, dims.vocab_size)
     maps = dict(zip(MAPS, (vocabulary.d2t, vocabulary.t2d), strict=True))
     for name, mapping in maps.items():
@@ -113,8 +114,6 @@ def _speculators_json(
         **speculators_json("eagle3", "Eagle3Speculator", layers, tokens, target, trained.target_path),
         **common,
         "embed_requires_grad": False,
-        "norm_before_residual": False,
-        "norm_before_fc": False,
     }
 
 
@@ -128,8 +127,7 @@ def _common_json(config: Eagle3Config, dims: Eagle3Dims, layers: list[int]) -> d
         "target_hidden_size": dims.hidden_size,
         "eagle_aux_hidden_state_layer_ids": [b + 1 for b in layers],
         "num_aux_hidden_states": len(layers),
-        "fc_norm": config.fc_norm,
-        "norm_output": config.norm_output,
+        **{key: getattr(config, key) for key in VARIANT},
     }
 
 
@@ -155,12 +153,12 @@ def faults(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str
         found.append("eagle_aux_hidden_state_layer_ids is missing: engines would take layers of their own choice")
     if "speculators_model_type" in config:
         layers = config.get("transformer_layer_config") or {}
-        usual = {"num_aux_hidden_states": 3, "fc_norm": False, "norm_output": False}
-        own = {"num_aux_hidden_states": len(ids or (0, 0, 0))} | {key: bool(config.get(key)) for key in PASSED_ON[1:]}
+        own: dict[str, int] = {key: bool(config.get(key)) for key in ("fc_norm", "norm_output")}
+        own["num_aux_hidden_states"] = len(ids or (0, 0, 0))
         found += [
-            f"transformer_layer_config.{key} is {layers.get(key)}, but the draft's is {own[key]}: vLLM reads it there"
-            for key in PASSED_ON
-            if layers.get(key, usual[key]) != own[key]
+            f"transformer_layer_config.{key} is {layers.get(key)}, but the draft's is {value}: vLLM reads it there"
+            for key, value in own.items()
+            if layers.get(key, 3 if key == "num_aux_hidden_states" else False) != value
         ]
         if config.get("norm_before_residual") is None:
             found.append("norm_before_residual is missing: vLLM takes it for true")
@@ -187,6 +185,12 @@ def check_servable(config: Eagle3Config, format: str, target: PretrainedConfig) 
     if format != "sglang":
         return
     check_last_layer("draft.eagle3.layers", layers, target_layers)
+    if config.norm_before_residual:
+        raise ConfigError.at(
+            "draft.eagle3.norm_before_residual",
+            "=true is not known to SGLang: train without it, or serve with vLLM (export.formats=[speculators])",
+            "export.formats",
+        )
     if layers[0] == 0 and names & AS_THEY_ARE:
         raise ConfigError.at(
             "draft.eagle3.layers",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from specdist.draft.common.mlp import MLP
 from specdist.draft.common.rotary import rotate
-from specdist.draft.eagle3.config import Eagle3Dims
+from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 
 
 class Eagle3Attention(nn.Module):
@@ -43,8 +43,9 @@ class Eagle3Attention(nn.Module):
 class MidLayer(nn.Module):
     """The decoder layer between the fused features and the head."""
 
-    def __init__(self, dims: Eagle3Dims, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config: Eagle3Config, dims: Eagle3Dims, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
+        self.norm_before_residual = config.norm_before_residual
 
         def norm() -> nn.RMSNorm:
             return nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps, device=device, dtype=dtype)
@@ -61,22 +62,25 @@ class MidLayer(nn.Module):
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The next state [T, H], un-normed, from the state and the attention output [T, Hq, D]."""
-        residual = hidden + self.self_attn.o_proj(attended.flatten(1))
+        base = self.hidden_norm(hidden) if self.norm_before_residual else hidden
+        residual = base + self.self_attn.o_proj(attended.flatten(1))
         return residual + self.mlp(self.post_attention_layernorm(residual))
 
 
-def modules(dims: Eagle3Dims, fc_norm: bool, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+def modules(config: Eagle3Config, dims: Eagle3Dims, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
     """All that is trained, by name."""
     hidden = dims.hidden_size
 
-    def norm() -> nn.RMSNorm:
-        return nn.RMSNorm(hidden, eps=dims.rms_norm_eps, device=device, dtype=dtype)
+    def norm(width: int = hidden) -> nn.RMSNorm:
+        return nn.RMSNorm(width, eps=dims.rms_norm_eps, device=device, dtype=dtype)
 
     def linear(inputs: int, outputs: int) -> nn.Linear:
         return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
 
     made: dict[str, nn.Module] = {"fc": linear(dims.num_captured * hidden, hidden)}
-    if fc_norm:
+    if config.norm_before_fc:
+        made["input_norm"] = norm(dims.num_captured * hidden)
+    if config.fc_norm:
         made["fc_norm"] = nn.ModuleList(norm() for _ in range(dims.num_captured))
-    midlayer = MidLayer(dims, device, dtype)
+    midlayer = MidLayer(config, dims, device, dtype)
     return made | {"midlayer": midlayer, "norm": norm(), "lm_head": linear(hidden, dims.draft_vocab_size)}

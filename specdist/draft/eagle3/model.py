@@ -80,6 +80,7 @@ class Eagle3Draft(DraftModel):
     """
 
     fc: nn.Linear
+    input_norm: nn.RMSNorm
     fc_norm: nn.ModuleList
     midlayer: MidLayer
     norm: nn.RMSNorm
@@ -102,7 +103,7 @@ class Eagle3Draft(DraftModel):
         self.scale = dims.head_dim**-0.5
         self.metric_names = tuple(f"{name}/{k}" for k in range(config.ttt_length) for name in (*SUMS, "positions"))
 
-        for name, module in modules(dims, config.fc_norm, device, dtype).items():
+        for name, module in modules(config, dims, device, dtype).items():
             self.add_module(name, module)
         self.ops = compiled_ops(device) if compiled else PLAIN
 
@@ -184,6 +185,7 @@ class Eagle3Draft(DraftModel):
             scale=self.scale,
             eps=self.dims.rms_norm_eps,
             norm_output=self.config.norm_output,
+            norm_before_residual=self.config.norm_before_residual,
             recompute=self.config.recompute,
         )
 
@@ -238,6 +240,8 @@ class Eagle3Draft(DraftModel):
     def fuse(self, captured: Tensor) -> Tensor:
         """g = h^0 [T, H] of the captured layer outputs side by side, [T, L * H]."""
         captured = captured.to(self.fc.weight.dtype)
+        if self.config.norm_before_fc:
+            captured = self.input_norm(captured)
         if self.config.fc_norm:
             parts = captured.split(self.dims.hidden_size, dim=-1)
             captured = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)

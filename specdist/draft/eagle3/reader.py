@@ -16,7 +16,7 @@ from specdist.core.errors import DataError
 from specdist.draft.algorithm import ExportedDraft, check_same_sizes
 from specdist.draft.common.tensors import META, check_tensors, need, read_layers, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
-from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
+from specdist.draft.eagle3.config import VARIANT, Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.export import EMBEDDING
 from specdist.draft.eagle3.layer import modules
 
@@ -28,15 +28,14 @@ class ExportedEagle3(ExportedDraft[Eagle3Config]):
     Attributes:
         dims: the draft's sizes.
         captured_layers: 0-based decoder layers, or None where the configuration leaves them to the engine.
-        fc_norm, norm_output: the norms of EAGLE-3.1.
+        variant: the options of `VARIANT`.
         embedding: [V, H], the target's embedding if the export brings it.
     """
 
     algorithm = "eagle3"
     dims: Eagle3Dims
     captured_layers: tuple[int, ...] | None
-    fc_norm: bool
-    norm_output: bool
+    variant: Mapping[str, Any]
     embedding: Tensor | None = None
 
     def options(self, base: Eagle3Config, target: PretrainedConfig) -> Eagle3Config:
@@ -45,8 +44,7 @@ class ExportedEagle3(ExportedDraft[Eagle3Config]):
             layers=self.captured_layers,
             vocab_size=self.dims.draft_vocab_size,
             **self.dims.options,
-            fc_norm=self.fc_norm,
-            norm_output=self.norm_output,
+            **self.variant,
         )
         check_same_sizes(Eagle3Dims.of(config, target, self.dims.draft_vocab_size), self.dims)
         return config
@@ -57,8 +55,6 @@ def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     path = directory / "config.json"
     layers: tuple[int, ...] | None
     if "speculators_model_type" in config:
-        if config["speculators_model_type"] != "eagle3" or config.get("norm_before_residual", True):
-            raise DataError(f"{path}: only speculators of type eagle3 with norm_before_residual false can be read")
         llama = dict(need(config, "transformer_layer_config", path))
         layers = _layers(config.get("eagle_aux_hidden_state_layer_ids"), 1)
     else:
@@ -66,16 +62,24 @@ def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
         # What lies nested is SGLang's, which some targets count otherwise.
         nested = _layers((config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids"), 0)
         layers = _layers(config.get("eagle_aux_hidden_state_layer_ids"), 1) or nested
-    if llama.get("num_hidden_layers", 1) != 1 or config.get("norm_before_fc"):
-        raise DataError(f"{path}: only drafts of one layer without norm_before_fc can be read")
+    if llama.get("num_hidden_layers", 1) != 1:
+        raise DataError(f"{path}: only drafts of one layer can be read")
     state = {_training_name(name): tensor for name, tensor in tensors.items()}
     embedding, d2t = state.pop(EMBEDDING, None), state.pop("d2t", None)
     state.pop("t2d", None)
     dims = _dims(config, llama, len(layers) if layers else 3, path)
-    fc_norm, norm_output = bool(config.get("fc_norm")), bool(config.get("norm_output"))
-    check_tensors(state, shapes(modules(dims, fc_norm, META, torch.float32)), str(directory), "EAGLE-3")
+    variant = _variant(config)
+    check_tensors(state, shapes(modules(Eagle3Config(**variant), dims, META, torch.float32)), str(directory), "EAGLE-3")
     vocabulary = _vocabulary(d2t, dims, path)
-    return ExportedEagle3(config, state, vocabulary, dims, layers, fc_norm, norm_output, embedding)
+    return ExportedEagle3(config, state, vocabulary, dims, layers, variant, embedding)
+
+
+def _variant(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What engines take a draft for: ModelOpt says it in `eagle_config`, and a missing `norm_before_residual` is true
+    in the speculators format."""
+    nested = config.get("eagle_config") or {}
+    usual = {"norm_before_residual": "speculators_model_type" in config}
+    return {key: bool(nested.get(key, config.get(key, usual.get(key)))) for key in VARIANT}
 
 
 def _training_name(name: str) -> str:

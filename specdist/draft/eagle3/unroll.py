@@ -56,6 +56,7 @@ class UnrollTask:
         scale: of attention scores.
         eps: of the norms.
         norm_output: whether the next step takes the normed state (EAGLE-3.1).
+        norm_before_residual: whether the attention is added to the normed state.
         recompute: the first steps of which the backward computes the MLP's input and projections again.
     """
 
@@ -69,6 +70,7 @@ class UnrollTask:
     scale: float
     eps: float
     norm_output: bool
+    norm_before_residual: bool
     recompute: int
 
 
@@ -169,6 +171,8 @@ class Unrolled:
 
     def middle(self, hidden: Tensor, merged: Tensor) -> Tensor:
         """The state after the attention."""
+        if self.task.norm_before_residual:
+            hidden = self.task.ops.norm(hidden, self.weights.hidden_norm, self.task.eps)
         return self.matmul.forward(self.matmul.take(merged.flatten(1)), "o", onto=hidden)
 
     def gate_and_up(self, taken: Any) -> tuple[Tensor, Tensor]:
@@ -246,6 +250,8 @@ class _Backward:
         width = d_product.shape[1]
         add_product(grads.qkv[:width], d_product.T, normed)
         d_normed = matmul.backward(matmul.take(d_product), "qkv" if step else "q")
+        if task.norm_before_residual:
+            d_normed, carry = d_normed + carry, torch.zeros_like(carry)
         carry, d_weight = ops.norm_backward(d_normed, saved.hidden, weights.hidden_norm, eps, carry)
         grads.hidden_norm.add_(d_weight)
         return carry
