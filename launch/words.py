@@ -28,8 +28,13 @@ def load(words: Sequence[str]) -> JobConfig:
     return load_job(*split(words))
 
 
-def load_checked(words: Sequence[str]) -> JobConfig:
-    """Read a job's configuration and check what a login node can check of it, its run directory included."""
+def load_checked(words: Sequence[str], queued: bool = False) -> JobConfig:
+    """Read a job's configuration and check what a login node can check of it, its run directory included.
+
+    Args:
+        queued: it will start later, so that whether another job is at work there is looked up now.
+    """
+    from specdist.core.run_lock import refuse_if_held
     from specdist.job.config import check_replay, examine
     from specdist.job.run_dir import RunDirectory
 
@@ -37,6 +42,8 @@ def load_checked(words: Sequence[str]) -> JobConfig:
     examine(job)
     check_replay(job)
     RunDirectory(Path(job.run.dir)).check(job)
+    if queued and not any(option.startswith("--dependency") for option in job.launch.slurm.options):
+        refuse_if_held(Path(job.run.dir), "")
     return job
 
 

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     from specdist_launch.slurm.cluster import check_fits, check_ranks, node_kinds, submit
     from specdist_launch.slurm.script import render
 
-    job = words.load_checked(args.config)
+    job = words.load_checked(args.config, queued=not args.dry_run)
     check_ranks(job)
     config, text = words.snapshot(job, "slurm")
     run_dir, file = Path(job.run.dir).absolute(), config.with_suffix(".sbatch")

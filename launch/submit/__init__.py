@@ -107,7 +107,7 @@ def _check(venue: Venue, run: Sequence[str]) -> JobConfig:
 
     run = [*run, *_words({f"launch.slurm.{key}": value for key, value in venue.asked.items()})]
     with naming_sources(*words.split(run)):
-        job = words.load_checked(run)
+        job = words.load_checked(run, queued=True)
         venue.check(job)
         if "%" in str(Path(job.run.dir).absolute()):
             text = f": {job.run.dir} has a '%' in its path, which starts a pattern in submitit's paths"

@@ -16,7 +16,7 @@ from submitit import DebugExecutor, Executor, LocalExecutor, SlurmExecutor
 from specdist.core.errors import ConfigError, UserError
 from specdist.core.launch_env import Attempt
 from specdist.job.config import JobConfig, topology
-from specdist.job.launch_config import LaunchConfig
+from specdist.job.launch_config import LaunchConfig, SlurmConfig
 from specdist_launch.agents import new_job
 from specdist_launch.local import world_size
 from specdist_launch.slurm.cluster import check_fits, check_ranks, node_kinds
@@ -68,7 +68,7 @@ class Venue:
             executor.update_parameters(**slurm_parameters(launch, self.array_parallelism))
             return executor
         executor = LocalExecutor(folder, max_num_timeout=_STARTS)
-        limit = minutes(str(launch.slurm.time)) if "time" in self.asked else _NO_LIMIT_MIN  # submitit's: two minutes
+        limit = minutes(launch.slurm) if "time" in self.asked else _NO_LIMIT_MIN  # submitit's: two minutes
         executor.update_parameters(timeout_min=limit, signal_delay_s=math.ceil(launch.stop_before_end_s))
         return executor
 
@@ -143,7 +143,7 @@ def slurm_parameters(launch: LaunchConfig, array_parallelism: int | None = None)
     given = asdict(slurm)
     asked = {key: given[key] for key in _SAME} | {
         "ntasks_per_node": 1,
-        "time": minutes(slurm.time),
+        "time": minutes(slurm),
         "exclusive": slurm.exclusive or None,
         "mem": "0" if slurm.exclusive else None,
         "signal_delay_s": math.ceil(launch.stop_before_end_s),
@@ -155,14 +155,9 @@ def slurm_parameters(launch: LaunchConfig, array_parallelism: int | None = None)
     return {key: value for key, value in asked.items() if value is not None}
 
 
-def minutes(time: str) -> int:
-    """A time limit in Slurm's notation, in whole minutes: M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
-    if time in ("UNLIMITED", "INFINITE"):
-        return _NO_LIMIT_MIN
-    days, dash, rest = time.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    hours, minutes, seconds = [*parts, 0, 0][:3] if dash or len(parts) == 3 else [0, *parts]
-    return math.ceil(int(days or 0) * 24 * 60 + hours * 60 + minutes + seconds / 60)
+def minutes(slurm: SlurmConfig) -> int:
+    """The time limit in whole minutes."""
+    return _NO_LIMIT_MIN if slurm.time_s is None else math.ceil(slurm.time_s / 60)
 
 
 def _option(word: str) -> tuple[str, str | bool]:

@@ -75,9 +75,9 @@ class ProgressBar:
             self._write(line)
 
     def say(self, text: str, line: str) -> None:
-        """What is being waited for. In a log the same line again is written only after a while."""
+        """What is being waited for. In a log the same line comes again only after a while, and an empty one never."""
         self._bar.update(self._task, text=self._cut(text))
-        if line != self._said or time.monotonic() - self._written_at >= self._every_s:
+        if line and (line != self._said or time.monotonic() - self._written_at >= self._every_s):
             self._said = line
             self._write(line)
 

@@ -92,6 +92,16 @@ class SlurmConfig:
             raise ConfigError.at("launch.slurm.cpus_per_task", f"is at least 1, not {self.cpus_per_task}")
 
     @property
+    def time_s(self) -> float | None:
+        """The time limit in seconds; None where there is none. Slurm's M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+        if self.time in (None, "UNLIMITED", "INFINITE"):
+            return None
+        days, dash, rest = self.time.rpartition("-")
+        parts = [int(part) for part in rest.split(":")]
+        hours, minutes, seconds = [*parts, 0, 0][:3] if dash or len(parts) == 3 else [0, *parts]
+        return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+    @property
     def components(self) -> list[NodesConfig]:
         """The nodes to ask for, one entry a component, the target's first; a plain job has one."""
         own = NodesConfig(self.nodes, self.partition, self.gpus_per_node, self.constraint)
@@ -152,6 +162,13 @@ class LaunchConfig:
     """The container that a batch job's processes run in."""
 
     def __post_init__(self) -> None:
+        if self.slurm.time_s is not None and self.slurm.time_s <= self.stop_before_end_s:
+            raise ConfigError.at(
+                "launch.slurm.time",
+                f"={self.slurm.time} is no more than launch.stop_before_end_s={self.stop_before_end_s:g}, the seconds "
+                "before its end in which a job saves and leaves: give it more time, or set that lower",
+                "launch.stop_before_end_s",
+            )
         if self.retries < 0:
             raise ConfigError.at("launch.retries", f"is at least 0, not {self.retries}")
         for key in ("stop_before_end_s", "meet_timeout_s"):

@@ -56,18 +56,11 @@ def find_resume_plan(
         weight: see `evaluation_weight`.
 
     Raises:
-        ConfigError: the checkpoint belongs to other prompts, or checkpoint.resume=false and there is one.
+        ConfigError: the checkpoint belongs to other prompts.
     """
     saved = committed(run_dir.checkpoints)
     progress, checkpoint = Progress(fingerprint=fingerprint), None
     if saved:
-        if not job.checkpoint.resume:
-            raise ConfigError.at(
-                "run.dir",
-                f": {run_dir.path} has checkpoints ({saved[-1].name}) and checkpoint.resume=false would "
-                "overwrite them: choose another run.dir, or set checkpoint.resume=true to go on",
-                "checkpoint.resume",
-            )
         checkpoint, progress = saved[-1], read_progress(saved[-1])
         if progress.fingerprint != fingerprint:
             raise ConfigError(

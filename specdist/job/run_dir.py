@@ -14,6 +14,7 @@ from torch import Tensor
 from specdist.core import config
 from specdist.core.errors import ConfigError
 from specdist.core.files import unwritable, write_atomically
+from specdist.core.progress import committed
 from specdist.core.run_lock import refuse_if_held
 from specdist.core.run_paths import RunPaths
 from specdist.job.config import JobConfig, differing_keys, load_job
@@ -24,7 +25,18 @@ class RunDirectory(RunPaths):
     """The paths of a run, and the rule that a directory belongs to one job."""
 
     def check(self, job: JobConfig) -> None:
-        """Raise ConfigError where the directory holds a run of another job; names the keys that differ."""
+        """Raise ConfigError where the directory holds checkpoints of another job, and names the keys that differ, or of
+        this one, which is not to go on with them."""
+        saved = committed(self.checkpoints)
+        if not saved:
+            return
+        if not job.checkpoint.resume:
+            raise ConfigError.at(
+                "checkpoint.resume",
+                f"=false would overwrite the checkpoints of {self.path} ({saved[-1].name}): choose another run.dir, or "
+                "set checkpoint.resume=true to go on",
+                "run.dir",
+            )
         if not self.config.exists():
             return
         different = differing_keys(job, load_job([self.config]))

@@ -27,8 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from specdist.core.errors import DataError, WorldError
-from specdist.core.files import sync_directory
+from specdist.core.errors import ConfigError, DataError, WorldError
+from specdist.core.files import of_full_disk, sync_directory, unwritable
 from specdist.core.locked import locked
 from specdist.core.progress_bar import ProgressBar
 from specdist.prompts.config import PromptsConfig
@@ -104,7 +104,6 @@ def prepare(
     if len(config.files) == 1 and is_store(Path(config.files[0])):
         return _ready(Path(config.files[0]), config)
     root = Path(config.cache_dir or DEFAULT_CACHE).expanduser() / "prompts"
-    root.mkdir(parents=True, exist_ok=True)
     name = "prompts" if key == "prompts.files" else "held-out prompts"
     with ProgressBar(name, None, counted=False, enabled=progress) as bar:
 
@@ -119,16 +118,36 @@ def prepare(
 
         sources = find_files(config.files, key, lambda _, text: say(text))
         total = sum(os.path.getsize(source.path) for source in sources)
-        say(f"looking up {len(sources)} files ({total / 1e6:,.1f} MB) in the cache")
+        lookup = f"looking up {len(sources)} files ({total / 1e6:,.1f} MB) in the cache"
+        bar.say(lookup, "")
+        on_progress(lookup)
         final = root / cache_key(config, sources, Path(tokenizer_dir))
         if not (final / MANIFEST).exists():
-            with _alone(final, timeout, say):
+            with _naming_cache(root), _alone(final, timeout, say):
                 if not (final / MANIFEST).exists():  # another process may have prepared them meanwhile
                     bar.set_total(total)
                     _prepare_into(final, config, sources, str(tokenizer_dir), total, advance)
     store = PromptStore.open(final, [source.path for source in sources])
     _judge_all(store.report, config, final)
     return store
+
+
+@contextmanager
+def _naming_cache(root: Path) -> Iterator[None]:
+    """Say which directory cannot be written, and what would be right, before anything is prepared or while it is."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if (reason := unwritable(root)) is not None:
+            raise reason
+        yield
+    except OSError as error:
+        if error.filename is not None and not str(error.filename).startswith(str(root)):
+            raise  # a file of prompts
+        if of_full_disk(error):
+            raise OSError(error.errno, error.strerror, str(root)) from error
+        raise ConfigError.at(
+            "prompts.cache_dir", f": {root} cannot be written ({error}): set it to a directory that can be"
+        ) from error
 
 
 @contextmanager

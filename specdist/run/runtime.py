@@ -31,6 +31,7 @@ from specdist.run.target_role import produce
 from specdist.run.timeline import collect
 from specdist.run.worlds.target_world import TargetWorld
 from specdist.target.registry import engine_groups
+from specdist.training.metrics import check_trackers
 from specdist.training.profile import NO_PROFILE, PartInfo, Profile, find_traced_steps
 from specdist.world.groups import join_world, make_groups
 from specdist.world.links import connect_links
@@ -48,6 +49,8 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     topology = jobs.topology(job, world.hosts, world.roles)
     _place_log(start.log, topology, facts.rank)
     jobs.check_installed(job, target=topology.target_place(facts.rank) is not None)
+    if facts.rank in topology.draft_ranks[:1]:
+        check_trackers(job.metrics)
     start.clock.begin("preflight")
     preflight = Preflight(job, world, topology)
     preflight.hosts(job_facts)

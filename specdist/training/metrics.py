@@ -56,6 +56,26 @@ class MetricsConfig:
             raise ConfigError.at("metrics.every", f"is at least 1, not {self.every}")
 
 
+def check_trackers(config: MetricsConfig) -> None:
+    """Raise ConfigError where Weights & Biases is asked for and could not log from here. Asks no server."""
+    if not config.wandb:
+        return
+    wandb = _wandb()
+    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+        raise ConfigError.at(
+            "metrics.wandb",
+            "=true, and nobody is logged in: `wandb login`, or set WANDB_API_KEY; WANDB_MODE=offline needs neither",
+        )
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError.at("metrics.wandb", "=true needs wandb: pip install -e '.[trackers]'") from error
+    return wandb
+
+
 class Tracker(ABC):
     """Takes one record of metrics per logged step."""
 
@@ -90,7 +110,7 @@ class TensorBoardTracker(Tracker):
     def __init__(self, directory: Path, resume_step: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), purge_step=resume_step or None)
+        self._writer = SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else 0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -102,15 +122,11 @@ class TensorBoardTracker(Tracker):
 
 class WandbTracker(Tracker):
     def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError.at("metrics.wandb", "=true needs wandb: pip install -e '.[trackers]'") from error
         # The id is kept with the run, so that a resumed job goes on in the same W&B run and nobody else's does.
         identity = run_dir / "wandb-id"
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex)
-        self._run = wandb.init(
+        self._run = _wandb().init(
             project=project,
             dir=str(run_dir),
             name=run_dir.name,

@@ -16,6 +16,7 @@ import pytest
 from specdist.core import config
 from specdist.core.attempts import AttemptRecord, Ending, Started
 from specdist.core.errors import ConfigError
+from specdist.core.run_lock import Lease
 from specdist.core.stop import StopReason
 from specdist.job.config import load_job
 from specdist.job.launch_config import ContainerConfig, LaunchConfig, NodesConfig, SlurmConfig
@@ -187,9 +188,27 @@ def test_an_option_is_a_value_of_the_command_line(words, capsys, monkeypatch):
 
 
 def test_a_run_directory_of_another_job(tmp_path, words, capsys):
-    (tmp_path / "run").mkdir()
+    saved = tmp_path / "run/checkpoints/step-1"
+    saved.mkdir(parents=True)
     (tmp_path / "run/config.yaml").write_text(config.to_yaml(load_job([], [*words, "run.seed=7"])))
+    assert main(["launch", "slurm", *words, "--dry-run"]) == 0, "nothing was trained there"
+    capsys.readouterr()
+    (saved / "COMMIT").touch()
     assert "other values of run.seed" in refused(capsys, words, "--dry-run")
+    assert "would overwrite the checkpoints" in refused(capsys, [*words, "checkpoint.resume=false"], "--dry-run")
+
+
+def test_a_time_limit_that_is_over_before_a_step_is_done(words, capsys):
+    said = refused(capsys, words, "--dry-run", "--time", "2:00")
+    assert "launch.slurm.time=2:00 is no more than launch.stop_before_end_s=120" in said
+
+
+def test_a_run_directory_in_which_another_job_is_at_work(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("specdist.core.run_lock.PULSE_S", 0.1)
+    record = AttemptRecord(tmp_path / "run/logs/17.0")
+    record.begin(Started("slurm", ("gpu1",), 2))
+    with Lease(record):
+        assert "in use: attempt 17.0" in refused(capsys, words)
 
 
 def test_a_run_directory_that_cannot_be_made(tmp_path, words, capsys, monkeypatch):

@@ -198,7 +198,9 @@ def test_submitit_is_not_installed(words, monkeypatch):
 
 
 def test_a_run_directory_of_another_job(tmp_path, words):
-    (tmp_path / "run").mkdir()
+    saved = tmp_path / "run/checkpoints/step-1"
+    saved.mkdir(parents=True)
+    (saved / "COMMIT").touch()
     (tmp_path / "run/config.yaml").write_text(config.to_yaml(load_job([], [*words, "run.seed=7"])))
     with pytest.raises(ConfigError, match=r"other values of run.seed"):
         specdist.submit([], words, executor="debug")
@@ -224,7 +226,7 @@ def test_what_submitit_cannot_do(launch, message):
     [("90:00", 90), ("4:00:00", 240), ("0:00:30", 1), ("1-0", 1440), ("1-2:30", 1590), ("1-0:0:1", 1441)],
 )
 def test_time_limits_in_minutes(time, expected):
-    assert minutes(time) == expected
+    assert minutes(SlurmConfig(time=time)) == expected
 
 
 def test_the_gpus_of_this_machine(words, monkeypatch):

@@ -5,11 +5,20 @@ import io
 import json
 import re
 import sys
+from contextlib import nullcontext
 
 import pytest
+import wandb
 
 from specdist.core.errors import ConfigError
-from specdist.training.metrics import JsonlTracker, ProgressTracker, TensorBoardTracker, WandbTracker
+from specdist.training.metrics import (
+    JsonlTracker,
+    MetricsConfig,
+    ProgressTracker,
+    TensorBoardTracker,
+    WandbTracker,
+    check_trackers,
+)
 
 
 def test_jsonl_drops_the_steps_that_are_done_again(tmp_path):
@@ -41,6 +50,20 @@ def test_wandb_missing_says_how_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[trackers\]'"):
         WandbTracker("project", tmp_path, {})
+
+
+def test_wandb_without_a_login_is_told_of_before_the_world_starts(monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", "/nonexistent")
+    for mode, refused in (
+        ("online", pytest.raises(ConfigError, match="nobody is logged in")),
+        ("offline", nullcontext()),
+    ):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        wandb.teardown()
+        with refused:
+            check_trackers(MetricsConfig(wandb=True))
+    wandb.teardown()
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100, 140])
