@@ -90,6 +90,8 @@ class Reference:
     softcap: float | None = 7.0
     block: int = BLOCK
     mask: int = MASK
+    views: tuple[tuple[int | None, bool], ...] = ((None, False),) * LAYERS
+    """Window of each layer, and whether its slots see only what stands before them in the block."""
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * self.weights[f"{name}.weight"]
@@ -121,9 +123,12 @@ class Reference:
         for layer in range(layers):
             name = f"layers.{layer}"
             normed = [self.norm(h, f"{name}.input_layernorm") for h in hidden]
-            seen = [self.key_value(layer, c, j) for j, c in enumerate(context)]
-            seen += [self.key_value(layer, n, anchor + k) for k, n in enumerate(normed)]
+            keys = [self.key_value(layer, c, j) for j, c in enumerate(context)]
+            keys += [self.key_value(layer, n, anchor + k) for k, n in enumerate(normed)]
+            window, causal = self.views[layer]
             for k in range(self.block):
+                last = anchor + k if causal else anchor + self.block - 1
+                seen = keys[0 if window is None else max(anchor + k - window + 1, 0) : last + 1]
                 query = self.linear(normed[k], f"{name}.self_attn.q_proj").view(HEADS, HEAD_DIM)
                 query = self.rotate(self.norm(query, f"{name}.self_attn.q_norm"), anchor + k)
                 outputs = []
@@ -145,6 +150,16 @@ class Reference:
 
     def log_chances(self, products: Tensor) -> Tensor:
         return self.target_logits(products).log_softmax(-1)
+
+
+def reference_of(case: Case[DFlashDraft]) -> Reference:
+    target = case.draft.target
+    weights = {name: p.detach().clone().requires_grad_() for name, p in case.draft.named_parameters()}
+    return Reference(weights, target.embedding, target.head, views=views_of(case))
+
+
+def views_of(case: Case[Any]) -> tuple[tuple[int | None, bool], ...]:
+    return tuple((view.window, view.causal) for view in case.draft.config.views)
 
 
 def labelled(tokens: list[int], mask: list[bool], anchor: int) -> list[int]:

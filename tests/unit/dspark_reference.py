@@ -14,7 +14,7 @@ from torch import Tensor
 from specdist.draft.config import draft_config
 from specdist.draft.dspark.config import DSparkConfig
 from specdist.draft.dspark.model import DSparkDraft
-from tests.unit.dflash_reference import SETTINGS, case_of
+from tests.unit.dflash_reference import SETTINGS, case_of, views_of
 from tests.unit.dflash_reference import Reference as Layers
 from tests.unit.draft_case import Case
 
@@ -64,4 +64,4 @@ class Reference(Layers):
 def reference_of(case: Case[DSparkDraft]) -> Reference:
     target = case.draft.target
     weights = {name: p.detach().clone().requires_grad_() for name, p in case.draft.named_parameters()}
-    return Reference(weights, target.embedding, target.head)
+    return Reference(weights, target.embedding, target.head, views=views_of(case))

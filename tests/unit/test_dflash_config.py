@@ -39,6 +39,16 @@ def test_default_layers(layers: int, count: int, captured: tuple[int, ...]) -> N
     assert DFlashConfig(num_layers=count).captured_layers(layers) == captured
 
 
+def test_what_layers_see() -> None:
+    def seen(**options: object) -> list[tuple[int | None, bool]]:
+        return [(v.window, v.causal) for v in DFlashConfig(num_layers=3, **options).views]  # type: ignore[arg-type]
+
+    assert seen() == [(None, False)] * 3
+    assert seen(causal=True) == [(None, True)] * 3
+    assert seen(sliding_window=32) == [(32, True), (32, True), (None, False)]
+    assert seen(sliding_window=32, sliding_layers=(1,), causal=False) == [(None, False), (32, False), (None, False)]
+
+
 def test_default_decay() -> None:
     assert [DFlashConfig(block_size=size).gamma for size in (16, 10, 8)] == [7.0, 5.0, 4.0]
     assert DFlashConfig(decay_gamma=2.5).gamma == 2.5
@@ -51,6 +61,9 @@ def test_default_decay() -> None:
         ({"anchors": 0}, r"draft\.dflash\.anchors is 0"),
         ({"decay_gamma": 0.0}, r"draft\.dflash\.decay_gamma is 0\.0"),
         ({"dpace_alpha": 1.5}, r"draft\.dflash\.dpace_alpha is 1\.5"),
+        ({"sliding_window": 8}, r"draft\.dflash\.sliding_window is 8: it must hold a block, 16 tokens"),
+        ({"sliding_layers": (0,)}, r"draft\.dflash\.sliding_layers is \[0\] without a sliding_window"),
+        ({"sliding_window": 16, "sliding_layers": (4, 5)}, r"sliding_layers is \[4, 5\]: .* 0 to 4"),
         ({"head_dim": 0}, r"draft\.dflash\.head_dim is 0"),
     ],
 )

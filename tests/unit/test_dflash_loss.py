@@ -19,16 +19,16 @@ from tests.unit.dflash_reference import (
     gradients,
     labelled,
     places,
+    reference_of,
     run,
 )
 
-KINDS: list[dict[str, object]] = [{}, {"decay_gamma": 1.5}, {"loss": "dpace"}, {"loss": "dpace", "dpace_alpha": 0.0}]
-
-
-def reference_of(case: Case) -> Reference:
-    target = case.draft.target
-    weights = {name: p.detach().clone().requires_grad_() for name, p in case.draft.named_parameters()}
-    return Reference(weights, target.embedding, target.head)
+KINDS: list[dict[str, object]] = [
+    {},
+    {"decay_gamma": 1.5, "sliding_window": BLOCK},
+    {"loss": "dpace", "causal": True},
+    {"loss": "dpace", "dpace_alpha": 0.0, "sliding_window": BLOCK + 1, "sliding_layers": (0, 1), "causal": False},
+]
 
 
 def expected(case: Case, reference: Reference) -> tuple[torch.Tensor, dict[str, float]]:

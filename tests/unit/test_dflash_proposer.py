@@ -9,7 +9,7 @@ import torch
 from specdist.core.records import Features
 from specdist.draft.block.blocks import Blocks
 from specdist.draft.block.proposer import BlockProposer
-from tests.unit.dflash_reference import BLOCK, Case, Reference, build_case
+from tests.unit.dflash_reference import BLOCK, Case, build_case, reference_of
 from tests.unit.draft_case import batch_equals_single
 
 
@@ -27,9 +27,10 @@ def whole(proposer: BlockProposer) -> torch.Tensor:
     return proposer.propose(BLOCK - 1).logits
 
 
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 6}, {"causal": True}], ids=str)
 @pytest.mark.parametrize("anchor", [1, 7, 30])
-def test_a_block_is_the_trained_one_and_the_definition(anchor: int) -> None:
-    case = build_case((40,))
+def test_a_block_is_the_trained_one_and_the_definition(anchor: int, options: dict[str, object]) -> None:
+    case = build_case((40,), **options)  # type: ignore[arg-type]
     case.masks[0][:] = True
     drafts = extended(case, anchor).propose(BLOCK - 1)
     tokens, products = drafts.tokens[0].tolist(), drafts.logits[0]
@@ -38,8 +39,7 @@ def test_a_block_is_the_trained_one_and_the_definition(anchor: int) -> None:
     with torch.no_grad():
         states = case.draft.states(case.batch, blocks, case.draft.verified(case.batch, case.features), attend)
         target = case.draft.target
-        reference = Reference(dict(case.draft.named_parameters()), target.embedding, target.head)
-        expected = reference.products(case.documents[0].tolist(), case.rows, anchor)
+        expected = reference_of(case).products(case.documents[0].tolist(), case.rows, anchor)
     place = blocks.anchors.tolist().index(anchor)
     torch.testing.assert_close(products, target.logits(states[place]), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(products, target.logit_map(expected), rtol=1e-9, atol=1e-9)

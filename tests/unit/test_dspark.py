@@ -17,7 +17,7 @@ from tests.unit.dspark_reference import BLOCK, Reference, build_case, reference_
 
 KINDS: list[dict[str, object]] = [
     {},
-    {"ce_weight": 1.0, "l1_weight": 0.0, "confidence_weight": 0.0, "decay_gamma": 1.5},
+    {"ce_weight": 1.0, "l1_weight": 0.0, "confidence_weight": 0.0, "decay_gamma": 1.5, "sliding_window": BLOCK},
 ]
 
 

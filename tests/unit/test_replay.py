@@ -25,12 +25,14 @@ CASES: dict[str, Callable[[], Case]] = {
     "eagle3": lambda: eagle3_reference.build_case(LENGTHS),
     "eagle3-whole": lambda: eagle3_reference.build_case(LENGTHS, pruned=False, norm_output=True, fc_norm=True),
     "dflash": lambda: dflash_reference.build_case(LENGTHS, anchors=7),
+    "dflash-sliding": lambda: dflash_reference.build_case(LENGTHS, anchors=7, sliding_window=6),
     "dspark": lambda: dspark_reference.build_case(LENGTHS, anchors=7),
 }
 COUNTS = {
     "eagle3": (1, STEPS, STEPS + 2),
     "eagle3-whole": (2, STEPS + 1),
     "dflash": (2, dflash_reference.BLOCK - 1),
+    "dflash-sliding": (dflash_reference.BLOCK - 1,),
     "dspark": (2, dspark_reference.BLOCK),
 }
 

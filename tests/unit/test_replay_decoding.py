@@ -31,7 +31,7 @@ from specdist.target.vocabulary import load_target_vocabulary
 BARD = Path(__file__).parents[2] / "examples" / "bard"
 LIMIT = 24
 EAGLE3 = Eagle3Config(layers=(2, 4, 6), ttt_length=3)
-DFLASH = DFlashConfig(layers=(2, 4, 6), num_layers=1, block_size=5, anchors=64, mask_token_id=511)
+DFLASH = DFlashConfig(layers=(2, 4, 6), num_layers=2, sliding_window=8, block_size=5, anchors=64, mask_token_id=511)
 DSPARK = DSparkConfig(
     layers=(2, 4, 6), num_layers=1, block_size=4, anchors=64, mask_token_id=511, markov_rank=16, ce_weight=1.0
 )

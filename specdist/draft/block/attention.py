@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of the blocks: each sees what the target has verified before its anchor, and itself in both directions.
+"""Attention of the blocks: each sees what the target has verified before its anchor, and itself, both as far as the
+layer's `View` allows.
 
 The keys of the verified tokens are those that the draft makes of the target's states, the same for all blocks of a
 document. Blocks never see each other.
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from specdist.draft.block.blocks import Blocks
+from specdist.draft.block.options import View
 from specdist.draft.common.compiling import compiled
 from specdist.draft.common.flex import BLOCK, block_list, blockwise_attention, in_blocks, whole_blocks
 from specdist.draft.common.precision import at_least_fp32
@@ -24,28 +26,33 @@ BlockAttention = Callable[[Tensor, KeysValues, KeysValues], Tensor]
 """(q, context, own) -> output [N B, Hq, D]. q [N B, Hq, D]; `context` of the T packed tokens, `own` of the N B rows."""
 
 
-def attend_block(q: Tensor, context: KeysValues, own: KeysValues, seen: Tensor, scale: float) -> Tensor:
+def attend_block(q: Tensor, context: KeysValues, own: KeysValues, seen: Tensor, scale: float, view: View) -> Tensor:
     """The definition, for blocks of one document, in at least fp32: [N, B, Hq, D].
 
     Args:
         q: [N, B, Hq, D].
         context: of the document's tokens, [L, Hkv, D].
         own: of the blocks, each [N, B, Hkv, D].
-        seen: int64 [N], how many of the L tokens each block sees.
+        seen: int64 [N], how many of the L tokens stand before each block.
     """
     (k, v), (own_k, own_v) = (tuple(map(at_least_fp32, pair)) for pair in (context, own))
     grouped = at_least_fp32(q).unflatten(2, (k.shape[1], -1))  # [N, B, Hkv, G, D]
     before = torch.einsum("nbhgd,lhd->nhgbl", grouped, k) * scale
-    hidden = torch.arange(len(k), device=q.device) >= seen[:, None]
-    before = before.masked_fill(hidden[:, None, None, None], float("-inf"))
+    slots, column = torch.arange(q.shape[1], device=q.device), torch.arange(len(k), device=q.device)
+    hidden = (column >= seen[:, None])[:, None].expand(-1, len(slots), -1)  # [N, B, L]
+    if view.window is not None:
+        hidden = hidden | (column <= (seen[:, None] + slots - view.window)[..., None])
+    before = before.masked_fill(hidden[:, None, None], float("-inf"))
     inside = torch.einsum("nbhgd,nchd->nhgbc", grouped, own_k) * scale
+    if view.causal:
+        inside = inside.masked_fill(slots > slots[:, None], float("-inf"))
     chances = torch.cat([before, inside], dim=-1).softmax(-1)
     first, last = chances.split([len(k), own_k.shape[1]], dim=-1)
     out = torch.einsum("nhgbl,lhd->nbhgd", first, v) + torch.einsum("nhgbc,nchd->nbhgd", last, own_v)
     return out.flatten(2, 3).to(q.dtype)
 
 
-def eager_attention(blocks: Blocks, lengths: Sequence[int], scale: float) -> BlockAttention:
+def eager_attention(blocks: Blocks, lengths: Sequence[int], scale: float, view: View) -> BlockAttention:
     """The reference, document by document."""
 
     def attend(q: Tensor, context: KeysValues, own: KeysValues) -> Tensor:
@@ -54,7 +61,7 @@ def eager_attention(blocks: Blocks, lengths: Sequence[int], scale: float) -> Blo
         seen = blocks.positions.split(blocks.counts)
         documents = zip(*blockwise, keys, values, seen, strict=True)
         outputs = [
-            attend_block(query, (key, value), (own_key, own_value), before, scale)
+            attend_block(query, (key, value), (own_key, own_value), before, scale, view)
             for query, own_key, own_value, key, value, before in documents
             if len(before)
         ]
@@ -63,34 +70,44 @@ def eager_attention(blocks: Blocks, lengths: Sequence[int], scale: float) -> Blo
     return attend
 
 
-def block_mask(blocks: Blocks, tokens: int) -> flex.BlockMask:
+def block_mask(blocks: Blocks, tokens: int, view: View) -> flex.BlockMask:
     """The FlexAttention mask of the rows of all blocks over `tokens` packed ones and then the rows themselves, made
     without a host sync.
 
-    Anchors and the starts of their documents ascend, so the blocks of columns that a block of rows needs, and those it
-    sees whole, follow from its first and last row. Rows and both kinds of columns are filled up to whole blocks; the
-    rows filled up see one another, or those of the last block.
+    A row sees the columns from its start to its end, so the blocks of columns that a block of rows may need, and those
+    it sees whole, follow from the least and the greatest of both. Rows and both kinds of columns are filled up to whole
+    blocks; the rows filled up see one another, or those of the last block.
     """
     device, count, size = blocks.anchors.device, len(blocks.anchors), blocks.size
     rows, context = in_blocks(count * size), in_blocks(tokens)
-    number = torch.arange(rows, device=device) // size  # of the block that a row belongs to
+    row = torch.arange(rows, device=device)
+    number = row // size  # of the block that a row belongs to
     ends = blocks.anchors[number.clamp(max=count - 1)].to(torch.int32)
     starts = blocks.starts[number.clamp(max=count - 1)].to(torch.int32)
+    if view.window is not None:
+        starts = starts.maximum(ends + (row % size).to(torch.int32) - (view.window - 1))
     owner = torch.cat([number.new_full((context,), -1), number]).to(torch.int32)
-    number = number.to(torch.int32)
+    number, causal = number.to(torch.int32), view.causal
 
-    first = torch.arange(rows // BLOCK, device=device) * BLOCK
-    last = first + BLOCK - 1
     column = torch.arange((context + rows) // BLOCK, device=device)[None] * BLOCK
     until = column + BLOCK - 1
-    needed = (column < ends[last][:, None]) & (until >= starts[first][:, None])
-    whole = (until < ends[first][:, None]) & (column >= starts[last][:, None])
-    own_first = context + number[first][:, None] * size
-    own_last = context + (number[last][:, None] + 1) * size - 1
+    (begin, begins), (end, ends_last) = (
+        (bound.amin(1, keepdim=True), bound.amax(1, keepdim=True))
+        for bound in (starts.view(-1, BLOCK), ends.view(-1, BLOCK))
+    )
+    needed = (column < ends_last) & (until >= begin)
+    whole = (until < end) & (column >= begins)
+    own_first = context + number[::BLOCK, None] * size
+    own_last = context + (number[BLOCK - 1 :: BLOCK, None] + 1) * size - 1
+    if causal:
+        own_last = own_last.minimum(context + row[BLOCK - 1 :: BLOCK, None])
     needed = needed | ((column <= own_last) & (until >= own_first))
 
     def visible(_b: Tensor, _h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return ((column < ends[row]) & (column >= starts[row])) | (owner[column] == number[row])
+        own = owner[column] == number[row]
+        if causal:
+            own = own & (column - context <= row)
+        return ((column < ends[row]) & (column >= starts[row])) | own
 
     return flex.BlockMask.from_kv_blocks(
         *block_list(needed & ~whole),
@@ -101,10 +118,10 @@ def block_mask(blocks: Blocks, tokens: int) -> flex.BlockMask:
     )
 
 
-def flex_attention(blocks: Blocks, tokens: int, scale: float) -> BlockAttention:
-    """FlexAttention with a mask made here, once for all layers. Compiled on CUDA; elsewhere uncompiled and without a
-    backward."""
-    mask, rows = block_mask(blocks, tokens), len(blocks.anchors) * blocks.size
+def flex_attention(blocks: Blocks, tokens: int, scale: float, view: View) -> BlockAttention:
+    """FlexAttention with a mask made here, once for all layers of a view. Compiled on CUDA; elsewhere uncompiled and
+    without a backward."""
+    mask, rows = block_mask(blocks, tokens, view), len(blocks.anchors) * blocks.size
     attention = compiled(blockwise_attention) if blocks.anchors.is_cuda else blockwise_attention
 
     def attend(q: Tensor, context: KeysValues, own: KeysValues) -> Tensor:

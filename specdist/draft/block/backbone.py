@@ -97,15 +97,15 @@ class BlockDraft(DraftModel):
         return [attention_of(layer).keys_values(context, rotation, self._layer_ops) for layer in self.layers]
 
     def states(
-        self, batch: PackedTokens, blocks: Blocks, verified: Sequence[KeysValues], attend: BlockAttention
+        self, batch: PackedTokens, blocks: Blocks, verified: Sequence[KeysValues], attend: Sequence[BlockAttention]
     ) -> Tensor:
         """The normed states [N, D, H] of the slots that draft."""
         tokens = self.masked(batch.tokens[blocks.anchors])
         places = blocks.positions[:, None] + torch.arange(blocks.size, device=tokens.device)
         rotation = self.rotary(places.flatten())
         hidden = self.embed(tokens.flatten())
-        for layer, context in zip(self.layers, verified, strict=True):
-            hidden = layer(hidden, rotation, context, attend, self._layer_ops)
+        for layer, context, attention in zip(self.layers, verified, attend, strict=True):
+            hidden = layer(hidden, rotation, context, attention, self._layer_ops)
         return self.norm(hidden).unflatten(0, (-1, blocks.size))[:, self.config.SILENT :]
 
     def masked(self, first: Tensor) -> Tensor:
@@ -122,11 +122,16 @@ class BlockDraft(DraftModel):
         """The target's embeddings [n, H] of tokens [n]."""
         return functional.embedding(tokens, self.target.embedding).to(self.fc.weight.dtype)
 
-    def attention(self, blocks: Blocks, lengths: tuple[int, ...]) -> BlockAttention:
-        """The attention of a micro-batch; its mask is made here, once for all layers."""
-        if takes_flex(self.config.attention, blocks.anchors.is_cuda, self.dims.head_dim):
-            return flex_attention(blocks, sum(lengths), self.scale)
-        return eager_attention(blocks, lengths, self.scale)
+    def attention(self, blocks: Blocks, lengths: tuple[int, ...]) -> list[BlockAttention]:
+        """Each layer's attention of a micro-batch; masks are made here, once for all layers that see the same."""
+        views, flex = self.config.views, takes_flex(self.config.attention, blocks.anchors.is_cuda, self.dims.head_dim)
+        made = {
+            view: flex_attention(blocks, sum(lengths), self.scale, view)
+            if flex
+            else eager_attention(blocks, lengths, self.scale, view)
+            for view in set(views)
+        }
+        return [made[view] for view in views]
 
     def proposer(self) -> BlockProposer:
         return BlockProposer(self)

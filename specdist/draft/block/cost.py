@@ -41,8 +41,10 @@ class BlockCost(Cost):
         hidden, rows = dims.hidden_size, len(blocks.anchors) * blocks.size
         once = 2 * hidden * (dims.num_captured * hidden + dims.num_layers * 2 * dims.key_width) * len(batch.tokens)
         projections = 2 * hidden * (2 * dims.query_width + 2 * dims.key_width + 3 * dims.intermediate_size)
-        attention = 4 * dims.query_width * blocks.size * int((blocks.positions + blocks.size).sum())
-        return float(once + dims.num_layers * (projections * rows + attention))
+        places, views = blocks.positions, self.options.views
+        seen = [(places if v.window is None else places.clamp(max=v.window)) + blocks.size for v in views]
+        attention = 4 * dims.query_width * blocks.size * sum(int(columns.sum()) for columns in seen)
+        return float(once + dims.num_layers * projections * rows + attention)
 
     def loss_flops(self, drafts: int) -> float:
         """Of that many drafts: the target's head, which is frozen, costs twice its forward."""

@@ -14,6 +14,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class View:
+    """What a layer's queries see of their document, and of their block.
+
+    Attributes:
+        window: W: no key more than W - 1 positions before the query; None sees all.
+        causal: of their block only what stands before them, and themselves.
+    """
+
+    window: int | None = None
+    causal: bool = False
+
+
+@dataclass(frozen=True)
 class BlockOptions(LayerOptions):
     """What the section of an algorithm says about its blocks. `SECTION` is where it stands, and `SILENT` the number of
     slots at the head of a block that draft nothing."""
@@ -28,6 +41,13 @@ class BlockOptions(LayerOptions):
     layers: tuple[int, ...] | None = None
     """Captured target layers, as ascending 0-based layer outputs; default as many as num_layers, evenly from 1 to
     n - 3 of n layers."""
+    sliding_window: int | None = None
+    """Tokens that sliding layers see, the one that looks included; null: all layers see all that is verified."""
+    sliding_layers: tuple[int, ...] | None = None
+    """Which layers of the draft slide, 0-based; default all but the last, where there is a sliding_window."""
+    causal: bool | None = None
+    """Whether a slot sees only those before it in its block: true or false of all layers; null: in sliding layers it
+    does, in others it sees the whole block."""
     mask_token_id: int | None = None
     """The token that stands for one to be drafted; null takes the first row of the target's embedding that no token of
     its tokenizer has. Another one must never occur in text: give a reserved token."""
@@ -47,11 +67,37 @@ class BlockOptions(LayerOptions):
             if getattr(self, key) < 1:
                 raise ConfigError.at(f"{self.SECTION}.{key}", f"is {getattr(self, key)}: it must be at least 1")
         self.check_sizes(self.SECTION)
+        self._check_views()
 
     @property
     def drafts(self) -> int:
         """D, the tokens that a block drafts."""
         return self.block_size - self.SILENT
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """What each layer of the draft sees."""
+        chosen = self.sliding_layers
+        if chosen is None:
+            chosen = tuple(range(self.num_layers - 1)) if self.sliding_window else ()
+        windows = [self.sliding_window if layer in chosen else None for layer in range(self.num_layers)]
+        return tuple(View(window, window is not None if self.causal is None else self.causal) for window in windows)
+
+    def _check_views(self) -> None:
+        key, chosen = f"{self.SECTION}.sliding_layers", self.sliding_layers
+        if self.sliding_window is not None and self.sliding_window < self.block_size:
+            raise ConfigError.at(
+                f"{self.SECTION}.sliding_window",
+                f"is {self.sliding_window}: it must hold a block, {self.block_size} tokens, or be null",
+            )
+        if chosen is None:
+            return
+        if self.sliding_window is None:
+            raise ConfigError.at(key, f"is {list(chosen)} without a sliding_window", f"{self.SECTION}.sliding_window")
+        if list(chosen) != sorted(set(chosen) & set(range(self.num_layers))):
+            raise ConfigError.at(
+                key, f"is {list(chosen)}: give ascending layers of the draft, 0 to {self.num_layers - 1}"
+            )
 
     def captured_layers(self, num_layers: int) -> tuple[int, ...]:
         """The captured layers of a target of `num_layers` layers.

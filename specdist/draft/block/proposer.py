@@ -13,7 +13,7 @@ from specdist.core.records import Features
 from specdist.draft.base import Drafts, Proposer
 from specdist.draft.block.attention import KeysValues
 from specdist.draft.block.layer import attention_of
-from specdist.draft.block.options import BlockOptions
+from specdist.draft.block.options import BlockOptions, View
 from specdist.draft.common.cache import KeyValueCache
 
 if TYPE_CHECKING:
@@ -45,14 +45,17 @@ class BlockProposer(Proposer):
         positions = (lengths[:, None] + torch.arange(size, device=first.device)).flatten()
         self.reserve(size)
 
-        def attend(cache: KeyValueCache, q: Tensor, _context: KeysValues, own: KeysValues) -> Tensor:
+        def attend(cache: KeyValueCache, view: View, q: Tensor, _context: KeysValues, own: KeysValues) -> Tensor:
             cache.write(sequences, positions, *own)
-            return cache.attend(q.unflatten(0, (-1, size)), lengths + size, draft.scale).flatten(0, 1)
+            places = positions.view(-1, size)
+            seen = places + 1 if view.causal else lengths + size
+            since = None if view.window is None else places - (view.window - 1)
+            return cache.attend(q.unflatten(0, (-1, size)), seen, draft.scale, since).flatten(0, 1)
 
         hidden, rotation = draft.embed(tokens.flatten()), draft.rotary(positions)
         nothing = hidden.new_empty(0), hidden.new_empty(0)  # in the place of the context, which the cache has
-        for layer, cache in zip(draft.layers, self.caches, strict=True):
-            hidden = layer(hidden, rotation, nothing, partial(attend, cache))
+        for layer, cache, view in zip(draft.layers, self.caches, options.views, strict=True):
+            hidden = layer(hidden, rotation, nothing, partial(attend, cache, view))
         states = draft.norm(hidden).unflatten(0, (-1, size))[:, options.SILENT :]
         return draft.fill(states[:, :count], first, temperature, generator)
 

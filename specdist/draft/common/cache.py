@@ -34,15 +34,18 @@ class KeyValueCache:
         """Write T keys and values [T, Hkv, D]; `sequences` and `positions`, int64 [T], say where."""
         self._pair[:, sequences, positions] = torch.stack([keys, values])
 
-    def attend(self, q: Tensor, seen: Tensor, scale: float) -> Tensor:
-        """What queries q [n, Q, Hq, D] of all n sequences attend to among the first `seen` positions, int64 [n], of
-        theirs: [n, Q, Hq, D]."""
+    def attend(self, q: Tensor, seen: Tensor, scale: float, since: Tensor | None = None) -> Tensor:
+        """What queries q [n, Q, Hq, D] of all n sequences attend to among the positions of theirs before `seen`, int64
+        [n], or [n, Q] of each query, and from `since` on, likewise: [n, Q, Hq, D]."""
         keys, values = self._pair[:, :, : self._width].transpose(2, 3)
         kv_heads, queries = keys.shape[1], q.shape[1]
-        visible = torch.arange(self._width, device=q.device) < seen[:, None]
+        places = torch.arange(self._width, device=q.device)
+        visible = places < seen.view(len(seen), -1, 1)
+        if since is not None:
+            visible = visible & (places >= since.view(len(since), -1, 1))
+        if visible.shape[1] > 1:  # the queries of a group stand one below the other
+            visible = visible.repeat(1, q.shape[2] // kv_heads, 1)
         # The queries that share a key stand one below the other, so that no kernel has to know of groups.
         grouped = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        out = functional.scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=visible[:, None, None], scale=scale
-        )
+        out = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible[:, None], scale=scale)
         return out.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
