@@ -246,8 +246,8 @@ class Algorithm(ABC, Generic[C]):
         return []
 
     @classmethod
-    def served(cls, config: Mapping[str, Any]) -> tuple[ServedBy, ...]:
-        """`served_by` of the draft with this config.json."""
+    def served(cls, config: Mapping[str, Any], target: Sequence[str]) -> tuple[ServedBy, ...]:
+        """`served_by` of the draft with this config.json, beside a target of these architectures."""
         return cls.served_by
 
     @classmethod

@@ -91,7 +91,7 @@ def serve_commands(
     for key, value in (("target", target), ("draft_tokens", draft_tokens)):
         if value is None:
             raise DataError(f"{path / CONFIG}: {OURS}.{key} is missing: the draft was not exported by this version")
-    told = {**config, OURS: {"target": target, "draft_tokens": draft_tokens}}
+    told = {**config, OURS: {**ours, "target": target, "draft_tokens": draft_tokens}}
     return commands_of(told, name or str(path.absolute()))
 
 
@@ -99,7 +99,8 @@ def commands_of(config: Mapping[str, Any], name: str) -> list[ServeCommand]:
     """The same of the config.json of an export of ours, which servers find by `name`."""
     ours = config[OURS]
     dtype = config.get("torch_dtype") or config.get("dtype") or "auto"
-    engines = next((a.served(config) for a in ALGORITHMS.values() if a.recognises(config)), ())
+    beside = ours.get("target_architectures") or ()
+    engines = next((a.served(config, beside) for a in ALGORITHMS.values() if a.recognises(config)), ())
     return [
         ServeCommand(by, str(ours["target"]), name, int(ours["draft_tokens"]), dtype)
         for by in engines

@@ -29,6 +29,8 @@ logits, the draft derived from it, training, replay against decoding, export. Ei
 (features within 1e-5), or `specdist plan` refuses it with the words that stand here.
 
 - **prefill**: whether the documents of an item share a forward, or run one by one, which is slower.
+- **dflash**, **dspark**: SGLang drafts blocks beside the architectures of `specdist/draft/block/served.py`; the others
+  were exported for vLLM (`export.formats=[speculators]`), which `specdist plan` asks for.
 - **decoding**: whether `specdist eval --decode` can check the figures of replay by decoding: not beside layers with a
   state that takes no token back.
 - **SGLang**: `tested` with {sglang} on the CPU; `compared` with transformers on a few short documents when a job begins
@@ -79,13 +81,11 @@ def outcome(place: tuple[str, str]) -> Outcome | str:
 
 def row(name: str, outcomes: list[Outcome | str]) -> str:
     cells = [f"`{name}`", FAMILIES[name].served]
-    first = outcomes[0]
-    refused = isinstance(first, Outcome) and first.refused
-    cells.append("" if refused or isinstance(first, str) else "packed" if first.packed else "one by one")
+    ran = [o for o in outcomes if isinstance(o, Outcome) and not o.refused]
+    cells.append("" if not ran else "packed" if ran[0].packed else "one by one")
     for o in outcomes:
         cells.append("wrong" if isinstance(o, str) else said(o.refused) if o.refused else "right")
-    decodes = [o.decodes for o in outcomes if isinstance(o, Outcome)]
-    cells.append("" if refused else "no" if any(decodes) else "yes")
+    cells.append("" if not ran else "no" if any(o.decodes for o in ran) else "yes")
     return f"| {' | '.join([*cells, in_sglang(name)])} |"
 
 

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 from specdist.core.errors import ConfigError, UserError
 from specdist.core.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
 from specdist.draft.base import DraftModel
+from specdist.draft.block.served import sglang_serves
 from specdist.draft.build import build_draft
 from specdist.draft.config import DraftConfig
 from specdist.evaluate.config import EvaluateConfig
 from specdist.evaluate.decoding import decode
 from specdist.evaluate.replay import ReplayTally, tally_answers
 from specdist.evaluate.target import EvaluationTarget
-from specdist.export import ExportConfig, Trained, export_draft, load_exported
+from specdist.export import ExportConfig, Trained, export_draft, load_exported, written_formats
 from specdist.job.config import examine, load_job
 from specdist.job.plan import make_plan, render
 from specdist.target.head import WithHead
@@ -47,6 +48,9 @@ DRAFTS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+BLOCKS = ("dflash", "dspark")
+"""SGLang drafts blocks beside some architectures alone; the others are for vLLM."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -69,7 +73,7 @@ def walk(family: Family, algorithm: str, path: Path, engine: str = "hf") -> Outc
     """Raises whatever goes wrong after `specdist plan` has said yes."""
     family.write_config(path / "target")
     try:
-        job = load_job([], _words(path, algorithm, engine))
+        job = load_job([], _words(path, algorithm, engine, sglang_serves([family.architecture])))
         render(make_plan(job, ["host"] * 2, 80 * 2**30))
     except UserError as error:
         return Outcome(refused=str(error))
@@ -97,17 +101,17 @@ def walk(family: Family, algorithm: str, path: Path, engine: str = "hf") -> Outc
         decodes = str(refused)
     else:
         check_replay(draft, decoder, layout, model)
-    check_exports(job.draft, draft, target, path)
+    check_exports(job.draft, written_formats(job.draft, job.export), draft, target, path)
     return Outcome(None, getattr(model.model, "packs", True), decodes, error)
 
 
-def _words(path: Path, algorithm: str, engine: str) -> list[str]:
+def _words(path: Path, algorithm: str, engine: str, served: bool) -> list[str]:
     prompts = path / "prompts.jsonl"
     prompts.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
     return [
         f"run.dir={path / 'run'}", "world.device=cpu", f"target.path={path / 'target'}", f"prompts.files=[{prompts}]",
         "target.dtype=float32", f"target.engine={engine}", "prompts.max_length=128", "prompts.tokens_per_rank=256",
-        *DRAFTS[algorithm],
+        *DRAFTS[algorithm], *(["export.formats=[speculators]"] if algorithm in BLOCKS and not served else []),
     ]  # fmt: skip
 
 
@@ -186,10 +190,10 @@ def check_replay(draft: DraftModel, decoder: EvaluationTarget, layout: FeatureLa
     assert min(tally.forwards[-1] for tally in tallies) < TOKENS - 1, "a draft that gets nothing right tests nothing"
 
 
-def check_exports(config: DraftConfig, draft: DraftModel, target: Any, path: Path) -> None:
+def check_exports(config: DraftConfig, formats: tuple[str, ...], draft: DraftModel, target: Any, path: Path) -> None:
     state = {name: p.detach() for name, p in draft.state_dict().items()}
     options = ExportConfig(dtype="float32")
-    for format in config.chosen.formats:
+    for format in formats:
         trained = Trained(state, torch.arange(target.vocab_size), target.config, str(target.path), None)
         read = load_exported(export_draft(path / format, format, config, trained, options)).state
         assert read.keys() == state.keys()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -182,11 +183,11 @@ def test_what_others_publish_can_be_read(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"num_hidden_layers": 3}, r"missing: layers\.2\.input_layernorm"),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, "only plain DFlash drafts"),
+        ({"num_hidden_layers": 3, "layer_types": None}, r"missing: layers\.2\.input_layernorm"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "the key sliding_window is missing"),
+        ({"layer_types": ["full_attention"]}, r"layer_types is \['full_attention'\]: .* 2 times"),
+        ({"layer_types": ["chunked_attention"] * 2}, "it must say full_attention or sliding_attention"),
         ({"dflash_config": {"projector_type": "domino"}}, "only plain DFlash drafts"),
-        ({"is_causal": True}, "only plain DFlash drafts .* both directions"),
-        ({"dflash_config": {"causal": True}}, "only plain DFlash drafts .* both directions"),
         ({"dflash_config": {"target_layer_ids": [1, 3, 5]}}, "the key mask_token_id is missing"),
         ({"vocab_size": None}, "the key vocab_size is missing"),
     ],
@@ -196,6 +197,90 @@ def test_a_directory_that_cannot_be_read(case: Case, tmp_path: Path, keys: dict[
     change(directory, **keys)
     with pytest.raises(DataError, match=words):
         load_exported(directory)
+
+
+VIEWS: list[tuple[dict[str, object], list[str], bool | None]] = [
+    ({"sliding_window": 8}, ["sliding_attention", "full_attention"], None),
+    ({"sliding_window": 8, "sliding_layers": (0, 1)}, ["sliding_attention"] * 2, None),
+    ({"sliding_window": 8, "sliding_layers": (0, 1), "causal": False}, ["sliding_attention"] * 2, False),
+    ({"sliding_window": 8, "causal": True}, ["sliding_attention", "full_attention"], True),
+    ({"causal": True}, ["full_attention"] * 2, True),
+    ({"causal": False}, ["full_attention"] * 2, None),
+]
+
+
+def vllm_causal(config: dict[str, Any], layer: int) -> bool:
+    """`_dflash_layer_causal` of vLLM, after `update_dflash` where the file is a speculator."""
+    if "speculators_model_type" in config:
+        nested = {"causal": not config["sliding_window_non_causal"]}
+        config = config["transformer_layer_config"] | {"dflash_config": nested}
+    for told in (config.get("is_causal"), config["dflash_config"].get("causal")):
+        if told is not None:
+            return bool(told)
+    return bool(config["layer_types"][layer] == "sliding_attention")
+
+
+def sglang_causal(config: dict[str, Any], layer: int) -> bool:
+    """`_get_dflash_layer_attention_params` of SGLang from 0.5.18 on."""
+    told = config.get("is_causal")
+    return bool(config["layer_types"][layer] == "sliding_attention") if told is None else bool(told)
+
+
+@pytest.mark.parametrize(("options", "kinds", "told"), VIEWS, ids=str)
+def test_engines_see_what_layers_were_trained_to_see(
+    tmp_path: Path, options: dict[str, object], kinds: list[str], told: bool | None
+) -> None:
+    case = build_case((4,), dtype=torch.float32, **options)  # type: ignore[arg-type]
+    views = case.draft.config.views
+    for format in ("sglang", "speculators"):
+        if format == "speculators" and len({view.causal for view in views}) > 1:
+            with pytest.raises(ConfigError, match=r"draft\.dflash\.causal is null, and some layers slide"):
+                export(tmp_path / format, case, format=format)
+            continue
+        directory = export(tmp_path / format, case, format=format)
+        config = json.loads((directory / "config.json").read_text())
+        layers = config.get("transformer_layer_config") or config
+        assert (layers["layer_types"], layers["sliding_window"]) == (kinds, 8 if "sliding_window" in options else None)
+        assert layers.get("is_causal") == told
+        for layer, view in enumerate(views):
+            assert vllm_causal(config, layer) == view.causal
+            assert format == "speculators" or sglang_causal(config, layer) == view.causal
+        read = load_exported(directory).options(DFlashConfig(), reference.target_config())
+        assert read.views == views
+        since = {command.by.engine: command.by.since for command in serve_commands(directory)}
+        slides = "sliding_window" in options
+        assert since["vLLM"] == ("0.26" if slides or told is not None else "0.22")
+        if format == "sglang":
+            assert since["SGLang"] == ("0.5.11" if not slides else "0.5.14") if told is None else "0.5.18"
+
+
+def test_speculators_of_the_library_are_read_as_it_trains_them(case: Case, tmp_path: Path) -> None:
+    """Its full layers see their block whole, whatever `sliding_window_non_causal` says; vLLM makes them causal then."""
+    directory = export(tmp_path / "draft", case, format="speculators")
+    change(directory, sliding_window_non_causal=False)
+    assert [
+        view.causal for view in load_exported(directory).options(DFlashConfig(), reference.target_config()).views
+    ] == [
+        False,
+        False,
+    ]
+    with pytest.raises(DataError, match="sliding_window_non_causal is false: vLLM makes all layers causal"):
+        check_directory(directory)
+
+
+def test_a_target_that_sglang_drafts_no_blocks_for_is_refused(case: Case, tmp_path: Path) -> None:
+    target = reference.target_config()
+    target.architectures = ["Qwen2ForCausalLM"]
+    chosen = draft_config(algorithm="dflash", dflash=case.draft.config).chosen
+    with pytest.raises(ConfigError, match=r"SGLang up to .* no layers of Qwen2ForCausalLM: serve with vLLM"):
+        chosen.check_export("sglang", ExportConfig(), target)
+    chosen.check_export("speculators", ExportConfig(), target)
+    target.architectures = ["NemotronHForCausalLM"]
+    chosen.check_export("sglang", ExportConfig(), target)
+    directory = export(tmp_path / "draft", case)
+    ours = json.loads((directory / "config.json").read_text())["specdist"]
+    change(directory, specdist=ours | {"target_architectures": ["NemotronHForCausalLM"]})
+    assert [command.by.since for command in serve_commands(directory)] == ["0.5.20", "0.22"]
 
 
 def test_a_draft_that_does_not_fit(case: Case, tmp_path: Path) -> None:

@@ -132,11 +132,9 @@ def test_read_back_and_what_deepspec_writes(case: Case, tmp_path: Path) -> None:
     [
         ({"markov_head_type": "gated"}, r"only plain DSpark drafts .* markov_head_type is 'gated' \(not 'vanilla'\)"),
         ({"sample_from_anchor": False}, "sample_from_anchor is False"),
-        ({"is_causal": True}, r"is_causal is True \(not False\)"),
-        ({"dflash_config": {"causal": True}}, r" causal is True \(not False\)"),
         ({"draft_vocab_size": 20}, r"draft_vocab_size is 20 \(not None\)"),
         ({"confidence_head_with_markov": False}, "confidence_head_with_markov is False"),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types has sliding_attention"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "the key sliding_window is missing"),
         ({"markov_rank": None}, "the key markov_rank is missing"),
         ({"markov_rank": 4}, r"wrong shape: markov_head\.markov_w1\.weight is \[37, 3\]"),
     ],

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -13,6 +13,7 @@ from specdist.core.model_config import text_part
 from specdist.draft.algorithm import Algorithm, TargetDirectory, check_attention, check_last_layer
 from specdist.draft.block.mask_token import find_mask_token
 from specdist.draft.block.options import BlockDims, BlockOptions
+from specdist.draft.block.served import NEWEST, sglang_serves, since
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
     from specdist.core.records import FeatureLayout, TargetVocabulary
     from specdist.draft.block.backbone import BlockDraft
     from specdist.draft.export_config import ExportConfig
+    from specdist.draft.served_by import ServedBy
 
 C = TypeVar("C", bound=BlockOptions)
 
-SCALED = ("gemma3_text", "gemma4_text")
+SCALED = ("gemma4_text",)
 """Targets whose embedding is a module that scales, which SGLang calls for its drafts (read in 0.5.20)."""
 
 
@@ -100,6 +102,11 @@ class BlockAlgorithm(Algorithm[C]):
         return self.config.drafts
 
     @classmethod
+    def served(cls, config: Mapping[str, Any], target: Sequence[str]) -> tuple[ServedBy, ...]:
+        engines = (since(by, config, target) for by in cls.served_by)
+        return tuple(by for by in engines if by.engine != "SGLang" or sglang_serves(target))
+
+    @classmethod
     def faults(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
         from specdist.draft.block.directory import faults
 
@@ -112,12 +119,31 @@ class BlockAlgorithm(Algorithm[C]):
             raise ConfigError.at(
                 "export.embedding", f"=true: engines serve {name} drafts with the target's embedding only"
             )
-        if format == "sglang" and text_part(target).model_type in SCALED:
+        if format == "speculators":
+            self._check_views()
+            return
+        architectures = tuple(target.architectures or ())
+        if not sglang_serves(architectures):
+            raise ConfigError.at(
+                "draft.algorithm",
+                f"={self.name}: SGLang up to {NEWEST} hands a draft of blocks no layers of {architectures[0]}: serve "
+                "with vLLM (export.formats=[speculators])",
+                "export.formats",
+            )
+        if text_part(target).model_type in SCALED:
             raise ConfigError.at(
                 "draft.algorithm",
                 f"={self.name}: SGLang feeds {name} drafts the scaled embedding of {text_part(target).model_type}, and "
                 "they are trained on it as it is: serve with vLLM (export.formats=[speculators])",
                 "export.formats",
             )
-        if format == "sglang":
-            check_last_layer(f"{self.config.SECTION}.layers", layers, target_layers)
+        check_last_layer(f"{self.config.SECTION}.layers", layers, target_layers)
+
+    def _check_views(self) -> None:
+        if len({view.causal for view in self.config.views}) > 1:
+            raise ConfigError.at(
+                f"{self.config.SECTION}.causal",
+                "is null, and some layers slide: the speculators form makes all layers causal or none "
+                "(sliding_window_non_causal): say true or false, or write the other form (export.formats=[sglang])",
+                "export.formats",
+            )

@@ -7,8 +7,11 @@ What the engines do with them (the algorithms' own files say where that was read
 - SGLang skips a tensor whose name it does not know; vLLM raises a KeyError. Embedding and head are the target's.
 - `target_layer_ids` are outputs of layers, counted from 0: SGLang and vLLM add one. An older vLLM does not, but takes
   `eagle_aux_hidden_state_layer_ids` as they are where they are given, which every vLLM reads first.
-- Without `layer_types`, or with full attention in all, a block attends to itself in both directions. In the speculators
-  format vLLM makes even those causal where `sliding_window_non_causal` is false, which is that library's default.
+- Layers of full attention see their block in both directions and sliding ones what stands before, unless `is_causal`
+  says of all what they do (vLLM reads a nested `causal` too, and before it knew the other alone; SGLang does not).
+  Of the speculators format vLLM makes all layers causal where `sliding_window_non_causal` is false; in that library
+  itself full ones are never.
+- `sliding_window` counts the token that looks, in both engines.
 - The block is as long as `block_size` unless the server is told otherwise.
 - `mask_token_id` must be one of the target's, and agree with the tokenizer if that knows the token `<|MASK|>`.
 """
@@ -22,7 +25,7 @@ from typing import Any, TypeVar
 
 from transformers import PretrainedConfig
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import ExportedDraft, Trained, check_same_sizes
 from specdist.draft.block.options import BlockDims, BlockOptions
 from specdist.draft.common.speculators import speculators_json
@@ -41,10 +44,19 @@ def block_json(options: BlockOptions, dims: BlockDims, target: PretrainedConfig,
         raise ConfigError.at(f"{options.SECTION}.mask_token_id", "is null: an export needs the token that was trained")
     target_layers = target.get_text_config().num_hidden_layers
     return {
-        **_layers_json(dims, target, dtype),
+        **_layers_json(options, dims, target, dtype),
         "block_size": options.block_size,
         "num_target_layers": target_layers,
         "eagle_aux_hidden_state_layer_ids": [b + 1 for b in options.captured_layers(target_layers)],
+    }
+
+
+def nested_json(keys: Mapping[str, Any], options: BlockOptions) -> dict[str, Any]:
+    """What engines look for in a nested section; `keys` are those of `block_json`."""
+    return {
+        "mask_token_id": options.mask_token_id,
+        "target_layer_ids": list(options.captured_layers(keys["num_target_layers"])),
+        **({"causal": keys["is_causal"]} if "is_causal" in keys else {}),
     }
 
 
@@ -52,7 +64,8 @@ def block_speculators_json(
     kind: str, architecture: str, options: BlockOptions, dims: BlockDims, trained: Trained, dtype: str
 ) -> dict[str, Any]:
     """config.json in the speculators format: see `speculators_json`. Raises ConfigError: there is no mask token."""
-    keys, layers = block_json(options, dims, trained.target, dtype), _layers_json(dims, trained.target, dtype)
+    keys = block_json(options, dims, trained.target, dtype)
+    layers = _layers_json(options, dims, trained.target, dtype)
     return {
         **speculators_json(kind, architecture, layers, options.drafts, trained.target, trained.target_path),
         "draft_vocab_size": dims.vocab_size,
@@ -61,20 +74,23 @@ def block_speculators_json(
         "mask_token_id": options.mask_token_id,
         "aux_hidden_state_layer_ids": keys["eagle_aux_hidden_state_layer_ids"],
         "num_target_layers": keys["num_target_layers"],
-        "sliding_window_non_causal": True,
+        "sliding_window_non_causal": not any(view.causal for view in options.views),
         "sample_from_anchor": not options.SILENT,
     }
 
 
-def _layers_json(dims: BlockDims, target: PretrainedConfig, dtype: str) -> dict[str, Any]:
+def _layers_json(options: BlockOptions, dims: BlockDims, target: PretrainedConfig, dtype: str) -> dict[str, Any]:
     """The draft as a Qwen3, in words that transformers 4 and 5 both read the same way."""
+    sliding = [view.window is not None for view in options.views]
+    told = [view.causal for view in options.views] != sliding
     return layers_json(dims, target, dtype) | {
         "model_type": "qwen3",
         "vocab_size": dims.vocab_size,
         "num_hidden_layers": dims.num_layers,
-        "layer_types": ["full_attention"] * dims.num_layers,
-        "use_sliding_window": False,
-        "sliding_window": None,
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in sliding],
+        "use_sliding_window": any(sliding),
+        "sliding_window": options.sliding_window if any(sliding) else None,
+        **({"is_causal": options.causal} if told else {}),
         "max_window_layers": dims.num_layers,
         "attention_dropout": 0.0,
     }
@@ -84,14 +100,18 @@ def faults(config: Mapping[str, Any], section: str) -> list[str]:
     """See `Algorithm.faults`; `section` is where what the algorithm lays nested lies."""
     nested, found = {**config, **(config.get(section) or {})}, []
     ids, inputs = nested.get("target_layer_ids"), config.get("eagle_aux_hidden_state_layer_ids")
+    layers = config.get("transformer_layer_config") or config
+    sliding = [kind == "sliding_attention" for kind in layers.get("layer_types") or [""]]
     if "speculators_model_type" in config:
-        if not config.get("sliding_window_non_causal"):
+        if not config.get("sliding_window_non_causal") and layers.get("is_causal") is None and not all(sliding):
             found.append("sliding_window_non_causal is false: vLLM makes all layers causal")
     elif not ids:
         found.append("target_layer_ids is missing: engines would take layers of their own choice")
     elif inputs is not None and inputs != [b + 1 for b in ids]:
         found.append(f"eagle_aux_hidden_state_layer_ids is {inputs}: it must be one more each than {ids}")
-    mask, size = nested.get("mask_token_id"), (config.get("transformer_layer_config") or config).get("vocab_size")
+    if nested.get("causal") is not None and config.get("is_causal") is None and set(sliding) != {nested["causal"]}:
+        found.append(f"{section}.causal is {nested['causal']}, which SGLang does not read: say is_causal too")
+    mask, size = nested.get("mask_token_id"), layers.get("vocab_size")
     if mask is not None and size is not None and not 0 <= mask < size:
         found.append(f"mask_token_id is {mask}: the target has {size} tokens")
     return found
@@ -101,9 +121,10 @@ def flat(config: Mapping[str, Any], section: str, path: Path) -> dict[str, Any]:
     """config.json of either format as one object, with what lies nested in `section` at the top. Raises DataError: a
     key is missing."""
     if "speculators_model_type" not in config:
-        return {**config, **(config.get(section) or {})}
-    layers = [i - 1 for i in need(config, "aux_hidden_state_layer_ids", path)]
-    return {**config, **need(config, "transformer_layer_config", path), "target_layer_ids": layers}
+        return {"causal": None, **config, **(config.get(section) or {})}
+    ids, layers = need(config, "aux_hidden_state_layer_ids", path), need(config, "transformer_layer_config", path)
+    causal = False if config.get("sliding_window_non_causal") else None
+    return {**config, "causal": causal, **layers, "target_layer_ids": [i - 1 for i in ids]}
 
 
 @dataclass(frozen=True)
@@ -114,6 +135,7 @@ class ExportedBlocks(ExportedDraft[C]):
         dims: the draft's sizes.
         target_layers: layers of the target it was trained for.
         captured_layers: 0-based decoder layers, or None where the configuration leaves them to the engine.
+        views: `sliding_window`, `sliding_layers` and `causal` of its options.
     """
 
     dims: BlockDims
@@ -121,6 +143,7 @@ class ExportedBlocks(ExportedDraft[C]):
     mask_token_id: int
     target_layers: int | None
     captured_layers: tuple[int, ...] | None
+    views: Mapping[str, Any]
 
     def options(self, base: C, target: PretrainedConfig) -> C:
         layers = target.get_text_config().num_hidden_layers
@@ -135,6 +158,7 @@ class ExportedBlocks(ExportedDraft[C]):
             num_layers=self.dims.num_layers,
             layers=self.captured_layers,
             mask_token_id=self.mask_token_id,
+            **self.views,
             **self.dims.options,
         )
         check_same_sizes(BlockDims.of(config, target), self.dims)
@@ -155,4 +179,22 @@ def read_blocks(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "mask_token_id": int(need(config, "mask_token_id", path)),
         "target_layers": config.get("num_target_layers"),
         "captured_layers": tuple(layers) if layers else None,
+        "views": _read_views(config, count, path),
+    }
+
+
+def _read_views(config: Mapping[str, Any], count: int, path: Path) -> dict[str, Any]:
+    kinds = config.get("layer_types") or ["full_attention"] * count
+    if len(kinds) != count or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise DataError(
+            f"{path}: layer_types is {kinds}: it must say full_attention or sliding_attention {count} times"
+        )
+    sliding = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    causal = config["causal"] if config.get("is_causal") is None else config["is_causal"]
+    if {kind == "sliding_attention" for kind in kinds} == {causal}:
+        causal = None  # so it is anyway
+    return {
+        "sliding_window": int(need(config, "sliding_window", path)) if sliding else None,
+        "sliding_layers": sliding or None,
+        "causal": None if causal is None else bool(causal),
     }

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from specdist.core.errors import DataError
 from specdist.draft.algorithm import Contents, Trained
-from specdist.draft.block.directory import ExportedBlocks, block_json, block_speculators_json, flat, read_blocks
+from specdist.draft.block.directory import (
+    ExportedBlocks,
+    block_json,
+    block_speculators_json,
+    flat,
+    nested_json,
+    read_blocks,
+)
 from specdist.draft.block.layer import modules
 from specdist.draft.block.options import BlockDims
 from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, shapes
@@ -36,11 +43,7 @@ def export(config: DFlashConfig, format: str, trained: Trained, options: ExportC
     tensors = {name: converted(name, tensor, DTYPES[options.dtype]) for name, tensor in trained.state.items()}
     if format == "speculators":
         return block_speculators_json("dflash", "DFlashSpeculator", config, dims, trained, options.dtype), tensors
-    nested = {
-        "block_size": config.block_size,
-        "mask_token_id": config.mask_token_id,
-        "target_layer_ids": list(config.captured_layers(keys["num_target_layers"])),
-    }
+    nested = {"block_size": config.block_size, **nested_json(keys, config)}
     return {"architectures": [ARCHITECTURE], **keys, "dflash_config": nested}, tensors
 
 
@@ -55,13 +58,11 @@ def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     """Understand a directory. Raises DataError: a key or a tensor is missing, or it is a variant of DFlash."""
     path = directory / "config.json"
     nested = flat(config, "dflash_config", path)
-    other = set(nested.get("layer_types") or ()) - {"full_attention"} or nested.get("sample_from_anchor")
-    other = other or nested.get("draft_vocab_size") not in (None, nested.get("vocab_size"))
-    other = other or nested.get("is_causal") or nested.get("causal")
+    other = nested.get("draft_vocab_size") not in (None, nested.get("vocab_size")) or nested.get("sample_from_anchor")
     if other or nested.get("projector_type") not in (None, "dflash") or nested.get("attention_bias"):
         raise DataError(
-            f"{path}: only plain DFlash drafts can be read: full attention in all layers and both directions, the "
-            "whole vocabulary, no biases, nothing sampled from the anchor, and no projector of another algorithm"
+            f"{path}: only plain DFlash drafts can be read: the whole vocabulary, no biases, nothing sampled from the "
+            "anchor, and no projector of another algorithm"
         )
     state = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     read = read_blocks(nested, path)

@@ -25,7 +25,14 @@ from transformers import PretrainedConfig
 
 from specdist.core.errors import DataError
 from specdist.draft.algorithm import Contents, Trained
-from specdist.draft.block.directory import ExportedBlocks, block_json, block_speculators_json, flat, read_blocks
+from specdist.draft.block.directory import (
+    ExportedBlocks,
+    block_json,
+    block_speculators_json,
+    flat,
+    nested_json,
+    read_blocks,
+)
 from specdist.draft.block.options import BlockDims
 from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, need, shapes
 from specdist.draft.dspark.config import DSparkConfig
@@ -41,8 +48,6 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
     "attention_bias": (False, None),
     "rope_is_neox_style": (True, None),
     "draft_vocab_size": (None,),
-    "is_causal": (False, None),
-    "causal": (False, None),
 }
 """Keys of config.json, and the values of the drafts that we have; None stands for a key that is missing or null."""
 
@@ -54,8 +59,7 @@ def export(config: DSparkConfig, format: str, trained: Trained, options: ExportC
     expected = shapes(modules(dims, config.markov_rank, META, torch.float32))
     check_tensors(trained.state, expected, "the state dict", "DSpark")
     tensors = {name: converted(name, tensor, DTYPES[options.dtype]) for name, tensor in trained.state.items()}
-    layers = list(config.captured_layers(keys["num_target_layers"]))
-    nested = {"mask_token_id": config.mask_token_id, "target_layer_ids": layers}
+    nested = nested_json(keys, config)
     own = {
         "markov_rank": config.markov_rank,
         "markov_head_type": "vanilla",
@@ -66,7 +70,7 @@ def export(config: DSparkConfig, format: str, trained: Trained, options: ExportC
     if format == "speculators":
         args = ("dspark", "DSparkSpeculator", config, dims, trained, options.dtype)
         return block_speculators_json(*args) | own, tensors
-    return {"architectures": [ARCHITECTURE], **keys, **nested, **own, "dflash_config": nested}, tensors
+    return {"architectures": [ARCHITECTURE], **nested, **keys, **own, "dflash_config": nested}, tensors
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,6 @@ def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     if unlike := [key for key, plain in PLAIN.items() if keys.get(key) not in plain]:
         listed = ", ".join(f"{key} is {keys.get(key)!r} (not {PLAIN[key][0]!r})" for key in unlike)
         raise DataError(f"{path}: only plain DSpark drafts can be read: {listed}")
-    if kinds := set(keys.get("layer_types") or ()) - {"full_attention"}:
-        raise DataError(f"{path}: only full attention can be read, and layer_types has {', '.join(sorted(kinds))}")
     fields, rank = read_blocks(keys, path), int(need(keys, "markov_rank", path))
     names = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     state = {name: tensor for name, tensor in names.items() if not name.startswith(("embed_tokens.", "lm_head."))}

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +128,7 @@ class Eagle3(Algorithm[Eagle3Config]):
         return faults(config, tensors)
 
     @classmethod
-    def served(cls, config: Mapping[str, Any]) -> tuple[ServedBy, ...]:
+    def served(cls, config: Mapping[str, Any], target: Sequence[str]) -> tuple[ServedBy, ...]:
         newer = {"SGLang": "0.5.18"} if config.get("norm_before_fc") else {}
         return tuple(replace(by, since=newer.get(by.engine, by.since)) for by in cls.served_by)
 
