@@ -85,6 +85,14 @@ def state_values(config: PretrainedConfig) -> int:
     return each * sum(kind in ("linear_attention", "mamba", "conv") for kind in kinds)
 
 
+def quantisation(config: PretrainedConfig) -> str | None:
+    """How the weights of the checkpoint are quantised, by config.json's name for it: fp8, awq, mxfp4, ..."""
+    said = read(config, "quantization_config")
+    if said is None:
+        return None
+    return str((said if isinstance(said, dict) else said.to_dict()).get("quant_method", "without a name"))
+
+
 def is_tied(config: PretrainedConfig) -> bool:
     """Whether the output head is the input embedding."""
     return any(getattr(part, "tie_word_embeddings", False) for part in (config, text_part(config)))

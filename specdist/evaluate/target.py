@@ -15,7 +15,8 @@ from specdist.core.model_config import read, text_part
 from specdist.core.records import FeatureLayout, Features
 from specdist.draft.base import ragged
 from specdist.evaluate.cache import BatchCache, Masks
-from specdist.target.hf.model import find_decoder, length_dependent_rope
+from specdist.target.hf.model import length_dependent_rope
+from specdist.target.loading import find_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,14 +20,15 @@ from transformers import AutoConfig, PretrainedConfig
 
 from specdist.core import hub
 from specdist.core.errors import ConfigError, DataError
-from specdist.core.model_config import is_tied, per_layer, read, residual_streams, text_part
+from specdist.core.model_config import is_tied, per_layer, quantisation, read, residual_streams, text_part
 from specdist.target.config import TargetConfig
 from specdist.target.weights import StoredTensor, stored_tensors, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_BESIDE_TEXT = re.compile(r"(^|\.)(vision\w*|visual|audio\w*|mtp\w*)\.")
+BESIDE_TEXT = re.compile(r"(^|\.)(vision\w*|visual|audio\w*|mtp\w*)\.")
+"""Names of tensors that no token of text meets."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ class TargetDescription:
     def _beside_text(self) -> int:
         """Parameters that no token of text meets in the forward."""
         if not self.complete:
-            return sum(p.numel() for name, p in self.blank().named_parameters() if _BESIDE_TEXT.search(name))
-        return sum(tensor.elements for name, tensor in self.tensors.items() if _BESIDE_TEXT.search(name))
+            return sum(p.numel() for name, p in self.blank().named_parameters() if BESIDE_TEXT.search(name))
+        return sum(tensor.elements for name, tensor in self.tensors.items() if BESIDE_TEXT.search(name))
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -144,7 +145,7 @@ class TargetDescription:
     @property
     def quantised(self) -> bool:
         """Whether the checkpoint says that its weights are quantised."""
-        return getattr(self.config, "quantization_config", None) is not None
+        return quantisation(self.config) is not None
 
     @property
     def mlp_width(self) -> int:

@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import re
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from specdist.core.errors import DataError
-from specdist.target.description import TargetDescription
-from specdist.target.weights import weight_files
+from specdist.core.model_config import text_part
+from specdist.target.description import BESIDE_TEXT, TargetDescription
+from specdist.target.weights import read_tensors, weight_files
 
 
 def load_model(
@@ -22,17 +27,25 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     group: ProcessGroup | None = None,
+    layers: range | None = None,
 ) -> PreTrainedModel:
     """The target in evaluation mode on `device`. With a `group` of several ranks, all of them call this.
+
+    Args:
+        layers: those that are loaded, all if None. The others have no forward, and what is beside
+            the text is random.
 
     Raises DataError when weights that the model needs are missing: transformers would fill them with random numbers.
     """
     model_class = type(target.blank())  # the public way to the class that an auto class picks
-    options: dict[str, Any] = {"config": target.config, "dtype": dtype, "local_files_only": True}
+    options: dict[str, Any] = {"config": _dequantising(target.config), "dtype": dtype, "local_files_only": True}
     if getattr(target.text_config, "attn_logit_softcapping", None) is not None:
         options["attn_implementation"] = "eager"  # up to 5.17 at least, sdpa drops the soft cap without a word
     files = weight_files(target.path)
-    if len(files) > 1 and not list(target.path.glob("*.index.json")):
+    if layers is not None:
+        options["state_dict"] = _weights_of(target, layers)
+        model_class = _shortened(model_class, target.layers, layers)
+    elif len(files) > 1 and not list(target.path.glob("*.index.json")):
         # transformers reads several files only through an index; safetensors are mapped, not read, by load_file
         options["state_dict"] = {name: t for file in files for name, t in load_file(file).items()}
     if group is not None and group.size() > 1 and hasattr(DistributedConfig, "tp_size"):
@@ -45,12 +58,83 @@ def load_model(
     where = None if "state_dict" in options else target.path
     loaded: Any = model_class.from_pretrained(where, output_loading_info=True, **options)
     model, report = loaded
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    missing = sorted(report["missing_keys"])
+    if layers is not None:
+        missing = [name for name in missing if not BESIDE_TEXT.search(name)]
+    if missing:
         raise DataError(
             f"{target.path}: the checkpoint lacks {len(missing)} of the model's weights: {', '.join(missing[:8])}"
         )
     return model.eval().requires_grad_(False)
+
+
+def _dequantising(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration, by which quantised weights are loaded as the values that they stand for."""
+    config = copy.deepcopy(config)
+    for part in (config, text_part(config)):
+        if isinstance(said := getattr(part, "quantization_config", None), dict):
+            key, value = "dequantize", True
+            if said["quant_method"] == "compressed-tensors":
+                from transformers.utils.quantization_config import CompressedTensorsConfig
+
+                if key not in inspect.signature(CompressedTensorsConfig).parameters:  # transformers 5.12
+                    key, value = "run_compressed", False
+            part.quantization_config = {**said, key: value}
+    return config
+
+
+def find_decoder(model: PreTrainedModel, count: int) -> tuple[PreTrainedModel, nn.ModuleList]:
+    """The model without its head, and its `count` layers: the first list of so many modules, from the outside in."""
+    decoder = model.get_decoder()
+    lists = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList)]
+    for name, modules in sorted(lists, key=lambda found: found[0].count(".")):
+        if len(modules) == count:
+            # What `get_decoder` hands out may have the head still (Llama 4's language model alone).
+            held = decoder.get_submodule(name.rpartition(".")[0])
+            return held if isinstance(held, PreTrainedModel) else decoder, modules
+    found = ", ".join(f"{name} ({len(m)})" for name, m in lists) or "none"
+    raise DataError.at("target.path", f": {type(decoder).__name__} has no list of {count} layers; it has: {found}")
+
+
+def _weights_of(target: TargetDescription, layers: range) -> dict[str, Tensor]:
+    """The checkpoint's tensors, mapped, not read, but for those of other layers and of what is beside the text."""
+    model = target.blank()
+    found = find_decoder(model, target.layers)[1]
+    name = next(name for name, module in model.named_modules() if module is found).rpartition(".")[2]
+    numbered = re.compile(rf"(^|\.){name}\.(\d+)\.")
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(target.path):
+        needed = [
+            n
+            for n in (t.name for t in target.tensors.values() if t.file == file)
+            if not BESIDE_TEXT.search(n) and ((m := numbered.search(n)) is None or int(m[2]) in layers)
+        ]
+        if needed:
+            weights |= read_tensors(file, needed)
+    return weights
+
+
+class _Absent(nn.Module):
+    """In the place of a layer that is not loaded. What a decoder reads of a layer besides is the layer's own."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = (layer,)  # and no part of the model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"][0], name)
+
+
+def _shortened(base: type[PreTrainedModel], count: int, kept: range) -> type[PreTrainedModel]:
+    """The model's class, with those of its layers that are `kept`."""
+
+    def __init__(self: PreTrainedModel, *arguments: Any, **options: Any) -> None:
+        base.__init__(self, *arguments, **options)
+        layers = find_decoder(self, count)[1]
+        for index in set(range(count)) - set(kept):
+            layers[index] = _Absent(layers[index])
+
+    return type(base.__name__, (base,), {"__module__": base.__module__, "__init__": __init__})
 
 
 class _SubgroupMesh:

@@ -68,7 +68,7 @@ def check_target(config: TargetConfig, weights: bool = True) -> TargetDescriptio
     compute_dtype(config, target)
     ENGINES[config.engine].check(config, target)
     if config.verify_against == REFERENCE != config.engine:
-        ENGINES[REFERENCE].check(config, target)
+        _check_reference(config, target)
     return target
 
 
@@ -109,25 +109,29 @@ def load_target(
         tokens: of the largest batch there will be, where that is known: memory is set aside for it, not more.
         checked: whether there are items that are evaluated, for which a `WithHead` is needed (`forward_item`).
     """
+    from specdist.target.description import compute_dtype
     from specdist.target.head import WithHead
-    from specdist.target.verify import compare, reference_features, spot_check_batch
+    from specdist.target.verify import compare, spot_check_batch, with_neighbours
 
     check_installed(config)
     hub.resolve(config.path, "target.path", weights=True)
     target = check_target(config)
     check_layout(config, target, layout)
 
-    def load(name: str) -> TargetModel:
-        return ENGINES[name].load(replace(config, engine=name), target, layout, device, group, tokens)
+    def load() -> TargetModel:
+        return ENGINES[config.engine].load(config, target, layout, device, group, tokens)
 
-    if is_compared(config, target):  # the reference first: a GPU holds one of the two at a time
+    if is_compared(config, target):  # transformers first, on every rank: then there is room for its layers
+        from specdist.target.hf.streamed import streamed_features
+
         longest = (tokens, ENGINES[config.engine].limits(config).document, target.max_positions)
         batch = spot_check_batch(target.vocab_size, longest)
-        expected = reference_features(lambda: load(REFERENCE), batch)
-        model = load(config.engine)
-        compare(model, batch, expected)
+        near = with_neighbours(layout, target.layers)
+        expected = streamed_features(target, compute_dtype(config, target), near, device, batch)
+        model = load()
+        compare(model, batch, near, expected, target.quantised)
     else:
-        model = load(config.engine)
+        model = load()
     needed = checked or layout.argmax_lse
     return WithHead(model, target, group if config.tp > 1 else None) if needed else model
 
@@ -140,19 +144,22 @@ def is_compared(config: TargetConfig, target: TargetDescription) -> bool:
         return True
     if ENGINES[config.engine].tested(config, target):
         return False
-    obstacle = "its weights are quantised" if target.quantised else None
     try:
-        ENGINES[REFERENCE].check(config, target)
+        _check_reference(config, target)
     except ConfigError as error:
-        obstacle = obstacle or str(error)
-    if obstacle is not None:
         log.warning(
             "target %s: not on the tested list of target.engine=%s, and not compared with transformers: %s",
             target.path,
             config.engine,
-            obstacle,
+            error,
         )
-    return obstacle is None
+        return False
+    return True
+
+
+def _check_reference(config: TargetConfig, target: TargetDescription) -> None:
+    """Raise ConfigError where transformers cannot compute the target's features. Each rank has it do so alone."""
+    ENGINES[REFERENCE].check(replace(config, engine=REFERENCE, tp=1), target)
 
 
 register(REFERENCE, HF)

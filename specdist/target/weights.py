@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,10 +57,16 @@ class StoredTensor:
 
     def load(self) -> Tensor:
         """The tensor, on the CPU, in the checkpoint's dtype."""
-        if self.file.suffix == ".safetensors":
-            with safe_open(self.file, framework="pt") as opened:
-                return opened.get_tensor(self.name)
-        return torch.load(self.file, map_location="cpu", mmap=True, weights_only=True)[self.name].clone()
+        return read_tensors(self.file, [self.name])[self.name].clone()
+
+
+def read_tensors(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of one file, on the CPU, in the checkpoint's dtype; mapped, and not read yet."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in names}
+    state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return {name: state[name] for name in names}
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -38,7 +38,8 @@ logits, the draft derived from it, training, replay against decoding, export. Ei
   0.5.18 Llama, Qwen3 and Qwen3-MoE were tested.
 
 A model of a type that is not here is compared with transformers' own hidden states and logits when it is loaded, and
-the job ends where a layer differs.
+the job ends where a layer differs. What SGLang is compared with, transformers' layers a few at a time with their
+weights read from disk, is checked here as well.
 
 | family | models | prefill | {algorithms} | decoding | SGLang |
 |---|---|---|{lines}---|---|

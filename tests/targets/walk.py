@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from specdist.export import ExportConfig, Trained, export_draft, load_exported, 
 from specdist.job.config import examine, load_job
 from specdist.job.plan import make_plan, render
 from specdist.target.head import WithHead
+from specdist.target.hf import streamed
 from specdist.target.registry import load_target
 from specdist.target.verify import verify
 from specdist.target.vocabulary import load_target_vocabulary
@@ -90,6 +92,8 @@ def walk(family: Family, algorithm: str, path: Path, engine: str = "hf") -> Outc
     error = relative(features.rows, plain_features(plain, layout, batch))
     assert error < EXACT, f"features are off by {error:.1e}"
     verify(model, batch)
+    if algorithm == "eagle3":
+        check_streamed(plain, target, layout, batch)
     vocabulary = load_target_vocabulary(target, torch.float32)
     check_teacher(plain, vocabulary, batch)
     draft = build_draft(job.draft, target.config, vocabulary)
@@ -138,6 +142,13 @@ def plain_features(plain: PreTrainedModel, layout: FeatureLayout, batch: PackedT
         shift = 0 if "mamba" in plain.config.model_type else 1  # those of Mamba leave the embedding out
         rows.append(torch.cat([*(states[i + shift][0] for i in layout.captured_layers), states[-1][0]], dim=-1))
     return torch.cat(rows)[:, : layout.width]
+
+
+def check_streamed(plain: PreTrainedModel, target: Any, layout: FeatureLayout, batch: PackedTokens) -> None:
+    """What another engine is compared with is transformers' own, though half of the layers are loaded at a time."""
+    with mock.patch.object(streamed, "divided", lambda target, dtype: iter([range(4), range(4, target.layers)])):
+        found = streamed.streamed_features(target, torch.float32, layout, CPU, batch)
+    assert (error := relative(found, plain_features(plain, layout, batch))) < EXACT, f"streamed, off by {error:.1e}"
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -16,12 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target import vocabulary
+from specdist.target.base import TargetModel
 from specdist.target.config import TargetConfig
 from specdist.target.hf import against_transformers, attention
 from specdist.target.hf import model as hf_model
 from specdist.target.hf.model import HfTarget, packing_obstacle
-from specdist.target.registry import load_target
+from specdist.target.registry import check_target, load_target
 from specdist.target.verify import TOLERANCE, verify
+from tests.sglang.models import quantise
 
 torch.set_num_threads(1)
 
@@ -127,7 +130,7 @@ def before_final_norm(model: nn.Module, ids: Tensor) -> Tensor:
     return seen[-1]
 
 
-def run(engine: HfTarget, batch: PackedTokens) -> Tensor:
+def run(engine: TargetModel, batch: PackedTokens) -> Tensor:
     out = engine.layout.empty(len(batch.tokens)).fill_(torch.nan)
     engine.forward(batch, out)
     return out
@@ -322,6 +325,26 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     save_file(state, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(DataError, match=r"lacks 1 of .*model\.layers\.2\.mlp\.up_proj\.weight"):
         make_engine(path)
+
+
+def test_quantised_weights_are_the_values_that_they_stand_for(tmp_path: Path) -> None:
+    path = make_model("llama", tmp_path / "llama", hidden_size=128, intermediate_size=128, head_dim=64)
+    quantise(path, tmp_path / "fp8")
+    layout = FeatureLayout(LAYERS, 128, True, torch.float32)
+    found = [
+        run(load_target(TargetConfig(path=str(p)), layout, torch.device("cpu")), make_batch())
+        for p in (path, tmp_path / "fp8")
+    ]
+    assert relative(*found) < 1e-5
+    config = json.loads((tmp_path / "fp8/config.json").read_text())
+    for method, said in (
+        ("awq", r"quantised \(awq\), and target.engine=hf reads fp8, mxfp4, .*: use target.engine=sglang"),
+        ("compressed-tensors", "pip install compressed-tensors, or use target.engine=sglang"),
+    ):
+        config["quantization_config"]["quant_method"] = method
+        (tmp_path / "fp8/config.json").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match=said):
+            check_target(TargetConfig(path=str(tmp_path / "fp8")))
 
 
 def test_shards_without_an_index_load(tmp_path: Path) -> None:

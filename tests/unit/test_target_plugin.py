@@ -65,5 +65,5 @@ def test_its_features_are_compared_with_the_references(job_of: Callable[..., Any
     model.forward(PackedTokens.from_documents([batch], [torch.ones(3, dtype=torch.bool)]), rows)
     embedding = load_target_vocabulary(describe(job.target.path)).embedding[batch]
     assert torch.equal(rows[:, : 3 * 32], torch.cat([2 * embedding, 4 * embedding, 6 * embedding], dim=1))
-    with pytest.raises(DataError, match=r"target\.verify_against=hf: the features of document 0 \(layer 0\) differ"):
+    with pytest.raises(DataError, match=r"target\.verify_against: the features of document 0 \(layer 0\) differ"):
         load_target(job_of(target__verify_against="hf").target, layout, torch.device("cpu"))

@@ -23,6 +23,7 @@ from specdist.job.plan import make_plan
 from specdist.target.base import TargetModel
 from specdist.target.config import TargetConfig
 from specdist.target.description import TargetDescription, describe
+from specdist.target.hf import streamed
 from specdist.target.registry import (
     check_installed,
     check_layout,
@@ -35,7 +36,7 @@ from specdist.target.sglang import adapter, support, versions
 from specdist.target.sglang.config import FIXED, OWNED, SglangConfig
 from specdist.target.sglang.engine import SGLANG
 from specdist.target.sglang.model import SglangTarget
-from specdist.target.verify import compare, reference_features, spot_check_batch
+from specdist.target.verify import compare, spot_check_batch, with_neighbours
 from tests.tiny import make_config, make_conversations, make_target
 
 CPU = torch.device("cpu")
@@ -220,9 +221,12 @@ def test_what_is_not_on_the_tested_list_is_compared_with_transformers(
     assert is_compared(replace(config, verify_against="hf"), described)
     assert not is_compared(replace(config, engine="hf"), other)
     assert not is_compared(sglang(path=str(target), sglang=SglangConfig(quantization="fp8")), other)
-    monkeypatch.setattr(type(described), "quantised", True)
+    other.config.quantization_config = {"quant_method": "mxfp4"}
+    assert is_compared(config, other)
+    other.config.quantization_config = {"quant_method": "awq"}
     assert not is_compared(config, other)
-    assert "not compared with transformers: its weights are quantised" in caplog.text
+    assert "not compared with transformers: target.path=" in caplog.text
+    assert "its weights are quantised (awq), and target.engine=hf reads fp8, mxfp4" in caplog.text
 
 
 def test_unknown_arguments_are_named_before_a_rank_starts_without_importing_sglang(
@@ -418,28 +422,45 @@ class Stub(TargetModel):
         out.copy_(self.rows)
 
 
-@pytest.mark.parametrize("mistake", [None, "layer", "final", "token"])
-def test_verification_against_the_hf_engine(mistake: str | None, target: Path) -> None:
-    layout = FeatureLayout((1, 2, 4), HIDDEN, True, torch.float32)
-    config = TargetConfig(path=str(target))
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (None, ""),
+        ("layer", r"document 0 \(layer 1\) differ"),
+        ("residual", r"document 0 \(layer 4\) differ"),
+        ("norm", r"document 0 \(final\) differ"),
+        ("token", r"document 0 \(layer 1\) differ"),
+        ("near", r"layer 4 are nearer to transformers' layer 3 .* than to layer 4 .* Use target\.engine=hf"),
+    ],
+)
+def test_features_are_compared_with_transformers(
+    mistake: str | None, said: str, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which reads the weights of a few layers at a time."""
+    monkeypatch.setattr(streamed, "AT_ONCE", 80_000)
+    described, layout = describe(target), FeatureLayout((1, 4), HIDDEN, True, torch.float32)
+    assert [len(kept) for kept in streamed.divided(described, torch.float32)] == [2, 2, 2]
     batch = spot_check_batch(259, [None, 100])
     assert max(batch.lengths) == 100
-    expected = reference_features(lambda: load_target(config, layout, CPU), batch)
-    given = expected
-    if mistake == "layer":
-        other = replace(layout, captured_layers=(0, 1, 3))
-        given = reference_features(lambda: load_target(config, other, CPU), batch)
-    rows = given.clone()
-    if mistake == "final":
-        rows[:, 3 * HIDDEN :] *= 1.001
-    elif mistake == "token":
+    near = with_neighbours(layout, described.layers)
+    assert near.captured_layers == (0, 1, 2, 3, 4, 5)
+    expected = streamed.streamed_features(described, torch.float32, near, CPU, batch)
+    *layers, last = near.states(expected).unbind(1)
+    final = layers[5] if mistake == "norm" else last
+    states = {
+        "layer": [layers[0], layers[3], final],
+        "residual": [layers[1], layers[4] - layers[3], final],
+        "near": [layers[1], layers[3] + 0.1 * (layers[4] - layers[3]), final],
+    }.get(mistake or "", [layers[1], layers[4], final])
+    rows = torch.cat(states, dim=1)
+    if mistake == "token":
         rows[1] = rows[2]
     engine = Stub(rows, layout)
     if mistake is None:
-        compare(engine, batch, expected)
+        compare(engine, batch, near, expected, rounded=False)
         return
-    with pytest.raises(DataError, match=r"target\.verify_against=hf: the features of document 0"):
-        compare(engine, batch, expected)
+    with pytest.raises(DataError, match=said):
+        compare(engine, batch, near, expected, rounded=mistake == "near")  # rounding may explain such a distance
 
 
 @pytest.fixture(scope="module")

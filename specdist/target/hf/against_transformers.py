@@ -80,7 +80,7 @@ def compare_with_transformers(
     compared = FeatureLayout(tuple(known), layout.hidden_size, layout.final, layout.dtype)
     expected = torch.cat([*(states[i + shift][0] for i in known), *[states[-1][0]] * layout.final], dim=-1)
     found = layout.states(rows)[:, places].flatten(1)
-    if (off := beyond(deviations(compared, found, expected, [TOKENS]), model.dtype)) is not None:
+    if (off := beyond(deviations(compared, found, expected, [TOKENS]), TOLERANCE[model.dtype])) is not None:
         raise _wrong(target, f"{off.part} differs from transformers' hidden states by {off.worst:.1e}")
     head, logit_map = load_target_head(target, model.dtype)
     taught, own = logit_map(states[-1][0, -1].to(head) @ head.T), output.logits[0, -1].to("cpu", torch.float32)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from importlib import util
 from typing import TYPE_CHECKING, Any
 
 from specdist.core.errors import ConfigError
+from specdist.core.model_config import quantisation
 from specdist.target.base import Engine, TargetModel, common_divisors, weights_and_activations
 from specdist.target.config import TargetConfig
 
@@ -17,8 +19,26 @@ if TYPE_CHECKING:
 WITHOUT_FEATURES = {"longcat_flash": "runs two layers in each of its blocks, and only blocks hand out their output"}
 """Model types that cannot be captured, and why."""
 
+DEQUANTISED = ("fp8", "mxfp4", "compressed-tensors")
+"""Quantised checkpoints that are loaded as the values which they stand for, in `target.dtype`."""
+
 
 def check(config: TargetConfig, target: TargetDescription) -> None:
+    method = quantisation(target.config)
+    if method is not None and method not in DEQUANTISED:
+        raise ConfigError.at(
+            "target.path",
+            f"={config.path}: its weights are quantised ({method}), and target.engine=hf reads "
+            f"{', '.join(DEQUANTISED)} alone: use target.engine=sglang, or the checkpoint that is not quantised",
+            "target.engine",
+        )
+    if method == "compressed-tensors" and util.find_spec("compressed_tensors") is None:
+        raise ConfigError.at(
+            "target.path",
+            f"={config.path}: its weights are quantised ({method}), by a library that is not installed here: "
+            "pip install compressed-tensors, or use target.engine=sglang",
+            "target.engine",
+        )
     if (reason := WITHOUT_FEATURES.get(target.text_config.model_type)) is not None:
         raise ConfigError.at("target.path", f"={config.path}: {target.text_config.model_type} {reason}: not supported")
     if config.tp == 1:

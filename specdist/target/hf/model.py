@@ -26,7 +26,7 @@ from specdist.target.description import TargetDescription, compute_dtype
 from specdist.target.hf import attention
 from specdist.target.hf.against_transformers import compare_with_transformers, is_tested
 from specdist.target.hf.attention import Documents, NotPackable
-from specdist.target.loading import load_model
+from specdist.target.loading import find_decoder, load_model
 from specdist.target.verify import TOLERANCE, beyond, deviations
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class HfTarget(TargetModel):
         except NotPackable as e:
             obstacle = str(e)
         else:
-            off = beyond(deviations(self.layout, packed, alone, lengths), self.dtype)
+            off = beyond(deviations(self.layout, packed, alone, lengths), TOLERANCE[self.dtype])
             if off is None:
                 return None
             obstacle = (
@@ -148,19 +148,6 @@ class HfTarget(TargetModel):
         self.packs = False
         self.decoder.set_attn_implementation(self._own_attention)
         return obstacle
-
-
-def find_decoder(model: PreTrainedModel, count: int) -> tuple[PreTrainedModel, nn.ModuleList]:
-    """The model without its head, and its `count` layers: the first list of so many modules, from the outside in."""
-    decoder = model.get_decoder()
-    lists = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList)]
-    for name, modules in sorted(lists, key=lambda found: found[0].count(".")):
-        if len(modules) == count:
-            # What `get_decoder` hands out may have the head still (Llama 4's language model alone).
-            held = decoder.get_submodule(name.rpartition(".")[0])
-            return held if isinstance(held, PreTrainedModel) else decoder, modules
-    found = ", ".join(f"{name} ({len(m)})" for name, m in lists) or "none"
-    raise DataError.at("target.path", f": {type(decoder).__name__} has no list of {count} layers; it has: {found}")
 
 
 def own_attention(decoder: PreTrainedModel, config: PretrainedConfig) -> str:
