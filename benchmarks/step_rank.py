@@ -26,7 +26,7 @@ from specdist.draft.build import build_draft
 from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
 from specdist.run.feature_source import random_rows
-from specdist.training.optimizer import build_optimizer
+from specdist.training.optimizer import DraftOptimizer
 from specdist.training.trainer import FeatureSource, Trainer, shard_draft
 from specdist.world.groups import Groups, World, join_world, make_groups
 
@@ -144,14 +144,14 @@ class _Rank:
         """The trainer's step."""
         config, draft = self._config, self._draft(batch)
         sharded = shard_draft(draft, self._groups, self.dtype, config.draft.sharding)
-        optimizer = build_optimizer(sharded, config.optimizer)
+        optimizer = DraftOptimizer(sharded, config.optimizer)
         items, prompts = cast(Items, batch), cast(Corpus, batch)
         trainer = Trainer(sharded, optimizer, batch, items, prompts, self._groups, self._place.dp, self._device)
         steps = iter(range(10**9))
 
         def step() -> None:
             index = next(steps)
-            trainer.train_step(index, range(index, index + 1), config.optimizer.clip_norm)
+            trainer.train_step(index, range(index, index + 1), config.optimizer.clip_norm, 10**9)
 
         return step
 

@@ -66,6 +66,8 @@ class DraftModel(nn.Module, ABC):
     layout: FeatureLayout
     share: ContextShare = WHOLE
     """Set before training. Every rank gets the whole micro-batch, and the losses of the ranks add up to its loss."""
+    tables: tuple[str, ...] = ("lm_head.",)
+    """How the names of weights with a row for every token begin."""
     metric_names: tuple[str, ...]
     """The names of the sums `forward` returns, in a fixed order that is the same on every rank."""
 
@@ -86,6 +88,14 @@ class DraftModel(nn.Module, ABC):
     def initial(self, name: str) -> Tensor | None:
         """What a parameter starts as, where it is not drawn at random."""
         return None
+
+    def matrices(self) -> list[str]:
+        """The weights from states to states, which Muon may train: two dimensions of more than 1, and no `tables`."""
+        return [
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.ndim == 2 and min(parameter.shape) > 1 and not name.startswith(self.tables)
+        ]
 
     @abstractmethod
     def supervise(

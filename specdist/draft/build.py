@@ -41,11 +41,15 @@ def build_draft(
     return draft
 
 
-def parameter_count(config: DraftConfig, target: PretrainedConfig) -> int:
-    """Trainable parameters of the draft, without allocating any."""
+def blank_draft(config: DraftConfig, target: PretrainedConfig) -> DraftModel:
+    """The draft without memory: names and shapes."""
     text, algorithm = target.get_text_config(), config.chosen
     empty = torch.empty(text.vocab_size, text.hidden_size, device="meta")
     ids = None if algorithm.vocab_size is None else torch.arange(algorithm.vocab_size)
     layout = algorithm.layout(target, torch.float32)
-    draft = algorithm.build(target, TargetVocabulary(empty, empty), ids, layout, torch.device("meta"), config.compile)
-    return sum(parameter.numel() for parameter in draft.parameters())
+    return algorithm.build(target, TargetVocabulary(empty, empty), ids, layout, torch.device("meta"), config.compile)
+
+
+def parameter_count(config: DraftConfig, target: PretrainedConfig) -> int:
+    """Trainable parameters of the draft, without allocating any."""
+    return sum(parameter.numel() for parameter in blank_draft(config, target).parameters())

@@ -20,12 +20,13 @@ from specdist.core.errors import ConfigError
 from specdist.core.launch_env import Role
 from specdist.core.records import ARGMAX_LSE_BYTES
 from specdist.core.topology import Topology
-from specdist.draft.build import parameter_count
+from specdist.draft.build import blank_draft, parameter_count
 from specdist.draft.config import DraftConfig
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
 from specdist.target.head import CHUNK
 from specdist.target.registry import ENGINES
+from specdist.training.config import OptimizerConfig
 from specdist.world.groups import ranges
 
 
@@ -127,7 +128,7 @@ def _target_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[N
 def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Need]:
     tokens, ranks = job.prompts.tokens_per_rank, len(topology.draft_ranks)
     parts = training_memory(
-        job.draft, facts.target.config, facts.target.tied, facts.target_dtype.itemsize, tokens, ranks
+        job.draft, facts.target.config, facts.target.tied, facts.target_dtype.itemsize, tokens, ranks, job.optimizer
     )
     needs = [Need("draft", part, size) for part, size in parts.items()]
     if job.draft.chosen.embedding_on_host:
@@ -141,8 +142,22 @@ def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Ne
     return needs
 
 
+def state_bytes(draft: DraftConfig, target: PretrainedConfig, optimizer: OptimizerConfig) -> int:
+    """Bytes of what is trained: weights, AdamW's two moments or Muon's one, and a moving average, all in fp32."""
+    blank = blank_draft(draft, target)
+    sizes = {name: parameter.numel() for name, parameter in blank.named_parameters()}
+    muon = sum(sizes[name] for name in blank.matrices()) if optimizer.method == "muon" else 0
+    return 4 * ((3 + bool(optimizer.ema)) * sum(sizes.values()) - muon)
+
+
 def training_memory(
-    draft: DraftConfig, target: PretrainedConfig, tied: bool, itemsize: int, tokens: int, ranks: int
+    draft: DraftConfig,
+    target: PretrainedConfig,
+    tied: bool,
+    itemsize: int,
+    tokens: int,
+    ranks: int,
+    optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
 ) -> dict[str, int]:
     """Bytes on one of `ranks` draft ranks that trains with micro-batches of `tokens`, without the features.
 
@@ -158,7 +173,7 @@ def training_memory(
     # Gradients come when what the steps kept has gone: as they are computed, in fp32 to be reduced, and this rank's.
     gradients = (compute + 4) * parameters + 4 * parameters // shards
     return {
-        f"fp32 weights and AdamW moments / {shards}": 12 * parameters // shards,
+        f"fp32 weights and state of the optimizer / {shards}": state_bytes(draft, target, optimizer) // shards,
         "weights to compute with": compute * parameters,
         "target head" if draft.chosen.embedding_on_host else "target embedding and head": tables,
         **step,

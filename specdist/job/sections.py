@@ -4,6 +4,7 @@ that a wrong key is told at once; `config.py` checks what the values mean togeth
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -87,7 +88,8 @@ CHANGEABLE = (
     "world", "scheduler", "control", "channel", "checkpoint", "metrics", "trace", "export", "evaluate", "launch",
     "run.dir", "train", "target.replicas", "target.tp", "target.verify", "target.verify_against", "target.prefill",
     "target.engine", "draft.dp", "draft.cp", "draft.sharding", "draft.compile", "prompts.workers",
-    "prompts.cache_dir", "prompts.tokens_per_rank", "optimizer", "run.plugins",
+    "prompts.cache_dir", "prompts.tokens_per_rank", "run.plugins",
+    *(f"optimizer.{f.name}" for f in dataclasses.fields(OptimizerConfig) if f.name not in ("method", "ema")),
     *(f"generate.{key}" for key in generating.CHANGEABLE),
 )  # fmt: skip
 """Keys that may differ when a run directory is used again: they do not change what the draft is or learns from. An

@@ -25,7 +25,7 @@ from specdist.run.reporter import RunReporter
 from specdist.scheduler.messages import LastItem, Reports, RingAddress, StartWork, Stop
 from specdist.training.checkpoint import Checkpointer
 from specdist.training.config import Recipe
-from specdist.training.optimizer import build_optimizer
+from specdist.training.optimizer import DraftOptimizer
 from specdist.training.trainer import FeatureSource, Trainer, shard_draft
 
 
@@ -38,7 +38,7 @@ def consume(context: RankContext) -> None:
     items = context.items()
     context.begin("building the draft")
     draft = _build_draft(context)
-    optimizer = build_optimizer(draft, job.optimizer)
+    optimizer = DraftOptimizer(draft, job.optimizer)
     number = topology.draft_ranks.index(context.rank)
     checkpointer = Checkpointer(context.run_dir.checkpoints, job.checkpoint, context.groups.checkpoint, number)
     if context.resume.checkpoint is not None:
@@ -76,7 +76,8 @@ def consume(context: RankContext) -> None:
     client.phase = "saving"
     trainer.commit(progress, checkpointer)
     finished = trainer.finished
-    state = _whole_state(draft, keep=leader)
+    with optimizer.averaged():
+        state = _whole_state(draft, keep=leader)
     landing = source.receiver.retire() if isinstance(source, RemoteSource) and job.world.role == "draft" else None
     del trainer, optimizer, draft, source  # the evaluation needs their memory
     gc.collect()

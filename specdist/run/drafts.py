@@ -18,7 +18,7 @@ from specdist.export import load_exported
 from specdist.job.config import JobConfig, JobFacts, initial_draft
 from specdist.job.run_dir import RunDirectory
 from specdist.target.vocabulary import load_target_vocabulary
-from specdist.training.checkpoint import naming_damage
+from specdist.training.checkpoint import AVERAGE, naming_damage
 
 
 def new_draft(job: JobConfig, facts: JobFacts, run_dir: RunDirectory, device: torch.device) -> DraftModel:
@@ -55,11 +55,13 @@ def exported_draft(job: JobConfig, facts: JobFacts, directory: str, device: torc
 
 
 def load_state(draft: DraftModel, checkpoint: Path) -> dict[str, Tensor]:
-    """The whole weights in a checkpoint, whatever split wrote it; needs no process group. `draft` gives the shapes."""
-    state = {"model": {name: torch.empty_like(t, device="cpu") for name, t in draft.state_dict().items()}}
+    """The whole weights in a checkpoint, or their moving average where it has one, whatever split wrote it; needs no
+    process group. `draft` gives the shapes."""
+    whole = {name: torch.empty_like(t, device="cpu") for name, t in draft.state_dict().items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is the point
         with naming_damage(checkpoint):
-            dcp.FileSystemReader(checkpoint).read_metadata()  # without it DCP says much and means this
-            dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    return state["model"]
+            saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+            key = AVERAGE if any(name.startswith(f"{AVERAGE}.") for name in saved) else "model"
+            dcp.load({key: whole}, checkpoint_id=checkpoint, no_dist=True)
+    return whole

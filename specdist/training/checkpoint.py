@@ -36,6 +36,10 @@ from specdist.core.progress import (
     committed,
     read_progress,
 )
+from specdist.training.optimizer import DraftOptimizer
+
+AVERAGE = "average"
+"""Where the moving average of the weights lies, if there is one."""
 
 
 class Checkpointer:
@@ -45,7 +49,7 @@ class Checkpointer:
         self._directory, self._config, self._group, self._dp = directory, config, group, dp_index
         self._writing: tuple[Future[Any], Path, Progress] | None = None
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    def save(self, model: nn.Module, optimizer: DraftOptimizer, progress: Progress) -> None:
         """Copy the state and write it, in the background if so configured. An earlier save is finished first."""
         self.finish()
         path = checkpoint_path(self._directory, progress.step)
@@ -74,7 +78,7 @@ class Checkpointer:
         future.result()
         self._commit(path, progress)
 
-    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    def load(self, path: Path, model: nn.Module, optimizer: DraftOptimizer) -> Progress:
         """Load into this world's ranks and sharding, whatever wrote it."""
         progress = read_progress(path)
         state = self._state(model, optimizer)
@@ -84,9 +88,11 @@ class Checkpointer:
             if not same_split:
                 del state[self._rng_key]
             dcp.load(state, checkpoint_id=path, process_group=self._group)
-        configured = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups]
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        groups = [group for part in optimizer.parts for group in part.param_groups]
+        configured = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        set_state_dict(model, optimizer.parts, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        groups = [group for part in optimizer.parts for group in part.param_groups]
+        for group, settings in zip(groups, configured, strict=True):
             group.update(settings)  # the configuration of today counts, not that of the checkpoint
         if same_split:
             torch.set_rng_state(state[self._rng_key])
@@ -100,9 +106,10 @@ class Checkpointer:
     def _rng_key(self) -> str:
         return f"rng/dp{self._dp}of{dist.get_world_size(self._group)}"
 
-    def _state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        return {"model": model_state, "optimizer": optimizer_state, self._rng_key: torch.get_rng_state()}
+    def _state(self, model: nn.Module, optimizer: DraftOptimizer) -> dict[str, Any]:
+        model_state, optimizer_state = get_state_dict(model, optimizer.parts)
+        average = {} if optimizer.average is None else {AVERAGE: optimizer.average}
+        return {"model": model_state, "optimizer": optimizer_state, self._rng_key: torch.get_rng_state(), **average}
 
     def _commit(self, path: Path, progress: Progress) -> None:
         if not self._leader:

@@ -44,8 +44,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule. The defaults are what published drafts were trained with."""
+    """The optimizer and its schedule. The defaults are what published drafts were trained with."""
 
+    method: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon (torch.optim.Muon, updates as large as AdamW's) for the matrices from states to states, in
+    layers and the fusion of captured layers; AdamW for norms, biases and what has a row for every token."""
+    muon_lr: float | None = None
+    """Peak learning rate of Muon's matrices; null is lr."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights, which evaluation and export then take; 0: none. Early steps are
+    forgotten sooner: step s (0-based) keeps min(ema, (1 + s) / (10 + s))."""
     lr: float = 1e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -68,6 +76,14 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ConfigError.at("optimizer.lr", f"is > 0, not {self.lr}")
+        if self.muon_lr is not None and not (self.method == "muon" and self.muon_lr > 0):
+            raise ConfigError.at(
+                "optimizer.muon_lr",
+                f"={self.muon_lr}: it is > 0, and only for optimizer.method=muon (null is lr)",
+                "optimizer.method",
+            )
+        if not 0 <= self.ema < 1:
+            raise ConfigError.at("optimizer.ema", f"is at least 0 (off) and less than 1, not {self.ema}")
         for key in ("clip_norm", "weight_decay", "eps"):
             if getattr(self, key) < 0:
                 off = " (0 turns it off)" if key != "eps" else ""

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW with a learning rate that is a pure function of the step, so that it needs no state of its own."""
+"""What makes an optimizer step. The learning rate is a pure function of the step, so it needs no state of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from specdist.draft.base import DraftModel
 from specdist.training.config import OptimizerConfig
 
 
@@ -27,14 +31,72 @@ def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * falling)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters (fp32 master weights, sharded as the model is)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-    )
+class DraftOptimizer:
+    """What changes the weights (fp32 master weights, sharded as the model is): fused AdamW, or Muon for the matrices
+    between states and AdamW for the rest; and, with `optimizer.ema`, their moving average.
+
+    Attributes:
+        parts: the optimizers of torch.
+        average: the moving average by parameter name, in fp32 and sharded as the parameters are; None without one.
+    """
+
+    def __init__(self, model: DraftModel, config: OptimizerConfig) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._config = config
+        self.parts: list[torch.optim.Optimizer] = []
+        rest = trained
+        if config.method == "muon":
+            matrices = set(model.matrices())
+            rest = {name: p for name, p in trained.items() if name not in matrices}
+            muon = torch.optim.Muon(
+                [trained[name] for name in matrices],
+                lr=config.muon_lr or config.lr,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            self.parts.append(muon)
+        adam = torch.optim.AdamW(
+            rest.values(), config.lr, config.betas, config.eps, weight_decay=config.weight_decay, fused=True
+        )
+        self.parts.append(adam)
+        self._weights = trained
+        self.average = {name: p.detach().clone() for name, p in trained.items()} if config.ema else None
+        self.rate = config.lr
+        """That of the last step, of AdamW."""
+
+    @torch.no_grad()
+    def step(self, step: int, total: int) -> None:
+        """Step `step` (0-based) of `total`; takes the gradients away."""
+        self.rate = learning_rate(self._config, step, total)
+        for part in self.parts:
+            peak = self._config.lr if isinstance(part, torch.optim.AdamW) else self._config.muon_lr or self._config.lr
+            for group in part.param_groups:
+                group["lr"] = self.rate * peak / self._config.lr
+            part.step()
+            part.zero_grad(set_to_none=True)
+        if self.average is not None:
+            keep = min(self._config.ema, (1 + step) / (10 + step))
+            for name, weight in self._weights.items():
+                local(self.average[name]).lerp_(local(weight), 1 - keep)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside it the model's sharded weights are the moving average, if there is one."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, average in (self.average or {}).items():
+            weight, average = local(self._weights[name]), local(average)
+            held = weight.clone()
+            weight.copy_(average)
+            average.copy_(held)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of it, where it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -34,7 +34,7 @@ from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
 from specdist.training.checkpoint import Checkpointer
 from specdist.training.config import Recipe
-from specdist.training.optimizer import learning_rate, set_learning_rate
+from specdist.training.optimizer import DraftOptimizer
 from specdist.training.profile import NO_PROFILE, Profile
 from specdist.world.groups import Groups
 
@@ -158,7 +158,7 @@ class Trainer:
     def __init__(
         self,
         model: DraftModel,
-        optimizer: torch.optim.Optimizer,
+        optimizer: DraftOptimizer,
         source: FeatureSource,
         items: Items,
         prompts: Corpus,
@@ -197,9 +197,8 @@ class Trainer:
         try:
             progress = self._evaluate(progress, stop, reporter)
             while not self._done(recipe, progress) and not self._agree(bool(stop), progress.next_item):
-                set_learning_rate(self.optimizer, learning_rate(recipe.optimizer, progress.step, recipe.total_steps))
                 indices = self.items.schedule.training(progress.step)
-                last = self.train_step(progress.step, indices, recipe.optimizer.clip_norm)
+                last = self.train_step(progress.step, indices, recipe.optimizer.clip_norm, recipe.total_steps)
                 progress = replace(progress, step=progress.step + 1, next_item=indices.stop, cursor=last.end)
                 reporter.step(progress.step)
                 if progress.step % recipe.log_every == 0 or progress.step == recipe.total_steps:
@@ -257,18 +256,11 @@ class Trainer:
             return progress
         sums, judge, began, waited = torch.zeros_like(self._sums), self._judge, time.monotonic(), self.source.waited_s
         assert judge is not None
-        for micro in (self._receive(self.items[i]) for i in indices):
-            with span("evaluate", micro.item.index, tokens=len(micro.batch.tokens)), torch.no_grad():
-                ones = torch.ones_like(micro.supervision.counts)
-                sums += self.model(micro.batch, micro.features, micro.supervision, ones)[1]
-                drafts = self.model.replay(
-                    micro.batch, micro.host_batch, micro.features, judge.draft_tokens, judge.temperature
-                )
-                shard, agreed = micro.item.shards[self._shard], self.source.agreed(micro.item)
-                judge.add(shard, micro.host_batch, drafts, agreed)
-            self.source.release(micro.item)
-        assert isinstance(self.model, FSDPModule)
-        self.model.reshard()
+        with self.optimizer.averaged():
+            for i in indices:
+                sums += self._evaluate_item(self.items[i], judge)
+            assert isinstance(self.model, FSDPModule)
+            self.model.reshard()
         dist.all_reduce(sums, group=self._groups.draft)
         metrics = self.model.metrics(dict(zip(self.model.metric_names, sums.tolist(), strict=True)))
         metrics |= judge.result(progress.step)
@@ -278,13 +270,26 @@ class Trainer:
         found = Evaluated(progress.step, metrics["acceptance_length"], metrics["loss"], judge.basis)
         return replace(progress, next_item=indices.stop, evaluated=found)
 
-    def train_step(self, step: int, indices: range, clip_norm: float) -> WorkItem:
-        """One optimizer step over the items `indices`; returns the last of them."""
+    def _evaluate_item(self, item: WorkItem, judge: Judge) -> Tensor:
+        """This rank's shard of an item: replayed for the judge; returns its sums."""
+        micro = self._receive(item)
+        with span("evaluate", item.index, tokens=len(micro.batch.tokens)), torch.no_grad():
+            ones = torch.ones_like(micro.supervision.counts)
+            sums = self.model(micro.batch, micro.features, micro.supervision, ones)[1]
+            drafts = self.model.replay(
+                micro.batch, micro.host_batch, micro.features, judge.draft_tokens, judge.temperature
+            )
+            judge.add(item.shards[self._shard], micro.host_batch, drafts, self.source.agreed(item))
+        self.source.release(item)
+        return sums
+
+    def train_step(self, step: int, indices: range, clip_norm: float, total: int) -> WorkItem:
+        """Optimizer step `step` (0-based) of `total` over the items `indices`; returns the last of them."""
         self._profile.reach(indices.start, indices.start)
         with span(f"step {step + 1}", indices.start):
-            return self._train_step(step, indices, clip_norm)
+            return self._train_step(step, indices, clip_norm, total)
 
-    def _train_step(self, step: int, indices: range, clip_norm: float) -> WorkItem:
+    def _train_step(self, step: int, indices: range, clip_norm: float, total: int) -> WorkItem:
         first = indices.start
         micro_batches = [self._receive(self.items[i]) for i in indices]
         with span("agree on the counts", first):
@@ -306,8 +311,7 @@ class Trainer:
             self.check_finite()
         self._last = _StepResult(step, [m.item for m in micro_batches], _Reading(losses, norm))
         with span("optimizer", first):
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.step(step, total)
         self.items.forget(before=indices.stop)
         self.steps_done += 1
         self.tokens_done += sum(m.item.tokens for m in micro_batches)
@@ -373,7 +377,7 @@ class Trainer:
         metrics = self.model.metrics(dict(zip(self.model.metric_names, sums.tolist(), strict=True)))
         assert self._last is not None
         _, norm = self._last.reading.get()
-        return metrics | {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
+        return metrics | {"lr": self.optimizer.rate, "grad_norm": norm}
 
     def _work_done(self) -> WorkDone:
         now, waited = time.monotonic(), torch.tensor(self.source.waited_s - self._waited_before, dtype=torch.float64)

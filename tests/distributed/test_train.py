@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 
 from specdist.core.progress import committed, read_progress
 from specdist.job.config import load_job
@@ -114,13 +117,23 @@ def test_over_a_transport_from_outside_it_trains_the_same(tmp_path, material, un
 
 
 def test_a_checkpoint_loads_into_another_split(tmp_path, material):
-    run(3, tmp_path, material, train__steps=2)
+    """With what only some runs have: Muon's momentum, and a moving average of the weights, which is exported."""
+    optimizer = {"optimizer__method": "muon", "optimizer__ema": 0.9, "optimizer__muon_lr": 2e-3}
+    run(3, tmp_path, material, train__steps=2, **optimizer)
     before = read_progress(committed(tmp_path / "run/checkpoints")[-1])
-    run(2, tmp_path, material, train__steps=4, draft__sharding="replicate")
+    run(2, tmp_path, material, train__steps=4, draft__sharding="replicate", **optimizer)
     after = read_progress(committed(tmp_path / "run/checkpoints")[-1])
     assert (before.step, after.step) == (2, 4)
     assert (after.cursor.epoch, after.cursor.position) > (before.cursor.epoch, before.cursor.position)
     assert [step for step, _, _ in losses(tmp_path)] == [1, 2, 3, 4]
+    served = load_file(tmp_path / "run/export/sglang/model.safetensors")["norm.weight"]
+    last = {key: {"norm.weight": torch.empty(served.shape)} for key in ("model", "average")}
+    dcp.load(last, checkpoint_id=committed(tmp_path / "run/checkpoints")[-1], no_dist=True)
+    assert torch.equal(last["average"]["norm.weight"].to(served.dtype), served)
+    assert not torch.equal(last["model"]["norm.weight"], last["average"]["norm.weight"])
+    refused = train(2, words(tmp_path, material, train__steps=5, **optimizer | {"optimizer__ema": 0.0}))
+    assert refused.returncode
+    assert "optimizer.ema" in refused.stderr
 
 
 def test_replicated_equals_sharded(tmp_path, material, undisturbed):

@@ -10,6 +10,8 @@ from specdist.core.errors import DataError
 from specdist.core.progress import COMMIT, CheckpointConfig, Cursor, Progress, committed, read_progress
 from specdist.run.drafts import load_state
 from specdist.training.checkpoint import Checkpointer
+from specdist.training.config import OptimizerConfig
+from specdist.training.optimizer import DraftOptimizer
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +22,19 @@ def group():
     dist.destroy_process_group()
 
 
-def state():
+class Model(nn.Linear):
+    """What a checkpoint is told of a draft."""
+
+    def matrices(self) -> list[str]:
+        return ["weight"]
+
+
+def state(**options):
     torch.manual_seed(0)
-    model = nn.Linear(4, 3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model = Model(4, 3)
+    optimizer = DraftOptimizer(model, OptimizerConfig(**options))
     model(torch.ones(2, 4)).sum().backward()
-    optimizer.step()
+    optimizer.step(0, 2)
     return model, optimizer
 
 
@@ -45,12 +54,12 @@ def test_what_is_saved_comes_back_and_the_last_are_kept(tmp_path, group, asynchr
     assert [path.name for path in committed(tmp_path)] == ["step-00000002", "step-00000003"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
     expected = torch.rand(3)
-    other, other_optimizer = nn.Linear(4, 3), None
-    other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.1)
+    other = Model(4, 3)
+    other_optimizer = DraftOptimizer(other, OptimizerConfig())
     assert checkpointer.load(committed(tmp_path)[-1], other, other_optimizer) == progress(3)
     assert torch.equal(other.bias, torch.full((3,), 3.0))
-    moments = other_optimizer.state[other.weight]["exp_avg"]
-    assert torch.equal(moments, optimizer.state[model.weight]["exp_avg"])
+    moments = other_optimizer.parts[0].state[other.weight]["exp_avg"]
+    assert torch.equal(moments, optimizer.parts[0].state[model.weight]["exp_avg"])
     assert torch.equal(torch.rand(3), expected)  # the random state is that of the last save
 
 
@@ -96,3 +105,22 @@ def test_weights_load_without_a_process_group(tmp_path, group):
     Checkpointer(tmp_path, CheckpointConfig(asynchronous=False), group, 0).save(model, optimizer, progress(1))
     found = load_state(nn.Linear(4, 3), committed(tmp_path)[0])
     assert torch.equal(found["weight"], model.weight.detach())
+
+
+def test_muon_and_the_moving_average_come_back_and_the_average_is_served(tmp_path, group):
+    model, optimizer = state(method="muon", ema=0.9, lr=0.1)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(asynchronous=False), group, 0)
+    checkpointer.save(model, optimizer, progress(1))
+    (path,) = committed(tmp_path)
+    other = Model(4, 3)
+    other_optimizer = DraftOptimizer(other, OptimizerConfig(method="muon", ema=0.9, lr=0.1))
+    checkpointer.load(path, other, other_optimizer)
+    for one, its in ((model, optimizer), (other, other_optimizer)):
+        one(torch.arange(8.0).view(2, 4)).square().sum().backward()
+        its.step(1, 2)
+    assert torch.equal(other.weight, model.weight)
+    assert torch.equal(other_optimizer.average["weight"], optimizer.average["weight"])
+    found = load_state(Model(4, 3), path)
+    assert not torch.equal(found["weight"], model.weight.detach())
+    with optimizer.averaged():
+        assert not torch.equal(found["weight"], model.weight.detach())  # of the step after

@@ -26,6 +26,7 @@ from specdist.draft.dspark.loss import SUMS, DraftLoss, DSparkLossInputs, draft_
 class DSparkDraft(BlockDraft):
     """See `BlockDraft`."""
 
+    tables = ("lm_head.", "markov_head.", "confidence_head.")
     config: DSparkConfig
     markov_head: MarkovHead
     confidence_head: ConfidenceHead

@@ -13,11 +13,8 @@ from specdist.core.topology import Topology
 from specdist.draft.build import parameter_count
 from specdist.export import written_formats
 from specdist.job.config import JobConfig, JobFacts
-from specdist.job.plan import plan_of
+from specdist.job.plan import plan_of, state_bytes
 from specdist.job.run_dir import RunDirectory
-
-_SAVED_BYTES = 12
-"""Per parameter of a checkpoint: the fp32 weight and the two moments of AdamW."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Needs:
 def needs_of(job: JobConfig, facts: JobFacts, topology: Topology | None) -> Needs:
     """Work out what the job needs; without a topology, what it needs of the run directory. Raises ConfigError."""
     parameters = 0 if job.world.mode == "target_only" else parameter_count(job.draft, facts.target.config)
-    checkpoint = _SAVED_BYTES * parameters
+    checkpoint = state_bytes(job.draft, facts.target.config, job.optimizer) if parameters else 0
     width = getattr(torch, job.export.dtype).itemsize
     exports = len(written_formats(job.draft, job.export)) * width * parameters
     present = len(committed(RunDirectory(Path(job.run.dir)).checkpoints))
