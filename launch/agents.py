@@ -181,9 +181,10 @@ def supervise(start: Callable[[Attempt, list[int]], int], job: str, retries: int
         status = start(Attempt(job, restart), received)
         if status != ExitStatus.AGAIN:
             return status
-        if received:
+        if received or restart == retries:
             break
-    print("specdist: this launcher starts it no more: the same command goes on from there", file=sys.stderr)
+        print(f"specdist: starting it again, {restart + 1} of {retries}", file=sys.stderr)
+    print("specdist: the same command goes on from the last checkpoint", file=sys.stderr)
     return ExitStatus.AGAIN
 
 

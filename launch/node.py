@@ -26,6 +26,7 @@ from specdist.job.config import JobConfig, home
 from specdist.job.run_dir import RunDirectory
 from specdist.world.roll_call import Meeting, Node, meet
 from specdist_launch.agents import ExitStatus, StopForwarder
+from specdist_launch.events import tell
 from specdist_launch.launcher import Launcher, NodePlacement
 from specdist_launch.local import ranks_per_node
 from specdist_launch.verdict import judge, saved_step
@@ -174,6 +175,8 @@ class Agent:
         # What has been trained rank 0 has printed.
         if self._launcher.judged_by_agent and (verdict.status != ExitStatus.DONE or not ended):
             print(f"specdist: {verdict.reason}", file=sys.stderr)
+        if (command := self._job.launch.on_event) is not None:
+            tell(command, self._run_dir, self._record, verdict.reason)
         return verdict.status
 
     def _known(self) -> bool:

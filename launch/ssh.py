@@ -48,11 +48,24 @@ def main(args: argparse.Namespace) -> int:
         print("\n".join(plain_torchrun(hosts, args.master_port, *words.split(args.config))))
         return 0
 
+    _check_leader(hosts)
+
     def start(attempt: Attempt, received: list[int]) -> int:
         arguments = agent_words("ssh", attempt, hosts, f"{hosts[0].name}:{args.master_port}", args.config)
         return attend([_start(host.name, own) for host, own in zip(hosts, arguments, strict=True)], received)
 
     return supervise(start, new_job("ssh", job.world.role), args.retries)
+
+
+def _check_leader(hosts: Sequence[Host]) -> None:
+    """Raise ConfigError where the others could not find the first host. An alias of ssh's is no name to them."""
+    try:
+        if len(hosts) > 1:
+            socket.getaddrinfo(hosts[0].name, None)
+    except socket.gaierror as error:
+        raise ConfigError(
+            f"--hosts: {hosts[0].name} is not known here ({error}): name it as all hosts know it"
+        ) from error
 
 
 def find_hosts(args: argparse.Namespace, job: JobConfig) -> list[Host]:

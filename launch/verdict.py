@@ -70,11 +70,11 @@ def judge(run_dir: Path, config: LaunchConfig, record: AttemptRecord | None = No
             f"give each start more time (--time), or less of it for the end (launch.stop_before_end_s="
             f"{config.stop_before_end_s:g}, --signal, which Slurm sends up to 60 s early)",
         )
-    return Verdict(AGAIN, f"stopped at step {ending.step} ({ending.why}): to be started again from there")
+    return Verdict(AGAIN, f"stopped at step {ending.step} ({ending.why}); another start goes on from there")
 
 
 def _judge_failure(failure: Failure, history: Sequence[AttemptRecord], config: LaunchConfig) -> Verdict:
-    what = failure.message.splitlines()[0]
+    what = failure.headline
     if failure.kind == "input":
         return Verdict(USER_ERROR, f"not started again: {what}")
     if failure.kind == "disk":
@@ -86,7 +86,7 @@ def _judge_failure(failure: Failure, history: Sequence[AttemptRecord], config: L
     if tried > config.retries:
         times = f"failed {tried} times in a row (launch.retries={config.retries})"
         return Verdict(GIVE_UP, f"not started again: {times}, last: {what}")
-    return Verdict(AGAIN, f"to be started again, try {tried} of {config.retries} (kind: {failure.kind}): {what}")
+    return Verdict(AGAIN, f"another start may help, try {tried} of {config.retries} (kind: {failure.kind}): {what}")
 
 
 def _in_vain(record: AttemptRecord, written: float) -> bool:

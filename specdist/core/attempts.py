@@ -80,7 +80,15 @@ class Failure:
     exception: str = ""
     """The exception's type."""
     traceback: str = ""
+    pid: int = 0
+    """Of the rank's process, where it has not failed by an exception; 0 where that is not known."""
     time: float = field(default_factory=time.time)
+
+    @property
+    def headline(self) -> str:
+        """The message in one line: its first, with the next where that is a list's."""
+        first, *others = self.message.splitlines()
+        return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
     @property
     def of_leaving(self) -> bool:

@@ -57,4 +57,9 @@ class WorldError(UserError, RuntimeError):
 
 
 class Aborted(WorldError):
-    """The world's failure as rank 0 has sent it to all; rank 0 also keeps it on record and shows it."""
+    """The world's failure as rank 0 has sent it to all; rank 0 also keeps it on record and shows it.
+
+    `pid` is the culprit's process where that may be stuck, else 0.
+    """
+
+    pid = 0

@@ -154,6 +154,10 @@ class LaunchConfig:
     often may the time limit come before a single step is done."""
     stop_before_end_s: float = 120.0
     """So many seconds before the batch system's time limit the job saves and leaves, to be started again."""
+    on_event: str | None = None
+    """Shell command that the first node runs when a start has ended, as `mail -s "$SPECDIST_EVENT $SPECDIST_RUN_DIR"
+    me@example.org`: SPECDIST_EVENT is finished, stopped (asked to, as at a preemption) or failed, SPECDIST_REASON says
+    why and what follows. It has a minute."""
     meet_timeout_s: float = 300.0
     """How long the agents of a job's nodes wait for each other, in seconds, before they name those that are missing."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

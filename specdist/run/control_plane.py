@@ -8,6 +8,7 @@ ranks wait for that key.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import json
 import os
@@ -24,6 +25,7 @@ from specdist.core.launch_env import local_address
 from specdist.job import config as jobs
 from specdist.job.resume_plan import ResumePlan
 from specdist.run.context import WorldContext
+from specdist.run.rank_log import SHOW_STACKS
 from specdist.run.status_writer import StatusWriter
 from specdist.run.worlds.rendezvous import ControlAddress, Rendezvous
 from specdist.run.worlds.terms import Terms
@@ -51,7 +53,13 @@ def serving(context: WorldContext, resume: ResumePlan, profile: Profile) -> Iter
         interface, port, token = rendezvous.place()
     with contextlib.ExitStack() as stack:
         status = StatusWriter(
-            context.run_dir.status, context.record, context.start.attempt, resume, time.monotonic(), profile
+            context.run_dir.status,
+            context.record,
+            context.start.attempt,
+            resume,
+            time.monotonic(),
+            profile,
+            silent_s=4 * job.control.heartbeat_s,
         )
         stack.callback(status.close)
         server = stack.enter_context(
@@ -117,12 +125,25 @@ def _leave_soon(context: WorldContext, profile: Profile, error: UserError) -> No
     threads: list[threading.Thread] = [threading.Timer(LEAVE_S, leave)]
     if isinstance(error, Aborted):
         context.start.told.set()
+        _show_stacks(context, error)
     elif not isinstance(error, Dismissed):
         threads.append(threading.Thread(target=context.start.report, args=(error, context.world.facts)))
     for thread in threads:  # the first bounds the second, whose disk may be slow
         thread.daemon = True
         thread.start()
     profile.abandon()
+
+
+def _show_stacks(context: WorldContext, error: Aborted) -> None:
+    """Write where this rank is into its log; and have the culprit do so, which cannot know, if it is on this host."""
+    faulthandler.dump_traceback(context.start.log.file)
+    hosts = context.world.hosts
+    if not error.pid or error.culprit >= len(hosts):
+        return
+    beside = [rank for rank, host in enumerate(hosts) if host == hosts[error.culprit] and rank != error.culprit]
+    if beside[:1] == [context.rank]:
+        with contextlib.suppress(OSError):  # it is gone
+            os.kill(error.pid, SHOW_STACKS)
 
 
 def _scheduler(context: WorldContext, resume: ResumePlan) -> Scheduler | None:

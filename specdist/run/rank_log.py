@@ -8,8 +8,10 @@ the first draft rank also write to the terminal, and so does the rank that meets
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -19,6 +21,8 @@ from specdist.core.launch_env import RankFacts
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+SHOW_STACKS = signal.SIGQUIT
+"""Has a rank write where all its threads are into its log, also one that runs no Python any more."""
 _ESCAPE = "\x1b"
 
 
@@ -43,6 +47,7 @@ class RankLog:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
         sys.stdout = sys.stderr = self.file = file
+        faulthandler.register(SHOW_STACKS, file)
         if facts.rank == 0:
             self.show_on_terminal()
 

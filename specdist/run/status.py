@@ -39,6 +39,8 @@ class Status:
     time: float = field(default_factory=time.time)
     places: tuple[tuple[str, str], ...] = ()
     """Role and host of every rank, those of target worlds behind the others."""
+    stalled: str = ""
+    """For how long nothing has come of the run or of a rank, and which one; empty where all goes on."""
 
 
 def describe(run_dir: Path, now: float | None = None) -> str:
@@ -72,7 +74,7 @@ def _headline(history: list[AttemptRecord], status: Status | None, now: float) -
     ending, failure = last.ending(), last.failed()
     if failure is not None:
         who = f"rank {failure.rank} ({failure.role}, host {failure.host}): " if failure.rank >= 0 else ""
-        return f"failed in attempt {last.name}: {who}{failure.message.splitlines()[0]} (see {last.failure_file})"
+        return f"failed in attempt {last.name}: {who}{failure.headline} (see {last.failure_file})"
     if ending is not None:
         return f"{ending.state} at step {ending.step}" + (f" ({ending.why})" if ending.why else "")
     if status is None or status.attempt != last.name:
@@ -82,7 +84,8 @@ def _headline(history: list[AttemptRecord], status: Status | None, now: float) -
 
 def _at_work(status: Status, now: float) -> str:
     place = f", attempt {status.attempt} on {', '.join(dict.fromkeys(status.hosts))}"
-    return _alive("training" if status.started else "starting", status.time, place, now)
+    state = f"STALLED {status.stalled}" if status.stalled else "training" if status.started else "starting"
+    return _alive(state, status.time, place, now)
 
 
 def _alive(state: str, then: float, place: str, now: float) -> str:

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _QUIET_S = 20.0
 """Seconds without progress after which the terminal shows what the ranks are doing; then twice as many, and so on."""
+_STALLED_S = 60.0
+"""Seconds without progress in training after which the status says that the run has stalled."""
 _SHOWN = 3
 """Phases that are shown at once, at most."""
 
@@ -35,6 +37,7 @@ class StatusWriter(Observer):
 
     Args:
         status_file: replaced at every pulse; `specdist status` reads it.
+        silent_s: seconds without a sign of life after which the status says of a rank that it has stalled.
     """
 
     def __init__(
@@ -45,9 +48,10 @@ class StatusWriter(Observer):
         resume: ResumePlan,
         began: float,
         profile: Profile = NO_PROFILE,
+        silent_s: float = 20.0,
     ):
         self._file, self._record, self._attempt, self._resume = status_file, record, attempt, resume
-        self._profile = profile
+        self._profile, self._silent_s = profile, silent_s
         self._writer = ThreadPoolExecutor(1, "specdist-status")
         self._writing: Future[None] | None = None
         self._unwritten: str | None = None
@@ -70,6 +74,7 @@ class StatusWriter(Observer):
 
     def pulse(self, peers: Peers, statistics: Statistics, started: bool, now: float) -> None:
         phases, step = peers.phases(now), max(peers.step, self._resume.progress.step)
+        quiet_s = self._quiet_for(step, statistics.released, started, now)
         status = Status(
             attempt=self._attempt.name,
             deadline=self._attempt.deadline,
@@ -80,9 +85,11 @@ class StatusWriter(Observer):
             statistics=statistics,
             phases=tuple(phases),
             places=peers.places,
+            stalled=self._stalled(peers, phases, quiet_s if started else 0, now),
         )
         self._write(to_json(status))
-        self._break_the_silence(step, statistics.released, phases, started, now)
+        if quiet_s >= self._quiet_s:
+            self._break_the_silence(phases, started, quiet_s)
 
     def advanced(self, scheduler: Scheduler, now: float) -> None:
         """Give the timeline the slots of a ring: their sum is always the same."""
@@ -116,17 +123,24 @@ class StatusWriter(Observer):
             self._writer.submit(write_atomically, self._file, self._unwritten)
         self._writer.shutdown()
 
-    def _break_the_silence(self, step: int, released: int, phases: list[Phase], started: bool, now: float) -> None:
+    def _quiet_for(self, step: int, released: int, started: bool, now: float) -> float:
+        """Seconds since the last progress; 0 once all is trained: an evaluation shows progress of its own."""
         progress = step + released
         if progress != self._progress:
             self._progress, self._moved_at, self._quiet_s = progress, now, _QUIET_S
-        trained = started and step >= self._resume.total_steps  # an evaluation shows progress of its own
-        if trained or now - self._moved_at < self._quiet_s:
-            return
+        return 0.0 if started and step >= self._resume.total_steps else now - self._moved_at
+
+    def _stalled(self, peers: Peers, phases: list[Phase], quiet_s: float, now: float) -> str:
+        if silent := peers.silent(now, self._silent_s):
+            seconds = now - peers[silent[0]].heard_at
+            return f"{seconds:.0f} s: {peers.name(silent[0])} silent for {seconds:.0f} s"
+        return f"{quiet_s:.0f} s: no step done, {_describe(phases[0])}" if phases and quiet_s >= _STALLED_S else ""
+
+    def _break_the_silence(self, phases: list[Phase], started: bool, quiet_s: float) -> None:
         self._quiet_s *= 2
         what = "no step done for" if started else "starting,"
         doing = "; ".join(_describe(phase) for phase in phases[:_SHOWN])
-        print(f"specdist: {what} {now - self._moved_at:.0f} s: {doing}", file=sys.stderr, flush=True)
+        print(f"specdist: {what} {quiet_s:.0f} s: {doing}", file=sys.stderr, flush=True)
 
 
 def _describe(phase: Phase) -> str:

@@ -301,15 +301,13 @@ class Coordinator:
             what = f"not ready after {self._config.load_timeout_s:.0f} s (control.load_timeout_s)"
         else:
             return
-        listed = self.peers.describe_all(late, now)
-        self.abort(late[0], f"{len(late)} of {world_size} ranks {what}:\n{listed}", now)
+        self.abort(late[0], self._known(f"{len(late)} of {world_size} ranks {what}", late, now), now)
 
     def _check_silence(self, now: float) -> None:
         silent = [r for r in self.peers.silent(now, self._config.silence_s) if not self.peers.is_remote(r)]
         if silent:
             limit = f"{self._config.silence_s:.0f} s (control.silence_s)"
-            listed = self.peers.describe_all(silent, now)
-            self.abort(silent[0], f"{len(silent)} ranks silent for more than {limit}:\n{listed}", now)
+            self.abort(silent[0], self._known(f"silent for more than {limit}", silent, now), now)
 
     def _check_remote(self, now: float) -> None:
         if self.replicas is None or not self._ready:
@@ -323,7 +321,12 @@ class Coordinator:
         culprit = None if self._scheduler is None or self._stopped else self._scheduler.watch(now)
         if culprit is not None:
             ranks, what = self._accuse(culprit)
-            self._fail(ranks[0], f"{what}:\n{self.peers.describe_all(ranks, now)}", now)
+            self._fail(ranks[0], self._known(what, ranks, now), now)
+
+    def _known(self, what: str, ranks: list[int], now: float) -> str:
+        """What is wrong with `ranks`, and what is known of each."""
+        one = f"; {self.peers.state(ranks[0], now)}"
+        return what + (one if len(ranks) == 1 else f":\n{self.peers.describe_all(ranks, now)}")
 
     def _accuse(self, culprit: Culprit) -> tuple[list[int], str]:
         assert self._scheduler is not None

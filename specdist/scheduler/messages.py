@@ -164,7 +164,9 @@ class Abort(_Message, frozen=True):
         said = f"{failure.exception}: {failure.message}" if failure.exception else failure.message
         if failure.rank < 0:
             return Aborted(said)
-        return Aborted(f"rank {failure.rank} ({failure.role}, host {failure.host}): {said}", culprit=failure.rank)
+        error = Aborted(f"rank {failure.rank} ({failure.role}, host {failure.host}): {said}", culprit=failure.rank)
+        error.pid = failure.pid
+        return error
 
 
 class Goodbye(_Message, frozen=True):

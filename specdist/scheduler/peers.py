@@ -51,8 +51,8 @@ class Peer:
 
 @dataclass(frozen=True)
 class Phase:
-    """What some ranks of a role are doing; numbers in it are written as N. `rank` is the one that does so for longest,
-    on `host`, since `seconds`."""
+    """What some ranks of a role are doing, with the numbers of `rank`, which does so for longest, on `host`, since
+    `seconds`."""
 
     role: str
     what: str
@@ -126,14 +126,11 @@ class Peers:
                 what = _NUMBER.sub("N", peer.phase) or ("starting" if peer.joined else "not there yet")
                 groups.setdefault((peer.role.split()[0], what), []).append(rank)
         found = []
-        for (role, what), ranks in groups.items():
+        for (role, what), ranks in groups.items():  # they are at items of different numbers
             slowest = min(ranks, key=lambda rank: self._peers[rank].phase_since or self._started)
             peer = self._peers[slowest]
-            exact = {self._peers[rank].phase for rank in ranks if self._peers[rank].phase}
-            if len(exact) == 1:  # else they are at items of different numbers
-                (what,) = exact
             seconds = now - (peer.phase_since or self._started)
-            found.append(Phase(role, what, len(ranks), slowest, peer.host, seconds))
+            found.append(Phase(role, peer.phase or what, len(ranks), slowest, peer.host, seconds))
         return sorted(found, key=lambda phase: -phase.seconds)
 
     def blame(self, rank: int, failure: Failure) -> Failure:
@@ -142,7 +139,8 @@ class Peers:
         if rank < 0:
             return failure
         peer = self._peers[rank]
-        return replace(failure, role=peer.role, host=peer.host, doing=peer.phase)
+        pid = 0 if failure.exception else peer.pid
+        return replace(failure, role=peer.role, host=peer.host, doing=peer.phase, pid=pid)
 
     def silent(self, now: float, limit: float) -> list[int]:
         """Present ranks that have sent nothing for longer than `limit` seconds, the longest silent first."""

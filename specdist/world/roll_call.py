@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from specdist.core.errors import WorldError
+from specdist.core.errors import ConfigError, WorldError
 
 _MARGIN_S = 15.0
 """The leader publishes who is missing at its own deadline; the others wait this much longer for it to arrive."""
@@ -54,6 +54,7 @@ class RollCall:
         """Serve the store of the roll call at `address`, or connect to it.
 
         Raises:
+            ConfigError: its host is not known here.
             WorldError: its port is taken on the leader, or the others do not reach it in time.
         """
         where = f"{address[0]}:{address[1]}"
@@ -63,18 +64,21 @@ class RollCall:
                 return dist.TCPStore(*address, is_master=True, wait_for_workers=False, timeout=timeout)
             except dist.DistError as error:
                 raise WorldError(f"{self.name} cannot open {where}, is its port taken? {first_line(error)}") from error
-        deadline, last = time.monotonic() + self.timeout_s, ""
+        deadline = time.monotonic() + self.timeout_s
+        last: Exception = OSError()
         while time.monotonic() < deadline:
             self.check()
             try:
                 socket.create_connection(address, timeout=1.0).close()
                 return dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=self.timeout_s))
             except (OSError, dist.DistError) as error:  # not listening yet, no such name yet, another protocol
-                last = first_line(error)
+                last = error
                 time.sleep(_POLL_S)
+        if isinstance(last, socket.gaierror):  # no other start would know it
+            raise ConfigError(f"{self.name} does not know the host {address[0]} ({last}): name it as all hosts know it")
         raise WorldError(
             f"{self.name} did not reach the rendezvous at {where} within {self.timeout_s:.0f} s ({self.key}): is "
-            f"{self.leader} running, and is the port open to the other hosts? {last}"
+            f"{self.leader} running, and is the port open to the other hosts? {first_line(last)}"
         )
 
     def answer(

@@ -106,7 +106,8 @@ def test_a_job_without_time_to_train_is_not_started(tmp_path: Path, material: tu
 
 def test_a_lost_rank_is_started_again_and_a_defect_only_once(tmp_path: Path, material: tuple[Path, Path]) -> None:
     train = [sys.executable, "-m", "specdist_launch.cli", "train", "--retries", "3"]
-    process = start_command([*train, *words(tmp_path, material, train__steps=150, checkpoint__every=5)])
+    heard = {"launch__on_event": f"echo $SPECDIST_EVENT $SPECDIST_ATTEMPT >> {tmp_path}/events"}
+    process = start_command([*train, *words(tmp_path, material, train__steps=150, checkpoint__every=5, **heard)])
     deadline = time.monotonic() + TIMEOUT_S
     while not committed(tmp_path / "run/checkpoints"):
         assert process.poll() is None, process.communicate()
@@ -116,13 +117,14 @@ def test_a_lost_rank_is_started_again_and_a_defect_only_once(tmp_path: Path, mat
     _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, said
     assert "was killed by SIGKILL" in said
-    assert "to be started again, try 1 of 3 (kind: lost)" in said
+    assert "another start may help, try 1 of 3 (kind: lost)" in said
     assert "Trained 150 steps." in said
     lost, finished = attempts(tmp_path / "run")
     failure, ending = lost.failure(), finished.ending()
     assert failure is not None
     assert ending is not None
     assert (failure.kind, ending.state, ending.step) == ("lost", "finished", 150)
+    assert (tmp_path / "events").read_text() == f"failed {lost.name}\nfinished {finished.name}\n"
 
 
 def test_the_same_error_at_the_same_step_ends_it(tmp_path: Path, material: tuple[Path, Path]) -> None:

@@ -292,7 +292,7 @@ def test_the_command_starts_either_world_and_a_target_world_that_failed_again(wo
         rank.kill()
     worlds.end(worlds.command("draft"))
     said = worlds.end(target)
-    assert "to be started again, try 1 of" in said
+    assert "another start may help, try 1 of" in said
     assert items_of(said) + items_of(worlds.end(other)) >= STEPS
     assert losses(worlds.directory) == undisturbed
 

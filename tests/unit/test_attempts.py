@@ -160,7 +160,10 @@ def test_the_same_error_at_the_same_step_is_not_tried_again(tmp_path: Path) -> N
 def test_retries_are_bounded_but_progress_counts_anew_and_preemptions_not_at_all(tmp_path: Path) -> None:
     assert History(tmp_path / "bounded").add(LOST).add(LOST).add(LOST).verdict()[0] == GIVE_UP
     progress = History(tmp_path / "progress").add(LOST).add(LOST).add(LOST, step=10)
-    assert progress.verdict() == (AGAIN, "to be started again, try 1 of 2 (kind: lost): the connection to it is lost")
+    assert progress.verdict() == (
+        AGAIN,
+        "another start may help, try 1 of 2 (kind: lost): the connection to it is lost",
+    )
     stop = Ending("stopped", 0, StopReason("SIGTERM"), " on rank 0")
     preempted = History(tmp_path / "preempted").add(LOST).add(stop).add(stop).add(LOST)
     assert "try 2 of 2" in preempted.verdict()[1]

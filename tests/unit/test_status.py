@@ -152,8 +152,30 @@ def test_a_silent_start_says_what_the_ranks_do_less_and_less_often(run_dir: Path
     assert (status.step, status.total_steps, status.started, status.attempt) == (10, 100, False, "17.1")
     assert {(phase.what, phase.count) for phase in status.phases} == {
         ("loading part 5", 1),
-        ("building the draft N", 2),
+        ("building the draft 1", 2),
     }
+    assert status.stalled.startswith("95 s: rank 0 (target replica 0 tp 0, host a) silent for 95 s")
+
+
+def test_a_stalled_rank_heads_the_status(run_dir: Path) -> None:
+    watcher, peers = observer(run_dir), Peers(TOPOLOGY, 0.0)
+    for rank in range(3):
+        peers[rank].join(100 + rank)
+    found = []
+    for heard in (58.0, 30.0):
+        peers[0].heard_at, peers[1].heard_at, peers[2].heard_at = 60.0, heard, 59.0
+        for now in (0.0, 60.0):
+            watcher.pulse(peers, Statistics(), True, now)
+        watcher.close()
+        watcher = observer(run_dir)
+        found.append(read_json(run_dir / "status.json", Status).stalled)
+    watcher.close()
+    assert found == [
+        "60 s: no step done, 1 target rank starting (rank 0 on a for 60 s)",
+        "30 s: rank 1 (draft dp 0 cp 0, host a) silent for 30 s",
+    ]
+    write(run_dir, stalled=found[1])
+    assert f"STALLED {found[1]}, attempt 17.1" in describe(run_dir, NOW)
 
 
 def test_progress_ends_the_silence(run_dir: Path, capsys) -> None:
