@@ -25,13 +25,13 @@ from specdist.channel.wire import Wire
 from specdist.core import config as configuration
 from specdist.core.errors import ConfigError, WorldError
 from specdist.core.launch_env import RankFacts, local_address
-from specdist.core.progress import Cursor
+from specdist.core.progress import Batching, Cursor
 from specdist.core.records import FeatureLayout
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology, WorldConfig
 from specdist.prompts.items import Items
 from specdist.prompts.schedule import Schedule
-from specdist.prompts.stream import Stream
+from specdist.prompts.stream import Sizes, Stream
 from specdist.run.feature_source import RemoteSource
 from specdist.run.target_loop import Announcement, Producer
 from specdist.scheduler.client import ControlClient
@@ -260,7 +260,8 @@ class Bench:
         """Move `each` items of every replica as training does; returns the seconds of the slowest draft rank, from when
         all ranks are ready to when the last item is released."""
         shards, end, seconds = len(self._topology.draft), each * self._run.replicas, 0.0
-        items = Items(Stream(np.full(shards * end, rows), shards, rows, seed=0), Cursor(), Schedule(0, 0, end, 1, end))
+        stream = Stream(Sizes.of(np.full(shards * end, rows)), Batching(shards, rows), seed=0)
+        items = Items(stream, Cursor(), Schedule(0, 0, end, 1))
         with self._control(end) as client:
             if self._shard is None:
                 prompts: Any = Sequences()

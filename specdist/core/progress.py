@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from specdist.core.errors import ConfigError, DataError
 
 COMMIT = "COMMIT"
+ORDER = 1
+"""Of the order and the packing of sequences. Raise it when the same prompts, seed and `Batching` give others."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,37 @@ class Cursor:
 
     epoch: int = 0
     position: int = 0
+
+
+@dataclass(frozen=True)
+class Batching:
+    """What optimizer steps are made of. With the prompts and a cursor it says which sequences the next step has and in
+    which micro-batches; on how many ranks these are trained changes nothing in it.
+
+    Attributes:
+        micro_batches: of a step, over all draft ranks.
+        tokens: most that a micro-batch has.
+        accumulation: `train.accumulation` as it was configured when the batching began.
+        weights: what sequences cost beside others, see `Stream`.
+        first_step, first: the step that is the first of this batching, and where the stream was.
+        offset: what is added to numbers of steps to find their place in the schedule of the learning rate, which goes
+            by tokens: not 0 where steps before `first_step` were of another size.
+        order: which sequences follow each other: `ORDER` of the version that began.
+    """
+
+    micro_batches: int
+    tokens: int
+    accumulation: int = 1
+    weights: tuple[int, int] = (0, 0)
+    first_step: int = 0
+    first: Cursor = Cursor()
+    offset: float = 0.0
+    order: int = ORDER
+
+    @property
+    def step_tokens(self) -> int:
+        """Most that a step has."""
+        return self.micro_batches * self.tokens
 
 
 @dataclass(frozen=True)
@@ -88,6 +123,8 @@ class Progress:
     """Identity of the prompts; a cursor means nothing in other data."""
     evaluated: Evaluated | None = None
     """None before the first evaluation."""
+    batching: Batching | None = None
+    """None of a checkpoint of version 0.1, whose order of sequences is not that of today."""
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -120,15 +157,10 @@ def read_progress(checkpoint: Path) -> Progress:
     marker = checkpoint / COMMIT
     try:
         raw = json.loads(marker.read_text())
-        evaluated = raw.get("evaluated")  # version 0.1.0 knew none
-        return Progress(
-            raw["step"],
-            raw["next_item"],
-            Cursor(**raw["cursor"]),
-            raw["fingerprint"],
-            Evaluated(**evaluated) if evaluated else None,
-        )
+        if lacking := {"step", "next_item", "cursor", "fingerprint"} - set(raw):
+            raise ValueError(f"it says nothing of {', '.join(sorted(lacking))}")
+        return msgspec.convert(raw, Progress)
     except FileNotFoundError:
         raise DataError(f"{checkpoint} is not a complete checkpoint: {marker} does not exist") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise DataError(f"{marker} is not a commit marker of specdist: {error}") from error

@@ -43,6 +43,8 @@ class WorkItem:
     shards: tuple[Shard, ...]
     evaluated: bool = False
     """Whether the draft is evaluated on it, and not trained."""
+    first: int = 0
+    """Number of its first shard among the micro-batches of the optimizer step, whose cursors `start` and `end` are."""
 
     @cached_property
     def tokens(self) -> int:

@@ -87,6 +87,25 @@ def evaluation_weight(job: JobConfig, facts: JobFacts) -> float:
     return max(job.draft.chosen.cost(target.config).evaluated(batch), 1 + head * length / target.flops([length]))
 
 
+def packing_weights(job: JobConfig, facts: JobFacts) -> tuple[int, int]:
+    """What a supervised token costs the draft, and what it costs beside that for every 1,024 tokens of its sequence, in
+    thousandths of what any token costs: `Batching.weights`. From operations, of a whole micro-batch."""
+    import torch
+
+    length, cost = job.prompts.max_length, job.draft.chosen.cost(facts.target.config)
+    count = max(job.prompts.tokens_per_rank // length, 1)
+
+    def flops(length: int, count: int, supervised: int) -> float:
+        marks = torch.full((length,), supervised)
+        return cost.flops(PackedTokens.from_documents([torch.zeros(length)] * count, [marks] * count))
+
+    once = flops(length, count, 0)
+    whole, halves = flops(length, count, 1) - once, flops(length // 2, 2 * count, 1) - once
+    per_token = max(2 * (whole - halves) / length, 0.0)
+    fixed = max(whole - per_token * length, 0.0)
+    return round(1000 * fixed / once), round(1000 * 1024 * per_token / once)
+
+
 def estimated(job: JobConfig, facts: JobFacts) -> Rates:
     """From operations, of a dense target's forward and of a whole step of the draft with all tokens supervised, both
     for sequences of prompts.max_length."""

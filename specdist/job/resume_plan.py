@@ -4,33 +4,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from specdist.core.errors import ConfigError
-from specdist.core.progress import Evaluated, Progress, best_checkpoint, committed, read_progress
+from specdist.core.progress import Batching, Evaluated, Progress, best_checkpoint, committed, read_progress
 from specdist.core.records import WorkItem
 from specdist.job.config import JobConfig
 from specdist.job.run_dir import RunDirectory
+from specdist.prompts.corpus import Side
 from specdist.prompts.schedule import Schedule
 from specdist.prompts.stream import Stream
 
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """`progress` is where training goes on from, `checkpoint` what it is loaded from (None at the beginning), and
-    `schedule` what is done from there. `best` is the best evaluation of earlier starts (`checkpoint.keep_best`)."""
+    """`progress` is where training goes on from, with its batching, `checkpoint` what it is loaded from (None at the
+    beginning), and `schedule` what is done from there. `best` is the best evaluation of earlier starts
+    (`checkpoint.keep_best`), `note` what a person should know of the batching."""
 
     progress: Progress
     checkpoint: Path | None
     schedule: Schedule
     best: Evaluated | None = None
+    note: str = ""
 
     @property
     def total_steps(self) -> int:
         return self.schedule.total_steps
+
+    @property
+    def batching(self) -> Batching:
+        assert self.progress.batching is not None
+        return self.progress.batching
 
     def to_json(self) -> str:
         return msgspec.json.encode(self, enc_hook=str).decode()
@@ -43,55 +51,113 @@ class ResumePlan:
 def find_resume_plan(
     job: JobConfig,
     run_dir: RunDirectory,
-    fingerprint: str,
-    stream: Stream,
+    prompts: Side,
+    shards: int,
+    weights: tuple[int, int] = (0, 0),
     evaluation: Sequence[WorkItem] = (),
-    weight: float = 1.0,
+    evaluation_weight: float = 1.0,
 ) -> ResumePlan:
     """Look for a checkpoint to resume from, and count what is left to do.
 
     Args:
-        fingerprint: identity of the prompts that are trained on.
+        prompts: those that are trained on.
+        shards: draft data-parallel ranks.
+        weights: see `packing_weights`; a run keeps those it began with.
         evaluation: the items of one evaluation.
-        weight: see `evaluation_weight`.
+        evaluation_weight: see `rates.evaluation_weight`.
 
     Raises:
-        ConfigError: the checkpoint belongs to other prompts.
+        ConfigError: the checkpoint belongs to other prompts, or another batch is asked for than it was trained with.
     """
     saved = committed(run_dir.checkpoints)
-    progress, checkpoint = Progress(fingerprint=fingerprint), None
+    asked = Batching(shards * job.train.accumulation, job.prompts.tokens_per_rank, job.train.accumulation, weights)
+    progress, checkpoint = Progress(fingerprint=prompts.fingerprint, batching=asked), None
     if saved:
         checkpoint, progress = saved[-1], read_progress(saved[-1])
-        if progress.fingerprint != fingerprint:
+        if progress.fingerprint != prompts.fingerprint:
             raise ConfigError(
                 f"{checkpoint} was trained on other prompts (fingerprint {progress.fingerprint}, now "
-                f"{fingerprint}): its place in the data means nothing here. Restore the files and "
+                f"{prompts.fingerprint}): its place in the data means nothing here. Restore the files and "
                 "prompts.holdout, or choose another run.dir (draft.init_from starts from an exported draft)",
                 "run.dir draft.init_from",
             )
+        progress = replace(progress, batching=batching_of(job, progress, asked))
     best = best_checkpoint(run_dir.checkpoints, job.checkpoint.keep_best)
     found = None if best is None else read_progress(best).evaluated
-    return ResumePlan(progress, checkpoint, _schedule(job, progress, stream, evaluation, weight), found)
+    assert progress.batching is not None
+    stream = Stream(prompts.sizes, progress.batching, job.run.seed, shards)
+    schedule = _schedule(job, progress, stream, evaluation, evaluation_weight)
+    return ResumePlan(progress, checkpoint, schedule, found, _note(stream, asked))
+
+
+def batching_of(job: JobConfig, progress: Progress, asked: Batching) -> Batching:
+    """The batching to go on with: that of the checkpoint, or `asked`, the one that the configuration gives on the ranks
+    of today, where `train.rebatch` allows another.
+
+    Raises:
+        ConfigError: the configuration asks for another, and not only the ranks are others.
+    """
+    kept, step = progress.batching, progress.step
+    again = replace(asked, first_step=step, first=progress.cursor)
+    if kept is None or kept.order != asked.order:
+        if job.train.rebatch:
+            return again
+        raise ConfigError.at(
+            "run.dir",
+            f": its checkpoints are of a version of specdist that took sequences in another order: with "
+            f"train.rebatch=true the run goes on from step {step}, and until the end of its epoch some sequences come "
+            "twice and some not at all; or choose another run.dir",
+            "train.rebatch",
+        )
+    if (asked.micro_batches, asked.tokens) == (kept.micro_batches, kept.tokens):
+        return kept
+    if job.train.rebatch:
+        before = (step + kept.offset) * kept.step_tokens / asked.step_tokens  # steps of the new size
+        return replace(again, weights=kept.weights, offset=before - step)
+    for key, old, new in (
+        ("prompts.tokens_per_rank", kept.tokens, asked.tokens),
+        ("train.accumulation", kept.accumulation, asked.accumulation),
+    ):
+        if new != old:
+            raise ConfigError.at(
+                key,
+                f"={new} would make steps of {asked.step_tokens:,} tokens, and this run was begun with {old} and steps "
+                f"of {kept.step_tokens:,}: set it back, or go on with train.rebatch=true",
+                "train.rebatch",
+            )
+    return kept
+
+
+def _note(stream: Stream, asked: Batching) -> str:
+    batching, shards, each = stream.batching, stream.shards, stream.accumulation
+    if batching.first_step:
+        return f"Since step {batching.first_step} a step has {batching.micro_batches} micro-batches (train.rebatch)."
+    if batching.micro_batches == asked.micro_batches:
+        return ""
+    idle = each * shards - batching.micro_batches
+    return (
+        f"A step keeps its {batching.micro_batches} micro-batches, {each} for each of {shards} draft data-parallel "
+        f"ranks{f', {idle} times none' if idle else ''}."
+    )
 
 
 def _schedule(
     job: JobConfig, progress: Progress, stream: Stream, evaluation: Sequence[WorkItem], weight: float
 ) -> Schedule:
-    accumulation, evaluated = job.train.accumulation, progress.evaluated
-    if job.train.steps is not None:
-        total, items = job.train.steps, max(job.train.steps - progress.step, 0) * accumulation
-    else:
-        items = stream.count_items(job.train.epochs or 1, start=progress.cursor)
-        total = progress.step + -(-items // accumulation)
-    tokens_per_step = accumulation * stream.shards * stream.tokens_per_shard
+    evaluated, batching = progress.evaluated, stream.batching
+    epochs = None if job.train.steps is not None else job.train.epochs or 1
+    if epochs is None:
+        total = job.train.steps or 0
+    else:  # counted from where the batching began, so that every start counts the same
+        total = max(batching.first_step + stream.count_steps(epochs, batching.first), progress.step)
     return Schedule(
         progress.next_item,
         progress.step,
         total,
-        accumulation,
-        items,
+        stream.accumulation,
+        epochs,
         len(evaluation),
-        job.evaluate.every or affordable(total, tokens_per_step, weight * sum(item.tokens for item in evaluation)),
+        job.evaluate.every or affordable(total, batching.step_tokens, weight * sum(item.tokens for item in evaluation)),
         evaluated is not None and evaluated.step == progress.step,
     )
 

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sequences of a run by one index: those trained on first, then those held out. Nothing is copied for it."""
+"""The sequences of a run by one index: those trained on first, then those held out. Stores and sides are mapped: what a
+rank holds of them does not grow with them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -14,43 +19,65 @@ from specdist.core.errors import DataError
 from specdist.core.records import PackedTokens
 from specdist.prompts.holdout import held_out
 from specdist.prompts.store import PromptStore, packed
+from specdist.prompts.stream import Sizes
+
+_SIDES = "sides.json"
 
 
 @dataclass(frozen=True)
 class Side:
-    """Some sequences of a store: its `indices`, int64 [N], ascending."""
+    """Some sequences of a store.
+
+    Attributes:
+        indices: theirs, int64 [N], ascending; None for all of the store.
+        tokens, supervised: how many they have.
+        fingerprint: the identity of the content; the store's own where it is the whole of it.
+    """
 
     store: PromptStore
-    indices: np.ndarray
+    indices: np.ndarray | None
+    tokens: int
+    supervised: int
+    fingerprint: str
+
+    @classmethod
+    def whole(cls, store: PromptStore) -> Side:
+        return cls(store, None, store.tokens, store.supervised, store.fingerprint)
+
+    @classmethod
+    def of(cls, store: PromptStore, indices: np.ndarray) -> Side:
+        """Counts what they have. Looks at all of them, as nothing else here does."""
+        if len(indices) == len(store):
+            return cls.whole(store)
+        tokens, supervised = store.lengths(indices).sum(), store.supervised_counts[indices].sum(dtype=np.int64)
+        content = hashlib.sha256(store.fingerprint.encode() + indices.astype("<i8").tobytes()).hexdigest()
+        return cls(store, indices, int(tokens), int(supervised), content)
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.store) if self.indices is None else len(self.indices)
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """int32 [N], the tokens of every sequence."""
-        return self.store.lengths[self.indices]
+    def of_store(self, own: np.ndarray) -> np.ndarray:
+        """The store's indices, int64 [n], of these sequences [n] of the side."""
+        return own if self.indices is None else np.asarray(self.indices[own])
 
-    @cached_property
-    def tokens(self) -> int:
-        return int(self.lengths.sum(dtype=np.int64))
+    def lengths(self, own: np.ndarray) -> np.ndarray:
+        """int64 [n], the tokens of these sequences [n] of the side."""
+        return self.store.lengths(self.of_store(own))
 
-    @cached_property
-    def supervised(self) -> int:
-        """Supervised tokens."""
-        return int(self.store.supervised_counts[self.indices].sum(dtype=np.int64))
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(
+            len(self),
+            self.store.longest,
+            self.tokens,
+            self.lengths,
+            lambda own: self.store.supervised_counts[self.of_store(own)],
+        )
 
-    @cached_property
+    @property
     def conversations(self) -> int:
-        """Records of the files, each of which may have given several sequences."""
-        return int(self.store.records(self.indices).sum())
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The identity of the content; the store's own where it is the whole of it."""
-        if len(self) == len(self.store):
-            return self.store.fingerprint
-        return hashlib.sha256(self.store.fingerprint.encode() + self.indices.astype("<i8").tobytes()).hexdigest()
+        """Records of the files, each of which may have given several sequences. Looks at all of them."""
+        return int(self.store.records(self.of_store(np.arange(len(self)))).sum())
 
     def __str__(self) -> str:
         return (
@@ -88,10 +115,10 @@ class Corpus:
         """Empty where nothing is held out."""
         return range(len(self.training), len(self))
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """int32 [N + M], the tokens of every sequence."""
-        return np.concatenate([side.lengths for side in self._sides])
+    def lengths_of(self, indices: np.ndarray) -> np.ndarray:
+        """int64 [n], the tokens of these sequences [n], which are of one side."""
+        side, first = self._side(int(indices[0])) if len(indices) else (self.training, 0)
+        return side.lengths(indices - first)
 
     @property
     def tokens(self) -> int:
@@ -139,15 +166,19 @@ class Corpus:
     def supervised_tokens(self) -> Iterable[np.ndarray]:
         """All supervised token ids of the training side, in chunks of arrays."""
         chosen = np.zeros(len(self.training.store), dtype=np.bool_)
-        chosen[self.training.indices] = True
+        chosen[slice(None) if self.training.indices is None else self.training.indices] = True
         return self.training.store.supervised_tokens(chosen)
 
+    def _side(self, index: int) -> tuple[Side, int]:
+        """The side that a sequence is of, and the index of the first of that side."""
+        if index < len(self.training):
+            return self.training, 0
+        assert self.heldout is not None
+        return self.heldout, len(self.training)
+
     def _place(self, index: int) -> tuple[PromptStore, int]:
-        side = self.training
-        if index >= len(side):
-            assert self.heldout is not None
-            index, side = index - len(side), self.heldout
-        return side.store, int(side.indices[index])
+        side, first = self._side(index)
+        return side.store, int(side.of_store(np.array([index - first]))[0])
 
     @property
     def bad_total(self) -> int:
@@ -179,11 +210,13 @@ def make_corpus(stores: Sequence[PromptStore], share: float | None = None) -> Co
         DataError: nothing is left to train on, or the share holds nothing out.
     """
     store, *others = stores
+    if share is None and not others:
+        return Corpus(Side.whole(store))
     if others:
-        out = np.isin(store.groups, others[0].groups)
+        named = hashlib.sha256(np.unique(others[0].groups).tobytes()).hexdigest()[:16]
+        training, rest = _divided(store, f"without-{named}", lambda: np.isin(store.groups, others[0].groups))
     else:
-        out = held_out(store.groups, share) if share is not None else np.zeros(len(store), dtype=np.bool_)
-    training, rest = Side(store, np.flatnonzero(~out)), Side(store, np.flatnonzero(out))
+        training, rest = _divided(store, f"holdout-{share!r}", lambda: held_out(store.groups, share or 0.0))
     if share is not None and not len(rest):
         raise DataError.at(
             "prompts.holdout",
@@ -196,6 +229,40 @@ def make_corpus(stores: Sequence[PromptStore], share: float | None = None) -> Co
             else (f": all {rest.conversations:,} conversations of prompts.files begin like held-out ones")
         )
         raise DataError.at("prompts.holdout", f"{how}: nothing is left to train on", "prompts.files")
-    if others:
-        return Corpus(training, Side(others[0], np.arange(len(others[0]))), rest)
-    return Corpus(training, rest if share is not None else None)
+    return Corpus(training, Side.whole(others[0]), rest) if others else Corpus(training, rest)
+
+
+def _divided(store: PromptStore, name: str, out: Callable[[], np.ndarray]) -> tuple[Side, Side]:
+    """The two sides of a store, of which `out`, bool [sequences], is the second. What was found is kept beside the
+    store under `name` and mapped, so that one process of a host looks at all sequences and the others at none; where
+    nothing can be written, each keeps its own."""
+    directory = store.directory / name
+    if not (directory / _SIDES).exists():
+        chosen = out()
+        sides = [Side.of(store, np.flatnonzero(~chosen)), Side.of(store, np.flatnonzero(chosen))]
+        try:
+            _keep(directory, sides)
+        except OSError:
+            return sides[0], sides[1]
+    facts = json.loads((directory / _SIDES).read_text())
+    first, second = (
+        Side.whole(store) if count == len(store) else Side(store, np.load(directory / f"{n}.npy", "r"), *rest)
+        for n, (count, *rest) in enumerate(facts)
+    )
+    return first, second
+
+
+def _keep(directory: Path, sides: Sequence[Side]) -> None:
+    work = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        work.mkdir()
+        for n, side in enumerate(sides):
+            np.save(work / f"{n}.npy", side.of_store(np.arange(len(side))))
+        facts = [(len(side), side.tokens, side.supervised, side.fingerprint) for side in sides]
+        (work / _SIDES).write_text(json.dumps(facts))
+        work.rename(directory)
+    except OSError:
+        if not (directory / _SIDES).exists():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

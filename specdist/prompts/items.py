@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from specdist.core.progress import Cursor
+from specdist.core.progress import Batching, Cursor
 from specdist.core.records import Shard, WorkItem
 from specdist.prompts.corpus import Corpus
 from specdist.prompts.schedule import Schedule
-from specdist.prompts.stream import Stream
+from specdist.prompts.stream import Sizes, Stream
 
 
 class Items:
@@ -26,7 +27,7 @@ class Items:
             evaluation: the items of one evaluation, `schedule.evaluation_items` of them; their numbers do not count.
         """
         self.schedule = schedule
-        self._source = _numbered(stream.items(start), schedule, evaluation)
+        self._source = _numbered(stream, start, schedule, evaluation)
         self._window: dict[int, WorkItem] = {}
         self._next = self._floor = schedule.first_item
         self._lock = threading.Lock()
@@ -49,15 +50,15 @@ class Items:
                 del self._window[index]
 
 
-def evaluation_items(corpus: Corpus, stream: Stream, limit: int | None) -> list[WorkItem]:
-    """The items of one evaluation, cut as the training `stream` is: the held-out sequences, or `limit` of them, evenly
-    spread. Their numbers are those of a stream of their own."""
-    held_out = np.asarray(corpus.heldout_indices)
-    if limit is not None and len(held_out) > limit:
-        held_out = held_out[np.arange(limit) * len(held_out) // limit]
-    if not len(held_out):
+def evaluation_items(corpus: Corpus, shards: int, tokens: int, seed: int, limit: int | None) -> list[WorkItem]:
+    """The items of one evaluation, of `shards` shards of at most `tokens` tokens: the held-out sequences, or `limit` of
+    them, evenly spread. Their numbers are those of a stream of their own."""
+    heldout = corpus.heldout_indices
+    count = len(heldout) if limit is None else min(limit, len(heldout))
+    if not count:
         return []
-    own = Stream(corpus.lengths[held_out], stream.shards, stream.tokens_per_shard, stream.seed)
+    held_out = heldout.start + np.arange(count) * len(heldout) // count
+    own = Stream(Sizes.of(corpus.lengths_of(held_out)), Batching(shards, tokens), seed)
 
     def of_corpus(item: WorkItem) -> WorkItem:
         shards = (Shard(tuple(held_out[list(s.sequences)].tolist()), s.lengths) for s in item.shards)
@@ -66,10 +67,13 @@ def evaluation_items(corpus: Corpus, stream: Stream, limit: int | None) -> list[
     return [of_corpus(item) for item in own.items(epochs=1)]
 
 
-def _numbered(stream: Iterator[WorkItem], schedule: Schedule, evaluation: Sequence[WorkItem]) -> Iterator[WorkItem]:
+def _numbered(stream: Stream, start: Cursor, schedule: Schedule, evaluation: Sequence[WorkItem]) -> Iterator[WorkItem]:
+    end = Cursor(schedule.epochs or 0)
+    nothing = itertools.repeat(WorkItem(0, end, end, (Shard((), ()),) * stream.shards))
+    training = itertools.chain(stream.items(start, epochs=schedule.epochs), nothing)
     for step in range(schedule.first_step, schedule.total_steps + 1):
         if due := schedule.evaluation(step):
             for index, item in zip(due, evaluation, strict=True):
                 yield replace(item, index=index)
         for index in schedule.training(step):
-            yield replace(next(stream), index=index)
+            yield replace(next(training), index=index)

@@ -174,10 +174,9 @@ def _alone(final: Path, timeout: float, say: Callable[[str], None]) -> Iterator[
 def _ready(directory: Path, config: PromptsConfig) -> PromptStore:
     """A prompt store that the configuration names, as it is."""
     store = PromptStore.open(directory)
-    longest = int(store.lengths.max(initial=0))
-    if longest > config.max_length:
+    if store.longest > config.max_length:
         raise DataError(
-            f"{directory} is a prompt store with a sequence of {longest} tokens, and is not cut: raise "
+            f"{directory} is a prompt store with a sequence of {store.longest} tokens, and is not cut: raise "
             f"prompts.max_length from {config.max_length}",
             "prompts.max_length",
         )

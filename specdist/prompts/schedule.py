@@ -7,7 +7,9 @@ order that all ranks know, so the target side computes them ahead, and an evalua
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from specdist.core.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Schedule:
         first_step: steps that earlier starts have done.
         total_steps: steps that are done at the end of the run.
         accumulation: training items of a step.
-        training_items: what is left to train on; the last step may have fewer than `accumulation`.
+        epochs: where the stream ends, if it does. Steps beyond that, of which a count of so many sequences that it was
+            estimated may have a few, are of empty items.
         evaluation_items: items of one evaluation; 0 where nothing is held out.
         every: an evaluation stands after every so many steps; also before the first one and at the end.
         evaluated: whether an earlier start has made the evaluation at `first_step`.
@@ -29,10 +32,15 @@ class Schedule:
     first_step: int
     total_steps: int
     accumulation: int
-    training_items: int
+    epochs: int | None = None
     evaluation_items: int = 0
     every: int = 1
     evaluated: bool = False
+
+    def since(self, progress: Progress) -> Schedule:
+        """What is left of this schedule at `progress`, under the same numbers."""
+        evaluated = progress.evaluated is not None and progress.evaluated.step == progress.step
+        return replace(self, first_item=progress.next_item, first_step=progress.step, evaluated=evaluated)
 
     def is_due(self, step: int) -> bool:
         """Whether the draft is evaluated after `step` steps."""
@@ -42,13 +50,13 @@ class Schedule:
         """The items of the step that follows `step` steps."""
         done = (step - self.first_step) * self.accumulation
         first = self.first_item + done + self._evaluations(step + 1) * self.evaluation_items
-        return range(first, first + max(min(self.accumulation, self.training_items - done), 0))
+        return range(first, first + self.accumulation if step < self.total_steps else first)
 
     def evaluation(self, step: int) -> range:
         """The items of the evaluation after `step` steps; none where none is due or an earlier start has made it."""
         if not self.is_due(step) or (self.evaluated and step == self.first_step):
             return range(0)
-        done = min((step - self.first_step) * self.accumulation, self.training_items)
+        done = (step - self.first_step) * self.accumulation
         first = self.first_item + done + self._evaluations(step) * self.evaluation_items
         return range(first, first + self.evaluation_items)
 
@@ -56,7 +64,8 @@ class Schedule:
     def end_item(self) -> int:
         """One past the last item."""
         evaluations = self._evaluations(self.total_steps + 1)
-        return self.first_item + self.training_items + evaluations * self.evaluation_items
+        steps = max(self.total_steps - self.first_step, 0)
+        return self.first_item + steps * self.accumulation + evaluations * self.evaluation_items
 
     def evaluations_between(self, first: int, last: int) -> int:
         """How many are due after more than `first` and at most `last` steps, in whichever start."""

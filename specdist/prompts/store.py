@@ -9,7 +9,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +20,7 @@ from specdist.core.errors import DataError
 from specdist.core.records import PackedTokens
 from specdist.prompts.report import PrepareReport
 
-FORMAT = 2
+FORMAT = 3
 """Of the files of a store. Raise it when they change, or when the same samples give other tokens than before."""
 BAD_SAMPLES = "bad.jsonl"
 MANIFEST = "manifest.json"
@@ -50,6 +49,7 @@ class StoreWriter:
         self.sequences = 0
         self.tokens = 0
         self.supervised = 0
+        self.longest = 0
         self.max_token = -1
         self._files = {name: open(self.directory / f"{name}.bin", "wb") for name in COLUMNS}  # noqa: SIM115
         self._labels: dict[str, int] = {}
@@ -95,6 +95,7 @@ class StoreWriter:
         self.sequences += len(lengths)
         self.tokens += len(tokens)
         self.supervised += int(counts.sum())
+        self.longest = max(self.longest, int(lengths.max()))
         self.max_token = max(self.max_token, int(tokens.max()))
 
     def finish(self, files: Sequence[str], report: PrepareReport) -> None:
@@ -108,6 +109,7 @@ class StoreWriter:
             "sequences": self.sequences,
             "tokens": self.tokens,
             "supervised": self.supervised,
+            "longest": self.longest,
             "max_token": self.max_token,
             "fingerprint": hashlib.sha256(hashes.encode()).hexdigest(),
             "files": list(files),
@@ -138,6 +140,7 @@ class PromptStore:
     Attributes:
         directory: where the store lies. Another process opens the same store by it.
         files: the names of its source files.
+        longest: the tokens of the longest sequence.
         fingerprint: the identity of the content: equal for equal sequences in equal order.
         report: what came of the preparation.
         max_token: the largest token id, which must be less than the target's vocabulary.
@@ -148,6 +151,7 @@ class PromptStore:
         self.fingerprint: str = manifest["fingerprint"]
         self.tokens: int = manifest["tokens"]
         self.supervised: int = manifest["supervised"]
+        self.longest: int = manifest["longest"]
         self.max_token: int = manifest["max_token"]
         self.report = PrepareReport(**manifest["report"])
         self._labels: list[str] = manifest["labels"]
@@ -184,10 +188,10 @@ class PromptStore:
         bad = self.directory / BAD_SAMPLES
         return f"{self.report}\n{bad} lists all" if self.report.bad_total > shown and bad.exists() else str(self.report)
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """int32 [sequences], the tokens of every sequence."""
-        return np.diff(self._columns["offsets"]).astype(np.int32)
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """int64 [n], the tokens of the sequences `indices` [n]."""
+        offsets = self._columns["offsets"]
+        return offsets[indices + 1] - offsets[indices]
 
     @property
     def supervised_counts(self) -> np.ndarray:
@@ -228,7 +232,8 @@ class PromptStore:
         for first, last in itertools.pairwise(bounds.tolist()):
             part = slice(int(offsets[first]), int(offsets[last]))
             marks = self._columns["supervised"][part].view(np.bool_)
-            yield self._columns["tokens"][part][marks & np.repeat(chosen[first:last], self.lengths[first:last])]
+            wanted = np.repeat(chosen[first:last], np.diff(offsets[first : last + 1]))
+            yield self._columns["tokens"][part][marks & wanted]
 
 
 def packed(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> PackedTokens:

@@ -1,145 +1,203 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order in which sequences are trained, cut into work items: a pure function of (lengths, seed, epoch, cursor).
+"""The order in which sequences are trained, cut into steps, micro-batches and work items: a pure function of (sizes of
+the sequences, seed, batching, cursor).
 
-Nothing is remembered between items but the cursor, so any rank can compute any item, and a run resumes at any item on
-any number of shards: the order of the sequences depends on the seed and the epoch alone, and only where it is cut
-depends on the shards.
+Nothing is remembered between steps but the cursor, so any rank can compute any item. The sequences of a step and its
+micro-batches are the recipe's, and stay what they are on any number of ranks; these only decide how many of the
+micro-batches make one item.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.core.progress import Cursor
+from specdist.core.progress import Batching, Cursor
 from specdist.core.records import Shard, WorkItem
+from specdist.prompts.shuffle import Shuffle
+
+FILL, EVEN = 0.95, 1.05
+"""Of the room of a step's micro-batches, what its sequences take at most, so that there is choice in where they go; and
+the slowest beside the mean, for which more of the room is tried: where few sequences fill a micro-batch, it helps."""
+COUNTED = 100_000
+"""Sequences that `Stream.count_steps` packs, in half a second; how many steps the others make is estimated."""
+_ORDERED = 512
+"""Places of the shuffle that are computed at once, at least."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of `count` sequences with `tokens` tokens, `longest` of them in the longest, what computes the sizes of some."""
+
+    count: int
+    longest: int
+    tokens: int
+    lengths: Callable[[np.ndarray], np.ndarray]
+    """The tokens of the sequences with these indices."""
+    supervised: Callable[[np.ndarray], np.ndarray]
+    """How many of them are supervised."""
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, supervised: np.ndarray | None = None) -> Sizes:
+        marks = np.zeros_like(lengths) if supervised is None else supervised
+        longest, total = int(np.max(lengths, initial=0)), int(np.sum(lengths, dtype=np.int64))
+        return cls(len(lengths), longest, total, lengths.__getitem__, marks.__getitem__)
 
 
 class Stream:
-    """Cuts shuffled epochs of `lengths` [N] into work items of `shards` shards of at most `tokens_per_shard` tokens.
+    """Cuts shuffled epochs into steps of `batching.micro_batches` micro-batches of at most `batching.tokens` tokens.
 
-    Every sequence comes exactly once an epoch. An item never spans two epochs; the last of an epoch may be smaller and
-    leave shards empty.
+    Every sequence comes exactly once an epoch. A step never spans two epochs; the last of an epoch may be smaller and
+    leave micro-batches empty. Within a step the micro-batches cost alike: a sequence of t tokens, s of them supervised,
+    costs t + s (w0 + w1 t / 1024) / 1000 for the batching's `weights` (w0, w1).
     """
 
-    def __init__(self, lengths: np.ndarray, shards: int, tokens_per_shard: int, seed: int) -> None:
-        if not len(lengths):
+    def __init__(self, sizes: Sizes, batching: Batching, seed: int, shards: int | None = None) -> None:
+        """
+        Args:
+            shards: draft data-parallel ranks, a micro-batch each; by default as many as a step has micro-batches.
+        """
+        self.sizes, self.batching, self.seed = sizes, batching, seed
+        self.shards = batching.micro_batches if shards is None else shards
+        if not sizes.count:
             raise DataError("there is no sequence to stream")
         if seed < 0:
             raise ConfigError(f"the seed of the stream is {seed}: it must not be negative")
-        if shards < 1:
-            raise ConfigError(f"{shards} draft data-parallel ranks: at least 1 is needed")
-        longest = int(np.max(lengths))
-        if longest > tokens_per_shard:
+        if self.shards < 1:
+            raise ConfigError(f"{self.shards} draft data-parallel ranks: at least 1 is needed")
+        if sizes.longest > batching.tokens:
             raise ConfigError(
-                f"the longest sequence has {longest} tokens, more than the budget of a micro-batch: lower "
-                f"prompts.max_length to {tokens_per_shard} or raise prompts.tokens_per_rank from {tokens_per_shard} "
-                f"to {longest}",
+                f"the longest sequence has {sizes.longest} tokens, more than the budget of a micro-batch: lower "
+                f"prompts.max_length to {batching.tokens} or raise prompts.tokens_per_rank from {batching.tokens} "
+                f"to {sizes.longest}",
                 "prompts.max_length prompts.tokens_per_rank",
             )
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.shards = shards
-        self.tokens_per_shard = tokens_per_shard
-        self.seed = seed
+
+    @property
+    def accumulation(self) -> int:
+        """Items of a step."""
+        return -(-self.batching.micro_batches // self.shards)
 
     def order(self, epoch: int) -> np.ndarray:
-        """int64 [N], the sequences in the order of an epoch.
-
-        Sorted by raw words of the bit generator, whose stream NumPy never changes (NEP 19); its `permutation` may.
-        """
-        words = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.lengths))
-        return np.argsort(words, kind="stable")
+        """int64 [N], the sequences in the order of an epoch: for tests, as nothing here needs the whole of it."""
+        return Shuffle(self.sizes.count, self.seed, epoch)(0, self.sizes.count)
 
     def items(self, start: Cursor | None = None, index: int = 0, epochs: int | None = None) -> Iterator[WorkItem]:
-        """The work items from `start` on, numbered from `index`, up to Cursor(epochs, 0), or for ever.
+        """The work items of the steps from `start` on, numbered from `index`, up to Cursor(epochs, 0), or for ever.
 
         Raises:
             DataError: `start` lies beyond the epoch's end: it belongs to other prompts.
         """
-        cursor = start or Cursor()
-        if not 0 <= cursor.position <= len(self.lengths):
-            raise DataError(
-                f"{cursor} lies outside an epoch of {len(self.lengths)} sequences: the prompts have changed"
-            )
+        for begin, end, batches in self.steps(start, epochs):
+            batches = batches + [Shard((), ())] * (self.accumulation * self.shards - len(batches))
+            for first in range(0, len(batches), self.shards):
+                yield WorkItem(index, begin, end, tuple(batches[first : first + self.shards]), first=first)
+                index += 1
+
+    def steps(
+        self, start: Cursor | None = None, epochs: int | None = None
+    ) -> Iterator[tuple[Cursor, Cursor, list[Shard]]]:
+        """The cursors before and after every step, and its micro-batches; see `items`."""
+        cursor, count = start or Cursor(), self.sizes.count
+        if not 0 <= cursor.position <= count:
+            raise DataError(f"{cursor} lies outside an epoch of {count} sequences: the prompts have changed")
         epoch, position = cursor.epoch, cursor.position
         while epochs is None or epoch < epochs:
-            order = self.order(epoch)
-            for begin, end, assignment in self._cuts(order, position):
-                after = Cursor(epoch, end) if end < len(order) else Cursor(epoch + 1, 0)
-                yield WorkItem(index, Cursor(epoch, begin), after, self._shards(order[begin:end], assignment))
-                index += 1
+            for sequences, lengths, places in self._cuts(epoch, position):
+                begin, position = Cursor(epoch, position), position + len(sequences)
+                end = Cursor(epoch, position) if position < count else Cursor(epoch + 1, 0)
+                yield begin, end, self._micro_batches(sequences, lengths, places)
             epoch, position = epoch + 1, 0
 
-    def count_items(self, epochs: int, start: Cursor | None = None) -> int:
-        """How many items `items(start, epochs=epochs)` gives. Plans them: about a second per million sequences."""
+    def count_steps(self, epochs: int, start: Cursor | None = None) -> int:
+        """How many steps `steps(start, epochs)` gives. Where that is more than `COUNTED` sequences it is estimated from
+        the tokens of so many, to be at least as many: a thousandth more, about."""
         first = start or Cursor()
-        return sum(
-            sum(1 for _ in self._cuts(self.order(epoch), first.position if epoch == first.epoch else 0))
-            for epoch in range(first.epoch, epochs)
-        )
+        left = (epochs - first.epoch) * self.sizes.count - first.position
+        counted, tokens = 0, list[int]()  # sequences, and tokens of every step
+        for epoch in range(first.epoch, epochs):
+            for sequences, lengths, _ in self._cuts(epoch, first.position if epoch == first.epoch else 0):
+                counted += len(sequences)
+                tokens.append(int(lengths.sum()))
+                if COUNTED <= counted < left:
+                    rest = (left - counted) * self.sizes.tokens / self.sizes.count
+                    mean, error = np.mean(tokens), np.std(tokens) / len(tokens) ** 0.5
+                    return len(tokens) + epochs - epoch + math.ceil(rest / (mean - 4 * error))
+        return len(tokens)
 
-    def _cuts(self, order: np.ndarray, position: int) -> Iterator[tuple[int, int, list[int]]]:
-        """(begin, end, shard of every sequence in between) of the items of one epoch from `position` on."""
-        lengths = self.lengths[order]
-        ends = np.cumsum(lengths)
-        while position < len(order):
-            before = int(ends[position - 1]) if position else 0
-            bound = int(np.searchsorted(ends, before + self.shards * self.tokens_per_shard, side="right"))
-            assignment = self._longest_fit(lengths[position:bound])
-            yield position, position + len(assignment), assignment
-            position += len(assignment)
+    def _cuts(self, epoch: int, position: int) -> Iterator[tuple[np.ndarray, np.ndarray, list[int]]]:
+        """Of every step of one epoch from `position` on: its sequences, their lengths, and their micro-batches."""
+        count, batching = self.sizes.count, self.batching
+        shuffle = Shuffle(count, self.seed, epoch)
+        room = batching.step_tokens
+        sequences = lengths = np.zeros(0, np.int64)  # from `position` on
+        while position < count:
+            while (known := position + len(sequences)) < count and lengths.sum() <= room:
+                more = shuffle(known, min(known + max(_ORDERED, 16 * batching.micro_batches), count))
+                sequences = np.concatenate([sequences, more])
+                lengths = np.concatenate([lengths, self.sizes.lengths(more)])
+            ends, costs, places, best = np.cumsum(lengths), self._costs(sequences, lengths), list[int](), np.inf
+            for fill in (FILL, 1.0):
+                bound = max(int(np.searchsorted(ends, int(fill * room), side="right")), 1)
+                found = self._longest_fit(lengths[:bound], costs[:bound])
+                spent = np.bincount(found, costs[: len(found)], batching.micro_batches)
+                if (uneven := spent.max() / spent.mean()) < best:
+                    places, best = found, uneven
+                if best < EVEN:
+                    break
+            taken = len(places)
+            yield sequences[:taken], lengths[:taken], places
+            sequences, lengths, position = sequences[taken:], lengths[taken:], position + taken
 
-    def _longest_fit(self, lengths: np.ndarray) -> list[int]:
-        """The shard of each sequence of a prefix of `lengths` that fits and that one more sequence would overflow.
+    def _costs(self, sequences: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """int64, in whole numbers, so that they are the same on every machine."""
+        supervised = self.sizes.supervised(sequences).astype(np.int64)
+        once, per_token = self.batching.weights
+        return 1000 * lengths + supervised * (once + per_token * lengths // 1024)
 
-        Searched from the whole downwards in growing steps, then by bisection, so a big item costs few placements. Above
-        2,048 sequences the search stops within a thousandth of that end.
-        """
-        values = lengths.tolist()
-        if self.shards == 1:
-            return [0] * len(values)
-        by_length = np.argsort(-lengths, kind="stable")
-        found = self._place(values, by_length, len(values))
-        too_many = len(values)
-        grain = step = max(1, len(values) // 1024)
-        while found is None:
-            count = max(too_many - step, self.shards)  # one sequence per shard always fits
-            found = self._place(values, by_length, count)
-            if found is None:
-                too_many, step = count, 2 * step
-        while too_many - len(found) > grain:
-            count = (len(found) + too_many) // 2
-            placed = self._place(values, by_length, count)
-            if placed is None:
-                too_many = count
-            else:
-                found = placed
+    def _longest_fit(self, lengths: np.ndarray, costs: np.ndarray) -> list[int]:
+        """The micro-batch of each sequence of the longest prefix that is found to fit; above 128 sequences it is
+        shortened by a 128th at a time."""
+        bins = self.batching.micro_batches
+        if bins == 1:
+            return [0] * len(lengths)
+        values, dear = lengths.tolist(), costs.tolist()
+        dearest = np.argsort(-costs, kind="stable")
+        count, fewer = len(values), max(1, len(values) // 128)
+        while (found := self._place(values, dear, dearest, count)) is None:
+            count = max(count - fewer, bins)  # one sequence each always fits
         return found
 
-    def _place(self, values: list[int], by_length: np.ndarray, count: int) -> list[int] | None:
-        """The shard of each of the first `count` sequences, longest first onto the least loaded; None on overflow.
+    def _place(self, lengths: list[int], costs: list[int], dearest: np.ndarray, count: int) -> list[int] | None:
+        """The micro-batch of each of the first `count` sequences: the dearest first, each where least has been spent
+        so far and it has room; None where one has room nowhere.
 
-        LPT of Graham (1969), ties by order and by shard. A heap entry is load * shards + shard, in one integer.
+        LPT of Graham (1969), ties by order and by micro-batch. A heap entry is cost * bins + micro-batch, in one
+        integer.
         """
-        shards = self.shards
-        full = (self.tokens_per_shard + 1) * shards
-        heap = list(range(shards))
-        replace = heapq.heapreplace
-        assignment = [0] * count
-        for sequence in by_length[by_length < count].tolist():
-            least = heap[0]
-            loaded = least + values[sequence] * shards
-            if loaded >= full:
+        bins = self.batching.micro_batches
+        heap, room, places = list(range(bins)), [self.batching.tokens] * bins, [0] * count
+        for sequence in dearest[dearest < count].tolist():
+            length, full = lengths[sequence], []
+            while heap and room[heap[0] % bins] < length:
+                full.append(heapq.heappop(heap))
+            if not heap:
                 return None
-            replace(heap, loaded)
-            assignment[sequence] = least % shards
-        return assignment
+            place = heap[0] % bins
+            room[place] -= length
+            places[sequence] = place
+            heapq.heapreplace(heap, heap[0] + costs[sequence] * bins)
+            for entry in full:
+                heapq.heappush(heap, entry)
+        return places
 
-    def _shards(self, sequences: np.ndarray, assignment: list[int]) -> tuple[Shard, ...]:
-        members: list[list[int]] = [[] for _ in range(self.shards)]
-        for sequence, shard in zip(sequences.tolist(), assignment, strict=True):
-            members[shard].append(sequence)
-        return tuple(Shard(tuple(own), tuple(self.lengths[own].tolist())) for own in members)
+    def _micro_batches(self, sequences: np.ndarray, lengths: np.ndarray, places: list[int]) -> list[Shard]:
+        members: list[list[int]] = [[] for _ in range(self.batching.micro_batches)]
+        for sequence, place in enumerate(places):
+            members[place].append(sequence)
+        return [Shard(tuple(sequences[own].tolist()), tuple(lengths[own].tolist())) for own in members]

@@ -12,7 +12,7 @@ from specdist.channel.base import Transport
 from specdist.channel.wire import AddressBook, Wire
 from specdist.core.attempts import AttemptRecord, Failure, Started
 from specdist.core.launch_env import Attempt, RankFacts
-from specdist.core.progress import Cursor
+from specdist.core.progress import Batching, Cursor, Progress
 from specdist.core.records import WorkItem
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
@@ -51,6 +51,13 @@ class Start:
             self.record.tell(Failure.of(error, facts.rank, facts.host), self.log.terminal)
 
 
+@dataclass
+class Latest:
+    """Where training stands, as the first draft rank knows it after every step; None before the first."""
+
+    progress: Progress | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorldContext:
     """What a rank knows once its world is up."""
@@ -63,6 +70,7 @@ class WorldContext:
     groups: Groups
     prompts: Corpus
     stop: StopFlag
+    latest: Latest = field(default_factory=Latest)
 
     @property
     def rank(self) -> int:
@@ -84,22 +92,26 @@ class WorldContext:
     def transport(self) -> Transport:
         return jobs.transport(self.job, self.world.device)
 
-    def stream(self) -> Stream:
-        """The stream of work items of the prompts that are trained on, the same on every rank."""
-        job = self.job
-        return Stream(self.prompts.training.lengths, self.topology.shards, job.prompts.tokens_per_rank, job.run.seed)
-
     @property
     def _evaluates(self) -> bool:
         return len(self.prompts.heldout_indices) > 0 and self.topology.mode not in ("target_only", "draft_only")
 
     def evaluation_items(self) -> list[WorkItem]:
         """The items of one evaluation: the held-out sequences, or `evaluate.limit` of them, evenly spread."""
-        return evaluation_items(self.prompts, self.stream(), self.job.evaluate.limit) if self._evaluates else []
+        if not self._evaluates:
+            return []
+        job, shards = self.job, self.topology.shards
+        return evaluation_items(self.prompts, shards, job.prompts.tokens_per_rank, job.run.seed, job.evaluate.limit)
 
-    def items_of(self, schedule: Schedule, cursor: Cursor) -> Items:
-        """The items of a start, from `cursor` of the stream on."""
-        return Items(self.stream(), cursor, schedule, self.evaluation_items())
+    def items_of(self, schedule: Schedule, cursor: Cursor, batching: Batching) -> Items:
+        """The items of a start, from `cursor` of the stream on; the same on every rank."""
+        stream = Stream(self.prompts.training.sizes, batching, self.job.run.seed, self.topology.shards)
+        return Items(stream, cursor, schedule, self.evaluation_items())
+
+    def accumulating(self, micro_batches: int) -> WorldContext:
+        """With so many micro-batches of each draft rank in a step, which is what the run's batching needs here."""
+        train = dataclasses.replace(self.job.train, accumulation=micro_batches)
+        return dataclasses.replace(self, job=dataclasses.replace(self.job, train=train))
 
     def wire(self, address_book: AddressBook | None = None) -> Wire:
         """What this rank's end of the channel is made of; `address_book`: of a channel between two worlds."""
@@ -137,7 +149,7 @@ class RankContext(WorldContext):
     profile: Profile
 
     def items(self) -> Items:
-        return self.items_of(self.resume.schedule, self.resume.progress.cursor)
+        return self.items_of(self.resume.schedule, self.resume.progress.cursor, self.resume.batching)
 
     def begin(self, phase: str) -> None:
         """This rank begins a part of its start."""

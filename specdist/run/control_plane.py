@@ -49,7 +49,9 @@ def serving(context: WorldContext, resume: ResumePlan, profile: Profile) -> Iter
     leads_targets = job.world.role == "draft"
     if leads_targets:
         terms = Terms.of(job, context.facts, context.prompts, context.topology, resume)
-        rules = RemoteRules(terms.to_json(), context.transport.drain_s(job.channel))
+        terms.to_json()  # refuses what does not fit into a message, before anyone joins
+        drain_s = context.transport.drain_s(job.channel)
+        rules = RemoteRules(lambda: terms.since(context.latest.progress).to_json(), drain_s)
         interface, port, token = rendezvous.place()
     with contextlib.ExitStack() as stack:
         status = StatusWriter(

@@ -57,13 +57,20 @@ def consume(context: RankContext) -> None:
         context.profile,
         judge=ReplayJudge(context) if context.resume.schedule.evaluation_items else None,
     )
-    recipe = Recipe(job.train, job.optimizer, job.checkpoint, job.metrics.every, context.resume.total_steps)
+    recipe = Recipe(
+        job.train,
+        job.optimizer,
+        job.checkpoint,
+        job.metrics.every,
+        context.resume.total_steps,
+        context.resume.batching.offset,
+    )
     leader = context.rank == topology.draft_ranks[0]
     client.ready()
     context.start.clock.begin("waiting for the other ranks")
     client.expect(StartWork)
     context.started()
-    with RunReporter(job, context.run_dir, context.resume, client, leader) as reporter:
+    with RunReporter(job, context.run_dir, context.resume, client, leader, context.latest) as reporter:
         progress = trainer.train(recipe, context.resume.progress, checkpointer, context.stop, reporter)
         metrics = reporter.totals()
     # The targets are let go first, so that nothing waits for however long the last save takes.

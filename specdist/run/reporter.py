@@ -14,9 +14,11 @@ from types import TracebackType
 import torch
 
 from specdist.core import config
+from specdist.core.progress import Progress
 from specdist.job.config import JobConfig
 from specdist.job.resume_plan import ResumePlan
 from specdist.job.run_dir import RunDirectory
+from specdist.run.context import Latest
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Statistics
 from specdist.training.metrics import WAITS, JsonlTracker, ProgressTracker, TensorBoardTracker, Tracker, WandbTracker
@@ -26,8 +28,16 @@ from specdist.training.trainer import Reporter, WorkDone
 class RunReporter(Reporter):
     """Writes the records of the first draft rank; on the others it only takes part."""
 
-    def __init__(self, job: JobConfig, run_dir: RunDirectory, resume: ResumePlan, client: ControlClient, leader: bool):
-        self._client = client
+    def __init__(
+        self,
+        job: JobConfig,
+        run_dir: RunDirectory,
+        resume: ResumePlan,
+        client: ControlClient,
+        leader: bool,
+        latest: Latest,
+    ):
+        self._client, self._stands = client, latest
         self._trackers: list[Tracker] = []
         self._bar: ProgressTracker | None = None
         self._unlogged = False
@@ -51,10 +61,10 @@ class RunReporter(Reporter):
         if job.metrics.wandb:
             self._trackers.append(WandbTracker(job.metrics.wandb_project, run_dir.path, config.to_dict(job)))
 
-    def step(self, step: int) -> None:
-        self._client.step = step
+    def step(self, progress: Progress) -> None:
+        self._client.step, self._stands.progress = progress.step, progress
         if self._bar is not None:
-            self._bar.advance(step)
+            self._bar.advance(progress.step)
 
     def record(self, step: int, metrics: Mapping[str, float], done: WorkDone) -> None:
         done = replace(done, time=done.time - self._aside_s)

@@ -16,7 +16,7 @@ from specdist.core.topology import Topology
 from specdist.export import load_exported
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig
-from specdist.job.rates import evaluation_weight
+from specdist.job.rates import evaluation_weight, packing_weights
 from specdist.job.resume_plan import ResumePlan, find_resume_plan
 from specdist.prompts.in_world import prepare_in_world
 from specdist.prompts.vocabulary import frequent_tokens
@@ -86,10 +86,12 @@ def _take_part(context: WorldContext, preflight: Preflight) -> None:
         if rank == 0:
             resume, lease = _begin(context)
             stack.enter_context(lease)
+            context = context.accumulating(resume.schedule.accumulation)
             profile = _profile(context, resume)
             control = stack.enter_context(serving(context, resume, profile))
         else:
             resume, control = await_run(context)
+            context = context.accumulating(resume.schedule.accumulation)
             profile = _profile(context, resume)
         client = stack.enter_context(connected(context, control, profile))
         stack.enter_context(profile.recording(client.ask_clock))
@@ -131,8 +133,9 @@ def _begin(context: WorldContext) -> tuple[ResumePlan, contextlib.AbstractContex
     resume = find_resume_plan(
         job,
         run_dir,
-        context.prompts.fingerprint,
-        context.stream(),
+        context.prompts.training,
+        context.topology.shards,
+        packing_weights(job, context.facts),
         context.evaluation_items(),
         evaluation_weight(job, context.facts),
     )
@@ -175,7 +178,7 @@ def _introduce(context: WorldContext, resume: ResumePlan) -> None:
         f"specdist: {topology.mode} world of {topology.world_size} ranks: {target}"
         f"{len(topology.draft)} draft rank(s). {len(prompts.training):,} sequences, "
         f"{prompts.tokens:,} tokens{held_out}, {context.facts.layout.bytes_per_token:,} B of features per token. "
-        f"{start}: {steps}. Run directory {job.run.dir}"
+        f"{start}: {steps}. {resume.note}{' ' * bool(resume.note)}Run directory {job.run.dir}"
         + (UNSEEN if heldout is None and topology.mode in ("split", "colocated") else ""),
         file=sys.stderr,
         flush=True,

@@ -128,7 +128,7 @@ class Producer:
         self._profile.reach(oldest, item.index)
         with span("pack", item.index, tokens=item.tokens):
             batch = self._prompts.pack([s for shard in item.shards for s in shard.sequences])
-        if self._verify_left > 0:
+        if self._verify_left > 0 and item.tokens:
             self._verify_left -= 1
             verify(self._engine, batch)
         with span("wait for a buffer", item.index):

@@ -69,11 +69,11 @@ class RemoteRules:
     """What the draft world asks of target worlds.
 
     Attributes:
-        terms: what they must know of the run, as `Welcome` carries it.
+        terms: gives what they must know of the run by then, as `Welcome` carries it.
         drain_s: seconds after which nothing that a lost replica sent is on its way any more.
     """
 
-    terms: str
+    terms: Callable[[], str]
     drain_s: float
 
 
@@ -264,7 +264,7 @@ class Replicas:
         replica.ranks[place.tp] = rank
         self._of[rank] = replica
         peer.role, peer.host = f"target replica {replica.number} tp {place.tp}", place.host
-        for payload in (encode(Welcome(rank, self._rules.terms)), *self._rings.values()):
+        for payload in (encode(Welcome(rank, self._rules.terms())), *self._rings.values()):
             self._send([rank], payload)
         if self._end is not None:
             self._dismiss(replica, self._end)

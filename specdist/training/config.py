@@ -23,9 +23,16 @@ class TrainConfig:
     epochs: int | None = None
     """Passes over the prompts; or give train.steps. One epoch if neither is given."""
     accumulation: int = 1
-    """Micro-batches (work items) per optimizer step. The ring must hold them all: the loss is divided by what the
-    whole step supervises, which is known only once its features are there."""
+    """Micro-batches of each draft data-parallel rank in an optimizer step. A run keeps the size of its steps: on
+    another number of ranks it takes as many as that needs. The ring must hold them all: the loss is divided by what
+    the whole step supervises, which is known only once its features are there."""
+    rebatch: bool = False
+    """Go on with the steps that the configuration and the ranks of today make, of another size than those that the run
+    was begun with. The learning rate goes on by tokens, not by steps."""
 
+    max_bad_share: float = 0.01
+    """More micro-batches than this share whose features, loss or gradient are not finite end the run. Others are left
+    out; their samples are named, and `bad_micro_batches` counts them."""
     patience: int | None = None
     """End the run when so many evaluations in a row have found nothing better (`checkpoint.keep_best`); null: never."""
 
@@ -36,6 +43,8 @@ class TrainConfig:
             )
         if self.steps is not None and self.steps < 0:
             raise ConfigError.at("train.steps", f"is at least 0, not {self.steps}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ConfigError.at("train.max_bad_share", f"is a share, from 0 to 1, not {self.max_bad_share}")
         for key in ("epochs", "accumulation", "patience"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -145,3 +154,9 @@ class Recipe:
     checkpoint: CheckpointConfig
     log_every: int
     total_steps: int
+    offset: float = 0.0
+    """`Batching.offset`."""
+
+    def place(self, step: int) -> tuple[float, float]:
+        """Where step `step` (0-based) stands in the schedule of the learning rate, and where that ends."""
+        return step + self.offset, self.total_steps + self.offset

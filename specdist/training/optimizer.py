@@ -15,8 +15,8 @@ from specdist.draft.base import DraftModel
 from specdist.training.config import OptimizerConfig
 
 
-def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
-    """The rate of step `step` (0-based) of `total`."""
+def learning_rate(config: OptimizerConfig, step: float, total: float) -> float:
+    """The rate of step `step` (0-based) of `total`; not whole numbers where earlier steps were of another size."""
     warmup = math.ceil(config.warmup * total)
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -65,13 +65,19 @@ class DraftOptimizer:
         """That of the last step, of AdamW."""
 
     @torch.no_grad()
-    def step(self, step: int, total: int) -> None:
-        """Step `step` (0-based) of `total`; takes the gradients away."""
+    def step(self, step: float, total: float, fine: Tensor | None = None) -> None:
+        """Step `step` (0-based) of `total`, see `learning_rate`; takes the gradients away. Where `fine`, bool [] on the
+        device, is false, AdamW does nothing and Muon takes a step of its momentum: the host need not know."""
         self.rate = learning_rate(self._config, step, total)
         for part in self.parts:
             peak = self._config.lr if isinstance(part, torch.optim.AdamW) else self._config.muon_lr or self._config.lr
             for group in part.param_groups:
                 group["lr"] = self.rate * peak / self._config.lr
+            if fine is not None and isinstance(part, torch.optim.AdamW):
+                part.found_inf, part.grad_scale = (~fine).float(), None  # type: ignore[attr-defined]  # as GradScaler
+            elif fine is not None:
+                for weight in (p for group in part.param_groups for p in group["params"] if p.grad is not None):
+                    local(weight.grad).nan_to_num_(0.0, 0.0, 0.0).mul_(fine)
             part.step()
             part.zero_grad(set_to_none=True)
         if self.average is not None:

@@ -34,13 +34,10 @@ from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
 from specdist.training.checkpoint import Checkpointer
 from specdist.training.config import Recipe
+from specdist.training.finite import BadSamples, Reading, StepResult, TrainingDiverged, clean
 from specdist.training.optimizer import DraftOptimizer
 from specdist.training.profile import NO_PROFILE, Profile
 from specdist.world.groups import Groups
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is not finite; names the items and the prompts they were made of."""
 
 
 class FeatureSource(ABC):
@@ -74,6 +71,10 @@ class MicroBatch:
     batch: PackedTokens
     features: Features
     supervision: Supervision
+    bad: Tensor
+    """See `clean`."""
+    good: Tensor
+    """bool [], on the device: whether all of it is finite."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class Reporter(ABC):
     """Takes what the loop reports; every draft rank calls it, and it decides which of them writes."""
 
     @abstractmethod
-    def step(self, step: int) -> None:
-        """An optimizer step is done."""
+    def step(self, progress: Progress) -> None:
+        """An optimizer step is done; what is held out is not yet evaluated after it."""
 
     @abstractmethod
     def record(self, step: int, metrics: Mapping[str, float], done: WorkDone) -> None:
@@ -177,7 +178,11 @@ class Trainer:
         self._prompts, self._groups, self._shard, self._device = prompts, groups, shard, device
         self._sums = torch.zeros(len(model.metric_names), dtype=torch.float64, device=device)
         self._profile = profile
-        self._last: _StepResult | None = None
+        self._last: StepResult | None = None
+        self.bad_samples = BadSamples(prompts, shard, self.draft_cpu)
+        self._same = 1 if groups.draft_mesh is None else groups.draft_mesh.size(1)
+        """Ranks that have the same micro-batches."""
+        self._norm = math.nan
         self._saved_step, self._waited_before = -1, 0.0
         self.steps_done = self.tokens_done = 0
         """Steps, and tokens over all draft ranks, since this trainer was made."""
@@ -194,13 +199,14 @@ class Trainer:
         """Train on from `progress`; returns where it stopped, which `commit` then saves. `finished` then says whether
         there is nothing left to do."""
         self._saved_step, self._waited_before = progress.step, self.source.waited_s
+        self.bad_samples.share = recipe.train.max_bad_share
         try:
             progress = self._evaluate(progress, stop, reporter)
             while not self._done(recipe, progress) and not self._agree(bool(stop), progress.next_item):
                 indices = self.items.schedule.training(progress.step)
-                last = self.train_step(progress.step, indices, recipe.optimizer.clip_norm, recipe.total_steps)
+                last = self.train_step(progress.step, indices, recipe.optimizer.clip_norm, recipe.place(progress.step))
                 progress = replace(progress, step=progress.step + 1, next_item=indices.stop, cursor=last.end)
-                reporter.step(progress.step)
+                reporter.step(progress)
                 if progress.step % recipe.log_every == 0 or progress.step == recipe.total_steps:
                     with span("metrics", progress.next_item - 1):
                         reporter.record(progress.step, self._metrics(), self._work_done())
@@ -209,7 +215,7 @@ class Trainer:
                 on_time = recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0
                 if self._improved(recipe, progress) or on_time:
                     self._save(progress, checkpointer)
-            self.check_finite()
+            self.look_back()
         except TrainingDiverged:
             checkpointer.finish()  # all ranks come here, and what was saved before the step is good
             raise
@@ -275,7 +281,7 @@ class Trainer:
         micro = self._receive(item)
         with span("evaluate", item.index, tokens=len(micro.batch.tokens)), torch.no_grad():
             ones = torch.ones_like(micro.supervision.counts)
-            sums = self.model(micro.batch, micro.features, micro.supervision, ones)[1]
+            sums = self.model(micro.batch, micro.features, micro.supervision, ones)[1] * micro.good
             drafts = self.model.replay(
                 micro.batch, micro.host_batch, micro.features, judge.draft_tokens, judge.temperature
             )
@@ -283,63 +289,67 @@ class Trainer:
         self.source.release(item)
         return sums
 
-    def train_step(self, step: int, indices: range, clip_norm: float, total: int) -> WorkItem:
-        """Optimizer step `step` (0-based) of `total` over the items `indices`; returns the last of them."""
+    def train_step(self, step: int, indices: range, clip_norm: float, place: tuple[float, float]) -> WorkItem:
+        """Optimizer step `step` (0-based) over the items `indices`, at `Recipe.place`; returns the last of them."""
         self._profile.reach(indices.start, indices.start)
         with span(f"step {step + 1}", indices.start):
-            return self._train_step(step, indices, clip_norm, total)
+            return self._train_step(step, indices, clip_norm, place)
 
-    def _train_step(self, step: int, indices: range, clip_norm: float, total: int) -> WorkItem:
-        first = indices.start
-        micro_batches = [self._receive(self.items[i]) for i in indices]
+    def _train_step(self, step: int, indices: range, clip_norm: float, place: tuple[float, float]) -> WorkItem:
+        first, items = indices.start, [self.items[i] for i in indices]
+        if not any(item.tokens for item in items):
+            return self._pass_over(items)
+        micro_batches = [self._receive(item) for item in items]
         with span("agree on the counts", first):
-            totals = torch.stack([m.supervision.counts for m in micro_batches]).sum(0)
-            dist.all_reduce(totals, group=self._groups.draft)
-        losses = torch.zeros((), device=self._device)
+            counts = torch.stack([m.supervision.counts for m in micro_batches]).sum(0)
+            bad = torch.stack([~m.good for m in micro_batches]).sum().to(counts.dtype)
+            agreed = torch.cat([counts, bad[None]])
+            dist.all_reduce(agreed, group=self._groups.draft)
+            totals, skipped = torch.where(agreed[:-1] > 0, agreed[:-1], 1.0), agreed[-1] / self._same
+        losses, sums = [], torch.zeros_like(self._sums)
         for micro in micro_batches:
             self._sync_gradients(micro is micro_batches[-1])
             with span("forward", micro.item.index, tokens=len(micro.batch.tokens)):
-                loss, sums = self.model(micro.batch, micro.features, micro.supervision, totals)
+                loss, own = self.model(micro.batch, micro.features, micro.supervision, totals)
             with span("backward", micro.item.index, reduces=int(micro is micro_batches[-1])):
-                loss.backward()
-            losses += loss.detach()
-            self._sums += sums
+                (loss * micro.good).backward()
+            losses.append(loss.detach())
+            sums += own * micro.good
             self.source.release(micro.item)
         with span("clip", first):
             norm = self._clip(clip_norm)
-        with span("check the step before", first):
-            self.check_finite()
-        self._last = _StepResult(step, [m.item for m in micro_batches], _Reading(losses, norm))
+        fine = norm.isfinite() & (skipped < sum(bool(s.tokens) for item in items for s in item.shards))
+        self._sums += torch.where(fine, sums, 0.0)
         with span("optimizer", first):
-            self.optimizer.step(step, total)
+            self.optimizer.step(*place, fine)
+        with span("check the step before", first):
+            self.look_back()
+        flags = torch.cat([m.bad for m in micro_batches])
+        self._last = StepResult(step, items, Reading([norm, skipped, torch.stack(losses), flags]))
         self.items.forget(before=indices.stop)
         self.steps_done += 1
-        self.tokens_done += sum(m.item.tokens for m in micro_batches)
-        return micro_batches[-1].item
+        self.tokens_done += sum(item.tokens for item in items)
+        return items[-1]
 
-    def check_finite(self) -> None:
-        """Stop on a NaN or Inf of the last step. Read one step late, so that the host never waits for the device in
-        between; a state is saved only after its own check.
+    def _pass_over(self, items: list[WorkItem]) -> WorkItem:
+        """A step beyond the end of the stream."""
+        for item in items:
+            self.source.take(item)
+            self.source.release(item)
+        self.items.forget(before=items[-1].index + 1)
+        self.steps_done += 1
+        return items[-1]
+
+    def look_back(self) -> None:
+        """Look at what the last step came to: one step late, so that the host never waits for the device in between.
 
         Raises:
-            TrainingDiverged: on the rank whose loss it was, with its prompts; on the others with the gradient norm.
+            TrainingDiverged: see `BadSamples`.
         """
-        if self._last is None:
-            return
-        result, self._last = self._last, None
-        loss, norm = result.reading.get()
-        if not math.isfinite(loss):
-            places = {self._prompts.provenance(s) for i in result.items for s in i.shards[self._shard].sequences}
-            prompts = ", ".join(f"{file}:{line}" for file, line in sorted(places))
-            raise TrainingDiverged(
-                f"the loss of step {result.step} is {loss} on draft dp {self._shard}; items "
-                f"{[i.index for i in result.items]}, made of {prompts}"
-            )
-        if not math.isfinite(norm):
-            raise TrainingDiverged(
-                f"the gradient norm of step {result.step} is {norm}, items {[i.index for i in result.items]}; the loss "
-                f"of draft dp {self._shard} itself is finite ({loss:.4g})"
-            )
+        if self._last is not None:
+            result, self._last = self._last, None
+            self._norm = float(result.reading.get()[0])
+            self.bad_samples.look(result)
 
     def _receive(self, item: WorkItem) -> MicroBatch:
         with span("pack", item.index):
@@ -348,10 +358,13 @@ class Trainer:
             features = Features(self.model.layout, self.source.take(item))
         with span("supervise", item.index):
             batch = host_batch.to(self._device)
-            place = item.start  # and not the item's number, which depends on when the draft is evaluated
-            draw = ((place.epoch << 32) + place.position) * len(item.shards) + self._shard
+            bad = clean(features, batch.cu_seqlens)
+            good = ~bad.any()
+            place = item.start  # the place in the stream and in the step, which no split changes
+            draw = (((place.epoch << 32) + place.position) << 16) + item.first + self._shard
             supervision = self.model.supervise(batch, host_batch, features, draw)
-        return MicroBatch(item, host_batch, batch, features, supervision)
+        supervision = replace(supervision, counts=supervision.counts * good)
+        return MicroBatch(item, host_batch, batch, features, supervision, bad, good)
 
     def _sync_gradients(self, last: bool) -> None:
         """Gradients are reduced over the ranks once per step, with the last micro-batch."""
@@ -375,9 +388,9 @@ class Trainer:
         self._sums.zero_()
         dist.all_reduce(sums, group=self._groups.draft)
         metrics = self.model.metrics(dict(zip(self.model.metric_names, sums.tolist(), strict=True)))
-        assert self._last is not None
-        _, norm = self._last.reading.get()
-        return metrics | {"lr": self.optimizer.rate, "grad_norm": norm}
+        self.look_back()
+        bad = float(self.bad_samples.count)
+        return metrics | {"lr": self.optimizer.rate, "grad_norm": self._norm, "bad_micro_batches": bad}
 
     def _work_done(self) -> WorkDone:
         now, waited = time.monotonic(), torch.tensor(self.source.waited_s - self._waited_before, dtype=torch.float64)
@@ -387,32 +400,7 @@ class Trainer:
         return WorkDone(now, self.steps_done, self.tokens_done, size, mean)
 
     def _save(self, progress: Progress, checkpointer: Checkpointer) -> None:
-        self.check_finite()
+        self.look_back()
         with span("save", progress.next_item - 1):
             checkpointer.save(self.model, self.optimizer, progress)
         self._saved_step = progress.step
-
-
-class _Reading:
-    """Loss and gradient norm on their way to the host. Reading a device tensor directly would wait for all that is
-    queued on the stream, the next step included; this waits for the two numbers alone."""
-
-    def __init__(self, loss: Tensor, norm: Tensor):
-        values = torch.stack([loss.float(), norm.float()])
-        self._copied = torch.cuda.Event() if values.is_cuda else None
-        self._host = torch.empty(2, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
-
-    def get(self) -> tuple[float, float]:
-        if self._copied is not None:
-            self._copied.synchronize()
-        loss, norm = self._host.tolist()
-        return loss, norm
-
-
-@dataclass(frozen=True)
-class _StepResult:
-    step: int
-    items: list[WorkItem]
-    reading: _Reading

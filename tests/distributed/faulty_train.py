@@ -2,6 +2,7 @@
 """specdist.train with a fault in its target rank: `python -m tests.distributed.faulty_train FAULT [key=value ...]`.
 
 forward  the third forward raises, when the first step is recorded
+features the third forward gives features of its first document that are not finite
 signal   SIGTERM arrives while the target is being loaded
 """
 
@@ -14,6 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from specdist.core.records import PackedTokens
 from specdist.core.run_paths import RunPaths
 from specdist.core.stop import leave
 from specdist.run import context as rank
@@ -49,12 +54,26 @@ def failing_forward(*arguments: Any) -> TargetModel:
     return engine
 
 
+def infinite_features(*arguments: Any) -> TargetModel:
+    engine = load_target(*arguments)
+    forward, calls = engine.forward, []
+
+    def overflow(batch: PackedTokens, out: Tensor, *final: Any) -> None:
+        forward(batch, out, *final)
+        calls.append(batch)
+        if len(calls) == 3:
+            out[1, 2], out[2, 3] = torch.nan, torch.inf
+
+    engine.forward = overflow  # type: ignore[method-assign]
+    return engine
+
+
 def signalled_load(*arguments: Any) -> TargetModel:
     os.kill(os.getpid(), signal.SIGTERM)
     return load_target(*arguments)
 
 
-FAULTS = {"forward": failing_forward, "signal": signalled_load}
+FAULTS = {"forward": failing_forward, "features": infinite_features, "signal": signalled_load}
 
 if __name__ == "__main__":
     rank.load_target = FAULTS[sys.argv[1]]  # type: ignore[assignment]

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,12 +16,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from specdist.core.progress import committed, read_progress
+from specdist.core.progress import Batching, committed, read_progress
 from specdist.job.config import load_job
 from specdist.prompts.corpus import Corpus
 from specdist.prompts.prepare import prepare_corpus
 from specdist.prompts.stream import Stream
-from tests.distributed.worlds import kill_all, mooncake_loads, start_torchrun, train
+from tests.distributed.worlds import kill_all, mooncake_loads, start_torchrun, torchrun, train
 from tests.tiny import make_config, make_conversations, make_target
 
 STEPS = 12
@@ -136,6 +139,56 @@ def test_a_checkpoint_loads_into_another_split(tmp_path, material):
     assert "optimizer.ema" in refused.stderr
 
 
+def test_a_run_keeps_its_steps_on_any_ranks(tmp_path, material):
+    """From 1 + 2 ranks to 2 + 1, 1 + 3, colocated and back: losses of a run that stayed where it was."""
+    options = {"optimizer__schedule": "constant", "optimizer__warmup": 0, "checkpoint__every": 0}
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    run(3, alone, material, **options, train__steps=9)
+    splits = [
+        (3, {}),
+        (3, {"target__replicas": 2, "draft__sharding": "replicate"}),
+        (4, {}),
+        (1, {"world__mode": "colocated"}),
+        (3, {}),
+    ]
+    said = [
+        run(ranks, tmp_path, material, **options, **split, train__steps=2 * number)
+        for number, (ranks, split) in enumerate(splits[:-1], 1)
+    ]
+    said.append(run(3, tmp_path, material, **options, train__steps=9))
+    notes = [re.findall(r"A step keeps its 2 micro-batches.*ranks[^.]*", text) for text in said]
+    assert [len(note) for note in notes] == [0, 1, 1, 1, 0]
+    assert "2 for each of 1 draft data-parallel ranks" in notes[1][0]
+    assert "1 for each of 3 draft data-parallel ranks, 1 times none" in notes[2][0]
+    assert losses(tmp_path) == [
+        (step, pytest.approx(loss, rel=1e-6), pytest.approx(norm, rel=1e-5)) for step, loss, norm in losses(alone)
+    ]
+    refused = train(3, words(tmp_path, material, **options, prompts__tokens_per_rank=512))
+    assert refused.returncode != 0
+    assert "steps of 1,024 tokens, and this run was begun with 256 and steps of 512" in refused.stderr
+
+
+def test_samples_whose_features_are_not_finite_are_named_and_left_out(tmp_path, material):
+    config = words(tmp_path, material, target__verify=0, train__steps=6)
+    done = torchrun(3, ["-m", "tests.distributed.faulty_train", "features", *config])
+    assert done.returncode == 0, done.stderr
+    corpus = corpus_of(tmp_path, material)
+    *_, third = itertools.islice(Stream(corpus.training.sizes, Batching(2, 256), 0).items(), 3)
+    place = "{}:{}".format(*corpus.provenance(third.shards[0].sequences[0]))
+    assert "step 3: features that are not finite in 1 micro-batch(es)" in done.stderr
+    assert f"items [2], of {place}. The run goes on" in done.stderr
+    found = records(tmp_path)
+    assert [r["bad_micro_batches"] for r in found if "loss" in r] == [0, 0, 1, 1, 1, 1]
+    assert all(math.isfinite(r["loss"]) for r in found if "loss" in r)
+    strict = tmp_path / "strict"
+    strict.mkdir()
+    config = words(strict, material, target__verify=0, train__max_bad_share=0)
+    done = torchrun(3, ["-m", "tests.distributed.faulty_train", "features", *config])
+    assert done.returncode != 0
+    assert f"of {place}. These are 1 of 6 micro-batches, more than train.max_bad_share = 0" in done.stderr
+
+
 def test_replicated_equals_sharded(tmp_path, material, undisturbed):
     run(3, tmp_path, material, draft__sharding="replicate")
     for (step, loss, norm), (expected_step, expected_loss, expected_norm) in zip(
@@ -228,8 +281,8 @@ def test_epochs_end_with_nothing_dropped_but_what_is_held_out(tmp_path, material
     total = int(summary["training"]["tokens"])
     corpus = corpus_of(tmp_path, material, **options)
     assert 0 < len(corpus.heldout_indices) < len(corpus.training_indices)
-    assert total == 2 * int(corpus.lengths[: len(corpus.training_indices)].sum())
-    items = Stream(corpus.training.lengths, 2, 256, 0).items(epochs=2)
+    assert total == 2 * corpus.training.tokens
+    items = Stream(corpus.training.sizes, Batching(2, 256), 0).items(epochs=2)
     trained = [corpus.provenance(s) for item in items for shard in item.shards for s in shard.sequences]
     assert len(trained) == 2 * len(corpus.training_indices)
     assert not set(trained) & {corpus.provenance(s) for s in corpus.heldout_indices}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.pipeline import (
@@ -60,7 +61,7 @@ def test_a_target_alone_counts_all_replicas() -> None:
 def test_prompts_of_given_lengths(tmp_path: Path) -> None:
     write_prompts(tmp_path / "prompts", [8, 3, 4], 0.25, 50)
     store = PromptStore.open(tmp_path / "prompts")
-    assert store.lengths.tolist() == [8, 3, 4]
+    assert store.lengths(np.arange(3)).tolist() == [8, 3, 4]
     assert store.max_token < 50
     marks = [store.sequence(i)[1].tolist() for i in range(3)]
     assert marks == [[False] * 6 + [True] * 2, [False] * 2 + [True], [False] * 3 + [True]]

@@ -153,8 +153,8 @@ def test_both_sides_read_as_one_corpus(config: PromptsConfig, model: Path, tmp_p
     store = prepare(replace(config, files=(path,)), model, progress=False)
     first = len(corpus.training)
     assert corpus.heldout_indices == range(first, first + 2)
-    assert corpus.lengths[first:].tolist() == store.lengths.tolist()
-    assert corpus.lengths[:first].sum() == corpus.tokens == corpus.training.tokens
+    assert corpus.lengths_of(np.arange(first, first + 2)).tolist() == store.lengths(np.arange(2)).tolist()
+    assert corpus.lengths_of(np.arange(first)).sum() == corpus.tokens == corpus.training.tokens
     packed = corpus.pack([first + 1, 0, first])
     expected = [store.sequence(1), corpus.sequence(0), store.sequence(0)]
     assert packed.tokens.tolist() == [x for tokens, _ in expected for x in tokens.tolist()]
@@ -168,7 +168,7 @@ def test_without_holdout_all_is_trained_on_as_ever(config: PromptsConfig, model:
     store, corpus = prepare(config, model, progress=False), corpus_of(config, model)
     assert (corpus.heldout, corpus.dropped, len(corpus.heldout_indices), corpus.labels) == (None, None, 0, ())
     assert corpus.fingerprint == store.fingerprint
-    assert corpus.lengths.tolist() == store.lengths.tolist()
+    assert corpus.lengths_of(np.arange(len(store))).tolist() == store.lengths(np.arange(len(store))).tolist()
     assert (corpus.tokens, corpus.supervised) == (store.tokens, store.supervised)
     assert corpus.described() == store.described()
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 from filelock import FileLock
@@ -82,7 +83,7 @@ def test_the_store_holds_what_the_renderer_says(config: PromptsConfig, model: Pa
     renderer = Renderer.from_directory(model, config)
     expected = [renderer.render(to_sample(record(i), "", 1)).sequences[0] for i in range(600)]
     assert len(store) == 600
-    assert store.lengths.tolist() == [len(s.tokens) for s in expected]
+    assert store.lengths(np.arange(len(store))).tolist() == [len(s.tokens) for s in expected]
     assert store.supervised_counts.tolist() == [int(s.supervised.sum()) for s in expected]
     assert store.provenance(599) == (config.files[0], 600)
     assert store.max_token == max(int(s.tokens.max()) for s in expected)
@@ -145,7 +146,7 @@ def test_bad_samples_are_counted_named_and_written_down(config: PromptsConfig, m
     report = store.report
     assert (report.samples, report.kept, report.sequences) == (608, 601, 601)
     assert report.bad == {"malformed record": 1, "nothing to supervise": 1, "unknown format": 5}
-    assert report.tokens == store.lengths.sum()
+    assert report.tokens == store.lengths(np.arange(len(store))).sum()
     assert report.supervised == store.supervised_counts.sum()
     path = config.files[0]
     assert report.examples["malformed record"][0].startswith(f"{path}:601: malformed record: ")
@@ -190,7 +191,7 @@ def test_overlong_samples(config: PromptsConfig, model: Path) -> None:
     long = record(0) | {"messages": [*record(0)["messages"][:1], {"role": "assistant", "content": "well " * 500}]}  # type: ignore[index]
     add_lines(config, json.dumps(long))
     cut = prepare(replace(config, max_length=100), model, progress=False)
-    assert (len(cut), int(cut.lengths.max()), cut.report.truncated) == (601, 100, 1)
+    assert (len(cut), cut.longest, cut.report.truncated) == (601, 100, 1)
     skip = replace(config, max_length=100, overlong="skip", on_bad="stop", max_bad_fraction=0.0)
     skipped = prepare(skip, model, progress=False)
     assert (len(skipped), skipped.report.bad) == (600, {"overlong": 1})
@@ -223,7 +224,7 @@ def test_a_store_is_taken_as_it_is(tmp_path: Path, model: Path, preparations: li
     (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
     for added in ("groups", "labels"):  # format 1 had no such columns
         (tmp_path / "a" / f"{added}.bin").unlink()
-    with pytest.raises(DataError, match=r"a is a prompt store of format 1; this is format 2"):
+    with pytest.raises(DataError, match=r"a is a prompt store of format 1; this is format 3"):
         prepare(config, model, progress=False)
 
 

@@ -11,14 +11,15 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from specdist.core.attempts import Failure
 from specdist.core.errors import ConfigError
-from specdist.core.progress import Cursor
+from specdist.core.progress import Batching, Cursor
 from specdist.core.stop import StopReason
 from specdist.core.topology import Topology, WorldConfig
-from specdist.prompts.corpus import Corpus, make_corpus
+from specdist.prompts.corpus import Corpus, Side, make_corpus
 from specdist.prompts.schedule import Schedule
 from specdist.run.worlds.rendezvous import ControlAddress, Rendezvous
 from specdist.run.worlds.terms import Terms, common_facts
@@ -76,7 +77,7 @@ class Office(Observer):
         )
         settings = {"slots": SLOTS, "queue_depth": 2, "timeout": 1000.0, "end_item": end_item}
         self.scheduler = Scheduler(draft_ranks=2, elastic=True, **settings)  # type: ignore[arg-type]
-        rules = RemoteRules("terms", DRAIN_S)
+        rules = RemoteRules(lambda: "terms", DRAIN_S)
         self.coordinator = Coordinator(
             self.scheduler, DRAFT, CONFIG, self.send, join_timeout_s=10.0, now=0.0, observer=self, rules=rules
         )
@@ -362,7 +363,13 @@ def test_a_given_address_needs_a_common_secret(tmp_path, monkeypatch):
 
 def test_the_terms_survive_the_wire_and_name_what_differs():
     terms = Terms(
-        (("a", 2), ("b", 1)), 1, 8, Cursor(0, 9), Schedule(6, 3, 17, 1, 14), {"run.seed": "0", "prompts": "f"}
+        (("a", 2), ("b", 1)),
+        1,
+        8,
+        Cursor(0, 9),
+        Schedule(6, 3, 17, 1),
+        Batching(2, 64),
+        {"run.seed": "0", "prompts": "f"},
     )
     assert Terms.from_json(terms.to_json()) == terms
     assert terms.hosts == ("a", "a", "b")
@@ -383,9 +390,9 @@ def test_both_worlds_hold_out_the_same(tmp_path):
     side = make_corpus([one]).training
     without, half, other = (
         common_facts(job, facts, Corpus(side, heldout))
-        for heldout in (None, make_corpus([two]).training, dataclasses.replace(side, indices=side.indices[:1]))
+        for heldout in (None, make_corpus([two]).training, Side.of(one, np.arange(1)))
     )
-    terms = Terms((("a", 1),), 1, 8, Cursor(), Schedule(6, 3, 17, 1, 14), half)
+    terms = Terms((("a", 1),), 1, 8, Cursor(), Schedule(6, 3, 17, 1), Batching(2, 64), half)
     terms.check(dict(half))
     for own in (without, other):
         with pytest.raises(ConfigError, match=r"differs in prompts\.holdout \(\w+ here, \w+ there\)$"):

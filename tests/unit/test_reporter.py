@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from specdist.run import reporter
+from specdist.run.context import Latest
 from specdist.run.reporter import RunReporter
 from specdist.scheduler.messages import Statistics
 from specdist.training.trainer import WorkDone
@@ -20,7 +21,7 @@ def run(monkeypatch):
     monkeypatch.setattr(reporter, "time", SimpleNamespace(monotonic=lambda: clock.now))
     client = SimpleNamespace(statistics=Statistics(), step=0)
     done = SimpleNamespace(steps=0, tokens=0, waited_s=0.0)
-    made = RunReporter(None, None, None, client, leader=False)  # type: ignore[arg-type]
+    made = RunReporter(None, None, None, client, leader=False, latest=Latest())  # type: ignore[arg-type]
 
     def pass_(seconds: float, draft_wait: float, statistics: Statistics | None = None) -> None:
         clock.now += seconds

@@ -129,7 +129,7 @@ def test_any_other_directory_is_refused(tmp_path: Path) -> None:
 
 def observer(run_dir: Path) -> StatusWriter:
     progress = Progress(10, 10, Cursor(0, 0), "prompts")
-    resume = ResumePlan(progress, None, Schedule(10, 10, 100, 1, 90))
+    resume = ResumePlan(progress, None, Schedule(10, 10, 100, 1))
     return StatusWriter(run_dir / "status.json", AttemptRecord(run_dir / "logs/17.1"), ATTEMPT, resume, began=0.0)
 
 

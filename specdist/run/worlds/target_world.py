@@ -120,7 +120,7 @@ class TargetWorld:
             with contextlib.suppress(Over):
                 client.phase = "connecting to the draft ranks"
                 sender.connect(job.control.load_timeout_s, session.check)
-                items = context.items_of(terms.schedule, terms.cursor)
+                items = context.items_of(terms.schedule, terms.cursor, terms.batching)
                 verify = job.target.verify
                 producer = Producer(
                     engine, sender, announcement, client, items, context.prompts, terms.slots, verify, timeout_s

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import msgspec
 
 from specdist.core.errors import ConfigError
-from specdist.core.progress import Cursor
+from specdist.core.progress import Batching, Cursor, Progress
 from specdist.core.topology import Topology
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
@@ -39,7 +39,7 @@ class Terms:
     host_ranks: the draft ranks in order, as hosts with the number of ranks that follow each other on each.
     cp: the draft's context parallelism.
     slots: the slots of the receive rings, so as many items can be in flight.
-    cursor, schedule: where the stream starts, and what is done from there.
+    cursor, schedule, batching: where the stream starts, what is done from there, and in which steps.
     common: see `common_facts`.
     """
 
@@ -48,6 +48,7 @@ class Terms:
     slots: int
     cursor: Cursor
     schedule: Schedule
+    batching: Batching
     common: dict[str, str]
 
     @classmethod
@@ -56,7 +57,13 @@ class Terms:
         common = common_facts(job, facts, prompts)
         hosts = tuple((host, len(list(ranks))) for host, ranks in groupby(topology.hosts))
         cp, slots = len(topology.draft[0]), jobs.slots(job, facts.layout)
-        return cls(hosts, cp, slots, resume.progress.cursor, resume.schedule, common)
+        return cls(hosts, cp, slots, resume.progress.cursor, resume.schedule, resume.batching, common)
+
+    def since(self, progress: Progress | None) -> Terms:
+        """For a world that joins when the draft world has come to `progress`: what is done it need not plan."""
+        if progress is None:
+            return self
+        return replace(self, cursor=progress.cursor, schedule=self.schedule.since(progress))
 
     @property
     def hosts(self) -> tuple[str, ...]:
