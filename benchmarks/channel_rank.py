@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from specdist.channel.registry import transport_for
 from specdist.channel.wire import Wire
 from specdist.core import config as configuration
 from specdist.core.errors import ConfigError, WorldError
-from specdist.core.launch_env import RankFacts, local_address
+from specdist.core.launch_env import RankFacts, local_address, run_token
 from specdist.core.progress import Batching, Cursor
 from specdist.core.records import FeatureLayout
 from specdist.core.stop import StopFlag
@@ -39,7 +38,6 @@ from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.messages import Computed, Produced, StartWork
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.server import ControlServer
-from specdist.scheduler.wire import new_token
 from specdist.target.base import TargetModel
 from specdist.world.groups import join_world, make_groups
 from specdist.world.links import connect_links
@@ -294,14 +292,14 @@ class Bench:
         key, config, store = f"bench/control/{self._passes}", ControlConfig(), self._wire.world.store
         with contextlib.ExitStack() as stack:
             if self._wire.rank == 0:
-                token, drafts, slots = new_token(), self._run.draft_ranks, self._slots
+                token, drafts, slots = run_token(), self._run.draft_ranks, self._slots
                 scheduler = Scheduler(draft_ranks=drafts, slots=slots, queue_depth=2, timeout=_WAIT_S, end_item=end)
                 topology, host = self._topology, local_address()
                 server = ControlServer(host, token, topology, scheduler, config, join_timeout_s=_WAIT_S)
                 stack.enter_context(server)
-                store.set(key, json.dumps([server.address, token.hex()]))
-            address, secret = json.loads(store.get(key))
-            client = ControlClient(address, bytes.fromhex(secret), self._wire.rank, config)
+                store.set(key, server.address)
+            address = store.get(key).decode()
+            client = ControlClient(address, run_token(), self._wire.rank, config)
             self._client = stack.enter_context(client)
             yield client
 

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from specdist.core.launch_env import make_token
+
 PEAK_SIZE = 8192
 """Rows and columns of the matrices whose product is taken for the peak (1024 on a CPU)."""
 
@@ -88,6 +90,7 @@ def in_a_world(module: str, what: str, ranks: int, **arguments: Any) -> list[dic
         world = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command = [*world, "-m", __name__, module, str(source), str(output)]
         threads = str(max(len(os.sched_getaffinity(0)) // ranks, 1))
+        make_token()
         environment = {"OMP_NUM_THREADS": threads} | with_this_package()
         done = subprocess.run(command, stdout=sys.stderr, env=environment, check=False)
         if done.returncode or not output.exists():

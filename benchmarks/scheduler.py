@@ -37,7 +37,7 @@ from specdist.scheduler.messages import (
 )
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.server import ControlServer
-from specdist.scheduler.wire import identity, new_token
+from specdist.scheduler.wire import identity, prove
 
 _CONFIG = ControlConfig(heartbeat_s=60.0, silence_s=600.0)
 
@@ -112,7 +112,7 @@ def protocol_seconds(draft_ranks: int, replicas: int, items: int) -> float:
 def server_seconds(draft_ranks: int, items: int) -> float:
     """Processor seconds of the server's thread for `items` items between real sockets of this machine."""
     topology, scheduler = _world(draft_ranks, 1, items)
-    token = new_token()
+    token = bytes(16)
     server = ControlServer("127.0.0.1", token, topology, scheduler, _CONFIG, join_timeout_s=60.0)
     peers = threading.Thread(target=_play_ranks, args=(server.address, token, topology), daemon=True)
     peers.start()
@@ -146,7 +146,8 @@ def _play_ranks(address: str, token: bytes, topology: Topology) -> None:
     poller, ranks = zmq.Poller(), {}
     for rank in range(topology.world_size):
         dealer = context.socket(zmq.DEALER)
-        dealer.setsockopt(zmq.IDENTITY, identity(token, rank))
+        dealer.setsockopt(zmq.IDENTITY, identity(rank))
+        prove(dealer, token)
         dealer.connect(address)
         dealer.send(encode(Hello(PROTOCOL_VERSION, 0)))
         dealer.send(encode(Ready()))

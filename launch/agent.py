@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import psutil
 
 from specdist.core.errors import UserError
-from specdist.core.launch_env import STOP
+from specdist.core.launch_env import STOP, TOKEN
 from specdist.core.stop import STOP_SIGNALS, end_with_launcher
 from specdist_launch import words
 from specdist_launch.agents import ExitStatus, StopForwarder
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # Ray's processes block SIGINT: a child inherits that
     args = _parser().parse_args(argv)
     with StopForwarder(_stop_ranks) as stop:  # before the seconds that the other imports take
+        if args.secret:
+            os.environ[TOKEN] = sys.stdin.readline().strip()
         if args.stdin:
             threading.Thread(target=_obey_stdin, name="specdist-stdin", daemon=True).start()
         from specdist_launch.node import Agent
@@ -88,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="when it will be ended, since the epoch")
     parser.add_argument("--role", choices=["target", "draft"], help="the role of this node's ranks, if it is given one")
     parser.add_argument("--stdin", action="store_true", help="obey signal names on standard input; its end is SIGTERM")
+    parser.add_argument("--secret", action="store_true", help=f"the first line of standard input is {TOKEN}")
     parser.add_argument("--launcher", default="agent", choices=LAUNCHERS, help="what started this")
     parser.add_argument("--module", default=TRAIN, help="what the ranks run")
     return parser

@@ -131,9 +131,13 @@ class AgentProcess:
         return ExitStatus.AGAIN if -status in STOP_SIGNALS else 128 - status
 
     def signal(self, number: int) -> None:
+        self.tell(signal.Signals(number).name)
+
+    def tell(self, line: str) -> None:
+        """Write a line to its standard input."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended
-            os.write(self._process.stdin.fileno(), f"{signal.Signals(number).name}\n".encode())
+            os.write(self._process.stdin.fileno(), f"{line}\n".encode())
 
 
 def attend(agents: Sequence[AgentHandle], received: list[int]) -> int:

@@ -60,6 +60,10 @@ class Agent:
             The exit status: on node 0 the verdict's (see verdict.py), elsewhere 0 unless the cause is unknown.
         """
         leads = self._leads and recorded
+        if self._place.nodes == 1 and not self._job.world.scheduler:
+            launch_env.make_token()
+        elif recorded:
+            launch_env.run_token()  # before the others are waited for
         if leads:
             refuse_if_held(self._home, self._attempt.job)
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import shlex
 import socket
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specdist.core.errors import ConfigError, UserError
-from specdist.core.launch_env import Attempt
+from specdist.core.launch_env import TOKEN, Attempt, make_token
 from specdist_launch import words
 from specdist_launch.agents import AgentProcess, Host, agent_command, agent_words, attend, new_job, supervise
 
@@ -49,6 +50,8 @@ def main(args: argparse.Namespace) -> int:
         return 0
 
     _check_leader(hosts)
+    if not job.world.scheduler:
+        make_token()
 
     def start(attempt: Attempt, received: list[int]) -> int:
         arguments = agent_words("ssh", attempt, hosts, f"{hosts[0].name}:{args.master_port}", args.config)
@@ -131,8 +134,10 @@ class SshAgent(AgentProcess):
     """An agent on another host."""
 
     def __init__(self, host: str, command: Sequence[str]):
-        super().__init__([*SSH, host, f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(command)}"])
+        agent = shlex.join([*command, "--secret"])
+        super().__init__([*SSH, host, f"cd {shlex.quote(str(Path.cwd()))} && exec {agent}"])
         self._host = host
+        self.tell(os.environ.get(TOKEN, ""))  # never on a command line, which all users of a host can read
 
     def wait(self, timeout_s: float = math.inf) -> int | None:
         """Its exit status; None where ssh has not reached the host, or has lost it."""

@@ -12,7 +12,7 @@ import os
 import sys
 
 from specdist.core.errors import ConfigError, UserError
-from specdist.core.launch_env import Attempt
+from specdist.core.launch_env import TOKEN, Attempt, make_token
 from specdist_launch import words
 
 
@@ -47,6 +47,10 @@ def main(args: argparse.Namespace) -> int:
     shape = choose_shape(ranks, args.nodes, args.gpus_per_node, gpu_hosts())
     config, text = words.snapshot(job, "logs")
     words.save(config, text)
+
+    if not job.world.scheduler:
+        make_token()
+    environment = {name: os.environ[name] for name in (TOKEN,) if name in os.environ} | environment
 
     def start(attempt: Attempt, received: list[int]) -> int:
         with reserve(shape, args.wait) as hosts:

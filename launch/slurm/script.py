@@ -25,9 +25,13 @@ ABOUT_BY_HAND = """\
 # The job is started again where that helps: see docs/slurm.md.
 """
 
+SECRET = r"export SPECDIST_TOKEN=${SPECDIST_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}"
 BODY = """\
 python=({python})
 job=({job})
+
+# The secret that admits this job's ranks to each other; srun passes it on.
+{secret}
 
 # At the time limit, a preemption or scancel Slurm signals the ranks, which save and leave. This shell waits for them.
 trap : TERM USR1 USR2
@@ -93,7 +97,7 @@ def _body(config: LaunchConfig, mounts: Sequence[Path], python: Sequence[str], j
         group = ["--het-group=0"] if heterogeneous else []
         verdict = " ".join(["srun", *group, "--nodes=1", "--ntasks=1", *container, verdict])
     agents = "srun " + " : \\\n     ".join(starts)
-    return BODY.format(python=shlex.join(python), job=job, agents=agents, verdict=verdict)
+    return BODY.format(secret=SECRET, python=shlex.join(python), job=job, agents=agents, verdict=verdict)
 
 
 def _run(module: str, *options: str) -> str:

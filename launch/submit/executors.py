@@ -20,6 +20,7 @@ from specdist.job.launch_config import LaunchConfig, SlurmConfig
 from specdist_launch.agents import new_job
 from specdist_launch.local import world_size
 from specdist_launch.slurm.cluster import check_fits, check_ranks, node_kinds
+from specdist_launch.slurm.script import SECRET
 from specdist_launch.submit.task import Cluster, Run
 
 _NO_LIMIT_MIN = 366 * 24 * 60
@@ -147,7 +148,7 @@ def slurm_parameters(launch: LaunchConfig, array_parallelism: int | None = None)
         "exclusive": slurm.exclusive or None,
         "mem": "0" if slurm.exclusive else None,
         "signal_delay_s": math.ceil(launch.stop_before_end_s),
-        "setup": [*slurm.setup, _WHOLE_STEP],
+        "setup": [*slurm.setup, _WHOLE_STEP, SECRET],
         "srun_args": _SRUN,
         "additional_parameters": {key: value for key, value in others.items() if value is not None},
         "array_parallelism": array_parallelism,

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import re
+import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -126,16 +128,21 @@ def stop_asked() -> StopReason | None:
     return StopReason(reason) if reason else None
 
 
-def shared_token(size: int) -> bytes:
-    """The secret of two worlds that the user has given to both; raises ConfigError unless it has `size` bytes."""
+def run_token() -> bytes:
+    """The secret that admits a rank to this run's control plane; raises ConfigError where the environment has none."""
     text = os.environ.get(TOKEN, "")
-    if len(text) != 2 * size or not all(c in "0123456789abcdefABCDEF" for c in text):
-        raise ConfigError.at(
-            "world.scheduler",
-            f"is set, so both worlds need the same {TOKEN} in their environment: {2 * size} "
-            f"hexadecimal digits, for example from `openssl rand -hex {size}`",
+    if not re.fullmatch("[0-9a-fA-F]{32}", text):
+        raise ConfigError(
+            f"{TOKEN}, the secret that admits ranks to a run, is not {'32 hexadecimal digits' if text else 'set'}. "
+            "`specdist` makes one for what it starts; who starts torchrun or agents sets the same on all hosts, and "
+            f"with world.scheduler in both worlds: export {TOKEN}=$(openssl rand -hex 16)"
         )
     return bytes.fromhex(text)
+
+
+def make_token() -> None:
+    """Give what this process starts a secret, unless the user has."""
+    os.environ.setdefault(TOKEN, secrets.token_hex(16))
 
 
 def _run_id(env: Mapping[str, str]) -> str | None:
@@ -186,6 +193,6 @@ def variable(name: str) -> str | None:
 
 def without_world(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment for a process that a rank starts and that is no rank, but may start a world of its own."""
-    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", TOKEN)
     own_prefixes = ("TORCHELASTIC_", "ROLE_", "GROUP_WORLD")
     return {name: value for name, value in environment.items() if name not in own and not name.startswith(own_prefixes)}

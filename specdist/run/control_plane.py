@@ -2,7 +2,7 @@
 """The control plane of a run: the server on rank 0, and every rank's client.
 
 Rank 0 finds where the run starts, opens the server and announces both under one key of the world's store; the other
-ranks wait for that key.
+ranks wait for that key. The secret that admits them is in their environment: anybody may read the store.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from specdist.core.errors import Aborted, Dismissed, UserError, WorldError
-from specdist.core.launch_env import local_address
+from specdist.core.launch_env import local_address, run_token
 from specdist.job import config as jobs
 from specdist.job.resume_plan import ResumePlan
 from specdist.run.context import WorldContext
@@ -33,7 +33,6 @@ from specdist.scheduler.client import ControlClient
 from specdist.scheduler.replicas import RemoteRules
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.server import ControlServer
-from specdist.scheduler.wire import new_token
 from specdist.training.profile import Profile
 
 LEAVE_S = 10.0
@@ -44,7 +43,7 @@ _KEY = "run"
 @contextlib.contextmanager
 def serving(context: WorldContext, resume: ResumePlan, profile: Profile) -> Iterator[ControlAddress]:
     """On rank 0: the server. It outlives all clients: when the block ends well, it waits until they have left."""
-    job, interface, port, token, rules = context.job, local_address(), 0, new_token(), None
+    job, interface, port, token, rules = context.job, local_address(), 0, run_token(), None
     rendezvous = Rendezvous(Path(job.run.dir), job.world.scheduler)
     leads_targets = job.world.role == "draft"
     if leads_targets:
@@ -52,7 +51,7 @@ def serving(context: WorldContext, resume: ResumePlan, profile: Profile) -> Iter
         terms.to_json()  # refuses what does not fit into a message, before anyone joins
         drain_s = context.transport.drain_s(job.channel)
         rules = RemoteRules(lambda: terms.since(context.latest.progress).to_json(), drain_s)
-        interface, port, token = rendezvous.place()
+        interface, port = rendezvous.place()
     with contextlib.ExitStack() as stack:
         status = StatusWriter(
             context.run_dir.status,
@@ -81,7 +80,7 @@ def serving(context: WorldContext, resume: ResumePlan, profile: Profile) -> Iter
         if leads_targets:
             rendezvous.publish(address)
             stack.callback(rendezvous.withdraw)
-        context.world.store.set(_KEY, json.dumps([resume.to_json(), address.address, token.hex()]))
+        context.world.store.set(_KEY, json.dumps([resume.to_json(), address.address]))
         yield address
         server.join()  # bounded by control.silence_s: a rank that saves for long still shows that it lives
 
@@ -96,12 +95,12 @@ def await_run(context: WorldContext) -> tuple[ResumePlan, ControlAddress]:
     store, timeout_s = context.world.store, context.job.control.load_timeout_s
     try:
         store.wait([_KEY], timedelta(seconds=timeout_s))
-        resume, address, token = json.loads(store.get(_KEY))
+        resume, address = json.loads(store.get(_KEY))
     except dist.DistError as error:
         raise WorldError(
             f"rank 0 did not say within {timeout_s:.0f} s where the run starts: look at its log first"
         ) from error
-    return ResumePlan.from_json(resume), ControlAddress(address, bytes.fromhex(token))
+    return ResumePlan.from_json(resume), ControlAddress(address, run_token())
 
 
 def connected(context: WorldContext, control: ControlAddress, profile: Profile) -> ControlClient:

@@ -19,6 +19,7 @@ from specdist.job.config import JobConfig, JobFacts, initial_draft
 from specdist.job.run_dir import RunDirectory
 from specdist.target.vocabulary import load_target_vocabulary
 from specdist.training.checkpoint import AVERAGE, naming_damage
+from specdist.training.dcp_reader import CheckpointPlanner, CheckpointReader
 
 
 def new_draft(job: JobConfig, facts: JobFacts, run_dir: RunDirectory, device: torch.device) -> DraftModel:
@@ -61,7 +62,8 @@ def load_state(draft: DraftModel, checkpoint: Path) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is the point
         with naming_damage(checkpoint):
-            saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+            reader = CheckpointReader(checkpoint)
+            saved = reader.read_metadata().state_dict_metadata
             key = AVERAGE if any(name.startswith(f"{AVERAGE}.") for name in saved) else "model"
-            dcp.load({key: whole}, checkpoint_id=checkpoint, no_dist=True)
+            dcp.load({key: whole}, storage_reader=reader, planner=CheckpointPlanner(), no_dist=True)
     return whole

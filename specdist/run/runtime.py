@@ -9,7 +9,7 @@ import sys
 from torch import Tensor
 
 from specdist.core.errors import DataError
-from specdist.core.launch_env import RankFacts, stop_asked
+from specdist.core.launch_env import RankFacts, run_token, stop_asked
 from specdist.core.run_lock import Lease, refuse_if_held
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
@@ -42,6 +42,7 @@ specdist: no text is held out (prompts.holdout=0.02 would): nothing will say how
 
 def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     """Take part in the run as rank `facts.rank`; returns when the run is done or was asked to stop."""
+    run_token()  # each rank for itself, before it waits for others
     job_facts = jobs.examine(job)
     jobs.check_replay(job)
     start.clock.begin("meeting the other ranks")

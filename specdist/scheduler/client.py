@@ -8,6 +8,7 @@ or a scheduler that has gone silent, ends every wait here with a WorldError that
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -26,6 +27,7 @@ from zmq.utils.monitor import recv_monitor_message
 from specdist.core.attempts import Failure
 from specdist.core.clock import ClockReading
 from specdist.core.errors import UserError, WorldError
+from specdist.core.launch_env import TOKEN
 from specdist.core.stop import StopFlag, StopReason
 from specdist.core.worker import Worker
 from specdist.scheduler.config import ControlConfig
@@ -52,7 +54,7 @@ from specdist.scheduler.messages import (
     encode,
     shorten,
 )
-from specdist.scheduler.wire import identity, inproc_pair
+from specdist.scheduler.wire import HANDSHAKE_FAILED, identity, inproc_pair, prove
 
 logger = logging.getLogger(__name__)
 
@@ -117,9 +119,14 @@ class ControlClient:
         self._open = True
         self._context = zmq.Context()
         self._outbox, self._outgoing = inproc_pair(self._context)
-        self._dealer = self._connect(address, identity(token, rank, place.world if place else ""))
-        self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._dealer = self._context.socket(zmq.DEALER)
+        prove(self._dealer, token)
+        self._monitor = self._dealer.get_monitor_socket(
+            zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | HANDSHAKE_FAILED
+        )
+        self._connect(address, identity(rank, place.world if place else ""))
         self._lost_at: float | None = None
+        self._refused = False
         self._thread = Worker("specdist-control-client", self._loop, self._ended)
         self._thread.start()
 
@@ -244,14 +251,13 @@ class ControlClient:
         if isinstance(error, Exception) and self._error is not None and not own:
             raise self._error from error
 
-    def _connect(self, address: str, name: bytes) -> zmq.Socket[bytes]:
-        dealer = self._context.socket(zmq.DEALER)
+    def _connect(self, address: str, name: bytes) -> None:
+        dealer = self._dealer
         dealer.setsockopt(zmq.IDENTITY, name)
         dealer.setsockopt(zmq.SNDHWM, 0)
         dealer.setsockopt(zmq.RCVHWM, 0)
         dealer.setsockopt(zmq.IPV6, int("[" in address))
         dealer.connect(address)
-        return dealer
 
     def _heartbeat(self, now: float) -> Heartbeat:
         text, since = self._phase
@@ -275,7 +281,7 @@ class ControlClient:
         for socket in (self._outgoing, self._dealer, self._monitor):
             poller.register(socket, zmq.POLLIN)
         heard = now = next_beat = time.monotonic()
-        self._dealer.send(encode(self._hello))
+        self._put(encode(self._hello))
         while True:
             wake = next_beat if self._lost_at is None else min(next_beat, self._lost_at + self._config.heartbeat_s)
             if self._stop is not None and not self._stop_sent:
@@ -283,7 +289,7 @@ class ControlClient:
             poller.poll(math.ceil(max(wake - now, 0.0) * 1000))
             if self._stop and not self._stop_sent:  # before what the main thread said after it: Ready may be among it
                 self._stop_sent = True
-                self._dealer.send(encode(StopRequest(self._stop.reason or StopReason.ANOTHER_RANK)))
+                self._put(encode(StopRequest(self._stop.reason or StopReason.ANOTHER_RANK)))
             if self._send_all():
                 return
             received = self._receive_all()
@@ -291,7 +297,7 @@ class ControlClient:
             if received:
                 heard = now
             if now >= next_beat:
-                self._dealer.send(encode(self._heartbeat(now)))
+                self._put(encode(self._heartbeat(now)))
                 next_beat = now + self._config.heartbeat_s
             self._watch_connection(now)
             if self._error is None:
@@ -299,15 +305,27 @@ class ControlClient:
             else:
                 self._lost_at = None
 
+    def _put(self, payload: bytes) -> None:
+        """Send, or drop it where what came from the other end was no message: ZeroMQ then gives the connection up, and
+        a blocking send would wait for another one for ever."""
+        with contextlib.suppress(zmq.Again):
+            self._dealer.send(payload, zmq.NOBLOCK)
+
     def _watch_connection(self, now: float) -> None:
         """Note since when the connection is down; ZeroMQ restores one that a network broke by itself."""
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
-            self._lost_at = now if event == zmq.EVENT_DISCONNECTED else None
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._lost_at, self._refused = None, False
+                continue
+            self._refused = self._refused or bool(event & HANDSHAKE_FAILED)
+            self._lost_at = now if self._lost_at is None else self._lost_at
 
     def _check_scheduler(self, now: float, heard: float) -> None:
         if self._lost_at is not None and now - self._lost_at >= self._config.heartbeat_s:
             what = f"is gone: the connection to it from rank {self.rank} is lost"
+            if self._refused:
+                what = f"does not let rank {self.rank} in: the secret ({TOKEN}) is another one there"
         elif now - heard > self._config.silence_s:
             limit = f"{self._config.silence_s:.0f} s (control.silence_s)"
             what = f"has sent rank {self.rank} nothing for more than {limit}"
@@ -321,7 +339,7 @@ class ControlClient:
             payload = self._outgoing.recv()
             if payload == _CLOSE:
                 return True
-            self._dealer.send(payload)
+            self._put(payload)
         return False
 
     def _receive_all(self) -> bool:

@@ -123,6 +123,12 @@ class Coordinator:
         except ProtocolError as error:
             self._fail(rank, f"sent what the control protocol does not allow: {error}", now)
 
+    def refuse(self, what: str) -> None:
+        """Count what was dropped because it is not this run's, and say so at the first, the tenth, and so on."""
+        self.peers.refused = count = self.peers.refused + 1
+        if count == 10 ** (len(str(count)) - 1):
+            self._observer.inform(f"dropped {what}" + (f", the {count}th" if count > 1 else " (more are counted)"))
+
     def advance(self, now: float) -> None:
         """Dispatch what may be dispatched, and end the run once nothing is left."""
         if self.aborted is not None or not self._all_joined():

@@ -70,6 +70,8 @@ class Peers:
 
     def __init__(self, topology: Topology, now: float):
         self.hosts = topology.hosts
+        self.refused = 0
+        """Connections and messages that are none of this run's."""
         self._started = now
         self._peers = [Peer(topology.role(rank), host, now) for rank, host in enumerate(topology.hosts)]
 

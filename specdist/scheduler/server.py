@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from types import TracebackType
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from specdist.core.errors import WorldError
 from specdist.core.topology import Topology
@@ -19,7 +20,7 @@ from specdist.scheduler.coordinator import Coordinator, Observer
 from specdist.scheduler.messages import MAX_MESSAGE_BYTES
 from specdist.scheduler.replicas import RemoteRules
 from specdist.scheduler.scheduler import Scheduler
-from specdist.scheduler.wire import identity, inproc_pair, is_remote
+from specdist.scheduler.wire import HANDSHAKE_FAILED, Doorkeeper, identity, inproc_pair, is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class ControlServer:
 
     Args:
         interface: IP address to bind to, the one that the other hosts reach. Not a wildcard.
-        token: the run's secret; messages from sockets that do not carry it are dropped and counted in `unknown`.
+        token: the run's secret; who does not have it is not let in, and counted in `refused`.
         scheduler, observer, rules: see Coordinator.
         port: the port to bind to; 0: a free one.
         join_timeout_s: seconds from now until every rank must have said hello.
@@ -55,15 +56,18 @@ class ControlServer:
         rules: RemoteRules | None = None,
         port: int = 0,
     ):
-        self._config, self._token, self._remote = config, token, rules is not None
-        self._identities = [identity(token, rank) for rank in range(topology.world_size)]
+        self._config, self._remote = config, rules is not None
+        self._identities = [identity(rank) for rank in range(topology.world_size)]
         self._ranks = {peer: rank for rank, peer in enumerate(self._identities)}
         self._context = zmq.Context()
-        self._router = self._bind(interface, port)
+        self._router = self._context.socket(zmq.ROUTER)
+        self._door = Doorkeeper(self._router, token)
+        self._events = self._router.get_monitor_socket(HANDSHAKE_FAILED)
+        self._bind(interface, port)
         self._wake, self._woken = inproc_pair(self._context)
         self._poller = zmq.Poller()
-        self._poller.register(self._router, zmq.POLLIN)
-        self._poller.register(self._woken, zmq.POLLIN)
+        for socket in (self._router, self._woken, self._door.socket, self._events):
+            self._poller.register(socket, zmq.POLLIN)
         self._coordinator = Coordinator(
             scheduler,
             topology,
@@ -77,7 +81,12 @@ class ControlServer:
         self._next_tick = time.monotonic()
         self._closing = False
         self._thread = Worker("specdist-control-server", self.run, self._ended)
-        self.unknown = 0
+
+    @property
+    def refused(self) -> int:
+        """How many connections without the run's secret were not let in, or broken because of a forged frame, and
+        messages that are no rank's were dropped."""
+        return self._coordinator.peers.refused
 
     @property
     def malformed(self) -> int:
@@ -95,7 +104,13 @@ class ControlServer:
 
     def step(self, timeout_s: float) -> None:
         """Wait up to `timeout_s` for messages, apply those that are there, answer."""
-        self._poller.poll(math.ceil(min(timeout_s, max(self._next_tick - time.monotonic(), 0.0)) * 1000))
+        wait_s = min(timeout_s, max(self._next_tick - time.monotonic(), 0.0))
+        for socket, _ in self._poller.poll(math.ceil(wait_s * 1000)):
+            if socket is self._door.socket:
+                self._door.answer()
+            elif socket is self._events:
+                recv_monitor_message(self._events)
+                self._coordinator.refuse("a connection without this run's secret")
         now = time.monotonic()
         drained = self._receive_batch(now)
         self._coordinator.advance(now)
@@ -129,7 +144,7 @@ class ControlServer:
             self._closing = True
             self._wake.send(b"")
             self._thread.join()
-        for socket in (self._wake, self._woken, self._router):
+        for socket in (self._wake, self._woken, self._router, self._events, self._door.socket):
             socket.close(0)  # the thread has closed the router already, if it ran
         self._context.term()
 
@@ -154,12 +169,13 @@ class ControlServer:
                 logger.error("the scheduler failed", exc_info=error)
                 self._coordinator.abort(0, f"the scheduler failed: {type(error).__name__}: {error}", time.monotonic())
         finally:
+            self._router.disable_monitor()
             self._router.close(_LINGER_MS)
 
-    def _bind(self, interface: str, port: int) -> zmq.Socket[bytes]:
+    def _bind(self, interface: str, port: int) -> None:
         if interface in ("*", "0.0.0.0", "::", ""):
             raise ValueError(f"the control socket binds to one interface address, not to '{interface}'")
-        router = self._context.socket(zmq.ROUTER)
+        router = self._router
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a message to a lost peer is an error, not dropped
         router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that reconnects takes its place again
         router.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
@@ -173,12 +189,10 @@ class ControlServer:
             else:
                 port = router.bind_to_random_port(f"tcp://{host}")
         except zmq.ZMQError as error:
-            router.close(0)
-            self._context.term()
+            self._context.destroy(0)
             where = f"{interface}, port {port}" if port else interface
             raise WorldError(f"rank 0 cannot open its control socket on {where}: {error}") from error
         self.address = f"tcp://{host}:{port}"
-        return router
 
     def _receive_batch(self, now: float) -> bool:
         """Apply the messages that are there, up to a batch; whether these were all."""
@@ -192,13 +206,11 @@ class ControlServer:
 
     def _receive(self, frames: list[bytes], now: float) -> None:
         rank = self._ranks.get(frames[0])
-        if rank is None and self._remote and is_remote(frames[0], self._token):
+        if rank is None and self._remote and is_remote(frames[0]):
             rank = self._ranks[frames[0]] = self._coordinator.peers.admit(now)
             self._identities.append(frames[0])
         if rank is None or len(frames) != 2:
-            self.unknown += 1
-            if self.unknown == 1:
-                logger.warning("dropped a control message from a socket without this run's token (more are counted)")
+            self._coordinator.refuse("a control message that is no rank's")
             return
         self._coordinator.receive(rank, frames[1], now)
 

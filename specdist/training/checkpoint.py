@@ -36,6 +36,7 @@ from specdist.core.progress import (
     committed,
     read_progress,
 )
+from specdist.training.dcp_reader import CheckpointPlanner, CheckpointReader
 from specdist.training.optimizer import DraftOptimizer
 
 AVERAGE = "average"
@@ -83,11 +84,12 @@ class Checkpointer:
         progress = read_progress(path)
         state = self._state(model, optimizer)
         with naming_damage(path):
-            saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            saved = CheckpointReader(path).read_metadata().state_dict_metadata
             same_split = self._rng_key in saved
             if not same_split:
                 del state[self._rng_key]
-            dcp.load(state, checkpoint_id=path, process_group=self._group)
+            reader, planner = CheckpointReader(path), CheckpointPlanner()
+            dcp.load(state, storage_reader=reader, planner=planner, process_group=self._group)
         groups = [group for part in optimizer.parts for group in part.param_groups]
         configured = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         set_state_dict(model, optimizer.parts, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

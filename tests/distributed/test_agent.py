@@ -17,7 +17,7 @@ from specdist.core.attempts import attempts
 from specdist.core.progress import committed
 from specdist.run.status import describe
 from specdist.world.roll_call import free_port
-from tests.distributed.worlds import ranks_below, start_command
+from tests.distributed.worlds import TOKEN, ranks_below, start_command
 from tests.tiny import make_config, make_conversations, make_target
 
 TIMEOUT_S = 200
@@ -80,7 +80,10 @@ def test_a_host_that_ssh_does_not_reach_is_named_and_nobody_waits(
     assert (ending.state, ending.why) == ("stopped", "SIGTERM before the ranks were started")
 
 
-def test_a_job_that_cannot_meet_names_the_missing_node(tmp_path: Path, material: tuple[Path, Path]) -> None:
+def test_a_job_that_cannot_meet_names_the_missing_node(
+    tmp_path: Path, material: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECDIST_TOKEN", TOKEN)
     place = ["--nodes", "2", "--node-rank", "0", "--nproc-per-node", "1", "--hosts", "n1,n2", "--host", "n1"]
     agent = [sys.executable, "-m", "specdist_launch.agent", *place, "--master", f"127.0.0.1:{free_port()}"]
     process = start_command([*agent, "--job", "7", *words(tmp_path, material, launch__meet_timeout_s=3)])

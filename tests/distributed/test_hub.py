@@ -16,7 +16,7 @@ def run(directory: Path, endpoint: str, words: list[str]) -> None:
     """A world of one rank on each of two hosts."""
     port, processes = str(free_port()), []
     for node, host in enumerate(("a", "b")):
-        own = {"HOME": str(directory / host), "SPECDIST_HOST": host, "SPECDIST_JOB": "7"}
+        own = {"HOME": str(directory / host), "SPECDIST_HOST": host, "SPECDIST_JOB": "7", "SPECDIST_TOKEN": "5d" * 16}
         agent = ["-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1"]
         agent += ["--master-addr=127.0.0.1", f"--master-port={port}", "-m", "specdist.train", *words]
         processes.append(start(agent, client_environment(endpoint, directory / host / "hf", **own), directory))

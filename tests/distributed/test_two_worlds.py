@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 import signal
 import socket
 import subprocess
@@ -271,8 +270,7 @@ def test_a_tensor_parallel_target_world_joins_beside_one_that_is_not(worlds, und
         assert loss == pytest.approx(expected, rel=1e-4)  # tensor parallelism sums in another order
 
 
-def test_worlds_without_a_common_directory_meet_at_an_address(worlds, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setenv("SPECDIST_TOKEN", secrets.token_hex(16))
+def test_worlds_without_a_common_directory_meet_at_an_address(worlds, undisturbed, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

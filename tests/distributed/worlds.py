@@ -19,6 +19,8 @@ from specdist.world.roll_call import free_port
 from tests import forks
 
 ROOT = Path(__file__).resolve().parents[2]
+TOKEN = "5d" * 16
+"""Of the worlds here that no launcher of ours starts."""
 
 
 def mooncake_loads() -> bool:
@@ -50,9 +52,8 @@ def _finished(process: subprocess.Popen[str], timeout: float) -> subprocess.Comp
 
 
 def start_torchrun(ranks: int, arguments: Sequence[str]) -> subprocess.Popen[str]:
-    return start_command(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return start_command(["env", f"SPECDIST_TOKEN={TOKEN}", *launcher, *arguments])
 
 
 def start_command(command: Sequence[str]) -> subprocess.Popen[str]:
@@ -76,7 +77,8 @@ def run_on_hosts(
     machine stands for each host. `environments`: variables of single hosts."""
     port, processes = str(free_port()), {}
     for node, (host, command) in enumerate(commands.items()):
-        own = {"SPECDIST_HOST": host, "SPECDIST_JOB": "7", **(environments or {}).get(host, {})}
+        own = {"SPECDIST_HOST": host, "SPECDIST_JOB": "7", "SPECDIST_TOKEN": TOKEN}
+        own |= (environments or {}).get(host, {})
         rendezvous = ["--nnodes", str(len(commands)), "--node-rank", str(node), "--nproc-per-node", "1"]
         rendezvous += ["--master-addr", "127.0.0.1", "--master-port", port]
         agent = [str(python), "-m", "torch.distributed.run", *rendezvous]
@@ -133,7 +135,7 @@ def start_by_hand(
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
     environment |= {
         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "SPECDIST_TOKEN": TOKEN,
     }  # fmt: skip
     python, processes = forks.python(), {}
     environment |= {key: value for key, value in os.environ.items() if key.startswith("SPECDIST_FORKS")}

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints in one process: commit markers, rotation, and what a kill leaves behind."""
 
+import pickle
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -92,6 +95,36 @@ def test_damage_is_named(tmp_path, group, harm):
         with pytest.raises(DataError, match=r"the checkpoint .*step-00000001 is damaged \(.*\): remove it") as caught:
             read()
         assert "\n" not in str(caught.value)
+
+
+class Malicious:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+@pytest.mark.parametrize("where", ["the metadata", "a value of the optimizer"])
+def test_a_foreign_checkpoint_runs_no_code(tmp_path, group, where):
+    model, optimizer = state()
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(asynchronous=False), group, 0)
+    checkpointer.save(model, optimizer, progress(1))
+    (path,), mark = committed(tmp_path), tmp_path / "code has run"
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    if where == "the metadata":
+        metadata.planner_data["x"] = Malicious(mark)
+    else:
+        torch.save(Malicious(mark), path / "x.distcp")
+        place = next(v for k, v in metadata.storage_data.items() if k.fqn.endswith("betas"))
+        place.relative_path, place.offset, place.length = "x.distcp", 0, (path / "x.distcp").stat().st_size
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(DataError, match=r"the checkpoint .*step-00000001 is damaged \(.*\): remove it"):
+        checkpointer.load(path, model, optimizer)
+    if where == "the metadata":
+        with pytest.raises(DataError, match=r"asks for pathlib\S*\.Path\.touch, which is no part of a checkpoint"):
+            load_state(model, path)
+    assert not mark.exists()
 
 
 def test_a_strange_marker_is_named(tmp_path):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -51,7 +52,7 @@ from specdist.scheduler.messages import (
 )
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.server import ControlServer
-from specdist.scheduler.wire import identity, new_token
+from specdist.scheduler.wire import identity, prove
 
 QUICK = ControlConfig(heartbeat_s=0.2, silence_s=30.0, load_timeout_s=30.0)
 WORLD = Topology("split", ("a", "a", "a", "b", "b", "b", "c"), ((0, 1), (2, 3)), ((4,), (5,), (6,)), 3)
@@ -409,7 +410,7 @@ class Run:
     """A server and clients of its world in this process."""
 
     def __init__(self, scheduler: Scheduler | None, topology: Topology = WORLD, config: ControlConfig = QUICK):
-        self.token, self.config, self.topology = new_token(), config, topology
+        self.token, self.config, self.topology = os.urandom(16), config, topology
         self.server = ControlServer("127.0.0.1", self.token, topology, scheduler, config, join_timeout_s=20.0)
         self.server.start()
         self.clients: list[ControlClient] = []
@@ -564,34 +565,98 @@ def test_an_empty_poll_returns_in_time(runs: typing.Callable[..., Run]) -> None:
     assert 0.19 < time.monotonic() - began < 10.0
 
 
+def await_refusals(run: Run, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while run.server.refused < count:
+        assert time.monotonic() < deadline, f"{run.server.refused} refusals instead of {count}"
+        time.sleep(0.02)
+
+
+class Recorder:
+    """Stands between a rank and its server, and keeps the bytes that the rank sends."""
+
+    def __init__(self, address: str):
+        host, port = address.removeprefix("tcp://").split(":")
+        self._server, self._listener = (host, int(port)), socket.create_server(("127.0.0.1", 0))
+        self.address = "tcp://127.0.0.1:" + str(self._listener.getsockname()[1])
+        self.sent, self.away = b"", socket.socket()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            rank, _ = self._listener.accept()
+            self.away = socket.create_connection(self._server)
+            threading.Thread(target=self._pass, args=(self.away, rank, False), daemon=True).start()
+            threading.Thread(target=self._pass, args=(rank, self.away, True), daemon=True).start()
+
+    def _pass(self, source: socket.socket, destination: socket.socket, keep: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                destination.sendall(data)
+                self.sent += data if keep else b""
+        for end in (source, destination):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
 def test_strangers_and_garbage_change_nothing(runs: typing.Callable[..., Run]) -> None:
     run = runs(None)
     clients = run.join_all()
     host, port = run.server.address.removeprefix("tcp://").split(":")
-    stranger = ControlClient(run.server.address, new_token(), 2, run.config)
-    stranger.send(failed("let me in"))
-    with socket.create_connection((host, int(port))) as raw:
-        raw.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
     context = zmq.Context()
-    nameless = context.socket(zmq.DEALER)
-    nameless.connect(run.server.address)
-    nameless.send(encode(failed("me too")))
-    nameless.send_multipart([b"", b"a", b"b"])
-    deadline = time.monotonic() + 60
-    while run.server.unknown < 5 and time.monotonic() < deadline:
-        clients[0].poll(0.05)
-    assert run.server.unknown >= 5  # hello, heartbeat and failure of the stranger, two messages of the nameless
-    stranger.close()
+    stranger = context.socket(zmq.DEALER)  # another secret, and rank 2's identity
+    prove(stranger, os.urandom(16))
+    plain = context.socket(zmq.DEALER)  # none at all
+    keyless = context.socket(zmq.DEALER)  # knows the server's public key only
+    prove(keyless, run.token)
+    keyless.curve_publickey, keyless.curve_secretkey = zmq.curve_keypair()
+    for dealer in (stranger, plain, keyless):
+        refused = run.server.refused
+        dealer.setsockopt(zmq.IDENTITY, identity(2))
+        dealer.connect(run.server.address)
+        with contextlib.suppress(zmq.Again):  # it may have been refused already
+            dealer.send(encode(failed("me too")), zmq.NOBLOCK)
+        await_refusals(run, refused + 1)
+    refused = run.server.refused
+    for garbage in (b"GET / HTTP/1.1\r\n\r\n" * 100, b"\xff" + bytes(8) + b"\x7f\x03\x00NULL", os.urandom(4096)):
+        with socket.create_connection((host, int(port))) as raw:
+            raw.sendall(garbage)
+    await_refusals(run, refused + 1)
     context.destroy(linger=0)
     clients[1].send(StopRequest(StopReason.USER1))
-    assert collect(clients[6], 1) == [StopRequest(StopReason.USER1, 1)]
+    assert collect(clients[2], 1) == [StopRequest(StopReason.USER1, 1)]
+
+
+def test_recorded_frames_sent_again_and_forged_ones_are_refused(runs: typing.Callable[..., Run]) -> None:
+    topology = Topology("split", ("a", "b"), ((1,),), ((0,),), 1)
+    run = runs(None, topology)
+    recorder = Recorder(run.server.address)
+    client, other = ControlClient(recorder.address, run.token, 1, run.config), run.client(0)
+    run.clients.append(client)
+    for each in (client, other):
+        each.ready()
+    assert client.expect(StartWork, 20.0) is not None
+    client.send(StopRequest(StopReason.USER1))
+    assert collect(other, 1) == [StopRequest(StopReason.USER1, 1)]
+    assert encode(StopRequest(StopReason.USER1)) not in recorder.sent
+    host, port = run.server.address.removeprefix("tcp://").split(":")
+    with socket.create_connection((host, int(port))) as raw:  # the whole connection once more
+        raw.sendall(recorder.sent)
+        await_refusals(run, 1)
+    recorder.away.sendall(recorder.sent[recorder.sent.rindex(b"\x07MESSAGE") - 2 :])  # a frame once more, in its midst
+    await_refusals(run, 2)
+    assert collect(client, 1) == [StopRequest(StopReason.USER1, 1)]
+    assert collect(other, 1, 0.5) == []
+    client.check()
+    other.check()
 
 
 def test_malformed_bytes_of_a_rank_are_counted_and_survived(runs: typing.Callable[..., Run]) -> None:
     run = runs(None)
     context = zmq.Context()
     dealer = context.socket(zmq.DEALER)
-    dealer.setsockopt(zmq.IDENTITY, identity(run.token, 3))
+    dealer.setsockopt(zmq.IDENTITY, identity(3))
+    prove(dealer, run.token)
     dealer.connect(run.server.address)
     client = run.client(0)
     for payload in (
@@ -608,7 +673,7 @@ def test_malformed_bytes_of_a_rank_are_counted_and_survived(runs: typing.Callabl
     with pytest.raises(Dismissed, match="SIGUSR2 on rank 3"):
         collect(client, 1)
     assert run.server.malformed == 5
-    assert run.server.unknown == 1
+    assert run.server.refused == 1
     dealer.send(encode(Goodbye()))
     context.destroy(linger=100)
 
@@ -677,14 +742,31 @@ def test_an_error_in_the_server_thread_surfaces_everywhere(
         run.server.join(10.0)
 
 
+def test_who_poses_as_the_scheduler_is_not_listened_to() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as impostor:
+        address = f"tcp://127.0.0.1:{impostor.getsockname()[1]}"
+        client = ControlClient(address, bytes(16), 1, QUICK)
+        connection, _ = impostor.accept()
+        connection.sendall(b"HTTP/1.1 200 OK\r\n" * 20)
+        assert "rank 0, the scheduler at tcp://127.0.0.1:" in wait_error(client, 20.0)
+        client.close()
+
+
 def test_a_silent_scheduler_is_noticed(runs: typing.Callable[..., Run]) -> None:
     run = runs(None)
     quick = replace(QUICK, silence_s=1.0)
-    client = ControlClient(run.server.address, new_token(), 1, quick)  # a wrong token: nobody answers
+    client = ControlClient(run.server.address, run.token, 7, quick)  # there is no such rank: nobody answers
     run.clients.append(client)
     error = wait_error(client)
     assert "rank 0, the scheduler at tcp://127.0.0.1:" in error
-    assert "has sent rank 1 nothing for more than 1 s" in error
+    assert "has sent rank 7 nothing for more than 1 s" in error
+
+
+def test_a_rank_with_another_secret_learns_it(runs: typing.Callable[..., Run]) -> None:
+    run = runs(None)
+    client = ControlClient(run.server.address, os.urandom(16), 1, run.config)
+    run.clients.append(client)
+    assert "does not let rank 1 in: the secret (SPECDIST_TOKEN) is another one there" in wait_error(client)
 
 
 def test_a_scheduler_that_is_gone_is_noticed_long_before_it_counts_as_silent() -> None:
@@ -710,9 +792,9 @@ def test_close_does_not_wait_for_a_server_that_is_gone() -> None:
 
 def test_the_socket_binds_to_one_interface_only() -> None:
     with pytest.raises(ValueError, match="one interface"):
-        ControlServer("0.0.0.0", new_token(), WORLD, None, QUICK, join_timeout_s=1.0)
+        ControlServer("0.0.0.0", b"", WORLD, None, QUICK, join_timeout_s=1.0)
     with pytest.raises(WorldError, match=r"control socket on 203\.0\.113\.7"):
-        ControlServer("203.0.113.7", new_token(), WORLD, None, QUICK, join_timeout_s=1.0)
+        ControlServer("203.0.113.7", b"", WORLD, None, QUICK, join_timeout_s=1.0)
 
 
 PEER = """

@@ -73,6 +73,7 @@ SCRIPT = """\
 
 # setup
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}"
+export SPECDIST_TOKEN=${SPECDIST_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')}
 
 # command
 export SUBMITIT_EXECUTOR=slurm

@@ -53,7 +53,6 @@ from specdist.scheduler.messages import (
 from specdist.scheduler.replicas import RemoteRules
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.slots import Slots
-from specdist.scheduler.wire import identity, is_remote, new_token
 from tests.unit.prompts_tokenizers import write_store
 
 DRAFT = Topology("split", ("d", "d"), (), ((0,), (1,)), 2)
@@ -333,13 +332,6 @@ def test_whatever_happens_every_item_is_delivered_once_and_no_slot_has_two_items
     assert not office.coordinator.aborted
 
 
-def test_identities_of_target_worlds_need_the_token():
-    token = new_token()
-    assert is_remote(identity(token, 3, A), token)
-    assert not is_remote(identity(token, 3, A), new_token())
-    assert not is_remote(identity(token, 3), token)
-
-
 def test_a_rendezvous_is_for_the_user_alone_and_goes_with_the_draft_world(tmp_path):
     rendezvous = Rendezvous(tmp_path, "")
     assert rendezvous.look() is None
@@ -357,7 +349,7 @@ def test_a_given_address_needs_a_common_secret(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="SPECDIST_TOKEN"):
         rendezvous.look()
     monkeypatch.setenv("SPECDIST_TOKEN", "0" * 32)
-    assert rendezvous.place() == ("127.0.0.1", 7000, bytes(16))
+    assert rendezvous.place() == ("127.0.0.1", 7000)
     assert rendezvous.look() == ControlAddress("tcp://127.0.0.1:7000", bytes(16))
 
 

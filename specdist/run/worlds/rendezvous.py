@@ -12,8 +12,7 @@ import msgspec
 
 from specdist.core.errors import ConfigError
 from specdist.core.files import sync_directory
-from specdist.core.launch_env import reachable_address, shared_token
-from specdist.scheduler.wire import TOKEN_BYTES, new_token
+from specdist.core.launch_env import reachable_address, run_token
 
 
 @dataclass(frozen=True)
@@ -37,20 +36,20 @@ class Rendezvous:
     def __str__(self) -> str:
         return self._scheduler or str(self._file)
 
-    def place(self) -> tuple[str, int, bytes]:
-        """For the draft world: the interface and port to bind to (0: a free one), and the secret.
+    def place(self) -> tuple[str, int]:
+        """For the draft world: the interface and port to bind to (0: a free one).
 
         Raises:
-            ConfigError: world.scheduler names no host, or there is no common secret.
+            ConfigError: world.scheduler names no host.
         """
         if not self._scheduler:
-            return reachable_address(), 0, new_token()
+            return reachable_address(), 0
         host, _, port = self._scheduler.rpartition(":")
         try:
             found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
         except socket.gaierror as error:
             raise ConfigError.at("world.scheduler", f": host '{host}' is not known here: {error}") from error
-        return str(found[0][4][0]), int(port), shared_token(TOKEN_BYTES)
+        return str(found[0][4][0]), int(port)
 
     def publish(self, control: ControlAddress) -> None:
         """Publish the address; only this user may read the secret."""
@@ -73,7 +72,7 @@ class Rendezvous:
     def look(self) -> ControlAddress | None:
         """For a target world: what was published last, if anything. It may be out of date."""
         if self._scheduler:
-            return ControlAddress(f"tcp://{self._scheduler}", shared_token(TOKEN_BYTES))
+            return ControlAddress(f"tcp://{self._scheduler}", run_token())
         try:
             return msgspec.json.decode(self._file.read_bytes(), type=ControlAddress)
         except (FileNotFoundError, msgspec.MsgspecError):  # or what another version has left
