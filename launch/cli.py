@@ -92,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", metavar="FILE", help="also write the whole report as JSON")
     text = "Show, without a GPU, which rank does what, what travels, and what fits into memory."
     _plan_arguments(command("plan", _plan, text))
-    command("prepare", _prepare, "Tokenise the prompts into the cache and report on them.")
+    prepare = command("prepare", _prepare, "Tokenise the prompts into the cache and report on them.")
+    text = "print the first N samples as the target sees them, the supervised part in colour, and the first N bad ones"
+    prepare.add_argument("--show", type=int, default=0, metavar="N", help=text)
     text = "Have the target write the answers of the prompts, into RUN_DIR/answers; resumes."
     generate = command("generate", _generate, text)
     generate.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks to start (default: one per GPU)")
@@ -237,12 +239,20 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     from specdist.core.hub import resolve
+    from specdist.job.config import examine
     from specdist.prompts.prepare import prepare_corpus
     from specdist.run.answers import ready_prompts
 
     job = words.load(args.config)
-    directory = resolve(job.target.path, "target.path")
-    print(prepare_corpus(ready_prompts(job), directory, progress=True).described())
+    directory, prompts = resolve(job.target.path, "target.path"), ready_prompts(job)
+    if args.show:
+        from specdist.prompts.show import shown_samples
+
+        for text in shown_samples(prompts, directory, args.show, sys.stdout.isatty()):
+            print(text)
+    corpus = prepare_corpus(prompts, directory, progress=True)
+    print(corpus.described())
+    corpus.check_vocabulary(examine(job).target.vocab_size)
     return 0
 
 

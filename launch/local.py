@@ -55,7 +55,7 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
 
     from specdist.core.hub import resolve
     from specdist.core.progress import committed
-    from specdist.job.config import check_installed, topology
+    from specdist.job.config import check_installed, examine, topology
     from specdist.job.run_dir import RunDirectory
     from specdist.prompts.prepare import prepare_corpus
     from specdist.run.answers import begun_prompts
@@ -71,6 +71,7 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     directory = resolve(job.target.path, "target.path", weights=True)  # before any rank could wait for another
     if (asked := begun_prompts(job)) is not None:
         prompts = prepare_corpus(asked, directory)
+        prompts.check_vocabulary(examine(job).target.vocab_size)
         if prompts.bad_total and not committed(run_dir.checkpoints):  # a run that goes on has told
             print(f"prompts: {prompts.described()}", file=sys.stderr)
     files, overrides = words.split(config)

@@ -268,15 +268,21 @@ def _full_keys(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_keys(schema: type, layer: _Layer) -> None:
+    """Raise unless all keys of a layer are known. One text, where a list of texts is due, becomes a list of one."""
     for key, place in layer.places.items():
-        section = _check_key(schema, key, place)
-        if section is not None and key not in layer.sections:
-            names = ", ".join(_names(section))
+        hint = _check_key(schema, key, place)
+        if dataclasses.is_dataclass(hint) and key not in layer.sections:
+            names = ", ".join(_names(typing.cast(type, hint)))
             raise ConfigError(f"{place}: {key} is a section with keys of its own: {names}")
+        if tuple[str, ...] in (hint, *typing.get_args(hint)):
+            value = OmegaConf.select(layer.values, key, throw_on_resolution_failure=False)
+            if isinstance(value, str):
+                OmegaConf.update(layer.values, key, [value])
 
 
-def _check_key(schema: type, key: str, where: str) -> type | None:
-    """Raise unless `key` names a field of `schema`; returns the section's dataclass if it names one."""
+def _check_key(schema: type, key: str, where: str) -> Any:
+    """Raise unless `key` names a field of `schema`; returns its type, that of a section without `| None`."""
+    hint: Any = None
     section: type | None = schema
     prefix = ""
     for part in key.split("."):
@@ -285,10 +291,10 @@ def _check_key(schema: type, key: str, where: str) -> type | None:
         names = _names(section)
         if part not in names:
             raise ConfigError(f"{where}: unknown key '{prefix}{part}'{_suggest(schema, prefix, part, names)}")
-        hint = _plain(typing.get_type_hints(section)[part])
-        section = typing.cast(type, hint) if dataclasses.is_dataclass(hint) else None
+        hint = typing.get_type_hints(section)[part]
+        section = typing.cast(type, _plain(hint)) if dataclasses.is_dataclass(_plain(hint)) else None
         prefix += f"{part}."
-    return section
+    return section or hint
 
 
 def _suggest(schema: type, prefix: str, part: str, names: list[str]) -> str:
@@ -347,7 +353,7 @@ _WORDS = (
     (r"TupleConfig length (\d+) does not match type hint length (\d+)", r"it has \1 items and needs \2"),
     (
         r"Value '(.*)' of type '\w+' is incompatible with type hint '(?:Optional\[)?Union\[float, tuple\[str, .*",
-        r"it takes a number with a decimal point (0.5) or a list of names ([a, b]), not \1",
+        r"it takes a number with a decimal point (0.5), a name or a list of names ([a, b]), not \1",
     ),
     (r"Incompatible value 'None' for field of type '(\w+)'.*", r"it needs a value (\1)"),
     (r"while parsing a flow .*", "its value is not YAML: is a bracket or a quote left open?"),

@@ -12,6 +12,7 @@ evaluations/step-*.json   what replay over held-out text found
 serve-check/           what engines accept of the export, beside replay (specdist/run/serve_check.py)
 summary.json           the results
 report.html            the same, to look at (specdist/run/report/)
+prompts.json           what came of the prompts, in the words of `specdist prepare`
 status.json            the state of the run a few seconds ago
 logs/<job>.<restart>/  every attempt's logs, first failure and end (specdist/core/attempts.py)
 """
@@ -64,6 +65,10 @@ class RunPaths:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def prompts(self) -> Path:
+        return self.path / "prompts.json"
 
     @property
     def status(self) -> Path:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from specdist.target.description import TargetDescription
-from specdist.target.generation import end_tokens
+from specdist.core.generation import end_tokens
 
 
 class EvaluationTarget:

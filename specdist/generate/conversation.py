@@ -13,10 +13,10 @@ from specdist.prompts.conversation import (
     WRITTEN_KEYS,
     Message,
     Sample,
+    raw_turns,
     system_turn,
     to_message,
     tools_of,
-    turns_of,
 )
 from specdist.prompts.holdout import conversation_key
 from specdist.prompts.report import UnusableError
@@ -144,9 +144,8 @@ def parse(record: object, turns: Turns) -> Conversation:
 
 
 def _raw_turns(record: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    for key in ("messages", "conversations"):
-        if record.get(key) is not None:
-            return key, turns_of(record[key], key)
+    if (found := raw_turns(record)) is not None:
+        return found
     asked = record.get("turns") if record.get("prompt") is None else [record["prompt"]]
     if isinstance(asked, list) and asked and all(isinstance(text, str) and text.strip() for text in asked):
         return "messages", [{"role": "user", "content": text} for text in asked]

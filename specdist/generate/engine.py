@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from specdist.core.generation import model_settings
 from specdist.generate.config import GenerateConfig
-from specdist.target.generation import model_settings
 
 
 @dataclass(frozen=True)

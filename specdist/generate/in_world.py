@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from specdist.core.errors import ConfigError
 from specdist.core.files import to_json, write_atomically
+from specdist.core.generation import end_tokens
 from specdist.core.hub import resolve, served_name
 from specdist.core.locked import locked
 from specdist.core.progress import AnswersProgress
@@ -31,7 +32,6 @@ from specdist.generate.work import Author, Watch, count, records, write_answers
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.render import load_tokenizer
 from specdist.target.config import TargetConfig
-from specdist.target.generation import end_tokens
 
 
 @dataclass(frozen=True)

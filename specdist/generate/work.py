@@ -159,8 +159,7 @@ class Author:
             )
             return None
         cut = reply.finish_reason == "length"
-        ending = self._template.ending
-        closed = self._decode(end) if end else "" if cut or ending is None or ending.token is None else ending.token
+        closed = self._decode(end) if end else "" if cut else self._template.end
         whole = self._encode(text + closed)
         wrote = whole if ids is None else ids + (end or self._encode(closed))
         tally.finished, tally.cut, tally.tokens = tally.finished + (not cut), tally.cut + cut, tally.tokens + len(wrote)

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a record of a file to a conversation in the one form that chat templates know.
 
-Three formats: `messages` (a list of role and content), ShareGPT's `conversations` (a list of from and value; role and
-content are taken too), and plain `text`. A record may bring `tools` (JSON schemas), `system` (a first turn) and
-`category` (a word by which evaluations are told apart).
+The formats: `messages` (a list of role and content), ShareGPT's `conversations` (a list of from and value; role and
+content are taken too), a prompt and its answer (`PAIRS`; Alpaca's with `input` and `history`), and plain `text`. A
+record may bring `tools` (JSON schemas), `system` (a first turn), `chat_template_kwargs` (variables of the chat
+template) and `category` (a word by which evaluations are told apart). docs/data.md shows them all.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from specdist.prompts.config import RESERVED
 from specdist.prompts.report import UnusableError
 
 Message = dict[str, Any]
@@ -28,6 +30,7 @@ ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
@@ -37,7 +40,15 @@ ROLES = {
 }
 """Roles as data sets write them, and as chat templates read them (`developer` is OpenAI's newer name for `system`)."""
 
-COLUMNS = ("messages", "conversations", "text", "tools", "system", "category")
+CALLS = ("function_call", "tool_call")
+"""Roles whose turns are a tool call as JSON, of an assistant (LLaMA-Factory)."""
+PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("instruction", "response"))
+FORMATS = (("messages",), ("conversations",), *PAIRS, ("text",))
+"""The keys of a record by which its format is told."""
+FORMATS_IN_WORDS = ", ".join(" with ".join(f"`{key}`" for key in keys) for keys in FORMATS)
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+BESIDE = ("input", "history", "tools", "system", "chat_template_kwargs", "category")
+COLUMNS = (*dict.fromkeys(key for keys in FORMATS for key in keys), *BESIDE, *MEDIA)
 KEPT_KEYS = ("name", "tool_calls", "tool_call_id")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 WRITTEN_KEYS = ("finish_reason", "end", "token_ids")
@@ -59,6 +70,8 @@ class Sample:
     text: str | None = None
     tools: tuple[dict[str, Any], ...] = ()
     category: str | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+    """Of the chat template, for this sample."""
 
 
 ANSWERED = "prompts.answers=target has the target write answers"
@@ -73,12 +86,14 @@ def to_sample(record: object, file: str, line: int) -> Sample:
     if not isinstance(record, Mapping):
         raise UnusableError("unknown format", f"a record is an object with a key, not {_kind(record)}")
     category = str(record["category"]).strip() if isinstance(record.get("category"), str | int) else ""
-    for key in ("messages", "conversations"):
-        if record.get(key) is not None:
-            messages = [to_message(turn, number) for number, turn in enumerate(turns_of(record[key], key), start=1)]
-            messages = [*system_turn(record, messages), *messages]
-            tools = tools_of(record)
-            return Sample(file, line, messages=_checked(messages), tools=tools, category=category or None)
+    for key in MEDIA:
+        if record.get(key) not in (None, [], "", False):
+            raise UnusableError("not text", f"the record has `{key}`, and drafts are trained on text alone")
+    if (found := raw_turns(record)) is not None:
+        messages = [to_message(turn, number) for number, turn in enumerate(found[1], start=1)]
+        messages = [*system_turn(record, messages), *messages]
+        tools, variables = tools_of(record), variables_of(record)
+        return Sample(file, line, _checked(messages), None, tools, category or None, variables)
     if record.get("text") is not None:
         text = _text(record["text"], "text")
         if not text.strip():
@@ -86,7 +101,34 @@ def to_sample(record: object, file: str, line: int) -> Sample:
         return Sample(file, line, text=text, category=category or None)
     keys = ", ".join(map(str, record)) or "none"
     hint = "" if record.keys().isdisjoint(("prompt", "turns")) else f"; of prompts alone, {ANSWERED}"
-    raise UnusableError("unknown format", f"none of `messages`, `conversations`, `text` among the keys: {keys}{hint}")
+    raise UnusableError("unknown format", f"none of {FORMATS_IN_WORDS} among the keys: {keys}{hint}")
+
+
+def raw_turns(record: Mapping[str, Any]) -> tuple[str, list[Any]] | None:
+    """The key under which conversations like this record's are written, and its turns as they are; None where it has
+    none. Raises UnusableError where they are no list."""
+    for key in ("messages", "conversations"):
+        if record.get(key) is not None:
+            return key, turns_of(record[key], key)
+    for asked, answer in PAIRS:
+        if record.get(asked) is not None and record.get(answer) is not None:
+            turns = [*_turns_of_one(record[asked], "user"), *_turns_of_one(record[answer], "assistant")]
+            if record.get("input") and isinstance(record[asked], str):
+                turns[0]["content"] += f"\n\n{_text(record['input'], 'input')}"
+            before = [_turns_of_one(text, role) for pair in record.get("history") or () for role, text in _roles(pair)]
+            return "messages", [turn for earlier in before for turn in earlier] + turns
+    return None
+
+
+def _turns_of_one(value: object, role: str) -> list[Any]:
+    """What one side of a pair says: a text, or turns."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else turns_of(value, role)
+
+
+def _roles(pair: object) -> Iterable[tuple[str, object]]:
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise UnusableError("unknown format", f"`history` has {pair!r:.60}, not a prompt and its answer")
+    return zip(("user", "assistant"), pair, strict=True)
 
 
 def turns_of(value: object, key: str) -> list[Any]:
@@ -115,7 +157,11 @@ def to_message(turn: object, number: int) -> Message:
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         raise UnusableError("unknown role", f"turn {number} has role {name!r}; known: {', '.join(ROLES)}")
-    content = turn.get("content", turn.get("value"))
+    content, calls = turn.get("content", turn.get("value")), turn.get("tool_calls")
+    if name.strip().lower() in CALLS:
+        content, calls = None, _decode(_text(content, f"turn {number}"), f"turn {number}")
+    elif isinstance(turn.get("function_call"), Mapping):
+        calls = [turn["function_call"]]
     if content is None and role == "user":
         raise UnusableError("not text", f"turn {number} is a {name}'s and has no content")
     message: Message = {"role": role, "content": _text(content, f"turn {number}")}
@@ -126,10 +172,13 @@ def to_message(turn: object, number: int) -> Message:
     if turn.get(UNTAUGHT) == 0:
         message[UNTAUGHT] = 0
     reasoning = next((turn[key] for key in REASONING_KEYS if turn.get(key)), None)
-    if reasoning is not None:
+    if reasoning is None and isinstance(details := turn.get("reasoning_details"), list):  # OpenRouter's
+        reasoning = "".join(str(detail.get("text") or "") for detail in details if isinstance(detail, Mapping))
+    if reasoning:
         message["reasoning_content"] = _text(reasoning, f"the reasoning of turn {number}")
-    if "tool_calls" in message:
-        message["tool_calls"] = [_tool_call(call, number) for call in turns_of(message["tool_calls"], "tool_calls")]
+    if calls:
+        calls = [calls] if isinstance(calls, Mapping) and "name" in calls else turns_of(calls, "tool_calls")
+        message["tool_calls"] = [_tool_call(call, number) for call in calls]
     return message
 
 
@@ -158,21 +207,18 @@ def _part(part: object, where: str) -> str:
     raise UnusableError("not text", f"{where} has a part that is {_kind(part)}")
 
 
-def _tool_call(call: object, number: int) -> object:
-    """A tool call whose arguments are decoded, as the servers do before the template writes them as JSON."""
-    if not isinstance(call, Mapping):
-        raise UnusableError("unknown format", f"a tool call of turn {number} is {_kind(call)}, not an object")
-    function = call.get("function")
-    if isinstance(function, Mapping):
-        return {**call, "function": _with_arguments(function, number)}
-    return _with_arguments(call, number)
-
-
-def _with_arguments(function: Mapping[str, Any], number: int) -> dict[str, Any]:
+def _tool_call(call: object, number: int) -> dict[str, Any]:
+    """A tool call as servers give it to templates: a function's, its arguments decoded."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise UnusableError(
+            "unknown format", f"a tool call of turn {number} is {call!r:.60}, without a function's name"
+        )
     arguments = function.get("arguments")
-    if not isinstance(arguments, str):
-        return dict(function)
-    return {**function, "arguments": _decode(arguments, f"tool call arguments of turn {number}") if arguments else {}}
+    if isinstance(arguments, str):
+        arguments = _decode(arguments, f"tool call arguments of turn {number}") if arguments.strip() else {}
+    whole = call if "function" in call else {"type": "function"}
+    return {**whole, "function": {**function, "arguments": {} if arguments is None else arguments}}
 
 
 def tools_of(record: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -184,7 +230,19 @@ def tools_of(record: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
         value = _decode(value, "tools")
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise UnusableError("unknown format", f"`tools` is {_kind(value)}, not a list of JSON schemas")
-    return tuple(dict(tool) for tool in value)
+    bare = [tool for tool in value if "function" not in tool and "name" in tool]
+    return tuple({"type": "function", "function": dict(tool)} if tool in bare else dict(tool) for tool in value)
+
+
+def variables_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of the chat template under `chat_template_kwargs` of a record. Raises UnusableError."""
+    value = record.get("chat_template_kwargs") or {}
+    if isinstance(value, str):
+        value = _decode(value, "chat_template_kwargs")
+    if not isinstance(value, Mapping) or (reserved := [name for name in RESERVED if name in value]):
+        what = f"sets {reserved[0]}" if isinstance(value, Mapping) else f"is {_kind(value)}, not an object"
+        raise UnusableError("unknown format", f"`chat_template_kwargs` {what}")
+    return dict(value)
 
 
 def _checked(messages: list[Message]) -> tuple[Message, ...]:
@@ -199,7 +257,7 @@ def _checked(messages: list[Message]) -> tuple[Message, ...]:
                 raise UnusableError("wrong role order", f"turn {number} is the assistant's, before any user turn")
             if before == "assistant":
                 raise UnusableError("wrong role order", f"turns {number - 1} and {number} are both the assistant's")
-            if not message["content"].strip() and not message.get("tool_calls"):
+            if not message["content"].strip() and not message.keys() & {"tool_calls", "reasoning_content"}:
                 raise UnusableError("empty answer", f"turn {number} is the assistant's and says nothing")
             last = number
         elif role in ("tool", "ipython") and before not in ("assistant", "tool", "ipython"):

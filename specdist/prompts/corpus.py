@@ -139,6 +139,19 @@ class Corpus:
         """The largest token id of either side; it must be less than the target's vocabulary."""
         return max(side.store.max_token for side in self._sides)
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raise DataError, naming a place, where the sequences hold a token that a target of `size` tokens lacks."""
+        if self.max_token < size:
+            return
+        index = next(index for index in range(len(self)) if self.sequence(index)[0].max() >= size)
+        file, line = self.provenance(index)
+        raise DataError.at(
+            "target.path",
+            f": the prompts hold token {self.max_token} and the target's vocabulary has {size} entries: the tokenizer "
+            f"belongs to another model, or a token was added to it (the first is in {file}:{line})",
+            "prompts.chat_template",
+        )
+
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """All labels of the held-out side, each once."""
@@ -189,6 +202,11 @@ class Corpus:
     def stores(self) -> list[PromptStore]:
         """That of `prompts.files`, and of held-out files where there are any: what `make_corpus` takes."""
         return list({id(side.store): side.store for side in self._sides}.values())
+
+    def tables(self) -> dict[str, list[tuple[str, str]]]:
+        """The statistics of the files, and of held-out ones beside them, in rows of two."""
+        names = ("prompts.files", "prompts.holdout")
+        return {n: s.table() for n, s in zip(names, self.stores, strict=False)}
 
     def described(self) -> str:
         """What came of the preparation, and what each side has of it."""

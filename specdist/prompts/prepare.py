@@ -29,6 +29,7 @@ from typing import TextIO
 
 from specdist.core.errors import ConfigError, DataError, WorldError
 from specdist.core.files import of_full_disk, sync_directory, unwritable
+from specdist.core.generation import end_tokens
 from specdist.core.locked import locked
 from specdist.core.progress_bar import ProgressBar
 from specdist.prompts.config import PromptsConfig
@@ -116,11 +117,14 @@ def prepare(
             bar.update(done, text, f"{name}: {line}")
             on_progress(line)
 
-        sources = find_files(config.files, key, lambda _, text: say(text))
+        notes: list[str] = []
+        sources = find_files(config.files, key, lambda _, text: say(text), notes.append)
         total = sum(os.path.getsize(source.path) for source in sources)
         lookup = f"looking up {len(sources)} files ({total / 1e6:,.1f} MB) in the cache"
         bar.say(lookup, "")
         on_progress(lookup)
+        for note in notes:
+            say(f"reading {note}")
         final = root / cache_key(config, sources, Path(tokenizer_dir))
         if not (final / MANIFEST).exists():
             with _naming_cache(root), _alone(final, timeout, say):
@@ -128,6 +132,7 @@ def prepare(
                     bar.set_total(total)
                     _prepare_into(final, config, sources, str(tokenizer_dir), total, advance)
     store = PromptStore.open(final, [source.path for source in sources])
+    store.report.notes += [f"read {note}" for note in notes]
     _judge_all(store.report, config, final)
     return store
 
@@ -197,6 +202,7 @@ def cache_key(config: PromptsConfig, sources: list[SourceFile], tokenizer_dir: P
         raise DataError(f"a prompts or tokenizer file cannot be read: {error}") from error
     content = {
         "format": FORMAT,
+        "ends": sorted(end_tokens(tokenizer_dir, None)),
         "prompts": list(zip([source.kind for source in sources], prompts, strict=True)),
         "tokenizer": list(zip([path.name for path in [*tokenizer, *override]], others, strict=True)),
         "settings": {key: asdict(config)[key] for key in ("supervise", "max_length", "overlong", "template_kwargs")},

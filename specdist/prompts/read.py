@@ -11,7 +11,7 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,11 +20,14 @@ from specdist.core.errors import ConfigError, DataError
 from specdist.core.hub import DATASET, Say
 from specdist.prompts.conversation import to_sample
 from specdist.prompts.hub import dataset_files
-from specdist.prompts.report import BadSample, UnusableError
+from specdist.prompts.report import BadSample, Reason, UnusableError
 
 T = TypeVar("T")
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 HF_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
+SPLITS = re.compile(rf"(train|{'|'.join(HELD_OUT_SPLITS)})(?:[-_.]|$)")
+"""How names of files and folders begin that are of a split."""
 PIECE_BYTES = 256 * 1024
 PIECE_ROWS = 256
 SPACE = re.compile(r"[\s,]*")
@@ -50,10 +53,13 @@ class Piece:
 
 
 def find_files(
-    patterns: tuple[str, ...], key: str = "prompts.files", say: Say = lambda done, text: None
+    patterns: tuple[str, ...],
+    key: str = "prompts.files",
+    say: Say = lambda done, text: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[SourceFile]:
     """The files that the value of `key` names, in order: as listed, sorted within a pattern or a directory. Data sets
-    of the Hub are fetched; `say` is called with how far that is.
+    of the Hub are fetched; `say` is called with how far that is, `note` with what is read of a directory with splits.
 
     Raises:
         ConfigError, DataError: nothing is named, nothing matches, or a file's kind is unknown.
@@ -77,7 +83,7 @@ def find_files(
         if not matches:
             raise DataError.at(key, f": nothing is called or matches {pattern!r}")
         for match in matches:
-            files += _in_directory(Path(match), key) if Path(match).is_dir() else [_source(Path(match), key)]
+            files += _in_directory(Path(match), key, note) if Path(match).is_dir() else [_source(Path(match), key)]
     return list(dict.fromkeys(files))
 
 
@@ -88,20 +94,36 @@ def _source(path: Path, key: str) -> SourceFile:
     return SourceFile(str(path), kind)  # type: ignore[arg-type]
 
 
-def _in_directory(path: Path, key: str) -> list[SourceFile]:
+def _in_directory(path: Path, key: str, note: Callable[[str], None]) -> list[SourceFile]:
+    """The files of a directory; of one with splits those of one. `note` is told of it."""
     if (path / "dataset_dict.json").exists():
-        names = _metadata(path / "dataset_dict.json", "splits")
-        raise DataError(
-            f"{path} holds the splits {', '.join(names)}: name one in {key}, as {path / names[0]}",
-            key,
-        )
+        names = [str(name) for name in _metadata(path / "dataset_dict.json", "splits")]
+        if (chosen := _chosen(names, key)) is None:
+            raise DataError(f"{path} holds the splits {', '.join(names)}: name one in {key}, as {path / names[0]}", key)
+        note(f"of {path} the split {chosen}, not {', '.join(name for name in names if name != chosen)}")
+        path = path / chosen
     if (path / "state.json").exists():
-        found = [path / entry["filename"] for entry in _metadata(path / "state.json", "_data_files")]
-    else:
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.name not in HF_METADATA)
+        return [_source(path / entry["filename"], key) for entry in _metadata(path / "state.json", "_data_files")]
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.name not in HF_METADATA)
     if not found:
         raise DataError.at(key, f": no {', '.join(KINDS)} file in the directory {path}")
+    splits = [next(filter(None, map(_split_of, [file.stem, file.parent.name])), "") for file in found]
+    others = sorted(set(splits).difference(["", chosen := _chosen(splits, key)]))
+    if chosen is not None and others:
+        found = [file for file, split in zip(found, splits, strict=True) if split == chosen]
+        note(f"of {path} the split {chosen}, not {', '.join(others)}")
     return [_source(p, key) for p in found]
+
+
+def _chosen(splits: Sequence[str], key: str) -> str | None:
+    """The split that is read of several: `train`, and to hold out another one; None where that is not clear."""
+    wanted = HELD_OUT_SPLITS if key == "prompts.holdout" else ("train",)
+    return next((split for split in wanted if split in splits), None)
+
+
+def _split_of(name: str) -> str:
+    match = SPLITS.match(name.lower())
+    return match[1] if match else ""
 
 
 def _metadata(path: Path, key: str) -> list[Any]:
@@ -236,7 +258,8 @@ def _table_rows(stream: bytes, piece: Piece) -> Iterator[tuple[int, object] | Ba
     from specdist.prompts.tables import decoded_rows
 
     for row, record in enumerate(decoded_rows(stream), start=piece.first):
-        if isinstance(record, UnicodeDecodeError):
-            yield BadSample(piece.file, row, "not text", str(record))
+        if isinstance(record, ValueError):
+            reason: Reason = "not text" if isinstance(record, UnicodeDecodeError) else "malformed record"
+            yield BadSample(piece.file, row, reason, str(record))
         else:
             yield row, record

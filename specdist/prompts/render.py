@@ -19,7 +19,7 @@ A plain text is supervised everywhere, with the special tokens that the tokenize
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ import numpy as np
 from specdist.core.errors import DataError
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import UNTAUGHT, Sample
+from specdist.prompts.parts import ARGUMENTS, left_out
 from specdist.prompts.report import UnusableError
 from specdist.prompts.template import Template, Turn
 
@@ -35,12 +36,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+KINDS = ("prompt", "thought", "content", "tool call", "marks")
+"""What tokens are of. All but those of prompts are supervised; `marks` are ends of turns, roles and channels."""
+
+
 @dataclass(frozen=True)
 class Sequenced:
-    """One training sequence: `tokens` int32 [T] and `supervised` bool [T]."""
+    """One training sequence: `tokens` int32 [T], and of each its kind, uint8 [T], an index of `KINDS`."""
 
     tokens: np.ndarray
-    supervised: np.ndarray
+    kinds: np.ndarray
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """bool [T]"""
+        return self.kinds > 0
+
+    @classmethod
+    def of(cls, tokens: list[int], kinds: np.ndarray) -> Sequenced:
+        return cls(np.asarray(tokens, dtype=np.int32), kinds)
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,10 @@ class Rendering:
     truncated: int
     cut_away: int
     skipped: int
+    left_out: frozenset[str] = frozenset()
+    """What the last prompt does not show of the conversation before it (`parts.left_out`)."""
+    turns: int = 0
+    """Turns that are learnt."""
 
 
 def load_tokenizer(directory: str | Path, config: PromptsConfig) -> PreTrainedTokenizerBase:
@@ -76,12 +94,14 @@ def load_tokenizer(directory: str | Path, config: PromptsConfig) -> PreTrainedTo
 
 
 class Renderer:
-    """Renders samples with one tokenizer. Not thread-safe; every worker process has its own."""
+    """Renders samples with one tokenizer. Not thread-safe; every worker process has its own. `ends`: see `Template`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptsConfig) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: PromptsConfig, ends: frozenset[int] | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.config = config
-        self.template = Template(tokenizer, dict(config.template_kwargs))
+        self.template = Template(tokenizer, dict(config.template_kwargs), ends)
         self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         if self._backend is not None:
             self._backend.no_truncation()
@@ -97,11 +117,17 @@ class Renderer:
         Raises:
             UnusableError: with the reason, where the sample gives none.
         """
-        sequences = [self._text(sample.text)] if sample.text is not None else self.conversation(sample)
-        return self._cut(sequences)
+        if sample.text is not None:
+            return self._cut([self._text(sample.text)])
+        turns, lack = self._turns(sample)
+        return replace(self._cut(self._sequences(turns)), left_out=lack, turns=len(turns))
 
     def conversation(self, sample: Sample) -> list[Sequenced]:
         """The sequences of a conversation, uncut."""
+        return self._sequences(self._turns(sample)[0])
+
+    def _turns(self, sample: Sample) -> tuple[list[Turn], frozenset[str]]:
+        """The turns that are learnt, and what the last prompt lacks of what comes before (`parts.left_out`)."""
         ends = [
             i
             for i, message in enumerate(sample.messages, start=1)
@@ -111,7 +137,11 @@ class Renderer:
             raise UnusableError("nothing to supervise", "every answer has weight 0")
         if self.config.supervise == "last":
             ends = ends[-1:]
-        turns = [self.template.turn(sample.messages[:end], sample.tools) for end in ends]
+        turns = [self.template.turn(sample.messages[:end], sample.tools, sample.variables) for end in ends]
+        lack = left_out(turns[-1].prompt, sample.messages[: ends[-1] - 1], sample.tools)
+        return turns, lack | {ARGUMENTS} if any(turn.lacks_arguments for turn in turns) else lack
+
+    def _sequences(self, turns: list[Turn]) -> list[Sequenced]:
         chains: list[list[Turn]] = []
         for turn in turns:
             if chains and turn.prompt.startswith(chains[-1][-1].text):
@@ -123,7 +153,7 @@ class Renderer:
     def _text(self, text: str) -> Sequenced:
         bos = self.tokenizer.bos_token
         tokens = self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
-        return Sequenced(np.asarray(tokens, dtype=np.int32), np.ones(len(tokens), dtype=bool))
+        return Sequenced.of(tokens, np.full(len(tokens), KINDS.index("content"), np.uint8))
 
     def _cut(self, sequences: list[Sequenced]) -> Rendering:
         limit = self.config.max_length
@@ -139,7 +169,7 @@ class Renderer:
             elif not sequence.supervised[1:limit].any():  # nothing predicts the first token
                 cut_away += 1
             else:
-                kept.append(Sequenced(sequence.tokens[:limit], sequence.supervised[:limit]))
+                kept.append(Sequenced(sequence.tokens[:limit], sequence.kinds[:limit]))
                 truncated += overlong
         if kept:
             return Rendering(tuple(kept), truncated, cut_away, skipped)
@@ -160,7 +190,7 @@ class Renderer:
         tokens, starts = self._encode(text)
         if starts is None or (np.diff(starts) < 0).any():
             return None
-        supervised = np.zeros(len(tokens), dtype=bool)
+        kinds = np.zeros(len(tokens), np.uint8)
         for turn in chain:
             begin, end = len(turn.prompt), len(turn.text)
             anchor = self.template.last_added_token(turn.prompt)
@@ -171,30 +201,26 @@ class Renderer:
                 first, last = np.searchsorted(starts, (anchor, boundary))
                 if self._encode(text[anchor:boundary])[0] != tokens[first:last]:
                     return None
-            for span in turn.spans:
-                first, last = np.searchsorted(starts, (begin + span[0], begin + span[1]))
-                supervised[first:last] = True
-        return Sequenced(np.asarray(tokens, dtype=np.int32), supervised)
+            first, last = np.searchsorted(starts, (begin, end))
+            kinds[first:last] = _kinds(turn, starts[first:last] - begin)
+        return Sequenced.of(tokens, kinds)
 
     def _tokenize_apart(self, chain: list[Turn]) -> list[Sequenced]:
         """Prompts and answers apart; a turn joins the one before it if its prompt begins with the same tokens."""
         sequences: list[Sequenced] = []
         tokens: list[int] = []
-        supervised = np.zeros(0, dtype=bool)
+        kinds = np.zeros(0, np.uint8)
         for turn in chain:
             prompt = self._encode(turn.prompt)[0]
             answer, starts = self._encode(turn.answer) if not turn.token_ids else (list(turn.token_ids), None)
-            mask = np.zeros(len(answer), dtype=bool)
-            for span in turn.spans:
-                first, last = np.searchsorted(starts, span) if starts is not None else (0, len(answer))
-                mask[first:last] = True
             if tokens and prompt[: len(tokens)] != tokens:
-                sequences.append(Sequenced(np.asarray(tokens, dtype=np.int32), supervised))
-                supervised = np.zeros(0, dtype=bool)
-            between = np.zeros(len(prompt) - len(supervised), dtype=bool)
-            supervised = np.concatenate((supervised, between, mask))
+                sequences.append(Sequenced.of(tokens, kinds))
+                kinds = np.zeros(0, np.uint8)
+            between = np.zeros(len(prompt) - len(kinds), np.uint8)
+            told = _kinds(turn, starts if starts is not None else np.zeros(len(answer), np.int64))
+            kinds = np.concatenate((kinds, between, told))
             tokens = prompt + answer
-        return [*sequences, Sequenced(np.asarray(tokens, dtype=np.int32), supervised)]
+        return [*sequences, Sequenced.of(tokens, kinds)]
 
     def _encode(self, text: str) -> tuple[list[int], np.ndarray | None]:
         """Token ids without added special tokens, and the character at which each begins (fast tokenizers)."""
@@ -202,3 +228,11 @@ class Renderer:
             return self.tokenizer.encode(text, add_special_tokens=False), None
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, np.fromiter((offset[0] for offset in encoding.offsets), np.int64, len(encoding.ids))
+
+
+def _kinds(turn: Turn, starts: np.ndarray) -> np.ndarray:
+    """uint8 [A], the kinds of an answer's tokens, which begin at the characters `starts`, int64 [A]."""
+    kinds = np.full(len(starts), KINDS.index("tool call" if turn.calls else "marks"), np.uint8)
+    for kind, begin, end in turn.spans:
+        kinds[(starts >= begin) & (starts < end)] = KINDS.index(kind)
+    return kinds

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 Reason = Literal[
     "malformed record",
     "unknown format",
@@ -16,6 +18,7 @@ Reason = Literal[
     "empty answer",
     "not text",
     "refused by the chat template",
+    "left out by the chat template",
     "not what the server generates",
     "nothing to supervise",
     "overlong",
@@ -41,10 +44,12 @@ class BadSample:
 class UnusableError(ValueError):
     """Raised while a sample is read or rendered; becomes a `BadSample` where the sample's place is known."""
 
-    def __init__(self, reason: Reason, detail: str) -> None:
+    def __init__(self, reason: Reason, detail: str, rendering: tuple[str, str] | None = None) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason: Reason = reason
         self.detail = detail
+        self.rendering = rendering
+        """The prompt of the turn, and what the template shows behind it or instead."""
 
 
 @dataclass
@@ -70,12 +75,22 @@ class PrepareReport:
     """Bad samples by reason."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """The first few bad samples of each reason; all of them are in `bad.jsonl` beside the report."""
+    turns: int = 0
+    """Turns that are learnt, of kept samples."""
+    most_turns: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Tokens by what they are of (`render.KINDS`)."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Samples by what the chat template leaves out of the prompts of their last turn (`parts.left_out`)."""
     notes: list[str] = field(default_factory=list)
 
     def add(self, others: PrepareReport) -> None:
         """Count further samples."""
-        for name in ("samples", "kept", "truncated", "cut_away", "skipped"):
+        for name in ("samples", "kept", "truncated", "cut_away", "skipped", "turns"):
             setattr(self, name, getattr(self, name) + getattr(others, name))
+        self.most_turns = max(self.most_turns, others.most_turns)
+        self.kinds = dict(Counter(self.kinds) + Counter(others.kinds))
+        self.left_out = dict(Counter(self.left_out) + Counter(others.left_out))
 
     def add_bad(self, bad: BadSample) -> None:
         self.bad[bad.reason] = self.bad.get(bad.reason, 0) + 1
@@ -100,6 +115,24 @@ class PrepareReport:
         """How far a preparation is, in a few words."""
         bad = f", {self.bad_total:,} bad samples" if self.bad_total else ""
         return f"{self.sequences:,} sequences, {self.tokens:,} tokens{bad}"
+
+    def table(self, lengths: np.ndarray) -> list[tuple[str, str]]:
+        """The statistics in rows of two. `lengths`: int32 [sequences], their tokens."""
+        shares = (f"{kind} {count / max(self.tokens, 1):.1%}" for kind, count in self.kinds.items())
+        rows = [("samples", f"{self.samples:,} read, {self.kept:,} kept, {self.bad_total:,} bad")]
+        if self.turns:
+            each = f"{self.turns / max(self.kept, 1):.1f} a sample, {self.most_turns:,} at most"
+            rows.append(("turns learnt", f"{self.turns:,}: {each}"))
+        if len(lengths):
+            least, median, most, longest = np.percentile(lengths, (0, 50, 95, 100))
+            spread = f"{least:,.0f} to {longest:,.0f}, median {median:,.0f}, 95 % up to {most:,.0f}"
+            rows.append(("sequences", f"{self.sequences:,} of {spread} tokens"))
+        rows.append(("tokens", f"{self.tokens:,}: {', '.join(shares)}"))
+        rows.append(("supervised", f"{self.supervised:,} ({self.supervised / max(self.tokens, 1):.1%})"))
+        left = [f"{kind} ({count:,} samples)" for kind, count in Counter(self.left_out).most_common()]
+        if left:
+            rows.append(("not in prompts", f"the chat template leaves out: {', '.join(left)}"))
+        return rows + [(f"bad: {reason}", f"{count:,}") for reason, count in Counter(self.bad).most_common()]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -183,10 +183,17 @@ class PromptStore:
         return len(self._columns["lines"])
 
     def described(self) -> str:
-        """The report, and where all bad samples are listed if it does not show them all."""
+        """The report, where all bad samples are listed if it does not show them all, and statistics."""
         shown = sum(map(len, self.report.examples.values()))
         bad = self.directory / BAD_SAMPLES
-        return f"{self.report}\n{bad} lists all" if self.report.bad_total > shown and bad.exists() else str(self.report)
+        lines = [str(self.report)]
+        if self.report.bad_total > shown and bad.exists():
+            lines.append(f"{bad} lists all")
+        return "\n".join([*lines, *(f"  {name:<14} {value}" for name, value in self.table())])
+
+    def table(self) -> list[tuple[str, str]]:
+        """The statistics in rows of two; of very many sequences, lengths of a million."""
+        return self.report.table(self.lengths(np.arange(0, len(self), len(self) // 1_000_000 + 1)))
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """int64 [n], the tokens of the sequences `indices` [n]."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdist.core.errors import ConfigError, DataError
+from specdist.core.errors import ConfigError
 from specdist.prompts.corpus import Corpus
 
 
@@ -23,11 +23,7 @@ def frequent_tokens(corpus: Corpus, size: int, target_size: int) -> tuple[Tensor
     """
     if not 0 < size <= target_size:
         raise ConfigError(f"draft vocab_size={size}: the target has {target_size} tokens, so give 1 to {target_size}")
-    if corpus.max_token >= target_size:
-        raise DataError(
-            f"the prompts hold token {corpus.max_token} and the target's vocabulary has {target_size} entries: "
-            "the tokenizer belongs to another model"
-        )
+    corpus.check_vocabulary(target_size)
     counts = np.zeros(target_size, dtype=np.int64)
     for tokens in corpus.supervised_tokens():
         counts += np.bincount(tokens, minlength=target_size)

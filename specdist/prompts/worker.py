@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import threading
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing.connection import wait
@@ -17,7 +18,7 @@ from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import Sample
 from specdist.prompts.holdout import conversation_key
 from specdist.prompts.read import Piece, samples
-from specdist.prompts.render import Renderer, Sequenced
+from specdist.prompts.render import KINDS, Renderer, Sequenced
 from specdist.prompts.report import BadSample, PrepareReport, UnusableError
 
 
@@ -55,7 +56,7 @@ def _renderer(tokenizer_dir: str, settings_json: str) -> Renderer:
 def tokenize(piece: Piece, tokenizer_dir: str, settings_json: str) -> Tokenized:
     """Read and render every record of a piece."""
     renderer = _renderer(tokenizer_dir, settings_json)
-    report, bad = PrepareReport(), list[BadSample]()
+    report, bad, left_out = PrepareReport(), list[BadSample](), Counter[str]()
     sequences: list[tuple[Sample, Sequenced]] = []
     for sample in samples(piece):
         report.samples += 1
@@ -68,16 +69,23 @@ def tokenize(piece: Piece, tokenizer_dir: str, settings_json: str) -> Tokenized:
                 report.truncated += rendering.truncated
                 report.cut_away += rendering.cut_away
                 report.skipped += rendering.skipped
+                report.turns += rendering.turns
+                report.most_turns = max(report.most_turns, rendering.turns)
+                left_out.update(rendering.left_out)
                 sequences += [(sample, sequence) for sequence in rendering.sequences]
         except UnusableError as error:
             bad.append(BadSample(sample.file, sample.line, error.reason, error.detail))
+    kinds = np.concatenate([np.zeros(0, np.uint8), *(sequence.kinds for _, sequence in sequences)])
+    counts = np.bincount(kinds, minlength=len(KINDS)).tolist()
+    report.kinds = {kind: count for kind, count in zip(KINDS, counts, strict=True) if count}
+    report.left_out = dict(left_out)
     return Tokenized(
         lengths=np.array([len(sequence.tokens) for _, sequence in sequences], dtype=np.int64),
         lines=np.array([sample.line for sample, _ in sequences], dtype=np.int64),
         groups=np.array([conversation_key(sample) for sample, _ in sequences], dtype=np.uint64),
         categories=tuple(sample.category for sample, _ in sequences),
         tokens=np.concatenate([np.zeros(0, np.int32), *(sequence.tokens for _, sequence in sequences)]),
-        supervised=np.concatenate([np.zeros(0, np.bool_), *(sequence.supervised for _, sequence in sequences)]),
+        supervised=kinds > 0,
         bad=tuple(bad),
         report=report,
     )

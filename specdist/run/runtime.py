@@ -9,6 +9,7 @@ import sys
 from torch import Tensor
 
 from specdist.core.errors import DataError
+from specdist.core.files import to_json, write_atomically
 from specdist.core.launch_env import RankFacts, run_token, stop_asked
 from specdist.core.run_lock import Lease, refuse_if_held
 from specdist.core.stop import StopFlag
@@ -60,6 +61,7 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     asked = answered_prompts(job, world)
     start.clock.begin("prompts")
     prompts = prepare_in_world(asked, job_facts.target.path, world.store, world.hosts, facts.rank)
+    prompts.check_vocabulary(job_facts.target.vocab_size)
     backend = jobs.transport(job, world.device).link_backend
     engine = engine_groups(job.target, topology.replicas, world.device)
     start.clock.begin("process groups")
@@ -143,6 +145,7 @@ def _begin(context: WorldContext) -> tuple[ResumePlan, contextlib.AbstractContex
     if resume.checkpoint is None:  # a run that was saved keeps the vocabulary it has
         run_dir.save_vocabulary(_draft_vocabulary(context))
     run_dir.save_config(job)
+    write_atomically(run_dir.prompts, to_json(context.prompts.tables()))
     lease: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if record.started() is None:  # plain torchrun
         refuse_if_held(run_dir.path, context.start.attempt.job)

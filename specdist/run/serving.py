@@ -13,6 +13,7 @@ import torch
 from packaging.version import Version
 
 from specdist.core.errors import ConfigError, WorldError
+from specdist.core.generation import end_tokens
 from specdist.core.hub import resolve, served_name
 from specdist.core.progress_bar import ProgressBar
 from specdist.evaluate.config import EvaluateConfig
@@ -32,7 +33,6 @@ from specdist.prompts.render import load_tokenizer
 from specdist.run.evaluation import heldout_prompts
 from specdist.run.served_models import hands_out_layers
 from specdist.target.description import TargetDescription
-from specdist.target.generation import end_tokens
 from specdist.target.sglang import versions
 
 INSTALL = {"SGLang": "pip install -e '.[sglang]'", "vLLM": "pip install vllm"}

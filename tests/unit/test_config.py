@@ -52,6 +52,11 @@ def test_files_merge_in_order_and_overrides_win(tmp_path):
     assert loaded == Outer("p", ("x", "y"), Inner(2, "b", {"free": 1}))
 
 
+def test_one_name_is_a_list_of_one(tmp_path):
+    assert config.load(Outer, [write(tmp_path, "path: p\nnames: a\n")]).names == ("a",)
+    assert config.load(Outer, [], ["path=p", "names=b.jsonl"]).names == ("b.jsonl",)
+
+
 def test_saved_yaml_loads_to_the_same_value(tmp_path):
     loaded = config.load(Outer, [write(tmp_path, "path: p\nnames: [a]\n")])
     assert config.load(Outer, [write(tmp_path, config.to_yaml(loaded), "saved.yaml")]) == loaded
@@ -83,8 +88,8 @@ def test_saved_yaml_loads_to_the_same_value(tmp_path):
         ("path: p\nnames: [a]\npath: q\n", [], r"x\.yaml:3: path is set already on line 1"),
         ("path: p\ninner:\n  options:\n    a: 1\n    a: 2\n", [], r"x\.yaml:5: inner\.options\.a is set .* line 4"),
         ("- path\n", [], r"x\.yaml:1: a config file is a mapping"),
-        ("path: p\n", ["names=a"], r"command line: names: it takes a list: write \[a, b\]"),
-        ("path: p\nnames: a\n", [], r"x\.yaml:2: names: it takes a list"),
+        ("path: p\n", ["names=3"], r"command line: names: it takes a list: write \[a, b\]"),
+        ("path: p\nnames: 3\n", [], r"x\.yaml:2: names: it takes a list"),
         ("path: p\n", ["pair=[1]"], r"command line: pair: it has 1 items and needs 2"),
         ("path: p\n", ["inner=3"], r"command line: inner is a section with keys of its own"),
         ("path: p\n", ["path="], r"command line: path: it needs a value"),

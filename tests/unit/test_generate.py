@@ -18,6 +18,7 @@ import pytest
 import torch.distributed as dist
 
 from specdist.core.errors import ConfigError, DataError, WorldError
+from specdist.core.generation import end_tokens
 from specdist.core.team import Team
 from specdist.generate.config import GenerateConfig
 from specdist.generate.conversation import parse
@@ -28,7 +29,6 @@ from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import to_sample
 from specdist.prompts.render import Renderer
 from specdist.prompts.report import UnusableError
-from specdist.target.generation import end_tokens
 from tests.unit import prompts_tokenizers as t
 
 ASKED = ["how are you today?", "The answer", "Hello there"]

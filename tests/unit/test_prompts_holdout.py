@@ -200,7 +200,7 @@ def test_the_configuration_that_a_run_saves_says_the_same(tmp_path: Path) -> Non
         assert configuration.load(PromptsConfig, [tmp_path / "saved.yaml"]).holdout == holdout
 
 
-@pytest.mark.parametrize("given", ["a.jsonl", "1", "true", "[0.02]", "{a: 1}"])
+@pytest.mark.parametrize("given", ["1", "true", "[0.02]", "{a: 1}"])
 def test_neither_share_nor_files(given: str) -> None:
     with pytest.raises(
         ConfigError, match=r"command line: holdout: it takes a number with a decimal point .* or a list"

@@ -32,6 +32,7 @@ def messages(sample: Sample | BadSample) -> list[dict[str, Any]]:
 
 
 def write(path: Path, *lines: object) -> str:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     return str(path)
 
@@ -117,7 +118,7 @@ def test_what_is_taken_as_it_is() -> None:
         "conversations": [
             {"from": "human", "value": "a"},
             {"from": "human", "value": ["b", {"type": "text", "text": "c"}]},
-            {"from": "function_call", "value": "f()"},
+            {"from": "function_call", "value": '{"name": "f", "arguments": "{}"}'},
             {"from": "observation", "value": "5"},
             {"from": "GPT ", "value": "d", "thinking": "hm"},
             {"from": "human", "value": "left out"},
@@ -127,7 +128,11 @@ def test_what_is_taken_as_it_is() -> None:
         {"role": "system", "content": "Be brief"},
         {"role": "user", "content": "a"},
         {"role": "user", "content": "b\nc"},
-        {"role": "assistant", "content": "f()"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+        },
         {"role": "tool", "content": "5"},
         {"role": "assistant", "content": "d", "reasoning_content": "hm"},
     ]
@@ -213,9 +218,89 @@ def test_parquet_arrow_and_saved_datasets(tmp_path: Path) -> None:
         (f"data-0000{i}", n) for i in (0, 1) for n in (1, 2, 3)
     ]
     assert messages(found[0]) == TURNS
+    whole, notes = (str(tmp_path / "saved"),), list[str]()
     write(tmp_path / "saved" / "dataset_dict.json", {"splits": ["train", "test"]})
-    with pytest.raises(DataError, match=r"train, test.*saved/train"):
-        find_files((str(tmp_path / "saved"),))
+    assert find_files(whole, note=notes.append) == find_files((saved,))
+    assert notes == [f"of {whole[0]} the split train, not test"]
+    write(tmp_path / "saved" / "dataset_dict.json", {"splits": ["a", "b"]})
+    with pytest.raises(DataError, match=r"a, b.*saved/a"):
+        find_files(whole)
+
+
+def test_of_a_directory_with_splits_one_is_read(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl", "validation.jsonl"):
+        write(tmp_path / "data" / name, {"text": name})
+    write(tmp_path / "mixed" / "trainers.jsonl", {"text": "x"})
+    write(tmp_path / "mixed" / "tests.jsonl", {"text": "y"})
+    notes: list[str] = []
+
+    def names(key: str, folder: str = "data") -> list[str]:
+        return [Path(source.path).name for source in find_files((str(tmp_path / folder),), key, note=notes.append)]
+
+    assert names("prompts.files") == ["train-00000-of-00001.jsonl"]
+    assert names("prompts.holdout") == ["validation.jsonl"]
+    assert names("prompts.files", "mixed") == ["tests.jsonl", "trainers.jsonl"]
+    assert [note.partition(" the ")[2] for note in notes] == [
+        "split train, not test, validation",
+        "split validation, not test, train",
+    ]
+
+
+def test_tables_lose_their_padding_and_decode_json_at_any_depth(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    rows = [
+        {"messages": [*TURNS, {"role": "user", "content": "add"}, {"role": "assistant", "tool_calls": [call]}]},
+        {"messages": [{"role": "user", "content": "Ulm", "name": "me"}, TURNS[1]]},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "padded.parquet")
+    told = [json.dumps(turn) for turn in rows[0]["messages"]]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": '{"a": null}'}}]
+    marked = {"ARROW:extension:name": "arrow.json", "ARROW:extension:metadata": ""}
+    function = pa.struct([("name", pa.string()), pa.field("parameters", pa.string(), metadata=marked)])
+    kinds = [pa.list_(pa.field("element", pa.string(), metadata=marked)), pa.list_(pa.struct([("function", function)]))]
+    table = pa.table({"messages": pa.array([told], kinds[0]), "tools": pa.array([tools], kinds[1])})
+    pq.write_table(table, tmp_path / "json.parquet")
+    padded, plain = read((str(tmp_path / "padded.parquet"),))
+    (decoded,) = read((str(tmp_path / "json.parquet"),))
+    asked = rows[0]["messages"][2]
+    answered = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert messages(padded) == messages(decoded) == [*TURNS, asked, answered]
+    assert messages(plain) == rows[1]["messages"]
+    assert decoded.tools[0]["function"]["parameters"] == {"a": None}
+
+
+def test_pairs_alpaca_and_their_histories() -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    assert messages(to_sample({"prompt": "Hi", "response": "Hello"}, "f", 1)) == turns
+    assert messages(to_sample({"prompt": turns[:1], "completion": turns[1:]}, "f", 1)) == turns
+    alpaca = {
+        "instruction": "Add",
+        "input": "1 and 2",
+        "output": "3",
+        "history": [["Hi", "Hello"]],
+        "system": "Be brief",
+    }
+    assert messages(to_sample(alpaca, "f", 1)) == [
+        {"role": "system", "content": "Be brief"},
+        *turns,
+        {"role": "user", "content": "Add\n\n1 and 2"},
+        {"role": "assistant", "content": "3"},
+    ]
+    with pytest.raises(UnusableError, match=r"`history` has 'x'"):
+        to_sample({**alpaca, "history": ["x"]}, "f", 1)
+
+
+@pytest.mark.parametrize(
+    ("record", "detail"),
+    [
+        ({"images": ["a.png"]}, "the record has `images`"),
+        ({"chat_template_kwargs": {"tools": []}}, "`chat_template_kwargs` sets tools"),
+        ({"chat_template_kwargs": "[1]"}, "`chat_template_kwargs` is a list"),
+    ],
+)
+def test_what_a_record_must_not_have_beside_it(record: dict[str, Any], detail: str) -> None:
+    with pytest.raises(UnusableError, match=detail):
+        to_sample({"messages": TURNS, **record}, "f", 1)
 
 
 def test_what_is_named_and_what_is_not_there(tmp_path: Path) -> None:
@@ -242,7 +327,7 @@ def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.parquet cannot be read"):
         list(read((str(tmp_path / "a.parquet"),)))
     pq.write_table(pa.table({"prompt": ["x"]}), tmp_path / "b.parquet")
-    with pytest.raises(DataError, match="none of the columns messages, conversations, text: prompt"):
+    with pytest.raises(DataError, match=r"none of the columns `messages`, .*`text`: prompt"):
         list(read((str(tmp_path / "b.parquet"),)))
     rotten = pa.Array.from_buffers(
         pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")]

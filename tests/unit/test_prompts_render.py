@@ -86,7 +86,11 @@ def test_a_further_token_after_the_end_of_turn_is_not_supervised() -> None:
         ("<|header|>user<|/header|>you<|eot|><|header|>assistant<|/header|>", False),
         ("well<|eot|>", True),
     ]
-    check(*rendered(t.DOUBLE_END, turns("Hi", "Hello", "you", "well")), [pieces])
+    tokenizer = t.make_tokenizer(t.DOUBLE_END)
+    ends = tokenizer.convert_tokens_to_ids(["<|eot|>", "<|eos|>"])
+    renderer = Renderer(tokenizer, PromptsConfig(), frozenset(ends))
+    sample = to_sample({"messages": turns("Hi", "Hello", "you", "well")}, "f", 1)
+    check(renderer, list(renderer.render(sample).sequences), [pieces])
 
 
 def test_rewritten_thinking_gives_one_sequence_per_turn() -> None:
@@ -146,7 +150,7 @@ def test_thinking_that_the_prompt_opens_and_no_rendering_shows(head: str) -> Non
 
 
 def test_an_answer_without_the_thinking_that_the_prompt_opens_is_named() -> None:
-    with pytest.raises(UnusableError, match=r"not what the server generates.*'<think>\\n'"):
+    with pytest.raises(UnusableError, match=r"not what the server generates.*<think>\\n'"):
         rendered(t.OPENED_THINK, turns("Hi", "Hello"))
 
 
@@ -260,7 +264,8 @@ def test_no_template_is_an_error_of_the_tokenizer() -> None:
 def test_tools_and_calls_reach_the_template() -> None:
     template = "{% if tools %}{{ tools[0]['function']['name'] }} {% endif %}" + t.CHATML.replace(
         "<|im_end|>",
-        "{% for c in m['tool_calls'] or [] %}{{ c['function']['arguments']['city'] }}{% endfor %}<|im_end|>",
+        "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] }}"
+        "({{ c['function']['arguments']['city'] }}){% endfor %}<|im_end|>",
     )
     record = {
         "tools": json.dumps([{"type": "function", "function": {"name": "weather"}}]),
@@ -278,7 +283,7 @@ def test_tools_and_calls_reach_the_template() -> None:
     renderer = Renderer(t.make_tokenizer(template), PromptsConfig())
     pieces: Pieces = [
         ("weather <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False),
-        ("Ulm<|im_end|>", True),
+        ("weather(Ulm)<|im_end|>", True),
         ("\n<|im_start|>tool\nsun<|im_end|>\n<|im_start|>assistant\n", False),
         ("well<|im_end|>", True),
     ]

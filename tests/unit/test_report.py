@@ -46,6 +46,7 @@ def make_run(directory: Path, *overrides: str, steps: int = 40, ended: bool = Tr
     paths = RunPaths(directory)
     words = [f"run.dir={directory}", "target.path=models/tiny", "prompts.files=[a.jsonl]", *overrides]
     paths.config.write_text(config.to_yaml(load_job([], words)))
+    paths.prompts.write_text('{"prompts.files": [["turns learnt", "61"]]}')
     tracker = JsonlTracker(paths.metrics)
     for step in range(0, steps + 1, 10):
         if step:
@@ -214,4 +215,5 @@ def test_a_browser_draws_it_without_a_network(tmp_path, browser):
     assert drawn["positions"] == (0, 4)
     assert drawn["counts"][0] == drawn["speedups"][0] == drawn["queues"][0] == 2
     assert drawn["start-up"] == (0, 4 * 3)
+    assert "<td>turns learnt</td><td>61</td>" in done.stdout
     assert '<span class="by" style="--p: 1.0" title="draft token 2"></span>' in done.stdout

@@ -35,6 +35,7 @@ class RunRecords:
         training, held_out: the records of metrics.jsonl, by step; names without `HELD_OUT`.
         evaluations: by step, as far as they were kept.
         summary: of its end, empty before it.
+        prompts: rows of two about `prompts.files`, and about held-out files.
     """
 
     paths: RunPaths
@@ -44,6 +45,7 @@ class RunRecords:
     held_out: Sequence[Mapping[str, float]]
     evaluations: Sequence[ReplayReport]
     summary: Mapping[str, Any]
+    prompts: Mapping[str, Sequence[tuple[str, str]]]
     status: Status | None
     attempts: Sequence[AttemptRecord]
 
@@ -134,6 +136,7 @@ def _read(path: Path, name: str) -> RunRecords:
             [{key.removeprefix(HELD_OUT): value for key, value in record.items()} for record in held_out],
             [one for one in evaluations if one.step <= last],
             read_json(paths.summary, dict[str, Any]) or {},
+            read_json(paths.prompts, dict[str, list[tuple[str, str]]]) or {},
             read_json(paths.status, Status),
             attempts(path),
         )
