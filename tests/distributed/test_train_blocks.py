@@ -124,7 +124,10 @@ def test_what_was_trained_is_served(tmp_path, material, runs, algorithm, capsys)
 
 
 def test_a_draft_alone_and_a_plan(tmp_path, material, capsys):
-    run(2, tmp_path, material, **UNEVALUATED, world__mode="draft_only", train__steps=2)
+    """With a sharded head of its own, taught by the target, and windows."""
+    own = {"vocab_size": 100, "teacher": "mixed", "sliding_window": 8, "causal": True}
+    own = {f"draft__dflash__{key}": value for key, value in own.items()} | {"export__formats": "[speculators]"}
+    run(2, tmp_path, material, **UNEVALUATED, **own, world__mode="draft_only", train__steps=2)
     assert len(losses(tmp_path)) == 2
     assert main(["plan", *words(tmp_path, material, draft__dp=2)]) == 0
     told = capsys.readouterr().out

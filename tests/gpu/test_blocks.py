@@ -64,7 +64,8 @@ def draft_of(
     }
     section = ALGORITHMS[algorithm].section(**settings)
     config = draft_config(algorithm=algorithm, compile=compiled, **{algorithm: section})
-    draft = build_draft(config, target, TargetVocabulary(*ends)).to(dtype)
+    ids = None if config.chosen.vocab_size is None else torch.arange(0, VOCAB, VOCAB // config.chosen.vocab_size)
+    draft = build_draft(config, target, TargetVocabulary(*ends), ids).to(dtype)
     assert isinstance(draft, BlockDraft)
     return draft
 
@@ -92,6 +93,9 @@ def compare(
 KINDS: list[dict[str, object]] = [
     *({"algorithm": "dflash", "block_size": size, "loss": loss} for size in (16, 10) for loss in ("decay", "dpace")),
     *({"algorithm": "dspark", "block_size": size, "markov_rank": 32} for size in (7, 16)),
+    {"algorithm": "dflash", "block_size": 16, "sliding_window": 48, "teacher": "kl", "vocab_size": 500},
+    {"algorithm": "dflash", "block_size": 10, "sliding_window": 20, "sliding_layers": (0, 1, 2), "causal": False},
+    {"algorithm": "dspark", "block_size": 7, "markov_rank": 32, "markov_head": "rnn", "causal": True},
 ]
 
 

@@ -47,7 +47,9 @@ def case_of(config: DraftConfig, lengths: tuple[int, ...], seed: int, dtype: tor
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     target = TargetVocabulary(normal(VOCAB, HIDDEN), normal(VOCAB, HIDDEN), logit_scale=0.5, logit_softcap=7.0)
-    draft = build_draft(config, target_config(), target, seed=seed)
+    size = config.chosen.vocab_size
+    ids = None if size is None else torch.randperm(VOCAB, generator=generator)[:size].sort().values
+    draft = build_draft(config, target_config(), target, ids, seed=seed)
     assert isinstance(draft, BlockDraft)
     draft = draft.to(dtype)
     exact = THETA ** -(torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
@@ -92,6 +94,18 @@ class Reference:
     mask: int = MASK
     views: tuple[tuple[int | None, bool], ...] = ((None, False),) * LAYERS
     """Window of each layer, and whether its slots see only what stands before them in the block."""
+    silent: int = 1
+    """Slots at the head of a block that draft nothing."""
+    ids: tuple[int, ...] = tuple(range(VOCAB))
+    """The target's tokens that the draft has."""
+
+    @property
+    def own_head(self) -> Tensor:
+        return self.weights.get("lm_head.weight", self.head)
+
+    def own(self, token: int) -> int | None:
+        """The draft's id of a token."""
+        return self.ids.index(token) if token in self.ids else None
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * self.weights[f"{name}.weight"]
@@ -112,8 +126,8 @@ class Reference:
         return self.rotate(self.norm(key, f"{name}.k_norm"), position), value
 
     def products(self, tokens: list[int], captured: Tensor, anchor: int) -> Tensor:
-        """Products with the head [B - 1, V] of the slots of the block that begins at `anchor`."""
-        return self.states(tokens, captured, anchor)[1:] @ self.head.T
+        """Products with the head [D, V_d] of the slots that draft of the block that begins at `anchor`."""
+        return self.states(tokens, captured, anchor)[self.silent :] @ self.own_head.T
 
     def states(self, tokens: list[int], captured: Tensor, anchor: int) -> Tensor:
         """The normed states [B, H] of the block that begins at `anchor`."""
@@ -155,17 +169,24 @@ class Reference:
 def reference_of(case: Case[DFlashDraft]) -> Reference:
     target = case.draft.target
     weights = {name: p.detach().clone().requires_grad_() for name, p in case.draft.named_parameters()}
-    return Reference(weights, target.embedding, target.head, views=views_of(case))
+    return Reference(weights, target.embedding, target.head, **kind_of(case))
 
 
-def views_of(case: Case[Any]) -> tuple[tuple[int | None, bool], ...]:
-    return tuple((view.window, view.causal) for view in case.draft.config.views)
+def kind_of(case: Case[Any]) -> dict[str, Any]:
+    """What a reference is told of a draft's kind."""
+    options = case.draft.config
+    return {
+        "block": options.block_size,
+        "views": tuple((view.window, view.causal) for view in options.views),
+        "silent": 0 if options.sample_from_anchor else 1,
+        "ids": tuple(case.draft.vocabulary.ids.tolist()),
+    }
 
 
-def labelled(tokens: list[int], mask: list[bool], anchor: int) -> list[int]:
+def labelled(tokens: list[int], mask: list[bool], anchor: int, drafts: int = BLOCK - 1) -> list[int]:
     """What the slots of a block predict, up to the first token that is not the assistant's."""
     labels = []
-    for place in range(anchor + 1, min(anchor + BLOCK, len(tokens))):
+    for place in range(anchor + 1, min(anchor + drafts + 1, len(tokens))):
         if not mask[place]:
             break
         labels.append(tokens[place])
@@ -177,10 +198,13 @@ def places(mask: list[bool]) -> list[int]:
     return [a for a in range(1, len(mask) - 1) if mask[a] and mask[a + 1]]
 
 
-def block_weights(log_chances: list[float], alpha: float | None, gamma: float) -> list[float]:
-    """Weights of the labelled slots of a block; `alpha` None: decay."""
-    count = len(log_chances)
+def block_weights(log_chances: list[float | None], alpha: float | None, gamma: float) -> list[float]:
+    """Weights of the labelled slots of a block, 0 of those that do not count (None); `alpha` None: decay."""
+    counted = [chance is not None for chance in log_chances]
     if alpha is None:
-        return [math.exp(-k / gamma) for k in range(count)]
-    going = [(1 - alpha) * math.exp(c) + alpha for c in log_chances]
-    return [sum(math.prod(going[: m + 1]) for m in range(k, count)) for k in range(count)]
+        return [math.exp(-k / gamma) * c for k, c in enumerate(counted)]
+    going = [1.0 if chance is None else (1 - alpha) * math.exp(chance) + alpha for chance in log_chances]
+    return [
+        sum(math.prod(going[: m + 1]) for m in range(k, len(going)) if counted[m]) * counted[k]
+        for k in range(len(going))
+    ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from specdist.draft.config import draft_config
 from specdist.draft.dspark.config import DSparkConfig
 from specdist.draft.dspark.model import DSparkDraft
-from tests.unit.dflash_reference import SETTINGS, case_of, views_of
+from tests.unit.dflash_reference import SETTINGS, case_of, kind_of
 from tests.unit.dflash_reference import Reference as Layers
 from tests.unit.draft_case import Case
 
@@ -38,16 +38,29 @@ class Reference(Layers):
 
     block: int = BLOCK
 
-    def after(self, state: Tensor, token: int) -> Tensor:
-        """The draft's logits [V] of a slot after `token`."""
+    silent: int = 0
+    markov: str = "vanilla"
+
+    def after(self, state: Tensor, token: int, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The draft's logits [V_d] of a slot after `token`, and what a recurrent head keeps for the next slot."""
         w1, w2 = (self.weights[f"markov_head.markov_w{i}.weight"] for i in (1, 2))
-        return self.head @ state + w2 @ w1[token]
+        made, kept = w1[token], torch.zeros(RANK, dtype=state.dtype) if kept is None else kept
+        if self.markov == "gated":
+            weight, bias = (self.weights[f"markov_head.gate_proj.{name}"] for name in ("weight", "bias"))
+            made = torch.sigmoid(weight @ torch.cat([state, made]) + bias) * made
+        elif self.markov == "rnn":
+            weight, bias = (self.weights[f"markov_head.joint_proj.{name}"] for name in ("weight", "bias"))
+            joint = weight @ torch.cat([kept, made, state]) + bias
+            gate = torch.sigmoid(joint[:RANK])
+            kept = gate * kept + (1 - gate) * torch.tanh(joint[RANK : 2 * RANK])
+            made = torch.tanh(joint[2 * RANK :])
+        return self.own_head @ state + w2 @ made, kept
 
     def confidence(self, state: Tensor, token: int) -> Tensor:
         """The chance that a slot's draft is accepted."""
         weight, bias = (self.weights[f"confidence_head.proj.{name}"] for name in ("weight", "bias"))
         features = torch.cat([state, self.weights["markov_head.markov_w1.weight"][token]])
-        return torch.sigmoid(weight[0] @ features + bias[0])
+        return torch.sigmoid(weight[0] @ features[: len(weight[0])] + bias[0])
 
     def taught(self, final: Tensor) -> Tensor:
         """The target's chances [V] of what follows the token whose last hidden state is `final` [H]."""
@@ -55,13 +68,14 @@ class Reference(Layers):
 
     def chain(self, states: Tensor, first: int) -> list[int]:
         """The greedy drafts of a block, from left to right."""
-        drafted = [first]
-        for state in states:
-            drafted.append(int(self.after(state, drafted[-1]).argmax()))
+        drafted, kept = [first], None
+        for state in states[self.silent :]:
+            logits, kept = self.after(state, drafted[-1], kept)
+            drafted.append(self.ids[int(logits.argmax())])
         return drafted[1:]
 
 
 def reference_of(case: Case[DSparkDraft]) -> Reference:
     target = case.draft.target
     weights = {name: p.detach().clone().requires_grad_() for name, p in case.draft.named_parameters()}
-    return Reference(weights, target.embedding, target.head, views=views_of(case))
+    return Reference(weights, target.embedding, target.head, markov=case.draft.config.markov_head, **kind_of(case))

@@ -134,12 +134,17 @@ def test_the_mask_token_is_a_free_row_of_the_embedding(tmp_path: Path, material:
         load_job([], words(tmp_path, (wide, material[1])))
 
 
-def test_a_draft_vocabulary_is_not_for_it() -> None:
-    table = torch.zeros(VOCAB, HIDDEN)
-    draft = draft_config(algorithm="dflash", dflash=DFlashConfig(num_layers=2, layers=(1, 3), mask_token_id=0))
-    with pytest.raises(DataError, match="a DFlash draft has the target's"):
-        build_draft(draft, target_config(), TargetVocabulary(table, table), torch.arange(5))
-    assert draft.chosen.vocab_size is None
+def test_the_head_of_a_draft_vocabulary_begins_as_the_targets() -> None:
+    options = {"num_layers": 2, "layers": (1, 3), "mask_token_id": 0, "vocab_size": 5}
+    draft, ids = draft_config(algorithm="dflash", dflash=DFlashConfig(**options)), torch.arange(0, 20, 4)  # type: ignore[arg-type]
+    table = torch.randn(VOCAB, HIDDEN)
+    built = build_draft(draft, target_config(), TargetVocabulary(torch.zeros_like(table), table), ids)
+    assert torch.equal(built.state_dict()["lm_head.weight"], table[ids])
+    assert draft.chosen.vocab_size == 5
+    with pytest.raises(ConfigError, match=r"draft\.dflash\.vocab_size is 99: the target has 37 tokens"):
+        draft_config(algorithm="dflash", dflash=DFlashConfig(vocab_size=99)).chosen.layout(
+            target_config(), torch.float32
+        )
 
 
 def test_the_configurations_that_ship() -> None:

@@ -187,7 +187,7 @@ def test_what_others_publish_can_be_read(case: Case, tmp_path: Path) -> None:
         ({"layer_types": ["sliding_attention", "full_attention"]}, "the key sliding_window is missing"),
         ({"layer_types": ["full_attention"]}, r"layer_types is \['full_attention'\]: .* 2 times"),
         ({"layer_types": ["chunked_attention"] * 2}, "it must say full_attention or sliding_attention"),
-        ({"dflash_config": {"projector_type": "domino"}}, "only plain DFlash drafts"),
+        ({"dflash_config": {"projector_type": "domino"}}, r"such a DFlash draft .* projector_type is 'domino'"),
         ({"dflash_config": {"target_layer_ids": [1, 3, 5]}}, "the key mask_token_id is missing"),
         ({"vocab_size": None}, "the key vocab_size is missing"),
     ],

@@ -12,12 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from specdist.core.records import Features
 from tests.unit import block_checks
 from tests.unit.dflash_reference import gradients, labelled, places, run
-from tests.unit.draft_case import HIDDEN, Case, batch_equals_single
+from tests.unit.draft_case import HIDDEN, VOCAB, Case, batch_equals_single
 from tests.unit.dspark_reference import BLOCK, Reference, build_case, reference_of
 
 KINDS: list[dict[str, object]] = [
     {},
     {"ce_weight": 1.0, "l1_weight": 0.0, "confidence_weight": 0.0, "decay_gamma": 1.5, "sliding_window": BLOCK},
+    {"markov_head": "gated", "confidence": "states", "vocab_size": 30},
+    {"markov_head": "rnn", "confidence": "none", "sample_from_anchor": False, "block_size": BLOCK + 1},
 ]
 
 
@@ -31,19 +33,25 @@ def expected(case: Case, reference: Reference) -> tuple[torch.Tensor, dict[str, 
         start += len(document)
         captured, final = rows[:, : 3 * HIDDEN], rows[:, 3 * HIDDEN :]
         for anchor in places(mask.tolist()):
-            states, right = reference.states(tokens, captured, anchor), []
-            for k, label in enumerate(labelled(tokens, mask.tolist(), anchor)):
-                before, weight = tokens[anchor + k], math.exp(-k / config.decay_gamma)
-                draft = reference.after(states[k], before).softmax(0)
+            states, right, kept = reference.states(tokens, captured, anchor)[reference.silent :], [], None
+            for k, token in enumerate(labelled(tokens, mask.tolist(), anchor, config.drafts)):
+                before, weight, label = tokens[anchor + k], math.exp(-k / config.decay_gamma), reference.own(token)
+                logits, kept = reference.after(states[k], before, kept)
+                right.append(label is not None and int(logits.argmax()) == label)
+                if label is None:
+                    continue
+                draft = torch.zeros(VOCAB, dtype=logits.dtype).index_put(
+                    (torch.tensor(reference.ids),), logits.softmax(0)
+                )
                 target = reference.taught(final[anchor + k])
                 l1 = (draft - target).abs().sum()
-                loss = config.ce_weight * -draft[label].log() + config.l1_weight * l1
+                loss = config.ce_weight * -draft[token].log() + config.l1_weight * l1
                 chance = (1 - l1.detach() / 2).clamp(0, 1)
-                sure = reference.confidence(states[k], before)
                 weighted = weighted + weight * loss
-                confidence = confidence - weight * (chance * sure.log() + (1 - chance) * (1 - sure).log())
                 total += weight
-                right.append(int(draft.argmax()) == label)
+                if config.confidence != "none":
+                    sure = reference.confidence(states[k], before)
+                    confidence = confidence - weight * (chance * sure.log() + (1 - chance) * (1 - sure).log())
                 for name, value in zip(
                     ("loss", "counted", "correct", "prefix", "accepted"),
                     (float(loss.detach()), 1, right[-1], all(right), float(chance)),
@@ -100,9 +108,10 @@ def test_what_a_person_reads() -> None:
     assert case.draft.metrics(dict.fromkeys(sums, 0.0))["simulated_acceptance_length"] == 1.0
 
 
+@pytest.mark.parametrize("options", [{}, *KINDS[2:]], ids=str)
 @pytest.mark.parametrize("anchor", [1, 20])
-def test_a_block_is_drafted_from_left_to_right(anchor: int) -> None:
-    case = build_case((30,))
+def test_a_block_is_drafted_from_left_to_right(anchor: int, options: dict[str, object]) -> None:
+    case = build_case((30,), **options)  # type: ignore[arg-type]
     proposer, tokens = case.draft.proposer(), case.documents[0].tolist()
     proposer.extend(Features(case.draft.layout, case.rows[:anchor]), case.documents[0][1 : anchor + 1], [anchor])
     drafts = proposer.propose(BLOCK)
@@ -111,11 +120,12 @@ def test_a_block_is_drafted_from_left_to_right(anchor: int) -> None:
         states = reference.states(tokens, case.rows[:, : 3 * HIDDEN], anchor)
         chain = reference.chain(states, tokens[anchor])
         assert drafts.tokens[0].tolist() == chain
-        before = [tokens[anchor], *chain[:-1]]
-        logits = torch.stack([reference.after(*pair) for pair in zip(states, before, strict=True)])
-    torch.testing.assert_close(drafts.logits[0], logits, rtol=1e-9, atol=1e-9)
+        before, kept = [tokens[anchor], *chain[:-1]], None
+        for k, pair in enumerate(zip(states[reference.silent :], before, strict=True)):
+            logits, kept = reference.after(*pair, kept)
+            torch.testing.assert_close(drafts.logits[0, k], logits, rtol=1e-9, atol=1e-9)
     assert proposer.propose(2).tokens.tolist() == [chain[:2]]
-    with pytest.raises(ValueError, match=rf"5 tokens asked of a draft whose blocks have {BLOCK} \(block_size\)"):
+    with pytest.raises(ValueError, match=rf"5 tokens asked of a draft whose blocks have {BLOCK} \(block_size"):
         proposer.propose(BLOCK + 1)
 
 
@@ -134,9 +144,9 @@ def test_replay_tells_the_chances_at_a_temperature() -> None:
         final = rows[:, 3 * HIDDEN :]
         for anchor in places(mask.tolist()):
             states = reference.states(tokens, rows[:, : 3 * HIDDEN], anchor)
-            for k in range(len(labelled(tokens, mask.tolist(), anchor))):
+            for k in range(len(labelled(tokens, mask.tolist(), anchor, BLOCK))):
                 target = (reference.taught(final[anchor + k]).log() / heat).softmax(0)
-                draft = (reference.after(states[k], tokens[anchor + k]) / heat).softmax(0)
+                draft = (reference.after(states[k], tokens[anchor + k])[0] / heat).softmax(0)
                 chances[start + anchor - 1, k] = torch.minimum(target, draft).sum().detach()
         start += len(document)
     assert (chances > 0).any()

@@ -27,6 +27,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "dflash": lambda: dflash_reference.build_case(LENGTHS, anchors=7),
     "dflash-sliding": lambda: dflash_reference.build_case(LENGTHS, anchors=7, sliding_window=6),
     "dspark": lambda: dspark_reference.build_case(LENGTHS, anchors=7),
+    "dspark-rnn": lambda: dspark_reference.build_case(LENGTHS, anchors=7, markov_head="rnn", vocab_size=33),
 }
 COUNTS = {
     "eagle3": (1, STEPS, STEPS + 2),
@@ -34,6 +35,7 @@ COUNTS = {
     "dflash": (2, dflash_reference.BLOCK - 1),
     "dflash-sliding": (dflash_reference.BLOCK - 1,),
     "dspark": (2, dspark_reference.BLOCK),
+    "dspark-rnn": (dspark_reference.BLOCK,),
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from specdist.core.errors import ConfigError, DataError
+from specdist.core.errors import ConfigError
 from specdist.core.model_config import text_part
 from specdist.draft.algorithm import Algorithm, TargetDirectory, check_attention, check_last_layer
 from specdist.draft.block.mask_token import find_mask_token
@@ -36,7 +36,6 @@ class BlockAlgorithm(Algorithm[C]):
 
     Attributes:
         title: what messages call it.
-        final: whether the target's last hidden state is learnt from.
         nested: where engines look for a part of config.json's keys.
     """
 
@@ -44,7 +43,6 @@ class BlockAlgorithm(Algorithm[C]):
     benchmark = ("mask_token_id=0",)
     formats = ("sglang", "speculators")
     title: ClassVar[str]
-    final: ClassVar[bool]
     nested: ClassVar[str]
 
     def completed(self, target: Callable[[], TargetDirectory]) -> C:
@@ -58,13 +56,22 @@ class BlockAlgorithm(Algorithm[C]):
         options, section = self.config, self.config.SECTION
         check_attention(f"{section}.attention", options.attention, device)
         if draft_tokens is not None and draft_tokens > options.drafts:
-            less = ", less the verified token" if options.SILENT else ""
+            less = ", less the verified token" if options.silent else ""
             raise ConfigError.at(
                 "evaluate.draft_tokens",
                 f"={draft_tokens} is more than the {options.drafts} that a block drafts "
                 f"({section}.block_size={options.block_size}{less})",
                 f"{section}.block_size",
             )
+
+    @property
+    @abstractmethod
+    def final(self) -> bool:
+        """Whether the target's last hidden state is learnt from."""
+
+    def check_replay(self, temperature: float) -> None:
+        if not self.final:  # its chances follow from that
+            super().check_replay(temperature)
 
     def layout(self, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:
         from specdist.core.records import FeatureLayout
@@ -77,7 +84,7 @@ class BlockAlgorithm(Algorithm[C]):
     @staticmethod
     @abstractmethod
     def model() -> Callable[..., BlockDraft]:
-        """The draft's class: made of (config, dims, layout, target vocabulary, compiled)."""
+        """The draft's class: made of (config, dims, layout, target vocabulary, draft vocabulary, compiled)."""
 
     def build(
         self,
@@ -88,15 +95,20 @@ class BlockAlgorithm(Algorithm[C]):
         device: torch.device,
         compiled: bool,
     ) -> BlockDraft:
-        if draft_ids is not None:
-            raise DataError(f"a draft vocabulary was given, but a {self.title} draft has the target's")
-        dims = BlockDims.of(self.config, target)
-        return self.model()(self.config, dims, layout, vocabulary.to(device), compiled)
+        from specdist.draft.common.vocabulary import DraftVocabulary
+
+        own = DraftVocabulary.from_ids(draft_ids, len(vocabulary.head), device)
+        dims = BlockDims.of(self.config, target, len(own.ids))
+        return self.model()(self.config, dims, layout, vocabulary.to(device), own, compiled)
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.config.vocab_size
 
     def weights_read(self, trained: int, target: PretrainedConfig, count: int) -> int:
-        """One pass fills a block, and the target's head reads it."""
+        """One pass fills a block, and an output head reads it: one of the `trained` weights, or the target's."""
         text = target.get_text_config()
-        return trained + text.vocab_size * text.hidden_size
+        return trained + (text.vocab_size * text.hidden_size if self.config.vocab_size is None else 0)
 
     def draft_tokens(self, options: ExportConfig) -> int:
         return self.config.drafts
@@ -122,6 +134,13 @@ class BlockAlgorithm(Algorithm[C]):
         if format == "speculators":
             self._check_views()
             return
+        if self.config.vocab_size is not None:
+            raise ConfigError.at(
+                f"{self.config.SECTION}.vocab_size",
+                f"={self.config.vocab_size}: SGLang drafts blocks with the target's own head: leave it at null, or "
+                "serve with vLLM (export.formats=[speculators])",
+                "export.formats",
+            )
         architectures = tuple(target.architectures or ())
         if not sglang_serves(architectures):
             raise ConfigError.at(

@@ -5,21 +5,25 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from specdist.core.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
-from specdist.draft.base import DraftModel, Drafts, Supervision
+from specdist.draft.base import DraftModel, Drafts, Replayed, Supervision
 from specdist.draft.block.attention import BlockAttention, KeysValues, eager_attention, flex_attention
 from specdist.draft.block.blocks import Blocks
 from specdist.draft.block.layer import attention_of
+from specdist.draft.block.loss import ChunkedLoss, LossInputs, Terms
 from specdist.draft.block.ops import PLAIN, compiled_ops
 from specdist.draft.block.options import BlockDims, BlockOptions
 from specdist.draft.block.proposer import BlockProposer
+from specdist.draft.block.replay import replay
 from specdist.draft.common.flex import takes_flex
 from specdist.draft.common.rotary import Rotary
+from specdist.draft.common.vocabulary import DraftVocabulary
 
 
 class BlockDraft(DraftModel):
@@ -30,6 +34,7 @@ class BlockDraft(DraftModel):
     Attributes:
         target: the target's embedding and head, on the draft's device. Neither it nor `rotary`, the RoPE frequencies,
             is a parameter or a buffer: plain objects are seen by neither FSDP nor state_dict.
+        vocabulary: the tokens that are drafted; fewer than the target's come with a head of their own, `lm_head`.
         logit_map: from `products` to the draft's logits; they are these unless the algorithm says otherwise.
     """
 
@@ -46,6 +51,7 @@ class BlockDraft(DraftModel):
         dims: BlockDims,
         layout: FeatureLayout,
         target: TargetVocabulary,
+        vocabulary: DraftVocabulary,
         modules: Mapping[str, nn.Module],
         compiled: bool,
     ) -> None:
@@ -53,7 +59,7 @@ class BlockDraft(DraftModel):
         assert options.mask_token_id is not None, "the configuration was not completed"
         self.config, self.dims, self.layout, self.mask_token = options, dims, layout, options.mask_token_id
         self.target, self.rotary, self.scale = target, Rotary.of(dims, target.head.device), dims.head_dim**-0.5
-        self.logit_map = LogitMap()
+        self.logit_map, self.vocabulary = LogitMap(), vocabulary
         for name, module in modules.items():
             self.add_module(name, module)
         self._layer_ops = compiled_ops() if compiled else PLAIN
@@ -62,10 +68,19 @@ class BlockDraft(DraftModel):
     def total(self, blocks: Blocks) -> Tensor:
         """What the loss of the step is divided by, of these blocks' share: float64 [1]."""
 
-    @abstractmethod
-    def products(self, states: Tensor, before: Tensor) -> Tensor:
-        """Products [n, V], in the precision of the target's head, that the drafts of states [n, H] follow from, each
-        after the token `before`, int64 [n]."""
+    @property
+    def head(self) -> Tensor:
+        """The output head [V_d, H]."""
+        own = getattr(self, "lm_head", None)
+        return self.target.head if own is None else own.weight
+
+    def initial(self, name: str) -> Tensor | None:
+        return self.target.head[self.vocabulary.ids] if name == "lm_head.weight" else None
+
+    def factors(self, states: Tensor, before: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What the drafts' logits are products of, [N, D, c] with [V_d, c] each: the normed states [N, D, H] with the
+        head, and what an algorithm adds; `before` int64 [N, D], the tokens before the drafts."""
+        return [(states, self.head)]
 
     @abstractmethod
     def fill(self, states: Tensor, first: Tensor, temperature: float, generator: torch.Generator | None) -> Drafts:
@@ -77,6 +92,8 @@ class BlockDraft(DraftModel):
         options = self.config
         blocks = Blocks.draw(host_batch, options.block_size, options.drafts, options.anchors, draw, self.share)
         blocks = blocks.to(features.rows.device)
+        if not self.vocabulary.whole:
+            blocks = replace(blocks, valid=blocks.valid & (self.vocabulary.to_draft[blocks.labels] >= 0))
         return Supervision(self.total(blocks), {"blocks": blocks, "lengths": tuple(host_batch.lengths)})
 
     def supervised_states(
@@ -90,6 +107,41 @@ class BlockDraft(DraftModel):
             return blocks, None
         verified = self.verified(batch, features)
         return blocks, self.states(batch, blocks, verified, self.attention(blocks, lengths))
+
+    def chunked(
+        self, blocks: Blocks, states: Tensor, batch: PackedTokens, terms: Terms
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of normed states [N, D, H], with a graph, every draft's chance to be accepted [N, D] and the sums
+        [D, 5] in the order of `SUMS`."""
+        inputs = LossInputs(blocks.valid, terms, self.config.loss_chunk, torch.is_grad_enabled())
+        pairs = self.factors(states, batch.tokens[blocks.rows])
+        return ChunkedLoss.apply(inputs, *(t.to(states.dtype) for pair in pairs for t in pair))
+
+    def labels(self, blocks: Blocks) -> Tensor:
+        """Draft ids [N, D] of what is to be drafted; any where the vocabulary lacks it."""
+        return self.vocabulary.to_draft[blocks.labels].clamp(min=0)
+
+    def products(self, factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """[..., V_d] in the precision of the target's head, of `factors` [..., c] with tables."""
+        (first, table), *others = ((f.to(self.target.head.dtype), t.to(self.target.head.dtype)) for f, t in factors)
+        products = first @ table.T
+        for factor, other in others:
+            products += factor @ other.T
+        return products
+
+    def taught(self, features: Features, rows: Tensor) -> Tensor:
+        """Products [..., V] of the target's last hidden states at `rows`, int64 [...], with its head."""
+        return features.final[rows].to(self.target.head.dtype) @ self.target.head.T
+
+    def replay(
+        self, batch: PackedTokens, host_batch: PackedTokens, features: Features, count: int, temperature: float = 0.0
+    ) -> Replayed:
+        def chances(products: Tensor, rows: Tensor) -> Tensor:
+            target = self.target.logit_map(self.taught(features, rows)).div_(temperature).softmax(-1)
+            own = target if self.vocabulary.whole else target[:, self.vocabulary.ids]
+            return torch.minimum(own, self.logit_map(products).div(temperature).softmax(-1)).sum(-1)
+
+        return replay(self, batch, host_batch, features, count, chances if temperature else None)
 
     def verified(self, batch: PackedTokens, features: Features) -> list[KeysValues]:
         """Each layer's keys and values of the T packed tokens."""
@@ -106,7 +158,7 @@ class BlockDraft(DraftModel):
         hidden = self.embed(tokens.flatten())
         for layer, context, attention in zip(self.layers, verified, attend, strict=True):
             hidden = layer(hidden, rotation, context, attention, self._layer_ops)
-        return self.norm(hidden).unflatten(0, (-1, blocks.size))[:, self.config.SILENT :]
+        return self.norm(hidden).unflatten(0, (-1, blocks.size))[:, self.config.silent :]
 
     def masked(self, first: Tensor) -> Tensor:
         """int64 [n, B]: blocks that begin with the tokens `first` [n] and are to be filled."""

@@ -13,10 +13,15 @@ from specdist.draft.block.options import BlockDims, BlockOptions
 
 @dataclass(frozen=True)
 class BlockCost(Cost):
-    """See `Cost`. That of the loss is one of cross entropy with tokens alone."""
+    """See `Cost`.
+
+    Attributes:
+        taught: whether the target's logits are made too.
+    """
 
     options: BlockOptions
     dims: BlockDims
+    taught: bool = False
 
     def flops(self, batch: PackedTokens) -> float:
         """What is trained costs three times its forward; and `loss_flops`."""
@@ -47,12 +52,19 @@ class BlockCost(Cost):
         return float(once + dims.num_layers * projections * rows + attention)
 
     def loss_flops(self, drafts: int) -> float:
-        """Of that many drafts: the target's head, which is frozen, costs twice its forward."""
-        return 4.0 * self.dims.hidden_size * self.dims.vocab_size * drafts
+        """Of that many drafts: the target's head, which is frozen, costs twice its forward, one of the draft's own
+        three times, and the target's logits once."""
+        dims = self.dims
+        rows = (2 if dims.draft_vocab_size == dims.vocab_size else 3) * dims.draft_vocab_size
+        return 2.0 * dims.hidden_size * (rows + dims.vocab_size * self.taught) * drafts
 
     def loss_bytes(self, rows: int, itemsize: int, compiled: bool) -> int:
-        """At `rows` rows of logits. Compiled, what lies between products is made into one kernel."""
-        return rows * self.dims.vocab_size * (2 * itemsize if compiled else itemsize + 5 * WIDE)
+        """At `rows` rows of logits, beside the gradient of a head of the draft's own. Compiled, what lies between
+        products is made into one kernel."""
+        dims, reduced = self.dims, self.dims.draft_vocab_size < self.dims.vocab_size
+        taught = dims.vocab_size * (itemsize if compiled else itemsize + 2 * WIDE) * self.taught
+        logits = dims.draft_vocab_size * (2 * itemsize if compiled else itemsize + 5 * WIDE)
+        return rows * (logits + taught) + dims.draft_vocab_size * dims.hidden_size * WIDE * reduced
 
     def frozen_rows(self, tied: bool) -> int:
         return self.dims.vocab_size if tied else 2 * self.dims.vocab_size

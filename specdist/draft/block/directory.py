@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The directories of a draft of blocks, that of SGLang and vLLM and that of the speculators library: written, and read
-back.
+"""The directories of a draft of blocks, that of SGLang and vLLM and that of the speculators library.
 
 What the engines do with them (the algorithms' own files say where that was read):
 
@@ -18,20 +17,51 @@ What the engines do with them (the algorithms' own files say where that was read
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
+from torch import nn
 from transformers import PretrainedConfig
 
-from specdist.core.errors import ConfigError, DataError
-from specdist.draft.algorithm import ExportedDraft, Trained, check_same_sizes
+from specdist.core.errors import ConfigError
+from specdist.draft.algorithm import Contents, Trained
 from specdist.draft.block.options import BlockDims, BlockOptions
 from specdist.draft.common.speculators import speculators_json
-from specdist.draft.common.tensors import layers_json, need, read_layers
+from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, layers_json, shapes
+from specdist.draft.common.vocabulary import DraftVocabulary
+from specdist.draft.export_config import ExportConfig
 
-C = TypeVar("C", bound=BlockOptions)
+
+def write_blocks(
+    config: BlockOptions,
+    format: str,
+    trained: Trained,
+    options: ExportConfig,
+    modules: Callable[[BlockDims, torch.device, torch.dtype], Mapping[str, nn.Module]],
+    names: tuple[str, str, str, str],
+    own: Mapping[str, Any],
+) -> Contents:
+    """A draft in its directory: see `Algorithm.export`.
+
+    Args:
+        modules: all that is trained, by name.
+        names: the architecture in the form of SGLang and vLLM, and the section there of what is said nested; the
+            algorithm and the architecture in the speculators form.
+        own: keys of the algorithm's own.
+    """
+    dims = BlockDims.of(config, trained.target, len(trained.vocabulary))
+    keys = block_json(config, dims, trained.target, options.dtype)
+    check_tensors(trained.state, shapes(modules(dims, META, torch.float32)), "the state dict", names[2])
+    tensors = {name: converted(name, tensor, DTYPES[options.dtype]) for name, tensor in trained.state.items()}
+    if dims.draft_vocab_size < dims.vocab_size:
+        vocabulary = DraftVocabulary.from_ids(trained.vocabulary, dims.vocab_size)
+        tensors |= {"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}
+        own = {"draft_vocab_size": dims.draft_vocab_size, **own}
+    if format == "speculators":
+        return {**block_speculators_json(*names[2:], config, dims, trained, options.dtype), **own}, tensors
+    nested = {"block_size": config.block_size, **nested_json(keys, config)}
+    return {"architectures": [names[0]], **keys, **own, names[1]: nested}, tensors
 
 
 def block_json(options: BlockOptions, dims: BlockDims, target: PretrainedConfig, dtype: str) -> dict[str, Any]:
@@ -68,14 +98,14 @@ def block_speculators_json(
     layers = _layers_json(options, dims, trained.target, dtype)
     return {
         **speculators_json(kind, architecture, layers, options.drafts, trained.target, trained.target_path),
-        "draft_vocab_size": dims.vocab_size,
+        "draft_vocab_size": dims.draft_vocab_size,
         "target_hidden_size": dims.hidden_size,
         "block_size": options.block_size,
         "mask_token_id": options.mask_token_id,
         "aux_hidden_state_layer_ids": keys["eagle_aux_hidden_state_layer_ids"],
         "num_target_layers": keys["num_target_layers"],
         "sliding_window_non_causal": not any(view.causal for view in options.views),
-        "sample_from_anchor": not options.SILENT,
+        "sample_from_anchor": options.sample_from_anchor,
     }
 
 
@@ -115,86 +145,3 @@ def faults(config: Mapping[str, Any], section: str) -> list[str]:
     if mask is not None and size is not None and not 0 <= mask < size:
         found.append(f"mask_token_id is {mask}: the target has {size} tokens")
     return found
-
-
-def flat(config: Mapping[str, Any], section: str, path: Path) -> dict[str, Any]:
-    """config.json of either format as one object, with what lies nested in `section` at the top. Raises DataError: a
-    key is missing."""
-    if "speculators_model_type" not in config:
-        return {"causal": None, **config, **(config.get(section) or {})}
-    ids, layers = need(config, "aux_hidden_state_layer_ids", path), need(config, "transformer_layer_config", path)
-    causal = False if config.get("sliding_window_non_causal") else None
-    return {**config, "causal": causal, **layers, "target_layer_ids": [i - 1 for i in ids]}
-
-
-@dataclass(frozen=True)
-class ExportedBlocks(ExportedDraft[C]):
-    """An exported draft of blocks.
-
-    Attributes:
-        dims: the draft's sizes.
-        target_layers: layers of the target it was trained for.
-        captured_layers: 0-based decoder layers, or None where the configuration leaves them to the engine.
-        views: `sliding_window`, `sliding_layers` and `causal` of its options.
-    """
-
-    dims: BlockDims
-    block_size: int
-    mask_token_id: int
-    target_layers: int | None
-    captured_layers: tuple[int, ...] | None
-    views: Mapping[str, Any]
-
-    def options(self, base: C, target: PretrainedConfig) -> C:
-        layers = target.get_text_config().num_hidden_layers
-        if self.target_layers not in (None, layers):
-            raise ConfigError(
-                f"the exported draft does not fit this target: it is for one of {self.target_layers} layers, and this "
-                f"one has {layers}"
-            )
-        config = replace(
-            base,
-            block_size=self.block_size,
-            num_layers=self.dims.num_layers,
-            layers=self.captured_layers,
-            mask_token_id=self.mask_token_id,
-            **self.views,
-            **self.dims.options,
-        )
-        check_same_sizes(BlockDims.of(config, target), self.dims)
-        return config
-
-
-def read_blocks(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of `ExportedBlocks` that a flat config.json says. Raises DataError: a key is missing."""
-    layers, count = config.get("target_layer_ids"), int(need(config, "num_hidden_layers", path))
-    return {
-        "dims": BlockDims(
-            **read_layers(config, path),
-            num_layers=count,
-            num_captured=len(layers) if layers else count,
-            vocab_size=int(need(config, "vocab_size", path)),
-        ),
-        "block_size": int(need(config, "block_size", path)),
-        "mask_token_id": int(need(config, "mask_token_id", path)),
-        "target_layers": config.get("num_target_layers"),
-        "captured_layers": tuple(layers) if layers else None,
-        "views": _read_views(config, count, path),
-    }
-
-
-def _read_views(config: Mapping[str, Any], count: int, path: Path) -> dict[str, Any]:
-    kinds = config.get("layer_types") or ["full_attention"] * count
-    if len(kinds) != count or not set(kinds) <= {"full_attention", "sliding_attention"}:
-        raise DataError(
-            f"{path}: layer_types is {kinds}: it must say full_attention or sliding_attention {count} times"
-        )
-    sliding = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
-    causal = config["causal"] if config.get("is_causal") is None else config["is_causal"]
-    if {kind == "sliding_attention" for kind in kinds} == {causal}:
-        causal = None  # so it is anyway
-    return {
-        "sliding_window": int(need(config, "sliding_window", path)) if sliding else None,
-        "sliding_layers": sliding or None,
-        "causal": None if causal is None else bool(causal),
-    }

@@ -87,4 +87,7 @@ def modules(dims: BlockDims, device: torch.device, dtype: torch.dtype) -> dict[s
     fc = nn.Linear(dims.num_captured * hidden, hidden, bias=False, device=device, dtype=dtype)
     norms = [nn.RMSNorm(hidden, eps=dims.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)]
     layers = nn.ModuleList(Layer(dims, device, dtype) for _ in range(dims.num_layers))
-    return {"fc": fc, "hidden_norm": norms[0], "norm": norms[1], "layers": layers}
+    made = {"fc": fc, "hidden_norm": norms[0], "norm": norms[1], "layers": layers}
+    if dims.draft_vocab_size == dims.vocab_size:
+        return made
+    return made | {"lm_head": nn.Linear(hidden, dims.draft_vocab_size, bias=False, device=device, dtype=dtype)}

@@ -28,11 +28,9 @@ class View:
 
 @dataclass(frozen=True)
 class BlockOptions(LayerOptions):
-    """What the section of an algorithm says about its blocks. `SECTION` is where it stands, and `SILENT` the number of
-    slots at the head of a block that draft nothing."""
+    """What the section of an algorithm says about its blocks. `SECTION` is where it stands."""
 
     SECTION: ClassVar[str]
-    SILENT: ClassVar[int]
 
     block_size: int = 16
     """Tokens of a block, the last verified one among them, that the draft fills at once. Serve with the same."""
@@ -41,6 +39,12 @@ class BlockOptions(LayerOptions):
     layers: tuple[int, ...] | None = None
     """Captured target layers, as ascending 0-based layer outputs; default as many as num_layers, evenly from 1 to
     n - 3 of n layers."""
+    sample_from_anchor: bool = False
+    """Whether a block's first slot, that of the verified token, drafts too: each slot then predicts the token after
+    its own, and no longer its own."""
+    vocab_size: int | None = None
+    """Draft vocabulary: the most frequent target tokens the draft may propose, with an output head of its own that
+    begins as the target's rows; null is the whole vocabulary, with the target's head. Only vLLM serves it."""
     sliding_window: int | None = None
     """Tokens that sliding layers see, the one that looks included; null: all layers see all that is verified."""
     sliding_layers: tuple[int, ...] | None = None
@@ -59,20 +63,25 @@ class BlockOptions(LayerOptions):
 
     def __post_init__(self) -> None:
         if self.drafts < 1:
-            why = ", for its first token is verified" if self.SILENT else ""
+            why = ", for its first token is verified" if self.silent else ""
             raise ConfigError.at(
-                f"{self.SECTION}.block_size", f"is {self.block_size}: it must be at least {self.SILENT + 1}{why}"
+                f"{self.SECTION}.block_size", f"is {self.block_size}: it must be at least {self.silent + 1}{why}"
             )
-        for key in ("num_layers", "anchors", "loss_chunk"):
-            if getattr(self, key) < 1:
+        for key in ("num_layers", "anchors", "loss_chunk", "vocab_size"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ConfigError.at(f"{self.SECTION}.{key}", f"is {getattr(self, key)}: it must be at least 1")
         self.check_sizes(self.SECTION)
         self._check_views()
 
     @property
+    def silent(self) -> int:
+        """The number of slots at the head of a block that draft nothing."""
+        return 0 if self.sample_from_anchor else 1
+
+    @property
     def drafts(self) -> int:
         """D, the tokens that a block drafts."""
-        return self.block_size - self.SILENT
+        return self.block_size - self.silent
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -107,7 +116,7 @@ class BlockOptions(LayerOptions):
         """
         key, layers = f"{self.SECTION}.layers", self.layers
         if layers is None:
-            layers = _spread(num_layers, self.num_layers)
+            layers = spread(num_layers, self.num_layers)
             if list(layers) != sorted(set(layers)) or layers[0] < 0:
                 raise ConfigError.at(
                     key,
@@ -120,7 +129,7 @@ class BlockOptions(LayerOptions):
         return tuple(layers)
 
 
-def _spread(num_layers: int, count: int) -> tuple[int, ...]:
+def spread(num_layers: int, count: int) -> tuple[int, ...]:
     """`count` layers evenly from 1 to n - 3, or the middle one."""
     if count == 1:
         return (num_layers // 2,)
@@ -135,15 +144,18 @@ class BlockDims(LayerSizes):
         num_layers: of the draft.
         num_captured: captured target layers side by side in the input of `fc`.
         vocab_size: V, rows of the target's embedding and head.
+        draft_vocab_size: V_d, tokens that are drafted; less than V with an output head of its own.
     """
 
     num_layers: int
     num_captured: int
     vocab_size: int
+    draft_vocab_size: int
 
     @classmethod
-    def of(cls, options: BlockOptions, target: PretrainedConfig) -> BlockDims:
-        """The draft's sizes for a target's configuration.
+    def of(cls, options: BlockOptions, target: PretrainedConfig, draft_vocab_size: int | None = None) -> BlockDims:
+        """The draft's sizes for a target's configuration. `draft_vocab_size` is that of the vocabulary in use; without
+        it `options.vocab_size` counts, then the target's.
 
         Raises:
             ConfigError: the target does not state a size, or sizes do not go together.
@@ -152,9 +164,14 @@ class BlockDims(LayerSizes):
         vocab_size = read(text, "vocab_size", section)
         if mask is not None and not 0 <= mask < vocab_size:
             raise ConfigError.at(f"{section}.mask_token_id", f"is {mask}: the target has tokens 0 to {vocab_size - 1}")
+        if options.vocab_size is not None and options.vocab_size > vocab_size:
+            raise ConfigError.at(
+                f"{section}.vocab_size", f"is {options.vocab_size}: the target has {vocab_size} tokens (null takes all)"
+            )
         return cls(
             **layer_sizes(section, options, target),
             num_layers=options.num_layers,
             num_captured=len(options.captured_layers(read(text, "num_hidden_layers", section))),
             vocab_size=vocab_size,
+            draft_vocab_size=draft_vocab_size or options.vocab_size or vocab_size,
         )

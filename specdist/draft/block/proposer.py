@@ -56,12 +56,12 @@ class BlockProposer(Proposer):
         nothing = hidden.new_empty(0), hidden.new_empty(0)  # in the place of the context, which the cache has
         for layer, cache, view in zip(draft.layers, self.caches, options.views, strict=True):
             hidden = layer(hidden, rotation, nothing, partial(attend, cache, view))
-        states = draft.norm(hidden).unflatten(0, (-1, size))[:, options.SILENT :]
+        states = draft.norm(hidden).unflatten(0, (-1, size))[:, options.silent :]
         return draft.fill(states[:, :count], first, temperature, generator)
 
 
 def check_count(count: int, options: BlockOptions) -> None:
     """Raises ValueError: a block has fewer than `count` drafts."""
     if count > options.drafts:
-        less = " - 1" * options.SILENT
+        less = " - 1" * options.silent
         raise ValueError(f"{count} tokens asked of a draft whose blocks have {options.drafts} (block_size{less})")

@@ -54,9 +54,11 @@ def replay(
         states = draft.states(batch, blocks, verified, draft.attention(blocks, lengths))[:, :count]
         rows, labels, valid = (t[:, :count] for t in (blocks.rows, blocks.labels, blocks.valid))
         found, likely = [], []
-        for some, before in zip(*(t.flatten(0, 1).split(options.loss_chunk) for t in (states, rows)), strict=True):
-            products = draft.products(some, batch.tokens[before])
-            found.append(products.argmax(-1))
+        factors = [(factor.flatten(0, 1), table) for factor, table in draft.factors(states, batch.tokens[rows])]
+        for chunk, before in enumerate(rows.flatten().split(options.loss_chunk)):
+            some = slice(chunk * options.loss_chunk, (chunk + 1) * options.loss_chunk)
+            products = draft.products([(factor[some], table) for factor, table in factors])
+            found.append(draft.vocabulary.ids[products.argmax(-1)])
             if chances is not None:
                 likely.append(chances(products, before))
         right = (torch.cat(found).view_as(labels) == labels) & valid

@@ -51,10 +51,15 @@ def since(by: ServedBy, config: Mapping[str, Any], target: Sequence[str]) -> Ser
     """`by` from the version on that serves a draft with this config.json beside a target of these architectures."""
     layers = config.get("transformer_layer_config") or config
     sliding, told = "sliding_attention" in (layers.get("layer_types") or ()), layers.get("is_causal") is not None
-    first = [by.since]
+    first = []
     if by.engine == "SGLang":
         first += [FIRST[name] for name in target[:1] if name in FIRST]
         first += ["0.5.14"] * sliding + ["0.5.18"] * told
     else:
         first += ["0.26"] * (sliding or told)
-    return replace(by, since=max(first, key=Version))
+    return at_least(by, *first)
+
+
+def at_least(by: ServedBy, *versions: str) -> ServedBy:
+    """`by` from the newest of these versions on, and its own."""
+    return replace(by, since=max([by.since, *versions], key=Version))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,6 +39,22 @@ class DraftVocabulary:
         to_draft = torch.full((target_size,), -1, dtype=torch.int64)
         to_draft[ids] = torch.arange(len(ids))
         return cls(ids.to(device), to_draft.to(device))
+
+    @classmethod
+    def read(cls, d2t: Tensor | None, own: int, whole: int, path: Path) -> DraftVocabulary:
+        """That of an exported draft with `own` of the target's `whole` tokens; `path` is its config.json.
+
+        Raises:
+            DataError: `d2t` is missing, has another length, or gives no ascending ids of the target.
+        """
+        if d2t is None and own != whole:
+            raise DataError(f"{path}: d2t is missing, but the draft has {own} of {whole} tokens")
+        ids = torch.arange(own)
+        if d2t is not None:
+            if tuple(d2t.shape) != (own,):
+                raise DataError(f"{path}: d2t is {list(d2t.shape)}, must be [{own}] (draft_vocab_size)")
+            ids = ids + d2t.long()
+        return cls.from_ids(ids, whole)
 
     @property
     def whole(self) -> bool:

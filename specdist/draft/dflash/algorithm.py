@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specdist.core.errors import ConfigError
 from specdist.draft.block.algorithm import BlockAlgorithm
 from specdist.draft.block.options import BlockDims
 from specdist.draft.dflash.config import DFlashConfig
@@ -23,13 +24,16 @@ if TYPE_CHECKING:
     from specdist.draft.export_config import ExportConfig
 
 
+DSPARK = {"Qwen3DSparkModel", "DSparkDraftModel"}
+"""Whose drafts, without a Markov head, are DFlash's with `sample_from_anchor`."""
+
+
 class DFlash(BlockAlgorithm[DFlashConfig]):
     """See `Algorithm`."""
 
     name = "dflash"
     title = "DFlash"
     section = DFlashConfig
-    final = False
     nested = "dflash_config"
     served_by = (
         ServedBy("SGLang", "DFLASH", "0.5.11", block=True),
@@ -42,10 +46,23 @@ class DFlash(BlockAlgorithm[DFlashConfig]):
 
         return DFlashDraft
 
+    @property
+    def final(self) -> bool:
+        return self.config.teacher is not None
+
     def cost(self, target: PretrainedConfig) -> BlockCost:
         from specdist.draft.block.cost import BlockCost
 
-        return BlockCost(self.config, BlockDims.of(self.config, target))
+        return BlockCost(self.config, BlockDims.of(self.config, target), self.final)
+
+    def check_export(self, format: str, options: ExportConfig, target: PretrainedConfig) -> None:
+        super().check_export(format, options, target)
+        if self.config.sample_from_anchor:
+            raise ConfigError.at(
+                "draft.dflash.sample_from_anchor",
+                "=true: engines let the first slot of a DSpark draft alone draft (draft.algorithm=dspark)",
+                "export.formats",
+            )
 
     def export(self, format: str, trained: Trained, options: ExportConfig) -> Contents:
         from specdist.draft.dflash.directory import export
@@ -57,7 +74,9 @@ class DFlash(BlockAlgorithm[DFlashConfig]):
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         if kind := config.get("speculators_model_type"):
             return bool(kind == cls.name)
-        return "DFlashDraftModel" in (config.get("architectures") or ())
+        rank = {**config, **(config.get(cls.nested) or {})}.get("markov_rank")
+        names = set(config.get("architectures") or ())
+        return "DFlashDraftModel" in names or bool(names & DSPARK and rank == 0)
 
     @classmethod
     def read(cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedDFlash:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from specdist.core.errors import ConfigError
 from specdist.draft.block.options import BlockOptions
+from specdist.draft.common.loss_kind import LossKind, LossName
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,12 @@ class DFlashConfig(BlockOptions):
     """DFlash (arXiv 2602.06036): a block of masked tokens is filled in one forward. D-PACE weighs its losses anew."""
 
     SECTION: ClassVar[str] = "draft.dflash"
-    SILENT: ClassVar[int] = 1
 
     block_size: int = 16
     """Tokens of a block: the last verified one, and block_size - 1 that are drafted at once. Serve with the same."""
+    teacher: LossName | None = None
+    """What the drafts are compared with: null, the text's tokens; else the target's distribution at each slot, by the
+    loss of that name (docs/losses.md), for which the last hidden state crosses the wire too."""
     loss: Literal["decay", "dpace"] = "decay"
     """decay: slot k of a block weighs exp(-(k - 1) / gamma); dpace: by the draft's own chance of being accepted that
     far (D-PACE)."""
@@ -33,6 +36,11 @@ class DFlashConfig(BlockOptions):
             raise ConfigError.at("draft.dflash.decay_gamma", f"is {self.decay_gamma}: it must be above 0, or null")
         if not 0.0 <= self.dpace_alpha <= 1.0:
             raise ConfigError.at("draft.dflash.dpace_alpha", f"is {self.dpace_alpha}: it must be between 0 and 1")
+
+    @property
+    def loss_kind(self) -> LossKind | None:
+        """How drafts are compared with the target; None where they are not."""
+        return None if self.teacher is None else LossKind(self.teacher)
 
     @property
     def gamma(self) -> float:

@@ -1,37 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of the blocks, in chunks of rows: neither [rows, vocabulary] logits nor their gradient are ever held whole.
+"""The loss of a slot and its weight; `block/loss.py` does the rest.
 
-The target's head is frozen and what the loss is divided by is known before, so each chunk's gradient is final as soon
-as its logits exist: it takes their place, and the states' gradient is all that is kept.
-
-With q_k the draft's chance of x_{a+k}, the cross entropy -log q_k of slot k weighs
+With q_k the draft's chance of x_{a+k}, the loss of slot k, the cross entropy -log q_k or a comparison with what the
+target says after x_{a+k-1} (`common/losses.py`), weighs
     decay   exp(-(k - 1) / gamma)
     dpace   sum_{m >= k} prod_{i <= m} ((1 - alpha) q_i + alpha), without gradient: what accepting slot k lets follow
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from specdist.core.records import LogitMap
-from specdist.draft.block.blocks import Blocks
-from specdist.draft.common.precision import at_least_fp32
+from specdist.draft.common.loss_kind import LossKind
+from specdist.draft.common.losses import hard_row_terms, row_terms
+from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.dflash.config import DFlashConfig
 
-SUMS = ("loss", "counted", "correct", "prefix")
-"""What is summed per slot: cross entropy and number of counted slots, argmax matches, and those whose slots before
-match as well."""
+Found = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Weighing:
-    """How much a slot weighs, as in `DFlashConfig`: `decay` float64 [B - 1], or None for D-PACE."""
+    """How much a slot weighs, as in `DFlashConfig`: `decay` float64 [D], or None for D-PACE."""
 
     decay: Tensor | None
     alpha: float
@@ -40,19 +34,19 @@ class Weighing:
     def of(cls, config: DFlashConfig, device: torch.device) -> Weighing:
         if config.loss == "dpace":
             return cls(None, config.dpace_alpha)
-        slots = torch.arange(config.block_size - 1, device=device, dtype=torch.float64)
+        slots = torch.arange(config.drafts, device=device, dtype=torch.float64)
         return cls((-slots / config.gamma).exp(), config.dpace_alpha)
 
     def total(self, valid: Tensor) -> Tensor:
         """What the losses of blocks are divided by, float64 [1]: the sum of all weights, or, as D-PACE's follow from
-        the draft, the number of blocks. `valid` bool [N, B - 1]."""
+        the draft, the number of blocks. `valid` bool [N, D]."""
         if self.decay is None:
             return torch.full((1,), len(valid), dtype=torch.float64, device=valid.device)
         return (valid * self.decay).sum()[None]
 
 
 def slot_weights(chances: Tensor, valid: Tensor, weighing: Weighing) -> Tensor:
-    """The weights [n, B - 1] of slots that predict their token with `chances` [n, B - 1]."""
+    """The weights [n, D] of slots that predict their token with `chances` [n, D]."""
     if weighing.decay is not None:
         return valid * weighing.decay.to(chances.dtype)
     going = ((1 - weighing.alpha) * chances + weighing.alpha).where(valid, 1.0).cumprod(-1) * valid
@@ -61,82 +55,46 @@ def slot_weights(chances: Tensor, valid: Tensor, weighing: Weighing) -> Tensor:
 
 def block_terms(
     products: Tensor, labels: Tensor, valid: Tensor, logit_map: LogitMap, weighing: Weighing, total: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross entropy, weight, and whether the argmax is right (0 or 1), each [n, B - 1] in at least fp32. The gradient
-    of sum(weight x cross entropy) / total with respect to `products` takes their place.
-
-    `products` [n, B - 1, V] are those of the slots' states with the target's head.
-    """
+) -> Found:
+    """`Terms` of the cross entropy with tokens: `labels` [n, D] are draft ids, `products` [n, D, V_d] those of states
+    with the output head, and `total` [1] what weights are divided by."""
     logits = logit_map(products)
     log_q = logits.log_softmax(-1)
     loss = -log_q.gather(-1, labels[..., None])[..., 0]
-    right = logits.argmax(-1) == labels
-    weights = slot_weights((-loss).exp(), valid, weighing)
+    chances = (-loss).exp()
+    weights = slot_weights(chances, valid, weighing) / total
     is_label = torch.arange(products.shape[-1], device=products.device) == labels[..., None]
-    grad = (log_q.exp() - is_label.to(log_q.dtype)) * (weights / total * logit_map.scale)[..., None]
-    if logit_map.softcap is not None:
-        grad = grad * (1 - (logits / logit_map.softcap) ** 2)
-    products.copy_(grad)
-    return loss, weights, (right & valid).to(loss.dtype)
+    products.copy_(_through(logit_map, logits, (log_q.exp() - is_label.to(log_q.dtype)) * weights[..., None]))
+    return loss, weights, (logits.argmax(-1) == labels).to(loss.dtype), chances
 
 
-@dataclass(frozen=True)
-class DFlashLossInputs:
-    """All that the loss reads and that takes no gradient.
-
-    Attributes:
-        head: [V, H], the target's.
-        total: [1], what the weighted losses of the optimizer step are divided by.
-        chunk: rows of logits that are held at one time; at least one block's are.
-        terms: `block_terms`, or its compiled form.
-        with_grad: whether the states' gradient is computed.
-    """
-
-    blocks: Blocks
-    head: Tensor
-    logit_map: LogitMap
-    weighing: Weighing
-    total: Tensor
-    chunk: int
-    terms: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    with_grad: bool
-
-
-def losses(inputs: DFlashLossInputs, states: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The sum of weighted losses, float64 [], the sums [B - 1, 4] in float64 in the order of `SUMS`, and the gradient
-    of the first over `total` with respect to the normed states [N, B - 1, H]; None without `with_grad`."""
-    blocks, slots = inputs.blocks, states.shape[1]
-    sums = torch.zeros(slots, len(SUMS), dtype=torch.float64, device=states.device)
-    weighted = torch.zeros((), dtype=torch.float64, device=states.device)
-    grad = torch.empty_like(states) if inputs.with_grad else None
-    for start in range(0, len(states), max(inputs.chunk // slots, 1)):
-        part = slice(start, start + max(inputs.chunk // slots, 1))
-        products = states[part].flatten(0, 1) @ inputs.head.T
-        valid = blocks.valid[part]
-        total = inputs.total.to(at_least_fp32(states[:0]).dtype)
-        loss, weights, right = inputs.terms(
-            products.unflatten(0, (-1, slots)), blocks.labels[part], valid, inputs.logit_map, inputs.weighing, total
-        )
-        if grad is not None:
-            grad[part] = (products @ inputs.head).unflatten(0, (-1, slots))
-        weighted += (loss * weights).double().sum()
-        sums += torch.stack([loss * valid, valid, right, right.cumprod(-1)], dim=-1).double().sum(0)
-    return weighted, sums, grad
+def taught_terms(
+    products: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    vocabulary: DraftVocabulary,
+    logit_map: LogitMap,
+    weighing: Weighing,
+    total: Tensor,
+    kind: LossKind,
+) -> Found:
+    """The same of a comparison with the target: `teacher` [n, D, V] are products of its states with its head."""
+    logits, taught = logit_map(products), logit_map(teacher.flatten(0, 1))
+    chances = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0].exp()
+    weights = slot_weights(chances, valid, weighing) / total
+    argmax, right = vocabulary.to_draft[taught.argmax(-1)], (logits.argmax(-1) == labels).to(logits.dtype)
+    student, each = logits.flatten(0, 1)[:, None].clone(), weights.flatten()[:, None]
+    if kind.hard:
+        loss, acceptance, _ = hard_row_terms(student, argmax, each)
+    else:
+        own = taught if vocabulary.whole else taught[:, vocabulary.ids]
+        loss, acceptance, _ = row_terms(student, own, LogitMap(), taught.logsumexp(-1), argmax, each, kind)
+    products.copy_(_through(logit_map, logits, student.view_as(logits)))
+    return loss.view_as(weights), weights, right, acceptance.view_as(weights)
 
 
-class BlockLoss(torch.autograd.Function):
-    """(inputs, states [N, B - 1, H]) -> the loss and `[weighted, *sums]` of `losses`, without gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: DFlashLossInputs, states: Tensor) -> tuple[Tensor, Tensor]:
-        weighted, sums, grad = losses(inputs, states)
-        ctx.save_for_backward(grad)
-        all_sums = torch.cat([weighted[None], sums.flatten()])
-        ctx.mark_non_differentiable(all_sums)
-        return (weighted / inputs.total[0]).to(at_least_fp32(states[:0]).dtype), all_sums
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        (grad,) = ctx.saved_tensors
-        return None, grad * grads[0].to(grad.dtype)
+def _through(logit_map: LogitMap, logits: Tensor, grad: Tensor) -> Tensor:
+    """The gradient with respect to products, of that with respect to the logits made of them."""
+    grad = grad * logit_map.scale
+    return grad if logit_map.softcap is None else grad * (1 - (logits / logit_map.softcap) ** 2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DFlash draft under training: fill the blocks, compare with the tokens."""
+"""The DFlash draft under training: fill the blocks, compare with the tokens, or with what the target says."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ import torch
 from torch import Tensor
 
 from specdist.core.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
-from specdist.draft.base import Drafts, Replayed, Supervision, draw
+from specdist.draft.base import Drafts, Supervision, draw
 from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.block.blocks import Blocks
 from specdist.draft.block.layer import modules
-from specdist.draft.block.metrics import metrics
+from specdist.draft.block.loss import SUMS
+from specdist.draft.block.metrics import RATES, metrics
 from specdist.draft.block.options import BlockDims
-from specdist.draft.block.replay import replay
 from specdist.draft.common.compiling import compiled as compiled_once
+from specdist.draft.common.precision import at_least_fp32
+from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.dflash.loss import SUMS, BlockLoss, DFlashLossInputs, Weighing, block_terms
+from specdist.draft.dflash.loss import Found, Weighing, block_terms, taught_terms
 
 
 class DFlashDraft(BlockDraft):
     """See `BlockDraft`."""
+
+    config: DFlashConfig
 
     def __init__(
         self,
@@ -30,15 +34,19 @@ class DFlashDraft(BlockDraft):
         dims: BlockDims,
         layout: FeatureLayout,
         target: TargetVocabulary,
+        vocabulary: DraftVocabulary,
         compiled: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         device = target.head.device
-        super().__init__(config, dims, layout, target, modules(dims, device, dtype), compiled)
+        super().__init__(config, dims, layout, target, vocabulary, modules(dims, device, dtype), compiled)
         self.weighing, self.logit_map = Weighing.of(config, device), target.logit_map
-        slots = range(1, config.block_size)
+        slots = range(1, config.drafts + 1)
         self.metric_names = ("total", "weighted", *(f"{name}/{k}" for k in slots for name in SUMS))
-        self._terms = compiled_once(block_terms, "products", "labels", "valid") if compiled else block_terms
+        self._tokens, self._taught = block_terms, taught_terms
+        if compiled:
+            self._tokens = compiled_once(block_terms, "products", "labels", "valid")
+            self._taught = compiled_once(taught_terms, "products", "teacher", "labels", "valid")
 
     def total(self, blocks: Blocks) -> Tensor:
         return self.weighing.total(blocks.valid)
@@ -49,32 +57,23 @@ class DFlashDraft(BlockDraft):
         blocks, states = self.supervised_states(batch, features, supervision)
         if states is None:
             return self.nothing(totals)
-        inputs = DFlashLossInputs(
-            blocks=blocks,
-            head=self.target.head.to(states.dtype),
-            logit_map=self.logit_map,
-            weighing=self.weighing,
-            total=totals,
-            chunk=self.config.loss_chunk,
-            terms=self._terms,
-            with_grad=torch.is_grad_enabled(),
-        )
-        loss, sums = BlockLoss.apply(inputs, states)
-        return loss, torch.cat([supervision.counts, sums])
+        labels, valid, kind = self.labels(blocks), blocks.valid, self.config.loss_kind
+        last = (self.logit_map, self.weighing, totals.to(at_least_fp32(states[:0]).dtype))
 
-    def replay(
-        self, batch: PackedTokens, host_batch: PackedTokens, features: Features, count: int, temperature: float = 0.0
-    ) -> Replayed:
-        if temperature:
-            raise ValueError("a DFlash draft is not taught by distributions: it can be replayed greedily alone")
-        return replay(self, batch, host_batch, features, count)
+        def terms(products: Tensor, part: slice) -> Found:
+            if kind is None:
+                return self._tokens(products, labels[part], valid[part], *last)
+            teacher = self.taught(features, blocks.rows[part])
+            return self._taught(products, teacher, labels[part], valid[part], self.vocabulary, *last, kind)
 
-    def products(self, states: Tensor, before: Tensor) -> Tensor:
-        return states.to(self.target.head.dtype) @ self.target.head.T
+        loss, _, sums = self.chunked(blocks, states, batch, terms)
+        return loss, torch.cat([supervision.counts, loss.detach().double() * totals, sums.flatten()])
 
     def fill(self, states: Tensor, first: Tensor, temperature: float, generator: torch.Generator | None) -> Drafts:
-        logits = self.target.logits(states.to(self.target.head.dtype))
-        return Drafts(draw(logits, temperature, generator), logits)
+        logits = self.logit_map(self.products(self.factors(states, first)))
+        ids = None if self.vocabulary.whole else self.vocabulary.ids
+        return Drafts(self.vocabulary.ids[draw(logits, temperature, generator)], logits, ids)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        return metrics(sums, self.config.drafts)
+        taught = {} if self.config.loss_kind is None else {"acceptance_rate": "accepted"}
+        return metrics(sums, self.config.drafts, RATES | taught)

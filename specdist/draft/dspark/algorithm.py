@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specdist.core.errors import ConfigError
 from specdist.draft.block.algorithm import BlockAlgorithm
 from specdist.draft.block.options import BlockDims
+from specdist.draft.block.served import at_least
 from specdist.draft.dspark.config import DSparkConfig
 from specdist.draft.served_by import ServedBy
 
@@ -35,7 +37,6 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
     name = "dspark"
     title = "DSpark"
     section = DSparkConfig
-    final = True
     nested = "dflash_config"  # engines share the code of these
     served_by = (
         ServedBy("SGLang", "DSPARK", "0.5.16", block=True),
@@ -50,8 +51,9 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
         l1 = l1 if config.l1_weight is None else config.l1_weight
         super().__init__(replace(config, ce_weight=ce, l1_weight=l1))
 
-    def check_replay(self, temperature: float) -> None:
-        """The target's chances follow from its last hidden states."""
+    @property
+    def final(self) -> bool:
+        return True
 
     @staticmethod
     def model() -> type[DSparkDraft]:
@@ -62,13 +64,33 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
     def cost(self, target: PretrainedConfig) -> DSparkCost:
         from specdist.draft.dspark.cost import DSparkCost
 
-        return DSparkCost(self.config, BlockDims.of(self.config, target), self.config.markov_rank)
+        return DSparkCost(self.config, BlockDims.of(self.config, target), True, self.config.markov_rank)
 
     def weights_read(self, trained: int, target: PretrainedConfig, count: int) -> int:
-        """One pass fills a block, and the target's head reads it. Every token then takes one row of the Markov head's
+        """One pass fills a block, and an output head reads it. Every token then takes one row of the Markov head's
         first table, and the whole second one."""
-        table = target.get_text_config().vocab_size * self.config.markov_rank
-        return super().weights_read(trained - 2 * table, target, count) + count * table
+        whole, rank = target.get_text_config().vocab_size, self.config.markov_rank
+        table = (self.config.vocab_size or whole) * rank
+        return super().weights_read(trained - table - whole * rank, target, count) + count * table
+
+    def check_export(self, format: str, options: ExportConfig, target: PretrainedConfig) -> None:
+        super().check_export(format, options, target)
+        if format == "speculators" and self.config.markov_head != "vanilla":
+            raise ConfigError.at(
+                "draft.dspark.markov_head",
+                f"={self.config.markov_head}: vLLM has the vanilla one alone: serve with SGLang "
+                "(export.formats=[sglang])",
+                "export.formats",
+            )
+
+    @classmethod
+    def served(cls, config: Mapping[str, Any], target: Sequence[str]) -> tuple[ServedBy, ...]:
+        engines = super().served(config, target)
+        if config.get("markov_head_type") != "vanilla":
+            engines = tuple(by for by in engines if by.engine != "vLLM")
+        if config.get("sample_from_anchor"):
+            return engines
+        return tuple(at_least(by, "0.5.20") if by.engine == "SGLang" else by for by in engines)
 
     def export(self, format: str, trained: Trained, options: ExportConfig) -> Contents:
         from specdist.draft.dspark.directory import export
@@ -80,7 +102,9 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         if kind := config.get("speculators_model_type"):
             return bool(kind == cls.name)
-        return not {"Qwen3DSparkModel", "DSparkDraftModel"}.isdisjoint(config.get("architectures") or ())
+        rank = {**config, **(config.get(cls.nested) or {})}.get("markov_rank")
+        names = {"Qwen3DSparkModel", "DSparkDraftModel"}
+        return rank != 0 and not names.isdisjoint(config.get("architectures") or ())
 
     @classmethod
     def read(cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedDSpark:

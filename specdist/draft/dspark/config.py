@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from specdist.core.errors import ConfigError
 from specdist.draft.block.options import BlockOptions
@@ -16,13 +16,21 @@ class DSparkConfig(BlockOptions):
     corrects each slot's logits by the token that was drafted before it."""
 
     SECTION: ClassVar[str] = "draft.dspark"
-    SILENT: ClassVar[int] = 0
 
+    sample_from_anchor: bool = True
+    """Whether a block's first slot, that of the verified token, drafts too: each slot then predicts the token after
+    its own, and no longer its own."""
     block_size: int = 7
-    """Tokens that a block drafts: the last verified one and block_size - 1 masked ones predict the token after them.
-    Serve with the same."""
+    """Tokens of a block: the last verified one and block_size - 1 masked ones, each of which predicts the token after
+    it. Serve with the same."""
     markov_rank: int = 256
     """Rank of the Markov head's two tables, each vocabulary x markov_rank."""
+    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    """What of the token before is added to a slot's logits: its row alone, times a gate that sees the slot's state, or
+    what a gated recurrence over the block makes of both. Only SGLang serves the latter two."""
+    confidence: Literal["markov", "states", "none"] = "markov"
+    """What the confidence head sees: a slot's state and the row of the token before, the state alone; or there is
+    none."""
     decay_gamma: float = 4.0
     """Slot k = 0, 1, ... of a block weighs exp(-k / decay_gamma)."""
     ce_weight: float | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Markov head and the target's chances add to a training step."""
+"""What the Markov head adds to a training step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from specdist.draft.block.cost import BlockCost
 class DSparkCost(BlockCost):
     """See `Cost`."""
 
-    markov_rank: int
+    markov_rank: int = 0
 
     def loss_flops(self, drafts: int) -> float:
-        """The target's head, which is frozen, costs twice its forward and once more for the target's chances; the
-        Markov head three times."""
-        return 6.0 * (self.dims.hidden_size + self.markov_rank) * self.dims.vocab_size * drafts
+        """The Markov head's second table costs three times its forward."""
+        return super().loss_flops(drafts) + 6.0 * self.markov_rank * self.dims.draft_vocab_size * drafts
 
     def loss_bytes(self, rows: int, itemsize: int, compiled: bool) -> int:
-        """The draft's logits and the target's, and the gradient of the Markov head's second table."""
-        logits = 3 * itemsize if compiled else 2 * itemsize + 7 * WIDE
-        return self.dims.vocab_size * (rows * logits + self.markov_rank * WIDE)
+        """The gradient of that table comes on top."""
+        return super().loss_bytes(rows, itemsize, compiled) + self.dims.draft_vocab_size * self.markov_rank * WIDE

@@ -1,106 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
 """The directory of a DSpark draft: our own exports, and those that DeepSpec writes and DeepSeek publishes.
 
-What the engines do with it, read in SGLang 0.5.20 (`models/dspark.py`, `speculative/dspark_components/`) and in vLLM
-(`models/qwen3_dspark.py`, and `configs/speculators/algos.py` for the speculators format); what they do with all drafts
-of blocks is said in `block/directory.py`:
+What the engines do with it, read in SGLang 0.5.16 to 0.5.23 (`models/dspark.py`, `speculative/dspark_components/`) and
+in vLLM (`models/qwen3_dspark.py`, and `configs/speculators/algos.py` for the speculators format); what they do with all
+drafts of blocks is said in `block/directory.py`:
 
 - SGLang leaves the Markov head random without a word where its tensors are missing, and asks for the confidence head's
-  wherever the key `enable_confidence_head` is, whatever it says.
-- All slots of a block draft, unless `sample_from_anchor` is false.
+  wherever the key `enable_confidence_head` is, whatever it says. It has the three kinds of Markov heads, vLLM one.
+- All slots of a block draft, unless `sample_from_anchor` is false, which SGLang reads since 0.5.20.
 - The draft's logits are bare products with the target's head and what the Markov head adds.
 - Copies of the target's embedding and head, which DeepSpec writes, are skipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig
+from torch import Tensor, nn
 
 from specdist.core.errors import DataError
 from specdist.draft.algorithm import Contents, Trained
-from specdist.draft.block.directory import (
-    ExportedBlocks,
-    block_json,
-    block_speculators_json,
-    flat,
-    nested_json,
-    read_blocks,
-)
+from specdist.draft.block.directory import write_blocks
 from specdist.draft.block.options import BlockDims
-from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, need, shapes
+from specdist.draft.block.reader import ExportedBlocks, flat, read_blocks
+from specdist.draft.common.tensors import need
 from specdist.draft.dspark.config import DSparkConfig
 from specdist.draft.dspark.heads import modules
 from specdist.draft.export_config import ExportConfig
 
-ARCHITECTURE = "Qwen3DSparkModel"
+NAMES = ("Qwen3DSparkModel", "dflash_config", "dspark", "DSparkSpeculator")
 PLAIN: Mapping[str, tuple[object, ...]] = {
-    "markov_head_type": ("vanilla",),
-    "confidence_head_with_markov": (True,),
-    "enable_confidence_head": (True, None),
-    "sample_from_anchor": (True, None),
-    "attention_bias": (False, None),
-    "rope_is_neox_style": (True, None),
-    "draft_vocab_size": (None,),
+    "model_type": ("qwen3", "qwen3_dspark", None),
+    "projector_type": ("dspark", None),
 }
-"""Keys of config.json, and the values of the drafts that we have; None stands for a key that is missing or null."""
+CLASSICAL = {"classical": "vanilla"}
+"""What TorchSpec calls a Markov head, and the others."""
 
 
 def export(config: DSparkConfig, format: str, trained: Trained, options: ExportConfig) -> Contents:
     """A draft in its directory: see `Algorithm.export`."""
-    dims = BlockDims.of(config, trained.target)
-    keys = block_json(config, dims, trained.target, options.dtype)
-    expected = shapes(modules(dims, config.markov_rank, META, torch.float32))
-    check_tensors(trained.state, expected, "the state dict", "DSpark")
-    tensors = {name: converted(name, tensor, DTYPES[options.dtype]) for name, tensor in trained.state.items()}
-    nested = nested_json(keys, config)
     own = {
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": list(config.captured_layers(trained.target.get_text_config().num_hidden_layers)),
         "markov_rank": config.markov_rank,
-        "markov_head_type": "vanilla",
-        "enable_confidence_head": True,
-        "confidence_head_with_markov": True,
-        "sample_from_anchor": True,
+        "markov_head_type": config.markov_head,
+        "sample_from_anchor": config.sample_from_anchor,
     }
-    if format == "speculators":
-        args = ("dspark", "DSparkSpeculator", config, dims, trained, options.dtype)
-        return block_speculators_json(*args) | own, tensors
-    return {"architectures": [ARCHITECTURE], **nested, **keys, **own, "dflash_config": nested}, tensors
+    if config.confidence != "none":
+        own |= {"enable_confidence_head": True, "confidence_head_with_markov": config.confidence == "markov"}
+    elif format == "speculators":  # that library takes a missing key for true
+        own |= {"enable_confidence_head": False, "confidence_head_with_markov": False}
+    return write_blocks(config, format, trained, options, _modules(config), NAMES, own)
+
+
+def _modules(config: DSparkConfig) -> Callable[[BlockDims, torch.device, torch.dtype], dict[str, nn.Module]]:
+    return lambda dims, device, dtype: modules(dims, config, device, dtype)
 
 
 @dataclass(frozen=True)
 class ExportedDSpark(ExportedBlocks[DSparkConfig]):
-    """An exported DSpark draft.
-
-    Attributes:
-        markov_rank: of the Markov head.
-    """
+    """An exported DSpark draft."""
 
     algorithm = "dspark"
-    markov_rank: int
-
-    def options(self, base: DSparkConfig, target: PretrainedConfig) -> DSparkConfig:
-        return replace(super().options(base, target), markov_rank=self.markov_rank)
 
 
 def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedDSpark:
     """Understand a directory. Raises DataError: a key or a tensor is missing, or it is a variant of DSpark."""
     path = directory / "config.json"
-    keys = flat(config, "dflash_config", path)
-    if keys.get("draft_vocab_size") == keys.get("vocab_size"):
-        keys.pop("draft_vocab_size", None)
-    if "speculators_model_type" in config:  # there blocks are filled from the second slot on unless told otherwise
-        keys.setdefault("sample_from_anchor", False)
-    if unlike := [key for key, plain in PLAIN.items() if keys.get(key) not in plain]:
-        listed = ", ".join(f"{key} is {keys.get(key)!r} (not {PLAIN[key][0]!r})" for key in unlike)
-        raise DataError(f"{path}: only plain DSpark drafts can be read: {listed}")
-    fields, rank = read_blocks(keys, path), int(need(keys, "markov_rank", path))
-    names = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    state = {name: tensor for name, tensor in names.items() if not name.startswith(("embed_tokens.", "lm_head."))}
-    check_tensors(state, shapes(modules(fields["dims"], rank, META, torch.float32)), str(directory), "DSpark")
-    return ExportedDSpark(config=config, state=state, vocabulary=None, markov_rank=rank, **fields)
+    keys = flat(config, NAMES[1], path)
+    rank, kind = int(need(keys, "markov_rank", path)), str(keys.get("markov_head_type") or "vanilla").lower()
+    kind = CLASSICAL.get(kind, kind)
+    if kind not in ("vanilla", "gated", "rnn"):
+        raise DataError(f"{path}: markov_head_type is {kind!r}: vanilla, gated and rnn are known")
+    # SGLang and speculators have the head where the key is missing; it goes by the tensors.
+    has_head = any("confidence_head." in name for name in tensors)
+    with_rows = keys.get("confidence_head_with_markov", True)
+    speculators = "speculators_model_type" in config  # there blocks are filled from the second slot on
+    own: dict[str, Any] = {
+        "markov_rank": rank,
+        "markov_head": kind,
+        "confidence": ("markov" if with_rows else "states") if has_head else "none",
+        "sample_from_anchor": bool(keys.get("sample_from_anchor", not speculators)),
+    }
+    made = _modules(replace(DSparkConfig(), **own))
+    return ExportedDSpark(config=config, **read_blocks(directory, keys, tensors, PLAIN, own, made, "DSpark"))

@@ -70,7 +70,7 @@ def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     dims = _dims(config, llama, len(layers) if layers else 3, path)
     variant = _variant(config)
     check_tensors(state, shapes(modules(Eagle3Config(**variant), dims, META, torch.float32)), str(directory), "EAGLE-3")
-    vocabulary = _vocabulary(d2t, dims, path)
+    vocabulary = DraftVocabulary.read(d2t, dims.draft_vocab_size, dims.vocab_size, path).ids
     return ExportedEagle3(config, state, vocabulary, dims, layers, variant, embedding)
 
 
@@ -102,16 +102,3 @@ def _dims(config: Mapping[str, Any], llama: Mapping[str, Any], captured: int, pa
         vocab_size=vocab_size,
         draft_vocab_size=int(config.get("draft_vocab_size") or vocab_size),
     )
-
-
-def _vocabulary(d2t: Tensor | None, dims: Eagle3Dims, path: Path) -> Tensor:
-    ids = torch.arange(dims.draft_vocab_size)
-    if d2t is not None:
-        if tuple(d2t.shape) != (dims.draft_vocab_size,):
-            raise DataError(f"{path}: d2t is {list(d2t.shape)}, must be [{dims.draft_vocab_size}] (draft_vocab_size)")
-        ids = ids + d2t.long()
-    elif dims.draft_vocab_size != dims.vocab_size:
-        raise DataError(
-            f"{path}: d2t is missing, but the draft has {dims.draft_vocab_size} of {dims.vocab_size} tokens"
-        )
-    return DraftVocabulary.from_ids(ids, dims.vocab_size).ids
