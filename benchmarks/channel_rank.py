@@ -269,11 +269,13 @@ class Bench:
                 client.send(Produced(producer.run()))
             else:
                 shard = self._shard.dp
-                source = RemoteSource(client, self._receiver, items, StopFlag(), _WAIT_S, self._device, shard)
+                stop = StopFlag()
+                source = RemoteSource(client, self._receiver, items, stop, _WAIT_S, self._device, shard)
                 client.ready()
                 client.expect(StartWork)
                 began = time.perf_counter()
                 for index in range(end):
+                    source.coming(items[index], stop)
                     features = source.take(items[index])
                     if check:
                         self._compare(index, items[index].shards[shard].sequences[0], features)
@@ -282,7 +284,7 @@ class Bench:
                     items.forget(before=index + 1)
                 _synchronise(self._device)
                 seconds = time.perf_counter() - began
-                source.drain(end)
+                source.drain()
         return self._over_ranks([seconds], dist.ReduceOp.MAX)[0]
 
     @contextlib.contextmanager

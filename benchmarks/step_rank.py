@@ -151,7 +151,7 @@ class _Rank:
 
         def step() -> None:
             index = next(steps)
-            trainer.train_step(index, range(index, index + 1), config.optimizer.clip_norm, (index, 10**9))
+            trainer.train_step(index, [trainer.receive(items[index])], config.optimizer.clip_norm, (index, 10**9))
 
         return step
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from specdist.core.topology import Link
 from specdist.core.trace import span
 from specdist.world.links import TransferError, wait_work
 
+_LOOK_S = 0.5
 _Works = list[tuple[Link, dist.Work, Tensor]]
 """The operations of one item at one end, each with its memory."""
 
@@ -74,7 +76,7 @@ class P2PReceiver(FeatureReceiver):
     """Receives this draft rank's shard from the replica that computed it, share by share.
 
     Args:
-        check: called when a transfer has failed; raises when the world is known to have failed.
+        check: called while a transfer is waited for, and when it has failed; raises when the world has.
     """
 
     def __init__(self, wire: Wire, slots: int, shard_rows: int, check: Check):
@@ -88,6 +90,7 @@ class P2PReceiver(FeatureReceiver):
         self._stream = torch.cuda.Stream(wire.device) if self._on_device else None
         self._read = [torch.cuda.Event() for _ in range(slots)] if self._on_device else []
         self._posted: dict[int, tuple[int, _Works]] = {}  # slot and operations, by item
+        self._waiter = ThreadPoolExecutor(1, "specdist-transfer")
 
     @property
     def slots(self) -> int:
@@ -118,7 +121,7 @@ class P2PReceiver(FeatureReceiver):
         slot, works = self._posted[item.index]
         for link, work, _ in works:
             try:
-                wait_work(work, max(deadline - time.monotonic(), 0.001), self._on_device)
+                self._wait(work, max(deadline - time.monotonic(), 0.001))
             except TransferError as error:
                 self._check()
                 raise WorldError(
@@ -128,6 +131,17 @@ class P2PReceiver(FeatureReceiver):
         tokens = item.shards[self._shard].tokens
         rows = self._ring.slot(slot, tokens)
         return rows if self._host_ring is None else rows.copy_(self._host_ring.slot(slot, tokens), non_blocking=True)
+
+    def _wait(self, work: dist.Work, timeout_s: float) -> None:
+        """Wait for a transfer, and no longer than until the world has failed: a rank that hangs at the other end would
+        keep this one, which has work to save. gloo's wait cannot be left, so it is another thread's."""
+        if self._on_device:
+            wait_work(work, timeout_s, True, self._check)
+            return
+        waiting = self._waiter.submit(wait_work, work, timeout_s, False)
+        while not wait([waiting], _LOOK_S).done:
+            self._check()
+        waiting.result()
 
     def release(self, item: WorkItem, freed: Freed) -> None:
         slot, _ = self._posted.pop(item.index)

@@ -127,6 +127,7 @@ class Failure:
         return "\n".join(lines)
 
 
+_LATER_S = 2.0
 _SHOWN_LINES = 12
 """Lines of a traceback on the terminal; the record has all of them."""
 
@@ -193,8 +194,8 @@ class AttemptRecord:
         return True
 
     def tell(self, failure: Failure, terminal: TextIO) -> None:
-        """Record the failure and show it, unless one is on record. It is shown, too, where that cannot be written: a
-        record is worth less than that people learn of it."""
+        """Record the failure and show it, unless one is on record. It is shown, too, where that cannot be written, and
+        is then recorded a little later if it can be: a rank that ends gives room back."""
         unwritten = None
         try:
             if not self.fail(failure):
@@ -203,6 +204,10 @@ class AttemptRecord:
             unwritten = error
         with contextlib.suppress(OSError):  # whoever read the terminal is gone
             print(failure.render(self.failure_file, unwritten), file=terminal, flush=True)
+        if unwritten is not None:
+            time.sleep(_LATER_S)
+            with contextlib.suppress(OSError):
+                self.fail(failure)
 
     def started(self) -> Started | None:
         return read_json(self.directory / "started.json", Started)

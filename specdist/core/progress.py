@@ -25,7 +25,13 @@ class CheckpointConfig:
     """When the state of training is saved and how much of it is kept."""
 
     every: int = 500
-    """Optimizer steps between two checkpoints (always one at the end and one on SIGTERM/SIGINT); 0: only those."""
+    """Optimizer steps between two checkpoints (always one at the end and one on SIGTERM/SIGINT); 0: not by steps."""
+    every_s: float = 300.0
+    """Seconds after which a checkpoint is saved in any case: no more work than that, and the time to write it, can be
+    lost; 0: not by time."""
+    give_up_s: float = 1800.0
+    """Seconds that saving may fail (a full disk, a file server that is away) before the run ends. Until then it goes
+    on, and tries again every minute."""
     keep: int = 3
     """How many of the newest checkpoints stay."""
     resume: bool = True
@@ -37,10 +43,9 @@ class CheckpointConfig:
     none, and without `prompts.holdout`, the newest is exported."""
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.keep < 1:
-            raise ConfigError.at(
-                "checkpoint.every", f"({self.every}) is >= 0 and checkpoint.keep ({self.keep}) >= 1", "checkpoint.keep"
-            )
+        for key, least in (("every", 0), ("every_s", 0), ("give_up_s", 0), ("keep", 1)):
+            if getattr(self, key) < least:
+                raise ConfigError.at(f"checkpoint.{key}", f"is at least {least}, not {getattr(self, key)}")
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,9 @@ from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.server import ControlServer
 from specdist.training.profile import Profile
 
-LEAVE_S = 10.0
-"""Seconds a rank has to leave by itself after another one failed, before it is ended: it may sit in a collective."""
+LEAVE_S, SAVE_S = 10.0, 60.0
+"""Seconds a rank has to leave by itself after another one failed, before it is ended: it may sit in a collective. Draft
+ranks of which none failed save their work before."""
 _KEY = "run"
 
 
@@ -117,13 +118,15 @@ def connected(context: WorldContext, control: ControlAddress, profile: Profile) 
 
 
 def _leave_soon(context: WorldContext, profile: Profile, error: UserError) -> None:
-    """The main thread may be stuck in a collective with a rank that is gone: it has `LEAVE_S` seconds."""
+    """The main thread may be stuck in a collective with a rank that is gone: its time is limited."""
+    topology, culprit = context.topology, error.culprit if isinstance(error, WorldError) else -1
+    saves = topology.draft_place(context.rank) is not None and (culprit < 0 or topology.draft_place(culprit) is None)
 
     def leave() -> None:
         print(f"specdist: {error}", file=context.start.log.file, flush=True)
         os._exit(0 if isinstance(error, Dismissed) else 3)
 
-    threads: list[threading.Thread] = [threading.Timer(LEAVE_S, leave)]
+    threads: list[threading.Thread] = [threading.Timer(SAVE_S if saves else LEAVE_S, leave)]
     if isinstance(error, Aborted):
         context.start.told.set()
         _show_stacks(context, error)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+import time
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from specdist.run.feature_source import ColocatedSource, RemoteSource, Synthetic
 from specdist.run.judge import ReplayJudge
 from specdist.run.report.page import report_at_end
 from specdist.run.reporter import RunReporter
+from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import LastItem, Reports, RingAddress, StartWork, Stop
 from specdist.training.checkpoint import Checkpointer
 from specdist.training.config import Recipe
@@ -39,8 +42,14 @@ def consume(context: RankContext) -> None:
     context.begin("building the draft")
     draft = _build_draft(context)
     optimizer = DraftOptimizer(draft, job.optimizer)
-    number = topology.draft_ranks.index(context.rank)
-    checkpointer = Checkpointer(context.run_dir.checkpoints, job.checkpoint, context.groups.checkpoint, number)
+    number, leader = topology.draft_ranks.index(context.rank), context.rank == topology.draft_ranks[0]
+
+    def tell(trouble: str) -> None:
+        client.trouble = trouble
+        if leader:
+            print(f"specdist: {trouble or 'checkpoints are saved again'}", file=sys.stderr, flush=True)
+
+    checkpointer = Checkpointer(context.run_dir.checkpoints, job.checkpoint, context.groups.checkpoint, number, tell)
     if context.resume.checkpoint is not None:
         context.begin(f"loading {context.resume.checkpoint.name}")
         checkpointer.load(context.resume.checkpoint, draft, optimizer)
@@ -65,7 +74,6 @@ def consume(context: RankContext) -> None:
         context.resume.total_steps,
         context.resume.batching.offset,
     )
-    leader = context.rank == topology.draft_ranks[0]
     client.ready()
     context.start.clock.begin("waiting for the other ranks")
     client.expect(StartWork)
@@ -73,15 +81,17 @@ def consume(context: RankContext) -> None:
     with RunReporter(job, context.run_dir, context.resume, client, leader, context.latest) as reporter:
         progress = trainer.train(recipe, context.resume.progress, checkpointer, context.stop, reporter)
         metrics = reporter.totals()
-    # The targets are let go first, so that nothing waits for however long the last save takes.
+    client.phase = "saving"
+    saved = trainer.commit(progress, checkpointer)  # first, whatever becomes of the others
     _end_the_run(context, source, progress.next_item, leader)
+    while not saved:
+        _pause(client, checkpointer.retry_s)
+        saved = trainer.commit(progress, checkpointer)
     client.phase = "waiting for the reports of the target ranks"
     told = None
     if leader and topology.mode == "split":  # the scheduler sends them within `timeout_s`, if the connection holds
         told = client.expect(Reports, context.timeout_s + job.control.heartbeat_s)
     producers = () if told is None else told.reports
-    client.phase = "saving"
-    trainer.commit(progress, checkpointer)
     finished = trainer.finished
     with optimizer.averaged():
         state = _whole_state(draft, keep=leader)
@@ -98,6 +108,14 @@ def consume(context: RankContext) -> None:
     client.close()
     context.stop.uninstall()
     del landing  # until here: a replica that was dropped may still write into the ring
+
+
+def _pause(client: ControlClient, seconds: float) -> None:
+    client.phase = "waiting for room on the disk"
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        client.check()
+        time.sleep(min(1.0, seconds))
 
 
 def _build_draft(context: RankContext) -> DraftModel:
@@ -146,7 +164,7 @@ def _end_the_run(context: RankContext, source: FeatureSource, next_item: int, le
     if leader:
         context.client.send(LastItem(next_item - 1))
     if isinstance(source, RemoteSource):
-        source.drain(next_item)
+        source.drain()
         return
     while not any(isinstance(message, Stop) for message in context.client.poll(1.0)):
         pass

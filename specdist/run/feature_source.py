@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import threading
@@ -48,6 +49,8 @@ class RemoteSource(FeatureSource):
         self._waits = StallTimer(device)
         self._client, self.receiver, self._items = client, receiver, items
         self._stop, self._timeout_s = stop, timeout_s
+        self._next = items.schedule.first_item
+        """The first item that is not released."""
         self._delivered: set[int] = set()  # items that are posted and not yet released
         self._agreed: dict[int, int] = {}
         self._changed = threading.Condition()
@@ -59,39 +62,45 @@ class RemoteSource(FeatureSource):
     def waited_s(self) -> float:
         return self._waits.seconds
 
-    def take(self, item: WorkItem) -> Tensor:
+    def coming(self, item: WorkItem, stop: StopFlag) -> bool:
         self._client.phase = f"waiting for the features of item {item.index}"
-        with self._waits.waiting():
-            with span("wait for the forward", item.index):
-                delivered = self._await(item.index)
-            if not delivered:
-                raise WorldError(f"the scheduler on rank 0 ended the run before item {item.index}")
-            with span("wait for the transfer", item.index):
-                rows = self.receiver.take(item, self._timeout_s)
+        with self._waits.waiting(), span("wait for the forward", item.index):
+            delivered = self._await(item.index, stop)
+        if not delivered and not stop:
+            raise WorldError(f"the scheduler on rank 0 ended the run before item {item.index}")
+        return delivered
+
+    def take(self, item: WorkItem) -> Tensor:
+        with self._waits.waiting(), span("wait for the transfer", item.index):
+            rows = self.receiver.take(item, self._timeout_s)
         self._client.phase = f"training on item {item.index}"
         return rows
 
     def release(self, item: WorkItem) -> None:
         self._delivered.discard(item.index)
-        self.receiver.release(item, functools.partial(self._client.send, Released(item.index)))
+        self._next = item.index + 1
+        self.receiver.release(item, functools.partial(self._freed, item.index))
+
+    def _freed(self, index: int) -> None:
+        with contextlib.suppress(WorldError):  # the trainer learns it where it can do something about it
+            self._client.send(Released(index))
 
     def agreed(self, item: WorkItem) -> int:
         return self._agreed.pop(item.index)
 
-    def drain(self, next_item: int) -> None:
+    def drain(self) -> None:
         """Receive and release, untrained, what was on its way beyond the last item, until the scheduler stops."""
         self._client.phase = "draining"
-        while self._await(next_item):
-            item = self._items[next_item]
+        while self._await(self._next):
+            item = self._items[self._next]
             self.receiver.take(item, self._timeout_s)
             self.release(item)
-            next_item += 1
 
-    def _await(self, index: int) -> bool:
-        """Wait until item `index` is delivered; False if the scheduler stops instead."""
+    def _await(self, index: int, stop: StopFlag | None = None) -> bool:
+        """Wait until item `index` is delivered; False if the scheduler stops, or `stop` is asked for, before."""
         deadline = time.monotonic() + self._timeout_s
         with self._changed:
-            while index not in self._delivered and not self._stopped:
+            while index not in self._delivered and not self._stopped and not stop:
                 if self._thread.error is not None:
                     raise self._thread.error
                 self._client.check()
@@ -118,6 +127,7 @@ class RemoteSource(FeatureSource):
                 self._notify()
             case StopRequest(reason, rank):
                 self._stop.request(reason, f" on rank {rank}")
+                self._notify()
             case Stop():
                 self._stopped = True
                 self._notify()

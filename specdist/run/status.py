@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from specdist.job.split import verdict
 from specdist.scheduler.messages import Statistics
 from specdist.scheduler.peers import Phase
 
+_FULL = 2**20
 _STALE_S = 60.0
 """A run that has written nothing for longer than this, or than ten of its pulses, is taken for gone."""
 
@@ -41,6 +43,8 @@ class Status:
     """Role and host of every rank, those of target worlds behind the others."""
     stalled: str = ""
     """For how long nothing has come of the run or of a rank, and which one; empty where all goes on."""
+    trouble: str = ""
+    """What is wrong with saving."""
 
 
 def describe(run_dir: Path, now: float | None = None) -> str:
@@ -128,6 +132,7 @@ def _is_current(history: list[AttemptRecord], status: Status) -> bool:
 def _running(status: Status, record: Mapping[str, float], now: float) -> list[str]:
     done = f"{status.step:,} of {status.total_steps:,} ({status.step / max(status.total_steps, 1):.0%})"
     lines = [f"  step        {done}{_remaining(status, record, now)}"]
+    lines += [f"  not saved   {status.trouble}"] if status.trouble else []
     if record:
         held_out = "; held out: loss {held_out/loss:.4g}, acceptance length {held_out/acceptance_length:.2f}"
         known = "held_out/loss" in record
@@ -163,10 +168,12 @@ def _remaining(status: Status, record: Mapping[str, float], now: float) -> str:
 
 def _saved(paths: RunPaths, now: float) -> list[str]:
     found = committed(paths.checkpoints)
+    free = shutil.disk_usage(paths.path).free  # where it is full the run cannot say so here itself
+    full = [f"  disk        full: {free // 2**20} MiB are left, nothing can be saved"] if free < _FULL else []
     if not found:
-        return ["  checkpoint  none yet"]
+        return [*full, "  checkpoint  none yet"]
     age = now - found[-1].stat().st_mtime
-    return [f"  checkpoint  step {read_progress(found[-1]).step:,}, {duration(age)} ago ({found[-1]})"]
+    return [*full, f"  checkpoint  step {read_progress(found[-1]).step:,}, {duration(age)} ago ({found[-1]})"]
 
 
 def _ended(record: AttemptRecord) -> str:

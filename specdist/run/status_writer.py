@@ -86,6 +86,7 @@ class StatusWriter(Observer):
             phases=tuple(phases),
             places=peers.places,
             stalled=self._stalled(peers, phases, quiet_s if started else 0, now),
+            trouble=peers.trouble,
         )
         self._write(to_json(status))
         if quiet_s >= self._quiet_s:

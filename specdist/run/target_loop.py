@@ -16,7 +16,7 @@ from specdist.core.trace import span
 from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.messages import Computed, Dispatch, Message, ProducerReport, Stop
+from specdist.scheduler.messages import Computed, Dispatch, Message, ProducerReport, Stop, StopRequest
 from specdist.target.base import TargetModel
 from specdist.target.head import forward_item
 from specdist.target.verify import verify
@@ -72,11 +72,14 @@ class Producer:
         verify_items: int,
         timeout_s: float,
         profile: Profile = NO_PROFILE,
+        alone: bool = False,
     ):
         """
         Args:
             announcement: the sender's.
             slots: items that may be in flight: an item that another replica has lost is never older than that.
+            alone: whether this rank is its whole replica. It may then leave out forwards that are not needed any more;
+                others would wait in theirs.
         """
         self._engine, self._sender, self._announcement, self._client = engine, sender, announcement, client
         self._items, self._prompts = items, prompts
@@ -86,7 +89,7 @@ class Producer:
         self._running: deque[_Forward] = deque()
         self.report = ProducerReport()
         self._began = 0.0
-        self._profile = profile
+        self._profile, self._alone, self._cancelled = profile, alone, False
 
     def run(self) -> ProducerReport:
         """Work until the scheduler says stop; raises WorldError when the world fails."""
@@ -97,6 +100,8 @@ class Producer:
                     case Dispatch():
                         self._items.forget(before=message.item - self._slots)
                         self._queue.append(message)
+                    case StopRequest():  # what is not launched yet will not be trained on
+                        self._cancelled = self._alone
                     case Stop():
                         stopped = True
             if self._may_launch():
@@ -133,12 +138,13 @@ class Producer:
             verify(self._engine, batch)
         with span("wait for a buffer", item.index):
             rows = self._sender.buffer(item)
-        began = self._now()
-        with span("forward", item.index, tokens=item.tokens):
-            agreed = forward_item(self._engine, item, batch, rows)
-            if agreed is not None:  # read when the forward is finished, without waiting for the next one
-                host = torch.empty_like(agreed, device="cpu", pin_memory=agreed.is_cuda)
-                agreed = host.copy_(agreed, non_blocking=True)
+        began, agreed = self._now(), None
+        if not self._cancelled:
+            with span("forward", item.index, tokens=item.tokens):
+                agreed = forward_item(self._engine, item, batch, rows)
+                if agreed is not None:  # read when the forward is finished, without waiting for the next one
+                    host = torch.empty_like(agreed, device="cpu", pin_memory=agreed.is_cuda)
+                    agreed = host.copy_(agreed, non_blocking=True)
         ended = self._now()
         self._running.append(_Forward(item, dispatch.slot, rows, agreed, began, ended))
 

@@ -42,6 +42,7 @@ def produce(context: RankContext) -> None:
         job.target.verify,
         context.timeout_s,
         context.profile,
+        alone=job.target.tp == 1,
     )
     context.client.ready()
     context.started()

@@ -98,6 +98,8 @@ class ControlClient:
         self.rank, self.statistics = -2 if place else rank, Statistics()  # -2: not to blame for anything yet
         self.step = -1
         """Optimizer steps done, for the scheduler's reports; free to set."""
+        self.trouble = ""
+        """What is wrong with saving, for the same; free to set."""
         self._stop, self._stop_sent = stop, False
         self._config, self._on_abort = config, on_abort
         self._scheduler = f"{scheduler}, the scheduler at {address},"
@@ -261,7 +263,7 @@ class ControlClient:
 
     def _heartbeat(self, now: float) -> Heartbeat:
         text, since = self._phase
-        return Heartbeat(now - since, self.step, text)
+        return Heartbeat(now - since, self.step, text, shorten(self.trouble))
 
     def _post(self, message: Message) -> None:
         with self._lock:

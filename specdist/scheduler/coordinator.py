@@ -187,9 +187,9 @@ class Coordinator:
                 deliver = self.replicas.computed(rank, item, agreed, now)
                 if deliver is not None:
                     self._broadcast(deliver, now, self._draft_ranks)
-            case Heartbeat(seconds, step, phase):
+            case Heartbeat(seconds, step, phase, trouble):
                 peer = self.peers[rank]
-                peer.phase, peer.phase_since, peer.step = phase, now - seconds, step
+                peer.phase, peer.phase_since, peer.step, peer.trouble = phase, now - seconds, step, trouble
             case ClockProbe(asked):  # not `now`, which is that of a whole batch of messages
                 self._send([rank], encode(ClockProbe(asked, time.time_ns())))
             case Produced(report) if self.replicas is not None:
@@ -261,7 +261,7 @@ class Coordinator:
             self._observer.dismissed(rank, reason)
             return
         self._broadcast(StopRequest(reason, rank), now)
-        if not self._draft_ranks and self._scheduler is not None:  # no trainer to decide where the run ends
+        if self._scheduler is not None:  # the trainer needs no more than what has been delivered
             self._scheduler.stop_now()
 
     def _stop(self, now: float) -> None:

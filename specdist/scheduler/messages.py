@@ -78,11 +78,12 @@ class StartWork(_Message, frozen=True):
 
 class Heartbeat(_Message, frozen=True):
     """rank -> scheduler: alive, and since `seconds` in `phase` (what it is doing, in words). `step` is the number of
-    optimizer steps done, -1 where the rank does not count them."""
+    optimizer steps done, -1 where the rank does not count them; `trouble`: what is wrong with saving, in words."""
 
     seconds: float
     step: int
     phase: str
+    trouble: str = ""
 
 
 class Dispatch(_Message, frozen=True):

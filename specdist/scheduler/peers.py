@@ -30,6 +30,7 @@ class Peer:
     phase_since: float = 0.0
     step: int = -1
     """Optimizer steps done, as the rank last reported; -1 where it does not count them."""
+    trouble: str = ""
     malformed: int = 0
     lost_at: float | None = None
     """Since when messages to it cannot be sent, and none has come from it."""
@@ -119,6 +120,11 @@ class Peers:
     def step(self) -> int:
         """Optimizer steps done; -1 where no rank counts them."""
         return max(peer.step for peer in self._peers)
+
+    @property
+    def trouble(self) -> str:
+        """What a rank says is wrong with saving."""
+        return next((peer.trouble for peer in self._peers if peer.trouble), "")
 
     def phases(self, now: float) -> list[Phase]:
         """What the ranks are doing, those that do the same taken together, the longest first."""

@@ -167,7 +167,7 @@ class Scheduler:
         """Dispatch nothing beyond `item`; what already was dispatched still goes its way to the release."""
         if item < self._first - 1:
             raise ProtocolError(f"stop after item {item}: the first item is {self._first}")
-        self.cut_short = self._end is None or item + 1 < self._end
+        self.cut_short |= self._end is None or item + 1 < self._end
         self._end = item + 1 if self._end is None else min(self._end, item + 1)
         if self._elastic:
             self._requeued = [requeued for requeued in self._requeued if not self._needless(requeued)]

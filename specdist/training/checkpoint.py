@@ -11,10 +11,12 @@ sharding. A directory without COMMIT is what a kill left behind; it is ignored a
 from __future__ import annotations
 
 import contextlib
+import math
 import pickle
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import Future
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from specdist.core.errors import DataError
+from specdist.core.errors import DataError, DiskError
 from specdist.core.files import sync_directory, to_json, write_atomically
 from specdist.core.progress import (
     COMMIT,
@@ -42,42 +44,104 @@ from specdist.training.optimizer import DraftOptimizer
 AVERAGE = "average"
 """Where the moving average of the weights lies, if there is one."""
 
+_RETRY_S = 60.0
+
 
 class Checkpointer:
-    """Saves and loads the training state of the draft ranks; every draft rank calls each method."""
+    """Saves and loads the training state of the draft ranks; every draft rank calls each method.
 
-    def __init__(self, directory: Path, config: CheckpointConfig, group: dist.ProcessGroup, dp_index: int):
+    A save that fails (a full disk, a quota, a file server that is away) is told and tried again; only after
+    `checkpoint.give_up_s` seconds of it does the run end. Ranks may learn of it at different steps, and of a commit the
+    leader alone does: so what they do about it they have to agree on (`due`, `saved_step`).
+
+    Args:
+        tell: takes what is wrong, in words, and nothing once it is mended.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        group: dist.ProcessGroup,
+        dp_index: int,
+        tell: Callable[[str], None] = lambda trouble: None,
+    ):
         self._directory, self._config, self._group, self._dp = directory, config, group, dp_index
-        self._writing: tuple[Future[Any], Path, Progress] | None = None
+        self._tell = tell
+        self._background = ThreadPoolExecutor(1, "specdist-commit")
+        self._writing: Future[None] | None = None
+        self.saved_step = -1
+        """The last step whose save has not failed, as far as this rank knows."""
+        self._failing_since: float | None = None
+        self._told_at = -math.inf
+        self._due_at = math.inf
+        self.retry_s = min(_RETRY_S, config.give_up_s / 10)
+        """Seconds between two tries."""
+
+    def begin(self, step: int) -> None:
+        """Training begins at `step`, which needs no saving."""
+        self.saved_step = step
+        self._wait(self._config.every_s or math.inf)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to save, or to try again."""
+        return time.monotonic() >= self._due_at
 
     def save(self, model: nn.Module, optimizer: DraftOptimizer, progress: Progress) -> None:
         """Copy the state and write it, in the background if so configured. An earlier save is finished first."""
         self.finish()
+        self._wait(self._config.every_s or math.inf)
         path = checkpoint_path(self._directory, progress.step)
-        if self._leader and path.exists():
-            shutil.rmtree(path)  # left behind by a kill, or about to be written again after a resume from before it
+        if self._leader:  # left behind by a kill, or about to be written again after a resume from before it
+            with contextlib.suppress(FileNotFoundError):
+                (path / COMMIT).unlink()
+            shutil.rmtree(path, ignore_errors=True)  # what is not removed is overwritten
         dist.barrier(group=self._group)
-        state = self._state(model, optimizer)
-        if self._config.asynchronous:
-            future = dcp.async_save(state, checkpoint_id=path, process_group=self._group)
-            self._writing = (_as_future(future), path, progress)
-        else:
-            dcp.save(state, checkpoint_id=path, process_group=self._group)
-            self._commit(path, progress)
+        written = dcp.async_save(self._state(model, optimizer), checkpoint_id=path, process_group=self._group)
+        self.saved_step = progress.step
+        self._writing = self._background.submit(self._complete, _as_future(written), path, progress)
+        if not self._config.asynchronous:
+            self.finish()
 
     def poll(self) -> None:
-        """Commit a background save that has finished; call it at every step. Never waits."""
-        if self._writing is not None and self._writing[0].done():
+        """Take note of a background save that has finished; call it at every step. Never waits."""
+        if self._writing is not None and self._writing.done():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the background save and commit it; its errors surface here."""
+        """Wait for the background save.
+
+        Raises:
+            DiskError: saving has failed for `checkpoint.give_up_s` seconds.
+        """
         if self._writing is None:
             return
-        future, path, progress = self._writing
-        self._writing = None
-        future.result()
-        self._commit(path, progress)
+        writing, self._writing = self._writing, None
+        try:
+            writing.result()
+        except (CheckpointException, OSError) as error:
+            self._failed(error)
+            return
+        if self._failing_since is not None:
+            self._failing_since = None
+            self._tell("")
+
+    def _failed(self, error: CheckpointException | OSError) -> None:
+        now = time.monotonic()
+        self._failing_since = now if self._failing_since is None else self._failing_since
+        seconds = now - self._failing_since
+        what = f"step {self.saved_step} could not be saved in {self._directory}: {_cause(error)}"
+        self.saved_step = -1
+        if seconds >= self._config.give_up_s:
+            raise DiskError(f"{what}; this has gone on for {seconds:.0f} s (checkpoint.give_up_s)") from error
+        self._wait(self.retry_s)
+        if now - self._told_at >= self.retry_s:  # `checkpoint.every` may come more often
+            self._told_at, left = now, self._config.give_up_s - seconds
+            self._tell(f"{what}; tried again in {self.retry_s:.0f} s, given up in {left:.0f} s (checkpoint.give_up_s)")
+
+    def _wait(self, seconds: float) -> None:
+        self._due_at = time.monotonic() + seconds
 
     def load(self, path: Path, model: nn.Module, optimizer: DraftOptimizer) -> Progress:
         """Load into this world's ranks and sharding, whatever wrote it."""
@@ -113,22 +177,39 @@ class Checkpointer:
         average = {} if optimizer.average is None else {AVERAGE: optimizer.average}
         return {"model": model_state, "optimizer": optimizer_state, self._rng_key: torch.get_rng_state(), **average}
 
-    def _commit(self, path: Path, progress: Progress) -> None:
-        if not self._leader:
-            return
-        sync_directory(path)
-        write_atomically(path / COMMIT, to_json(progress))
-        best = best_checkpoint(self._directory, self._config.keep_best)
-        for old in committed(self._directory)[: -self._config.keep]:
-            if old == best:
-                continue
-            (old / COMMIT).unlink()  # first, so that a half-removed checkpoint is never taken for a complete one
-            shutil.rmtree(old)
+    def _complete(self, written: Future[Any], path: Path, progress: Progress) -> None:
+        """In a thread of its own: commit what has been written, and make room."""
+        try:
+            written.result()
+            if self._leader:
+                sync_directory(path)
+                write_atomically(path / COMMIT, to_json(progress))
+                self._make_room()
+        except (CheckpointException, OSError):
+            if self._leader:
+                shutil.rmtree(path, ignore_errors=True)  # the next try needs the room
+            raise
+
+    def _make_room(self) -> None:
+        """Remove what need not be kept, kills have left behind included; no save is under way."""
+        best, kept = best_checkpoint(self._directory, self._config.keep_best), committed(self._directory)
+        for old in kept[: -self._config.keep]:
+            if old != best:
+                (old / COMMIT).unlink()  # first, so that a half-removed checkpoint is never taken for a complete one
+        for path in self._directory.glob("step-*"):
+            if not (path / COMMIT).exists():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _as_future(saved: Any) -> Future[Any]:
     """`async_save` returns a Future, or in newer versions an object that holds one for the upload."""
     return saved if isinstance(saved, Future) else saved.upload_completion
+
+
+def _cause(error: CheckpointException | OSError) -> str:
+    """The first cause, in a line."""
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return f"{type(causes[0]).__name__}: {causes[0]}".splitlines()[0]
 
 
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError)

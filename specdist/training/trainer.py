@@ -7,10 +7,12 @@ It knows neither which draft algorithm it trains nor where the features come fro
 from __future__ import annotations
 
 import math
+import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import torch
 import torch.distributed as dist
@@ -40,6 +42,14 @@ from specdist.training.profile import NO_PROFILE, Profile
 from specdist.world.groups import Groups
 
 
+class _CutOffError(Exception):
+    """The features of a step will not come any more, as all draft ranks have agreed; `cause` is what says so."""
+
+    def __init__(self, cause: WorldError):
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 class FeatureSource(ABC):
     """Where a draft rank gets the target's features from."""
 
@@ -48,9 +58,14 @@ class FeatureSource(ABC):
         """Seconds so far in which this rank had nothing to compute because it waited for features."""
         return 0.0
 
+    def coming(self, item: WorkItem, stop: StopFlag) -> bool:
+        """Wait until the features of `item` are on their way; False where a stop is asked for before. Called before
+        `take`. Raises WorldError where they will not come."""
+        return not stop
+
     @abstractmethod
     def take(self, item: WorkItem) -> Tensor:
-        """The feature rows of this rank's shard of `item`; items are taken in order."""
+        """The feature rows of this rank's shard of `item`, which have arrived; items are taken in order."""
 
     @abstractmethod
     def release(self, item: WorkItem) -> None:
@@ -153,6 +168,18 @@ def shard_draft(model: DraftModel, groups: Groups, dtype: torch.dtype, sharding:
     return model
 
 
+class Course(IntEnum):
+    """How the draft ranks go on from a step boundary: the highest that one of them says holds for all."""
+
+    GO = 0
+    SAVE = 1
+    """Save, by the clock, and go on."""
+    STOP = 2
+    LOST = 3
+    """A rank is cut off from the world, so its features will not come. The draft ranks themselves are well, or they
+    could not agree on it: they save."""
+
+
 class Trainer:
     """Trains a sharded draft until the recipe's last step, or until a stop is asked for."""
 
@@ -183,7 +210,7 @@ class Trainer:
         self._same = 1 if groups.draft_mesh is None else groups.draft_mesh.size(1)
         """Ranks that have the same micro-batches."""
         self._norm = math.nan
-        self._saved_step, self._waited_before = -1, 0.0
+        self._waited_before = 0.0
         self.steps_done = self.tokens_done = 0
         """Steps, and tokens over all draft ranks, since this trainer was made."""
 
@@ -197,15 +224,30 @@ class Trainer:
         self, recipe: Recipe, progress: Progress, checkpointer: Checkpointer, stop: StopFlag, reporter: Reporter
     ) -> Progress:
         """Train on from `progress`; returns where it stopped, which `commit` then saves. `finished` then says whether
-        there is nothing left to do."""
-        self._saved_step, self._waited_before = progress.step, self.source.waited_s
+        there is nothing left to do.
+
+        Raises:
+            WorldError: features will not come any more; the last step is saved.
+        """
+        self._waited_before = self.source.waited_s
         self.bad_samples.share = recipe.train.max_bad_share
+        checkpointer.begin(progress.step)
         try:
             progress = self._evaluate(progress, stop, reporter)
-            while not self._done(recipe, progress) and not self._agree(bool(stop), progress.next_item):
+            while not self._done(recipe, progress):
                 indices = self.items.schedule.training(progress.step)
-                last = self.train_step(progress.step, indices, recipe.optimizer.clip_norm, recipe.place(progress.step))
-                progress = replace(progress, step=progress.step + 1, next_item=indices.stop, cursor=last.end)
+                self._profile.reach(indices.start, indices.start)
+                with span(f"step {progress.step + 1}", indices.start):
+                    micro_batches, course = self._receive_all(indices, stop, checkpointer.due)
+                    if course is Course.STOP:
+                        break
+                    if course is Course.SAVE:
+                        self._save(progress, checkpointer)
+                    self.train_step(
+                        progress.step, micro_batches, recipe.optimizer.clip_norm, recipe.place(progress.step)
+                    )
+                end = micro_batches[-1].item.end
+                progress = replace(progress, step=progress.step + 1, next_item=indices.stop, cursor=end)
                 reporter.step(progress)
                 if progress.step % recipe.log_every == 0 or progress.step == recipe.total_steps:
                     with span("metrics", progress.next_item - 1):
@@ -219,17 +261,20 @@ class Trainer:
         except TrainingDiverged:
             checkpointer.finish()  # all ranks come here, and what was saved before the step is good
             raise
-        except WorldError:
-            checkpointer.poll()
-            raise
+        except _CutOffError as error:  # all ranks come here
+            saved = "is" if self.commit(progress, checkpointer) else "is not"
+            print(f"specdist: step {progress.step} {saved} saved", file=sys.stderr, flush=True)
+            raise error.cause from error
         self.finished = self._done(recipe, progress) and not self._evaluation_left(progress)
         return progress
 
-    def commit(self, progress: Progress, checkpointer: Checkpointer) -> None:
-        """Save `progress` unless it has been, and wait until it is on the disk."""
-        if self._saved_step != progress.step:
-            self._save(progress, checkpointer)
+    def commit(self, progress: Progress, checkpointer: Checkpointer) -> bool:
+        """Save `progress` unless it has been, and wait for it; whether it is on the disk. All draft ranks call this."""
         checkpointer.finish()
+        if self._highest(checkpointer.saved_step != progress.step):
+            self._save(progress, checkpointer)
+            checkpointer.finish()
+        return not self._highest(checkpointer.saved_step != progress.step)
 
     def _done(self, recipe: Recipe, progress: Progress) -> bool:
         """Whether the last step is done, or as many evaluations as `train.patience` have found nothing better."""
@@ -258,13 +303,17 @@ class Trainer:
     def _evaluate(self, progress: Progress, stop: StopFlag, reporter: Reporter) -> Progress:
         """Evaluate where it is due. A stop comes first: the start that follows makes the evaluation."""
         indices = self.items.schedule.evaluation(progress.step)
-        if not indices or self._agree(bool(stop), indices.start):
+        if not indices:
             return progress
         sums, judge, began, waited = torch.zeros_like(self._sums), self._judge, time.monotonic(), self.source.waited_s
         assert judge is not None
         with self.optimizer.averaged():
             for i in indices:
-                sums += self._evaluate_item(self.items[i], judge)
+                micro_batches, course = self._receive_all(range(i, i + 1), stop, due=False)
+                if course is Course.STOP:
+                    return progress
+                for micro in micro_batches:
+                    sums += self._evaluate_one(micro, judge)
             assert isinstance(self.model, FSDPModule)
             self.model.reshard()
         dist.all_reduce(sums, group=self._groups.draft)
@@ -276,9 +325,9 @@ class Trainer:
         found = Evaluated(progress.step, metrics["acceptance_length"], metrics["loss"], judge.basis)
         return replace(progress, next_item=indices.stop, evaluated=found)
 
-    def _evaluate_item(self, item: WorkItem, judge: Judge) -> Tensor:
+    def _evaluate_one(self, micro: MicroBatch, judge: Judge) -> Tensor:
         """This rank's shard of an item: replayed for the judge; returns its sums."""
-        micro = self._receive(item)
+        item = micro.item
         with span("evaluate", item.index, tokens=len(micro.batch.tokens)), torch.no_grad():
             ones = torch.ones_like(micro.supervision.counts)
             sums = self.model(micro.batch, micro.features, micro.supervision, ones)[1] * micro.good
@@ -289,17 +338,26 @@ class Trainer:
         self.source.release(item)
         return sums
 
-    def train_step(self, step: int, indices: range, clip_norm: float, place: tuple[float, float]) -> WorkItem:
-        """Optimizer step `step` (0-based) over the items `indices`, at `Recipe.place`; returns the last of them."""
-        self._profile.reach(indices.start, indices.start)
-        with span(f"step {step + 1}", indices.start):
-            return self._train_step(step, indices, clip_norm, place)
+    def train_step(
+        self, step: int, micro_batches: Sequence[MicroBatch], clip_norm: float, place: tuple[float, float]
+    ) -> None:
+        """Optimizer step `step` (0-based), at `Recipe.place`. No rank waits in it for anything but the other draft
+        ranks, so all of them end it."""
+        items = [micro.item for micro in micro_batches]
+        if any(item.tokens for item in items):
+            self._train_step(step, micro_batches, clip_norm, place)
+        else:  # beyond the end of the stream
+            for item in items:
+                self.source.release(item)
+        self.items.forget(before=items[-1].index + 1)
+        self.steps_done += 1
+        self.tokens_done += sum(item.tokens for item in items)
 
-    def _train_step(self, step: int, indices: range, clip_norm: float, place: tuple[float, float]) -> WorkItem:
-        first, items = indices.start, [self.items[i] for i in indices]
-        if not any(item.tokens for item in items):
-            return self._pass_over(items)
-        micro_batches = [self._receive(item) for item in items]
+    def _train_step(
+        self, step: int, micro_batches: Sequence[MicroBatch], clip_norm: float, place: tuple[float, float]
+    ) -> None:
+        items = [micro.item for micro in micro_batches]
+        first = items[0].index
         with span("agree on the counts", first):
             counts = torch.stack([m.supervision.counts for m in micro_batches]).sum(0)
             bad = torch.stack([~m.good for m in micro_batches]).sum().to(counts.dtype)
@@ -326,19 +384,6 @@ class Trainer:
             self.look_back()
         flags = torch.cat([m.bad for m in micro_batches])
         self._last = StepResult(step, items, Reading([norm, skipped, torch.stack(losses), flags]))
-        self.items.forget(before=indices.stop)
-        self.steps_done += 1
-        self.tokens_done += sum(item.tokens for item in items)
-        return items[-1]
-
-    def _pass_over(self, items: list[WorkItem]) -> WorkItem:
-        """A step beyond the end of the stream."""
-        for item in items:
-            self.source.take(item)
-            self.source.release(item)
-        self.items.forget(before=items[-1].index + 1)
-        self.steps_done += 1
-        return items[-1]
 
     def look_back(self) -> None:
         """Look at what the last step came to: one step late, so that the host never waits for the device in between.
@@ -351,7 +396,37 @@ class Trainer:
             self._norm = float(result.reading.get()[0])
             self.bad_samples.look(result)
 
-    def _receive(self, item: WorkItem) -> MicroBatch:
+    def _receive_all(self, indices: range, stop: StopFlag, due: bool) -> tuple[list[MicroBatch], Course]:
+        """Receive the items, and agree with the other draft ranks how to go on; at a stop they are released. They agree
+        once all that a step needs has arrived: from there on they depend on each other alone.
+
+        Args:
+            due: whether this rank's clock says that it is time to save.
+
+        Raises:
+            _CutOffError: on all ranks, where features will not come any more.
+        """
+        received, error = list[MicroBatch](), WorldError("another draft rank is cut off from the world")
+        course = Course.SAVE if due else Course.GO
+        try:
+            for index in indices:
+                if not self.source.coming(self.items[index], stop):
+                    break
+                received.append(self.receive(self.items[index]))
+        except WorldError as met:
+            error, course = met, Course.LOST
+        if stop:
+            course = max(course, Course.STOP)
+        with span("agree to go on", indices.start):
+            course = Course(self._highest(course))
+        if course is Course.LOST:
+            raise _CutOffError(error)
+        for micro in received if course is Course.STOP else ():
+            self.source.release(micro.item)
+        return received, course
+
+    def receive(self, item: WorkItem) -> MicroBatch:
+        """This rank's part of `item`, ready to train on."""
         with span("pack", item.index):
             host_batch = self._prompts.pack(item.shards[self._shard].sequences)
         with span("take the features", item.index):
@@ -376,12 +451,11 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm or math.inf)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def _agree(self, stop: bool, next_item: int) -> bool:
-        """Whether any draft rank was asked to stop."""
-        with span("agree to go on", next_item):
-            flag = torch.tensor(int(stop))
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.draft_cpu)
-            return bool(flag)
+    def _highest(self, value: int) -> int:
+        """The highest that a draft rank says."""
+        found = torch.tensor(int(value))
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.draft_cpu)
+        return int(found)
 
     def _metrics(self) -> dict[str, float]:
         sums = self._sums.clone()
@@ -401,6 +475,7 @@ class Trainer:
 
     def _save(self, progress: Progress, checkpointer: Checkpointer) -> None:
         self.look_back()
+        assert isinstance(self.model, FSDPModule)
+        self.model.reshard()  # in the middle of an evaluation it is not
         with span("save", progress.next_item - 1):
             checkpointer.save(self.model, self.optimizer, progress)
-        self._saved_step = progress.step

@@ -119,8 +119,8 @@ def _bounded(action: Callable[[], None], timeout_s: float, device: torch.device)
         raise failures[0]
 
 
-def wait_work(work: dist.Work, timeout_s: float, on_device: bool) -> None:
-    """Wait on the host, bounded, until a transfer has finished.
+def wait_work(work: dist.Work, timeout_s: float, on_device: bool, check: Callable[[], None] = lambda: None) -> None:
+    """Wait on the host, bounded, until a transfer has finished. `check`, of a device transfer, may raise to end it.
 
     NCCL's own `wait` only orders streams, so a device transfer is polled; gloo's blocks with a timeout.
 
@@ -134,6 +134,7 @@ def wait_work(work: dist.Work, timeout_s: float, on_device: bool) -> None:
             return
         pause = _SHORTEST_LOOK_S
         while not (completed := work.is_completed()) and time.monotonic() < deadline:
+            check()
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_LOOK_S)
         if completed:

@@ -135,6 +135,7 @@ def test_a_failure_is_told_where_it_cannot_be_kept_and_the_job_is_not_started_ag
     history, terminal = History(tmp_path).add(None), io.StringIO()
     record = attempts(tmp_path)[0]
     with monkeypatch.context() as patch:
+        patch.setattr("specdist.core.attempts._LATER_S", 0)
         patch.setattr(Path, "write_text", lambda path, text: (_ for _ in ()).throw(FULL))
         record.tell(ERROR, terminal)
     said = terminal.getvalue()

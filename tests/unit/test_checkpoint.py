@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints in one process: commit markers, rotation, and what a kill leaves behind."""
 
+import errno
 import pickle
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 
-from specdist.core.errors import DataError
+from specdist.core.errors import DataError, DiskError
 from specdist.core.progress import COMMIT, CheckpointConfig, Cursor, Progress, committed, read_progress
 from specdist.run.drafts import load_state
 from specdist.training.checkpoint import Checkpointer
@@ -125,6 +128,55 @@ def test_a_foreign_checkpoint_runs_no_code(tmp_path, group, where):
         with pytest.raises(DataError, match=r"asks for pathlib\S*\.Path\.touch, which is no part of a checkpoint"):
             load_state(model, path)
     assert not mark.exists()
+
+
+def test_a_save_that_fails_is_told_and_tried_again_until_it_is_given_up(tmp_path, group, monkeypatch):
+    (model, optimizer), told = state(), []
+    config = CheckpointConfig(every_s=0, give_up_s=2)
+    checkpointer = Checkpointer(tmp_path, config, group, 0, told.append)
+    checkpointer.begin(0)
+    assert (checkpointer.saved_step, checkpointer.due) == (0, False)
+    open_file = FileSystem.create_stream
+
+    def full(self, path, mode):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def save_and_wait(step: int) -> None:
+        checkpointer.save(model, optimizer, progress(step))
+        checkpointer.finish()
+
+    monkeypatch.setattr(FileSystem, "create_stream", full)
+    save_and_wait(1)
+    assert checkpointer.saved_step == -1
+    assert not list(tmp_path.iterdir())  # nothing half-written takes the room of the next try
+    (words,) = told
+    assert words.startswith(
+        f"step 1 could not be saved in {tmp_path}: OSError: [Errno 28] No space left on device; tried"
+    )
+    time.sleep(checkpointer.retry_s)
+    assert checkpointer.due
+    monkeypatch.setattr(FileSystem, "create_stream", open_file)
+    save_and_wait(2)
+    assert (checkpointer.saved_step, checkpointer.due, told[1:]) == (2, False, [""])
+    assert committed(tmp_path) == [tmp_path / "step-00000002"]
+    monkeypatch.setattr(FileSystem, "create_stream", full)
+    save_and_wait(3)
+    time.sleep(config.give_up_s)
+    with pytest.raises(DiskError, match=r"step 4 could not be saved in .*; this has gone on for 2 s"):
+        save_and_wait(4)
+    assert committed(tmp_path) == [tmp_path / "step-00000002"]
+
+
+def test_a_checkpoint_is_due_by_the_clock(tmp_path, group):
+    model, optimizer = state()
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(every_s=0.5), group, 0)
+    checkpointer.begin(0)
+    assert not checkpointer.due
+    time.sleep(0.5)
+    assert checkpointer.due
+    checkpointer.save(model, optimizer, progress(1))
+    assert not checkpointer.due
+    checkpointer.finish()
 
 
 def test_a_strange_marker_is_named(tmp_path):

@@ -119,7 +119,7 @@ def test_random_bytes_raise_decode_error_only() -> None:
     with pytest.raises(DecodeError, match="no control message"):
         decode(b"")
     with pytest.raises(DecodeError, match="utf-8"):
-        decode(encode(Heartbeat(1.0, 2, "ab"))[:-1] + b"\xff")
+        decode(encode(Heartbeat(1.0, 2, "phase", "ab"))[:-1] + b"\xff")
     with pytest.raises(DecodeError, match="recursion"):
         decode(encode(Produced(ProducerReport()))[:10] + b"\x81\xa3abc" + b"\x91" * 60000)
 

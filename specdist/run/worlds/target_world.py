@@ -122,8 +122,9 @@ class TargetWorld:
                 sender.connect(job.control.load_timeout_s, session.check)
                 items = context.items_of(terms.schedule, terms.cursor, terms.batching)
                 verify = job.target.verify
+                prompts, alone = context.prompts, job.target.tp == 1
                 producer = Producer(
-                    engine, sender, announcement, client, items, context.prompts, terms.slots, verify, timeout_s
+                    engine, sender, announcement, client, items, prompts, terms.slots, verify, timeout_s, alone=alone
                 )
                 client.ready()
                 report = producer.run()
