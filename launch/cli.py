@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -13,10 +14,10 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import specdist
 from specdist.core.errors import UserError, WorldError
-from specdist.core.launch_env import Role
 from specdist.core.stop import leave
-from specdist_launch import ssh, words
+from specdist_launch import plan, reading, ssh, words
 from specdist_launch.agents import ExitStatus
 from specdist_launch.ray import launch as ray
 from specdist_launch.slurm import launch as slurm
@@ -24,6 +25,10 @@ from specdist_launch.slurm import launch as slurm
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks: eval "$(register-python-argcomplete specdist)"
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     args, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "config")]
     if unknown:
@@ -49,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="specdist", description="Train the draft models of speculative decoding.")
+    parser.add_argument("--version", action="version", version=f"specdist {specdist.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
@@ -57,7 +63,10 @@ def _parser() -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = among.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         if config:
-            sub.add_argument("config", nargs="+", metavar="CONFIG.yaml|RUN_DIR|key=value", help="files, then overrides")
+            given = sub.add_argument(
+                "config", nargs="+", metavar="CONFIG.yaml|RUN_DIR|key=value", help="files, then keys"
+            )
+            given.completer = reading.complete_word  # type: ignore[attr-defined]
         return sub
 
     train = command("train", _train, "Train a draft, here or over ssh: tokenise, start the ranks, export, evaluate.")
@@ -73,25 +82,17 @@ def _parser() -> argparse.ArgumentParser:
     text = "Submit a job to Slurm, which starts itself again after preemption."
     slurm.arguments(command("slurm", slurm.main, text, among=ways))
     ray.arguments(command("ray", ray.main, "Start a job on the GPU hosts of a Ray cluster.", among=ways))
-    text = "Show where a run is: phase, step, queues, bottleneck, time to go."
-    status = command("status", _status, text, config=False)
-    status.add_argument("run_dir", metavar="RUN_DIR", help="the run.dir of a job")
-    text = "Draw runs, one or several beside each other, into one HTML file: curves, times, answers, configuration."
-    report = command("report", _report, text, config=False)
-    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="the run.dir of a job, under way or ended")
-    report.add_argument(
-        "--output", metavar="FILE", help="where to write (default: RUN_DIR/report.html; of several runs ./report.html)"
-    )
-    trace = command("trace", _trace, "Put together what the ranks of a run have traced, for Perfetto.", config=False)
-    trace.add_argument("run_dir", metavar="RUN_DIR", help="the run.dir of a job that was started with trace.steps=N")
-    trace.add_argument("--attempt", metavar="NAME", help="a folder of RUN_DIR/logs (default: the newest with a trace)")
+    reading.arguments(command)
     text = "Check the hosts of a job: GPUs, versions, links, clocks, run directory, model."
     doctor = command("doctor", _doctor, text)
     doctor.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks to start (default: as the config needs)")
     doctor.add_argument("--local", action="store_true", help="examine this host alone, without a world")
     doctor.add_argument("--json", metavar="FILE", help="also write the whole report as JSON")
     text = "Show, without a GPU, which rank does what, what travels, and what fits into memory."
-    _plan_arguments(command("plan", _plan, text))
+    plan.arguments(command("plan", plan.main, text))
+    text = "Check all of a job that can be checked here in a minute; the exit status is 0 where all is right."
+    check = command("check", _check, text)
+    check.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="memory of one GPU (default 80GiB)")
     prepare = command("prepare", _prepare, "Tokenise the prompts into the cache and report on them.")
     text = "print the first N samples as the target sees them, the supervised part in colour, and the first N bad ones"
     prepare.add_argument("--show", type=int, default=0, metavar="N", help=text)
@@ -131,23 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         "part", choices=["channel", "decode", "pipeline", "scheduler", "step", "target"], help="what to measure"
     )
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options; --help lists them")
-    command("keys", _keys, "List every configuration key with its type, default and meaning.", config=False)
     return parser
-
-
-def _plan_arguments(plan: argparse.ArgumentParser) -> None:
-    plan.add_argument("--nodes", type=int, metavar="N", help="machines, which are called node0, ... (default 1)")
-    plan.add_argument("--target-nodes", type=int, metavar="N", help="of a heterogeneous job: machines of the target")
-    plan.add_argument("--draft-nodes", type=int, metavar="N", help="of a heterogeneous job: machines of the draft")
-    plan.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks on each (default: what the config needs)")
-    plan.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="memory of one GPU (default 80GiB)")
-    plan.add_argument(
-        "--gpus", type=int, metavar="N", help="GPUs to split between the roles (default: the job's ranks)"
-    )
-    plan.add_argument("--target-rate", type=float, metavar="TOKENS/S", help="of a target replica of target.tp ranks")
-    plan.add_argument("--draft-rate", type=float, metavar="TOKENS/S", help="of a draft rank")
-    rates = "output of bench target, step or pipeline, or a run's summary.json (may be repeated)"
-    plan.add_argument("--rates", action="append", default=[], metavar="FILE", help=rates)
 
 
 def _naming_sources(args: argparse.Namespace) -> AbstractContextManager[None]:
@@ -167,54 +152,10 @@ def _train(args: argparse.Namespace) -> int:
     return train(args.config, args.nproc_per_node, args.retries)
 
 
-def _plan(args: argparse.Namespace) -> int:
-    from specdist.channel.config import parse_bytes
-    from specdist.job import split
-    from specdist.job.plan import make_plan, nodes_of_roles, render
-    from specdist.job.rates import find_rates
-    from specdist_launch.local import world_size
+def _check(args: argparse.Namespace) -> int:
+    from specdist_launch.check import check
 
-    job = words.load(args.config)
-    roles: list[Role] = []
-    if args.target_nodes is None and args.draft_nodes is None:
-        nodes = args.nodes or 1
-        per_node = args.nproc_per_node or -(-world_size(job, 0) // nodes)
-        hosts = [f"node{n}" for n in range(nodes) for _ in range(per_node)]
-    elif args.target_nodes and args.draft_nodes and args.nodes is None and args.nproc_per_node is None:
-        hosts, roles = nodes_of_roles(job, args.target_nodes, args.draft_nodes)
-    else:
-        raise UserError("--target-nodes and --draft-nodes go together, without --nodes and --nproc-per-node")
-    plan = make_plan(job, hosts, parse_bytes(args.gpu_memory, "--gpu-memory"), roles)
-    print(render(plan))
-    asked = [args.gpus, args.target_rate, args.draft_rate, args.rates or None] != [None] * 4
-    if job.world.mode == "split" and (plan.on_gpus or asked):  # what is estimated of GPUs says nothing of the CPU
-        rates = find_rates(job, plan.facts, args.target_rate, args.draft_rate, args.rates)
-        gpus = args.gpus or plan.topology.world_size
-        print(split.render(gpus, *split.suggest(gpus, job.target.tp, rates)))
-    return 0 if plan.fits else 1
-
-
-def _status(args: argparse.Namespace) -> int:
-    from specdist.run.status import describe
-
-    print(describe(Path(args.run_dir)))
-    return 0
-
-
-def _report(args: argparse.Namespace) -> int:
-    from specdist.run.report.page import write_report
-
-    runs = [Path(run_dir) for run_dir in args.run_dirs]
-    default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
-    print(write_report(runs, Path(args.output) if args.output else default))
-    return 0
-
-
-def _trace(args: argparse.Namespace) -> int:
-    from specdist.run.timeline import collect_newest
-
-    print(collect_newest(Path(args.run_dir), args.attempt))
-    return 0
+    return check(args.config, args.gpu_memory)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -319,23 +260,6 @@ def _serve_check(args: argparse.Namespace) -> int:
     report = serve_check.judge(check, *decoded, args.tolerance, args.tokens)
     print(report.render())
     return 0 if report.right else 1
-
-
-def _keys(args: argparse.Namespace) -> int:
-    from omegaconf import MISSING
-
-    from specdist.core import config
-    from specdist.job.sections import JobConfig
-
-    earlier = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `specdist keys | head` ends quietly
-    try:
-        for entry in config.fields(JobConfig):
-            default = "(required)" if entry.default == MISSING else entry.default
-            print(f"{entry.key} = {default}    ({entry.type})\n    {entry.help}")
-        sys.stdout.flush()
-    finally:
-        signal.signal(signal.SIGPIPE, earlier)
-    return 0
 
 
 def _bench(args: argparse.Namespace) -> int:

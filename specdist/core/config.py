@@ -298,13 +298,19 @@ def _check_key(schema: type, key: str, where: str) -> Any:
 
 
 def _suggest(schema: type, prefix: str, part: str, names: list[str]) -> str:
+    """The right key: by another name that the schema knows it by (`schema.also_called()`), by spelling, by the name
+    alone, or by its help."""
+    called: Mapping[str, str] = getattr(schema, "also_called", dict)()
     near = difflib.get_close_matches(part, names, n=1) or [name for name in names if part in name]
-    if near:
-        return f"; did you mean '{prefix}{near[0]}'?"
-    elsewhere = [f.key for f in fields(schema) if f.key.rsplit(".", 1)[-1] == part]
-    if elsewhere:
-        return f"; did you mean '{elsewhere[0]}'?"
-    return f"; valid here: {', '.join(names)}"
+    known = list(fields(schema))
+    words = [word for word in part.lower().split("_") if len(word) > 2]
+    found = [
+        *([called[part]] if part in called else ()),
+        *(f"{prefix}{name}" for name in near),
+        *(field.key for field in known if field.key.rsplit(".", 1)[-1] == part),
+        *(field.key for field in known if len(words) > 1 and all(word in field.help.lower() for word in words)),
+    ]
+    return f"; did you mean '{found[0]}'?" if found else f"; valid here: {', '.join(names)}"
 
 
 def _names(schema: type) -> list[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,6 +73,11 @@ class JobConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
+    @staticmethod
+    def also_called() -> Mapping[str, str]:
+        """Keys by the names that other trainers give them."""
+        return ALSO_CALLED
+
     @property
     def draft_tokens(self) -> int:
         """K, drafts a target forward in evaluations: `evaluate.draft_tokens`, or what the export asks servers for."""
@@ -84,6 +89,49 @@ class JobConfig:
         return replace(self.evaluate, draft_tokens=self.draft_tokens)
 
 
+ALSO_CALLED = {
+    "learning_rate": "optimizer.lr",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "total_steps": "train.steps",
+    "batch_size": "prompts.tokens_per_rank",
+    "per_device_train_batch_size": "prompts.tokens_per_rank",
+    "gradient_accumulation_steps": "train.accumulation",
+    "accumulation_steps": "train.accumulation",
+    "warmup_ratio": "optimizer.warmup",
+    "warmup_steps": "optimizer.warmup",
+    "lr_scheduler_type": "optimizer.schedule",
+    "max_grad_norm": "optimizer.clip_norm",
+    "output_dir": "run.dir",
+    "model": "target.path",
+    "model_name_or_path": "target.path",
+    "model_path": "target.path",
+    "target_model_path": "target.path",
+    "tp_size": "target.tp",
+    "tensor_parallel_size": "target.tp",
+    "dataset": "prompts.files",
+    "data": "prompts.files",
+    "train_data_path": "prompts.files",
+    "eval_data_path": "prompts.holdout",
+    "validation_split": "prompts.holdout",
+    "max_seq_length": "prompts.max_length",
+    "max_seq_len": "prompts.max_length",
+    "sequence_length": "prompts.max_length",
+    "save_steps": "checkpoint.every",
+    "save_interval": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "resume_from_checkpoint": "checkpoint.resume",
+    "eval_steps": "evaluate.every",
+    "eval_interval": "evaluate.every",
+    "logging_steps": "metrics.every",
+    "log_interval": "metrics.every",
+    "report_to": "metrics.wandb",
+    "draft_vocab_size": "draft.eagle3.vocab_size",
+    "bf16": "draft.dtype",
+    "seed": "run.seed",
+}
+"""Keys by the names that other trainers give them, for errors and for `specdist keys`."""
 CHANGEABLE = (
     "world", "scheduler", "control", "channel", "checkpoint", "metrics", "trace", "export", "evaluate", "launch",
     "run.dir", "train", "target.replicas", "target.tp", "target.verify", "target.verify_against", "target.prefill",

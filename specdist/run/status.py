@@ -64,7 +64,7 @@ def describe(run_dir: Path, now: float | None = None) -> str:
     else:
         lines = [f"{run_dir}: {_headline(history, status, now)}"]
         if status is not None and _is_current(history, status):
-            lines += _running(status, _last_record(paths.metrics), now)
+            lines += _running(status, last_record(paths.metrics), now)
     lines += _saved(paths, now)
     if len(history) > 1:
         lines.append(f"  attempts    {len(history)}, before this one: {', '.join(map(_ended, history[:-1]))}")
@@ -183,7 +183,8 @@ def _ended(record: AttemptRecord) -> str:
     return f"{record.name} {'vanished' if ending is None else ending.state}"
 
 
-def _last_record(metrics: Path) -> Mapping[str, float]:
+def last_record(metrics: Path) -> Mapping[str, float]:
+    """The newest figures of metrics.jsonl, those of the evaluation before among them; none before the first step."""
     if not metrics.exists():
         return {}
     with metrics.open("rb") as file:

@@ -140,6 +140,18 @@ def test_a_finished_run_keeps_its_figures(trained):
     assert after["training"]["steps"] == 4
 
 
+def test_a_job_is_checked_without_being_started(trained, tmp_path, capsys):
+    _, words, _ = trained
+    new = [*words, f"run.dir={tmp_path / 'run'}"]
+    assert main(["check", *new]) == 0
+    assert "ok      prompts: 1 files, about " in capsys.readouterr().out
+    assert main(["check", *new, f"prompts.files=[{tmp_path}/none.jsonl]"]) == 1
+    said = capsys.readouterr().out
+    assert "FAILED  prompts: prompts.files" in said
+    assert said.count("ok  ") == 4
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_directory_belongs_to_one_job(trained, capsys):
     _, words, _ = trained
     assert main(["train", *words, "draft.eagle3.ttt_length=2", "run.seed=5"]) == 2

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`specdist plan`: what a job will look like and cost, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from specdist.core.errors import UserError
+from specdist.core.launch_env import Role
+from specdist_launch import words
+
+if TYPE_CHECKING:  # light at import: `specdist --help` answers at once
+    from specdist.job.plan import Plan
+    from specdist.job.split import Rates
+
+FEW_STEPS = 100
+"""Fewer teach a draft little, whatever its learning rate."""
+
+
+def arguments(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("--nodes", type=int, metavar="N", help="machines, which are called node0, ... (default 1)")
+    plan.add_argument("--target-nodes", type=int, metavar="N", help="of a heterogeneous job: machines of the target")
+    plan.add_argument("--draft-nodes", type=int, metavar="N", help="of a heterogeneous job: machines of the draft")
+    plan.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks on each (default: what the config needs)")
+    plan.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="memory of one GPU (default 80GiB)")
+    plan.add_argument(
+        "--gpus", type=int, metavar="N", help="GPUs to split between the roles (default: the job's ranks)"
+    )
+    plan.add_argument("--target-rate", type=float, metavar="TOKENS/S", help="of a target replica of target.tp ranks")
+    plan.add_argument("--draft-rate", type=float, metavar="TOKENS/S", help="of a draft rank")
+    rates = "output of bench target, step or pipeline, or a run's summary.json (may be repeated)"
+    plan.add_argument("--rates", action="append", default=[], metavar="FILE", help=rates)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the plan; 1 where it does not fit."""
+    from specdist.channel.config import parse_bytes
+    from specdist.job import split
+    from specdist.job.plan import make_plan, nodes_of_roles, render
+    from specdist.job.rates import find_rates
+    from specdist_launch.local import world_size
+
+    job = words.load(args.config)
+    roles: list[Role] = []
+    if args.target_nodes is None and args.draft_nodes is None:
+        nodes = args.nodes or 1
+        per_node = args.nproc_per_node or -(-world_size(job, 0) // nodes)
+        hosts = [f"node{n}" for n in range(nodes) for _ in range(per_node)]
+    elif args.target_nodes and args.draft_nodes and args.nodes is None and args.nproc_per_node is None:
+        hosts, roles = nodes_of_roles(job, args.target_nodes, args.draft_nodes)
+    else:
+        raise UserError("--target-nodes and --draft-nodes go together, without --nodes and --nproc-per-node")
+    plan = make_plan(job, hosts, parse_bytes(args.gpu_memory, "--gpu-memory"), roles)
+    print(render(plan))
+    asked = [args.gpus, args.target_rate, args.draft_rate, args.rates or None] != [None] * 4
+    rates = None
+    if job.world.mode == "split" and (plan.on_gpus or asked):  # what is estimated of GPUs says nothing of the CPU
+        rates = find_rates(job, plan.facts, args.target_rate, args.draft_rate, args.rates)
+        gpus = args.gpus or plan.topology.world_size
+        print(split.render(gpus, *split.suggest(gpus, job.target.tp, rates)))
+    for line in _cost(plan, rates):
+        print(line)
+    return 0 if plan.fits else 1
+
+
+def _cost(plan: Plan, rates: Rates | None) -> Iterator[str]:
+    """Steps, and the time that they take at `rates`."""
+    from specdist.core.hub import resolve
+    from specdist.job.split import Split
+    from specdist.prompts.look import look
+    from specdist.run.status import duration
+
+    job, topology = plan.job, plan.topology
+    if not topology.shards or job.world.role == "target":
+        return
+    per_step = job.train.accumulation * topology.shards * job.prompts.tokens_per_rank
+    steps, of = job.train.steps, "train.steps"
+    if steps is None:
+        try:
+            tokens = look(job.prompts, resolve(job.target.path, "target.path")).tokens
+        except UserError as error:
+            yield f"steps: not estimated, for the prompts cannot be read: {error}"
+            return
+        share = 1 - job.prompts.holdout if isinstance(job.prompts.holdout, float) else 1.0
+        epochs = job.train.epochs or 1
+        steps = math.ceil(tokens * share * epochs / per_step)
+        of = f"train.epochs={epochs} of about {tokens:,.0f} tokens, estimated from the first records"
+    yield f"steps: {steps:,} of up to {per_step:,} tokens ({of})"
+    if rates is not None and topology.mode == "split":
+        split = Split(len(topology.replicas), job.target.tp, len(topology.draft), rates)
+        seconds = steps * per_step / split.tokens_per_s
+        hours = seconds / 3600 * topology.world_size
+        rate = f"{split.tokens_per_s:,.0f} tokens/s ({rates.source})"
+        yield f"time: {duration(seconds)}, {hours:,.1f} GPU-hours, at {rate}"
+    if steps < FEW_STEPS:
+        yield (
+            f"warning: {steps} steps teach a draft little: more prompts or train.epochs, or a lower "
+            "prompts.tokens_per_rank"
+        )

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`specdist keys`: the configuration reference on a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Sequence
+
+from omegaconf import MISSING
+
+from specdist.core import config
+from specdist.core.config import Field
+from specdist.core.errors import UserError
+from specdist.job.sections import ALSO_CALLED, JobConfig
+
+COMMON = (
+    "run.dir", "target.path", "target.engine", "target.replicas", "target.tp", "prompts.files", "prompts.holdout",
+    "prompts.answers", "prompts.max_length", "prompts.tokens_per_rank", "draft.algorithm", "draft.dp", "train.epochs",
+    "train.steps", "optimizer.lr", "checkpoint.every", "evaluate.every",
+)  # fmt: skip
+"""What most jobs set."""
+
+
+def listing(words: Sequence[str] = ()) -> str:
+    """All keys by section, those that most jobs set first; or the section or key of that name; or those with all words
+    in the key, its other names or its help. Raises UserError where there are none."""
+    entries = {entry.key: entry for entry in config.fields(JobConfig)}
+    if not words:
+        lines = ["# what most jobs set", *(line for key in COMMON for line in _lines(entries[key])), ""]
+        return "\n".join([*lines, *_sections(list(entries.values()))])
+    wanted = [word.lower() for word in words]
+    named = [entry for entry in entries.values() if f"{entry.key}.".startswith(f"{wanted[0]}.")]
+    found = named if len(wanted) == 1 and named else [e for e in entries.values() if _has(e, wanted)]
+    if not found:
+        raise UserError(f"no key has '{' '.join(words)}' in its name or its meaning; `specdist keys` lists all")
+    return "\n".join(_sections(found))
+
+
+def _has(entry: Field, words: Sequence[str]) -> bool:
+    others = " ".join(name for name, key in ALSO_CALLED.items() if key == entry.key)
+    text = f"{entry.key} {entry.key.replace('_', ' ')} {others} {entry.help}".lower()
+    return all(word in text for word in words)
+
+
+def _sections(entries: Sequence[Field]) -> Iterator[str]:
+    hints = typing.get_type_hints(config.complete(JobConfig))
+    for section in dataclasses.fields(JobConfig):
+        own = [entry for entry in entries if entry.key.startswith(f"{section.name}.")]
+        if own:
+            yield f"# {section.name}: {(hints[section.name].__doc__ or '').splitlines()[0]}"
+            for entry in own:
+                yield from _lines(entry)
+            yield ""
+
+
+def _lines(entry: Field) -> Iterator[str]:
+    yield f"{entry.key} = {'(required)' if entry.default == MISSING else entry.default}    ({entry.type})"
+    yield f"    {entry.help}"
