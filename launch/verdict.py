@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
+from specdist.core import progress
 from specdist.core.attempts import AttemptRecord, Failure, Started, attempts
 from specdist.core.errors import UserError
 from specdist.core.files import unwritable
 from specdist.core.launch_env import Attempt
-from specdist.core.progress import committed, read_progress
 from specdist.core.run_lock import holder
 from specdist.core.stop import StopReason
 from specdist.job.launch_config import LaunchConfig
@@ -119,8 +119,7 @@ def _failures_in_a_row(history: Sequence[AttemptRecord]) -> int:
 
 def saved_step(run_dir: Path) -> int:
     """The step of the run's newest checkpoint; 0 where there is none."""
-    found = committed(RunDirectory(run_dir).checkpoints)
-    return read_progress(found[-1]).step if found else 0
+    return max(map(progress.saved_step, progress.committed(RunDirectory(run_dir).checkpoints)), default=0)
 
 
 def _account_for(attempt: Attempt, run_dir: Path) -> None:

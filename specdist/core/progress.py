@@ -6,7 +6,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +20,7 @@ import msgspec
 from specdist.core.errors import ConfigError, DataError
 
 COMMIT = "COMMIT"
+_READERS, _CHUNK = 8, 2**22
 ORDER = 1
 """Of the order and the packing of sequences. Raise it when the same prompts, seed and `Batching` give others."""
 
@@ -132,6 +137,14 @@ class Progress:
     """None of a checkpoint of version 0.1, whose order of sequences is not that of today."""
 
 
+@dataclass(frozen=True)
+class FileSum:
+    """Bytes and CRC-32 of a file."""
+
+    size: int
+    crc: int
+
+
 def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
 
@@ -144,9 +157,16 @@ def committed(directory: Path) -> list[Path]:
 def best_checkpoint(directory: Path, figure: str) -> Path | None:
     """The complete checkpoint that evaluation found best by `figure` (`checkpoint.keep_best`), the earliest of equal
     ones, among those that were evaluated as the newest of them; None where there is no such figure."""
+    return _best(committed(directory), figure)
+
+
+def _best(checkpoints: Sequence[Path], figure: str) -> Path | None:
     found = []
-    for path in committed(directory) if figure != "none" else ():
-        progress = read_progress(path)
+    for path in checkpoints if figure != "none" else ():
+        try:
+            progress = read_progress(path)
+        except DataError:  # `damage` names it
+            continue
         if progress.evaluated is not None and progress.evaluated.step == progress.step:
             found.append((progress.evaluated, path))
     alike = [(-made.merit(figure), made.step, path) for made, path in found if made.basis == found[-1][0].basis]
@@ -169,3 +189,59 @@ def read_progress(checkpoint: Path) -> Progress:
         raise DataError(f"{checkpoint} is not a complete checkpoint: {marker} does not exist") from None
     except (ValueError, TypeError) as error:
         raise DataError(f"{marker} is not a commit marker of specdist: {error}") from error
+
+
+def saved_step(checkpoint: Path) -> int:
+    """The step of a complete checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, all of which is read: a file that is missing, or has another length or content
+    than was written. Nothing is known of checkpoints of version 0.1."""
+    try:
+        read_progress(checkpoint)
+        files = msgspec.convert(json.loads((checkpoint / COMMIT).read_text()).get("files", {}), dict[str, FileSum])
+    except (DataError, ValueError, OSError) as error:
+        return str(error)
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(lambda name: _wrong(checkpoint / name, files[name]), files)
+        return "; ".join(filter(None, found))
+
+
+def _wrong(file: Path, written: FileSum) -> str:
+    crc, size = 0, 0
+    try:
+        with file.open("rb", buffering=0) as stream:
+            while data := stream.read(_CHUNK):
+                crc, size = zlib.crc32(data, crc), size + len(data)
+    except OSError as error:
+        return f"{file.name}: {error.strerror}"
+    if size != written.size:
+        return f"{file.name} has {size:,} of {written.size:,} bytes"
+    return "" if crc == written.crc else f"{file.name} has other contents than were written"
+
+
+def named_damage(checkpoint: Path) -> str:
+    """`damage`, which is also shown on the terminal."""
+    if found := damage(checkpoint):
+        print(f"specdist: the checkpoint {checkpoint} is damaged: {found}", file=sys.stderr, flush=True)
+    return found
+
+
+def best_intact(directory: Path, figure: str) -> Path | None:
+    """The best checkpoint by `figure`, else the newest one, of those that are not damaged; damaged ones that would have
+    come before it are named on the terminal. None where there is no checkpoint.
+
+    Raises:
+        DataError: all are damaged.
+    """
+    found = left = committed(directory)
+    while left:
+        path = _best(left, figure) or left[-1]
+        if not named_damage(path):
+            return path
+        left = [other for other in left if other != path]
+    if found:
+        raise DataError(f"all checkpoints in {directory} are damaged: remove them to begin anew")
+    return None

@@ -10,7 +10,16 @@ from pathlib import Path
 import msgspec
 
 from specdist.core.errors import ConfigError
-from specdist.core.progress import Batching, Evaluated, Progress, best_checkpoint, committed, read_progress
+from specdist.core.progress import (
+    COMMIT,
+    Batching,
+    Evaluated,
+    Progress,
+    best_checkpoint,
+    best_intact,
+    committed,
+    read_progress,
+)
 from specdist.core.records import WorkItem
 from specdist.job.config import JobConfig
 from specdist.job.run_dir import RunDirectory
@@ -71,9 +80,12 @@ def find_resume_plan(
     """
     saved = committed(run_dir.checkpoints)
     asked = Batching(shards * job.train.accumulation, job.prompts.tokens_per_rank, job.train.accumulation, weights)
-    progress, checkpoint = Progress(fingerprint=prompts.fingerprint, batching=asked), None
-    if saved:
-        checkpoint, progress = saved[-1], read_progress(saved[-1])
+    progress = Progress(fingerprint=prompts.fingerprint, batching=asked)
+    checkpoint = best_intact(run_dir.checkpoints, "none")
+    if checkpoint is not None:
+        for damaged in saved[saved.index(checkpoint) + 1 :]:
+            (damaged / COMMIT).unlink()  # as if it had never been complete: its step will be done again
+        progress = read_progress(checkpoint)
         if progress.fingerprint != prompts.fingerprint:
             raise ConfigError(
                 f"{checkpoint} was trained on other prompts (fingerprint {progress.fingerprint}, now "

@@ -16,7 +16,7 @@ from torch import Tensor
 from specdist.core.attempts import Ending
 from specdist.core.files import to_json, write_atomically
 from specdist.core.hub import served_name
-from specdist.core.progress import Progress, best_checkpoint, checkpoint_path, read_progress
+from specdist.core.progress import Progress, best_checkpoint, checkpoint_path, named_damage, read_progress
 from specdist.core.stop import StopReason
 from specdist.evaluate.replay import render_replay
 from specdist.export import Trained, export_draft, written_formats
@@ -82,6 +82,8 @@ def finish(context: RankContext, outcome: Outcome) -> Ending:
     job, run_dir, stop, step = context.job, context.run_dir, context.stop, outcome.progress.step
     last = checkpoint_path(run_dir.checkpoints, step)
     best = best_checkpoint(run_dir.checkpoints, job.checkpoint.keep_best)
+    if best not in (None, last) and named_damage(best):
+        best = None
     sides = _sides(context, outcome)
     summary: dict[str, object] = {
         "step": step,

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, DataError
 from specdist.core.files import to_json, write_atomically
 from specdist.core.hub import resolve
-from specdist.core.progress import best_checkpoint, checkpoint_path, committed, read_progress
+from specdist.core.progress import best_intact, checkpoint_path, committed, damage, read_progress
 from specdist.draft.base import DraftModel
 from specdist.evaluate.report import EvaluationReport, render
 from specdist.job.config import JobConfig, JobFacts, examine, load_job
@@ -151,17 +151,18 @@ def _given(job: JobConfig, given: str) -> Path:
             raise ConfigError(
                 f"--checkpoint {given}: {checkpoints} has no complete one of this step; there are {there}"
             )
-    read_progress(path)
+    if harm := damage(path):
+        raise DataError(f"--checkpoint {given}: {path} is damaged: {harm}")
     return path
 
 
 def _usual(job: JobConfig) -> Path:
     """The checkpoint that is exported unless another one is asked for."""
     checkpoints = RunDirectory(Path(job.run.dir)).checkpoints
-    found = committed(checkpoints)
-    if not found:
+    found = best_intact(checkpoints, job.checkpoint.keep_best)
+    if found is None:
         raise ConfigError.at("run.dir", f": there is no complete checkpoint in {checkpoints}")
-    return best_checkpoint(checkpoints, job.checkpoint.keep_best) or found[-1]
+    return found
 
 
 def _device(job: JobConfig) -> torch.device:

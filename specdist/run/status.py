@@ -13,7 +13,7 @@ from pathlib import Path
 from specdist.core.attempts import AttemptRecord, attempts
 from specdist.core.errors import ConfigError
 from specdist.core.files import read_json
-from specdist.core.progress import AnswersProgress, committed, read_progress
+from specdist.core.progress import AnswersProgress, committed, saved_step
 from specdist.core.run_paths import RunPaths
 from specdist.job.split import verdict
 from specdist.scheduler.messages import Statistics
@@ -173,7 +173,7 @@ def _saved(paths: RunPaths, now: float) -> list[str]:
     if not found:
         return [*full, "  checkpoint  none yet"]
     age = now - found[-1].stat().st_mtime
-    return [*full, f"  checkpoint  step {read_progress(found[-1]).step:,}, {duration(age)} ago ({found[-1]})"]
+    return [*full, f"  checkpoint  step {saved_step(found[-1]):,}, {duration(age)} ago ({found[-1]})"]
 
 
 def _ended(record: AttemptRecord) -> str:

@@ -2,7 +2,8 @@
 """Checkpoints: one directory per step, written in the background, complete once its commit marker exists.
 
     checkpoints/step-00000200/   model, optimizer and RNG by torch.distributed.checkpoint (DCP)
-                       COMMIT    JSON, written last: step, next item, cursor of the stream, fingerprint of the data
+                       COMMIT    JSON, written last: step, next item, cursor of the stream, fingerprint of the data,
+                                 length and checksum of the other files
 
 DCP stores tensors by name and global shape, so a checkpoint loads into another number of draft ranks and another
 sharding. A directory without COMMIT is what a kill left behind; it is ignored and overwritten.
@@ -20,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -32,6 +34,7 @@ from specdist.core.files import sync_directory, to_json, write_atomically
 from specdist.core.progress import (
     COMMIT,
     CheckpointConfig,
+    FileSum,
     Progress,
     best_checkpoint,
     checkpoint_path,
@@ -39,6 +42,7 @@ from specdist.core.progress import (
     read_progress,
 )
 from specdist.training.dcp_reader import CheckpointPlanner, CheckpointReader
+from specdist.training.dcp_writer import CheckpointWriter
 from specdist.training.optimizer import DraftOptimizer
 
 AVERAGE = "average"
@@ -98,9 +102,10 @@ class Checkpointer:
                 (path / COMMIT).unlink()
             shutil.rmtree(path, ignore_errors=True)  # what is not removed is overwritten
         dist.barrier(group=self._group)
-        written = dcp.async_save(self._state(model, optimizer), checkpoint_id=path, process_group=self._group)
+        writer = CheckpointWriter(path)
+        written = dcp.async_save(self._state(model, optimizer), storage_writer=writer, process_group=self._group)
         self.saved_step = progress.step
-        self._writing = self._background.submit(self._complete, _as_future(written), path, progress)
+        self._writing = self._background.submit(self._complete, _as_future(written), writer.sums, path, progress)
         if not self._config.asynchronous:
             self.finish()
 
@@ -177,13 +182,13 @@ class Checkpointer:
         average = {} if optimizer.average is None else {AVERAGE: optimizer.average}
         return {"model": model_state, "optimizer": optimizer_state, self._rng_key: torch.get_rng_state(), **average}
 
-    def _complete(self, written: Future[Any], path: Path, progress: Progress) -> None:
+    def _complete(self, written: Future[Any], files: dict[str, FileSum], path: Path, progress: Progress) -> None:
         """In a thread of its own: commit what has been written, and make room."""
         try:
             written.result()
             if self._leader:
                 sync_directory(path)
-                write_atomically(path / COMMIT, to_json(progress))
+                write_atomically(path / COMMIT, to_json(msgspec.to_builtins(progress) | {"files": files}))
                 self._make_room()
         except (CheckpointException, OSError):
             if self._leader:

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystem
 
 from specdist.core.errors import DataError, DiskError
-from specdist.core.progress import COMMIT, CheckpointConfig, Cursor, Progress, committed, read_progress
+from specdist.core.progress import COMMIT, CheckpointConfig, Cursor, Progress, best_intact, committed, read_progress
 from specdist.run.drafts import load_state
 from specdist.training.checkpoint import Checkpointer
 from specdist.training.config import OptimizerConfig
+from specdist.training.dcp_writer import SummedFile
 from specdist.training.optimizer import DraftOptimizer
 
 
@@ -100,6 +100,39 @@ def test_damage_is_named(tmp_path, group, harm):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("harm", ["a bit", "cut off", "missing", "the marker"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, group, harm, capsys):
+    model, optimizer = state()
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(asynchronous=False), group, 0)
+    for step in (1, 2):
+        checkpointer.save(model, optimizer, progress(step))
+    older, newer = committed(tmp_path)
+    assert best_intact(tmp_path, "loss") == newer
+    data = newer / COMMIT if harm == "the marker" else next(newer.glob("*.distcp"))
+    whole = bytearray(data.read_bytes())
+    if harm == "a bit":  # in the middle of a tensor, where torch itself sees nothing
+        whole[whole.index(model.weight.detach().numpy().tobytes()) + 9] ^= 1
+        data.write_bytes(whole)
+        checkpointer.load(newer, *state())
+    elif harm == "missing":
+        data.unlink()
+    else:
+        data.write_bytes(whole[: len(whole) // 2])
+    assert best_intact(tmp_path, "loss") == older
+    words = {
+        "a bit": "has other contents",
+        "cut off": "has",
+        "missing": "No such file",
+        "the marker": "no commit marker",
+    }
+    said = capsys.readouterr().err
+    assert said.startswith(f"specdist: the checkpoint {newer} is damaged: ")
+    assert words[harm].replace("no commit", "not a commit") in said
+    (older / ".metadata").unlink()
+    with pytest.raises(DataError, match=r"all checkpoints in .* are damaged: remove them to begin anew"):
+        best_intact(tmp_path, "loss")
+
+
 class Malicious:
     def __init__(self, mark: Path):
         self.mark = mark
@@ -136,16 +169,16 @@ def test_a_save_that_fails_is_told_and_tried_again_until_it_is_given_up(tmp_path
     checkpointer = Checkpointer(tmp_path, config, group, 0, told.append)
     checkpointer.begin(0)
     assert (checkpointer.saved_step, checkpointer.due) == (0, False)
-    open_file = FileSystem.create_stream
 
-    def full(self, path, mode):
+    def full(self, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def save_and_wait(step: int) -> None:
         checkpointer.save(model, optimizer, progress(step))
         checkpointer.finish()
 
-    monkeypatch.setattr(FileSystem, "create_stream", full)
+    disk = pytest.MonkeyPatch()
+    disk.setattr(SummedFile, "write", full)
     save_and_wait(1)
     assert checkpointer.saved_step == -1
     assert not list(tmp_path.iterdir())  # nothing half-written takes the room of the next try
@@ -155,11 +188,11 @@ def test_a_save_that_fails_is_told_and_tried_again_until_it_is_given_up(tmp_path
     )
     time.sleep(checkpointer.retry_s)
     assert checkpointer.due
-    monkeypatch.setattr(FileSystem, "create_stream", open_file)
+    disk.undo()
     save_and_wait(2)
     assert (checkpointer.saved_step, checkpointer.due, told[1:]) == (2, False, [""])
     assert committed(tmp_path) == [tmp_path / "step-00000002"]
-    monkeypatch.setattr(FileSystem, "create_stream", full)
+    monkeypatch.setattr(SummedFile, "write", full)
     save_and_wait(3)
     time.sleep(config.give_up_s)
     with pytest.raises(DiskError, match=r"step 4 could not be saved in .*; this has gone on for 2 s"):
