@@ -52,7 +52,7 @@ def _of_layers(config: Mapping[str, Any]) -> list[str]:
     at = f"{where}." if where else ""
     for key in ("rope_parameters", "rope_scaling"):
         rope = stack.get(key) or {}
-        if (rope.get("rope_type") or rope.get("type")) != "yarn":
+        if (rope.get("rope_type") or rope.get("type")) != "yarn" or stack.get("kv_lora_rank"):  # DeepSeek's own
             continue
         factors = engine_factors(rope)
         if not all(math.isclose(factor, max(factors.values()), rel_tol=1e-6) for factor in factors.values()):

@@ -18,9 +18,10 @@ from specdist.draft.common.rotary import Rotary
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.model import Eagle3Draft
-from tests.unit.draft_case import EPS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, THETA, VOCAB, Case, target_config
+from tests.unit.draft_case import EPS, HEAD_DIM, HEADS, HIDDEN, THETA, VOCAB, Case, target_config
 
 STEPS, DECAY = 4, 0.8
+MLA = {"q_lora_rank": 10, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
 PRUNED = (0, 1, 3, 4, 7, 8, 9, 11, 14, 15, 18, 20, 21, 22, 26, 28, 30, 31, 33, 36)
 
 
@@ -39,8 +40,12 @@ def build_case(
 
     target = TargetVocabulary(normal(VOCAB, HIDDEN), normal(VOCAB, HIDDEN), logit_softcap=20.0)
     ids = torch.tensor(PRUNED) if pruned else None
-    draft = build_draft(config, target_config(), target, ids, seed=seed).to(dtype)
-    exact = THETA ** -(torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
+    told = target_config()
+    turned = MLA["qk_rope_head_dim"] if options.get("mla") else HEAD_DIM
+    for key, size in MLA.items() if options.get("mla") else ():
+        setattr(told, key, size)
+    draft = build_draft(config, told, target, ids, seed=seed).to(dtype)
+    exact = THETA ** -(torch.arange(0, turned, 2, dtype=torch.float64) / turned)
     draft.frozen = replace(draft.frozen, rotary=Rotary(exact.to(dtype), 1.0))
     with torch.no_grad():
         for parameter in draft.parameters():
@@ -79,14 +84,19 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x / torch.sqrt((x * x).mean() + EPS) * weight
 
 
-def rope(head: Tensor, position: int) -> Tensor:
-    half = HEAD_DIM // 2
-    rotated = [torch.zeros(())] * HEAD_DIM
+def rope(head: Tensor, position: int, neighbours: bool = False) -> Tensor:
+    """Numbers half a head apart turned as pairs, or neighbours."""
+    half = len(head) // 2
+    rotated = [torch.zeros(())] * len(head)
     for d in range(half):
-        angle = position * THETA ** (-2 * d / HEAD_DIM)
-        rotated[d] = head[d] * math.cos(angle) - head[d + half] * math.sin(angle)
-        rotated[d + half] = head[d + half] * math.cos(angle) + head[d] * math.sin(angle)
+        angle = position * THETA ** (-d / half)
+        a, b = (2 * d, 2 * d + 1) if neighbours else (d, d + half)
+        rotated[a] = head[a] * math.cos(angle) - head[b] * math.sin(angle)
+        rotated[b] = head[b] * math.cos(angle) + head[a] * math.sin(angle)
     return torch.stack(rotated)
+
+
+Heads = list[Tensor]
 
 
 class Reference:
@@ -99,26 +109,46 @@ class Reference:
         assert self.target.logit_softcap is not None
         return self.target.logit_softcap * torch.tanh(self.target.head @ z / self.target.logit_softcap)
 
-    def project(self, token: int, state: Tensor, position: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        w = self.w
-        embedded = rms_norm(self.target.embedding[token], w["midlayer.input_layernorm.weight"])
-        x = torch.cat([embedded, rms_norm(state, w["midlayer.hidden_norm.weight"])])
-        q, k, v = ((w[f"midlayer.self_attn.{n}_proj.weight"] @ x).split(HEAD_DIM) for n in "qkv")
+    def of(self, layer: int, name: str) -> Tensor:
+        return self.w[f"layers.{layer}.{name}.weight" if layer else f"midlayer.{name}.weight"]
+
+    def project(self, layer: int, token: int, state: Tensor, position: int) -> tuple[Heads, Heads, Heads]:
+        if layer:
+            x = rms_norm(state, self.of(layer, "input_layernorm"))
+        else:
+            embedded = rms_norm(self.target.embedding[token], self.of(0, "input_layernorm"))
+            x = torch.cat([embedded, rms_norm(state, self.of(0, "hidden_norm"))])
+        if self.config.mla:
+            return self.latent(x, position)
+        q, k, v = ((self.of(layer, f"self_attn.{n}_proj") @ x).split(HEAD_DIM) for n in "qkv")
         return [rope(head, position) for head in q], [rope(head, position) for head in k], list(v)
 
-    def layer(self, state: Tensor, q: list[Tensor], keys: list[list[Tensor]], values: list[list[Tensor]]) -> Tensor:
-        w, outputs = self.w, []
+    def latent(self, x: Tensor, position: int) -> tuple[Heads, Heads, Heads]:
+        sizes = [MLA["qk_nope_head_dim"], MLA["qk_rope_head_dim"], MLA["v_head_dim"]]
+        w = {name.removeprefix("midlayer.self_attn."): weight for name, weight in self.w.items()}
+        queries = w["q_b_proj.weight"] @ rms_norm(w["q_a_proj.weight"] @ x, w["q_a_layernorm.weight"])
+        narrow, shared = (w["kv_a_proj_with_mqa.weight"] @ x).split([MLA["kv_lora_rank"], sizes[1]])
+        wide = w["kv_b_proj.weight"] @ rms_norm(narrow, w["kv_a_layernorm.weight"])
+        q, k, v = [], [], []
+        for one, other in zip(queries.chunk(HEADS), wide.chunk(HEADS), strict=True):
+            q.append(torch.cat([one[: sizes[0]], rope(one[sizes[0] :], position, neighbours=True)]))
+            k.append(torch.cat([other[: sizes[0]], rope(shared, position, neighbours=True)]))
+            v.append(other[sizes[0] :])
+        return q, k, v
+
+    def layer(self, layer: int, state: Tensor, q: Heads, keys: list[Heads], values: list[Heads]) -> Tensor:
+        outputs = []
         for head in range(HEADS):
-            group = head // (HEADS // KV_HEADS)
-            scores = torch.stack([q[head] @ key[group] / math.sqrt(HEAD_DIM) for key in keys])
+            group = head * len(keys[0]) // HEADS
+            scores = torch.stack([q[head] @ key[group] / math.sqrt(len(q[head])) for key in keys])
             weights = scores.softmax(0)
             outputs.append(sum(weights[j] * values[j][group] for j in range(len(values))))
-        if self.config.norm_before_residual:
-            state = rms_norm(state, w["midlayer.hidden_norm.weight"])
-        r = state + w["midlayer.self_attn.o_proj.weight"] @ torch.cat(outputs)
-        x = rms_norm(r, w["midlayer.post_attention_layernorm.weight"])
-        gate, up = w["midlayer.mlp.gate_proj.weight"] @ x, w["midlayer.mlp.up_proj.weight"] @ x
-        return r + w["midlayer.mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
+        if self.config.norm_before_residual and not layer:
+            state = rms_norm(state, self.of(0, "hidden_norm"))
+        r = state + self.of(layer, "self_attn.o_proj") @ torch.cat(outputs)
+        x = rms_norm(r, self.of(layer, "post_attention_layernorm"))
+        gate, up = self.of(layer, "mlp.gate_proj") @ x, self.of(layer, "mlp.up_proj") @ x
+        return r + self.of(layer, "mlp.down_proj") @ (gate * torch.sigmoid(gate) * up)
 
     def fuse(self, captured: Tensor) -> Tensor:
         parts = captured.split(HIDDEN)
@@ -130,19 +160,26 @@ class Reference:
 
     def students(self, tokens: list[int], captured: Tensor) -> dict[tuple[int, int], Tensor]:
         """Student logits s^k_i for every (i, k) whose input token x_{i+1+k} exists."""
-        size, result = len(tokens), {}
-        fused = [self.fuse(captured[i]) for i in range(size)]
-        first = {j: self.project(tokens[j + 1], fused[j], j) for j in range(size - 1)}
+        size, result, window = len(tokens), {}, self.config.sliding_window or len(tokens) + STEPS
+        layers = range(self.config.num_layers)
+        first: list[list[tuple[Heads, Heads]]] = [[] for _ in layers]  # keys and values of step 0, by layer and row
+        states = {}
+        for j in range(size - 1):
+            states[j] = self.fuse(captured[j])
+            for n in layers:
+                q, *pair = self.project(n, tokens[j + 1], states[j], j)
+                first[n].append((pair[0], pair[1]))
+                seen = first[n][max(j - window + 1, 0) :]
+                states[j] = self.layer(n, states[j], q, [key for key, _ in seen], [value for _, value in seen])
         for i in range(size - 1):
-            state, own_keys, own_values = fused[i], [], []
+            own: list[list[tuple[Heads, Heads]]] = [[] for _ in layers]
+            state = states[i]
             for k in range(min(STEPS, size - 1 - i)):
-                q, key, value = self.project(tokens[i + 1 + k], state, i + k)
-                if k > 0:
-                    own_keys.append(key)
-                    own_values.append(value)
-                keys = [first[j][1] for j in range(i + 1)] + own_keys
-                values = [first[j][2] for j in range(i + 1)] + own_values
-                state = self.layer(state, q, keys, values)
+                for n in layers if k else ():
+                    q, *pair = self.project(n, tokens[i + 1 + k], state, i + k)
+                    own[n].append((pair[0], pair[1]))
+                    seen = first[n][max(i + k - window + 1, 0) : i + 1] + own[n]
+                    state = self.layer(n, state, q, [key for key, _ in seen], [value for _, value in seen])
                 normed = rms_norm(state, self.w["norm.weight"])
                 result[i, k] = self.w["lm_head.weight"] @ normed
                 if self.config.norm_output:

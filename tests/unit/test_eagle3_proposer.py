@@ -12,11 +12,17 @@ from torch import Tensor
 from specdist.core.records import Features
 from specdist.draft.eagle3.proposer import Eagle3Proposer
 from specdist.draft.eagle3.teacher import teach
-from specdist.draft.eagle3.unroll import Unrolled, Weights
 from tests.unit.draft_case import batch_equals_single
 from tests.unit.eagle3_reference import HIDDEN, STEPS, Case, Reference, build_case, run, target_of
 
-NORMS = [{}, {"fc_norm": True, "norm_output": True}, {"norm_before_fc": True, "norm_before_residual": True}]
+NORMS = [
+    {},
+    {"fc_norm": True, "norm_output": True},
+    {"norm_before_fc": True, "norm_before_residual": True},
+    {"num_layers": 3, "norm_before_residual": True},
+    {"num_layers": 2, "sliding_window": 8},
+    {"mla": True},
+]
 
 
 def drafted_case(prefix: int, options: dict[str, bool]) -> tuple[Case, list[int], Tensor]:
@@ -36,16 +42,14 @@ def training_logits(case: Case, row: int) -> Tensor:
     draft, batch = case.draft, case.batch
     frozen = draft.frozen
     teacher = teach(batch, case.features, frozen.whole_head, frozen.logit_map, frozen.vocabulary, STEPS, 100)
-    task = draft.task(teacher.rows, tuple(batch.lengths))
-    hidden, entry, key, value, *weights = draft.inputs(batch, case.features, teacher.rows)
-    states = Unrolled(task, Weights(*weights), entry, key, value, with_grad=False).run(hidden)
+    states = draft.states(batch, case.features, teacher.rows, tuple(batch.lengths))
     place = int((teacher.rows.active == row).nonzero())
     rows = teacher.rows.teacher[place]
     assert (rows >= 0).all()
     return states[rows, torch.arange(STEPS)] @ draft.lm_head.weight.T
 
 
-@pytest.mark.parametrize("options", NORMS, ids=["eagle-3", "eagle-3.1", "speculators"])
+@pytest.mark.parametrize("options", NORMS, ids=["eagle-3", "eagle-3.1", "speculators", "layers", "window", "mla"])
 @pytest.mark.parametrize("prefix", [1, 9])
 def test_the_chain_is_the_trained_steps(prefix: int, options: dict[str, bool]) -> None:
     case, drafted, logits = drafted_case(prefix, options)
@@ -55,7 +59,7 @@ def test_the_chain_is_the_trained_steps(prefix: int, options: dict[str, bool]) -
     assert drafted == case.draft.frozen.vocabulary.ids[trained.argmax(-1)].tolist()
 
 
-@pytest.mark.parametrize("options", NORMS, ids=["eagle-3", "eagle-3.1", "speculators"])
+@pytest.mark.parametrize("options", NORMS, ids=["eagle-3", "eagle-3.1", "speculators", "layers", "window", "mla"])
 def test_the_chain_is_the_definition(options: dict[str, bool]) -> None:
     case, _, logits = drafted_case(5, options)
     draft = case.draft
@@ -114,7 +118,7 @@ def test_training_accuracy_is_the_decoders() -> None:
     assert run(case)[1]["correct/0"] == matches
 
 
-@pytest.mark.parametrize("options", NORMS, ids=["eagle-3", "eagle-3.1", "speculators"])
+@pytest.mark.parametrize("options", NORMS, ids=["eagle-3", "eagle-3.1", "speculators", "layers", "window", "mla"])
 def test_a_batch_drafts_what_one_by_one_does(options: dict[str, bool]) -> None:
     case = build_case((25, 30, 45), **options)
     batch_equals_single(case.draft, [case.only(d) for d in range(3)], 6)

@@ -24,6 +24,7 @@ LENGTHS = (40, 1, 2, 30, 3, 9)
 CASES: dict[str, Callable[[], Case]] = {
     "eagle3": lambda: eagle3_reference.build_case(LENGTHS),
     "eagle3-whole": lambda: eagle3_reference.build_case(LENGTHS, pruned=False, norm_output=True, fc_norm=True),
+    "eagle3-layers": lambda: eagle3_reference.build_case(LENGTHS, num_layers=2, sliding_window=7),
     "dflash": lambda: dflash_reference.build_case(LENGTHS, anchors=7),
     "dflash-sliding": lambda: dflash_reference.build_case(LENGTHS, anchors=7, sliding_window=6),
     "dspark": lambda: dspark_reference.build_case(LENGTHS, anchors=7),
@@ -32,6 +33,7 @@ CASES: dict[str, Callable[[], Case]] = {
 COUNTS = {
     "eagle3": (1, STEPS, STEPS + 2),
     "eagle3-whole": (2, STEPS + 1),
+    "eagle3-layers": (STEPS,),
     "dflash": (2, dflash_reference.BLOCK - 1),
     "dflash-sliding": (dflash_reference.BLOCK - 1,),
     "dspark": (2, dspark_reference.BLOCK),

@@ -44,6 +44,10 @@ class LayerOptions:
     rope_scaling: bool | None = None
     """Take the target's RoPE scaling (linear, llama3, yarn); false keeps only its base frequency; null takes it where a
     draft can have it."""
+    rope_theta: float | None = None
+    """Base of the draft's RoPE; default the target's."""
+    rms_norm_eps: float | None = None
+    """Epsilon of the draft's norms; default the target's."""
     attention: Literal["auto", "eager", "flex"] = "auto"
     """Training attention: flex (FlexAttention) needs CUDA, eager is the reference; auto takes eager where
     flex cannot work."""
@@ -54,6 +58,10 @@ class LayerOptions:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError.at(f"{section}.{key}", f"is {value}: it must be at least 1, or null for the default")
+        for key in ("rope_theta", "rms_norm_eps"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                raise ConfigError.at(f"{section}.{key}", f"is {value}: it must be above 0, or null for the target's")
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,12 @@ class LayerSizes:
     def options(self) -> dict[str, Any]:
         """The `LayerOptions` that give these sizes."""
         sizes = {key: getattr(self, key) for key in SIZES}
-        return {**sizes, "rope_scaling": self.rope_parameters["rope_type"] != "default"}
+        return {
+            **sizes,
+            "rope_scaling": self.rope_parameters["rope_type"] != "default",
+            "rope_theta": self.rope_parameters["rope_theta"],
+            "rms_norm_eps": self.rms_norm_eps,
+        }
 
     def rope_config(self) -> LlamaConfig:
         """What transformers computes the frequencies of a scaled RoPE from."""
@@ -129,15 +142,18 @@ def layer_sizes(section: str, options: LayerOptions, target: PretrainedConfig) -
     head_dim = head_dim or hidden // heads
     if head_dim % 2:
         raise ConfigError.at(f"{section}.head_dim", f"is {head_dim}: RoPE turns pairs of numbers, so it must be even")
+    rope = rope_parameters(model_config.text_part(target), options.rope_scaling, section)
+    if options.rope_theta is not None:
+        rope["rope_theta"] = options.rope_theta
     return {
         "hidden_size": hidden,
         "intermediate_size": options.intermediate_size or _mlp_width(target, hidden),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "rms_norm_eps": model_config.read(target, "rms_norm_eps", default=1e-6),
+        "rms_norm_eps": options.rms_norm_eps or model_config.read(target, "rms_norm_eps", default=1e-6),
         "max_position_embeddings": model_config.read(target, "max_position_embeddings", default=32768),
-        "rope_parameters": rope_parameters(model_config.text_part(target), options.rope_scaling, section),
+        "rope_parameters": rope,
     }
 
 

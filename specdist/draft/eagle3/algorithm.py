@@ -129,7 +129,9 @@ class Eagle3(Algorithm[Eagle3Config]):
 
     @classmethod
     def served(cls, config: Mapping[str, Any], target: Sequence[str]) -> tuple[ServedBy, ...]:
-        newer = {"SGLang": "0.5.18"} if config.get("norm_before_fc") else {}
+        newer = {"SGLang": "0.5.16"} if config.get("kv_lora_rank") or config.get("num_hidden_layers", 1) > 1 else {}
+        if config.get("norm_before_fc"):
+            newer = {"SGLang": "0.5.18"}
         return tuple(replace(by, since=newer.get(by.engine, by.since)) for by in cls.served_by)
 
     @classmethod

@@ -25,24 +25,29 @@ up with `whole_blocks`."""
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Tensor | None = None, behind: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of some positions [n] of one document over its keys; by default of its last n. Shapes as
-    `DocumentAttention`."""
+    """Attention of some positions [n] of one document over its keys, or the last `behind` of them; by default of its
+    last n. Shapes as `DocumentAttention`."""
     rows, columns, kv_heads = q.shape[0], k.shape[0], k.shape[1]
     if positions is None:
         positions = torch.arange(columns - rows, columns, device=q.device)
     grouped = at_least_fp32(q).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [Hkv, G, rows, D]
     keys, values = at_least_fp32(k).permute(1, 2, 0), at_least_fp32(v).permute(1, 0, 2)
     scores = grouped @ keys[:, None] * scale
-    scores = scores.masked_fill(torch.arange(columns, device=q.device) > positions[:, None], float("-inf"))
+    place = torch.arange(columns, device=q.device)
+    hidden = place > positions[:, None]
+    if behind is not None:
+        hidden = hidden | (place <= positions[:, None] - behind)
+    scores = scores.masked_fill(hidden, float("-inf"))
     lse = scores.logsumexp(-1)
     out = (scores - lse[..., None]).exp() @ values[:, None]
     return out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype), lse.permute(2, 0, 1).flatten(1, 2)
 
 
-def eager_attention(lengths: Sequence[int], rows: Rows, scale: float) -> DocumentAttention:
-    """The reference: document by document in plain fp32, so the cost is the sum of the squared lengths."""
+def eager_attention(lengths: Sequence[int], rows: Rows, scale: float, behind: int | None = None) -> DocumentAttention:
+    """The reference: document by document in plain fp32, so the cost is the sum of the squared lengths. `behind`: how
+    many keys a row sees, its own the last; None: all."""
     used = [(length, count) for length, count in zip(lengths, rows.counts, strict=True) if length]
     sizes, counts = [length for length, _ in used], [count for _, count in used]
     positions, tokens = rows.positions.split(counts), sum(sizes)
@@ -50,25 +55,28 @@ def eager_attention(lengths: Sequence[int], rows: Rows, scale: float) -> Documen
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = q[: sum(counts)], k[:tokens], v[:tokens]
         parts = zip(q.split(counts), k.split(sizes), v.split(sizes), positions, strict=True)
-        results = [causal_attention(part, key, value, scale, at) for part, key, value, at in parts if len(part)]
+        results = [causal_attention(part, key, value, scale, at, behind) for part, key, value, at in parts if len(part)]
         outputs, lses = zip(*results, strict=True)
         return torch.cat(outputs), torch.cat(lses)
 
     return attend
 
 
-def document_block_mask(rows: Rows, tokens: int) -> flex.BlockMask:
+def document_block_mask(rows: Rows, tokens: int, behind: int | None = None) -> flex.BlockMask:
     """The document-causal FlexAttention mask of the active rows of `tokens` packed ones, made without a host sync.
 
-    The active row i at position p of its document sees columns i - p .. i. Both ends grow with i, so the blocks that a
-    block of rows needs, and those it sees whole, follow from its first and last row: no [n, T] mask is ever made. Rows
-    and columns are filled up to whole blocks: rows with the last one over again, columns with what no row sees.
+    The active row i at position p of its document sees columns i - p .. i, the last `behind` of them. Both ends grow
+    with i, so the blocks that a block of rows needs, and those it sees whole, follow from its first and last row: no
+    [n, T] mask is ever made. Rows and columns are filled up to whole blocks: rows with the last one over again, columns
+    with what no row sees.
     """
     device, count = rows.active.device, len(rows.active)
     height, width = in_blocks(count) // BLOCK, in_blocks(tokens) // BLOCK
     filled = torch.arange(in_blocks(count), device=device).clamp(max=count - 1)
     ends = rows.active[filled].to(torch.int32)
     starts = (rows.active - rows.positions)[filled].to(torch.int32)
+    if behind is not None:
+        starts = torch.maximum(starts, ends + (1 - behind))
     first, last = torch.arange(height, device=device) * BLOCK, torch.arange(1, height + 1, device=device) * BLOCK - 1
     first_column = (torch.arange(width, device=device) * BLOCK)[None, :]
     last_column = first_column + BLOCK - 1
@@ -87,9 +95,9 @@ def document_block_mask(rows: Rows, tokens: int) -> flex.BlockMask:
     )
 
 
-def flex_attention(rows: Rows, tokens: int, scale: float) -> DocumentAttention:
+def flex_attention(rows: Rows, tokens: int, scale: float, behind: int | None = None) -> DocumentAttention:
     """FlexAttention with a mask made here, once. Compiled on CUDA; elsewhere uncompiled and without a backward."""
-    mask, count = document_block_mask(rows, tokens), len(rows.active)
+    mask, count = document_block_mask(rows, tokens, behind), len(rows.active)
     attention = compiled(blockwise_attention) if rows.active.is_cuda else blockwise_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

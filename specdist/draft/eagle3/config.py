@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from specdist.core.errors import ConfigError
 from specdist.draft.common.loss_kind import LossKind, LossName
 from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, layer_sizes, read
+from specdist.draft.eagle3.latent import Latent
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,6 +44,13 @@ class Eagle3Config(LayerOptions):
     norm_before_residual: bool = False
     """The layer adds its attention to the normed state instead of the un-normed one, as speculators trains. Only vLLM
     serves it."""
+    num_layers: int = 1
+    """Decoder layers. Those after the first read the state alone. More than one, a window or mla are trained by
+    autograd, step by step, in more memory than the one layer of the paper."""
+    sliding_window: int | None = None
+    """Tokens back that the layers attend to; null is all. Only vLLM serves it, and speculators trains 2048."""
+    mla: bool = False
+    """Multi-head latent attention, of the sizes that a target of the DeepSeek family has."""
     init_head: Literal["target", "random"] = "target"
     """Where the draft's output head starts: the target's head rows of the draft vocabulary, or random."""
     loss: LossName | None = None
@@ -76,7 +84,7 @@ class Eagle3Config(LayerOptions):
                 "draft.eagle3.recompute",
                 f"is {self.recompute}: it must be between 0 and ttt_length ({self.ttt_length})",
             )
-        for key in ("ttt_length", "loss_chunk"):
+        for key in ("ttt_length", "loss_chunk", "num_layers"):
             if getattr(self, key) < 1:
                 raise ConfigError.at(f"draft.eagle3.{key}", f"is {getattr(self, key)}: it must be at least 1")
         if self.fc_norm and self.norm_before_fc:
@@ -84,6 +92,25 @@ class Eagle3Config(LayerOptions):
                 "draft.eagle3.norm_before_fc",
                 "and draft.eagle3.fc_norm exclude each other: the captured outputs are normed side by side or each",
                 "draft.eagle3.fc_norm",
+            )
+        if self.stacked and self.products == "fp8":
+            raise ConfigError.at(
+                "draft.eagle3.products",
+                "=fp8 is for drafts of one layer without draft.eagle3.sliding_window and draft.eagle3.mla",
+                "draft.eagle3.num_layers draft.eagle3.sliding_window draft.eagle3.mla",
+            )
+        if self.sliding_window is not None and self.sliding_window <= self.ttt_length:
+            raise ConfigError.at(
+                "draft.eagle3.sliding_window",
+                f"is {self.sliding_window}: it must be more than ttt_length ({self.ttt_length}), or null",
+                "draft.eagle3.ttt_length",
+            )
+        others = {"norm_before_fc": False, "norm_before_residual": False, "sliding_window": None, "num_layers": 1}
+        if self.mla and (more := [key for key, value in others.items() if getattr(self, key) != value]):
+            raise ConfigError.at(
+                "draft.eagle3.mla",
+                f"=true and {', '.join(more)}: no engine serves them together",
+                " ".join(f"draft.eagle3.{key}" for key in more),
             )
         self.check_sizes("draft.eagle3")
         if self.vocab_size is not None and self.vocab_size < 1:
@@ -100,6 +127,11 @@ class Eagle3Config(LayerOptions):
         """`loss`, which the algorithm has filled in (`Algorithm.config`)."""
         assert self.loss is not None
         return LossKind(self.loss, self.lk_eta)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether `stack.py` unrolls the steps, and not `unroll.py`, which knows the one layer of the paper."""
+        return self.num_layers > 1 or self.mla or self.sliding_window is not None
 
     def captured_layers(self, num_layers: int) -> tuple[int, ...]:
         """The captured layers of a target of `num_layers` layers.
@@ -127,9 +159,10 @@ class Eagle3Config(LayerOptions):
 
 @dataclass(frozen=True)
 class Eagle3Dims(LayerSizes):
-    """Sizes of the draft: one Llama layer as wide as its target.
+    """Sizes of the draft: Llama layers as wide as its target.
 
     Attributes:
+        latent: those of MLA; `head_dim` is then that of its queries and keys.
         num_captured: captured target layers side by side in the input of `fc`.
         vocab_size: V, rows of the target's head.
         draft_vocab_size: V_d, rows of the draft's head.
@@ -138,6 +171,26 @@ class Eagle3Dims(LayerSizes):
     num_captured: int
     vocab_size: int
     draft_vocab_size: int
+    latent: Latent | None = None
+
+    @property
+    def scale(self) -> float:
+        """Of attention scores."""
+        factor = self.rope_parameters.get("factor", 1.0) if self.rope_parameters["rope_type"] == "yarn" else 1.0
+        return self.latent.scale(factor) if self.latent else float(self.head_dim**-0.5)
+
+    @property
+    def value_dim(self) -> int:
+        """Of a head's values."""
+        return self.latent.v_head_dim if self.latent else self.head_dim
+
+    def projection_weights(self, inputs: int) -> int:
+        """Those that make queries, keys and values of `inputs` numbers."""
+        if (own := self.latent) is None:
+            return inputs * (self.query_width + 2 * self.key_width)
+        ranks, up = own.q_lora_rank + own.kv_lora_rank, own.qk_nope_head_dim + own.v_head_dim
+        heads = own.q_lora_rank * own.head_dim + own.kv_lora_rank * up
+        return inputs * (ranks + own.qk_rope_head_dim) + self.num_attention_heads * heads
 
     @classmethod
     def of(cls, config: Eagle3Config, target: PretrainedConfig, draft_vocab_size: int | None = None) -> Eagle3Dims:
@@ -150,8 +203,13 @@ class Eagle3Dims(LayerSizes):
         """
         text = target.get_text_config()
         vocab_size = read(text, "vocab_size", SECTION)
+        sizes, latent = layer_sizes(SECTION, config, target), None
+        if config.mla:
+            latent = Latent.of(target, sizes["rope_parameters"]["rope_type"] == "yarn")
+            sizes |= {"head_dim": latent.head_dim, "num_key_value_heads": sizes["num_attention_heads"]}
         dims = cls(
-            **layer_sizes(SECTION, config, target),
+            **sizes,
+            latent=latent,
             num_captured=len(config.captured_layers(read(text, "num_hidden_layers", SECTION))),
             vocab_size=vocab_size,
             draft_vocab_size=draft_vocab_size or config.vocab_size or vocab_size,
@@ -167,6 +225,11 @@ class Eagle3Dims(LayerSizes):
                 f"is {config.vocab_size}: the target has {vocab_size} tokens (null takes all)",
             )
         return dims
+
+
+def turned(dims: Eagle3Dims) -> Eagle3Dims:
+    """The sizes of what RoPE turns: of MLA a part of the head."""
+    return replace(dims, head_dim=dims.latent.qk_rope_head_dim) if dims.latent else dims
 
 
 def _check_fp8(widths: Mapping[str, int]) -> None:

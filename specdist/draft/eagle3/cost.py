@@ -29,6 +29,10 @@ class Eagle3Cost(Cost):
     dims: Eagle3Dims
 
     @property
+    def _output_weights(self) -> int:
+        return self.dims.num_attention_heads * self.dims.value_dim * self.dims.hidden_size
+
+    @property
     def _hard(self) -> bool:
         return self.config.loss_kind.hard
 
@@ -41,6 +45,7 @@ class Eagle3Cost(Cost):
         from specdist.draft.eagle3.rows import Rows  # it imports FlexAttention
 
         rows = Rows.of(batch, self.config.ttt_length, served=self.config.pairs == "served")
+        layers, steps = self.config.num_layers, rows.steps
         tokens, dims = len(batch.tokens), self.dims
         hidden, queries, keys = dims.hidden_size, dims.query_width, dims.key_width
         active, taught = len(rows.active), len(rows.taught)
@@ -48,7 +53,14 @@ class Eagle3Cost(Cost):
         once = 2 * hidden * (dims.num_captured * hidden + 2 * keys + queries + 2 * keys) * tokens
         layer = 2 * hidden * (queries + 2 * keys) + 2 * queries * hidden + 3 * 2 * hidden * dims.intermediate_size
         attention = 4 * queries * int((rows.positions + 1).sum())
-        trained = once + rows.steps * (layer * active + attention) + 2 * hidden * dims.draft_vocab_size * pairs
+        if self.config.stacked:  # step 0 runs for all tokens but in the last layer
+            once = 2 * hidden * dims.num_captured * hidden * tokens
+            output = 2 * self._output_weights + 3 * 2 * hidden * dims.intermediate_size
+            first, later = 2 * dims.projection_weights(2 * hidden), 2 * dims.projection_weights(hidden)
+            layer = first + (layers - 1) * later + layers * output
+            once += (first + (layers - 1) * (later + output)) * (tokens - active)
+            attention *= layers
+        trained = once + steps * (layer * active + attention) + 2 * hidden * dims.draft_vocab_size * pairs
         teacher = (0 if self._hard else dims.draft_vocab_size) + (
             dims.vocab_size if self.config.teacher_head == "draft" else 0
         )
@@ -73,10 +85,15 @@ class Eagle3Cost(Cost):
         kept = share * steps * (2 * hidden + 2 * queries) * itemsize + share * hidden * itemsize
         kept += share * kept_mlp * (hidden + 2 * inner) * itemsize  # the state after it, the MLP
         kept += share * (steps - 1) * 2 * keys * (itemsize + WIDE)
+        if config.stacked:  # by autograd: what a layer keeps of a row, between all its operations
+            row = (8 * hidden + 5 * queries + 3 * keys + 5 * inner) * itemsize + 3 * keys * WIDE
+            recomputed = share * config.recompute * (hidden + 2 * keys * config.num_layers) * itemsize
+            all_rows = (config.num_layers - 1) * (tokens - share)
+            kept = (share * kept_mlp * config.num_layers + all_rows) * row + recomputed
         # The MLP's backward of one step: activations, what is computed again, attention output, and four states.
         again = 2 * inner + hidden if config.recompute == steps else 0
         working = share * (inner + again + queries + 4 * hidden) * itemsize
-        weights = 3 * inner * hidden + queries * hidden + joint * hidden
+        weights = 3 * inner * hidden + queries * hidden + joint * hidden * config.num_layers
         layer = weights * WIDE + (2 * (weights + queries * hidden) if config.products == "fp8" else 0)
         head = dims.draft_vocab_size * hidden
         backward = working + layer + head * itemsize

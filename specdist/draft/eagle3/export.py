@@ -23,10 +23,16 @@ What the engines do with them, read in SGLang 0.5.23 (`models/llama_eagle3.py`, 
 - `num_aux_hidden_states`, `fc_norm` and `norm_output` of the speculators format reach vLLM's model in
   `transformer_layer_config` only: no version passes on the first, and older than 0.30 none of them.
 - The embedding is the target's; only vLLM prefers one that the draft brings.
+- A later layer's first norm is `hidden_norm` in SGLang and `input_layernorm` in vLLM; both make both.
+- A sliding window: vLLM reads `layer_types`, SGLang its own argument alone (`--speculative-draft-window-size`).
+- MLA (`Eagle3DeepseekV2ForCausalLM`: SGLang's `kimi_k25_eagle3.py`, vLLM's `deepseek_eagle3.py`) is one layer with
+  `q_lora_rank` and without `norm_before_fc`; vLLM's speculators reader makes Llamas alone. vLLM reads RoPE's base in
+  `rope_scaling`, which must be YaRN: of factor 1 where there is none.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,14 +94,16 @@ def _tensors(config: Eagle3Config, dims: Eagle3Dims, trained: Trained, dtype: to
             {EMBEDDING: trained.embedding}, {EMBEDDING: (dims.vocab_size, dims.hidden_size)}, "the target", "EAGLE-3"
         )
     whole = len(trained.vocabulary) == dims.vocab_size
+    for n in range(1, config.num_layers):
+        state[f"layers.{n}.hidden_norm.weight"] = state[f"layers.{n}.input_layernorm.weight"].clone()
     return {name: converted(name, tensor, dtype) for name, tensor in state.items()} | ({} if whole else maps)
 
 
 def _sglang_json(config: Eagle3Config, dims: Eagle3Dims, trained: Trained, options: ExportConfig) -> dict[str, Any]:
     layers = _captured(config, trained)
     return {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        **_llama_json(dims, trained, options.dtype),
+        "architectures": ["Eagle3DeepseekV2ForCausalLM" if config.mla else "LlamaForCausalLMEagle3"],
+        **_layers_json(config, dims, trained, options.dtype),
         **_common_json(config, dims, layers),
         "eagle_config": {
             "use_aux_hidden_state": True,
@@ -108,7 +116,7 @@ def _speculators_json(
     config: Eagle3Config, dims: Eagle3Dims, trained: Trained, options: ExportConfig
 ) -> dict[str, Any]:
     common = _common_json(config, dims, _captured(config, trained))
-    layers = _llama_json(dims, trained, options.dtype) | {key: common[key] for key in PASSED_ON}
+    layers = _layers_json(config, dims, trained, options.dtype) | {key: common[key] for key in PASSED_ON}
     tokens, target = options.speculative_tokens, trained.target
     return {
         **speculators_json("eagle3", "Eagle3Speculator", layers, tokens, target, trained.target_path),
@@ -131,13 +139,30 @@ def _common_json(config: Eagle3Config, dims: Eagle3Dims, layers: list[int]) -> d
     }
 
 
-def _llama_json(dims: Eagle3Dims, trained: Trained, dtype: str) -> dict[str, Any]:
-    """The draft as a Llama of one layer, in words that transformers 4 and 5 both read the same way."""
-    return layers_json(dims, trained.target, dtype) | {
+def _layers_json(config: Eagle3Config, dims: Eagle3Dims, trained: Trained, dtype: str) -> dict[str, Any]:
+    """The draft as a Llama, or a DeepSeek-V3 without experts, in words that transformers 4 and 5 both read the same."""
+    told = layers_json(dims, trained.target, dtype) | {
         "model_type": "llama",
         "vocab_size": dims.vocab_size,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": config.num_layers,
         "mlp_bias": False,
+    }
+    if config.sliding_window is not None:
+        told |= {
+            "layer_types": ["sliding_attention"] * config.num_layers,
+            "sliding_window": config.sliding_window,
+            "use_sliding_window": True,
+        }
+    if dims.latent is None:
+        return told
+    magnitudes = {key: getattr(dims.latent, key) for key in ("mscale", "mscale_all_dim")}
+    rope = {"factor": 1.0, "original_max_position_embeddings": dims.max_position_embeddings, **dims.rope_parameters}
+    rope.pop("attention_factor", None)  # it follows from the magnitudes
+    del told["head_dim"], told["rope_parameters"]
+    return told | {
+        "model_type": "deepseek_v3",
+        **{key: value for key, value in dataclasses.asdict(dims.latent).items() if key not in magnitudes},
+        "rope_scaling": {**rope, "rope_type": "yarn", "type": "yarn", **magnitudes},
     }
 
 
@@ -178,19 +203,35 @@ def nested_layers(layers: Sequence[int], architectures: Sequence[str] | None) ->
     return [b + 1 for b in layers] if counts_inputs else list(layers)
 
 
+def from_nested(said: Sequence[int], architectures: Sequence[str] | None, target_layers: int) -> tuple[int, ...]:
+    """The captured layers, 0-based, that SGLang takes of `eagle_config` alone."""
+    names = frozenset(architectures or ())
+    inputs = bool(names & AS_THEY_ARE) and said[0] != 1
+    inputs = inputs or ("GptOssForCausalLM" in names and max(said) == target_layers)
+    return tuple(b - 1 if inputs else b for b in said)
+
+
 def check_servable(config: Eagle3Config, format: str, target: PretrainedConfig) -> None:
     """Raise ConfigError if an engine would not feed the draft the captured layers it was trained on."""
     target_layers, names = target.get_text_config().num_hidden_layers, frozenset(target.architectures or ())
     layers = config.captured_layers(target_layers)
     if format != "sglang":
+        if config.mla:
+            raise ConfigError.at(
+                "draft.eagle3.mla",
+                "=true has no speculators form: write export.formats=[sglang] alone",
+                "export.formats",
+            )
         return
     check_last_layer("draft.eagle3.layers", layers, target_layers)
-    if config.norm_before_residual:
-        raise ConfigError.at(
-            "draft.eagle3.norm_before_residual",
-            "=true is not known to SGLang: train without it, or serve with vLLM (export.formats=[speculators])",
-            "export.formats",
-        )
+    for key in ("norm_before_residual", "sliding_window"):
+        if value := getattr(config, key):
+            raise ConfigError.at(
+                f"draft.eagle3.{key}",
+                f"={str(value).lower()} is not known to SGLang: train without it, or serve with vLLM "
+                "(export.formats=[speculators])",
+                "export.formats",
+            )
     if layers[0] == 0 and names & AS_THEY_ARE:
         raise ConfigError.at(
             "draft.eagle3.layers",

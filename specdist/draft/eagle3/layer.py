@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The draft's one decoder layer, in the two halves around its attention. Attribute names are the exported tensor names.
+"""The draft's decoder layers, in the two halves around their attention. Attribute names are the exported tensor names.
 
-Called to draft tokens; in training `unroll.py` computes the same with the parameters, for all steps.
+Called to draft tokens, and to train more than the one layer of the paper (`stack.py`); `unroll.py` computes the same of
+that one with the parameters, for all steps.
 """
 
 from __future__ import annotations
@@ -12,56 +13,107 @@ from torch import Tensor, nn
 from specdist.draft.common.mlp import MLP
 from specdist.draft.common.rotary import rotate
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
+from specdist.draft.eagle3.latent import Latent
 
 
 class Eagle3Attention(nn.Module):
-    """The projections of the attention; queries, keys and values read the embedding and the state side by side."""
+    """The projections of the attention, of `inputs` numbers a row."""
 
-    def __init__(self, dims: Eagle3Dims, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, dims: Eagle3Dims, inputs: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.head_dim = dims.head_dim
-        query_width = dims.num_attention_heads * dims.head_dim
-        kv_width = dims.num_key_value_heads * dims.head_dim
-        wide = 2 * dims.hidden_size
-        self.sizes = (query_width, kv_width, kv_width)
-        self.q_proj = nn.Linear(wide, query_width, bias=False, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(wide, kv_width, bias=False, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(wide, kv_width, bias=False, device=device, dtype=dtype)
-        self.o_proj = nn.Linear(query_width, dims.hidden_size, bias=False, device=device, dtype=dtype)
+        self.sizes = (dims.query_width, dims.key_width, dims.key_width)
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(inputs, width, bias=False, device=device, dtype=dtype) for width in self.sizes
+        )
+        self.o_proj = nn.Linear(dims.query_width, dims.hidden_size, bias=False, device=device, dtype=dtype)
 
     def project(self, inputs: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [T, Hq, D] and keys [T, Hkv, D], and values [T, Hkv, D], of `inputs` [T, 2H]."""
+        """Rotated queries [T, Hq, D] and keys [T, Hkv, D], and values [T, Hkv, Dv], of `inputs` [T, inputs]."""
         heads = (-1, self.head_dim)
         q, k, v = (proj(inputs).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def joint_weight(self) -> Tensor:
-        """The weights of queries, keys and values one below the other, [sum(sizes), 2H]."""
+        """The weights of queries, keys and values one below the other, [sum(sizes), inputs]."""
         return torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
 
 
-class MidLayer(nn.Module):
-    """The decoder layer between the fused features and the head."""
+class LatentAttention(nn.Module):
+    """Those of MLA. Engines turn neighbouring numbers of a head (0 and 1, 2 and 3, ...); here they stand half a head
+    apart, in queries and keys alike, which gives the same scores."""
 
-    def __init__(self, config: Eagle3Config, dims: Eagle3Dims, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, dims: Eagle3Dims, own: Latent, inputs: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        self.norm_before_residual = config.norm_before_residual
+        self.own, heads = own, dims.num_attention_heads
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
+
+        self.q_a_proj = linear(inputs, own.q_lora_rank)
+        self.q_b_proj = linear(own.q_lora_rank, heads * own.head_dim)
+        self.kv_a_proj_with_mqa = linear(inputs, own.kv_lora_rank + own.qk_rope_head_dim)
+        self.kv_b_proj = linear(own.kv_lora_rank, heads * (own.qk_nope_head_dim + own.v_head_dim))
+        self.o_proj = linear(heads * own.v_head_dim, dims.hidden_size)
+        self.q_a_layernorm, self.kv_a_layernorm = (
+            nn.RMSNorm(rank, eps=dims.rms_norm_eps, device=device, dtype=dtype)
+            for rank in (own.q_lora_rank, own.kv_lora_rank)
+        )
+
+    def project(self, inputs: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Eagle3Attention.project`."""
+        own = self.own
+        turned = (own.qk_nope_head_dim, own.qk_rope_head_dim)
+        queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(inputs))).unflatten(-1, (-1, own.head_dim))
+        narrow, shared = self.kv_a_proj_with_mqa(inputs).split((own.kv_lora_rank, own.qk_rope_head_dim), -1)
+        wide = self.kv_b_proj(self.kv_a_layernorm(narrow)).unflatten(-1, (-1, own.qk_nope_head_dim + own.v_head_dim))
+        keys, values = wide.split((own.qk_nope_head_dim, own.v_head_dim), -1)
+        straight, bent = queries.split(turned, -1)
+        shared = rotate(_apart(shared[:, None]), cos, sin).expand(-1, keys.shape[1], -1)
+        queries = torch.cat([straight, rotate(_apart(bent), cos, sin)], -1)
+        return queries, torch.cat([keys, shared], -1), values
+
+
+def _apart(heads: Tensor) -> Tensor:
+    """The pairs of neighbours [..., D] half of D apart."""
+    return torch.cat([heads[..., ::2], heads[..., 1::2]], -1)
+
+
+class MidLayer(nn.Module):
+    """A decoder layer between the fused features and the head. The first reads the token's embedding beside the state.
+
+    Attributes:
+        first: whether it is the first.
+    """
+
+    def __init__(
+        self, config: Eagle3Config, dims: Eagle3Dims, device: torch.device, dtype: torch.dtype, first: bool = True
+    ) -> None:
+        super().__init__()
+        self.first, self.norm_before_residual = first, first and config.norm_before_residual
 
         def norm() -> nn.RMSNorm:
             return nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps, device=device, dtype=dtype)
 
-        self.self_attn = Eagle3Attention(dims, device, dtype)
+        inputs = (1 + first) * dims.hidden_size
+        if dims.latent is None:
+            self.self_attn: Eagle3Attention | LatentAttention = Eagle3Attention(dims, inputs, device, dtype)
+        else:
+            self.self_attn = LatentAttention(dims, dims.latent, inputs, device, dtype)
         self.mlp = MLP(dims, device, dtype)
         self.input_layernorm = norm()
-        self.hidden_norm = norm()
+        if first:
+            self.hidden_norm = norm()
         self.post_attention_layernorm = norm()
 
     def project(self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of normed token embeddings [T, H] and the un-normed state `hidden` [T, H]."""
+        if not self.first:
+            return self.self_attn.project(self.input_layernorm(hidden), cos, sin)
         return self.self_attn.project(torch.cat([embedded, self.hidden_norm(hidden)], dim=-1), cos, sin)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """The next state [T, H], un-normed, from the state and the attention output [T, Hq, D]."""
+        """The next state [T, H], un-normed, from the state and the attention output [T, Hq, Dv]."""
         base = self.hidden_norm(hidden) if self.norm_before_residual else hidden
         residual = base + self.self_attn.o_proj(attended.flatten(1))
         return residual + self.mlp(self.post_attention_layernorm(residual))
@@ -82,5 +134,8 @@ def modules(config: Eagle3Config, dims: Eagle3Dims, device: torch.device, dtype:
         made["input_norm"] = norm(dims.num_captured * hidden)
     if config.fc_norm:
         made["fc_norm"] = nn.ModuleList(norm() for _ in range(dims.num_captured))
-    midlayer = MidLayer(config, dims, device, dtype)
-    return made | {"midlayer": midlayer, "norm": norm(), "lm_head": linear(hidden, dims.draft_vocab_size)}
+    made["midlayer"] = MidLayer(config, dims, device, dtype)
+    if config.num_layers > 1:
+        later = {str(n): MidLayer(config, dims, device, dtype, first=False) for n in range(1, config.num_layers)}
+        made["layers"] = nn.ModuleDict(later)
+    return made | {"norm": norm(), "lm_head": linear(hidden, dims.draft_vocab_size)}

@@ -18,17 +18,18 @@ from specdist.draft.common.flex import takes_flex
 from specdist.draft.common.rotary import Rotary, rotate
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.attention import DocumentAttention, eager_attention, flex_attention
-from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
+from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims, turned
 from specdist.draft.eagle3.fp8 import check_device
-from specdist.draft.eagle3.layer import MidLayer, modules
+from specdist.draft.eagle3.layer import Eagle3Attention, MidLayer, modules
 from specdist.draft.eagle3.loss import SUMS, Eagle3LossInputs, metrics
 from specdist.draft.eagle3.matmul import Fp8Matmul, Matmul
 from specdist.draft.eagle3.op_set import PLAIN, compiled_ops
 from specdist.draft.eagle3.proposer import Eagle3Proposer
 from specdist.draft.eagle3.replay import replay
 from specdist.draft.eagle3.rows import Rows
+from specdist.draft.eagle3.stack import ChunkedLoss, Stack
 from specdist.draft.eagle3.teacher import Teacher, teach
-from specdist.draft.eagle3.unroll import Unroll, UnrollTask, Weights
+from specdist.draft.eagle3.unroll import Unroll, Unrolled, UnrollTask, Weights
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Eagle3Draft(DraftModel):
     input_norm: nn.RMSNorm
     fc_norm: nn.ModuleList
     midlayer: MidLayer
+    layers: nn.ModuleDict
     norm: nn.RMSNorm
     lm_head: nn.Linear
 
@@ -99,8 +101,8 @@ class Eagle3Draft(DraftModel):
         super().__init__()
         device = vocabulary.ids.device
         self.config, self.dims, self.layout = config, dims, layout
-        self.frozen = Eagle3Frozen.of(config, target, vocabulary, Rotary.of(dims, device))
-        self.scale = dims.head_dim**-0.5
+        self.frozen = Eagle3Frozen.of(config, target, vocabulary, Rotary.of(turned(dims), device))
+        self.scale = dims.scale
         self.metric_names = tuple(f"{name}/{k}" for k in range(config.ttt_length) for name in (*SUMS, "positions"))
 
         for name, module in modules(config, dims, device, dtype).items():
@@ -139,9 +141,27 @@ class Eagle3Draft(DraftModel):
         assert isinstance(lengths, tuple)
         if not len(teacher.rows.taught):
             return self.nothing(totals)
-        task, loss = self.task(teacher.rows, lengths), self.loss(features, teacher, totals)
-        found, sums = Unroll.apply(task, loss, torch.is_grad_enabled(), *self.inputs(batch, features, teacher.rows))
+        loss, with_grad = self.loss(features, teacher, totals), torch.is_grad_enabled()
+        if self.config.stacked:
+            states = Stack(self, batch, features, teacher.rows, lengths).run()
+            found, sums = ChunkedLoss.apply(loss, with_grad, self.lm_head.weight, states)
+        else:
+            task = self.task(teacher.rows, lengths)
+            found, sums = Unroll.apply(task, loss, with_grad, *self.inputs(batch, features, teacher.rows))
         return found.float(), torch.cat([sums, teacher.positions()[:, None]], dim=1).flatten()
+
+    @property
+    def stack(self) -> list[MidLayer]:
+        """The decoder layers, in their order."""
+        return [self.midlayer, *(self.layers.values() if self.config.num_layers > 1 else ())]
+
+    def states(self, batch: PackedTokens, features: Features, rows: Rows, lengths: tuple[int, ...]) -> Tensor:
+        """The normed states [P, K, H] of the unrolled steps, without gradients and as they are served: never in FP8."""
+        if self.config.stacked:
+            return Stack(self, batch, features, rows, lengths).run()
+        hidden, entry, key, value, *weights = self.inputs(batch, features, rows)
+        task = self.task(rows, lengths, products="compute")
+        return Unrolled(task, Weights(*weights), entry, key, value, with_grad=False).run(hidden)
 
     def replay(
         self, batch: PackedTokens, host_batch: PackedTokens, features: Features, count: int, temperature: float = 0.0
@@ -191,6 +211,7 @@ class Eagle3Draft(DraftModel):
 
     def inputs(self, batch: PackedTokens, features: Features, rows: Rows) -> tuple[Tensor, ...]:
         """What the unrolled steps differentiate: see `Unroll`."""
+        assert isinstance(self.midlayer.self_attn, Eagle3Attention)
         joint = self.midlayer.self_attn.joint_weight()
         entry, hidden = self.enter(batch.tokens, joint, rows.steps), self.fuse(features.captured)
         key, value = self.first_keys(batch.positions, hidden, entry, joint)
@@ -220,6 +241,7 @@ class Eagle3Draft(DraftModel):
     def first_keys(self, positions: Tensor, hidden: Tensor, entry: Tensor, joint: Tensor) -> tuple[Tensor, Tensor]:
         """The step-0 keys and values of all rows, each [T, Hkv, D], from their states [T, H]."""
         attention = self.midlayer.self_attn
+        assert isinstance(attention, Eagle3Attention)
         start = attention.sizes[0]
         weight = joint[start:, self.dims.hidden_size :]
         product = self.midlayer.hidden_norm(hidden) @ weight.T + entry[1 : 1 + len(positions), start:]
@@ -247,11 +269,14 @@ class Eagle3Draft(DraftModel):
             captured = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(captured)
 
-    def attention(self, rows: Rows, lengths: tuple[int, ...]) -> DocumentAttention:
-        """The attention over the step-0 keys of a micro-batch; its mask is made here, once."""
-        if takes_flex(self.config.attention, rows.active.is_cuda, self.dims.head_dim):
-            return flex_attention(rows, sum(lengths), self.scale)
-        return eager_attention(lengths, rows, self.scale)
+    def attention(self, rows: Rows, lengths: tuple[int, ...], step: int = 0) -> DocumentAttention:
+        """The attention over the step-0 keys of a micro-batch; its mask is made here, once. Only with a sliding window
+        it depends on the step."""
+        window = self.config.sliding_window
+        behind = None if window is None else window - step
+        if takes_flex(self.config.attention, rows.active.is_cuda, self.dims.value_dim):
+            return flex_attention(rows, sum(lengths), self.scale, behind)
+        return eager_attention(lengths, rows, self.scale, behind)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         return metrics(sums, self.config.ttt_length, self.config.step_decay)

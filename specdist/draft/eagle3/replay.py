@@ -17,7 +17,6 @@ from specdist.core.records import Features, LogitMap, PackedTokens
 from specdist.draft.base import Replayed
 from specdist.draft.common.loss_kind import LossKind
 from specdist.draft.eagle3.rows import Rows
-from specdist.draft.eagle3.unroll import Unrolled, Weights
 
 if TYPE_CHECKING:
     from specdist.draft.eagle3.model import Eagle3Draft
@@ -42,9 +41,7 @@ def replay(
     if not len(rows.active):
         return Replayed(accepted, expected)
 
-    hidden, entry, key, value, *weights = draft.inputs(batch, features, rows)
-    task = draft.task(rows, tuple(host_batch.lengths), products="compute")
-    states = Unrolled(task, Weights(*weights), entry, key, value, with_grad=False).run(hidden)
+    states = draft.states(batch, features, rows, tuple(host_batch.lengths))
     right = _drafted(draft, states) == batch.tokens[rows.taught + 1, None]
     accepted[rows.active] = _by_row(right, rows).cumprod(1).sum(1)
     if expected is not None:
