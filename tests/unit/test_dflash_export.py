@@ -164,6 +164,8 @@ def test_read_back(case: Case, tmp_path: Path, format: str) -> None:
         num_key_value_heads=KV_HEADS,
         head_dim=HEAD_DIM,
         rope_scaling=False,
+        rope_theta=reference.THETA,
+        rms_norm_eps=reference.EPS,
     )
     target = TargetVocabulary(torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN))
     build_draft(restored, reference.target_config(), target).load_state_dict(exported.state)

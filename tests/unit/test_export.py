@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import TargetVocabulary
@@ -27,6 +27,7 @@ from specdist.export import ExportConfig, Trained, check_servable, export_draft,
 from specdist.export.lint import check_directory
 from specdist.export.serving import serve_commands
 from specdist_launch.cli import main
+from tests.unit.eagle3_reference import MLA
 
 V, V_D, H, LAYERS, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 40, 24, 32, 8, 48, 4, 2, 12
 CAPTURED = (1, 3, 4)
@@ -148,27 +149,37 @@ class Served:
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
 
-    def layer(self, tokens, hidden, positions, cache):
-        """One draft forward; appends its keys and values to `cache` and returns logits and the next state."""
-        embedded = self.target.get_input_embeddings().weight.detach()[tokens]
-        x = torch.cat([self.norm("midlayer.input_layernorm", embedded), self.norm("midlayer.hidden_norm", hidden)], -1)
+    def forward(self, tokens, hidden, positions, caches, engine):
+        """One draft forward; appends its keys and values to `caches` and returns logits and the next state."""
+        embedded = self.norm("midlayer.input_layernorm", self.target.get_input_embeddings().weight.detach()[tokens])
+        for n in range(self.config["num_hidden_layers"]):
+            if n == 0:
+                x = torch.cat([embedded, self.norm("midlayer.hidden_norm", hidden)], -1)
+            else:
+                x = self.norm(f"layers.{n}.{'hidden_norm' if engine == 'sglang' else 'input_layernorm'}", hidden)
+            if n == 0 and self.config["norm_before_residual"]:
+                hidden = self.norm("midlayer.hidden_norm", hidden)
+            hidden = self.layer(f"layers.{n}" if n else "midlayer", x, hidden, positions, caches[n])
+        normed = self.norm("norm", hidden)
+        return self.linear("lm_head", normed), normed if self.config["norm_output"] else hidden
+
+    def layer(self, name, x, hidden, positions, cache):
         heads = (-1, self.config["head_dim"])
-        q, k, v = (self.linear(f"midlayer.self_attn.{n}_proj", x).unflatten(-1, heads) for n in "qkv")
+        q, k, v = (self.linear(f"{name}.self_attn.{n}_proj", x).unflatten(-1, heads) for n in "qkv")
         cache.append((self.rotate(k, positions), v, positions))
         keys, values, places = (torch.cat(parts) for parts in zip(*cache, strict=True))
         groups = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
         scores = torch.einsum("qhd,khd->hqk", self.rotate(q, positions), keys) / math.sqrt(self.config["head_dim"])
         scores = scores.masked_fill(places > positions[:, None], -torch.inf)
+        if "layer_types" in self.config:
+            assert set(self.config["layer_types"]) == {"sliding_attention"}
+            scores = scores.masked_fill(places <= positions[:, None] - self.config["sliding_window"], -torch.inf)
         attended = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).flatten(1)
-        if self.config["norm_before_residual"]:
-            hidden = self.norm("midlayer.hidden_norm", hidden)
-        hidden = hidden + self.linear("midlayer.self_attn.o_proj", attended)
-        y = self.norm("midlayer.post_attention_layernorm", hidden)
-        y = functional.silu(self.linear("midlayer.mlp.gate_proj", y)) * self.linear("midlayer.mlp.up_proj", y)
-        hidden = hidden + self.linear("midlayer.mlp.down_proj", y)
-        normed = self.norm("norm", hidden)
-        return self.linear("lm_head", normed), normed if self.config["norm_output"] else hidden
+        hidden = hidden + self.linear(f"{name}.self_attn.o_proj", attended)
+        y = self.norm(f"{name}.post_attention_layernorm", hidden)
+        y = functional.silu(self.linear(f"{name}.mlp.gate_proj", y)) * self.linear(f"{name}.mlp.up_proj", y)
+        return hidden + self.linear(f"{name}.mlp.down_proj", y)
 
     def chain(self, tokens, next_tokens, count, engine="sglang"):
         captured = self.features(tokens, engine)
@@ -177,15 +188,15 @@ class Served:
             captured = torch.cat([self.norm(f"fc_norm.{i}", c) for i, c in enumerate(chunks)], dim=-1)
         if self.config["norm_before_fc"]:
             captured = self.norm("input_norm", captured)
-        positions, cache = torch.arange(len(tokens)), []
-        logits, hidden = self.layer(next_tokens, self.linear("fc", captured), positions, cache)
+        positions, caches = torch.arange(len(tokens)), [[] for _ in range(self.config["num_hidden_layers"])]
+        logits, hidden = self.forward(next_tokens, self.linear("fc", captured), positions, caches, engine)
         drafted, rows = [], []
         for _ in range(count):
             rows.append(logits[-1])
             best = int(logits[-1].argmax())
             drafted.append(best + int(self.tensors["d2t"][best]) if "d2t" in self.tensors else best)
             positions = positions[-1:] + 1
-            logits, hidden = self.layer(torch.tensor(drafted[-1:]), hidden[-1:], positions, cache)
+            logits, hidden = self.forward(torch.tensor(drafted[-1:]), hidden[-1:], positions, caches, engine)
         return drafted, torch.stack(rows)
 
 
@@ -199,15 +210,27 @@ class Served:
         {"norm_before_fc": True, "norm_output": True},
         {"rope": LLAMA3},
         {"rope": LLAMA3, "rope_scaling": False},
+        {"num_layers": 3, "rope_theta": 300.0},
         {"norm_before_fc": True, "norm_before_residual": True, "norm_output": True},
+        {"num_layers": 2, "sliding_window": 9, "rms_norm_eps": 1e-2},
     ],
-    ids=["plain", "whole vocabulary", "3.1", "norm_before_fc", "scaled rope", "rope base only", "speculators"],
+    ids=[
+        "plain",
+        "whole vocabulary",
+        "3.1",
+        "norm_before_fc",
+        "scaled rope",
+        "rope base only",
+        "layers",
+        "speculators",
+        "window",
+    ],
 )
 def test_the_two_files_alone_give_the_trained_logits(tmp_path, options, engine):
     case, form = Case(**options), "sglang"
-    if case.config.eagle3.norm_before_residual:
+    if case.config.eagle3.norm_before_residual or case.config.eagle3.sliding_window:
         if engine == "sglang":
-            with pytest.raises(ConfigError, match=r"norm_before_residual=true is not known to SGLang"):
+            with pytest.raises(ConfigError, match=r"(norm_before_residual|sliding_window)=\w+ is not known to SGLang"):
                 case.export(tmp_path / "draft")
             return
         form = "speculators"
@@ -504,6 +527,37 @@ def test_the_command_lines_name_everything(case, tmp_path):
     assert json.loads(vllm.words[-1]) == {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 4}
     (only,) = serve_commands(case.export(tmp_path / "other", format="speculators"), target="/models/t", draft_tokens=2)
     assert (only.by.engine, only.target, only.draft_tokens) == ("vLLM", "/models/t", 2)
+
+
+def test_a_draft_of_latent_attention_is_what_deepseek_is_to_engines(tmp_path):
+    """Both compute scores with the square of YaRN's mscale_all_dim, and read its base in `rope_scaling`."""
+    target = make_target(YARN | {"mscale": 1.0, "mscale_all_dim": 0.5})
+    for key, size in MLA.items():
+        setattr(target.config, key, size)
+    config = draft_config(eagle3=Eagle3Config(layers=CAPTURED, mla=True, ttt_length=3))
+    ends = TargetVocabulary(target.get_input_embeddings().weight.detach(), target.lm_head.weight.detach())
+    draft = build_draft(config, target.config, ends)
+    trained = Trained(draft.state_dict(), torch.arange(V), target.config, "org/model")
+    directory = export_draft(tmp_path / "draft", "sglang", config, trained, FP32)
+    check_directory(directory)
+    told = json.loads((directory / "config.json").read_text())
+    assert told["architectures"] == ["Eagle3DeepseekV2ForCausalLM"]
+    assert {key: told[key] for key in MLA} == MLA
+    read = DeepseekV3Config.from_dict(told)
+    assert (read.rope_parameters["rope_theta"], read.rope_parameters["factor"]) == (700.0, 4.0)
+    scaling, width = told["rope_scaling"], MLA["qk_nope_head_dim"] + MLA["qk_rope_head_dim"]
+    scale = width**-0.5 * (0.1 * scaling["mscale_all_dim"] * math.log(scaling["factor"]) + 1) ** 2
+    assert draft.scale == pytest.approx(scale)
+    assert draft.frozen.rotary.inv_freq.shape == (MLA["qk_rope_head_dim"] // 2,)
+    factor = (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
+    assert draft.frozen.rotary.scaling == pytest.approx(factor)
+    assert config.of_exported(load_exported(directory), target.config).eagle3.mla
+    sglang, vllm = serve_commands(directory)
+    assert (sglang.by.since, vllm.by.engine) == ("0.5.16", "vLLM")
+    with pytest.raises(ConfigError, match=r"draft\.eagle3\.mla=true has no speculators form"):
+        check_servable(config, ExportConfig(), target.config)
+    with pytest.raises(ConfigError, match=r"draft\.eagle3\.mla=true takes .* has no q_lora_rank, kv_lora_rank"):
+        build_draft(config, make_target().config, ends)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def trained(config: DraftConfig, ids: torch.Tensor | None = None, steps: int = 1
 
 CASES = {
     "eagle3": draft_config(eagle3=EAGLE3),
-    "eagle3, reduced vocabulary, normed recurrence": draft_config(
+    "eagle3, reduced vocabulary, as speculators trains, layers": draft_config(
         eagle3=Eagle3Config(
             layers=(2, 4, 6),
             ttt_length=3,
@@ -102,6 +102,7 @@ CASES = {
             norm_output=True,
             norm_before_fc=True,
             norm_before_residual=True,
+            num_layers=2,
         )
     ),
     "dflash, reduced vocabulary, taught, sliding": draft_config(algorithm="dflash", dflash=DFLASH),

@@ -32,7 +32,6 @@ ONLY: Mapping[str, tuple[object, ...]] = {
     "mlp_bias": (False,),
     "qkv_bias": (False,),
     "bias": (False,),
-    "tie_word_embeddings": (False,),
     "embed_requires_grad": (False,),
     "is_causal": (True,),
     "logit_scale": (1, 1.0),

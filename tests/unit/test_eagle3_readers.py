@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts of other projects: begun from, evaluated, written again; what is not honoured is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specdist.core.errors import DataError
+from specdist.core.records import Features, TargetVocabulary
+from specdist.draft.base import DraftModel
+from specdist.draft.build import build_draft
+from specdist.draft.config import draft_config
+from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.eagle3.export import from_nested, nested_layers
+from specdist.export import ExportConfig, Trained, export_draft, load_exported
+from tests.unit import foreign_eagle3 as foreign
+from tests.unit.draft_case import HIDDEN, VOCAB, target_config
+from tests.unit.eagle3_reference import MLA
+
+FP32 = ExportConfig(dtype="float32")
+
+
+def target() -> Any:
+    config = target_config()
+    config.architectures = ["LlamaForCausalLM"]
+    for key, size in MLA.items():
+        setattr(config, key, size)
+    return config
+
+
+def started(directory: Path) -> DraftModel:
+    """A draft with these weights, as a run begins from it and as it is evaluated."""
+    exported = load_exported(directory)
+    config = draft_config().of_exported(exported, target())
+    torch.manual_seed(1)
+    ends = TargetVocabulary(torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN))
+    draft = build_draft(config, target(), ends, exported.vocabulary)
+    draft.load_state_dict(exported.state)
+    return draft.eval()
+
+
+def drafted(draft: DraftModel) -> torch.Tensor:
+    generator, proposer = torch.Generator().manual_seed(2), draft.proposer()
+    rows = torch.randn(20, draft.layout.width, generator=generator)
+    tokens = torch.randint(VOCAB, (20,), generator=generator)
+    proposer.extend(Features(draft.layout, rows), tokens, [20])
+    return proposer.propose(4).logits
+
+
+@pytest.mark.parametrize("project", foreign.PROJECTS)
+def test_a_foreign_draft_is_begun_from_and_written_again(tmp_path: Path, project: str) -> None:
+    write, means = foreign.PROJECTS[project]
+    theirs = foreign.write(tmp_path / "theirs", write())
+    exported = load_exported(theirs)
+    config = draft_config().of_exported(exported, target())
+    assert isinstance(config.eagle3, Eagle3Config)
+    assert {key: getattr(config.eagle3, key) for key in means} == means
+    draft = started(theirs)
+    state = {name: tensor.detach() for name, tensor in draft.state_dict().items()}
+    vocabulary = torch.arange(VOCAB) if exported.vocabulary is None else exported.vocabulary
+    own = config.eagle3.norm_before_residual or config.eagle3.sliding_window
+    trained = Trained(state, vocabulary, target(), "org/model")
+    again = export_draft(tmp_path / "ours", "speculators" if own else "sglang", config, trained, FP32)
+    torch.testing.assert_close(drafted(started(again)), drafted(draft), rtol=0, atol=0)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "ModelOpt, no features": (
+        {"eagle_config": {"use_aux_hidden_state": False}},
+        "use_aux_hidden_state is False",
+    ),
+    "ModelOpt, several heads": ({"eagle_config": {"parallel_draft_step": 4}}, "eagle_config.parallel_draft_step is 4"),
+    "ModelOpt, MTP norm": ({"eagle_config": {"use_mtp_layernorm": True}}, "eagle_config.use_mtp_layernorm is True"),
+    "quantised": ({"quantization_config": {"quant_algo": "FP8"}}, r"quantization_config is \{'quant_algo': 'FP8'\}"),
+    "another activation": ({"hidden_act": "gelu", "attention_bias": True}, "hidden_act is 'gelu'.*; attention_bias is"),
+    "a Qwen3": ({"model_type": "qwen3"}, "model_type is 'qwen3' .must be 'llama'"),
+    "both norms": ({"fc_norm": True, "norm_before_fc": True}, r"cannot be trained: draft\.eagle3\.norm_before_fc and"),
+    "some layers slide": (
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        "layer_types are .* all layers must slide, or none",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_honoured_is_named(tmp_path: Path, case: str) -> None:
+    changes, message = REFUSED[case]
+    theirs = foreign.write(tmp_path / "theirs", foreign.modelopt(), **changes)
+    with pytest.raises(DataError, match=message):
+        load_exported(theirs)
+
+
+def test_a_trained_embedding_and_norms_that_differ_are_refused(tmp_path: Path) -> None:
+    theirs = foreign.write(tmp_path / "theirs", foreign.speculators(embed_requires_grad=True))
+    with pytest.raises(DataError, match="embed_requires_grad is True"):
+        load_exported(theirs)
+    config, tensors = foreign.modelopt(2)
+    tensors["layers.1.hidden_norm.weight"] = tensors["layers.1.input_layernorm.weight"] + 1
+    with pytest.raises(DataError, match=r"layers\.1\.hidden_norm\.weight and .*input_layernorm\.weight differ"):
+        load_exported(foreign.write(tmp_path / "norms", (config, tensors)))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers"),
+    [
+        ("LlamaForCausalLM", (0, 3, 6)),
+        ("DeepseekV3ForCausalLM", (1, 3, 6)),
+        ("KimiK25ForConditionalGeneration", (2, 3)),
+    ],
+)
+def test_nested_layers_mean_what_sglang_takes_of_them(architecture: str, layers: tuple[int, ...]) -> None:
+    assert from_nested(nested_layers(layers, [architecture]), [architecture], 8) == layers
+
+
+def test_gpt_oss_takes_layers_as_they_are_where_they_name_the_end() -> None:
+    assert from_nested([2, 4, 8], ["GptOssForCausalLM"], 8) == (1, 3, 7)
+    assert from_nested([1, 3, 5], ["GptOssForCausalLM"], 8) == (1, 3, 5)
