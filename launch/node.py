@@ -20,7 +20,7 @@ from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
 from specdist.core.errors import ConfigError, Dismissed, UserError
 from specdist.core.files import unwritable
 from specdist.core.network import interface_towards
-from specdist.core.run_lock import Lease, refuse_if_held
+from specdist.core.run_lock import Claim
 from specdist.core.stop import StopReason
 from specdist.job.config import JobConfig, home
 from specdist.job.run_dir import RunDirectory
@@ -64,8 +64,11 @@ class Agent:
             launch_env.make_token()
         elif recorded:
             launch_env.run_token()  # before the others are waited for
-        if leads:
-            refuse_if_held(self._home, self._attempt.job)
+        with Claim(self._home, self._attempt.name, self._place.host) if leads else nullcontext():
+            return self._run(program, recorded, stop)
+
+    def _run(self, program: Sequence[str], recorded: bool, stop: StopForwarder) -> int:
+        leads = self._leads and recorded
         try:
             meeting = self._meet(stop)
         except UserError as error:
@@ -76,8 +79,7 @@ class Agent:
         if leads:
             RunDirectory(self._run_dir).create()
             self._begin([node.host for node in meeting.nodes], meeting.ranks)
-        with Lease(self._record) if leads else nullcontext():
-            failed = self._run_ranks(meeting, program)
+        failed = self._run_ranks(meeting, program)
         self._name_killed(failed, stop.reason)
         if not recorded:
             return ExitStatus.GIVE_UP if failed else ExitStatus.DONE

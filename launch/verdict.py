@@ -125,7 +125,7 @@ def saved_step(run_dir: Path) -> int:
 def _account_for(attempt: Attempt, run_dir: Path) -> None:
     """Record an attempt whose agents ended before they had met: an earlier one would be taken for it."""
     record = AttemptRecord(attempt.directory(run_dir))
-    if record.started() is None and holder(run_dir, attempt.job) is None:
+    if record.started() is None and holder(run_dir, attempt.name) is None:
         record.begin(Started("slurm", (), 0, saved_step(run_dir)))
         record.fail(Failure("error", "the nodes' agents ended before they had met; the job's output says more"))
 

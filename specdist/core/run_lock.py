@@ -1,98 +1,164 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lease on a run directory: the attempt that leads the run renews a file every few seconds.
+"""The claim to a run directory: one job at a time is at work in it.
 
-Two starts in one directory would mix their checkpoints and records. `filelock` does not serve here: the starts are on
-different hosts, not every shared file system has locks, and the lock of a host that is lost stays. The age of the file
-does not serve either: clocks differ, and shared file systems show old contents for a while. So the second start watches
-whether the file still changes.
+Two starts in one directory would mix their checkpoints and records. A claim is a numbered file, RUN_DIR/.claim-N, made
+by a link, which one of two that ask at once gets, over NFS too; the highest number counts. Whoever has it renews it
+every few seconds until the end. `filelock` does not serve here: the starts are on different hosts, not every shared
+file system has locks, and the lock of a host that is lost stays. The age of the file does not serve either: clocks
+differ, and shared file systems show old contents for a while. So the second start watches whether the file still
+changes, and makes the next one if it does not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
+import uuid
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
-from specdist.core.attempts import AttemptRecord, attempts
+from specdist.core.attempts import AttemptRecord
 from specdist.core.errors import ConfigError
+from specdist.core.files import read_json, to_json
 
 PULSE_S, WATCH_S = 3.0, 10.0
 _GONE_S = 300.0
 """What has been silent for longer is not watched; more than clocks of hosts differ."""
-_FILE = "alive"
+_FILE = ".claim-"
 
 
-class Lease:
-    """Held by an attempt, and renewed from a thread, until the context is left."""
+@dataclass(frozen=True)
+class Holder:
+    """Who has claimed a run directory: an attempt (`Attempt.name`), and its leading host."""
 
-    def __init__(self, record: AttemptRecord) -> None:
-        self._file = record.directory / _FILE
+    attempt: str
+    host: str
+    since: float = field(default_factory=time.time)
+    pulse: int = 0
+    """How often it has been renewed."""
+    over: bool = False
+    """It has been given back. The file stays, so that numbers only rise."""
+    time: float = field(default_factory=time.time)
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+class Claim:
+    """Held by an attempt, and renewed from a thread, until the context is left.
+
+    Entering it raises ConfigError where another job is at work in `home`, or nothing can be written there; it takes up
+    to `WATCH_S` seconds where the last one has left without a word.
+    """
+
+    def __init__(self, home: Path, attempt: str, host: str) -> None:
+        self._home, self._holder = home, Holder(attempt, host)
+        self._fresh = home / f"{_FILE}{self._holder.key}"
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._pulse, name="specdist-lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew, name="specdist-claim", daemon=True)
 
-    def __enter__(self) -> Lease:
-        self._say(0)
+    def __enter__(self) -> Claim:
+        try:
+            self._home.mkdir(parents=True, exist_ok=True)
+            self._fresh.write_text(to_json(self._holder))
+            while not self._made():
+                pass  # another start was quicker: it will be found at work
+        except OSError as error:
+            raise ConfigError.at("run.dir", f": {self._home} cannot be written: {error}") from error
+        finally:
+            self._fresh.unlink(missing_ok=True)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._over.set()
         self._thread.join()
-        self._file.unlink(missing_ok=True)
+        self._say(over=True)
 
-    def _pulse(self) -> None:
-        count = 0
+    def _made(self) -> bool:
+        """Take the number after the highest, where its holder is gone; False where another start has been quicker."""
+        earlier = _claims(self._home)
+        refuse_if_held(self._home, self._holder.attempt)
+        number = max(earlier, default=0) + 1
+        self._file = self._home / f"{_FILE}{number}"
+        try:
+            os.link(self._fresh, self._file)
+        except FileExistsError:
+            return False
+        if max(_claims(self._home)) > number:  # it was taken and passed on since
+            self._file.unlink()
+            return False
+        for old in earlier:
+            (self._home / f"{_FILE}{old}").unlink(missing_ok=True)
+        return True
+
+    def _renew(self) -> None:
         while not self._over.wait(PULSE_S):
-            count += 1
-            self._say(count)
+            self._say()
 
-    def _say(self, count: int) -> None:
-        fresh = self._file.with_name(f".{_FILE}")
-        with contextlib.suppress(OSError):  # a full disk is reported by what has something to keep
-            fresh.write_text(f"{count} {time.time():.0f}\n")
-            fresh.rename(self._file)
+    def _say(self, over: bool = False) -> None:
+        self._holder = replace(self._holder, pulse=self._holder.pulse + 1, time=time.time(), over=over)
+        try:
+            self._fresh.write_text(to_json(self._holder))
+            self._fresh.rename(self._file)
+        except OSError:  # a full disk is reported by what has something to keep, and takes this
+            with contextlib.suppress(OSError):
+                os.utime(self._file)
 
 
-def holder(home: Path, job: str) -> AttemptRecord | None:
-    """The attempt of another job that is at work in `home`, if there is one; takes up to `WATCH_S` seconds where the
-    last one has ended without a word. An earlier start of `job` itself is over, or it would not be started again."""
-    history = attempts(home)
-    last = history[-1] if history else None
-    if last is None or last.name.rpartition(".")[0] == job:
+def holder(home: Path, attempt: str) -> Holder | None:
+    """Who else is at work in `home`, if somebody is; takes up to `WATCH_S` seconds where the last one has ended without
+    a word. An earlier start of the same job is over, or it would not be started again."""
+    found = _read(home)
+    if found is None or found[0].over or _is_earlier(found[0].attempt, attempt):
         return None
-    found = _read(last)
-    if found is None or time.time() - float(found.split()[1]) > _GONE_S:
+    if time.time() - found[0].time > _GONE_S:
         return None
-    deadline = time.monotonic() + WATCH_S
+    deadline, record = time.monotonic() + WATCH_S, AttemptRecord(home / "logs" / found[0].attempt)
     while time.monotonic() < deadline:
-        if last.ending() is not None or last.failure() is not None:
+        now = _read(home)
+        if now is None or now[0].over or record.ending() is not None or record.failure() is not None:
             return None
-        if _read(last) not in (found, None):
-            return last
+        if now != found:
+            return now[0]
         time.sleep(PULSE_S / 10)
     return None
 
 
-def refuse_if_held(home: Path, job: str) -> None:
-    """Raise ConfigError where another job is at work in `home`."""
-    held = holder(home, job)
+def refuse_if_held(home: Path, attempt: str) -> None:
+    """Raise ConfigError where another job than that of `attempt` is at work in `home`."""
+    held = holder(home, attempt)
     if held is None:
         return
-    started = held.started()
-    assert started is not None
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started.time))
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held.since))
     raise ConfigError.at(
         "run.dir",
-        f": {home} is in use: attempt {held.name} has been at work there since {since}, led by host "
-        f"{started.hosts[0]}: wait for it, stop it, or choose another run.dir",
+        f": {home} is in use: attempt {held.attempt} has been at work there since {since}, led by host {held.host}: "
+        "wait for it, stop it, or choose another run.dir",
     )
 
 
-def _read(record: AttemptRecord) -> str | None:
-    """What the attempt has written last; None: nothing, or it has left."""
-    try:
-        return (record.directory / _FILE).read_text()
-    except FileNotFoundError:
+def _is_earlier(one: str, other: str) -> bool:
+    """Whether an attempt is an earlier start of the other's job."""
+    (job, _, restart), (same, _, later) = one.rpartition("."), other.rpartition(".")
+    return job == same and restart.isdigit() and later.isdigit() and int(restart) < int(later)
+
+
+def _claims(home: Path) -> list[int]:
+    """The numbers of all claims."""
+    numbers = (path.name.removeprefix(_FILE) for path in home.glob(f"{_FILE}*"))
+    return [int(number) for number in numbers if number.isdigit()]
+
+
+def _read(home: Path) -> tuple[Holder, int] | None:
+    """The claim that counts, and when its file was last touched; None where there is none, or it has just left."""
+    numbers = _claims(home)
+    if not numbers:
         return None
+    file = home / f"{_FILE}{max(numbers)}"
+    with contextlib.suppress(FileNotFoundError):
+        touched = file.stat().st_mtime_ns
+        found = read_json(file, Holder)
+        return None if found is None else (found, touched)
+    return None

@@ -11,7 +11,7 @@ from torch import Tensor
 from specdist.core.errors import DataError
 from specdist.core.files import to_json, write_atomically
 from specdist.core.launch_env import RankFacts, run_token, stop_asked
-from specdist.core.run_lock import Lease, refuse_if_held
+from specdist.core.run_lock import Claim
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
 from specdist.export import load_exported
@@ -87,8 +87,7 @@ def _take_part(context: WorldContext, preflight: Preflight) -> None:
     context.start.clock.begin("control plane")
     with contextlib.ExitStack() as stack:
         if rank == 0:
-            resume, lease = _begin(context)
-            stack.enter_context(lease)
+            resume = _begin(context, stack)
             context = context.accumulating(resume.schedule.accumulation)
             profile = _profile(context, resume)
             control = stack.enter_context(serving(context, resume, profile))
@@ -123,16 +122,19 @@ def _stop_flag(job: JobConfig, start: Start) -> StopFlag:
     return stop
 
 
-def _begin(context: WorldContext) -> tuple[ResumePlan, contextlib.AbstractContextManager[object]]:
-    """On rank 0: check the run directory, find where the run starts, and record the attempt; also the lease on the
-    directory, which an agent of ours holds already.
+def _begin(context: WorldContext, stack: contextlib.ExitStack) -> ResumePlan:
+    """On rank 0: claim the run directory until `stack` is left, where no agent of ours holds it already, check it, find
+    where the run starts, and record the attempt.
 
     Raises:
         ConfigError: the directory is another run's, in use, or cannot be written.
     """
     job, run_dir, record = context.job, context.run_dir, context.record
-    run_dir.check(job)
     run_dir.create()
+    claimed = record.started() is not None
+    if not claimed:  # plain torchrun
+        stack.enter_context(Claim(run_dir.path, context.start.attempt.name, context.world.facts.host))
+    run_dir.check(job)
     resume = find_resume_plan(
         job,
         run_dir,
@@ -146,13 +148,10 @@ def _begin(context: WorldContext) -> tuple[ResumePlan, contextlib.AbstractContex
         run_dir.save_vocabulary(_draft_vocabulary(context))
     run_dir.save_config(job)
     write_atomically(run_dir.prompts, to_json(context.prompts.tables()))
-    lease: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-    if record.started() is None:  # plain torchrun
-        refuse_if_held(run_dir.path, context.start.attempt.job)
+    if not claimed:
         record.begin(context.begun(resume.progress.step))
-        lease = Lease(record)
     _introduce(context, resume)
-    return resume, lease
+    return resume
 
 
 def _draft_vocabulary(context: WorldContext) -> Tensor | None:

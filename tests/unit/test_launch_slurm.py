@@ -16,7 +16,7 @@ import pytest
 from specdist.core import config
 from specdist.core.attempts import AttemptRecord, Ending, Started
 from specdist.core.errors import ConfigError
-from specdist.core.run_lock import Lease
+from specdist.core.run_lock import Claim
 from specdist.core.stop import StopReason
 from specdist.job.config import load_job
 from specdist.job.launch_config import ContainerConfig, LaunchConfig, NodesConfig, SlurmConfig
@@ -205,9 +205,7 @@ def test_a_time_limit_that_is_over_before_a_step_is_done(words, capsys):
 
 def test_a_run_directory_in_which_another_job_is_at_work(words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("specdist.core.run_lock.PULSE_S", 0.1)
-    record = AttemptRecord(tmp_path / "run/logs/17.0")
-    record.begin(Started("slurm", ("gpu1",), 2))
-    with Lease(record):
+    with Claim(tmp_path / "run", "17.0", "gpu1"):
         assert "in use: attempt 17.0" in refused(capsys, words)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 from specdist.core import run_lock as lease
 from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
 from specdist.core.errors import ConfigError
+from specdist.core.files import to_json
 from specdist.core.launch_env import Attempt
-from specdist.core.run_lock import Lease, holder, refuse_if_held
+from specdist.core.run_lock import Claim, Holder, holder, refuse_if_held
 from specdist.core.stop import StopReason
 from specdist.job.launch_config import LaunchConfig
 from specdist_launch.verdict import AGAIN, GIVE_UP, judge
@@ -30,45 +32,71 @@ def begin(run_dir: Path, job: str, when: float = 1.0) -> AttemptRecord:
     return record
 
 
-def leave_unsaid(record: AttemptRecord, monkeypatch: pytest.MonkeyPatch, age_s: float = 0.0) -> None:
+def leave_unsaid(run_dir: Path, attempt: str, age_s: float = 0.0) -> None:
     """What an attempt leaves behind whose host is lost."""
-    (record.directory / "alive").write_text(f"7 {time.time() - age_s:.0f}\n")
-    monkeypatch.setattr(lease, "WATCH_S", 0.3)
+    lost = Holder(attempt, "n1", time=time.time() - age_s)
+    numbers = lease._claims(run_dir)  # noqa: SLF001
+    (run_dir / f".claim-{max(numbers, default=0) + 1}").write_text(to_json(lost))
 
 
 def test_who_comes_second_is_refused(tmp_path: Path) -> None:
-    with Lease(begin(tmp_path, "17")):
+    with Claim(tmp_path, "17.0", "n1"):
         said = rf"run.dir: {tmp_path} is in use: attempt 17.0 has been at work .* led by host n1: wait for it, stop it"
-        with pytest.raises(ConfigError, match=said):
-            refuse_if_held(tmp_path, "18")
-        refuse_if_held(tmp_path, "17")  # started again: the start before is over
-    refuse_if_held(tmp_path, "18")  # it has left
+        for other in ("18.0", "17.0"):  # two commands of one second have one name
+            with pytest.raises(ConfigError, match=said), Claim(tmp_path, other, "n2"):
+                pass
+        refuse_if_held(tmp_path, "17.1")  # started again: the start before is over
+    with Claim(tmp_path, "18.0", "n2"):  # it has left
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".claim-2"]
+
+
+def test_of_many_that_start_at_once_one_has_it(tmp_path: Path) -> None:
+    leave_unsaid(tmp_path, "17.0", age_s=1000)
+    together, over, outcomes = threading.Barrier(8), threading.Barrier(8), list[str]()
+
+    def start(number: int) -> None:
+        together.wait()
+        try:
+            with Claim(tmp_path, f"local-{number // 2}.0", f"n{number}"):
+                outcomes.append("running")
+                over.wait(30)
+        except ConfigError as error:
+            outcomes.append("told" if "is in use: attempt local-" in str(error) else str(error))
+            over.wait(30)
+
+    threads = [threading.Thread(target=start, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["running", *["told"] * 7]
 
 
 def test_what_has_ended_or_failed_holds_nothing(tmp_path: Path) -> None:
     record = begin(tmp_path, "17")
-    with Lease(record):
+    with Claim(tmp_path, "17.0", "n1"):
         record.end(Ending("stopped", 5, StopReason("SIGINT")))
-        assert holder(tmp_path, "18") is None
+        assert holder(tmp_path, "18.0") is None
     record = begin(tmp_path, "18", when=2.0)
-    with Lease(record):
+    with Claim(tmp_path, "18.0", "n1"):
         record.fail(Failure("lost", "gone"))
-        assert holder(tmp_path, "19") is None
+        assert holder(tmp_path, "19.0") is None
 
 
 def test_a_lost_job_is_watched_for_a_while_and_an_old_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert holder(tmp_path / "empty", "17") is None
-    record = begin(tmp_path, "17")
-    leave_unsaid(record, monkeypatch)
+    assert holder(tmp_path / "empty", "17.0") is None
+    monkeypatch.setattr(lease, "WATCH_S", 0.3)
+    leave_unsaid(tmp_path, "17.0")
     looks: list[str] = []
-    monkeypatch.setattr(lease, "_read", lambda record, read=lease._read: looks.append("") or read(record))  # noqa: SLF001
-    assert holder(tmp_path, "18") is None
+    monkeypatch.setattr(lease, "_read", lambda home, read=lease._read: looks.append("") or read(home))  # noqa: SLF001
+    assert holder(tmp_path, "18.0") is None
     assert len(looks) > 2
     looks.clear()
-    leave_unsaid(record, monkeypatch, age_s=1000)
-    assert holder(tmp_path, "18") is None
+    leave_unsaid(tmp_path, "17.0", age_s=1000)
+    assert holder(tmp_path, "18.0") is None
     assert len(looks) == 1
 
 

@@ -12,10 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from specdist.core.attempts import AttemptRecord, Started
 from specdist.core.errors import ConfigError, DataError
-from specdist.core.launch_env import Attempt
-from specdist.core.run_lock import Lease
+from specdist.core.run_lock import Claim
 from specdist.draft.build import build_draft
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
@@ -137,9 +135,7 @@ def test_an_evaluation_empties_no_directory_that_is_in_use(run, tmp_path):
     (evaluation / "config.yaml").write_text("run: {dir: x}")
     with pytest.raises(ConfigError, match=r"--draft .*draft: every evaluation begins by emptying .*evaluation"):
         evaluation_words([], words, str(evaluation / "draft"))
-    record = AttemptRecord(Attempt("7", 0).directory(evaluation))
-    record.begin(Started("local", ("a",), 1))
-    with Lease(record), pytest.raises(ConfigError, match=r"evaluation is in use: attempt 7\.0"):
+    with Claim(evaluation, "7.0", "a"), pytest.raises(ConfigError, match=r"evaluation is in use: attempt 7\.0"):
         evaluation_words([], words, str(directory / "run/export/sglang"))
     assert (evaluation / "config.yaml").exists()
 
