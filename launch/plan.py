@@ -16,9 +16,6 @@ if TYPE_CHECKING:  # light at import: `specdist --help` answers at once
     from specdist.job.plan import Plan
     from specdist.job.split import Rates
 
-FEW_STEPS = 100
-"""Fewer teach a draft little, whatever its learning rate."""
-
 
 def arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--nodes", type=int, metavar="N", help="machines, which are called node0, ... (default 1)")
@@ -69,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
 def _cost(plan: Plan, rates: Rates | None) -> Iterator[str]:
     """Steps, and the time that they take at `rates`."""
     from specdist.core.hub import resolve
+    from specdist.job.resume_plan import warn_of_few
     from specdist.job.split import Split
     from specdist.prompts.look import look
     from specdist.run.status import duration
@@ -95,8 +93,4 @@ def _cost(plan: Plan, rates: Rates | None) -> Iterator[str]:
         hours = seconds / 3600 * topology.world_size
         rate = f"{split.tokens_per_s:,.0f} tokens/s ({rates.source})"
         yield f"time: {duration(seconds)}, {hours:,.1f} GPU-hours, at {rate}"
-    if steps < FEW_STEPS:
-        yield (
-            f"warning: {steps} steps teach a draft little: more prompts or train.epochs, or a lower "
-            "prompts.tokens_per_rank"
-        )
+    yield from warn_of_few(steps)

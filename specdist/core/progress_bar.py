@@ -8,9 +8,9 @@ import sys
 import time
 from types import TracebackType
 
-_BEFORE_TEXT = 45
-"""Columns that the live line has before its text, but for name and counts: the text is cut off rather than the time to
-go, and the bar, which takes 20 of them, gives way to times of a day and more."""
+_BEFORE_TEXT = 35
+"""Columns that the live line has before its text, but for name and counts: figures of the text are left out rather than
+the time to go, and the bar, which takes 10 of them, gives way to times of a day and more."""
 
 
 class ProgressBar:
@@ -93,10 +93,13 @@ class ProgressBar:
             print(self._line, file=sys.stderr, flush=True)
 
     def _cut(self, text: str) -> str:
+        """The figures of `text`, with two blanks between them, for which there is room."""
         room = max(self._bar.console.width - self._before, 0)
+        while len(text) > room and "  " in text:
+            text = text.rpartition("  ")[0]
         return text if len(text) <= room else text[: max(room - 1, 0)] + "…"
 
     def _write(self, line: str) -> None:
         if self._enabled and not self._live:
             self._written_at = time.monotonic()
-            print(line, file=sys.stderr, flush=True)
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=sys.stderr, flush=True)

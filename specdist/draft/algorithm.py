@@ -224,7 +224,7 @@ class Algorithm(ABC, Generic[C]):
 
     def draft_tokens(self, options: ExportConfig) -> int:
         """How many drafts a target forward a server is told to make: `evaluate.draft_tokens` where that is null."""
-        return options.speculative_tokens
+        return options.chain
 
     @abstractmethod
     def check_export(self, format: str, options: ExportConfig, target: PretrainedConfig) -> None:

@@ -20,12 +20,17 @@ class ExportConfig:
     """Type of the exported weights; choose the one the target is served in."""
     embedding: bool = False
     """Write the target's input embedding too. Engines share the target's; vLLM's pipeline parallelism cannot."""
-    speculative_tokens: int = 5
+    speculative_tokens: int | None = None
     """Draft tokens a target forward that the export asks servers for, of algorithms that draft a chain; a block is as
-    long as it was trained."""
+    long as it was trained. null: as many as the evaluation forecasts to be fastest for one sequence, up to 5."""
 
     def __post_init__(self) -> None:
-        if self.speculative_tokens < 1:
-            raise ConfigError.at("export.speculative_tokens", f"is {self.speculative_tokens}; it must be at least 1")
+        if self.chain < 1:
+            raise ConfigError.at("export.speculative_tokens", f"is {self.chain}; it must be at least 1")
         if self.formats is not None and len(set(self.formats)) < len(self.formats):
             raise ConfigError.at("export.formats", f"names a format twice: {list(self.formats)}")
+
+    @property
+    def chain(self) -> int:
+        """`speculative_tokens`, 5 where that is open."""
+        return 5 if self.speculative_tokens is None else self.speculative_tokens

@@ -183,6 +183,12 @@ class ReplayReport:
         return [length / (1 + cost) for length, cost in zip(lengths, self.costs, strict=True)]
 
     @property
+    def fastest(self) -> int | None:
+        """The number of draft tokens with the highest forecast; None without a forecast."""
+        speedups = self.speedups
+        return speedups.index(max(speedups)) + 1 if speedups else None
+
+    @property
     def tokens_per_s(self) -> list[float]:
         """The same in tokens/s, where the target alone makes one in `forward_s`."""
         return [] if self.forward_s is None else [speedup / self.forward_s for speedup in self.speedups]
@@ -261,8 +267,8 @@ def _by_draft_tokens(report: ReplayReport) -> str:
     if speeds:
         forecasts = [f"{forecast}, {speed:,.0f}" for forecast, speed in zip(forecasts, speeds, strict=True)]
     found = ", ".join(f"{k}: {x:.2f} ({y})" for k, (x, y) in enumerate(zip(lengths, forecasts, strict=True), 1))
-    unit, best = ", tokens/s" if speeds else "", max(speedups)
-    fastest = f"fastest with {speedups.index(best) + 1}" if best > 1 else "fastest without a draft"
+    unit = ", tokens/s" if speeds else ""
+    fastest = f"fastest with {report.fastest}" if max(speedups) > 1 else "fastest without a draft"
     return f"by draft tokens (forecast speed-up{unit} of one sequence): {found}; {fastest}"
 
 

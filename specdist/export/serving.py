@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,16 @@ def serve_commands(
             raise DataError(f"{path / CONFIG}: {OURS}.{key} is missing: the draft was not exported by this version")
     told = {**config, OURS: {**ours, "target": target, "draft_tokens": draft_tokens}}
     return commands_of(told, name or str(path.absolute()))
+
+
+def commands_by_engine(directories: Iterable[Path], **given: Any) -> dict[str, ServeCommand]:
+    """By engine, how it serves the first of some exports of a draft that it loads. `given`: see `serve_commands`, also
+    for what is raised."""
+    found: dict[str, ServeCommand] = {}
+    for directory in directories:
+        for command in serve_commands(directory, **given):
+            found.setdefault(command.by.engine, command)
+    return found
 
 
 def commands_of(config: Mapping[str, Any], name: str) -> list[ServeCommand]:

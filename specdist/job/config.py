@@ -44,6 +44,8 @@ def job_of(sources: config.Sources) -> JobConfig:
     with sources.naming():
         import_plugins(sources.value("run.plugins"))
         job = sources.load(JobConfig)
+        if job.world.device == "cpu" and job.target.dtype == "auto":  # where others are several times slower
+            job = replace(job, target=replace(job.target, dtype="float32"))
         if job.draft.init_from is not None:
             # What the weights decide follows from the weights, so that it cannot contradict them.
             target = describe(job.target.path, job.target.trust_remote_code, weights=False)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,9 @@ from specdist.job.run_dir import RunDirectory
 from specdist.prompts.corpus import Side
 from specdist.prompts.schedule import Schedule
 from specdist.prompts.stream import Stream
+
+_FEW = 100
+"""Steps. Fewer teach a draft little, whatever its learning rate."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,13 @@ def _schedule(
         job.evaluate.every or affordable(total, batching.step_tokens, weight * sum(item.tokens for item in evaluation)),
         evaluated is not None and evaluated.step == progress.step,
     )
+
+
+def warn_of_few(steps: int) -> Iterator[str]:
+    """What there is to say of a run of so many steps."""
+    if 0 < steps < _FEW:
+        more = "more prompts or train.epochs, or a lower prompts.tokens_per_rank, give more"
+        yield f"warning: {steps} steps teach a draft little; {more}"
 
 
 def affordable(total_steps: int, tokens_per_step: int, tokens: float) -> int:

@@ -18,9 +18,10 @@ from specdist.core.files import to_json, write_atomically
 from specdist.core.hub import served_name
 from specdist.core.progress import Progress, best_checkpoint, checkpoint_path, named_damage, read_progress
 from specdist.core.stop import StopReason
+from specdist.draft.export_config import ExportConfig
 from specdist.evaluate.replay import render_replay
 from specdist.export import Trained, export_draft, written_formats
-from specdist.export.serving import serve_commands
+from specdist.export.serving import commands_by_engine
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.run_dir import RunDirectory
 from specdist.job.split import verdict
@@ -62,6 +63,10 @@ class Sides:
         if self.target_wait is None:
             return "both roles share the ranks, so neither waits for the other"
         return verdict(self.draft_wait, self.target_wait, self.moves)
+
+
+_FALLEN = 0.95
+"""Of the loss at the first record of a run: with less at the last one it has learnt something."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ def export_all(
 ) -> list[Path]:
     """Write the draft after `step` steps in every format of `export.formats`, into a directory of the format's name
     (under the run's export/ by default)."""
-    ids = run_dir.vocabulary()
+    ids, options = run_dir.vocabulary(), _asking_fastest(job, run_dir, step)
     vocabulary = torch.arange(facts.target.vocab_size) if ids is None else ids
     embedding = None
     if job.export.embedding:
@@ -143,9 +148,18 @@ def export_all(
     trained = Trained(state, vocabulary, facts.target.config, served_name(job.target.path), embedding)
     exports, come = directory or run_dir.exports, origin(job, run_dir, step)
     return [
-        export_draft(exports / name, name, job.draft, trained, job.export, overwrite=True, origin=come)
+        export_draft(exports / name, name, job.draft, trained, options, overwrite=True, origin=come)
         for name in written_formats(job.draft, job.export)
     ]
+
+
+def _asking_fastest(job: JobConfig, run_dir: RunDirectory, step: int) -> ExportConfig:
+    """The `export` section with the drafts a forward, where it leaves them open, that the evaluation after `step` steps
+    forecasts to be fastest."""
+    found = read_evaluation(run_dir, step)
+    if job.export.speculative_tokens is not None or found is None:
+        return job.export
+    return replace(job.export, speculative_tokens=found.fastest)
 
 
 def _sides(context: RankContext, outcome: Outcome) -> Sides:
@@ -166,6 +180,7 @@ def _sides(context: RankContext, outcome: Outcome) -> Sides:
 def _print(
     context: RankContext, outcome: Outcome, sides: Sides, best: Path | None, exports: Sequence[Path], evaluation: str
 ) -> None:
+    job = context.job
     run_dir, step, total, metrics = context.run_dir, outcome.progress.step, context.resume.total_steps, outcome.metrics
     ended = f"Stopped at step {step} of {total}; the same command goes on from there."
     if not total:
@@ -178,13 +193,28 @@ def _print(
     trained = bool(metrics["steps"])
     this_start = f"{metrics['steps']:,.0f} steps, {metrics['tokens']:,.0f} tokens in {metrics['seconds']:.0f} s"
     lines.append(f"  this start     {this_start if trained else 'nothing was left to train'}")
+    lines += _warning(context, metrics)
     lines += [f"  {line}" for line in evaluation.splitlines()]
     lines += sides.lines() if trained else []
     lines.append(f"  checkpoint     {checkpoint_path(run_dir.checkpoints, step)}")
     if best not in (None, checkpoint_path(run_dir.checkpoints, step)):
         lines.append(f"  best           {best}{', which is exported' if exports else ''}")
     lines += [f"  export         {path}" for path in exports]
-    commands = {command.by.engine: command for path in reversed(exports) for command in reversed(serve_commands(path))}
-    lines += [f"  serve          {command}" for command in reversed(commands.values())]
+    commands = commands_by_engine(exports).values()
+    if any(not command.by.block for command in commands) and job.export.speculative_tokens is None and evaluation:
+        lines.append(
+            "  serve          with as many drafts as are forecast fastest (export.speculative_tokens: another number)"
+        )
+    lines += [f"  serve          {command}" for command in commands]
     lines.append(f"  figures        {run_dir.summary}, {run_dir.metrics}")
     print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _warning(context: RankContext, metrics: Mapping[str, float]) -> list[str]:
+    """That a new draft has learnt next to nothing, which "Trained" does not say."""
+    first, last = (metrics.get(f"{when}/loss") for when in ("first", "last"))
+    begun = context.resume.progress.step > 0 or context.job.draft.init_from is not None
+    if begun or first is None or last is None or last < _FALLEN * first:
+        return []
+    told = f"the loss has hardly fallen, from {first:.4g} to {last:.4g}"
+    return [f"  warning        {told}: optimizer.lr={context.job.optimizer.lr:g} may be too high, or the steps too few"]

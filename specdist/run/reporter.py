@@ -47,6 +47,7 @@ class RunReporter(Reporter):
         self._began = self._latest = WorkDone(time.monotonic()), client.statistics
         self._warm = self._latest
         """At the first record: compilation, allocation and full queues are over."""
+        self._first_loss = math.nan
         if leader:
             self._open(job, run_dir, resume)
 
@@ -87,7 +88,7 @@ class RunReporter(Reporter):
         held_out = {name: value for name, value in self._last_record.items() if name.startswith("held_out/")}
         self._last_record, self._latest = record | held_out, (done, self._client.statistics)
         if self._warm is self._began:
-            self._warm = self._latest
+            self._warm, self._first_loss = self._latest, metrics.get("loss", math.nan)
         self._log(step, record)
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -120,6 +121,7 @@ class RunReporter(Reporter):
             "tokens_per_s": (done.tokens - before.tokens) / seconds,
             "draft_wait": (done.waited_s - before.waited_s) / seconds,
             "target_wait": _target_wait(statistics_before, statistics),
+            **({} if self._warm is self._latest else {"first/loss": self._first_loss}),
             **{f"last/{name}": value for name, value in self._last_record.items()},
         }
 

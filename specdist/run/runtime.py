@@ -18,7 +18,7 @@ from specdist.export import load_exported
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig
 from specdist.job.rates import evaluation_weight, packing_weights
-from specdist.job.resume_plan import ResumePlan, find_resume_plan
+from specdist.job.resume_plan import ResumePlan, find_resume_plan, warn_of_few
 from specdist.prompts.in_world import prepare_in_world
 from specdist.prompts.vocabulary import frequent_tokens
 from specdist.run.answers import answered_prompts
@@ -182,6 +182,7 @@ def _introduce(context: WorldContext, resume: ResumePlan) -> None:
         f"{len(topology.draft)} draft rank(s). {len(prompts.training):,} sequences, "
         f"{prompts.tokens:,} tokens{held_out}, {context.facts.layout.bytes_per_token:,} B of features per token. "
         f"{start}: {steps}. {resume.note}{' ' * bool(resume.note)}Run directory {job.run.dir}"
+        + "".join(f"\nspecdist: {line}" for line in (warn_of_few(total) if job.train.steps is None else ()))
         + (UNSEEN if heldout is None and topology.mode in ("split", "colocated") else ""),
         file=sys.stderr,
         flush=True,

@@ -22,7 +22,7 @@ from specdist.evaluate.prompts import EvaluationPrompt
 from specdist.evaluate.report import EvaluationReport, Tally
 from specdist.export import load_exported
 from specdist.export.config_json import read_config
-from specdist.export.serving import ServeCommand, serve_commands
+from specdist.export.serving import ServeCommand, commands_by_engine
 from specdist.generate import vllm
 from specdist.generate.engine import Drafted, Reply, Request, Sampling
 from specdist.generate.engine_process import EngineProcess
@@ -69,10 +69,9 @@ def serve_command(
 
     Raises:
         ConfigError: no such engine is installed here, or it does not serve such a draft.
-        DataError: see `serve_commands`.
+        DataError: see `commands_by_engine`.
     """
-    listed = [c for path in directories for c in serve_commands(path, served_name(job.target.path), draft_tokens)]
-    found = {command.by.engine: command for command in reversed(listed)}
+    found = commands_by_engine(directories, target=served_name(job.target.path), draft_tokens=draft_tokens)
     wanted = engine or ("SGLang" if job.target.engine == "sglang" else next(filter(installed, sorted(found)), None))
     if wanted is not None and wanted not in found:
         served = ", ".join(sorted(found)) or "no engine that is known"

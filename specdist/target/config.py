@@ -32,7 +32,7 @@ class TargetConfig:
     """Tensor-parallel ranks of one replica; must divide the model's attention heads and key/value heads."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type of the weights and of the computation; `auto` takes the checkpoint's own."""
+    """Type of the weights and of the computation; `auto` takes the checkpoint's own, with world.device=cpu float32."""
 
     prefill: Literal["auto", "packed", "documents"] = "auto"
     """`packed` runs all documents of an item in one forward, `documents` one after the other (slower, for models that

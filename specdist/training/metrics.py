@@ -154,16 +154,17 @@ def _share(value: float) -> str:
     return f"{value:.0%}"
 
 
-_LINE: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("loss", "loss", _number),
-    ("simulated_acceptance_length", "accept length (simulated)", _number),
-    ("tokens_per_s", "tokens/s", _number),
-    ("draft_wait", "draft waits", _share),
-    ("target_wait", "target waits", _share),
-    ("held_out/loss", "held-out loss", _number),
-    ("held_out/acceptance_length", "held-out acceptance length", _length),
+_LINE: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+    ("loss", "loss", "loss", _number),
+    ("loss_per_step", "of a TTT step", "a step", _number),
+    ("simulated_acceptance_length", "acceptance length (simulated)", "len", _length),
+    ("tokens_per_s", "tokens/s", "tok/s", _number),
+    ("draft_wait", "draft waits", "draft waits", _share),
+    ("target_wait", "target waits", "target waits", _share),
+    ("held_out/loss", "held-out loss", "held out", _number),
+    ("held_out/acceptance_length", "held-out acceptance length", "len", _length),
 )
-"""The metrics of the progress line, the words for them, and how they are written."""
+"""The metrics of the progress line, the words for them in a log and on a terminal, and how they are written."""
 WAITS = ("draft_wait", "target_wait")
 """Figures of roles that are apart: where ranks have both roles, neither waits for the other."""
 
@@ -193,10 +194,11 @@ class ProgressTracker(Tracker):
         if "held_out/loss" in metrics:
             self._held_out_at = step
         shown = [entry for entry in _LINE if entry[0] in self._latest and entry[0] not in self._leave_out]
-        text = "  ".join(f"{words} {written(self._latest[name])}" for name, words, written in shown)
+        line = "  ".join(f"{words} {written(self._latest[name])}" for name, words, _, written in shown)
+        text = "  ".join(f"{short} {written(self._latest[name])}" for name, _, short, written in shown)
         if "held_out/loss" in self._latest and self._held_out_at != step:
-            text += f" (step {self._held_out_at})"
-        self._bar.update(step, text, f"step {step}/{self._total}  {text}", now=step >= self._total)
+            line += f" (step {self._held_out_at})"
+        self._bar.update(step, text, f"step {step}/{self._total}  {line}", now=step >= self._total)
 
     def close(self) -> None:
         self._bar.close()

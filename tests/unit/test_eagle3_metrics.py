@@ -16,6 +16,7 @@ def test_figures_from_sums() -> None:
     assert metrics(sums, 2, 0.8) == pytest.approx(
         {
             "loss": 2.0 + 0.8 * 3.0,
+            "loss_per_step": (2.0 + 0.8 * 3.0) / 1.8,
             "simulated_acceptance_length": 1 + 0.8 + 0.8 * 0.25,
             "loss/0": 2.0,
             "acceptance_rate/0": 0.8,

@@ -323,6 +323,7 @@ def test_links_inside_a_host_are_compared_with_each_other(topology):
     assert judge_links(links(inside, speeds), inside, None) == ()
     found = only(judge_links(links(inside, speeds | {(0, 2): 40.0}), inside, None))
     assert "inside a host is 300.00" in str(found)
+    assert judge_links(links(inside, speeds | {(0, 2): 40.0}), inside, None, on_cpu=True) == ()
 
 
 def test_a_least_bandwidth_makes_it_a_problem(topology):

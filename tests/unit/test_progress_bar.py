@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 
 import pytest
 
 from specdist.core import progress_bar
 from specdist.core.progress_bar import ProgressBar
-from specdist_launch import cli
+from specdist_launch import cli, reading
 
 
 def test_a_log_file_gets_a_line_now_and_then(
@@ -24,7 +25,9 @@ def test_a_log_file_gets_a_line_now_and_then(
             bar.update(done, "half", f"{done} of 3: half")
         bar.say("waiting", "waiting for a lock")
         bar.say("waiting", "waiting for a lock")
-    assert capsys.readouterr() == ("", "2 of 3: half\nwaiting for a lock\n")
+    told = capsys.readouterr().err.splitlines()
+    assert [line[20:] for line in told] == ["2 of 3: half", "waiting for a lock"]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in told)
 
 
 def test_what_was_found_so_far_is_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +50,6 @@ def test_an_interrupted_command_ends_in_a_line(
     def interrupted(args: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_status", interrupted)
+    monkeypatch.setattr(reading, "_status", interrupted)
     assert cli.main(["status", "run"]) == 128 + signal.SIGINT
     assert capsys.readouterr().err == "specdist: interrupted\n"

@@ -85,7 +85,7 @@ def test_plan_suggests_a_split(words: list[str], tmp_path: Path, capsys: pytest.
     assert "target.replicas=3 draft.dp=5" in told
     assert "steps: 4 of up to" in told
     assert "GPU-hours, at 28,400 tokens/s (--target-rate, --draft-rate)" in told  # of the job as it is, not as split
-    assert "warning: 4 steps teach a draft little" in told
+    assert "warning: 4 steps teach a draft little;" in told
     assert main([*asked, "train.steps=null", "train.epochs=3"]) == 0
     assert "(train.epochs=3 of about" in capsys.readouterr().out
     assert main([*asked, "world.device=auto"]) == 0

@@ -117,7 +117,7 @@ def _speculators_json(
 ) -> dict[str, Any]:
     common = _common_json(config, dims, _captured(config, trained))
     layers = _layers_json(config, dims, trained, options.dtype) | {key: common[key] for key in PASSED_ON}
-    tokens, target = options.speculative_tokens, trained.target
+    tokens, target = options.chain, trained.target
     return {
         **speculators_json("eagle3", "Eagle3Speculator", layers, tokens, target, trained.target_path),
         **common,

@@ -90,6 +90,7 @@ def _chunk(inputs: Eagle3LossInputs, part: slice, lm_head: Tensor, states: Tenso
 def metrics(sums: Mapping[str, float], steps: int, step_decay: float) -> dict[str, float]:
     """Loss, acceptance rate and accuracy in total and per TTT step, from sums over all micro-batches and ranks.
 
+    `loss` is the sum over the TTT steps with the weights of `step_decay`, `loss_per_step` their mean with these.
     The loss is averaged over the counted positions; acceptance and accuracy over all supervised ones, so a token that
     the draft vocabulary lacks is the rejection it will be when served. `simulated_acceptance_length` is
     1 + sum_k prod_{j<=k} alpha_j: tokens per target forward if the steps accepted independently.
@@ -105,4 +106,5 @@ def metrics(sums: Mapping[str, float], steps: int, step_decay: float) -> dict[st
         total += step_decay**step * loss
         reached *= acceptance
         length += reached
-    return {"loss": total, "simulated_acceptance_length": length, **found}
+    each = total / sum(step_decay**step for step in range(steps))
+    return {"loss": total, "loss_per_step": each, "simulated_acceptance_length": length, **found}

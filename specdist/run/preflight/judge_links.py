@@ -16,6 +16,7 @@ from specdist.run.preflight.findings import Finding, Severity, merge
 _SLOW = 0.5
 """A link below this share of the median of its kind is slow."""
 _SHOWN = 4
+_INSIDE = "inside a host"
 
 
 class LinkReport(msgspec.Struct, frozen=True):
@@ -25,8 +26,11 @@ class LinkReport(msgspec.Struct, frozen=True):
     error: str = ""
 
 
-def judge_links(reports: Sequence[LinkReport], topology: Topology, min_gb_per_s: float | None) -> tuple[Finding, ...]:
-    """Links that broke, that are below `preflight.min_link_gb_per_s`, or much slower than others of their kind."""
+def judge_links(
+    reports: Sequence[LinkReport], topology: Topology, min_gb_per_s: float | None, on_cpu: bool = False
+) -> tuple[Finding, ...]:
+    """Links that broke, that are below `preflight.min_link_gb_per_s`, or much slower than others of their kind; not
+    those inside a host where ranks are `on_cpu`: what they are like says what else the processors do."""
     broken = dict.fromkeys(report.error for report in reports if report.error)
     findings = [Finding("problem", (), error, "see the logs of both ranks", certain=True) for error in broken]
     links = [link for report in reports for link in report.links]
@@ -34,6 +38,8 @@ def judge_links(reports: Sequence[LinkReport], topology: Topology, min_gb_per_s:
     too_slow = [link for link in links if link.gb_per_s < limit]
     findings += _blame(too_slow, links, topology, "problem", f"preflight.min_link_gb_per_s asks for {limit}")
     for where, kind in kinds_of(links, topology).items():
+        if on_cpu and where == _INSIDE:
+            continue
         usual = statistics.median(link.gb_per_s for link in kind)
         slow = [link for link in kind if limit <= link.gb_per_s < _SLOW * usual]
         findings += _blame(slow, kind, topology, "warning", f"the median of the links {where} is {usual:.2f} GB/s")
@@ -42,10 +48,10 @@ def judge_links(reports: Sequence[LinkReport], topology: Topology, min_gb_per_s:
 
 def kinds_of(links: Sequence[LinkSpeed], topology: Topology) -> dict[str, list[LinkSpeed]]:
     """The links inside a host, and those across hosts, where there are any."""
-    kinds: dict[str, list[LinkSpeed]] = {"inside a host": [], "across hosts": []}
+    kinds: dict[str, list[LinkSpeed]] = {_INSIDE: [], "across hosts": []}
     for link in links:
         across = topology.hosts[link.source] != topology.hosts[link.destination]
-        kinds["across hosts" if across else "inside a host"].append(link)
+        kinds["across hosts" if across else _INSIDE].append(link)
     return {where: kind for where, kind in kinds.items() if kind}
 
 
@@ -66,5 +72,6 @@ def _blame(
         )
         more = f" and {len(theirs) - _SHOWN} more" if len(theirs) > _SHOWN else ""
         hosts = tuple(dict.fromkeys(topology.hosts[rank] for rank in weight if rank in culprits))
-        yield Finding(severity, hosts, f"{len(theirs)} slow links: {shown}{more}", usual)
+        many = f"{len(theirs)} slow link{'s' if len(theirs) > 1 else ''}"
+        yield Finding(severity, hosts, f"{many}: {shown}{more}", usual)
         slow = [link for link in slow if link not in theirs]

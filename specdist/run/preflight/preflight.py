@@ -85,7 +85,8 @@ class Preflight:
             return
 
         def judge_all(reports: dict[int, LinkReport]) -> tuple[Report, Sequence[Finding]]:
-            findings = [*judge_links(tuple(reports.values()), self._topology, self._job.preflight.min_link_gb_per_s)]
+            least, on_cpu = self._job.preflight.min_link_gb_per_s, self._world.device.type == "cpu"
+            findings = [*judge_links(tuple(reports.values()), self._topology, least, on_cpu)]
             for rank, host in enumerate(self._world.hosts):
                 if rank not in reports:
                     seen = f"{self._topology.describe(rank)} did not report what its links are like"

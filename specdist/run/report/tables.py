@@ -14,7 +14,7 @@ from specdist.core import config
 from specdist.core.errors import UserError
 from specdist.evaluate.replay import OWN_TEXT
 from specdist.evaluate.shown import ShownAnswer
-from specdist.export.serving import ServeCommand, serve_commands
+from specdist.export.serving import ServeCommand, commands_by_engine
 from specdist.job import split
 from specdist.job.config import JobConfig
 from specdist.job.rates import read_rates
@@ -48,14 +48,13 @@ def facts(run: RunRecords) -> list[Fact]:
     found = []
     one, before = run.evaluation, run.before
     if one is not None:
-        length, drafts = one.total.acceptance_length, len(one.total.forwards)
+        length, most = one.total.acceptance_length, len(one.total.forwards)
         was = f", {before.total.acceptance_length:.2f} before training" if before and before.step != one.step else ""
         foreign = f"; only {one.agreement:.0%} of the text is the target's own" if one.agreement < OWN_TEXT else ""
-        note = f"{drafts} draft tokens, step {one.step:,}{was}{foreign}"
+        note = f"{most} draft tokens, step {one.step:,}{was}{foreign}"
         found.append(Fact("acceptance length", f"{length:.2f}", note))
-        if one.costs:
-            speedup = max(one.speedups)
-            drafts = one.speedups.index(speedup) + 1
+        if (drafts := one.fastest) is not None:
+            speedup = one.speedups[drafts - 1]
             speed = f", {one.tokens_per_s[drafts - 1]:,.0f} tokens/s" if one.tokens_per_s else ""
             found.append(Fact("forecast speed-up", f"{speedup:.2f}x", f"one sequence, {drafts} draft tokens{speed}"))
     if run.training:
@@ -125,7 +124,7 @@ def serving(run: RunRecords) -> list[ServeCommand]:
     found: dict[str, ServeCommand] = {}
     for file in sorted(run.paths.exports.glob("[!.]*/config.json")):
         try:
-            found = {command.by.engine: command for command in serve_commands(file.parent)} | found
+            found = commands_by_engine([file.parent]) | found
         except UserError:  # of another version
             continue
     return list(found.values())
