@@ -3,7 +3,7 @@
 
     specdist bench step --batch 4x2048 1x16384             # EAGLE-3 of the Qwen3-8B shape, random weights and features
     specdist bench step --ranks 2 draft.eagle3.vocab_size=16384 draft.sharding=replicate
-    specdist bench step draft.algorithm=dflash draft.dflash.anchors=1024
+    specdist bench step draft.algorithm=dflash draft.dflash.anchors_per_token=0.125
 
 The step is the trainer's own, FSDP and optimizer included, in a torchrun world of `--ranks` draft ranks; each takes a
 whole batch, or with draft.cp=N every N ranks take one together. `--bare` leaves FSDP and optimizer out and holds the

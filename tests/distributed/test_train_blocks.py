@@ -33,7 +33,7 @@ def words(directory: Path, material, algorithm: str = "dflash", **overrides) -> 
         f"draft__{algorithm}__num_layers": 2,
         f"draft__{algorithm}__layers": "[1,3]",
         f"draft__{algorithm}__block_size": 6,
-        f"draft__{algorithm}__anchors": 20,
+        f"draft__{algorithm}__anchors_per_token": 0.05,
         f"draft__{algorithm}__mask_token_id": 256,
         "prompts__cache_dir": material[1].parent / "cache",
         "train__steps": STEPS,

@@ -57,7 +57,7 @@ def draft_of(
     settings = {
         "num_layers": 3,
         "mask_token_id": 7,
-        "anchors": 60,
+        "anchors_per_token": 0.1,
         "loss_chunk": 300,
         "attention": attention,
         **options,

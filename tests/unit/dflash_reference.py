@@ -24,7 +24,7 @@ from specdist.draft.dflash.model import DFlashDraft
 from tests.unit.draft_case import EPS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, THETA, VOCAB, Case, target_config
 
 LAYERS, BLOCK, MASK = 2, 5, 36
-SETTINGS = {"num_layers": LAYERS, "layers": (1, 3, 5), "mask_token_id": MASK, "loss_chunk": 9}
+SETTINGS = {"num_layers": LAYERS, "layers": (1, 3, 5), "mask_token_id": MASK, "loss_chunk": 9, "anchors_per_token": 1.0}
 
 
 def build_case(

@@ -95,7 +95,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[
 
 def test_dflash_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = make_target(tmp_path / "target")
-    dflash = ("draft.algorithm=dflash", "draft.dflash.num_layers=1", "draft.dflash.anchors=8")
+    dflash = ("draft.algorithm=dflash", "draft.dflash.num_layers=1", "draft.dflash.anchors_per_token=0.1")
     main(["--model", str(model), "--length", "48", "--steps", "6", "--warm", "2", "--modes", "split", *TINY, *dflash])
     (split,) = json.loads(capfd.readouterr().out.splitlines()[0])["modes"]
     assert split["tokens_per_s"] > 0

@@ -12,6 +12,7 @@ from specdist.draft.block.attention import block_mask, eager_attention, flex_att
 from specdist.draft.block.blocks import Blocks
 from specdist.draft.block.options import View
 from specdist.draft.common.flex import BLOCK, in_blocks
+from specdist.draft.dflash.config import DFlashConfig
 
 LENGTHS = ((40,), (5, 1, 30), (130, 3, 60, 127, 1), (BLOCK, BLOCK, 2 * BLOCK), (1, 300, 40, 2))
 SIZES = (2, 10, 16)
@@ -22,7 +23,8 @@ VIEWS = (View(), View(20), View(causal=True), View(17, causal=True))
 def drawn(lengths: tuple[int, ...], size: int, most: int) -> Blocks:
     documents = [torch.arange(n) for n in lengths]
     batch = PackedTokens.from_documents(documents, [torch.ones(n) for n in lengths])
-    return Blocks.draw(batch, size, size - 1, most, draw=len(lengths))
+    options = DFlashConfig(block_size=size, anchors_per_token=min(most / sum(lengths), 1.0))
+    return Blocks.draw(batch, options, draw=len(lengths))
 
 
 def allowed(blocks: Blocks, tokens: int, view: View) -> Tensor:

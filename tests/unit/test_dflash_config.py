@@ -58,7 +58,7 @@ def test_default_decay() -> None:
     ("options", "words"),
     [
         ({"block_size": 1}, r"draft\.dflash\.block_size is 1: it must be at least 2"),
-        ({"anchors": 0}, r"draft\.dflash\.anchors is 0"),
+        ({"anchors_per_token": 512}, r"draft\.dflash\.anchors_per_token is 512: it must be above 0 and at most 1"),
         ({"decay_gamma": 0.0}, r"draft\.dflash\.decay_gamma is 0\.0"),
         ({"dpace_alpha": 1.5}, r"draft\.dflash\.dpace_alpha is 1\.5"),
         ({"sliding_window": 8}, r"draft\.dflash\.sliding_window is 8: it must hold a block, 16 tokens"),

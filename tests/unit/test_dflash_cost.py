@@ -43,7 +43,9 @@ def test_parameters() -> None:
 @pytest.mark.parametrize(("tokens", "measured"), [(8192, 11.6), (16384, 12.3)])
 def test_the_peak_of_a_bare_step_is_foreseen(tokens: int, measured: float) -> None:
     """`specdist bench step --bare draft.algorithm=dflash`, GiB."""
-    step = sum(DRAFT.chosen.cost(TARGET).step_bytes(tokens, tokens, itemsize=2, compiled=True).values())
+    blocks = DFlashConfig(mask_token_id=151_669, anchors_per_token=512 / tokens)
+    cost = draft_config(algorithm="dflash", dflash=blocks).chosen.cost(TARGET)
+    step = sum(cost.step_bytes(tokens, tokens, itemsize=2, compiled=True).values())
     tables, features = DRAFT.chosen.cost(TARGET).frozen_rows(tied=False) * 4096 * 2, 2 * tokens * 5 * 4096
     foreseen = step + tables + features + 2 * parameter_count(DRAFT, TARGET)
     assert foreseen / 2**30 == pytest.approx(measured, rel=0.05)

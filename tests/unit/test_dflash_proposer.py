@@ -34,7 +34,7 @@ def test_a_block_is_the_trained_one_and_the_definition(anchor: int, options: dic
     case.masks[0][:] = True
     drafts = extended(case, anchor).propose(BLOCK - 1)
     tokens, products = drafts.tokens[0].tolist(), drafts.logits[0]
-    blocks = Blocks.draw(case.batch, BLOCK, BLOCK - 1, 1000, draw=0)
+    blocks = Blocks.draw(case.batch, case.draft.config, draw=0)
     attend = case.draft.attention(blocks, (40,))
     with torch.no_grad():
         states = case.draft.states(case.batch, blocks, case.draft.verified(case.batch, case.features), attend)

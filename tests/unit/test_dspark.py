@@ -78,9 +78,9 @@ def test_chunks_do_not_matter_and_micro_batches_add_up_to_the_step() -> None:
     block_checks.micro_batches_add_up(case)
 
 
-@pytest.mark.parametrize("anchors", [7, 512])
-def test_context_parallel_ranks_add_up(anchors: int) -> None:
-    block_checks.context_parallel_ranks_add_up(build_case(anchors=anchors))
+@pytest.mark.parametrize("rate", [0.2, 1.0])
+def test_context_parallel_ranks_add_up(rate: float) -> None:
+    block_checks.context_parallel_ranks_add_up(build_case(anchors_per_token=rate))
 
 
 def test_nothing_supervised_is_a_loss_of_zero_with_a_graph() -> None:
@@ -135,7 +135,7 @@ def test_a_batch_drafts_what_one_by_one_does() -> None:
 
 
 def test_replay_tells_the_chances_at_a_temperature() -> None:
-    case, heat = build_case((14, 9), anchors=5), 0.6
+    case, heat = build_case((14, 9), anchors_per_token=0.2), 0.6
     reference, batch = reference_of(case), case.batch
     replayed = case.draft.replay(batch, batch, case.features, BLOCK, heat)
     chances, start = torch.zeros(len(case.rows), BLOCK), 0

@@ -122,7 +122,7 @@ def test_read_back_and_what_deepspec_writes(case: Case, tmp_path: Path) -> None:
         assert all(torch.equal(exported.state[name], tensor) for name, tensor in case.draft.state_dict().items())
         base = draft_config(algorithm="dspark", dspark=DSparkConfig(block_size=5, num_layers=7, ce_weight=1.0))
         restored = base.of_exported(exported, target_config())
-        mine = replace(case.draft.config, ce_weight=1.0, loss_chunk=2048)
+        mine = replace(case.draft.config, ce_weight=1.0, loss_chunk=2048, anchors_per_token=0.0625)
         assert restored.dspark == replace(mine, **ours.dims.options)
         target = TargetVocabulary(torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN))
         build_draft(restored, target_config(), target).load_state_dict(exported.state)

@@ -25,10 +25,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "eagle3": lambda: eagle3_reference.build_case(LENGTHS),
     "eagle3-whole": lambda: eagle3_reference.build_case(LENGTHS, pruned=False, norm_output=True, fc_norm=True),
     "eagle3-layers": lambda: eagle3_reference.build_case(LENGTHS, num_layers=2, sliding_window=7),
-    "dflash": lambda: dflash_reference.build_case(LENGTHS, anchors=7),
-    "dflash-sliding": lambda: dflash_reference.build_case(LENGTHS, anchors=7, sliding_window=6),
-    "dspark": lambda: dspark_reference.build_case(LENGTHS, anchors=7),
-    "dspark-rnn": lambda: dspark_reference.build_case(LENGTHS, anchors=7, markov_head="rnn", vocab_size=33),
+    "dflash": lambda: dflash_reference.build_case(LENGTHS, anchors_per_token=0.08),
+    "dflash-sliding": lambda: dflash_reference.build_case(LENGTHS, anchors_per_token=0.08, sliding_window=6),
+    "dspark": lambda: dspark_reference.build_case(LENGTHS, anchors_per_token=0.08),
+    "dspark-rnn": lambda: dspark_reference.build_case(
+        LENGTHS, anchors_per_token=0.08, markov_head="rnn", vocab_size=33
+    ),
 }
 COUNTS = {
     "eagle3": (1, STEPS, STEPS + 2),

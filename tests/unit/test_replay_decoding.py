@@ -31,7 +31,7 @@ from specdist.target.vocabulary import load_target_vocabulary
 BARD = Path(__file__).parents[2] / "examples" / "bard"
 LIMIT = 24
 EAGLE3 = Eagle3Config(layers=(2, 4, 6), ttt_length=3)
-BLOCKS = {"layers": (2, 4, 6), "anchors": 64, "mask_token_id": 511}
+BLOCKS = {"layers": (2, 4, 6), "anchors_per_token": 0.02, "mask_token_id": 511}
 DFLASH = DFlashConfig(**BLOCKS, num_layers=2, sliding_window=8, block_size=5, vocab_size=200, teacher="mixed")  # type: ignore[arg-type]
 DSPARK = DSparkConfig(**BLOCKS, num_layers=1, block_size=4, markov_rank=16, markov_head="rnn", ce_weight=1.0)  # type: ignore[arg-type]
 

@@ -89,9 +89,7 @@ class BlockDraft(DraftModel):
     def supervise(
         self, batch: PackedTokens, host_batch: PackedTokens, features: Features, draw: int = 0
     ) -> Supervision:
-        options = self.config
-        blocks = Blocks.draw(host_batch, options.block_size, options.drafts, options.anchors, draw, self.share)
-        blocks = blocks.to(features.rows.device)
+        blocks = Blocks.draw(host_batch, self.config, draw, self.share).to(features.rows.device)
         if not self.vocabulary.whole:
             blocks = replace(blocks, valid=blocks.valid & (self.vocabulary.to_draft[blocks.labels] >= 0))
         return Supervision(self.total(blocks), {"blocks": blocks, "lengths": tuple(host_batch.lengths)})

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specdist.core.records import PackedTokens, on_device
 from specdist.draft.base import WHOLE, ContextShare
+from specdist.draft.block.options import BlockOptions
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,15 @@ class Blocks:
     valid: Tensor
 
     @classmethod
-    def draw(
-        cls, host_batch: PackedTokens, size: int, drafts: int, most: int, draw: int, share: ContextShare = WHOLE
-    ) -> Blocks:
-        """This rank's share of at most `most` blocks of a batch on the CPU, drawn without replacement from all places
-        where they can begin; which ones follows from the batch and `draw` alone."""
+    def draw(cls, host_batch: PackedTokens, options: BlockOptions, draw: int, share: ContextShare = WHOLE) -> Blocks:
+        """This rank's share of the blocks of a batch on the CPU that are trained, drawn without replacement from all
+        places where they can begin; which ones follows from the batch and `draw` alone."""
         candidates = cls.candidates(host_batch)
-        chosen = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(draw))[:most]
-        return cls.at(candidates[chosen].sort().values[share.index :: share.of], host_batch, size, drafts)
+        order = candidates[torch.randperm(len(candidates), generator=torch.Generator().manual_seed(draw))]
+        if options.anchors_per_sequence is not None:
+            order = order[_place_in_group(order - host_batch.positions[order]) < options.anchors_per_sequence]
+        chosen = order[: options.most(len(host_batch.tokens))].sort().values[share.index :: share.of]
+        return cls.at(chosen, host_batch, options)
 
     @staticmethod
     def candidates(host_batch: PackedTokens) -> Tensor:
@@ -57,17 +59,17 @@ class Blocks:
         return (host_batch.places[1:] > 1).nonzero().flatten()
 
     @classmethod
-    def at(cls, anchors: Tensor, host_batch: PackedTokens, size: int, drafts: int) -> Blocks:
+    def at(cls, anchors: Tensor, host_batch: PackedTokens, options: BlockOptions) -> Blocks:
         """The blocks that begin at the rows `anchors` [N], ascending, of a batch on the CPU."""
         supervised, positions = host_batch.supervised, host_batch.positions.long()
-        steps = torch.arange(1, drafts + 1)
+        steps = torch.arange(1, options.drafts + 1)
         rows = anchors[:, None] + steps
         inside = rows.clamp(max=len(positions) - 1)
         same = positions[inside] == positions[anchors][:, None] + steps  # past the end of the batch it never is
         valid = (same & supervised[inside]).int().cumprod(1).bool()
         begins = torch.zeros(len(positions), dtype=torch.int64).index_fill_(0, anchors, 1)
         return cls(
-            size=size,
+            size=options.block_size,
             anchors=anchors,
             starts=anchors - positions[anchors],
             positions=positions[anchors],
@@ -80,3 +82,10 @@ class Blocks:
     def to(self, device: torch.device) -> Blocks:
         """On a device, without making the host wait."""
         return on_device(self, device)
+
+
+def _place_in_group(groups: Tensor) -> Tensor:
+    """int64 [n]: how many of the same group, int64 [n], stand before each."""
+    sizes = groups.unique(return_counts=True)[1]
+    begins = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return torch.empty_like(groups).index_copy_(0, groups.argsort(stable=True), torch.arange(len(groups)) - begins)

@@ -30,14 +30,12 @@ class BlockCost(Cost):
 
     def evaluated(self, batch: PackedTokens) -> float:
         """A block is replayed at every place where one can begin; of these training draws some."""
-        size, drafts = self.options.block_size, self.options.drafts
-        both = (self._drawn(batch), Blocks.at(Blocks.candidates(batch), batch, size, drafts))
+        both = (self._drawn(batch), Blocks.at(Blocks.candidates(batch), batch, self.options))
         needed = sum(self._forward(batch, blocks) + self.loss_flops(blocks.labels.numel()) / 2 for blocks in both)
         return needed / self.flops(batch)
 
     def _drawn(self, batch: PackedTokens) -> Blocks:
-        options = self.options
-        return Blocks.draw(batch, options.block_size, options.drafts, options.anchors, draw=0)
+        return Blocks.draw(batch, self.options, draw=0)
 
     def _forward(self, batch: PackedTokens, blocks: Blocks) -> float:
         """On all tokens the fusion of the captured layers and each layer's keys and values, on the rows of the blocks
@@ -72,7 +70,7 @@ class BlockCost(Cost):
     def step_bytes(self, tokens: int, share: int, itemsize: int, compiled: bool) -> dict[str, int]:
         options, dims = self.options, self.dims
         hidden, inner, keys, queries = dims.hidden_size, dims.intermediate_size, dims.key_width, dims.query_width
-        rows = min(options.anchors, share) * options.block_size
+        rows = -(-options.most(tokens) * share // tokens) * options.block_size
         # The fused states and their norm; in each layer keys before and after norm and rotation, and values.
         context = tokens * (2 * hidden + dims.num_layers * 3 * keys) * itemsize
         # States before and after attention and both norms; queries before and after rotation, what they attend to and a

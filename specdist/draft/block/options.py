@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -55,8 +56,10 @@ class BlockOptions(LayerOptions):
     mask_token_id: int | None = None
     """The token that stands for one to be drafted; null takes the first row of the target's embedding that no token of
     its tokenizer has. Another one must never occur in text: give a reserved token."""
-    anchors: int = 512
-    """Blocks trained of a micro-batch at most: they begin at supervised tokens drawn at random."""
+    anchors_per_token: float = 0.0625
+    """Blocks trained for every token of a micro-batch, at most: they begin at supervised tokens drawn at random."""
+    anchors_per_sequence: int | None = None
+    """Of them, at most so many of one sequence, so that long ones do not take the places of short ones; null: any."""
     loss_chunk: int = 2048
     """Rows of logits that are held at one time. Memory of the loss: about loss_chunk x vocabulary x 4 to 6 bytes, and
     five times that without draft.compile."""
@@ -67,7 +70,11 @@ class BlockOptions(LayerOptions):
             raise ConfigError.at(
                 f"{self.SECTION}.block_size", f"is {self.block_size}: it must be at least {self.silent + 1}{why}"
             )
-        for key in ("num_layers", "anchors", "loss_chunk", "vocab_size"):
+        if not 0.0 < self.anchors_per_token <= 1.0:
+            raise ConfigError.at(
+                f"{self.SECTION}.anchors_per_token", f"is {self.anchors_per_token}: it must be above 0 and at most 1"
+            )
+        for key in ("num_layers", "anchors_per_sequence", "loss_chunk", "vocab_size"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ConfigError.at(f"{self.SECTION}.{key}", f"is {getattr(self, key)}: it must be at least 1")
         self.check_sizes(self.SECTION)
@@ -82,6 +89,10 @@ class BlockOptions(LayerOptions):
     def drafts(self) -> int:
         """D, the tokens that a block drafts."""
         return self.block_size - self.silent
+
+    def most(self, tokens: int) -> int:
+        """How many blocks of a micro-batch of that many tokens are trained at most."""
+        return math.ceil(self.anchors_per_token * tokens)
 
     @property
     def views(self) -> tuple[View, ...]:

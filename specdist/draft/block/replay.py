@@ -31,7 +31,7 @@ def replay(
     count: int,
     chances: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Replayed:
-    """`DraftModel.replay`. As many blocks are filled at one time as training fills, `anchors`, and `loss_chunk` rows of
+    """`DraftModel.replay`. As many blocks are filled at one time as training fills, and `loss_chunk` rows of
     logits are held.
 
     Args:
@@ -49,8 +49,8 @@ def replay(
     if not len(anchors):
         return Replayed(accepted, expected)
     verified, lengths = draft.verified(batch, features), tuple(host_batch.lengths)
-    for part in anchors.split(options.anchors):
-        blocks = Blocks.at(part, host_batch, options.block_size, options.drafts).to(accepted.device)
+    for part in anchors.split(options.most(len(host_batch.tokens))):
+        blocks = Blocks.at(part, host_batch, options).to(accepted.device)
         states = draft.states(batch, blocks, verified, draft.attention(blocks, lengths))[:, :count]
         rows, labels, valid = (t[:, :count] for t in (blocks.rows, blocks.labels, blocks.valid))
         found, likely = [], []
