@@ -20,6 +20,7 @@ from specdist.core.progress import CheckpointConfig
 from specdist.core.topology import WorldConfig
 from specdist.draft.config import DraftConfig
 from specdist.draft.export_config import ExportConfig
+from specdist.draft.registry import DEFAULT
 from specdist.evaluate.config import EvaluateConfig
 from specdist.generate import config as generating
 from specdist.generate.config import GenerateConfig
@@ -127,7 +128,7 @@ ALSO_CALLED = {
     "logging_steps": "metrics.every",
     "log_interval": "metrics.every",
     "report_to": "metrics.wandb",
-    "draft_vocab_size": "draft.eagle3.vocab_size",
+    "draft_vocab_size": f"draft.{DEFAULT}.vocab_size",
     "bf16": "draft.dtype",
     "seed": "run.seed",
 }
