@@ -24,7 +24,7 @@ from specdist.core.run_lock import Claim
 from specdist.core.stop import StopReason
 from specdist.job.config import JobConfig, home
 from specdist.job.run_dir import RunDirectory
-from specdist.world.roll_call import Meeting, Node, meet
+from specdist.world.roll_call import Meeting, Node, meet, serve_store
 from specdist_launch.agents import ExitStatus, StopForwarder
 from specdist_launch.events import tell
 from specdist_launch.launcher import Launcher, NodePlacement
@@ -136,6 +136,8 @@ class Agent:
         for name in _LOUD:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
+            # On the leader torchrun then serves this one, which listens on one address only.
+            _store = serve_store((self._place.leader[0], meeting.port), 120) if self._leads else None
             elastic_launch(config, os.environ.get("PYTHON_EXEC", sys.executable))(*program)
         except ChildFailedError as error:
             return {rank: failure.exitcode for rank, failure in error.failures.items()}

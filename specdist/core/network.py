@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which network interface of this host leads to another one."""
+"""Which network interface of this host leads to another one, and where this job can be reached."""
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 
 import psutil
@@ -22,3 +23,14 @@ def interface_towards(host: str, port: int) -> str | None:
         if any(address.address.partition("%")[0] == str(own) for address in addresses):
             return str(name)
     return None
+
+
+def listening_addresses() -> tuple[str, ...]:
+    """ADDRESS:PORT of every TCP port on which this process, or the launcher that started it, listens."""
+    found = set()
+    for process in (psutil.Process(), psutil.Process().parent()):
+        with contextlib.suppress(psutil.Error):  # the launcher is another user's, or gone
+            for connection in process.net_connections("tcp") if process is not None else ():
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add(f"{connection.laddr.ip}:{connection.laddr.port}")
+    return tuple(sorted(found))

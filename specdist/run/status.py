@@ -41,6 +41,8 @@ class Status:
     time: float = field(default_factory=time.time)
     places: tuple[tuple[str, str], ...] = ()
     """Role and host of every rank, those of target worlds behind the others."""
+    dropped: int = 0
+    """Connections and messages that were not this run's, or could not be read."""
     stalled: str = ""
     """For how long nothing has come of the run or of a rank, and which one; empty where all goes on."""
     trouble: str = ""
@@ -147,6 +149,8 @@ def _running(status: Status, record: Mapping[str, float], now: float) -> list[st
         lines.append(f"  queues      {queues} (items)")
     elif counts.slots:
         lines.append("  queues      no target replica is there: `specdist train CONFIG --role target` starts one")
+    if status.dropped:
+        lines.append(f"  dropped     {status.dropped} connections or messages that are not this run's")
     for phase in status.phases:
         many = f"{phase.count} {phase.role} rank{'s' if phase.count > 1 else ''}"
         lines.append(f"  doing       {many}: {phase.what} (rank {phase.rank}, {phase.seconds:.0f} s)")

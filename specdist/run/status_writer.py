@@ -85,6 +85,7 @@ class StatusWriter(Observer):
             statistics=statistics,
             phases=tuple(phases),
             places=peers.places,
+            dropped=peers.refused + peers.malformed,
             stalled=self._stalled(peers, phases, quiet_s if started else 0, now),
             trouble=peers.trouble,
         )

@@ -6,6 +6,8 @@ torchrun alone waits for missing members without naming them, and its port must 
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import json
 import socket
 import time
@@ -22,6 +24,8 @@ _MARGIN_S = 15.0
 """The leader publishes who is missing at its own deadline; the others wait this much longer for it to arrive."""
 _READ_S = 5.0
 """How long the leader, which may serve the store, stays until the others have read what it published."""
+_BACKLOG = 4096
+"""All ranks may connect at once."""
 _POLL_S = 0.1
 """Between two looks at the store. Its own wait is in C++, where no signal handler of ours runs."""
 
@@ -60,9 +64,8 @@ class RollCall:
         where = f"{address[0]}:{address[1]}"
         if self.number == 0:
             try:
-                timeout = timedelta(seconds=self.timeout_s)
-                return dist.TCPStore(*address, is_master=True, wait_for_workers=False, timeout=timeout)
-            except dist.DistError as error:
+                return serve_store(address, self.timeout_s)
+            except (OSError, dist.DistError) as error:
                 raise WorldError(f"{self.name} cannot open {where}, is its port taken? {first_line(error)}") from error
         deadline = time.monotonic() + self.timeout_s
         last: Exception = OSError()
@@ -201,6 +204,37 @@ def meet(
 
     entries, port = call.answer(call.open_store(leader), [me.host, me.ranks], missing, free_port)
     return Meeting(tuple(Node(number, host, ranks) for number, (host, ranks) in enumerate(entries)), port)
+
+
+def serve_store(address: tuple[str, int], timeout_s: float) -> dist.TCPStore:
+    """A store that listens on the address by which the others know this host: torch alone would listen on all. One that
+    torchrun then serves in this process on the same port is this one.
+
+    Raises:
+        OSError, DistError: the port is taken.
+    """
+    found = _listener(address)
+    return dist.TCPStore(
+        *address,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        multi_tenant=True,
+        master_listen_fd=None if found is None else found.detach(),
+    )
+
+
+def _listener(address: tuple[str, int]) -> socket.socket | None:
+    """None: the address is none of this host (of a gateway, say), or of this host alone (127.0.1.1 for its name)."""
+    try:
+        family, _, _, _, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        if ipaddress.ip_address(place[0]).is_loopback and address[0] not in ("localhost", place[0]):
+            return None
+        return socket.create_server(place[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise
+        return None
 
 
 def free_port() -> int:

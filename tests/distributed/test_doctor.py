@@ -45,6 +45,9 @@ def test_a_healthy_host(tmp_path: Path, material: tuple[Path, Path]) -> None:
     assert found["exclude"] == ""
     assert [(link["source"], link["destination"]) for link in found["links"]] == [(0, 1), (0, 2)]
     assert all(link["gb_per_s"] > 0 for link in found["links"])
+    assert found["listening"]  # gloo's ports, at the least
+    assert all(place.startswith("127.0.0.1:") for _, place in found["listening"]), found["listening"]
+    assert "open ports" in done.stdout
     assert [rank["of_host"] is not None for rank in found["ranks"]] == [True, False, False]
     assert not (tmp_path / "run").exists()  # it only looked
 

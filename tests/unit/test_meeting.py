@@ -7,12 +7,15 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 
+import psutil
 import pytest
+import torch.distributed as dist
 
 from specdist.core.errors import Dismissed, UserError, WorldError
 from specdist.core.network import interface_towards
-from specdist.world.roll_call import Meeting, Node, RollCall, free_port, meet
+from specdist.world.roll_call import Meeting, Node, RollCall, free_port, meet, serve_store
 
 HOSTS = ("a", "b", "c")
 
@@ -89,3 +92,17 @@ def test_a_stop_ends_the_wait(number: int) -> None:
 
 def test_this_host_needs_no_interface() -> None:
     assert interface_towards("127.0.0.1", 1) is None
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_store_listens_on_one_address_only(first: bool) -> None:
+    """Also torchrun's, which joins one that this process serves."""
+    port, timeout = free_port(), timedelta(seconds=20)
+    store = serve_store(("127.0.0.1", port), 20.0)
+    others = [] if first else [dist.TCPStore("127.0.0.1", port, 1, True, timeout, multi_tenant=True)]
+    listening = [c.laddr for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert [where.ip for where in listening if where.port == port] == ["127.0.0.1"]
+    store.set("a", "b")
+    assert [other.get("a") for other in others] == [b"b"] * len(others)
+    with pytest.raises(OSError, match="in use"):
+        serve_store(("127.0.0.1", port), 20.0)

@@ -20,10 +20,12 @@ _INSIDE = "inside a host"
 
 
 class LinkReport(msgspec.Struct, frozen=True):
-    """The links that one rank measured, and what broke; empty for nothing."""
+    """The links that one rank measured, what broke (empty for nothing), and the addresses, HOST:PORT, on which its
+    process and the launcher's listen."""
 
     links: tuple[LinkSpeed, ...] = ()
     error: str = ""
+    listening: tuple[str, ...] = ()
 
 
 def judge_links(

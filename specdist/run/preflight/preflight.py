@@ -16,7 +16,7 @@ from specdist.channel.config import parse_bytes
 from specdist.channel.probe import LinkSpeed, measure_links
 from specdist.core.errors import ConfigError, WorldError
 from specdist.core.launch_env import local_address, rendezvous_address
-from specdist.core.network import interface_towards
+from specdist.core.network import interface_towards, listening_addresses
 from specdist.core.topology import Topology
 from specdist.job.config import JobConfig, JobFacts
 from specdist.run.preflight.facts import RankReport, report_rank
@@ -94,9 +94,14 @@ class Preflight:
             links = tuple(link for report in reports.values() for link in report.links)
             assert self.report is not None
             merged = merge((*self.report.findings, *findings))
-            return msgspec.structs.replace(self.report, links=links, findings=merged), findings
+            open_ports = {(self._world.hosts[rank], x) for rank, report in reports.items() for x in report.listening}
+            listening = tuple(sorted(open_ports))
+            return msgspec.structs.replace(self.report, links=links, findings=merged, listening=listening), findings
 
-        self._exchange("links", _LINK_LIMITS, LinkReport(error=broken) if broken else self._measure(groups), judge_all)
+        found = LinkReport(error=broken) if broken else self._measure(groups)
+        if self._doctor:
+            found = msgspec.structs.replace(found, listening=listening_addresses())
+        self._exchange("links", _LINK_LIMITS, found, judge_all)
 
     def _of_host(self, mark: str | None) -> HostFacts:
         """The facts of this host. `mark`: the file that rank 0 has put into the run directory, where this is rank 0."""

@@ -25,6 +25,7 @@ from specdist.world.groups import ranges
 _WIDTH = 140
 _LINKS_SHOWN = 64
 """With more links than this the table is a summary: the findings name the slow ones, the JSON has all."""
+_PORTS_SHOWN = 6
 _GIB = 2**30
 
 
@@ -36,6 +37,8 @@ class Report(msgspec.Struct, frozen=True):
     findings: tuple[Finding, ...]
     topology: Topology | None = None
     links: tuple[LinkSpeed, ...] | None = None
+    listening: tuple[tuple[str, str], ...] = ()
+    """Hosts, and the HOST:PORT on which the job's processes listen there."""
 
     @property
     def healthy(self) -> bool:
@@ -51,6 +54,7 @@ class Report(msgspec.Struct, frozen=True):
             "findings": self.findings,
             "ranks": self.ranks,
             "links": self.links or (),
+            "listening": self.listening,
         }
         try:
             write_atomically(Path(path), msgspec.json.format(msgspec.json.encode(whole), indent=1).decode() + "\n")
@@ -65,6 +69,7 @@ class Report(msgspec.Struct, frozen=True):
     def render_verdict(self, new: Sequence[Finding] = ()) -> str:
         """The links, the findings that are `new` with them, and the verdict, as plain text."""
         tables = [] if self.topology is None or self.links is None else [_link_table(self.topology, self.links)]
+        tables += [_listening_table(self.listening)] if self.listening else []
         count, hosts = Counter(f.severity for f in self.findings), len({rank.host for rank in self.ranks})
         found = ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for word, n in count.items()) or "nothing found"
         lines = [*map(line_of, new), f"{hosts} host{'s' if hosts > 1 else ''}: {found}"]
@@ -147,3 +152,19 @@ def _link_table(topology: Topology, links: Sequence[LinkSpeed]) -> Table:
     rows = [(topology.describe(x.source), topology.describe(x.destination), f"{x.gb_per_s:.2f}") for x in links]
     title = f"links: {speed_line(topology, links) or 'none'}"
     return _table(title, "from, to, GB/s", rows if len(rows) <= _LINKS_SHOWN else [])
+
+
+def _listening_table(listening: Sequence[tuple[str, str]]) -> Table:
+    ports: dict[tuple[str, str], list[str]] = {}
+    for host, place in listening:
+        address, _, port = place.rpartition(":")
+        ports.setdefault((host, address), []).append(port)
+    rows = [
+        (
+            host,
+            f"{address} (all of the host)" if address in ("0.0.0.0", "::") else address,
+            ", ".join(found[:_PORTS_SHOWN]) + (f", ... ({len(found)})" if len(found) > _PORTS_SHOWN else ""),
+        )
+        for (host, address), found in ports.items()
+    ]
+    return _table("open ports: who reaches them is trusted (docs/security.md)", "host, address, ports", rows)
