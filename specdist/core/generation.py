@@ -5,9 +5,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specdist.core.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory by its tokenizer.json, also where mistral-common, which knows no chat template
+    and no offsets, is installed beside Mistral's own file (SGLang brings it). Raises OSError, ValueError."""
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    return AutoTokenizer.from_pretrained(str(directory), mistral_format=False)
 
 
 def model_settings(directory: str | Path) -> dict[str, Any]:

@@ -170,6 +170,10 @@ class Algorithm(ABC, Generic[C]):
                 "draft.algorithm",
             )
 
+    def sizes(self, target: PretrainedConfig) -> str:
+        """What the draft's layers are made of, in words for the plan: given, or from the target. Raises ConfigError."""
+        return ""
+
     @abstractmethod
     def layout(self, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:
         """What the draft needs of every token; `dtype` is that of the wire.

@@ -192,7 +192,9 @@ def render(plan: Plan) -> str:
         f"{_name(facts.target_dtype)}",
         highlight=False,
     )
-    out.print(f"draft {job.draft.algorithm}: captures layers {list(facts.layout.captured_layers)}", highlight=False)
+    sizes = job.draft.chosen.sizes(facts.target.config)
+    captured = f"captures layers {list(facts.layout.captured_layers)}"
+    out.print(f"draft {job.draft.algorithm}: {', '.join(filter(None, [captured, sizes]))}", highlight=False)
     if job.prompts.holdout:
         out.print(f"evaluation: held-out text, with {job.draft_tokens} draft tokens a forward", highlight=False)
     out.print(_rank_table(topology, _has_scheduler(plan)))

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from specdist.core.errors import DataError
+from specdist.core.generation import read_tokenizer
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import UNTAUGHT, Sample
 from specdist.prompts.parts import ARGUMENTS, left_out
@@ -77,12 +78,10 @@ def load_tokenizer(directory: str | Path, config: PromptsConfig) -> PreTrainedTo
     Raises:
         DataError: there is no tokenizer, or the template file cannot be read.
     """
-    from transformers import AutoTokenizer
-
     if not Path(directory).is_dir():
         raise DataError(f"the tokenizer directory {directory} does not exist")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        tokenizer = read_tokenizer(directory)
         if config.chat_template is not None:
             tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import GptOssConfig, LlamaConfig, PretrainedConfig, Qwen3Config
@@ -33,12 +35,10 @@ def test_default_layers() -> None:
 @pytest.mark.parametrize(
     ("layers", "depth", "message"),
     [
-        (None, 4, r"the default .* gives \[1, 1, 0\] for a target of 4 layers"),
         ((0, 4), 4, r"\[4\] not in a target of 4 layers \(0 to 3\)"),
         ((2, -1), 4, r"\[-1\] not in a target"),
         ((1, 2, 2), 4, r"each once; give \[1, 2\]"),
         ((2, 1), 4, r"each once; give \[1, 2\]"),
-        (None, 6, r"gives \[1, 2, 2\]"),
         ((2,), 4, "one layer"),
     ],
 )
@@ -193,8 +193,9 @@ def test_yarn_without_the_length_that_it_stretches_is_refused() -> None:
     target = PretrainedConfig()
     target.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ConfigError, match=r"draft\.eagle3\.rope_scaling takes the target's YaRN"):
-        rope_parameters(target, None, "draft.eagle3")
-    assert rope_parameters(target, False, "draft.eagle3") == {"rope_type": "default", "rope_theta": 1e4}
+        rope_parameters(target, True, "draft.eagle3")
+    for scaling in (False, None):
+        assert rope_parameters(target, scaling, "draft.eagle3") == {"rope_type": "default", "rope_theta": 1e4}
 
 
 def test_sizes_follow_the_target_and_the_config() -> None:
@@ -208,11 +209,25 @@ def test_sizes_follow_the_target_and_the_config() -> None:
     other = Eagle3Dims.of(Eagle3Config(num_attention_heads=4, num_key_value_heads=1, intermediate_size=96), target)
     assert (other.num_attention_heads, other.num_key_value_heads, other.intermediate_size) == (4, 1, 96)
     with pytest.raises(ConfigError, match=r"8 is not a multiple of draft\.eagle3\.num_key_value_heads 3"):
-        Eagle3Dims.of(Eagle3Config(num_key_value_heads=3), target)
+        Eagle3Dims.of(Eagle3Config(num_attention_heads=8, num_key_value_heads=3), target)
     wider = Eagle3Dims.of(Eagle3Config(num_attention_heads=6, num_key_value_heads=1), target)
     assert (wider.query_width, wider.hidden_size) == (96, 64)  # as in GLM-4.5-Air
     mixture = GptOssConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=12)  # the width of an expert
     assert Eagle3Dims.of(Eagle3Config(), mixture).intermediate_size == 192
+
+
+def test_defaults_are_made_to_fit_what_is_given_and_what_the_target_is() -> None:
+    def dims(hidden: int, heads: int, kv_heads: int, layers: int = 12, **options: Any) -> Eagle3Dims:
+        target = PretrainedConfig(vocab_size=32, intermediate_size=100, num_hidden_layers=layers)
+        target.hidden_size, target.num_attention_heads, target.num_key_value_heads = hidden, heads, kv_heads
+        return Eagle3Dims.of(Eagle3Config(**options), target)
+
+    assert str(dims(64, 8, 2, num_key_value_heads=3)) == "6 heads (3 of keys) of 8, an MLP of 100"
+    assert str(dims(64, 8, 8, num_attention_heads=4)) == "4 heads (4 of keys) of 16, an MLP of 100"
+    assert str(dims(72, 10, 10)) == "10 heads (10 of keys) of 4, an MLP of 100"  # 10 does not divide 72
+    assert dims(64, 4, 4, products="fp8").intermediate_size == 112
+    assert [dims(64, 4, 4, layers).num_captured for layers in (3, 4, 5, 6, 7)] == [2, 3, 3, 3, 3]
+    assert [Eagle3Config().captured_layers(n) for n in (4, 6, 7)] == [(0, 1, 2), (1, 2, 4), (1, 2, 3)]
 
 
 def test_a_head_that_is_not_the_targets_is_refused() -> None:

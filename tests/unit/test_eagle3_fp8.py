@@ -110,7 +110,8 @@ def test_lengths_share_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_widths_that_fp8_does_not_take_are_told() -> None:
     with pytest.raises(ConfigError, match=r"products=fp8 needs widths that are multiples of 16, .* MLP has 100"):
-        Eagle3Dims.of(Eagle3Config(products="fp8"), target(intermediate_size=100))
+        Eagle3Dims.of(Eagle3Config(products="fp8", intermediate_size=100), target())
+    assert Eagle3Dims.of(Eagle3Config(products="fp8"), target(intermediate_size=100)).intermediate_size == 112
 
 
 def test_fp8_beside_float32_is_refused() -> None:

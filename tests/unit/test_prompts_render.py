@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from specdist.core.errors import DataError
 from specdist.prompts.config import PromptsConfig
@@ -300,6 +301,17 @@ def test_chat_template_file_and_missing_tokenizer(tmp_path: Path) -> None:
     os.mkdir(tmp_path / "empty")
     with pytest.raises(DataError, match="no usable tokenizer"):
         Renderer.from_directory(tmp_path / "empty", PromptsConfig())
+
+
+def test_mistral_common_does_not_take_the_place_of_tokenizer_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_transformers_would(directory: str, mistral_format: bool | None = None) -> object:
+        return PreTrainedTokenizerFast.from_pretrained(directory) if mistral_format is False else object()
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", as_transformers_would)
+    renderer = Renderer.from_directory(t.save_tokenizer(tmp_path / "model"), PromptsConfig())
+    check(renderer, list(renderer.render(to_sample({"messages": PLAIN}, "f", 1)).sequences), [CHATML_PIECES])
 
 
 def test_an_open_ended_answer_that_runs_into_what_follows() -> None:

@@ -49,8 +49,11 @@ class BlockAlgorithm(Algorithm[C]):
         if self.config.mask_token_id is not None:
             return self.config
         # A tokenizer that changes later does not change it.
-        directory, key = target(), f"{self.config.SECTION}.mask_token_id"
-        return replace(self.config, mask_token_id=find_mask_token(directory.path, directory.vocab_size, key))
+        directory = target()
+        return replace(self.config, mask_token_id=find_mask_token(directory.path, directory.vocab_size))
+
+    def sizes(self, target: PretrainedConfig) -> str:
+        return f"{BlockDims.of(self.config, target)}, mask token {self.config.mask_token_id}"
 
     def check(self, dtype: str, device: str, draft_tokens: int | None) -> None:
         options, section = self.config, self.config.SECTION

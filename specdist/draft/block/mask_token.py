@@ -3,36 +3,40 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from specdist.core.errors import ConfigError, DataError
+from specdist.core.errors import DataError
+from specdist.core.generation import read_tokenizer
+
+RARE = re.compile(r"mask|reserved|unused|extra|spare|dummy|placeholder", re.IGNORECASE)
 
 
-def find_mask_token(target: Path, vocab_size: int, key: str) -> int:
+def find_mask_token(target: Path, vocab_size: int) -> int:
     """The tokenizer's own mask token, else the first row of the target's embedding that is no token of its tokenizer.
-    `key` is the option that would name one.
+    Without one a token that hardly occurs in text: one that is reserved by its name, else the last that is neither a
+    beginning nor an end. Of a directory without a tokenizer (`specdist plan`) the last row.
 
     Raises:
-        ConfigError: there is none.
-        DataError: there is no tokenizer.
+        DataError: the tokenizer cannot be read.
     """
-    from transformers import AutoTokenizer  # takes seconds to import; only drafts that need it do
-
+    if not any(any(target.glob(name)) for name in ("tokenizer*", "vocab*", "*.model", "tekken.json")):
+        return vocab_size - 1
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(target))
+        tokenizer = read_tokenizer(target)
     except (OSError, ValueError) as error:
-        raise DataError(f"no usable tokenizer in {target} to find {key} with: {error}", key) from error
+        raise DataError.at("target.path", f": no usable tokenizer in {target}: {error}") from error
     if tokenizer.mask_token_id is not None:
         return int(tokenizer.mask_token_id)
-    free = max(tokenizer.get_vocab().values()) + 1
+    vocabulary = tokenizer.get_vocab()
+    free = max(vocabulary.values()) + 1
     if free < vocab_size:
-        return free
-    used = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    spare = [(number, str(token)) for number, token in tokenizer.added_tokens_decoder.items() if number not in used]
-    listed = ", ".join(f"{number} ({token})" for number, token in spare[:5])
-    raise ConfigError.at(
-        key,
-        f"is null, and every one of the {vocab_size} rows of the target's embedding is a "
-        f"token of its tokenizer: give a token that never occurs in text, such as one that is reserved"
-        + (f", of {listed}" if listed else ""),
-    )
+        return int(free)
+    written = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    template = str(tokenizer.chat_template or "")
+    added = {
+        n: str(t) for n, t in tokenizer.added_tokens_decoder.items() if n not in written and str(t) not in template
+    }
+    reserved = [number for number, token in added.items() if RARE.search(token)]
+    others = sorted(number for number in vocabulary.values() if number not in written)
+    return int(next(iter([*reserved, *sorted(added)[::-1], *others[::-1]])))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from specdist.core.errors import ConfigError
-from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, layer_sizes, read
+from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, evenly, layer_sizes, read
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,7 +39,7 @@ class BlockOptions(LayerOptions):
     """Decoder layers of the draft."""
     layers: tuple[int, ...] | None = None
     """Captured target layers, as ascending 0-based layer outputs; default as many as num_layers, evenly from 1 to
-    n - 3 of n layers."""
+    n - 3 of n layers, or as many as a small target has."""
     sample_from_anchor: bool = False
     """Whether a block's first slot, that of the verified token, drafts too: each slot then predicts the token after
     its own, and no longer its own."""
@@ -55,7 +55,7 @@ class BlockOptions(LayerOptions):
     does, in others it sees the whole block."""
     mask_token_id: int | None = None
     """The token that stands for one to be drafted; null takes the first row of the target's embedding that no token of
-    its tokenizer has. Another one must never occur in text: give a reserved token."""
+    its tokenizer has, or else a reserved or rare token, which the plan names. It must never occur in text."""
     anchors_per_token: float = 0.0625
     """Blocks trained for every token of a micro-batch, at most: they begin at supervised tokens drawn at random."""
     anchors_per_sequence: int | None = None
@@ -128,12 +128,9 @@ class BlockOptions(LayerOptions):
         key, layers = f"{self.SECTION}.layers", self.layers
         if layers is None:
             layers = spread(num_layers, self.num_layers)
-            if list(layers) != sorted(set(layers)) or layers[0] < 0:
-                raise ConfigError.at(
-                    key,
-                    f": the default gives {list(layers)} for {self.num_layers} draft layers and a "
-                    f"target of {num_layers}; give ascending layers between 0 and {num_layers - 1}, or fewer layers",
-                )
+            if list(layers) != sorted(set(layers)) or layers[0] < 0:  # of a small target all but the first and the last
+                last = max(num_layers - 2, 0)
+                layers = evenly(min(1, last), last, self.num_layers)
         check_layers(key, layers, num_layers)
         if not layers:
             raise ConfigError.at(key, "is empty: the draft needs at least one of the target's layers")

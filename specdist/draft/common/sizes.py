@@ -4,6 +4,7 @@ here."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -92,6 +93,10 @@ class LayerSizes:
         """Columns of all heads' keys, and of their values."""
         return self.num_key_value_heads * self.head_dim
 
+    def __str__(self) -> str:
+        heads = f"{self.num_attention_heads} heads ({self.num_key_value_heads} of keys) of {self.head_dim}"
+        return f"{heads}, an MLP of {self.intermediate_size:,}"
+
     @property
     def options(self) -> dict[str, Any]:
         """The `LayerOptions` that give these sizes."""
@@ -124,24 +129,26 @@ def layer_sizes(section: str, options: LayerOptions, target: PretrainedConfig) -
         ConfigError: the target does not state a size, or sizes do not go together.
     """
     hidden = read(target, "hidden_size", section)
-    own_heads = model_config.read(target, "num_attention_heads") or max(hidden // 128, 1)  # Mamba has none
-    heads = options.num_attention_heads or own_heads
-    kv_heads = options.num_key_value_heads or model_config.read(target, "num_key_value_heads") or heads
+    heads, kv_heads = _heads(options, target, hidden)
     if heads % kv_heads:
         raise ConfigError.at(
             f"{section}.num_attention_heads",
             f"{heads} is not a multiple of {section}.num_key_value_heads {kv_heads}",
             f"{section}.num_key_value_heads",
         )
+    if options.head_dim and options.head_dim % 2:
+        raise ConfigError.at(
+            f"{section}.head_dim", f"is {options.head_dim}: RoPE turns pairs of numbers, so it must be even"
+        )
     head_dim = options.head_dim or model_config.read(target, "head_dim")
-    if not head_dim and hidden % heads:
+    if not head_dim and options.num_attention_heads and hidden % heads:
         raise ConfigError.at(
             f"{section}.num_attention_heads",
             f"is {heads}, which does not divide the target's hidden size {hidden}: give {section}.head_dim too",
         )
     head_dim = head_dim or hidden // heads
-    if head_dim % 2:
-        raise ConfigError.at(f"{section}.head_dim", f"is {head_dim}: RoPE turns pairs of numbers, so it must be even")
+    if head_dim % 2 or (not options.head_dim and hidden % heads and not model_config.read(target, "head_dim")):
+        head_dim = max(1 << (hidden // heads).bit_length() - 1, 2)  # the target's heads are none that fit a draft
     rope = rope_parameters(model_config.text_part(target), options.rope_scaling, section)
     if options.rope_theta is not None:
         rope["rope_theta"] = options.rope_theta
@@ -155,6 +162,16 @@ def layer_sizes(section: str, options: LayerOptions, target: PretrainedConfig) -
         "max_position_embeddings": model_config.read(target, "max_position_embeddings", default=32768),
         "rope_parameters": rope,
     }
+
+
+def _heads(options: LayerOptions, target: PretrainedConfig, hidden: int) -> tuple[int, int]:
+    """Heads, and heads of keys and values: as asked for, else the target's, made to go with what is asked for."""
+    own_heads = model_config.read(target, "num_attention_heads") or max(hidden // 128, 1)  # Mamba has none
+    own_kv_heads = model_config.read(target, "num_key_value_heads") or own_heads
+    heads, kv_heads = options.num_attention_heads, options.num_key_value_heads
+    if heads is None:
+        heads = own_heads if kv_heads is None else max(own_heads // kv_heads, 1) * kv_heads
+    return heads, kv_heads or math.gcd(heads, own_kv_heads)
 
 
 def _mlp_width(target: PretrainedConfig, hidden: int) -> int:
@@ -178,6 +195,12 @@ def check_layers(key: str, layers: tuple[int, ...], num_layers: int) -> None:
             f"give {sorted(set(layers))}",
             key,
         )
+
+
+def evenly(first: int, last: int, count: int) -> tuple[int, ...]:
+    """`count` layers evenly from `first` to `last`, or as many as there are."""
+    count = min(count, last - first + 1)
+    return tuple(round(first + i * (last - first) / max(count - 1, 1)) for i in range(max(count, 1)))
 
 
 def read(config: PretrainedConfig, key: str, section: str) -> Any:
@@ -216,6 +239,8 @@ def rope_parameters(config: PretrainedConfig, scaling: bool | None, section: str
     # transformers takes both from elsewhere where they are missing; engines do not
     length = written.get("max_position_embeddings") or 0
     original = kept.get("original_max_position_embeddings") or length
+    if not original and scaling is None:
+        return {"rope_type": "default", "rope_theta": theta}
     if not original:
         raise ConfigError.at(
             f"{section}.rope_scaling",

@@ -44,6 +44,9 @@ class Eagle3(Algorithm[Eagle3Config]):
     def __init__(self, config: Eagle3Config, serving: Serving = "greedy") -> None:
         super().__init__(config if config.loss else replace(config, loss=BEST_LOSS[serving]))
 
+    def sizes(self, target: PretrainedConfig) -> str:
+        return str(Eagle3Dims.of(self.config, target))
+
     def check(self, dtype: str, device: str, draft_tokens: int | None) -> None:
         if self.config.products == "fp8" and dtype == "float32":
             raise ConfigError.at(

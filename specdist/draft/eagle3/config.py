@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from specdist.core.errors import ConfigError
 from specdist.draft.common.loss_kind import LossKind, LossName
-from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, layer_sizes, read
+from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, evenly, layer_sizes, read
 from specdist.draft.eagle3.latent import Latent
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ class Eagle3Config(LayerOptions):
     """EAGLE-3 (arXiv 2503.01840), its 3.1 norms, and the LK losses (arXiv 2602.23881)."""
 
     layers: tuple[int, ...] | None = None
-    """Captured target layers, as ascending 0-based layer outputs; default [1, n//2 - 1, n - 4] of n layers."""
+    """Captured target layers, as ascending 0-based layer outputs; default [1, n//2 - 1, n - 4] of n layers, of
+    fewer than 7 an even spread."""
     ttt_length: int = 7
     """Draft steps unrolled in training (training-time test); serve with at most about as many."""
     step_decay: float = 0.8
@@ -142,12 +143,8 @@ class Eagle3Config(LayerOptions):
         layers = self.layers
         if layers is None:
             layers = (1, num_layers // 2 - 1, num_layers - 4)
-            if not 0 <= layers[0] < layers[1] < layers[2]:
-                raise ConfigError.at(
-                    "draft.eagle3.layers",
-                    f": the default [1, n//2 - 1, n - 4] gives {list(layers)} for a target of "
-                    f"{num_layers} layers; give ascending layers between 0 and {num_layers - 1}",
-                )
+            if not 0 <= layers[0] < layers[1] < layers[2]:  # of a small target all but the first and the last, or so
+                layers = evenly(1 if num_layers > 4 else 0, max(num_layers - 2, 1), 3)
         check_layers("draft.eagle3.layers", layers, num_layers)
         if len(layers) < 2:
             # SGLang applies fc only where the features are wider than the hidden state.
@@ -207,6 +204,8 @@ class Eagle3Dims(LayerSizes):
         if config.mla:
             latent = Latent.of(target, sizes["rope_parameters"]["rope_type"] == "yarn")
             sizes |= {"head_dim": latent.head_dim, "num_key_value_heads": sizes["num_attention_heads"]}
+        if config.products == "fp8" and config.intermediate_size is None:
+            sizes["intermediate_size"] += -sizes["intermediate_size"] % FP8_MULTIPLE
         dims = cls(
             **sizes,
             latent=latent,
