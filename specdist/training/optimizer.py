@@ -46,7 +46,7 @@ class DraftOptimizer:
         self.parts: list[torch.optim.Optimizer] = []
         rest = trained
         if config.method == "muon":
-            matrices = set(model.matrices())
+            matrices = model.matrices()  # in one order on all ranks: Muon multiplies across them
             rest = {name: p for name, p in trained.items() if name not in matrices}
             muon = torch.optim.Muon(
                 [trained[name] for name in matrices],

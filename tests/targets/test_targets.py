@@ -73,6 +73,11 @@ def test_a_target_is_what_the_page_says_or_refused(name: str, algorithm: str, tm
     assert told["decoding"] == ("no" if outcome.decodes else "yes")
 
 
+def test_a_draft_may_have_the_latent_attention_of_its_target(tmp_path: Path) -> None:
+    words = "draft.eagle3.mla=true", "export.formats=[sglang]"
+    assert walk(FAMILIES["deepseek_v3"], "eagle3", tmp_path, words=words).refused is None
+
+
 def test_the_page_has_every_family() -> None:
     assert list(page()) == list(FAMILIES), "run python -m tests.targets"
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,11 @@ class Outcome:
     error: float = 0.0
 
 
-def walk(family: Family, algorithm: str, path: Path, engine: str = "hf") -> Outcome:
-    """Raises whatever goes wrong after `specdist plan` has said yes."""
+def walk(family: Family, algorithm: str, path: Path, engine: str = "hf", words: Sequence[str] = ()) -> Outcome:
+    """Raises whatever goes wrong after `specdist plan` has said yes. `words`: more of the configuration."""
     family.write_config(path / "target")
     try:
-        job = load_job([], _words(path, algorithm, engine, sglang_serves([family.architecture])))
+        job = load_job([], [*_words(path, algorithm, engine, sglang_serves([family.architecture])), *words])
         render(make_plan(job, ["host"] * 2, 80 * 2**30))
     except UserError as error:
         return Outcome(refused=str(error))
