@@ -24,10 +24,15 @@ from specdist.draft.build import blank_draft, parameter_count
 from specdist.draft.config import DraftConfig
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
+from specdist.job.rates import estimated
 from specdist.target.head import CHUNK
 from specdist.target.registry import ENGINES
 from specdist.training.config import OptimizerConfig
 from specdist.world.groups import ranges
+
+_COPY, _WRITE = 5e9, 1e9
+"""Bytes/s that a draft rank copies its state to the host with, and that a shared file system takes; both are modest."""
+_KILL_WAIT_S = 30
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,8 @@ def render(plan: Plan) -> str:
         out.print(f"{role}: {_size(total)} {verdict if plan.on_gpus else 'a rank'}", highlight=False)
     if not plan.fits:
         out.print(_advice(plan), highlight=False)
+    if topology.draft and plan.on_gpus:
+        out.print(_grace_line(plan), highlight=False, soft_wrap=True)
     assert isinstance(out.file, io.StringIO)
     return out.file.getvalue().rstrip()
 
@@ -263,6 +270,30 @@ def _memory_table(plan: Plan) -> Table:
     for need in sorted(plan.needs, key=lambda need: need.host):
         table.add_row(need.role, need.what, _size(need.bytes))
     return table
+
+
+def grace(plan: Plan) -> tuple[float, float, float]:
+    """Estimated seconds from a request to stop until the work is on the disk: of the step that is under way, of copying
+    the state of a draft rank, and of writing the whole."""
+    job, facts = plan.job, plan.facts
+    state = state_bytes(job.draft, facts.target.config, job.optimizer)
+    shards = len(plan.topology.draft_ranks) if job.draft.sharding == "fsdp" else job.draft.cp
+    step = job.train.accumulation * job.prompts.tokens_per_rank / estimated(job, facts).draft
+    return step, state / shards / _COPY, state / _WRITE
+
+
+def _grace_line(plan: Plan) -> str:
+    step, copy, write = grace(plan)
+    total, ahead = step + copy + write, plan.job.launch.stop_before_end_s
+    parts = f"a step {step:.1f} s, copying the state {copy:.1f} s, writing it {write:.0f} s at {_WRITE / 1e9:.0f} GB/s"
+    line = (
+        f"stop: about {total:.0f} s from the request until the work is saved ({parts}; estimates). Slurm "
+        f"gives KillWait after scancel ({_KILL_WAIT_S} s by default), GraceTime before a preemption, and the time "
+        f"limit is told launch.stop_before_end_s={ahead:g} s ahead"
+    )
+    if total > min(_KILL_WAIT_S, ahead):
+        line += ": too little. Ask for a longer KillWait and GraceTime, and raise launch.stop_before_end_s"
+    return line
 
 
 def _advice(plan: Plan) -> str:

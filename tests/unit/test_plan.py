@@ -7,7 +7,7 @@ import pytest
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.job.config import examine, load_job
-from specdist.job.plan import make_plan, render
+from specdist.job.plan import grace, make_plan, render
 from specdist_launch.cli import main
 from tests.tiny import make_config, make_conversations, make_target
 
@@ -44,6 +44,19 @@ def test_the_table_names_ranks_links_and_bytes(job):
     assert table[0] == ["0", "a", "target", "0", "0", "scheduler"]
     assert table[3] == ["3", "a", "target", "1", "1"]
     assert table[5] == ["5", "b", "draft", "1", "0"]
+
+
+def test_the_seconds_that_a_stop_needs_are_held_against_what_there_are(job):
+    assert "stop:" not in render(make_plan(job(), ["a"] * 3, 2**30))  # of the CPU's speed nothing is known
+    plan = make_plan(job(world__device="cuda", train__accumulation=4), ["a"] * 3, 2**30)
+    step, copy, write = grace(plan)
+    once, *_ = grace(make_plan(job(world__device="cuda"), ["a"] * 3, 2**30))
+    assert step == pytest.approx(4 * once)
+    assert write / copy == pytest.approx(2 * 5)  # two ranks copy a half each, five times as fast
+    assert "stop: about 0 s from the request until the work is saved" in render(plan)
+    assert "too little" not in render(plan)
+    tight = job(world__device="cuda", launch__stop_before_end_s=1e-6)
+    assert ": too little. Ask for a longer KillWait" in render(make_plan(tight, ["a"] * 3, 2**30))
 
 
 def test_exact_parts_of_the_memory(job):
