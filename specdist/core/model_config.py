@@ -8,7 +8,9 @@ through here.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys that count the experts of a mixture: Qwen, Llama 4; Mixtral, gpt-oss, MiniMax; DeepSeek, GLM, Kimi; ERNIE."""
+PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
+"""Keys that count those of them that a token goes to: most; Gemma 4; Hunyuan; ERNIE; Kimi-Linear."""
 STREAMS = ("hc_mult", "hc_count", "altup_num_inputs", "hc_num_streams")
 """Keys that count the residual streams side by side: DeepSeek-V4, GLM-5-next, HY-V4; Qwen4; Gemma 3n."""
 
@@ -59,6 +63,13 @@ def has_experts(config: PretrainedConfig) -> bool:
     return any(read(config, key) for key in EXPERTS)
 
 
+def expert_share(config: PretrainedConfig) -> float:
+    """Of the experts, the share that a token goes to."""
+    experts = max([0, *(int(read(config, key) or 0) for key in EXPERTS)])
+    taken = max([0, *(int(read(config, key) or 0) for key in PER_TOKEN)])
+    return taken / experts if taken and experts else 1.0
+
+
 def residual_streams(config: PretrainedConfig) -> int:
     """How many hidden states a token has between layers: more than one with hyper-connections or AltUp."""
     return max([1, *(int(read(config, key) or 1) for key in STREAMS)])
@@ -85,12 +96,42 @@ def state_values(config: PretrainedConfig) -> int:
     return each * sum(kind in ("linear_attention", "mamba", "conv") for kind in kinds)
 
 
+def _quantised(config: PretrainedConfig) -> dict[str, Any]:
+    said = read(config, "quantization_config") or {}
+    return said if isinstance(said, dict) else said.to_dict()
+
+
 def quantisation(config: PretrainedConfig) -> str | None:
     """How the weights of the checkpoint are quantised, by config.json's name for it: fp8, awq, mxfp4, ..."""
-    said = read(config, "quantization_config")
-    if said is None:
+    said = _quantised(config)
+    return str(said.get("quant_method", "without a name")) if said else None
+
+
+def weight_block(config: PretrainedConfig) -> int | None:
+    """The side of the blocks of weights that have a scale together, in FP8 checkpoints as DeepSeek's."""
+    block = _quantised(config).get("weight_block_size")
+    return int(block[0]) if block else None
+
+
+def stored_bytes(config: PretrainedConfig, name: str) -> float | None:
+    """Of one number of the parameter `name` in a quantised checkpoint, scales of groups included, where config.json
+    says it: of the matrices of layers that are not left out. None for others."""
+    said = _quantised(config)
+    groups = [group.get("weights") or {} for group in said.get("config_groups", {}).values()]
+    weights = {**said, **(groups[0] if groups else {})}
+    bits = {"fp8": 8, "mxfp4": 4}.get(said.get("quant_method", ""), weights.get("num_bits", weights.get("bits")))
+    left = [*(said.get("ignore") or ()), *(said.get("modules_to_not_convert") or ())]
+    if bits is None or not re.search(r"\.\d+\..*(proj|experts|kernel)", name) or any(_matches(e, name) for e in left):
         return None
-    return str((said if isinstance(said, dict) else said.to_dict()).get("quant_method", "without a name"))
+    scale = {"fp8": 0.0, "mxfp4": 8 / 32}.get(said["quant_method"], 16 / max(weights.get("group_size") or 128, 1))
+    return (bits + scale) / 8
+
+
+def _matches(entry: str, name: str) -> bool:
+    """Whether an entry of a list of modules, by name, pattern or regular expression, means a parameter."""
+    if entry.startswith("re:"):
+        return re.match(entry[3:], name) is not None
+    return fnmatch(name, f"*{entry}*")
 
 
 def is_tied(config: PretrainedConfig) -> bool:

@@ -6,6 +6,8 @@ The weights need not be there yet: what is asked of them then follows from confi
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import re
 from collections import Counter
@@ -16,11 +18,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from specdist.core import hub
 from specdist.core.errors import ConfigError, DataError
-from specdist.core.model_config import is_tied, per_layer, quantisation, read, residual_streams, text_part
+from specdist.core.model_config import (
+    expert_share,
+    is_tied,
+    per_layer,
+    quantisation,
+    read,
+    residual_streams,
+    stored_bytes,
+    text_part,
+)
 from specdist.target.config import TargetConfig
 from specdist.target.weights import StoredTensor, stored_tensors, weight_files
 
@@ -58,12 +69,13 @@ class TargetDescription:
         """The model without its weights, on the meta device. Raises ConfigError: it is not a causal language model."""
         import transformers
 
+        config = copy.deepcopy(self.config)  # some classes change it (Kimi-K2.5)
         # The class that the checkpoint was saved with: an auto class may pick the language model's alone, which the
         # whole configuration does not fit.
         named = getattr(transformers, self.architectures[0], None) if self.architectures else None
         if named is not None and not self.trust_remote_code and hasattr(named, "prepare_inputs_for_generation"):
             with torch.device("meta"):
-                return named(self.config)
+                return named(config)
         if type(self.config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or self.trust_remote_code:
             auto: Any = transformers.AutoModelForCausalLM
         elif type(self.config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -73,7 +85,7 @@ class TargetDescription:
                 "target.path", f"={self.path}: {self.config.model_type} is not a causal language model"
             )
         with torch.device("meta"):
-            model: PreTrainedModel = auto.from_config(self.config, trust_remote_code=self.trust_remote_code)
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=self.trust_remote_code)
         return model
 
     @property
@@ -114,33 +126,25 @@ class TargetDescription:
             bytes_per_dtype[tensor.dtype] += tensor.bytes
         return bytes_per_dtype.most_common(1)[0][0]
 
+    @cached_property
+    def _sizes(self) -> list[tuple[str, int]]:
+        """Names and numbers of the parameters: of the checkpoint, or, where it is not there or holds codes of them, of
+        the model that config.json describes."""
+        if self.complete and not self.quantised:
+            return [(name, tensor.elements) for name, tensor in self.tensors.items()]
+        return [(name, p.numel()) for name, p in self.blank().named_parameters()]
+
     @property
     def parameters(self) -> int:
-        """Those of the checkpoint, or, where it is not there, of the model that config.json describes."""
-        if not self.complete:
-            return self._described_parameters
-        # MXFP4 (gpt-oss) has two weights in a byte of `_blocks`, and a scale of 32 of them in one of `_scales`
-        halves = {n for n, t in self.tensors.items() if n.endswith("_blocks") and t.dtype is torch.uint8}
-        scales = {name.removesuffix("_blocks") + "_scales" for name in halves}
-        return sum((1 + (n in halves)) * t.elements for n, t in self.tensors.items() if n not in scales)
-
-    @cached_property
-    def _described_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.blank().parameters())
-
-    @cached_property
-    def _beside_text(self) -> int:
-        """Parameters that no token of text meets in the forward."""
-        if not self.complete:
-            return sum(p.numel() for name, p in self.blank().named_parameters() if BESIDE_TEXT.search(name))
-        return sum(tensor.elements for name, tensor in self.tensors.items() if BESIDE_TEXT.search(name))
+        return sum(elements for _, elements in self._sizes)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Where it is not there, as if it were not quantised."""
-        if not self.complete:
-            return self.parameters * self.dtype.itemsize
-        return sum(tensor.bytes for tensor in self.tensors.values())
+        """Where it is not there, what config.json says of it."""
+        if self.complete:
+            return sum(tensor.bytes for tensor in self.tensors.values())
+        size = self.dtype.itemsize
+        return int(sum(elements * (stored_bytes(self.config, name) or size) for name, elements in self._sizes))
 
     @property
     def quantised(self) -> bool:
@@ -160,11 +164,13 @@ class TargetDescription:
         """Floating-point operations of the layers for sequences of these lengths, causal attention counted by half.
 
         The layers' weights are all parameters but the embedding, the head, encoders of images and sound, and layers
-        that predict further tokens: for a dense model.
+        that predict further tokens; of experts, those that a token goes to.
         """
         tables = (1 if self.tied else 2) * self.vocab_size * self.hidden_size
         attention = 2.0 * self.layers * (self.heads or 0) * self.head_dim * sum(n * n for n in lengths)
-        return 2.0 * (self.parameters - self._beside_text - tables) * sum(lengths) + attention
+        share = expert_share(self.config)
+        met = sum(n * (share if ".experts." in name else 1) for name, n in self._sizes if not BESIDE_TEXT.search(name))
+        return 2.0 * (met - tables) * sum(lengths) + attention
 
     def kv_values_per_token(self, tp: int) -> int:
         """Numbers that one of `tp` ranks keeps of a token for attention, in all layers."""
@@ -190,6 +196,14 @@ def describe(path: str | Path, trust_remote_code: bool = False, weights: bool = 
     given, path = str(path), hub.resolve(path, "target.path")
     if not (path / "config.json").is_file():
         raise DataError.at("target.path", f"={given}: it has no config.json, so it is not a model directory")
+    own = json.loads((path / "config.json").read_text() or "{}")
+    if not trust_remote_code and "auto_map" in own and own.get("model_type") not in CONFIG_MAPPING:
+        raise ConfigError.at(
+            "target.path",
+            f"={given}: transformers does not know {own.get('model_type')}, whose code comes with it: read that, and "
+            "set target.trust_remote_code=true",
+            "target.trust_remote_code",
+        )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, OSError) as e:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import Qwen3Config
 
 from benchmarks.target import TargetSpeed, main, render
 from specdist.target.description import TargetDescription, describe
@@ -23,8 +24,8 @@ def test_operations_of_the_qwen3_8b_shape() -> None:
     layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288
     tables = 2 * 151936 * 4096
     facts = SimpleNamespace(
-        tied=False, vocab_size=151936, hidden_size=4096, heads=32, layers=36, parameters=36 * layer + tables,
-        head_dim=128, _beside_text=0,
+        tied=False, vocab_size=151936, hidden_size=4096, heads=32, layers=36, head_dim=128,
+        _sizes=[("layers", 36 * layer), ("tables", tables)], config=Qwen3Config(),
     )  # fmt: skip
     # A query meets (n + 1) / 2 keys on average, in two products of 4096 columns
     assert TargetDescription.flops(facts, [2048] * 4) == pytest.approx(  # type: ignore[arg-type]

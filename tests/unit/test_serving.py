@@ -86,7 +86,7 @@ def test_the_engine_is_the_one_asked_for_the_targets_or_the_one_that_is_there(ru
     [
         ((None, None), [], None, r"nothing that serves this draft is installed here: SGLang, 0.5.12 or later \(pip in"),
         (("0.5.16", None), [], "vLLM", r"installed here: vLLM, 0.22 or later \(pip install vllm\)"),
-        (("0.5.10", None), [], "SGLang", "SGLang 0.5.10 is installed, 0.5.16 to 0.5.20 are supported"),
+        (("0.5.10", None), [], "SGLang", "SGLang 0.5.10 is installed, 0.5.16 to 0.5.23 are supported"),
         ((None, "0.10.2"), [], None, "vLLM 0.10.2 is installed, 0.22 and later serve such drafts"),
         (("0.5.16", None, 0), [], None, "target.tp=1: SGLang decodes with drafts on GPUs, .* here are 0"),
         (("0.5.16", None), ["target.tp=2"], None, "target.tp=2: SGLang decodes with drafts on GPUs, .* here are 1"),

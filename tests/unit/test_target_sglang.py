@@ -107,19 +107,19 @@ def test_a_missing_sglang_is_one_line_that_says_how_to_install_it(
         lambda: check_installed(config),
         lambda: load_target(config, FeatureLayout((0,), HIDDEN, True, torch.float32), CPU),
     ):
-        with pytest.raises(ConfigError, match=r"not installed here: pip install 'sglang>=0\.5\.16,<=0\.5\.20'") as e:
+        with pytest.raises(ConfigError, match=r"not installed here: pip install 'sglang>=0\.5\.16,<=0\.5\.23'") as e:
             attempt()
         assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("version", ["0.5.15.post1", "0.5.21", "0.6.0"])
+@pytest.mark.parametrize("version", ["0.5.15.post1", "0.5.24", "0.6.0"])
 def test_other_versions_are_refused(version: str, monkeypatch: pytest.MonkeyPatch, target: Path) -> None:
     monkeypatch.setattr(versions, "installed", lambda: version)
-    with pytest.raises(ConfigError, match=rf"SGLang {version} is installed, 0\.5\.16 to 0\.5\.20 are supported: pip"):
+    with pytest.raises(ConfigError, match=rf"SGLang {version} is installed, 0\.5\.16 to 0\.5\.23 are supported: pip"):
         check_target(sglang(path=str(target)))
 
 
-@pytest.mark.parametrize("version", ["0.5.16", "0.5.18", "0.5.19.post1", "0.5.20"])
+@pytest.mark.parametrize("version", ["0.5.16", "0.5.18", "0.5.19.post1", "0.5.23"])
 def test_versions_in_the_range(version: str) -> None:
     versions.check_version(version)
 
@@ -129,7 +129,7 @@ def test_versions_in_the_range(version: str) -> None:
     [
         ("Gemma3ForCausalLM", "0.5.16", None),
         ("Gemma3ForCausalLM", "0.5.18", "SGLang 0.5.18 hands out layers without their residual for Gemma3ForCausalLM"),
-        ("Gemma3ForConditionalGeneration", None, "SGLang 0.5.20 hands out layers without their residual"),
+        ("Gemma3ForConditionalGeneration", None, "SGLang 0.5.23 hands out layers without their residual"),
         ("Gemma4ForConditionalGeneration", None, "one KV cache for layers with heads of two sizes"),
         ("Llama4ForConditionalGeneration", "0.5.16", "two places of logits"),
         (
@@ -138,7 +138,7 @@ def test_versions_in_the_range(version: str) -> None:
             "0.5.18 does not hand out layers of NemotronHForCausalLM, 0.5.20 does",
         ),
         ("NemotronHForCausalLM", None, None),
-        ("BloomForCausalLM", None, "SGLang up to 0.5.20 does not hand out layers of BloomForCausalLM"),
+        ("BloomForCausalLM", None, "SGLang up to 0.5.23 does not hand out layers of BloomForCausalLM"),
     ],
 )
 def test_architectures_whose_layers_sglang_does_not_hand_out_right(

@@ -189,15 +189,6 @@ def test_describe_counts_the_parameters_from_the_headers(tmp_path: Path) -> None
     assert facts.architectures == ("LlamaForCausalLM",)
 
 
-def test_two_mxfp4_weights_are_in_a_byte(tmp_path: Path) -> None:
-    model = build("llama")
-    model.save_pretrained(tmp_path)
-    blocks, name = torch.zeros(4, 6, 2, 16, dtype=torch.uint8), "model.layers.0.mlp.experts.down_proj"
-    packed = {f"{name}_blocks": blocks, f"{name}_scales": blocks[..., 0].clone()}
-    rewrite(tmp_path, lambda state: {**state, **packed})
-    assert describe(tmp_path).parameters == sum(p.numel() for p in model.parameters()) + 4 * 6 * 64
-
-
 def test_errors_before_a_gpu_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"target\.path=.*nowhere: no such directory"):
         describe(tmp_path / "nowhere")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that touches SGLang's internals, each call with its reason. Tested with 0.5.16, 0.5.18 and 0.5.20.
+"""All that touches SGLang's internals, each call with its reason. Tested with 0.5.16 to 0.5.23.
 
 SGLang takes the default process group for its tensor-parallel world and would start it itself. Here the world is
 torchrun's and SGLang gets a part of it, so its groups are made by `make_coordinators` before its model runner exists,
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import sys
 from array import array
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ from specdist.target.sglang.known_configs import known_configs_may_come_again
 
 GroupLists = list[tuple[str, list[list[int]]]]
 """The groups of ranks SGLang's coordinators are made of: a name, and the lists that divide the target ranks."""
+
+COMMUNICATORS = "use_(pynccl|custom|mscclpp|torch_symm)"
+"""Parameters of SGLang's constructor of groups that put communicators beside torch's; versions name them apart."""
 
 
 def group_lists(replicas: Sequence[Sequence[int]], ep: int) -> GroupLists:
@@ -54,19 +58,13 @@ def make_coordinators(lists: GroupLists, device: torch.device, ep: int, timeout:
     # Set by `init_distributed_environment` otherwise, which starts the default group. The gloo group of a coordinator
     # keeps SGLang's own two hours: it serves agreements while loading.
     parallel_state._MODEL_PARALLEL_GROUP_TIMEOUT = timeout  # noqa: SLF001
+    make = parallel_state.init_model_parallel_group
+    # The communicators that SGLang would put beside torch's serve small messages and CUDA graphs. Without them its
+    # collectives are the process group's, on whose timeouts and order this project relies.
+    others = [n for n in inspect.signature(make).parameters if re.match(COMMUNICATORS, n)]
+    without = dict.fromkeys(others, False)
     coordinators = {
-        name: parallel_state.init_model_parallel_group(
-            ranks,
-            device.index or 0,
-            backend(device),
-            # The communicators that SGLang would put beside torch's serve small messages and CUDA graphs. Without them
-            # its collectives are the process group's, on whose timeouts and order this project relies.
-            use_pynccl=False,
-            use_custom_allreduce=False,
-            use_mscclpp_allreduce=False,
-            use_torch_symm_mem_allreduce=False,
-            group_name=f"sglang {name}",
-        )
+        name: make(ranks, device.index or 0, backend(device), group_name=f"sglang {name}", **without)
         for name, ranks in lists
     }
     tp, single = coordinators["tp"], coordinators["single"]
@@ -96,7 +94,7 @@ def load(settings: dict[str, Any], device: torch.device, group: ProcessGroup | N
     from sglang.srt.layers.quantization import fp4_utils, fp8_utils
     from sglang.srt.server_args import ServerArgs
 
-    tp = parallel_state.get_tp_group()
+    tp = parallel_state._TP  # noqa: SLF001 - from 0.5.21 on its getter answers after `_publish`
     ranks = [torch.distributed.get_rank()] if group is None else torch.distributed.get_process_group_ranks(group)
     assert tp.ranks == list(ranks), f"SGLang's group is {tp.ranks}, the replica is {ranks}"
     if device.type == "cpu":
@@ -104,18 +102,17 @@ def load(settings: dict[str, Any], device: torch.device, group: ProcessGroup | N
         # kernels that would be bound to them are not used here.
         os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(map(str, range(tp.world_size))))
     args = ServerArgs(**settings)
-    _publish(args)
+    _publish(args, tp.rank_in_group, device)
     # What SGLang's scheduler process does before it loads: the kernels of MoE layers and of quantised products are
     # picked by globals. 0.5.20 reads the arguments from where they were published.
     steps = (initialize_moe_config, fp8_utils.initialize_fp8_gemm_config, fp4_utils.initialize_fp4_gemm_config)
     for initialize in steps:
         initialize(*([args] if inspect.signature(initialize).parameters else []))
     model_config = ModelConfig.from_server_args(args)
-    runner = _runner_class()(
+    runner = _runner(
         model_config=model_config,
         mem_fraction_static=_resolved(args).mem_fraction_static,
         gpu_id=device.index or 0,
-        ps=_parallel_state(tp.rank_in_group, tp.world_size, settings.get("ep_size", 1), device),
         nccl_port=0,  # of a rendezvous that does not happen
         server_args=args,
     )
@@ -266,6 +263,12 @@ class _NoCache:
     def is_chunk_cache(self) -> bool:
         return True  # there is nothing to evict
 
+    def supports_prefix_sharing(self) -> bool:  # the same question from 0.5.22 on
+        return False
+
+    def maybe_hand_to_session(self, req: Any) -> None:
+        pass
+
 
 def _request(number: int, tokens: Tensor) -> Any:
     from sglang.srt.managers.schedule_batch import Req
@@ -281,7 +284,10 @@ def _request(number: int, tokens: Tensor) -> Any:
     # What the scheduler does when it admits a request without a cached prefix.
     request.full_untruncated_fill_ids = request.origin_input_ids
     request.logprob_start_len = -1
-    request.set_extend_range(0, len(ids))
+    if hasattr(request, "set_extend_range"):
+        request.set_extend_range(0, len(ids))
+    else:  # 0.5.22 on
+        request.extend_end = len(ids)
     return request
 
 
@@ -299,11 +305,19 @@ def _import(device: torch.device) -> None:
         raise ConfigError.at("target.engine", f"=sglang: SGLang {version} cannot be imported here: {error}") from error
 
 
-def _publish(args: Any) -> None:
-    """Make the arguments the process's, as the entry of SGLang's scheduler process does."""
+def _publish(args: Any, rank: int, device: torch.device) -> None:
+    """Make the arguments the process's, as the entry of SGLang's scheduler process does, and its rank and groups where
+    they are published too (0.5.21 on)."""
     from sglang.srt import runtime_context, server_args
+    from sglang.srt.distributed import parallel_state
 
-    if hasattr(runtime_context, "publish"):  # 0.5.18 on; it also resolves what was left open
+    if hasattr(runtime_context, "SpawnRanks"):
+        ranks = runtime_context.SpawnRanks(world_rank=rank, gpu_id=device.index or 0)
+        runtime_context.publish(args, role="scheduler", ranks=ranks)
+        groups = ("WORLD", "TP", "ATTN_TP", "ATTN_CP", "MOE_EP", "MOE_TP", "MOE_DP", "PP")
+        made = {f"{name.lower()}_group": getattr(parallel_state, f"_{name}") for name in groups}
+        runtime_context.get_parallel().override_permanently(**made)
+    elif hasattr(runtime_context, "publish"):  # 0.5.18 on; it also resolves what was left open
         runtime_context.publish(args, role="scheduler")
     else:
         server_args.set_global_server_args_for_scheduler(args)
@@ -318,13 +332,19 @@ def _resolved(args: Any) -> Any:
     return resolving_view(args)
 
 
-def _runner_class() -> type:
+def _runner(**arguments: Any) -> Any:
+    """SGLang's model runner, on the groups that exist, with the model loaded."""
+    from sglang.srt.distributed import bootstrap
     from sglang.srt.layers.dp_attention import initialize_dp_attention
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-    class SubgroupRunner(ModelRunner):
-        """Takes the groups that exist."""
+    args, model_config = arguments["server_args"], arguments["model_config"]
+    if hasattr(bootstrap, "init_layer_runtime"):  # 0.5.21 on: a runner makes no groups
+        initialize_dp_attention(args)
+        bootstrap.init_layer_runtime(model_config=model_config)
+        return ModelRunner(**arguments)
 
+    class SubgroupRunner(ModelRunner):
         def init_torch_distributed(self) -> None:
             # The last step of SGLang's own start of its groups, which is left out with it.
             initialize_dp_attention(self.server_args, self.model_config)
@@ -333,13 +353,15 @@ def _runner_class() -> type:
             super().init_torch_distributed()
             self.is_draft_worker = False
 
-    return SubgroupRunner
+    return SubgroupRunner(ps=_parallel_state(args, arguments["gpu_id"]), **arguments)
 
 
-def _parallel_state(rank: int, tp: int, ep: int, device: torch.device) -> Any:
+def _parallel_state(args: Any, gpu: int) -> Any:
     """This rank's coordinates, by SGLang's names; of all it does not name there is one."""
+    from sglang.srt.distributed import parallel_state
     from sglang.srt.distributed.parallel_state_wrapper import ParallelState
 
+    rank, tp, ep = parallel_state._TP.rank_in_group, args.tp_size, args.ep_size  # noqa: SLF001
     return ParallelState.trivial(
         tp_rank=rank,
         tp_size=tp,
@@ -347,5 +369,5 @@ def _parallel_state(rank: int, tp: int, ep: int, device: torch.device) -> Any:
         attn_tp_size=tp,
         moe_ep_rank=rank // (tp // ep),
         moe_ep_size=ep,
-        gpu_id=device.index or 0,
+        gpu_id=gpu,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from specdist.core.engine_groups import EngineGroups
 from specdist.core.errors import ConfigError
-from specdist.core.model_config import state_values
+from specdist.core.model_config import quantisation, read, state_values, weight_block
 from specdist.target.base import Engine, Limits, TargetModel, common_divisors, weights_and_activations
 from specdist.target.config import TargetConfig
 from specdist.target.sglang import support, versions
@@ -29,6 +29,7 @@ def check(config: TargetConfig, target: TargetDescription) -> None:
         versions.check_version(version)
         versions.check_arguments(settings.arguments)
     support.check_architecture(target, version)
+    _check_quantisation(config, target, settings.ep)
     if config.tp % settings.ep:
         raise ConfigError.at("target.sglang.ep", f"={settings.ep} does not divide target.tp={config.tp}", "target.tp")
     if config.verify_against == "hf" and settings.quantization is not None:
@@ -49,6 +50,31 @@ def check(config: TargetConfig, target: TargetDescription) -> None:
             "target.tp",
             f"={config.tp} and num_key_value_heads={kv_heads} of {target.path}: one must divide the other",
         )
+
+
+def _check_quantisation(config: TargetConfig, target: TargetDescription, ep: int) -> None:
+    method = quantisation(target.config)
+    if method is not None and method not in support.QUANTISED:
+        raise ConfigError.at(
+            "target.path",
+            f"={config.path}: its weights are quantised ({method}), which SGLang does not load: use the checkpoint "
+            "that is not quantised",
+        )
+    if (block := weight_block(target.config)) is None:
+        return
+    dense, expert = read(target.config, "intermediate_size"), read(target.config, "moe_intermediate_size")
+    for key, width, ranks in (
+        ("intermediate_size", dense if expert is None else None, config.tp),
+        ("moe_intermediate_size", expert, max(config.tp // ep, 1)),
+    ):
+        if width and width % (block * ranks):
+            advice = "lower target.tp" + ", or raise target.sglang.ep" * (expert is not None)
+            raise ConfigError.at(
+                "target.tp",
+                f"={config.tp}: SGLang divides {key}={width} of {config.path} among {ranks} ranks, in whole blocks of "
+                f"{block} of its FP8 weights: {advice}",
+                "target.sglang.ep",
+            )
 
 
 def memory(config: TargetConfig, target: TargetDescription, dtype: torch.dtype, tokens: int) -> dict[str, int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which architectures hand out their layers in SGLang, as read in 0.5.16, 0.5.18 and 0.5.20, and run where it is said.
+"""Which architectures hand out their layers in SGLang, as read in 0.5.16 to 0.5.23, and run where it is said.
 
 SGLang has two calls for it, `set_eagle3_layers_to_capture` and `set_dflash_layers_to_capture`. `adapter` prefers the
 second, which means the same in every model; models that have neither cannot be a target here.
@@ -29,10 +29,17 @@ SINCE = {
         Qwen3_5ForConditionalGeneration Qwen3_5MoeForConditionalGeneration""",
     "0.5.18": """MiniMaxM3SparseForConditionalGeneration Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM""",
     "0.5.20": """Lfm2ForCausalLM Lfm2MoeForCausalLM MiMoV2FlashForCausalLM NemotronHForCausalLM""",
+    "0.5.21": """Lfm2VlForConditionalGeneration""",
+    "0.5.22": """ExaoneMoeForCausalLM""",
 }
 """Architectures by the first of these versions that has a call."""
 
 FIRST = {name: version for version, names in SINCE.items() for name in names.split()}
+
+LOADED = """awq bitsandbytes compressed-tensors fp8 gptq modelopt modelopt_fp4 modelopt_fp8 mxfp4 mxfp8 quark w8a8_fp8
+    w8a8_int8"""
+QUANTISED = frozenset(LOADED.split())
+"""Quantised checkpoints that all of these versions load, by the name in config.json."""
 
 WRONG = {
     "Gemma3ForCausalLM": ("0.5.18", "hands out layers without their residual"),
@@ -68,6 +75,9 @@ TESTED = {
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen3VLForConditionalGeneration",
     },
+    "0.5.21": _COMPARED,
+    "0.5.22": _COMPARED,
+    "0.5.23": _COMPARED,
 }
 """Architectures whose features were compared with transformers' on tiny models, by version; others are compared when a
 job begins (`target.verify_against`)."""

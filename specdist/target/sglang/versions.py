@@ -17,7 +17,7 @@ from packaging.version import Version
 
 from specdist.core.errors import ConfigError
 
-OLDEST, NEWEST = "0.5.16", "0.5.20"
+OLDEST, NEWEST = "0.5.16", "0.5.23"
 INSTALL = f"pip install 'sglang>={OLDEST},<={NEWEST}'"
 
 

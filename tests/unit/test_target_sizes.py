@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said of targets too large for this machine, from config.json alone: parameters, bytes, operations, memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from specdist.core.config import complete
+from specdist.core.errors import ConfigError
+from specdist.job.config import load_job
+from specdist.job.plan import make_plan
+from specdist.target.config import TargetConfig
+from specdist.target.description import TargetDescription, describe
+from specdist.target.sglang import versions
+from specdist.target.sglang.engine import SGLANG
+from tests.sglang.models import make_model, quantise
+
+DEEPSEEK_V3: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "first_k_dense_replace": 3,
+    "hidden_size": 7168, "intermediate_size": 18432, "kv_lora_rank": 512, "moe_intermediate_size": 2048, "n_group": 8,
+    "n_routed_experts": 256, "n_shared_experts": 1, "num_attention_heads": 128, "num_experts_per_tok": 8,
+    "num_hidden_layers": 61, "num_key_value_heads": 128, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "tie_word_embeddings": False, "topk_group": 4, "torch_dtype": "bfloat16",
+    "v_head_dim": 128, "vocab_size": 129280, "max_position_embeddings": 163840,
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}  # fmt: skip
+KIMI_TEXT = {
+    **DEEPSEEK_V3, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_routed_experts": 384,
+    "num_attention_heads": 64, "num_key_value_heads": 64, "vocab_size": 163840,
+    "quantization_config": {
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32}}},
+        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"],
+    },
+}  # fmt: skip
+KIMI_K25 = {
+    "architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "text_config": KIMI_TEXT,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def written(path: Path, config: dict[str, Any], **text: Any) -> TargetDescription:
+    path.mkdir(exist_ok=True)
+    config = {**config, **({"text_config": {**config["text_config"], **text}} if "text_config" in config else text)}
+    (path / "config.json").write_text(json.dumps(config))
+    return describe(path, weights=False)
+
+
+@pytest.mark.parametrize("shape", [DEEPSEEK_V3, KIMI_K25])
+def test_sizes_are_those_of_fewer_layers_and_of_the_published_model(shape: dict[str, Any], tmp_path: Path) -> None:
+    text = shape.get("text_config", shape)
+    dense, experts = text["first_k_dense_replace"], text["n_routed_experts"]
+    few, more, whole = (written(tmp_path, shape, num_hidden_layers=n) for n in (dense + 1, dense + 2, 61))
+    heads, hidden, expert = text["num_attention_heads"], 7168, 3 * 7168 * 2048
+    attention = hidden * (1536 + 512 + 64) + 1536 * heads * 192 + 512 * heads * 256 + heads * 128 * hidden
+    norms = 2 * hidden + 1536 + 512
+    layer = attention + norms + (experts + 1) * expert + experts * (hidden + 1)  # the router and its correction
+    assert more.parameters - few.parameters == pytest.approx(layer, rel=1e-6)
+    assert whole.parameters == few.parameters + (60 - dense) * (more.parameters - few.parameters)
+    assert whole.checkpoint_bytes == pytest.approx(
+        few.checkpoint_bytes + (60 - dense) * (more.checkpoint_bytes - few.checkpoint_bytes), rel=1e-9
+    )
+    per_token = (whole.flops([1]) - few.flops([1])) / (60 - dense)
+    met = attention + norms + (text["num_experts_per_tok"] + 1) * expert + experts * hidden
+    assert per_token == pytest.approx(2 * met, rel=0.01)
+    published = {"deepseek_v3": (671e9, 672e9), "kimi_k25": (1026e9, 595e9)}[shape["model_type"]]
+    assert whole.parameters == pytest.approx(published[0], rel=0.003)
+    assert whole.checkpoint_bytes == pytest.approx(published[1], rel=0.01)
+    assert whole.kv_values_per_token(8) == 61 * 576
+
+
+@pytest.mark.parametrize(("shape", "weights", "keys"), [(DEEPSEEK_V3, 78.3, 4.3), (KIMI_K25, 69.3, 4.3)])
+def test_the_plan_for_sixteen_gpus(shape: dict[str, Any], weights: float, keys: float, tmp_path: Path) -> None:
+    """As docs/sglang.md says it."""
+    target = written(tmp_path / "target", shape)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    words = [f"target.path={target.path}", f"prompts.files=[{prompts}]", f"run.dir={tmp_path / 'run'}"]
+    job = load_job([], [*words, "target.engine=sglang", "target.tp=8", "draft.dp=8"])
+    plan = make_plan(job, ["a"] * 8 + ["b"] * 8, 141 * 2**30)
+    needs = {need.what: need.bytes / 2**30 for need in plan.needs if need.role == "target"}
+    assert needs["weights / tp 8"] == pytest.approx(weights, abs=0.1)
+    assert needs["SGLang's KV cache of 65,536 tokens"] == pytest.approx(keys, abs=0.1)
+    assert sum(needs.values()) < 0.9 * 141
+
+
+def test_a_quantised_checkpoint_is_as_large_as_config_json_says(tmp_path: Path) -> None:
+    make_model(
+        "qwen3_moe", tmp_path / "whole", hidden_size=128, intermediate_size=256, moe_intermediate_size=128, head_dim=64
+    )
+    quantise(tmp_path / "whole", tmp_path / "fp8")
+    file = tmp_path / "fp8/model.safetensors"
+    size, count = (
+        describe(tmp_path / "fp8").checkpoint_bytes,
+        sum(t.numel() for t in load_file(tmp_path / "whole/model.safetensors").values()),
+    )
+    assert describe(tmp_path / "fp8").parameters == count
+    file.unlink()
+    told = describe(tmp_path / "fp8", weights=False)
+    assert told.parameters == count
+    assert told.checkpoint_bytes == pytest.approx(size, rel=0.03)
+
+
+def test_code_that_comes_with_a_model_is_not_run_unless_it_is_asked_for(tmp_path: Path) -> None:
+    config = {"model_type": "foo_lm", "auto_map": {"AutoConfig": "configuration_foo.FooConfig"}}
+    with pytest.raises(ConfigError, match=r"does not know foo_lm, whose code .* target\.trust_remote_code=true$"):
+        written(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("keys", "config", "said"),
+    [
+        (
+            {"quant_method": "aqlm"},
+            {},
+            r"quantised \(aqlm\), which SGLang does not load",
+        ),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            {"tp": 32},
+            r"moe_intermediate_size=2048 .* among 32",
+        ),
+    ],
+)
+def test_what_sglang_cannot_load_is_refused_by_name(
+    keys: dict[str, Any], config: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "installed", lambda: None)
+    target = written(tmp_path, DEEPSEEK_V3, quantization_config=keys)
+    with pytest.raises(ConfigError, match=said):
+        SGLANG.check(complete(TargetConfig)(path=str(tmp_path), engine="sglang", **config), target)
+    for tp in (8, 16):
+        SGLANG.check(complete(TargetConfig)(path=str(tmp_path), engine="sglang", tp=tp), written(tmp_path, DEEPSEEK_V3))
