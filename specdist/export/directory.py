@@ -21,7 +21,7 @@ from specdist.core.errors import ConfigError, DataError
 from specdist.export.card import CARD
 from specdist.export.config_json import CONFIG, read_config
 
-WEIGHTS, LEGACY_WEIGHTS = "model.safetensors", "pytorch_model.bin"
+WEIGHTS, INDEX, LEGACY_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
 
 def write_directory(
@@ -87,8 +87,21 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         if (directory / WEIGHTS).is_file():
             return config, load_file(directory / WEIGHTS)
+        if (directory / INDEX).is_file():
+            return config, _read_parts(directory)
         if (directory / LEGACY_WEIGHTS).is_file():
             return config, torch.load(directory / LEGACY_WEIGHTS, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
         raise DataError(f"the weights in {directory} cannot be read: {error}") from error
-    raise DataError(f"there is neither {WEIGHTS} nor {LEGACY_WEIGHTS} in {directory}")
+    raise DataError(f"there is neither {WEIGHTS}, {INDEX} nor {LEGACY_WEIGHTS} in {directory}")
+
+
+def _read_parts(directory: Path) -> dict[str, Tensor]:
+    """The tensors of a directory whose weights lie in several files, as transformers writes large models."""
+    try:
+        files = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{directory / INDEX} is no index of weights: {error!r}") from error
+    if missing := [name for name in sorted(files) if Path(name).name != name or not (directory / name).is_file()]:
+        raise DataError(f"{directory / INDEX} names {', '.join(missing)}, which are not in that directory")
+    return {name: tensor for file in sorted(files) for name, tensor in load_file(directory / file).items()}

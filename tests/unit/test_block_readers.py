@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import Features
@@ -131,6 +133,26 @@ def test_what_is_not_honoured_is_named(
         keys = {"dflash_config": block_writers.z_lab(case.draft)[0]["dflash_config"] | keys["dflash_config"]}
     change(directory, **keys)
     with pytest.raises(DataError, match=words):
+        load_exported(directory)
+
+
+def test_weights_in_several_files(tmp_path: Path) -> None:
+    """As transformers saves large drafts, whose copies of the target's tables fill a file."""
+    case = build("dspark", {})
+    directory = block_writers.write(tmp_path / "foreign", block_writers.deepspec, case.draft)
+    whole = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    files = {name: f"model-{1 + ('layers' in name)}-of-2.safetensors" for name in whole}
+    for file in set(files.values()):
+        save_file({name: whole[name] for name in files if files[name] == file}, directory / file)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    assert load_exported(directory).state.keys() == case.draft.state_dict().keys()
+    index.write_text(json.dumps({"weight_map": files | {"x": "../other.safetensors"}}))
+    with pytest.raises(DataError, match=r"names \.\./other\.safetensors, which are not in that directory"):
+        load_exported(directory)
+    index.write_text("[]")
+    with pytest.raises(DataError, match="is no index of weights"):
         load_exported(directory)
 
 
