@@ -173,8 +173,8 @@ def exports(forked: Forked, models: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("exports")
     eagle = {"plain": Case(), "whole": Case(whole=True), "norms": Case(LLAMA3, fc_norm=True, num_layers=2)}
     drafts = [case.export(folder / name) for name, case in eagle.items()]
-    drafts.append(export_dflash(folder / "dflash", dflash_case((4,), dtype=torch.float32)))
-    drafts.append(export_dspark(folder / "dspark", dspark_case((4,), dtype=torch.float32)))
+    drafts.append(export_dflash(folder / "dflash", dflash_case((4,), dtype=torch.float32, sliding_window=8)))
+    drafts.append(export_dspark(folder / "dspark", dspark_case((4,), dtype=torch.float32, markov_head="gated")))
     result = folder / "loaded.json"
     words = ["-m", "tests.sglang.exports", str(result), str(models / "llama"), *map(str, drafts)]
     run(forked[0], 1, words, forked[1])
