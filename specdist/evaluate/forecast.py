@@ -10,6 +10,15 @@ import torch
 COPIED = 2**28
 """Bytes, more than the caches of any GPU hold."""
 COPIES = 5
+LAYER_S = 20e-6
+"""What the kernels of a layer take in a CUDA graph whatever they read: about ten, of 2 us each."""
+
+
+def forward_seconds(size: float, layers: int, bandwidth: float) -> float | None:
+    """Of a target forward for one sequence, bound by the `size` bytes of weights that it reads at `bandwidth` bytes a
+    second. None where its `layers` are read faster than their kernels start: another bound than the memory's holds."""
+    seconds = size / bandwidth
+    return seconds if seconds >= layers * LAYER_S else None
 
 
 def memory_bandwidth(device: torch.device) -> float | None:

@@ -18,7 +18,7 @@ from specdist.core.model_config import has_experts
 from specdist.core.records import PackedTokens, Shard
 from specdist.draft.base import Replayed
 from specdist.draft.build import parameter_count
-from specdist.evaluate.forecast import memory_bandwidth
+from specdist.evaluate.forecast import forward_seconds, memory_bandwidth
 from specdist.evaluate.replay import ReplayReport, ReplayTally, tally_answers
 from specdist.evaluate.shown import SHOWN_ANSWERS, Decodes, ShownAnswer, show_answers
 from specdist.job.run_dir import RunDirectory
@@ -132,7 +132,7 @@ def _forecast(context: RankContext, measured: bool) -> tuple[list[float], float 
     costs = [algorithm.weights_read(trained, target.config, k) / whole for k in range(1, job.draft_tokens + 1)]
     bandwidth = memory_bandwidth(context.world.device) if measured else None
     size = whole * context.facts.target_dtype.itemsize / job.target.tp
-    return costs, None if bandwidth is None else size / bandwidth
+    return costs, None if bandwidth is None else forward_seconds(size, target.layers, bandwidth)
 
 
 def read_evaluation(run_dir: RunDirectory, step: int) -> ReplayReport | None:

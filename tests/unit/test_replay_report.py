@@ -11,6 +11,7 @@ import torch
 
 from specdist.core.files import to_json
 from specdist.core.records import PackedTokens
+from specdist.evaluate.forecast import forward_seconds
 from specdist.evaluate.replay import ReplayReport, ReplayTally, render_replay, tally_answers
 from specdist.evaluate.shown import ShownAnswer, draft_positions, show_answers
 from tests.tiny import make_tokenizer
@@ -136,6 +137,12 @@ def test_answers_are_shown_token_by_token() -> None:
     assert (list(first.positions), first.forwards) == ([0, 1, 2, 0, 0], 2)
     assert list(second.positions) == [0] * 5
     assert len(show_answers(batch, accepted, 3, ["a:1", "b:7"], tokenizer, most=1)) == 1
+
+
+def test_a_forward_is_bound_by_memory_where_layers_are_large() -> None:
+    """36 layers of 16 GB at 4 TB/s: 4 ms. The 30 layers of 0.27 GB would be read in 67 us, and take longer to start."""
+    assert forward_seconds(16e9, 36, 4e12) == pytest.approx(0.004)
+    assert forward_seconds(0.27e9, 30, 4e12) is None
 
 
 def test_tokens_per_second_are_forecast_where_a_forward_is_known() -> None:
