@@ -103,7 +103,7 @@ def read_hostfile(path: str) -> list[tuple[str, int | None]]:
     """
     try:
         lines = Path(path).read_text().splitlines()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--hostfile: {path} cannot be read: {error}") from error
     hosts: list[tuple[str, int | None]] = []
     for number, line in enumerate(lines, start=1):

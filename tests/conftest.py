@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-templates", action="store_true", help="try every chat template that some packages ship")
 
 
-FIRST = ("slurm", "distributed", "ray", "sglang")
+FIRST = ("slurm", "distributed", "chaos", "ray", "sglang")
 """The folders of files that take minutes: a worker that starts one at the end would be waited for."""
 ALONE = ("tests/slurm/", "tests/gpu/")
 """Their tests share a cluster, or devices."""

@@ -14,6 +14,7 @@ FOLDERS = {
     "unit": "one process, seconds each",
     "targets": "tiny models of every family, all the way; those marked `targets` (ten minutes) with -m targets",
     "distributed": "real torchrun worlds on the CPU; Mooncake over loopback where it is installed",
+    "chaos": "real worlds that something happens to, and a thousand damaged inputs; `python -m tests.chaos` for more",
     "slurm": "a real Slurm on this machine (slurm/devcluster install)",
     "ray": "a real Ray, in .venv-ray",
     "sglang": "a real SGLang on the CPU, in .venv-sglang",

@@ -252,7 +252,7 @@ def _override_layer(override: str) -> _Layer:
         raise ConfigError(f"command line: '{override}' is not of the form key=value")
     try:
         values = OmegaConf.from_dotlist([override])
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeError) as error:
         raise ConfigError(f"command line: {key}: {_first_line(error)}") from error
     keys = dict(_full_keys(OmegaConf.to_container(values)))
     sections = frozenset(key for key, value in keys.items() if value is None or isinstance(value, dict))

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from specdist.core.attempts import AttemptRecord, attempts
 from specdist.core.errors import ConfigError
@@ -20,6 +23,7 @@ from specdist.scheduler.messages import Statistics
 from specdist.scheduler.peers import Phase
 
 _FULL = 2**20
+_OF_A_STEP = {"loss", "tokens_per_s", "step_s", "draft_wait", "target_wait"}
 _STALE_S = 60.0
 """A run that has written nothing for longer than this, or than ten of its pulses, is taken for gone."""
 
@@ -196,9 +200,10 @@ def last_record(metrics: Path) -> Mapping[str, float]:
         lines = file.read().splitlines()
     found: dict[str, float] = {}
     for line in lines:
-        if line.startswith(b"{") and line.endswith(b"}"):
-            found |= json.loads(line)
-    return found if "loss" in found else {}  # before the first step there may be an evaluation
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):  # the first and the last may be cut off
+            record = msgspec.json.decode(line, type=dict[str, Any])
+            found |= {name: value for name, value in record.items() if isinstance(value, float | int)}
+    return found if found.keys() >= _OF_A_STEP else {}  # before the first step there may be an evaluation
 
 
 def duration(seconds: float) -> str:

@@ -75,5 +75,5 @@ class Rendezvous:
             return ControlAddress(f"tcp://{self._scheduler}", run_token())
         try:
             return msgspec.json.decode(self._file.read_bytes(), type=ControlAddress)
-        except (FileNotFoundError, msgspec.MsgspecError):  # or what another version has left
+        except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):  # or what another version has left
             return None

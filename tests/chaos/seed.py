@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One seed: a run, what happens to it, and what must be so afterwards.
+
+- A failure is on record `SOON_S` seconds after the fault, or the run goes on as if nothing had happened.
+- A rank that was killed or stopped is the one that the failure names.
+- Started again by the same command it comes to its end, with the losses of the undisturbed run, bit for bit.
+- Nothing is left of it: no process, no temporary file, no checkpoint without its marker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from specdist.core.attempts import Failure, attempts
+from specdist.core.progress import COMMIT
+from tests import forks
+from tests.chaos.faults import FAULTS, Fault, Victims
+from tests.distributed.worlds import ROOT, mooncake_loads, ranks_below
+from tests.tiny import make_config
+
+STEPS, EVERY = 12, 3
+SOON_S = 30.0
+_START_S = 60.0
+_END_S = 90.0
+"""torchrun gives a rank that is stopped 30 s before it kills it."""
+_STARTS = 4
+"""Started again this often, at most."""
+_DISK = "8m"
+WORLDS = ("split", "colocated", *(["two"] if mooncake_loads() else []))
+RANKS = {"split": 3, "colocated": 2, "two": 2}
+"""Of the world that writes the run directory."""
+PHASES = ("start", "preflight", "step", "save", "evaluation", "export", "resume")
+
+
+Losses = list[tuple[int, float, float]]
+"""Step, loss and norm of the gradient of every step."""
+
+
+class Broken(AssertionError):
+    """A promise that was not kept."""
+
+
+@dataclass
+class Outcome:
+    """What one seed did, for the table."""
+
+    seed: int
+    world: str
+    phase: str
+    fault: str
+    hit: int | None = None
+    told_s: float | None = None
+    said: str = ""
+    starts: int = 1
+    broken: str = ""
+
+
+@dataclass
+class Process:
+    """A `specdist train`, and what it prints."""
+
+    process: subprocess.Popen[bytes]
+    output: Path
+
+    def end(self, limit_s: float) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(limit_s)
+        return None
+
+
+@dataclass
+class Run:
+    """A run directory with the worlds that work in it."""
+
+    directory: Path
+    material: tuple[Path, Path]
+    world: str
+    processes: list[Process] = field(default_factory=list)
+
+    @property
+    def disk(self) -> Path:
+        """Where the run directory lies; what the run prints lies elsewhere."""
+        return self.directory / "disk"
+
+    @property
+    def path(self) -> Path:
+        return self.disk / "run"
+
+    def words(self) -> list[str]:
+        settings: dict[str, object] = {
+            "run__dir": self.path,
+            "prompts__cache_dir": self.material[1].parent / "cache",
+            "prompts__holdout": 0.2,
+            "train__steps": STEPS,
+            "checkpoint__every": EVERY,
+            "evaluate__every": EVERY,
+            "control__heartbeat_s": 0.5,
+            "control__silence_s": 6,
+            "control__load_timeout_s": 40,
+            "control__replica_timeout_s": 40,
+            "control__scheduler_timeout_s": 40,
+            "checkpoint__give_up_s": 8,
+            "world__join_timeout_s": 20,
+            "world__wait_timeout_s": 15,
+            "metrics__progress": "false",
+            "draft__dp": 2,
+        }
+        if self.world == "colocated":
+            settings |= {"world__mode": "colocated"}
+        if self.world == "two":
+            settings |= {"channel__transport": "mooncake", "channel__mooncake__stall_s": 2, "target__verify": 0}
+        return make_config(self.directory, *self.material, **settings)
+
+    def start(self) -> None:
+        """Start the worlds that are not running."""
+        roles = ["draft", "target"] if self.world == "two" else [""]
+        for process in self.processes:
+            process.end(0)
+        if self.world == "two" and self.processes and self.processes[-1].process.poll() is None:
+            roles = ["draft"]  # the target world looks for the next start of the draft world
+        self.processes = [p for p in self.processes if p.process.poll() is None]
+        for role in roles:
+            output = self.directory / f"output-{role}-{time.monotonic_ns()}"
+            words = ["-m", "specdist_launch.cli", "train", *self.words(), *(["--role", role] if role else [])]
+            python = forks.python()  # sets the environment
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            with output.open("wb") as file:
+                process = subprocess.Popen(
+                    [python, *words], cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+                )
+            self.processes.insert(0 if role == "draft" else len(self.processes), Process(process, output))
+
+    @property
+    def leader(self) -> Process:
+        """The world that trains."""
+        return self.processes[0]
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        return ranks_below(self.leader.process.pid)
+
+    def said(self) -> str:
+        return "\n".join(p.output.read_text(errors="replace") for p in self.processes)
+
+    def members(self) -> list[psutil.Process]:
+        """All processes that work for this run; the fork server's forks go with those that asked for them."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if str(self.directory) in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def clear(self) -> None:
+        for process in self.members():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for p in self.processes:
+            p.process.wait()
+
+    def losses(self) -> Losses:
+        lines = self.path.joinpath("metrics.jsonl").read_text().splitlines()
+        return [(r["step"], r["loss"], r["grad_norm"]) for r in map(json.loads, lines) if "loss" in r]
+
+    def steps(self) -> int:
+        with contextlib.suppress(OSError):
+            return self.path.joinpath("metrics.jsonl").read_text().count('"loss"')
+        return 0
+
+    def doing(self) -> str:
+        """What the ranks are doing, as the status has it."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.dumps(json.loads(self.path.joinpath("status.json").read_text())["phases"])
+        return ""
+
+    def remains(self) -> list[str]:
+        """What a run that is over must not have left."""
+        bad = [p for p in self.path.rglob("*") if p.name.endswith(".tmp") or p.name.startswith(".preflight-")]
+        bad += [p for p in self.path.glob("checkpoints/step-*") if not (p / COMMIT).exists()]
+        return [str(p.relative_to(self.path)) for p in bad]
+
+
+def _await(condition: Callable[[], object], run: Run, limit_s: float = _START_S) -> bool:
+    """Whether it came true before the run ended."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        if run.leader.process.poll() is not None:
+            return False
+        if time.monotonic() > deadline:
+            raise Broken(f"the run got nowhere in {limit_s:.0f} s: {run.said()[-2000:]}")
+        time.sleep(0.01)
+    return True
+
+
+def _reach(phase: str, run: Run, chance: random.Random) -> bool:
+    """Wait for a random moment of a phase; whether the run is still there."""
+    alive = partial(_await, run=run)
+    if phase == "resume":
+        alive(lambda: run.steps() >= chance.randrange(EVERY + 1, STEPS))
+        for process in run.ranks().values():
+            process.kill()
+        run.leader.end(SOON_S)
+        run.start()
+        phase = "start"
+    if phase in ("start", "preflight"):
+        there = alive(lambda: len(run.ranks()) == RANKS[run.world])
+        time.sleep(chance.uniform(0, 0.7) if phase == "start" else chance.uniform(0.7, 2.0))
+        return there
+    step = chance.randrange(1, STEPS)
+    if phase == "step":
+        there = alive(lambda: run.steps() >= step)
+    elif phase == "save":
+        there = alive(lambda: any(not (p / COMMIT).exists() for p in run.path.glob("checkpoints/step-*")))
+    elif phase == "evaluation":
+        there = alive(lambda: "evaluat" in run.doing() or any(run.path.glob("evaluations/*")))
+    else:
+        there = alive(lambda: run.path.joinpath("export").exists() or run.steps() >= STEPS)
+    time.sleep(chance.uniform(0, 0.1))
+    return there
+
+
+@contextlib.contextmanager
+def _disk(directory: Path, fault: str) -> Iterator[None]:
+    """A small file system of its own for a run directory that is to be full."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if fault == "full":
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK}", "tmpfs", str(directory)], check=True)
+    try:
+        yield
+    finally:
+        if fault == "full":
+            subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def disks() -> bool:
+    """Whether this user may mount one."""
+    return os.geteuid() == 0 and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+
+
+def choose(seed: int) -> tuple[str, str, str]:
+    """The world, the phase and the fault of a seed."""
+    chance = random.Random(seed)
+    faults = [name for name in FAULTS if name != "full" or disks()]
+    return WORLDS[seed % len(WORLDS)], chance.choice(PHASES), chance.choice(faults)
+
+
+def play(
+    seed: int,
+    directory: Path,
+    material: tuple[Path, Path],
+    undisturbed: Callable[[str], Losses],
+    case: tuple[str, str, str] | None = None,
+) -> Outcome:
+    """Do what the seed says, or with its chances what the case says. Raises nothing: what was not as it should be is
+    in the outcome."""
+    world, phase, name = case or choose(seed)
+    chance, outcome = random.Random(seed), Outcome(seed, world, phase, name)
+    expected = undisturbed(world)
+    run = Run(directory, material, world)
+    with _disk(run.disk, name):
+        try:
+            run.start()
+            if _reach(phase, run, chance):
+                _strike(run, FAULTS[name], chance, outcome)
+            _go_on(run, outcome)
+            if run.losses() != expected:
+                raise Broken(f"other losses: {run.losses()} instead of {expected}")
+            if remains := run.remains():
+                raise Broken(f"left behind: {remains}")
+        except (Broken, psutil.Error, OSError) as error:
+            outcome.broken = f"{type(error).__name__}: {error}"
+        finally:
+            run.clear()
+    return outcome
+
+
+def _strike(run: Run, fault: Fault, chance: random.Random, outcome: Outcome) -> None:
+    """Let it happen, and see how the run takes it."""
+    ranks, launcher = run.ranks(), psutil.Process(run.leader.process.pid)
+    if not ranks:
+        return
+    before = len(attempts(run.path))
+    outcome.hit = fault.strike(Victims(ranks, forks.fork_of(launcher), run.disk, chance))
+    struck = time.monotonic()
+
+    def told() -> Failure | None:
+        known = attempts(run.path)
+        return known[-1].failure() if known and len(known) >= before else None
+
+    while run.leader.process.poll() is None and told() is None and time.monotonic() - struck < SOON_S:
+        time.sleep(0.05)
+    outcome.told_s = time.monotonic() - struck
+    if outcome.told_s >= SOON_S and outcome.fault in ("kill", "stop", "launcher", "asked"):
+        raise Broken(f"nothing was told in {SOON_S:.0f} s: {run.said()[-1500:]}")
+    status, failure = run.leader.end(_END_S), told()
+    if status is None:
+        raise Broken(f"still there {_END_S:.0f} s later: {run.said()[-1500:]}")
+    outcome.said = "finished" if status == 0 else failure.message.splitlines()[0] if failure else f"status {status}"
+    if fault.named and status != 0 and fault.named not in (said := run.said()):
+        raise Broken(f"nothing says '{fault.named}': {said[-1500:]}")
+    if fault.survived and status != 0:
+        raise Broken(f"did not survive: {outcome.said}")
+    if outcome.hit is not None and failure is not None and failure.rank not in (outcome.hit, -1):
+        raise Broken(f"rank {outcome.hit} was hit, and rank {failure.rank} is blamed: {failure.message[:500]}")
+    silent = outcome.hit is not None and status != 0 and failure is None
+    if silent and f"rank {outcome.hit} " not in run.said():
+        raise Broken(f"nothing names rank {outcome.hit}: {run.said()[-1500:]}")
+    if "Traceback" in (said := run.leader.output.read_text(errors="replace")) and outcome.fault != "launcher":
+        raise Broken(f"a traceback on the terminal: {said[-1500:]}")
+
+
+def _go_on(run: Run, outcome: Outcome) -> None:
+    """Start it again until it is done."""
+    (run.disk / "filler").unlink(missing_ok=True)
+    while run.leader.end(_START_S) != 0 or not run.path.joinpath("summary.json").exists():
+        if outcome.starts == _STARTS:
+            raise Broken(f"not done after {_STARTS} starts: {run.said()[-2000:]}")
+        _await_gone(run, spared=run.processes[1:])
+        outcome.starts += 1
+        run.start()
+    for other in run.processes[1:]:
+        if other.end(SOON_S) is None:
+            raise Broken(f"the target world stays: {other.output.read_text(errors='replace')[-1500:]}")
+    _await_gone(run, spared=[])
+
+
+def _await_gone(run: Run, spared: list[Process]) -> None:
+    """No process of the run may live for longer than `SOON_S` seconds after its launcher."""
+    deadline = time.monotonic() + SOON_S
+    while True:
+        kept = {member.pid for p in spared for member in _family(p)}
+        left = [process for process in run.members() if process.pid not in kept]
+        if not left:
+            return
+        if time.monotonic() > deadline:
+            raise Broken(f"left running: {[' '.join(p.cmdline())[:120] for p in left]}")
+        time.sleep(0.1)
+
+
+def _family(process: Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return forks.family(process.process.pid)
+    return []
