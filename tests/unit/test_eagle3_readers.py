@@ -76,7 +76,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ModelOpt, several heads": ({"eagle_config": {"parallel_draft_step": 4}}, "eagle_config.parallel_draft_step is 4"),
     "ModelOpt, MTP norm": ({"eagle_config": {"use_mtp_layernorm": True}}, "eagle_config.use_mtp_layernorm is True"),
     "quantised": ({"quantization_config": {"quant_algo": "FP8"}}, r"quantization_config is \{'quant_algo': 'FP8'\}"),
-    "another activation": ({"hidden_act": "gelu", "attention_bias": True}, "hidden_act is 'gelu'.*; attention_bias is"),
+    "another activation": ({"hidden_act": "gelu", "logit_scale": 0.5}, "hidden_act is 'gelu'.*; logit_scale is 0.5"),
     "a Qwen3": ({"model_type": "qwen3"}, "model_type is 'qwen3' .must be 'llama'"),
     "both norms": ({"fc_norm": True, "norm_before_fc": True}, r"cannot be trained: draft\.eagle3\.norm_before_fc and"),
     "some layers slide": (
@@ -98,6 +98,10 @@ def test_a_trained_embedding_and_norms_that_differ_are_refused(tmp_path: Path) -
     theirs = foreign.write(tmp_path / "theirs", foreign.speculators(embed_requires_grad=True))
     with pytest.raises(DataError, match="embed_requires_grad is True"):
         load_exported(theirs)
+    config, tensors = foreign.modelopt()
+    tensors["layers.0.self_attn.q_proj.bias"] = torch.zeros(24)
+    with pytest.raises(DataError, match=r"unknown: midlayer\.self_attn\.q_proj\.bias"):
+        load_exported(foreign.write(tmp_path / "bias", (config, tensors), attention_bias=True))
     config, tensors = foreign.modelopt(2)
     tensors["layers.1.hidden_norm.weight"] = tensors["layers.1.input_layernorm.weight"] + 1
     with pytest.raises(DataError, match=r"layers\.1\.hidden_norm\.weight and .*input_layernorm\.weight differ"):

@@ -28,10 +28,6 @@ from specdist.draft.eagle3.layer import modules
 LATENT_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 ONLY: Mapping[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "qkv_bias": (False,),
-    "bias": (False,),
     "embed_requires_grad": (False,),
     "is_causal": (True,),
     "logit_scale": (1, 1.0),
@@ -46,7 +42,8 @@ ONLY: Mapping[str, tuple[object, ...]] = {
     "parallel_draft_step": (1,),
 }
 """Keys of other projects, at the top, in `eagle_config` (ModelOpt) or in `transformer_layer_config` (speculators), that
-change what a draft computes, and the values that mean a draft of ours. Missing or null is one of them."""
+change what a draft computes, and the values that mean a draft of ours. Missing or null is one of them. Biases are not
+here: SpecForge has none whatever `attention_bias` says, and where there are tensors of them these are named."""
 LLAMA = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
