@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,12 @@ def test_flex_attention_and_its_gradients(share: float, dtype: torch.dtype, tole
             torch.testing.assert_close(found.float(), expected.float(), rtol=tolerance, atol=tolerance * scale)
 
 
-def draft_of(attention: str, dtype: torch.dtype, compiled: bool, **options: str) -> Eagle3Draft:
+LATENT = {
+    "q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+}  # fmt: skip
+
+
+def draft_of(attention: str, dtype: torch.dtype, compiled: bool, **options: Any) -> Eagle3Draft:
     target = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
@@ -71,10 +77,11 @@ def draft_of(attention: str, dtype: torch.dtype, compiled: bool, **options: str)
         num_hidden_layers=8,
         num_attention_heads=4,
         num_key_value_heads=2,
+        **LATENT,
     )
     generator = torch.Generator().manual_seed(0)
     ends = (torch.randn(VOCAB, HIDDEN, generator=generator).div(16).to("cuda", dtype) for _ in range(2))
-    config = draft_config(eagle3=Eagle3Config(attention=attention, loss_chunk=300, **options), compile=compiled)  # type: ignore[arg-type]
+    config = draft_config(eagle3=Eagle3Config(attention=attention, loss_chunk=300, **options), compile=compiled)
     return build_draft(config, target, TargetVocabulary(*ends), torch.arange(0, VOCAB, 2)).to(dtype)
 
 
@@ -90,10 +97,18 @@ def run(draft: Eagle3Draft, lengths: tuple[int, ...]) -> tuple[float, Tensor, di
     return loss.item(), sums, {n: p.grad.float() for n, p in draft.named_parameters() if p.grad is not None}
 
 
+VARIANTS: list[dict[str, Any]] = [
+    {}, {"norm_before_residual": True, "norm_output": True}, {"num_layers": 2, "sliding_window": 90}, {"mla": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
 @pytest.mark.parametrize("compiled", [False, True], ids=["uncompiled", "compiled"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 6e-2)], ids=str)
-def test_the_draft_with_flex_equals_eager(dtype: torch.dtype, tolerance: float, compiled: bool) -> None:
-    eager, flex = draft_of("eager", dtype, False), draft_of("auto", dtype, compiled)
+def test_the_draft_with_flex_equals_eager(
+    dtype: torch.dtype, tolerance: float, compiled: bool, options: dict[str, Any]
+) -> None:
+    eager, flex = draft_of("eager", dtype, False, **options), draft_of("auto", dtype, compiled, **options)
     for lengths in LENGTHS[1:]:
         loss, sums, gradients = run(eager, lengths)
         other_loss, other_sums, other_gradients = run(flex, lengths)
