@@ -155,7 +155,8 @@ class Corpus:
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """All labels of the held-out side, each once."""
-        return tuple(dict.fromkeys(map(self.label, self.heldout_indices)))
+        side = self.heldout
+        return () if side is None else tuple(side.store.labels(side.of_store(np.arange(len(side)))))
 
     def label(self, index: int) -> str:
         """The category of the sequence's record, or the name of its file without the ending."""

@@ -227,6 +227,12 @@ class PromptStore:
         stem = Path(self.files[self._columns["files"][index]]).stem
         return re.sub(r"-\d{5}-of-\d{5}$", "", stem)  # of a data set in shards
 
+    def labels(self, indices: np.ndarray) -> list[str]:
+        """All labels of the sequences `indices`, each once, in their order."""
+        labels, files = self._columns["labels"][indices], self._columns["files"][indices]
+        _, firsts = np.unique(np.where(labels < 0, -1 - files, labels), return_index=True)
+        return list(dict.fromkeys(self.label(index) for index in indices[np.sort(firsts)].tolist()))
+
     def records(self, indices: np.ndarray) -> np.ndarray:
         """bool [N], true where the first sequence of a record is among `indices` (ascending int64 [N])."""
         lines, files = self._columns["lines"][indices], self._columns["files"][indices]
