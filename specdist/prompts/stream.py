@@ -83,10 +83,6 @@ class Stream:
         """Items of a step."""
         return -(-self.batching.micro_batches // self.shards)
 
-    def order(self, epoch: int) -> np.ndarray:
-        """int64 [N], the sequences in the order of an epoch: for tests, as nothing here needs the whole of it."""
-        return Shuffle(self.sizes.count, self.seed, epoch)(0, self.sizes.count)
-
     def items(self, start: Cursor | None = None, index: int = 0, epochs: int | None = None) -> Iterator[WorkItem]:
         """The work items of the steps from `start` on, numbered from `index`, up to Cursor(epochs, 0), or for ever.
 

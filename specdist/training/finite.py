@@ -9,6 +9,7 @@ is not finite shows in the gradient's norm, which all ranks know, and the optimi
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections.abc import Sequence
@@ -100,9 +101,10 @@ class BadSamples:
             return
         self.count += features + (not fine)
         own = [item.shards[self._shard].sequences for item in result.items]
-        bad = [sequence for sequence, is_bad in zip(sum(own, ()), documents.tolist(), strict=True) if is_bad]
-        bad += [s for sequences, loss in zip(own, losses.tolist(), strict=True) if not _finite(loss) for s in sequences]
-        text = f"step {result.step + 1}: {self._say(features, fine, self._named(result, bad))}"
+        bad = list(itertools.compress(itertools.chain(*own), documents.tolist()))
+        for sequences in itertools.compress(own, (~losses.isfinite()).tolist()):
+            bad += sequences
+        text = f"step {result.step + 1}: {_told(features, fine)}; {self._named(result, bad)}"
         if self.count > self.share * max(self._seen, _FEW):
             raise TrainingDiverged(
                 f"{text}. These are {self.count} of {self._seen} micro-batches, more than train.max_bad_share = "
@@ -113,20 +115,12 @@ class BadSamples:
         else:
             logger.warning("%s", text)
 
-    def _say(self, features: int, fine: bool, names: str) -> str:
-        found, layout = list[str](), "float32"
-        if features:
-            found.append(
-                f"features that are not finite in {features} micro-batch(es): the target overflows (target.dtype="
-                f"bfloat16 has more range than float16, and {layout} the most precision), or the sample is broken"
-            )
-        if not fine:
-            found.append(
-                "a loss or gradient that is not finite: a lower optimizer.lr or draft.dtype=float32 may help"
-                if not features
-                else "and a gradient that is not"
-            )
-        return f"{'; '.join(found)}; {names}"
+    def look_at_held_out(self, item: WorkItem, documents: Tensor) -> None:
+        """Name the samples of this rank's shard of an evaluated item whose features are not finite; they count as if
+        these were zero. Waits for the device."""
+        for sequence in itertools.compress(item.shards[self._shard].sequences, documents.tolist()):
+            place = "{}:{}".format(*self._prompts.provenance(sequence))
+            print(f"specdist: held-out {place} has features that are not finite", file=sys.stderr, flush=True)
 
     def _named(self, result: StepResult, bad: Sequence[int]) -> str:
         """The places of the bad sequences of all ranks, of each the first few. All ranks call it."""
@@ -140,5 +134,16 @@ class BadSamples:
         return f"{items}, of {', '.join(f'{file}:{line}' for file, line in places)}" if places else items
 
 
-def _finite(value: float) -> bool:
-    return abs(value) < float("inf")  # false for NaN
+def _told(features: int, fine: bool) -> str:
+    """What is not finite, and what may help."""
+    found = []
+    if features:
+        found.append(
+            f"features that are not finite in {features} micro-batch(es): the target overflows (target.dtype=bfloat16 "
+            "has more range than float16, float32 more precision too), or the samples are none that it can read"
+        )
+    if not fine and not features:
+        found.append("a loss or gradient that is not finite: a lower optimizer.lr or draft.dtype=float32 may help")
+    elif not fine:
+        found.append("the gradient of the others is not finite either")
+    return "; ".join(found)

@@ -211,6 +211,8 @@ class Trainer:
         """Ranks that have the same micro-batches."""
         self._norm = math.nan
         self._waited_before = 0.0
+        self._flagged: list[tuple[WorkItem, Tensor]] = []
+        """Evaluated items and `MicroBatch.bad` of each."""
         self.steps_done = self.tokens_done = 0
         """Steps, and tokens over all draft ranks, since this trainer was made."""
 
@@ -319,6 +321,8 @@ class Trainer:
         dist.all_reduce(sums, group=self._groups.draft)
         metrics = self.model.metrics(dict(zip(self.model.metric_names, sums.tolist(), strict=True)))
         metrics |= judge.result(progress.step)
+        while self._flagged:
+            self.bad_samples.look_at_held_out(*self._flagged.pop(0))
         self.items.forget(before=indices.stop)
         self._waited_before += self.source.waited_s - waited  # like the time of it, which the reporter leaves out
         reporter.evaluated(progress.step, metrics | {"seconds": time.monotonic() - began})
@@ -335,6 +339,7 @@ class Trainer:
                 micro.batch, micro.host_batch, micro.features, judge.draft_tokens, judge.temperature
             )
             judge.add(item.shards[self._shard], micro.host_batch, drafts, self.source.agreed(item))
+            self._flagged.append((item, micro.bad))
         self.source.release(item)
         return sums
 

@@ -97,3 +97,22 @@ def test_the_moving_average_forgets_the_beginning():
         torch.testing.assert_close(weight.detach(), expected)
         assert not draft.state_dict()["norm.weight"].eq(11).any()
     assert weight.eq(11).all()
+
+
+def test_gradients_that_are_not_finite_change_nothing_of_adamw_and_leave_muon_finite():
+    for method in ("adamw", "muon"):
+        case = eagle3_reference.build_case(dtype=torch.float32)
+        optimizer = DraftOptimizer(case.draft, OptimizerConfig(method=method, warmup=0.0))
+        eagle3_reference.run(case)[0].backward()
+        optimizer.step(0, 10, torch.tensor(True))
+        before = {name: p.detach().clone() for name, p in case.draft.named_parameters()}
+        for p in case.draft.parameters():
+            p.grad = torch.full_like(p, torch.nan)
+        optimizer.step(1, 10, torch.tensor(False))
+        for name, weight in case.draft.named_parameters():
+            assert weight.isfinite().all()
+            if method == "adamw" or name not in case.draft.matrices():
+                assert torch.equal(weight, before[name])
+        eagle3_reference.run(case)[0].backward()
+        optimizer.step(2, 10, torch.tensor(True))
+        assert all(p.isfinite().all() and not torch.equal(p, before[n]) for n, p in case.draft.named_parameters())
