@@ -34,6 +34,8 @@ class _Forward:
     """On the host, see `forward_item`."""
     began: torch.cuda.Event | float
     ended: torch.cuda.Event | float
+    cancelled: bool
+    """It was left out: its rows go their way, and nobody reads them."""
 
     def finished(self) -> bool:
         return not isinstance(self.ended, torch.cuda.Event) or self.ended.query()
@@ -146,7 +148,7 @@ class Producer:
                     host = torch.empty_like(agreed, device="cpu", pin_memory=agreed.is_cuda)
                     agreed = host.copy_(agreed, non_blocking=True)
         ended = self._now()
-        self._running.append(_Forward(item, dispatch.slot, rows, agreed, began, ended))
+        self._running.append(_Forward(item, dispatch.slot, rows, agreed, began, ended, self._cancelled))
 
     def _now(self) -> torch.cuda.Event | float:
         if self._engine.device.type != "cuda":
@@ -163,5 +165,6 @@ class Producer:
                 self._announcement.agreed[done.item.index] = tuple(done.agreed.tolist())
             with span("issue the sends", done.item.index):
                 self._sender.send(done.item, done.rows, done.slot)
-            self.report.add(done.item.tokens, done.seconds(), time.monotonic() - self._began)
+            if not done.cancelled:
+                self.report.add(done.item.tokens, done.seconds(), time.monotonic() - self._began)
             self._client.phase = "waiting for an item"
