@@ -44,7 +44,9 @@ def main(args: argparse.Namespace) -> int:
     roles: list[Role] = []
     if args.target_nodes is None and args.draft_nodes is None:
         nodes = args.nodes or 1
-        per_node = args.nproc_per_node or -(-world_size(job, 0) // nodes)
+        open_ = job.draft.dp is None and args.nproc_per_node is None
+        ranks = world_size(job, job.target.replicas * job.target.tp + 1 if open_ else 0)
+        per_node = args.nproc_per_node or -(-ranks // nodes)
         hosts = [f"node{n}" for n in range(nodes) for _ in range(per_node)]
     elif args.target_nodes and args.draft_nodes and args.nodes is None and args.nproc_per_node is None:
         hosts, roles = nodes_of_roles(job, args.target_nodes, args.draft_nodes)
@@ -52,6 +54,8 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("--target-nodes and --draft-nodes go together, without --nodes and --nproc-per-node")
     plan = make_plan(job, hosts, parse_bytes(args.gpu_memory, "--gpu-memory"), roles)
     print(render(plan))
+    if plan.topology.mode == "split" and job.draft.dp is None and not args.nproc_per_node and not roles:
+        print("draft.dp is not set: this is with one draft rank; a job takes all GPUs that the target leaves")
     asked = [args.gpus, args.target_rate, args.draft_rate, args.rates or None] != [None] * 4
     rates = None
     if job.world.mode == "split" and (plan.on_gpus or asked):  # what is estimated of GPUs says nothing of the CPU

@@ -34,11 +34,14 @@ def load_checked(words: Sequence[str], queued: bool = False) -> JobConfig:
     Args:
         queued: it will start later, so that whether another job is at work there is looked up now.
     """
+    from specdist.core.errors import ConfigError
     from specdist.core.run_lock import refuse_if_held
     from specdist.job.config import check_replay, examine
     from specdist.job.run_dir import RunDirectory
 
     job = load(words)
+    if not job.prompts.files:  # `specdist plan` needs none
+        raise ConfigError.at("prompts.files", "is empty: give JSONL, JSON, Parquet files or dataset directories")
     examine(job)
     check_replay(job)
     RunDirectory(Path(job.run.dir)).check(job)

@@ -68,8 +68,6 @@ def job_of(sources: config.Sources) -> JobConfig:
                 "span two worlds, so only a one-sided transport can: set channel.transport=mooncake",
                 "world.role",
             )
-        if not job.prompts.files:
-            raise ConfigError.at("prompts.files", "is empty: give JSONL, JSON, Parquet files or dataset directories")
         if job.prompts.answers == "target" and (job.generate.turns, job.prompts.supervise) == ("last", "all"):
             raise ConfigError.at(
                 "generate.turns",

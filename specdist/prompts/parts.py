@@ -19,21 +19,20 @@ _SPACE = re.compile(r"\s+")
 
 @dataclass(frozen=True)
 class Part:
-    """Something that a message says. `name`: what it is, in words."""
+    """Something that a message says."""
 
     kind: Kind
-    name: str
     value: Any
 
 
 def parts(thought: str, content: str, calls: Sequence[Any]) -> list[Part]:
     """What an answer says, in its order; the names, the keys and the values of its tool calls one by one."""
-    found = [Part("thought", "the reasoning", thought), Part("content", "the content", content)]
+    found = [Part("thought", thought), Part("content", content)]
     found = [part for part in found if part.value.strip()]
     for call in calls:
         function = call["function"]
-        found.append(Part("tool call", "the tool call", function["name"]))
-        found += [Part("arguments", ARGUMENTS, leaf) for leaf in _leaves(function.get("arguments"))]
+        found.append(Part("tool call", function["name"]))
+        found += [Part("arguments", leaf) for leaf in _leaves(function.get("arguments"))]
     return found
 
 

@@ -29,7 +29,7 @@ from specdist.core.errors import DataError
 from specdist.core.generation import end_tokens
 from specdist.prompts.conversation import REASONING_KEYS, UNTAUGHT, WRITTEN_KEYS, Message
 from specdist.prompts.parts import Kind, Part, find, parts, shown
-from specdist.prompts.report import UnusableError
+from specdist.prompts.report import Reason, UnusableError
 from specdist.prompts.thoughts import Divided, before_marks, divide, left_by, only_marks, with_thought
 
 if TYPE_CHECKING:
@@ -41,6 +41,12 @@ HARMONY_FINAL = "<|channel|>final<|message|>"
 READS_REASONING = re.compile(r"""(?:\.|\[['"]|get\(['"])(?:reasoning_content|reasoning|thinking)\b""")
 RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 """What a template, which is a program of someone else's, raises over a conversation that it does not take."""
+
+LEFT_OUT: dict[Kind, Reason] = {
+    "thought": "reasoning left out by the chat template",
+    "content": "content left out by the chat template",
+    "tool call": "tool call left out by the chat template",
+}
 
 Tools = Sequence[dict[str, Any]]
 
@@ -225,8 +231,7 @@ class Template:
             raise UnusableError("not what the server generates", detail, (prompt, rendered))
         for part in found.missing:
             if part.kind != "arguments":
-                detail = f"{part.name} of {where}, {_short(part.value)}"
-                raise UnusableError("left out by the chat template", detail, (prompt, rendered))
+                raise UnusableError(LEFT_OUT[part.kind], f"{where}: {_short(part.value)}", (prompt, rendered))
         if not answer[:body].strip():
             raise UnusableError("empty answer", f"the chat template renders nothing of {where}", (prompt, rendered))
         if said.cut:

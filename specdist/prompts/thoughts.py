@@ -17,6 +17,8 @@ MARKS = {
 }
 """How models open a thought, and how they close it, as patterns."""
 _OPEN, _CLOSE = "|".join(MARKS), "|".join(MARKS.values())
+_IN_MARKS = ("think", "channel", "THINK", "inner_", "reasoning steps:")
+"""Each mark has one of these in it."""
 _AT_THE_END = re.compile(rf"(?:(?P<open>{_OPEN})|(?P<close>{_CLOSE}))(?P<space>\s*)\Z")
 _EMPTY = re.compile(rf"(?P<open>{_OPEN})?(?P<before>\s*)(?P<close>{_CLOSE})(?P<after>\s*)")
 _ONLY_MARKS = re.compile(rf"\s*(?:(?:{_OPEN})\s*)?(?:(?:{_CLOSE})\s*)?")
@@ -38,6 +40,8 @@ class Divided:
 
 def divide(content: str) -> Divided | None:
     """Take the thought off the front of `content`; None where there is none."""
+    if not any(part in content for part in _IN_MARKS):  # most contents, and the pattern would go through all of it
+        return None
     if match := _WRITTEN.match(content):
         return Divided(match["thought"], content[match.end() :], match.group(), True)
     if match := _UNCLOSED.match(content):

@@ -59,6 +59,20 @@ def test_the_seconds_that_a_stop_needs_are_held_against_what_there_are(job):
     assert ": too little. Ask for a longer KillWait" in render(make_plan(tight, ["a"] * 3, 2**30))
 
 
+def test_config_json_is_enough(words, tmp_path, capsys):
+    target = make_target(tmp_path / "target")
+    for file in target.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    for algorithm, sizes in (("eagle3", "an MLP of 64"), ("dflash", "an MLP of 64, mask token 258")):
+        own = {"target__path": target, "prompts__files": "[]", "draft__dp": "null", "draft__algorithm": algorithm}
+        given = [word for word in words(**own) if not word.startswith("draft.eagle3.")]
+        assert main(["plan", *given]) == 0
+        told = capsys.readouterr().out
+        assert f"4 heads (2 of keys) of 8, {sizes}" in told
+        assert "draft.dp is not set: this is with one draft rank" in told
+
+
 def test_exact_parts_of_the_memory(job):
     plan = make_plan(job(), ["a"] * 3, 2**30)
     needs = {(need.role, need.what): need.bytes for need in plan.needs}

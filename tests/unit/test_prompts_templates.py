@@ -15,6 +15,7 @@ from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import to_sample
 from specdist.prompts.render import KINDS, Renderer
 from specdist.prompts.report import UnusableError
+from specdist.prompts.template import LEFT_OUT
 from tests import tiny
 from tests.unit.prompts_packages import ends_of, packaged_templates, template_tokenizer
 
@@ -121,7 +122,7 @@ def test_reasoning_goes_where_an_empty_thought_shows_its_place(key: str) -> None
 
 
 def test_reasoning_that_a_template_does_not_show_is_named() -> None:
-    with pytest.raises(UnusableError, match=r"left out by the chat template: the reasoning of turn 2, 'User greets\.'"):
+    with pytest.raises(UnusableError, match=r"reasoning left out by the chat template: turn 2: 'User greets\.'"):
         taught(tiny.CHATML, user("Hi"), THOUGHT)
 
 
@@ -164,12 +165,12 @@ def test_a_turn_ends_by_the_tokens_that_end_the_targets_answers() -> None:
 
 def test_calls_that_a_template_drops_or_wants_as_text() -> None:
     turns = [user("Hi"), answer("Look.", **calls("Ulm", "Bonn")), result("9"), result("10", 1), answer("It is 9.")]
-    with pytest.raises(UnusableError, match="left out by the chat template: the tool call of turn 2, 'clock'"):
+    with pytest.raises(UnusableError, match="tool call left out by the chat template: turn 2: 'clock'"):
         taught(tiny.CHATML, *turns)
     (text,) = taught(AS_TEXT, *turns)
     assert '[Look.clock{"city": "Ulm"}clock{"city": "Bonn"}<|im_end|>]' in text
     one = AS_TEXT.replace("m['tool_calls'] or []", "(m['tool_calls'] or [])[:1]")
-    with pytest.raises(UnusableError, match="the tool call of turn 2, 'clock'"):
+    with pytest.raises(UnusableError, match="tool call left out by the chat template: turn 2: 'clock'"):
         taught(one, *turns)
     function = {"role": "function_call", "content": json.dumps({"name": "clock", "arguments": {"city": "Ulm"}})}
     assert '[clock{"city": "Ulm"}<|im_end|>]' in taught(AS_TEXT, user("Hi"), function, result("9"), answer("9."))[0]
@@ -212,7 +213,7 @@ def test_tokens_are_counted_by_what_they_are_of() -> None:
 
 TEMPLATE_REASONS = (
     "refused by the chat template",
-    "left out by the chat template",
+    *LEFT_OUT.values(),
     "not what the server generates",
 )
 CONVERSATIONS: dict[str, dict[str, Any]] = {
