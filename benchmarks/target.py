@@ -62,6 +62,8 @@ class TargetSpeed:
     """Slowest less fastest."""
     memory_gib: float
     """Most that torch had reserved, weights and KV cache included."""
+    planned_gib: float
+    """What `specdist plan` counts for it, with one buffer of features."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,13 @@ def worker(options: Mapping[str, Any], words: Sequence[str]) -> list[TargetSpeed
 def _measure(
     engine: TargetModel, target: TargetConfig, facts: TargetDescription, item: int, sequence: int, repeats: int
 ) -> TargetSpeed:
-    device = engine.device
+    device, layout = engine.device, engine.layout
+    planned = sum(ENGINES[target.engine].memory(target, facts, engine.dtype, item).values())
     lengths = [sequence] * (item // sequence) + ([item % sequence] if item % sequence else [])
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(0, facts.vocab_size, (n,), generator=generator) for n in lengths]
     batch = PackedTokens.from_documents(ids, [torch.ones(n, dtype=torch.bool) for n in lengths])
-    rows = engine.layout.empty(item, device)
+    rows = layout.empty(item, device)
     times = seconds(lambda: engine.forward(batch, rows), device, repeats)
     if not torch.isfinite(rows).all():
         raise UserError(f"{target.engine}: features are not finite")
@@ -119,6 +122,7 @@ def _measure(
         peak_tflops=0.0,
         ms=middle * 1e3,
         spread_ms=(max(times) - min(times)) * 1e3,
+        planned_gib=(planned + layout.bytes_per_token * item) / 2**30,
         memory_gib=torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0,
     )
 
@@ -149,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def render(speeds: Sequence[TargetSpeed]) -> str:
     columns = {
         "engine": "engine", "item": "item_tokens", "sequence": "sequence_tokens", "tokens/s": "tokens_per_s:,.0f",
-        "TFLOP/s": "tflops:.2f", "of peak": "share_of_peak:.0%", "ms": "ms:.1f", "GiB": "memory_gib:.1f",
+        "TFLOP/s": "tflops:.2f", "of peak": "share_of_peak:.0%",
+        "ms": "ms:.1f", "GiB": "memory_gib:.1f", "planned": "planned_gib:.1f",
     }  # fmt: skip
     peak = max((s.peak_tflops for s in speeds), default=0.0)
     return f"{table(columns, speeds)}\npeak: {peak:.2f} TFLOP/s of a matrix product, per rank"

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 from transformers import Qwen3Config
 
+from benchmarks.shapes import configuration
 from benchmarks.target import TargetSpeed, main, render
-from specdist.target.description import TargetDescription, describe
+from specdist.target.description import BESIDE_TEXT, TargetDescription, describe
 from tests.targets.families import FAMILIES
 from tests.tiny import make_target
 
@@ -66,3 +67,14 @@ def test_a_run_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
 def test_a_world_that_fails_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="benchmark of hf failed"):
         main(["--model", str(tmp_path / "nowhere"), "--engines", "hf", "--device", "cpu"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions"),
+    [("qwen3-30b-a3b", 30.5), ("gpt-oss-20b", 20.9), ("qwen3.5-27b", 26.9), ("deepseek-v2-lite", 15.7)],
+)
+def test_shapes_are_as_large_as_their_names_say(shape: str, billions: float, tmp_path: Path) -> None:
+    configuration(shape).save_pretrained(tmp_path)
+    described = describe(tmp_path, weights=False)
+    text = [n for name, n in described._sizes if not BESIDE_TEXT.search(name)]  # noqa: SLF001
+    assert sum(text) / 1e9 == pytest.approx(billions, rel=0.01)
