@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -29,6 +30,7 @@ from specdist.scheduler.messages import (
     Dispatch,
     Goodbye,
     Hello,
+    Message,
     Ready,
     Released,
     Stop,
@@ -37,7 +39,7 @@ from specdist.scheduler.messages import (
 )
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.server import ControlServer
-from specdist.scheduler.wire import identity, prove
+from specdist.scheduler.wire import identity, numbered, prove, split
 
 _CONFIG = ControlConfig(heartbeat_s=60.0, silence_s=600.0)
 
@@ -143,26 +145,32 @@ def _play_ranks(address: str, token: bytes, topology: Topology) -> None:
     """All ranks of `topology` in one thread, each with its own connection, answering at once."""
     context = zmq.Context()
     context.set(zmq.MAX_SOCKETS, 2 * topology.world_size + 16)
-    poller, ranks = zmq.Poller(), {}
+    poller, ranks = zmq.Poller(), dict[zmq.Socket[bytes], int]()
+    sent = Counter[int]()
+
+    def send(dealer: zmq.Socket[bytes], message: Message) -> None:
+        dealer.send(numbered(sent[ranks[dealer]], encode(message)))
+        sent[ranks[dealer]] += 1
+
     for rank in range(topology.world_size):
         dealer = context.socket(zmq.DEALER)
         dealer.setsockopt(zmq.IDENTITY, identity(rank))
         prove(dealer, token)
         dealer.connect(address)
-        dealer.send(encode(Hello(PROTOCOL_VERSION, 0)))
-        dealer.send(encode(Ready()))
-        poller.register(dealer, zmq.POLLIN)
         ranks[dealer] = rank
+        send(dealer, Hello(PROTOCOL_VERSION, 0))
+        send(dealer, Ready())
+        poller.register(dealer, zmq.POLLIN)
     left = set(ranks)
     while left:
         for dealer, _ in poller.poll():
-            message = decode(dealer.recv())
+            message = decode(split(dealer.recv())[1])
             if isinstance(message, Dispatch):
-                dealer.send(encode(Computed(message.item)))
+                send(dealer, Computed(message.item))
             elif isinstance(message, Deliver):
-                dealer.send(encode(Released(message.item)))
+                send(dealer, Released(message.item))
             elif isinstance(message, Stop):
-                dealer.send(encode(Goodbye()))
+                send(dealer, Goodbye())
                 left.remove(dealer)
     context.destroy(linger=2000)
 

@@ -54,7 +54,7 @@ from specdist.scheduler.messages import (
     encode,
     shorten,
 )
-from specdist.scheduler.wire import HANDSHAKE_FAILED, identity, inproc_pair, prove
+from specdist.scheduler.wire import HANDSHAKE_FAILED, identity, inproc_pair, numbered, prove, split
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +129,7 @@ class ControlClient:
         self._connect(address, identity(rank, place.world if place else ""))
         self._lost_at: float | None = None
         self._refused = False
+        self._sent = self._received = 0
         self._thread = Worker("specdist-control-client", self._loop, self._ended)
         self._thread.start()
 
@@ -311,7 +312,8 @@ class ControlClient:
         """Send, or drop it where what came from the other end was no message: ZeroMQ then gives the connection up, and
         a blocking send would wait for another one for ever."""
         with contextlib.suppress(zmq.Again):
-            self._dealer.send(payload, zmq.NOBLOCK)
+            self._dealer.send(numbered(self._sent, payload), zmq.NOBLOCK)
+        self._sent += 1
 
     def _watch_connection(self, now: float) -> None:
         """Note since when the connection is down; ZeroMQ restores one that a network broke by itself."""
@@ -348,7 +350,14 @@ class ControlClient:
         """Take what has arrived; whether there was anything."""
         received = False
         while self._dealer.poll(0):
-            self._take(decode(self._dealer.recv()))
+            number, payload = split(self._dealer.recv())
+            if number != self._received and self._error is None and self.stop is None:
+                what = f"has sent messages that did not reach rank {self.rank}: they were lost with the connection"
+                lost = WorldError(f"{self._scheduler} {what}", culprit=0)
+                self._put(encode(Failed(Failure.of(lost))))
+                self._break(lost)
+            self._received = number + 1
+            self._take(decode(payload))
             received = True
         return received
 

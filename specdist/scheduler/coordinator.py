@@ -129,6 +129,11 @@ class Coordinator:
         if count == 10 ** (len(str(count)) - 1):
             self._observer.inform(f"dropped {what}" + (f", the {count}th" if count > 1 else " (more are counted)"))
 
+    def miss(self, rank: int, now: float) -> None:
+        """Messages of a rank are missing: what it has done is not known any more."""
+        if not self._stopped:
+            self._fail(rank, f"messages of it were lost with its connection; {self.peers.state(rank, now)}", now)
+
     def advance(self, now: float) -> None:
         """Dispatch what may be dispatched, and end the run once nothing is left."""
         if self.aborted is not None or not self._all_joined():

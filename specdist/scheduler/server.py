@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable
 from types import TracebackType
 
@@ -20,7 +21,7 @@ from specdist.scheduler.coordinator import Coordinator, Observer
 from specdist.scheduler.messages import MAX_MESSAGE_BYTES
 from specdist.scheduler.replicas import RemoteRules
 from specdist.scheduler.scheduler import Scheduler
-from specdist.scheduler.wire import HANDSHAKE_FAILED, Doorkeeper, identity, inproc_pair, is_remote
+from specdist.scheduler.wire import HANDSHAKE_FAILED, Doorkeeper, identity, inproc_pair, is_remote, numbered, split
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class ControlServer:
         self._config, self._remote = config, rules is not None
         self._identities = [identity(rank) for rank in range(topology.world_size)]
         self._ranks = {peer: rank for rank, peer in enumerate(self._identities)}
+        self._received, self._sent = Counter[int](), Counter[int]()
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._door = Doorkeeper(self._router, token)
@@ -212,14 +214,20 @@ class ControlServer:
         if rank is None or len(frames) != 2:
             self._coordinator.refuse("a control message that is no rank's")
             return
-        self._coordinator.receive(rank, frames[1], now)
+        number, payload = split(frames[1])
+        if number != self._received[rank]:
+            self._coordinator.miss(rank, now)
+        self._received[rank] = number + 1
+        self._coordinator.receive(rank, payload, now)
 
     def _send(self, ranks: Iterable[int], payload: bytes) -> list[int]:
         lost = []
         for rank in ranks:
+            frame = numbered(self._sent[rank], payload)
+            self._sent[rank] += 1
             try:
                 self._router.send(self._identities[rank], _IDENTITY_FRAME)
-                self._router.send(payload, _NOBLOCK)
+                self._router.send(frame, _NOBLOCK)
             except zmq.ZMQError as error:
                 if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                     raise

@@ -21,6 +21,7 @@ WORLD_BYTES = 8
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
+_NUMBER_BYTES = 8
 _PREFIX = b"specdist"
 _RANK = struct.Struct(">I")
 _ZAP = "inproc://zeromq.zap.01"
@@ -71,6 +72,16 @@ def _keys(token: bytes, owner: bytes) -> tuple[bytes, bytes]:
         raise WorldError("this pyzmq lacks CURVE, by which ranks prove that they are of one run: pip install pyzmq")
     secret = z85.encode(hashlib.blake2b(token, digest_size=32, person=owner, salt=_PREFIX).digest())
     return zmq.curve_public(secret), secret
+
+
+def numbered(number: int, payload: bytes) -> bytes:
+    """The frame of one end's message number `number`: messages that a broken connection takes along leave a gap."""
+    return number.to_bytes(_NUMBER_BYTES, "big") + payload
+
+
+def split(frame: bytes) -> tuple[int, bytes]:
+    """The number of a message, and the message."""
+    return int.from_bytes(frame[:_NUMBER_BYTES], "big"), frame[_NUMBER_BYTES:]
 
 
 def inproc_pair(context: zmq.Context[zmq.Socket[bytes]]) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -52,7 +54,7 @@ from specdist.scheduler.messages import (
 )
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.server import ControlServer
-from specdist.scheduler.wire import identity, prove
+from specdist.scheduler.wire import identity, numbered, prove
 
 QUICK = ControlConfig(heartbeat_s=0.2, silence_s=30.0, load_timeout_s=30.0)
 WORLD = Topology("split", ("a", "a", "a", "b", "b", "b", "c"), ((0, 1), (2, 3)), ((4,), (5,), (6,)), 3)
@@ -580,6 +582,7 @@ class Recorder:
         self._server, self._listener = (host, int(port)), socket.create_server(("127.0.0.1", 0))
         self.address = "tcp://127.0.0.1:" + str(self._listener.getsockname()[1])
         self.sent, self.away = b"", socket.socket()
+        self.lose: bool | None = None  # what comes next from the rank (True) or the server (False)
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
@@ -592,6 +595,9 @@ class Recorder:
     def _pass(self, source: socket.socket, destination: socket.socket, keep: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                if self.lose == keep:
+                    self.lose = None
+                    continue
                 destination.sendall(data)
                 self.sent += data if keep else b""
         for end in (source, destination):
@@ -651,6 +657,20 @@ def test_recorded_frames_sent_again_and_forged_ones_are_refused(runs: typing.Cal
     other.check()
 
 
+@pytest.mark.parametrize("of_the_rank", [True, False])
+def test_messages_that_are_lost_are_missed(runs: typing.Callable[..., Run], of_the_rank: bool) -> None:
+    run = runs(None, Topology("split", ("a", "b"), ((1,),), ((0,),), 1))
+    recorder = Recorder(run.server.address)
+    client, other = ControlClient(recorder.address, run.token, 1, run.config), run.client(0)
+    run.clients.append(client)
+    for each in (client, other):
+        each.ready()
+    assert client.expect(StartWork, 20.0) is not None
+    recorder.lose = of_the_rank
+    lost = "messages of it were lost" if of_the_rank else "did not reach rank 1: they were lost with the connection"
+    assert re.match(rf"rank 1 \(target replica 0 tp 0, host b\): .*{lost}", wait_error(other), re.DOTALL)
+
+
 def test_malformed_bytes_of_a_rank_are_counted_and_survived(runs: typing.Callable[..., Run]) -> None:
     run = runs(None)
     context = zmq.Context()
@@ -659,6 +679,11 @@ def test_malformed_bytes_of_a_rank_are_counted_and_survived(runs: typing.Callabl
     prove(dealer, run.token)
     dealer.connect(run.server.address)
     client = run.client(0)
+    count = itertools.count()
+
+    def send(payload: bytes) -> None:
+        dealer.send(numbered(next(count), payload))
+
     for payload in (
         b"",
         b"\xff" * 100,
@@ -666,15 +691,15 @@ def test_malformed_bytes_of_a_rank_are_counted_and_survived(runs: typing.Callabl
         encode(StopRequest(StopReason.USER1)) + b"y",
         b"p" * 60000,
     ):
-        dealer.send(payload)
+        send(payload)
     dealer.send_multipart([encode(Ready()), b"a second frame"])
-    dealer.send(encode(Hello(messages.PROTOCOL_VERSION, 5)))
-    dealer.send(encode(StopRequest(StopReason.USER2)))
+    send(encode(Hello(messages.PROTOCOL_VERSION, 5)))
+    send(encode(StopRequest(StopReason.USER2)))
     with pytest.raises(Dismissed, match="SIGUSR2 on rank 3"):
         collect(client, 1)
     assert run.server.malformed == 5
     assert run.server.refused == 1
-    dealer.send(encode(Goodbye()))
+    send(encode(Goodbye()))
     context.destroy(linger=100)
 
 
