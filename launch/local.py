@@ -72,7 +72,7 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     if (asked := begun_prompts(job)) is not None:
         prompts = prepare_corpus(asked, directory)
         prompts.check_vocabulary(examine(job).target.vocab_size)
-        if prompts.bad_total and not committed(run_dir.checkpoints):  # a run that goes on has told
+        if prompts.bad_total and job.train.steps != 0 and not committed(run_dir.checkpoints):  # else it was told before
             print(f"prompts: {prompts.described()}", file=sys.stderr)
     files, overrides = words.split(config)
     return start(files, overrides, ranks, retries=retries, role=job.world.role)

@@ -35,7 +35,7 @@ def overview(root: Path) -> str:
     if not found:
         raise ConfigError(f"there is no run in {root.absolute()} (give the folder of your run directories)")
     rows = [["run", "step", "acceptance length", "state"]]
-    for path in sorted(found):
+    for path in sorted(path for path in found if path.parent not in found):  # an evaluation is a job in its run's
         step, length = (_figures(path).get(name, "") for name in ("step", "held_out/acceptance_length"))
         rows.append([str(path), step, length, _state(path)])
     return _table(rows)

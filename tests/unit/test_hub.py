@@ -300,7 +300,7 @@ def test_config_json_alone_is_enough_for_a_plan(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"target.dtype=auto: .*config.json does not say a dtype and there are no wei"
     ):
-        examine(load_job([], make_config(tmp_path, bare, tmp_path)), weights=False)
+        examine(load_job([], [*make_config(tmp_path, bare, tmp_path), "world.device=auto"]), weights=False)
 
 
 def test_the_first_rank_of_every_host_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
