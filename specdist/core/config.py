@@ -302,14 +302,12 @@ def _suggest(schema: type, prefix: str, part: str, names: list[str]) -> str:
     alone, or by its help."""
     called: Mapping[str, str] = getattr(schema, "also_called", dict)()
     near = difflib.get_close_matches(part, names, n=1) or [name for name in names if part in name]
-    known = list(fields(schema))
-    words = [word for word in part.lower().split("_") if len(word) > 2]
-    found = [
-        *([called[part]] if part in called else ()),
-        *(f"{prefix}{name}" for name in near),
-        *(field.key for field in known if field.key.rsplit(".", 1)[-1] == part),
-        *(field.key for field in known if len(words) > 1 and all(word in field.help.lower() for word in words)),
-    ]
+    found = [*([called[part]] if part in called else ()), *(f"{prefix}{name}" for name in near)]
+    if not found:  # slower: it reads all sections' sources
+        known, words = list(fields(schema)), [word for word in part.lower().split("_") if len(word) > 2]
+        found = [field.key for field in known if field.key.rsplit(".", 1)[-1] == part]
+        if len(words) > 1:
+            found += [field.key for field in known if all(word in field.help.lower() for word in words)]
     return f"; did you mean '{found[0]}'?" if found else f"; valid here: {', '.join(names)}"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from specdist.evaluate.replay import ReplayReport
 from specdist.export import load_exported
 from specdist_launch.cli import main
 from tests.distributed.worlds import ROOT, specdist
@@ -138,6 +139,14 @@ def test_a_finished_run_keeps_its_figures(trained):
     after = json.loads(summary.read_text())
     assert (after["training"], after["sides"]) == (before["training"], before["sides"])
     assert after["training"]["steps"] == 4
+
+
+def test_an_export_asks_for_the_drafts_that_are_forecast_fastest(trained):
+    directory, _, said = trained
+    found = ReplayReport.from_dict(json.loads((directory / "run/evaluations/step-00000004.json").read_text()))
+    config = json.loads((directory / "run/export/sglang/config.json").read_text())
+    assert config["specdist"]["draft_tokens"] == found.fastest == found.speedups.index(max(found.speedups)) + 1
+    assert f"--speculative-num-steps {found.fastest} " in said
 
 
 def test_a_job_is_checked_without_being_started(trained, tmp_path, capsys):

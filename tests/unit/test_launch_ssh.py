@@ -13,7 +13,7 @@ from specdist.core.errors import ConfigError, UserError
 from specdist.core.launch_env import Attempt
 from specdist.job.sections import JobConfig, RunConfig
 from specdist_launch.agents import Host, agent_command, agent_words
-from specdist_launch.ssh import find_hosts, plain_torchrun, read_hostfile
+from specdist_launch.ssh import _check_leader, find_hosts, plain_torchrun, read_hostfile
 
 HOSTS = [Host("gpu1", 4), Host("gpu2", 2)]
 
@@ -69,3 +69,8 @@ def test_ranks_are_divided_among_hosts_or_given(tmp_path: Path) -> None:
         find_hosts(words(hosts="a", hostfile="b"), job)
     with pytest.raises(UserError, match="hosts named twice: a"):
         find_hosts(words(hosts="a,b,a"), job)
+
+
+def test_a_first_host_that_is_unknown_is_told_before_anything_is_started() -> None:
+    with pytest.raises(ConfigError, match=r"--hosts: no\.such\.host\.invalid is not known here"):
+        _check_leader([Host("no.such.host.invalid", 1), Host("b", 1)])

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from specdist.core.errors import Dismissed, UserError, WorldError
+from specdist.core.errors import ConfigError, Dismissed, UserError, WorldError
 from specdist.core.network import interface_towards
 from specdist.world.roll_call import Meeting, Node, RollCall, free_port, meet, serve_store
 
@@ -71,6 +71,11 @@ def test_without_a_leader_the_wait_is_bounded() -> None:
     assert isinstance(error, WorldError)
     assert "node 1 (b) did not reach the rendezvous at 127.0.0.1:" in str(error)
     assert "within 2 s (launch.meet_timeout_s)" in str(error)
+
+
+def test_a_leader_whose_name_is_unknown_is_no_reason_for_another_start() -> None:
+    with pytest.raises(ConfigError, match=r"node 1 \(b\) does not know the host no\.such\.host\.invalid"):
+        meet(Node(1, "b", 1), 2, ("no.such.host.invalid", 1), 0.5)
 
 
 def test_one_node_meets_nobody() -> None:
