@@ -24,7 +24,8 @@ def make_run(path: Path, lr: float, failed: bool = False) -> AttemptRecord:
         log.parent.mkdir(parents=True)
         log.write_text("".join(f"{role} {line}\n" for line in range(40)))
     (path / "config.yaml").write_text(f"run: {{dir: {path}}}\noptimizer: {{lr: {lr}}}\ntrain: {{steps: 9}}\n")
-    figures = [{"step": 5, "loss": 3.25, "tokens_per_s": 1234.5}, {"step": 5, "held_out/acceptance_length": 2.5}]
+    step = {"step": 5, "loss": 3.25, "tokens_per_s": 1234.5, "step_s": 1.0, "draft_wait": 0.0, "target_wait": 0.5}
+    figures = [step, {"step": 5, "held_out/acceptance_length": 2.5}]
     (path / "metrics.jsonl").write_text("".join(json.dumps(figure) + "\n" for figure in figures))
     (path / "checkpoints").mkdir()
     (path / "checkpoints/weights").write_text("many")
