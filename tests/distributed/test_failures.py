@@ -202,20 +202,20 @@ def test_a_nan_stops_the_job_and_names_item_and_prompts(
 ) -> None:
     job = Job(tmp_path, (broken_target, material[1]))
     try:
-        job.start(target__verify=0)
+        job.start(target__verify=0, checkpoint__every_s=0)
         words = job.end()
     finally:
         job.clear()
     assert job.process is not None
     assert job.process.returncode != 0
-    found = re.search(r"the loss of step 0 is nan on draft dp \d; items \[0\], made of (.*)", words)
+    found = re.search(r"features that are not finite in \d micro-batch.*; items \[\d\], of (.*?)\. These are", words)
     assert found, words
     for place in found[1].split(", "):
         file, line = place.rsplit(":", 1)
         assert file == str(material[1])
         assert 1 <= int(line) <= 40
     assert re.search(
-        rf"specdist: rank \d \(draft dp \d cp 0, host {HOST}\): TrainingDiverged: the loss of step 0", words
+        rf"specdist: rank \d \(draft dp \d cp 0, host {HOST}\): TrainingDiverged: step \d: features", words
     )
     assert not committed(tmp_path / "run/checkpoints")
 
