@@ -35,7 +35,7 @@ logits, the draft derived from it, training, replay against decoding, export. Ei
   state that takes no token back.
 - **SGLang**: `tested` with {sglang} on the CPU; `compared` with transformers on a few short documents when a job begins
   (`target.verify_against=auto`), because nobody has yet; or what `specdist plan` says of {sglang}. With all
-  versions from 0.5.16 on Llama, Qwen3 and Qwen3-MoE were tested, with 0.5.20 some more.
+  versions from 0.5.16 on Llama, Qwen3 and Qwen3-MoE were tested, with 0.5.20 Mistral and GLM-4.5 as well.
 
 A model of a type that is not here is compared with transformers' own hidden states and logits when it is loaded, and
 the job ends where a layer differs. What SGLang is compared with, transformers' layers a few at a time with their

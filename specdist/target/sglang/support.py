@@ -77,7 +77,13 @@ TESTED = {
     },
     "0.5.21": _COMPARED,
     "0.5.22": _COMPARED,
-    "0.5.23": _COMPARED,
+    "0.5.23": _COMPARED
+    | {
+        "Phi3ForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3VLForConditionalGeneration",
+    },
 }
 """Architectures whose features were compared with transformers' on tiny models, by version; others are compared when a
 job begins (`target.verify_against`)."""
