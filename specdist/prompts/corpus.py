@@ -255,7 +255,7 @@ def _divided(store: PromptStore, name: str, out: Callable[[], np.ndarray]) -> tu
     """The two sides of a store, of which `out`, bool [sequences], is the second. What was found is kept beside the
     store under `name` and mapped, so that one process of a host looks at all sequences and the others at none; where
     nothing can be written, each keeps its own."""
-    directory = store.directory / name
+    directory = store.directory / f"{name}-{store.fingerprint[:16]}"
     if not (directory / _SIDES).exists():
         chosen = out()
         sides = [Side.of(store, np.flatnonzero(~chosen)), Side.of(store, np.flatnonzero(chosen))]

@@ -20,10 +20,10 @@ def test_the_slowest_rank_is_three_hundredths_above_the_mean(kind: str, ranks: i
 
 def test_a_store_is_divided_once_and_then_mapped(tmp_path: Path) -> None:
     write_store(tmp_path / "store", 5000)
-    first = find_place(str(tmp_path / "store"), 4)
-    made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store/holdout-0.001").iterdir()}
+    first, sides = find_place(str(tmp_path / "store"), 4), tmp_path / "store/holdout-0.001-synthetic"
+    made = {path.name: path.stat().st_mtime_ns for path in sides.iterdir()}
     again = find_place(str(tmp_path / "store"), 4)
     assert first["steps"] == again["steps"] > 100
-    assert made == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store/holdout-0.001").iterdir()}
+    assert made == {path.name: path.stat().st_mtime_ns for path in sides.iterdir()}
     assert sorted(made) == ["0.npy", "1.npy", "sides.json"]
     assert not list((tmp_path / "store").glob("*.tmp"))
