@@ -111,7 +111,7 @@ class Run:
             "control__replica_timeout_s": 40,
             "control__scheduler_timeout_s": 40,
             "checkpoint__give_up_s": 8,
-            "world__join_timeout_s": 20,
+            "world__join_timeout_s": 10,
             "world__wait_timeout_s": 15,
             "metrics__progress": "false",
             "draft__dp": 2,

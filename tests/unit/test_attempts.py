@@ -15,6 +15,7 @@ import torch
 
 from specdist.core.attempts import AttemptRecord, Ending, Failure, Started, attempts
 from specdist.core.errors import ConfigError, DataError, WorldError
+from specdist.core.files import write_atomically
 from specdist.core.launch_env import Attempt
 from specdist.core.stop import StopReason
 from specdist.job.launch_config import LaunchConfig
@@ -263,3 +264,13 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
         (record.directory / "outcome.json").write_text(text)
         with pytest.raises(DataError, match=r"7\.0/outcome\.json: not what specdist writes there"):
             record.ending()
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "outcome.json", "{}")
+    assert not list(tmp_path.iterdir())
