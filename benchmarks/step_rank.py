@@ -27,7 +27,9 @@ from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
 from specdist.run.feature_source import random_rows
 from specdist.training.optimizer import DraftOptimizer
-from specdist.training.trainer import FeatureSource, Trainer, shard_draft
+from specdist.training.parts import FeatureSource
+from specdist.training.shard import shard_draft
+from specdist.training.trainer import Trainer
 from specdist.world.groups import Groups, World, join_world, make_groups
 
 REPEAT_S = 2.0

@@ -29,7 +29,9 @@ from specdist.scheduler.messages import LastItem, Reports, RingAddress, StartWor
 from specdist.training.checkpoint import Checkpointer
 from specdist.training.config import Recipe
 from specdist.training.optimizer import DraftOptimizer
-from specdist.training.trainer import FeatureSource, Trainer, shard_draft
+from specdist.training.parts import FeatureSource
+from specdist.training.shard import shard_draft
+from specdist.training.trainer import Trainer
 
 
 def consume(context: RankContext) -> None:

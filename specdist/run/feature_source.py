@@ -28,7 +28,7 @@ from specdist.scheduler.messages import Deliver, Message, Released, Stop, StopRe
 from specdist.target.base import TargetModel
 from specdist.target.head import forward_item
 from specdist.target.verify import verify
-from specdist.training.trainer import FeatureSource
+from specdist.training.parts import FeatureSource
 
 
 class RemoteSource(FeatureSource):

@@ -24,7 +24,7 @@ from specdist.evaluate.shown import SHOWN_ANSWERS, Decodes, ShownAnswer, show_an
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.render import load_tokenizer
 from specdist.run.context import RankContext
-from specdist.training.trainer import Judge
+from specdist.training.parts import Judge
 
 
 @dataclass(frozen=True)

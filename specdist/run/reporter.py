@@ -22,7 +22,7 @@ from specdist.run.context import Latest
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Statistics
 from specdist.training.metrics import WAITS, JsonlTracker, ProgressTracker, TensorBoardTracker, Tracker, WandbTracker
-from specdist.training.trainer import Reporter, WorkDone
+from specdist.training.parts import Reporter, WorkDone
 
 
 class RunReporter(Reporter):

@@ -9,35 +9,31 @@ from __future__ import annotations
 import math
 import sys
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from enum import IntEnum
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
 
 from specdist.core.errors import WorldError
 from specdist.core.progress import Evaluated, Progress
-from specdist.core.records import Features, PackedTokens, Shard, WorkItem
+from specdist.core.records import Features, WorkItem
 from specdist.core.stop import StopFlag
 from specdist.core.trace import span
-from specdist.draft.base import DraftModel, Replayed, Supervision
+from specdist.draft.base import DraftModel
 from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
 from specdist.training.checkpoint import Checkpointer
 from specdist.training.config import Recipe
 from specdist.training.finite import BadSamples, Reading, StepResult, TrainingDiverged, clean
 from specdist.training.optimizer import DraftOptimizer
+from specdist.training.parts import FeatureSource, Judge, MicroBatch, Reporter, WorkDone
 from specdist.training.profile import NO_PROFILE, Profile
 from specdist.world.groups import Groups
 
@@ -48,124 +44,6 @@ class _CutOffError(Exception):
     def __init__(self, cause: WorldError):
         super().__init__(str(cause))
         self.cause = cause
-
-
-class FeatureSource(ABC):
-    """Where a draft rank gets the target's features from."""
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds so far in which this rank had nothing to compute because it waited for features."""
-        return 0.0
-
-    def coming(self, item: WorkItem, stop: StopFlag) -> bool:
-        """Wait until the features of `item` are on their way; False where a stop is asked for before. Called before
-        `take`. Raises WorldError where they will not come."""
-        return not stop
-
-    @abstractmethod
-    def take(self, item: WorkItem) -> Tensor:
-        """The feature rows of this rank's shard of `item`, which have arrived; items are taken in order."""
-
-    @abstractmethod
-    def release(self, item: WorkItem) -> None:
-        """The rows of `item` are not needed after the work already on the current stream."""
-
-    def agreed(self, item: WorkItem) -> int | Tensor:
-        """Of an evaluated item that was taken: how many tokens of the answers in this rank's shard are the target's own
-        argmax, once the device has done what is queued. Called once. Sources without a target evaluate nothing."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one draft rank trains on at once."""
-
-    item: WorkItem
-    host_batch: PackedTokens
-    batch: PackedTokens
-    features: Features
-    supervision: Supervision
-    bad: Tensor
-    """See `clean`."""
-    good: Tensor
-    """bool [], on the device: whether all of it is finite."""
-
-
-@dataclass(frozen=True)
-class WorkDone:
-    """What the draft ranks have done in this start, up to a moment of `time.monotonic`."""
-
-    time: float
-    steps: int = 0
-    tokens: int = 0
-    """Over all draft ranks."""
-    bytes: int = 0
-    """Of their features."""
-    waited_s: float = 0.0
-    """Seconds in which a draft rank waited for features, the mean over them."""
-
-
-class Reporter(ABC):
-    """Takes what the loop reports; every draft rank calls it, and it decides which of them writes."""
-
-    @abstractmethod
-    def step(self, progress: Progress) -> None:
-        """An optimizer step is done; what is held out is not yet evaluated after it."""
-
-    @abstractmethod
-    def record(self, step: int, metrics: Mapping[str, float], done: WorkDone) -> None:
-        """The metrics of the steps since the last record."""
-
-    @abstractmethod
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """What held-out text gives after `step` steps: the draft's own metrics, and what `Judge.result` adds."""
-
-
-class Judge(ABC):
-    """Counts what serving would accept of the drafts replayed over held-out items; every draft rank has one.
-
-    Attributes:
-        draft_tokens: K, drafts of a target forward.
-        temperature: of the sampling that acceptance is expected for; 0 for greedy.
-        basis: what its figures are measured on and with, in words.
-        best: the best evaluation so far, of those that `checkpoint.keep_best` has saved.
-    """
-
-    draft_tokens: int
-    temperature: float
-    basis: str
-    best: Evaluated | None
-
-    @abstractmethod
-    def add(self, shard: Shard, host_batch: PackedTokens, drafts: Replayed, agreed: int | Tensor) -> None:
-        """What this rank has replayed of its shard of one item, of which `host_batch` is the packing; `agreed`: see
-        `FeatureSource`."""
-
-    @abstractmethod
-    def result(self, step: int) -> dict[str, float]:
-        """`acceptance_length` and the figures behind it, over all draft ranks, which all call this; starts anew."""
-
-
-def shard_draft(model: DraftModel, groups: Groups, dtype: torch.dtype, sharding: str) -> DraftModel:
-    """FSDP2 over the draft ranks: fp32 master weights, `dtype` compute, fp32 gradient reduction.
-
-    The losses of all ranks add up to the step's loss, so gradients are summed, not averaged. "replicate" is FSDP2's
-    hybrid form: weights are sharded over the context-parallel ranks alone, often one, and gradients all-reduced over
-    the data-parallel ones.
-    """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    assert groups.draft is not None
-    assert groups.draft_mesh is not None
-    mesh = groups.draft_mesh
-    if sharding != "replicate":
-        mesh = DeviceMesh.from_group(groups.draft, mesh.device_type, mesh_dim_names=("draft",))
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    register_fsdp_forward_method(model, "replay")
-    assert isinstance(model, FSDPModule)
-    model.set_gradient_divide_factor(1.0)
-    model.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-    return model
 
 
 class Course(IntEnum):

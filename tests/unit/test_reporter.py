@@ -11,7 +11,7 @@ from specdist.run import reporter
 from specdist.run.context import Latest
 from specdist.run.reporter import RunReporter
 from specdist.scheduler.messages import Statistics
-from specdist.training.trainer import WorkDone
+from specdist.training.parts import WorkDone
 
 
 @pytest.fixture
