@@ -114,7 +114,7 @@ class Trainer:
         checkpointer.begin(progress.step)
         try:
             progress = self._evaluate(progress, stop, reporter)
-            while not self._done(recipe, progress):
+            while not self._done(recipe, progress) and not self._evaluation_left(progress):
                 indices = self.items.schedule.training(progress.step)
                 self._profile.reach(indices.start, indices.start)
                 with span(f"step {progress.step + 1}", indices.start):
@@ -166,6 +166,7 @@ class Trainer:
         return self.items.schedule.evaluations_between(best.step, progress.step) >= recipe.train.patience
 
     def _evaluation_left(self, progress: Progress) -> bool:
+        """Whether an evaluation is due here and was not made, for a stop came first: its items are next."""
         made = progress.evaluated is not None and progress.evaluated.step == progress.step
         return self.items.schedule.is_due(progress.step) and not made
 
