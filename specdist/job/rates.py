@@ -99,8 +99,9 @@ def packing_weights(job: JobConfig, facts: JobFacts) -> tuple[int, int]:
         marks = torch.full((length,), supervised)
         return cost.flops(PackedTokens.from_documents([torch.zeros(length)] * count, [marks] * count))
 
-    once = flops(length, count, 0)
-    whole, halves = flops(length, count, 1) - once, flops(length // 2, 2 * count, 1) - once
+    free, full = flops(length, count, 0), flops(length, count, 1)
+    once = max(free, full / 1000) or 1.0  # a plug-in's cost may know of supervised tokens alone, or of none
+    whole, halves = full - free, flops(length // 2, 2 * count, 1) - free
     per_token = max(2 * (whole - halves) / length, 0.0)
     fixed = max(whole - per_token * length, 0.0)
     return round(1000 * fixed / once), round(1000 * 1024 * per_token / once)

@@ -178,5 +178,5 @@ def _whole_state(draft: DraftModel, keep: bool) -> dict[str, Tensor]:
     for name, tensor in draft.state_dict().items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
-            state[name] = whole.detach().cpu()
+            state[name] = whole.detach().to("cpu", copy=True)  # else it may be the weight itself, which changes
     return state

@@ -44,7 +44,7 @@ def main() -> None:
         (command,) = (c for c in serve_commands(draft, target) if c.by.engine == "SGLang")
         parser.parse_args(command.words[3:])
     args = ServerArgs(model_path=target, device="cpu", dtype="float32", skip_tokenizer_init=True)
-    adapter._publish(args)  # noqa: SLF001 - what of SGLang's scheduler process the models ask for
+    adapter._publish(args, 0, torch.device("cpu"))  # noqa: SLF001 - what of SGLang's scheduler process the models ask for
     init_distributed_environment(world_size=1, rank=0, local_rank=0, backend="gloo")
     initialize_model_parallel(1)
     Path(result).write_text(json.dumps({Path(draft).name: load(args, draft) for draft in drafts}))

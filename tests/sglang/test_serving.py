@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from specdist.draft.config import draft_config
+from specdist.draft.dflash.config import DFlashConfig
 from specdist.export import ExportConfig, Trained, export_draft
 from specdist.export.serving import serve_commands
 from specdist.target.description import describe
@@ -17,18 +19,24 @@ from specdist_launch.cli import main
 from tests.distributed.worlds import ROOT
 from tests.environments import python_with_sglang
 from tests.sglang.environment import on_the_cpu
-from tests.unit.test_replay_decoding import CASES, trained
+from tests.unit.test_replay_decoding import BLOCKS, CASES, trained
 
 MODEL = ROOT / "examples/bard/model"
 MODELS = {"llama_eagle3"}
 
 
-def exported(directory: Path, case: str, steps: int) -> Path:
-    draft, _ = trained(CASES[case], steps=steps)
+DRAFTS = {
+    "eagle3": CASES["eagle3"],
+    "dflash": draft_config(algorithm="dflash", dflash=DFlashConfig(**BLOCKS, num_layers=1, block_size=5)),  # type: ignore[arg-type]
+}
+
+
+def exported(directory: Path, name: str, steps: int) -> Path:
+    draft, _ = trained(DRAFTS[name], steps=steps)
     target = describe(MODEL)
     state = {name: tensor.detach() for name, tensor in draft.state_dict().items()}
     finished = Trained(state, torch.arange(target.vocab_size), target.config, str(MODEL))
-    return export_draft(directory / case, "sglang", CASES[case], finished, ExportConfig(dtype="float32"))
+    return export_draft(directory / name, "sglang", DRAFTS[name], finished, ExportConfig(dtype="float32"))
 
 
 def test_sglang_decodes_with_the_draft_as_we_do(tmp_path: Path) -> None:
