@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specdist.core.errors import DataError
-from specdist.core.hub import DATASET
 from specdist.prompts.conversation import ROLES, Sample, to_sample
 from specdist.prompts.holdout import conversation_key, is_held_out
 from specdist.prompts.read import find_files, pieces, samples
@@ -39,10 +38,12 @@ def read_prompts(
     limit: int | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     share: float | None = None,
+    key: str = "evaluate.prompts",
 ) -> list[EvaluationPrompt]:
-    """Read and render the first `limit` prompts of every file (all of them by default).
+    """Read and render the first `limit` prompts of everything that is named in `files` (all of them by default).
 
-    Files are those that training reads (JSONL, JSON, Parquet, Arrow, directories of them). A record has one of
+    Files are those that training reads (JSONL, JSON, Parquet, Arrow, directories and patterns of them). A record has
+    one of
       - `messages` or `conversations`, as for training; what the assistant says last is dropped, for the target to say;
       - `prompt`: a user's message;
       - `turns`: the user's messages of a conversation, of which the first is asked (MT-Bench);
@@ -51,36 +52,40 @@ def read_prompts(
     Args:
         template_kwargs: variables of the chat template, as `prompts.template_kwargs` gives them for training.
         share: take those conversations alone that `prompts.holdout` of this share holds out.
+        key: the configuration key that names `files`. Of conversations that a run has prepared (`prompts.files`,
+            `prompts.holdout`), those that cannot be asked are left out, as the preparation, which names them, has done.
 
     Raises:
         DataError: a file cannot be read, a record has another shape, or the template does not take it; the message
             names the file and the line.
     """
     prompts, template = list[EvaluationPrompt](), Template(tokenizer, dict(template_kwargs or {}))
-    for file in files:
-        if not Path(file).expanduser().exists() and not str(file).startswith(DATASET):
-            raise DataError.at("evaluate.prompts", f": there is no {file}")
+    for file in map(str, files):
         found = 0
-        for sample in _read(str(file)):
+        for sample in _read(file, key):
             if limit is not None and found >= limit:
                 break
-            if share is not None and not is_held_out(conversation_key(sample), share):
+            try:
+                if isinstance(sample, BadSample):
+                    raise UnusableError(sample.reason, sample.detail)
+                if share is not None and not is_held_out(conversation_key(sample), share):
+                    continue
+                tokens = _tokens(sample, template)
+            except UnusableError as error:
+                if key == "evaluate.prompts":
+                    raise DataError.at(key, f": {sample.file}:{sample.line}: {error}") from error
                 continue
-            tokens = _tokens(sample, template)
-            prompts.append(EvaluationPrompt(str(file), sample.line, tuple(tokens)))
+            prompts.append(EvaluationPrompt(file, sample.line, tuple(tokens)))
             found += 1
         if not found and share is None:
-            raise DataError.at("evaluate.prompts", f": there is no prompt in {file}")
+            raise DataError.at(key, f": there is no prompt in {file}")
     return prompts
 
 
-def _read(file: str) -> Iterator[Sample]:
-    for source in find_files((file,), "evaluate.prompts"):
+def _read(file: str, key: str) -> Iterator[Sample | BadSample]:
+    for source in find_files((file,), key):
         for piece in pieces(source):
-            for sample in samples(piece, lambda record, *place: to_sample(_answered(record), *place)):
-                if isinstance(sample, BadSample):
-                    raise DataError.at("evaluate.prompts", f": {sample}")
-                yield sample
+            yield from samples(piece, lambda record, *place: to_sample(_answered(record), *place))
 
 
 def _answered(record: object) -> object:
@@ -108,8 +113,5 @@ def _answered(record: object) -> object:
 def _tokens(sample: Sample, template: Template) -> list[int]:
     if sample.text is not None:
         return list(template.tokenizer.encode(sample.text))
-    try:
-        prompt = template.prompt(sample.messages[:-1], sample.tools)
-    except UnusableError as error:
-        raise DataError(f"evaluate.prompts: {sample.file}:{sample.line}: {error}") from error
+    prompt = template.prompt(sample.messages[:-1], sample.tools)
     return list(template.tokenizer.encode(prompt, add_special_tokens=False))

@@ -256,7 +256,8 @@ def render_replay(report: ReplayReport, before: ReplayReport | None = None) -> s
     if len(report.labels) > 1:
         olds = before.labels if old and before else {}
         lines += [f"{name}: {_length(tally, olds.get(name))}" for name, tally in report.labels.items()]
-    return "\n".join([*lines, _agreement(report.agreement)])
+    own = f"{report.agreement:.2%} of the tokens are the target's own greedy choice"
+    return "\n".join([*lines, foreign_text(report) or own])
 
 
 def _by_draft_tokens(report: ReplayReport) -> str:
@@ -272,13 +273,14 @@ def _by_draft_tokens(report: ReplayReport) -> str:
     return f"by draft tokens (forecast speed-up{unit} of one sequence): {found}; {fastest}"
 
 
-def _agreement(share: float) -> str:
-    if share < OWN_TEXT:
-        return (
-            f"warning: only {share:.1%} of the tokens are what the target itself would write, so this is not "
-            "the length that serving gives: answer the held-out prompts with the target (prompts.answers=target)"
-        )
-    return f"{share:.2%} of the tokens are the target's own greedy choice"
+def foreign_text(report: ReplayReport) -> str | None:
+    """The warning that the target has not written the text; None where it has."""
+    if report.agreement >= OWN_TEXT:
+        return None
+    return (
+        f"warning: only {report.agreement:.1%} of the tokens are what the target itself would write, so this is not "
+        "the length that serving gives: answer the held-out prompts with the target (prompts.answers=target)"
+    )
 
 
 def _length(tally: ReplayTally, old: ReplayTally | None) -> str:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 _TRIES = 5
 """Answers of status 500 to one request, while the server is there, before the request is to blame."""
+_PASSING, _TOO_LARGE = (408, 409), 413
+"""Statuses that a request is worth repeating for, and the one of a prompt that a proxy finds too long."""
+_NO_API = (ValueError, TypeError, AttributeError, IndexError)
+"""What the client raises where an answer is no JSON, and what comes of one that has other fields."""
 _PAUSE_S, _LONGEST_PAUSE_S = 0.25, 15.0
 
 
@@ -89,6 +93,12 @@ class EndpointEngine:
                 if failures == _TRIES:
                     return Reply("error", text=_words(error))
                 self._trouble(f"{self._at}: {_words(error)}")
+            except openai.APIStatusError as error:
+                if error.status_code == _TOO_LARGE:
+                    return Reply("error", text=_words(error))
+                if error.status_code not in _PASSING:
+                    raise self._refused(error) from error
+                self._trouble(f"{self._at}: {_words(error)}")
             except openai.APIConnectionError as error:  # timeouts too
                 self._trouble(f"{self._at}: {_words(error)}")
                 await self._await_server(began)
@@ -103,20 +113,23 @@ class EndpointEngine:
         assert self._client is not None
         how = request.sampling
         own = {"top_k": how.top_k or None, "min_p": how.min_p, "repetition_penalty": how.repetition_penalty}
-        answer = await self._client.completions.create(
-            model=self._model,
-            prompt=request.prompt,
-            max_tokens=request.limit,
-            temperature=self._openai.omit if how.temperature is None else how.temperature,
-            top_p=self._openai.omit if how.top_p is None else how.top_p,
-            seed=request.seed,
-            extra_body={
-                "skip_special_tokens": False,
-                "return_token_ids": True,
-                **{name: value for name, value in own.items() if value is not None},
-            },
-        )
-        choice: Any = answer.choices[0]
+        try:
+            answer = await self._client.completions.create(
+                model=self._model,
+                prompt=request.prompt,
+                max_tokens=request.limit,
+                temperature=self._openai.omit if how.temperature is None else how.temperature,
+                top_p=self._openai.omit if how.top_p is None else how.top_p,
+                seed=request.seed,
+                extra_body={
+                    "skip_special_tokens": False,
+                    "return_token_ids": True,
+                    **{name: value for name, value in own.items() if value is not None},
+                },
+            )
+            choice: Any = answer.choices[0]
+        except _NO_API as error:
+            raise self._not_the_api("completions") from error
         found = choice.model_extra or {}
         matched = found.get("matched_stop", found.get("stop_reason"))
         return Reply(
@@ -147,6 +160,8 @@ class EndpointEngine:
             if isinstance(error, self._openai.InternalServerError):
                 raise
             raise self._refused(error) from error
+        except _NO_API as error:
+            raise self._not_the_api("models") from error
         wanted = self._config.model or self._target
         for model in served:
             root = str((model.model_extra or {}).get("root") or model.id)
@@ -161,6 +176,10 @@ class EndpointEngine:
             "generate.model where that is its name there",
             "generate.endpoint generate.model target.path",
         )
+
+    def _not_the_api(self, page: str) -> ConfigError:
+        text = f"{self._at}: what /v1/{page} gives is not what an OpenAI-compatible server gives: is it the right URL?"
+        return ConfigError(text, "generate.endpoint")
 
     def _refused(self, error: Any) -> ConfigError:
         key = f" (its key is taken from the environment variable {self._config.api_key_env})"

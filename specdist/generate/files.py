@@ -12,9 +12,9 @@ unanswered.txt    what could not be answered, with file and line
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -162,11 +162,13 @@ def local_files(sources: Sequence[Source], prompts: PromptsConfig) -> list[Sourc
 
 
 def _sources(prompts: PromptsConfig) -> Iterator[Source]:
-    stems = Counter[str]()
-    for file, held in _files(prompts):
+    files, names = _files(prompts), set[str]()
+    stems = {Path(file.path).stem for file, _ in files}
+    for file, held in files:
         stem = Path(file.path).stem
-        stems[stem] += 1
-        name = stem if stems[stem] == 1 else f"{stem}-{stems[stem]}"
+        others = (name for number in itertools.count(2) if (name := f"{stem}-{number}") not in stems)
+        name = next(name for name in itertools.chain([stem], others) if name not in names)
+        names.add(name)
         yield Source(file.path, file.kind, held, f"{name}.jsonl", _digest(Path(file.path)))
 
 
@@ -195,7 +197,8 @@ def merge(directory: Path, manifest: Manifest) -> Manifest:
     Raises:
         DataError: there is not one answer.
     """
-    parts = _parts(directory)
+    own = {source.output for source in manifest.sources}
+    parts = [part for part in _parts(directory) if part.name not in own]  # a file of prompts may be called part-0, too
     places = sorted({at: (at, number, start) for number, p in enumerate(parts) for at, start in _lines(p)}.values())
     tally = Tally()
     opened = [part.open("rb") for part in parts]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,8 +126,8 @@ def examine(job: JobConfig, weights: bool = True) -> JobFacts:
         )
     if job.world.mode == "split" and job.world.role != "target":
         slots(job, layout)
-    named = (file for file in job.evaluate.prompts if not file.startswith(hub.DATASET))
-    absent = [file for file in named if not Path(file).expanduser().exists()]
+    named = [Path(file).expanduser() for file in job.evaluate.prompts if not file.startswith(hub.DATASET)]
+    absent = [str(file) for file in named if not file.exists() and not glob.glob(str(file), recursive=True)]
     if absent:
         raise ConfigError.at("evaluate.prompts", f": there is no {', '.join(absent)} (working directory {Path.cwd()})")
     check_servable(job.draft, job.export, target.config)

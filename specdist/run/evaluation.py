@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -13,24 +14,33 @@ from specdist.evaluate.decoding import evaluate
 from specdist.evaluate.prompts import EvaluationPrompt, read_prompts
 from specdist.evaluate.report import EvaluationReport, Tally
 from specdist.evaluate.target import EvaluationTarget
+from specdist.generate.files import answered
 from specdist.job.config import JobConfig, JobFacts
+from specdist.job.run_dir import RunDirectory
 from specdist.prompts.render import load_tokenizer
 
 
-def prompt_files(job: JobConfig) -> tuple[tuple[str, ...], float | None]:
-    """The files whose prompts are decoded, and the share of their conversations that is (None: all): those of
-    `evaluate.prompts`, else the held-out ones."""
-    holdout = job.prompts.holdout
-    if job.evaluate.prompts or holdout is None:
-        return tuple(job.evaluate.prompts), None
-    return (tuple(job.prompts.files), holdout) if isinstance(holdout, float) else (tuple(holdout), None)
+def prompt_files(job: JobConfig) -> tuple[tuple[str, ...], float | None, str]:
+    """The files whose prompts are decoded, the share of their conversations that is (None: all), and the configuration
+    key that names them: those of `evaluate.prompts`, else the held-out ones, with the target's answers where it has
+    written them (`prompts.answers`), for later turns follow those.
+
+    Raises:
+        DataError: see `answered`.
+    """
+    if job.evaluate.prompts or job.prompts.holdout is None:
+        return tuple(job.evaluate.prompts), None, "evaluate.prompts"
+    prompts = answered(job.prompts, RunDirectory(Path(job.run.dir)).answers) or job.prompts
+    if isinstance(prompts.holdout, float):
+        return tuple(prompts.files), prompts.holdout, "prompts.files"
+    return tuple(prompts.holdout or ()), None, "prompts.holdout"
 
 
 def heldout_prompts(job: JobConfig, facts: JobFacts) -> list[EvaluationPrompt]:
     """The prompts that are decoded. Raises DataError, see `read_prompts`."""
-    files, share = prompt_files(job)
+    files, share, key = prompt_files(job)
     tokenizer = load_tokenizer(facts.target.path, job.prompts)
-    return read_prompts(files, tokenizer, job.evaluate.limit, job.prompts.template_kwargs, share)
+    return read_prompts(files, tokenizer, job.evaluate.limit, job.prompts.template_kwargs, share, key)
 
 
 def evaluate_draft(

@@ -19,7 +19,7 @@ from specdist.core.records import PackedTokens, Shard
 from specdist.draft.base import Replayed
 from specdist.draft.build import parameter_count
 from specdist.evaluate.forecast import forward_seconds, memory_bandwidth
-from specdist.evaluate.replay import ReplayReport, ReplayTally, tally_answers
+from specdist.evaluate.replay import ReplayReport, ReplayTally, foreign_text, tally_answers
 from specdist.evaluate.shown import SHOWN_ANSWERS, Decodes, ShownAnswer, show_answers
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.render import load_tokenizer
@@ -58,6 +58,7 @@ class ReplayJudge(Judge):
         self._costs, self._forward_s = _forecast(context, measured=self._leader)
         self._seen: list[_Seen] = []
         self._tokenizer = _tokenizer(context) if self._leader else None
+        self._total_steps, self._warned = context.resume.total_steps, False
         self._shown: list[ShownAnswer] = []
         """Answers of this rank that are kept to be read."""
 
@@ -80,6 +81,7 @@ class ReplayJudge(Judge):
         report = ReplayReport(step, *figures)
         if self._leader:
             self._keep(report)
+            self._warn(report)
         return report.metrics()
 
     def _keep(self, report: ReplayReport) -> None:
@@ -90,6 +92,13 @@ class ReplayJudge(Judge):
             write_atomically(path, to_json(report.to_dict()))
         except OSError as error:
             print(f"specdist: {path} cannot be written, and the run goes on: {error}", file=sys.stderr, flush=True)
+
+    def _warn(self, report: ReplayReport) -> None:
+        """Say once, at the first evaluation of a training, what the summary would say when it is over."""
+        warning = foreign_text(report) if report.step < self._total_steps and not self._warned else None
+        if warning is not None:
+            print(f"specdist: held-out text: {warning}", file=sys.stderr, flush=True)
+            self._warned = True
 
     def _tally(self, one: _Seen, tallies: np.ndarray) -> None:
         accepted, expected = map(self._whole, vars(one.drafts).values())

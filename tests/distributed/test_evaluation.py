@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,19 +13,27 @@ import pytest
 from specdist.core.progress import best_checkpoint, committed
 from specdist.evaluate.shown import SHOWN_ANSWERS
 from specdist.export import load_exported
+from specdist.job.run_dir import RunDirectory
+from specdist.run.judge import read_evaluation
 from specdist.run.report import tables
 from specdist.run.report.run_records import read_runs
+from specdist.run.runtime import UNSEEN
 from tests.distributed.worlds import kill_all, start_torchrun, train
 from tests.tiny import make_config, make_conversations, make_target
 
 STEPS = 8
+CATEGORIES = ("others", "own")
+"""Of the held-out conversations in turn: those of random words, and those with replies of the target."""
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     directory = tmp_path_factory.mktemp("material")
     target = make_target(directory / "target")
-    make_conversations(directory / "held.jsonl", 6, seed=1, own=target)
+    held = make_conversations(directory / "held.jsonl", 6, seed=1, own=target)
+    records = [json.loads(line) for line in held.read_text().splitlines()]
+    named = [record | {"category": CATEGORIES[n % 2]} for n, record in enumerate(records)]
+    held.write_text("".join(json.dumps(record) + "\n" for record in named))
     return target, make_conversations(directory / "prompts.jsonl")
 
 
@@ -67,6 +76,9 @@ def evaluated(tmp_path_factory, material) -> Path:
     said = run(3, directory, material)
     for part in ("held-out acceptance length", "before training), by replay", "by draft tokens", "expected at temper"):
         assert part in said
+    foreign = "of the tokens are what the target itself would write, so this is not the length that serving gives"
+    assert said.count("specdist: held-out text: warning: only ") == 1
+    assert said.count(foreign) == 2, "when it is first evaluated, and at the end"
     return directory
 
 
@@ -77,6 +89,18 @@ def test_it_is_evaluated_before_in_between_and_at_the_end(evaluated):
         assert f"held_out/{name}" in names
     assert names["held_out/acceptance_length"] >= 1
     assert 0.1 < names["held_out/agreement"] < 0.5  # a part of the text is what the target would write
+
+
+def test_every_answer_counts_in_its_category(evaluated, material):
+    held = map(json.loads, (material[1].parent / "held.jsonl").read_text().splitlines())
+    asked = Counter(record["category"] for record in held for turn in record["messages"] if turn["role"] == "assistant")
+    found = read_evaluation(RunDirectory(evaluated / "run"), STEPS)
+    assert found is not None
+    assert {name: tally.answers for name, tally in found.labels.items()} == asked
+    assert len(set(asked.values())) == len(asked) == len(CATEGORIES), "taken for the other, it would be seen"
+    for name, tally in found.labels.items():
+        told = held_out(evaluated)[STEPS][f"held_out/acceptance_length/{name}"]
+        assert told == tally.acceptance_length >= 1
 
 
 def test_it_leaves_a_page_with_starts_and_answers(evaluated):
@@ -92,7 +116,7 @@ def test_it_leaves_a_page_with_starts_and_answers(evaluated):
 
 
 def test_the_losses_are_those_of_a_job_that_is_never_evaluated(evaluated, tmp_path, material):
-    run(3, tmp_path, material, prompts__holdout="null")
+    assert UNSEEN in run(3, tmp_path, material, prompts__holdout="null")
     assert losses(tmp_path) == losses(evaluated)
 
 

@@ -201,19 +201,26 @@ def test_sglangs_own_models_take_an_export_whole(name: str, exports: tuple[Path,
 
 
 def test_a_run_learns_what_it_learns_with_the_hf_engine(forked: Forked, tmp_path: Path) -> None:
-    """Two replicas of sglang and one of hf: the same losses."""
+    """Two replicas of sglang and one of hf: the same losses, and the same figures of held-out text."""
     target, prompts = make_target(tmp_path / "target"), make_conversations(tmp_path / "prompts.jsonl")
+    held = make_conversations(tmp_path / "held.jsonl", 6, seed=1, own=target)
+    common = {"draft__dp": 1, "prompts__holdout": f"[{held}]"}
     words = make_config(
-        tmp_path, target, prompts, draft__dp=1, target__engine="sglang", target__replicas=2, target__verify=2
+        tmp_path, target, prompts, **common, target__engine="sglang", target__replicas=2, target__verify=2
     )
     run(forked[0], 3, ["-m", "specdist.train", *words], forked[1])
-    reference = make_config(tmp_path / "hf", target, prompts, draft__dp=1)
+    reference = make_config(tmp_path / "hf", target, prompts, **common)
     done = train(2, reference)
     assert done.returncode == 0, done.stderr
-    found, expected = (losses(directory / "run") for directory in (tmp_path, tmp_path / "hf"))
-    assert len(expected) == 4
-    assert found == pytest.approx(expected, rel=1e-5)
+    found, expected = (records(directory / "run") for directory in (tmp_path, tmp_path / "hf"))
+    losses, held_out = ([r for r in expected if name in r] for name in ("loss", "held_out/loss"))
+    assert (len(losses), [r["step"] for r in held_out]) == (4, [0, 4])
+    assert 0.1 < held_out[0]["held_out/agreement"] < 0.5
+    for one, other in zip(found, expected, strict=True):
+        names = [name for name in other if name == "loss" or name.startswith("held_out/")]
+        names = [name for name in names if name != "held_out/seconds"]
+        assert [one[name] for name in names] == pytest.approx([other[name] for name in names], rel=1e-5)
 
 
-def losses(run_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def records(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -442,7 +442,26 @@ def test_a_bad_line_is_named(tmp_path, tokenizer, line, message):
 
 
 def test_files_that_are_missing_or_empty(tmp_path, tokenizer):
-    with pytest.raises(DataError, match=r"there is no .*none.jsonl"):
+    with pytest.raises(DataError, match=r"evaluate.prompts: nothing is called or matches '.*none.jsonl'"):
         read_prompts([tmp_path / "none.jsonl"], tokenizer)
     with pytest.raises(DataError, match="no prompt in"):
         read_prompts([write(tmp_path / "empty.jsonl", "")], tokenizer)
+
+
+def test_held_out_prompts_are_those_that_the_run_holds_out(tmp_path, tokenizer):
+    """By patterns, of a directory the split that is held out, and without what the preparation leaves out."""
+    lines = [{"prompt": f"P{n}"} for n in range(20)]
+    write(tmp_path / "train-0.jsonl", *lines[:10], "{broken", {"question": "q"}, *lines[10:])
+    write(tmp_path / "test-0.jsonl", {"prompt": "H"}, {"messages": [{"role": "system", "content": "x"}]})
+
+    def texts(file, **options) -> list[str]:
+        found = read_prompts([file], tokenizer, **options)
+        return ["".join(tokenizer.convert_ids_to_tokens(list(p.tokens))) for p in found]
+
+    kept = texts(tmp_path / "train-*.jsonl", share=0.5, key="prompts.files")
+    assert kept == texts(write(tmp_path / "clean.jsonl", *lines), share=0.5)
+    assert 3 < len(kept) < 17
+    (tmp_path / "clean.jsonl").unlink()
+    assert texts(tmp_path, key="prompts.holdout") == ["uH|a"]
+    with pytest.raises(DataError, match=r"evaluate.prompts: .*train-0.jsonl:11: malformed record"):
+        texts(tmp_path / "train-*.jsonl")

@@ -12,23 +12,32 @@ from itertools import count as numbers
 from pathlib import Path
 from unittest.mock import Mock
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import torch.distributed as dist
 
 from specdist.core.errors import ConfigError, DataError, WorldError
+from specdist.core.files import to_json
 from specdist.core.generation import end_tokens
 from specdist.core.team import Team
+from specdist.generate import in_world
 from specdist.generate.config import GenerateConfig
 from specdist.generate.conversation import parse
 from specdist.generate.engine import Reply, Request, Sampling, sampling_of
 from specdist.generate.files import Tally, answered, find_manifest, merge, open_answers, written
+from specdist.generate.in_world import Assignment
 from specdist.generate.work import Author, Record, Watch, records, write_answers
+from specdist.job.config import load_job
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import to_sample
 from specdist.prompts.render import Renderer
 from specdist.prompts.report import UnusableError
+from specdist.run.evaluation import prompt_files
+from specdist.target.config import TargetConfig
+from tests.tiny import make_config, make_target
 from tests.unit import prompts_tokenizers as t
 
 ASKED = ["how are you today?", "The answer", "Hello there"]
@@ -251,6 +260,28 @@ def test_a_kill_costs_nothing_that_was_written(tmp_path: Path) -> None:
     assert answered(PromptsConfig(), tmp_path / "answers") == PromptsConfig()
 
 
+def test_files_of_any_names_keep_their_answers_apart(tmp_path: Path) -> None:
+    """And over a kill between the last answer and the manifest, which leaves parts beside what was made of them."""
+    names = ["a/a", "b/a", "b/a-2", "b/part-0"]
+    files = [tmp_path / f"{name}.jsonl" for name in names]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        write(file, {"prompt": f"Hello {file.parent.name}/{file.stem}"})
+    engine = Scripted(lambda n, r: Reply("stop", text="well"))
+    directory = tmp_path / "answers"
+    manifest = answer_all(directory, files, engine)
+    assert [source.output for source in manifest.sources] == ["a.jsonl", "a-3.jsonl", "a-2.jsonl", "part-0.jsonl"]
+
+    def asked() -> list[list[str]]:
+        return [[record["prompt"] for record in read(directory / source.output)] for source in manifest.sources]
+
+    assert asked() == [[f"Hello {name}"] for name in names]
+    (directory / "manifest.json").write_text(to_json(msgspec.structs.replace(manifest, tally=None)))
+    assert answer_all(directory, files, engine).tally == manifest.tally
+    assert asked() == [[f"Hello {name}"] for name in names]
+    assert not list(directory.glob("part-0.*.jsonl"))
+
+
 def test_other_settings_or_prompts_are_refused(tmp_path: Path) -> None:
     prompts = write(tmp_path / "a.jsonl", ALONE)
     engine = Scripted(lambda n, r: Reply("stop", text="well"))
@@ -343,3 +374,43 @@ def test_what_an_engine_meets_is_told_while_it_lasts_once_each(capsys: pytest.Ca
         "specdist: no route; trying again",
         "specdist: error 503; trying again",
     ]
+
+
+def test_what_the_target_has_answered_is_decoded_with_its_answers(tmp_path: Path) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", {"prompt": "Hi"})
+    words = make_config(tmp_path, make_target(tmp_path / "target"), prompts, prompts__holdout=0.25)
+    data, target = load_job([], words), load_job([], [*words, "prompts.answers=target"])
+    raw = ((str(prompts),), 0.25, "prompts.files")
+    assert prompt_files(data) == prompt_files(target) == raw
+    directory = tmp_path / "run/answers"
+    manifest = open_answers(directory, target.prompts, target.generate, target.target.path)
+    assert prompt_files(target) == raw  # they are not all there
+    (directory / "manifest.json").write_text(to_json(msgspec.structs.replace(manifest, tally=Tally(1, 1))))
+    assert prompt_files(target) == ((str(directory / "prompts.jsonl"),), 0.25, "prompts.files")
+    assert prompt_files(data) == raw
+    named = load_job([], [*words, "evaluate.prompts=[other.jsonl]"])
+    assert prompt_files(named) == (("other.jsonl",), None, "evaluate.prompts")
+
+
+def test_every_replica_is_led_by_the_first_rank_of_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all GPUs of the allocation, whatever the split of the training is."""
+    hosts = ["a"] * 4 + ["b"] * 4
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+    def leaders(device: str = "cuda", endpoint: str | None = None, **target) -> list[int]:
+        asked = Assignment(
+            PromptsConfig(), GenerateConfig(endpoint=endpoint), TargetConfig(**target), Path(), "first.0"
+        )
+        teams = [Team(dist.HashStore(), "answers", "writes answers", rank, hosts, 1.0) for rank in range(len(hosts))]
+        return [team.rank for team in teams if in_world._leads(asked, team, torch.device(device))]  # noqa: SLF001
+
+    assert leaders(engine="sglang", tp=2) == [0, 2, 4, 6]
+    assert leaders(engine="sglang", tp=4) == [0, 4]
+    assert leaders(engine="sglang", tp=3) == [0, 4]
+    assert leaders(engine="sglang") == leaders(engine="hf", tp=2) == list(range(8))
+    assert leaders(engine="sglang", tp=8, endpoint="http://there:30000") == [0]
+    with pytest.raises(ConfigError, match=r"target.tp=8: host a has 4 ranks .*give generate.endpoint instead"):
+        leaders(engine="sglang", tp=8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert leaders(engine="hf") == [0, 4]
+    assert leaders(device="cpu", engine="hf") == list(range(8))

@@ -38,6 +38,8 @@ class Server:
         self.keys = set[str | None]()
         self.fail: Callable[[int], int | None] = lambda number: 200
         self.extra: dict[str, Any] = {}
+        self.instead: dict[str, str] = {}
+        """Of a page, by the last part of its address, what is given instead."""
         self._lock = threading.Lock()
         self.start(port)
 
@@ -72,9 +74,10 @@ class Server:
                     )
 
             def send(self, status: int, body: dict[str, Any]) -> None:
-                data = json.dumps(body).encode()
+                instead = server.instead.get(self.path.rpartition("/")[2])
+                data = (instead or json.dumps(body)).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", "text/html" if data.startswith(b"<") else "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -159,6 +162,25 @@ def test_what_a_server_refuses_is_asked_no_more_and_what_it_drops_is(server: Ser
     (reply,) = ask(config(server), ONE)
     assert (reply.finish_reason, len(server.asked)) == ("error", 10)
     assert "status 500" in reply.text
+    server.fail = lambda number: {10: 408, 11: 409, 13: 413}.get(number, 200)
+    assert [reply.finish_reason for reply in (*ask(config(server), ONE), *ask(config(server), ONE))] == [
+        "stop",
+        "error",
+    ]
+    assert len(server.asked) == 14
+    server.fail = lambda number: 418
+    with pytest.raises(ConfigError, match=r"refuses: .*status 418"):
+        ask(config(server), ONE)
+
+
+@pytest.mark.parametrize("body", ["<html>It works!</html>", '{"object": ', '{"error": "boom"}', '{"choices": []}'])
+@pytest.mark.parametrize("page", ["models", "completions"])
+def test_what_is_no_such_server_is_one_clear_line(server: Server, page: str, body: str) -> None:
+    server.instead[page] = body
+    nothing = page == "models" and body in ('{"error": "boom"}', '{"choices": []}')  # it lists no model
+    said = "serves nothing, and answers are wanted of" if nothing else f"what /v1/{page} gives is not what an OpenAI-"
+    with pytest.raises(ConfigError, match=rf"generate.endpoint=http://127.0.0.1:\d+:? {said}"):
+        ask(config(server), ONE)
 
 
 def assignment(tmp_path: Path, server: Server, **settings) -> Assignment:
