@@ -107,11 +107,13 @@ def conversations(directory: Path) -> TryOne:
 
 
 def checkpoints(directory: Path) -> TryOne:
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    (model, optimizer), group = state(), dist.group.WORLD
-    assert group is not None
-    Checkpointer(directory, CheckpointConfig(asynchronous=False), group, 0).save(model, optimizer, progress(1))
+    model, optimizer = state()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    saves = Checkpointer(directory, CheckpointConfig(asynchronous=False), dist.group.WORLD, 0)
+    saves.save(model, optimizer, progress(1))
+    saves.finish()
+    dist.destroy_process_group()  # what is read needs none, and other tests make their own
     (path,) = committed(directory)
     files = {file: file.read_bytes() for file in sorted(path.iterdir())}
 

@@ -192,7 +192,7 @@ def test_sglangs_own_models_take_an_export_whole(name: str, exports: tuple[Path,
     sums: dict[str, float] = {}
     for key, tensor in written.items():
         if not key.startswith("confidence_head."):  # made where its verification is asked for
-            key = re.sub("[qkv]_proj", "qkv_proj", re.sub("(gate|up)_proj", "gate_up_proj", key))
+            key = re.sub("[qkv]_proj", "qkv_proj", re.sub("mlp.(gate|up)_proj", "mlp.gate_up_proj", key))
             key = key.replace("midlayer.", "layers.0.")
             sums[key] = sums.get(key, 0.0) + tensor.double().sum().item()
     found = {key.removeprefix("model."): value for key, value in loaded[name]["parameters"].items()}
