@@ -100,8 +100,10 @@ def to_sample(record: object, file: str, line: int) -> Sample:
             raise UnusableError("nothing to supervise", "`text` is empty")
         return Sample(file, line, text=text, category=category or None)
     keys = ", ".join(map(str, record)) or "none"
-    hint = "" if record.keys().isdisjoint(("prompt", "turns")) else f"; of prompts alone, {ANSWERED}"
-    raise UnusableError("unknown format", f"none of {FORMATS_IN_WORDS} among the keys: {keys}{hint}")
+    for key in ("prompt", "turns"):
+        if key in record:
+            raise UnusableError("no answer", f"`{key}` alone; {ANSWERED}")
+    raise UnusableError("unknown format", f"none of {FORMATS_IN_WORDS} among the keys: {keys}")
 
 
 def raw_turns(record: Mapping[str, Any]) -> tuple[str, list[Any]] | None:
@@ -265,7 +267,7 @@ def _checked(messages: list[Message]) -> tuple[Message, ...]:
         asked = asked or role == "user"
         before = role
     if not last:
-        raise UnusableError("nothing to supervise", f"no assistant turn among {len(messages)} turns; {ANSWERED}")
+        raise UnusableError("no answer", f"no assistant turn among {len(messages)} turns; {ANSWERED}")
     return tuple(messages[:last])
 
 

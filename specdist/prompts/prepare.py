@@ -33,6 +33,7 @@ from specdist.core.generation import end_tokens
 from specdist.core.locked import locked
 from specdist.core.progress_bar import ProgressBar
 from specdist.prompts.config import PromptsConfig
+from specdist.prompts.conversation import ANSWERED
 from specdist.prompts.corpus import Corpus, make_corpus
 from specdist.prompts.read import PIECE_BYTES, Piece, SourceFile, find_files, pieces
 from specdist.prompts.render import load_tokenizer
@@ -241,6 +242,8 @@ def _prepare_into(
                 advance(size, report.counted())
             bad.flush()
             os.fsync(bad.fileno())
+            if report.bad and report.bad.keys() == {"no answer"} and not report.sequences:
+                raise DataError(f"no sample of {', '.join(config.files)} has an answer: {ANSWERED}", "prompts.answers")
             if not report.sequences:
                 raise DataError(f"not one usable sample in {', '.join(config.files)}\n{report}")
             report.notes = _notes(report, str(tokenizer.chat_template or ""))

@@ -22,6 +22,7 @@ Reason = Literal[
     "content left out by the chat template",
     "tool call left out by the chat template",
     "not what the server generates",
+    "no answer",
     "nothing to supervise",
     "overlong",
     "no user turn",

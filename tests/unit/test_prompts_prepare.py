@@ -145,7 +145,7 @@ def test_bad_samples_are_counted_named_and_written_down(config: PromptsConfig, m
     store = prepare(config, model, progress=False)
     report = store.report
     assert (report.samples, report.kept, report.sequences) == (608, 601, 601)
-    assert report.bad == {"malformed record": 1, "nothing to supervise": 1, "unknown format": 5}
+    assert report.bad == {"malformed record": 1, "no answer": 1, "unknown format": 5}
     assert report.tokens == store.lengths(np.arange(len(store))).sum()
     assert report.supervised == store.supervised_counts.sum()
     path = config.files[0]
@@ -162,11 +162,11 @@ def test_bad_samples_are_counted_named_and_written_down(config: PromptsConfig, m
 def test_a_bad_sample_stops_if_it_is_to(config: PromptsConfig, model: Path) -> None:
     add_lines(config, '{"messages": []}', "{")
     stop = replace(config, on_bad="stop")
-    with pytest.raises(DataError, match=r"train\.jsonl:601: nothing to supervise.*on_bad"):
+    with pytest.raises(DataError, match=r"train\.jsonl:601: no answer.*on_bad"):
         prepare(stop, model, progress=False)
     assert not list(Path(config.cache_dir or "").glob("prompts/*"))
     prepare(config, model, progress=False)
-    found = r"train\.jsonl:601: nothing .*on_bad=stop.*All bad samples: .*bad\.jsonl"
+    found = r"train\.jsonl:601: no answer.*on_bad=stop.*All bad samples: .*bad\.jsonl"
     with pytest.raises(DataError, match=found):  # in the cache
         prepare(stop, model, progress=False)
 
@@ -185,6 +185,9 @@ def test_too_many_bad_samples_and_none_good(config: PromptsConfig, model: Path, 
     (tmp_path / "none.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match=r"not one usable sample in .*none\.jsonl(.|\n)*none\.jsonl:1: unknown format"):
         prepare(replace(config, files=(str(tmp_path / "none.jsonl"),)), model, progress=False)
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "Hi"}\n{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    with pytest.raises(DataError, match=r"^no sample of \S+asked\.jsonl has an answer: prompts\.answers=target"):
+        prepare(replace(config, files=(str(tmp_path / "asked.jsonl"),)), model, progress=False)
 
 
 def test_overlong_samples(config: PromptsConfig, model: Path) -> None:
