@@ -93,7 +93,7 @@ def test_vllm_makes_the_same_of_the_speculators_format(case: Case, tmp_path: Pat
     assert made == {key: served[key] for key in made}
     # 0.26 says `dspark_bonus_anchor` true of every draft of this format, which shifts the block by one
     assert [command.by.since for command in serve_commands(directory)] == ["0.30"]
-    assert [command.by.since for command in serve_commands(raw)] == ["0.5.16", "0.26"]
+    assert [command.by.since for command in serve_commands(raw)] == ["0.5.17", "0.26"]
     ours, theirs = load_exported(raw), load_exported(directory)
     assert (ours.dims, ours.chosen) == (theirs.dims, theirs.chosen)
     assert (ours.chosen["layers"], ours.chosen["markov_rank"]) == ((1, 3, 5), RANK)

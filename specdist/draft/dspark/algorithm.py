@@ -39,7 +39,8 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
     section = DSparkConfig
     nested = "dflash_config"  # engines share the code of these
     served_by = (
-        ServedBy("SGLang", "DSPARK", "0.5.16", block=True),
+        # 0.5.16 has DSpark, but its Triton attention takes a block for one row longer than it is.
+        ServedBy("SGLang", "DSPARK", "0.5.17", block=True),
         ServedBy("vLLM", "dspark", "0.26", block=True),
         # Before, vLLM's reader of that format takes the first slot for a verified token, whatever is written.
         ServedBy("vLLM", "dspark", "0.30", ("speculators",), block=True),
