@@ -115,16 +115,17 @@ class Stream:
         the tokens of so many, to be at least as many: a thousandth more, about."""
         first = start or Cursor()
         left = (epochs - first.epoch) * self.sizes.count - first.position
-        counted, tokens = 0, list[int]()  # sequences, and tokens of every step
+        counted, steps, tokens = 0, 0, list[int]()  # sequences, steps, and the tokens of those that no epoch ends
         for epoch in range(first.epoch, epochs):
             for sequences, lengths, _ in self._cuts(epoch, first.position if epoch == first.epoch else 0):
-                counted += len(sequences)
-                tokens.append(int(lengths.sum()))
-                if COUNTED <= counted < left:
+                counted, steps = counted + len(sequences), steps + 1
+                if (first.position + counted) % self.sizes.count:
+                    tokens.append(int(lengths.sum()))
+                if COUNTED <= counted < left and tokens:
                     rest = (left - counted) * self.sizes.tokens / self.sizes.count
                     mean, error = np.mean(tokens), np.std(tokens) / len(tokens) ** 0.5
-                    return len(tokens) + epochs - epoch + math.ceil(rest / (mean - 4 * error))
-        return len(tokens)
+                    return steps + epochs - epoch + math.ceil(rest / (mean - 4 * error))
+        return steps
 
     def _cuts(self, epoch: int, position: int) -> Iterator[tuple[np.ndarray, np.ndarray, list[int]]]:
         """Of every step of one epoch from `position` on: its sequences, their lengths, and their micro-batches."""
