@@ -123,8 +123,9 @@ def stored_bytes(config: PretrainedConfig, name: str) -> float | None:
     left = [*(said.get("ignore") or ()), *(said.get("modules_to_not_convert") or ())]
     if bits is None or not re.search(r"\.\d+\..*(proj|experts|kernel)", name) or any(_matches(e, name) for e in left):
         return None
-    scale = {"fp8": 0.0, "mxfp4": 8 / 32}.get(said["quant_method"], 16 / max(weights.get("group_size") or 128, 1))
-    return (bits + scale) / 8
+    size = weights.get("group_size") or 128
+    grouped = 16 / size if size > 0 else 0.0  # -1: one scale for a whole row or column
+    return (bits + {"fp8": 0.0, "mxfp4": 8 / 32}.get(said.get("quant_method", ""), grouped)) / 8
 
 
 def _matches(entry: str, name: str) -> bool:

@@ -196,7 +196,10 @@ def describe(path: str | Path, trust_remote_code: bool = False, weights: bool = 
     given, path = str(path), hub.resolve(path, "target.path")
     if not (path / "config.json").is_file():
         raise DataError.at("target.path", f"={given}: it has no config.json, so it is not a model directory")
-    own = json.loads((path / "config.json").read_text() or "{}")
+    try:
+        own = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise DataError.at("target.path", f"={given}: its config.json is no JSON: {e}") from e
     if not trust_remote_code and "auto_map" in own and own.get("model_type") not in CONFIG_MAPPING:
         raise ConfigError.at(
             "target.path",

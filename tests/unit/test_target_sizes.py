@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from specdist.core.config import complete
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, DataError
+from specdist.core.model_config import stored_bytes
 from specdist.job.config import load_job
 from specdist.job.plan import make_plan
 from specdist.target.config import TargetConfig
@@ -104,6 +106,28 @@ def test_a_quantised_checkpoint_is_as_large_as_config_json_says(tmp_path: Path) 
     told = describe(tmp_path / "fp8", weights=False)
     assert told.parameters == count
     assert told.checkpoint_bytes == pytest.approx(size, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("said", "bits"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 64}, 4.25),
+        ({"quant_method": "gptq", "bits": 4, "group_size": -1}, 4),
+        ({"bits": 8, "group_size": 128}, 8.125),
+    ],
+)
+def test_a_number_of_a_quantised_matrix_has_its_bits_and_its_share_of_a_scale(
+    said: dict[str, Any], bits: float
+) -> None:
+    config = LlamaConfig(quantization_config=said)
+    assert stored_bytes(config, "model.layers.0.mlp.up_proj.weight") == bits / 8
+
+
+@pytest.mark.parametrize("text", ["{not json", "", "\x00"])
+def test_a_configuration_that_is_no_json_is_an_error_of_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(DataError, match=r"target\.path=.*: its config\.json is no JSON: .*"):
+        describe(tmp_path, weights=False)
 
 
 def test_code_that_comes_with_a_model_is_not_run_unless_it_is_asked_for(tmp_path: Path) -> None:
