@@ -113,7 +113,7 @@ def holder(home: Path, attempt: str) -> Holder | None:
     found = _read(home)
     if found is None or found[0].over or _is_earlier(found[0].attempt, attempt):
         return None
-    if time.time() - found[0].time > _GONE_S:
+    if time.time() - max(found[0].time, found[1] / 1e9) > _GONE_S:  # on a full disk the file is only touched
         return None
     deadline, record = time.monotonic() + WATCH_S, AttemptRecord(home / "logs" / found[0].attempt)
     while time.monotonic() < deadline:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -36,7 +37,9 @@ def leave_unsaid(run_dir: Path, attempt: str, age_s: float = 0.0) -> None:
     """What an attempt leaves behind whose host is lost."""
     lost = Holder(attempt, "n1", time=time.time() - age_s)
     numbers = lease._claims(run_dir)  # noqa: SLF001
-    (run_dir / f".claim-{max(numbers, default=0) + 1}").write_text(to_json(lost))
+    file = run_dir / f".claim-{max(numbers, default=0) + 1}"
+    file.write_text(to_json(lost))
+    os.utime(file, (lost.time, lost.time))
 
 
 def test_who_comes_second_is_refused(tmp_path: Path) -> None:
@@ -98,6 +101,24 @@ def test_a_lost_job_is_watched_for_a_while_and_an_old_one_is_not(
     leave_unsaid(tmp_path, "17.0", age_s=1000)
     assert holder(tmp_path, "18.0") is None
     assert len(looks) == 1
+
+
+def test_on_a_disk_that_has_long_been_full_a_job_still_holds_its_directory(tmp_path: Path) -> None:
+    leave_unsaid(tmp_path, "17.0", age_s=1000)
+    over = threading.Event()
+
+    def touch() -> None:
+        while not over.wait(0.05):
+            os.utime(tmp_path / ".claim-1")
+
+    os.utime(tmp_path / ".claim-1")
+    touching = threading.Thread(target=touch)
+    touching.start()
+    held = holder(tmp_path, "18.0")
+    over.set()
+    touching.join()
+    assert held is not None
+    assert held.attempt == "17.0"
 
 
 def test_a_start_that_was_refused_is_not_what_the_other_one_is_judged_by(tmp_path: Path) -> None:
