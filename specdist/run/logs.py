@@ -39,9 +39,7 @@ def show_logs(run_dir: Path, rank: int | None = None) -> Iterator[str]:
     failure = record.failed()
     if failure is not None:
         yield failure.render(record.failure_file)
-    if rank is None and failure is not None and failure.rank >= 0:
-        rank = failure.rank
-    path = _log(record, rank)
+    path = _log(record, rank, -1 if failure is None else failure.rank)
     yield f"==> {path} <=="
     with path.open(errors="replace") as file:
         yield from (line.rstrip("\n") for line in file.readlines()[-_LAST_LINES:])
@@ -52,13 +50,13 @@ def show_logs(run_dir: Path, rank: int | None = None) -> Iterator[str]:
             time.sleep(0 if over else _LOOK_S)
 
 
-def _log(record: AttemptRecord, rank: int | None) -> Path:
+def _log(record: AttemptRecord, rank: int | None, failed: int) -> Path:
     found = {int(path.stem.rpartition("rank")[2]): path for path in sorted(record.directory.glob("*/*-rank*.log"))}
     if not found:
         raise ConfigError(f"{record.directory} has no logs: no rank of this start came so far")
     if rank is None:
         drafts = [number for number, path in found.items() if path.parent.name in ("draft", "colocated")]
-        rank = min(drafts or found)
+        rank = failed if failed in found else min(drafts or found)
     if rank not in found:
         raise ConfigError(f"--rank {rank}: {record.directory} has logs of ranks {', '.join(map(str, sorted(found)))}")
     return found[rank]

@@ -46,12 +46,22 @@ def compare(directories: Sequence[Path]) -> str:
     rows = [["", *map(str, directories)], ["state", *map(_state, directories)]]
     figures = [_figures(path) for path in directories]
     rows += [[name, *(found.get(name, "") for found in figures)] for name in _FIGURES]
-    configs = [dict(_flat(yaml.safe_load(RunPaths(path).config.read_text()))) for path in directories]
+    configs = [dict(_flat(_config(path))) for path in directories]
     for key in dict.fromkeys(key for config in configs for key in config):
         values = [str(config.get(key, "")) for config in configs]
         if key != "run.dir" and len(set(values)) > 1:
             rows.append([key, *values])
     return _table(rows)
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    """The configuration of a run; nothing of one that has not been accepted."""
+    file = RunPaths(path).config
+    try:
+        found = yaml.safe_load(file.read_text()) if file.exists() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is no configuration: {error}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _state(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -57,6 +58,11 @@ def test_runs_are_compared_by_figures_and_by_the_keys_that_differ(runs: Path, ca
     assert said["loss"] == ["3.25", "3.25"]
     assert said["optimizer.lr"] == ["0.1", "0.2"]
     assert not {"train.steps", "run.dir"} & said.keys()
+    (runs / "sweep/two/config.yaml").unlink()  # it ended before it was accepted
+    assert main(["compare", str(runs / "one"), str(runs / "sweep/two")]) == 0
+    assert re.search(r"^optimizer.lr +0.1$", capsys.readouterr().out, re.MULTILINE)
+    (runs / "one/config.yaml").write_text("run: [")
+    assert main(["compare", str(runs / "one"), str(runs / "sweep/two")]) == 2
 
 
 def test_the_log_that_is_shown_is_that_of_the_rank_that_matters(runs: Path, capsys) -> None:
@@ -68,6 +74,9 @@ def test_the_log_that_is_shown_is_that_of_the_rank_that_matters(runs: Path, caps
     said = capsys.readouterr().out
     assert said.startswith("specdist: rank 0 (target replica 0, host a): two ranks are lost")
     assert "target 39" in said
+    make_run(runs / "three", 0.1).fail(Failure("lost", "silent", 5, "target replica 3 tp 0", "far"))
+    assert main(["logs", str(runs / "three")]) == 0, "the rank that failed is of another world, and has its log there"
+    assert "draft 39" in capsys.readouterr().out
     assert main(["logs", str(runs / "one"), "--rank", "7"]) == 2
     assert "has logs of ranks 0, 1" in capsys.readouterr().err
 
