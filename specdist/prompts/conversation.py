@@ -117,7 +117,8 @@ def raw_turns(record: Mapping[str, Any]) -> tuple[str, list[Any]] | None:
             turns = [*_turns_of_one(record[asked], "user"), *_turns_of_one(record[answer], "assistant")]
             if record.get("input") and isinstance(record[asked], str):
                 turns[0]["content"] += f"\n\n{_text(record['input'], 'input')}"
-            before = [_turns_of_one(text, role) for pair in record.get("history") or () for role, text in _roles(pair)]
+            pairs = turns_of(record.get("history") or [], "history")
+            before = [_turns_of_one(text, role) for pair in pairs for role, text in _roles(pair)]
             return "messages", [turn for earlier in before for turn in earlier] + turns
     return None
 
@@ -232,8 +233,10 @@ def tools_of(record: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
         value = _decode(value, "tools")
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise UnusableError("unknown format", f"`tools` is {_kind(value)}, not a list of JSON schemas")
-    bare = [tool for tool in value if "function" not in tool and "name" in tool]
-    return tuple({"type": "function", "function": dict(tool)} if tool in bare else dict(tool) for tool in value)
+    return tuple(
+        {"type": "function", "function": dict(tool)} if "function" not in tool and "name" in tool else dict(tool)
+        for tool in value
+    )
 
 
 def variables_of(record: Mapping[str, Any]) -> dict[str, Any]:

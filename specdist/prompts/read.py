@@ -108,10 +108,11 @@ def _in_directory(path: Path, key: str, note: Callable[[str], None]) -> list[Sou
     if not found:
         raise DataError.at(key, f": no {', '.join(KINDS)} file in the directory {path}")
     splits = [next(filter(None, map(_split_of, [file.stem, file.parent.name])), "") for file in found]
-    others = sorted(set(splits).difference(["", chosen := _chosen(splits, key)]))
-    if chosen is not None and others:
+    chosen = _chosen(splits, key)
+    if chosen is not None and set(splits) - {"", chosen}:
+        others = {split or file.name for file, split in zip(found, splits, strict=True)} - {chosen}
         found = [file for file, split in zip(found, splits, strict=True) if split == chosen]
-        note(f"of {path} the split {chosen}, not {', '.join(others)}")
+        note(f"of {path} the split {chosen}, not {', '.join(sorted(others))}")
     return [_source(p, key) for p in found]
 
 

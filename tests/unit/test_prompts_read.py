@@ -240,9 +240,12 @@ def test_of_a_directory_with_splits_one_is_read(tmp_path: Path) -> None:
     assert names("prompts.files") == ["train-00000-of-00001.jsonl"]
     assert names("prompts.holdout") == ["validation.jsonl"]
     assert names("prompts.files", "mixed") == ["tests.jsonl", "trainers.jsonl"]
+    write(tmp_path / "data" / "more.jsonl", {"text": "of no split"})
+    assert names("prompts.files") == ["train-00000-of-00001.jsonl"]
     assert [note.partition(" the ")[2] for note in notes] == [
         "split train, not test, validation",
         "split validation, not test, train",
+        "split train, not more.jsonl, test, validation",
     ]
 
 
@@ -288,6 +291,8 @@ def test_pairs_alpaca_and_their_histories() -> None:
     ]
     with pytest.raises(UnusableError, match=r"`history` has 'x'"):
         to_sample({**alpaca, "history": ["x"]}, "f", 1)
+    with pytest.raises(UnusableError, match=r"`history` is"):
+        to_sample({**alpaca, "history": 5}, "f", 1)
 
 
 @pytest.mark.parametrize(
