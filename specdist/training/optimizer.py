@@ -19,7 +19,7 @@ def learning_rate(config: OptimizerConfig, step: float, total: float) -> float:
     """The rate of step `step` (0-based) of `total`; not whole numbers where earlier steps were of another size."""
     warmup = math.ceil(config.warmup * total)
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return config.lr * min((step + 1) / warmup, 1.0)
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "cosine":

@@ -21,6 +21,12 @@ def test_warmup_is_linear_and_never_zero():
     assert rates()[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
 
 
+def test_a_warmup_between_whole_steps_never_passes_the_peak():
+    config = OptimizerConfig(lr=2.0, warmup=0.1)
+    assert learning_rate(config, 8.5, 100) == pytest.approx(1.9)
+    assert learning_rate(config, 9.5, 100) == 2.0
+
+
 def test_cosine_falls_from_the_peak_to_the_end():
     found = rates(final_lr=0.1)
     assert found[10] == pytest.approx(2.0)
