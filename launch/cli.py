@@ -22,6 +22,9 @@ from specdist_launch.agents import ExitStatus
 from specdist_launch.ray import launch as ray
 from specdist_launch.slurm import launch as slurm
 
+Command = Callable[..., argparse.ArgumentParser]
+"""Adds a command: its name, what it runs and what it says of itself."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
@@ -69,6 +72,20 @@ def _parser() -> argparse.ArgumentParser:
             given.completer = reading.complete_word  # type: ignore[attr-defined]
         return sub
 
+    _starting(commands, command)
+    reading.arguments(command)
+    _preparing(command)
+    _judging(command)
+    bench = command("bench", _bench, "Measure a part on this machine, as JSON and as a table.", config=False)
+    bench.add_argument(
+        "part", choices=["channel", "decode", "pipeline", "scheduler", "step", "target"], help="what to measure"
+    )
+    bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options; --help lists them")
+    return parser
+
+
+def _starting(commands: Any, command: Command) -> None:
+    """The commands that start ranks: here, over ssh, on Slurm, on Ray."""
     train = command("train", _train, "Train a draft, here or over ssh: tokenise, start the ranks, export, evaluate.")
     ssh.arguments(train)
     train.add_argument(
@@ -82,7 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     text = "Submit a job to Slurm, which starts itself again after preemption."
     slurm.arguments(command("slurm", slurm.main, text, among=ways))
     ray.arguments(command("ray", ray.main, "Start a job on the GPU hosts of a Ray cluster.", among=ways))
-    reading.arguments(command)
+
+
+def _preparing(command: Command) -> None:
+    """Those that look at a job, or at what it reads, before it starts."""
     text = "Check the hosts of a job: GPUs, versions, links, clocks, run directory, model."
     doctor = command("doctor", _doctor, text)
     doctor.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks to start (default: as the config needs)")
@@ -99,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     text = "Have the target write the answers of the prompts, into RUN_DIR/answers; resumes."
     generate = command("generate", _generate, text)
     generate.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks to start (default: one per GPU)")
+
+
+def _judging(command: Command) -> None:
+    """Those that write what training has made, and measure it."""
     export = command("export", _export, "Write a checkpoint as serving engines load it.", config=False)
     export.add_argument("config", nargs="*", metavar="CONFIG.yaml|RUN_DIR|key=value", help="files, then overrides")
     export.add_argument("--check", metavar="DIR", help="only check an exported draft, ours or another's")
@@ -127,12 +151,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--tolerance", type=float, default=0.01, metavar="SHARE", help="of the length (default 0.01)")
     check.add_argument("--tokens", type=int, default=5000, metavar="N", help="the least for a verdict (default 5000)")
-    bench = command("bench", _bench, "Measure a part on this machine, as JSON and as a table.", config=False)
-    bench.add_argument(
-        "part", choices=["channel", "decode", "pipeline", "scheduler", "step", "target"], help="what to measure"
-    )
-    bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options; --help lists them")
-    return parser
 
 
 def _naming_sources(args: argparse.Namespace) -> AbstractContextManager[None]:
