@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from specdist.core.errors import ConfigError
+from specdist.core.generation import end_tokens
 from specdist.core.model_config import read, text_part
 from specdist.core.records import FeatureLayout, Features
 from specdist.draft.base import ragged
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from specdist.target.description import TargetDescription
-from specdist.core.generation import end_tokens
 
 
 class EvaluationTarget:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from specdist.draft.base import ContextShare
 from tests.unit.dflash_reference import Reference, gradients, run
@@ -58,3 +59,15 @@ def nothing_supervised_is_zero(case: Case[Any]) -> None:
     loss.backward()
     assert loss.item() == counts.item() == sum(sums.values()) == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in case.draft.parameters())
+
+
+def without_gradients_none_are_computed(case: Case[Any]) -> None:
+    """The loss stays what it is, and the products of the head's gradient are not made."""
+    (loss, sums, _), counted = run(case), []
+    blocks = case.draft.supervise(case.batch, case.batch, case.features).data["blocks"]
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), FlopCounterMode(display=False) as counter:
+            found, told, _ = run(case)
+        assert (found.item(), told) == (loss.item(), sums)
+        counted.append(counter.get_total_flops())
+    assert counted[0] - counted[1] >= 2 * blocks.labels.numel() * case.draft.target.head.numel()

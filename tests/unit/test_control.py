@@ -605,6 +605,17 @@ class Recorder:
                 end.shutdown(socket.SHUT_RDWR)
 
 
+def recorded(run: Run) -> tuple[Recorder, ControlClient, ControlClient]:
+    """Rank 1 behind a recorder, and rank 0, at work."""
+    recorder = Recorder(run.server.address)
+    client, other = ControlClient(recorder.address, run.token, 1, run.config), run.client(0)
+    run.clients.append(client)
+    for each in (client, other):
+        each.ready()
+    assert client.expect(StartWork, 20.0) is not None
+    return recorder, client, other
+
+
 def test_strangers_and_garbage_change_nothing(runs: typing.Callable[..., Run]) -> None:
     run = runs(None)
     clients = run.join_all()
@@ -636,12 +647,7 @@ def test_strangers_and_garbage_change_nothing(runs: typing.Callable[..., Run]) -
 def test_recorded_frames_sent_again_and_forged_ones_are_refused(runs: typing.Callable[..., Run]) -> None:
     topology = Topology("split", ("a", "b"), ((1,),), ((0,),), 1)
     run = runs(None, topology)
-    recorder = Recorder(run.server.address)
-    client, other = ControlClient(recorder.address, run.token, 1, run.config), run.client(0)
-    run.clients.append(client)
-    for each in (client, other):
-        each.ready()
-    assert client.expect(StartWork, 20.0) is not None
+    recorder, client, other = recorded(run)
     client.send(StopRequest(StopReason.USER1))
     assert collect(other, 1) == [StopRequest(StopReason.USER1, 1)]
     assert encode(StopRequest(StopReason.USER1)) not in recorder.sent
@@ -660,12 +666,7 @@ def test_recorded_frames_sent_again_and_forged_ones_are_refused(runs: typing.Cal
 @pytest.mark.parametrize("of_the_rank", [True, False])
 def test_messages_that_are_lost_are_missed(runs: typing.Callable[..., Run], of_the_rank: bool) -> None:
     run = runs(None, Topology("split", ("a", "b"), ((1,),), ((0,),), 1))
-    recorder = Recorder(run.server.address)
-    client, other = ControlClient(recorder.address, run.token, 1, run.config), run.client(0)
-    run.clients.append(client)
-    for each in (client, other):
-        each.ready()
-    assert client.expect(StartWork, 20.0) is not None
+    recorder, _, other = recorded(run)
     recorder.lose = of_the_rank
     lost = "messages of it were lost" if of_the_rank else "did not reach rank 1: they were lost with the connection"
     assert re.match(rf"rank 1 \(target replica 0 tp 0, host b\): .*{lost}", wait_error(other), re.DOTALL)

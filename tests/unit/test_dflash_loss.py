@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.unit import block_checks
 from tests.unit.dflash_reference import (
@@ -110,14 +109,7 @@ def test_nothing_supervised_is_a_loss_of_zero_with_a_graph() -> None:
 
 
 def test_without_gradients_none_are_computed_and_the_loss_is_the_same() -> None:
-    case, counted = build_case(), []
-    (loss, sums, _), blocks = run(case), case.draft.supervise(case.batch, case.batch, case.features).data["blocks"]
-    for enabled in (True, False):
-        with torch.set_grad_enabled(enabled), FlopCounterMode(display=False) as counter:
-            found, told, _ = run(case)
-        assert (found.item(), told) == (loss.item(), sums)
-        counted.append(counter.get_total_flops())
-    assert counted[0] - counted[1] >= 2 * blocks.labels.numel() * case.draft.target.head.numel()
+    block_checks.without_gradients_none_are_computed(build_case())
 
 
 def test_what_a_person_reads() -> None:

@@ -23,16 +23,14 @@ def plain(rope: Mapping[str, Any]) -> dict[str, Any]:
     follows from `factor`. RoPEs that turn alike are equal then, if they are of one of `SCALINGS`."""
     factor = _transformers(rope)
     rest = {key: value for key, value in rope.items() if key not in NAMES}
-    return (
-        rest if math.isclose(factor, magnitude(rope.get("factor") or 1.0, 1)) else rest | {"attention_factor": factor}
-    )
+    return rest if math.isclose(factor, _magnitude(rope, 1)) else rest | {"attention_factor": factor}
 
 
 def for_engines(rope: Mapping[str, Any]) -> dict[str, Any]:
     """A `plain` RoPE in the words of all engines."""
     if "attention_factor" not in rope:
         return dict(rope)
-    return {**rope, "attn_factor": rope["attention_factor"] / magnitude(rope.get("factor") or 1.0, 1)}
+    return {**rope, "attn_factor": rope["attention_factor"] / _magnitude(rope, 1)}
 
 
 def from_engines(rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,8 +45,8 @@ def engine_factors(rope: Mapping[str, Any]) -> dict[str, float]:
     scale = rope.get("attn_factor") or 1.0
     pair = rope.get("mscale") is not None and rope.get("mscale_all_dim") is not None
     return {
-        "SGLang": scale * (_ratio(rope) if pair else magnitude(rope.get("factor") or 1.0, 1)),
-        "vLLM up to 0.28": scale * magnitude(rope.get("factor") or 1.0, 1),
+        "SGLang": scale * (_ratio(rope) if pair else _magnitude(rope, 1)),
+        "vLLM up to 0.28": scale * _magnitude(rope, 1),
         "vLLM from 0.30 on": _transformers(rope),
     }
 
@@ -56,15 +54,15 @@ def engine_factors(rope: Mapping[str, Any]) -> dict[str, float]:
 def _transformers(rope: Mapping[str, Any]) -> float:
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
-    return (
-        _ratio(rope) if rope.get("mscale") and rope.get("mscale_all_dim") else magnitude(rope.get("factor") or 1.0, 1)
-    )
+    return _ratio(rope) if rope.get("mscale") and rope.get("mscale_all_dim") else _magnitude(rope, 1)
 
 
 def _ratio(rope: Mapping[str, Any]) -> float:
-    return magnitude(rope.get("factor") or 1.0, rope["mscale"]) / magnitude(
-        rope.get("factor") or 1.0, rope["mscale_all_dim"]
-    )
+    return _magnitude(rope, rope["mscale"]) / _magnitude(rope, rope["mscale_all_dim"])
+
+
+def _magnitude(rope: Mapping[str, Any], scale: float) -> float:
+    return magnitude(rope.get("factor") or 1.0, scale)
 
 
 def magnitude(factor: float, scale: float) -> float:
