@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers by SGLang's offline engine, on the CPU, are those that transformers writes."""
+"""Answers by SGLang's offline engine, two replicas of two ranks on the CPU, are those that transformers writes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def test_sglang_writes_what_transformers_writes(tmp_path: Path) -> None:
     target, prompts = make_target(tmp_path / "target"), make_conversations(tmp_path / "prompts.jsonl", 40)
     (target / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
     words = make_config(
-        tmp_path, target, prompts, target__engine="sglang", target__sglang__memory_fraction=0.05,
+        tmp_path, target, prompts, target__engine="sglang", target__tp=2, target__sglang__memory_fraction=0.05,
         prompts__max_length=256, generate__temperature=0, generate__max_new_tokens=20, generate__concurrency=5,
     )  # fmt: skip
-    said = run(python_with_sglang(), 2, ["-m", "specdist.run.answers", *words], on_the_cpu())
+    said = run(python_with_sglang(), 4, ["-m", "specdist.run.answers", *words], on_the_cpu())
     assert "answers: 40 conversations" in said
     asked = Assignment(
         PromptsConfig(files=(str(prompts),), answers="target", max_length=256),
