@@ -78,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     _judging(command)
     bench = command("bench", _bench, "Measure a part on this machine, as JSON and as a table.", config=False)
     bench.add_argument(
-        "part", choices=["channel", "decode", "pipeline", "scheduler", "step", "target"], help="what to measure"
+        "part",
+        choices=["channel", "decode", "pipeline", "scheduler", "step", "stream", "target"],
+        help="what to measure",
     )
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options; --help lists them")
     return parser

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.stream import evenness, find_place, write_store
+from specdist_launch.cli import main
 
 
 @pytest.mark.parametrize("ranks", [8, 64])
@@ -27,3 +28,9 @@ def test_a_store_is_divided_once_and_then_mapped(tmp_path: Path) -> None:
     assert made == {path.name: path.stat().st_mtime_ns for path in sides.iterdir()}
     assert sorted(made) == ["0.npy", "1.npy", "sides.json"]
     assert not list((tmp_path / "store").glob("*.tmp"))
+
+
+def test_the_command_knows_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["bench", "stream", "--help"])
+    assert "--sequences" in capsys.readouterr().out
