@@ -47,6 +47,10 @@ def make_run(directory: Path, *overrides: str, steps: int = 40, ended: bool = Tr
     words = [f"run.dir={directory}", "target.path=models/tiny", "prompts.files=[a.jsonl]", *overrides]
     paths.config.write_text(config.to_yaml(load_job([], words)))
     paths.prompts.write_text('{"prompts.files": [["turns learnt", "61"]]}')
+    attempt = AttemptRecord(directory / "logs" / "7.0")
+    attempt.begin(Started("slurm", ("n1",), 3))
+    began = attempt.started()
+    assert began is not None
     tracker = JsonlTracker(paths.metrics)
     for step in range(0, steps + 1, 10):
         if step:
@@ -58,13 +62,9 @@ def make_run(directory: Path, *overrides: str, steps: int = 40, ended: bool = Tr
             paths.evaluation(step).parent.mkdir(exist_ok=True)
             paths.evaluation(step).write_text(to_json(found.to_dict()))
     tracker.close()
-    record = AttemptRecord(directory / "logs" / "7.0")
-    record.begin(Started("slurm", ("n1",), 3))
-    began = record.started()
-    assert began is not None
     for rank, role in enumerate(("target replica 0 tp 0", "draft dp 0 cp 0")):
         clock = StartUp([Part("importing", began.time + 1), Part("loading the target", began.time + 3)])
-        clock.write(record, rank, role, "n1")
+        clock.write(attempt, rank, role, "n1")
     places = (("target replica 0 tp 0", "n1"), ("draft dp 0 cp 0", "n1"), ("draft dp 1 cp 0", "n1"))
     status = Status("7.0", None, ("n1",) * 3, True, steps, 40, Statistics(), (), places=places)
     paths.status.write_text(to_json(status))
@@ -73,7 +73,7 @@ def make_run(directory: Path, *overrides: str, steps: int = 40, ended: bool = Tr
         sides |= {"target_tokens_per_s": 130.0, "replicas": 1, "verdict": "the draft side starves"}
         after = evaluation(steps).to_dict()
         paths.summary.write_text(json.dumps({"step": steps, "sides": sides, "evaluation": {"after": after}}))
-        record.end(Ending("finished", steps))
+        attempt.end(Ending("finished", steps))
     return directory
 
 
