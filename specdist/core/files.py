@@ -7,12 +7,13 @@ import contextlib
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from specdist.core.errors import DataError
+from specdist.core.errors import DataError, DiskError
 
 T = TypeVar("T")
 
@@ -46,6 +47,17 @@ def unwritable(directory: Path) -> OSError | None:
 def of_full_disk(error: BaseException) -> bool:
     """Whether an exception says that a file system or a quota is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def telling_full_disk(directory: Path) -> Iterator[None]:
+    """Raise DiskError, which names `directory`, for an exception inside that says that its file system is full."""
+    try:
+        yield
+    except OSError as error:
+        if not of_full_disk(error):
+            raise
+        raise DiskError(f"{directory} takes no more: {error}: make room, and the same command goes on") from error
 
 
 def to_json(value: Any) -> str:

@@ -11,6 +11,7 @@ unanswered.txt    what could not be answered, with file and line
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -201,10 +202,10 @@ def merge(directory: Path, manifest: Manifest) -> Manifest:
     parts = [part for part in _parts(directory) if part.name not in own]  # a file of prompts may be called part-0, too
     places = sorted({at: (at, number, start) for number, p in enumerate(parts) for at, start in _lines(p)}.values())
     tally = Tally()
-    opened = [part.open("rb") for part in parts]
-    outputs = {n: _new(directory / source.output) for n, source in enumerate(manifest.sources)}
-    unanswered = _new(directory / UNANSWERED)
-    try:
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(part.open("rb")) for part in parts]
+        outputs = {n: stack.enter_context(_new(directory / s.output)) for n, s in enumerate(manifest.sources)}
+        unanswered = stack.enter_context(_new(directory / UNANSWERED))
         for _, number, start in places:
             opened[number].seek(start)
             line = msgspec.json.decode(opened[number].readline(), type=Line)
@@ -215,9 +216,6 @@ def merge(directory: Path, manifest: Manifest) -> Manifest:
         for file in (*outputs.values(), unanswered):
             file.flush()
             os.fsync(file.fileno())
-    finally:
-        for file in (*opened, *outputs.values(), unanswered):
-            file.close()
     for name in (UNANSWERED, *(source.output for source in manifest.sources)):
         (directory / f"{name}.tmp").rename(directory / name)
     if not tally.answered:
@@ -240,8 +238,16 @@ def _first(path: Path) -> str:
     return f"; the first: {line}" if line else ""
 
 
-def _new(path: Path) -> BinaryIO:
-    return path.with_name(f"{path.name}.tmp").open("wb")
+@contextlib.contextmanager
+def _new(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path`, which an error removes: where the disk is full, others need the room."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _parts(directory: Path) -> list[Path]:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from specdist.core.errors import ConfigError
-from specdist.core.files import to_json, write_atomically
+from specdist.core.files import telling_full_disk, to_json, write_atomically
 from specdist.core.generation import end_tokens
 from specdist.core.hub import resolve, served_name
 from specdist.core.locked import locked
@@ -55,6 +55,7 @@ def answers_in_world(
 
     Raises:
         ConfigError, DataError: of prompts, target, endpoint, or of answers that were written otherwise; on all ranks.
+        DiskError: there is no room for the answers.
         WorldError: an engine has written nothing for `generate.timeout_s`, or a rank said nothing; on all ranks.
     """
 
@@ -63,7 +64,7 @@ def answers_in_world(
         raise ConfigError.at("run.dir", text)
 
     team = Team(store, "answers", "writes answers (generate.timeout_s)", rank, hosts, asked.config.timeout_s)
-    with team.telling_errors():
+    with team.telling_errors(), telling_full_disk(asked.directory):
         if rank == 0:
             with locked(asked.directory / ".lock", refuse):
                 _lead(asked, team, device)

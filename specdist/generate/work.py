@@ -225,6 +225,7 @@ async def write_answers(
                 if record.at not in done:
                     line = await author.line(engine, record)
                     file.write(_encoded(line) + b"\n")
+                    file.flush()  # all of it, or an error
                     watch.tally.add(line.tally)
                     watch.touch()
         finally:
@@ -238,7 +239,7 @@ async def write_answers(
     try:
         await engine.open()
         watch.touch()
-        with part.open("ab", buffering=0) as file:
+        with part.open("ab") as file:
             async with asyncio.TaskGroup() as group:
                 for work in (attend, *[converse] * busy):
                     group.create_task(work())

@@ -33,6 +33,7 @@ def leave_with(main: Callable[[], int]) -> NoReturn:
     for ranks that are gone."""
 
     def defect(*error: Any) -> None:
+        sys.stderr = sys.__stderr__  # torch.distributed's hook would show what is written once this one returns
         sys.__excepthook__(*error)
         leave(1)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import resource
 from dataclasses import replace
 from datetime import date
 from itertools import count as numbers
@@ -258,6 +259,28 @@ def test_a_kill_costs_nothing_that_was_written(tmp_path: Path) -> None:
         asked, answers="data", files=(str(tmp_path / "answers/a.jsonl"),)
     )
     assert answered(PromptsConfig(), tmp_path / "answers") == PromptsConfig()
+
+
+def test_what_a_full_disk_took_half_of_is_written_again(tmp_path: Path) -> None:
+    """A write may be cut short without an error; room may come back before the next one."""
+    prompts = write(tmp_path / "a.jsonl", *({"prompt": f"{n} Hello"} for n in range(40)))
+    answers, (_, hard) = tmp_path / "answers", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filling(number: int, request: Request) -> Reply:
+        if number == 12:
+            (part,) = answers.glob("part-*")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (part.stat().st_size + 20, hard))
+        if number == 13:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        return Reply("stop", text="well")
+
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            answer_all(answers, [prompts], Scripted(filling))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    answer_all(answers, [prompts], Scripted(lambda n, r: Reply("stop", text="well")))
+    assert [record["prompt"] for record in read(answers / "a.jsonl")] == [f"{n} Hello" for n in range(40)]
 
 
 def test_files_of_any_names_keep_their_answers_apart(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from specdist.core import team
-from specdist.core.errors import ConfigError, WorldError
+from specdist.core.errors import ConfigError, DiskError, WorldError
 from specdist.generate.config import GenerateConfig
 from specdist.generate.endpoint import EndpointEngine
 from specdist.generate.engine import GREEDY, Reply, Request, Sampling
@@ -228,6 +228,17 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(tmp_path: Path, server:
     other = replace(assignment(tmp_path, server), directory=tmp_path / "other")
     with pytest.raises(ConfigError, match="serves 'models/Another', and answers are wanted of"):
         answer(other)
+
+
+def test_a_disk_without_room_for_all_answers_is_one_line_and_nothing_is_lost(tmp_path: Path, server: Server) -> None:
+    asked = assignment(tmp_path, server)
+    asked.directory.mkdir(parents=True)
+    (asked.directory / "prompts.jsonl.tmp").symlink_to("/dev/full")
+    with pytest.raises(DiskError, match=rf"^{asked.directory} takes no more: .*No space left on device: make room"):
+        answer(asked)
+    assert not list(asked.directory.glob("*.tmp"))
+    server.fail = lambda number: 503  # nothing is asked again
+    assert len(Path(answer(asked).files[0]).read_text().splitlines()) == 40
 
 
 def test_a_server_that_stays_away_ends_it_in_time(tmp_path: Path, server: Server, monkeypatch) -> None:
