@@ -38,12 +38,9 @@ class ExitStatus(IntEnum):
 
 
 class StopForwarder:
-    """While it is entered, passes every signal that asks for a stop on.
-
-    Args:
-        send: takes the signal's number, and whether it is a SIGINT after an earlier request, from an impatient user.
-            A second SIGTERM is not: Slurm sends several when it preempts a job.
-    """
+    """While it is entered, passes every signal that asks for a stop on. `send`: takes the signal's number, and whether
+    it is a SIGINT after an earlier request, from an impatient user. A second SIGTERM is not: Slurm sends several when
+    it preempts a job."""
 
     def __init__(self, send: Callable[[int, bool], None]):
         self.send = send
@@ -169,16 +166,14 @@ def attend(agents: Sequence[AgentHandle], received: list[int]) -> int:
 
 
 def supervise(start: Callable[[Attempt, list[int]], int], job: str, retries: int) -> int:
-    """Start a job, and again where its end says so: for launchers that have no batch system to do that.
+    """Start a job, and again where its end says so: for launchers that have no batch system to do that. Returns the
+    last attempt's exit status.
 
     Args:
         start: runs one attempt to its end and returns its ExitStatus; notes requests to stop in the list: after one the
             job is not started again.
         job: the job's id.
         retries: how many starts may follow the first one.
-
-    Returns:
-        The last attempt's exit status.
     """
     received: list[int] = []
     for restart in range(retries + 1):

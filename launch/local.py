@@ -103,11 +103,7 @@ def generate(config: Sequence[str], ranks: int | None = None) -> int:
 
 def evaluate(config: Sequence[str], output: str | None = None) -> int:
     """What `specdist eval` does on this machine with a job that only evaluates; its exit status. What an evaluation
-    before has left in its run.dir is deleted: it may be of another draft.
-
-    Args:
-        output: a file for the report, as JSON.
-    """
+    before has left in its run.dir is deleted: it may be of another draft. `output`: a file for the report, as JSON."""
     from specdist.job.run_dir import RunDirectory
 
     run_dir = RunDirectory(Path(words.load(config).run.dir))

@@ -51,14 +51,9 @@ class Agent:
         self._record = AttemptRecord(self._attempt.directory(self._home))
 
     def run(self, program: Sequence[str], recorded: bool, stop: StopForwarder) -> int:
-        """Run `python PROGRAM` as this node's ranks; `recorded`: as an attempt of the run, with a record.
-
-        Raises:
-            ConfigError: another job is at work in the run directory; nothing is on record then.
-
-        Returns:
-            The exit status: on node 0 the verdict's (see verdict.py), elsewhere 0 unless the cause is unknown.
-        """
+        """Run `python PROGRAM` as this node's ranks; `recorded`: as an attempt of the run, with a record. Raises
+        ConfigError: another job is at work in the run directory; nothing is on record then. Returns the exit status: on
+        node 0 the verdict's (see verdict.py), elsewhere 0 unless the cause is unknown."""
         leads = self._leads and recorded
         if self._place.nodes == 1 and not self._job.world.scheduler:
             launch_env.make_token()
@@ -116,10 +111,7 @@ class Agent:
     def _run_ranks(self, meeting: Meeting, program: Sequence[str]) -> dict[int, int]:
         """Run `python PROGRAM` once for every rank of this node and wait for their end: torchrun's elastic launch with
         a static rendezvous. `PYTHON_EXEC` in the environment names another interpreter for them, as for torchrun.
-
-        Returns:
-            The exit status of each rank that failed first on this node; negative: the signal that killed it.
-        """
+        Returns the exit status of each rank that failed first on this node; negative: the signal that killed it."""
         config = LaunchConfig(
             min_nodes=len(meeting.nodes),
             max_nodes=len(meeting.nodes),

@@ -96,11 +96,8 @@ def find_hosts(args: argparse.Namespace, job: JobConfig) -> list[Host]:
 
 
 def read_hostfile(path: str) -> list[tuple[str, int | None]]:
-    """Host names and their slots, as MPI and DeepSpeed write them: `NAME [slots=N]`.
-
-    Raises:
-        ConfigError: with the line that is something else.
-    """
+    """Host names and their slots, as MPI and DeepSpeed write them: `NAME [slots=N]`. Raises ConfigError: with the line
+    that is something else."""
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -29,11 +29,8 @@ def load(words: Sequence[str]) -> JobConfig:
 
 
 def load_checked(words: Sequence[str], queued: bool = False) -> JobConfig:
-    """Read a job's configuration and check what a login node can check of it, its run directory included.
-
-    Args:
-        queued: it will start later, so that whether another job is at work there is looked up now.
-    """
+    """Read a job's configuration and check what a login node can check of it, its run directory included. `queued`: it
+    will start later, so that whether another job is at work there is looked up now."""
     from specdist.core.errors import ConfigError
     from specdist.core.run_lock import refuse_if_held
     from specdist.job.config import check_replay, examine
@@ -52,11 +49,8 @@ def load_checked(words: Sequence[str], queued: bool = False) -> JobConfig:
 
 def snapshot(job: JobConfig, folder: str) -> tuple[Path, str]:
     """The path in `folder` of the run directory for a copy of a job's resolved configuration, and its text. The name
-    follows from the text, so that no other job changes the file.
-
-    Raises:
-        ConfigError: the path would be taken for an override.
-    """
+    follows from the text, so that no other job changes the file. Raises ConfigError: the path would be taken for an
+    override."""
     from specdist.core.config import to_yaml
     from specdist.core.errors import ConfigError
 

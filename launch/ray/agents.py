@@ -143,9 +143,7 @@ def run_agents(
     """Run one agent on each host and wait for all of them; returns the exit status of the first one, which leads.
 
     Requests to stop are passed on to the agents, and noted in `received`. Where a host is lost the others are stopped.
-
-    Raises:
-        UserError: a host does not see the files of the job, or cannot run specdist.
+    Raises UserError: a host does not see the files of the job, or cannot run specdist.
     """
     import ray
 

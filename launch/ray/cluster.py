@@ -50,14 +50,9 @@ class Shape(NamedTuple):
 
 
 def cluster_address(option: str | None, environment: Mapping[str, str]) -> str:
-    """HOST:PORT of the cluster that the user named; never one that happens to run on this host.
-
-    Args:
-        option: what the command line says; then RAY_ADDRESS counts, then what KubeRay tells the pods of a cluster.
-
-    Raises:
-        UserError: there is none, or it is none that a job can be started through.
-    """
+    """HOST:PORT of the cluster that the user named; never one that happens to run on this host. `option`: what the
+    command line says; then RAY_ADDRESS counts, then what KubeRay tells the pods of a cluster. Raises UserError: there
+    is none, or it is none that a job can be started through."""
     service = environment.get("FQ_RAY_IP")
     kubernetes = f"{service}:{environment.get('RAY_PORT', '6379')}" if service else None
     address = option or environment.get("RAY_ADDRESS") or kubernetes
@@ -80,11 +75,7 @@ def cluster_address(option: str | None, environment: Mapping[str, str]) -> str:
 
 
 def connect(address: str) -> None:
-    """Join the cluster as a driver.
-
-    Raises:
-        UserError: it does not answer in time, or does not take this driver.
-    """
+    """Join the cluster as a driver. Raises UserError: it does not answer in time, or does not take this driver."""
     if importlib.util.find_spec("ray") is None:
         raise UserError("starting a job on a Ray cluster needs Ray: pip install -e '.[ray]'")
     host, _, port = address.rpartition(":")
@@ -138,14 +129,9 @@ def in_order(hosts: Sequence[GpuHost]) -> list[GpuHost]:
 
 
 def choose_shape(ranks: int | None, hosts: int | None, gpus: int | None, cluster: Sequence[GpuHost]) -> Shape:
-    """The hosts and the GPUs of each that a job of `ranks` ranks takes; None: as many as there are.
-
-    Args:
-        hosts, gpus: what the user asks for; what is None follows from the ranks, or from the cluster as it is.
-
-    Raises:
-        ConfigError: with the arithmetic that does not come out.
-    """
+    """The hosts and the GPUs of each that a job of `ranks` ranks takes; None: as many as there are. `hosts`, `gpus`:
+    what the user asks for; what is None follows from the ranks, or from the cluster as it is. Raises ConfigError: with
+    the arithmetic that does not come out."""
     if ranks is None:
         gpus = gpus or _largest(cluster)
         return Shape(hosts or max(sum(host.gpus >= gpus for host in cluster), 1), gpus)
@@ -174,10 +160,7 @@ def _largest(cluster: Sequence[GpuHost]) -> int:
 @contextlib.contextmanager
 def reserve(shape: Shape, wait_s: float) -> Iterator[list[GpuHost]]:
     """Hold the GPUs of a job's hosts, in rank order; all or none, so that two jobs cannot hold half of them each.
-
-    Raises:
-        UserError: they were not free within `wait_s` seconds; says what there is.
-    """
+    Raises UserError: they were not free within `wait_s` seconds; says what there is."""
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy

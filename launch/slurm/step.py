@@ -28,11 +28,8 @@ Scontrol = Callable[..., str | None]
 
 
 def placement_in_step(args: argparse.Namespace) -> NodePlacement:
-    """The node that this process, a task of a step, runs on; --nproc-per-node says otherwise than its GPUs.
-
-    Raises:
-        WorldError: this is no step, or one of several tasks a node.
-    """
+    """The node that this process, a task of a step, runs on; --nproc-per-node says otherwise than its GPUs. Raises
+    WorldError: this is no step, or one of several tasks a node."""
     return read_step(os.environ, scontrol, args.nproc_per_node)
 
 

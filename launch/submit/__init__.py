@@ -36,6 +36,7 @@ def submit(config: Files, overrides: Overrides = (), *, executor: str = "slurm",
 
     A preempted job, and one that failed in a way that another start may mend, is requeued and goes on from its last
     checkpoint. `result()` raises submitit's FailedJobError with the block of the first failure when it is given up.
+    Raises UserError: the job cannot run, as far as can be known beforehand; the message is one line.
 
     Args:
         config: a YAML file, or several that are merged in order.
@@ -43,9 +44,6 @@ def submit(config: Files, overrides: Overrides = (), *, executor: str = "slurm",
         executor: "slurm"; "local" (processes of this machine); "debug" (in this process, when `result()` is called).
         options: what is asked of Slurm, by the keys of launch.slurm, which they override: nodes, gpus_per_node,
             partition, time, account, qos, ... A job on this machine takes from them gpus_per_node and time alone.
-
-    Raises:
-        UserError: the job cannot run, as far as can be known beforehand; the message is one line.
     """
     venue = _venue(executor, options, None)
     job = _check(venue, [*_files(config), *_words(overrides)])

@@ -18,11 +18,8 @@ Point = Mapping[str, object]
 
 
 def name_points(sweep: Sequence[Point]) -> list[str]:
-    """A name for each point: the last parts of its keys, with its values.
-
-    Raises:
-        ConfigError: there is no point, two are the same, or one sets what all must share.
-    """
+    """A name for each point: the last parts of its keys, with its values. Raises ConfigError: there is no point, two
+    are the same, or one sets what all must share."""
     if not sweep:
         raise ConfigError("the sweep is empty: give the overrides of each point")
     _check_points(sweep)

@@ -51,10 +51,7 @@ class FeatureSender(ABC):
 
     def connect(self, timeout_s: float, check: Check) -> None:
         """Reach every draft rank, before this rank counts as ready; `check` raises when the world has failed meanwhile.
-
-        Raises:
-            WorldError: a draft rank is not there within `timeout_s` seconds, or a link does not come up.
-        """
+        Raises WorldError: a draft rank is not there within `timeout_s` seconds, or a link does not come up."""
         return
 
     @property
@@ -162,10 +159,7 @@ class FeatureReceiver(ABC):
     @abstractmethod
     def take(self, item: WorkItem, timeout_s: float) -> Tensor:
         """The rows [T, layout.width] of this rank's shard of an item that was posted, usable on the current stream.
-
-        Raises:
-            WorldError: not there within `timeout_s`; names the ranks that owe it.
-        """
+        Raises WorldError: not there within `timeout_s`; names the ranks that owe it."""
 
     @abstractmethod
     def release(self, item: WorkItem, freed: Freed) -> None:

@@ -73,11 +73,8 @@ class P2PSender(RingSender[_Works]):
 
 
 class P2PReceiver(FeatureReceiver):
-    """Receives this draft rank's shard from the replica that computed it, share by share.
-
-    Args:
-        check: called while a transfer is waited for, and when it has failed; raises when the world has.
-    """
+    """Receives this draft rank's shard from the replica that computed it, share by share. `check`: called while a
+    transfer is waited for, and when it has failed; raises when the world has."""
 
     def __init__(self, wire: Wire, slots: int, shard_rows: int, check: Check):
         place = wire.topology.draft_place(wire.rank)

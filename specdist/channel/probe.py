@@ -61,14 +61,12 @@ def measure_links(
     config: ChannelConfig, topology: Topology, groups: Groups, world: World, payload: int | None, timeout_s: float
 ) -> Iterator[LinkSpeed]:
     """Try every link of this rank in the rounds of `rounds`, one writer to a draft rank at a time. All ranks of a
-    topology with links call it, once the links are connected, and get what they measured.
+    topology with links call it, once the links are connected, and get what they measured. Raises WorldError: a link
+    does not come up, breaks or stalls; names both ends.
 
     Args:
         payload: bytes of one transfer; None for what suits the device.
         timeout_s: how long all transfers of one link may take, in seconds, and every wait for another rank.
-
-    Raises:
-        WorldError: a link does not come up, breaks or stalls; names both ends.
     """
     targets, drafts = (tuple((rank,) for rank in ranks) for ranks in (topology.target_ranks, topology.draft_ranks))
     pairs = _Pairs(topology.mode, topology.hosts, targets, drafts, len(drafts), real=topology)

@@ -19,11 +19,8 @@ def register(transport: Transport) -> None:
 
 
 def transport_for(name: str, device: torch.device | None = None) -> Transport:
-    """What channel.transport=`name` means between ranks on such devices (None: not known yet).
-
-    Raises:
-        ConfigError: there is no such transport, or it cannot serve these devices.
-    """
+    """What channel.transport=`name` means between ranks on such devices (None: not known yet). Raises ConfigError:
+    there is no such transport, or it cannot serve these devices."""
     if name == "auto":
         return NCCL if device is not None and device.type == "cuda" else GLOO
     if name not in _TRANSPORTS:

@@ -37,11 +37,8 @@ class AddressBook:
     look: Callable[[int], str | None]
 
     def find(self, rank: int, name: str, timeout_s: float, check: Check) -> str:
-        """What draft rank `rank` has published.
-
-        Raises:
-            WorldError: nothing within `timeout_s` seconds; calls the rank `name`.
-        """
+        """What draft rank `rank` has published. Raises WorldError: nothing within `timeout_s` seconds; calls the rank
+        `name`."""
         deadline = time.monotonic() + timeout_s
         while (text := self.look(rank)) is None:
             check()

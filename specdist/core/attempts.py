@@ -177,11 +177,8 @@ class AttemptRecord:
         write_atomically(self.directory / "outcome.json", to_json(ending))
 
     def fail(self, failure: Failure) -> bool:
-        """Record the failure unless one is recorded; whether this was the first.
-
-        Raises:
-            OSError: the directory cannot be written.
-        """
+        """Record the failure unless one is recorded; whether this was the first. Raises OSError: the directory cannot
+        be written."""
         self.directory.mkdir(parents=True, exist_ok=True)
         own = self.directory / f".failure-{failure.host}-{os.getpid()}-{threading.get_native_id()}"
         try:

@@ -58,11 +58,8 @@ class _Layer:
 
 
 class Sources:
-    """Configuration files and `key=value` words, in the order in which they are merged; they are parsed once.
-
-    Raises:
-        ConfigError: a file that cannot be read or is not YAML, a key set twice in a file, a word without `=`.
-    """
+    """Configuration files and `key=value` words, in the order in which they are merged; they are parsed once. Raises
+    ConfigError: a file that cannot be read or is not YAML, a key set twice in a file, a word without `=`."""
 
     def __init__(self, files: Sequence[str | Path], overrides: Sequence[str] = ()):
         self._files = tuple(map(str, files))
@@ -79,12 +76,8 @@ class Sources:
         return next((layer.places[key] for layer in reversed(self._layers) if key in layer.places), "default")
 
     def load(self, schema: type[T]) -> T:
-        """Merge everything over the defaults of the dataclass `schema`.
-
-        Raises:
-            ConfigError: an unknown key, a wrong type, a value still missing, or a combination that a section's own
-                validation refuses.
-        """
+        """Merge everything over the defaults of the dataclass `schema`. Raises ConfigError: an unknown key, a wrong
+        type, a value still missing, or a combination that a section's own validation refuses."""
         schema = complete(schema)
         config = OmegaConf.structured(schema)
         OmegaConf.set_readonly(config, False)

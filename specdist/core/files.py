@@ -66,11 +66,8 @@ def to_json(value: Any) -> str:
 
 
 def read_json(path: Path, kind: type[T]) -> T | None:
-    """The value of type `kind` in a file; None where there is no file.
-
-    Raises:
-        DataError: the file holds something else, as one of another version may.
-    """
+    """The value of type `kind` in a file; None where there is no file. Raises DataError: the file holds something else,
+    as one of another version may."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:

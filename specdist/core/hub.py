@@ -61,16 +61,14 @@ class Repository:
 def resolve(
     path: str | Path, key: str, weights: bool = False, progress: bool = True, say: Say = lambda done, text: None
 ) -> Path:
-    """The directory of the model that `path` names: a directory on this machine, or else the id of a repository.
+    """The directory of the model that `path` names: a directory on this machine, or else the id of a repository. Raises
+    DataError: there is neither, or it cannot be had; says what to do. WorldError: its download, here or by another
+    process of this host, has come no further for `SILENCE_S` seconds.
 
     Args:
         key: the configuration key that `path` is the value of.
         weights: whether they are needed. Without, only what describes the model and its tokenizer is fetched.
         progress: whether a download of weights is shown on stderr.
-
-    Raises:
-        DataError: there is neither, or it cannot be had; says what to do.
-        WorldError: its download, here or by another process of this host, has come no further for `SILENCE_S` seconds.
     """
     directory = Path(path).expanduser()
     if directory.is_dir():
@@ -122,10 +120,7 @@ def named_weights(directory: Path, names: Sequence[str]) -> list[str]:
 
 def snapshot(repository: Repository, patterns: Sequence[str], say: Say = lambda done, text: None) -> Path:
     """The directory of the cache, called after the commit, that has all files of a repository which match `patterns`.
-
-    Raises:
-        DataError, WorldError: see `resolve`.
-    """
+    Raises DataError, WorldError: see `resolve`."""
     found = _cached(repository, patterns)
     if found is None:
         with _alone(repository, say):
@@ -177,12 +172,8 @@ def _limit_requests() -> None:
 
 def push(files: Mapping[str, Path | bytes], name: str, message: str) -> str:
     """Commit files, by their names there, to the model repository `name`, which is made where there is none; returns
-    its address. What else it holds stays.
-
-    Raises:
-        ConfigError: `name` is not ORG/NAME.
-        DataError: the Hub refuses it, or gives no answer.
-    """
+    its address. What else it holds stays. Raises ConfigError: `name` is not ORG/NAME. DataError: the Hub refuses it, or
+    gives no answer."""
     from huggingface_hub import CommitOperationAdd, HfApi, constants, errors
     from huggingface_hub.utils import httpx
 
@@ -218,10 +209,7 @@ def push(files: Mapping[str, Path | bytes], name: str, message: str) -> str:
 def watched(download: Callable[[], T], folders: Sequence[Path], name: str, key: str, say: Say) -> T:
     """What `download` returns. While it goes on, say how much `folders` have gained. It has a thread of its own, which
     is left behind where it hangs: the libraries wait without end for locks, and for a Hub that accepts requests only.
-
-    Raises:
-        WorldError: they have gained nothing for `SILENCE_S` seconds. `key` names what is downloaded.
-    """
+    Raises WorldError: they have gained nothing for `SILENCE_S` seconds. `key` names what is downloaded."""
     from huggingface_hub import constants
 
     _limit_requests()

@@ -52,11 +52,8 @@ class RankFacts:
 
     @classmethod
     def from_environment(cls) -> RankFacts:
-        """Read the torchrun contract (RANK, WORLD_SIZE, LOCAL_RANK, ...).
-
-        Raises:
-            WorldError: a variable is missing: the process was not started by a launcher.
-        """
+        """Read the torchrun contract (RANK, WORLD_SIZE, LOCAL_RANK, ...). Raises WorldError: a variable is missing: the
+        process was not started by a launcher."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         missing = [n for n in names if n not in os.environ]
         if missing:

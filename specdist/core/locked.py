@@ -17,12 +17,8 @@ LOOK_S = 0.5
 @contextmanager
 def locked(path: Path, waiting: Callable[[float], object]) -> Iterator[bool]:
     """Hold the lock file `path`; whether it is held: a file system without locks, or one that cannot be written, keeps
-    nobody away, and says so.
-
-    Args:
-        waiting: called twice a second while another process has it, with the seconds so far; what it raises ends the
-            wait.
-    """
+    nobody away, and says so. `waiting`: called twice a second while another process has it, with the seconds so far;
+    what it raises ends the wait."""
     lock, began = FileLock(path, fallback_to_soft=False), time.monotonic()  # a soft one of a lost host stays
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -174,11 +174,7 @@ def _best(checkpoints: Sequence[Path], figure: str) -> Path | None:
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """What the commit marker says.
-
-    Raises:
-        DataError: there is none, or it is not one of ours.
-    """
+    """What the commit marker says. Raises DataError: there is none, or it is not one of ours."""
     marker = checkpoint / COMMIT
     try:
         raw = json.loads(marker.read_text())
@@ -231,11 +227,7 @@ def named_damage(checkpoint: Path) -> str:
 
 def best_intact(directory: Path, figure: str) -> Path | None:
     """The best checkpoint by `figure`, else the newest one, of those that are not damaged; damaged ones that would have
-    come before it are named on the terminal. None where there is no checkpoint.
-
-    Raises:
-        DataError: all are damaged.
-    """
+    come before it are named on the terminal. None where there is no checkpoint. Raises DataError: all are damaged."""
     found = left = committed(directory)
     while left:
         path = _best(left, figure) or left[-1]

@@ -48,11 +48,8 @@ def end_with_launcher() -> None:
 
 class StopFlag:
     """True once the process was asked to stop. A second SIGINT ends it at once, as an impatient user expects.
-
-    Args:
-        deadline: when the batch system ends the job, in seconds since the epoch; `margin_s` seconds before it the flag
-            becomes true by itself.
-    """
+    `deadline`: when the batch system ends the job, in seconds since the epoch; `margin_s` seconds before it the flag
+    becomes true by itself."""
 
     def __init__(self, deadline: float | None = None, margin_s: float = 0.0) -> None:
         self.reason: StopReason | None = None

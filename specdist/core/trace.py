@@ -12,11 +12,8 @@ NOTHING: AbstractContextManager[object] = nullcontext()
 
 
 def span(name: str, item: int | None = None, **values: int) -> AbstractContextManager[object]:
-    """What happens inside, on the calling thread's track, and the kernels it launches on the device's.
-
-    Args:
-        values: numbers of interest. The range's name in the profile is `NAME item=N KEY=VALUE ...`; see `parse`.
-    """
+    """What happens inside, on the calling thread's track, and the kernels it launches on the device's. `values`:
+    numbers of interest. The range's name in the profile is `NAME item=N KEY=VALUE ...`; see `parse`."""
     if not profiler._is_profiler_enabled:  # noqa: SLF001 - 0.3 us, where a range takes 10 for nothing
         return NOTHING
     if item is not None:

@@ -9,10 +9,7 @@ from collections.abc import Callable
 
 class Worker(threading.Thread):
     """A daemon thread that runs `body` and keeps the exception that ended it in `error`, for another thread to raise.
-
-    Args:
-        ended: called in the thread when `body` has returned or raised, with its exception or None.
-    """
+    `ended`: called in the thread when `body` has returned or raised, with its exception or None."""
 
     def __init__(self, name: str, body: Callable[[], None], ended: Callable[[BaseException | None], None]):
         super().__init__(name=name, daemon=True)

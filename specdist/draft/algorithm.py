@@ -80,11 +80,8 @@ class ExportedDraft(ABC, Generic[C]):
 
     @abstractmethod
     def options(self, base: C, target: PretrainedConfig) -> C:
-        """`base` with everything that the weights decide set to what they are; its losses and lengths stay.
-
-        Raises:
-            ConfigError: no options give this draft beside this target.
-        """
+        """`base` with everything that the weights decide set to what they are; its losses and lengths stay. Raises
+        ConfigError: no options give this draft beside this target."""
 
 
 class Cost(ABC):
@@ -141,23 +138,17 @@ class Algorithm(ABC, Generic[C]):
     # What follows from the configuration.
 
     def completed(self, target: Callable[[], TargetDirectory]) -> C:
-        """The options with what follows from the target filled in, which is part of the draft from then on.
-
-        Raises:
-            ConfigError, DataError: it does not follow.
-        """
+        """The options with what follows from the target filled in, which is part of the draft from then on. Raises
+        ConfigError, DataError: it does not follow."""
         return self.config
 
     def check(self, dtype: str, device: str, draft_tokens: int | None) -> None:
-        """Check the options beside other sections' keys.
+        """Check the options beside other sections' keys. Raises ConfigError: they do not go together.
 
         Args:
             dtype: `draft.dtype`.
             device: `world.device`.
             draft_tokens: how many an evaluation asks for at once (`evaluate.draft_tokens`); None without one.
-
-        Raises:
-            ConfigError: they do not go together.
         """
 
     def check_replay(self, temperature: float) -> None:
@@ -176,11 +167,8 @@ class Algorithm(ABC, Generic[C]):
 
     @abstractmethod
     def layout(self, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:
-        """What the draft needs of every token; `dtype` is that of the wire.
-
-        Raises:
-            ConfigError: a captured layer does not exist, the layers do not ascend, or sizes do not go together.
-        """
+        """What the draft needs of every token; `dtype` is that of the wire. Raises ConfigError: a captured layer does
+        not exist, the layers do not ascend, or sizes do not go together."""
 
     @property
     def vocab_size(self) -> int | None:
@@ -204,11 +192,8 @@ class Algorithm(ABC, Generic[C]):
         device: torch.device,
         compiled: bool,
     ) -> DraftModel:
-        """The draft with uninitialised fp32 weights on `device`. `draft_ids` int64 [V_d]: its vocabulary.
-
-        Raises:
-            ConfigError, DataError: the options, the target and the vocabulary do not go together.
-        """
+        """The draft with uninitialised fp32 weights on `device`. `draft_ids` int64 [V_d]: its vocabulary. Raises
+        ConfigError, DataError: the options, the target and the vocabulary do not go together."""
 
     @abstractmethod
     def cost(self, target: PretrainedConfig) -> Cost:
@@ -236,12 +221,8 @@ class Algorithm(ABC, Generic[C]):
 
     @abstractmethod
     def export(self, format: str, trained: Trained, options: ExportConfig) -> Contents:
-        """A trained draft as a directory of `format`.
-
-        Raises:
-            ConfigError: the engines cannot serve such a draft.
-            DataError: a tensor is missing, unknown, of the wrong shape or not finite, or the vocabulary is none.
-        """
+        """A trained draft as a directory of `format`. Raises ConfigError: the engines cannot serve such a draft.
+        DataError: a tensor is missing, unknown, of the wrong shape or not finite, or the vocabulary is none."""
 
     @classmethod
     def faults(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:

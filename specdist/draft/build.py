@@ -25,10 +25,8 @@ def build_draft(
     """A draft with fp32 weights on `device`, default that of `vocabulary`, initialised from `seed`.
 
     `draft_ids` are the target ids (CPU int64, ascending) of the draft vocabulary, None for all. `layout_dtype` is that
-    of the features; default that of `vocabulary`.
-
-    Raises:
-        ConfigError, DataError: the configuration, the target and the vocabulary do not go together.
+    of the features; default that of `vocabulary`. Raises ConfigError, DataError: the configuration, the target and the
+    vocabulary do not go together.
     """
     text, found = target.get_text_config(), list(vocabulary.head.shape)
     if found != [text.vocab_size, text.hidden_size]:

@@ -65,11 +65,8 @@ class DraftConfig:
         return replace(self, **sections)
 
     def of_exported(self, exported: ExportedDraft[Any], target: PretrainedConfig) -> DraftConfig:
-        """With everything that the weights of `exported` decide set to what they are.
-
-        Raises:
-            ConfigError: it is a draft of another algorithm, or no configuration gives it beside this target.
-        """
+        """With everything that the weights of `exported` decide set to what they are. Raises ConfigError: it is a draft
+        of another algorithm, or no configuration gives it beside this target."""
         if exported.algorithm != self.algorithm:
             raise ConfigError(
                 f"the exported draft is one of draft.algorithm={exported.algorithm}, and the configuration says "

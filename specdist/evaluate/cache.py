@@ -97,11 +97,8 @@ def _stacked(first: Tensor | None, second: Tensor) -> Tensor:
 
 
 class Masks:
-    """What a model's layers see of a `BatchCache`, as its `attention_mask`.
-
-    Raises:
-        ConfigError: there are layers from which tokens cannot be taken back.
-    """
+    """What a model's layers see of a `BatchCache`, as its `attention_mask`. Raises ConfigError: there are layers from
+    which tokens cannot be taken back."""
 
     def __init__(self, config: PretrainedConfig, name: str) -> None:
         kinds = getattr(config, "layer_types", None)

@@ -214,16 +214,14 @@ def evaluate(
     sources: Sequence[str] | None = None,
     seed: int = 0,
 ) -> EvaluationReport:
-    """Decode every prompt with a fresh proposer and report what the target accepted.
+    """Decode every prompt with a fresh proposer and report what the target accepted. Raises DataError: there is no
+    prompt, one is empty, or none is short enough for the target. ConfigError: sequences of this target cannot share a
+    forward, or sampled texts are to be compared.
 
     Args:
         prompts: token ids of each prompt, as the chat template renders it, its generation prompt included.
         sources: the file each prompt is of (`prompts` when not given): the report keeps them apart.
         seed: of what is drawn at a temperature.
-
-    Raises:
-        DataError: there is no prompt, one is empty, or none is short enough for the target.
-        ConfigError: sequences of this target cannot share a forward, or sampled texts are to be compared.
     """
     fitting = fitting_prompts(prompts, settings, target.max_positions)
     check_settings(settings)
@@ -258,11 +256,8 @@ def check_settings(settings: EvaluateConfig) -> None:
 
 
 def fitting_prompts(prompts: Sequence[Sequence[int]], settings: EvaluateConfig, max_positions: int | None) -> list[int]:
-    """The indices of the prompts that fit the target's positions with their replies.
-
-    Raises:
-        DataError: there is no prompt, one is empty, or none fits.
-    """
+    """The indices of the prompts that fit the target's positions with their replies. Raises DataError: there is no
+    prompt, one is empty, or none fits."""
     if not prompts:
         raise DataError("there is no prompt to evaluate")
     if not all(prompts):

@@ -93,13 +93,8 @@ def tally_answers(
     draft_tokens: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the A answers of a packed batch on the CPU (`PackedTokens.places`) add, in the order of their rows.
-
-    Args:
-        accepted, expected: those of `Replayed`, of all rows.
-
-    Returns:
-        int64 [A], the document of each answer; float64 [A, 3 + 3 K], the `ReplayTally.vector` of each.
-    """
+    `accepted`, `expected`: those of `Replayed`, of all rows. Returns int64 [A], the document of each answer; float64
+    [A, 3 + 3 K], the `ReplayTally.vector` of each."""
     places = batch.places.numpy()
     first, last = np.flatnonzero(places == 1), np.flatnonzero((places > 0) & (np.append(places[1:], 0) == 0))
     found = np.zeros((len(first), 3 + 3 * draft_tokens))

@@ -26,11 +26,8 @@ if TYPE_CHECKING:
 
 
 class EvaluationTarget:
-    """A target model that decodes: one forward gives logits and the features that the draft asks for.
-
-    Raises:
-        ConfigError: tokens cannot be taken back from its cache, or it has not the features.
-    """
+    """A target model that decodes: one forward gives logits and the features that the draft asks for. Raises
+    ConfigError: tokens cannot be taken back from its cache, or it has not the features."""
 
     def __init__(self, model: PreTrainedModel, layout: FeatureLayout, eos_tokens: frozenset[int] = frozenset()) -> None:
         config = text_part(model.config)

@@ -31,20 +31,15 @@ def export_draft(
     overwrite: bool = False,
     origin: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a trained draft for serving engines; the directory appears complete or not at all.
+    """Write a trained draft for serving engines; the directory appears complete or not at all. Returns the directory.
+    Raises ConfigError: the directory is taken, or the engines cannot serve such a draft; the message says why.
+    DataError: a tensor is missing, unknown, of the wrong shape or not finite, or the vocabulary is none.
 
     Args:
         format: one that the draft's algorithm has.
         draft: the configuration it was trained with.
         overwrite: replace an export that is already in the directory.
         origin: what config.json and the model card say of where the draft comes from (`specdist.run.origin`).
-
-    Returns:
-        The directory.
-
-    Raises:
-        ConfigError: the directory is taken, or the engines cannot serve such a draft; the message says why.
-        DataError: a tensor is missing, unknown, of the wrong shape or not finite, or the vocabulary is none.
     """
     from specdist.export.card import model_card
     from specdist.export.directory import check_free, write_directory  # login nodes have no use for it
@@ -86,11 +81,8 @@ def check_servable(draft: DraftConfig, options: ExportConfig, target: Pretrained
 
 
 def load_exported(directory: str | Path) -> ExportedDraft[Any]:
-    """Read an exported draft of any format, ours or another's, with the names that the draft's state dict has.
-
-    Raises:
-        DataError: files or keys are missing, or a tensor is missing, unknown or of the wrong shape.
-    """
+    """Read an exported draft of any format, ours or another's, with the names that the draft's state dict has. Raises
+    DataError: files or keys are missing, or a tensor is missing, unknown or of the wrong shape."""
     from specdist.export.directory import read_directory
 
     return understand(Path(directory), *read_directory(Path(directory)))

@@ -50,11 +50,7 @@ def model_card(config: Mapping[str, Any], name: str) -> str:
 
 def push(directory: Path, name: str) -> str:
     """Put an export of ours on the Hub as ORG/NAME, with a card that says so; returns its address. Of files of this
-    machine that it names, others get the names alone.
-
-    Raises:
-        ConfigError, DataError: see `hub.push`.
-    """
+    machine that it names, others get the names alone. Raises ConfigError, DataError: see `hub.push`."""
     config = _public(read_config(directory))
     files: dict[str, Path | bytes] = {path.name: path for path in sorted(directory.iterdir()) if path.is_file()}
     files[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()

@@ -29,10 +29,8 @@ def write_directory(
 ) -> Path:
     """Write the three files into a directory beside `directory`, then rename it: a kill leaves no half of an export.
 
-    With `overwrite`, an earlier export makes way; anything else that is in the way stays, and is an error.
-
-    Raises:
-        ConfigError: the directory is taken.
+    With `overwrite`, an earlier export makes way; anything else that is in the way stays, and is an error. Raises
+    ConfigError: the directory is taken.
     """
     check_free(directory, overwrite)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -78,11 +76,7 @@ def check_free(directory: Path, overwrite: bool) -> None:
 
 
 def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and the tensors, on the CPU.
-
-    Raises:
-        DataError: a file is missing or damaged.
-    """
+    """config.json and the tensors, on the CPU. Raises DataError: a file is missing or damaged."""
     config = read_config(directory)
     try:
         if (directory / WEIGHTS).is_file():

@@ -21,11 +21,8 @@ from specdist.export.directory import WEIGHTS, read_directory
 
 
 def check_directory(directory: Path) -> str:
-    """Check a draft that is exported already, ours or another's; returns the algorithm's name.
-
-    Raises:
-        DataError: it cannot be read, or an engine would load it wrongly; the message names file and key.
-    """
+    """Check a draft that is exported already, ours or another's; returns the algorithm's name. Raises DataError: it
+    cannot be read, or an engine would load it wrongly; the message names file and key."""
     from specdist.export import understand
 
     config, tensors = read_directory(directory)

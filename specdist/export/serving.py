@@ -74,15 +74,13 @@ class ServeCommand:
 def serve_commands(
     directory: str | Path, target: str | None = None, draft_tokens: int | None = None, name: str | None = None
 ) -> list[ServeCommand]:
-    """How each engine that loads the export in `directory` is started with it.
+    """How each engine that loads the export in `directory` is started with it. Raises DataError: there is no export, of
+    no algorithm that is known, or it does not say what is not given.
 
     Args:
         target: the target, where the export does not say it or it lies elsewhere.
         draft_tokens: drafts a target forward; the export's by default.
         name: what the server finds the draft by, by default the absolute path of `directory`.
-
-    Raises:
-        DataError: there is no export, of no algorithm that is known, or it does not say what is not given.
     """
     path = Path(directory)
     config = read_config(path)

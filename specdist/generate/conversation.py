@@ -66,10 +66,8 @@ class Conversation:
 
         Returns the record with the answers. It ends before one that is refused and after one that was cut off, for what
         the data goes on with is no reply to those. None: there is no answer. Where it is `held` out, what the target
-        has not written is context alone: serving drafts no such text.
-
-        Raises:
-            UnusableError: the chat template refuses the first prompt.
+        has not written is context alone: serving drafts no such text. Raises UnusableError: the chat template refuses
+        the first prompt.
         """
         told, turns, answers, kept = list(self.before), list[Mapping[str, Any]](), 0, 0
         for step in self.steps:
@@ -113,10 +111,8 @@ def parse(record: object, turns: Turns) -> Conversation:
     message, or `turns`, several of a user.
 
     Of a conversation with answers those are written anew that call no tool, all or the last, and one more if it ends
-    with the user or with a tool's result. Without any, every turn of the user is answered.
-
-    Raises:
-        UnusableError: there is no user turn, or the turns come in an order that no server could have seen.
+    with the user or with a tool's result. Without any, every turn of the user is answered. Raises UnusableError: there
+    is no user turn, or the turns come in an order that no server could have seen.
     """
     if not isinstance(record, Mapping):
         raise UnusableError("unknown format", f"a record is an object with a key, not {type(record).__name__}")

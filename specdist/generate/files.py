@@ -114,12 +114,8 @@ def answered(prompts: PromptsConfig, directory: Path) -> PromptsConfig | None:
 
 
 def open_answers(directory: Path, prompts: PromptsConfig, config: GenerateConfig, target: str) -> Manifest:
-    """Begin the answers in `directory`, or go on with those there are.
-
-    Raises:
-        ConfigError: they were written with other settings, for other prompts or by another target.
-        DataError: a prompts file cannot be read.
-    """
+    """Begin the answers in `directory`, or go on with those there are. Raises ConfigError: they were written with other
+    settings, for other prompts or by another target. DataError: a prompts file cannot be read."""
     manifest = Manifest(_settings(prompts, config, target), tuple(_sources(prompts)))
     found = find_manifest(directory)
     if found is None:
@@ -193,11 +189,8 @@ def written(directory: Path) -> set[int]:
 
 
 def merge(directory: Path, manifest: Manifest) -> Manifest:
-    """Put the part files together, in the order of the prompts, and close the manifest.
-
-    Raises:
-        DataError: there is not one answer.
-    """
+    """Put the part files together, in the order of the prompts, and close the manifest. Raises DataError: there is not
+    one answer."""
     own = {source.output for source in manifest.sources}
     parts = [part for part in _parts(directory) if part.name not in own]  # a file of prompts may be called part-0, too
     places = sorted({at: (at, number, start) for number, p in enumerate(parts) for at, start in _lines(p)}.values())

@@ -52,11 +52,9 @@ def answers_in_world(
     `prompts` section with the files of answers in place of its own; with `prompts.answers=data` it is itself.
 
     Answers of an earlier start are kept, and where all are there nothing is done. What the engines held is free again.
-
-    Raises:
-        ConfigError, DataError: of prompts, target, endpoint, or of answers that were written otherwise; on all ranks.
-        DiskError: there is no room for the answers.
-        WorldError: an engine has written nothing for `generate.timeout_s`, or a rank said nothing; on all ranks.
+    Raises ConfigError, DataError: of prompts, target, endpoint, or of answers that were written otherwise; on all
+    ranks. DiskError: there is no room for the answers. WorldError: an engine has written nothing for
+    `generate.timeout_s`, or a rank said nothing; on all ranks.
     """
 
     def refuse(seconds: float) -> NoReturn:

@@ -51,14 +51,12 @@ def sglang_engine(
     seed: int,
     more: Mapping[str, Any] | None = None,
 ) -> EngineProcess:
-    """One replica of the target on `target.tp` GPUs of this host, from `device` on.
+    """One replica of the target on `target.tp` GPUs of this host, from `device` on. Raises ConfigError: SGLang is not
+    installed here, or is one that is not known.
 
     Args:
         ends: the tokens that end an answer.
         more: arguments in the place of the target's, or beside them: those of a draft.
-
-    Raises:
-        ConfigError: SGLang is not installed here, or is one that is not known.
     """
     versions.require()
     cores = "|".join(map(str, range(config.tp)))  # SGLang asks for one a rank

@@ -25,14 +25,12 @@ def installed() -> str | None:
 def vllm_engine(
     config: TargetConfig, concurrency: int, ends: Collection[int], seed: int, more: Mapping[str, Any] | None = None
 ) -> EngineProcess:
-    """One replica of the target on the first `target.tp` GPUs of this host.
+    """One replica of the target on the first `target.tp` GPUs of this host. Raises UserError: vLLM is not installed
+    here.
 
     Args:
         ends: the tokens that end an answer.
         more: arguments in the place of the target's, or beside them: those of a draft.
-
-    Raises:
-        UserError: vLLM is not installed here.
     """
     if installed() is None:
         raise UserError("vLLM is not installed here: pip install vllm")

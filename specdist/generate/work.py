@@ -175,10 +175,7 @@ class Author:
 
 class Watch:
     """Counts what is written and looks after it: `tick` is called often, by who waits and by engines that block.
-
-    Args:
-        report: told of the tally; what it raises ends the work.
-    """
+    `report`: told of the tally; what it raises ends the work."""
 
     def __init__(self, name: str, timeout_s: float, report: Callable[[Tally], object]) -> None:
         self.tally, self._name, self._timeout_s, self._report = Tally(), name, timeout_s, report
@@ -211,11 +208,8 @@ class Watch:
 async def write_answers(
     engine: Engine, author: Author, todo: Iterator[Record], done: Collection[int], part: Path, watch: Watch
 ) -> None:
-    """Have all of `todo` answered but those in `done`, and append each to the file `part` at once.
-
-    Raises:
-        ConfigError, DataError, WorldError: of the engine, see there; of `watch`.
-    """
+    """Have all of `todo` answered but those in `done`, and append each to the file `part` at once. Raises ConfigError,
+    DataError, WorldError: of the engine, see there; of `watch`."""
     busy = engine.concurrency
 
     async def converse() -> None:

@@ -102,11 +102,8 @@ def initial_draft(job: JobConfig) -> Path:
 
 
 def examine(job: JobConfig, weights: bool = True) -> JobFacts:
-    """Check the job against the target's description. Raises ConfigError or DataError; needs no GPU.
-
-    Args:
-        weights: whether a directory without them is an error. A repository's are not fetched here: see `hub.resolve`.
-    """
+    """Check the job against the target's description. Raises ConfigError or DataError; needs no GPU. `weights`: whether
+    a directory without them is an error. A repository's are not fetched here: see `hub.resolve`."""
     target = engines.check_target(job.target, weights)
     dtype = compute_dtype(job.target, target)
     layout = job.draft.chosen.layout(target.config, dtype)
@@ -142,10 +139,7 @@ def check_replay(job: JobConfig) -> None:
 
 def check_installed(job: JobConfig, target: bool) -> None:
     """Raise ConfigError, with what to install, where an optional library that the job asks for is missing here.
-
-    Args:
-        target: whether the target's engine is to run here.
-    """
+    `target`: whether the target's engine is to run here."""
     if target:
         engines.check_installed(job.target)
     if job.world.mode == "split":

@@ -77,11 +77,8 @@ class Plan:
 
 def make_plan(job: JobConfig, hosts: Sequence[str], limit: int, roles: Sequence[Role | None] = ()) -> Plan:
     """Work out the plan of a job on `hosts` (one entry a rank) with `limit` bytes of memory per GPU. `roles`: those
-    that a launcher would give to the nodes of the ranks. Of the target, config.json is enough.
-
-    Raises:
-        ConfigError, DataError: what could not be, with the arithmetic.
-    """
+    that a launcher would give to the nodes of the ranks. Of the target, config.json is enough. Raises ConfigError,
+    DataError: what could not be, with the arithmetic."""
     return plan_of(job, jobs.examine(job, weights=False), jobs.topology(job, hosts, roles), limit)
 
 

@@ -20,12 +20,8 @@ ESTIMATED_TFLOPS = 400.0
 def find_rates(
     job: JobConfig, facts: JobFacts, target: float | None, draft: float | None, files: Sequence[str | Path]
 ) -> Rates:
-    """The rates that are given, else those of `files`, else, where neither gives any, estimated ones.
-
-    Raises:
-        ConfigError: only one of the two is given.
-        DataError: a file cannot be read or tells no rate.
-    """
+    """The rates that are given, else those of `files`, else, where neither gives any, estimated ones. Raises
+    ConfigError: only one of the two is given. DataError: a file cannot be read or tells no rate."""
     names = [name for name, rate in (("--target-rate", target), ("--draft-rate", draft)) if rate is not None]
     for file in files:
         read = read_rates(Path(file), job.target.engine)
@@ -41,11 +37,8 @@ def find_rates(
 
 def read_rates(path: Path, engine: str) -> tuple[float | None, float | None]:
     """Tokens/s of a target replica and of a draft rank, as far as a file tells them: the output of `specdist bench
-    target` (the fastest items of `engine`), `step` (the fastest batch) or `pipeline`, or a run's summary.json.
-
-    Raises:
-        DataError: it is none of these.
-    """
+    target` (the fastest items of `engine`), `step` (the fastest batch) or `pipeline`, or a run's summary.json. Raises
+    DataError: it is none of these."""
     right = "give the output of specdist bench target, step or pipeline, or the summary.json of a split run"
     try:
         found, _ = json.JSONDecoder().raw_decode(path.read_text().lstrip())

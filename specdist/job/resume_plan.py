@@ -69,7 +69,8 @@ def find_resume_plan(
     evaluation: Sequence[WorkItem] = (),
     evaluation_weight: float = 1.0,
 ) -> ResumePlan:
-    """Look for a checkpoint to resume from, and count what is left to do.
+    """Look for a checkpoint to resume from, and count what is left to do. Raises ConfigError: the checkpoint belongs to
+    other prompts, or another batch is asked for than it was trained with.
 
     Args:
         prompts: those that are trained on.
@@ -77,9 +78,6 @@ def find_resume_plan(
         weights: see `packing_weights`; a run keeps those it began with.
         evaluation: the items of one evaluation.
         evaluation_weight: see `rates.evaluation_weight`.
-
-    Raises:
-        ConfigError: the checkpoint belongs to other prompts, or another batch is asked for than it was trained with.
     """
     saved = committed(run_dir.checkpoints)
     asked = Batching(shards * job.train.accumulation, job.prompts.tokens_per_rank, job.train.accumulation, weights)
@@ -107,11 +105,8 @@ def find_resume_plan(
 
 def batching_of(job: JobConfig, progress: Progress, asked: Batching) -> Batching:
     """The batching to go on with: that of the checkpoint, or `asked`, the one that the configuration gives on the ranks
-    of today, where `train.rebatch` allows another.
-
-    Raises:
-        ConfigError: the configuration asks for another, and not only the ranks are others.
-    """
+    of today, where `train.rebatch` allows another. Raises ConfigError: the configuration asks for another, and not only
+    the ranks are others."""
     kept, step = progress.batching, progress.step
     again = replace(asked, first_step=step, first=progress.cursor)
     if kept is None or kept.order != asked.order:

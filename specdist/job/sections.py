@@ -146,11 +146,8 @@ algorithm says the same of its own keys (`Algorithm.changeable`)."""
 
 
 def naming_sources(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> AbstractContextManager[None]:
-    """Errors that come of a job say where the values of the keys they name were set.
-
-    Raises:
-        ConfigError: at once, of an unknown key or a wrong type.
-    """
+    """Errors that come of a job say where the values of the keys they name were set. Raises ConfigError: at once, of an
+    unknown key or a wrong type."""
     sources = config.Sources(files, overrides)
     with sources.naming():
         import_plugins(sources.value("run.plugins"))

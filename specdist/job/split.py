@@ -74,11 +74,8 @@ class Split:
 
 
 def splits(gpus: int, tp: int, rates: Rates) -> list[Split]:
-    """All divisions of `gpus` GPUs, by number of replicas of `tp` ranks; the draft takes what they leave.
-
-    Raises:
-        ConfigError: not even one replica and one draft rank fit.
-    """
+    """All divisions of `gpus` GPUs, by number of replicas of `tp` ranks; the draft takes what they leave. Raises
+    ConfigError: not even one replica and one draft rank fit."""
     found = [Split(r, tp, gpus - r * tp, rates) for r in range(1, (gpus - 1) // tp + 1)]
     if not found:
         raise ConfigError(
@@ -89,10 +86,7 @@ def splits(gpus: int, tp: int, rates: Rates) -> list[Split]:
 
 def suggest(gpus: int, tp: int, rates: Rates) -> tuple[Split, list[Split]]:
     """The fastest division, and the up to three around it, itself included. Of equal ones, that with fewer replicas.
-
-    Raises:
-        ConfigError: see `splits`.
-    """
+    Raises ConfigError: see `splits`."""
     found = splits(gpus, tp, rates)
     best = max(range(len(found)), key=lambda i: found[i].tokens_per_s)
     return found[best], found[max(0, best - 1) : best + 2]

@@ -16,12 +16,9 @@ _PARTS = re.compile(DATASET + r"(\w[\w.-]*/\w[\w.-]*)(?:/([^/:@]+))?(?::([\w.-]+
 
 def dataset_files(name: str, key: str, say: Say) -> list[str]:
     """The Arrow files of the data set that `name` names in the form of `FORM`, fetched and converted where the cache
-    lacks them. Without a split it is `train`, or the only one. `key` is the configuration key of `name`.
-
-    Raises:
-        ConfigError: it has another form, or `datasets` is not installed.
-        DataError: there is no such data set, configuration or split, or it cannot be had; says what to do.
-    """
+    lacks them. Without a split it is `train`, or the only one. `key` is the configuration key of `name`. Raises
+    ConfigError: it has another form, or `datasets` is not installed. DataError: there is no such data set,
+    configuration or split, or it cannot be had; says what to do."""
     parts = _PARTS.fullmatch(name)
     if parts is None:
         raise ConfigError.at(key, f": {name} is not of the form {FORM}")

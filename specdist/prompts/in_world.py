@@ -28,12 +28,9 @@ def prepare_in_world(
 
     Rank 0 prepares them and shows its progress. Where `prompts.cache_dir` is not shared, the first rank of every other
     host does so after it, for its host. Returns when all hosts have theirs: what comes next is collective, and its
-    limits are not made for a preparation.
-
-    Raises:
-        ConfigError, DataError: see `prepare_corpus`, or the hosts have different prompts; on all ranks.
-        WorldError: the rank that is waited for has come no further for `silence_s` seconds, more than one piece may
-            take.
+    limits are not made for a preparation. Raises ConfigError, DataError: see `prepare_corpus`, or the hosts have
+    different prompts; on all ranks. WorldError: the rank that is waited for has come no further for `silence_s`
+    seconds, more than one piece may take.
     """
     team = Team(store, "prompts", "prepares the prompts", rank, hosts, silence_s)
     prompts, own, fingerprints = None, hosts.index(hosts[rank]), {}

@@ -67,11 +67,7 @@ def prepare_corpus(
     on_progress: Callable[[str], object] = lambda text: None,
 ) -> Corpus:
     """The configured prompts, those trained on and those held out; see `prepare`. In a world see
-    `in_world.prepare_in_world`.
-
-    Raises:
-        ConfigError, DataError, WorldError: see `prepare` and `make_corpus`.
-    """
+    `in_world.prepare_in_world`. Raises ConfigError, DataError, WorldError: see `prepare` and `make_corpus`."""
     stores = [prepare(config, tokenizer_dir, progress, on_progress=on_progress)]
     if isinstance(config.holdout, float):
         return make_corpus(stores, config.holdout)
@@ -90,18 +86,15 @@ def prepare(
     key: str = "prompts.files",
 ) -> PromptStore:
     """The store of `config.files`: from the cache, or tokenised now. Of several processes that share a cache one works
-    at a time.
+    at a time. Raises ConfigError, DataError: nothing to read, an unusable file or tokenizer, no usable sample, more bad
+    samples than `max_bad_fraction`, or a bad one with on_bad=stop. WorldError: another process prepares the same for
+    longer than `timeout`.
 
     Args:
         progress: whether it is shown on stderr.
         timeout: seconds to wait for another process that prepares the same.
         on_progress: called with the progress, in words.
         key: that the files are given by.
-
-    Raises:
-        ConfigError, DataError: nothing to read, an unusable file or tokenizer, no usable sample, more bad samples than
-            `max_bad_fraction`, or a bad one with on_bad=stop.
-        WorldError: another process prepares the same for longer than `timeout`.
     """
     if len(config.files) == 1 and is_store(Path(config.files[0])):
         return _ready(Path(config.files[0]), config)

@@ -60,10 +60,7 @@ def find_files(
 ) -> list[SourceFile]:
     """The files that the value of `key` names, in order: as listed, sorted within a pattern or a directory. Data sets
     of the Hub are fetched; `say` is called with how far that is, `note` with what is read of a directory with splits.
-
-    Raises:
-        ConfigError, DataError: nothing is named, nothing matches, or a file's kind is unknown.
-    """
+    Raises ConfigError, DataError: nothing is named, nothing matches, or a file's kind is unknown."""
     if not patterns:
         raise ConfigError.at(key, "is empty: name at least one file or directory of conversations")
     for pattern in patterns:
@@ -135,14 +132,8 @@ def _metadata(path: Path, key: str) -> list[Any]:
 
 
 def pieces(source: SourceFile, every_column: bool = False) -> Iterator[Piece]:
-    """Cut a file into pieces of about 256 KiB or 256 rows.
-
-    Args:
-        every_column: of a table, also those that training does not read.
-
-    Raises:
-        DataError: the file as a whole cannot be read.
-    """
+    """Cut a file into pieces of about 256 KiB or 256 rows. `every_column`: of a table, also those that training does
+    not read. Raises DataError: the file as a whole cannot be read."""
     try:
         if source.kind == "jsonl":
             yield from _text_pieces(source.path, _lines(source.path))

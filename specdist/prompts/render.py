@@ -73,11 +73,8 @@ class Rendering:
 
 
 def load_tokenizer(directory: str | Path, config: PromptsConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory, with the chat template that the configuration asks for.
-
-    Raises:
-        DataError: there is no tokenizer, or the template file cannot be read.
-    """
+    """The tokenizer of a model directory, with the chat template that the configuration asks for. Raises DataError:
+    there is no tokenizer, or the template file cannot be read."""
     if not Path(directory).is_dir():
         raise DataError(f"the tokenizer directory {directory} does not exist")
     try:
@@ -111,11 +108,8 @@ class Renderer:
         return cls(load_tokenizer(directory, config), config)
 
     def render(self, sample: Sample) -> Rendering:
-        """The training sequences of a sample, none longer than max_length, each with something to learn.
-
-        Raises:
-            UnusableError: with the reason, where the sample gives none.
-        """
+        """The training sequences of a sample, none longer than max_length, each with something to learn. Raises
+        UnusableError: with the reason, where the sample gives none."""
         if sample.text is not None:
             return self._cut([self._text(sample.text)])
         turns, lack = self._turns(sample)

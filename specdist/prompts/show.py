@@ -22,11 +22,8 @@ ENDS = 300
 
 def shown_samples(config: PromptsConfig, tokenizer_dir: str | Path, count: int, colour: bool) -> Iterator[str]:
     """The first `count` samples that can be used, in text, and as many bad ones among the first `SEARCHED` records.
-    What is supervised is green, or without `colour` in double brackets.
-
-    Raises:
-        ConfigError, DataError: see `find_files`, `pieces`, `Renderer.from_directory`.
-    """
+    What is supervised is green, or without `colour` in double brackets. Raises ConfigError, DataError: see
+    `find_files`, `pieces`, `Renderer.from_directory`."""
     renderer, good, bad = Renderer.from_directory(tokenizer_dir, config), 0, 0
     found = (sample for source in find_files(config.files) for piece in pieces(source) for sample in samples(piece))
     for sample in islice(found, SEARCHED):

@@ -164,10 +164,7 @@ class PromptStore:
     @classmethod
     def open(cls, directory: str | Path, files: Sequence[str] | None = None) -> PromptStore:
         """Open the store in `directory`. `files` are the names of its source files today; they may have moved since.
-
-        Raises:
-            DataError: there is none, it is incomplete, or of another format.
-        """
+        Raises DataError: there is none, it is incomplete, or of another format."""
         path = Path(directory) / MANIFEST
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -85,10 +85,7 @@ class Stream:
 
     def items(self, start: Cursor | None = None, index: int = 0, epochs: int | None = None) -> Iterator[WorkItem]:
         """The work items of the steps from `start` on, numbered from `index`, up to Cursor(epochs, 0), or for ever.
-
-        Raises:
-            DataError: `start` lies beyond the epoch's end: it belongs to other prompts.
-        """
+        Raises DataError: `start` lies beyond the epoch's end: it belongs to other prompts."""
         for begin, end, batches in self.steps(start, epochs):
             batches = batches + [Shard((), ())] * (self.accumulation * self.shards - len(batches))
             for first in range(0, len(batches), self.shards):

@@ -18,11 +18,7 @@ from specdist.prompts.conversation import COLUMNS, FORMATS, FORMATS_IN_WORDS, ME
 
 def encoded_batches(path: str, rows: int, every_column: bool = False) -> Iterator[tuple[bytes, int, int]]:
     """Batches of at most `rows` rows: an Arrow IPC stream of the known columns, or of every one, its rows, and its
-    share of the file's bytes.
-
-    Raises:
-        DataError: the file cannot be read, or has no column of conversations.
-    """
+    share of the file's bytes. Raises DataError: the file cannot be read, or has no column of conversations."""
     batches = (_parquet if path.lower().endswith(".parquet") else _arrow)(path, rows, every_column)
     try:
         for whole, size in batches:

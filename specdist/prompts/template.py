@@ -111,11 +111,8 @@ class _Said:
 
 
 class Template:
-    """A tokenizer's chat template with its variables.
-
-    Args:
-        ends: the end-of-turn tokens; by default those that the tokenizer and the model in its directory name.
-    """
+    """A tokenizer's chat template with its variables. `ends`: the end-of-turn tokens; by default those that the
+    tokenizer and the model in its directory name."""
 
     def __init__(
         self,
@@ -137,12 +134,9 @@ class Template:
         self._reads_reasoning = cache(lambda tools: bool(READS_REASONING.search(self.source(tools))))
 
     def turn(self, messages: Sequence[Message], tools: Tools = (), variables: Mapping[str, Any] | None = None) -> Turn:
-        """The last message of `messages`, which is the assistant's. `variables` of the sample's own come last.
-
-        Raises:
-            UnusableError: the template refuses the conversation, renders no answer that a server could have given, or
-                leaves out something of it.
-        """
+        """The last message of `messages`, which is the assistant's. `variables` of the sample's own come last. Raises
+        UnusableError: the template refuses the conversation, renders no answer that a server could have given, or
+        leaves out something of it."""
         prompt, last = self.prompt(messages[:-1], tools, variables), messages[-1]
         said = _Said.of(last, prompt)
         if "end" in last:
@@ -317,11 +311,7 @@ class Template:
         )
 
     def source(self, tools: bool = False) -> str:
-        """The Jinja text of the template.
-
-        Raises:
-            DataError: the tokenizer has none.
-        """
+        """The Jinja text of the template. Raises DataError: the tokenizer has none."""
         try:
             return self.tokenizer.get_chat_template(None, [{}] if tools else None)
         except ValueError as error:

@@ -76,11 +76,8 @@ def without_opening(text: str) -> str:
 
 def with_thought(prompt: str, answer: str, thought: str, written: str | None) -> str | None:
     """`answer`, from which a template has left out the thought, with it: behind the mark that ends the prompt, or in
-    the place of an empty one. None where neither shows how the target writes it.
-
-    Args:
-        written: the thought with its marks, where the data has it to the letter.
-    """
+    the place of an empty one. None where neither shows how the target writes it. `written`: the thought with its marks,
+    where the data has it to the letter."""
     empty = _EMPTY.match(answer)
     opened = _AT_THE_END.search(prompt[-80:])
     rest = answer[empty.end() :] if empty else answer

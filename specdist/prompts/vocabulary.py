@@ -16,10 +16,8 @@ def frequent_tokens(corpus: Corpus, size: int, target_size: int) -> tuple[Tensor
     ones by lowest id.
 
     Returns int64 [size], ascending, and the share of supervised tokens among them: a ceiling of the acceptance rate.
-
-    Raises:
-        ConfigError: `size` is not between 1 and `target_size`.
-        DataError: the prompts hold tokens that the target does not have.
+    Raises ConfigError: `size` is not between 1 and `target_size`. DataError: the prompts hold tokens that the target
+    does not have.
     """
     if not 0 < size <= target_size:
         raise ConfigError(f"draft vocab_size={size}: the target has {target_size} tokens, so give 1 to {target_size}")

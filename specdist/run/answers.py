@@ -29,10 +29,7 @@ from specdist.world.groups import World, join_world
 
 def answered_prompts(job: JobConfig, world: World) -> PromptsConfig:
     """The `prompts` section that a world trains on; where the target is to answer, once it has (`answers_in_world`).
-
-    Raises:
-        DataError: a world of one role alone finds the answers missing: it has not all of the job's GPUs.
-    """
+    Raises DataError: a world of one role alone finds the answers missing: it has not all of the job's GPUs."""
     if job.prompts.answers == "data":
         return job.prompts
     if job.world.role != "both":
@@ -53,11 +50,8 @@ def ready_prompts(job: JobConfig) -> PromptsConfig:
 
 def begun_prompts(job: JobConfig) -> PromptsConfig | None:
     """The `prompts` section to train on, None where the target has yet to write answers: a check of what there is, and
-    of the settings that it was written with, before a world is started.
-
-    Raises:
-        ConfigError, DataError: see `open_answers` and `ready_prompts`.
-    """
+    of the settings that it was written with, before a world is started. Raises ConfigError, DataError: see
+    `open_answers` and `ready_prompts`."""
     if job.prompts.answers == "data":
         return job.prompts
     if job.world.role != "both":

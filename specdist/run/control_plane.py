@@ -88,11 +88,7 @@ def serving(context: WorldContext, resume: ResumePlan, profile: Profile) -> Iter
 
 def await_run(context: WorldContext) -> tuple[ResumePlan, ControlAddress]:
     """On the other ranks: what rank 0 announces. It may have billions of tokens to count before: loading is what this
-    wait belongs to.
-
-    Raises:
-        WorldError: nothing came in `control.load_timeout_s` seconds.
-    """
+    wait belongs to. Raises WorldError: nothing came in `control.load_timeout_s` seconds."""
     store, timeout_s = context.world.store, context.job.control.load_timeout_s
     try:
         store.wait([_KEY], timedelta(seconds=timeout_s))

@@ -12,12 +12,9 @@ from specdist.world.groups import World
 
 
 def fetch_target(path: str, world: World, silence_s: float = SILENCE_S) -> None:
-    """Have the first rank of every host download what its host lacks; returns when all hosts have it.
-
-    Raises:
-        DataError: see `hub.resolve`, or hosts have different commits in their caches; on all ranks.
-        WorldError: a rank that downloads has come no further for `silence_s` seconds.
-    """
+    """Have the first rank of every host download what its host lacks; returns when all hosts have it. Raises DataError:
+    see `hub.resolve`, or hosts have different commits in their caches; on all ranks. WorldError: a rank that downloads
+    has come no further for `silence_s` seconds."""
     rank, hosts, commits = world.facts.rank, world.hosts, dict[str, str]()
     firsts = sorted({hosts.index(host) for host in set(hosts)})
     team = Team(world.store, "target", f"downloads {path}", rank, hosts, silence_s)

@@ -23,11 +23,7 @@ from specdist.prompts.render import load_tokenizer
 def prompt_files(job: JobConfig) -> tuple[tuple[str, ...], float | None, str]:
     """The files whose prompts are decoded, the share of their conversations that is (None: all), and the configuration
     key that names them: those of `evaluate.prompts`, else the held-out ones, with the target's answers where it has
-    written them (`prompts.answers`), for later turns follow those.
-
-    Raises:
-        DataError: see `answered`.
-    """
+    written them (`prompts.answers`), for later turns follow those. Raises DataError: see `answered`."""
     if job.evaluate.prompts or job.prompts.holdout is None:
         return tuple(job.evaluate.prompts), None, "evaluate.prompts"
     prompts = answered(job.prompts, RunDirectory(Path(job.run.dir)).answers) or job.prompts
@@ -46,11 +42,8 @@ def heldout_prompts(job: JobConfig, facts: JobFacts) -> list[EvaluationPrompt]:
 def evaluate_draft(
     job: JobConfig, facts: JobFacts, make: Callable[[], DraftModel], device: torch.device
 ) -> EvaluationReport:
-    """Decode the prompts of `prompt_files` with the draft that `make` makes on `device`.
-
-    Raises:
-        ConfigError, DataError: see `heldout_prompts`, `EvaluationTarget` and `evaluate`.
-    """
+    """Decode the prompts of `prompt_files` with the draft that `make` makes on `device`. Raises ConfigError, DataError:
+    see `heldout_prompts`, `EvaluationTarget` and `evaluate`."""
     prompts = heldout_prompts(job, facts)
     tokens, sources = [p.tokens for p in prompts], [p.file for p in prompts]
     draft = make()

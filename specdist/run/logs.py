@@ -24,14 +24,9 @@ _PACKED = ("config.yaml", "status.json", "summary.json", "metrics.jsonl", "logs/
 
 
 def show_logs(run_dir: Path, rank: int | None = None) -> Iterator[str]:
-    """Of the newest start: its failure, the end of a log, and, while the start goes on, what is added to it.
-
-    Args:
-        rank: whose log; by default the failed rank's, else the first draft rank's, which trains, else rank 0's.
-
-    Raises:
-        ConfigError: there is no start, or no log of the rank.
-    """
+    """Of the newest start: its failure, the end of a log, and, while the start goes on, what is added to it. `rank`:
+    whose log; by default the failed rank's, else the first draft rank's, which trains, else rank 0's. Raises
+    ConfigError: there is no start, or no log of the rank."""
     history = attempts(run_dir)
     if not history:
         raise ConfigError(f"{run_dir}: no start of a run is on record there (give the run.dir of a job)")

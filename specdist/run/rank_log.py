@@ -28,11 +28,7 @@ _ESCAPE = "\x1b"
 
 class RankLog:
     """Redirects this process's output to `directory`/starting/HOST-rankN.log, and into its role's folder once that is
-    known.
-
-    Raises:
-        OSError: the file cannot be created.
-    """
+    known. Raises OSError: the file cannot be created."""
 
     def __init__(self, directory: Path, facts: RankFacts):
         self._directory, self._name = directory, f"{facts.host}-rank{facts.rank}.log"

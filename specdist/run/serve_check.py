@@ -64,14 +64,12 @@ class ServeCheck:
 
 
 def prepare(files: Sequence[str], overrides: Sequence[str], engine: str | None, draft: str | None) -> ServeCheck:
-    """Everything that can be checked before an engine starts.
+    """Everything that can be checked before an engine starts. Raises ConfigError, DataError: what is missing or does
+    not go together.
 
     Args:
         engine: SGLang or vLLM; None for the target's, or the one that is installed.
         draft: an exported draft instead of the run's: a directory, or an id on the Hub.
-
-    Raises:
-        ConfigError, DataError: what is missing or does not go together.
     """
     job = load_job(files, overrides)
     if not prompt_files(job)[0]:
@@ -149,11 +147,8 @@ def write_answers(
 
 
 def judge(check: ServeCheck, drafted: Decoded, plain: Decoded, tolerance: float, least_tokens: int) -> ServeReport:
-    """The report, once the answers are replayed; it is also written to a file of `folder`, by the engine's name.
-
-    Raises:
-        DataError: the replay has left no evaluation.
-    """
+    """The report, once the answers are replayed; it is also written to a file of `folder`, by the engine's name. Raises
+    DataError: the replay has left no evaluation."""
     run_dir, command = RunDirectory(check.folder / "replay"), check.server.command
     replay = read_evaluation(run_dir, 0)
     if replay is None:

@@ -65,12 +65,8 @@ def serve_command(
     job: JobConfig, directories: Sequence[Path], engine: str | None = None, draft_tokens: int | None = None
 ) -> ServeCommand:
     """How an engine serves the draft that lies in `directories`, in a form of its own in each: the `engine` asked for,
-    else that of `target.engine`, else the first that is installed here.
-
-    Raises:
-        ConfigError: no such engine is installed here, or it does not serve such a draft.
-        DataError: see `commands_by_engine`.
-    """
+    else that of `target.engine`, else the first that is installed here. Raises ConfigError: no such engine is installed
+    here, or it does not serve such a draft. DataError: see `commands_by_engine`."""
     found = commands_by_engine(directories, target=served_name(job.target.path), draft_tokens=draft_tokens)
     wanted = engine or ("SGLang" if job.target.engine == "sglang" else next(filter(installed, sorted(found)), None))
     if wanted is not None and wanted not in found:
@@ -140,11 +136,8 @@ class Server:
     limit: int
 
     def decode(self, sampling: Sampling, draft: bool) -> Decoded:
-        """Start the engine with the draft or without one, and have it answer the prompts.
-
-        Raises:
-            WorldError: it ended, refused a prompt, or wrote nothing for `generate.timeout_s`.
-        """
+        """Start the engine with the draft or without one, and have it answer the prompts. Raises WorldError: it ended,
+        refused a prompt, or wrote nothing for `generate.timeout_s`."""
         seed = self.job.run.seed
         requests = [Request(list(p.tokens), self.limit, sampling, seed + i) for i, p in enumerate(self.prompts)]
         name = self.command.by.engine
@@ -225,11 +218,8 @@ def _sum(replies: Sequence[Reply]) -> Drafted | None:
 
 
 def evaluate_served(job: JobConfig, facts: JobFacts, directory: Path) -> EvaluationReport:
-    """What `specdist eval --decode` reports, by the target's engine with the export in `directory`.
-
-    Raises:
-        ConfigError, DataError, WorldError: see `serve_command`, `check_engine`, `fitting_prompts` and `Server`.
-    """
+    """What `specdist eval --decode` reports, by the target's engine with the export in `directory`. Raises ConfigError,
+    DataError, WorldError: see `serve_command`, `check_engine`, `fitting_prompts` and `Server`."""
     settings = job.decoding
     command = serve_command(job, [directory], draft_tokens=settings.drafts)
     check_settings(settings)

@@ -58,10 +58,6 @@ def directory(record: AttemptRecord) -> Path:
 
 
 def read_starts(record: AttemptRecord) -> list[RankStart]:
-    """The starts that are kept of an attempt, by rank.
-
-    Raises:
-        DataError: a file holds something else.
-    """
+    """The starts that are kept of an attempt, by rank. Raises DataError: a file holds something else."""
     found = [read_json(file, RankStart) for file in directory(record).glob("rank-*.json")]
     return sorted((start for start in found if start is not None), key=lambda start: start.rank)

@@ -54,11 +54,7 @@ class Status:
 
 
 def describe(run_dir: Path, now: float | None = None) -> str:
-    """The state of a run in a few lines.
-
-    Raises:
-        ConfigError: there is no run in this directory.
-    """
+    """The state of a run in a few lines. Raises ConfigError: there is no run in this directory."""
     now = time.time() if now is None else now
     paths = RunPaths(run_dir)
     history, answers = attempts(run_dir), read_json(paths.answers_progress, AnswersProgress)

@@ -52,11 +52,7 @@ class _ProfileFile(msgspec.Struct):
 
 
 def read_parts(directory: Path) -> list[PartInfo]:
-    """The parts that are there, by rank.
-
-    Raises:
-        DataError: a part is none.
-    """
+    """The parts that are there, by rank. Raises DataError: a part is none."""
     parts = (_read(file, PartInfo) for file in directory.glob("rank-*.json") if not file.name.endswith(".profile.json"))
     return sorted(parts, key=lambda part: part.rank)
 
@@ -70,10 +66,7 @@ def _read(file: Path, kind: type[Any]) -> Any:
 
 def merge(directory: Path) -> dict[str, Any] | None:
     """The timeline of the parts that are there, as the value of a JSON file; times are in us from the first event.
-
-    Raises:
-        DataError: a part is none.
-    """
+    Raises DataError: a part is none."""
     parts = read_parts(directory)
     if not parts:
         return None
@@ -198,10 +191,7 @@ def _about(parts: Sequence[PartInfo]) -> dict[str, Any]:
 
 def collect(record: AttemptRecord) -> str | None:
     """Write the timeline of a start of the job; says in words what it holds. None where no rank has recorded a part.
-
-    Raises:
-        DataError: a part is none.
-    """
+    Raises DataError: a part is none."""
     timeline = merge(record.trace_parts)
     if timeline is None:
         return None
@@ -222,11 +212,8 @@ def collect(record: AttemptRecord) -> str | None:
 
 
 def collect_newest(run_dir: Path, attempt: str | None = None) -> str:
-    """The same for the newest start that has a part, or the one called `attempt`.
-
-    Raises:
-        InputError: there is none, or no such start.
-    """
+    """The same for the newest start that has a part, or the one called `attempt`. Raises InputError: there is none, or
+    no such start."""
     begun = attempts(run_dir)
     if attempt is not None and attempt not in (record.name for record in begun):
         names = ", ".join(record.name for record in begun) or "none"

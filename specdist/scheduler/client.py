@@ -156,20 +156,13 @@ class ControlClient:
         self.send(Ready())
 
     def send(self, message: Message) -> None:
-        """Hand a message to the scheduler, in order, without waiting.
-
-        Raises:
-            WorldError: the world has failed.
-        """
+        """Hand a message to the scheduler, in order, without waiting. Raises WorldError: the world has failed."""
         self.check()
         self._post(message)
 
     def poll(self, timeout_s: float) -> list[Message]:
         """All messages that are there, in order; waits up to `timeout_s` for the first, and returns none if none came.
-
-        Raises:
-            WorldError: the world has failed; names the rank, its role and host.
-        """
+        Raises WorldError: the world has failed; names the rank, its role and host."""
         self.check()
         messages: list[Message] = []
         try:
@@ -184,11 +177,8 @@ class ControlClient:
 
     def expect(self, kind: type[Answer], timeout_s: float | None = None) -> Answer | None:
         """The next message of one of the kinds that `poll` leaves out: `Welcome`, `StartWork` (the scheduler names the
-        ranks that are not ready in time), `Reports` or `ClockProbe`. None after `timeout_s` seconds.
-
-        Raises:
-            WorldError: the world has failed.
-        """
+        ranks that are not ready in time), `Reports` or `ClockProbe`. None after `timeout_s` seconds. Raises WorldError:
+        the world has failed."""
         self.check()
         try:
             answer: Answer | None = self._answers[kind].get(timeout=timeout_s)
@@ -198,11 +188,8 @@ class ControlClient:
         return answer
 
     def ask_clock(self, timeout_s: float) -> ClockReading:
-        """What rank 0's clock says. One thread asks at a time.
-
-        Raises:
-            WorldError: no answer within `timeout_s` seconds, or the world has failed.
-        """
+        """What rank 0's clock says. One thread asks at a time. Raises WorldError: no answer within `timeout_s` seconds,
+        or the world has failed."""
         asked, deadline = time.time_ns(), time.monotonic() + timeout_s
         self.send(ClockProbe(asked))
         while True:

@@ -277,11 +277,8 @@ encode = msgspec.msgpack.Encoder().encode
 
 
 def decode(payload: bytes) -> Message:
-    """The message in `payload`.
-
-    Raises:
-        DecodeError: it is none: another name, or fields of another number or type, or bytes that are no MessagePack.
-    """
+    """The message in `payload`. Raises DecodeError: it is none: another name, or fields of another number or type, or
+    bytes that are no MessagePack."""
     try:
         return _DECODER.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -135,11 +135,7 @@ class Replicas:
 
     def computed(self, rank: int, item: int, agreed: tuple[int, ...], now: float) -> Deliver | None:
         """`rank` has computed its share of `item`; returns the delivery once all ranks of its replica have. All find
-        the same `agreed`.
-
-        Raises:
-            ProtocolError: it was not to compute that item now.
-        """
+        the same `agreed`. Raises ProtocolError: it was not to compute that item now."""
         replica = self._replica(rank)
         if replica.state != "live":
             return None
@@ -177,11 +173,8 @@ class Replicas:
                 self._dismiss(replica, self._end)
 
     def apply(self, rank: int, message: Message, now: float) -> None:
-        """Apply a message that a rank of the draft world does not send, or that means something else from one.
-
-        Raises:
-            ProtocolError: the message is not one that it may send.
-        """
+        """Apply a message that a rank of the draft world does not send, or that means something else from one. Raises
+        ProtocolError: the message is not one that it may send."""
         match message:
             case Hello(version, pid, RemotePlace() as place):
                 self._join(rank, version, pid, place)

@@ -124,11 +124,8 @@ class Scheduler:
         return dispatches
 
     def on_computed(self, item: int, replica: int, now: float, agreed: tuple[int, ...] = ()) -> Deliver | None:
-        """`replica` has computed `item`; None if it was dropped meanwhile. `agreed` is passed on.
-
-        Raises:
-            ProtocolError: `item` is not the oldest one outstanding at `replica`.
-        """
+        """`replica` has computed `item`; None if it was dropped meanwhile. `agreed` is passed on. Raises ProtocolError:
+        `item` is not the oldest one outstanding at `replica`."""
         queue = self._outstanding.get(replica)
         if queue is None:
             return None
@@ -146,11 +143,8 @@ class Scheduler:
         return deliver
 
     def on_released(self, item: int, draft: int, now: float) -> None:
-        """Draft rank number `draft` has freed the slot of `item`.
-
-        Raises:
-            ProtocolError: `item` is not delivered, or not the next one of this draft rank in item order.
-        """
+        """Draft rank number `draft` has freed the slot of `item`. Raises ProtocolError: `item` is not delivered, or not
+        the next one of this draft rank in item order."""
         delivery = self._delivered.get(item)
         due = self._next_release[draft]
         if delivery is None or due != item:

@@ -128,11 +128,8 @@ class ControlServer:
             raise self._coordinator.aborted.error()
 
     def join(self, timeout_s: float | None = None) -> None:
-        """Wait until every rank has left. Without `timeout_s` as long as all that have not show signs of life.
-
-        Raises:
-            WorldError: the run failed, or some rank has not left within `timeout_s`.
-        """
+        """Wait until every rank has left. Without `timeout_s` as long as all that have not show signs of life. Raises
+        WorldError: the run failed, or some rank has not left within `timeout_s`."""
         self._thread.join(timeout_s)
         if timeout_s is not None and self._thread.is_alive():
             now = time.monotonic()

@@ -33,10 +33,8 @@ class TargetModel(ABC):
         """Compute the features of `batch`, given on the CPU, into `out` [T, layout.width] on the target's device.
 
         Rows come in packed order. Every rank of the replica gets all columns. Nothing waits for the device, and `out`
-        is complete once the device has done what was queued on its current stream. No logits are computed.
-
-        Args:
-            final: [T, H], where the last hidden state goes where the layout has no place for it.
+        is complete once the device has done what was queued on its current stream. No logits are computed. `final`: [T,
+        H], where the last hidden state goes where the layout has no place for it.
         """
 
 

@@ -184,15 +184,9 @@ class TargetDescription:
 
 
 def describe(path: str | Path, trust_remote_code: bool = False, weights: bool = True) -> TargetDescription:
-    """Read the configuration, and the weights' headers, of the model that `path` names: a directory, or a repository
-    of the Hub, of which only small files are fetched.
-
-    Args:
-        weights: whether a directory without them is an error.
-
-    Raises:
-        DataError: naming the file or the key that is missing; see `hub.resolve` too.
-    """
+    """Read the configuration, and the weights' headers, of the model that `path` names: a directory, or a repository of
+    the Hub, of which only small files are fetched. `weights`: whether a directory without them is an error. Raises
+    DataError: naming the file or the key that is missing; see `hub.resolve` too."""
     given, path = str(path), hub.resolve(path, "target.path")
     if not (path / "config.json").is_file():
         raise DataError.at("target.path", f"={given}: it has no config.json, so it is not a model directory")

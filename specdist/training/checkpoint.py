@@ -56,10 +56,8 @@ class Checkpointer:
 
     A save that fails (a full disk, a quota, a file server that is away) is told and tried again; only after
     `checkpoint.give_up_s` seconds of it does the run end. Ranks may learn of it at different steps, and of a commit the
-    leader alone does: so what they do about it they have to agree on (`due`, `saved_step`).
-
-    Args:
-        tell: takes what is wrong, in words, and nothing once it is mended.
+    leader alone does: so what they do about it they have to agree on (`due`, `saved_step`). `tell`: takes what is
+    wrong, in words, and nothing once it is mended.
     """
 
     def __init__(
@@ -115,11 +113,7 @@ class Checkpointer:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the background save.
-
-        Raises:
-            DiskError: saving has failed for `checkpoint.give_up_s` seconds.
-        """
+        """Wait for the background save. Raises DiskError: saving has failed for `checkpoint.give_up_s` seconds."""
         if self._writing is None:
             return
         writing, self._writing = self._writing, None
@@ -223,11 +217,8 @@ _UNREADABLE = (OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError)
 @contextlib.contextmanager
 def naming_damage(path: Path) -> Iterator[None]:
     """Turn what reading a damaged checkpoint raises into an error of one line. What else goes wrong stays as it is: a
-    rank that is lost meanwhile says nothing about the files.
-
-    Raises:
-        DataError: a file of the checkpoint is missing, cut off or no file of it.
-    """
+    rank that is lost meanwhile says nothing about the files. Raises DataError: a file of the checkpoint is missing, cut
+    off or no file of it."""
     try:
         yield
     except CheckpointException as error:

@@ -89,11 +89,8 @@ class BadSamples:
         self.count, self.share, self._seen = 0, share, 0
 
     def look(self, result: StepResult) -> None:
-        """Take what a step came to. Where all is well nothing travels.
-
-        Raises:
-            TrainingDiverged: on all ranks, where more than `share` are bad of the micro-batches so far.
-        """
+        """Take what a step came to. Where all is well nothing travels. Raises TrainingDiverged: on all ranks, where
+        more than `share` are bad of the micro-batches so far."""
         norm, skipped, losses, documents = result.reading.get()
         self._seen += sum(bool(shard.tokens) for item in result.items for shard in item.shards)
         features, fine = int(skipped), bool(norm.isfinite())

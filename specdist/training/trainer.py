@@ -102,11 +102,7 @@ class Trainer:
         self, recipe: Recipe, progress: Progress, checkpointer: Checkpointer, stop: StopFlag, reporter: Reporter
     ) -> Progress:
         """Train on from `progress`; returns where it stopped, which `commit` then saves. `finished` then says whether
-        there is nothing left to do.
-
-        Raises:
-            WorldError: features will not come any more; the last step is saved.
-        """
+        there is nothing left to do. Raises WorldError: features will not come any more; the last step is saved."""
         self._waited_before = self.source.waited_s
         self.bad_samples.share = recipe.train.max_bad_share
         checkpointer.begin(progress.step)
@@ -269,10 +265,7 @@ class Trainer:
 
     def look_back(self) -> None:
         """Look at what the last step came to: one step late, so that the host never waits for the device in between.
-
-        Raises:
-            TrainingDiverged: see `BadSamples`.
-        """
+        Raises TrainingDiverged: see `BadSamples`."""
         if self._last is not None:
             result, self._last = self._last, None
             self._norm = float(result.reading.get()[0])
@@ -280,14 +273,9 @@ class Trainer:
 
     def _receive_all(self, indices: range, stop: StopFlag, due: bool) -> tuple[list[MicroBatch], Course]:
         """Receive the items, and agree with the other draft ranks how to go on; at a stop they are released. They agree
-        once all that a step needs has arrived: from there on they depend on each other alone.
-
-        Args:
-            due: whether this rank's clock says that it is time to save.
-
-        Raises:
-            _CutOffError: on all ranks, where features will not come any more.
-        """
+        once all that a step needs has arrived: from there on they depend on each other alone. `due`: whether this
+        rank's clock says that it is time to save. Raises _CutOffError: on all ranks, where features will not come any
+        more."""
         received, error = list[MicroBatch](), WorldError("another draft rank is cut off from the world")
         course = Course.SAVE if due else Course.GO
         try:

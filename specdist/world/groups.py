@@ -77,11 +77,8 @@ def pick_device(config: WorldConfig, facts: RankFacts) -> torch.device:
 
 
 def join_world(config: WorldConfig, facts: RankFacts) -> World:
-    """Meet all other ranks within `world.join_timeout_s` and initialise torch.distributed.
-
-    Raises:
-        WorldError: naming the ranks (and, where known, the hosts) that did not arrive.
-    """
+    """Meet all other ranks within `world.join_timeout_s` and initialise torch.distributed. Raises WorldError: naming
+    the ranks (and, where known, the hosts) that did not arrive."""
     device = pick_device(config, facts)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -151,10 +148,7 @@ def make_groups(
     topology: Topology, world: World, link_backend: str | None, timeout_s: float, engine: EngineGroups | None = None
 ) -> Groups:
     """Create every group of the topology, and the engine's. All ranks call it once, right after `join_world`.
-
-    Args:
-        link_backend: of the two-rank group of every link; None: links have no groups.
-    """
+    `link_backend`: of the two-rank group of every link; None: links have no groups."""
     with _forming(world.facts, "the topology", timeout_s):
         groups = _make_groups(topology, world, link_backend, timeout_s)
         if engine is not None:  # last, because target ranks may import the engine first, which takes long

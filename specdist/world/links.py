@@ -122,10 +122,8 @@ def _bounded(action: Callable[[], None], timeout_s: float, device: torch.device)
 def wait_work(work: dist.Work, timeout_s: float, on_device: bool, check: Callable[[], None] = lambda: None) -> None:
     """Wait on the host, bounded, until a transfer has finished. `check`, of a device transfer, may raise to end it.
 
-    NCCL's own `wait` only orders streams, so a device transfer is polled; gloo's blocks with a timeout.
-
-    Raises:
-        TransferError: not finished after `timeout_s` seconds, or the connection is lost.
+    NCCL's own `wait` only orders streams, so a device transfer is polled; gloo's blocks with a timeout. Raises
+    TransferError: not finished after `timeout_s` seconds, or the connection is lost.
     """
     deadline = time.monotonic() + timeout_s
     try:

@@ -55,12 +55,8 @@ class RollCall:
     check: Callable[[], None] = lambda: None
 
     def open_store(self, address: tuple[str, int]) -> dist.Store:
-        """Serve the store of the roll call at `address`, or connect to it.
-
-        Raises:
-            ConfigError: its host is not known here.
-            WorldError: its port is taken on the leader, or the others do not reach it in time.
-        """
+        """Serve the store of the roll call at `address`, or connect to it. Raises ConfigError: its host is not known
+        here. WorldError: its port is taken on the leader, or the others do not reach it in time."""
         where = f"{address[0]}:{address[1]}"
         if self.number == 0:
             try:
@@ -91,17 +87,13 @@ class RollCall:
         missing: Callable[[Mapping[int, Any]], str],
         extra: Callable[[], object] = lambda: None,
     ) -> tuple[list[Any], Any]:
-        """Report `entry`, as JSON, and wait for the others; linear in their number.
+        """Report `entry`, as JSON, and wait for the others; linear in their number. Returns the entries of all members
+        in order, and the leader's `extra`. Raises WorldError: the text of `missing`, the same on all members; or the
+        leader has no answer.
 
         Args:
             missing: makes the error from the entries of those that are there.
             extra: what the leader adds once all are there.
-
-        Returns:
-            The entries of all members in order, and the leader's `extra`.
-
-        Raises:
-            WorldError: the text of `missing`, the same on all members; or the leader has no answer.
         """
         try:
             store.set(f"here/{self.number}", json.dumps(entry))
@@ -180,15 +172,13 @@ def meet(
     expected: Sequence[str] = (),
     check: Callable[[], None] = lambda: None,
 ) -> Meeting:
-    """Meet the agents of the other nodes at the leader's (host, port), before any rank is started.
+    """Meet the agents of the other nodes at the leader's (host, port), before any rank is started. Raises WorldError:
+    some did not come within `timeout_s` seconds; names them.
 
     Args:
         count: how many nodes the job has; node 0 leads.
         expected: the names of all nodes in order, where the launcher knows them.
         check: called while waiting; what it raises ends the wait.
-
-    Raises:
-        WorldError: some did not come within `timeout_s` seconds; names them.
     """
     if count == 1:
         return Meeting((me,), free_port())
@@ -208,11 +198,7 @@ def meet(
 
 def serve_store(address: tuple[str, int], timeout_s: float) -> dist.TCPStore:
     """A store that listens on the address by which the others know this host: torch alone would listen on all. One that
-    torchrun then serves in this process on the same port is this one.
-
-    Raises:
-        OSError, DistError: the port is taken.
-    """
+    torchrun then serves in this process on the same port is this one. Raises OSError, DistError: the port is taken."""
     found = _listener(address)
     return dist.TCPStore(
         *address,

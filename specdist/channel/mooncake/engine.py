@@ -48,14 +48,8 @@ class TransferFailed(RuntimeError):
 
 class TransferEngine:
     """This process's end of all its transfers. When the object goes, so does every other rank's access to it.
-
-    Args:
-        address: the IP address under which the other ranks reach this host.
-
-    Raises:
-        ConfigError: Mooncake is not installed, or does not load.
-        WorldError: it does not come up on this host.
-    """
+    `address`: the IP address under which the other ranks reach this host. Raises ConfigError: Mooncake is not
+    installed, or does not load. WorldError: it does not come up on this host."""
 
     def __init__(self, address: str, config: MooncakeConfig):
         self.protocol = config.chosen_protocol()
@@ -99,22 +93,16 @@ class TransferEngine:
         self._registered = [kept for kept in self._registered if kept is not memory]
 
     def write(self, session: str, source: int, destination: int, size: int) -> int:
-        """Start to write `size` bytes from the address `source` here to `destination` there; returns its number.
-
-        Raises:
-            TransferFailed: the other end cannot be reached.
-        """
+        """Start to write `size` bytes from the address `source` here to `destination` there; returns its number. Raises
+        TransferFailed: the other end cannot be reached."""
         number = int(self._engine.transfer_submit_write(session, source, destination, size))
         if number == 0:
             raise TransferFailed(_WORDS[-1])
         return number
 
     def wait(self, writes: Iterable[int], timeout_s: float) -> None:
-        """Wait until all `writes`, each waited for once, have ended.
-
-        Raises:
-            TransferFailed: one failed, or has not ended after `timeout_s` seconds.
-        """
+        """Wait until all `writes`, each waited for once, have ended. Raises TransferFailed: one failed, or has not
+        ended after `timeout_s` seconds."""
         deadline = time.monotonic() + timeout_s
         for number in writes:
             while (status := self._engine.transfer_check_status(number)) == 0:

@@ -65,11 +65,7 @@ def write_blocks(
 
 
 def block_json(options: BlockOptions, dims: BlockDims, target: PretrainedConfig, dtype: str) -> dict[str, Any]:
-    """The keys of config.json that all drafts of blocks have.
-
-    Raises:
-        ConfigError: there is no mask token.
-    """
+    """The keys of config.json that all drafts of blocks have. Raises ConfigError: there is no mask token."""
     if options.mask_token_id is None:
         raise ConfigError.at(f"{options.SECTION}.mask_token_id", "is null: an export needs the token that was trained")
     target_layers = target.get_text_config().num_hidden_layers

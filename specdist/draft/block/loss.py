@@ -50,11 +50,8 @@ def losses(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """The weighted loss, float64 []; every draft's chance to be accepted, [N, D]; the sums [D, 5] in float64 in the
     order of `SUMS`; and the gradients of the first with respect to all factors and the trained tables, without
-    `with_grad` none.
-
-    Args:
-        factors: each [N, D, c], and `tables` each [V, c]: the logits are the sum of the products of each pair.
-    """
+    `with_grad` none. `factors`: each [N, D, c], and `tables` each [V, c]: the logits are the sum of the products of
+    each pair."""
     valid, (count, drafts, _) = inputs.valid, factors[0].shape
     weighted = torch.zeros((), dtype=torch.float64, device=valid.device)
     sums = torch.zeros(drafts, len(SUMS), dtype=torch.float64, device=valid.device)

@@ -15,11 +15,8 @@ RARE = re.compile(r"mask|reserved|unused|extra|spare|dummy|placeholder", re.IGNO
 def find_mask_token(target: Path, vocab_size: int) -> int:
     """The tokenizer's own mask token, else the first row of the target's embedding that is no token of its tokenizer.
     Without one a token that hardly occurs in text: one that is reserved by its name, else the last that is neither a
-    beginning nor an end. Of a directory without a tokenizer (`specdist plan`) the last row.
-
-    Raises:
-        DataError: the tokenizer cannot be read.
-    """
+    beginning nor an end. Of a directory without a tokenizer (`specdist plan`) the last row. Raises DataError: the
+    tokenizer cannot be read."""
     if not any(any(target.glob(name)) for name in ("tokenizer*", "vocab*", "*.model", "tekken.json")):
         return vocab_size - 1
     try:

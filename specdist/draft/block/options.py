@@ -120,11 +120,8 @@ class BlockOptions(LayerOptions):
             )
 
     def captured_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The captured layers of a target of `num_layers` layers.
-
-        Raises:
-            ConfigError: a layer does not exist, or the layers do not ascend.
-        """
+        """The captured layers of a target of `num_layers` layers. Raises ConfigError: a layer does not exist, or the
+        layers do not ascend."""
         key, layers = f"{self.SECTION}.layers", self.layers
         if layers is None:
             layers = spread(num_layers, self.num_layers)
@@ -163,11 +160,8 @@ class BlockDims(LayerSizes):
     @classmethod
     def of(cls, options: BlockOptions, target: PretrainedConfig, draft_vocab_size: int | None = None) -> BlockDims:
         """The draft's sizes for a target's configuration. `draft_vocab_size` is that of the vocabulary in use; without
-        it `options.vocab_size` counts, then the target's.
-
-        Raises:
-            ConfigError: the target does not state a size, or sizes do not go together.
-        """
+        it `options.vocab_size` counts, then the target's. Raises ConfigError: the target does not state a size, or
+        sizes do not go together."""
         text, section, mask = target.get_text_config(), options.SECTION, options.mask_token_id
         vocab_size = read(text, "vocab_size", section)
         if mask is not None and not 0 <= mask < vocab_size:

@@ -99,16 +99,14 @@ def read_blocks(
     modules: Callable[[BlockDims, torch.device, torch.dtype], Mapping[str, nn.Module]],
     title: str,
 ) -> dict[str, Any]:
-    """The fields of `ExportedBlocks` of an algorithm called `title`, and `state` and `vocabulary`.
+    """The fields of `ExportedBlocks` of an algorithm called `title`, and `state` and `vocabulary`. Raises DataError: a
+    key or a tensor is missing or wrong, or a key has a value that we lack.
 
     Args:
         keys: config.json, flat.
         plain: what the algorithm adds to `PLAIN`.
         own: its own options that the weights decide.
         modules: all that is trained, by name.
-
-    Raises:
-        DataError: a key or a tensor is missing or wrong, or a key has a value that we lack.
     """
     path = directory / "config.json"
     known = {**PLAIN, **plain}

@@ -31,16 +31,9 @@ def replay(
     count: int,
     chances: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Replayed:
-    """`DraftModel.replay`. As many blocks are filled at one time as training fills, and `loss_chunk` rows of
-    logits are held.
-
-    Args:
-        chances: of drafts, from their products [n, V] and the rows before theirs [n], `Replayed.expected` [n]; None
-            where that is not asked for.
-
-    Raises:
-        ValueError: a block has fewer drafts.
-    """
+    """`DraftModel.replay`. As many blocks are filled at one time as training fills, and `loss_chunk` rows of logits are
+    held. `chances`: of drafts, from their products [n, V] and the rows before theirs [n], `Replayed.expected` [n]; None
+    where that is not asked for. Raises ValueError: a block has fewer drafts."""
     options = draft.config
     check_count(count, options)
     accepted = torch.zeros_like(batch.tokens)

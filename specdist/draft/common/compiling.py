@@ -20,12 +20,9 @@ F = TypeVar("F", bound=Callable[..., object])
 
 @cache
 def compiled(function: F, *rows: str) -> F:
-    """`function`, compiled at its first call. It is called with positional arguments.
-
-    Args:
-        rows: the arguments, tensors or lists of them, whose first dimension has another size in every call. All other
-            sizes are taken to stay, which makes better kernels: a row's length is known. None: every size may change.
-    """
+    """`function`, compiled at its first call. It is called with positional arguments. `rows`: the arguments, tensors or
+    lists of them, whose first dimension has another size in every call. All other sizes are taken to stay, which makes
+    better kernels: a row's length is known. None: every size may change."""
     _tell_sizes_apart()
     graph = torch.compile(function, dynamic=None if rows else True)
     places = [list(inspect.signature(function).parameters).index(name) for name in rows]

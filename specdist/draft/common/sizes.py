@@ -123,11 +123,8 @@ class LayerSizes:
 
 
 def layer_sizes(section: str, options: LayerOptions, target: PretrainedConfig) -> dict[str, Any]:
-    """The fields of `LayerSizes` for a target's configuration; `section` is where `options` were read from.
-
-    Raises:
-        ConfigError: the target does not state a size, or sizes do not go together.
-    """
+    """The fields of `LayerSizes` for a target's configuration; `section` is where `options` were read from. Raises
+    ConfigError: the target does not state a size, or sizes do not go together."""
     hidden = read(target, "hidden_size", section)
     heads, kv_heads = _heads(options, target, hidden)
     if heads % kv_heads:
@@ -182,11 +179,8 @@ def _mlp_width(target: PretrainedConfig, hidden: int) -> int:
 
 
 def check_layers(key: str, layers: tuple[int, ...], num_layers: int) -> None:
-    """Check captured layers, 0-based, of a target of `num_layers`; `key` is where they were read from.
-
-    Raises:
-        ConfigError: a layer does not exist, or the layers do not ascend.
-    """
+    """Check captured layers, 0-based, of a target of `num_layers`; `key` is where they were read from. Raises
+    ConfigError: a layer does not exist, or the layers do not ascend."""
     if missing := [layer for layer in layers if not 0 <= layer < num_layers]:
         raise ConfigError.at(key, f": {missing} not in a target of {num_layers} layers (0 to {num_layers - 1})")
     if list(layers) != sorted(set(layers)):

@@ -73,11 +73,8 @@ def layers_json(sizes: LayerSizes, target: PretrainedConfig, dtype: str) -> dict
 
 
 def read_layers(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of `LayerSizes` that a configuration says, of `layers_json` or of another project.
-
-    Raises:
-        DataError: a key is missing.
-    """
+    """The fields of `LayerSizes` that a configuration says, of `layers_json` or of another project. Raises DataError: a
+    key is missing."""
     hidden, heads = int(need(config, "hidden_size", path)), int(need(config, "num_attention_heads", path))
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = {"rope_type": scaling.get("type", "default"), "rope_theta": config.get("rope_theta") or 10000.0, **scaling}

@@ -26,11 +26,8 @@ class DraftVocabulary:
 
     @classmethod
     def from_ids(cls, ids: Tensor | None, target_size: int, device: torch.device | str = "cpu") -> DraftVocabulary:
-        """The vocabulary of the target ids `ids` (int64 [V_d], a CPU tensor), or all `target_size` of them.
-
-        Raises:
-            DataError: the ids are not ascending, or not ids of the target.
-        """
+        """The vocabulary of the target ids `ids` (int64 [V_d], a CPU tensor), or all `target_size` of them. Raises
+        DataError: the ids are not ascending, or not ids of the target."""
         ids = torch.arange(target_size) if ids is None else ids.detach().cpu().long()
         if len(ids) == 0 or int(ids[0]) < 0 or int(ids[-1]) >= target_size or bool((ids.diff() <= 0).any()):
             raise DataError(
@@ -42,11 +39,8 @@ class DraftVocabulary:
 
     @classmethod
     def read(cls, d2t: Tensor | None, own: int, whole: int, path: Path) -> DraftVocabulary:
-        """That of an exported draft with `own` of the target's `whole` tokens; `path` is its config.json.
-
-        Raises:
-            DataError: `d2t` is missing, has another length, or gives no ascending ids of the target.
-        """
+        """That of an exported draft with `own` of the target's `whole` tokens; `path` is its config.json. Raises
+        DataError: `d2t` is missing, has another length, or gives no ascending ids of the target."""
         if d2t is None and own != whole:
             raise DataError(f"{path}: d2t is missing, but the draft has {own} of {whole} tokens")
         ids = torch.arange(own)

@@ -135,11 +135,8 @@ class Eagle3Config(LayerOptions):
         return self.num_layers > 1 or self.mla or self.sliding_window is not None
 
     def captured_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The captured layers of a target of `num_layers` layers.
-
-        Raises:
-            ConfigError: a layer does not exist, the layers do not ascend, or there are too few to serve.
-        """
+        """The captured layers of a target of `num_layers` layers. Raises ConfigError: a layer does not exist, the
+        layers do not ascend, or there are too few to serve."""
         layers = self.layers
         if layers is None:
             layers = (1, num_layers // 2 - 1, num_layers - 4)
@@ -194,9 +191,7 @@ class Eagle3Dims(LayerSizes):
         """The draft's sizes for a target's configuration.
 
         `draft_vocab_size` is that of the vocabulary in use; without it `config.vocab_size` counts, then the target's.
-
-        Raises:
-            ConfigError: the target does not state a size, or sizes do not go together.
+        Raises ConfigError: the target does not state a size, or sizes do not go together.
         """
         text = target.get_text_config()
         vocab_size = read(text, "vocab_size", SECTION)

@@ -185,11 +185,8 @@ class Eagle3Draft(DraftModel):
         )
 
     def task(self, rows: Rows, lengths: tuple[int, ...], products: str | None = None) -> UnrollTask:
-        """What the unrolled steps need beside tensors with gradients. `products`: as configured, or others.
-
-        Raises:
-            ConfigError: the GPU has no FP8 products, and they are asked for.
-        """
+        """What the unrolled steps need beside tensors with gradients. `products`: as configured, or others. Raises
+        ConfigError: the GPU has no FP8 products, and they are asked for."""
         device, fp8 = rows.active.device, (products or self.config.products) == "fp8"
         if fp8:
             check_device(device)

@@ -38,11 +38,8 @@ T = TypeVar("T", bound=msgspec.Struct)
 class Preflight:
     """The checks of one world. All ranks make one and call `hosts` and `links` in this order.
 
-    `report` has, on rank 0, what they found.
-
-    Args:
-        doctor: print all that was found, as tables, at once (in case that the groups or the links do not come up), and
-            stop nothing.
+    `report` has, on rank 0, what they found. `doctor`: print all that was found, as tables, at once (in case that the
+    groups or the links do not come up), and stop nothing.
     """
 
     def __init__(self, job: JobConfig, world: World, topology: Topology, doctor: bool = False):
@@ -51,14 +48,12 @@ class Preflight:
 
     def hosts(self, facts: JobFacts | None, model: str = "") -> None:
         """Collect the facts of all ranks; on rank 0, judge them. Takes a second or less, a few store calls a rank.
+        Raises ConfigError, WorldError: on every rank, naming the hosts: one did not report, the run would fail, or
+        there is a problem and `preflight.level` is strict.
 
         Args:
             facts: of the job, where the model can be read.
             model: why it cannot.
-
-        Raises:
-            ConfigError, WorldError: on every rank, naming the hosts: one did not report, the run would fail, or there
-                is a problem and `preflight.level` is strict.
         """
         job, world = self._job, self._world
         if job.preflight.level == "skip":
@@ -76,11 +71,8 @@ class Preflight:
             self._exchange("hosts", 1, report_rank(job, world.facts, world.device, model, of_host), judge_all)
 
     def links(self, groups: Groups, broken: str = "") -> None:
-        """Measure all links, once they are connected; on rank 0, judge them. Raises like `hosts`.
-
-        Args:
-            broken: why this rank's links could not be connected: reported, and nothing measured.
-        """
+        """Measure all links, once they are connected; on rank 0, judge them. Raises like `hosts`. `broken`: why this
+        rank's links could not be connected: reported, and nothing measured."""
         if self._job.preflight.level == "skip" or not self._job.preflight.links:
             return
 

@@ -66,11 +66,8 @@ def examine_alone(job: JobConfig) -> Report:
 
 
 def examine_model(job: JobConfig) -> tuple[JobFacts | None, str]:
-    """The facts of the job, or why this host cannot know them.
-
-    Raises:
-        ConfigError: the model is there and readable, and the configuration does not fit it: no host's fault.
-    """
+    """The facts of the job, or why this host cannot know them. Raises ConfigError: the model is there and readable, and
+    the configuration does not fit it: no host's fault."""
     try:
         return jobs.examine(job), ""
     except OSError as error:

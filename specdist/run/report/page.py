@@ -24,12 +24,8 @@ LACKS_PLOTLY = "the report is drawn by plotly, which is not installed: pip insta
 
 
 def write_report(directories: Sequence[Path], output: Path) -> Path:
-    """Write the page of the runs in `directories` to `output`, and return it.
-
-    Raises:
-        ConfigError: there is nothing to show, the runs cannot be compared, or plotly is not installed.
-        DataError: a file of a run cannot be read.
-    """
+    """Write the page of the runs in `directories` to `output`, and return it. Raises ConfigError: there is nothing to
+    show, the runs cannot be compared, or plotly is not installed. DataError: a file of a run cannot be read."""
     library = _plotly()
     page = _render(read_runs(directories), library)
     temporary = output.with_name(output.name + ".tmp")

@@ -103,12 +103,8 @@ class RunRecords:
 
 
 def read_runs(directories: Sequence[Path]) -> list[RunRecords]:
-    """The runs of a page.
-
-    Raises:
-        ConfigError: a directory holds no run, or nothing to show, or they cannot be compared.
-        DataError: a file is not what specdist writes there.
-    """
+    """The runs of a page. Raises ConfigError: a directory holds no run, or nothing to show, or they cannot be compared.
+    DataError: a file is not what specdist writes there."""
     found = [_read(path, name) for path, name in zip(directories, _names(directories), strict=True)]
     for other in found[1:]:
         _check_comparable(found[0], other)

@@ -24,11 +24,7 @@ class ControlAddress:
 
 
 class Rendezvous:
-    """Where the control plane of a run is published.
-
-    Args:
-        scheduler: `world.scheduler`; empty: the file is used.
-    """
+    """Where the control plane of a run is published. `scheduler`: `world.scheduler`; empty: the file is used."""
 
     def __init__(self, run_dir: Path, scheduler: str):
         self._file, self._scheduler = run_dir / "scheduler.json", scheduler
@@ -37,11 +33,8 @@ class Rendezvous:
         return self._scheduler or str(self._file)
 
     def place(self) -> tuple[str, int]:
-        """For the draft world: the interface and port to bind to (0: a free one).
-
-        Raises:
-            ConfigError: world.scheduler names no host.
-        """
+        """For the draft world: the interface and port to bind to (0: a free one). Raises ConfigError: world.scheduler
+        names no host."""
         if not self._scheduler:
             return reachable_address(), 0
         host, _, port = self._scheduler.rpartition(":")

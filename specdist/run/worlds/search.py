@@ -87,15 +87,9 @@ class Search:
 
     def next(self, lost: Lost) -> Session | None:
         """Begin a session, or return None where there is none to begin: a stop is asked for, or a draft world that was
-        stopped has not come back.
-
-        Args:
-            lost: what has become of the draft world of the session before.
-
-        Raises:
-            Lost: the draft world was gone again when this rank followed the first one of its replica.
-            WorldError: no scheduler answers within `control.scheduler_timeout_s`.
-        """
+        stopped has not come back. `lost`: what has become of the draft world of the session before. Raises Lost: the
+        draft world was gone again when this rank followed the first one of its replica. WorldError: no scheduler
+        answers within `control.scheduler_timeout_s`."""
         self._count += 1
         key = f"session/{self._place.replica}/{self._count}"
         if self._place.tp > 0:
@@ -150,12 +144,8 @@ class Search:
             raise Lost(str(error), stopped=isinstance(error, Dismissed)) from error
 
     def _join(self, control: ControlAddress, world: str) -> Session:
-        """Ask to be let in. `world`: the name under which all ranks of this replica join.
-
-        Raises:
-            WorldError, Dismissed: there is no answer, or this rank is not let in now.
-            ConfigError: it never will be.
-        """
+        """Ask to be let in. `world`: the name under which all ranks of this replica join. Raises WorldError, Dismissed:
+        there is no answer, or this rank is not let in now. ConfigError: it never will be."""
         facts, place = self._world.facts, self._place
         with contextlib.ExitStack() as stack:
             client = ControlClient(

@@ -61,12 +61,8 @@ class TargetWorld:
             say(f"target world ended after {self._items} items on replica 0{why}")
 
     def _attend(self, session: Session) -> Stop:
-        """Work until the draft world lets this rank go.
-
-        Raises:
-            Lost: the draft world is gone.
-            WorldError: something is wrong with this replica.
-        """
+        """Work until the draft world lets this rank go. Raises Lost: the draft world is gone. WorldError: something is
+        wrong with this replica."""
         client = session.client
         try:
             with self._guard(client), client:

@@ -60,7 +60,7 @@ def packed_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each document.
+    """Causal attention inside each document. Returns [1, T, Hq, Dv] and None, as transformers expects it.
 
     Args:
         query: [1, Hq, T, D], key: [1, Hkv, T, D], value: [1, Hkv, T, Dv], the documents end to end along T.
@@ -68,9 +68,6 @@ def packed_attention(
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
         softcap: scores become `softcap * tanh(scores / softcap)`.
         s_aux: [Hq], a logit per head that takes part in the softmax and carries no value (attention sink).
-
-    Returns:
-        [1, T, Hq, Dv] and None, as transformers expects it.
     """
     if documents is None:
         raise NotPackable("it does not hand its keyword arguments on to its attention")

@@ -82,11 +82,8 @@ def backend(device: torch.device) -> str:
 
 
 def load(settings: dict[str, Any], device: torch.device, group: ProcessGroup | None) -> Runner:
-    """Load a model as SGLang's arguments `settings` say, onto the ranks that `make_coordinators` was called on.
-
-    Raises:
-        ConfigError: the model, its KV cache or a setting does not fit; RuntimeError and others are SGLang's own.
-    """
+    """Load a model as SGLang's arguments `settings` say, onto the ranks that `make_coordinators` was called on. Raises
+    ConfigError: the model, its KV cache or a setting does not fit; RuntimeError and others are SGLang's own."""
     _import(device)
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed import parallel_state
