@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one work item costs the rank that hosts the scheduler, in processor time of one thread.
+"""What the scheduler makes of target replicas of unequal speed, and what a work item costs the rank that hosts it.
 
-    specdist bench scheduler --draft-ranks 1024 --replicas 128
+    specdist bench scheduler                                                # the cases of docs/benchmarks.md
+    specdist bench scheduler --speeds 1x7 0.5 --slots 16 --jitter 0.1       # one of your own
+    specdist bench scheduler --draft-ranks 1024 --replicas 128              # the cost of a larger world
 
+The first table is a simulation with the real state machine and a clock of its own: the time of a forward at speed 1 is
+1. `share` is what is trained, as a share of what the replicas would do if all had speed 1 and none ever waited; `ideal`
+is what their speeds allow.
+
+The second is processor time of one thread.
 `protocol_ms` is everything but the sockets: decoding and applying 1 Computed and one Released per draft rank, deciding
 and encoding the dispatches and the delivery. `server_ms` is the whole server thread, its socket calls included, with
 real connections over loopback; it takes time from the hosting rank's own Python code.
@@ -11,14 +18,17 @@ real connections over loopback; it takes time from the hosting rank's own Python
 from __future__ import annotations
 
 import json
+import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from types import SimpleNamespace
 
 import zmq
 
+from benchmarks.flow import CASES, Case, Times, World
 from benchmarks.measure import command_line, table
 from specdist.core.topology import Topology
 from specdist.scheduler.config import ControlConfig
@@ -76,6 +86,20 @@ def measure(draft_ranks: int = 1024, replicas: int = 128, items: int = 200, conn
         server_ms=server * 1e3,
         server_us_per_message=server / (2 * connections + 2) * 1e6,
     )
+
+
+def measure_case(case: Case, items: int = 4000, seed: int = 0) -> float:
+    """The share of a case, over the half of `items` items in the middle."""
+    rng, replicas = random.Random(seed), len(case.speeds)
+    scheduler = Scheduler(
+        draft_ranks=1, slots=case.slots, queue_depth=case.queue_depth, timeout=float("inf"), end_item=items
+    )
+    for replica in range(replicas):
+        scheduler.add_replica(replica)
+    world = World(scheduler, replicas, Times.of(case, rng), case.send_buffers)
+    world.run()
+    begin, end = items // 4, items * 3 // 4
+    return (end - begin) / (world.released_at[end] - world.released_at[begin]) / replicas
 
 
 def protocol_seconds(draft_ranks: int, replicas: int, items: int) -> float:
@@ -177,11 +201,26 @@ def _play_ranks(address: str, token: bytes, topology: Topology) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line("scheduler", __doc__)
+    parser.add_argument("--speeds", nargs="+", default=[], help="of the replicas, such as 1x7 0.5; without: all cases")
+    for field in fields(Case)[1:]:
+        name, kind = "--" + field.name.replace("_", "-"), type(field.default)
+        parser.add_argument(name, type=kind, default=field.default, help="with --speeds; default: %(default)s")
     parser.add_argument("--draft-ranks", type=int, default=1024)
     parser.add_argument("--replicas", type=int, default=128)
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--connections", type=int, default=128, help="draft ranks over real sockets; 0: none")
-    cost = measure(**vars(parser.parse_args(arguments)))
+    given = vars(parser.parse_args(arguments))
+    own = {field.name: given.pop(field.name) for field in fields(Case)}
+    cases = [Case.of(own.pop("speeds"), **own)] if own["speeds"] else CASES
+    found = [{**asdict(case), "name": str(case), "share": measure_case(case), "ideal": case.ideal} for case in cases]
+    print(json.dumps(found))
+    columns: dict[str, str] = {"replicas": "name", "slots": "slots", "share": "share:.3f", "ideal": "ideal:.3f"}
+    print(table(columns, [SimpleNamespace(**row) for row in found]))
+    if own.get("speeds") == []:
+        _report_cost(measure(**given))
+
+
+def _report_cost(cost: SchedulerCost) -> None:
     print(json.dumps(asdict(cost)))
     columns = {
         "draft ranks": "draft_ranks", "protocol, ms per item": "protocol_ms:.3f",

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import random
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections import Counter
 
 import pytest
 
-from benchmarks.scheduler import measure
+from benchmarks.flow import Case, Times, World
+from benchmarks.scheduler import measure, measure_case
 from specdist.core.errors import ConfigError
 from specdist.scheduler.config import SchedulerConfig
 from specdist.scheduler.messages import Deliver, Dispatch
@@ -226,115 +225,43 @@ def test_the_benchmark_runs() -> None:
     assert min(cost.protocol_ms, cost.server_ms) > 0
 
 
-class World:
-    """Target replicas, draft ranks and the messages between them, with random delays; the checks are its own books.
-
-    Messages of one sender to one receiver keep their order, as ZeroMQ's do; nothing else is ordered.
-    """
-
-    def __init__(self, seed: int, scheduler: Scheduler, replicas: int, skew: float = 1.0):
-        self.random = random.Random(seed)
-        self.scheduler, self.skew = scheduler, skew
-        self.events: list[tuple[float, int, Callable[..., None], tuple[int, ...]]] = []
-        self.ticket = itertools.count()
-        self.last_arrival: dict[object, float] = defaultdict(float)
-        self.queues: dict[int, deque[int]] = {r: deque() for r in range(replicas)}
-        self.dispatched: dict[int, list[int]] = {r: [] for r in range(replicas)}
-        self.delivered: dict[int, list[int]] = {r: [] for r in range(replicas)}
-        self.arrivals: dict[int, list[float]] = {}
-        self.trained = [0] * scheduler.draft_ranks
-        self.free_at = [0.0] * scheduler.draft_ranks
-        self.releases: Counter[int] = Counter()
-        self.in_slot: dict[int, int] = {}
-        self.now = 0.0
-
-    def arrive(self, channel: object, at: float) -> float:
-        self.last_arrival[channel] = max(self.last_arrival[channel], at + self.random.expovariate(20.0))
-        return self.last_arrival[channel]
-
-    def at(self, time: float, action: Callable[..., None], *args: int) -> None:
-        heapq.heappush(self.events, (time, next(self.ticket), action, args))
-
-    def run(self) -> None:
-        self.dispatch()
-        while self.events:
-            self.now, _, action, args = heapq.heappop(self.events)
-            action(*args)
-            self.dispatch()
-
-    def dispatch(self) -> None:
-        for message in self.scheduler.next_dispatches(self.now):
-            item, replica = message.item, message.replica
-            earlier = self.in_slot.get(message.slot)
-            assert earlier in (None, item) or self.releases[earlier] == self.scheduler.draft_ranks, "the slot is in use"
-            self.in_slot[message.slot] = item
-            self.dispatched[replica].append(item)
-            self.at(self.arrive(("target", replica), self.now), self.begin, item, replica)
-
-    def begin(self, item: int, replica: int) -> None:
-        if replica not in self.queues:
-            return
-        self.queues[replica].append(item)
-        if len(self.queues[replica]) == 1:
-            self.at(self.now + self.compute_time(), self.compute, replica)
-
-    def compute_time(self) -> float:
-        return self.random.choice((0.01, 1.0, self.random.expovariate(1.0)))
-
-    def compute(self, replica: int) -> None:
-        if replica not in self.queues:
-            return
-        item = self.queues[replica].popleft()
-        self.at(self.arrive(("computed", replica), self.now), self.deliver, item, replica)
-        if self.queues[replica]:
-            self.at(self.now + self.compute_time(), self.compute, replica)
-
-    def deliver(self, item: int, replica: int) -> None:
-        message = self.scheduler.on_computed(item, replica, self.now)
-        if message is None:
-            return
-        assert item not in self.arrivals, f"item {item} was delivered twice"
-        self.delivered[replica].append(item)
-        ranks = range(self.scheduler.draft_ranks)
-        self.arrivals[item] = [self.arrive(("draft", draft), self.now) for draft in ranks]
-        for draft in ranks:
-            self.train(draft)
-
-    def train(self, draft: int) -> None:
-        """The draft rank takes what has come, in item order, and says when it is through with each."""
-        while (item := self.trained[draft]) in self.arrivals:
-            begin = max(self.free_at[draft], self.arrivals[item][draft])
-            self.free_at[draft] = begin + self.skew * self.random.expovariate(10.0)
-            self.trained[draft] += 1
-            self.at(self.arrive(("released", draft), self.free_at[draft]), self.release, item, draft)
-
-    def release(self, item: int, draft: int) -> None:
-        self.releases[item] += 1
-        self.scheduler.on_released(item, draft, self.now)
-
-    def check(self, items: int) -> None:
-        assert self.scheduler.finished, "deadlock: nothing moves any more"
-        assert sorted(self.arrivals) == list(range(items))
-        assert self.trained == [items] * self.scheduler.draft_ranks
-        assert set(self.releases.values()) <= {self.scheduler.draft_ranks}
-        statistics = self.scheduler.statistics(self.now)
-        assert statistics.dispatched == statistics.released
-        assert statistics.computing == statistics.queued == 0
+def random_world(seed: int, scheduler: Scheduler, replicas: int, skew: float = 1.0) -> World:
+    """Replicas and draft ranks whose forwards, steps, transfers and messages take random times."""
+    rng = random.Random(seed)
+    times = Times(
+        forward=lambda *_: rng.choice((0.01, 1.0, rng.expovariate(1.0))),
+        train=lambda *_: skew * rng.expovariate(10.0),
+        transfer=lambda *_: rng.expovariate(20.0),
+        message=lambda: rng.expovariate(20.0),
+    )
+    return World(scheduler, replicas, times, rng.randint(1, 3))
 
 
-def in_order(replica: list[int], dispatched: list[int]) -> bool:
-    return replica == dispatched[: len(replica)]
+def check(world: World, items: int) -> None:
+    assert world.scheduler.finished, "deadlock: nothing moves any more"
+    assert sorted(world.arrivals) == list(range(items))
+    assert world.trained == [items] * world.scheduler.draft_ranks
+    statistics = world.scheduler.statistics(world.now)
+    assert statistics.dispatched == statistics.released
+    assert statistics.computing == statistics.queued == 0
+
+
+def orders(world: World) -> tuple[list[list[int]], list[list[int]]]:
+    """What each replica was given, and what it delivered."""
+    targets = world.targets.values()
+    return [target.dispatched for target in targets], [target.delivered for target in targets]
 
 
 def test_a_thousand_draft_ranks_and_128_replicas() -> None:
     items = 220
     scheduler = make(replicas=128, draft_ranks=1024, slots=192, end_item=items)
-    world = World(1, scheduler, 128)
+    world = random_world(1, scheduler, 128)
     world.run()
-    world.check(items)
-    assert world.delivered == world.dispatched
-    assert Counter(itertools.chain(*world.dispatched.values())) == Counter(range(items))
-    for sequence in world.dispatched.values():
+    check(world, items)
+    dispatched, delivered = orders(world)
+    assert delivered == dispatched
+    assert Counter(itertools.chain(*dispatched)) == Counter(range(items))
+    for sequence in dispatched:
         assert sequence == sorted(sequence)
 
 
@@ -347,10 +274,11 @@ def test_random_small_worlds(block: int) -> None:
         scheduler = make(
             replicas=replicas, draft_ranks=rng.randint(1, 5), slots=rng.randint(1, 9), queue_depth=depth, end_item=items
         )
-        world = World(seed, scheduler, replicas, skew)
+        world = random_world(seed, scheduler, replicas, skew)
         world.run()
-        world.check(items)
-        assert world.delivered == world.dispatched
+        check(world, items)
+        dispatched, delivered = orders(world)
+        assert delivered == dispatched
 
 
 @pytest.mark.parametrize("block", range(5))
@@ -359,21 +287,22 @@ def test_replicas_that_vanish_and_stops_at_any_moment(block: int) -> None:
         rng = random.Random(seed)
         replicas = rng.randint(2, 5)
         scheduler = make(replicas=replicas, draft_ranks=rng.randint(1, 4), slots=rng.randint(1, 9))
-        world = World(seed, scheduler, replicas)
-
-        def drop(replica: int, world: World = world) -> None:
-            world.scheduler.drop_replica(replica)
-            del world.queues[replica]
+        world = random_world(seed, scheduler, replicas)
 
         def stop(world: World = world) -> None:
             world.scheduler.stop_after(min(world.trained))
 
         for replica in range(1, rng.randint(1, replicas)):
-            world.at(rng.uniform(0.0, 5.0), drop, replica)
+            world.at(rng.uniform(0.0, 5.0), world.lose, replica)
         world.at(rng.uniform(0.0, 10.0), stop)
         world.run()
         assert world.scheduler.finished
-        items = scheduler.statistics(world.now).dispatched
-        world.check(items)
-        for replica, sequence in world.delivered.items():
-            assert in_order(sequence, world.dispatched[replica])
+        check(world, scheduler.statistics(world.now).dispatched)
+        for given, delivered in zip(*orders(world), strict=True):
+            assert delivered == given[: len(delivered)]
+
+
+def test_the_share_of_the_full_rate_is_measured() -> None:
+    alone = measure_case(Case((1.0,), slots=4), items=200)
+    assert alone == pytest.approx(1.0, abs=0.02)
+    assert Case.of(["1x3", "0.5"]).ideal == 0.875
