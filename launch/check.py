@@ -18,7 +18,6 @@ def check(config: Sequence[str], gpu_memory: str) -> int:
     from specdist.job.config import check_installed
     from specdist.job.plan import make_plan
     from specdist.prompts.look import look
-    from specdist.training.metrics import check_trackers
     from specdist_launch.local import world_size
 
     job = words.load_checked(config)
@@ -26,7 +25,6 @@ def check(config: Sequence[str], gpu_memory: str) -> int:
 
     def libraries() -> str:
         check_installed(job, target=job.world.mode != "draft_only" and job.world.role != "draft")
-        check_trackers(job.metrics)
         return "all that the job asks for are installed"
 
     def memory() -> str:

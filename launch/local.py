@@ -54,26 +54,19 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     import torch
 
     from specdist.core.hub import resolve
-    from specdist.core.progress import committed
     from specdist.job.config import check_installed, examine, topology
     from specdist.job.run_dir import RunDirectory
     from specdist.prompts.prepare import prepare_corpus
     from specdist.run.answers import begun_prompts
-    from specdist.training.metrics import check_trackers
 
     job = words.load_checked(config)
     check_installed(job, target=job.world.mode != "draft_only" and job.world.role != "draft")
-    check_trackers(job.metrics)
-    run_dir = RunDirectory(Path(job.run.dir))
-    run_dir.create()
+    RunDirectory(Path(job.run.dir)).create()
     ranks = ranks or world_size(job, 0 if job.world.device == "cpu" else torch.cuda.device_count())
     topology(job, [platform.node()] * ranks)
     directory = resolve(job.target.path, "target.path", weights=True)  # before any rank could wait for another
     if (asked := begun_prompts(job)) is not None:
-        prompts = prepare_corpus(asked, directory)
-        prompts.check_vocabulary(examine(job).target.vocab_size)
-        if prompts.bad_total and job.train.steps != 0 and not committed(run_dir.checkpoints):  # else it was told before
-            print(f"prompts: {prompts.described()}", file=sys.stderr)
+        prepare_corpus(asked, directory).check_vocabulary(examine(job).target.vocab_size)
     files, overrides = words.split(config)
     return start(files, overrides, ranks, retries=retries, role=job.world.role)
 

@@ -35,12 +35,15 @@ def load_checked(words: Sequence[str], queued: bool = False) -> JobConfig:
     from specdist.core.run_lock import refuse_if_held
     from specdist.job.config import check_replay, examine
     from specdist.job.run_dir import RunDirectory
+    from specdist.training.metrics import check_trackers
 
     job = load(words)
     if not job.prompts.files:  # `specdist plan` needs none
         raise ConfigError.at("prompts.files", "is empty: give JSONL, JSON, Parquet files or dataset directories")
     examine(job)
     check_replay(job)
+    if job.launch.container.kind == "none":  # else it has libraries of its own
+        check_trackers(job.metrics)
     RunDirectory(Path(job.run.dir)).check(job)
     if queued and not any(option.startswith("--dependency") for option in job.launch.slurm.options):
         refuse_if_held(Path(job.run.dir), "")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.draft.algorithm import ExportedDraft, Trained
+from specdist.draft.algorithm import Contents, ExportedDraft, Trained
 from specdist.draft.config import DraftConfig
 from specdist.draft.export_config import ExportConfig
 from specdist.draft.registry import ALGORITHMS
@@ -43,22 +43,36 @@ def export_draft(
     """
     from specdist.export.card import model_card
     from specdist.export.directory import check_free, write_directory  # login nodes have no use for it
-    from specdist.export.lint import check_contents
 
     options = options or ExportConfig()
     if options.embedding and trained.embedding is None:
         raise ConfigError.at("export.embedding", "is true, but the target's embedding was not given")
     check_free(Path(directory), overwrite)
+    config, tensors = _contents(Path(directory), format, draft, trained, options, origin or {})
+    card = model_card(config, str(Path(directory).absolute()))
+    return write_directory(Path(directory), config, tensors, card, overwrite)
+
+
+def _contents(
+    directory: Path,
+    format: str,
+    draft: DraftConfig,
+    trained: Trained,
+    options: ExportConfig,
+    origin: Mapping[str, Any],
+) -> Contents:
+    """What `directory` is to hold, held against what engines read of it. Raises ConfigError, DataError."""
+    from specdist.export.lint import check_contents
+
     config, tensors = draft.chosen.export(format, trained, options)
     config[OURS] = {
         "target": trained.target_path,
         "target_architectures": list(trained.target.architectures or ()),
         "draft_tokens": draft.chosen.draft_tokens(options),
-        **(origin or {}),
+        **origin,
     }
-    check_contents(Path(directory), config, tensors)
-    card = model_card(config, str(Path(directory).absolute()))
-    return write_directory(Path(directory), config, tensors, card, overwrite)
+    check_contents(directory, config, tensors)
+    return config, tensors
 
 
 def written_formats(draft: DraftConfig, options: ExportConfig) -> tuple[str, ...]:
@@ -75,9 +89,28 @@ def written_formats(draft: DraftConfig, options: ExportConfig) -> tuple[str, ...
 
 
 def check_servable(draft: DraftConfig, options: ExportConfig, target: PretrainedConfig) -> None:
-    """Raise ConfigError where the engines could not serve the draft as it is to be written."""
-    for format in written_formats(draft, options):
+    """Export such a draft in every form without weights, so that what would be wrong with the export after training is
+    told before it.
+
+    Raises:
+        ConfigError: the engines could not serve the draft as it is to be written.
+    """
+    import torch
+
+    from specdist.draft.build import blank_draft
+
+    formats = written_formats(draft, options)
+    for format in formats:  # the reasons that have a key of their own
         draft.chosen.check_export(format, options, target)
+    blank, text = blank_draft(draft, target), target.get_text_config()
+    vocabulary = torch.arange(draft.chosen.vocab_size or text.vocab_size)
+    embedding = torch.empty(text.vocab_size, text.hidden_size, device="meta") if options.embedding else None
+    trained = Trained(dict(blank.named_parameters()), vocabulary, target, "", embedding)
+    for format in formats:
+        try:
+            _contents(Path(format), format, draft, trained, options, {})
+        except DataError as error:
+            raise ConfigError.at("export.formats", f"={format}: {error}", f"draft.{draft.algorithm}") from error
 
 
 def load_exported(directory: str | Path) -> ExportedDraft[Any]:

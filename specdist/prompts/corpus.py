@@ -194,10 +194,10 @@ class Corpus:
         side, first = self._side(index)
         return side.store, int(side.of_store(np.array([index - first]))[0])
 
-    @property
-    def bad_total(self) -> int:
-        """Bad samples of all files."""
-        return sum(store.report.bad_total for store in self.stores)
+    def bad_samples(self) -> str:
+        """How many samples are left out as bad, by reason, and where they are listed; empty where none is."""
+        found = [store.bad_samples() for store in self.stores if store.report.bad_total]
+        return "\n".join([*found, "`specdist prepare CONFIG --show 5` shows some of them"] if found else [])
 
     @property
     def stores(self) -> list[PromptStore]:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -187,6 +188,12 @@ class PromptStore:
         if self.report.bad_total > shown and bad.exists():
             lines.append(f"{bad} lists all")
         return "\n".join([*lines, *(f"  {name:<14} {value}" for name, value in self.table())])
+
+    def bad_samples(self) -> str:
+        """How many samples are left out as bad, by reason, and the file that lists them all."""
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in Counter(self.report.bad).most_common())
+        total = f"{self.report.bad_total:,} of {self.report.samples:,} samples are bad and left out"
+        return f"{total}: {reasons} ({self.directory / BAD_SAMPLES})"
 
     def table(self) -> list[tuple[str, str]]:
         """The statistics in rows of two; of very many sequences, lengths of a million."""

@@ -174,12 +174,15 @@ def _introduce(context: WorldContext, resume: ResumePlan) -> None:
     steps = f"{total - done} steps to go" if done < total else f"{done} of {total} steps are done, nothing to train"
     heldout = prompts.heldout
     held_out = f" ({len(heldout)} more held out, {heldout.tokens:,} tokens)" if heldout is not None else ""
+    told = [] if total == 0 or resume.checkpoint else prompts.bad_samples().splitlines()
+    if job.train.steps is None:
+        told += warn_of_few(total)
     print(
         f"specdist: {topology.mode} world of {topology.world_size} ranks: {target}"
         f"{len(topology.draft)} draft rank(s). {len(prompts.training):,} sequences, "
         f"{prompts.tokens:,} tokens{held_out}, {context.facts.layout.bytes_per_token:,} B of features per token. "
         f"{start}: {steps}. {resume.note}{' ' * bool(resume.note)}Run directory {job.run.dir}"
-        + "".join(f"\nspecdist: {line}" for line in (warn_of_few(total) if job.train.steps is None else ()))
+        + "".join(f"\nspecdist: {line}" for line in told)
         + (UNSEEN if heldout is None and topology.mode in ("split", "colocated") else ""),
         file=sys.stderr,
         flush=True,

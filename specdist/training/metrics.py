@@ -17,7 +17,9 @@ and the progress line shows the few of them in `_LINE`. `specdist status` reads 
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -61,7 +63,12 @@ def check_trackers(config: MetricsConfig) -> None:
     if not config.wandb:
         return
     wandb = _wandb()
-    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+    try:
+        known = wandb.setup().settings.mode != "online" or wandb.login(prompt=False, verify=False)
+    except (ValueError, wandb.Error) as error:  # of its environment variables or files
+        told = " ".join(str(error).split())
+        raise ConfigError.at("metrics.wandb", f"=true, and Weights & Biases cannot be set up: {told}") from error
+    if not known:
         raise ConfigError.at(
             "metrics.wandb",
             "=true, and nobody is logged in: `wandb login`, or set WANDB_API_KEY; WANDB_MODE=offline needs neither",
@@ -74,6 +81,10 @@ def _wandb() -> Any:
     except ImportError as error:
         raise ConfigError.at("metrics.wandb", "=true needs wandb: pip install -e '.[trackers]'") from error
     return wandb
+
+
+_ANSWER_S = 60.0
+"""How long Weights & Biases is waited for at the start and at the end, where GPUs are idle."""
 
 
 class Tracker(ABC):
@@ -121,12 +132,15 @@ class TensorBoardTracker(Tracker):
 
 
 class WandbTracker(Tracker):
+    """Where the server does not answer, the records are kept below `run_dir`, for `wandb sync`."""
+
     def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any]):
         # The id is kept with the run, so that a resumed job goes on in the same W&B run and nobody else's does.
-        identity = run_dir / "wandb-id"
+        identity, wandb = run_dir / "wandb-id", _wandb()
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex)
-        self._run = _wandb().init(
+        start = functools.partial(
+            wandb.init,
             project=project,
             dir=str(run_dir),
             name=run_dir.name,
@@ -134,9 +148,20 @@ class WandbTracker(Tracker):
             resume="allow",
             config=dict(config),
         )
+        limits = wandb.Settings(init_timeout=_ANSWER_S, finish_timeout=_ANSWER_S)
+        try:
+            self._run = start(settings=limits)
+        except wandb.errors.CommError as error:
+            told = f"does not answer, and the run is logged offline: {str(error).splitlines()[0]}"
+            print(f"specdist: Weights & Biases {told}", file=sys.stderr)
+            wandb.teardown()  # it still holds the id
+            self._run = start(mode="offline")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
+        try:
+            self._run.log(dict(metrics), step=step)
+        except _wandb().Error as error:
+            raise OSError(f"Weights & Biases: {error}") from error
 
     def close(self) -> None:
         self._run.finish()

@@ -21,6 +21,7 @@ from specdist.draft.build import build_draft
 from specdist.draft.common.rotary import Rotary
 from specdist.draft.common.yarn import engine_factors
 from specdist.draft.config import draft_config
+from specdist.draft.eagle3 import export as eagle3_export
 from specdist.draft.eagle3.config import VARIANT, Eagle3Config
 from specdist.evaluate.decoding import EvaluationTarget
 from specdist.export import ExportConfig, Trained, check_servable, export_draft, load_exported
@@ -329,6 +330,17 @@ def test_deepseek_counts_layers_in_two_ways(case, tmp_path, layers, nested):
         check_servable(first, ExportConfig(), target)
     check_servable(first, ExportConfig(formats=("speculators",)), target)
     check_servable(first, ExportConfig(), case.target.config)
+
+
+def test_what_engines_would_not_load_is_told_before_training(case, monkeypatch):
+    seen = []
+    monkeypatch.setattr(eagle3_export, "faults", lambda config, tensors: seen.append(tensors) or ["some_key: why"])
+    with pytest.raises(
+        ConfigError, match=r"(?s)^export\.formats=sglang: serving .*config\.json: some_key: why"
+    ):
+        check_servable(case.config, ExportConfig(embedding=True), case.target.config)
+    expected = {name for name in case.state if name not in eagle3_export.MAPS} | {"embed_tokens.weight"}
+    assert {name for name, tensor in seen[0].items() if tensor.is_meta} == expected
 
 
 def test_a_target_whose_layers_lack_their_residual_is_refused(case):

@@ -41,7 +41,9 @@ def check_tensors(
 
 
 def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In `dtype`, on the CPU. Raises DataError: it is not finite."""
+    """In `dtype`, on the CPU. Raises DataError: it is not finite. One without memory stays so."""
+    if tensor.is_meta:
+        return tensor.detach().to(dtype)
     result = tensor.detach().to("cpu", dtype)
     if not bool(result.isfinite().all()):
         raise DataError(f"{name} holds NaN or Inf as {dtype}: this draft cannot be served")
