@@ -335,9 +335,7 @@ def test_deepseek_counts_layers_in_two_ways(case, tmp_path, layers, nested):
 def test_what_engines_would_not_load_is_told_before_training(case, monkeypatch):
     seen = []
     monkeypatch.setattr(eagle3_export, "faults", lambda config, tensors: seen.append(tensors) or ["some_key: why"])
-    with pytest.raises(
-        ConfigError, match=r"(?s)^export\.formats=sglang: serving .*config\.json: some_key: why"
-    ):
+    with pytest.raises(ConfigError, match=r"(?s)^export\.formats=sglang: serving .*config\.json: some_key: why"):
         check_servable(case.config, ExportConfig(embedding=True), case.target.config)
     expected = {name for name in case.state if name not in eagle3_export.MAPS} | {"embed_tokens.weight"}
     assert {name for name, tensor in seen[0].items() if tensor.is_meta} == expected
