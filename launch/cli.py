@@ -116,7 +116,9 @@ def _preparing(command: Command) -> None:
     check = command("check", _check, text)
     check.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="memory of one GPU (default 80GiB)")
     prepare = command("prepare", _prepare, "Tokenise the prompts into the cache and report on them.")
-    text = "print the first N samples as the target sees them, the supervised part in colour, and the first N bad ones"
+    text = (
+        "print the first N samples as the target sees them, the tokens in the loss in colour, and the first N bad ones"
+    )
     prepare.add_argument("--show", type=int, default=0, metavar="N", help=text)
     text = "Have the target write the answers of the prompts, into RUN_DIR/answers; resumes."
     generate = command("generate", _generate, text)

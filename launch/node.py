@@ -168,7 +168,7 @@ class Agent:
                     self._record.end(Ending("stopped", saved_step(self._run_dir), stopped, detail))
         elif failed and not self._known() and unwritable(self._home) is None:  # else rank 0 has told it
             ends = ", ".join(f"rank {rank}: {_end(status)}" for rank, status in sorted(failed.items()))
-            self._fail(Failure("lost", f"ended without a word: {ends}", host=self._place.host))
+            self._fail(Failure("lost", f"exited without an error message: {ends}", host=self._place.host))
         if not self._leads:
             return ExitStatus.DONE if self._known() or stopped is not None or not failed else ExitStatus.GIVE_UP
         verdict = judge(self._home, self._job.launch, self._record)

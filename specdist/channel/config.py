@@ -23,9 +23,9 @@ class MooncakeConfig:
     devices: tuple[str, ...] = ()
     """RDMA devices to use, such as mlx5_0; empty: those that Mooncake finds near the memory."""
     memory: Literal["auto", "device", "host"] = "auto"
-    """Where the rings of ranks on GPUs lie. device: in the GPU's memory, which the network card reads and writes
-    (GPUDirect RDMA; over tcp Mooncake copies). host: in page-locked memory, to and from which this project copies.
-    auto: device over rdma where the GPU and the host allow it, else host."""
+    """Where the receive buffers of ranks on GPUs are. device: in the GPU's memory, which the network card reads and
+    writes (GPUDirect RDMA; over tcp Mooncake copies). host: in page-locked memory, to and from which this project
+    copies. auto: device over rdma where the GPU and the host allow it, else host."""
     stall_s: int = 30
     """A transfer that has not moved for this many seconds has failed (tcp)."""
 
@@ -46,10 +46,11 @@ class ChannelConfig:
 
     transport: str = "auto"
     """What carries features: auto is nccl between GPUs and gloo between CPUs; mooncake writes over RDMA or TCP into the
-    draft ranks' rings. gloo and mooncake stage the features of GPUs through the host. Plugins may add others."""
+    draft ranks' receive buffers. gloo and mooncake stage the features of GPUs through the host. Plugins may add
+    others."""
     memory: str = "2GiB"
-    """Receive ring of one draft rank, for example 512MiB or 4GiB. It holds whole micro-batches of
-    prompts.tokens_per_rank tokens; items in flight never exceed it."""
+    """Receive buffer of one draft rank, for example 512MiB or 4GiB. It holds whole micro-batches of
+    prompts.tokens_per_rank tokens; batches in flight never exceed it."""
     send_buffers: int = 2
     """Buffers on a target rank, each one packed forward: 2 let the next forward run while the last one is sent."""
     mooncake: MooncakeConfig = field(default_factory=MooncakeConfig)

@@ -122,7 +122,7 @@ class P2PReceiver(FeatureReceiver):
             except TransferError as error:
                 self._check()
                 raise WorldError(
-                    f"{describe(link.destination)} did not receive its rows of item {item.index} from "
+                    f"{describe(link.destination)} did not receive its hidden states of batch {item.index} from "
                     f"{describe(link.source)} (limit {timeout_s:.0f} s): {error}"
                 ) from error
         tokens = item.shards[self._shard].tokens

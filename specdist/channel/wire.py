@@ -43,7 +43,9 @@ class AddressBook:
         while (text := self.look(rank)) is None:
             check()
             if time.monotonic() > deadline:
-                raise WorldError(f"{name} did not say within {timeout_s:.0f} s where its ring is", culprit=rank)
+                raise WorldError(
+                    f"{name} did not say within {timeout_s:.0f} s where its receive buffer is", culprit=rank
+                )
             time.sleep(_POLL_S)
         return text
 

@@ -19,9 +19,8 @@ from specdist.core.errors import ConfigError, DataError
 from specdist.core.launch_env import Attempt, Role
 from specdist.core.records import FeatureLayout
 from specdist.core.topology import Topology
-from specdist.draft import registry as algorithms
 from specdist.export import check_servable, load_exported
-from specdist.job.sections import CHANGEABLE, JobConfig, import_plugins
+from specdist.job.sections import JobConfig, import_plugins, may_change
 from specdist.target import registry as engines
 from specdist.target.description import TargetDescription, compute_dtype, describe
 
@@ -72,7 +71,7 @@ def job_of(sources: config.Sources) -> JobConfig:
         if job.prompts.answers == "target" and (job.generate.turns, job.prompts.supervise) == ("last", "all"):
             raise ConfigError.at(
                 "generate.turns",
-                "=last leaves earlier answers as the data has them, and prompts.supervise=all would teach those: set "
+                "=last leaves earlier answers as the data has them, and prompts.supervise=all would train on them: set "
                 "prompts.supervise=last",
                 "prompts.supervise",
             )
@@ -165,13 +164,8 @@ def transport(job: JobConfig, device: torch.device) -> Transport:
 
 def differing_keys(new: JobConfig, old: JobConfig) -> list[str]:
     """The keys, of those that make a run what it is, in which two configurations differ."""
-    found, changeable = [], (*CHANGEABLE, *engines.changeable_keys(), *algorithms.changeable_keys())
-    for entry in config.fields(JobConfig):
-        if entry.key.startswith(tuple(f"{k}." for k in changeable)) or entry.key in changeable:
-            continue
-        if _value(new, entry.key) != _value(old, entry.key):
-            found.append(entry.key)
-    return found
+    keys = [entry.key for entry in config.fields(JobConfig) if not may_change(entry.key)]
+    return [key for key in keys if _value(new, key) != _value(old, key)]
 
 
 def _value(job: object, key: str) -> object:

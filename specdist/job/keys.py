@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from omegaconf import MISSING
 
@@ -22,19 +23,36 @@ COMMON = (
 """What most jobs set."""
 
 
+@dataclass(frozen=True)
+class Section:
+    """A section of the configuration: its name, what it says of itself, and its keys."""
+
+    name: str
+    help: str
+    entries: tuple[Field, ...]
+
+
+def sections() -> Iterator[Section]:
+    """All of them, in the order of the data flow."""
+    entries, hints = list(config.fields(JobConfig)), typing.get_type_hints(config.complete(JobConfig))
+    for field in dataclasses.fields(JobConfig):
+        own = tuple(entry for entry in entries if entry.key.startswith(f"{field.name}."))
+        yield Section(field.name, (hints[field.name].__doc__ or "").splitlines()[0], own)
+
+
 def listing(words: Sequence[str] = ()) -> str:
     """All keys by section, those that most jobs set first; or the section or key of that name; or those with all words
     in the key, its other names or its help. Raises UserError where there are none."""
     entries = {entry.key: entry for entry in config.fields(JobConfig)}
     if not words:
         lines = ["# what most jobs set", *(line for key in COMMON for line in _lines(entries[key])), ""]
-        return "\n".join([*lines, *_sections(list(entries.values()))])
+        return "\n".join([*lines, *_listed(list(entries.values()))])
     wanted = [word.lower() for word in words]
     named = [entry for entry in entries.values() if f"{entry.key}.".startswith(f"{wanted[0]}.")]
     found = named if len(wanted) == 1 and named else [e for e in entries.values() if _has(e, wanted)]
     if not found:
         raise UserError(f"no key has '{' '.join(words)}' in its name or its meaning; `specdist keys` lists all")
-    return "\n".join(_sections(found))
+    return "\n".join(_listed(found))
 
 
 def _has(entry: Field, words: Sequence[str]) -> bool:
@@ -43,12 +61,11 @@ def _has(entry: Field, words: Sequence[str]) -> bool:
     return all(word in text for word in words)
 
 
-def _sections(entries: Sequence[Field]) -> Iterator[str]:
-    hints = typing.get_type_hints(config.complete(JobConfig))
-    for section in dataclasses.fields(JobConfig):
-        own = [entry for entry in entries if entry.key.startswith(f"{section.name}.")]
+def _listed(wanted: Sequence[Field]) -> Iterator[str]:
+    for section in sections():
+        own = [entry for entry in section.entries if entry in wanted]
         if own:
-            yield f"# {section.name}: {(hints[section.name].__doc__ or '').splitlines()[0]}"
+            yield f"# {section.name}: {section.help}"
             for entry in own:
                 yield from _lines(entry)
             yield ""

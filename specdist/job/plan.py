@@ -140,7 +140,7 @@ def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Ne
     if topology.mode == "split":
         slots = jobs.slots(job, facts.layout)
         ring = slots * tokens * facts.layout.bytes_per_token
-        needs.append(Need("draft", f"receive ring of {slots} slots", ring))
+        needs.append(Need("draft", f"receive buffer of {slots} slots", ring))
     return needs
 
 
@@ -255,7 +255,7 @@ def _link_lines(plan: Plan) -> list[str]:
         *lines,
         f"{len(topology.links)} links: target ranks {ranges(topology.target_ranks)} -> draft ranks "
         f"{ranges(topology.draft_ranks)}; each carries {per_token // tp:,} B per token of its draft rank "
-        f"(1/{tp} of the shard), up to {tokens * per_token // tp / 2**20:,.1f} MiB per item",
+        f"(1/{tp} of the shard), up to {tokens * per_token // tp / 2**20:,.1f} MiB per batch",
     ]
 
 
@@ -296,7 +296,7 @@ def _grace_line(plan: Plan) -> str:
 def _advice(plan: Plan) -> str:
     roles = [role for role, total in plan.demand().items() if total > plan.limit]
     advice = {
-        "target": "raise target.tp, or lower prompts.tokens_per_rank or draft.dp (items hold all draft ranks' tokens)",
+        "target": "raise target.tp, or lower prompts.tokens_per_rank or draft.dp (a batch has all draft ranks' tokens)",
         "draft": "raise draft.dp with draft.sharding=fsdp, or lower prompts.tokens_per_rank or channel.memory",
         "target + draft": "use world.mode=split, or lower prompts.tokens_per_rank",
     }

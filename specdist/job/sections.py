@@ -18,9 +18,9 @@ from specdist.core import config
 from specdist.core.errors import ConfigError
 from specdist.core.progress import CheckpointConfig
 from specdist.core.topology import WorldConfig
+from specdist.draft import registry as algorithms
 from specdist.draft.config import DraftConfig
 from specdist.draft.export_config import ExportConfig
-from specdist.draft.registry import DEFAULT
 from specdist.evaluate.config import EvaluateConfig
 from specdist.generate import config as generating
 from specdist.generate.config import GenerateConfig
@@ -28,7 +28,7 @@ from specdist.job.launch_config import LaunchConfig
 from specdist.job.preflight_config import PreflightConfig
 from specdist.prompts.config import PromptsConfig
 from specdist.scheduler.config import ControlConfig, SchedulerConfig
-from specdist.target import registry as _engines  # noqa: F401 (their sections)
+from specdist.target import registry as engines
 from specdist.target.config import TargetConfig
 from specdist.training.config import OptimizerConfig, TraceConfig, TrainConfig
 from specdist.training.metrics import MetricsConfig
@@ -128,7 +128,7 @@ ALSO_CALLED = {
     "logging_steps": "metrics.every",
     "log_interval": "metrics.every",
     "report_to": "metrics.wandb",
-    "draft_vocab_size": f"draft.{DEFAULT}.vocab_size",
+    "draft_vocab_size": f"draft.{algorithms.DEFAULT}.vocab_size",
     "bf16": "draft.dtype",
     "seed": "run.seed",
 }
@@ -142,7 +142,13 @@ CHANGEABLE = (
     *(f"generate.{key}" for key in generating.CHANGEABLE),
 )  # fmt: skip
 """Keys that may differ when a run directory is used again: they do not change what the draft is or learns from. An
-algorithm says the same of its own keys (`Algorithm.changeable`)."""
+algorithm says the same of its own keys (`Algorithm.changeable`), an engine of its (`Engine.changeable`)."""
+
+
+def may_change(key: str) -> bool:
+    """Whether a key, or its section, is `CHANGEABLE`."""
+    keys = (*CHANGEABLE, *engines.changeable_keys(), *algorithms.changeable_keys())
+    return key in keys or key.startswith(tuple(f"{k}." for k in keys))
 
 
 def naming_sources(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> AbstractContextManager[None]:

@@ -20,7 +20,7 @@ RESERVED = (
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """Where the conversations are and how they become supervised token sequences."""
+    """Where the conversations are and how they become token sequences with a loss mask."""
 
     files: tuple[str, ...] = ()
     """JSONL, JSON, Parquet or Arrow files, and directories of them (Hugging Face `save_to_disk` too; of splits

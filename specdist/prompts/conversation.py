@@ -94,7 +94,7 @@ def to_sample(record: object, file: str, line: int) -> Sample:
     if record.get("text") is not None:
         text = _text(record["text"], "text")
         if not text.strip():
-            raise UnusableError("nothing to supervise", "`text` is empty")
+            raise UnusableError("empty loss mask", "`text` is empty")
         return Sample(file, line, text=text, category=category or None)
     keys = ", ".join(map(str, record)) or "none"
     for key in ("prompt", "turns"):

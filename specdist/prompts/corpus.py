@@ -82,7 +82,7 @@ class Side:
     def __str__(self) -> str:
         return (
             f"{self.conversations:,} conversations, {len(self):,} sequences, {self.tokens:,} tokens, "
-            f"{self.supervised:,} supervised"
+            f"{self.supervised:,} in the loss"
         )
 
 

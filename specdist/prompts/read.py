@@ -78,7 +78,7 @@ def find_files(
         if not matches and pattern.startswith(DATASET):
             matches = dataset_files(pattern, key, say)
         if not matches:
-            raise DataError.at(key, f": nothing is called or matches {pattern!r}")
+            raise DataError.at(key, f": no file matches {pattern!r}")
         for match in matches:
             files += _in_directory(Path(match), key, note) if Path(match).is_dir() else [_source(Path(match), key)]
     return list(dict.fromkeys(files))

@@ -127,7 +127,7 @@ class Renderer:
             if message["role"] == "assistant" and UNTAUGHT not in message
         ]
         if not ends:
-            raise UnusableError("nothing to supervise", "every answer has weight 0")
+            raise UnusableError("empty loss mask", "every answer has weight 0")
         if self.config.supervise == "last":
             ends = ends[-1:]
         turns = [self.template.turn(sample.messages[:end], sample.tools, sample.variables) for end in ends]
@@ -169,7 +169,7 @@ class Renderer:
         if skipped:
             raise UnusableError("overlong", f"{longest:,} tokens, more than prompts.max_length = {limit:,}")
         where = f"in the first {limit:,} of {longest:,} tokens" if longest > limit else f"in {longest:,} tokens"
-        raise UnusableError("nothing to supervise", f"no token of an assistant {where}")
+        raise UnusableError("empty loss mask", f"no assistant token {where}")
 
     def _tokenize(self, chain: list[Turn]) -> list[Sequenced]:
         whole = self._tokenize_whole(chain)

@@ -23,7 +23,7 @@ Reason = Literal[
     "tool call left out by the chat template",
     "not what the server generates",
     "no answer",
-    "nothing to supervise",
+    "empty loss mask",
     "overlong",
     "no user turn",
 ]
@@ -131,7 +131,7 @@ class PrepareReport:
             spread = f"{least:,.0f} to {longest:,.0f}, median {median:,.0f}, 95 % up to {most:,.0f}"
             rows.append(("sequences", f"{self.sequences:,} of {spread} tokens"))
         rows.append(("tokens", f"{self.tokens:,}: {', '.join(shares)}"))
-        rows.append(("supervised", f"{self.supervised:,} ({self.supervised / max(self.tokens, 1):.1%})"))
+        rows.append(("in the loss", f"{self.supervised:,} ({self.supervised / max(self.tokens, 1):.1%})"))
         left = [f"{kind} ({count:,} samples)" for kind, count in Counter(self.left_out).most_common()]
         if left:
             rows.append(("not in prompts", f"the chat template leaves out: {', '.join(left)}"))
@@ -144,7 +144,7 @@ class PrepareReport:
         supervised = f"{self.supervised / self.tokens:.0%}" if self.tokens else "none"
         lines = [
             f"{self.kept:,} of {self.samples:,} samples kept: {self.sequences:,} sequences, {self.tokens:,} tokens, "
-            f"{self.supervised:,} supervised ({supervised})"
+            f"{self.supervised:,} in the loss ({supervised})"
         ]
         if self.truncated:
             lines.append(f"{self.truncated:,} sequences cut at prompts.max_length")

@@ -57,7 +57,7 @@ def _text(renderer: Renderer, sequence: Sequenced, colour: bool) -> str:
     for taught, run in groupby(range(len(supervised)), supervised.__getitem__):
         part = str(renderer.tokenizer.decode(sequence.tokens[list(run)]))
         text += f"{begin}{part}{end}" if taught else part
-    return f"{len(supervised):,} tokens, {int(supervised.sum()):,} supervised\n{text}\n"
+    return f"{len(supervised):,} tokens, {int(supervised.sum()):,} in the loss\n{text}\n"
 
 
 def _red(text: str, colour: bool) -> str:

@@ -63,17 +63,17 @@ class RemoteSource(FeatureSource):
         return self._waits.seconds
 
     def coming(self, item: WorkItem, stop: StopFlag) -> bool:
-        self._client.phase = f"waiting for the features of item {item.index}"
+        self._client.phase = f"waiting for the hidden states of batch {item.index}"
         with self._waits.waiting(), span("wait for the forward", item.index):
             delivered = self._await(item.index, stop)
         if not delivered and not stop:
-            raise WorldError(f"the scheduler on rank 0 ended the run before item {item.index}")
+            raise WorldError(f"the scheduler on rank 0 ended the run before batch {item.index}")
         return delivered
 
     def take(self, item: WorkItem) -> Tensor:
         with self._waits.waiting(), span("wait for the transfer", item.index):
             rows = self.receiver.take(item, self._timeout_s)
-        self._client.phase = f"training on item {item.index}"
+        self._client.phase = f"training on batch {item.index}"
         return rows
 
     def release(self, item: WorkItem) -> None:
@@ -106,7 +106,7 @@ class RemoteSource(FeatureSource):
                 self._client.check()
                 if time.monotonic() > deadline:
                     limit = f"{self._timeout_s:.0f} s (world.wait_timeout_s)"
-                    raise WorldError(f"no target replica delivered item {index} within {limit}")
+                    raise WorldError(f"no target replica delivered batch {index} within {limit}")
                 self._changed.wait(timeout=0.5)
             return index in self._delivered
 

@@ -158,7 +158,7 @@ def _draft_vocabulary(context: WorldContext) -> Tensor | None:
         ids = load_exported(jobs.initial_draft(context.job)).vocabulary
     elif draft.chosen.vocab_size is not None:
         ids, coverage = frequent_tokens(context.prompts, draft.chosen.vocab_size, whole)
-        print(f"specdist: the draft vocabulary covers {coverage:.2%} of the supervised tokens", file=sys.stderr)
+        print(f"specdist: the draft vocabulary covers {coverage:.2%} of the tokens in the loss", file=sys.stderr)
     else:
         return None
     return ids if ids is not None and len(ids) < whole else None

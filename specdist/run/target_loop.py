@@ -123,12 +123,12 @@ class Producer:
             return self._client.poll(0.0)
         if self._running:
             return self._client.poll(0.0005)
-        with span("wait for an item"):
+        with span("wait for a batch"):
             return self._client.poll(1.0)
 
     def _launch(self, dispatch: Dispatch) -> None:
         item = self._items[dispatch.item]
-        self._client.phase = f"forward of item {item.index}"
+        self._client.phase = f"forward of batch {item.index}"
         oldest = self._running[0].item.index if self._running else item.index
         if self._profile.ends_at(oldest):
             self._sender.flush(self._timeout_s)  # a send that is under way would be missing
@@ -167,4 +167,4 @@ class Producer:
                 self._sender.send(done.item, done.rows, done.slot)
             if not done.cancelled:
                 self.report.add(done.item.tokens, done.seconds(), time.monotonic() - self._began)
-            self._client.phase = "waiting for an item"
+            self._client.phase = "waiting for a batch"

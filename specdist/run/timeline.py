@@ -154,7 +154,7 @@ def _note_speeds(events: Sequence[Event]) -> None:
 def _arrows(events: Sequence[Event]) -> list[Event]:
     """From every send to the first use of its rows."""
     hosts = [event for event in events if event.get("cat") == _SPANS]
-    uses = {(event["pid"], event["args"]["item"]): event for event in hosts if event["name"] == "supervise"}
+    uses = {(event["pid"], event["args"]["item"]): event for event in hosts if event["name"] == "loss mask"}
     arrows = []
     for number, send in enumerate(event for event in hosts if event["name"] == "send"):
         use = uses.get((send["args"]["destination"], send["args"]["item"]))

@@ -10,10 +10,11 @@ from specdist.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """How far the target may run ahead of the draft; the receive rings (channel.memory) bound it too."""
+    """How far the target may run ahead of the draft; the receive buffers (channel.memory) bound it too."""
 
     queue_depth: int = 2
-    """Items outstanding at one target replica: 1 computing, the others queued so that it never waits for a message."""
+    """Batches outstanding at one target replica: 1 computing, the others queued so that it never waits for a
+    message."""
 
     def __post_init__(self) -> None:
         if self.queue_depth < 1:

@@ -342,7 +342,7 @@ class Coordinator:
     def _accuse(self, culprit: Culprit) -> tuple[list[int], str]:
         assert self._scheduler is not None
         assert self.replicas is not None
-        held = f"item {culprit.item} for {culprit.seconds:.0f} s (limit {self._scheduler.timeout:.0f} s)"
+        held = f"batch {culprit.item} for {culprit.seconds:.0f} s (limit {self._scheduler.timeout:.0f} s)"
         if culprit.role == "target":
             replica = culprit.indices[0]
             return self.replicas.suspects(replica, culprit.item), f"target replica {replica} has been computing {held}"

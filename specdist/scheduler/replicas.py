@@ -206,8 +206,8 @@ class Replicas:
             return
         items = self._take_back(replica)
         replica.state = "dropped"
-        again = f"; computed again: items {', '.join(map(str, items))}" if items else ""
-        self._inform(f"{self._peers.name(rank)} is dropped after {replica.delivered} items: {why}{again}")
+        again = f"; computed again: batches {', '.join(map(str, items))}" if items else ""
+        self._inform(f"{self._peers.name(rank)} is dropped after {replica.delivered} batches: {why}{again}")
         self._verdicts[replica.number] = encode(Abort(self._peers.blame(rank, Failure("lost", f"was dropped: {why}"))))
         self._leave(replica)
         self._chase(replica, now)

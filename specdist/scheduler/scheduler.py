@@ -130,7 +130,7 @@ class Scheduler:
         if queue is None:
             return None
         if not queue or queue[0] != item:
-            raise ProtocolError(f"target replica {replica} computed item {item}; outstanding there: {list(queue)}")
+            raise ProtocolError(f"target replica {replica} computed batch {item}; outstanding there: {list(queue)}")
         self._account(now)
         self._move(replica, -1)
         queue.popleft()
@@ -150,7 +150,7 @@ class Scheduler:
         if delivery is None or due != item:
             state = "delivered" if due in self._delivered else "not delivered yet"
             raise ProtocolError(
-                f"draft rank number {draft} released item {item}; its next one is item {due}, which is {state}"
+                f"draft rank number {draft} released batch {item}; its next one is batch {due}, which is {state}"
             )
         self._next_release[draft] = item + 1
         delivery.holders -= 1
@@ -160,7 +160,7 @@ class Scheduler:
     def stop_after(self, item: int) -> None:
         """Dispatch nothing beyond `item`; what already was dispatched still goes its way to the release."""
         if item < self._first - 1:
-            raise ProtocolError(f"stop after item {item}: the first item is {self._first}")
+            raise ProtocolError(f"stop after batch {item}: the first batch is {self._first}")
         self.cut_short |= self._end is None or item + 1 < self._end
         self._end = item + 1 if self._end is None else min(self._end, item + 1)
         if self._elastic:

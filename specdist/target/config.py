@@ -26,7 +26,7 @@ class TargetConfig:
     """What runs the forward: `hf` is transformers, the reference (CPU and GPU); `sglang` is SGLang, the fast one."""
 
     replicas: int = 1
-    """Copies of the target; each is given work items of its own."""
+    """Copies of the target; each is given batches of its own."""
 
     tp: int = 1
     """Tensor-parallel ranks of one replica; must divide the model's attention heads and key/value heads."""
@@ -35,12 +35,12 @@ class TargetConfig:
     """Type of the weights and of the computation; `auto` takes the checkpoint's own, with world.device=cpu float32."""
 
     prefill: Literal["auto", "packed", "documents"] = "auto"
-    """`packed` runs all documents of an item in one forward, `documents` one after the other (slower, for models that
+    """`packed` runs all documents of a batch in one forward, `documents` one after the other (slower, for models that
     carry state over document boundaries); `auto` tries out at load whether packing gives the same numbers (hf), or
     packs (sglang)."""
 
     verify: int = 1
-    """Work items at the start of a run whose packed features are compared with a document-by-document forward."""
+    """Batches at the start of a run whose packed features are compared with a document-by-document forward."""
 
     verify_against: Literal["auto", "itself", "hf"] = "auto"
     """`hf` also compares a few short documents with transformers' own hidden states when the target is loaded, and the

@@ -20,7 +20,7 @@ from specdist.target.description import TargetDescription
 from specdist.target.vocabulary import load_target_head
 
 CHUNK = 1024
-"""Rows of logits that are held at one time."""
+"""Positions whose logits are held at one time."""
 
 
 class WithHead(TargetModel):

@@ -24,8 +24,8 @@ class TrainConfig:
     """Passes over the prompts; or give train.steps. One epoch if neither is given."""
     accumulation: int = 1
     """Micro-batches of each draft data-parallel rank in an optimizer step. A run keeps the size of its steps: on
-    another number of ranks it takes as many as that needs. The ring must hold them all: the loss is divided by what
-    the whole step supervises, which is known only once its features are there."""
+    another number of ranks it takes as many as that needs. The receive buffer must hold them all: the loss is divided
+    by the tokens in the loss of the whole step, which is known only once its features are there."""
     rebatch: bool = False
     """Go on with the steps that the configuration and the ranks of today make, of another size than those that the run
     was begun with. The learning rate goes on by tokens, not by steps."""
@@ -57,7 +57,7 @@ class OptimizerConfig:
 
     method: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon: Muon (torch.optim.Muon, updates as large as AdamW's) for the matrices from states to states, in
-    layers and the fusion of captured layers; AdamW for norms, biases and what has a row for every token."""
+    layers and the fusion of captured layers; AdamW for norms, biases and what has a vector for every token."""
     muon_lr: float | None = None
     """Peak learning rate of Muon's matrices; null is lr."""
     ema: float = 0.0

@@ -127,7 +127,7 @@ class BadSamples:
         known[self._shard, : len(chosen)] = chosen
         dist.all_reduce(known, dist.ReduceOp.MAX, group=self._group)
         places = [self._prompts.provenance(sequence - 1) for sequence in known.flatten().tolist() if sequence]
-        items = f"items {[item.index for item in result.items]}"
+        items = f"batches {[item.index for item in result.items]}"
         return f"{items}, of {', '.join(f'{file}:{line}' for file, line in places)}" if places else items
 
 

@@ -301,7 +301,7 @@ class Trainer:
             host_batch = self._prompts.pack(item.shards[self._shard].sequences)
         with span("take the features", item.index):
             features = Features(self.model.layout, self.source.take(item))
-        with span("supervise", item.index):
+        with span("loss mask", item.index):
             batch = host_batch.to(self._device)
             bad = clean(features, batch.cu_seqlens)
             good = ~bad.any()

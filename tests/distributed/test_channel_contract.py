@@ -53,7 +53,9 @@ def check_take(reports: list[dict[str, Any]]) -> None:
     """An item that nobody sends: every draft rank says for how long it waited, and for whom."""
     assert reports
     for report in reports:
-        assert "did not receive its rows of item 0 from rank 0 (target replica 0 tp 0, host " in report["take"]
+        assert (
+            "did not receive its hidden states of batch 0 from rank 0 (target replica 0 tp 0, host " in report["take"]
+        )
         assert "(limit 1 s)" in report["take"]
         assert GIVE_UP_S <= report["take seconds"] < GIVE_UP_S + MARGIN_S
 

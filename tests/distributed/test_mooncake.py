@@ -64,18 +64,18 @@ def test_a_peer_that_is_no_more_is_named_soon(sender, peer, store, number, why):
     began = time.monotonic()
     send(sender, 1, rows=1)
     with pytest.raises(
-        WorldError, match=r"rank 1 \(draft dp 0 cp 0, host b\) did not take what rank 0 .*: item 1: " + why
+        WorldError, match=r"rank 1 \(draft dp 0 cp 0, host b\) did not take what rank 0 .*: batch 1: " + why
     ):
         sender.flush(PATIENCE_S)
     assert time.monotonic() - began < 5 * STALL_S
     assert store.get("announced") == b"0"
     send(sender, 2)
-    with pytest.raises(WorldError, match="item 1"):  # and so it stays: what has failed may still be read
+    with pytest.raises(WorldError, match="batch 1"):  # and so it stays: what has failed may still be read
         sender.flush(PATIENCE_S)
 
 
 def test_a_peer_that_never_comes_is_named(sender):
     with pytest.raises(
-        WorldError, match=r"rank 1 \(draft dp 0 cp 0, host b\) did not say within 1 s where its ring is"
+        WorldError, match=r"rank 1 \(draft dp 0 cp 0, host b\) did not say within 1 s where its receive buffer is"
     ):
         sender.connect(1.0, check)

@@ -42,7 +42,7 @@ def items(timeline: dict[str, Any], name: str, rank: int) -> list[int]:
 
 def check_draft_rank(timeline: dict[str, Any], rank: int) -> None:
     """Steps 3 and 4 of two items each on a draft rank, and nothing else."""
-    for name in ("pack", "take the features", "supervise", "forward", "backward"):
+    for name in ("pack", "take the features", "loss mask", "forward", "backward"):
         assert items(timeline, name, rank) == [4, 5, 6, 7], name
     for name in ("agree on the counts", "clip", "optimizer", "check the step before"):
         assert items(timeline, name, rank) == [4, 6], name
@@ -69,7 +69,7 @@ def test_a_split_world(tmp_path, material, transport):
         assert items(timeline, "wait for the transfer", rank) == [4, 5, 6, 7]
         forwards = {e["args"]["item"]: e for e in slices(timeline, "forward", 0)}
         sends = {e["args"]["item"]: e for e in slices(timeline, "send", 0) if e["args"]["destination"] == rank}
-        for use in slices(timeline, "supervise", rank):
+        for use in slices(timeline, "loss mask", rank):
             send, forward = sends[use["args"]["item"]], forwards[use["args"]["item"]]
             assert send["args"]["bytes"] > 0
             assert forward["ts"] + forward["dur"] <= send["ts"] < use["ts"]

@@ -182,7 +182,7 @@ def test_a_target_world_that_joins_is_used_and_one_that_is_killed_is_replaced(wo
     worlds.end(draft)
     assert items_of(worlds.end(second)) == STEPS - 4
     assert "target replica 0 tp 0" in worlds.said
-    assert re.search(r" is dropped after 4 items: .*; computed again: items 4, 5", worlds.said)
+    assert re.search(r" is dropped after 4 batches: .*; computed again: batches 4, 5", worlds.said)
     assert losses(worlds.directory) == undisturbed
 
 

@@ -106,7 +106,7 @@ def test_transfers_over_nccl_have_two_ends(tmp_path: Path):
     check_format(timeline)
     traced = {20, 21, 22, 23}
     assert arrows(timeline) >= len(traced)
-    for rank, names in ((0, ["forward", "send"]), (1, ["supervise", "forward", "backward", "clip", "optimizer"])):
+    for rank, names in ((0, ["forward", "send"]), (1, ["loss mask", "forward", "backward", "clip", "optimizer"])):
         for name in names:
             found = [e for e in slices(timeline, name, rank) if e["cat"] == "gpu_user_annotation"]
             assert {e["args"]["item"] for e in found} == traced, (rank, name)

@@ -236,8 +236,8 @@ def test_the_block_on_the_terminal_names_who_when_and_what(tmp_path: Path) -> No
     assert "  Traceback ..." in block
     assert str(tmp_path / "failure.json") in block[-1]
     assert Failure("world", "3 ranks missing").render(tmp_path).startswith("specdist: 3 ranks missing\n")
-    lost_host = Failure("lost", "ended without a word", host="n2").render(tmp_path)
-    assert lost_host.startswith("specdist: host n2: ended without a word\n")
+    lost_host = Failure("lost", "exited without an error message", host="n2").render(tmp_path)
+    assert lost_host.startswith("specdist: host n2: exited without an error message\n")
 
 
 def test_attempts_of_one_job_have_directories_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,5 +165,7 @@ def test_who_does_not_send_is_named(played: Played) -> None:
     receiver = P2PReceiver(wire(1), SLOTS, ROWS, lambda: None)
     item = make_item(0)
     receiver.post(item, 0, 0)
-    with pytest.raises(WorldError, match=r"did not receive its rows of item 0 from rank 0 \(target replica 0 tp 0, "):
+    with pytest.raises(
+        WorldError, match=r"did not receive its hidden states of batch 0 from rank 0 \(target replica 0 tp 0, "
+    ):
         receiver.take(item, timeout_s=0.05)

@@ -325,7 +325,7 @@ def test_a_slow_replica_and_a_slow_draft_rank_are_named() -> None:
     office = Office(make_scheduler())
     office.open()
     error = office.tick(21.0, range(7))
-    assert "rank 0 (target replica 0 tp 0, host a): target replica 0 has been computing item 0 for 21 s" in error
+    assert "rank 0 (target replica 0 tp 0, host a): target replica 0 has been computing batch 0 for 21 s" in error
     assert "rank 1 (target replica 0 tp 1, host a) last message 0 s ago, phase 'idle'" in error
 
     office = Office(make_scheduler())
@@ -341,7 +341,9 @@ def test_a_slow_replica_and_a_slow_draft_rank_are_named() -> None:
     office.hear(3, Computed(1))
     office.hear(4, Released(0))
     error = office.tick(21.0, range(7))
-    assert error.startswith("rank 5 (draft dp 1 cp 0, host b): has not released item 0 for 21 s (limit 20 s); 1 others")
+    assert error.startswith(
+        "rank 5 (draft dp 1 cp 0, host b): has not released batch 0 for 21 s (limit 20 s); 1 others"
+    )
     assert "rank 6" in error
 
 

@@ -442,7 +442,7 @@ def test_a_bad_line_is_named(tmp_path, tokenizer, line, message):
 
 
 def test_files_that_are_missing_or_empty(tmp_path, tokenizer):
-    with pytest.raises(DataError, match=r"evaluate.prompts: nothing is called or matches '.*none.jsonl'"):
+    with pytest.raises(DataError, match=r"evaluate.prompts: no file matches '.*none.jsonl'"):
         read_prompts([tmp_path / "none.jsonl"], tokenizer)
     with pytest.raises(DataError, match="no prompt in"):
         read_prompts([write(tmp_path / "empty.jsonl", "")], tokenizer)

@@ -78,7 +78,7 @@ def test_exact_parts_of_the_memory(job):
     needs = {(need.role, need.what): need.bytes for need in plan.needs}
     assert needs["target", "weights / tp 1"] == 4 * plan.facts.target.parameters
     assert needs["target", "2 feature buffers of 512 tokens"] == 2 * 512 * 512
-    assert needs["draft", "receive ring of 8 slots"] == 2**20
+    assert needs["draft", "receive buffer of 8 slots"] == 2**20
 
 
 def test_the_tables_of_the_target_are_where_they_are_asked_for(job):

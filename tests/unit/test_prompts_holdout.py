@@ -181,7 +181,7 @@ def test_what_leaves_a_side_empty_is_refused(config: PromptsConfig, model: Path)
         corpus_of(replace(config, holdout=0.9999999), model)
     with pytest.raises(DataError, match=r"prompts.holdout: all 200 conversations of prompts.files begin like held-out"):
         corpus_of(replace(config, holdout=config.files), model)
-    with pytest.raises(DataError, match=r"prompts.holdout: nothing is called or matches 'no\.jsonl'"):
+    with pytest.raises(DataError, match=r"prompts.holdout: no file matches 'no\.jsonl'"):
         corpus_of(replace(config, holdout=("no.jsonl",)), model)
 
 

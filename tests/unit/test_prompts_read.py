@@ -59,7 +59,7 @@ def test_the_three_formats_and_their_lines(tmp_path: Path) -> None:
         ('{"messages": ["Hi"]}', "unknown format"),
         ('{"messages": []}', "no answer"),
         ('{"prompt": "Hi"}', "no answer"),
-        ('{"text": "  "}', "nothing to supervise"),
+        ('{"text": "  "}', "empty loss mask"),
         ('{"text": "\\ud800"}', "not text"),
         ('{"text": 5}', "not text"),
     ],
@@ -316,7 +316,7 @@ def test_what_is_named_and_what_is_not_there(tmp_path: Path) -> None:
     assert [s.path for s in find_files((b, str(tmp_path / "*.jsonl")))] == [b, a]
     with pytest.raises(ConfigError, match=r"prompts\.files is empty"):
         find_files(())
-    with pytest.raises(DataError, match=r"nothing is called or matches .*c\*\.jsonl"):
+    with pytest.raises(DataError, match=r"no file matches .*c\*\.jsonl"):
         find_files((str(tmp_path / "c*.jsonl"),))
     with pytest.raises(DataError, match=r"readme\.md is none of \.jsonl"):
         find_files((str(tmp_path / "readme.md"),))

@@ -222,7 +222,7 @@ def test_truncation_cuts_tokens_and_mask_alike() -> None:
         _, (cut,) = rendered(t.CHATML, PLAIN, max_length=limit)
         assert cut.tokens.tolist() == whole.tokens[:limit].tolist()
         assert cut.supervised.tolist() == whole.supervised[:limit].tolist()
-    with pytest.raises(UnusableError, match=r"nothing to supervise.*first"):
+    with pytest.raises(UnusableError, match=r"empty loss mask.*first"):
         rendered(t.CHATML, PLAIN, max_length=first)
 
 

@@ -167,7 +167,7 @@ def test_a_replica_that_is_gone_is_dropped_and_others_compute_what_it_owes(how):
         case "nonsense":
             office.hear(first, LastItem(0))
     assert not office.coordinator.aborted
-    assert "computed again: items 0, 1" in office.words[-1]
+    assert "computed again: batches 0, 1" in office.words[-1]
     assert office.scheduler.replicas == (1,)
     assert office.hear(first, Computed(0)) == []  # too late
     office.hear(second, Computed(3))

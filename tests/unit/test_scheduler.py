@@ -74,16 +74,16 @@ def test_one_slow_draft_rank_holds_the_low_water_mark() -> None:
 def test_messages_that_cannot_be_are_refused_with_what_was_due() -> None:
     scheduler = make()
     scheduler.next_dispatches(0.0)
-    with pytest.raises(ProtocolError, match=r"replica 0 computed item 2; outstanding there: \[0, 2\]"):
+    with pytest.raises(ProtocolError, match=r"replica 0 computed batch 2; outstanding there: \[0, 2\]"):
         scheduler.on_computed(2, 0, 0.0)
-    with pytest.raises(ProtocolError, match="released item 0; its next one is item 0, which is not delivered"):
+    with pytest.raises(ProtocolError, match="released batch 0; its next one is batch 0, which is not delivered"):
         scheduler.on_released(0, 0, 0.0)
     scheduler.on_computed(0, 0, 0.0)
     scheduler.on_computed(1, 1, 0.0)
-    with pytest.raises(ProtocolError, match="released item 1; its next one is item 0"):
+    with pytest.raises(ProtocolError, match="released batch 1; its next one is batch 0"):
         scheduler.on_released(1, 0, 0.0)
     scheduler.on_released(0, 0, 0.0)
-    with pytest.raises(ProtocolError, match="released item 0; its next one is item 1"):
+    with pytest.raises(ProtocolError, match="released batch 0; its next one is batch 1"):
         scheduler.on_released(0, 0, 0.0)
 
 
@@ -93,7 +93,7 @@ def test_a_release_of_the_next_turn_of_the_ring_is_not_taken_for_this_one() -> N
     for item in (0, 1):
         scheduler.on_computed(item, 0, 0.0)
         scheduler.on_released(item, 0, 0.0)
-    with pytest.raises(ProtocolError, match="item 2, which is not delivered"):  # slot 0 still holds item 0
+    with pytest.raises(ProtocolError, match="batch 2, which is not delivered"):  # slot 0 still holds item 0
         scheduler.on_released(2, 0, 0.0)
 
 
@@ -126,7 +126,7 @@ def test_stop_before_the_first_item_and_stops_that_cannot_be() -> None:
     scheduler = make(first_item=10)
     scheduler.stop_after(9)
     assert scheduler.finished
-    with pytest.raises(ProtocolError, match="first item is 10"):
+    with pytest.raises(ProtocolError, match="first batch is 10"):
         scheduler.stop_after(8)
     later = make(replicas=3, end_item=4)
     later.stop_after(7)  # does not move the end of the data

@@ -385,5 +385,5 @@ def test_a_wrong_layer_or_teacher_of_an_untested_model_stops_the_job(
     make_engine(scaled)
     monkeypatch.setattr(vocabulary, "DIVISORS", ())
     monkeypatch.setattr(vocabulary, "LOGIT_KEY", re.compile("nothing"))
-    with pytest.raises(DataError, match="logits are not the head's products as its configuration says, but off by 3"):
+    with pytest.raises(DataError, match="logits are not what its head gives by its configuration, but off by 3"):
         make_engine(scaled)

@@ -280,7 +280,7 @@ def test_parts_are_joined_across_clocks(tmp_path):
         1,
         slice_("step 11 item=20", 100, 30_000),
         slice_(receive, 6_500, 8_500, "gpu_user_annotation", tid=21),
-        slice_("supervise item=20", 9_000, 9_900),
+        slice_("loss mask item=20", 9_000, 9_900),
         host="b",
         clock=ClockOffset(far, 70),
         base=10**18 - far,
@@ -288,7 +288,7 @@ def test_parts_are_joined_across_clocks(tmp_path):
     timeline = recorded(tmp_path)
     assert arrows(timeline) == 1
     assert [(e["ts"], e["dur"]) for e in slices(timeline, "forward", 0)] == [(0.9, 4.0)]
-    assert slices(timeline, "supervise", 1)[0]["ts"] == 8.9
+    assert slices(timeline, "loss mask", 1)[0]["ts"] == 8.9
     assert not slices(timeline, "aten::mm")
     assert len({e["tid"] for e in slices(timeline, "nvjet_hsh") + slices(timeline, "send")}) == 3
     assert slices(timeline, "receive", 1)[0]["args"]["GB/s"] == 1.5  # from when both ends were there

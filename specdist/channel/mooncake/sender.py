@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target rank's end: a thread writes finished rows into the draft ranks' rings, and announces what has arrived."""
+"""The target rank's end: a thread writes finished rows into the draft ranks' receive buffers, and announces what has
+arrived."""
 
 from __future__ import annotations
 
@@ -92,7 +93,7 @@ class MooncakeSender(RingSender[_Sending]):
             raise self._error
         if not ended:
             who = self._wire.topology.describe(self._wire.rank)
-            raise WorldError(f"what {who} sent of item {sent.item.index} has not left within {timeout_s:.0f} s")
+            raise WorldError(f"what {who} sent of batch {sent.item.index} has not left within {timeout_s:.0f} s")
 
     def close(self, timeout_s: float) -> None:
         """Keeps the buffers if a write from one has failed: it may still read them."""
@@ -121,11 +122,11 @@ class MooncakeSender(RingSender[_Sending]):
         for link, first, part in outgoing(self._wire.topology, self._wire.rank, sending.item, sending.rows):
             there = self._endpoints[link.destination]
             place = there.ring + sending.slot * there.slot_bytes + first * part.stride(0) * part.element_size()
-            with self._naming(link.destination, f"item {index}"):
+            with self._naming(link.destination, f"batch {index}"):
                 number = self._engine.write(there.session, part.data_ptr(), place, part.nbytes)
             writes.append((link.destination, number, part.nbytes))
         for draft, number, size in writes:
-            with self._naming(draft, f"item {index}"), span("send", index, destination=draft, bytes=size):
+            with self._naming(draft, f"batch {index}"), span("send", index, destination=draft, bytes=size):
                 self._engine.wait([number], self._wire.timeout_s)
         self._announce(index)
 

@@ -45,7 +45,7 @@ class BlockOptions(LayerOptions):
     its own, and no longer its own."""
     vocab_size: int | None = None
     """Draft vocabulary: the most frequent target tokens the draft may propose, with an output head of its own that
-    begins as the target's rows; null is the whole vocabulary, with the target's head. Only vLLM serves it."""
+    begins as the target's; null is the whole vocabulary, with the target's head. Only vLLM serves it."""
     sliding_window: int | None = None
     """Tokens that sliding layers see, the one that looks included; null: all layers see all that is verified."""
     sliding_layers: tuple[int, ...] | None = None
@@ -54,15 +54,15 @@ class BlockOptions(LayerOptions):
     """Whether a slot sees only those before it in its block: true or false of all layers; null: in sliding layers it
     does, in others it sees the whole block."""
     mask_token_id: int | None = None
-    """The token that stands for one to be drafted; null takes the first row of the target's embedding that no token of
-    its tokenizer has, or else a reserved or rare token, which the plan names. It must never occur in text."""
+    """The token that stands for one to be drafted; null takes the first vector of the target's embedding that no token
+    of its tokenizer has, or else a reserved or rare token, which the plan names. It must never occur in text."""
     anchors_per_token: float = 0.0625
-    """Blocks trained for every token of a micro-batch, at most: they begin at supervised tokens drawn at random."""
+    """Blocks trained for every token of a micro-batch, at most: they begin at tokens in the loss, drawn at random."""
     anchors_per_sequence: int | None = None
     """Of them, at most so many of one sequence, so that long ones do not take the places of short ones; null: any."""
     loss_chunk: int = 2048
-    """Rows of logits that are held at one time. Memory of the loss: about loss_chunk x vocabulary x 4 to 6 bytes, and
-    five times that without draft.compile."""
+    """Positions whose logits are held at one time. Memory of the loss: about loss_chunk x vocabulary x 4 to 6 bytes,
+    and five times that without draft.compile."""
 
     def __post_init__(self) -> None:
         if self.drafts < 1:

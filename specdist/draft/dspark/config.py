@@ -26,10 +26,10 @@ class DSparkConfig(BlockOptions):
     markov_rank: int = 256
     """Rank of the Markov head's two tables, each vocabulary x markov_rank."""
     markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
-    """What of the token before is added to a slot's logits: its row alone, times a gate that sees the slot's state, or
-    what a gated recurrence over the block makes of both. Only SGLang serves the latter two."""
+    """What of the token before is added to a slot's logits: its vector alone, times a gate that sees the slot's state,
+    or what a gated recurrence over the block makes of both. Only SGLang serves the latter two."""
     confidence: Literal["markov", "states", "none"] = "markov"
-    """What the confidence head sees: a slot's state and the row of the token before, the state alone; or there is
+    """What the confidence head sees: a slot's state and the vector of the token before, the state alone; or there is
     none."""
     decay_gamma: float = 4.0
     """Slot k = 0, 1, ... of a block weighs exp(-k / decay_gamma)."""

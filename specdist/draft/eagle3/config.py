@@ -53,28 +53,29 @@ class Eagle3Config(LayerOptions):
     mla: bool = False
     """Multi-head latent attention, of the sizes that a target of the DeepSeek family has."""
     init_head: Literal["target", "random"] = "target"
-    """Where the draft's output head starts: the target's head rows of the draft vocabulary, or random."""
+    """Where the draft's output head starts: the target's output head, its part for the draft vocabulary, or random."""
     loss: LossName | None = None
     """Null follows draft.serving: mixed for greedy, kl for sampled. argmax: cross entropy with the target's most
     likely token; kl: with its distribution; mixed: half of each. With a the chance that sampling accepts the draft, tv:
     1 - a; lk_alpha: -log a; lk_lambda: a mixture of kl and tv."""
     pairs: Literal["all", "served"] = "all"
-    """Which rows a TTT step is taught at: all, or those that serving drafts at, whose next token is of the answer."""
+    """Which positions a TTT step is trained at: all, or those that serving drafts at, whose next token is of the
+    answer."""
     lk_eta: float = 3.0
     """lk_lambda: a position weighs its cross entropy by exp(-lk_eta * acceptance), 1 - acceptance by the rest."""
     loss_chunk: int = 4096
-    """Rows of draft logits, over all TTT steps, that are held at one time. Memory of the loss: about loss_chunk x draft
-    vocabulary x 3 bytes, twice that in fp32. Fewer make the products slower."""
+    """Positions whose draft logits, over all TTT steps, are held at one time. Memory of the loss: about loss_chunk x
+    draft vocabulary x 3 bytes, twice that in fp32. Fewer make the matrix multiplications slower."""
 
     products: Literal["compute", "fp8"] = "compute"
-    """Those with the layer's weights, in the TTT steps: in the draft's compute dtype, or in FP8 (e4m3, a scale for each
-    row; the gradients of weights as ever). fp8 needs a GPU of compute capability 8.9 or more; a CPU plays its rounding.
-    """
+    """Precision of the matrix multiplications with the layer's weights, in the TTT steps: the draft's compute dtype, or
+    FP8 (e4m3, a scale for each row of a matrix; the gradients of weights as ever). fp8 needs a GPU of compute
+    capability 8.9 or more; a CPU plays its rounding."""
     teacher_head: Literal["draft", "target"] = "draft"
     """Which side runs the target's whole output head, whose argmax and log-sum-exp the loss needs. The target's ranks
     share it, the draft's have it each; so `target` makes the draft side faster and smaller, and the target slower."""
     embedding: Literal["device", "host"] = "device"
-    """Where the target's input embedding lies: in page-locked host memory the GPU reads only the rows it needs."""
+    """Where the target's input embedding lies: in page-locked host memory the GPU reads only the vectors it needs."""
     recompute: int = 0
     """TTT steps whose MLP and its input are computed again in the backward instead of kept: each saves 4 x intermediate
     size + 2 x hidden size bytes a token in bf16, and costs 1 to 2 % of the time."""

@@ -9,7 +9,7 @@ What the engines do with them, read in SGLang 0.5.23 (`models/llama_eagle3.py`, 
 - SGLang records the inputs of layers, so it never sees the output of the last one; and it applies `fc` only to what is
   wider than the hidden state, so a single captured layer would bypass it.
 - SGLang reads the layers from `eagle_config` and adds one; vLLM reads the top level and adds nothing; the speculators
-  format has vLLM's numbers. Without the key both take [2, n // 2, n - 3] (in vLLM's numbers), without a word.
+  format has vLLM's numbers. Without the key both take [2, n // 2, n - 3] (in vLLM's numbers), silently.
 - `draft_vocab_size` is read as an attribute in SGLang: the key must exist. With null SGLang takes the target's head.
 - `target_hidden_size` counts wherever the key is present: it must not be null.
 - RoPE is read from `rope_parameters` where the configuration class has it (transformers 5 makes it of `rope_scaling`

@@ -107,7 +107,7 @@ def make_charts(runs: Sequence[RunRecords]) -> list[Chart]:
         _over_steps(
             "queues",
             "Queue depth",
-            "Items queued or computed at the targets, and items delivered that the draft has not trained on yet.",
+            "Batches queued or computed at the targets, and batches delivered that the draft has not trained on yet.",
             "items",
             runs,
             _Curve("items_before_draft", "before the draft", _training),

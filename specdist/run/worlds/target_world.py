@@ -58,7 +58,7 @@ class TargetWorld:
             ending = Ending("stopped" if asked.reason else "finished", self._step, asked.reason, asked.detail)
             context.record.end(ending)
             why = f" ({ending.why})" if ending.why else ""
-            say(f"target world ended after {self._items} items on replica 0{why}")
+            say(f"target world ended after {self._items} batches on replica 0{why}")
 
     def _attend(self, session: Session) -> Stop:
         """Work until the draft world lets this rank go. Raises Lost: the draft world is gone. WorldError: something is

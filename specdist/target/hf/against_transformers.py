@@ -86,9 +86,7 @@ def compare_with_transformers(
     taught, own = logit_map(states[-1][0, -1].to(head) @ head.T), output.logits[0, -1].to("cpu", torch.float32)
     error = float((taught - own).norm() / own.norm())
     if not error <= TOLERANCE[model.dtype]:
-        raise _wrong(
-            target, f"its logits are not the head's products as its configuration says, but off by {error:.1e}"
-        )
+        raise _wrong(target, f"its logits are not what its head gives by its configuration, but off by {error:.1e}")
     log.info("target %s: features and logits are those of transformers", target.path)
 
 

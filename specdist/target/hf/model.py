@@ -37,7 +37,7 @@ class HfTarget(TargetModel):
 
     Attributes:
         decoder: the model without its head, and without the encoders of a multimodal one.
-        packs: whether the documents of an item share one forward.
+        packs: whether the documents of a batch share one forward.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class HfTarget(TargetModel):
             return
         obstacle = packing_obstacle(self.decoder, target.text_config) or self._try_packing(target.vocab_size)
         if obstacle is None:
-            log.info("target %s: the documents of an item share one forward", target.path)
+            log.info("target %s: the documents of a batch share one forward", target.path)
             return
         if config.prefill == "packed":
             raise ConfigError.at("target.prefill", f"=packed: {target.path} cannot be packed: {obstacle}")

@@ -62,8 +62,8 @@ class SglangConfig:
     """The settings of `target.engine: sglang`."""
 
     prefill_tokens: int | None = None
-    """Tokens of one forward at most: an item of more runs as several forwards of whole documents. The KV cache has room
-    for that many (null: for a whole item), so lower it when memory is short; no document may be longer."""
+    """Tokens of one forward at most: a batch of more runs as several forwards of whole documents. The KV cache has room
+    for that many (null: for a whole batch), so lower it when memory is short; no document may be longer."""
 
     memory_fraction: float | None = None
     """Share of a GPU's memory for weights and KV cache (SGLang's mem_fraction_static); null lets SGLang decide. The KV

@@ -139,7 +139,7 @@ def _memory_errors_named(config: TargetConfig) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"the target ran out of memory ({str(error).splitlines()[0]}): lower target.sglang.prefill_tokens (now "
-            f"{settings.prefill_tokens or 'a whole item'}) or target.sglang.memory_fraction (now "
+            f"{settings.prefill_tokens or 'a whole batch'}) or target.sglang.memory_fraction (now "
             f"{settings.memory_fraction or 'chosen by SGLang'}), or raise target.tp (now {config.tp})",
             "target.sglang.prefill_tokens target.sglang.memory_fraction target.tp",
         ) from error

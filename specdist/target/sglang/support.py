@@ -60,7 +60,7 @@ WINDOWLESS = frozenset(
         "Qwen3MoeForCausalLM",
     }
 )
-"""Architectures whose sliding window SGLang leaves out, without a word."""
+"""Architectures whose sliding window SGLang leaves out, silently."""
 
 _COMPARED = frozenset({"LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"})
 TESTED = {
