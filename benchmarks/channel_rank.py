@@ -275,7 +275,9 @@ class Bench:
                 client.expect(StartWork)
                 began = time.perf_counter()
                 for index in range(end):
-                    source.coming(items[index], stop)
+                    while not source.posted(items[index]):
+                        source.await_more(items[index], stop)
+                        source.post(source.known)
                     features = source.take(items[index])
                     if check:
                         self._compare(index, items[index].shards[shard].sequences[0], features)

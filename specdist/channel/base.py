@@ -147,14 +147,10 @@ class FeatureReceiver(ABC):
     def slots(self) -> int:
         """How many items the ring holds."""
 
-    def enter_thread(self) -> None:
-        """Called once by the thread that will call `post`."""
-        return
-
     @abstractmethod
     def post(self, item: WorkItem, replica: int, slot: int) -> None:
         """All ranks of `replica` have announced `item`: receive this rank's shard of it into `slot`, which the
-        scheduler knows to be free. May be called from another thread than `take`."""
+        scheduler knows to be free."""
 
     @abstractmethod
     def take(self, item: WorkItem, timeout_s: float) -> Tensor:

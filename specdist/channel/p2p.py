@@ -85,6 +85,7 @@ class P2PReceiver(FeatureReceiver):
         self._host_ring = Ring(wire.layout, slots, shard_rows, torch.device("cpu"), pinned=True) if staged else None
         self._on_device = wire.on_gpu and not staged
         self._stream = torch.cuda.Stream(wire.device) if self._on_device else None
+        self._on_stream = torch.cuda.stream(self._stream)
         self._read = [torch.cuda.Event() for _ in range(slots)] if self._on_device else []
         self._posted: dict[int, tuple[int, _Works]] = {}  # slot and operations, by item
         self._waiter = ThreadPoolExecutor(1, "specdist-transfer")
@@ -92,13 +93,6 @@ class P2PReceiver(FeatureReceiver):
     @property
     def slots(self) -> int:
         return self._ring.slots
-
-    def enter_thread(self) -> None:
-        """All that the thread issues is on the receiver's stream. Without this its device would be GPU 0, whatever this
-        rank's is, where it would leave a context."""
-        if self._stream is not None:
-            torch.cuda.set_device(self._stream.device)
-            torch.cuda.set_stream(self._stream)
 
     def post(self, item: WorkItem, replica: int, slot: int) -> None:
         rows = (self._host_ring or self._ring).slot(slot, item.shards[self._shard].tokens)
@@ -109,7 +103,7 @@ class P2PReceiver(FeatureReceiver):
         for t, source in enumerate(sources):
             part, link = rows[share(len(rows), t, len(sources))], Link(source, self._wire.rank)
             if len(part):
-                with span("receive", item.index, source=source, bytes=part.nbytes):
+                with self._on_stream, span("receive", item.index, source=source, bytes=part.nbytes):
                     works.append((link, _start(dist.irecv, part, source, link, self._wire), part))
         self._posted[item.index] = slot, works
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import threading
 import time
+from collections import deque
 from dataclasses import replace
 
 import torch
@@ -19,21 +19,23 @@ from specdist.core.records import FeatureLayout, PackedTokens, WorkItem
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
 from specdist.core.trace import span
-from specdist.core.worker import Worker
 from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
 from specdist.run.stall_timer import StallTimer
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.messages import Deliver, Message, Released, Stop, StopRequest
+from specdist.scheduler.messages import Deliver, Released, Stop, StopRequest
 from specdist.target.base import TargetModel
 from specdist.target.head import forward_item
 from specdist.target.verify import verify
 from specdist.training.parts import FeatureSource
 
+_LOOK_S = 0.5
+"""How often a wait looks whether this process was asked to stop."""
+
 
 class RemoteSource(FeatureSource):
-    """Features from target ranks. A thread of its own posts each receive as soon as the scheduler says that the data
-    exists, so transfers run while the trainer computes."""
+    """Features from target ranks: what the scheduler says is on its way, in the order in which it says so, which is the
+    same to all draft ranks."""
 
     def __init__(
         self,
@@ -51,33 +53,60 @@ class RemoteSource(FeatureSource):
         self._stop, self._timeout_s = stop, timeout_s
         self._next = items.schedule.first_item
         """The first item that is not released."""
-        self._delivered: set[int] = set()  # items that are posted and not yet released
+        self._known: deque[Deliver] = deque()  # not yet posted
+        self._posts = 0
+        self._posted: set[int] = set()  # items that are not yet released
         self._agreed: dict[int, int] = {}
-        self._changed = threading.Condition()
+        self._broken: WorldError | None = None
+        """What `look` and `post` met: raised where the ranks can agree on how to go on."""
         self._stopped = False
-        self._thread = Worker("specdist-receiver", self._listen, lambda error: self._notify())
-        self._thread.start()
 
     @property
     def waited_s(self) -> float:
         return self._waits.seconds
 
-    def coming(self, item: WorkItem, stop: StopFlag) -> bool:
+    @property
+    def known(self) -> int:
+        return self._posts + len(self._known)
+
+    def posted(self, item: WorkItem) -> bool:
+        return item.index in self._posted
+
+    def look(self) -> None:
+        try:
+            self._poll(0.0)
+        except WorldError as error:
+            self._broken = self._broken or error
+
+    def await_more(self, item: WorkItem, stop: StopFlag) -> None:
         self._client.phase = f"waiting for the hidden states of batch {item.index}"
         with self._waits.waiting(), span("wait for the forward", item.index):
-            delivered = self._await(item.index, stop)
-        if not delivered and not stop:
+            more = self._await_more(item.index, stop)
+        if not more and not stop:
             raise WorldError(f"the scheduler on rank 0 ended the run before batch {item.index}")
-        return delivered
+
+    def post(self, count: int) -> None:
+        while self._posts < count:
+            delivery = self._known.popleft()
+            self._posts += 1
+            with span("post the receives", delivery.item):
+                try:
+                    self.receiver.post(self._items[delivery.item], delivery.replica, delivery.slot)
+                except WorldError as error:
+                    self._broken = self._broken or error
+            if delivery.agreed:
+                self._agreed[delivery.item] = delivery.agreed[self._shard]
+            self._posted.add(delivery.item)
 
     def take(self, item: WorkItem) -> Tensor:
+        self._raise_broken()
         with self._waits.waiting(), span("wait for the transfer", item.index):
             rows = self.receiver.take(item, self._timeout_s)
         self._client.phase = f"training on batch {item.index}"
         return rows
 
     def release(self, item: WorkItem) -> None:
-        self._delivered.discard(item.index)
+        self._posted.discard(item.index)
         self._next = item.index + 1
         self.receiver.release(item, functools.partial(self._freed, item.index))
 
@@ -89,52 +118,41 @@ class RemoteSource(FeatureSource):
         return self._agreed.pop(item.index)
 
     def drain(self) -> None:
-        """Receive and release, untrained, what was on its way beyond the last item, until the scheduler stops."""
+        """Receive and release, untrained, what was on its way beyond the last item, until the scheduler stops. All
+        draft ranks post the same, and issue no other GPU communication meanwhile."""
         self._client.phase = "draining"
-        while self._await(self._next):
-            item = self._items[self._next]
-            self.receiver.take(item, self._timeout_s)
-            self.release(item)
+        while self._next in self._posted or self._await_more(self._next):
+            self.post(self.known)
+            if self._next in self._posted:
+                item = self._items[self._next]
+                self.take(item)
+                self.release(item)
 
-    def _await(self, index: int, stop: StopFlag | None = None) -> bool:
-        """Wait until item `index` is delivered; False if the scheduler stops, or `stop` is asked for, before."""
+    def _await_more(self, index: int, stop: StopFlag | None = None) -> bool:
+        """Wait until a delivery is known that is not posted, as that of item `index` will be; False if the scheduler
+        stops, or `stop` is asked for, before."""
         deadline = time.monotonic() + self._timeout_s
-        with self._changed:
-            while index not in self._delivered and not self._stopped and not stop:
-                if self._thread.error is not None:
-                    raise self._thread.error
-                self._client.check()
-                if time.monotonic() > deadline:
-                    limit = f"{self._timeout_s:.0f} s (world.wait_timeout_s)"
-                    raise WorldError(f"no target replica delivered batch {index} within {limit}")
-                self._changed.wait(timeout=0.5)
-            return index in self._delivered
+        self._raise_broken()
+        while not self._known and not self._stopped and not stop:
+            if time.monotonic() > deadline:
+                limit = f"{self._timeout_s:.0f} s (world.wait_timeout_s)"
+                raise WorldError(f"no target replica delivered batch {index} within {limit}")
+            self._poll(_LOOK_S)
+        return bool(self._known)
 
-    def _listen(self) -> None:
-        self.receiver.enter_thread()
-        while not self._stopped:
-            for message in self._client.poll(1.0):
-                self._handle(message)
+    def _raise_broken(self) -> None:
+        if self._broken is not None:
+            raise self._broken
 
-    def _handle(self, message: Message) -> None:
-        match message:
-            case Deliver(index, replica, slot, agreed):
-                with span("post the receives", index):
-                    self.receiver.post(self._items[index], replica, slot)
-                if agreed:
-                    self._agreed[index] = agreed[self._shard]
-                self._delivered.add(index)
-                self._notify()
-            case StopRequest(reason, rank):
-                self._stop.request(reason, f" on rank {rank}")
-                self._notify()
-            case Stop():
-                self._stopped = True
-                self._notify()
-
-    def _notify(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
+    def _poll(self, timeout_s: float) -> None:
+        for message in self._client.poll(timeout_s):
+            match message:
+                case Deliver():
+                    self._known.append(message)
+                case StopRequest(reason, rank):
+                    self._stop.request(reason, f" on rank {rank}")
+                case Stop():
+                    self._stopped = True
 
 
 class ColocatedSource(FeatureSource):

@@ -23,10 +23,28 @@ class FeatureSource(ABC):
         """Seconds so far in which this rank had nothing to compute because it waited for features."""
         return 0.0
 
-    def coming(self, item: WorkItem, stop: StopFlag) -> bool:
-        """Wait until the features of `item` are on their way; False where a stop is asked for before. Called before
-        `take`. Raises WorldError where they will not come."""
-        return not stop
+    @property
+    def known(self) -> int:
+        """How many items are known to be on their way, counted in an order that is the same on all draft ranks."""
+        return 0
+
+    def posted(self, item: WorkItem) -> bool:
+        """Whether `item` is among those that were posted, so that `take` may wait for it."""
+        return True
+
+    def look(self) -> None:
+        """Learn what has become known, without waiting. What fails in it is raised by `await_more` and `take`."""
+        return
+
+    def await_more(self, item: WorkItem, stop: StopFlag) -> None:
+        """Wait until more is known than was posted, as `item` will be, or a stop is asked for. Raises WorldError where
+        it will not come."""
+        return
+
+    def post(self, count: int) -> None:
+        """Issue the receives of the first `count` known items: the same, at the same place among all other GPU
+        communication, on all draft ranks. What fails in it is raised by `await_more` and `take`."""
+        return
 
     @abstractmethod
     def take(self, item: WorkItem) -> Tensor:

@@ -145,10 +145,10 @@ class Trainer:
     def commit(self, progress: Progress, checkpointer: Checkpointer) -> bool:
         """Save `progress` unless it has been, and wait for it; whether it is on the disk. All draft ranks call this."""
         checkpointer.finish()
-        if self._highest(checkpointer.saved_step != progress.step):
+        if self._highest(checkpointer.saved_step != progress.step)[0]:
             self._save(progress, checkpointer)
             checkpointer.finish()
-        return not self._highest(checkpointer.saved_step != progress.step)
+        return not self._highest(checkpointer.saved_step != progress.step)[0]
 
     def _done(self, recipe: Recipe, progress: Progress) -> bool:
         """Whether the last step is done, or as many evaluations as `train.patience` have found nothing better."""
@@ -252,6 +252,8 @@ class Trainer:
             losses.append(loss.detach())
             sums += own * micro.good
             self.source.release(micro.item)
+            if micro is not micro_batches[-1]:  # the target ranks go on meanwhile
+                self._agree(Course.GO, micro.item.index)
         with span("clip", first):
             norm = self._clip(clip_norm)
         fine = norm.isfinite() & (skipped < sum(bool(s.tokens) for item in items for s in item.shards))
@@ -277,23 +279,44 @@ class Trainer:
         rank's clock says that it is time to save. Raises _CutOffError: on all ranks, where features will not come any
         more."""
         received, error = list[MicroBatch](), WorldError("another draft rank is cut off from the world")
-        course = Course.SAVE if due else Course.GO
+        course, own = Course.GO, Course.SAVE if due else Course.GO
         try:
             for index in indices:
-                if not self.source.coming(self.items[index], stop):
+                course = self._await_receives(self.items[index], stop)
+                if course >= Course.STOP:
                     break
                 received.append(self.receive(self.items[index]))
         except WorldError as met:
-            error, course = met, Course.LOST
-        if stop:
-            course = max(course, Course.STOP)
-        with span("agree to go on", indices.start):
-            course = Course(self._highest(course))
+            error, own = met, Course.LOST
+        if course < Course.STOP:  # else all have agreed on it
+            course = self._agree(max(own, Course.STOP) if stop else own, indices.start)
         if course is Course.LOST:
             raise _CutOffError(error)
         for micro in received if course is Course.STOP else ():
             self.source.release(micro.item)
         return received, course
+
+    def _await_receives(self, item: WorkItem, stop: StopFlag) -> Course:
+        """Wait until the receives of `item` are posted, or all ranks agree not to go on."""
+        course = Course.GO
+        while course < Course.STOP and not self.source.posted(item):
+            self.source.await_more(item, stop)
+            course = self._agree(Course.STOP if stop else Course.GO, item.index)
+        return course
+
+    def _agree(self, course: Course, index: int) -> Course:
+        """How all draft ranks go on, before item `index`: as the highest course says.
+
+        What all of them know to be on its way they receive from here on. Nothing else issues GPU communication on a
+        draft rank than this thread: the receives of one delivery after the other, as the scheduler orders them, and
+        between them, at the places that are agreed on here, the collectives of steps, evaluations and the end. So the
+        order is the same on all draft ranks. That nothing can hang then: specdist/channel/p2p.py.
+        """
+        self.source.look()
+        with span("agree to go on", index):
+            agreed = self._highest(course, -self.source.known)
+        self.source.post(-agreed[1])
+        return Course(agreed[0])
 
     def receive(self, item: WorkItem) -> MicroBatch:
         """This rank's part of `item`, ready to train on."""
@@ -321,11 +344,11 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm or math.inf)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def _highest(self, value: int) -> int:
-        """The highest that a draft rank says."""
-        found = torch.tensor(int(value))
+    def _highest(self, *values: int) -> list[int]:
+        """The highest that a draft rank says, of each value."""
+        found = torch.tensor([int(value) for value in values])
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.draft_cpu)
-        return int(found)
+        return found.tolist()
 
     def _metrics(self) -> dict[str, float]:
         sums = self._sums.clone()

@@ -22,6 +22,7 @@ from specdist.prompts.corpus import Corpus
 from specdist.prompts.prepare import prepare_corpus
 from specdist.prompts.stream import Stream
 from tests.distributed.worlds import kill_all, mooncake_loads, start_torchrun, torchrun, train
+from tests.order import find_circle, read_issued
 from tests.tiny import make_config, make_conversations, make_target
 
 STEPS = 12
@@ -236,6 +237,20 @@ def test_tensor_parallel_target_and_accumulation(tmp_path, material):
     run(2, alone, material, world__mode="colocated", train__accumulation=2, train__steps=3, checkpoint__every=0)
     for (_, loss, _), (_, expected, _) in zip(losses(tmp_path), losses(alone), strict=True):
         assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_rank_issues_communication_in_an_order_that_could_hang(tmp_path, material):
+    """Two replicas of two ranks and two draft ranks, all hesitant."""
+    options = {"target__tp": 2, "target__replicas": 2, "train__accumulation": 2, "checkpoint__every": 4}
+    (orders := tmp_path / "orders").mkdir()
+    done = torchrun(6, ["-m", "tests.distributed.recorded_train", str(orders), *words(tmp_path, material, **options)])
+    assert done.returncode == 0, done.stderr
+    issued = read_issued(orders)
+    links = {rank: {group for group in groups if "link" in group} for rank, groups in issued.items()}
+    assert [len(links[rank]) for rank in range(6)] == [2, 2, 2, 2, 4, 4]
+    assert "draft" in issued[4]
+    assert "target replica 1" in issued[2]
+    assert not find_circle(issued)
 
 
 TARGET_SIDE = {"draft__eagle3__teacher_head": "target"}

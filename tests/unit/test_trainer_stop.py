@@ -31,10 +31,12 @@ class Late(FeatureSource):
     def __init__(self) -> None:
         self.released: list[int] = []
 
-    def coming(self, item: Any, stop: StopFlag) -> bool:
-        if item.index == 1:
-            stop.reason = StopReason.TERMINATE
+    def posted(self, item: Any) -> bool:
         return item.index in (0, EVALUATED.stop)
+
+    def await_more(self, item: Any, stop: StopFlag) -> None:
+        assert item.index == 1
+        stop.reason = StopReason.TERMINATE
 
     def take(self, item: Any) -> torch.Tensor:
         return torch.empty(0)
@@ -54,8 +56,8 @@ class Alone(Trainer):
         self.source.release(micro.item)
         return torch.zeros_like(self._sums)
 
-    def _highest(self, value: int) -> int:
-        return int(value)
+    def _highest(self, *values: int) -> list[int]:
+        return [int(value) for value in values]
 
 
 def test_after_a_stop_in_an_evaluation_nothing_of_the_next_step_is_received() -> None:
