@@ -8,8 +8,6 @@ Every launcher (this machine, ssh, sbatch, submitit, Ray) starts one of these a 
 (specdist/core/launch_env.py) in all cases. It ends when its ranks have; and they do when it is gone.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

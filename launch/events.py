@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`launch.on_event`: a command of the user's that hears how a start has ended."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

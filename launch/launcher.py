@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ways of starting a job, as a node's agent sees them."""
 
-from __future__ import annotations
-
 import argparse
 import socket
 from collections.abc import Callable

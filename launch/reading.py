@@ -2,8 +2,6 @@
 """The commands that only read: run directories and the configuration's reference. None of them imports torch, but for
 what draws a report."""
 
-from __future__ import annotations
-
 import argparse
 import signal
 import sys

@@ -10,8 +10,6 @@ failed is started again `launch.retries` times in a row, unless the error is the
 step as the time before: that one would come back for ever.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -4,8 +4,6 @@
 torchrun --nproc-per-node N -m specdist.train --config configs/X.yaml [key=value ...]
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 import sys

@@ -6,8 +6,6 @@ When the driver or its connection dies, the agent's input ends, so that its rank
 task, the kernel stops the agent (`core.stop.end_with_launcher`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import queue

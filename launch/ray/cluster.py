@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A running Ray cluster: which one, how to reach it, and equal shares of its GPU hosts, reserved all at once."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import ipaddress

@@ -5,8 +5,6 @@ Ray finds the GPU hosts, reserves them and runs one task on each, which is no mo
 The ranks are torchrun's and know nothing of Ray.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the cluster says: its partitions, whether a job fits into them, and submitting it."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

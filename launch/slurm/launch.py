@@ -5,8 +5,6 @@ The options are the keys of launch.slurm and launch.container by other names. Th
 directory, so that a job in the queue does not change with the file. --dry-run prints the script and needs no Slurm.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

@@ -6,8 +6,6 @@ heterogeneous job one step spans all components, and Slurm numbers the nodes thr
 target's nodes, every later one draft nodes.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where submitit runs jobs: its executors, what is asked of them, and what a run's tasks find there."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping

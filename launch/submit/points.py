@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names of a sweep's points, which their run directories get: readable, and different from each other."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

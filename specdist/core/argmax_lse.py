@@ -2,8 +2,6 @@
 """The argmax and the log-sum-exp of the target's logits: all that a draft with a smaller vocabulary needs of its whole
 head."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far the clock of a rank's host is from that of rank 0's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

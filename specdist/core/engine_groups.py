@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process groups that a target's engine needs: named by the engine, made by the world."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are there whole or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

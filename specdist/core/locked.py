@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A lock between processes, of one host or of several that share a file system."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterator

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which network interface of this host leads to another one, and where this job can be reached."""
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 

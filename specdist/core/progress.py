@@ -2,8 +2,6 @@
 """Where training stands and which checkpoints there are: what everybody may ask, without what writes and loads them
 (`checkpoint`), which is slow to import."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

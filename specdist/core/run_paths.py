@@ -17,8 +17,6 @@ status.json            the state of the run a few seconds ago
 logs/<job>.<restart>/  every attempt's logs, first failure and end (specdist/core/attempts.py)
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 """Signals set a flag, which the training loop reads at a step boundary, where all ranks can agree to stop; and how a
 rank's process ends."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

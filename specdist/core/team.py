@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Work that some ranks of a world do while the others wait, who know by what the world's store tells that it moves."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names what a rank does, for the timeline (docs/trace.md): ranges of torch.profiler with the number of their item."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 
 import torch

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Threads whose errors reach the threads that depend on them."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the configuration to a draft."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig

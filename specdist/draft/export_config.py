@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a finished draft is written as."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

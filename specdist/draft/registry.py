@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The algorithms that there are. Outside their folders no other file names one; plug-ins register theirs here."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from specdist.draft.algorithm import Algorithm

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a serving engine is told of an algorithm's drafts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -2,8 +2,6 @@
 """Which drafts the target accepts: speculative sampling (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023,
 arXiv 2302.01318), whose tokens are distributed as the target's own."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

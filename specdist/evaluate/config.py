@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is evaluated, and how."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from specdist.core.errors import ConfigError

@@ -8,8 +8,6 @@ temperature; `check` decodes that as well and counts the sequences that differ. 
 products of other shapes are rounded otherwise, and two tokens with nearly equal logits can change places.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast a GPU reads its memory: what the speed of decoding one sequence is forecast from."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch

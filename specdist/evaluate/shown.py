@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A few held-out answers as people read them: their text, token by token, and which draft token each one would be."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card of an exported draft: its README.md, written from nothing but its config.json."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

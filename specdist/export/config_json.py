@@ -2,8 +2,6 @@
 """config.json of an exported draft, read without torch. What is ours in it lies under the key `specdist`, which no
 engine reads."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

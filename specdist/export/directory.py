@@ -2,8 +2,6 @@
 """A model directory on disk: config.json, model.safetensors and README.md, written so that it is there whole or not at
 all."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

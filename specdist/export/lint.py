@@ -4,8 +4,6 @@
 Here stands what holds for every algorithm; the rest is in the algorithms' own `faults`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

@@ -11,8 +11,6 @@ vLLM 0.22 to 0.33 (`config/speculative.py`):
 - A draft runs in the server's dtype. `auto` makes float16 or bfloat16 of a float32 model, so the export's is given.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `generate` section: how the target writes the answers that a draft learns from."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A record of a prompts file as a dialogue with the target: what it is shown, and the record with what it answers."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

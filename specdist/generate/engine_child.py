@@ -5,8 +5,6 @@ They end at the end of their standard input, and when who has started them is go
 is loaded; a last one may tell what the engine counts of the drafts of all answers together.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -6,8 +6,6 @@ In its own process none of this reaches the rank, and when that ends all of its 
 Requests and replies are lines of JSON on its standard input and output (`engine_child.py`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

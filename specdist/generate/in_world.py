@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The answers in a world: whoever leads a replica writes some of them, and rank 0 puts them together."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import sys

@@ -4,8 +4,6 @@
 python -m specdist.generate.sglang_process '{"model_path": ...}'
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from functools import partial

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's engine: its arguments, and the process that runs it."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from importlib import metadata
 from typing import Any

@@ -6,8 +6,6 @@ python -m specdist.generate.vllm_process '{"model": ...}'
 vLLM counts what became of drafts of all answers together, in its metrics, and is asked for them at the end.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import sys

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a job is started, watched and started again: what is asked of Slurm, and the container of its processes."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from typing import Literal

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is checked before a run, and what is done about it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

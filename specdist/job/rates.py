@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the rates of both roles come from: files of benchmarks and runs, or an estimate from the models' sizes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is done with a run directory; where things lie in it: specdist/core/run_paths.py."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How to divide GPUs between target replicas and draft ranks, so that neither side waits for long; which one did."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ A conversation's key is a hash of its first user message, so that all sequences 
 its continuations lie on one side, whatever the answers, `prompts.max_length`, `run.seed` and the order of the files.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

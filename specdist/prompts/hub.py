@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets of the Hugging Face Hub among `prompts.files`, as the Arrow files that `datasets` keeps of them."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from pathlib import Path

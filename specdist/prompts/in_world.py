@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prompts in a world: one rank prepares them, or one of every host, and the others open what it has."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Work items by index, on every rank: the stream is a pure function, so no rank is ever told what is in an item."""
 
-from __future__ import annotations
-
 import itertools
 import threading
 from collections.abc import Iterator, Sequence

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A look at the prompts: the first records of some files, from which the rest is estimated, in seconds."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

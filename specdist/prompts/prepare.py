@@ -7,8 +7,6 @@ disk: a preparation that is killed leaves nothing that could be opened, and two 
 harm nothing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import multiprocessing

@@ -2,8 +2,6 @@
 """A shuffle of any number of things that is computed place by place: nothing is stored, and any place is as near as the
 first."""
 
-from __future__ import annotations
-
 import numpy as np
 
 _ROUNDS = 6

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parquet and Arrow files, as small Arrow streams that any process decodes. Imported only where there is one."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Thoughts in text: how models open and close them, and what a prompt or an answer shows of one."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Literal

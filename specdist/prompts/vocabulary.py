@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokens worth drafting: the most frequent ones where the prompts are supervised."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

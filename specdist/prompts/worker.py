@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a tokenising process does: a piece of a file in, arrays out. Imports no torch of its own, to start quickly."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

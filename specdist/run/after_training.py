@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What comes after training: export for serving, the evaluation before and after, and a summary in words."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

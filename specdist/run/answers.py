@@ -4,8 +4,6 @@
 torchrun --nproc-per-node N -m specdist.run.answers --config configs/X.yaml [key=value ...]
 """
 
-from __future__ import annotations
-
 import socket
 import time
 from collections.abc import Sequence

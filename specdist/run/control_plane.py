@@ -5,8 +5,6 @@ Rank 0 finds where the run starts, opens the server and announces both under one
 ranks wait for that key. The secret that admits them is in their environment: anybody may read the store.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import functools

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target's weights on every host of a world, where `target.path` is a repository of the Hugging Face Hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from specdist.core import hub

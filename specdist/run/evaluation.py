@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evaluation of a draft on one device, with the target loaded once more, whole."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

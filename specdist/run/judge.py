@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The judge of a run: what replay over held-out text says of the draft, summed over the draft ranks and kept."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass

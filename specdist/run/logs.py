@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`specdist logs` and `specdist bundle`: the output of the rank that matters, and what a report of a defect needs."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import io
 import platform

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Export and evaluation of a run that has ended (or still runs), in one process."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a draft comes from, as its export says it: run, step, data, configuration, figures, versions."""
 
-from __future__ import annotations
-
 import subprocess
 from importlib.metadata import version
 from pathlib import Path

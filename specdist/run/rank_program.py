@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the ranks of a world execute that does not train: the doctor's part, and answers by the target."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Callable, Sequence

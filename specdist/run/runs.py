@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`specdist runs` and `specdist compare`: what several run directories hold, from their files alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@ it took with the draft. Where a text is the same both ways, the two numbers diff
 over those texts, if the engine tells of every answer (SGLang does, vLLM does not) and they are long enough together.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence

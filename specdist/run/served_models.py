@@ -5,8 +5,6 @@ SGLang's models have a method `set_..._layers_to_capture` for that, vLLM's are a
 class that they are of.
 """
 
-from __future__ import annotations
-
 import re
 from importlib import util
 from pathlib import Path

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding by the engine that will serve: SGLang's or vLLM's own, with an exported draft, in a process of its own."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Sequence

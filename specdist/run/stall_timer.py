@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a rank had nothing to compute because it waited."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections import deque

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long each part of a rank's start took: ATTEMPT/start-up/rank-N.json, for the report (docs/report.md)."""
 
-from __future__ import annotations
-
 import sys
 import time
 from dataclasses import dataclass, field

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`specdist status RUN_DIR`: the state of a run, from its files alone, on any host that sees them."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import time

@@ -2,8 +2,6 @@
 """What rank 0 reports of a run: status.json every few seconds, a line on the terminal when nothing happens for long,
 and the first failure."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import sys

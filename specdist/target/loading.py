@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading a causal language model with transformers, whole or as one rank's share of a tensor-parallel replica."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import re

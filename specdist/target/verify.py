@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether features are right: a packed forward against one of each document alone, an engine against transformers."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ Every draft rank calls this: the two tensors are all that the drafts borrow from
 side computes the argmax of its logits, its ranks take the head from here as well.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -5,8 +5,6 @@ Safetensors (one file; sharded with an index; sharded without one) and PyTorch `
 index) are known. Only headers are read until a tensor is asked for.
 """
 
-from __future__ import annotations
-
 import math
 import pickle
 from collections.abc import Iterable

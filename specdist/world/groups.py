@@ -5,8 +5,6 @@
 else in the project makes a group, and afterwards no code uses the default group for data.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field

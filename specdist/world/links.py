@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bringing up the links between target and draft ranks, and waiting for a transfer within a limit."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping

@@ -4,8 +4,6 @@
 torchrun alone waits for missing members without naming them, and its port must be free on a host that it has not asked.
 """
 
-from __future__ import annotations
-
 import errno
 import ipaddress
 import json

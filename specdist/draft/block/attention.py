@@ -6,8 +6,6 @@ The keys of the verified tokens are those that the draft makes of the target's s
 document. Blocks never see each other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A draft that fills blocks: fuse the captured features, run the layers over the blocks. Algorithms add their loss."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training step has to compute, and the memory that it needs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from specdist.core.records import PackedTokens

@@ -15,8 +15,6 @@ What the engines do with them (the algorithms' own files say where that was read
 - `mask_token_id` must be one of the target's, and agree with the tokenizer if that knows the token `<|MASK|>`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

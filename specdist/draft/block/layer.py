@@ -2,8 +2,6 @@
 """A decoder layer of the draft: Qwen3's, whose attention also reads the target's states. Attribute names are the
 exported tensor names."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -7,8 +7,6 @@ head, and what else an algorithm adds. What the loss is divided by is known befo
 soon as its logits exist: it takes their place, and the gradients of what was multiplied are all that is kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias

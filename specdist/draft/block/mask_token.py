@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The token that stands for one to be drafted, where the configuration names none."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

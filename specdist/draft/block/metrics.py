@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a person reads of the losses of blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from specdist.draft.base import ratio

@@ -11,8 +11,6 @@ TorchSpec. Whatever they say that is not honoured is named in the refusal.
   `target_num_hidden_layers`, `num_target_layers` are the captured ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

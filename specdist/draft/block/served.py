@@ -7,8 +7,6 @@ alone, without a word. vLLM lays sliding and other layers side by side in its V2
 (`VLLM_USE_V2_MODEL_RUNNER=1`, its pull requests 46104 and 47914).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys and values of the sequences that are decoded together, of unequal lengths, for one layer of a draft."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

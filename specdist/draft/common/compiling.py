@@ -4,8 +4,6 @@
 A recompilation costs more than a graph for one length gains.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from functools import cache, wraps

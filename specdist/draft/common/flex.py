@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlexAttention as drafts use it: packed rows filled up to whole blocks, and masks put together without a host sync."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional

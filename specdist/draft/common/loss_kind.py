@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names of the losses, which `losses.py` has: what a configuration needs of them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

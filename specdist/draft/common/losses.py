@@ -14,8 +14,6 @@ speculative sampling accepts the draft (arXiv 2302.01318; as a loss: 2602.23881)
     lk_lambda  w CE + (1 - w)(1 - a), w = exp(-eta a) per position and without gradient
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gated MLP of a draft's decoder layers. Attribute names are the exported tensor names."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional

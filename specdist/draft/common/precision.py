@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The precision of what is computed between matrix products."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration of the speculators library, which vLLM serves without being told the target."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import PretrainedConfig

@@ -9,8 +9,6 @@ With m(s) = 0.1 s ln(factor) + 1 (1 where factor <= 1), it is
 (`_compute_yarn_parameters` in transformers; `yarn_scaling_rope.py` in vLLM; `rotary_embedding/yarn.py` in SGLang.)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

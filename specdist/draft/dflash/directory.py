@@ -7,8 +7,6 @@ it is said in `block/directory.py`. Slot 0 of a block is the last verified token
 DeepSpec's other class, without its heads: in them that slot drafts too, and no engine serves them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

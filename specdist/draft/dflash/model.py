@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The DFlash draft under training: fill the blocks, compare with the tokens, or with what the target says."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

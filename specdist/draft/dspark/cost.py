@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Markov head adds to a training step."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from specdist.draft.algorithm import WIDE

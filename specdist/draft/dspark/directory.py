@@ -12,8 +12,6 @@ drafts of blocks is said in `block/directory.py`:
 - Copies of the target's embedding and head, which DeepSpec writes, are skipped.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -8,8 +8,6 @@ Markov head adds markov_w2 m to a slot's logits, where
     rnn       (g, c, o) = J [s; e; h] + b,  m = tanh(o),  s' = sigmoid(g) s + (1 - sigmoid(g)) tanh(c)
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional

@@ -9,8 +9,6 @@ where a = sum_v min(p_v, t_v) is the chance that a draft sampled from p is accep
 W is the bare head of the target, without scale and soft cap: so engines compute the draft's logits.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The DSpark draft under training: fill the blocks, compare with the tokens and with the target's chances."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

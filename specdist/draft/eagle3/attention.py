@@ -6,8 +6,6 @@ part is prepared once per micro-batch and called once per step, for the rows tha
 of its scores too, through which the few own keys are merged (`ops.merge`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -6,8 +6,6 @@ The peak is at the beginning of the backward, when everything that the steps hav
 weights as well; or in the loss, where logits are.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from specdist.core.records import PackedTokens

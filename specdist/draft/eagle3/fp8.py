@@ -5,8 +5,6 @@ Weights are rounded once per micro-batch, in both orientations, for the forward 
 gradients of weights are not computed here: they take the unrounded values (torchao's recipe "rowwise_with_gw_hp").
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

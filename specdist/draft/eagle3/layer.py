@@ -5,8 +5,6 @@ Called to draft tokens, and to train more than the one layer of the paper (`stac
 that one with the parameters, for all steps.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

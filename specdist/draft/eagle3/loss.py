@@ -6,8 +6,6 @@ logits' place, and the states' gradient takes the states'. Every logit is comput
 the steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

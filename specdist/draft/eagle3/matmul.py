@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products with the layer's weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions between the matrix products of a training step: as they are, or made into few kernels each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any

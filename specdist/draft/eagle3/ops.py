@@ -7,8 +7,6 @@ of the forward. All compute in fp32 (fp64 for fp64 inputs) and round once, when 
 Shapes: n rows, H hidden, I intermediate, Hq and Hkv heads of D, k own keys of earlier steps.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ Every option that they write is honoured, or named in the refusal. Read in SpecF
 2026), speculators 0.9 and ModelOpt (August 2026).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the target teaches a micro-batch: its argmax at each supervised position. Shared by all TTT steps."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

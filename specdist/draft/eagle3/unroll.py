@@ -10,8 +10,6 @@ of a document see, come from outside, and so does what the token embeddings cont
 depends on the token alone and serves every step that meets it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one rank reports. Collecting judges nothing and fails at nothing."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

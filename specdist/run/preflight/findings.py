@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One thing that is wrong, where, and what to do about it."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator
 from typing import Literal
 

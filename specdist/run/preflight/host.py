@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the first rank of each host reports for all of them: the run directory, address and clock."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the facts of all ranks mean: a pure function from reports to findings."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 

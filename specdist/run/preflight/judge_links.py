@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the bandwidths mean: which links are slow, and which end of them is to blame."""
 
-from __future__ import annotations
-
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a job asks of its hosts: memory of GPUs, room in the run directory."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

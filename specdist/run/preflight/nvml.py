@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What NVML reports about GPUs. Everything it does not report is None ("unknown"); no question can fail a run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePath

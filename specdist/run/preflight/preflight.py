@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checks of a world that has come up. Every rank takes part; rank 0 judges, prints and decides."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the checks found, as tables, as lines and as JSON."""
 
-from __future__ import annotations
-
 import io
 from collections import Counter
 from collections.abc import Iterable, Sequence

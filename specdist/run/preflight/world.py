@@ -6,8 +6,6 @@ torchrun --nproc-per-node N -m specdist.run.preflight.world --config configs/X.y
 Rank 0 prints the report and ends with status 1 where it found a problem.
 """
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`specdist report RUN_DIR ...`: one HTML file that needs nothing but a browser. plotly.js, which lies in it, draws."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

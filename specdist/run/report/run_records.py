@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the directory of a run says of it: metrics, evaluations, starts, configuration and the end."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a page says in words and tables: the facts of each run, its ranks, the suggested split, and configurations."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a target world finds the draft world: a file in the run directory, or an address and a secret given to both."""
 
-from __future__ import annotations
-
 import os
 import socket
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a rank of a target world finds the draft world: the first rank of its replica looks, the others follow it."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import secrets

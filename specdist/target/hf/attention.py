@@ -7,8 +7,6 @@ No mask is registered beside it, which tells transformers to build none: the doc
 attention sinks are keyword arguments that the models hand to any attention function.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any

@@ -2,8 +2,6 @@
 """What transformers computes of a few documents, a few layers at a time: weights are read from disk and let go, so that
 a model of any size has a reference on one device."""
 
-from __future__ import annotations
-
 import gc
 import logging
 from collections.abc import Iterator

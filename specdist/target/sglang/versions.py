@@ -4,8 +4,6 @@
 `import sglang` takes many seconds and changes transformers, so only target ranks do it; this is for every machine.
 """
 
-from __future__ import annotations
-
 import ast
 import difflib
 from collections.abc import Iterable
