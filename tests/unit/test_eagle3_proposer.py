@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specdist.core.records import Features
 from specdist.draft.eagle3.proposer import Eagle3Proposer
-from specdist.draft.eagle3.teacher import teach
+from specdist.draft.eagle3.rows import Rows
 from tests.unit.draft_case import batch_equals_single
 from tests.unit.eagle3_reference import HIDDEN, STEPS, Case, Reference, build_case, run, target_of
 
@@ -40,11 +40,9 @@ def drafted_case(prefix: int, options: dict[str, bool]) -> tuple[Case, list[int]
 def training_logits(case: Case, row: int) -> Tensor:
     """The logits [K, V_d] of steps k = 0..K-1 at one position, from the states the loss is given."""
     draft, batch = case.draft, case.batch
-    frozen = draft.frozen
-    teacher = teach(batch, case.features, frozen.whole_head, frozen.logit_map, frozen.vocabulary, STEPS, 100)
-    states = draft.states(batch, case.features, teacher.rows, tuple(batch.lengths))
-    place = int((teacher.rows.active == row).nonzero())
-    rows = teacher.rows.teacher[place]
+    reached = Rows.of(batch, STEPS)
+    states = draft.states(batch, case.features, reached, tuple(batch.lengths))
+    rows = reached.teacher[int((reached.active == row).nonzero())]
     assert (rows >= 0).all()
     return states[rows, torch.arange(STEPS)] @ draft.lm_head.weight.T
 

@@ -2,8 +2,9 @@
 """A draft that fills blocks: fuse the captured features, run the layers over the blocks. Algorithms add their loss."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,8 @@ from specdist.core.records import FeatureLayout, Features, LogitMap, PackedToken
 from specdist.draft.base import DraftModel, Drafts, Replayed, Supervision
 from specdist.draft.block.attention import BlockAttention, KeysValues, eager_attention, flex_attention
 from specdist.draft.block.blocks import Blocks
-from specdist.draft.block.layer import attention_of
+from specdist.draft.block.layer import PLAIN, attention_of, compiled_ops
 from specdist.draft.block.loss import ChunkedLoss, LossInputs, Terms
-from specdist.draft.block.ops import PLAIN, compiled_ops
 from specdist.draft.block.options import BlockDims, BlockOptions
 from specdist.draft.block.proposer import BlockProposer
 from specdist.draft.block.replay import replay
@@ -50,7 +50,6 @@ class BlockDraft(DraftModel):
         layout: FeatureLayout,
         target: TargetVocabulary,
         vocabulary: DraftVocabulary,
-        modules: Mapping[str, nn.Module],
         compiled: bool,
     ) -> None:
         super().__init__()
@@ -58,9 +57,19 @@ class BlockDraft(DraftModel):
         self.config, self.dims, self.layout, self.mask_token = options, dims, layout, options.mask_token_id
         self.target, self.rotary, self.scale = target, Rotary.of(dims, target.head.device), dims.head_dim**-0.5
         self.logit_map, self.vocabulary = LogitMap(), vocabulary
-        for name, module in modules.items():
+        for name, module in self.modules_of(options, dims, target.head.device, torch.float32).items():
             self.add_module(name, module)
         self._layer_ops = compiled_ops() if compiled else PLAIN
+        self.prepare(compiled)
+
+    @staticmethod
+    @abstractmethod
+    def modules_of(config: Any, dims: BlockDims, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+        """All that is trained, by name."""
+
+    @abstractmethod
+    def prepare(self, compiled: bool) -> None:
+        """The rest of the construction: `metric_names`, and what the loss is made of."""
 
     @abstractmethod
     def total(self, blocks: Blocks) -> Tensor:

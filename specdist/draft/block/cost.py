@@ -15,11 +15,13 @@ class BlockCost(Cost):
 
     Attributes:
         taught: whether the target's logits are made too.
+        markov_rank: of a Markov head, whose second table is one of the draft's own; 0 without.
     """
 
     options: BlockOptions
     dims: BlockDims
     taught: bool = False
+    markov_rank: int = 0
 
     def flops(self, batch: PackedTokens) -> float:
         """What is trained costs three times its forward; and `loss_flops`."""
@@ -52,15 +54,17 @@ class BlockCost(Cost):
         three times, and the target's logits once."""
         dims = self.dims
         rows = (2 if dims.draft_vocab_size == dims.vocab_size else 3) * dims.draft_vocab_size
-        return 2.0 * dims.hidden_size * (rows + dims.vocab_size * self.taught) * drafts
+        markov = 3 * self.markov_rank * dims.draft_vocab_size
+        return 2.0 * (dims.hidden_size * (rows + dims.vocab_size * self.taught) + markov) * drafts
 
     def loss_bytes(self, rows: int, itemsize: int, compiled: bool) -> int:
-        """At `rows` rows of logits, beside the gradient of a head of the draft's own. Compiled, what lies between
-        products is made into one kernel."""
+        """At `rows` rows of logits, beside the gradients of a head and a Markov table of its own. Compiled, what lies
+        between products is made into one kernel."""
         dims, reduced = self.dims, self.dims.draft_vocab_size < self.dims.vocab_size
         taught = dims.vocab_size * (itemsize if compiled else itemsize + 2 * WIDE) * self.taught
         logits = dims.draft_vocab_size * (2 * itemsize if compiled else itemsize + 5 * WIDE)
-        return rows * (logits + taught) + dims.draft_vocab_size * dims.hidden_size * WIDE * reduced
+        own = dims.hidden_size * reduced + self.markov_rank
+        return rows * (logits + taught) + dims.draft_vocab_size * own * WIDE
 
     def frozen_rows(self, tied: bool) -> int:
         return self.dims.vocab_size if tied else 2 * self.dims.vocab_size

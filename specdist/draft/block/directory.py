@@ -16,6 +16,7 @@ What the engines do with them (the algorithms' own files say where that was read
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,35 +32,45 @@ from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.export_config import ExportConfig
 
 
-def write_blocks(
-    config: BlockOptions,
-    format: str,
-    trained: Trained,
-    options: ExportConfig,
-    modules: Callable[[BlockDims, torch.device, torch.dtype], Mapping[str, nn.Module]],
-    names: tuple[str, str, str, str],
-    own: Mapping[str, Any],
-) -> Contents:
-    """A draft in its directory: see `Algorithm.export`.
+@dataclass(frozen=True)
+class BlockForm:
+    """What tells the directories of an algorithm from those of others.
 
-    Args:
+    Attributes:
+        title: what messages call it.
+        kind: the algorithm, in the speculators form.
+        architectures: in the form of SGLang and vLLM, and in that of speculators.
+        nested: the section of config.json where engines look for a part of the keys.
+        section: its options.
         modules: all that is trained, by name.
-        names: the architecture in the form of SGLang and vLLM, and the section there of what is said nested; the
-            algorithm and the architecture in the speculators form.
-        own: keys of the algorithm's own.
+        plain: keys of config.json and the values that we have, beside those of all drafts of blocks.
     """
+
+    title: str
+    kind: str
+    architectures: tuple[str, str]
+    nested: str
+    section: type[BlockOptions]
+    modules: Callable[[Any, BlockDims, torch.device, torch.dtype], Mapping[str, nn.Module]]
+    plain: Mapping[str, tuple[object, ...]]
+
+
+def write_blocks(
+    form: BlockForm, config: BlockOptions, format: str, trained: Trained, options: ExportConfig, own: Mapping[str, Any]
+) -> Contents:
+    """A draft in its directory, with keys of the algorithm's `own`: see `Algorithm.export`."""
     dims = BlockDims.of(config, trained.target, len(trained.vocabulary))
     keys = block_json(config, dims, trained.target, options.dtype)
-    check_tensors(trained.state, shapes(modules(dims, META, torch.float32)), "the state dict", names[2])
+    check_tensors(trained.state, shapes(form.modules(config, dims, META, torch.float32)), "the state dict", form.kind)
     tensors = {name: converted(name, tensor, DTYPES[options.dtype]) for name, tensor in trained.state.items()}
     if dims.draft_vocab_size < dims.vocab_size:
         vocabulary = DraftVocabulary.from_ids(trained.vocabulary, dims.vocab_size)
         tensors |= {"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}
         own = {"draft_vocab_size": dims.draft_vocab_size, **own}
     if format == "speculators":
-        return {**block_speculators_json(*names[2:], config, dims, trained, options.dtype), **own}, tensors
+        return {**block_speculators_json(form, config, dims, trained, options.dtype), **own}, tensors
     nested = {"block_size": config.block_size, **nested_json(keys, config)}
-    return {"architectures": [names[0]], **keys, **own, names[1]: nested}, tensors
+    return {"architectures": [form.architectures[0]], **keys, **own, form.nested: nested}, tensors
 
 
 def block_json(options: BlockOptions, dims: BlockDims, target: PretrainedConfig, dtype: str) -> dict[str, Any]:
@@ -85,13 +96,13 @@ def nested_json(keys: Mapping[str, Any], options: BlockOptions) -> dict[str, Any
 
 
 def block_speculators_json(
-    kind: str, architecture: str, options: BlockOptions, dims: BlockDims, trained: Trained, dtype: str
+    form: BlockForm, options: BlockOptions, dims: BlockDims, trained: Trained, dtype: str
 ) -> dict[str, Any]:
     """config.json in the speculators format: see `speculators_json`. Raises ConfigError: there is no mask token."""
     keys = block_json(options, dims, trained.target, dtype)
     layers = _layers_json(options, dims, trained.target, dtype)
     return {
-        **speculators_json(kind, architecture, layers, options.drafts, trained.target, trained.target_path),
+        **speculators_json(form.kind, form.architectures[1], layers, options.drafts, trained),
         "draft_vocab_size": dims.draft_vocab_size,
         "target_hidden_size": dims.hidden_size,
         "block_size": options.block_size,

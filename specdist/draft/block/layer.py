@@ -1,18 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder layer of the draft: Qwen3's, whose attention also reads the target's states. Attribute names are the
-exported tensor names."""
+exported tensor names. The functions between its matrix products are as they are, or compiled to one kernel each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from specdist.draft.block.attention import BlockAttention, KeysValues
-from specdist.draft.block.ops import PLAIN, LayerOps
 from specdist.draft.block.options import BlockDims
-from specdist.draft.common.mlp import MLP
+from specdist.draft.common.compiling import compiled
+from specdist.draft.common.mlp import MLP, swiglu
+from specdist.draft.common.rotary import rotate
 from specdist.draft.common.sizes import LayerSizes
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin, each [n, 1, D / 2]."""
+
+
+def qk_norm_rope(heads: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys [n, h, D], normed by head and then rotated; `weight` [D]."""
+    return rotate(functional.rms_norm(heads, weight.shape, weight, eps), cos, sin)
+
+
+@dataclass(frozen=True)
+class LayerOps:
+    """One of each, see the functions of those names."""
+
+    qk_norm_rope: Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor] = qk_norm_rope
+    swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
+
+
+PLAIN = LayerOps()
+
+
+def compiled_ops() -> LayerOps:
+    """Each is compiled to one graph for all lengths and layers."""
+    return LayerOps(compiled(qk_norm_rope, "heads", "cos", "sin"), compiled(swiglu, "gate", "up"))
 
 
 class LayerAttention(nn.Module):
@@ -79,8 +105,8 @@ def attention_of(layer: nn.Module) -> LayerAttention:
     return layer.self_attn
 
 
-def modules(dims: BlockDims, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """All that is trained, by name."""
+def modules(config: object, dims: BlockDims, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """All that is trained of every draft of blocks, by name."""
     hidden = dims.hidden_size
     fc = nn.Linear(dims.num_captured * hidden, hidden, bias=False, device=device, dtype=dtype)
     norms = [nn.RMSNorm(hidden, eps=dims.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)]

@@ -7,7 +7,7 @@ head, and what else an algorithm adds. What the loss is divided by is known befo
 soon as its logits exist: it takes their place, and the gradients of what was multiplied are all that is kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from specdist.draft.base import ratio
 from specdist.draft.common.precision import add_product, at_least_fp32, wide_zeros
 
 SUMS = ("loss", "counted", "correct", "prefix", "accepted")
 """What is summed per draft of a block: losses and number of counted ones, argmax matches, those whose drafts before
 match as well, and chances of being accepted."""
+RATES = {"loss": "loss", "accuracy": "correct"}
+"""Figures per draft of a block, and the sums over counted drafts that they are shares of."""
 Terms: TypeAlias = Callable[[Tensor, slice], tuple[Tensor, Tensor, Tensor, Tensor]]
 """(products [n, D, V], which n blocks) -> loss, weight in the loss of the step, whether the argmax is right (0 or 1),
 and chance of being accepted, each [n, D] in at least fp32. The gradient of the weighted loss takes the products' place.
@@ -94,3 +97,18 @@ class ChunkedLoss(torch.autograd.Function):
         made = [None if grad is None else grad * grads[0].to(grad.dtype) for grad in ctx.saved_tensors]
         half = len(made) // 2
         return (None, *(grad for pair in zip(made[:half], made[half:], strict=True) for grad in pair))
+
+
+def metrics(sums: Mapping[str, float], drafts: int, rates: Mapping[str, str] = RATES) -> dict[str, float]:
+    """The loss that is minimised, and `rates` per draft, from sums over all micro-batches and ranks.
+
+    `simulated_acceptance_length` is 1 + sum_k (share of blocks whose drafts 1..k are all right): tokens per target
+    forward, were the target's argmaxes the tokens of the data.
+    """
+    found: dict[str, float] = {}
+    length = 1.0
+    for k in range(1, drafts + 1):
+        counted = sums[f"counted/{k}"]
+        found |= {f"{name}/{k}": ratio(sums[f"{summed}/{k}"], counted) for name, summed in rates.items()}
+        length += ratio(sums[f"prefix/{k}"], counted)
+    return {"loss": ratio(sums["weighted"], sums["total"]), "simulated_acceptance_length": length, **found}

@@ -11,17 +11,18 @@ TorchSpec. Whatever they say that is not honoured is named in the refusal.
   `target_num_hidden_layers`, `num_target_layers` are the captured ones.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import ExportedDraft, check_same_sizes
+from specdist.draft.block.directory import BlockForm
 from specdist.draft.block.options import BlockDims, BlockOptions, spread
 from specdist.draft.common.tensors import META, check_tensors, need, read_layers, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
@@ -78,39 +79,27 @@ class ExportedBlocks(ExportedDraft[C]):
         return config
 
 
-def flat(config: Mapping[str, Any], section: str, path: Path) -> dict[str, Any]:
-    """config.json of either format as one object, with what lies nested in `section` at the top. Raises DataError: a
+def flat(form: BlockForm, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """config.json of either format as one object, with what lies nested at the top. Raises DataError: a
     key is missing."""
     if "speculators_model_type" not in config:
-        return {"causal": None, **config, **(config.get(section) or {})}
+        return {"causal": None, **config, **(config.get(form.nested) or {})}
     ids, layers = need(config, "aux_hidden_state_layer_ids", path), need(config, "transformer_layer_config", path)
     causal = False if config.get("sliding_window_non_causal") else None
     return {**config, "causal": causal, **layers, "target_layer_ids": [i - 1 for i in ids]}
 
 
 def read_blocks(
-    directory: Path,
-    keys: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    plain: Mapping[str, tuple[object, ...]],
-    own: Mapping[str, Any],
-    modules: Callable[[BlockDims, torch.device, torch.dtype], Mapping[str, nn.Module]],
-    title: str,
+    form: BlockForm, directory: Path, keys: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The fields of `ExportedBlocks` of an algorithm called `title`, and `state` and `vocabulary`. Raises DataError: a
-    key or a tensor is missing or wrong, or a key has a value that we lack.
-
-    Args:
-        keys: config.json, flat.
-        plain: what the algorithm adds to `PLAIN`.
-        own: its own options that the weights decide.
-        modules: all that is trained, by name.
-    """
+    """The fields of `ExportedBlocks`, and `state` and `vocabulary`; `keys` are config.json, flat, `own` those of the
+    algorithm's options that the weights decide. Raises DataError: a key or a tensor is missing or wrong, or a key has a
+    value that we lack."""
     path = directory / "config.json"
-    known = {**PLAIN, **plain}
+    known = {**PLAIN, **form.plain}
     if unlike := [key for key, values in known.items() if keys.get(key) not in values]:
         listed = ", ".join(f"{key} is {keys[key]!r} (not {known[key][0]!r})" for key in unlike)
-        raise DataError(f"{path}: such a {title} draft is not known here: {listed}")
+        raise DataError(f"{path}: such a {form.title} draft is not known here: {listed}")
     ids, count = keys.get("target_layer_ids"), int(need(keys, "num_hidden_layers", path))
     target_layers = keys.get("num_target_layers")
     if keys.get("target_num_hidden_layers") is not None:
@@ -128,7 +117,8 @@ def read_blocks(
     )
     state = _named(tensors, dims)
     d2t = state.pop("d2t", None)
-    check_tensors(state, shapes(modules(dims, META, torch.float32)), str(directory), title)
+    modules = form.modules(replace(form.section(), **own), dims, META, torch.float32)
+    check_tensors(state, shapes(modules), str(directory), form.title)
     reduced = dims.draft_vocab_size < whole
     chosen = {
         "block_size": int(need(keys, "block_size", path)),

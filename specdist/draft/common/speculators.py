@@ -3,14 +3,14 @@
 
 from typing import Any
 
-from transformers import PretrainedConfig
+from specdist.draft.algorithm import Trained
 
 VERSION = "0.9.0"
 """The version of the speculators library whose format is written."""
 
 
 def speculators_json(
-    kind: str, architecture: str, layers: dict[str, Any], draft_tokens: int, target: PretrainedConfig, path: str
+    kind: str, architecture: str, layers: dict[str, Any], draft_tokens: int, trained: Trained
 ) -> dict[str, Any]:
     """What all algorithms have in common.
 
@@ -18,7 +18,6 @@ def speculators_json(
         kind: the algorithm's name in the library.
         layers: the decoder layers, as a model of their own would be configured: all that vLLM's model sees, but for
             the keys that vLLM picks by name.
-        path: the target, as a server is given it.
     """
     proposal = {
         "proposal_type": "greedy",
@@ -26,7 +25,7 @@ def speculators_json(
         "verifier_accept_k": 1,
         "accept_tolerance": 0.0,
     }
-    verifier = {"name_or_path": path, "architectures": list(target.architectures or [])}
+    verifier = {"name_or_path": trained.target_path, "architectures": list(trained.target.architectures or [])}
     return {
         "architectures": [architecture],
         "speculators_model_type": kind,

@@ -15,24 +15,31 @@ from typing import Any
 from torch import Tensor
 
 from specdist.draft.algorithm import Contents, Trained
-from specdist.draft.block.directory import write_blocks
+from specdist.draft.block.directory import BlockForm, write_blocks
 from specdist.draft.block.layer import modules
 from specdist.draft.block.reader import ExportedBlocks, flat, read_blocks
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.export_config import ExportConfig
 
-NAMES = ("DFlashDraftModel", "dflash_config", "dflash", "DFlashSpeculator")
-PLAIN: Mapping[str, tuple[object, ...]] = {
-    "model_type": ("qwen3", "dflash", None),
-    "projector_type": ("dflash", None),
-    "markov_rank": (0, None),
-    "enable_confidence_head": (False, None),
-}
+FORM = BlockForm(
+    title="DFlash",
+    kind="dflash",
+    architectures=("DFlashDraftModel", "DFlashSpeculator"),
+    nested="dflash_config",
+    section=DFlashConfig,
+    modules=modules,
+    plain={
+        "model_type": ("qwen3", "dflash", None),
+        "projector_type": ("dflash", None),
+        "markov_rank": (0, None),
+        "enable_confidence_head": (False, None),
+    },
+)
 
 
 def export(config: DFlashConfig, format: str, trained: Trained, options: ExportConfig) -> Contents:
     """A draft in its directory: see `Algorithm.export`."""
-    return write_blocks(config, format, trained, options, modules, NAMES, {})
+    return write_blocks(FORM, config, format, trained, options, {})
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class ExportedDFlash(ExportedBlocks[DFlashConfig]):
 
 def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedDFlash:
     """Understand a directory. Raises DataError: a key or a tensor is missing, or it is a variant of DFlash."""
-    keys = flat(config, NAMES[1], directory / "config.json")
+    keys = flat(FORM, config, directory / "config.json")
     all_slots = "DFlashDraftModel" not in (config.get("architectures") or ()) and "speculators_model_type" not in config
     own = {"sample_from_anchor": bool(keys.get("sample_from_anchor", all_slots))}
-    return ExportedDFlash(config=config, **read_blocks(directory, keys, tensors, PLAIN, own, modules, "DFlash"))
+    return ExportedDFlash(config=config, **read_blocks(FORM, directory, keys, tensors, own))

@@ -6,19 +6,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from specdist.core.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
+from specdist.core.records import Features, PackedTokens
 from specdist.draft.base import Drafts, Supervision, draw
 from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.block.blocks import Blocks
 from specdist.draft.block.layer import modules
-from specdist.draft.block.loss import SUMS
-from specdist.draft.block.metrics import RATES, metrics
-from specdist.draft.block.options import BlockDims
+from specdist.draft.block.loss import RATES, SUMS, metrics
 from specdist.draft.common.compiling import compiled as compiled_once
 from specdist.draft.common.precision import at_least_fp32
-from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.dflash.loss import Found, Weighing, block_terms, taught_terms
+from specdist.draft.dflash.loss import Found, SlotLoss, block_terms, taught_terms
 
 
 class DFlashDraft(BlockDraft):
@@ -26,20 +23,12 @@ class DFlashDraft(BlockDraft):
 
     config: DFlashConfig
 
-    def __init__(
-        self,
-        config: DFlashConfig,
-        dims: BlockDims,
-        layout: FeatureLayout,
-        target: TargetVocabulary,
-        vocabulary: DraftVocabulary,
-        compiled: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        device = target.head.device
-        super().__init__(config, dims, layout, target, vocabulary, modules(dims, device, dtype), compiled)
-        self.weighing, self.logit_map = Weighing.of(config, device), target.logit_map
-        slots = range(1, config.drafts + 1)
+    modules_of = staticmethod(modules)
+
+    def prepare(self, compiled: bool) -> None:
+        self.logit_map = self.target.logit_map
+        self.how = SlotLoss.of(self.config, self.logit_map, self.vocabulary)
+        slots = range(1, self.config.drafts + 1)
         self.metric_names = ("total", "weighted", *(f"{name}/{k}" for k in slots for name in SUMS))
         self._tokens, self._taught = block_terms, taught_terms
         if compiled:
@@ -47,7 +36,7 @@ class DFlashDraft(BlockDraft):
             self._taught = compiled_once(taught_terms, "products", "teacher", "labels", "valid")
 
     def total(self, blocks: Blocks) -> Tensor:
-        return self.weighing.total(blocks.valid)
+        return self.how.total(blocks.valid)
 
     def forward(
         self, batch: PackedTokens, features: Features, supervision: Supervision, totals: Tensor
@@ -55,14 +44,13 @@ class DFlashDraft(BlockDraft):
         blocks, states = self.supervised_states(batch, features, supervision)
         if states is None:
             return self.nothing(totals)
-        labels, valid, kind = self.labels(blocks), blocks.valid, self.config.loss_kind
-        last = (self.logit_map, self.weighing, totals.to(at_least_fp32(states[:0]).dtype))
+        labels, valid, last = self.labels(blocks), blocks.valid, (self.how, totals.to(at_least_fp32(states[:0]).dtype))
 
         def terms(products: Tensor, part: slice) -> Found:
-            if kind is None:
+            if self.how.kind is None:
                 return self._tokens(products, labels[part], valid[part], *last)
             teacher = self.taught(features, blocks.rows[part])
-            return self._taught(products, teacher, labels[part], valid[part], self.vocabulary, *last, kind)
+            return self._taught(products, teacher, labels[part], valid[part], *last)
 
         loss, _, sums = self.chunked(blocks, states, batch, terms)
         return loss, torch.cat([supervision.counts, loss.detach().double() * totals, sums.flatten()])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from specdist.draft.algorithm import Contents, Serving, Trained
-    from specdist.draft.dspark.cost import DSparkCost
+    from specdist.draft.block.cost import BlockCost
     from specdist.draft.dspark.directory import ExportedDSpark
     from specdist.draft.dspark.model import DSparkDraft
     from specdist.draft.export_config import ExportConfig
@@ -62,10 +62,10 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
 
         return DSparkDraft
 
-    def cost(self, target: PretrainedConfig) -> DSparkCost:
-        from specdist.draft.dspark.cost import DSparkCost
+    def cost(self, target: PretrainedConfig) -> BlockCost:
+        from specdist.draft.block.cost import BlockCost
 
-        return DSparkCost(self.config, BlockDims.of(self.config, target), True, self.config.markov_rank)
+        return BlockCost(self.config, BlockDims.of(self.config, target), True, self.config.markov_rank)
 
     def weights_read(self, trained: int, target: PretrainedConfig, count: int) -> int:
         """One pass fills a block, and an output head reads it. Every token then takes one row of the Markov head's

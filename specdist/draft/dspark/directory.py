@@ -12,29 +12,31 @@ drafts of blocks is said in `block/directory.py`:
 - Copies of the target's embedding and head, which DeepSpec writes, are skipped.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from specdist.core.errors import DataError
 from specdist.draft.algorithm import Contents, Trained
-from specdist.draft.block.directory import write_blocks
-from specdist.draft.block.options import BlockDims
+from specdist.draft.block.directory import BlockForm, write_blocks
 from specdist.draft.block.reader import ExportedBlocks, flat, read_blocks
 from specdist.draft.common.tensors import need
 from specdist.draft.dspark.config import DSparkConfig
 from specdist.draft.dspark.heads import modules
 from specdist.draft.export_config import ExportConfig
 
-NAMES = ("Qwen3DSparkModel", "dflash_config", "dspark", "DSparkSpeculator")
-PLAIN: Mapping[str, tuple[object, ...]] = {
-    "model_type": ("qwen3", "qwen3_dspark", None),
-    "projector_type": ("dspark", None),
-}
+FORM = BlockForm(
+    title="DSpark",
+    kind="dspark",
+    architectures=("Qwen3DSparkModel", "DSparkSpeculator"),
+    nested="dflash_config",
+    section=DSparkConfig,
+    modules=modules,
+    plain={"model_type": ("qwen3", "qwen3_dspark", None), "projector_type": ("dspark", None)},
+)
 CLASSICAL = {"classical": "vanilla"}
 """What TorchSpec calls a Markov head, and the others."""
 
@@ -52,11 +54,7 @@ def export(config: DSparkConfig, format: str, trained: Trained, options: ExportC
         own |= {"enable_confidence_head": True, "confidence_head_with_markov": config.confidence == "markov"}
     elif format == "speculators":  # that library takes a missing key for true
         own |= {"enable_confidence_head": False, "confidence_head_with_markov": False}
-    return write_blocks(config, format, trained, options, _modules(config), NAMES, own)
-
-
-def _modules(config: DSparkConfig) -> Callable[[BlockDims, torch.device, torch.dtype], dict[str, nn.Module]]:
-    return lambda dims, device, dtype: modules(dims, config, device, dtype)
+    return write_blocks(FORM, config, format, trained, options, own)
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class ExportedDSpark(ExportedBlocks[DSparkConfig]):
 def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedDSpark:
     """Understand a directory. Raises DataError: a key or a tensor is missing, or it is a variant of DSpark."""
     path = directory / "config.json"
-    keys = flat(config, NAMES[1], path)
+    keys = flat(FORM, config, path)
     rank, kind = int(need(keys, "markov_rank", path)), str(keys.get("markov_head_type") or "vanilla").lower()
     kind = CLASSICAL.get(kind, kind)
     if kind not in ("vanilla", "gated", "rnn"):
@@ -84,5 +82,4 @@ def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
         "confidence": ("markov" if with_rows else "states") if has_head else "none",
         "sample_from_anchor": bool(keys.get("sample_from_anchor", not speculators)),
     }
-    made = _modules(replace(DSparkConfig(), **own))
-    return ExportedDSpark(config=config, **read_blocks(directory, keys, tensors, PLAIN, own, made, "DSpark"))
+    return ExportedDSpark(config=config, **read_blocks(FORM, directory, keys, tensors, own))

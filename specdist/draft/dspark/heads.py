@@ -69,9 +69,9 @@ class ConfidenceHead(nn.Module):
         return self.proj(inputs)[..., 0]
 
 
-def modules(dims: BlockDims, config: DSparkConfig, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+def modules(config: DSparkConfig, dims: BlockDims, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
     """All that is trained, by name."""
-    made = layer.modules(dims, device, dtype) | {"markov_head": MarkovHead(dims, config, device, dtype)}
+    made = layer.modules(config, dims, device, dtype) | {"markov_head": MarkovHead(dims, config, device, dtype)}
     if config.confidence == "none":
         return made
     inputs = dims.hidden_size + (config.markov_rank if config.confidence == "markov" else 0)

@@ -7,16 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdist.core.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
+from specdist.core.records import Features, PackedTokens
 from specdist.draft.base import Drafts, Supervision, draw, ratio
 from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.block.blocks import Blocks
-from specdist.draft.block.loss import SUMS
-from specdist.draft.block.metrics import RATES, metrics
-from specdist.draft.block.options import BlockDims
+from specdist.draft.block.loss import RATES, SUMS, metrics
 from specdist.draft.common.compiling import compiled as compiled_once
 from specdist.draft.common.precision import at_least_fp32
-from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.dspark.config import DSparkConfig
 from specdist.draft.dspark.heads import ConfidenceHead, MarkovHead, modules
 from specdist.draft.dspark.loss import draft_terms
@@ -30,21 +27,12 @@ class DSparkDraft(BlockDraft):
     markov_head: MarkovHead
     confidence_head: ConfidenceHead
 
-    def __init__(
-        self,
-        config: DSparkConfig,
-        dims: BlockDims,
-        layout: FeatureLayout,
-        target: TargetVocabulary,
-        vocabulary: DraftVocabulary,
-        compiled: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        device = target.head.device
-        super().__init__(config, dims, layout, target, vocabulary, modules(dims, config, device, dtype), compiled)
-        slots = torch.arange(config.drafts, device=device, dtype=torch.float64)
-        self.decay = (-slots / config.decay_gamma).exp()
-        names = (f"{name}/{k}" for k in range(1, config.drafts + 1) for name in SUMS)
+    modules_of = staticmethod(modules)
+
+    def prepare(self, compiled: bool) -> None:
+        slots = torch.arange(self.config.drafts, device=self.target.head.device, dtype=torch.float64)
+        self.decay = (-slots / self.config.decay_gamma).exp()
+        names = (f"{name}/{k}" for k in range(1, self.config.drafts + 1) for name in SUMS)
         self.metric_names = ("total", "weighted", "confidence", *names)
         self._terms = compiled_once(draft_terms, "student", "teacher", "labels", "weights") if compiled else draft_terms
 

@@ -117,9 +117,8 @@ def _speculators_json(
 ) -> dict[str, Any]:
     common = _common_json(config, dims, _captured(config, trained))
     layers = _layers_json(config, dims, trained, options.dtype) | {key: common[key] for key in PASSED_ON}
-    tokens, target = options.chain, trained.target
     return {
-        **speculators_json("eagle3", "Eagle3Speculator", layers, tokens, target, trained.target_path),
+        **speculators_json("eagle3", "Eagle3Speculator", layers, options.chain, trained),
         **common,
         "embed_requires_grad": False,
     }

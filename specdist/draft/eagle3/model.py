@@ -95,8 +95,7 @@ class Eagle3Draft(DraftModel):
         layout: FeatureLayout,
         target: TargetVocabulary,
         vocabulary: DraftVocabulary,
-        compiled: bool = False,
-        dtype: torch.dtype = torch.float32,
+        compiled: bool,
     ) -> None:
         super().__init__()
         device = vocabulary.ids.device
@@ -105,7 +104,7 @@ class Eagle3Draft(DraftModel):
         self.scale = dims.scale
         self.metric_names = tuple(f"{name}/{k}" for k in range(config.ttt_length) for name in (*SUMS, "positions"))
 
-        for name, module in modules(config, dims, device, dtype).items():
+        for name, module in modules(config, dims, device, torch.float32).items():
             self.add_module(name, module)
         self.ops = compiled_ops(device) if compiled else PLAIN
 
@@ -116,19 +115,7 @@ class Eagle3Draft(DraftModel):
         self, batch: PackedTokens, host_batch: PackedTokens, features: Features, draw: int = 0
     ) -> Supervision:
         """`counts` is N_k for k = 0..K-1: supervised positions whose target argmax the draft can propose."""
-        frozen = self.frozen
-        teacher = teach(
-            host_batch,
-            features,
-            frozen.whole_head,
-            frozen.logit_map,
-            frozen.vocabulary,
-            self.config.ttt_length,
-            max(self.config.loss_chunk * len(frozen.head) // len(frozen.embedding), 1),
-            self.ops.argmax_lse,
-            self.share,
-            self.config.pairs == "served",
-        )
+        teacher = teach(self, host_batch, features)
         return Supervision(teacher.counts(), {"teacher": teacher, "lengths": tuple(host_batch.lengths)})
 
     def forward(

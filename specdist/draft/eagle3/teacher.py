@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the target teaches a micro-batch: its argmax at each supervised position. Shared by all TTT steps."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from specdist.core.argmax_lse import ArgmaxLse, argmax_lse
-from specdist.core.records import Features, LogitMap, PackedTokens
-from specdist.draft.base import WHOLE, ContextShare
-from specdist.draft.common.vocabulary import DraftVocabulary
+from specdist.core.records import Features, PackedTokens
 from specdist.draft.eagle3.rows import Rows
+
+if TYPE_CHECKING:
+    from specdist.draft.eagle3.model import Eagle3Draft
 
 
 @dataclass(frozen=True)
@@ -37,33 +40,18 @@ class Teacher:
 
 
 @torch.no_grad()
-def teach(
-    host_batch: PackedTokens,
-    features: Features,
-    whole_head: Tensor | None,
-    logit_map: LogitMap,
-    vocabulary: DraftVocabulary,
-    steps: int,
-    chunk: int,
-    find: ArgmaxLse = argmax_lse,
-    share: ContextShare = WHOLE,
-    served: bool = False,
-) -> Teacher:
-    """Find the target's argmax at the supervised positions.
-
-    Args:
-        whole_head: [V, H], run over the last hidden states, `chunk` rows of logits at a time; None where the features
-            bring the target's own.
-        find: `argmax_lse`, or its compiled form.
-        served: whether only pairs that serving meets are taught.
-    """
-    rows = Rows.of(host_batch, steps, share, served).to(features.rows.device)
-    if whole_head is None:
+def teach(draft: Eagle3Draft, host_batch: PackedTokens, features: Features) -> Teacher:
+    """Find the target's argmax at the supervised positions: by its whole head, which is run over as many rows at a time
+    as hold no more logits than the loss; or the features bring it."""
+    config, frozen = draft.config, draft.frozen
+    rows = Rows.of(host_batch, config.ttt_length, draft.share, config.pairs == "served").to(features.rows.device)
+    if frozen.whole_head is None:
         argmax, log_sum_exp = features.argmax_lse(rows.taught)
-        return Teacher(rows, vocabulary.to_draft[argmax], log_sum_exp)
-    found, log_sum_exps = [], []
+        return Teacher(rows, frozen.vocabulary.to_draft[argmax], log_sum_exp)
+    head, found, log_sum_exps = frozen.whole_head, [], []
+    chunk = max(config.loss_chunk * len(frozen.head) // len(frozen.embedding), 1)
     for part in rows.taught.split(chunk):  # one empty part when there are no rows
-        argmax, log_sum_exp = find(features.final[part].to(whole_head.dtype) @ whole_head.T, logit_map)
-        found.append(vocabulary.to_draft[argmax])
+        argmax, log_sum_exp = draft.ops.argmax_lse(features.final[part].to(head.dtype) @ head.T, frozen.logit_map)
+        found.append(frozen.vocabulary.to_draft[argmax])
         log_sum_exps.append(log_sum_exp)
     return Teacher(rows, torch.cat(found), torch.cat(log_sum_exps))
