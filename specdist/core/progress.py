@@ -133,6 +133,8 @@ class Progress:
     """None before the first evaluation."""
     batching: Batching | None = None
     """None of a checkpoint of version 0.1, whose order of sequences is not that of today."""
+    bad: tuple[int, int] = (0, 0)
+    """Micro-batches that were left out because they were not finite, and how many there were with them."""
 
 
 @dataclass(frozen=True)

@@ -79,20 +79,20 @@ class BadSamples:
     """Counts and names what is not finite. Every draft rank has one and tells it of every step.
 
     Attributes:
-        count: bad micro-batches of all ranks; a step whose gradient is not finite counts as one.
+        count, seen: bad micro-batches of all ranks, a step whose gradient is not finite counting as one, and all.
         share: `train.max_bad_share`.
     """
 
     def __init__(self, prompts: Corpus, shard: int, group: dist.ProcessGroup, share: float = 0.0) -> None:
         """`group`: the draft ranks' gloo group."""
         self._prompts, self._shard, self._group = prompts, shard, group
-        self.count, self.share, self._seen = 0, share, 0
+        self.count, self.share, self.seen = 0, share, 0
 
     def look(self, result: StepResult) -> None:
         """Take what a step came to. Where all is well nothing travels. Raises TrainingDiverged: on all ranks, where
         more than `share` are bad of the micro-batches so far."""
         norm, skipped, losses, documents = result.reading.get()
-        self._seen += sum(bool(shard.tokens) for item in result.items for shard in item.shards)
+        self.seen += sum(bool(shard.tokens) for item in result.items for shard in item.shards)
         features, fine = int(skipped), bool(norm.isfinite())
         if fine and not features:
             return
@@ -102,9 +102,9 @@ class BadSamples:
         for sequences in itertools.compress(own, (~losses.isfinite()).tolist()):
             bad += sequences
         text = f"step {result.step + 1}: {_told(features, fine)}; {self._named(result, bad)}"
-        if self.count > self.share * max(self._seen, _FEW):
+        if self.count > self.share * max(self.seen, _FEW):
             raise TrainingDiverged(
-                f"{text}. These are {self.count} of {self._seen} micro-batches, more than train.max_bad_share = "
+                f"{text}. These are {self.count} of {self.seen} micro-batches, more than train.max_bad_share = "
                 f"{self.share:g}"
             )
         if dist.get_rank(self._group) == 0:

@@ -67,23 +67,25 @@ class DraftOptimizer:
     @torch.no_grad()
     def step(self, step: float, total: float, fine: Tensor | None = None) -> None:
         """Step `step` (0-based) of `total`, see `learning_rate`; takes the gradients away. Where `fine`, bool [] on the
-        device, is false, AdamW does nothing and Muon takes a step of its momentum: the host need not know."""
+        device, is false, all stays as it is, momenta and moving averages too: the host need not know."""
         self.rate = learning_rate(self._config, step, total)
         for part in self.parts:
             peak = self._config.lr if isinstance(part, torch.optim.AdamW) else self._config.muon_lr or self._config.lr
             for group in part.param_groups:
                 group["lr"] = self.rate * peak / self._config.lr
-            if fine is not None and isinstance(part, torch.optim.AdamW):
+            if fine is None:
+                part.step()
+            elif isinstance(part, torch.optim.AdamW):
                 part.found_inf, part.grad_scale = (~fine).float(), None  # type: ignore[attr-defined]  # as GradScaler
-            elif fine is not None:
-                for weight in (p for group in part.param_groups for p in group["params"] if p.grad is not None):
-                    local(weight.grad).nan_to_num_(0.0, 0.0, 0.0).mul_(fine)
-            part.step()
+                part.step()
+            else:
+                _step_if(fine, part)
             part.zero_grad(set_to_none=True)
         if self.average is not None:
             keep = min(self._config.ema, (1 + step) / (10 + step))
             for name, weight in self._weights.items():
-                local(self.average[name]).lerp_(local(weight), 1 - keep)
+                share = 1 - keep if fine is None else fine * (1 - keep)
+                local(self.average[name]).lerp_(local(weight), share)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -101,6 +103,19 @@ class DraftOptimizer:
             held = weight.clone()
             weight.copy_(average)
             average.copy_(held)
+
+
+def _step_if(fine: Tensor, muon: torch.optim.Optimizer) -> None:
+    """A step of Muon, which takes no condition: where not `fine` its momentum meets itself in the place of the
+    gradient, and so stays as it is, and the weights are put back."""
+    weights = [p for group in muon.param_groups for p in group["params"] if p.grad is not None]
+    before = [local(weight).clone() for weight in weights]
+    for weight in weights:
+        gradient, momentum = local(weight.grad), muon.state[weight].get("momentum_buffer")
+        gradient.copy_(torch.where(fine, gradient, 0.0 if momentum is None else local(momentum)))
+    muon.step()
+    for weight, earlier in zip(weights, before, strict=True):
+        local(weight).copy_(torch.where(fine, local(weight), earlier))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ class Trainer:
         there is nothing left to do. Raises WorldError: features will not come any more; the last step is saved."""
         self._waited_before = self.source.waited_s
         self.bad_samples.share = recipe.train.max_bad_share
+        self.bad_samples.count, self.bad_samples.seen = progress.bad
         checkpointer.begin(progress.step)
         try:
             progress = self._evaluate(progress, stop, reporter)
@@ -368,6 +369,7 @@ class Trainer:
 
     def _save(self, progress: Progress, checkpointer: Checkpointer) -> None:
         self.look_back()
+        progress = replace(progress, bad=(self.bad_samples.count, self.bad_samples.seen))
         assert isinstance(self.model, FSDPModule)
         self.model.reshard()  # in the middle of an evaluation it is not
         with span("save", progress.next_item - 1):

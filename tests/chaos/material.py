@@ -21,7 +21,7 @@ class Material:
             run.disk.mkdir(parents=True)
             run.start()
             try:
-                for process in run.processes:
+                for process in run.processes.values():
                     assert process.end(120) == 0, run.said()
                 assert not run.remains()
                 self._losses[world] = run.losses()

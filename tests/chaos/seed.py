@@ -2,7 +2,8 @@
 """One seed: a run, what happens to it, and what must be so afterwards.
 
 - A failure is on record `SOON_S` seconds after the fault, or the run goes on as if nothing had happened.
-- A rank that was killed or stopped is the one that the failure names.
+- A rank that was killed or stopped is the one that the failure names. A target world that is lost is missed, and the
+  draft world takes another.
 - Started again by the same command it comes to its end, with the losses of the undisturbed run, bit for bit.
 - Nothing is left of it: no process, no temporary file, no checkpoint without its marker.
 """
@@ -10,9 +11,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
+import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +29,7 @@ import psutil
 from specdist.core.attempts import Failure, attempts
 from specdist.core.progress import COMMIT
 from tests import forks
+from tests.chaos import frames
 from tests.chaos.faults import FAULTS, Fault, Victims
 from tests.distributed.worlds import ROOT, mooncake_loads, ranks_below
 from tests.tiny import make_config
@@ -37,9 +42,13 @@ _END_S = 90.0
 _STARTS = 4
 """Started again this often, at most."""
 _DISK = "8m"
+_MISSED = re.compile("is dropped after|has left after|no target replica")
+"""What a draft world says when a target world is lost."""
 WORLDS = ("split", "colocated", *(["two"] if mooncake_loads() else []))
+ROLES = {"split": ("",), "colocated": ("",), "two": ("draft", "target")}
+"""The worlds, the one that writes the run directory first."""
 RANKS = {"split": 3, "colocated": 2, "two": 2}
-"""Of the world that writes the run directory."""
+"""Of the first of them."""
 PHASES = ("start", "preflight", "step", "save", "evaluation", "export", "resume")
 
 
@@ -59,6 +68,7 @@ class Outcome:
     world: str
     phase: str
     fault: str
+    role: str = ""
     hit: int | None = None
     told_s: float | None = None
     said: str = ""
@@ -86,7 +96,8 @@ class Run:
     directory: Path
     material: tuple[Path, Path]
     world: str
-    processes: list[Process] = field(default_factory=list)
+    processes: dict[str, Process] = field(default_factory=dict)
+    """By role; those that have ended too."""
 
     @property
     def disk(self) -> Path:
@@ -97,21 +108,31 @@ class Run:
     def path(self) -> Path:
         return self.disk / "run"
 
+    @property
+    def scratch(self) -> Path:
+        """Where its processes have their temporary files."""
+        return self.directory / "tmp"
+
+    @property
+    def orders(self) -> Path:
+        return self.directory / "orders"
+
     def words(self) -> list[str]:
         settings: dict[str, object] = {
             "run__dir": self.path,
+            "run__plugins": "[tests.chaos.frames]",
             "prompts__cache_dir": self.material[1].parent / "cache",
             "prompts__holdout": 0.2,
             "train__steps": STEPS,
             "checkpoint__every": EVERY,
             "evaluate__every": EVERY,
             "control__heartbeat_s": 0.5,
-            "control__silence_s": 6,
+            "control__silence_s": 8,
             "control__load_timeout_s": 40,
             "control__replica_timeout_s": 40,
             "control__scheduler_timeout_s": 40,
             "checkpoint__give_up_s": 8,
-            "world__join_timeout_s": 10,
+            "world__join_timeout_s": 12,
             "world__wait_timeout_s": 15,
             "metrics__progress": "false",
             "draft__dp": 2,
@@ -122,35 +143,50 @@ class Run:
             settings |= {"channel__transport": "mooncake", "channel__mooncake__stall_s": 2, "target__verify": 0}
         return make_config(self.directory, *self.material, **settings)
 
-    def start(self) -> None:
-        """Start the worlds that are not running."""
-        roles = ["draft", "target"] if self.world == "two" else [""]
-        for process in self.processes:
-            process.end(0)
-        if self.world == "two" and self.processes and self.processes[-1].process.poll() is None:
-            roles = ["draft"]  # the target world looks for the next start of the draft world
-        self.processes = [p for p in self.processes if p.process.poll() is None]
-        for role in roles:
+    def start(self) -> bool:
+        """Start the worlds that are not running; whether there were any."""
+        python = forks.python()  # sets the environment
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment |= {"TMPDIR": str(self.scratch), frames.ORDERS: str(self.orders)}
+        for directory in (self.scratch, self.orders):
+            directory.mkdir(exist_ok=True)
+        missing = [role for role in ROLES[self.world] if not self.running(role)]
+        for role in missing:
             output = self.directory / f"output-{role}-{time.monotonic_ns()}"
             words = ["-m", "specdist_launch.cli", "train", *self.words(), *(["--role", role] if role else [])]
-            python = forks.python()  # sets the environment
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             with output.open("wb") as file:
                 process = subprocess.Popen(
                     [python, *words], cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
                 )
-            self.processes.insert(0 if role == "draft" else len(self.processes), Process(process, output))
+            self.processes[role] = Process(process, output)
+        return bool(missing)
+
+    def running(self, role: str) -> bool:
+        return role in self.processes and self.processes[role].process.poll() is None
 
     @property
     def leader(self) -> Process:
         """The world that trains."""
-        return self.processes[0]
+        return self.processes[ROLES[self.world][0]]
 
-    def ranks(self) -> dict[int, psutil.Process]:
-        return ranks_below(self.leader.process.pid)
+    @property
+    def others(self) -> list[Process]:
+        return [self.processes[role] for role in ROLES[self.world][1:]]
+
+    def ranks(self, role: str | None = None) -> dict[int, psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return ranks_below((self.leader if role is None else self.processes[role]).process.pid)
+        return {}
+
+    def victims(self, role: str, chance: random.Random) -> Victims:
+        launcher = forks.fork_of(psutil.Process(self.processes[role].process.pid))
+        agents = [forks.fork_of(child) for child in launcher.children()]
+        return Victims(
+            role or "draft", self.ranks(role), launcher, next(iter(agents), None), self.disk, self.orders, chance
+        )
 
     def said(self) -> str:
-        return "\n".join(p.output.read_text(errors="replace") for p in self.processes)
+        return "\n".join(_read(p) for p in self.processes.values())
 
     def members(self) -> list[psutil.Process]:
         """All processes that work for this run; the fork server's forks go with those that asked for them."""
@@ -165,7 +201,7 @@ class Run:
         for process in self.members():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        for p in self.processes:
+        for p in self.processes.values():
             p.process.wait()
 
     def losses(self) -> Losses:
@@ -187,7 +223,11 @@ class Run:
         """What a run that is over must not have left."""
         bad = [p for p in self.path.rglob("*") if p.name.endswith(".tmp") or p.name.startswith(".preflight-")]
         bad += [p for p in self.path.glob("checkpoints/step-*") if not (p / COMMIT).exists()]
-        return [str(p.relative_to(self.path)) for p in bad]
+        return [str(p.relative_to(self.directory)) for p in [*bad, *self.scratch.iterdir()]]
+
+
+def _read(process: Process) -> str:
+    return process.output.read_text(errors="replace")
 
 
 def _await(condition: Callable[[], object], run: Run, limit_s: float = _START_S) -> bool:
@@ -212,9 +252,12 @@ def _reach(phase: str, run: Run, chance: random.Random) -> bool:
         run.leader.end(SOON_S)
         run.start()
         phase = "start"
-    if phase in ("start", "preflight"):
+    if phase == "start":
+        time.sleep(chance.uniform(0.1, 3.0))  # the ranks are there after two seconds
+        return run.leader.process.poll() is None
+    if phase == "preflight":
         there = alive(lambda: len(run.ranks()) == RANKS[run.world])
-        time.sleep(chance.uniform(0, 0.7) if phase == "start" else chance.uniform(0.7, 2.0))
+        time.sleep(chance.uniform(0.5, 2.0))
         return there
     step = chance.randrange(1, STEPS)
     if phase == "step":
@@ -248,10 +291,12 @@ def disks() -> bool:
 
 
 def choose(seed: int) -> tuple[str, str, str]:
-    """The world, the phase and the fault of a seed."""
-    chance = random.Random(seed)
+    """The world, the phase and the fault of a seed: as many seeds as there are of these together have each once."""
     faults = [name for name in FAULTS if name != "full" or disks()]
-    return WORLDS[seed % len(WORLDS)], chance.choice(PHASES), chance.choice(faults)
+    cases = list(itertools.product(PHASES, faults))
+    random.Random(0).shuffle(cases)
+    turn, place = divmod(seed, len(cases))
+    return (WORLDS[(place + turn) % len(WORLDS)], *cases[place])
 
 
 def play(
@@ -271,7 +316,7 @@ def play(
         try:
             run.start()
             if _reach(phase, run, chance):
-                _strike(run, FAULTS[name], chance, outcome)
+                _strike(run, chance.choice(ROLES[world]), FAULTS[name], chance, outcome)
             _go_on(run, outcome)
             if run.losses() != expected:
                 raise Broken(f"other losses: {run.losses()} instead of {expected}")
@@ -284,54 +329,94 @@ def play(
     return outcome
 
 
-def _strike(run: Run, fault: Fault, chance: random.Random, outcome: Outcome) -> None:
-    """Let it happen, and see how the run takes it."""
-    ranks, launcher = run.ranks(), psutil.Process(run.leader.process.pid)
-    if not ranks:
+def _strike(run: Run, role: str, fault: Fault, chance: random.Random, outcome: Outcome) -> None:
+    """Let it happen to a world, and see how the run takes it."""
+    if not run.running(role):
         return
-    before = len(attempts(run.path))
-    outcome.hit = fault.strike(Victims(ranks, forks.fork_of(launcher), run.disk, chance))
+    if fault.of_rank and not _await(lambda: run.ranks(role) or not run.running(role), run):
+        return
+    before, outcome.role = len(attempts(run.path)), role
+    victims = run.victims(role, chance)
+    outcome.hit = fault.strike(victims)
     struck = time.monotonic()
 
     def told() -> Failure | None:
         known = attempts(run.path)
         return known[-1].failure() if known and len(known) >= before else None
 
-    while run.leader.process.poll() is None and told() is None and time.monotonic() - struck < SOON_S:
+    def seen() -> bool:
+        missed = role == "target" and (not run.running(role) or _MISSED.search(_read(run.leader)) is not None)
+        return not run.running(ROLES[run.world][0]) or missed or told() is not None
+
+    while not seen() and time.monotonic() - struck < SOON_S:
         time.sleep(0.05)
     outcome.told_s = time.monotonic() - struck
-    if outcome.told_s >= SOON_S and outcome.fault in ("kill", "stop", "launcher", "asked"):
+    if outcome.told_s >= SOON_S and fault.deadly:
         raise Broken(f"nothing was told in {SOON_S:.0f} s: {run.said()[-1500:]}")
+    if (
+        role == "target" and outcome.fault == "stop"
+    ):  # who is told that it is silent ends it; its own world is too small
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victims.launcher.send_signal(signal.SIGTERM)
+            for process in victims.ranks.values():
+                process.kill()
+    if role == "target":
+        outcome.said = "a target world was hit"
+        return
     status, failure = run.leader.end(_END_S), told()
     if status is None:
         raise Broken(f"still there {_END_S:.0f} s later: {run.said()[-1500:]}")
     outcome.said = "finished" if status == 0 else failure.message.splitlines()[0] if failure else f"status {status}"
-    if fault.named and status != 0 and fault.named not in (said := run.said()):
+    _judge(run, fault, outcome, status, failure)
+
+
+def _judge(run: Run, fault: Fault, outcome: Outcome, status: int, failure: Failure | None) -> None:
+    """Whether what was said is right."""
+    said = run.said()
+    if fault.named and status != 0 and fault.named not in said:
         raise Broken(f"nothing says '{fault.named}': {said[-1500:]}")
     if fault.survived and status != 0:
         raise Broken(f"did not survive: {outcome.said}")
-    if outcome.hit is not None and failure is not None and failure.rank not in (outcome.hit, -1):
+    if outcome.hit is None:
+        return
+    right = (outcome.hit, -1, 0) if fault.link else (outcome.hit, -1)
+    if failure is not None and failure.rank not in right:
         raise Broken(f"rank {outcome.hit} was hit, and rank {failure.rank} is blamed: {failure.message[:500]}")
-    silent = outcome.hit is not None and status != 0 and failure is None
-    if silent and f"rank {outcome.hit} " not in run.said():
-        raise Broken(f"nothing names rank {outcome.hit}: {run.said()[-1500:]}")
-    if "Traceback" in (said := run.leader.output.read_text(errors="replace")) and outcome.fault != "launcher":
-        raise Broken(f"a traceback on the terminal: {said[-1500:]}")
+    if status != 0 and failure is None and f"rank {outcome.hit} " not in said:
+        raise Broken(f"nothing names rank {outcome.hit}: {said[-1500:]}")
 
 
 def _go_on(run: Run, outcome: Outcome) -> None:
-    """Start it again until it is done."""
+    """Start what has ended again until the run is done."""
     (run.disk / "filler").unlink(missing_ok=True)
-    while run.leader.end(_START_S) != 0 or not run.path.joinpath("summary.json").exists():
+    while not _finished(run, outcome):
         if outcome.starts == _STARTS:
             raise Broken(f"not done after {_STARTS} starts: {run.said()[-2000:]}")
-        _await_gone(run, spared=run.processes[1:])
+        _await_gone(run, spared=[p for p in run.others if p.process.poll() is None])
         outcome.starts += 1
         run.start()
-    for other in run.processes[1:]:
+    for other in run.others:
+        if outcome.role == "target":  # one that was started again may have come too late
+            with contextlib.suppress(ProcessLookupError):
+                other.process.terminate()
         if other.end(SOON_S) is None:
-            raise Broken(f"the target world stays: {other.output.read_text(errors='replace')[-1500:]}")
+            raise Broken(f"the target world stays: {_read(other)[-1500:]}")
     _await_gone(run, spared=[])
+    if "Traceback" in (said := run.said()) and outcome.fault not in ("launcher", "agent"):
+        raise Broken(f"a traceback on the terminal: {said[-1500:]}")
+
+
+def _finished(run: Run, outcome: Outcome) -> bool:
+    """Wait for the end of the world that trains; where another has ended before it, it is started again."""
+    deadline = time.monotonic() + _END_S
+    while (status := run.leader.end(0.05)) is None:
+        lost = [p for p in run.others if p.process.poll() is not None]
+        if lost and (run.steps() < STEPS or any(p.process.returncode for p in lost)) and outcome.starts < _STARTS:
+            outcome.starts += 1
+            run.start()
+        if time.monotonic() > deadline:
+            raise Broken(f"still there {_END_S:.0f} s later: {run.said()[-2000:]}")
+    return status == 0 and run.path.joinpath("summary.json").exists()
 
 
 def _await_gone(run: Run, spared: list[Process]) -> None:
