@@ -111,21 +111,14 @@ class EndpointEngine:
 
     async def _ask(self, request: Request) -> Reply:
         assert self._client is not None
-        how = request.sampling
-        own = {"top_k": how.top_k or None, "min_p": how.min_p, "repetition_penalty": how.repetition_penalty}
+        wanted = {"skip_special_tokens": False, "return_token_ids": True}
         try:
             answer = await self._client.completions.create(
                 model=self._model,
                 prompt=request.prompt,
                 max_tokens=request.limit,
-                temperature=self._openai.omit if how.temperature is None else how.temperature,
-                top_p=self._openai.omit if how.top_p is None else how.top_p,
                 seed=request.seed,
-                extra_body={
-                    "skip_special_tokens": False,
-                    "return_token_ids": True,
-                    **{name: value for name, value in own.items() if value is not None},
-                },
+                extra_body={**wanted, **request.sampling.given},
             )
             choice: Any = answer.choices[0]
         except _NO_API as error:

@@ -23,6 +23,13 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def given(self) -> dict[str, float]:
+        """By name what an engine has to be told; all of the tokens (`top_k` 0) are what it samples from anyway."""
+        return {
+            name: value for name, value in vars(self).items() if value is not None and (name, value) != ("top_k", 0)
+        }
+
 
 GREEDY = Sampling(0.0, 1.0, 0, 0.0, 1.0)
 

@@ -75,16 +75,8 @@ class EngineProcess:
         assert self._process.stdin is not None
         if self._readers[0].done():
             raise self._lost()
-        how, self._asked = request.sampling, self._asked + 1
-        given = {
-            "temperature": how.temperature,
-            "top_p": how.top_p,
-            "top_k": how.top_k or None,
-            "min_p": how.min_p,
-            "repetition_penalty": how.repetition_penalty,
-        }
-        sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        sampling |= {"max_new_tokens": request.limit, "stop_token_ids": self._ends}
+        self._asked += 1
+        sampling = {**request.sampling.given, "max_new_tokens": request.limit, "stop_token_ids": self._ends}
         asked = {"id": self._asked, "input_ids": request.prompt, "sampling_params": sampling}
         reply = self._waiting[self._asked] = asyncio.get_running_loop().create_future()
         self._process.stdin.write(json.dumps(asked).encode() + b"\n")

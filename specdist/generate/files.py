@@ -235,12 +235,10 @@ def _first(path: Path) -> str:
 def _new(path: Path) -> Iterator[BinaryIO]:
     """A file beside `path`, which an error removes: where the disk is full, others need the room."""
     temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with contextlib.ExitStack() as undo, temporary.open("wb") as file:
+        undo.callback(temporary.unlink, missing_ok=True)
+        yield file
+        undo.pop_all()
 
 
 def _parts(directory: Path) -> list[Path]:

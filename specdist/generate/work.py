@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -205,42 +205,45 @@ class Watch:
             )
 
 
-async def write_answers(
-    engine: Engine, author: Author, todo: Iterator[Record], done: Collection[int], part: Path, watch: Watch
-) -> None:
-    """Have all of `todo` answered but those in `done`, and append each to the file `part` at once. Raises ConfigError,
-    DataError, WorldError: of the engine, see there; of `watch`."""
-    busy = engine.concurrency
-
-    async def converse() -> None:
-        nonlocal busy
-        try:
-            for record in todo:
-                if record.at not in done:
-                    line = await author.line(engine, record)
-                    file.write(_encoded(line) + b"\n")
-                    file.flush()  # all of it, or an error
-                    watch.tally.add(line.tally)
-                    watch.touch()
-        finally:
-            busy -= 1
+async def attended(engine: Engine, watch: Watch, work: Callable[[], Coroutine[Any, Any, None]], times: int = 1) -> None:
+    """Open the engine, have `work` done `times` at once, while `watch` looks after it, and close the engine. Of several
+    errors the first is raised."""
 
     async def attend() -> None:
-        while busy:
+        while True:
             watch.tick()
             await asyncio.sleep(TICK_S)
 
     try:
         await engine.open()
         watch.touch()
-        with part.open("ab") as file:
-            async with asyncio.TaskGroup() as group:
-                for work in (attend, *[converse] * busy):
-                    group.create_task(work())
-    except ExceptionGroup as group_error:  # of several at once the first is told
-        raise group_error.exceptions[0] from group_error
+        async with asyncio.TaskGroup() as group:
+            attending = group.create_task(attend())
+            await asyncio.wait([group.create_task(work()) for _ in range(times)])
+            attending.cancel()
+    except ExceptionGroup as several:
+        raise several.exceptions[0] from several
     finally:
         await engine.close()
+
+
+async def write_answers(
+    engine: Engine, author: Author, todo: Iterator[Record], done: Collection[int], part: Path, watch: Watch
+) -> None:
+    """Have all of `todo` answered but those in `done`, and append each to the file `part` at once. Raises ConfigError,
+    DataError, WorldError: of the engine, see there; of `watch`."""
+
+    async def converse() -> None:
+        for record in todo:
+            if record.at not in done:
+                line = await author.line(engine, record)
+                file.write(_encoded(line) + b"\n")
+                file.flush()  # all of it, or an error
+                watch.tally.add(line.tally)
+                watch.touch()
+
+    with part.open("ab") as file:
+        await attended(engine, watch, converse, engine.concurrency)
 
 
 def _encoded(line: Line) -> bytes:

@@ -25,7 +25,7 @@ from specdist.generate import vllm
 from specdist.generate.engine import Drafted, Reply, Request, Sampling
 from specdist.generate.engine_process import EngineProcess
 from specdist.generate.sglang import sglang_engine
-from specdist.generate.work import TICK_S, Watch
+from specdist.generate.work import Watch, attended
 from specdist.job.config import JobConfig, JobFacts
 from specdist.prompts.render import load_tokenizer
 from specdist.run.evaluation import heldout_prompts
@@ -168,7 +168,7 @@ async def _ask(
 ) -> tuple[list[Reply], float]:
     """The replies, and the seconds that they took once the model was loaded."""
     found: dict[int, Reply] = {}
-    began = time.monotonic()
+    seconds = 0.0
 
     async def write(number: int) -> None:
         reply = await engine.write(requests[number])
@@ -179,28 +179,15 @@ async def _ask(
         watch.touch()
         bar.update(len(found), "", f"{name}: {len(found)} of {len(requests)} prompts")
 
-    async def attend() -> None:
-        while len(found) < len(requests):
-            watch.tick()
-            await asyncio.sleep(TICK_S)
-
     async def all_of_them() -> None:
-        nonlocal began
+        nonlocal seconds
         await engine.ready()
         watch.touch()
         began = time.monotonic()
         await asyncio.gather(*map(write, range(len(requests))))
-
-    try:
-        await engine.open()
-        async with asyncio.TaskGroup() as group:
-            group.create_task(attend())
-            group.create_task(all_of_them())
-    except ExceptionGroup as several:  # the first is told
-        raise several.exceptions[0] from several
-    finally:
         seconds = time.monotonic() - began
-        await engine.close()
+
+    await attended(engine, watch, all_of_them)
     return [found[number] for number in range(len(requests))], seconds
 
 

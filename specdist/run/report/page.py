@@ -18,6 +18,7 @@ from specdist.run.report import tables
 from specdist.run.report.charts import colour, make_charts
 from specdist.run.report.run_records import RunRecords, read_runs
 
+_DEFECTS = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError, jinja2.TemplateError)
 LACKS_PLOTLY = "the report is drawn by plotly, which is not installed: pip install plotly"
 
 
@@ -42,7 +43,7 @@ def report_at_end(run_dir: Path) -> None:
         print(f"  report         {path}", file=sys.stderr, flush=True)  # below the lines of the summary
     except UserError as error:
         print(f"specdist: no report.html: {error}", file=sys.stderr, flush=True)
-    except Exception as error:  # noqa: BLE001 - the run is done, and worth more than a page about it
+    except _DEFECTS as error:  # the run is done, and worth more than a page about it
         text = f"{type(error).__name__}: {error}; `specdist report {run_dir}` shows where"
         print(f"specdist: no report.html: {text}", file=sys.stderr, flush=True)
 
