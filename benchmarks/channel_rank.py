@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.channel_limit import limit_of
 from specdist.channel.config import ChannelConfig, parse_bytes
+from specdist.channel.encoding import Plain
 from specdist.channel.registry import transport_for
 from specdist.channel.wire import Wire
 from specdist.core import config as configuration
@@ -260,17 +261,20 @@ class Bench:
         shards, end, seconds = len(self._topology.draft), each * self._run.replicas, 0.0
         stream = Stream(Sizes.of(np.full(shards * end, rows)), Batching(shards, rows), seed=0)
         items = Items(stream, Cursor(), Schedule(0, 0, end, 1))
+        encoding = Plain(self._wire.layout)
         with self._control(end) as client:
             if self._shard is None:
                 prompts: Any = Sequences()
                 announcement = Announcement(client)
-                producer = Producer(work, self._sender, announcement, client, items, prompts, self._slots, 0, _WAIT_S)
+                producer = Producer(
+                    work, self._sender, encoding, announcement, client, items, prompts, self._slots, 0, _WAIT_S
+                )
                 client.ready()
                 client.send(Produced(producer.run()))
             else:
                 shard = self._shard.dp
                 stop = StopFlag()
-                source = RemoteSource(client, self._receiver, items, stop, _WAIT_S, self._device, shard)
+                source = RemoteSource(client, self._receiver, encoding, items, stop, _WAIT_S, self._device, shard)
                 client.ready()
                 client.expect(StartWork)
                 began = time.perf_counter()

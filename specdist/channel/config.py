@@ -10,6 +10,8 @@ from typing import Literal
 
 from specdist.core.errors import ConfigError
 
+ChannelDtype = Literal["auto", "fp8"]
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 
@@ -51,6 +53,9 @@ class ChannelConfig:
     memory: str = "2GiB"
     """Receive buffer of one draft rank, for example 512MiB or 4GiB. It holds whole micro-batches of
     prompts.tokens_per_rank tokens; batches in flight never exceed it."""
+    dtype: ChannelDtype = "auto"
+    """How hidden states travel: as the target computes them (auto), or in half of bfloat16's bytes, rounded to FP8
+    (e4m3) in a scale for every layer of every token."""
     send_buffers: int = 2
     """Buffers on a target rank, each one packed forward: 2 let the next forward run while the last one is sent."""
     mooncake: MooncakeConfig = field(default_factory=MooncakeConfig)

@@ -50,6 +50,11 @@ class WorkItem:
     def tokens(self) -> int:
         return sum(shard.tokens for shard in self.shards)
 
+    def draw(self, shard: int) -> int:
+        """What is drawn at random for a shard follows from this: its place in the stream and in the step, which no
+        split changes."""
+        return (((self.start.epoch << 32) + self.start.position) << 16) + self.first + shard
+
     def rows(self, shard: int) -> slice:
         """The rows of the packed forward that belong to draft data-parallel index `shard`."""
         first = sum(s.tokens for s in self.shards[:shard])

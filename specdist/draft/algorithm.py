@@ -170,6 +170,14 @@ class Algorithm(ABC, Generic[C]):
         """What the draft needs of every token; `dtype` is that of the wire. Raises ConfigError: a captured layer does
         not exist, the layers do not ascend, or sizes do not go together."""
 
+    def taught(self, batch: PackedTokens, draw: int | None) -> Tensor:
+        """bool [T], on the CPU: at which rows the draft reads the last hidden state, and the argmax beside it, so that
+        they are sent to it. `draw`: of a batch that is trained on, as `DraftModel.supervise` has it; None: it is
+        evaluated, and replayed with any number of drafts. By default at all rows."""
+        import torch
+
+        return torch.ones_like(batch.supervised, dtype=torch.bool)
+
     @property
     def vocab_size(self) -> int | None:
         """Tokens of a draft vocabulary smaller than the target's; None where the draft proposes any token."""

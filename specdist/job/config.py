@@ -12,6 +12,7 @@ import torch
 
 from specdist.channel.base import Transport
 from specdist.channel.config import parse_bytes
+from specdist.channel.encoding import row_bytes
 from specdist.channel.registry import transport_for
 from specdist.channel.ring import ring_slots
 from specdist.core import config, hub
@@ -154,7 +155,8 @@ def topology(job: JobConfig, hosts: Sequence[str], roles: Sequence[Role | None] 
 def slots(job: JobConfig, layout: FeatureLayout) -> int:
     """Slots of a draft rank's receive ring. Raises ConfigError when channel.memory is too small for a step."""
     memory = parse_bytes(job.channel.memory, "channel.memory")
-    return ring_slots(memory, job.prompts.tokens_per_rank, layout.bytes_per_token, job.train.accumulation + 1)
+    per_token = sum(row_bytes(layout, job.channel.dtype))
+    return ring_slots(memory, job.prompts.tokens_per_rank, per_token, job.train.accumulation + 1)
 
 
 def transport(job: JobConfig, device: torch.device) -> Transport:

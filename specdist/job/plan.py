@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PretrainedConfig
 
+from specdist.channel.encoding import is_encoded, row_bytes
 from specdist.core.errors import ConfigError
 from specdist.core.launch_env import Role
 from specdist.core.records import ARGMAX_LSE_BYTES
@@ -118,7 +119,11 @@ def _target_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[N
     tokens = max(shards, 1) * job.prompts.tokens_per_rank
     buffers = {"split": job.channel.send_buffers, "colocated": job.train.accumulation}.get(topology.mode, 1)
     parts = ENGINES[job.target.engine].memory(job.target, facts.target, facts.target_dtype, tokens)
-    parts[f"{buffers} feature buffers of {tokens:,} tokens"] = buffers * tokens * facts.layout.bytes_per_token
+    sent = sum(row_bytes(facts.layout, job.channel.dtype))
+    size = sent if topology.mode == "split" else facts.layout.bytes_per_token
+    parts[f"{buffers} feature buffers of {tokens:,} tokens"] = buffers * tokens * size
+    if topology.mode == "split" and is_encoded(facts.layout, job.channel.dtype):
+        parts[f"features of {tokens:,} tokens before they are encoded"] = tokens * facts.layout.bytes_per_token
     if facts.layout.argmax_lse or (job.prompts.holdout and topology.mode in ("split", "colocated")):
         head = facts.target.vocab_size * (facts.target.hidden_size // job.target.tp + CHUNK // job.target.tp) * width
         parts[f"output head, and logits of {CHUNK:,} tokens"] = head
@@ -139,8 +144,12 @@ def _draft_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[Ne
         needs.append(Need("draft", "target embedding, in page-locked host memory", locked, host=True))
     if topology.mode == "split":
         slots = jobs.slots(job, facts.layout)
-        ring = slots * tokens * facts.layout.bytes_per_token
+        ring = slots * tokens * sum(row_bytes(facts.layout, job.channel.dtype))
         needs.append(Need("draft", f"receive buffer of {slots} slots", ring))
+        if is_encoded(facts.layout, job.channel.dtype):
+            step = job.train.accumulation * tokens
+            size = step * facts.layout.bytes_per_token
+            needs.append(Need("draft", f"features of {step:,} tokens as they are read", size))
     return needs
 
 
@@ -240,11 +249,16 @@ def _has_scheduler(plan: Plan) -> bool:
 
 def _link_lines(plan: Plan) -> list[str]:
     layout, topology, tp = plan.facts.layout, plan.topology, plan.job.target.tp
-    per_token = layout.bytes_per_token
-    parts = f"{len(layout.captured_layers)} captured layers" + (" and the last hidden state" if layout.final else "")
-    lines = [f"{per_token:,} B of features per token: {parts} x {layout.hidden_size} x {_name(layout.dtype)}"]
-    if layout.argmax_lse:
-        lines[0] += f", and {ARGMAX_LSE_BYTES} B of the target's argmax and log-sum-exp"
+    dtype = plan.job.channel.dtype
+    every, taught = row_bytes(layout, dtype)
+    kind = "FP8 and scales" if dtype == "fp8" else _name(layout.dtype)
+    lines = [
+        f"{every:,} B of features per token: {len(layout.captured_layers)} captured layers x {layout.hidden_size} x "
+        f"{kind}"
+    ]
+    if taught:
+        argmax = f", with {ARGMAX_LSE_BYTES} B of its argmax and log-sum-exp" if layout.argmax_lse else ""
+        lines[0] += f"; and {taught:,} B of the last hidden state{argmax}, per token that the loss compares with it"
     if plan.job.world.role != "both":
         over = plan.job.channel.transport
         return [*lines, f"links: between every target rank and every draft rank of the other worlds, over {over}"]
@@ -254,8 +268,8 @@ def _link_lines(plan: Plan) -> list[str]:
     return [
         *lines,
         f"{len(topology.links)} links: target ranks {ranges(topology.target_ranks)} -> draft ranks "
-        f"{ranges(topology.draft_ranks)}; each carries {per_token // tp:,} B per token of its draft rank "
-        f"(1/{tp} of the shard), up to {tokens * per_token // tp / 2**20:,.1f} MiB per batch",
+        f"{ranges(topology.draft_ranks)}; each carries 1/{tp} of the shard of its draft rank, up to "
+        f"{tokens * (every + taught) / tp / 2**20:,.1f} MiB per batch",
     ]
 
 

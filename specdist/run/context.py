@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from specdist.channel.base import Transport
+from specdist.channel.encoding import Plain, encoding_of
 from specdist.channel.wire import AddressBook, Wire
 from specdist.core.attempts import AttemptRecord, Failure, Started
 from specdist.core.launch_env import Attempt, RankFacts
@@ -113,9 +117,19 @@ class WorldContext:
         train = dataclasses.replace(self.job.train, accumulation=micro_batches)
         return dataclasses.replace(self, job=dataclasses.replace(self.job, train=train))
 
-    def wire(self, address_book: AddressBook | None = None) -> Wire:
+    def encoding(self, shards: Collection[int]) -> Plain:
+        """What features travel as, for a rank that sends or receives these shards of every item."""
+        draft, prompts = self.job.draft.chosen, self.prompts
+
+        def taught(item: WorkItem, shard: int) -> Tensor:
+            batch = prompts.pack(item.shards[shard].sequences)
+            return draft.taught(batch, None if item.evaluated else item.draw(shard)).nonzero().flatten()
+
+        return encoding_of(self.facts.layout, self.job.channel.dtype, shards, taught)
+
+    def wire(self, encoding: Plain, address_book: AddressBook | None = None) -> Wire:
         """What this rank's end of the channel is made of; `address_book`: of a channel between two worlds."""
-        layout, timeout_s = self.facts.layout, self.timeout_s
+        layout, timeout_s = encoding.wire, self.timeout_s
         return Wire(self.job.channel, self.topology, self.world, self.groups, layout, timeout_s, address_book)
 
     def load_engine(self, tokens: int) -> TargetModel:

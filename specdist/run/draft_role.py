@@ -157,8 +157,10 @@ def _source(context: RankContext, items: Items, shard: int) -> FeatureSource:
             reachable_address, lambda rank, text: client.send(RingAddress(rank, text)), lambda rank: None
         )
         timeout_s += job.control.replica_timeout_s  # the scheduler says first when there is no replica for too long
-    receiver = context.transport.receiver(context.wire(book), slots, job.prompts.tokens_per_rank, context.client.check)
-    return RemoteSource(context.client, receiver, items, context.stop, timeout_s, device, shard)
+    encoding = context.encoding((shard,))
+    units = encoding.units(job.prompts.tokens_per_rank)
+    receiver = context.transport.receiver(context.wire(encoding, book), slots, units, context.client.check)
+    return RemoteSource(context.client, receiver, encoding, items, context.stop, timeout_s, device, shard)
 
 
 def _end_the_run(context: RankContext, source: FeatureSource, next_item: int, leader: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specdist.channel.base import FeatureReceiver
+from specdist.channel.encoding import Parcel, Plain
 from specdist.core.errors import WorldError
 from specdist.core.records import FeatureLayout, PackedTokens, WorkItem
 from specdist.core.stop import StopFlag
@@ -41,13 +42,14 @@ class RemoteSource(FeatureSource):
         self,
         client: ControlClient,
         receiver: FeatureReceiver,
+        encoding: Plain,
         items: Items,
         stop: StopFlag,
         timeout_s: float,
         device: torch.device,
         shard: int,
     ):
-        self._shard = shard
+        self._shard, self._encoding, self._received_bytes = shard, encoding, 0
         self._waits = StallTimer(device)
         self._client, self.receiver, self._items = client, receiver, items
         self._stop, self._timeout_s = stop, timeout_s
@@ -55,7 +57,7 @@ class RemoteSource(FeatureSource):
         """The first item that is not released."""
         self._known: deque[Deliver] = deque()  # not yet posted
         self._posts = 0
-        self._posted: set[int] = set()  # items that are not yet released
+        self._posted: dict[int, Parcel] = {}  # items that are not yet released
         self._agreed: dict[int, int] = {}
         self._broken: WorldError | None = None
         """What `look` and `post` met: raised where the ranks can agree on how to go on."""
@@ -64,6 +66,10 @@ class RemoteSource(FeatureSource):
     @property
     def waited_s(self) -> float:
         return self._waits.seconds
+
+    @property
+    def received_bytes(self) -> int:
+        return self._received_bytes
 
     @property
     def known(self) -> int:
@@ -90,25 +96,27 @@ class RemoteSource(FeatureSource):
             delivery = self._known.popleft()
             self._posts += 1
             with span("post the receives", delivery.item):
+                parcel = self._encoding.parcel(self._items[delivery.item])
                 try:
-                    self.receiver.post(self._items[delivery.item], delivery.replica, delivery.slot)
+                    self.receiver.post(parcel.wire, delivery.replica, delivery.slot)
                 except WorldError as error:
                     self._broken = self._broken or error
             if delivery.agreed:
                 self._agreed[delivery.item] = delivery.agreed[self._shard]
-            self._posted.add(delivery.item)
+            self._posted[delivery.item] = parcel
 
     def take(self, item: WorkItem) -> Tensor:
         self._raise_broken()
         with self._waits.waiting(), span("wait for the transfer", item.index):
-            rows = self.receiver.take(item, self._timeout_s)
+            parcel = self._posted[item.index]
+            received = self.receiver.take(parcel.wire, self._timeout_s)
+        self._received_bytes += parcel.sizes[self._shard]
         self._client.phase = f"training on batch {item.index}"
-        return rows
+        return self._encoding.decode(parcel, self._shard, received)
 
     def release(self, item: WorkItem) -> None:
-        self._posted.discard(item.index)
         self._next = item.index + 1
-        self.receiver.release(item, functools.partial(self._freed, item.index))
+        self.receiver.release(self._posted.pop(item.index).wire, functools.partial(self._freed, item.index))
 
     def _freed(self, index: int) -> None:
         with contextlib.suppress(WorldError):  # the trainer learns it where it can do something about it

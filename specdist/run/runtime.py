@@ -8,6 +8,7 @@ import sys
 
 from torch import Tensor
 
+from specdist.channel.encoding import row_bytes
 from specdist.core.errors import DataError
 from specdist.core.files import to_json, write_atomically
 from specdist.core.launch_env import RankFacts, run_token, stop_asked
@@ -172,6 +173,7 @@ def _introduce(context: WorldContext, resume: ResumePlan) -> None:
     start = f"resuming from {resume.checkpoint.name}" if resume.checkpoint else "starting"
     done, total = resume.progress.step, resume.total_steps
     steps = f"{total - done} steps to go" if done < total else f"{done} of {total} steps are done, nothing to train"
+    per_token = sum(row_bytes(context.facts.layout, job.channel.dtype))
     heldout = prompts.heldout
     held_out = f" ({len(heldout)} more held out, {heldout.tokens:,} tokens)" if heldout is not None else ""
     told = [] if total == 0 or resume.checkpoint else prompts.bad_samples().splitlines()
@@ -180,7 +182,7 @@ def _introduce(context: WorldContext, resume: ResumePlan) -> None:
     print(
         f"specdist: {topology.mode} world of {topology.world_size} ranks: {target}"
         f"{len(topology.draft)} draft rank(s). {len(prompts.training):,} sequences, "
-        f"{prompts.tokens:,} tokens{held_out}, {context.facts.layout.bytes_per_token:,} B of features per token. "
+        f"{prompts.tokens:,} tokens{held_out}, {per_token:,} B of features per token. "
         f"{start}: {steps}. {resume.note}{' ' * bool(resume.note)}Run directory {job.run.dir}"
         + "".join(f"\nspecdist: {line}" for line in told)
         + (UNSEEN if heldout is None and topology.mode in ("split", "colocated") else ""),

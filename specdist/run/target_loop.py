@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specdist.channel.base import FeatureSender
-from specdist.core.records import WorkItem
+from specdist.channel.encoding import Parcel, Plain
 from specdist.core.trace import span
 from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
@@ -27,9 +27,9 @@ from specdist.training.profile import NO_PROFILE, Profile
 class _Forward:
     """A forward that was launched and perhaps still runs. On CPU it has finished when it returns."""
 
-    item: WorkItem
+    parcel: Parcel
     slot: int
-    rows: Tensor
+    sent: Tensor
     agreed: Tensor | None
     """On the host, see `forward_item`."""
     began: torch.cuda.Event | float
@@ -66,6 +66,7 @@ class Producer:
         self,
         engine: TargetModel,
         sender: FeatureSender,
+        encoding: Plain,
         announcement: Announcement,
         client: ControlClient,
         items: Items,
@@ -78,12 +79,14 @@ class Producer:
     ):
         """
         Args:
+            encoding: what the sender's wire was made for.
             announcement: the sender's.
             slots: items that may be in flight: an item that another replica has lost is never older than that.
             alone: whether this rank is its whole replica. It may then leave out forwards that are not needed any more;
                 others would wait in theirs.
         """
         self._engine, self._sender, self._announcement, self._client = engine, sender, announcement, client
+        self._encoding = encoding
         self._items, self._prompts = items, prompts
         self._verify_left, self._timeout_s = verify_items, timeout_s
         self._slots = slots
@@ -129,7 +132,7 @@ class Producer:
     def _launch(self, dispatch: Dispatch) -> None:
         item = self._items[dispatch.item]
         self._client.phase = f"forward of batch {item.index}"
-        oldest = self._running[0].item.index if self._running else item.index
+        oldest = self._running[0].parcel.item.index if self._running else item.index
         if self._profile.ends_at(oldest):
             self._sender.flush(self._timeout_s)  # a send that is under way would be missing
         self._profile.reach(oldest, item.index)
@@ -139,16 +142,19 @@ class Producer:
             self._verify_left -= 1
             verify(self._engine, batch)
         with span("wait for a buffer", item.index):
-            rows = self._sender.buffer(item)
+            parcel = self._encoding.parcel(item)
+            sent = self._sender.buffer(parcel.wire)
+            rows = self._encoding.rows(parcel, sent)
         began, agreed = self._now(), None
         if not self._cancelled:
             with span("forward", item.index, tokens=item.tokens):
                 agreed = forward_item(self._engine, item, batch, rows)
+                self._encoding.encode(parcel, rows, sent)
                 if agreed is not None:  # read when the forward is finished, without waiting for the next one
                     host = torch.empty_like(agreed, device="cpu", pin_memory=agreed.is_cuda)
                     agreed = host.copy_(agreed, non_blocking=True)
         ended = self._now()
-        self._running.append(_Forward(item, dispatch.slot, rows, agreed, began, ended, self._cancelled))
+        self._running.append(_Forward(parcel, dispatch.slot, sent, agreed, began, ended, self._cancelled))
 
     def _now(self) -> torch.cuda.Event | float:
         if self._engine.device.type != "cuda":
@@ -161,10 +167,11 @@ class Producer:
         """Send what is finished; the sender announces it to the scheduler."""
         while self._running and self._running[0].finished():
             done = self._running.popleft()
+            item = done.parcel.item
             if done.agreed is not None:
-                self._announcement.agreed[done.item.index] = tuple(done.agreed.tolist())
-            with span("issue the sends", done.item.index):
-                self._sender.send(done.item, done.rows, done.slot)
+                self._announcement.agreed[item.index] = tuple(done.agreed.tolist())
+            with span("issue the sends", item.index):
+                self._sender.send(done.parcel.wire, done.sent, done.slot)
             if not done.cancelled:
-                self.report.add(done.item.tokens, done.seconds(), time.monotonic() - self._began)
+                self.report.add(item.tokens, done.seconds(), time.monotonic() - self._began)
             self._client.phase = "waiting for a batch"

@@ -8,6 +8,7 @@ import sys
 from typing import Literal
 
 from specdist.channel.base import DropSender, FeatureSender
+from specdist.channel.encoding import Plain
 from specdist.channel.ring import Ring
 from specdist.core.attempts import Ending
 from specdist.core.files import to_json, write_atomically
@@ -20,20 +21,24 @@ from specdist.scheduler.messages import Produced, ProducerReport
 def produce(context: RankContext) -> None:
     """The role of a target rank."""
     job, topology = context.job, context.topology
-    item_rows = topology.shards * job.prompts.tokens_per_rank
+    item_tokens = topology.shards * job.prompts.tokens_per_rank
     context.begin("loading the target")
-    engine = context.load_engine(item_rows)
+    engine = context.load_engine(item_tokens)
     layout, announcement = context.facts.layout, Announcement(context.client)
     sender: FeatureSender
     if topology.mode == "target_only":
-        sender = DropSender(Ring(layout, 1, item_rows, context.world.device), announcement)
+        encoding = Plain(layout)
+        sender = DropSender(Ring(layout, 1, item_tokens, context.world.device), announcement)
     else:
-        sender = context.transport.sender(context.wire(), item_rows, announcement)
+        encoding = context.encoding(range(topology.shards))
+        units = topology.shards * encoding.units(job.prompts.tokens_per_rank)
+        sender = context.transport.sender(context.wire(encoding), units, announcement)
         context.begin("connecting to the draft ranks")
         sender.connect(job.control.load_timeout_s, context.client.check)
     producer = Producer(
         engine,
         sender,
+        encoding,
         announcement,
         context.client,
         context.items(),

@@ -24,6 +24,11 @@ class FeatureSource(ABC):
         return 0.0
 
     @property
+    def received_bytes(self) -> int:
+        """Bytes of features that other ranks have sent to this one so far."""
+        return 0
+
+    @property
     def known(self) -> int:
         """How many items are known to be on their way, counted in an order that is the same on all draft ranks."""
         return 0
@@ -84,7 +89,7 @@ class WorkDone:
     tokens: int = 0
     """Over all draft ranks."""
     bytes: int = 0
-    """Of their features."""
+    """Of features that they have received."""
     waited_s: float = 0.0
     """Seconds in which a draft rank waited for features, the mean over them."""
 

@@ -329,9 +329,7 @@ class Trainer:
             batch = host_batch.to(self._device)
             bad = clean(features, batch.cu_seqlens)
             good = ~bad.any()
-            place = item.start  # the place in the stream and in the step, which no split changes
-            draw = (((place.epoch << 32) + place.position) << 16) + item.first + self._shard
-            supervision = self.model.supervise(batch, host_batch, features, draw)
+            supervision = self.model.supervise(batch, host_batch, features, item.draw(self._shard))
         supervision = replace(supervision, counts=supervision.counts * good)
         return MicroBatch(item, host_batch, batch, features, supervision, bad, good)
 
@@ -361,11 +359,11 @@ class Trainer:
         return metrics | {"lr": self.optimizer.rate, "grad_norm": self._norm, "bad_micro_batches": bad}
 
     def _work_done(self) -> WorkDone:
-        now, waited = time.monotonic(), torch.tensor(self.source.waited_s - self._waited_before, dtype=torch.float64)
-        dist.all_reduce(waited, group=self.draft_cpu)
-        size = self.tokens_done * self.model.layout.bytes_per_token
-        mean = float(waited) / dist.get_world_size(self.draft_cpu)
-        return WorkDone(now, self.steps_done, self.tokens_done, size, mean)
+        now, waited = time.monotonic(), self.source.waited_s - self._waited_before
+        sums = torch.tensor([waited, self.source.received_bytes], dtype=torch.float64)
+        dist.all_reduce(sums, group=self.draft_cpu)
+        mean = float(sums[0]) / dist.get_world_size(self.draft_cpu)
+        return WorkDone(now, self.steps_done, self.tokens_done, int(sums[1]), mean)
 
     def _save(self, progress: Progress, checkpointer: Checkpointer) -> None:
         self.look_back()

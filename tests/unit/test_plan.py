@@ -37,9 +37,8 @@ def test_the_table_names_ranks_links_and_bytes(job):
     plan = make_plan(job(target__replicas=2, target__tp=2), ["a"] * 4 + ["b"] * 4, 2**30)
     text = render(plan)
     assert plan.fits
-    # 3 captured layers and the final state of 32 fp32 values each
-    assert "512 B of features per token: 3 captured layers and the last hidden state x 32 x float32" in text
-    assert "16 links: target ranks 0-3 -> draft ranks 4-7; each carries 256 B per token" in text
+    assert "384 B of features per token: 3 captured layers x 32 x float32; and 128 B of the last hidden state" in text
+    assert "16 links: target ranks 0-3 -> draft ranks 4-7; each carries 1/2 of the shard of its draft rank" in text
     table = rows(text)
     assert table[0] == ["0", "a", "target", "0", "0", "scheduler"]
     assert table[3] == ["3", "a", "target", "1", "1"]
@@ -78,7 +77,15 @@ def test_exact_parts_of_the_memory(job):
     needs = {(need.role, need.what): need.bytes for need in plan.needs}
     assert needs["target", "weights / tp 1"] == 4 * plan.facts.target.parameters
     assert needs["target", "2 feature buffers of 512 tokens"] == 2 * 512 * 512
+    assert needs["target", "features of 512 tokens before they are encoded"] == 512 * 512
     assert needs["draft", "receive buffer of 8 slots"] == 2**20
+    assert needs["draft", "features of 256 tokens as they are read"] == 256 * 512
+    rounded = make_plan(job(channel__dtype="fp8"), ["a"] * 3, 2**30)
+    needs = {(need.role, need.what): need.bytes for need in rounded.needs}
+    assert needs["draft", "receive buffer of 28 slots"] == 28 * 256 * 4 * (32 + 4)
+    assert "108 B of features per token: 3 captured layers x 32 x FP8 and scales; and 36 B of the last" in render(
+        rounded
+    )
 
 
 def test_the_tables_of_the_target_are_where_they_are_asked_for(job):

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from specdist.channel.config import ChannelConfig
 from specdist.core.attempts import Failure
 from specdist.core.errors import ConfigError
 from specdist.core.progress import Batching, Cursor
 from specdist.core.stop import StopReason
 from specdist.core.topology import Topology, WorldConfig
+from specdist.draft.config import draft_config
 from specdist.prompts.corpus import Corpus, Side, make_corpus
 from specdist.prompts.schedule import Schedule
 from specdist.run.worlds.rendezvous import ControlAddress, Rendezvous
@@ -376,7 +378,11 @@ def test_both_worlds_hold_out_the_same(tmp_path):
     one, two = (write_store(tmp_path / n, [([1, 2], [0, 1])] * 2) for n in "ab")
     target = SimpleNamespace(layers=1, parameters=2, vocab_size=3)
     job: Any = SimpleNamespace(
-        prompts=SimpleNamespace(tokens_per_rank=8), run=SimpleNamespace(seed=0), evaluate=SimpleNamespace(limit=None)
+        prompts=SimpleNamespace(tokens_per_rank=8),
+        run=SimpleNamespace(seed=0),
+        evaluate=SimpleNamespace(limit=None),
+        draft=draft_config(),
+        channel=ChannelConfig(),
     )
     facts: Any = SimpleNamespace(target=target, layout="rows")
     side = make_corpus([one]).training

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from specdist.core.records import FeatureLayout, TargetVocabulary
+    from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
     from specdist.draft.block.backbone import BlockDraft
     from specdist.draft.export_config import ExportConfig
     from specdist.draft.served_by import ServedBy
@@ -83,6 +83,15 @@ class BlockAlgorithm(Algorithm[C]):
         text = target.get_text_config()
         layers = self.config.captured_layers(text.num_hidden_layers)
         return FeatureLayout(layers, text.hidden_size, final=self.final, dtype=dtype)
+
+    def taught(self, batch: PackedTokens, draw: int | None) -> Tensor:
+        from specdist.draft.block.blocks import Blocks
+
+        if draw is None:
+            blocks = Blocks.at(Blocks.candidates(batch), batch, self.config)
+        else:
+            blocks = Blocks.draw(batch, self.config, draw)
+        return (batch.places < 0).index_fill(0, blocks.rows[blocks.valid], True)
 
     @staticmethod
     @abstractmethod

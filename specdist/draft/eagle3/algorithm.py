@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from specdist.core.records import FeatureLayout, TargetVocabulary
+    from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
     from specdist.draft.base import DraftModel
     from specdist.draft.eagle3.cost import Eagle3Cost
     from specdist.draft.eagle3.reader import ExportedEagle3
@@ -78,6 +78,11 @@ class Eagle3(Algorithm[Eagle3Config]):
             )
         layers = self.config.captured_layers(text.num_hidden_layers)
         return FeatureLayout(layers, text.hidden_size, final=True, dtype=dtype, argmax_lse=on_target)
+
+    def taught(self, batch: PackedTokens, draw: int | None) -> Tensor:
+        from specdist.draft.eagle3.rows import reached_by
+
+        return reached_by(batch, 1, draw is not None and self.config.pairs == "served") > 0
 
     @property
     def vocab_size(self) -> int | None:

@@ -109,8 +109,9 @@ class TargetWorld:
         job, timeout_s = context.job, context.timeout_s
         item_rows = context.topology.shards * job.prompts.tokens_per_rank
         engine = self._loaded(client, item_rows)
-        wire, announcement = context.wire(address_book=session.book), Announcement(client)
-        sender = context.transport.sender(wire, item_rows, announcement)
+        encoding, announcement = context.encoding(range(context.topology.shards)), Announcement(client)
+        units = context.topology.shards * encoding.units(job.prompts.tokens_per_rank)
+        sender = context.transport.sender(context.wire(encoding, session.book), units, announcement)
         report = ProducerReport()
         try:
             with contextlib.suppress(Over):
@@ -120,7 +121,17 @@ class TargetWorld:
                 verify = job.target.verify
                 prompts, alone = context.prompts, job.target.tp == 1
                 producer = Producer(
-                    engine, sender, announcement, client, items, prompts, terms.slots, verify, timeout_s, alone=alone
+                    engine,
+                    sender,
+                    encoding,
+                    announcement,
+                    client,
+                    items,
+                    prompts,
+                    terms.slots,
+                    verify,
+                    timeout_s,
+                    alone=alone,
                 )
                 client.ready()
                 report = producer.run()

@@ -21,7 +21,7 @@ from specdist.scheduler.messages import MAX_TERMS_BYTES
 
 def common_facts(job: JobConfig, facts: JobFacts, prompts: Corpus) -> dict[str, str]:
     """What decides which rows an item has and what is in them, by the keys it comes from."""
-    target = facts.target
+    target, draft = facts.target, job.draft.chosen
     return {
         "prompts": prompts.fingerprint,
         "prompts.holdout": prompts.heldout.fingerprint if prompts.heldout is not None else "nothing",
@@ -30,6 +30,8 @@ def common_facts(job: JobConfig, facts: JobFacts, prompts: Corpus) -> dict[str, 
         "run.seed": str(job.run.seed),
         "target.path": f"{target.layers} layers, {target.parameters} parameters, vocabulary {target.vocab_size}",
         "draft.algorithm and its section, target.dtype": str(facts.layout),
+        f"draft.{job.draft.algorithm}": str({k: v for k, v in vars(draft.config).items() if k not in draft.changeable}),
+        "channel.dtype": job.channel.dtype,
     }
 
 
