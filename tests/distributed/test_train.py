@@ -121,6 +121,19 @@ def test_over_a_transport_from_outside_it_trains_the_same(tmp_path, material, un
     assert losses(tmp_path) == undisturbed
 
 
+def test_in_fp8_it_trains_nearly_the_same_and_not_on_in_another_form(tmp_path, material, undisturbed):
+    run(4, tmp_path, material, target__tp=2, channel__dtype="fp8")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    moved, tokens = sum(r.get("bytes_moved", 0) for r in records(tmp_path)), summary["training"]["tokens"]
+    assert 3 * 36 < moved / tokens < 4 * 36  # of 32 numbers and a scale: three layers of all tokens, the last of some
+    for (_, loss, _), (_, expected, _) in zip(losses(tmp_path), undisturbed, strict=True):
+        assert loss != expected
+        assert loss == pytest.approx(expected, rel=1e-2)
+    refused = train(3, words(tmp_path, material))
+    assert refused.returncode != 0
+    assert "channel.dtype" in refused.stderr
+
+
 def test_a_checkpoint_loads_into_another_split(tmp_path, material):
     """With what only some runs have: Muon's momentum, and a moving average of the weights, which is exported."""
     optimizer = {"optimizer__method": "muon", "optimizer__ema": 0.9, "optimizer__muon_lr": 2e-3}
