@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from specdist.core import launch_env
 from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
@@ -33,6 +35,9 @@ from specdist_launch.verdict import judge, saved_step
 
 _RECORD_S = 10.0
 """How long an agent whose rank failed waits for the record that the other ranks write about it."""
+_OTHERS_S = 10.0
+"""How long an agent whose ranks ended well waits for the others' ranks to end. Rank 0 leaves last, so that the leader
+waits for moments, unless an agent was lost; torchrun would wait for it for five minutes, deaf to signals."""
 _INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 _UNUSED_SIGNAL = "SIGQUIT"
 """torchrun ends with an error at the signals it handles, so it is given one that stands for nothing here."""
@@ -109,36 +114,39 @@ class Agent:
         self._record.begin(Started(self._launcher.name, tuple(hosts), ranks, saved_step(self._run_dir)))
 
     def _run_ranks(self, meeting: Meeting, program: Sequence[str]) -> dict[int, int]:
-        """Run `python PROGRAM` once for every rank of this node and wait for their end: torchrun's elastic launch with
-        a static rendezvous. `PYTHON_EXEC` in the environment names another interpreter for them, as for torchrun.
-        Returns the exit status of each rank that failed first on this node; negative: the signal that killed it."""
-        config = LaunchConfig(
-            min_nodes=len(meeting.nodes),
-            max_nodes=len(meeting.nodes),
-            nproc_per_node=self._ranks,
-            run_id=self._attempt.name,  # keeps its keys in the store apart from those of others
-            rdzv_backend="static",
-            rdzv_endpoint=f"{self._place.leader[0]}:{meeting.port}",
-            rdzv_configs={"rank": self._place.number, "timeout": 120},  # all agents are there: they have just met
-            max_restarts=0,
-            local_addr=self._place.host,
-            signals_to_handle=_UNUSED_SIGNAL,
-        )
+        """Run `python PROGRAM` once for every rank of this node and wait for their end: torchrun's agent with a static
+        rendezvous. `PYTHON_EXEC` in the environment names another interpreter for them, as for torchrun.
+
+        Returns:
+            The exit status of each rank that failed first on this node; negative: the signal that killed it.
+        """
+        place, nodes = self._place, len(meeting.nodes)
         os.environ.update(self._environment())
         for name in _LOUD:
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        try:
-            # On the leader torchrun then serves this one, which listens on one address only.
-            _store = serve_store((self._place.leader[0], meeting.port), 120) if self._leads else None
-            elastic_launch(config, os.environ.get("PYTHON_EXEC", sys.executable))(*program)
-        except ChildFailedError as error:
-            return {rank: failure.exitcode for rank, failure in error.failures.items()}
-        return {}
+        # On the leader torchrun then serves this one, which listens on one address only.
+        _store = serve_store((place.leader[0], meeting.port), 120) if self._leads else None
+        spec = WorkerSpec(
+            role="default",
+            local_world_size=self._ranks,
+            # Its keys in the store are kept apart by the attempt. All agents are there: they have just met.
+            rdzv_handler=StaticTCPRendezvous(
+                place.leader[0], meeting.port, place.number, nodes, self._attempt.name, timeout=120
+            ),
+            entrypoint=os.environ.get("PYTHON_EXEC", sys.executable),
+            args=tuple(program),
+            max_restarts=0,
+            monitor_interval=0.1,
+            local_addr=place.host,
+        )
+        result = LocalElasticAgent(spec, DefaultLogsSpecs(), exit_barrier_timeout=_OTHERS_S).run()
+        return {rank: failure.exitcode for rank, failure in result.failures.items()}
 
     def _environment(self) -> dict[str, str]:
         """The variables of the ranks; see core/launch_env.py."""
         place = self._place
         variables = {launch_env.HOST: place.host, **self._attempt.environment()}
+        variables["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _UNUSED_SIGNAL
         if place.role is not None:
             variables[launch_env.NODE_ROLE] = place.role
         interface = interface_towards(*place.leader) if place.nodes > 1 else None

@@ -18,6 +18,7 @@ from specdist.core.progress import committed
 from specdist.run.status import describe
 from specdist.world.roll_call import free_port
 from tests.distributed.worlds import TOKEN, ranks_below, start_command
+from tests.forks import family
 from tests.tiny import make_config, make_conversations, make_target
 
 TIMEOUT_S = 200
@@ -144,14 +145,18 @@ def test_the_same_error_at_the_same_step_ends_it(tmp_path: Path, material: tuple
     assert len(attempts(tmp_path / "run")) == 2
 
 
-def test_ctrl_c_stops_a_job_of_several_hosts_for_good(tmp_path: Path, material: tuple[Path, Path], ssh: None) -> None:
-    process = launch("localhost,h2", "--retries", "2", *words(tmp_path, material, train__steps=100_000))
+def after_a_step(process: subprocess.Popen[str], run_dir: Path) -> None:
     deadline = time.monotonic() + TIMEOUT_S
-    metrics = tmp_path / "run/metrics.jsonl"
+    metrics = run_dir / "metrics.jsonl"
     while not metrics.exists() or not metrics.read_text():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_ctrl_c_stops_a_job_of_several_hosts_for_good(tmp_path: Path, material: tuple[Path, Path], ssh: None) -> None:
+    process = launch("localhost,h2", "--retries", "2", *words(tmp_path, material, train__steps=100_000))
+    after_a_step(process, tmp_path / "run")
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, said
@@ -161,4 +166,15 @@ def test_ctrl_c_stops_a_job_of_several_hosts_for_good(tmp_path: Path, material: 
     assert ending is not None
     assert ending.state == "stopped"
     assert ending.reason == "SIGINT"
+    assert committed(tmp_path / "run/checkpoints")
+
+
+def test_an_agent_that_is_killed_is_not_waited_for(tmp_path: Path, material: tuple[Path, Path], ssh: None) -> None:
+    """Its ranks save, and so do the others; torchrun's agent would wait for it for five minutes."""
+    process = launch("localhost,h2", *words(tmp_path, material, train__steps=100_000))
+    after_a_step(process, tmp_path / "run")
+    (agent,) = (p for p in family(process.pid) if {"specdist_launch.agent", "h2"} <= set(p.cmdline()))
+    agent.kill()
+    _, said = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == os.EX_TEMPFAIL, said
     assert committed(tmp_path / "run/checkpoints")
