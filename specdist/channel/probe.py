@@ -62,12 +62,8 @@ def measure_links(
 ) -> Iterator[LinkSpeed]:
     """Try every link of this rank in the rounds of `rounds`, one writer to a draft rank at a time. All ranks of a
     topology with links call it, once the links are connected, and get what they measured. Raises WorldError: a link
-    does not come up, breaks or stalls; names both ends.
-
-    Args:
-        payload: bytes of one transfer; None for what suits the device.
-        timeout_s: how long all transfers of one link may take, in seconds, and every wait for another rank.
-    """
+    does not come up, breaks or stalls; names both ends. `payload`: bytes of one transfer; None for what suits the
+    device. `timeout_s`: how long all transfers of one link may take, in seconds, and every wait for another rank."""
     targets, drafts = (tuple((rank,) for rank in ranks) for ranks in (topology.target_ranks, topology.draft_ranks))
     pairs = _Pairs(topology.mode, topology.hosts, targets, drafts, len(drafts), real=topology)
     store = dist.PrefixStore("channel/probe", world.store)

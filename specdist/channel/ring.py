@@ -11,11 +11,7 @@ from specdist.core.records import FeatureLayout
 
 
 class Ring:
-    """`slots` buffers of `rows` feature rows each.
-
-    Attributes:
-        memory: all of them, [slots, rows, layout.width].
-    """
+    """`slots` buffers of `rows` feature rows each. `memory`: all of them, [slots, rows, layout.width]."""
 
     def __init__(self, layout: FeatureLayout, slots: int, rows: int, device: torch.device, pinned: bool = False):
         self.slots = slots

@@ -126,13 +126,10 @@ class Topology:
         roles: Sequence[Role | None] = (),
     ) -> Topology:
         """Divide `len(hosts)` ranks; None means "as many as the world has room for". Raises ConfigError: with the
-        arithmetic that does not come out, and the hosts.
-
-        Args:
-            hosts: the host of every rank, in rank order. Launchers number ranks by (node, GPU), and hosts may have
-                different numbers of them, so the same nodes always give the same division.
-            roles: the role of every rank's node, where the launcher decides it: such a node has that role whole.
-        """
+        arithmetic that does not come out, and the hosts. `hosts`: the host of every rank, in rank order. Launchers
+        number ranks by (node, GPU), and hosts may have different numbers of them, so the same nodes always give the
+        same division. `roles`: the role of every rank's node, where the launcher decides it: such a node has that role
+        whole."""
         for key, value in {"target.replicas": replicas, "target.tp": tp, "draft.dp": dp, "draft.cp": cp}.items():
             if value is not None and value < 1:
                 raise ConfigError.at(key, f"is at least 1, not {value}")

@@ -32,13 +32,11 @@ class Replayed:
     verified and the features 0 .. i are known. It is exact for the target's own greedy text.
 
     Each row is filled by the one context-parallel rank that computes it and zero on the others, so these sum up.
-
-    Attributes:
-        accepted: int64 [T], how many of K drafts equal x_{i+2}, x_{i+3}, ... in turn, none past the end of the answer
-            (`PackedTokens.places`). 0 where x_{i+1} and x_{i+2} are not in one answer.
-        expected: fp32 [T, K], with a temperature: of each of these drafts sum_v min(p'_v, q_v), the chance that it is
-            accepted, with p' the target's distribution and q the draft's. It is exact for the first draft; a later one
-            stands after drafts, of which the text is one possibility. 0 where there is no draft, and at the end.
+    `accepted`: int64 [T], how many of K drafts equal x_{i+2}, x_{i+3}, ... in turn, none past the end of the answer
+    (`PackedTokens.places`). 0 where x_{i+1} and x_{i+2} are not in one answer. `expected`: fp32 [T, K], with a
+    temperature: of each of these drafts sum_v min(p'_v, q_v), the chance that it is accepted, with p' the target's
+    distribution and q the draft's. It is exact for the first draft; a later one stands after drafts, of which the text
+    is one possibility. 0 where there is no draft, and at the end.
     """
 
     accepted: Tensor
@@ -101,14 +99,10 @@ class DraftModel(nn.Module, ABC):
     def supervise(
         self, batch: PackedTokens, host_batch: PackedTokens, features: Features, draw: int = 0
     ) -> Supervision:
-        """Find what counts in a micro-batch; no gradients.
-
-        Args:
-            host_batch: the same batch on the CPU: index arithmetic that only needs tokens and masks is done there, so
-                nothing waits for the device.
-            draw: what an algorithm draws at random follows from the batch and this number, which is another one for
-                every micro-batch and the same whenever that is trained again.
-        """
+        """Find what counts in a micro-batch; no gradients. `host_batch`: the same batch on the CPU: index arithmetic
+        that only needs tokens and masks is done there, so nothing waits for the device. `draw`: what an algorithm draws
+        at random follows from the batch and this number, which is another one for every micro-batch and the same
+        whenever that is trained again."""
 
     @abstractmethod
     def forward(

@@ -14,13 +14,11 @@ def choose(
     """The target's token where each draft stands, and one more: int64 [n, K + 1].
 
     A sequence keeps its tokens up to the first that is not its draft, that one included, or up to number `wanted`: what
-    follows means nothing. Greedily they are argmaxes. At a temperature a draft x is accepted with the chance
-    min(1, p(x) / q(x)), where p is the target's distribution and q the one it was drawn from; the token in the place of
-    the first that is not comes from max(0, p - q), in which a rejected draft has no share.
-
-    Args:
-        logits: the target's, [n, K + 1, V], after the last token before the drafts, and after each of them.
-        wanted: int64 [n], how many of the K drafts count; in the place after them the token is drawn from p.
+    follows means nothing. Greedily they are argmaxes. At a temperature a draft x is accepted with the chance min(1,
+    p(x) / q(x)), where p is the target's distribution and q the one it was drawn from; the token in the place of the
+    first that is not comes from max(0, p - q), in which a rejected draft has no share. `logits`: the target's, [n, K +
+    1, V], after the last token before the drafts, and after each of them. `wanted`: int64 [n], how many of the K drafts
+    count; in the place after them the token is drawn from p.
     """
     if not temperature:
         return draw(logits)

@@ -46,12 +46,8 @@ class ShownAnswer:
 def show_answers(
     batch: PackedTokens, accepted: np.ndarray, draft_tokens: int, sources: Sequence[str], tokenizer: Decodes, most: int
 ) -> list[ShownAnswer]:
-    """The first `most` answers of a packed batch on the CPU.
-
-    Args:
-        accepted: int [T], that of `Replayed`, of all rows.
-        sources: of every document.
-    """
+    """The first `most` answers of a packed batch on the CPU. `accepted`: int [T], that of `Replayed`, of all rows.
+    `sources`: of every document."""
     places, starts = batch.places.numpy(), batch.cu_seqlens.numpy()
     found = []
     for first in np.flatnonzero(places == 1)[:most]:

@@ -17,12 +17,8 @@ FILES = ("data", "prompts.files", "prompts.holdout", "prompts.chat_template")
 
 
 def model_card(config: Mapping[str, Any], name: str) -> str:
-    """README.md as the Hub shows it.
-
-    Args:
-        config: config.json of an export of ours.
-        name: what servers are given for the draft: a directory or an id on the Hub.
-    """
+    """README.md as the Hub shows it. `config`: config.json of an export of ours. `name`: what servers are given for the
+    draft: a directory or an id on the Hub."""
     ours = config[OURS]
     algorithm = next((a.name for a in ALGORITHMS.values() if a.recognises(config)), "unknown")
     commands = commands_of(config, name)

@@ -52,13 +52,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Drafted:
-    """What became of drafts.
-
-    Attributes:
-        forwards: target forwards that verified some.
-        accepted: of the draft in every position, how many of them accepted it; None where the engine does not say.
-            Engines count drafts behind the end of an answer, too.
-    """
+    """What became of drafts. `forwards`: target forwards that verified some. `accepted`: of the draft in every
+    position, how many of them accepted it; None where the engine does not say. Engines count drafts behind the end of
+    an answer, too."""
 
     forwards: int
     accepted: list[int] | None = None

@@ -24,12 +24,7 @@ _WINDOW = 4
 
 
 class HfEngine:
-    """The whole target on one device.
-
-    Args:
-        ends: the tokens that end an answer.
-        alive: called after every token.
-    """
+    """The whole target on one device. `ends`: the tokens that end an answer. `alive`: called after every token."""
 
     def __init__(
         self,

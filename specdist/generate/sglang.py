@@ -50,12 +50,8 @@ def sglang_engine(
     more: Mapping[str, Any] | None = None,
 ) -> EngineProcess:
     """One replica of the target on `target.tp` GPUs of this host, from `device` on. Raises ConfigError: SGLang is not
-    installed here, or is one that is not known.
-
-    Args:
-        ends: the tokens that end an answer.
-        more: arguments in the place of the target's, or beside them: those of a draft.
-    """
+    installed here, or is one that is not known. `ends`: the tokens that end an answer. `more`: arguments in the place
+    of the target's, or beside them: those of a draft."""
     versions.require()
     cores = "|".join(map(str, range(config.tp)))  # SGLang asks for one a rank
     cpu = {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": cores} if device.type == "cpu" else {}

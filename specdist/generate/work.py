@@ -92,12 +92,8 @@ def _place(piece: Piece, i: int) -> str:
 
 
 class Author:
-    """Turns conversations into lines of a part file, by one engine.
-
-    Args:
-        ends: the tokens that end an answer.
-        sampling: of answers that are not held out, which are greedy.
-    """
+    """Turns conversations into lines of a part file, by one engine. `ends`: the tokens that end an answer. `sampling`:
+    of answers that are not held out, which are greedy."""
 
     def __init__(
         self,

@@ -30,13 +30,10 @@ CPU = torch.device("cpu")
 def export_checkpoint(
     files: Sequence[str], overrides: Sequence[str], checkpoint: str | None = None, output: str | None = None
 ) -> list[Path]:
-    """Write a checkpoint in every format of `export.formats`; returns the directories.
-
-    Args:
-        checkpoint: a directory, or the name or step of one of the run's. By default the run's best one by
-            `checkpoint.keep_best`, else its newest.
-        output: where to. By default the run's export/, for another checkpoint than that one a folder of its name in it.
-    """
+    """Write a checkpoint in every format of `export.formats`; returns the directories. `checkpoint`: a directory, or
+    the name or step of one of the run's. By default the run's best one by `checkpoint.keep_best`, else its newest.
+    `output`: where to. By default the run's export/, for another checkpoint than that one a folder of its name in
+    it."""
     job = load_job(files, overrides)
     if job.export.formats == ():
         raise ConfigError.at("export.formats", "=[] leaves nothing to write: name a format, or give null for all")

@@ -63,12 +63,8 @@ class ServeCheck:
 
 def prepare(files: Sequence[str], overrides: Sequence[str], engine: str | None, draft: str | None) -> ServeCheck:
     """Everything that can be checked before an engine starts. Raises ConfigError, DataError: what is missing or does
-    not go together.
-
-    Args:
-        engine: SGLang or vLLM; None for the target's, or the one that is installed.
-        draft: an exported draft instead of the run's: a directory, or an id on the Hub.
-    """
+    not go together. `engine`: SGLang or vLLM; None for the target's, or the one that is installed. `draft`: an exported
+    draft instead of the run's: a directory, or an id on the Hub."""
     job = load_job(files, overrides)
     if not prompt_files(job)[0]:
         raise ConfigError.at(

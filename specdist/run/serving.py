@@ -38,12 +38,9 @@ INSTALL = {"SGLang": "pip install -e '.[sglang]'", "vLLM": "pip install vllm"}
 
 @dataclass(frozen=True)
 class Decoded:
-    """What an engine wrote: a reply to every prompt, in their order, with the token that ended it.
-
-    Attributes:
-        drafted: what became of all drafts together; None where none were made.
-        seconds: from the first request to the last reply, once the model was loaded.
-    """
+    """What an engine wrote: a reply to every prompt, in their order, with the token that ended it. `drafted`: what
+    became of all drafts together; None where none were made. `seconds`: from the first request to the last reply, once
+    the model was loaded."""
 
     replies: list[Reply]
     drafted: Drafted | None

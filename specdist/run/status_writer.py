@@ -31,12 +31,8 @@ _SHOWN = 3
 
 
 class StatusWriter(Observer):
-    """Writes on rank 0, in the control server's thread.
-
-    Args:
-        status_file: replaced at every pulse; `specdist status` reads it.
-        silent_s: seconds without a sign of life after which the status says of a rank that it has stalled.
-    """
+    """Writes on rank 0, in the control server's thread. `status_file`: replaced at every pulse; `specdist status` reads
+    it. `silent_s`: seconds without a sign of life after which the status says of a rank that it has stalled."""
 
     def __init__(
         self,

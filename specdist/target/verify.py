@@ -119,12 +119,8 @@ def with_neighbours(layout: FeatureLayout, layers: int) -> FeatureLayout:
 
 def compare(model: TargetModel, batch: PackedTokens, near: FeatureLayout, expected: Tensor, rounded: bool) -> None:
     """Compare a model's features of `batch` with transformers' own. Raises DataError: naming document and layer, where
-    one differs by more than `TOLERANCE` or is nearer to the layer before or after it.
-
-    Args:
-        near: of `expected` [T, near.width]; see `with_neighbours`.
-        rounded: whether the engine computes with weights that are quantised.
-    """
+    one differs by more than `TOLERANCE` or is nearer to the layer before or after it. `near`: of `expected` [T,
+    near.width]; see `with_neighbours`. `rounded`: whether the engine computes with weights that are quantised."""
     layout, tolerance = model.layout, ROUNDED if rounded else TOLERANCE[model.dtype]
     rows = layout.empty(len(batch.tokens), model.device)
     model.forward(batch, rows)

@@ -27,11 +27,8 @@ _BUFFER = 2**20
 
 
 class CheckpointWriter(FileSystemWriter):
-    """One file a rank, and DCP's metadata.
-
-    Attributes:
-        sums: by name, of the files of this rank; on the coordinator, once all is written, of all ranks.
-    """
+    """One file a rank, and DCP's metadata. `sums`: by name, of the files of this rank; on the coordinator, once all is
+    written, of all ranks."""
 
     def __init__(self, path: Path):
         super().__init__(path)

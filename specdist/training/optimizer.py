@@ -33,12 +33,9 @@ def learning_rate(config: OptimizerConfig, step: float, total: float) -> float:
 
 class DraftOptimizer:
     """What changes the weights (fp32 master weights, sharded as the model is): fused AdamW, or Muon for the matrices
-    between states and AdamW for the rest; and, with `optimizer.ema`, their moving average.
-
-    Attributes:
-        parts: the optimizers of torch.
-        average: the moving average by parameter name, in fp32 and sharded as the parameters are; None without one.
-    """
+    between states and AdamW for the rest; and, with `optimizer.ema`, their moving average. `parts`: the optimizers of
+    torch. `average`: the moving average by parameter name, in fp32 and sharded as the parameters are; None without
+    one."""
 
     def __init__(self, model: DraftModel, config: OptimizerConfig) -> None:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -87,11 +87,8 @@ class Profile:
     """The profile of one rank. `reach` is for the rank's main loop alone.
 
     What takes time (waiting for the device, asking for the clock, the files) is done in a thread when the last traced
-    item is over. That thread also stops the profiler when the world has failed and the main thread is stuck.
-
-    Args:
-        traced: None records nothing.
-        directory: where the parts of all ranks go.
+    item is over. That thread also stops the profiler when the world has failed and the main thread is stuck. `traced`:
+    None records nothing. `directory`: where the parts of all ranks go.
     """
 
     def __init__(self, traced: TracedSteps | None, info: PartInfo | None, device: torch.device, directory: Path):

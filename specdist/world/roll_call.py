@@ -87,12 +87,8 @@ class RollCall:
     ) -> tuple[list[Any], Any]:
         """Report `entry`, as JSON, and wait for the others; linear in their number. Returns the entries of all members
         in order, and the leader's `extra`. Raises WorldError: the text of `missing`, the same on all members; or the
-        leader has no answer.
-
-        Args:
-            missing: makes the error from the entries of those that are there.
-            extra: what the leader adds once all are there.
-        """
+        leader has no answer. `missing`: makes the error from the entries of those that are there. `extra`: what the
+        leader adds once all are there."""
         try:
             store.set(f"here/{self.number}", json.dumps(entry))
             if self.number == 0:

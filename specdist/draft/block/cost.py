@@ -11,12 +11,8 @@ from specdist.draft.block.options import BlockDims, BlockOptions
 
 @dataclass(frozen=True)
 class BlockCost(Cost):
-    """See `Cost`.
-
-    Attributes:
-        taught: whether the target's logits are made too.
-        markov_rank: of a Markov head, whose second table is one of the draft's own; 0 without.
-    """
+    """See `Cost`. `taught`: whether the target's logits are made too. `markov_rank`: of a Markov head, whose second
+    table is one of the draft's own; 0 without."""
 
     options: BlockOptions
     dims: BlockDims

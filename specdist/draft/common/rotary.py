@@ -14,12 +14,8 @@ from specdist.draft.common.sizes import LayerSizes
 
 @dataclass(frozen=True)
 class Rotary:
-    """The frequencies of a RoPE.
-
-    Attributes:
-        inv_freq: fp32 [head_dim / 2], radians per position.
-        scaling: factor on cos and sin (yarn; 1.0 otherwise).
-    """
+    """The frequencies of a RoPE. `inv_freq`: fp32 [head_dim / 2], radians per position. `scaling`: factor on cos and
+    sin (yarn; 1.0 otherwise)."""
 
     inv_freq: Tensor
     scaling: float

@@ -67,12 +67,8 @@ class LayerOptions:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Sizes of decoder layers as wide as the target's.
-
-    Attributes:
-        hidden_size: H, of the draft and of the target.
-        rope_parameters: as transformers 5 writes them (`rope_type`, `rope_theta`, and those of the scaling).
-    """
+    """Sizes of decoder layers as wide as the target's. `hidden_size`: H, of the draft and of the target.
+    `rope_parameters`: as transformers 5 writes them (`rope_type`, `rope_theta`, and those of the scaling)."""
 
     hidden_size: int
     intermediate_size: int

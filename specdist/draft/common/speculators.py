@@ -12,13 +12,8 @@ VERSION = "0.9.0"
 def speculators_json(
     kind: str, architecture: str, layers: dict[str, Any], draft_tokens: int, trained: Trained
 ) -> dict[str, Any]:
-    """What all algorithms have in common.
-
-    Args:
-        kind: the algorithm's name in the library.
-        layers: the decoder layers, as a model of their own would be configured: all that vLLM's model sees, but for
-            the keys that vLLM picks by name.
-    """
+    """What all algorithms have in common. `kind`: the algorithm's name in the library. `layers`: the decoder layers, as
+    a model of their own would be configured: all that vLLM's model sees, but for the keys that vLLM picks by name."""
     proposal = {
         "proposal_type": "greedy",
         "speculative_tokens": draft_tokens,

@@ -14,12 +14,8 @@ from specdist.core.errors import DataError
 
 @dataclass(frozen=True)
 class DraftVocabulary:
-    """A subset of the target's V tokens, or all of them.
-
-    Attributes:
-        ids: int64 [V_d], the target id of every draft id, ascending.
-        to_draft: int64 [V], the draft id of every target id, -1 where it has none.
-    """
+    """A subset of the target's V tokens, or all of them. `ids`: int64 [V_d], the target id of every draft id,
+    ascending. `to_draft`: int64 [V], the draft id of every target id, -1 where it has none."""
 
     ids: Tensor
     to_draft: Tensor

@@ -79,10 +79,7 @@ def _apart(heads: Tensor) -> Tensor:
 
 class MidLayer(nn.Module):
     """A decoder layer between the fused features and the head. The first reads the token's embedding beside the state.
-
-    Attributes:
-        first: whether it is the first.
-    """
+    `first`: whether it is the first."""
 
     def __init__(
         self, config: Eagle3Config, dims: Eagle3Dims, device: torch.device, dtype: torch.dtype, first: bool = True

@@ -43,12 +43,8 @@ class Clock(msgspec.Struct, frozen=True):
 
 
 class HostFacts(msgspec.Struct, frozen=True):
-    """The facts of one host.
-
-    Attributes:
-        address: on the route to the rendezvous, and which interface has it; empty where no world was started.
-        clock: None where no world was started, or a host is missing.
-    """
+    """The facts of one host. `address`: on the route to the rendezvous, and which interface has it; empty where no
+    world was started. `clock`: None where no world was started, or a host is missing."""
 
     storage: Storage
     address: str = ""

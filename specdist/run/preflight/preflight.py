@@ -47,12 +47,8 @@ class Preflight:
     def hosts(self, facts: JobFacts | None, model: str = "") -> None:
         """Collect the facts of all ranks; on rank 0, judge them. Takes a second or less, a few store calls a rank.
         Raises ConfigError, WorldError: on every rank, naming the hosts: one did not report, the run would fail, or
-        there is a problem and `preflight.level` is strict.
-
-        Args:
-            facts: of the job, where the model can be read.
-            model: why it cannot.
-        """
+        there is a problem and `preflight.level` is strict. `facts`: of the job, where the model can be read. `model`:
+        why it cannot."""
         job, world = self._job, self._world
         if job.preflight.level == "skip":
             return
