@@ -2,8 +2,6 @@
 """The agents of a job, one a node, as the launcher that has started them sees them: it passes requests to stop on to
 them, waits for their end, and starts the job again where that may help. Light to import: a signal may come at once."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -18,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, Self
 
 from specdist.core.errors import Dismissed
 from specdist.core.launch_env import Attempt
@@ -51,7 +49,7 @@ class StopForwarder:
         """The first signal that asked for a stop."""
         return StopReason(signal.Signals(self.received[0]).name) if self.received else None
 
-    def __enter__(self) -> StopForwarder:
+    def __enter__(self) -> Self:
         self._earlier = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 

@@ -11,8 +11,6 @@ start-up/rank-N.json   how long each part of a start took, of the first rank of 
 trace/, trace.json   what every rank recorded of the traced steps, and all of it together (specdist/run/timeline.py)
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import threading
@@ -21,7 +19,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, Self, TextIO
 
 import msgspec
 
@@ -96,7 +94,7 @@ class Failure:
         return self.kind in ("lost", "world")
 
     @classmethod
-    def of(cls, error: BaseException, rank: int = -1, host: str = "") -> Failure:
+    def of(cls, error: BaseException, rank: int = -1, host: str = "") -> Self:
         """The failure that an exception is which `rank` on `host` has met; a WorldError is not that rank's fault."""
         if isinstance(error, WorldError):
             kind: Kind = "world" if error.culprit < 0 else "lost"

@@ -5,8 +5,6 @@ What the cache has (HF_HOME) is used as it is, without a word to the network: a 
 had, and a thousand ranks ask for nothing. What it lacks is fetched by one process of a host while the others wait.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time
@@ -15,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from specdist.core.errors import ConfigError, DataError, WorldError
 from specdist.core.locked import locked
@@ -45,7 +43,7 @@ class Repository:
     kind: Literal["model", "dataset"] = "model"
 
     @classmethod
-    def of(cls, name: str, key: str) -> Repository | None:
+    def of(cls, name: str, key: str) -> Self | None:
         """What ORG/NAME or ORG/NAME@REVISION names; None for other text."""
         match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", name)
         return cls(match[1], match[2] or "main", key) if match else None

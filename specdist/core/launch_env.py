@@ -6,8 +6,6 @@ job it is; a world started by plain torchrun lacks them and gets the defaults be
 the environment.
 """
 
-from __future__ import annotations
-
 import argparse
 import ipaddress
 import os
@@ -17,7 +15,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from specdist.core.errors import ConfigError, WorldError
 from specdist.core.stop import StopReason
@@ -51,7 +49,7 @@ class RankFacts:
     """The role that every rank of this node takes, where the launcher decides it (a heterogeneous job)."""
 
     @classmethod
-    def from_environment(cls) -> RankFacts:
+    def from_environment(cls) -> Self:
         """Read the torchrun contract (RANK, WORLD_SIZE, LOCAL_RANK, ...). Raises WorldError: a variable is missing: the
         process was not started by a launcher."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -97,7 +95,7 @@ class Attempt:
     """When the batch system ends it, in seconds since the epoch; None: never."""
 
     @classmethod
-    def from_environment(cls) -> Attempt:
+    def from_environment(cls) -> Self:
         """Which attempt this rank is part of. Started by plain torchrun: its run id, or that of the Slurm job."""
         env = os.environ
         job = env.get(JOB) or env.get("SLURM_JOB_ID") or _run_id(env) or f"pid{os.getppid()}"

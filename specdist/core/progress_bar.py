@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far something is that takes long, on stderr: a live bar on a terminal, in a log a plain line now and then."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time
 from types import TracebackType
+from typing import Self
 
 _BEFORE_TEXT = 35
 """Columns that the live line has before its text, but for name and counts: figures of the text are left out rather than
@@ -84,7 +83,7 @@ class ProgressBar:
     def close(self) -> None:
         self._bar.stop()
 
-    def __enter__(self) -> ProgressBar:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -9,8 +9,6 @@ differ, and shared file systems show old contents for a while. So the second sta
 changes, and makes the next one if it does not.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import threading
@@ -19,6 +17,7 @@ import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from specdist.core.attempts import AttemptRecord
 from specdist.core.errors import ConfigError
@@ -58,7 +57,7 @@ class Claim:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="specdist-claim", daemon=True)
 
-    def __enter__(self) -> Claim:
+    def __enter__(self) -> Self:
         try:
             self._home.mkdir(parents=True, exist_ok=True)
             self._fresh.write_text(to_json(self._holder))

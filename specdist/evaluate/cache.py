@@ -6,10 +6,8 @@ by shortening the length: what lies past it is masked until it is written over. 
 transformers makes of a cache, whose sequences end in the same column; `visible` makes it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -52,7 +50,7 @@ class BatchCache(Cache):
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[list(sequences)], layer.values[list(sequences)]
 
-    def join(self, other: BatchCache) -> None:
+    def join(self, other: Self) -> None:
         """Take over the sequences of another cache, after its own."""
         if not self.layers:
             self.layers = [_Layer(self) for _ in other.layers]

@@ -9,8 +9,6 @@ progress.json     how far that is, while it goes on (`specdist status` reads it)
 unanswered.txt    what could not be answered, with file and line
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools
@@ -19,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import msgspec
 
@@ -47,7 +45,7 @@ class Tally(msgspec.Struct):
     refused: int = 0
     tokens: int = 0
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: Self) -> None:
         for name in self.__struct_fields__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 

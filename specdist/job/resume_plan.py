@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a run starts and where it ends: found by one rank for all, so that they cannot disagree."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import msgspec
 
@@ -56,7 +55,7 @@ class ResumePlan:
         return msgspec.json.encode(self, enc_hook=str).decode()
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> ResumePlan:
+    def from_json(cls, text: str | bytes) -> Self:
         return msgspec.json.decode(text, type=cls, dec_hook=lambda kind, value: kind(value))
 
 

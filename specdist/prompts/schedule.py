@@ -5,9 +5,8 @@ Evaluation items are items like any other to the scheduler, the target ranks and
 order that all ranks know, so the target side computes them ahead, and an evaluation drains and refills nothing.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
+from typing import Self
 
 from specdist.core.progress import Progress
 
@@ -37,7 +36,7 @@ class Schedule:
     every: int = 1
     evaluated: bool = False
 
-    def since(self, progress: Progress) -> Schedule:
+    def since(self, progress: Progress) -> Self:
         """What is left of this schedule at `progress`, under the same numbers."""
         evaluated = progress.evaluated is not None and progress.evaluated.step == progress.step
         return replace(self, first_item=progress.next_item, first_step=progress.step, evaluated=evaluated)

@@ -7,12 +7,11 @@ micro-batches are the recipe's, and stay what they are on any number of ranks; t
 micro-batches make one item.
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -43,7 +42,7 @@ class Sizes:
     """How many of them are supervised."""
 
     @classmethod
-    def of(cls, lengths: np.ndarray, supervised: np.ndarray | None = None) -> Sizes:
+    def of(cls, lengths: np.ndarray, supervised: np.ndarray | None = None) -> Self:
         marks = np.zeros_like(lengths) if supervised is None else supervised
         longest, total = int(np.max(lengths, initial=0)), int(np.sum(lengths, dtype=np.int64))
         return cls(len(lengths), longest, total, lengths.__getitem__, marks.__getitem__)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metrics of a run as it goes: what the trainer measured, joined with what the scheduler counted."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import sys
@@ -10,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
+from typing import Self
 
 import torch
 
@@ -133,7 +132,7 @@ class RunReporter(Reporter):
             self._target_waits, self._seen = _target_wait(self._seen, now), now
         return self._target_waits
 
-    def __enter__(self) -> RunReporter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `specdist serve-check` says: acceptance as served beside acceptance as replayed, and the verdict."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from specdist.evaluate.prompts import EvaluationPrompt
 from specdist.evaluate.replay import ReplayReport, ReplayTally
@@ -29,7 +27,7 @@ class Compared:
     replayed: float
 
     @classmethod
-    def of(cls, answers: Sequence[Sequence[int]], forwards: int, replayed: ReplayTally) -> Compared:
+    def of(cls, answers: Sequence[Sequence[int]], forwards: int, replayed: ReplayTally) -> Self:
         tokens = sum(map(len, answers))
         served = ratio(tokens - len(answers), forwards)
         return cls(len(answers), tokens, served, replayed.acceptance_length)

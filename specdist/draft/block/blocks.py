@@ -6,9 +6,8 @@ A block of B slots begins at an anchor a, the last token that is verified when t
 of a turn serving ends too.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ class Blocks:
     valid: Tensor
 
     @classmethod
-    def draw(cls, host_batch: PackedTokens, options: BlockOptions, draw: int, share: ContextShare = WHOLE) -> Blocks:
+    def draw(cls, host_batch: PackedTokens, options: BlockOptions, draw: int, share: ContextShare = WHOLE) -> Self:
         """This rank's share of the blocks of a batch on the CPU that are trained, drawn without replacement from all
         places where they can begin; which ones follows from the batch and `draw` alone."""
         candidates = cls.candidates(host_batch)
@@ -59,7 +58,7 @@ class Blocks:
         return (host_batch.places[1:] > 1).nonzero().flatten()
 
     @classmethod
-    def at(cls, anchors: Tensor, host_batch: PackedTokens, options: BlockOptions) -> Blocks:
+    def at(cls, anchors: Tensor, host_batch: PackedTokens, options: BlockOptions) -> Self:
         """The blocks that begin at the rows `anchors` [N], ascending, of a batch on the CPU."""
         supervised, positions = host_batch.supervised, host_batch.positions.long()
         steps = torch.arange(1, options.drafts + 1)
@@ -79,7 +78,7 @@ class Blocks:
             valid=valid,
         )
 
-    def to(self, device: torch.device) -> Blocks:
+    def to(self, device: torch.device) -> Self:
         """On a device, without making the host wait."""
         return on_device(self, device)
 

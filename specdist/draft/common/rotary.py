@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary position embedding of a draft: frequencies from transformers, applied in fp32 to packed heads."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ class Rotary:
     scaling: float
 
     @classmethod
-    def of(cls, sizes: LayerSizes, device: torch.device | str) -> Rotary:
+    def of(cls, sizes: LayerSizes, device: torch.device | str) -> Self:
         parameters = sizes.rope_parameters
         kind = parameters["rope_type"]
         with torch.device("cpu"):  # a draft built on the meta device still has real frequencies

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The draft vocabulary: the target tokens that a draft may propose."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ class DraftVocabulary:
     to_draft: Tensor
 
     @classmethod
-    def from_ids(cls, ids: Tensor | None, target_size: int, device: torch.device | str = "cpu") -> DraftVocabulary:
+    def from_ids(cls, ids: Tensor | None, target_size: int, device: torch.device | str = "cpu") -> Self:
         """The vocabulary of the target ids `ids` (int64 [V_d], a CPU tensor), or all `target_size` of them. Raises
         DataError: the ids are not ascending, or not ids of the target."""
         ids = torch.arange(target_size) if ids is None else ids.detach().cpu().long()
@@ -34,7 +33,7 @@ class DraftVocabulary:
         return cls(ids.to(device), to_draft.to(device))
 
     @classmethod
-    def read(cls, d2t: Tensor | None, own: int, whole: int, path: Path) -> DraftVocabulary:
+    def read(cls, d2t: Tensor | None, own: int, whole: int, path: Path) -> Self:
         """That of an exported draft with `own` of the target's `whole` tokens; `path` is its config.json. Raises
         DataError: `d2t` is missing, has another length, or gives no ascending ids of the target."""
         if d2t is None and own != whole:

@@ -7,9 +7,8 @@ target says after x_{a+k-1} (`common/losses.py`), weighs
     dpace   sum_{m >= k} prod_{i <= m} ((1 - alpha) q_i + alpha), without gradient: what accepting slot k lets follow
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ class SlotLoss:
     vocabulary: DraftVocabulary
 
     @classmethod
-    def of(cls, config: DFlashConfig, logit_map: LogitMap, vocabulary: DraftVocabulary) -> SlotLoss:
+    def of(cls, config: DFlashConfig, logit_map: LogitMap, vocabulary: DraftVocabulary) -> Self:
         slots = torch.arange(config.drafts, device=vocabulary.ids.device, dtype=torch.float64)
         decay = None if config.loss == "dpace" else (-slots / config.gamma).exp()
         return cls(decay, config.dpace_alpha, config.loss_kind, logit_map, vocabulary)

@@ -8,9 +8,8 @@ all rows, makes the step-0 keys and values of all, and does the rest for its own
 gradients of the weights.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -44,7 +43,7 @@ class Rows:
     teacher: Tensor
 
     @classmethod
-    def of(cls, host_batch: PackedTokens, steps: int, share: ContextShare = WHOLE, served: bool = False) -> Rows:
+    def of(cls, host_batch: PackedTokens, steps: int, share: ContextShare = WHOLE, served: bool = False) -> Self:
         """This rank's share of the rows of a batch on the CPU, for `steps` TTT steps. `served`: see `reached_by`."""
         positions = host_batch.positions.long()
         reach = reached_by(host_batch, steps, served)
@@ -75,7 +74,7 @@ class Rows:
         """K, the TTT steps."""
         return self.student.shape[1]
 
-    def to(self, device: torch.device) -> Rows:
+    def to(self, device: torch.device) -> Self:
         """On a device, without making the host wait."""
         return on_device(self, device)
 
