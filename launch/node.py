@@ -31,6 +31,7 @@ from specdist_launch.agents import ExitStatus, StopForwarder
 from specdist_launch.events import tell
 from specdist_launch.launcher import Launcher, NodePlacement
 from specdist_launch.local import ranks_per_node
+from specdist_launch.stuck import ending_stuck_ranks
 from specdist_launch.verdict import judge, saved_step
 
 _RECORD_S = 10.0
@@ -79,7 +80,8 @@ class Agent:
         if leads:
             RunDirectory(self._run_dir).create()
             self._begin([node.host for node in meeting.nodes], meeting.ranks)
-        failed = self._run_ranks(meeting, program)
+        with ending_stuck_ranks(self._record):
+            failed = self._run_ranks(meeting, program)
         self._name_killed(failed, stop.reason)
         if not recorded:
             return ExitStatus.GIVE_UP if failed else ExitStatus.DONE
@@ -177,6 +179,7 @@ class Agent:
         elif failed and not self._known() and unwritable(self._home) is None:  # else rank 0 has told it
             ends = ", ".join(f"rank {rank}: {_end(status)}" for rank, status in sorted(failed.items()))
             self._fail(Failure("lost", f"exited without an error message: {ends}", host=self._place.host))
+        self._record.add_stacks()
         if not self._leads:
             return ExitStatus.DONE if self._known() or stopped is not None or not failed else ExitStatus.GIVE_UP
         verdict = judge(self._home, self._job.launch, self._record)

@@ -13,11 +13,12 @@ trace/, trace.json   what every rank recorded of the traced steps, and all of it
 
 import contextlib
 import os
+import re
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TextIO
 
@@ -81,6 +82,8 @@ class Failure:
     pid: int = 0
     """Of the rank's process, where it has not failed by an exception; 0 where that is not known."""
     time: float = field(default_factory=time.time)
+    stacks: dict[str, str] = field(default_factory=dict)
+    """What the threads of each rank were in when it heard of the failure, by its log (ROLE/HOST-rankN)."""
 
     @property
     def headline(self) -> str:
@@ -121,11 +124,17 @@ class Failure:
             lines.append(f"  doing    {self.doing}")
         lines += [f"  {line}" for line in self.traceback.rstrip().splitlines()[-_SHOWN_LINES:]]
         beside = "logs of all ranks beside it" if unwritten is None else f"which cannot be written: {unwritten}"
+        if self.stacks:
+            lines.append(f"  stacks   of {len(self.stacks)} ranks, in the record")
         lines.append(f"  record   {record}; {beside}")
         return "\n".join(lines)
 
 
 _LATER_S = 2.0
+_STACKS = re.compile(r"(?:(?:Current t|T)hread 0x[^\n]*\(most recent call first\):\n(?:  [^\n]*\n)*\n?)+")
+"""As faulthandler writes them, of all threads."""
+_LOOKED_AT = 1 << 18
+"""Bytes at the end of a log in which stacks are looked for."""
 _SHOWN_LINES = 12
 """Lines of a traceback on the terminal; the record has all of them."""
 
@@ -188,6 +197,15 @@ class AttemptRecord:
             own.unlink(missing_ok=True)
         return True
 
+    def add_stacks(self) -> None:
+        """Put the stacks that ranks have written into their logs at the failure into its record."""
+        failure = self.failure()
+        logs = {f"{path.parent.name}/{path.stem}": path for path in sorted(self.directory.glob("*/*-rank*.log"))}
+        found = {name: stacks for name, path in logs.items() if (stacks := _last_stacks(path))}
+        if failure is not None and found:
+            with contextlib.suppress(OSError):  # they are in the logs
+                write_atomically(self.failure_file, to_json(replace(failure, stacks=found)))
+
     def tell(self, failure: Failure, terminal: TextIO) -> None:
         """Record the failure and show it, unless one is on record. It is shown, too, where that cannot be written, and
         is then recorded a little later if it can be: a rank that ends gives room back."""
@@ -226,6 +244,14 @@ class AttemptRecord:
 
     def failure(self) -> Failure | None:
         return read_json(self.failure_file, Failure)
+
+
+def _last_stacks(log: Path) -> str:
+    """The stacks that were written last into a rank's log; empty where there are none."""
+    with log.open("rb") as file:
+        file.seek(max(log.stat().st_size - _LOOKED_AT, 0))
+        found = _STACKS.findall(file.read().decode(errors="replace"))
+    return found[-1] if found else ""
 
 
 def attempts(run_dir: Path) -> list[AttemptRecord]:

@@ -62,6 +62,7 @@ def serving(context: WorldContext, resume: ResumePlan, profile: Profile) -> Iter
             silent_s=4 * job.control.heartbeat_s,
         )
         stack.callback(status.close)
+        stack.callback(context.record.add_stacks)  # once the others have left
         server = stack.enter_context(
             ControlServer(
                 interface,

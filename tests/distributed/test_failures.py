@@ -171,7 +171,9 @@ def test_a_stopped_target_is_noticed_and_named(job: Job) -> None:
     assert words.count(f"specdist: rank 2 (target replica 0 tp 0, host {HOST}): silent for more") == 1, words
     assert (job.failure().kind, job.failure().pid) == ("lost", ranks[2].pid)
     assert f"more than {SILENCE_S} s (control.silence_s)" in words
-    assert sum("Current thread 0x" in log for log in job.logs()) == 2, "where the ranks were that waited for it"
+    stacks = job.failure().stacks
+    assert stacks.keys() == {f"draft/{HOST}-rank0", f"draft/{HOST}-rank1"}, "where the ranks were that waited for it"
+    assert all("Current thread 0x" in text and "trainer.py" in text for text in stacks.values())
 
 
 def test_an_exception_in_the_target_is_the_culprit_not_the_draft_that_waits(job: Job) -> None:

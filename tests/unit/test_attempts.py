@@ -6,6 +6,8 @@ from __future__ import annotations
 import errno
 import io
 import json
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -274,3 +276,31 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="No space left"):
         write_atomically(tmp_path / "outcome.json", "{}")
     assert not list(tmp_path.iterdir())
+
+
+_STUCK = """
+import faulthandler, signal, subprocess, sys, time
+from pathlib import Path
+from specdist.core.attempts import AttemptRecord, Failure
+from specdist_launch import stuck as module
+
+module._LOOK_S, module._SHOW_S, record = 0.1, 0.5, AttemptRecord(Path(sys.argv[1]))
+stuck = "import faulthandler, signal, time; faulthandler.register(signal.SIGQUIT); print(flush=True); time.sleep(99)"
+log = record.directory / "target/h2-rank1.log"
+log.parent.mkdir(parents=True)
+with log.open("w") as file, module.ending_stuck_ranks(record, 0.2):
+    child = subprocess.Popen([sys.executable, "-c", stuck], stdout=subprocess.PIPE, stderr=file)
+    child.stdout.readline()
+    record.fail(Failure("lost", "silent", rank=1))
+    assert child.wait(30) == -signal.SIGKILL
+record.add_stacks()
+"""
+
+
+def test_a_rank_that_outlives_the_failure_shows_where_it_is_and_is_killed(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", _STUCK, tmp_path], check=True, timeout=60)
+    failure = AttemptRecord(tmp_path).failure()
+    assert failure is not None
+    assert list(failure.stacks) == ["target/h2-rank1"]
+    assert failure.stacks["target/h2-rank1"].startswith("Current thread 0x")
+    assert 'File "<string>", line 1 in <module>' in failure.stacks["target/h2-rank1"]
