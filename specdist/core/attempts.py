@@ -44,6 +44,8 @@ class Started:
     step: int = 0
     """Optimizer steps that were saved when it began."""
     time: float = field(default_factory=time.time)
+    number: int = 0
+    """Of this start among the run's, from 1; 0 in earlier versions. Clocks are set back, and hosts' differ."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,9 @@ class AttemptRecord:
 
     def begin(self, started: Started) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.directory / "started.json", to_json(started))
+        earlier = [number for (number, _), record in _begun(self.directory.parent) if record != self]
+        numbered = replace(started, number=max(earlier, default=0) + 1)
+        write_atomically(self.directory / "started.json", to_json(numbered))
 
     def end(self, ending: Ending) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -256,12 +260,12 @@ def _last_stacks(log: Path) -> str:
 
 def attempts(run_dir: Path) -> list[AttemptRecord]:
     """All attempts of a run that have begun, in the order in which they did."""
-    return [record for _, record in sorted(_begun(run_dir), key=lambda pair: pair[0])]
+    return [record for _, record in sorted(_begun(run_dir / "logs"), key=lambda pair: pair[0])]
 
 
-def _begun(run_dir: Path) -> Iterator[tuple[float, AttemptRecord]]:
-    for file in (run_dir / "logs").glob("*/started.json"):
+def _begun(logs: Path) -> Iterator[tuple[tuple[int, float], AttemptRecord]]:
+    for file in logs.glob("*/started.json"):
         record = AttemptRecord(file.parent)
         started = record.started()
         assert started is not None
-        yield started.time, record
+        yield (started.number, started.time), record

@@ -53,10 +53,11 @@ class StopFlag:
         self.reason: StopReason | None = None
         self.detail = ""
         self._interrupted = False
-        self._stop_at = None if deadline is None else deadline - margin_s
+        # By a clock that nobody sets: the batch system counts seconds, too.
+        self._stop_at = None if deadline is None else time.monotonic() + deadline - margin_s - time.time()
 
     def __bool__(self) -> bool:
-        if self.reason is None and self._stop_at is not None and time.time() >= self._stop_at:
+        if self.reason is None and self._stop_at is not None and time.monotonic() >= self._stop_at:
             self.reason = StopReason.TIME_LIMIT
         return self.reason is not None
 

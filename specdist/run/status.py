@@ -93,7 +93,7 @@ def _at_work(status: Status, now: float) -> str:
 
 
 def _alive(state: str, then: float, place: str, now: float) -> str:
-    age = now - then
+    age = max(now - then, 0)  # clocks of hosts differ
     if age > _STALE_S:
         return f"silent: was {state}, but rank 0 has written nothing for {duration(age)}{place}"
     return f"{state}{place}; as of {age:.0f} s ago"

@@ -278,6 +278,15 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
 
 
+def test_starts_stand_in_their_order_though_the_clock_was_set_back(tmp_path: Path) -> None:
+    records = [AttemptRecord(Attempt("7", restart).directory(tmp_path)) for restart in range(3)]
+    for record, moment in zip(records, (1000.0, 900.0, 950.0), strict=True):
+        record.begin(Started("local", ("a",), 2, time=moment))
+    assert attempts(tmp_path) == records
+    records[2].begin(Started("local", ("a",), 2, time=800.0))
+    assert attempts(tmp_path) == records
+
+
 _STUCK = """
 import faulthandler, signal, subprocess, sys, time
 from pathlib import Path
