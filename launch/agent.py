@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import psutil
 
 from specdist.core.errors import UserError
+from specdist.core.files import unfailing
 from specdist.core.launch_env import STOP, TOKEN
 from specdist.core.stop import STOP_SIGNALS, end_with_launcher
 from specdist_launch import words
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end_with_launcher()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # Ray's processes block SIGINT: a child inherits that
     args = _parser().parse_args(argv)
+    sys.stderr = unfailing(sys.stderr.fileno())  # its reader may be gone, and there is an end to account for
     with StopForwarder(_stop_ranks) as stop:  # before the seconds that the other imports take
         if args.secret:
             os.environ[TOKEN] = sys.stdin.readline().strip()

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and those that take what they can."""
+
+from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import msgspec
 
 from specdist.core.errors import DataError, DiskError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 T = TypeVar("T")
 
@@ -30,6 +36,20 @@ def write_atomically(path: Path, text: str) -> None:
             temporary.unlink()
         raise
     sync_directory(path.parent)
+
+
+class _Unfailing(io.FileIO):
+    def write(self, data: ReadableBuffer) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return memoryview(data).nbytes
+
+
+def unfailing(file: Path | int) -> TextIO:
+    """A file to append to, or a descriptor, that drops what it cannot take: no run may end because the disk of its log
+    is full, or who read its terminal is gone."""
+    raw = _Unfailing(file, "a")
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
 def unwritable(directory: Path) -> OSError | None:

@@ -14,12 +14,10 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
+from specdist.core.files import unfailing
 from specdist.core.launch_env import RankFacts
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
 
 SHOW_STACKS = signal.SIGQUIT
 """Has a rank write where all its threads are into its log, also one that runs no Python any more."""
@@ -33,13 +31,10 @@ class RankLog:
     def __init__(self, directory: Path, facts: RankFacts):
         self._directory, self._name = directory, f"{facts.host}-rank{facts.rank}.log"
         self.path = self._place("starting")
-        raw = _Unfailing(self.path, "a")
-        file = io.TextIOWrapper(
-            io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True
-        )
+        file = unfailing(self.path)
         sys.stdout.flush()
         sys.stderr.flush()
-        self.terminal: TextIO = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1)
+        self.terminal = unfailing(os.dup(sys.stderr.fileno()))
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
         sys.stdout = sys.stderr = self.file = file
@@ -65,16 +60,6 @@ class RankLog:
         return path
 
 
-class _Unfailing(io.FileIO):
-    """A file that drops what it cannot take: a run must not end because the disk of its log is full."""
-
-    def write(self, data: ReadableBuffer) -> int:
-        try:
-            return super().write(data)
-        except OSError:
-            return memoryview(data).nbytes
-
-
 class Tee(io.TextIOBase):
     """Writes to a rank's log and to the terminal; what moves the cursor (a live display) to the terminal only."""
 
@@ -84,14 +69,12 @@ class Tee(io.TextIOBase):
     def write(self, text: str) -> int:
         if _ESCAPE not in text:
             self._log.write(text)
-        with contextlib.suppress(BrokenPipeError):  # who read the terminal is gone: the run has to save, and can log
-            self._terminal.write(text)
+        self._terminal.write(text)
         return len(text)
 
     def flush(self) -> None:
         self._log.flush()
-        with contextlib.suppress(BrokenPipeError):
-            self._terminal.flush()
+        self._terminal.flush()
 
     def isatty(self) -> bool:
         return self._terminal.isatty()

@@ -17,8 +17,10 @@ and the progress line shows the few of them in `_LINE`. `specdist status` reads 
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
+import os
 import sys
 import time
 import uuid
@@ -98,8 +100,8 @@ class Tracker(ABC):
 
 
 class JsonlTracker(Tracker):
-    """metrics.jsonl: one object per record, flushed as written. After a resume, records of steps that will be done
-    again are removed, so that the file tells one story."""
+    """metrics.jsonl: one object per record, written as a whole or, on a full disk, not at all. After a resume,
+    records of steps that will be done again are removed, so that the file tells one story."""
 
     def __init__(self, path: Path, resume_step: int = 0):
         kept = []
@@ -107,11 +109,14 @@ class JsonlTracker(Tracker):
             lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= resume_step]
         write_atomically(path, "".join(f"{line}\n" for line in kept))
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
-        self._file.flush()
+        line = (json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n").encode()
+        written = self._file.write(line)
+        if written < len(line):
+            self._file.truncate(self._file.tell() - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         self._file.close()

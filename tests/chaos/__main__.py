@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m tests.chaos --seeds 210 [--first 0] [--results FILE]`: a line a seed, and a table of phases and faults."""
+"""`python -m tests.chaos --seeds 280 [--first 0] [--results FILE]`: a line a seed, and a table of phases and faults."""
 
 from __future__ import annotations
 

@@ -44,10 +44,10 @@ _STARTS = 4
 _DISK = "8m"
 _MISSED = re.compile("is dropped after|has left after|no target replica")
 """What a draft world says when a target world is lost."""
-WORLDS = ("split", "colocated", *(["two"] if mooncake_loads() else []))
-ROLES = {"split": ("",), "colocated": ("",), "two": ("draft", "target")}
+WORLDS = ("split", "colocated", "tensor", *(["two"] if mooncake_loads() else []))
+ROLES = {"split": ("",), "colocated": ("",), "tensor": ("",), "two": ("draft", "target")}
 """The worlds, the one that writes the run directory first."""
-RANKS = {"split": 3, "colocated": 2, "two": 2}
+RANKS = {"split": 3, "colocated": 2, "tensor": 3, "two": 2}
 """Of the first of them."""
 PHASES = ("start", "preflight", "step", "save", "evaluation", "export", "resume")
 
@@ -132,13 +132,15 @@ class Run:
             "control__replica_timeout_s": 40,
             "control__scheduler_timeout_s": 40,
             "checkpoint__give_up_s": 8,
-            "world__join_timeout_s": 12,
+            "world__join_timeout_s": 8,
             "world__wait_timeout_s": 15,
             "metrics__progress": "false",
             "draft__dp": 2,
         }
         if self.world == "colocated":
             settings |= {"world__mode": "colocated"}
+        if self.world == "tensor":
+            settings |= {"target__tp": 2, "draft__dp": 1}
         if self.world == "two":
             settings |= {"channel__transport": "mooncake", "channel__mooncake__stall_s": 2, "target__verify": 0}
         return make_config(self.directory, *self.material, **settings)
@@ -318,15 +320,21 @@ def play(
             if _reach(phase, run, chance):
                 _strike(run, chance.choice(ROLES[world]), FAULTS[name], chance, outcome)
             _go_on(run, outcome)
-            if run.losses() != expected:
-                raise Broken(f"other losses: {run.losses()} instead of {expected}")
+            _compare(run.losses(), expected, whole=name != "full")
             if remains := run.remains():
                 raise Broken(f"left behind: {remains}")
-        except (Broken, psutil.Error, OSError) as error:
+        except (Broken, psutil.Error, OSError, ValueError) as error:
             outcome.broken = f"{type(error).__name__}: {error}"
         finally:
             run.clear()
     return outcome
+
+
+def _compare(found: Losses, expected: Losses, whole: bool) -> None:
+    """Raise Broken unless all losses are the same; on a full disk some may not have been written."""
+    same = found == expected if whole else set(found) <= set(expected) and found[-1:] == expected[-1:]
+    if not same:
+        raise Broken(f"other losses: {found} instead of {expected}")
 
 
 def _strike(run: Run, role: str, fault: Fault, chance: random.Random, outcome: Outcome) -> None:
@@ -335,14 +343,14 @@ def _strike(run: Run, role: str, fault: Fault, chance: random.Random, outcome: O
         return
     if fault.of_rank and not _await(lambda: run.ranks(role) or not run.running(role), run):
         return
-    before, outcome.role = len(attempts(run.path)), role
+    over, outcome.role = sum(known.failure() is not None for known in attempts(run.path)), role
     victims = run.victims(role, chance)
     outcome.hit = fault.strike(victims)
     struck = time.monotonic()
 
     def told() -> Failure | None:
-        known = attempts(run.path)
-        return known[-1].failure() if known and len(known) >= before else None
+        known = attempts(run.path)[over:]
+        return known[-1].failure() if known else None
 
     def seen() -> bool:
         missed = role == "target" and (not run.running(role) or _MISSED.search(_read(run.leader)) is not None)

@@ -4,6 +4,7 @@
 import io
 import json
 import re
+import resource
 import sys
 from contextlib import nullcontext
 
@@ -33,6 +34,22 @@ def test_jsonl_drops_the_steps_that_are_done_again(tmp_path):
     resumed.close()
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(r["step"], r["loss"]) for r in records] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_a_full_disk_leaves_no_part_of_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    tracker.log(1, {"loss": 1.0})
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (10, 0):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, unlimited[1]))
+        try:
+            with pytest.raises(OSError):
+                tracker.log(2, {"loss": 2.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    tracker.log(3, {"loss": 3.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
 
 
 def test_tensorboard_holds_every_figure(tmp_path):
