@@ -9,6 +9,7 @@ Every launcher (this machine, ssh, sbatch, submitit, Ray) starts one of these a 
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -70,8 +71,9 @@ def _stop_ranks(number: int, impatient: bool) -> None:
 
 def _obey_stdin() -> None:
     """Raise each signal that is named on standard input, and SIGTERM at its end, when the launcher is gone."""
-    for line in sys.stdin:
-        os.kill(os.getpid(), signal.Signals[line.strip()])
+    with contextlib.suppress(OSError, KeyError):  # a launcher that is killed may reset the connection, or cut a line
+        for line in sys.stdin:
+            os.kill(os.getpid(), signal.Signals[line.strip()])
     os.kill(os.getpid(), signal.SIGTERM)
 
 

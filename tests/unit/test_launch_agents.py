@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from specdist_launch.agent import _obey_stdin
 from specdist_launch.agents import AgentProcess, ExitStatus, StopForwarder, attend
 
 ECHO = "echo > {ready}; while read name; do echo $name >> {said}; [[ $name == {last} ]] && exit {status}; done; exit 9"
@@ -52,6 +55,26 @@ class Shell:
 @pytest.fixture
 def shell(tmp_path):
     return Shell(tmp_path)
+
+
+@pytest.mark.parametrize("last", [b"", b"SIGTE"])
+def test_an_agent_whose_launcher_is_killed_stops(monkeypatch, last):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        agents = socket.create_connection(server.getsockname())
+        launchers, _ = server.accept()
+    agents.sendall(b"printed, and never read")  # so the kernel resets the connection
+    launchers.sendall(last)
+    select.select([launchers], [], [], 10)
+    launchers.close()
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    monkeypatch.setattr("sys.stdin", agents.makefile())
+    try:
+        _obey_stdin()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        agents.close()
+    assert received == [signal.SIGTERM]
 
 
 class Lost:
