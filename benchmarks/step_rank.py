@@ -113,7 +113,7 @@ class _Rank:
         step = self._bare_step(batch) if self._options["bare"] else self._whole_step(batch)
         (once,) = seconds(step, device, 1, warm=3)  # compiles, and compiles again for lengths that change
         agreed = [min(max(round(REPEAT_S / once), 1), 10)]
-        torch.distributed.broadcast_object_list(agreed, src=0, group=self._groups.control)
+        torch.distributed.broadcast_object_list(agreed, src=0)
         count = agreed[0]
 
         def in_a_row() -> None:

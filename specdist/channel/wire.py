@@ -78,8 +78,7 @@ class Wire:
     def book(self) -> AddressBook:
         if self.address_book is not None:
             return self.address_book
-        # The control group's name tells this set of groups from others of the same world.
-        return store_book(dist.PrefixStore(f"channel/{self.groups.control.group_name}", self.world.store))
+        return store_book(dist.PrefixStore(f"channel/{self.groups.name}", self.world.store))
 
     @property
     def rank(self) -> int:

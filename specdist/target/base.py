@@ -6,9 +6,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from specdist.core.engine_groups import EngineGroups
 from specdist.target.config import TargetConfig
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class Limits:
     """Whether the output of the last layer can be captured."""
 
 
-def _no_groups(config: TargetConfig, replicas: Sequence[Sequence[int]], device: torch.device) -> EngineGroups | None:
-    return None
+MakeGroups = Callable[[timedelta], None]
+"""Makes an engine's process groups, on a target rank, with a timeout for what is done in them."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Engine:
         load: loads the target onto a device. The process group is the replica's where `target.tp` > 1, and all its
             ranks call this; the number is the tokens of the largest batch there will be, None where it is not known.
         limits: what it cannot do.
-        groups: what `make_groups` has to make for it, for replicas of these ranks; called by all ranks of the world.
+        groups: what makes the process groups that it needs, for replicas of these ranks; None: it needs none.
         tested: whether features under this configuration were compared with transformers' before, or cannot be.
         require: raises ConfigError, with what to install, where the engine's library is missing.
         settings: the dataclass of its section of the configuration, `target.NAME`, if it has one.
@@ -78,7 +78,7 @@ class Engine:
         [TargetConfig, TargetDescription, FeatureLayout, torch.device, ProcessGroup | None, int | None], TargetModel
     ]
     limits: Callable[[TargetConfig], Limits] = lambda config: Limits()
-    groups: Callable[[TargetConfig, Sequence[Sequence[int]], torch.device], EngineGroups | None] = _no_groups
+    groups: Callable[[TargetConfig, Sequence[Sequence[int]], torch.device], MakeGroups] | None = None
     tested: Callable[[TargetConfig, TargetDescription], bool] = lambda config, target: True
     require: Callable[[], object] = lambda: None
     settings: type | None = None

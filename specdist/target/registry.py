@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
-    from specdist.core.engine_groups import EngineGroups
     from specdist.core.records import FeatureLayout
-    from specdist.target.base import Engine, TargetModel
+    from specdist.target.base import Engine, MakeGroups, TargetModel
     from specdist.target.description import TargetDescription
 
 log = logging.getLogger(__name__)
@@ -48,9 +47,10 @@ def check_installed(config: TargetConfig) -> None:
     ENGINES[config.engine].require()
 
 
-def engine_groups(config: TargetConfig, replicas: Sequence[Sequence[int]], device: torch.device) -> EngineGroups | None:
-    """What `make_groups` has to make for the engine: every rank of the world asks, whatever its role."""
-    return ENGINES[config.engine].groups(config, replicas, device) if replicas else None
+def engine_groups(config: TargetConfig, replicas: Sequence[Sequence[int]], device: torch.device) -> MakeGroups | None:
+    """What makes the engine's process groups on target ranks, for `make_groups`; None: it needs none."""
+    groups = ENGINES[config.engine].groups
+    return None if groups is None or not replicas else groups(config, replicas, device)
 
 
 def check_target(config: TargetConfig, weights: bool = True) -> TargetDescription:

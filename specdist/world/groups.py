@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joining the world and making its process groups, once, by one function that every rank runs in the same order.
+"""Joining the world and making its process groups, once, by one function that every rank runs.
 
-`new_group` is collective over the world and communicators must be created in the same order everywhere, so nothing
-else in the project makes a group, and afterwards no code uses the default group for data.
+A group is made by its members alone, and connects them alone: no rank waits in it for others, and nothing grows with
+the square of the world. torch names a group by how many its process has made, so all ranks count all groups, in one
+order. Nothing else in the project makes a group, and afterwards no code uses the default group for data.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from specdist.core.engine_groups import EngineGroups
 from specdist.core.errors import ConfigError, WorldError
 from specdist.core.launch_env import RankFacts, Role, launcher_serves_store, rendezvous_address
 from specdist.core.topology import Link, Topology, WorldConfig
@@ -33,12 +34,16 @@ class World:
     store: dist.Store
 
 
+_Make = Callable[[Iterable[int], str], dist.ProcessGroup | None]
+"""Makes the group of some ranks, given its name; None where this rank is none of them."""
+
+
 @dataclass(frozen=True)
 class Groups:
     """The process groups of one rank. A group this rank is no member of is absent, never a placeholder.
 
     Attributes:
-        control: all ranks, gloo: start-up barriers only.
+        name: tells this set of groups from others of the same world.
         replica: this rank's target replica (tensor parallelism), or None.
         draft: all draft ranks, or None where this rank is not one of them.
         draft_cpu: the same ranks with gloo, for agreements on CPU tensors.
@@ -47,7 +52,7 @@ class Groups:
         links: a two-rank group for every link of this rank; none where the transport needs none.
     """
 
-    control: dist.ProcessGroup
+    name: str
     replica: dist.ProcessGroup | None = None
     draft: dist.ProcessGroup | None = None
     draft_cpu: dist.ProcessGroup | None = None
@@ -86,7 +91,9 @@ def join_world(config: WorldConfig, facts: RankFacts) -> World:
     here = dist.PrefixStore("specdist/roll-call", store)
     entries, _ = call.answer(here, [facts.host, facts.node_role], lambda x: _missing_ranks(x, facts, timeout_s))
     hosts, roles = zip(*entries, strict=True)
-    with _forming(facts, "the world", config.wait_timeout_s):
+    os.environ.pop("TORCH_DIST_INIT_BARRIER", None)  # of the whole world, at every group
+    # The default group has a name and a place for every rank, and is not used: it connects no two of them.
+    with _forming(facts, "the world", config.wait_timeout_s), _environment("TORCH_GLOO_LAZY_INIT", "1"):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("specdist/world", store),
@@ -130,6 +137,17 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 @contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ |= {} if before is None else {name: before}
+
+
+@contextmanager
 def _forming(facts: RankFacts, what: str, timeout_s: float) -> Iterator[None]:
     """Say in words what torch.distributed was doing when it failed."""
     try:
@@ -143,28 +161,37 @@ def _forming(facts: RankFacts, what: str, timeout_s: float) -> Iterator[None]:
 
 
 def make_groups(
-    topology: Topology, world: World, link_backend: str | None, timeout_s: float, engine: EngineGroups | None = None
+    topology: Topology,
+    world: World,
+    link_backend: str | None,
+    timeout_s: float,
+    engine: Callable[[timedelta], None] | None = None,
 ) -> Groups:
-    """Create every group of the topology, and the engine's. All ranks call it once, right after `join_world`.
-    `link_backend`: of the two-rank group of every link; None: links have no groups."""
+    """Create the groups of this rank. All ranks call it, after `join_world`.
+
+    Args:
+        link_backend: of the two-rank group of every link; None: links have no groups.
+        engine: makes the groups of the target's engine, with a timeout for what is done in them; of all target ranks.
+    """
     with _forming(world.facts, "the topology", timeout_s):
         groups = _make_groups(topology, world, link_backend, timeout_s)
-        if engine is not None:  # last, because target ranks may import the engine first, which takes long
-            _make_engine_groups(
-                engine, topology.target_place(world.facts.rank) is not None, timedelta(seconds=timeout_s)
-            )
+        if engine is not None and topology.target_place(world.facts.rank) is not None:
+            engine(timedelta(seconds=timeout_s))  # last: other ranks do not count them
         return groups
 
 
 def _make_groups(topology: Topology, world: World, link_backend: str | None, timeout_s: float) -> Groups:
     rank, timeout = world.facts.rank, timedelta(seconds=timeout_s)
+    counted = dist.distributed_c10d._world  # noqa: SLF001
+    name = str(counted.group_count)
 
     def group(ranks: Iterable[int], name: str, backend: str | None = None) -> dist.ProcessGroup | None:
         members = sorted(ranks)
-        made = dist.new_group(members, timeout=timeout, backend=backend, group_desc=name)
-        return made if rank in members else None
+        if rank in members:
+            return dist.new_group(members, timeout=timeout, backend=backend, group_desc=name)
+        counted.group_count += 1  # the name of the next one
+        return None
 
-    control = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
     replica = None
     for r, ranks in enumerate(topology.replicas):
         made = group(ranks, f"target replica {r}")
@@ -174,28 +201,21 @@ def _make_groups(topology: Topology, world: World, link_backend: str | None, tim
         draft = group(topology.draft_ranks, "draft")
         draft_cpu = group(topology.draft_ranks, "draft cpu", "gloo")
         checkpoint = group(topology.draft_ranks, "checkpoint", "gloo")
-        draft_mesh = _draft_mesh(topology, world, group)
+        draft_mesh = _draft_mesh(topology, world, group, draft)
     links = {}
     for link in topology.links if link_backend is not None else ():
         made = group((link.source, link.destination), f"link {link.source} to {link.destination}", link_backend)
         if made is not None:
             links[link] = made
-    return Groups(control, replica, draft, draft_cpu, checkpoint, draft_mesh, links)
+    return Groups(name, replica, draft, draft_cpu, checkpoint, draft_mesh, links)
 
 
-def _make_engine_groups(engine: EngineGroups, target: bool, timeout: timedelta) -> None:
-    if target:
-        engine.make(timeout)
-        return
-    for ranks, backend in engine.calls:
-        dist.new_group(list(ranks), timeout=timeout, backend=backend)
-
-
-def _draft_mesh(topology: Topology, world: World, group) -> DeviceMesh | None:  # type: ignore[no-untyped-def]
-    """A true ("dp", "cp") mesh over the subset of draft ranks, from groups that all ranks helped to create."""
+def _draft_mesh(topology: Topology, world: World, group: _Make, draft: dist.ProcessGroup | None) -> DeviceMesh | None:
+    """A true ("dp", "cp") mesh over the draft ranks alone, of which `draft` is the group."""
     ranks = torch.tensor(topology.draft)
-    own = {}
-    for dim, rows in {"dp": ranks.T, "cp": ranks}.items():
+    dims = {"cp": ranks} if ranks.size(1) == 1 else {"dp": ranks.T, "cp": ranks}
+    own = {} if draft is None else {"dp": draft}
+    for dim, rows in dims.items():
         for i, row in enumerate(rows.tolist()):
             made = group(row, f"draft {dim} {i}")
             if made is not None:

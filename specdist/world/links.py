@@ -59,7 +59,7 @@ def _await_all(topology: Topology, groups: Groups, world: World, timeout_s: floa
             f"({key}), {named}"
         )
 
-    call.answer(dist.PrefixStore(f"links/{groups.control.group_name}", world.store), None, missing)
+    call.answer(dist.PrefixStore(f"links/{groups.name}", world.store), None, missing)
 
 
 def _pairs(links: list[Link], topology: Topology) -> str:

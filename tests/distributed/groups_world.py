@@ -87,7 +87,7 @@ def use_mesh(mesh: DeviceMesh) -> dict[str, object]:
 
 
 def report_groups(topology: Topology, groups: Groups, world: World) -> dict[str, object]:
-    own = {"control": groups.control, "replica": groups.replica, "draft": groups.draft}
+    own = {"replica": groups.replica, "draft": groups.draft}
     own |= {"draft_cpu": groups.draft_cpu, "checkpoint": groups.checkpoint}
     report: dict[str, object] = {name: group and total(group) for name, group in own.items()}
     report["links"] = [asdict(link) for link in groups.links]

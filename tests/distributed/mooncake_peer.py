@@ -35,7 +35,7 @@ def wire_of(rank: int, store: dist.Store) -> Wire:
     facts = RankFacts(rank=rank, world_size=2, local_rank=0, local_world_size=1, node=rank, host="ab"[rank])
     world = World(facts, torch.device("cpu"), TOPOLOGY.hosts, (None, None), store)
     config = ChannelConfig(transport="mooncake", mooncake=CONFIG)
-    groups = Groups(control=None)  # type: ignore[arg-type]
+    groups = Groups("")
     return Wire(config, TOPOLOGY, world, groups, LAYOUT, PATIENCE_S, address_book=store_book(store))
 
 

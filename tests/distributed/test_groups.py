@@ -31,8 +31,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_a_rank_has_its_own_groups_and_no_others(reports: list[dict[str, Any]]) -> None:
-    everyone, draft = [0, 1, 2, 3, 4], [1, 2, 3, 4]
-    assert [report["control"] for report in reports] == [everyone] * 5
+    draft = [1, 2, 3, 4]
     assert [report["replica"] for report in reports] == [[0], None, None, None, None]
     for name in ("draft", "draft_cpu", "checkpoint"):
         assert [report[name] for report in reports] == [None, draft, draft, draft, draft]

@@ -105,7 +105,7 @@ def wire(rank: int, timeout_s: float = 20.0) -> Wire:
     facts = RankFacts(rank, 2, local_rank=0, local_world_size=1, node=rank, host=HOSTS[rank])
     world = World(facts, torch.device("cpu"), HOSTS, (None, None), dist.HashStore())
     link: Any = object()
-    groups = Groups(link, links={Link(0, 1): link})
+    groups = Groups("", links={Link(0, 1): link})
     layout = FeatureLayout((0, 1, 2), 4, True, torch.bfloat16)
     return Wire(ChannelConfig(transport="nccl"), TOPOLOGY, world, groups, layout, timeout_s)
 

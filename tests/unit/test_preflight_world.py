@@ -25,7 +25,7 @@ from specdist.world.groups import Groups, World
 from tests.tiny import make_config
 
 HOSTS = ("n1", "n2", "n3")
-GROUPS: Any = Groups(None)  # type: ignore[arg-type]
+GROUPS = Groups("")
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ COMMUNICATORS = "use_(pynccl|custom|mscclpp|torch_symm)"
 
 
 def group_lists(replicas: Sequence[Sequence[int]], ep: int) -> GroupLists:
-    """What `make_coordinators` makes, in its order: known, and mirrored, on ranks that never import SGLang."""
+    """What `make_coordinators` makes, in its order."""
     whole = [list(ranks) for ranks in replicas]
     lists = [("world", whole), ("tp", whole), ("single", [[rank] for ranks in whole for rank in ranks])]
     tp = len(whole[0])
@@ -49,8 +49,7 @@ def group_lists(replicas: Sequence[Sequence[int]], ep: int) -> GroupLists:
 def make_coordinators(lists: GroupLists, device: torch.device, ep: int, timeout: timedelta) -> None:
     """Make SGLang's parallel groups over parts of the world, and leave them where SGLang looks for them.
 
-    Every target rank calls it. Each list costs two collective `new_group` calls, one for the device's backend and one
-    for gloo, which every other rank of the world makes as well.
+    Every target rank calls it, and counts the groups of all.
     """
     _import(device)
     from sglang.srt.distributed import parallel_state

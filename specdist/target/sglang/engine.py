@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from specdist.core.engine_groups import EngineGroups
 from specdist.core.errors import ConfigError
 from specdist.core.model_config import quantisation, read, state_values, weight_block
-from specdist.target.base import Engine, Limits, TargetModel, common_divisors, weights_and_activations
+from specdist.target.base import Engine, Limits, MakeGroups, TargetModel, common_divisors, weights_and_activations
 from specdist.target.config import TargetConfig
 from specdist.target.sglang import support, versions
 from specdist.target.sglang.config import STATES, SglangConfig, settings_of
@@ -93,15 +92,12 @@ def limits(config: TargetConfig) -> Limits:
     return Limits(settings_of(config).prefill_tokens, "target.sglang.prefill_tokens", last_layer=False)
 
 
-def groups(config: TargetConfig, replicas: Sequence[Sequence[int]], device: torch.device) -> EngineGroups:
-    """SGLang's parallel groups, as every rank of the world has to know them."""
+def groups(config: TargetConfig, replicas: Sequence[Sequence[int]], device: torch.device) -> MakeGroups:
+    """SGLang's parallel groups."""
     from specdist.target.sglang import adapter
 
     ep = settings_of(config).ep
-    lists = adapter.group_lists(replicas, ep)
-    backends = (adapter.backend(device), "gloo")  # a coordinator has a group of each
-    calls = [(ranks, backend) for _, divided in lists for ranks in divided for backend in backends]
-    return EngineGroups(calls, partial(adapter.make_coordinators, lists, device, ep))
+    return partial(adapter.make_coordinators, adapter.group_lists(replicas, ep), device, ep)
 
 
 def tested(config: TargetConfig, target: TargetDescription) -> bool:
