@@ -117,9 +117,9 @@ class Producer:
         return self.report
 
     def _may_launch(self) -> bool:
-        """One forward runs and one is queued behind it, so that the device never waits for the host. Where forwards meet
-        in collectives none is queued: ranks would issue it before or behind the sends of the one that runs, each as it
-        finds that finished, and must all do the same (specdist/channel/p2p.py)."""
+        """One forward runs and one is queued behind it, so that the device never waits for the host. Of a replica of
+        several ranks none is queued: each would issue it, and the collectives in it, before or behind the sends of the
+        one that runs, as it finds that finished, and all must do the same (specdist/channel/p2p.py)."""
         return bool(self._queue) and len(self._running) < min(2 if self._alone else 1, self._sender.buffers)
 
     def _poll(self) -> list[Message]:
