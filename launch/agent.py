@@ -23,6 +23,7 @@ from specdist.core.errors import UserError
 from specdist.core.files import unfailing
 from specdist.core.launch_env import STOP, TOKEN
 from specdist.core.stop import STOP_SIGNALS, end_with_launcher
+from specdist.core.troubleshooting import told
 from specdist_launch import words
 from specdist_launch.agents import ExitStatus, StopForwarder
 from specdist_launch.launcher import Launcher, placement_from_arguments
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             job, launcher = words.load(args.config), LAUNCHERS["slurm" if args.slurm else args.launcher]
             return Agent(job, launcher, launcher.placement(args)).run(program, args.module == TRAIN, stop)
         except UserError as error:
-            print(f"specdist: {error}", file=sys.stderr)
+            print(told(error), file=sys.stderr)
             return ExitStatus.USER_ERROR
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import specdist
 from specdist.core.errors import UserError, WorldError
 from specdist.core.stop import leave
+from specdist.core.troubleshooting import told
 from specdist_launch import plan, reading, ssh, words
 from specdist_launch.agents import ExitStatus
 from specdist_launch.ray import launch as ray
@@ -27,6 +28,23 @@ Command = Callable[..., argparse.ArgumentParser]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        with _naming_sources(args):
+            return int(args.run(args))
+    except WorldError as error:  # what has not answered may be waited for by a thread, too
+        print(told(error), file=sys.stderr)
+        leave(ExitStatus.USER_ERROR)
+    except UserError as error:
+        print(told(error), file=sys.stderr)
+        return ExitStatus.USER_ERROR
+    except KeyboardInterrupt:
+        print("specdist: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The words of a command; options that are keys by other names are among `config`. Exits where they are wrong."""
     parser = _parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks: eval "$(register-python-argcomplete specdist)"
         import argcomplete
@@ -41,18 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keys = [f"{key}={json.dumps(value)}" for key, value in options.items()]  # quoted: 4:00:00 is a number to YAML
     if rest or keys:
         args.config += [*rest, *keys]
-    try:
-        with _naming_sources(args):
-            return int(args.run(args))
-    except WorldError as error:  # what has not answered may be waited for by a thread, too
-        print(f"specdist: {error}", file=sys.stderr)
-        leave(ExitStatus.USER_ERROR)
-    except UserError as error:
-        print(f"specdist: {error}", file=sys.stderr)
-        return ExitStatus.USER_ERROR
-    except KeyboardInterrupt:
-        print("specdist: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

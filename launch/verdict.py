@@ -24,6 +24,7 @@ from specdist.core.files import unwritable
 from specdist.core.launch_env import Attempt
 from specdist.core.run_lock import holder
 from specdist.core.stop import StopReason
+from specdist.core.troubleshooting import told
 from specdist.job.launch_config import LaunchConfig
 from specdist.job.run_dir import RunDirectory
 from specdist_launch import words
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         job = words.load(args.config)
     except UserError as error:
-        print(f"specdist: {error}", file=sys.stderr)
+        print(told(error), file=sys.stderr)
         return USER_ERROR
     attempt = Attempt.from_environment()
     directory = home(job, attempt)

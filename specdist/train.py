@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from specdist.core.errors import ConfigError, Dismissed, UserError
 from specdist.core.launch_env import Attempt, RankFacts, rank_arguments
 from specdist.core.stop import end_with_launcher, leave
+from specdist.core.troubleshooting import told
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             raise ConfigError.at("run.dir", f": {job.run.dir} cannot be written on {facts.host}: {error}") from error
     except UserError as error:
-        print(f"specdist: {error}", file=sys.stderr, flush=True)
+        print(told(error), file=sys.stderr, flush=True)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=log.file)
     logging.getLogger("torch.distributed").setLevel(logging.WARNING)

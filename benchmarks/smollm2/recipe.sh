@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# From prompts to drafts that are served, on one GPU with SGLang: docs/recipe.md tells what comes of it.
+# From prompts to drafts that are served, on one GPU with SGLang: docs/recipes.md tells what comes of it.
 #   benchmarks/smollm2/recipe.sh MATERIAL OUTPUT [key=value ...]     MATERIAL: of material.py; the keys are for training
 # Every step goes on where a killed one stopped. The drafts are trained side by side: the target is small, and leaves the GPU to all of them.
 set -euo pipefail

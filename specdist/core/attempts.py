@@ -24,6 +24,7 @@ from typing import Any, Literal, Self, TextIO
 
 import msgspec
 
+from specdist.core import troubleshooting
 from specdist.core.errors import DataError, DiskError, UserError, WorldError
 from specdist.core.files import of_full_disk, read_json, to_json, write_atomically
 from specdist.core.stop import StopReason
@@ -129,6 +130,8 @@ class Failure:
         if self.stacks:
             lines.append(f"  stacks   of {len(self.stacks)} ranks, in the record")
         lines.append(f"  record   {record}; {beside}")
+        if anchor := troubleshooting.entry(self.message):
+            lines.append(f"  see      {troubleshooting.PAGE}#{anchor}")
         return "\n".join(lines)
 
 

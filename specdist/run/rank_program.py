@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from specdist.core.errors import UserError
 from specdist.core.launch_env import RankFacts, rank_arguments
 from specdist.core.stop import end_with_launcher, leave
+from specdist.core.troubleshooting import told
 from specdist.job.config import JobConfig, load_job
 
 
@@ -22,7 +23,7 @@ def rank_status(
     try:
         return part(load_job(args.config, args.overrides), RankFacts.from_environment())
     except UserError as error:
-        print(f"specdist: {error}", file=sys.stderr, flush=True)
+        print(told(error), file=sys.stderr, flush=True)
         return 2
 
 

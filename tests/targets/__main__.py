@@ -28,7 +28,7 @@ Every family below as a tiny random model of its published configuration, taken 
 logits, the draft derived from it, training, replay against decoding, export. Either everything is right in fp32
 (features within 1e-5), or `specdist plan` refuses it with the words that stand here.
 
-- **prefill**: whether the documents of an item share a forward, or run one by one, which is slower.
+- **prefill**: whether the documents of a batch share a forward, or run one by one, which is slower.
 - **dflash**, **dspark**: SGLang drafts blocks beside the architectures of `specdist/draft/block/served.py`; the others
   were exported for vLLM (`export.formats=[speculators]`), which `specdist plan` asks for.
 - **decoding**: whether `specdist eval --decode` can check the figures of replay by decoding: not beside layers with a
