@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One node's part of a job: join the agents of the other nodes, run this node's ranks, record how they ended."""
+"""One node's part of a job: join the agents of the other nodes, run its ranks, record and tell how they ended."""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +29,6 @@ from specdist.job.config import JobConfig, home
 from specdist.job.run_dir import RunDirectory
 from specdist.world.roll_call import Meeting, Node, meet, serve_store
 from specdist_launch.agents import ExitStatus, StopForwarder
-from specdist_launch.events import tell
 from specdist_launch.launcher import Launcher, NodePlacement
 from specdist_launch.local import ranks_per_node
 from specdist_launch.stuck import ending_stuck_ranks
@@ -204,3 +204,18 @@ class Agent:
 
 def _end(status: int) -> str:
     return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+_LIMIT_S = 60.0
+
+
+def tell(command: str, run_dir: Path, record: AttemptRecord, reason: str) -> None:
+    """Run `command` for the end of an attempt. What is wrong with it is said, and stops nothing."""
+    ending = record.ending()
+    event = "failed" if ending is None or record.failed() is not None else ending.state
+    told = {"EVENT": event, "REASON": reason, "RUN_DIR": str(run_dir.absolute()), "ATTEMPT": record.name}
+    environment = os.environ | {f"SPECDIST_{name}": value for name, value in told.items()}
+    try:
+        subprocess.run(command, shell=True, check=True, timeout=_LIMIT_S, env=environment, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"specdist: launch.on_event: {error}", file=sys.stderr)

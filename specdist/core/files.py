@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are there whole or not at all, and those that take what they can."""
+"""Files that are there whole or not at all, those that take what they can, and locks between processes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import contextlib
 import errno
 import io
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import msgspec
+from filelock import FileLock, Timeout
 
 from specdist.core.errors import DataError, DiskError
 
@@ -101,3 +104,27 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+LOOK_S = 0.5
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Callable[[float], object]) -> Iterator[bool]:
+    """Hold the lock file `path`; whether it is held: a file system without locks, or one that cannot be written, keeps
+    nobody away, and says so. `waiting`: called twice a second while another process has it, with the seconds so far;
+    what it raises ends the wait."""
+    lock, began = FileLock(path, fallback_to_soft=False), time.monotonic()  # a soft one of a lost host stays
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=LOOK_S)
+            except Timeout:
+                waiting(time.monotonic() - began)
+    except OSError as error:
+        print(f"specdist: {path} cannot be locked: {error}", file=sys.stderr, flush=True)
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from specdist.core.errors import ConfigError, DataError, WorldError
-from specdist.core.locked import locked
+from specdist.core.files import locked
 from specdist.core.worker import Worker
 
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")

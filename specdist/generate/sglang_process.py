@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 from specdist.generate.engine_child import begin, serve
-from specdist.target.sglang.known_configs import known_configs_may_come_again
+from specdist.target.sglang.versions import known_configs_may_come_again
 
 _FOR_GOOD = known_configs_may_come_again()
 _FOR_GOOD.__enter__()  # here, for the processes that SGLang starts import this module before SGLang, too

@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import TextIO
 
 from specdist.core.errors import ConfigError, DataError, WorldError
-from specdist.core.files import of_full_disk, sync_directory, unwritable
+from specdist.core.files import locked, of_full_disk, sync_directory, unwritable
 from specdist.core.generation import end_tokens
-from specdist.core.locked import locked
 from specdist.core.progress_bar import ProgressBar
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import ANSWERED

@@ -16,8 +16,14 @@ from specdist.core.model_config import has_experts
 from specdist.core.records import PackedTokens, Shard
 from specdist.draft.base import Replayed
 from specdist.draft.build import parameter_count
-from specdist.evaluate.forecast import forward_seconds, memory_bandwidth
-from specdist.evaluate.replay import ReplayReport, ReplayTally, foreign_text, tally_answers
+from specdist.evaluate.replay import (
+    ReplayReport,
+    ReplayTally,
+    foreign_text,
+    forward_seconds,
+    memory_bandwidth,
+    tally_answers,
+)
 from specdist.evaluate.shown import SHOWN_ANSWERS, Decodes, ShownAnswer, show_answers
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.render import load_tokenizer

@@ -17,7 +17,7 @@ from torch import Tensor
 from specdist.core.records import TargetVocabulary
 from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.build import build_draft
-from specdist.draft.common.rotary import Rotary
+from specdist.draft.common.layers import Rotary
 from specdist.draft.config import DraftConfig, draft_config
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.dflash.model import DFlashDraft

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdist.core.records import TargetVocabulary
 from specdist.draft.build import build_draft
-from specdist.draft.common.rotary import Rotary
+from specdist.draft.common.layers import Rotary
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.model import Eagle3Draft

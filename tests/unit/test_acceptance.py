@@ -16,10 +16,9 @@ from specdist.draft.build import build_draft
 from specdist.draft.config import draft_config
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.draft.eagle3.config import Eagle3Config
-from specdist.evaluate import acceptance
-from specdist.evaluate.acceptance import choose
+from specdist.evaluate import decoding
 from specdist.evaluate.config import EvaluateConfig
-from specdist.evaluate.decoding import decode
+from specdist.evaluate.decoding import choose, decode
 from specdist.evaluate.target import EvaluationTarget
 
 VOCAB, HEAT = 5, 0.7
@@ -66,7 +65,7 @@ def test_a_biased_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         patched.setattr(torch.Tensor, "clamp", lambda tensor, min: torch.zeros_like(tensor))  # falls back to p
         assert chi_square(*pairs(None)) > 10 * FAR
     rand = torch.rand
-    monkeypatch.setattr(acceptance.torch, "rand", lambda *shape, **more: 0.8 * rand(*shape, **more))
+    monkeypatch.setattr(decoding.torch, "rand", lambda *shape, **more: 0.8 * rand(*shape, **more))
     assert chi_square(*pairs(None)) > 2 * FAR
 
 

@@ -14,7 +14,7 @@ from specdist.core.config import load
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import TargetVocabulary
 from specdist.draft.build import build_draft, parameter_count
-from specdist.draft.common.rotary import Rotary, rotate
+from specdist.draft.common.layers import Rotary, rotate
 from specdist.draft.common.sizes import rope_parameters
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.config import DraftConfig, draft_config

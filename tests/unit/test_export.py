@@ -18,7 +18,7 @@ from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import TargetVocabulary
 from specdist.draft.build import build_draft
-from specdist.draft.common.rotary import Rotary
+from specdist.draft.common.layers import Rotary
 from specdist.draft.common.yarn import engine_factors
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3 import export as eagle3_export

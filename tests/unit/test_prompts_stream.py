@@ -10,8 +10,7 @@ import pytest
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.progress import Batching, Cursor
 from specdist.core.records import WorkItem
-from specdist.prompts.shuffle import Shuffle
-from specdist.prompts.stream import COUNTED, Sizes, Stream
+from specdist.prompts.stream import COUNTED, Shuffle, Sizes, Stream
 
 BUDGET = 256
 

@@ -11,8 +11,7 @@ import torch
 
 from specdist.core.files import to_json
 from specdist.core.records import PackedTokens
-from specdist.evaluate.forecast import forward_seconds
-from specdist.evaluate.replay import ReplayReport, ReplayTally, render_replay, tally_answers
+from specdist.evaluate.replay import ReplayReport, ReplayTally, forward_seconds, render_replay, tally_answers
 from specdist.evaluate.shown import ShownAnswer, draft_positions, show_answers
 from tests.tiny import make_tokenizer
 

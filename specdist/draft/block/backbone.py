@@ -20,7 +20,7 @@ from specdist.draft.block.options import BlockDims, BlockOptions
 from specdist.draft.block.proposer import BlockProposer
 from specdist.draft.block.replay import replay
 from specdist.draft.common.flex import takes_flex
-from specdist.draft.common.rotary import Rotary
+from specdist.draft.common.layers import Rotary
 from specdist.draft.common.vocabulary import DraftVocabulary
 
 

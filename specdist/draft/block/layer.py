@@ -12,8 +12,7 @@ from torch.nn import functional
 from specdist.draft.block.attention import BlockAttention, KeysValues
 from specdist.draft.block.options import BlockDims
 from specdist.draft.common.compiling import compiled
-from specdist.draft.common.mlp import MLP, swiglu
-from specdist.draft.common.rotary import rotate
+from specdist.draft.common.layers import MLP, rotate, swiglu
 from specdist.draft.common.sizes import LayerSizes
 
 Rotation = tuple[Tensor, Tensor]

@@ -8,8 +8,7 @@ that one with the parameters, for all steps.
 import torch
 from torch import Tensor, nn
 
-from specdist.draft.common.mlp import MLP
-from specdist.draft.common.rotary import rotate
+from specdist.draft.common.layers import MLP, rotate
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.latent import Latent
 

@@ -15,7 +15,7 @@ from specdist.core.errors import ConfigError
 from specdist.core.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
 from specdist.draft.base import DraftModel, Replayed, Supervision
 from specdist.draft.common.flex import takes_flex
-from specdist.draft.common.rotary import Rotary, rotate
+from specdist.draft.common.layers import Rotary, rotate
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.attention import DocumentAttention, eager_attention, flex_attention
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims, turned

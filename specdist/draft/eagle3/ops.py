@@ -10,8 +10,8 @@ Shapes: n rows, H hidden, I intermediate, Hq and Hkv heads of D, k own keys of e
 import torch
 from torch import Tensor
 
+from specdist.draft.common.layers import rotate
 from specdist.draft.common.precision import at_least_fp32
-from specdist.draft.common.rotary import rotate
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.target.sglang import versions
-from specdist.target.sglang.known_configs import known_configs_may_come_again
+from specdist.target.sglang.versions import known_configs_may_come_again
 
 GroupLists = list[tuple[str, list[list[int]]]]
 """The groups of ranks SGLang's coordinators are made of: a name, and the lists that divide the target ranks."""

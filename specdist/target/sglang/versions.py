@@ -6,10 +6,12 @@
 
 import ast
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any
 
 from packaging.version import Version
 
@@ -79,3 +81,21 @@ def _fields(file: Path, of: str | None = None) -> Iterable[str]:
             for entry in node.body:
                 if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name):
                     yield entry.target.id
+
+
+@contextmanager
+def known_configs_may_come_again() -> Iterator[None]:
+    """SGLang registers configurations of models that a newer transformers (5.17) has learnt meanwhile, and the second
+    registration is an error unless it says that it may be one: for while SGLang is imported."""
+    from transformers import AutoConfig
+
+    register = AutoConfig.__dict__["register"]
+
+    def register_again(model_type: str, config: Any, exist_ok: bool = False) -> None:
+        register.__func__(model_type, config, exist_ok=True)
+
+    AutoConfig.register = staticmethod(register_again)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AutoConfig.register = register  # type: ignore[method-assign]

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embedding of a draft: frequencies from transformers, applied in fp32 to packed heads."""
+"""What decoder layers of drafts are made of: rotary positions, with frequencies from transformers, applied in fp32 to
+packed heads; and the gated MLP. Attribute names are the exported tensor names."""
 
 from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from specdist.draft.common.sizes import LayerSizes
@@ -41,3 +43,22 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `heads` [T, n, D] by half-split pairs (d, d + D/2), as Llama does; computed in the precision of cos."""
     first, second = heads.to(torch.promote_types(heads.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads.dtype)
+
+
+class MLP(nn.Module):
+    """The gated MLP of Llama."""
+
+    def __init__(self, sizes: LayerSizes, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        hidden, intermediate = sizes.hidden_size, sizes.intermediate_size
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False, device=device, dtype=dtype)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False, device=device, dtype=dtype)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """What the MLP does between its products."""
+    return functional.silu(gate) * up
