@@ -35,16 +35,16 @@ def overview(root: Path) -> str:
     rows = [["run", "step", "acceptance length", "state"]]
     for path in sorted(path for path in found if path.parent not in found):  # an evaluation is a job in its run's
         step, length = (_figures(path).get(name, "") for name in ("step", "held_out/acceptance_length"))
-        rows.append([str(path), step, length, _state(path)])
+        rows.append([str(path), step, length, state(path)])
     return _table(rows)
 
 
 def compare(directories: Sequence[Path]) -> str:
     """Figures of runs, and the keys in which their configurations differ, beside each other. Raises ConfigError."""
-    rows = [["", *map(str, directories)], ["state", *map(_state, directories)]]
+    rows = [["", *map(str, directories)], ["state", *map(state, directories)]]
     figures = [_figures(path) for path in directories]
     rows += [[name, *(found.get(name, "") for found in figures)] for name in _FIGURES]
-    configs = [dict(_flat(_config(path))) for path in directories]
+    configs = [configuration(path) for path in directories]
     for key in dict.fromkeys(key for config in configs for key in config):
         values = [str(config.get(key, "")) for config in configs]
         if key != "run.dir" and len(set(values)) > 1:
@@ -52,17 +52,17 @@ def compare(directories: Sequence[Path]) -> str:
     return _table(rows)
 
 
-def _config(path: Path) -> Mapping[str, Any]:
-    """The configuration of a run; nothing of one that has not been accepted."""
+def configuration(path: Path) -> dict[str, Any]:
+    """The values of a run's configuration by full key; nothing of one that has not been accepted."""
     file = RunPaths(path).config
     try:
         found = yaml.safe_load(file.read_text()) if file.exists() else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is no configuration: {error}") from error
-    return found if isinstance(found, dict) else {}
+        raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    return dict(_flat(found)) if isinstance(found, dict) else {}
 
 
-def _state(path: Path) -> str:
+def state(path: Path) -> str:
     """What `specdist status` says first of it."""
     return describe(path).splitlines()[0].removeprefix(f"{path}: ")
 

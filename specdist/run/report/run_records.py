@@ -8,15 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from specdist.core.attempts import AttemptRecord, attempts
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.files import read_json
 from specdist.core.run_paths import RunPaths
 from specdist.evaluate.replay import ReplayReport
+from specdist.run.runs import configuration, state
 from specdist.run.start_up import RankStart, read_starts
 from specdist.run.status import Status, describe
 
@@ -50,7 +47,7 @@ class RunRecords:
     @property
     def state(self) -> str:
         """What `specdist status` says first of it."""
-        return describe(self.paths.path).splitlines()[0].removeprefix(f"{self.paths.path}: ")
+        return state(self.paths.path)
 
     @property
     def failure(self) -> str:
@@ -116,16 +113,14 @@ def _read(path: Path, name: str) -> RunRecords:
     try:
         records = _metrics(paths.metrics)
         if not records:
-            state = describe(path).splitlines()[0]
-            raise ConfigError(f"nothing to report yet: {paths.metrics} has no record; {state}")
+            raise ConfigError(f"nothing to report yet: {paths.metrics} has no record; {describe(path).splitlines()[0]}")
         held_out = [record for record in records if f"{HELD_OUT}loss" in record]
-        config = _flat(OmegaConf.to_container(OmegaConf.load(paths.config)))
         evaluations = [_evaluation(file) for file in sorted((path / "evaluations").glob("step-*.json"))]
         last = max(record["step"] for record in records)
         return RunRecords(
             paths,
             name,
-            config,
+            configuration(path),
             [record for record in records if "loss" in record],
             [{key.removeprefix(HELD_OUT): value for key, value in record.items()} for record in held_out],
             [one for one in evaluations if one.step <= last],
@@ -134,7 +129,7 @@ def _read(path: Path, name: str) -> RunRecords:
             read_json(paths.status, Status),
             attempts(path),
         )
-    except (OSError, OmegaConfBaseException, YAMLError) as error:
+    except OSError as error:
         raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
@@ -158,13 +153,6 @@ def _evaluation(file: Path) -> ReplayReport:
         return ReplayReport.from_dict(json.loads(file.read_text()))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file}: not what specdist writes there: {type(error).__name__}: {error}") from error
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
