@@ -117,11 +117,8 @@ class Agent:
 
     def _run_ranks(self, meeting: Meeting, program: Sequence[str]) -> dict[int, int]:
         """Run `python PROGRAM` once for every rank of this node and wait for their end: torchrun's agent with a static
-        rendezvous. `PYTHON_EXEC` in the environment names another interpreter for them, as for torchrun.
-
-        Returns:
-            The exit status of each rank that failed first on this node; negative: the signal that killed it.
-        """
+        rendezvous. `PYTHON_EXEC` in the environment names another interpreter for them, as for torchrun. Returns the
+        exit status of each rank that failed first on this node; negative: the signal that killed it."""
         place, nodes = self._place, len(meeting.nodes)
         os.environ.update(self._environment())
         for name in _LOUD:

@@ -61,12 +61,8 @@ class Parcel:
 
 
 class Plain:
-    """Rows travel as they are, and transports count tokens.
-
-    Attributes:
-        layout: of the rows that the target writes and the draft reads.
-        wire: of what transports move.
-    """
+    """Rows travel as they are, and transports count tokens. `layout`: of the rows that the target writes and the draft
+    reads. `wire`: of what transports move."""
 
     def __init__(self, layout: FeatureLayout) -> None:
         self.layout = self.wire = layout

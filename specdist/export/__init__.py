@@ -90,11 +90,7 @@ def written_formats(draft: DraftConfig, options: ExportConfig) -> tuple[str, ...
 
 def check_servable(draft: DraftConfig, options: ExportConfig, target: PretrainedConfig) -> None:
     """Export such a draft in every form without weights, so that what would be wrong with the export after training is
-    told before it.
-
-    Raises:
-        ConfigError: the engines could not serve the draft as it is to be written.
-    """
+    told before it. Raises ConfigError: the engines could not serve the draft as it is to be written."""
     import torch
 
     from specdist.draft.build import blank_draft

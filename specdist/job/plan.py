@@ -170,12 +170,8 @@ def training_memory(
     ranks: int,
     optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
 ) -> dict[str, int]:
-    """Bytes on one of `ranks` draft ranks that trains with micro-batches of `tokens`, without the features.
-
-    Args:
-        tied: whether the target's embedding is its head.
-        itemsize: bytes of a number of the target's tables.
-    """
+    """Bytes on one of `ranks` draft ranks that trains with micro-batches of `tokens`, without the features. `tied`:
+    whether the target's embedding is its head. `itemsize`: bytes of a number of the target's tables."""
     parameters, cost = parameter_count(draft, target), draft.chosen.cost(target)
     shards = ranks if draft.sharding == "fsdp" else draft.cp
     compute = 4 if draft.dtype == "float32" else 2

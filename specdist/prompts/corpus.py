@@ -88,12 +88,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run is made of; equal on every rank. Items, messages and batches name sequences by their index here:
-    0 to N - 1 are trained on (`training_indices`), N to N + M - 1 are held out (`heldout_indices`).
-
-    Attributes:
-        dropped: the sequences of `prompts.files` that begin like one held out by files, and are on neither side.
-    """
+    """What a run is made of; equal on every rank. Items, messages and batches name sequences by their index here: 0 to
+    N - 1 are trained on (`training_indices`), N to N + M - 1 are held out (`heldout_indices`). `dropped`: the sequences
+    of `prompts.files` that begin like one held out by files, and are on neither side."""
 
     training: Side
     heldout: Side | None = None

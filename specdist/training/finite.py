@@ -76,12 +76,9 @@ class StepResult:
 
 
 class BadSamples:
-    """Counts and names what is not finite. Every draft rank has one and tells it of every step.
-
-    Attributes:
-        count, seen: bad micro-batches of all ranks, a step whose gradient is not finite counting as one, and all.
-        share: `train.max_bad_share`.
-    """
+    """Counts and names what is not finite. Every draft rank has one and tells it of every step. `count`, `seen`: bad
+    micro-batches of all ranks, a step whose gradient is not finite counting as one, and all. `share`:
+    `train.max_bad_share`."""
 
     def __init__(self, prompts: Corpus, shard: int, group: dist.ProcessGroup, share: float = 0.0) -> None:
         """`group`: the draft ranks' gloo group."""

@@ -32,12 +32,8 @@ SCALED = ("gemma4_text",)
 
 
 class BlockAlgorithm(Algorithm[C]):
-    """See `Algorithm`.
-
-    Attributes:
-        title: what messages call it.
-        nested: where engines look for a part of config.json's keys.
-    """
+    """See `Algorithm`. `title`: what messages call it. `nested`: where engines look for a part of config.json's
+    keys."""
 
     changeable = ("loss_chunk", "attention")
     benchmark = ("mask_token_id=0",)

@@ -16,12 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class View:
-    """What a layer's queries see of their document, and of their block.
-
-    Attributes:
-        window: W: no key more than W - 1 positions before the query; None sees all.
-        causal: of their block only what stands before them, and themselves.
-    """
+    """What a layer's queries see of their document, and of their block. `window`: W: no key more than W - 1 positions
+    before the query; None sees all. `causal`: of their block only what stands before them, and themselves."""
 
     window: int | None = None
     causal: bool = False

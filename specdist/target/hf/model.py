@@ -33,12 +33,8 @@ log = logging.getLogger(__name__)
 
 
 class HfTarget(TargetModel):
-    """A target that transformers runs.
-
-    Attributes:
-        decoder: the model without its head, and without the encoders of a multimodal one.
-        packs: whether the documents of a batch share one forward.
-    """
+    """A target that transformers runs. `decoder`: the model without its head, and without the encoders of a multimodal
+    one. `packs`: whether the documents of a batch share one forward."""
 
     def __init__(
         self,

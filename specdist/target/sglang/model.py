@@ -29,11 +29,8 @@ log = logging.getLogger(__name__)
 
 
 class SglangTarget(TargetModel):
-    """A target that SGLang runs. Its parallel groups were made with the world's (`engine_groups`).
-
-    Attributes:
-        runner: SGLang's model runner.
-    """
+    """A target that SGLang runs. Its parallel groups were made with the world's (`engine_groups`). `runner`: SGLang's
+    model runner."""
 
     def __init__(
         self,
