@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start a world on this machine: one agent, with as many ranks as the config adds up to."""
 
-from __future__ import annotations
-
 import platform
 import shutil
 import sys

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One node's part of a job: join the agents of the other nodes, run its ranks, record and tell how they ended."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -9,8 +9,6 @@ A shard travels as one run of bytes: rows of all its tokens, then rows of the ta
 of `UNIT` bytes. Which tokens are taught both ends know from the item alone, and so how many bytes will come.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bandwidth of every link, measured with the senders and receivers that training uses."""
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 import time

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transports that there are. A new one is a value here, or a plugin that calls `register`."""
 
-from __future__ import annotations
-
 import torch
 
 from specdist.channel.base import Transport

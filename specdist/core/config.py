@@ -9,8 +9,6 @@ are raised by the code that they concern, often long after loading, and know the
 each of them was set.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import difflib

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What follows from the configuration of a run (`sections.py`) without a GPU."""
 
-from __future__ import annotations
-
 import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`specdist keys`: the configuration reference on a terminal."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@ Memory figures are estimates: weights, optimizer state and buffers are counted e
 rule stated beside them, the draft's step by what it keeps (`Cost.step_bytes`).
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass

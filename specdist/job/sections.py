@@ -2,8 +2,6 @@
 """The whole configuration of a run, put together from the stations' sections. It is light to import, without torch, so
 that a wrong key is told at once; `config.py` checks what the values mean together."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence

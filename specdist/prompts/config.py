@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `prompts` section: which conversations, how they are supervised, cut and kept."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

@@ -7,8 +7,6 @@ record may bring `tools` (JSON schemas), `system` (a first turn), `chat_template
 template) and `category` (a word by which evaluations are told apart). docs/data.md shows them all.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ decoded into samples by any process. A place in a file is a 1-based number: of t
 text file, of the row in a table.
 """
 
-from __future__ import annotations
-
 import glob
 import json
 import re

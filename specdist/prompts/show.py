@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rendered samples to look at: what is supervised of them, and of bad ones where the rendering parts from the data."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import groupby, islice
 from pathlib import Path

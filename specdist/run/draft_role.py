@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The role of a draft rank: wires the draft, the source of features and the trainer, and ends the run."""
 
-from __future__ import annotations
-
 import gc
 import sys
 import time

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank's way into a run: world, prompts, groups, control plane, then its role."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 

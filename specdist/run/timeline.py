@@ -5,8 +5,6 @@ A rank is a process of the timeline; its threads and the streams of its device a
 to the step of the draft rank that trains on the rows.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far the target runs ahead, and how long the control plane waits."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from specdist.core.errors import ConfigError

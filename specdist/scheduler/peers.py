@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the scheduler knows of every rank: joined, ready, left, when it last sent something, and in which phase."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

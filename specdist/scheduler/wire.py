@@ -6,8 +6,6 @@ The proof is CurveZMQ (https://rfc.zeromq.org/spec/26): every connection agrees 
 frames, so that none can be read, forged, or sent once more. Both ends' permanent keys follow from the run's secret.
 """
 
-from __future__ import annotations
-
 import hashlib
 import secrets
 import struct

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the target is run: which model, by which engine, on how many ranks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

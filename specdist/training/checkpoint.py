@@ -9,8 +9,6 @@ DCP stores tensors by name and global shape, so a checkpoint loads into another 
 sharding. A directory without COMMIT is what a kill left behind; it is ignored and overwritten.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import pickle

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sections of the configuration that say how long to train, by which steps, and which of them are traced."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

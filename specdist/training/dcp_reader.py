@@ -5,8 +5,6 @@ DCP unpickles a checkpoint's `.metadata`, and every value that is no tensor, whi
 has put there. These take the classes that DCP itself writes, and nothing else.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from pathlib import Path

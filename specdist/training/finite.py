@@ -7,8 +7,6 @@ features are not finite counts for nothing on the rank that has it, and the othe
 is not finite shows in the gradient's norm, which all ranks know, and the optimizer leaves the weights as they are.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import sys

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What makes an optimizer step. The learning rate is a pure function of the step, so it needs no state of its own."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator

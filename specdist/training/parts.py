@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the training loop works with: where features come from, who judges held-out text, and whom it reports to."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which steps are on the timeline, and a rank's part of it: torch.profiler over the items of these steps."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import threading

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The draft over its ranks: FSDP2."""
 
-from __future__ import annotations
-
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method

@@ -4,8 +4,6 @@
 It knows neither which draft algorithm it trains nor where the features come from.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time

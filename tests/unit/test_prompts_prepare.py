@@ -22,7 +22,7 @@ import pytest
 import torch.distributed as dist
 from filelock import FileLock
 
-from specdist.core import locked
+from specdist.core import files
 from specdist.core.errors import ConfigError, DataError, WorldError
 from specdist.core.team import Team
 from specdist.prompts import in_world
@@ -327,7 +327,7 @@ def test_waiting_for_another_process_is_progress(
     cache.mkdir(parents=True)
     key = prepare_module.cache_key(config, find_files(config.files), model)
     monkeypatch.setattr(locked, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
-    monkeypatch.setattr(locked, "LOOK_S", 0.01)
+    monkeypatch.setattr(files, "LOOK_S", 0.01)
     with FileLock(cache / f"{key}.lock"), pytest.raises(WorldError, match="waited 3600 s for another process"):
         prepare(config, model, progress=False, on_progress=said.append)
     waits = [text for text in said if "waiting" in text]

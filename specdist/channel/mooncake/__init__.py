@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Mooncake channel: one-sided writes over RDMA or TCP into rings that the draft ranks own."""
 
-from __future__ import annotations
-
 from specdist.channel.base import Transport
 from specdist.channel.mooncake.engine import TransferEngine, check_installed, process_engine
 from specdist.channel.mooncake.receiver import MooncakeReceiver

@@ -8,8 +8,6 @@ finished one counts as running when asked again; a forked child hangs. It listen
 does not authenticate its peers, like NCCL: use it inside a network that you trust.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import time

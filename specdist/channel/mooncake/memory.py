@@ -2,8 +2,6 @@
 """Where the memory lies that Mooncake reads and writes: on the GPU where the network card reaches it there, else on the
 host."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 

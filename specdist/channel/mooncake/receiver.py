@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The draft rank's end: a registered ring that target ranks write into."""
 
-from __future__ import annotations
-
 import contextlib
 import queue
 import threading

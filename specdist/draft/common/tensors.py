@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the directories of all algorithms have in common: checked tensors, and decoder layers as engines read them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

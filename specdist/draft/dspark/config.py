@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of the DSpark draft."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 

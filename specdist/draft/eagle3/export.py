@@ -30,8 +30,6 @@ What the engines do with them, read in SGLang 0.5.23 (`models/llama_eagle3.py`, 
   `rope_scaling`, which must be YaRN: of factor 1 where there is none.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any

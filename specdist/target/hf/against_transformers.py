@@ -5,8 +5,6 @@ Families that `tests/targets` walks through are known to be right; of any other 
 when it is loaded, as long as the whole model is there.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 

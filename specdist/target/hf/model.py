@@ -6,8 +6,6 @@ rows of the item, and what the decoder returns is the final state after its norm
 forward where the model allows it (see `attention`), else they run one after the other.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 from collections.abc import Callable, Iterator

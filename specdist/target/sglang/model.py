@@ -5,8 +5,6 @@ An item is one forward, or several of whole documents where `target.sglang.prefi
 it. What reaches the place of the logits, the captured layers and the state after the norm, is copied into the rows.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
