@@ -326,7 +326,7 @@ def test_waiting_for_another_process_is_progress(
     cache, said, clock = Path(config.cache_dir or "") / "prompts", list[str](), itertools.count(0, 600)
     cache.mkdir(parents=True)
     key = prepare_module.cache_key(config, find_files(config.files), model)
-    monkeypatch.setattr(locked, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     monkeypatch.setattr(files, "LOOK_S", 0.01)
     with FileLock(cache / f"{key}.lock"), pytest.raises(WorldError, match="waited 3600 s for another process"):
         prepare(config, model, progress=False, on_progress=said.append)
