@@ -58,13 +58,24 @@ class ChannelConfig:
     (e4m3) in a scale for every layer of every token."""
     send_buffers: int = 2
     """Buffers on a target rank, each one packed forward: 2 let the next forward run while the last one is sent."""
+    cache: str | None = None
+    """A directory of each target host, on its NVMe or in /dev/shm, where the target keeps the hidden states of
+    sequences: later epochs read them instead of computing them. It may fill up, or fail: the rest is computed."""
+    cache_bytes: str = "64GiB"
+    """What channel.cache may take on a host. What earlier runs have left in it makes room."""
     mooncake: MooncakeConfig = field(default_factory=MooncakeConfig)
     """Options of transport=mooncake."""
 
     def __post_init__(self) -> None:
         parse_bytes(self.memory, "channel.memory")
+        parse_bytes(self.cache_bytes, "channel.cache_bytes")
         if self.send_buffers < 1:
             raise ConfigError.at("channel.send_buffers", f"is at least 1, not {self.send_buffers}")
+
+    @property
+    def cache_limit(self) -> int:
+        """`cache_bytes` as a number."""
+        return parse_bytes(self.cache_bytes, "channel.cache_bytes")
 
 
 def parse_bytes(text: str, key: str) -> int:

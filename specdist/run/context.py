@@ -32,6 +32,7 @@ from specdist.run.rank_log import RankLog
 from specdist.run.start_up import StartUp
 from specdist.scheduler.client import ControlClient
 from specdist.target.base import TargetModel
+from specdist.target.cache_files import CacheDirectory
 from specdist.target.registry import load_target
 from specdist.training.profile import Profile
 from specdist.world.groups import Groups, World
@@ -135,7 +136,17 @@ class WorldContext:
     def load_engine(self, tokens: int) -> TargetModel:
         """The target of this rank's replica, for batches of up to `tokens`; all ranks of the replica call it."""
         target, layout, device, group = self.job.target, self.facts.layout, self.world.device, self.groups.replica
-        return load_target(target, layout, device, group, tokens, self._evaluates)
+        return load_target(target, layout, device, group, tokens, self._evaluates, self._cache)
+
+    @property
+    def _cache(self) -> CacheDirectory | None:
+        """Where this rank's target keeps hidden states."""
+        config, here = self.job.channel, self.world.facts.host
+        if config.cache is None:
+            return None
+        writers = [ranks[0] for ranks in self.topology.replicas if self.topology.hosts[ranks[0]] == here]
+        index, limit = writers.index(self.rank) if self.rank in writers else 0, config.cache_limit
+        return CacheDirectory(Path(config.cache).expanduser().absolute(), limit, index, max(len(writers), 1))
 
     def begun(self, step: int = 0) -> Started:
         """The beginning of an attempt that no launcher of ours has recorded."""

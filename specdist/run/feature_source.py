@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specdist.channel.base import FeatureReceiver
 from specdist.channel.encoding import Parcel, Plain
+from specdist.core.device_timer import DeviceTimer
 from specdist.core.errors import WorldError
 from specdist.core.records import FeatureLayout, PackedTokens, WorkItem
 from specdist.core.stop import StopFlag
@@ -22,7 +23,6 @@ from specdist.core.topology import Topology
 from specdist.core.trace import span
 from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
-from specdist.run.stall_timer import StallTimer
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Deliver, Released, Stop, StopRequest
 from specdist.target.base import TargetModel
@@ -50,7 +50,7 @@ class RemoteSource(FeatureSource):
         shard: int,
     ):
         self._shard, self._encoding, self._received_bytes = shard, encoding, 0
-        self._waits = StallTimer(device)
+        self._waits = DeviceTimer(device)
         self._client, self.receiver, self._items = client, receiver, items
         self._stop, self._timeout_s = stop, timeout_s
         self._next = items.schedule.first_item
@@ -86,7 +86,7 @@ class RemoteSource(FeatureSource):
 
     def await_more(self, item: WorkItem, stop: StopFlag) -> None:
         self._client.phase = f"waiting for the hidden states of batch {item.index}"
-        with self._waits.waiting(), span("wait for the forward", item.index):
+        with self._waits.timed(), span("wait for the forward", item.index):
             more = self._await_more(item.index, stop)
         if not more and not stop:
             raise WorldError(f"the scheduler on rank 0 ended the run before batch {item.index}")
@@ -107,7 +107,7 @@ class RemoteSource(FeatureSource):
 
     def take(self, item: WorkItem) -> Tensor:
         self._raise_broken()
-        with self._waits.waiting(), span("wait for the transfer", item.index):
+        with self._waits.timed(), span("wait for the transfer", item.index):
             parcel = self._posted[item.index]
             received = self.receiver.take(parcel.wire, self._timeout_s)
         self._received_bytes += parcel.sizes[self._shard]

@@ -37,6 +37,10 @@ class TargetModel(ABC):
         H], where the last hidden state goes where the layout has no place for it.
         """
 
+    def uncached(self) -> TargetModel:
+        """The same, computing all that it is given."""
+        return self
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -8,6 +8,8 @@ rank of a replica has a part of the vocabulary, and the parts are put together f
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -41,6 +43,11 @@ class WithHead(TargetModel):
             self.forward_checked(batch, out)
         else:
             self.model.forward(batch, out, final)
+
+    def uncached(self) -> TargetModel:
+        other = copy.copy(self)
+        other.model = self.model.uncached()
+        return other
 
     @torch.no_grad()
     def forward_checked(self, batch: PackedTokens, out: Tensor) -> Tensor:

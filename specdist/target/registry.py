@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from specdist.core.records import FeatureLayout
     from specdist.target.base import Engine, MakeGroups, TargetModel
+    from specdist.target.cache_files import CacheDirectory
     from specdist.target.description import TargetDescription
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def load_target(
     group: ProcessGroup | None = None,
     tokens: int | None = None,
     checked: bool = False,
+    cache: CacheDirectory | None = None,
 ) -> TargetModel:
     """Load the target that `config` names onto `device`.
 
@@ -108,7 +110,9 @@ def load_target(
             `device`. Other ranks of the world take no part.
         tokens: of the largest batch there will be, where that is known: memory is set aside for it, not more.
         checked: whether there are items that are evaluated, for which a `WithHead` is needed (`forward_item`).
+        cache: where hidden states are kept and read from.
     """
+    from specdist.target.cache import CachedTarget, cache_key
     from specdist.target.description import compute_dtype
     from specdist.target.head import WithHead
     from specdist.target.verify import compare, spot_check_batch, with_neighbours
@@ -132,8 +136,12 @@ def load_target(
         compare(model, batch, near, expected, target.quantised)
     else:
         model = load()
+    group = group if config.tp > 1 else None
+    if cache is not None:
+        decisive = config.engine, config.tp, model.dtype, replace(layout, argmax_lse=False)
+        model = CachedTarget(model, cache, cache_key(target, *decisive), group)
     needed = checked or layout.argmax_lse
-    return WithHead(model, target, group if config.tp > 1 else None) if needed else model
+    return WithHead(model, target, group) if needed else model
 
 
 def is_compared(config: TargetConfig, target: TargetDescription) -> bool:

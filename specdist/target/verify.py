@@ -80,6 +80,7 @@ def verify(model: TargetModel, batch: PackedTokens) -> Deviation | None:
     All ranks of the replica call it; it needs room for the features of the batch twice. Raises DataError naming
     document and layer when one is beyond `TOLERANCE`.
     """
+    model = model.uncached()
     packed, alone = (model.layout.empty(len(batch.tokens), model.device) for _ in range(2))
     model.forward(batch, packed)
     lengths = batch.lengths

@@ -8,20 +8,20 @@ import time
 import pytest
 import torch
 
-from specdist.run.stall_timer import StallTimer
+from specdist.core.device_timer import DeviceTimer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def test_only_what_the_queued_work_does_not_hide_is_lost() -> None:
-    clock, matrix = StallTimer(torch.device("cuda")), torch.randn(8192, 8192, device="cuda")
+    clock, matrix = DeviceTimer(torch.device("cuda")), torch.randn(8192, 8192, device="cuda")
 
     def lost(seconds: float, products: int) -> float:
         torch.cuda.synchronize()
         before = clock.seconds
         for _ in range(products):
             matrix @ matrix
-        with clock.waiting():
+        with clock.timed():
             time.sleep(seconds)
         torch.cuda.synchronize()
         return clock.seconds - before

@@ -8,18 +8,18 @@ import time
 import pytest
 import torch
 
-from specdist.run.stall_timer import StallTimer
+from specdist.core.device_timer import DeviceTimer
 
 
 def test_waits_of_a_cpu_are_added_up() -> None:
-    clock = StallTimer(torch.device("cpu"))
+    clock = DeviceTimer(torch.device("cpu"))
     for _ in range(2):
-        with clock.waiting():
+        with clock.timed():
             time.sleep(0.02)
     time.sleep(0.02)
     found = clock.seconds
     assert found >= 0.04
-    with pytest.raises(KeyError), clock.waiting():
+    with pytest.raises(KeyError), clock.timed():
         raise KeyError
     assert clock.seconds == found
 
@@ -44,11 +44,11 @@ class PlayedEvent:
 
 def test_work_that_a_gpu_still_has_hides_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", PlayedEvent)
-    clock = StallTimer(torch.device("cuda"))
+    clock = DeviceTimer(torch.device("cuda"))
 
     def wait(queued: float, seconds: float) -> None:
         PlayedEvent.ends = PlayedEvent.now + queued
-        with clock.waiting():
+        with clock.timed():
             PlayedEvent.now += seconds
 
     wait(queued=5.0, seconds=3.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a rank had nothing to compute because it waited."""
+"""How long a rank's device took for something, which its host has queued or waited through."""
 
 import contextlib
 import time
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import torch
 
 
-class StallTimer:
-    """Adds up waits of one rank's host, but for the part in which its device still had work.
+class DeviceTimer:
+    """Adds up times on one rank's device, from when all before has ended.
 
-    A host that waits for a GPU's next work has often queued seconds of it: only what is left of the wait once that has
-    ended is lost. An event on either side of the wait measures how much it is, and no thread waits for it.
+    Of a wait of the host it is the part in which the device had no work any more: a host that waits for a GPU's next
+    work has often queued seconds of it. An event on either side measures it, and no thread waits for it.
     """
 
     def __init__(self, device: torch.device):
@@ -22,14 +22,14 @@ class StallTimer:
         self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around a wait, on the thread and stream that compute."""
+    def timed(self) -> Iterator[None]:
+        """Around what is timed, on the thread and stream that compute."""
         if self._device.type != "cuda":
             began = time.monotonic()
             yield
             self._seconds += time.monotonic() - began
             return
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         yield
         end.record()
@@ -37,8 +37,8 @@ class StallTimer:
 
     @property
     def seconds(self) -> float:
-        """Of all waits, as far as the device has got."""
-        while self._pending and self._pending[0][1].query():
+        """Of all, as far as the device has got."""
+        while self._pending and self._pending[0][1].query():  # type: ignore[no-untyped-call]
             begin, end = self._pending.popleft()
             self._seconds += begin.elapsed_time(end) / 1e3
         return self._seconds
