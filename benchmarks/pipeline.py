@@ -7,9 +7,11 @@
 
 Every mode is a short run of the real job in a world of its own: split as configured (target.replicas x target.tp +
 draft.dp ranks), the target alone on its ranks, the draft alone on its ranks with random features, and both roles on
-every rank of the split world in turns (colocated). Prompts are random tokens in sequences of `--length` tokens, or of
-lengths like those of conversations (`mixed`). Rates leave out the first `--warm` steps, and the first items of a target
-alone. The words `key=value` are keys of the configuration. Prints JSON, then a table.
+every rank of the split world in turns (colocated); and `cached` is split with what the same job has kept in
+`channel.cache`, which only this mode uses (by default in the temporary directory). Prompts are random tokens in
+sequences of `--length` tokens, or of lengths like those of conversations (`mixed`). Rates leave out the first `--warm`
+steps, and the first items of a target alone. The words `key=value` are keys of the configuration. Prints JSON, then a
+table.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from specdist.job.config import JobConfig, examine, load_job
 from specdist.prompts.report import PrepareReport
 from specdist.prompts.store import StoreWriter
 
-MODES = ("split", "target_only", "draft_only", "colocated")
+MODES = ("split", "target_only", "draft_only", "colocated", "cached")
 MIXED_LONGEST = 4096
 _PROMPT_TOKENS = 2**24
 """Tokens of the generated prompts, at most; longer runs see them again."""
@@ -72,6 +74,8 @@ class PipelineSpeed:
     """End to end, as a share of the slower of the two sides alone."""
     split_to_colocated: float | None
     """Tokens/s of split divided by those of colocated, on the same number of ranks."""
+    cached_to_split: float | None
+    """Tokens/s with hidden states that were kept divided by those of split, which computes them."""
 
 
 def write_prompts(directory: Path, lengths: Sequence[int], supervised: float, vocab_size: int) -> None:
@@ -98,11 +102,13 @@ def measure(job: JobConfig, words: Sequence[str], mode: str, directory: Path) ->
     from specdist_launch.local import start
 
     began, ranks = time.monotonic(), ranks_of(job, mode)
-    own = [*words, f"run.dir={directory / mode}", f"world.mode={mode}"]
+    kept = (job.channel.cache or directory / "kept") if mode == "cached" else "null"
+    own = [*words, f"world.mode={'split' if mode == 'cached' else mode}", f"channel.cache={kept}"]
     if mode == "colocated":
         own += [f"target.replicas={ranks // job.target.tp}", f"draft.dp={ranks // job.draft.cp}"]
-    if start([], own, ranks) != 0:
-        raise SystemExit(f"specdist: the benchmark of the pipeline ({mode}) failed: its error is above")
+    for run in ["fills", mode] if mode == "cached" else [mode]:
+        if start([], [*own, f"run.dir={directory / run}"], ranks) != 0:
+            raise SystemExit(f"specdist: the benchmark of the pipeline ({run}) failed: its error is above")
     summary = json.loads((directory / mode / "summary.json").read_text())
     return speed_of(mode, ranks, job.target.replicas, summary, time.monotonic() - began)
 
@@ -119,7 +125,7 @@ def speed_of(mode: str, ranks: int, replicas: int, summary: dict[str, Any], seco
     if mode == "target_only":
         rate = summary["tokens_per_s"] * replicas
         return ModeSpeed(mode, ranks, rate, None, None, None, int(summary["items"]), seconds)
-    training, sides = summary["training"], summary["sides"] if mode == "split" else {}
+    training, sides = summary["training"], summary["sides"] if mode in ("split", "cached") else {}
     return ModeSpeed(
         mode=mode,
         ranks=ranks,
@@ -135,13 +141,14 @@ def speed_of(mode: str, ranks: int, replicas: int, summary: dict[str, Any], seco
 def conclude(modes: Sequence[ModeSpeed], replicas: int, draft_ranks: int) -> PipelineSpeed:
     """The ratios between modes, where both were measured."""
     rate = {speed.mode: speed.tokens_per_s for speed in modes}
-    split, target, draft, both = (rate.get(mode) for mode in MODES)
+    split, target, draft, both, cached = (rate.get(mode) for mode in MODES)
     return PipelineSpeed(
         modes=tuple(modes),
         target_per_replica=target / replicas if target else None,
         draft_per_rank=draft / draft_ranks if draft else None,
         of_slower_side=split / min(target, draft) if split and target and draft else None,
         split_to_colocated=split / both if split and both else None,
+        cached_to_split=cached / split if cached and split else None,
     )
 
 
@@ -200,4 +207,6 @@ def render(found: PipelineSpeed) -> str:
         lines.append(f"end to end: {found.of_slower_side:.1%} of the slower side alone")
     if found.split_to_colocated is not None:
         lines.append(f"split: {found.split_to_colocated:.2f} times colocated on as many ranks")
+    if found.cached_to_split is not None:
+        lines.append(f"cached: {found.cached_to_split:.2f} times split, which computes what this reads")
     return "\n".join(lines)

@@ -42,12 +42,13 @@ def speed(mode: str, ranks: int, tokens_per_s: float) -> ModeSpeed:
 
 
 def test_ratios_are_of_what_was_measured() -> None:
-    modes = [speed(mode, 3, rate) for mode, rate in zip(MODES, (90.0, 200.0, 100.0, 60.0), strict=True)]
+    modes = [speed(mode, 3, rate) for mode, rate in zip(MODES, (90.0, 200.0, 100.0, 60.0, 135.0), strict=True)]
     found = conclude(modes, replicas=1, draft_ranks=2)
     assert (found.of_slower_side, found.split_to_colocated) == (0.9, 1.5)
     assert (found.target_per_replica, found.draft_per_rank) == (200.0, 50.0)
     assert "end to end: 90.0% of the slower side alone" in render(found)
     assert "split: 1.50 times colocated" in render(found)
+    assert "cached: 1.50 times split" in render(found)
     part = conclude(modes[:2], replicas=2, draft_ranks=2)
     assert (part.of_slower_side, part.split_to_colocated) == (None, None)
     assert (part.target_per_replica, part.draft_per_rank) == (100.0, None)
@@ -93,9 +94,28 @@ def test_what_cannot_be_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert "--warm 40: at least 1 and at most half of --steps 60" in capfd.readouterr().err
 
 
-def test_dflash_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_dflash_on_the_cpu_and_what_was_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = make_target(tmp_path / "target")
     dflash = ("draft.algorithm=dflash", "draft.dflash.num_layers=1", "draft.dflash.anchors_per_token=0.1")
-    main(["--model", str(model), "--length", "48", "--steps", "6", "--warm", "2", "--modes", "split", *TINY, *dflash])
-    (split,) = json.loads(capfd.readouterr().out.splitlines()[0])["modes"]
+    main(
+        [
+            "--model",
+            str(model),
+            "--length",
+            "48",
+            "--steps",
+            "6",
+            "--warm",
+            "2",
+            "--modes",
+            "split",
+            "cached",
+            *TINY,
+            *dflash,
+            f"channel.cache={tmp_path / 'kept'}",
+        ]
+    )
+    split, cached = json.loads(capfd.readouterr().out.splitlines()[0])["modes"]
     assert split["tokens_per_s"] > 0
+    assert cached["tokens_per_s"] > 0
+    assert len(list((tmp_path / "kept").glob("*/*"))) > 6  # sequences
