@@ -70,7 +70,7 @@ def test_prompts_of_given_lengths(tmp_path: Path) -> None:
 
 def test_all_modes_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = make_target(tmp_path / "target")
-    main(["--model", str(model), "--length", "48", "--steps", "8", "--warm", "2", "--modes", *MODES, *TINY])
+    main(["--model", str(model), "--length", "48", "--steps", "8", "--warm", "2", "--modes", *MODES[:4], *TINY])
     first, *table = capfd.readouterr().out.splitlines()
     raw = json.loads(first)
     modes = tuple(ModeSpeed(**mode) for mode in raw["modes"])
@@ -118,4 +118,4 @@ def test_dflash_on_the_cpu_and_what_was_kept(tmp_path: Path, capfd: pytest.Captu
     split, cached = json.loads(capfd.readouterr().out.splitlines()[0])["modes"]
     assert split["tokens_per_s"] > 0
     assert cached["tokens_per_s"] > 0
-    assert len(list((tmp_path / "kept").glob("*/*"))) > 6  # sequences
+    assert len(list((tmp_path / "kept").glob("*/*"))) >= cached["steps"]
