@@ -231,6 +231,11 @@ def _read(process: Process) -> str:
     return process.output.read_text(errors="replace")
 
 
+def _missed(run: Run) -> int:
+    """How often the world that trains has said that a target world is lost."""
+    return len(_MISSED.findall(_read(run.leader)))
+
+
 def _await(condition: Callable[[], object], run: Run, limit_s: float = _START_S) -> bool:
     """Whether it came true before the run ended."""
     deadline = time.monotonic() + limit_s
@@ -343,7 +348,7 @@ def _strike(run: Run, role: str, fault: Fault, chance: random.Random, outcome: O
     if fault.of_rank and not _await(lambda: run.ranks(role) or not run.running(role), run):
         return
     over, outcome.role = sum(known.failure() is not None for known in attempts(run.path)), role
-    victims = run.victims(role, chance)
+    victims, lacking = run.victims(role, chance), _missed(run)
     outcome.hit = fault.strike(victims)
     struck = time.monotonic()
 
@@ -352,7 +357,7 @@ def _strike(run: Run, role: str, fault: Fault, chance: random.Random, outcome: O
         return known[-1].failure() if known else None
 
     def seen() -> bool:
-        missed = role == "target" and (not run.running(role) or _MISSED.search(_read(run.leader)) is not None)
+        missed = role == "target" and (not run.running(role) or _missed(run) > lacking)
         return not run.running(ROLES[run.world][0]) or missed or told() is not None
 
     while not seen() and time.monotonic() - struck < SOON_S:
