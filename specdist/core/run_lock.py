@@ -11,6 +11,8 @@ changes, and makes the next one if it does not.
 
 import contextlib
 import os
+import signal
+import sys
 import threading
 import time
 import uuid
@@ -45,7 +47,8 @@ class Holder:
 
 
 class Claim:
-    """Held by an attempt, and renewed from a thread, until the context is left.
+    """Held by an attempt, and renewed from a thread, until the context is left. Where another start has taken it, for
+    this process was held up for long, the process gets SIGTERM.
 
     Entering it raises ConfigError where another job is at work in `home`, or nothing can be written there; it takes up
     to `WATCH_S` seconds where the last one has left without a word.
@@ -79,7 +82,7 @@ class Claim:
         """Take the number after the highest, where its holder is gone; False where another start has been quicker."""
         earlier = _claims(self._home)
         refuse_if_held(self._home, self._holder.attempt)
-        number = max(earlier, default=0) + 1
+        self._number = number = max(earlier, default=0) + 1
         self._file = self._home / f"{_FILE}{number}"
         try:
             os.link(self._fresh, self._file)
@@ -94,6 +97,10 @@ class Claim:
 
     def _renew(self) -> None:
         while not self._over.wait(PULSE_S):
+            if max(_claims(self._home), default=0) > self._number:
+                print(f"specdist: another job has taken {self._home}: this one was held up", file=sys.stderr)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             self._say()
 
     def _say(self, over: bool = False) -> None:

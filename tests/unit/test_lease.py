@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -101,6 +102,18 @@ def test_a_lost_job_is_watched_for_a_while_and_an_old_one_is_not(
     leave_unsaid(tmp_path, "17.0", age_s=1000)
     assert holder(tmp_path, "18.0") is None
     assert len(looks) == 1
+
+
+def test_a_job_that_was_held_up_and_lost_its_claim_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stopped = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: stopped.set())
+    try:
+        with Claim(tmp_path, "17.0", "n1"):
+            leave_unsaid(tmp_path, "18.0")  # as a start that has watched the first one in vain
+            assert stopped.wait(10)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert f"another job has taken {tmp_path}" in capsys.readouterr().err
 
 
 def test_on_a_disk_that_has_long_been_full_a_job_still_holds_its_directory(tmp_path: Path) -> None:
