@@ -123,7 +123,7 @@ def test_the_traced_items_are_recorded_on_all_threads(tmp_path):
             posted[item].wait()
 
     posted = [threading.Event() for _ in range(30)]
-    taken, thread = profile(tmp_path), threading.Thread(target=receive, name="specdist-mooncake")
+    taken, thread = profile(tmp_path), threading.Thread(target=receive, name="specdist-receiver")
     thread.start()
     with taken.recording(same_clock):
         for item in range(18, 26):
