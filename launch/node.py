@@ -156,9 +156,10 @@ class Agent:
 
     def _name_killed(self, failed: dict[int, int], stopped: StopReason | None) -> None:
         """Print which ranks a signal has killed, which no rank can do; not the signal that asked them to stop, which
-        may have come before they handled it."""
+        may have come before they handled it, nor torchrun's, after another rank has failed."""
+        others = {-signal.SIGTERM} if len(set(failed.values())) > 1 else set()
         for rank, status in failed.items():
-            if status < 0 and signal.Signals(-status).name != stopped:
+            if status < 0 and signal.Signals(-status).name != stopped and status not in others:
                 hint = " (by hand, or by the kernel for want of memory)" if status == -signal.SIGKILL else ""
                 print(f"specdist: rank {rank} on {self._place.host} was {_end(status)}{hint}", file=sys.stderr)
 
@@ -180,7 +181,8 @@ class Agent:
         verdict = judge(self._home, self._job.launch, self._record)
         # What has been trained rank 0 has printed.
         if self._launcher.judged_by_agent and (verdict.status != ExitStatus.DONE or not ended):
-            print(f"specdist: {verdict.reason}", file=sys.stderr)
+            told = verdict.words if self._record.failure() else verdict.reason  # a failure on record was shown
+            print(f"specdist: {told}", file=sys.stderr)
         if (command := self._job.launch.on_event) is not None:
             tell(command, self._run_dir, self._record, verdict.reason)
         return verdict.status

@@ -35,10 +35,16 @@ DONE, GIVE_UP, USER_ERROR, AGAIN = ExitStatus
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of the job, as an exit status, and why."""
+    """What becomes of the job, as an exit status and in words."""
 
     status: ExitStatus
-    reason: str
+    words: str
+    failure: str = ""
+    """What has failed, in one line."""
+
+    @property
+    def reason(self) -> str:
+        return f"{self.words}: {self.failure}" if self.failure else self.words
 
 
 def judge(run_dir: Path, config: LaunchConfig, record: AttemptRecord | None = None) -> Verdict:
@@ -75,17 +81,17 @@ def judge(run_dir: Path, config: LaunchConfig, record: AttemptRecord | None = No
 def _judge_failure(failure: Failure, history: Sequence[AttemptRecord], config: LaunchConfig) -> Verdict:
     what = failure.headline
     if failure.kind == "input":
-        return Verdict(USER_ERROR, f"not started again: {what}")
+        return Verdict(USER_ERROR, "not started again", what)
     if failure.kind == "disk":
-        return Verdict(GIVE_UP, f"not started again before there is room: {what}")
+        return Verdict(GIVE_UP, "not started again before there is room", what)
     before = history[-2].failed() if len(history) > 1 else None
     if before is not None and failure.kind == "error" and _essence(failure) == _essence(before):
-        return Verdict(GIVE_UP, f"not started again: the same error at the same step as the time before: {what}")
+        return Verdict(GIVE_UP, "not started again: the same error at the same step as the time before", what)
     tried = _failures_in_a_row(history)
     if tried > config.retries:
         times = f"failed {tried} times in a row (launch.retries={config.retries})"
-        return Verdict(GIVE_UP, f"not started again: {times}, last: {what}")
-    return Verdict(AGAIN, f"another start may help, try {tried} of {config.retries} (kind: {failure.kind}): {what}")
+        return Verdict(GIVE_UP, f"not started again: {times}", what)
+    return Verdict(AGAIN, f"another start may help, try {tried} of {config.retries} (kind: {failure.kind})", what)
 
 
 def _in_vain(record: AttemptRecord, written: float) -> bool:
