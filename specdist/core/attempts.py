@@ -95,6 +95,12 @@ class Failure:
         return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
     @property
+    def place(self) -> str:
+        """Rank, role and host, as far as they are known; empty where the message has to say it."""
+        known = ", ".join(filter(None, (self.role, f"host {self.host}" if self.host else "")))
+        return f"rank {self.rank} ({known})" if self.rank >= 0 and known else known
+
+    @property
     def of_leaving(self) -> bool:
         """Whether it may be no more than what a rank meets when another one was stopped before it could say so."""
         return self.kind in ("lost", "world")
@@ -116,9 +122,7 @@ class Failure:
 
     def render(self, record: Path, unwritten: OSError | None = None) -> str:
         """The block on the terminal. `record` is the file that has it all; `unwritten`: why it could not be written."""
-        place = ", ".join(filter(None, (self.role, f"host {self.host}" if self.host else "")))
-        if self.rank >= 0 and place:  # without a place the message says it
-            place = f"rank {self.rank} ({place})"
+        place = self.place
         exception = f"{self.exception}: " if self.exception and self.traceback else ""
         lines = [f"specdist: {place}: {exception}{self.message}" if place else f"specdist: {self.message}"]
         if self.step >= 0:

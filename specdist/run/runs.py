@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`specdist runs` and `specdist compare`: what several run directories hold, from their files alone."""
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from specdist.core.files import read_json
 from specdist.core.run_paths import RunPaths
 from specdist.run.status import describe, last_record
 
+_WIDEST = 100
+"""Characters of a state; `specdist status` has all of it."""
 _DEPTHS = ("", "*/", "*/*/")
 """A run, a folder of them, and one of sweeps."""
 _FIGURES = {
@@ -63,8 +66,8 @@ def configuration(path: Path) -> dict[str, Any]:
 
 
 def state(path: Path) -> str:
-    """What `specdist status` says first of it."""
-    return describe(path).splitlines()[0].removeprefix(f"{path}: ")
+    """What `specdist status` says first of it, shortened."""
+    return textwrap.shorten(describe(path).splitlines()[0].removeprefix(f"{path}: "), _WIDEST, placeholder=" ...")
 
 
 def _figures(path: Path) -> dict[str, str]:

@@ -77,7 +77,7 @@ def _headline(history: list[AttemptRecord], status: Status | None, now: float) -
     last = history[-1]
     ending, failure = last.ending(), last.failed()
     if failure is not None:
-        who = f"rank {failure.rank} ({failure.role}, host {failure.host}): " if failure.rank >= 0 else ""
+        who = f"{failure.place}: " if failure.place else ""
         return f"failed in attempt {last.name}: {who}{failure.headline} (see {last.failure_file})"
     if ending is not None:
         return f"{ending.state} at step {ending.step}" + (f" ({ending.why})" if ending.why else "")

@@ -141,8 +141,7 @@ def test_the_same_error_at_the_same_step_ends_it(tmp_path: Path, material: tuple
     process = start_command([*train, *words(tmp_path, (target, material[1]), **settings)])
     _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 1, said
-    assert "not started again: the same error at the same step as the time before" in said
-    assert said.count("step 2: features that are") == 2, "once a start"
+    assert "not started again: the same error at the same step as the time before\n" in said
     assert len(attempts(tmp_path / "run")) == 2
 
 
