@@ -33,10 +33,10 @@ from specdist.prompts.items import Items
 from specdist.prompts.schedule import Schedule
 from specdist.prompts.stream import Sizes, Stream
 from specdist.run.feature_source import RemoteSource
-from specdist.run.target_loop import Announcement, Producer
+from specdist.run.target_loop import Producer
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.config import ControlConfig
-from specdist.scheduler.messages import Computed, Produced, StartWork
+from specdist.scheduler.messages import Produced, Sent, StartWork
 from specdist.scheduler.scheduler import Scheduler
 from specdist.scheduler.server import ControlServer
 from specdist.target.base import TargetModel
@@ -265,9 +265,18 @@ class Bench:
         with self._control(end) as client:
             if self._shard is None:
                 prompts: Any = Sequences()
-                announcement = Announcement(client)
+                in_turn = self._run.tp > 1 and not transport_for(self._wire.config.transport).one_sided
                 producer = Producer(
-                    work, self._sender, encoding, announcement, client, items, prompts, self._slots, 0, _WAIT_S
+                    work,
+                    self._sender,
+                    encoding,
+                    client,
+                    items,
+                    prompts,
+                    0,
+                    _WAIT_S,
+                    alone=self._run.tp == 1,
+                    in_turn=in_turn,
                 )
                 client.ready()
                 client.send(Produced(producer.run()))
@@ -313,7 +322,7 @@ class Bench:
 
     def _announce(self, item: int) -> None:
         assert self._client is not None
-        self._client.send(Computed(item))
+        self._client.send(Sent(item))
 
     def _check(self) -> None:
         if self._client is not None:

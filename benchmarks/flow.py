@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from specdist.scheduler.messages import Deliver
+from specdist.scheduler.messages import Dispatch, Send
 from specdist.scheduler.scheduler import Scheduler
 
 
@@ -64,6 +65,10 @@ CASES = (
 """Of issue 20 and the review before it: 16 slots are those of configs/qwen3-8b.yaml, 8 those of the default memory."""
 
 
+TOKENS, TICK = 1000, 1.0
+"""Of an item; seconds between two looks at the clock."""
+
+
 def no_time(*_: int) -> float:
     return 0.0
 
@@ -93,92 +98,153 @@ class Times:
 class Target:
     """A replica: items that it was given, and what its send buffers hold."""
 
-    queue: deque[int] = field(default_factory=deque)
-    computing: bool = False
+    orders: deque[Dispatch | Send] = field(default_factory=deque)
+    issued: deque[int] = field(default_factory=deque)
+    """Forwards, of which the first is computed."""
     held: int = 0
-    """Buffers in use, that of a forward that runs among them."""
+    """Buffers in use, those of forwards among them."""
     dispatched: list[int] = field(default_factory=list)
     delivered: list[int] = field(default_factory=list)
 
 
 class World:
-    """Replicas `0 .. replicas - 1` and the draft ranks of `scheduler`, until nothing moves any more."""
+    """Replicas `0 .. replicas - 1` and the draft ranks of `scheduler`, until nothing moves any more. A step begins when
+    its `together` items have arrived."""
 
-    def __init__(self, scheduler: Scheduler, replicas: int, times: Times, send_buffers: int = 2):
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        replicas: int,
+        times: Times,
+        send_buffers: int = 2,
+        together: int = 1,
+        end: int | None = None,
+        in_turn: bool = False,
+    ):
+        """`end`: one past the last item, as the scheduler knows it; `in_turn`: see `Producer`."""
         self.scheduler, self.times, self.send_buffers = scheduler, times, send_buffers
+        self.together, self.end, self.in_turn = together, math.inf if end is None else end, in_turn
         self.now = 0.0
         self.targets = {r: Target() for r in range(replicas)}
+        self.dropped = 0
+        """Items whose rows were computed in vain."""
         self.arrivals: dict[int, list[float]] = {}
         """When an item's rows were there, by draft rank."""
         self.trained = [0] * scheduler.draft_ranks
+        """Items that each draft rank has trained on, the first ones."""
+        self.last: int | None = None
+        """After a stop: the last item that is trained on."""
         self.released_at: list[float] = []
         """When each item was released by the last draft rank, in item order."""
         self._free_at = [0.0] * scheduler.draft_ranks
         self._releases: Counter[int] = Counter()
         self._in_slot: dict[int, int] = {}
-        self._events: list[tuple[float, int, Callable[..., None], tuple[int, ...]]] = []
+        self._slot_of: dict[int, int] = {}
+        self._drained: list[set[int]] = [set() for _ in range(scheduler.draft_ranks)]
+        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._ticket = itertools.count()
         self._last: dict[object, float] = defaultdict(float)
 
-    def at(self, time: float, action: Callable[..., None], *args: int) -> None:
+    def at(self, time: float, action: Callable[..., None], *args: Any) -> None:
         heapq.heappush(self._events, (time, next(self._ticket), action, args))
 
     def run(self) -> None:
+        """Until nothing happens any more, whether or not the scheduler has come to its end."""
         self._dispatch()
         while self._events:
-            self.now, _, action, args = heapq.heappop(self._events)
-            action(*args)
+            if self._events[0][0] > self.now + TICK and not self.scheduler.finished:
+                self.now += TICK  # as the server does: what is late is seen by the clock
+            else:
+                self.now, _, action, args = heapq.heappop(self._events)
+                action(*args)
             self._dispatch()
 
-    def lose(self, replica: int) -> None:
-        """`replica` is gone, and the scheduler knows it."""
+    def lose(self, replica: int, drain: float = 0.0) -> None:
+        """`replica` is gone, and the scheduler knows it; what it sent is on its way for `drain` seconds."""
         self.scheduler.drop_replica(replica)
         del self.targets[replica]
+        self.at(self.now + drain, self.scheduler.slots.clear, replica)
 
-    def _message(self, channel: object, action: Callable[..., None], *args: int) -> None:
+    def stop(self) -> None:
+        """The draft ranks end the steps that one of them has begun, and let go what comes beyond."""
+        self.scheduler.stop_now()
+        self.last = max(self.trained, default=0) - 1
+        self.scheduler.stop_after(self.last)
+        for draft in range(self.scheduler.draft_ranks):
+            self._train(draft)
+
+    def _message(self, channel: object, action: Callable[..., None], *args: Any) -> None:
         self._last[channel] = max(self._last[channel], self.now + self.times.message())
         self.at(self._last[channel], action, *args)
 
     def _dispatch(self) -> None:
-        for message in self.scheduler.next_dispatches(self.now):
-            item, replica = message.item, message.replica
-            self._use(message.slot, item)
-            self.targets[replica].dispatched.append(item)
-            self._message(("target", replica), self._receive, replica, item)
+        for order in self.scheduler.next_orders(self.now):
+            if isinstance(order, Dispatch):
+                self.targets[order.replica].dispatched.append(order.item)
+            else:
+                self._use(order.slot, order.item)
+            self._message(("target", order.replica), self._receive, order.replica, order)
 
     def _use(self, slot: int, item: int) -> None:
-        earlier = self._in_slot.get(slot)
-        assert earlier in (None, item) or self._releases[earlier] == self.scheduler.draft_ranks, "the slot is in use"
-        self._in_slot[slot] = item
+        if slot < 0:
+            return
+        earlier = self._in_slot.get(slot, item)
+        released = self._releases[earlier] == self.scheduler.draft_ranks or self._slot_of.get(earlier) != slot
+        assert earlier == item or released, "the slot is in use"
+        self._in_slot[slot], self._slot_of[item] = item, slot
 
-    def _receive(self, replica: int, item: int) -> None:
-        if replica in self.targets:
-            self.targets[replica].queue.append(item)
-            self._begin(replica)
+    def _receive(self, replica: int, order: Dispatch | Send) -> None:
+        if replica not in self.targets:
+            return
+        if isinstance(order, Send) and (order.slot < 0 or not self.in_turn):
+            self._obey(replica, order)
+        else:
+            self.targets[replica].orders.append(order)
+        self._begin(replica)
 
     def _begin(self, replica: int) -> None:
+        """The replica issues what comes next, and computes what it has issued."""
         target = self.targets[replica]
-        if target.queue and not target.computing and target.held < self.send_buffers:
-            target.computing = True
-            target.held += 1
-            self.at(self.now + self.times.forward(replica, target.queue[0]), self._end, replica)
+        while target.orders:
+            order = target.orders[0]
+            if isinstance(order, Send):
+                self._obey(replica, order)
+            elif len(target.issued) < 2 and target.held < self.send_buffers:
+                target.held += 1
+                target.issued.append(order.item)
+                if len(target.issued) == 1:
+                    self._compute(replica)
+            else:
+                return
+            target.orders.popleft()
 
-    def _end(self, replica: int) -> None:
+    def _compute(self, replica: int) -> None:
+        seconds = self.times.forward(replica, self.targets[replica].issued[0])
+        self.at(self.now + seconds, self._end, replica, seconds)
+
+    def _end(self, replica: int, seconds: float) -> None:
         target = self.targets.get(replica)
         if target is None:
             return
-        item = target.queue.popleft()
-        target.computing = False
-        self._message(("computed", replica), self._computed, item, replica)
+        self._message(("computed", replica), self._computed, target.issued.popleft(), replica, seconds)
+        if target.issued:
+            self._compute(replica)
         self._begin(replica)
 
-    def _computed(self, item: int, replica: int) -> None:
-        message = self.scheduler.on_computed(item, replica, self.now)
-        if message is not None:
-            self._deliver(message)
+    def _computed(self, item: int, replica: int, seconds: float) -> None:
+        self.scheduler.on_computed(item, replica, self.now, tokens=TOKENS, seconds=seconds)
 
-    def _deliver(self, message: Deliver) -> None:
-        item, replica = message.item, message.replica
+    def _obey(self, replica: int, order: Send) -> None:
+        if order.slot < 0:
+            self.dropped += 1
+            self.targets[replica].held -= 1
+        else:
+            self._message(("computed", replica), self._sent, order.item, replica)
+
+    def _sent(self, item: int, replica: int) -> None:
+        message = self.scheduler.on_sent(item, replica, self.now)
+        if message is None:
+            return
         assert item not in self.arrivals, f"item {item} was delivered twice"
         self.targets[replica].delivered.append(item)
         ranks = range(self.scheduler.draft_ranks)
@@ -187,22 +253,33 @@ class World:
         for draft in ranks:
             self._last["draft", draft] = max(self._last["draft", draft], self.now + self.times.message())
             self.arrivals[item].append(self._last["draft", draft] + moved)
-        self.at(max(self.arrivals[item], default=self.now), self._sent, replica)
+        self.at(max(self.arrivals[item], default=self.now), self._free_buffer, replica)
         for draft in ranks:
             self._train(draft)
 
-    def _sent(self, replica: int) -> None:
+    def _free_buffer(self, replica: int) -> None:
         if replica in self.targets:
             self.targets[replica].held -= 1
             self._begin(replica)
 
     def _train(self, draft: int) -> None:
         """The draft rank takes what has come, in item order, and says when it is through with each."""
-        while (item := self.trained[draft]) in self.arrivals:
-            begin = max(self._free_at[draft], self.arrivals[item][draft])
-            self._free_at[draft] = begin + self.times.train(draft, item)
-            self.trained[draft] += 1
-            self.at(self._free_at[draft], self._train_ended, item, draft)
+        while self.last is None or self.trained[draft] <= self.last:
+            first = self.trained[draft]
+            items = range(first, int(min(first + self.together, self.end)))
+            if not items or not all(item in self.arrivals for item in items):
+                return
+            for item in items:
+                self._take(item, draft, self.times.train(draft, item))
+            self.trained[draft] = items.stop
+        for item in sorted(item for item in self.arrivals if item > self.last and item not in self._drained[draft]):
+            self._drained[draft].add(item)
+            self._take(item, draft, 0.0)
+
+    def _take(self, item: int, draft: int, seconds: float) -> None:
+        begin = max(self._free_at[draft], self.arrivals[item][draft], self.now)
+        self._free_at[draft] = begin + seconds
+        self.at(self._free_at[draft], self._train_ended, item, draft)
 
     def _train_ended(self, item: int, draft: int) -> None:
         self._message(("released", draft), self._release, item, draft)

@@ -9,10 +9,10 @@ The first table is a simulation with the real state machine and a clock of its o
 1. `share` is what is trained, as a share of what the replicas would do if all had speed 1 and none ever waited; `ideal`
 is what their speeds allow.
 
-The second is processor time of one thread.
-`protocol_ms` is everything but the sockets: decoding and applying 1 Computed and one Released per draft rank, deciding
-and encoding the dispatches and the delivery. `server_ms` is the whole server thread, its socket calls included, with
-real connections over loopback; it takes time from the hosting rank's own Python code.
+The second is processor time of one thread. `protocol_ms` is everything but the sockets: decoding and applying a
+Computed, a Sent and one Released per draft rank, deciding and encoding the orders and the delivery. `server_ms` is the
+whole server thread, its socket calls included, with real connections over loopback; it takes time from the hosting
+rank's own Python code.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ from specdist.scheduler.messages import (
     Message,
     Ready,
     Released,
+    Send,
+    Sent,
     Stop,
     decode,
     encode,
@@ -62,7 +64,7 @@ class SchedulerCost:
     replicas: int
     items: int
     messages_per_item: int
-    """Received and sent by the scheduler: Computed, Dispatch, and a Deliver and a Released per draft rank."""
+    """Of the scheduler: Dispatch, Computed, Send, Sent, and a Deliver and a Released per draft rank."""
     protocol_ms: float
     protocol_us_per_release: float
     server_draft_ranks: int
@@ -79,12 +81,12 @@ def measure(draft_ranks: int = 1024, replicas: int = 128, items: int = 200, conn
         draft_ranks,
         replicas,
         items,
-        messages_per_item=2 * draft_ranks + 2,
+        messages_per_item=2 * draft_ranks + 4,
         protocol_ms=protocol * 1e3,
         protocol_us_per_release=protocol / draft_ranks * 1e6,
         server_draft_ranks=connections,
         server_ms=server * 1e3,
-        server_us_per_message=server / (2 * connections + 2) * 1e6,
+        server_us_per_message=server / (2 * connections + 4) * 1e6,
     )
 
 
@@ -96,7 +98,7 @@ def measure_case(case: Case, items: int = 4000, seed: int = 0) -> float:
     )
     for replica in range(replicas):
         scheduler.add_replica(replica)
-    world = World(scheduler, replicas, Times.of(case, rng), case.send_buffers)
+    world = World(scheduler, replicas, Times.of(case, rng), case.send_buffers, end=items)
     world.run()
     begin, end = items // 4, items * 3 // 4
     return (end - begin) / (world.released_at[end] - world.released_at[begin]) / replicas
@@ -116,21 +118,22 @@ def protocol_seconds(draft_ranks: int, replicas: int, items: int) -> float:
         coordinator.receive(rank, encode(Hello(PROTOCOL_VERSION, 0)), 0.0)
         coordinator.receive(rank, encode(Ready()), 0.0)
     coordinator.advance(0.0)
-    dispatched = [message for message in map(decode, outbox) if isinstance(message, Dispatch)]
+    replica_of = dict[int, int]()
     seconds = 0.0
     for item in range(items):
-        replica = dispatched[item].replica
-        computed = encode(Computed(item))
+        replica_of |= {m.item: m.replica for m in map(decode, outbox) if isinstance(m, Dispatch)}
+        rank = topology.replicas[replica_of[item]][0]
+        computed, sent = encode(Computed(item)), encode(Sent(item))
         releases = [(r, encode(Released(item))) for r in topology.draft_ranks]
         outbox.clear()
         begin = time.thread_time()
-        coordinator.receive(topology.replicas[replica][0], computed, 0.0)
-        coordinator.advance(0.0)
+        for payload in (computed, sent):
+            coordinator.receive(rank, payload, 0.0)
+            coordinator.advance(0.0)
         for rank, payload in releases:
             coordinator.receive(rank, payload, 0.0)
         coordinator.advance(0.0)
         seconds += time.thread_time() - begin
-        dispatched += [message for message in map(decode, outbox) if isinstance(message, Dispatch)]
     assert scheduler.finished
     return seconds
 
@@ -191,6 +194,8 @@ def _play_ranks(address: str, token: bytes, topology: Topology) -> None:
             message = decode(split(dealer.recv())[1])
             if isinstance(message, Dispatch):
                 send(dealer, Computed(message.item))
+            elif isinstance(message, Send):
+                send(dealer, Sent(message.item))
             elif isinstance(message, Deliver):
                 send(dealer, Released(message.item))
             elif isinstance(message, Stop):

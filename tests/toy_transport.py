@@ -28,6 +28,7 @@ class ToySender(FeatureSender):
         self._wire, self._announce = wire, announce
         self._memory = Ring(wire.layout, 1, item_rows, torch.device("cpu"))
         self._rings: dict[int, Tensor] = {}
+        self._used = False
 
     def connect(self, timeout_s: float, check: Check) -> None:
         for draft in self._wire.topology.draft_ranks:
@@ -36,16 +37,21 @@ class ToySender(FeatureSender):
             self._rings[draft] = open_ring(path, self._wire.layout, slots, rows)
 
     @property
-    def buffers(self) -> int:
-        return 1
+    def available(self) -> bool:
+        return not self._used
 
     def buffer(self, item: WorkItem) -> Tensor:
+        self._used = True
         return self._memory.slot(0, item.tokens)
 
     def send(self, item: WorkItem, rows: Tensor, slot: int) -> None:
         for link, first, part in outgoing(self._wire.topology, self._wire.rank, item, rows):
             self._rings[link.destination][slot, first : first + len(part)] = part
+        self._used = False
         self._announce(item.index)
+
+    def drop(self, rows: Tensor) -> None:
+        self._used = False
 
     def flush(self, timeout_s: float) -> None:
         """What was sent has arrived."""

@@ -3,7 +3,7 @@
 
 A payload is a contiguous range of rows and nothing else. Its size and its sender follow from the work item on both
 ends, and the scheduler names the slot it goes to, so there are no headers and no metadata round trips. On every link
-transfers keep the order in which items were dispatched to that replica.
+transfers keep the order in which the scheduler has the items sent.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class FeatureSender(ABC):
 
     @property
     @abstractmethod
-    def buffers(self) -> int:
-        """How many buffers may be handed out before the first of them is sent."""
+    def available(self) -> bool:
+        """Whether `buffer` may be called: some buffer is free, or on its way out."""
 
     @abstractmethod
     def buffer(self, item: WorkItem) -> Tensor:
@@ -67,7 +67,12 @@ class FeatureSender(ABC):
     @abstractmethod
     def send(self, item: WorkItem, rows: Tensor, slot: int) -> None:
         """Send this rank's share of every shard into `slot` of the draft ranks' rings, and announce it. `rows` must be
-        complete: the device has finished writing them. Buffers are sent in the order in which they were handed out."""
+        complete: the device has finished writing them. May be called from another thread than `buffer`, like `drop`;
+        buffers are sent in any order."""
+
+    @abstractmethod
+    def drop(self, rows: Tensor) -> None:
+        """Give a buffer back whose rows nobody needs."""
 
     @abstractmethod
     def flush(self, timeout_s: float) -> None:
@@ -79,33 +84,35 @@ class FeatureSender(ABC):
 
 
 class RingSender(FeatureSender, Generic[T]):
-    """Hands out the buffers of a ring in turn. A buffer comes again once what was sent from it, a T, has left it."""
+    """Hands out the buffers of a ring. A buffer comes again once what was sent from it, a T, has left it."""
 
     def __init__(self, ring: Ring):
         self._ring = ring
-        self._handed_out = self._sent = 0
-        self._in_flight: deque[T] = deque()
+        self._free = deque(range(ring.slots))
+        self._in_flight: deque[tuple[int, T]] = deque()
 
     @property
-    def buffers(self) -> int:
-        return self._ring.slots
+    def available(self) -> bool:
+        return bool(self._free or self._in_flight)
 
     def buffer(self, item: WorkItem) -> Tensor:
-        unsent = self._handed_out - self._sent
-        assert unsent < self.buffers, "a buffer is asked for before an earlier one was sent"
-        if unsent + len(self._in_flight) == self.buffers:
-            self._reuse(self._in_flight.popleft())
-        self._handed_out += 1
-        return self._ring.slot((self._handed_out - 1) % self.buffers, item.tokens)
+        if not self._free:
+            number, sent = self._in_flight.popleft()
+            self._reuse(sent)
+            self._free.append(number)
+        return self._ring.slot(self._free.popleft(), item.tokens)
 
     def send(self, item: WorkItem, rows: Tensor, slot: int) -> None:
-        self._in_flight.append(self._issue(item, rows, slot))
-        self._sent += 1
+        self._in_flight.append((self._ring.number(rows), self._issue(item, rows, slot)))
+
+    def drop(self, rows: Tensor) -> None:
+        self._free.append(self._ring.number(rows))
 
     def flush(self, timeout_s: float) -> None:
-        for sent in self._in_flight:
+        while self._in_flight:
+            number, sent = self._in_flight.popleft()
             self._finish(sent, timeout_s)
-        self._in_flight.clear()
+            self._free.append(number)
 
     @abstractmethod
     def _issue(self, item: WorkItem, rows: Tensor, slot: int) -> T:
@@ -124,16 +131,19 @@ class DropSender(FeatureSender):
     """The end of the line in target_only mode: features are computed, measured and dropped. Every item
     overwrites the same buffer."""
 
-    buffers = 2  # they are not read, so a forward may overwrite the one before
+    available = True  # what is there is not read, so a forward may overwrite the one before
 
-    def __init__(self, ring: Ring, announce: Announce):
-        self._ring, self._announce = ring, announce
+    def __init__(self, ring: Ring):
+        self._ring = ring
 
     def buffer(self, item: WorkItem) -> Tensor:
         return self._ring.slot(0, item.tokens)
 
     def send(self, item: WorkItem, rows: Tensor, slot: int) -> None:
-        self._announce(item.index)
+        raise AssertionError("target_only has no slots")
+
+    def drop(self, rows: Tensor) -> None:
+        """There is nothing to give back."""
 
     def flush(self, timeout_s: float) -> None:
         """Nothing was sent."""

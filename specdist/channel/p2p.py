@@ -2,7 +2,7 @@
 """Point-to-point channel over torch.distributed: NCCL between GPUs, gloo between CPUs.
 
 Every (target rank, draft rank) link has a two-rank group of its own, so transfers run on that group's stream beside
-the compute. A receive is posted only for an item whose features exist and for which the scheduler holds a free slot.
+the compute. A transfer is issued only for an item whose features exist and which has a slot.
 
 Why nothing can hang. An operation over NCCL ends once both ends, or all members, have come to it, and CUDA promises no
 more progress than one queue gives: streams share hardware queues, and a kernel may wait for all that its rank has
@@ -12,8 +12,9 @@ ever. Here all ranks issue theirs in one order of all operations:
 - items in the order in which the scheduler delivers them, and of an item the transfers by source rank, then by
   destination: so a draft rank posts them, and so a target rank sends what its replica has computed;
 - the collectives of the draft ranks between two deliveries, the same two on all of them (`Trainer._agree`);
-- the collectives of a replica's forward before the sends of its item, and behind those of the item before it
-  (`Producer`). One rank alone may be a forward ahead: nothing in it waits for others.
+- the collectives of a replica's forwards and its sends in the order in which the scheduler has told all its ranks to
+  compute and to send (`Producer`): it tells them to send what they have computed. One rank alone sends beside its
+  forwards: nothing in those waits for others.
 
 Each operation waits for earlier ones of this order only, so the first that has not ended can end. tests/order.py checks
 what the ranks of a world have issued.

@@ -31,6 +31,10 @@ class Ring:
         assert rows <= self._rows, f"{rows} rows do not fit into a slot of {self._rows}"
         return self._slots[number][:rows]
 
+    def number(self, rows: Tensor) -> int:
+        """The slot that `rows` are of, which `slot` has given."""
+        return rows.storage_offset() // self.memory.stride(0)
+
 
 def ring_slots(memory: int, rows: int, bytes_per_row: int, needed: int) -> int:
     """How many slots of `rows` rows fit into `memory` bytes. Raises ConfigError: fewer than `needed`, with the

@@ -122,6 +122,9 @@ def _target_needs(job: JobConfig, facts: JobFacts, topology: Topology) -> list[N
     parts[f"{buffers} feature buffers of {tokens:,} tokens"] = buffers * tokens * size
     if topology.mode == "split" and is_encoded(facts.layout, job.channel.dtype):
         parts[f"features of {tokens:,} tokens before they are encoded"] = tokens * facts.layout.bytes_per_token
+    if job.target.verify:  # a packed batch and one of its documents alone, then three fp32 copies of a layer
+        compared = tokens * (2 * facts.layout.bytes_per_token + 3 * 4 * facts.target.hidden_size)
+        parts[f"target.verify: features of {tokens:,} tokens twice, and their difference"] = compared
     if facts.layout.argmax_lse or (job.prompts.holdout and topology.mode in ("split", "colocated")):
         head = facts.target.vocab_size * (facts.target.hidden_size // job.target.tp + CHUNK // job.target.tp) * width
         parts[f"output head, and logits of {CHUNK:,} tokens"] = head
@@ -211,10 +214,26 @@ def render(plan: Plan) -> str:
         out.print(f"{role}: {_size(total)} {verdict if plan.on_gpus else 'a rank'}", highlight=False)
     if not plan.fits:
         out.print(_advice(plan), highlight=False)
+    if topology.mode == "split" and (line := _buffer_line(plan)):
+        out.print(line, highlight=False, soft_wrap=True)
     if topology.draft and plan.on_gpus:
         out.print(_grace_line(plan), highlight=False, soft_wrap=True)
     assert isinstance(out.file, io.StringIO)
     return out.file.getvalue().rstrip()
+
+
+def _buffer_line(plan: Plan) -> str:
+    """Where the receive buffer keeps the target's replicas waiting for each other: what it would take. As many slots as
+    half the replicas keep 98 % of their rate, where none is slow (`specdist bench scheduler`)."""
+    job, replicas = plan.job, len(plan.topology.replicas)
+    slots, wanted = jobs.slots(job, plan.facts.layout), job.train.accumulation + -(-replicas // 2)
+    if slots >= wanted:
+        return ""
+    memory = wanted * job.prompts.tokens_per_rank * sum(row_bytes(plan.facts.layout, job.channel.dtype))
+    return (
+        f"receive buffer: {slots} slots are few for {replicas} replicas, of which the quick will wait for the slow: "
+        f"{wanted} slots take channel.memory={-(-memory // 2**20)}MiB"
+    )
 
 
 def _rank_table(topology: Topology, scheduler: bool) -> Table:

@@ -152,8 +152,9 @@ def _scheduler(context: WorldContext, resume: ResumePlan) -> Scheduler | None:
     return Scheduler(
         draft_ranks=len(topology.draft_ranks),
         slots=jobs.slots(job, layout),
-        queue_depth=job.scheduler.queue_depth,
+        queue_depth=min(job.scheduler.queue_depth, job.channel.send_buffers),
         timeout=job.world.wait_timeout_s,
+        together=resume.schedule.accumulation,
         first_item=resume.progress.next_item,
         end_item=resume.schedule.end_item,
         elastic=job.world.role == "draft",

@@ -129,12 +129,11 @@ class RemoteSource(FeatureSource):
         """Receive and release, untrained, what was on its way beyond the last item, until the scheduler stops. All
         draft ranks post the same, and issue no other GPU communication meanwhile."""
         self._client.phase = "draining"
-        while self._next in self._posted or self._await_more(self._next):
+        while self._posted or self._await_more(self._next):
             self.post(self.known)
-            if self._next in self._posted:
-                item = self._items[self._next]
-                self.take(item)
-                self.release(item)
+            item = self._items[min(self._posted)]  # some before it may never come
+            self.take(item)
+            self.release(item)
 
     def _await_more(self, index: int, stop: StopFlag | None = None) -> bool:
         """Wait until a delivery is known that is not posted, as that of item `index` will be; False if the scheduler

@@ -88,15 +88,16 @@ class StatusWriter(Observer):
             self._break_the_silence(phases, started, quiet_s)
 
     def advanced(self, scheduler: Scheduler, now: float) -> None:
-        """Give the timeline the slots of a ring: their sum is always the same."""
+        """Give the timeline the items at the targets, and the slots of a ring."""
         if not self._profile.on:
             return
         s, first = scheduler.statistics(now), self._resume.progress.next_item
         counts = {
             "computing": s.computing,
             "queued": s.queued,
+            "held": s.held,
             "delivered": s.delivered - s.released,
-            "free": s.slots - (s.dispatched - s.released),
+            "free": s.free,
         }
         self._profile.count_slots(first + s.released, first + s.dispatched, counts)
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop of a target rank: take an item the scheduler sends, run the packed forward, send the features, report."""
+"""The loop of a target rank: take an item from the scheduler, run the packed forward, report, send the features."""
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -10,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdist.channel.base import FeatureSender
+from specdist.channel.base import Announce, FeatureSender
 from specdist.channel.encoding import Parcel, Plain
 from specdist.core.trace import span
+from specdist.core.worker import Worker
 from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.messages import Computed, Dispatch, Message, ProducerReport, Stop, StopRequest
+from specdist.scheduler.messages import Computed, Dispatch, Message, ProducerReport, Send, Sent, Stop, StopRequest
 from specdist.target.base import TargetModel
 from specdist.target.head import forward_item
 from specdist.target.verify import verify
@@ -28,14 +31,11 @@ class _Forward:
     """A forward that was launched and perhaps still runs. On CPU it has finished when it returns."""
 
     parcel: Parcel
-    slot: int
     sent: Tensor
     agreed: Tensor | None
     """On the host, see `forward_item`."""
     began: torch.cuda.Event | float
     ended: torch.cuda.Event | float
-    cancelled: bool
-    """It was left out: its rows go their way, and nobody reads them."""
 
     def finished(self) -> bool:
         return not isinstance(self.ended, torch.cuda.Event) or self.ended.query()
@@ -48,91 +48,134 @@ class _Forward:
         return self.ended - self.began
 
 
-class Announcement:
-    """Tells the scheduler what a sender announces, and `agreed` of items that are evaluated (`Computed`)."""
-
-    def __init__(self, client: ControlClient) -> None:
-        self._client = client
-        self.agreed: dict[int, tuple[int, ...]] = {}
-
-    def __call__(self, item: int) -> None:
-        self._client.send(Computed(item, self.agreed.pop(item, ())))
+def announcing(client: ControlClient) -> Announce:
+    """Tells the scheduler what a sender announces."""
+    return lambda item: client.send(Sent(item))
 
 
 class Producer:
-    """Drives one target rank. All ranks of a replica get the same items in the same order, so they stay in step."""
+    """Drives one target rank. All ranks of a replica get the same orders, so they stay in step.
+
+    A thread hears the scheduler, and sends what it wants sent: the main one may be in a forward then.
+    """
 
     def __init__(
         self,
         engine: TargetModel,
         sender: FeatureSender,
         encoding: Plain,
-        announcement: Announcement,
         client: ControlClient,
         items: Items,
         prompts: Corpus,
-        slots: int,
         verify_items: int,
         timeout_s: float,
         profile: Profile = NO_PROFILE,
         alone: bool = False,
+        in_turn: bool = False,
     ):
         """
         Args:
             encoding: what the sender's wire was made for.
-            announcement: the sender's.
-            slots: items that may be in flight: an item that another replica has lost is never older than that.
             alone: whether this rank is its whole replica. It may then leave out forwards that are not needed any more;
                 others would wait in theirs.
+            in_turn: forwards and sends are issued in the order in which the scheduler asks for them, which is the same
+                on all ranks of the replica (specdist/channel/p2p.py).
         """
-        self._engine, self._sender, self._announcement, self._client = engine, sender, announcement, client
-        self._encoding = encoding
+        self._engine, self._sender, self._encoding, self._client = engine, sender, encoding, client
         self._items, self._prompts = items, prompts
         self._verify_left, self._timeout_s = verify_items, timeout_s
-        self._slots = slots
-        self._queue: deque[Dispatch] = deque()
+        self._heard: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        """What is for the main thread; None: the other has ended."""
+        self._orders: deque[Dispatch | Send] = deque()
         self._running: deque[_Forward] = deque()
+        self._held: list[_Forward] = []
+        """What is computed. An item that is to be dropped may be there again before it is."""
+        self._listener = Worker("specdist-sender", self._listen, lambda error: self._heard.put(None))
         self.report = ProducerReport()
         self._began = 0.0
-        self._profile, self._alone, self._cancelled = profile, alone, False
+        self._profile, self._alone, self._in_turn = profile, alone, in_turn
 
     def run(self) -> ProducerReport:
         """Work until the scheduler says stop; raises WorldError when the world fails."""
+        self._listener.start()
         stopped = False
-        while not stopped or self._queue or self._running:  # what was given before the stop is finished
+        while not stopped or self._orders or self._running:  # others of the replica may have begun what was given
             for message in self._poll():
                 match message:
-                    case Dispatch():
-                        self._items.forget(before=message.item - self._slots)
-                        self._queue.append(message)
-                    case StopRequest():  # what is not launched yet will not be trained on
-                        self._cancelled = self._alone
-                    case Stop():
-                        stopped = True
-            if self._may_launch():
-                self._began = self._began or time.monotonic()
-                self._launch(self._queue.popleft())
+                    case Dispatch(_, _, oldest):
+                        self._items.forget(before=oldest)
+                        self._orders.append(message)
+                    case Send(_, _, slot):
+                        self._orders.append(message) if slot >= 0 else self._send(message)
+                    case StopRequest() | Stop():
+                        stopped |= isinstance(message, Stop)
+                        if self._alone:  # what is not launched yet will not be trained on
+                            self._orders.clear()
+            self._work()
             self._report_finished()
+        self._listener.join(self._timeout_s)
+        for done in self._held:  # nobody asks for it any more
+            self._sender.drop(done.sent)
         self._sender.flush(self._timeout_s)
         return self.report
 
+    def _work(self) -> None:
+        """Obey the next orders, as far as that is possible now."""
+        while self._orders and isinstance(order := self._orders[0], Send):
+            self._orders.popleft()
+            self._send(order)
+        if self._may_launch():
+            self._began = self._began or time.monotonic()
+            self._launch(self._orders.popleft().item)
+
     def _may_launch(self) -> bool:
-        """One forward runs and one is queued behind it, so that the device never waits for the host. Of a replica of
-        several ranks none is queued: each would issue it, and the collectives in it, before or behind the sends of the
-        one that runs, as it finds that finished, and all must do the same (specdist/channel/p2p.py)."""
-        return bool(self._queue) and len(self._running) < min(2 if self._alone else 1, self._sender.buffers)
+        """One forward runs and one is queued behind it, so that the device never waits for the host."""
+        return bool(self._orders) and len(self._running) < 2 and self._sender.available
 
     def _poll(self) -> list[Message]:
-        """Messages; waits for one not at all with work at hand, and briefly with a forward under way."""
+        """Messages; waits for one not at all with work at hand, and briefly with a forward or a send under way."""
         if self._may_launch():
-            return self._client.poll(0.0)
-        if self._running:
-            return self._client.poll(0.0005)
+            return self._take(0.0)
+        if self._running or self._orders:
+            return self._take(0.0005)
         with span("wait for a batch"):
-            return self._client.poll(1.0)
+            return self._take(1.0)
 
-    def _launch(self, dispatch: Dispatch) -> None:
-        item = self._items[dispatch.item]
+    def _take(self, timeout_s: float) -> list[Message]:
+        messages: list[Message] = []
+        with contextlib.suppress(queue.Empty):
+            message = self._heard.get(timeout_s > 0, timeout_s)
+            while message is not None:
+                messages.append(message)
+                message = self._heard.get_nowait()
+        if self._listener.error is not None:
+            raise self._listener.error
+        return messages
+
+    def _listen(self) -> None:
+        """The body of the thread, until the end of the work."""
+        if self._engine.device.type == "cuda":
+            torch.cuda.set_device(self._engine.device)
+        stopped = False
+        while not stopped:
+            for message in self._client.poll(1.0):
+                stopped |= isinstance(message, Stop)
+                if isinstance(message, Send) and not self._in_turn:
+                    self._send(message)
+                else:
+                    self._heard.put(message)
+
+    def _send(self, order: Send) -> None:
+        held = (n for n, done in enumerate(self._held) if done.parcel.item.index == order.item)
+        done = self._held.pop(next(held))
+        if order.slot < 0:
+            self._sender.drop(done.sent)
+            return
+        with span("issue the sends", order.item):
+            self._sender.send(done.parcel.wire, done.sent, order.slot)
+
+    def _launch(self, index: int) -> None:
+        item = self._items[index]
         self._client.phase = f"forward of batch {item.index}"
         oldest = self._running[0].parcel.item.index if self._running else item.index
         if self._profile.ends_at(oldest):
@@ -147,16 +190,14 @@ class Producer:
             parcel = self._encoding.parcel(item)
             sent = self._sender.buffer(parcel.wire)
             rows = self._encoding.rows(parcel, sent)
-        began, agreed = self._now(), None
-        if not self._cancelled:
-            with span("forward", item.index, tokens=item.tokens):
-                agreed = forward_item(self._engine, item, batch, rows)
-                self._encoding.encode(parcel, rows, sent)
-                if agreed is not None:  # read when the forward is finished, without waiting for the next one
-                    host = torch.empty_like(agreed, device="cpu", pin_memory=agreed.is_cuda)
-                    agreed = host.copy_(agreed, non_blocking=True)
-        ended = self._now()
-        self._running.append(_Forward(parcel, dispatch.slot, sent, agreed, began, ended, self._cancelled))
+        began = self._now()
+        with span("forward", item.index, tokens=item.tokens):
+            agreed = forward_item(self._engine, item, batch, rows)
+            self._encoding.encode(parcel, rows, sent)
+            if agreed is not None:  # read when the forward is finished, without waiting for the next one
+                host = torch.empty_like(agreed, device="cpu", pin_memory=agreed.is_cuda)
+                agreed = host.copy_(agreed, non_blocking=True)
+        self._running.append(_Forward(parcel, sent, agreed, began, self._now()))
 
     def _now(self) -> torch.cuda.Event | float:
         if self._engine.device.type != "cuda":
@@ -166,14 +207,12 @@ class Producer:
         return event
 
     def _report_finished(self) -> None:
-        """Send what is finished; the sender announces it to the scheduler."""
+        """Tell the scheduler what is finished, and keep it until it is to be sent."""
         while self._running and self._running[0].finished():
             done = self._running.popleft()
-            item = done.parcel.item
-            if done.agreed is not None:
-                self._announcement.agreed[item.index] = tuple(done.agreed.tolist())
-            with span("issue the sends", item.index):
-                self._sender.send(done.parcel.wire, done.sent, done.slot)
-            if not done.cancelled:
-                self.report.add(item.tokens, done.seconds(), time.monotonic() - self._began)
+            item, seconds = done.parcel.item, done.seconds()
+            agreed = () if done.agreed is None else tuple(done.agreed.tolist())
+            self._held.append(done)
+            self._client.send(Computed(item.index, item.tokens, seconds, agreed))
+            self.report.add(item.tokens, seconds, time.monotonic() - self._began)
             self._client.phase = "waiting for a batch"

@@ -12,9 +12,8 @@ from specdist.channel.encoding import Plain
 from specdist.channel.ring import Ring
 from specdist.core.attempts import Ending
 from specdist.core.files import to_json, write_atomically
-from specdist.job import config as jobs
 from specdist.run.context import RankContext
-from specdist.run.target_loop import Announcement, Producer
+from specdist.run.target_loop import Producer, announcing
 from specdist.scheduler.messages import Produced, ProducerReport
 
 
@@ -24,30 +23,29 @@ def produce(context: RankContext) -> None:
     item_tokens = topology.shards * job.prompts.tokens_per_rank
     context.begin("loading the target")
     engine = context.load_engine(item_tokens)
-    layout, announcement = context.facts.layout, Announcement(context.client)
+    layout = context.facts.layout
     sender: FeatureSender
     if topology.mode == "target_only":
         encoding = Plain(layout)
-        sender = DropSender(Ring(layout, 1, item_tokens, context.world.device), announcement)
+        sender = DropSender(Ring(layout, 1, item_tokens, context.world.device))
     else:
         encoding = context.encoding(range(topology.shards))
         units = topology.shards * encoding.units(job.prompts.tokens_per_rank)
-        sender = context.transport.sender(context.wire(encoding), units, announcement)
+        sender = context.transport.sender(context.wire(encoding), units, announcing(context.client))
         context.begin("connecting to the draft ranks")
         sender.connect(job.control.load_timeout_s, context.client.check)
     producer = Producer(
         engine,
         sender,
         encoding,
-        announcement,
         context.client,
         context.items(),
         context.prompts,
-        jobs.slots(job, layout),
         job.target.verify,
         context.timeout_s,
         context.profile,
         alone=job.target.tp == 1,
+        in_turn=topology.mode == "split" and job.target.tp > 1 and not context.transport.one_sided,
     )
     context.client.ready()
     context.started()

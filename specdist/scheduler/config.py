@@ -11,8 +11,8 @@ class SchedulerConfig:
     """How far the target may run ahead of the draft; the receive buffers (channel.memory) bound it too."""
 
     queue_depth: int = 2
-    """Batches outstanding at one target replica: 1 computing, the others queued so that it never waits for a
-    message."""
+    """Batches outstanding at one target replica, at most channel.send_buffers: 1 computing, the others queued so that
+    it never waits for a message."""
 
     def __post_init__(self) -> None:
         if self.queue_depth < 1:

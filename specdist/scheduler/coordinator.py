@@ -35,6 +35,7 @@ from specdist.scheduler.messages import (
     Released,
     Reports,
     RingAddress,
+    Sent,
     StartWork,
     Statistics,
     Stop,
@@ -135,7 +136,7 @@ class Coordinator:
             self._fail(rank, f"messages of it were lost with its connection; {self.peers.state(rank, now)}", now)
 
     def advance(self, now: float) -> None:
-        """Dispatch what may be dispatched, and end the run once nothing is left."""
+        """Give the replicas their orders, and end the run once nothing is left."""
         if self.aborted is not None or not self._all_joined():
             return
         if self._stopped:
@@ -146,8 +147,8 @@ class Coordinator:
             self._ready = True
             self._broadcast(StartWork(), now)
         if scheduler is not None and self.replicas is not None and self._ready:
-            for dispatch in scheduler.next_dispatches(now):
-                self._broadcast(dispatch, now, self.replicas.ranks(dispatch.replica))
+            for order in scheduler.next_orders(now):
+                self._broadcast(order, now, self.replicas.ranks(order.replica))
             self._observer.advanced(scheduler, now)
         if self._ready and (self._stopping if scheduler is None else scheduler.finished):
             self._stop(now)
@@ -188,8 +189,10 @@ class Coordinator:
         match message:
             case Released(item) if self._scheduler is not None and rank in self._draft_of:
                 self._scheduler.on_released(item, self._draft_of[rank], now)
-            case Computed(item, agreed) if self.replicas is not None:
-                deliver = self.replicas.computed(rank, item, agreed, now)
+            case Computed() if self.replicas is not None:
+                self.replicas.computed(rank, message, now)
+            case Sent() if self.replicas is not None:
+                deliver = self.replicas.sent(rank, message, now)
                 if deliver is not None:
                     self._broadcast(deliver, now, self._draft_ranks)
             case Heartbeat(seconds, step, phase, trouble):
@@ -345,7 +348,9 @@ class Coordinator:
         held = f"batch {culprit.item} for {culprit.seconds:.0f} s (limit {self._scheduler.timeout:.0f} s)"
         if culprit.role == "target":
             replica = culprit.indices[0]
-            return self.replicas.suspects(replica, culprit.item), f"target replica {replica} has been computing {held}"
+            return self.replicas.suspects(
+                replica, culprit.item
+            ), f"target replica {replica} has been {culprit.doing} {held}"
         ranks = [self._draft_ranks[draft] for draft in culprit.indices]
         others = "no other has either" if culprit.everyone else f"{len(self._draft_ranks) - len(ranks)} others have"
         return ranks, f"has not released {held}; {others}"

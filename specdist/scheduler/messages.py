@@ -16,7 +16,7 @@ from specdist.core.attempts import Failure
 from specdist.core.errors import Aborted, Dismissed, WorldError
 from specdist.core.stop import StopReason
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MAX_MESSAGE_BYTES = 65536
 MAX_TERMS_BYTES = 32768
 """Of the terms in `Welcome`: far below the limit of a message."""
@@ -87,20 +87,38 @@ class Heartbeat(_Message, frozen=True):
 
 
 class Dispatch(_Message, frozen=True):
-    """scheduler -> all ranks of `replica`: compute `item`, for `slot` of the draft ranks' rings."""
+    """scheduler -> all ranks of `replica`: compute `item`. No item before `oldest` will be asked for again."""
 
     item: int
     replica: int
-    slot: int
+    oldest: int
 
 
 class Computed(_Message, frozen=True):
-    """rank of a replica -> scheduler: its share of `item` may be received (a transport with receives), or has arrived
-    in the rings (a one-sided transport). The item is delivered when every rank of the replica has said so. `agreed`,
-    of an item that is evaluated: see `Deliver`."""
+    """rank of a replica -> scheduler: the rows of `item`, of so many tokens, are in its send buffer after so many
+    seconds. The item is computed when every rank of the replica has said so. `agreed`, of an item that is evaluated:
+    see `Deliver`."""
 
     item: int
+    tokens: int = 0
+    seconds: float = 0.0
     agreed: tuple[int, ...] = ()
+
+
+class Send(_Message, frozen=True):
+    """scheduler -> all ranks of `replica`: send the rows of `item` to `slot` of the draft ranks' rings; -1: drop them,
+    for they are not needed, or are computed again."""
+
+    item: int
+    replica: int
+    slot: int = -1
+
+
+class Sent(_Message, frozen=True):
+    """rank of a replica -> scheduler: its share of `item` may be received (a transport with receives), or has arrived
+    in the rings (a one-sided transport). The item is delivered when every rank of the replica has said so."""
+
+    item: int
 
 
 class Deliver(_Message, frozen=True):
@@ -114,7 +132,7 @@ class Deliver(_Message, frozen=True):
 
 
 class Released(_Message, frozen=True):
-    """draft rank -> scheduler: the slot of `item` is free in its ring. Each draft rank releases in item order."""
+    """draft rank -> scheduler: the slot of `item` is free in its ring."""
 
     item: int
 
@@ -129,15 +147,15 @@ class StopRequest(_Message, frozen=True):
 
 class LastItem(_Message, frozen=True):
     """draft rank 0 -> scheduler: `item` is the last one trained on (one less than the first item: none). Nothing beyond
-    it is dispatched any more. Later items that already were still arrive: draft ranks receive and release them
+    it is sent any more. Later items that already have a slot still arrive: draft ranks receive and release them
     untrained, so that no send is left without its receive."""
 
     item: int
 
 
 class Stop(_Message, frozen=True):
-    """scheduler -> all: no `Dispatch` or `Deliver` follows. `more`, for the ranks of a target world: the run has not
-    come to its end, and another start of the draft world may go on with it."""
+    """scheduler -> all: no `Dispatch`, `Send` or `Deliver` follows. `more`, for the ranks of a target world: the run
+    has not come to its end, and another start of the draft world may go on with it."""
 
     more: bool = False
 
@@ -234,8 +252,8 @@ class Reports(_Message, frozen=True):
 class Statistics:
     """What the scheduler counts.
 
-    Items are counted since the start of this run. `computing` and `queued` are items at the targets, `delivered -
-    released` is the queue in front of the draft, and `slots` is how many items may be in flight.
+    Items are counted since the start of this run. `computing`, `queued` and `held` (computed, without a slot) are items
+    at the targets, `delivered - released` is the queue in front of the draft, and `free` of the `slots` are free.
     """
 
     elapsed_s: float = 0.0
@@ -245,9 +263,11 @@ class Statistics:
     released: int = 0
     computing: int = 0
     queued: int = 0
+    held: int = 0
     slots: int = 0
+    free: int = 0
     target_wait_s: float = 0.0
-    """Replica-seconds without work for want of credits: the target waits for the draft."""
+    """Replica-seconds without work for want of slots: the target waits for the draft."""
     draft_wait_s: float = 0.0
     """Seconds in which the next item in training order was not delivered: the draft waits for the target."""
 
@@ -267,10 +287,10 @@ class ClockProbe(_Message, frozen=True):
     answered: int = 0
 
 
-_ToScheduler: TypeAlias = Hello | Ready | Heartbeat | Computed | Released | LastItem | Produced | Failed | Goodbye
+_ToScheduler: TypeAlias = Hello | Ready | Heartbeat | Computed | Sent | Released | LastItem | Produced | Failed
 _ToBoth: TypeAlias = StopRequest | RingAddress | ClockProbe
-_ToRanks: TypeAlias = Welcome | StartWork | Dispatch | Deliver | Pulse | Stop | Reports | Abort
-Message: TypeAlias = _ToScheduler | _ToBoth | _ToRanks
+_ToRanks: TypeAlias = Welcome | StartWork | Dispatch | Send | Deliver | Pulse | Stop | Reports | Abort
+Message: TypeAlias = Goodbye | _ToScheduler | _ToBoth | _ToRanks
 
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 encode = msgspec.msgpack.Encoder().encode

@@ -19,6 +19,7 @@ from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.messages import (
     PROTOCOL_VERSION,
     Abort,
+    Computed,
     Deliver,
     Failed,
     Goodbye,
@@ -28,6 +29,7 @@ from specdist.scheduler.messages import (
     Ready,
     RemotePlace,
     RingAddress,
+    Sent,
     Stop,
     StopRequest,
     Welcome,
@@ -53,8 +55,8 @@ class Replica:
     size: int
     ranks: dict[int, int]
     state: State = "live"
-    computed: dict[int, set[int]] = field(default_factory=dict)
-    """The ranks that have computed an item which others have not."""
+    said: dict[tuple[type[Message], int], set[int]] = field(default_factory=dict)
+    """The ranks that have computed, or sent, an item which others have not."""
     delivered: int = 0
     done: set[int] = field(default_factory=set)
     """The ranks that write no more."""
@@ -119,8 +121,9 @@ class Replicas:
         return self._replicas[replica].members
 
     def suspects(self, replica: int, item: int) -> list[int]:
-        """The ranks of a replica, those that have not computed `item` first."""
-        done = self._replicas[replica].computed.get(item, set())
+        """The ranks of a replica, those that have not computed or sent `item` first."""
+        said = self._replicas[replica].said
+        done = said.get((Computed, item)) or said.get((Sent, item), set())
         return sorted(self.ranks(replica), key=done.__contains__)
 
     @property
@@ -133,19 +136,40 @@ class Replicas:
             for rank in replica.members
         )
 
-    def computed(self, rank: int, item: int, agreed: tuple[int, ...], now: float) -> Deliver | None:
-        """`rank` has computed its share of `item`; returns the delivery once all ranks of its replica have. All find
-        the same `agreed`. Raises ProtocolError: it was not to compute that item now."""
+    def computed(self, rank: int, message: Computed, now: float) -> None:
+        """`rank` has computed an item; the scheduler is told once all ranks of its replica have. All find the same
+        `agreed`.
+
+        Raises:
+            ProtocolError: it was not to compute that item now.
+        """
         replica = self._replica(rank)
-        if replica.state != "live":
+        if self._all_said(replica, rank, message):
+            item, tokens, seconds, agreed = message.item, message.tokens, message.seconds, message.agreed
+            self._scheduler.on_computed(item, replica.number, now, agreed, tokens, seconds)
+
+    def sent(self, rank: int, message: Sent, now: float) -> Deliver | None:
+        """`rank` has sent its share of an item; returns the delivery once all ranks of its replica have.
+
+        Raises:
+            ProtocolError: it was not to send that item.
+        """
+        replica = self._replica(rank)
+        if not self._all_said(replica, rank, message):
             return None
-        ranks = replica.computed.setdefault(item, set())
+        deliver = self._scheduler.on_sent(message.item, replica.number, now)
+        replica.delivered += 1
+        return deliver
+
+    def _all_said(self, replica: Replica, rank: int, message: Computed | Sent) -> bool:
+        if replica.state != "live":
+            return False
+        ranks = replica.said.setdefault((type(message), message.item), set())
         ranks.add(rank)
         if len(ranks) < replica.size:
-            return None
-        del replica.computed[item]
-        replica.delivered += 1
-        return self._scheduler.on_computed(item, replica.number, now, agreed)
+            return False
+        del replica.said[type(message), message.item]
+        return True
 
     def produced(self, rank: int, report: ProducerReport) -> None:
         """All that `rank` has sent has arrived, and it sends nothing more."""

@@ -1,24 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which target replica computes which work item, and when: a state machine without I/O, threads or a clock.
+"""Which target replica computes which work item, and when it is sent: a state machine without I/O, threads or a clock.
 
-Items are dispatched in index order, to the replica with the fewest outstanding ones. Credits bound what is in flight:
-an item holds one slot of every draft rank's receive ring from dispatch to release, and slots are freed in item order.
+An item goes to the replica that is expected to be done with it first, by measured speeds. A slow replica therefore gets
+an item so far down the line that its turn comes when the rows are there. The rows stay in the replica's send buffer
+until the item has a slot in the draft ranks' receive rings, lowest item first; slots are freed in item order.
 
-No deadlock: the lowest unreleased item is always dispatched (it was first in line when a slot was free), a replica
-computes in the order of dispatch without waiting for the draft side beyond its own send buffers, and every receive has
-its slot before the data exists. Every message costs O(1) amortised, apart from a binary search over the replicas.
+No deadlock. The draft ranks release the lowest item, `low`, once the `together` items from it on are delivered.
+
+1. These items can always have a slot. Any other takes one only where more are free than those of them lack, so at all
+   times as many are free as they lack: a slot for one of them takes from both; a release of `low` gives one back, and
+   lets at most one more item in. (A slot in doubt comes back when its replica is known to be gone.)
+2. The first of them without a slot, `due`, is always computed. A replica whose rows wait for a slot gets no other work,
+   so it has a send buffer for each item that it was given. While none else computes, and as soon as waiting for those
+   that do takes longer, such a one drops its rows, which are computed again, and gets `due`; and so do the rows go that
+   a replica computes before `due`.
+3. What has a slot is sent without waiting for anything but its receive, and is delivered.
+
+So `low` is released, after finitely many other orders, for without its release the slots and the buffers run out.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections import deque
+from bisect import bisect, insort
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from specdist.core.errors import WorldError
-from specdist.scheduler.messages import Deliver, Dispatch, Statistics
+from specdist.scheduler.forecast import Forecast, Line
+from specdist.scheduler.messages import Deliver, Dispatch, Send, Statistics
 from specdist.scheduler.slots import Slots
+
+_LOOK_S = 0.5
+"""How often the clock alone is a reason to look for orders."""
+_REACH = 8
+"""Items a replica, beyond those that the rings hold: how far down the line the item of a slow one may be."""
 
 
 class ProtocolError(WorldError):
@@ -33,16 +49,26 @@ class Culprit:
     indices: tuple[int, ...]
     item: int
     seconds: float
-    everyone: bool
+    doing: Literal["computing", "sending", "reading"]
+    everyone: bool = False
     """Whether no draft rank has released the item: then any of them may be the one that hangs."""
 
 
 @dataclass
-class _Delivery:
-    """A delivered item: since when it is, and how many draft ranks have not released it."""
+class _Flight:
+    """An item with a slot, from the order to send it until it is released."""
 
+    replica: int
+    agreed: tuple[int, ...]
     since: float
-    holders: int
+    """When it was to be sent, and then when it was delivered."""
+    delivered: bool = False
+    holders: int = 0
+    """A bit for each draft rank that was told and has not released it."""
+
+    @property
+    def released(self) -> bool:
+        return self.delivered and not self.holders
 
 
 class Scheduler:
@@ -51,12 +77,13 @@ class Scheduler:
     Args:
         draft_ranks: number of draft ranks, each with its own ring; 0 where features are dropped (target only).
         slots: slots of every ring.
-        queue_depth: items outstanding at a replica.
+        queue_depth: items outstanding at a replica, which has a send buffer for each.
         timeout: seconds after which `watch` names who holds an item.
+        together: items that the draft ranks need at once, those of a step. Fewer than `slots`.
         first_item: index of the first item (not 0 after a resume).
         end_item: one past the last item, or None for a stream without an end.
-        elastic: whether replicas come and go (two worlds). The run then ends with its last item: what was dispatched
-            beyond it is let go, for its replica may be gone.
+        elastic: whether replicas come and go (two worlds). The run then ends with its last item: what was sent beyond
+            it is let go, for its replica may be gone.
     """
 
     def __init__(
@@ -66,27 +93,30 @@ class Scheduler:
         slots: int,
         queue_depth: int,
         timeout: float,
+        together: int = 1,
         first_item: int = 0,
         end_item: int | None = None,
         elastic: bool = False,
     ):
-        if min(slots, queue_depth) < 1 or draft_ranks < 0:
-            raise ValueError(f"{draft_ranks} draft ranks, {slots} slots, queue {queue_depth}")
+        if min(slots, queue_depth, together) < 1 or draft_ranks < 0 or together > slots:
+            raise ValueError(f"{draft_ranks} draft ranks, {slots} slots for {together} items, queue {queue_depth}")
         self.draft_ranks, self.timeout = draft_ranks, timeout
         self.slots = Slots(slots)
-        self._depth = queue_depth
+        self._depth, self._together = queue_depth, together
         self._first = self._next = self._low = first_item
-        self._end = end_item
+        self._end = self._data_end = end_item
         self._elastic = elastic
-        self.cut_short = False
-        """Whether a stop has moved its end."""
-        self._requeued: list[int] = []
-        # Replicas with k items outstanding, sorted, for every k.
-        self._room: list[list[int]] = [[] for _ in range(queue_depth + 1)]
-        self._outstanding: dict[int, deque[int]] = {}
-        self._head_since: dict[int, float] = {}
-        self._delivered: dict[int, _Delivery] = {}
-        self._next_release = [first_item] * draft_ranks
+        self._halted = False
+        self._waiting: list[int] = []
+        """Items before `_next` that nobody has or had computed, sorted."""
+        self._lines: dict[int, Line] = {}
+        self._forecast = Forecast(self._lines)
+        self._ready: dict[int, tuple[int, tuple[int, ...]]] = {}
+        """Replica and `agreed` of the items that are computed and have no slot."""
+        self._flights: dict[int, _Flight] = {}
+        self._orders: list[Dispatch | Send] = []
+        self._changed, self._looked = True, 0.0
+        """Whether there may be orders to give; when that was last looked at."""
         self._low_since = 0.0
         self._started: float | None = None
         self._accounted = 0.0
@@ -95,99 +125,130 @@ class Scheduler:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing will be dispatched any more and everything dispatched has been released."""
-        if self._elastic:
-            return self._end is not None and self._low >= self._end
-        return self._low == self._next and not self._work_left
+        """Whether nothing will be sent any more, and everything that was sent has been released."""
+        ended = self._end is not None and self._low >= self._end
+        if ended and self._elastic:
+            return True
+        return (ended or self._halted) and all(flight.released for flight in self._flights.values())
 
-    def next_dispatches(self, now: float) -> list[Dispatch]:
-        """Everything that may be dispatched now, in order. Call it after every batch of events."""
+    @property
+    def cut_short(self) -> bool:
+        """Whether items are left that have not been released."""
+        return self._data_end is None or self._low < self._data_end
+
+    def next_orders(self, now: float) -> list[Dispatch | Send]:
+        """Everything that replicas are to be told now, in order. Call it after every batch of events, and once a second
+        in any case: a replica that is late is seen by the clock."""
         if self._started is None:
             self._started = self._accounted = self._low_since = now
-        dispatches: list[Dispatch] = []
-        while (replica := self._replica_with_room()) is not None and self._work_left:
-            if self._requeued:
-                item = self._requeued.pop(0)
-                self.slots.renew(item)
-            elif self.slots.free:
-                item, self._next = self._next, self._next + 1
-                self.slots.take(item)
-            else:
-                break
-            self._account(now)
-            queue = self._outstanding[replica]
-            if not queue:
-                self._head_since[replica] = now
-            self._move(replica, +1)
-            queue.append(item)
-            dispatches.append(Dispatch(item, replica, self.slots[item]))
-        return dispatches
-
-    def on_computed(self, item: int, replica: int, now: float, agreed: tuple[int, ...] = ()) -> Deliver | None:
-        """`replica` has computed `item`; None if it was dropped meanwhile. `agreed` is passed on. Raises ProtocolError:
-        `item` is not the oldest one outstanding at `replica`."""
-        queue = self._outstanding.get(replica)
-        if queue is None:
-            return None
-        if not queue or queue[0] != item:
-            raise ProtocolError(f"target replica {replica} computed batch {item}; outstanding there: {list(queue)}")
+        if not self._changed and now < self._looked + _LOOK_S:
+            return []
+        self._changed, self._looked = False, now
         self._account(now)
-        self._move(replica, -1)
-        queue.popleft()
-        self._head_since[replica] = now
-        deliver = Deliver(item, replica, self.slots[item], agreed)
-        self._delivered[item] = _Delivery(now, self.draft_ranks)
-        self._delivered_count += 1
-        if not self.draft_ranks:
+        self._send(now)
+        due = next((item for item in self._needed if not self._is_computed(item)), None)
+        if due is not None and not self._halted:
+            self._hasten(due, now)
+        while self._work_left and (choice := self._choose(due, now)) is not None:
+            self._dispatch(*choice, now)
+        orders, self._orders = self._orders, []
+        return orders
+
+    def on_computed(
+        self, item: int, replica: int, now: float, agreed: tuple[int, ...] = (), tokens: int = 0, seconds: float = 0.0
+    ) -> None:
+        """`replica` has computed `item`, of so many tokens, in so many seconds; `agreed` is passed on.
+
+        Raises:
+            ProtocolError: `item` is not the oldest one outstanding at `replica`.
+        """
+        line = self._lines.get(replica)
+        if line is None:  # it was dropped meanwhile
+            return
+        if not line.items or line.items[0] != item:
+            raise ProtocolError(
+                f"target replica {replica} computed batch {item}; outstanding there: {list(line.items)}"
+            )
+        self._account(now)
+        self._changed = True
+        self._forecast.measure(replica, tokens, seconds)
+        line.items.popleft()
+        line.since = now
+        if self._is_computed(item):  # another replica was first
+            self._orders.append(Send(item, replica))
+        elif self.draft_ranks:
+            self._ready[item] = replica, agreed
+            line.held.add(item)
+        else:
+            self._orders.append(Send(item, replica))
+            self._flights[item] = _Flight(replica, agreed, now, delivered=True)
+            self._delivered_count += 1
             self._advance(now)
-        return deliver
+
+    def on_sent(self, item: int, replica: int, now: float) -> Deliver | None:
+        """`replica` has sent `item` to its slot; None if the replica was dropped meanwhile.
+
+        Raises:
+            ProtocolError: it was not to send it.
+        """
+        if replica not in self._lines:
+            return None
+        flight = self._flights.get(item)
+        if flight is None or flight.replica != replica or flight.delivered:
+            raise ProtocolError(f"target replica {replica} sent batch {item}, which it was not to send")
+        self._account(now)
+        flight.delivered, flight.since, flight.holders = True, now, (1 << self.draft_ranks) - 1
+        self._delivered_count += 1
+        return Deliver(item, replica, self.slots[item], flight.agreed)
 
     def on_released(self, item: int, draft: int, now: float) -> None:
-        """Draft rank number `draft` has freed the slot of `item`. Raises ProtocolError: `item` is not delivered, or not
-        the next one of this draft rank in item order."""
-        delivery = self._delivered.get(item)
-        due = self._next_release[draft]
-        if delivery is None or due != item:
-            state = "delivered" if due in self._delivered else "not delivered yet"
-            raise ProtocolError(
-                f"draft rank number {draft} released batch {item}; its next one is batch {due}, which is {state}"
-            )
-        self._next_release[draft] = item + 1
-        delivery.holders -= 1
-        if not delivery.holders:
+        """Draft rank number `draft` has freed the slot of `item`.
+
+        Raises:
+            ProtocolError: it has not got the item, or has released it before.
+        """
+        flight = self._flights.get(item)
+        if flight is None or not flight.holders >> draft & 1:
+            raise ProtocolError(f"draft rank number {draft} released batch {item}, which it does not hold")
+        flight.holders ^= 1 << draft
+        if not flight.holders:
             self._advance(now)
 
     def stop_after(self, item: int) -> None:
-        """Dispatch nothing beyond `item`; what already was dispatched still goes its way to the release."""
+        """Compute and send nothing beyond `item`; what already has a slot still goes its way to the release."""
+        self._changed = True
         if item < self._first - 1:
             raise ProtocolError(f"stop after batch {item}: the first batch is {self._first}")
-        self.cut_short |= self._end is None or item + 1 < self._end
         self._end = item + 1 if self._end is None else min(self._end, item + 1)
-        if self._elastic:
-            self._requeued = [requeued for requeued in self._requeued if not self._needless(requeued)]
+        self._waiting = [waiting for waiting in self._waiting if waiting < self._end]
 
     def stop_now(self) -> None:
-        """Dispatch nothing more."""
-        self.stop_after(self._next - 1)
+        """Compute and send nothing more."""
+        self._halted = self._changed = True
 
     @property
     def replicas(self) -> tuple[int, ...]:
         """The replicas that there are."""
-        return tuple(self._outstanding)
+        return tuple(self._lines)
 
     def add_replica(self, replica: int) -> None:
         """Give work to one more replica, whose number no other has had."""
-        self._outstanding[replica], self._head_since[replica] = deque(), 0.0
-        insort(self._room[0], replica)
+        self._lines[replica] = Line()
+        self._changed = True
 
     def drop_replica(self, replica: int) -> tuple[int, ...]:
-        """Forget a replica; its items that were not delivered go back to the front of the line, in item order. Their
-        slots stay in doubt (`slots`)."""
-        queue = self._outstanding.pop(replica)
-        self._room[len(queue)].remove(replica)
-        self.slots.doubt(queue, replica)
-        self._requeued = sorted([*self._requeued, *(item for item in queue if not self._needless(item))])
-        return tuple(sorted(queue))
+        """Forget a replica; returns which of its items are to be computed again. Slots that it may still write to are
+        in doubt (`slots`)."""
+        line = self._lines.pop(replica)
+        self._changed = True
+        self._forecast.forget(replica)
+        sending = [i for i, flight in self._flights.items() if flight.replica == replica and not flight.delivered]
+        self.slots.doubt(sending, replica)
+        for item in sending:
+            del self._flights[item]
+        for item in line.held:
+            del self._ready[item]
+        return self._put_back({*line.items, *line.held, *sending})
 
     def watch(self, now: float) -> Culprit | None:
         """Who has held an item for longer than the timeout since it could start; the longest wait wins."""
@@ -197,68 +258,159 @@ class Scheduler:
     def statistics(self, now: float) -> Statistics:
         if self._started is not None:
             self._account(now)
-        busy = sum(map(len, self._room[1:]))
+        busy = sum(bool(line.items) for line in self._lines.values())
         return Statistics(
             elapsed_s=0.0 if self._started is None else now - self._started,
-            replicas=len(self._outstanding),
-            dispatched=self._next - self._first,
+            replicas=len(self._lines),
+            dispatched=self._next - self._first - len(self._waiting),
             delivered=self._delivered_count,
             released=self._low - self._first,
             computing=busy,
-            queued=sum(k * len(replicas) for k, replicas in enumerate(self._room)) - busy,
+            queued=sum(len(line.items) for line in self._lines.values()) - busy,
+            held=len(self._ready),
             slots=self.slots.count,
+            free=self.slots.free,
             target_wait_s=self._target_wait,
             draft_wait_s=self._draft_wait,
         )
 
     @property
     def _work_left(self) -> bool:
-        return bool(self._requeued) or self._end is None or self._next < self._end
+        return not self._halted and (bool(self._waiting) or self._end is None or self._next < self._end)
 
     def _needless(self, item: int) -> bool:
-        return self._elastic and self._end is not None and item >= self._end
+        return self._halted or (self._end is not None and item >= self._end)
 
-    def _replica_with_room(self) -> int | None:
-        for replicas in self._room[: self._depth]:
-            if replicas:
-                return replicas[0]
-        return None
+    def _is_computed(self, item: int) -> bool:
+        return item < self._low or item in self._ready or item in self._flights
 
-    def _move(self, replica: int, step: Literal[-1, 1]) -> None:
-        """Note that `replica` is about to have one more or one less outstanding."""
-        count = len(self._outstanding[replica])
-        del self._room[count][bisect_left(self._room[count], replica)]
-        insort(self._room[count + step], replica)
+    def _put_back(self, items: Iterable[int]) -> tuple[int, ...]:
+        """Let these items wait for a replica, but for those that are computed or being so; returns the others."""
+        back = sorted(
+            item
+            for item in items
+            if not self._is_computed(item)
+            and not self._needless(item)
+            and not any(item in line.items for line in self._lines.values())
+        )
+        for item in back:
+            insort(self._waiting, item)
+        return tuple(back)
+
+    @property
+    def _needed(self) -> range:
+        """The items without which the draft ranks release none."""
+        end = self._low + self._together
+        return range(self._low, end if self._end is None else min(end, self._end))
+
+    def _send(self, now: float) -> None:
+        """Give slots to what is computed, lowest item first."""
+        for item in sorted(self._ready):
+            if self._needless(item):
+                self._drop(item, now)
+                continue
+            spare = self.slots.free - sum(needed not in self.slots for needed in self._needed)
+            if item in self.slots:  # since before its replica was lost
+                if spare > 0:
+                    self.slots.renew(item)
+            elif self.slots.free and (spare > 0 or item in self._needed):
+                self.slots.take(item)
+            else:
+                return
+            replica, agreed = self._let_go(item, now)
+            self._flights[item] = _Flight(replica, agreed, now)
+            self._orders.append(Send(item, replica, self.slots[item]))
+
+    def _drop(self, item: int, now: float) -> None:
+        """Have the rows of `item` dropped, which has no slot."""
+        replica, _ = self._let_go(item, now)
+        self._orders.append(Send(item, replica))
+        self._put_back([item])
+
+    def _let_go(self, item: int, now: float) -> tuple[int, tuple[int, ...]]:
+        replica, agreed = self._ready.pop(item)
+        line = self._lines[replica]
+        line.held.remove(item)
+        if not line.held:  # until now it may have waited for a buffer
+            line.since = now
+        return replica, agreed
+
+    def _dispatch(self, replica: int, place: int, now: float) -> None:
+        """Have `replica` compute the item at `place` of those that nobody computes."""
+        while len(self._waiting) <= place:
+            self._waiting.append(self._next)
+            self._next += 1
+        self._compute(self._waiting.pop(place), replica, now)
+
+    def _compute(self, item: int, replica: int, now: float) -> None:
+        line = self._lines[replica]
+        if not line.items:
+            line.since = now
+        line.items.append(item)
+        self._orders.append(Dispatch(item, replica, self._low))
+
+    def _choose(self, due: int | None, now: float) -> tuple[int, int] | None:
+        """The replica that is given an item next, and the place of that item among those that nobody computes."""
+        found = self._forecast.first(self._depth, due, now)
+        if found is None:
+            return None
+        replica, place = found
+        if place:  # what it has before that one comes first
+            place = max(place, bisect(self._waiting, max(self._lines[replica].items, default=-1)))
+        item = self._waiting[place] if place < len(self._waiting) else self._next + place - len(self._waiting)
+        reach = self.slots.count + _REACH * len(self._lines)
+        if item >= self._low + reach or (self._end is not None and item >= self._end):
+            return None
+        return replica, place
+
+    def _hasten(self, due: int, now: float) -> None:
+        """See to it that the item which the draft ranks wait for is computed; see the module's docstring."""
+        helper = self._forecast.helper(self._depth, due, now)
+        for replica, line in self._lines.items():
+            for item in sorted(line.held) if replica == helper or due in line.items else ():
+                if item > due:
+                    self._drop(item, now)
+        if helper is not None and (due >= self._next or due in self._waiting):
+            self._dispatch(helper, 0, now)
+        elif helper is not None:
+            self._compute(due, helper, now)
 
     def _advance(self, now: float) -> None:
         """Move the low-water mark past every item that is delivered and that no draft rank holds."""
         self._account(now)
-        while (lowest := self._delivered.get(self._low)) is not None and not lowest.holders:
-            del self._delivered[self._low]
-            self.slots.give_back(self._low)
+        while (lowest := self._flights.get(self._low)) is not None and lowest.released:
+            del self._flights[self._low]
+            if self.draft_ranks:
+                self.slots.give_back(self._low)
             self._low += 1
             self._low_since = now
+            self._changed = True
 
     def _account(self, now: float) -> None:
         """Add the time since the last change to the sides that waited in it."""
         passed, self._accounted = now - self._accounted, now
         if self._work_left:
-            # Dispatch is greedy, so a replica without work while there is some lacks nothing but credits.
-            self._target_wait += passed * len(self._room[0])
-        if self.draft_ranks and self._low not in self._delivered and not self.finished:
+            # Dispatch is greedy, so a replica without work while there is some lacks nothing but slots.
+            self._target_wait += passed * sum(not line.items for line in self._lines.values())
+        lowest = self._flights.get(self._low)
+        if self.draft_ranks and not (lowest and lowest.delivered) and not self.finished:
             self._draft_wait += passed
 
     def _slow_target(self, now: float) -> Culprit | None:
-        heads = [(self._head_since[r], r, queue[0]) for r, queue in self._outstanding.items() if queue]
-        if not heads:
+        # One whose rows wait for a slot may itself wait for a buffer: whoever holds the slots is to blame.
+        since: list[tuple[float, int, int, Literal["computing", "sending"]]] = [
+            *((x.since, r, x.items[0], "computing") for r, x in self._lines.items() if x.items and not x.held),
+            *((f.since, f.replica, item, "sending") for item, f in self._flights.items() if not f.delivered),
+        ]
+        if not since:
             return None
-        since, replica, item = min(heads)
-        return Culprit("target", (replica,), item, now - since, everyone=False)
+        began, replica, item, doing = min(since)
+        return Culprit("target", (replica,), item, now - began, doing)
 
     def _slow_draft(self, now: float) -> Culprit | None:
-        lowest = self._delivered.get(self._low)
-        if lowest is None:
+        lowest = self._flights.get(self._low)
+        if lowest is None or not lowest.delivered:
             return None
-        late = tuple(d for d, item in enumerate(self._next_release) if item == self._low)
+        late = tuple(draft for draft in range(self.draft_ranks) if lowest.holders >> draft & 1)
         since = max(lowest.since, self._low_since)
-        return Culprit("draft", late, self._low, now - since, everyone=len(late) == self.draft_ranks)
+        return Culprit("draft", late, self._low, now - since, "reading", everyone=len(late) == self.draft_ranks)

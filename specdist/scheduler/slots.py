@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which slot of the receive rings each item in flight has, and which slots a lost replica may still write to.
+"""Which slot of the receive rings each item that is sent has, and which slots a lost replica may still write to.
 
 A target replica that is lost may come back to life, or what it sent may still be on its way, and a one-sided write
 cannot be refused. So a slot that it was to write to is in doubt: it is not given to another item before that replica
@@ -23,6 +23,9 @@ class Slots:
 
     def __getitem__(self, item: int) -> int:
         return self._of[item]
+
+    def __contains__(self, item: int) -> bool:
+        return item in self._of
 
     @property
     def free(self) -> int:

@@ -88,6 +88,18 @@ def test_exact_parts_of_the_memory(job):
     )
 
 
+def test_what_verifying_takes_and_a_receive_buffer_that_is_small_for_the_replicas(job):
+    plan = make_plan(job(target__verify=1), ["a"] * 3, 2**30)
+    needs = {(need.role, need.what): need.bytes for need in plan.needs}
+    twice = needs["target", "target.verify: features of 512 tokens twice, and their difference"]
+    assert twice == 512 * (2 * 512 + 3 * 4 * 32)
+    assert not any("target.verify" in need.what for need in make_plan(job(target__verify=0), ["a"] * 3, 2**30).needs)
+    assert "receive buffer:" not in render(plan)
+    crowded = render(make_plan(job(target__replicas=15), ["a"] * 17, 2**30))
+    assert "receive buffer: 8 slots are few for 15 replicas, " in crowded
+    assert "9 slots take channel.memory=2MiB" in crowded
+
+
 def test_the_tables_of_the_target_are_where_they_are_asked_for(job):
     options = {"draft__eagle3__vocab_size": 100, "draft__eagle3__teacher_head": "target"}
     sizes = {}

@@ -46,6 +46,8 @@ from specdist.scheduler.messages import (
     RemotePlace,
     Reports,
     RingAddress,
+    Send,
+    Sent,
     Stop,
     StopRequest,
     Welcome,
@@ -116,12 +118,18 @@ class Office(Observer):
         self.sent.clear()
         self.coordinator.advance(self.now)
 
+    def compute(self, rank: int, item: int) -> list[Message]:
+        """A replica of one rank computes an item, and sends it where it is told to."""
+        self.hear(rank, Computed(item))
+        return self.hear(rank, Sent(item))
+
     def release(self, item: int) -> list[Message]:
         self.hear(0, Released(item))
         return self.hear(1, Released(item))
 
-    def assigned(self) -> list[Dispatch]:
-        return [message for _, message in self.sent if isinstance(message, Dispatch)]
+    def assigned(self) -> list[int]:
+        """The items that replicas were told to compute."""
+        return [message.item for _, message in self.sent if isinstance(message, Dispatch)]
 
 
 def test_a_replica_that_joins_is_told_the_terms_and_the_rings_and_given_work():
@@ -130,8 +138,9 @@ def test_a_replica_that_joins_is_told_the_terms_and_the_rings_and_given_work():
     rank = office.join()
     assert (rank, office.sent[0], office.sent[1]) == (2, ((2,), Welcome(2, "terms")), ((2,), RingAddress(0, "ring 0")))
     assert office.hear(1, RingAddress(1, "ring 1")) == [RingAddress(1, "ring 1")]
-    assert office.hear(rank, Ready()) == [Dispatch(0, 0, 0), Dispatch(1, 0, 1)]
-    assert office.hear(rank, Computed(0)) == [Deliver(0, 0, 0), Dispatch(2, 0, 2)]
+    assert office.hear(rank, Ready()) == [Dispatch(0, 0, 0), Dispatch(1, 0, 0)]
+    assert office.hear(rank, Computed(0)) == [Send(0, 0, 0), Dispatch(2, 0, 0)]
+    assert office.hear(rank, Sent(0)) == [Deliver(0, 0, 0)]
 
 
 def test_an_item_has_arrived_when_all_ranks_of_its_replica_have_written_it():
@@ -141,7 +150,10 @@ def test_an_item_has_arrived_when_all_ranks_of_its_replica_have_written_it():
     assert office.hear(ranks[1], Ready())[0] == Dispatch(0, 0, 0)
     assert office.sent[0][0] == tuple(ranks)
     assert office.hear(ranks[1], Computed(0), Computed(1)) == []
-    assert office.hear(ranks[0], Computed(0))[0] == Deliver(0, 0, 0)
+    assert office.hear(ranks[0], Computed(0))[0] == Send(0, 0, 0)
+    assert office.sent[0][0] == tuple(ranks)
+    assert office.hear(ranks[0], Sent(0)) == []
+    assert office.hear(ranks[1], Sent(0)) == [Deliver(0, 0, 0)]
 
 
 @pytest.mark.parametrize("how", ["lost", "silent", "failed", "left", "slow", "nonsense"])
@@ -173,31 +185,34 @@ def test_a_replica_that_is_gone_is_dropped_and_others_compute_what_it_owes(how):
     assert office.scheduler.replicas == (1,)
     assert office.hear(first, Computed(0)) == []  # too late
     office.hear(second, Computed(3))
-    assert [assign.item for assign in office.assigned()][:1] in ([0], [1])
+    assert office.assigned()[:1] in ([0], [1])
 
 
 def test_slots_in_doubt_are_not_used_for_other_items_until_nobody_can_write_to_them():
     office = Office()
     first, second = office.join(A), office.join(B)
-    office.hear(first, Ready())  # items 0 and 1, slots 0 and 1
+    office.hear(first, Ready())
+    office.hear(first, Computed(0), Computed(1))  # it writes to slots 0 and 1
     office.lost.add(first)
     office.pass_time(1.0)
     office.hear(second, Ready())
-    assert office.assigned() == [Dispatch(0, 1, 2), Dispatch(1, 1, 3)]
-    office.hear(second, Computed(0), Computed(1))
-    assert office.assigned() == []  # two slots hold items, two are in doubt
-    office.release(0)
-    assert office.assigned() == [Dispatch(2, 1, 2)]
+    assert office.assigned() == [0, 1]
+    assert office.hear(second, Computed(0))[0] == Send(0, 1, 2)
+    assert office.hear(second, Computed(1))[0] == Send(1, 1, 3)
+    assert office.hear(second, Sent(0), Sent(1), Computed(2)) == [Deliver(0, 1, 2), Deliver(1, 1, 3)]
+    assert office.release(0) == [Send(2, 1, 2), Dispatch(4, 1, 1)]
+    office.hear(second, Sent(2), Computed(3))
     office.pass_time(DRAIN_S - 0.5, alive=(0, 1, second))
-    assert office.assigned() == []
+    assert office.sent == []
     office.pass_time(1.0, alive=(0, 1, second))
-    assert office.assigned() == [Dispatch(3, 1, 0)]
+    assert office.sent[0] == ((second,), Send(3, 1, 0))
 
 
 def test_a_replica_that_was_given_up_and_lives_on_keeps_its_slots_in_doubt():
     office = Office()
     first, second = office.join(A), office.join(B)
     office.hear(first, Ready())
+    office.hear(first, Computed(0), Computed(1))
     office.pass_time(4.0, alive=(0, 1, second))
     office.pass_time(2.0, alive=(0, 1, second))
     office.hear(second, Ready())
@@ -206,7 +221,7 @@ def test_a_replica_that_was_given_up_and_lives_on_keeps_its_slots_in_doubt():
         office.pass_time(2.0, alive=(0, 1, second))
     assert office.scheduler.slots.free == 0
     office.hear(first, Produced(ProducerReport()))  # all that it wrote has arrived
-    assert office.assigned() == [Dispatch(2, 1, 0), Dispatch(3, 1, 1)]
+    assert office.scheduler.slots.free == 2
 
 
 def test_where_no_slot_is_free_an_item_is_computed_again_into_its_own():
@@ -226,14 +241,16 @@ def test_a_replica_that_is_asked_to_stop_leaves_without_a_trace():
     office = Office()
     first = office.join()
     office.hear(first, Ready())
+    office.hear(first, Computed(0))  # it writes to slot 0, and computes item 1
     assert office.hear(first, StopRequest(StopReason.TERMINATE)) == [Stop()]
-    assert office.scheduler.slots.free == SLOTS - 2
-    office.hear(first, Computed(0), Computed(1), Produced(REPORT), Goodbye())
-    assert office.scheduler.slots.free == SLOTS - 2  # the items wait for somebody, in their slots
+    assert office.scheduler.slots.free == SLOTS - 1
+    office.hear(first, Sent(0), Computed(1), Produced(REPORT), Goodbye())
+    assert office.scheduler.slots.free == SLOTS - 1  # the item waits for somebody, with its slot
     assert office.coordinator.replicas is not None
     assert office.coordinator.replicas.reports == [REPORT]
     second = office.join(B)
-    assert office.hear(second, Ready()) == [Dispatch(0, 1, 0), Dispatch(1, 1, 1)]
+    assert office.hear(second, Ready()) == [Dispatch(0, 1, 0), Dispatch(1, 1, 0)]
+    assert office.hear(second, Computed(0))[0] == Send(0, 1, 0)
 
 
 @pytest.mark.parametrize(("last", "more"), [(9, False), (3, True)])
@@ -242,7 +259,7 @@ def test_at_the_end_all_are_let_go_and_told_whether_the_run_goes_on(last, more):
     first = office.join()
     office.hear(first, Ready())
     for item in range(last + 1):
-        office.hear(first, Computed(item))
+        office.compute(first, item)
         office.release(item)
     if more:
         office.hear(0, LastItem(last))
@@ -257,7 +274,7 @@ def test_a_rank_whose_replica_never_came_whole_is_let_go_at_the_end():
     office = Office(end_item=1)
     whole, half = office.join(), office.join(B, tp=1, shares=2)
     office.hear(whole, Ready())
-    office.hear(whole, Computed(0))
+    office.compute(whole, 0)
     office.release(0)
     assert office.hear(half, Produced(ProducerReport()), Goodbye()) == []
     assert not office.coordinator.aborted
@@ -291,17 +308,18 @@ def test_who_speaks_another_version_or_comes_twice_is_refused():
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_happens_every_item_is_delivered_once_and_no_slot_has_two_items(seed):
     chance, office = random.Random(seed), Office(end_item=60)
-    owed: dict[int, list[Dispatch]] = {}
+    owed: dict[int, list[Message]] = {}  # to compute, and to send
     ghosts: dict[int, tuple[float, list[int]]] = {}  # of replicas that are lost: when, slots they may still write to
     holding: dict[int, int] = {}
     trained = 0
     while trained < 60:
         for ranks, message in office.sent:
-            if isinstance(message, Dispatch):
-                owed.setdefault(ranks[0], []).append(message)
+            if isinstance(message, Send) and message.slot >= 0:
                 assert message.slot not in {slot for item, slot in holding.items() if item != message.item}
                 in_doubt = {s for lost_at, slots in ghosts.values() if office.now <= lost_at + DRAIN_S for s in slots}
-                assert message.slot not in in_doubt or office.scheduler.slots.free == 0
+                assert message.slot not in in_doubt or office.scheduler.slots.free <= 1
+            if isinstance(message, Dispatch) or (isinstance(message, Send) and message.slot >= 0):
+                owed.setdefault(ranks[0], []).append(message)
         office.sent.clear()
         live = [rank for rank in owed if rank not in ghosts]
         step = chance.random()
@@ -309,20 +327,24 @@ def test_whatever_happens_every_item_is_delivered_once_and_no_slot_has_two_items
             rank = office.join(f"{chance.getrandbits(64):016x}")
             office.hear(rank, Ready())
             owed.setdefault(rank, [])
-            if office.assigned():
+            if office.sent:
                 continue
         elif step < 0.1:
             rank = chance.choice(live)
-            ghosts[rank] = (office.now, [assign.slot for assign in owed.pop(rank)])
+            ghosts[rank] = (office.now, [order.slot for order in owed.pop(rank) if isinstance(order, Send)])
             office.lost.add(rank)
             office.hear(rank, Failed(Failure("error", "gone")))
             continue
         elif step < 0.7 and any(owed[rank] for rank in live):
             rank = chance.choice([rank for rank in live if owed[rank]])
-            assign = owed[rank].pop(0)
-            assert assign.item not in holding
-            holding[assign.item] = assign.slot
-            office.hear(rank, Computed(assign.item))
+            order = owed[rank].pop(0)
+            if isinstance(order, Dispatch):
+                office.hear(rank, Computed(order.item, 100, chance.random()))
+                continue
+            assert isinstance(order, Send)
+            assert order.item not in holding
+            holding[order.item] = order.slot
+            office.hear(rank, Sent(order.item))
             assert (0, 1) in [ranks for ranks, message in office.sent if isinstance(message, Deliver)]
             continue
         elif trained in holding:

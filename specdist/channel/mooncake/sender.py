@@ -36,8 +36,8 @@ class _Sending:
 
 
 class MooncakeSender(RingSender[_Sending]):
-    """Writes this target rank's share of each shard. The slot of an item is free when the item is dispatched, so a
-    write need not wait."""
+    """Writes this target rank's share of each shard. An item is sent once its slot is free, so a write need not
+    wait."""
 
     def __init__(self, wire: Wire, item_rows: int, announce: Announce, engine: TransferEngine):
         buffers = wire.config.send_buffers
@@ -75,7 +75,7 @@ class MooncakeSender(RingSender[_Sending]):
     def _issue(self, item: WorkItem, rows: Tensor, slot: int) -> _Sending:
         copied = None
         if self._host is not None:
-            host = self._host.slot(self._sent % self.buffers, item.tokens)
+            host = self._host.slot(self._ring.number(rows), item.tokens)
             with torch.cuda.stream(self._copying):
                 rows = host.copy_(rows, non_blocking=True)
                 copied = torch.cuda.Event()

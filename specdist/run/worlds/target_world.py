@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from specdist.core.attempts import Ending
 from specdist.core.errors import Dismissed, WorldError
 from specdist.run.context import WorldContext
-from specdist.run.target_loop import Announcement, Producer
+from specdist.run.target_loop import Producer, announcing
 from specdist.run.worlds.search import Lost, Over, Search, Session, say
 from specdist.run.worlds.terms import common_facts
 from specdist.scheduler.client import ControlClient
@@ -109,9 +109,9 @@ class TargetWorld:
         job, timeout_s = context.job, context.timeout_s
         item_rows = context.topology.shards * job.prompts.tokens_per_rank
         engine = self._loaded(client, item_rows)
-        encoding, announcement = context.encoding(range(context.topology.shards)), Announcement(client)
+        encoding = context.encoding(range(context.topology.shards))
         units = context.topology.shards * encoding.units(job.prompts.tokens_per_rank)
-        sender = context.transport.sender(context.wire(encoding, session.book), units, announcement)
+        sender = context.transport.sender(context.wire(encoding, session.book), units, announcing(client))
         report = ProducerReport()
         try:
             with contextlib.suppress(Over):
@@ -120,19 +120,7 @@ class TargetWorld:
                 items = context.items_of(terms.schedule, terms.cursor, terms.batching)
                 verify = job.target.verify
                 prompts, alone = context.prompts, job.target.tp == 1
-                producer = Producer(
-                    engine,
-                    sender,
-                    encoding,
-                    announcement,
-                    client,
-                    items,
-                    prompts,
-                    terms.slots,
-                    verify,
-                    timeout_s,
-                    alone=alone,
-                )
+                producer = Producer(engine, sender, encoding, client, items, prompts, verify, timeout_s, alone=alone)
                 client.ready()
                 report = producer.run()
         finally:
