@@ -29,7 +29,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that a reader sees all of it or nothing, also after a power loss."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -14,6 +14,7 @@ import jinja2
 
 import specdist
 from specdist.core.errors import ConfigError, UserError
+from specdist.core.files import write_atomically
 from specdist.run.report import tables
 from specdist.run.report.charts import colour, make_charts
 from specdist.run.report.run_records import RunRecords, read_runs
@@ -27,10 +28,8 @@ def write_report(directories: Sequence[Path], output: Path) -> Path:
     show, the runs cannot be compared, or plotly is not installed. DataError: a file of a run cannot be read."""
     library = _plotly()
     page = _render(read_runs(directories), library)
-    temporary = output.with_name(output.name + ".tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.rename(output)
+        write_atomically(output, page)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error}") from error
     return output
