@@ -144,7 +144,7 @@ def worlds(tmp_path, material) -> Iterator[Worlds]:
 
 def items_of(said: str) -> int:
     """The items of replica 0 of a target world, by what it says at its end."""
-    found = re.search(r"target world ended after (\d+) items", said)
+    found = re.search(r"target world ended after (\d+) batches", said)
     assert found is not None, said
     return int(found[1])
 
