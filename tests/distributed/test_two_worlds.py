@@ -180,9 +180,9 @@ def test_a_target_world_that_joins_is_used_and_one_that_is_killed_is_replaced(wo
     worlds.wait_for_words("target replica 1 tp 0.* takes part")
     kill_all(first)
     worlds.end(draft)
-    assert items_of(worlds.end(second)) == STEPS - 4
+    assert items_of(worlds.end(second)) >= STEPS - 4  # some twice: what was ahead of an item that all waited for
     assert "target replica 0 tp 0" in worlds.said
-    assert re.search(r" is dropped after 4 batches: .*; computed again: batches 4, 5", worlds.said)
+    assert re.search(r" is dropped after 4 batches: .*; computed again: batches (4, )?5", worlds.said)
     assert losses(worlds.directory) == undisturbed
 
 
