@@ -182,7 +182,7 @@ def test_a_target_world_that_joins_is_used_and_one_that_is_killed_is_replaced(wo
     worlds.end(draft)
     assert items_of(worlds.end(second)) >= STEPS - 4  # some twice: what was ahead of an item that all waited for
     assert "target replica 0 tp 0" in worlds.said
-    assert re.search(r" is dropped after 4 batches: .*; computed again: batches (4, )?5", worlds.said)
+    assert " is dropped after 4 batches: " in worlds.said  # what it held may have been computed by the other already
     assert losses(worlds.directory) == undisturbed
 
 
