@@ -180,7 +180,7 @@ class Replicas:
         if len(replica.done) == replica.size and replica.state != "settled":
             self._settle(replica)
             if not self._scheduler.finished:
-                self._inform(f"{self._peers.name(rank)} has left after {replica.delivered} items")
+                self._inform(f"{self._peers.name(rank)} has left after {replica.delivered} batches")
 
     def publish(self, ring: RingAddress) -> None:
         """The memory of a draft rank is there."""

@@ -231,7 +231,7 @@ def test_a_target_world_that_is_stopped_leaves_in_order(worlds, undisturbed):
     first.send_signal(signal.SIGTERM)
     worlds.release(first)
     assert "(SIGTERM)" in worlds.end(first, status=None)
-    worlds.wait_for_words(r"target replica 0 tp 0, .* has left after \d+ items")
+    worlds.wait_for_words(r"target replica 0 tp 0, .* has left after \d+ batches")
     worlds.release(second)
     worlds.end(draft)
     worlds.end(second)
@@ -244,7 +244,7 @@ def test_a_target_world_that_was_given_up_cannot_spoil_what_others_write(worlds,
     ranks = ranks_below(first.pid).values()
     for rank in ranks:
         rank.suspend()
-    worlds.wait_for_words(r"is dropped after 4 items: silent for more than 4 s")
+    worlds.wait_for_words(r"is dropped after \d+ batches: silent for more than 4 s")
     second = worlds.target(hold_after=6)
     worlds.wait_for_steps(10)
     worlds.release(first)
