@@ -177,7 +177,7 @@ class Producer:
     def _launch(self, index: int) -> None:
         item = self._items[index]
         self._client.phase = f"forward of batch {item.index}"
-        oldest = self._running[0].parcel.item.index if self._running else item.index
+        oldest = min([done.parcel.item.index for done in (*self._held, *self._running)], default=item.index)
         if self._profile.ends_at(oldest):
             self._sender.flush(self._timeout_s)  # a send that is under way would be missing
         self._profile.reach(oldest, item.index)
