@@ -210,7 +210,7 @@ def test_a_nan_stops_the_job_and_names_item_and_prompts(
         job.clear()
     assert job.process is not None
     assert job.process.returncode != 0
-    found = re.search(r"features that are not finite in \d micro-batch.*; items \[\d\], of (.*?)\. These are", words)
+    found = re.search(r"features that are not finite in \d micro-batch.*; batches \[\d\], of (.*?)\. These are", words)
     assert found, words
     for place in found[1].split(", "):
         file, line = place.rsplit(":", 1)

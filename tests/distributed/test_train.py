@@ -194,7 +194,7 @@ def test_samples_whose_features_are_not_finite_are_named_and_left_out(tmp_path, 
     *_, third = itertools.islice(Stream(corpus.training.sizes, Batching(2, 256), 0).items(), 3)
     place = "{}:{}".format(*corpus.provenance(third.shards[0].sequences[0]))
     assert "step 3: features that are not finite in 1 micro-batch(es)" in done.stderr
-    assert f"items [2], of {place}. The run goes on" in done.stderr
+    assert f"batches [2], of {place}. The run goes on" in done.stderr
     run(3, tmp_path, material, train__steps=7)  # the count is the run's, not a start's
     found = records(tmp_path)
     assert [r["bad_micro_batches"] for r in found if "loss" in r] == [0, 0, 1, 1, 1, 1, 1]
