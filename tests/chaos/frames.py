@@ -61,4 +61,5 @@ def send(self: ControlServer, ranks: Iterable[int], payload: bytes) -> list[int]
     return _send(self, kept, payload)
 
 
-ControlClient._put, ControlServer._send = put, send  # type: ignore[method-assign]  # noqa: SLF001
+if ORDERS in os.environ:  # not where a test only gives orders
+    ControlClient._put, ControlServer._send = put, send  # type: ignore[method-assign]  # noqa: SLF001
