@@ -90,9 +90,8 @@ def test_a_job_that_cannot_meet_names_the_missing_node(
     process = start_command([*agent, "--job", "7", *words(tmp_path, material, launch__meet_timeout_s=3)])
     _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == os.EX_TEMPFAIL
-    assert (
-        said.count("1 of 2 nodes did not come to the meeting within 3 s (launch.meet_timeout_s): n2. Present: n1") == 2
-    )
+    told = "1 of 2 nodes did not come to the meeting within 3 s (launch.meet_timeout_s): n2. Present: n1"
+    assert said.count(told) == 1
     (record,) = attempts(tmp_path / "run")
     failure = record.failure()
     assert failure is not None
