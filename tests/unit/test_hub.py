@@ -311,9 +311,9 @@ def test_the_first_rank_of_every_host_fetches(monkeypatch: pytest.MonkeyPatch) -
         calls.clear()
 
         def resolve(path: str, *_: Any, say: Any, **options: Any) -> Path:
-            calls.append(threading.current_thread().name)
+            calls.append(rank := threading.current_thread().name)
             say(1, "some")
-            if isinstance(found := fetched(calls[-1]), DataError):
+            if isinstance(found := fetched(rank), DataError):
                 raise found
             return Path("snapshots", found)
 
