@@ -50,23 +50,33 @@ def listing(words: Sequence[str] = ()) -> str:
     found = named if len(wanted) == 1 and named else [e for e in entries.values() if _has(e, wanted)]
     if not found:
         raise UserError(f"no key has '{' '.join(words)}' in its name or its meaning; `specdist keys` lists all")
-    return "\n".join(_listed(found))
+    return "\n".join(_listed(sorted(found, key=lambda entry: _rank(entry, wanted))))
+
+
+def _rank(entry: Field, words: Sequence[str]) -> tuple[bool, bool]:
+    """Lower the likelier it is meant: its names have the words, and most jobs set it."""
+    return not all(word in _names(entry) for word in words), entry.key not in COMMON
+
+
+def _names(entry: Field) -> str:
+    others = (name for name, key in ALSO_CALLED.items() if key == entry.key)
+    return " ".join((entry.key, entry.key.replace("_", " "), *others)).lower()
 
 
 def _has(entry: Field, words: Sequence[str]) -> bool:
-    others = " ".join(name for name, key in ALSO_CALLED.items() if key == entry.key)
-    text = f"{entry.key} {entry.key.replace('_', ' ')} {others} {entry.help}".lower()
+    text = f"{_names(entry)} {entry.help}".lower()
     return all(word in text for word in words)
 
 
 def _listed(wanted: Sequence[Field]) -> Iterator[str]:
-    for section in sections():
-        own = [entry for entry in section.entries if entry in wanted]
-        if own:
-            yield f"# {section.name}: {section.help}"
-            for entry in own:
+    """In the order of `wanted`, a section where its first one is."""
+    described = {section.name: section for section in sections()}
+    for name in dict.fromkeys(entry.key.partition(".")[0] for entry in wanted):
+        yield f"# {name}: {described[name].help}"
+        for entry in wanted:
+            if entry.key.startswith(f"{name}."):
                 yield from _lines(entry)
-            yield ""
+        yield ""
 
 
 def _lines(entry: Field) -> Iterator[str]:

@@ -97,6 +97,7 @@ def test_a_bundle_has_records_and_logs_and_no_weights(runs: Path, tmp_path: Path
         ([], "run.dir = (required)    (str)"),
         (["optimizer.lr"], "optimizer.lr = 0.0001    (float)"),
         (["learning_rate"], "optimizer.lr = 0.0001    (float)"),
+        (["learning", "rate"], "optimizer.lr = 0.0001    (float)"),
         (["tokenised", "kept"], "prompts.cache_dir = None    (str | None)"),
     ],
 )
