@@ -10,12 +10,14 @@ sharding. A directory without COMMIT is what a kill left behind; it is ignored a
 """
 
 import contextlib
+import json
 import math
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from specdist.core.files import sync_directory, to_json, write_atomically
 from specdist.core.progress import (
     COMMIT,
     CheckpointConfig,
+    Evaluated,
     FileSum,
     Progress,
     best_checkpoint,
@@ -104,6 +107,14 @@ class Checkpointer:
         self._writing = self._background.submit(self._complete, _as_future(written), writer.sums, path, progress)
         if not self._config.asynchronous:
             self.finish()
+
+    def note(self, evaluated: Evaluated) -> None:
+        """Say in the complete checkpoint of that step what an evaluation has found since it was saved."""
+        if self._leader:
+            path = checkpoint_path(self._directory, evaluated.step)
+            with contextlib.suppress(OSError):  # then the next start evaluates again
+                files = json.loads((path / COMMIT).read_text()).get("files", {})
+                _mark(path / COMMIT, replace(read_progress(path), evaluated=evaluated), files)
 
     def poll(self) -> None:
         """Take note of a background save that has finished; call it at every step. Never waits."""
@@ -180,7 +191,7 @@ class Checkpointer:
             written.result()
             if self._leader:
                 sync_directory(path)
-                write_atomically(path / COMMIT, to_json(msgspec.to_builtins(progress) | {"files": files}))
+                _mark(path / COMMIT, progress, files)
                 self._make_room()
         except (CheckpointException, OSError):
             if self._leader:
@@ -196,6 +207,10 @@ class Checkpointer:
         for path in self._directory.glob("step-*"):
             if not (path / COMMIT).exists():
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _mark(marker: Path, progress: Progress, files: Mapping[str, Any]) -> None:
+    write_atomically(marker, to_json(msgspec.to_builtins(progress) | {"files": files}))
 
 
 def _as_future(saved: Any) -> Future[Any]:

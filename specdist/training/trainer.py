@@ -106,7 +106,7 @@ class Trainer:
         self.bad_samples.count, self.bad_samples.seen = progress.bad
         checkpointer.begin(progress.step)
         try:
-            progress = self._evaluate(progress, stop, reporter)
+            progress = self._evaluate_left(recipe, progress, checkpointer, stop, reporter)
             while not self._done(recipe, progress) and not self._evaluation_left(progress):
                 indices = self.items.schedule.training(progress.step)
                 self._profile.reach(indices.start, indices.start)
@@ -162,6 +162,17 @@ class Trainer:
         """Whether an evaluation is due here and was not made, for a stop came first: its items are next."""
         made = progress.evaluated is not None and progress.evaluated.step == progress.step
         return self.items.schedule.is_due(progress.step) and not made
+
+    def _evaluate_left(
+        self, recipe: Recipe, progress: Progress, checkpointer: Checkpointer, stop: StopFlag, reporter: Reporter
+    ) -> Progress:
+        """Make the evaluation that a stop came before, of what an earlier start saved; it counts as if made then."""
+        found = self._evaluate(progress, stop, reporter)
+        if found is not progress and found.step:
+            assert found.evaluated is not None
+            self._improved(recipe, found)
+            checkpointer.note(found.evaluated)
+        return found
 
     def _improved(self, recipe: Recipe, progress: Progress) -> bool:
         """Whether this step's evaluation found the best draft so far."""

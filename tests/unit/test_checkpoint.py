@@ -4,6 +4,7 @@
 import errno
 import pickle
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,18 @@ import torch.distributed as dist
 from torch import nn
 
 from specdist.core.errors import DataError, DiskError
-from specdist.core.progress import COMMIT, CheckpointConfig, Cursor, Progress, best_intact, committed, read_progress
+from specdist.core.progress import (
+    COMMIT,
+    CheckpointConfig,
+    Cursor,
+    Evaluated,
+    Progress,
+    best_checkpoint,
+    best_intact,
+    committed,
+    damage,
+    read_progress,
+)
 from specdist.run.drafts import load_state
 from specdist.training.checkpoint import Checkpointer
 from specdist.training.config import OptimizerConfig
@@ -46,6 +58,19 @@ def state(**options):
 
 def progress(step: int) -> Progress:
     return Progress(step, 2 * step, Cursor(0, 3 * step), "prompts")
+
+
+def test_what_an_evaluation_finds_later_is_noted_and_all_else_stays(tmp_path, group):
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(asynchronous=False), group, 0)
+    checkpointer.save(*state(), progress(2))
+    found = Evaluated(2, 1.5, 0.5)
+    checkpointer.note(found)
+    (path,) = committed(tmp_path)
+    assert read_progress(path) == replace(progress(2), evaluated=found)
+    assert best_checkpoint(tmp_path, "acceptance_length") == path
+    assert not damage(path)
+    checkpointer.note(Evaluated(3, 1.5, 0.5))  # of a checkpoint that is not there
+    assert committed(tmp_path) == [path]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stop in the middle of an evaluation ends the loop there."""
+"""A stop in the middle of an evaluation ends the loop there, and the next start makes it."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
-from specdist.core.progress import Progress
+from specdist.core.progress import Evaluated, Progress
 from specdist.core.stop import StopFlag, StopReason
 from specdist.prompts.schedule import Schedule
 from specdist.training.config import CheckpointConfig, OptimizerConfig, Recipe, TrainConfig
@@ -60,12 +62,10 @@ class Alone(Trainer):
         return [int(value) for value in values]
 
 
-def test_after_a_stop_in_an_evaluation_nothing_of_the_next_step_is_received() -> None:
-    """Else a rank would take an item while earlier ones are still to come."""
+def alone(kind: type[Trainer], source: FeatureSource, schedule: Schedule, judge: Any) -> Trainer:
     items = [SimpleNamespace(index=index) for index in range(10)]
-    schedule = Schedule(0, 0, total_steps=5, accumulation=1, evaluation_items=len(EVALUATED))
-    source, model = Late(), SimpleNamespace(metric_names=("loss",))
-    trainer = Alone(
+    model = SimpleNamespace(metric_names=("loss",))
+    return kind(
         model,  # type: ignore[arg-type]
         SimpleNamespace(averaged=nullcontext),  # type: ignore[arg-type]
         source,
@@ -74,10 +74,41 @@ def test_after_a_stop_in_an_evaluation_nothing_of_the_next_step_is_received() ->
         SimpleNamespace(draft_mesh=None, draft_cpu=object()),  # type: ignore[arg-type]
         shard=0,
         device=torch.device("cpu"),
-        judge=SimpleNamespace(best=None),  # type: ignore[arg-type]
+        judge=judge,
     )
+
+
+def test_after_a_stop_in_an_evaluation_nothing_of_the_next_step_is_received() -> None:
+    """Else a rank would take an item while earlier ones are still to come."""
+    schedule = Schedule(0, 0, total_steps=5, accumulation=1, evaluation_items=len(EVALUATED))
+    source = Late()
+    trainer = alone(Alone, source, schedule, SimpleNamespace(best=None))
     recipe = Recipe(TrainConfig(), OptimizerConfig(), CheckpointConfig(), log_every=10, total_steps=5)
     checkpointer = SimpleNamespace(begin=lambda step: None, due=False)
     progress = trainer.train(recipe, Progress(), checkpointer, StopFlag(), SimpleNamespace())  # type: ignore[arg-type]
     assert source.released == [0]
     assert (progress.step, progress.next_item, trainer.finished) == (0, 0, False)
+
+
+class Left(Alone):
+    """Its evaluations find what they are to find."""
+
+    found = 2.0
+
+    def _evaluate(self, progress: Progress, *_: Any) -> Progress:
+        return replace(progress, evaluated=Evaluated(progress.step, self.found, 1.0))
+
+
+@pytest.mark.parametrize(("best", "is_best"), [(None, True), (1.5, True), (2.5, False)])
+def test_what_a_stop_came_before_counts_where_the_next_start_makes_it(best: float | None, is_best: bool) -> None:
+    """It may be the best checkpoint, and is not evaluated once more."""
+    schedule = Schedule(0, 5, total_steps=5, accumulation=1, evaluation_items=len(EVALUATED))
+    earlier = None if best is None else Evaluated(3, best, 1.0)
+    noted: list[Evaluated] = []
+    checkpointer = SimpleNamespace(begin=lambda step: None, due=False, note=noted.append)
+    recipe = Recipe(TrainConfig(), OptimizerConfig(), CheckpointConfig(), log_every=10, total_steps=5)
+    trainer = alone(Left, Late(), schedule, judge := SimpleNamespace(best=earlier))
+    trainer.train(recipe, Progress(5, evaluated=earlier), checkpointer, StopFlag(), SimpleNamespace())  # type: ignore[arg-type]
+    assert noted == [Evaluated(5, 2.0, 1.0)]
+    assert judge.best == (noted[0] if is_best else earlier)
+    assert trainer.finished
