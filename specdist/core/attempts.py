@@ -14,9 +14,9 @@ trace/, trace.json   what every rank recorded of the traced steps, and all of it
 import contextlib
 import os
 import re
-import threading
 import time
 import traceback
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -198,24 +198,34 @@ class AttemptRecord:
         """Record the failure unless one is recorded; whether this was the first. Raises OSError: the directory cannot
         be written."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        own = self.directory / f".failure-{failure.host}-{os.getpid()}-{threading.get_native_id()}"
         try:
-            own.write_text(to_json(failure))
-            os.link(own, self.failure_file)  # atomic, also over NFS, and refused where the file exists
+            with self._written(failure) as own:
+                os.link(own, self.failure_file)  # atomic, also over NFS, and refused where the file exists
         except FileExistsError:
             return False
-        finally:
-            own.unlink(missing_ok=True)
         return True
 
     def add_stacks(self) -> None:
         """Put the stacks that ranks have written into their logs at the failure into its record."""
         failure = self.failure()
-        logs = {f"{path.parent.name}/{path.stem}": path for path in sorted(self.directory.glob("*/*-rank*.log"))}
-        found = {name: stacks for name, path in logs.items() if (stacks := _last_stacks(path))}
-        if failure is not None and found:
-            with contextlib.suppress(OSError):  # they are in the logs
-                write_atomically(self.failure_file, to_json(replace(failure, stacks=found)))
+        if failure is None:
+            return
+        with contextlib.suppress(OSError):  # they are in the logs
+            logs = {f"{path.parent.name}/{path.stem}": path for path in sorted(self.directory.glob("*/*-rank*.log"))}
+            found = {name: stacks for name, path in logs.items() if (stacks := _last_stacks(path))}
+            if found:
+                with self._written(replace(failure, stacks=found)) as own:
+                    own.rename(self.failure_file)
+
+    @contextlib.contextmanager
+    def _written(self, failure: Failure) -> Iterator[Path]:
+        """A file of the failure under a name that no other process uses, for the agents of all nodes record at once."""
+        own = self.directory / f".failure-{uuid.uuid4().hex}"
+        try:
+            own.write_text(to_json(failure))
+            yield own
+        finally:
+            own.unlink(missing_ok=True)
 
     def tell(self, failure: Failure, terminal: TextIO) -> None:
         """Record the failure and show it, unless one is on record. It is shown, too, where that cannot be written, and

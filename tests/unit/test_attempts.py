@@ -313,3 +313,32 @@ def test_a_rank_that_outlives_the_failure_shows_where_it_is_and_is_killed(tmp_pa
     assert list(failure.stacks) == ["target/h2-rank1"]
     assert failure.stacks["target/h2-rank1"].startswith("Current thread 0x")
     assert 'File "<string>", line 1 in <module>' in failure.stacks["target/h2-rank1"]
+
+
+def test_agents_of_many_nodes_add_stacks_at_once_and_the_record_is_whole_at_any_time(tmp_path: Path) -> None:
+    record, over = AttemptRecord(tmp_path), threading.Event()
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft/n1-rank0.log").write_text("Current thread 0x1 (most recent call first):\n  File\n" * 50)
+    record.add_stacks()  # without a failure there is nothing to add to
+    record.fail(Failure("lost", "silent", rank=1))
+
+    def add() -> None:
+        while not over.is_set():
+            record.add_stacks()
+
+    agents = [threading.Thread(target=add) for _ in range(3)]
+    for agent in agents:
+        agent.start()
+    try:
+        for _ in range(8000):
+            failure = record.failure()
+            assert failure is not None
+            assert failure.message == "silent"
+    finally:
+        over.set()
+        for agent in agents:
+            agent.join()
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["failure.json"]
+    (tmp_path / "draft/n1-rank2.log").symlink_to("moved away")
+    record.add_stacks()
+    assert record.failure() is not None
