@@ -97,7 +97,10 @@ class Claim:
 
     def _renew(self) -> None:
         while not self._over.wait(PULSE_S):
-            if max(_claims(self._home), default=0) > self._number:
+            highest = 0
+            with contextlib.suppress(OSError):  # the file server is away: it will come back, or the run says so
+                highest = max(_claims(self._home), default=0)
+            if highest > self._number:
                 print(f"specdist: another job has taken {self._home}: this one was held up", file=sys.stderr)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return

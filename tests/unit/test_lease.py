@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -114,6 +115,24 @@ def test_a_job_that_was_held_up_and_lost_its_claim_stops(tmp_path: Path, capsys:
     finally:
         signal.signal(signal.SIGTERM, before)
     assert f"another job has taken {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_file_server_that_is_away_for_a_while_costs_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    away, found = threading.Event(), lease._claims  # noqa: SLF001
+
+    def claims(home: Path) -> list[int]:
+        if away.is_set() and threading.current_thread().name == "specdist-claim":
+            away.clear()
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return found(home)
+
+    monkeypatch.setattr(lease, "_claims", claims)
+    with Claim(tmp_path, "17.0", "n1"):
+        away.set()
+        deadline = time.monotonic() + 10
+        while away.is_set() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert holder(tmp_path, "18.0") is not None
 
 
 def test_on_a_disk_that_has_long_been_full_a_job_still_holds_its_directory(tmp_path: Path) -> None:
