@@ -381,7 +381,6 @@ def test_the_terms_survive_the_wire_and_name_what_differs():
     terms = Terms(
         (("a", 2), ("b", 1)),
         1,
-        8,
         Cursor(0, 9),
         Schedule(6, 3, 17, 1),
         Batching(2, 64),
@@ -412,7 +411,7 @@ def test_both_worlds_hold_out_the_same(tmp_path):
         common_facts(job, facts, Corpus(side, heldout))
         for heldout in (None, make_corpus([two]).training, Side.of(one, np.arange(1)))
     )
-    terms = Terms((("a", 1),), 1, 8, Cursor(), Schedule(6, 3, 17, 1), Batching(2, 64), half)
+    terms = Terms((("a", 1),), 1, Cursor(), Schedule(6, 3, 17, 1), Batching(2, 64), half)
     terms.check(dict(half))
     for own in (without, other):
         with pytest.raises(ConfigError, match=r"differs in prompts\.holdout \(\w+ here, \w+ there\)$"):

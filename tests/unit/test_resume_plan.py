@@ -81,7 +81,7 @@ def test_a_world_that_joins_later_has_the_same_items_under_the_same_numbers(ever
         replace(item, evaluated=True) for item in Stream(Sizes.of(np.array([3, 4])), Batching(2, 12), 0).items(epochs=1)
     ]
     schedule = Schedule(0, 0, 9, 2, None, len(held), every)
-    terms = Terms((("a", 2),), 1, 8, Cursor(), schedule, batching, {})
+    terms = Terms((("a", 2),), 1, Cursor(), schedule, batching, {})
     whole = Items(stream, Cursor(), schedule, held)
     expected = [whole[i] for i in range(schedule.end_item)]
     for step in range(1, 9):

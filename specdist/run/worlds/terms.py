@@ -11,7 +11,6 @@ import msgspec
 from specdist.core.errors import ConfigError
 from specdist.core.progress import Batching, Cursor, Progress
 from specdist.core.topology import Topology
-from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.resume_plan import ResumePlan
 from specdist.prompts.corpus import Corpus
@@ -40,14 +39,12 @@ class Terms:
     """Attributes:
     host_ranks: the draft ranks in order, as hosts with the number of ranks that follow each other on each.
     cp: the draft's context parallelism.
-    slots: the slots of the receive rings, so as many items can be in flight.
     cursor, schedule, batching: where the stream starts, what is done from there, and in which steps.
     common: see `common_facts`.
     """
 
     host_ranks: tuple[tuple[str, int], ...]
     cp: int
-    slots: int
     cursor: Cursor
     schedule: Schedule
     batching: Batching
@@ -58,8 +55,8 @@ class Terms:
         """The terms of a draft world."""
         common = common_facts(job, facts, prompts)
         hosts = tuple((host, len(list(ranks))) for host, ranks in groupby(topology.hosts))
-        cp, slots = len(topology.draft[0]), jobs.slots(job, facts.layout)
-        return cls(hosts, cp, slots, resume.progress.cursor, resume.schedule, resume.batching, common)
+        cp = len(topology.draft[0])
+        return cls(hosts, cp, resume.progress.cursor, resume.schedule, resume.batching, common)
 
     def since(self, progress: Progress | None) -> Terms:
         """For a world that joins when the draft world has come to `progress`: what is done it need not plan."""
