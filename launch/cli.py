@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", _bench, "Measure a part on this machine, as JSON and as a table.", config=False)
     bench.add_argument(
         "part",
-        choices=["channel", "decode", "pipeline", "scheduler", "step", "stream", "target"],
+        choices=["channel", "decode", "pipeline", "scheduler", "startup_store", "step", "stream", "target"],
         help="what to measure",
     )
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options; --help lists them")

@@ -64,6 +64,12 @@ def test_commands_of_a_page_are_ones_that_there_are(page: Path, monkeypatch: pyt
             pytest.fail(f"{page.name}: {line}\n{error}")
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.stem)
+def test_benchmarks_that_a_page_names_are_ones_that_there_are(page: Path) -> None:
+    for part in re.findall(r"specdist bench ([a-z_]+)\b(?!\|)", page.read_text()):
+        assert parse(["bench", part]).part == part
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
 def test_the_command_that_heads_a_configuration_loads(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
