@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ON_HOST = ("control", "draft cpu", "checkpoint")
+ON_HOST = ("draft cpu", "checkpoint")
 """Groups whose members wait on the host: no stream is behind them."""
 
 
