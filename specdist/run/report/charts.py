@@ -111,7 +111,7 @@ def make_charts(runs: Sequence[RunRecords]) -> list[Chart]:
         *_acceptance(runs),
         _over_steps("speed", "tokens/s", runs, [_Curve("tokens_per_s", "tokens/s")], **zero),
         _over_steps("waits", "share of the time", both, waits, tickformat=".0%", **zero),
-        _over_steps("queues", "items", runs, queues, **zero),
+        _over_steps("queues", "batches", runs, queues, **zero),
         _time_of_roles(runs),
         _start_up(runs),
     ]
