@@ -141,12 +141,11 @@ class WorldContext:
     @property
     def _cache(self) -> CacheDirectory | None:
         """Where this rank's target keeps hidden states."""
-        config, here = self.job.channel, self.world.facts.host
+        config, topology = self.job.channel, self.topology
         if config.cache is None:
             return None
-        writers = [ranks[0] for ranks in self.topology.replicas if self.topology.hosts[ranks[0]] == here]
-        index, limit = writers.index(self.rank) if self.rank in writers else 0, config.cache_limit
-        return CacheDirectory(Path(config.cache).expanduser().absolute(), limit, index, max(len(writers), 1))
+        path = Path(config.cache).expanduser().absolute()
+        return CacheDirectory.shared(path, config.cache_limit, self.rank, topology.replicas, topology.hosts)
 
     def begun(self, step: int = 0) -> Started:
         """The beginning of an attempt that no launcher of ours has recorded."""

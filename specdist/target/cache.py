@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -14,28 +16,33 @@ from specdist.core.device_timer import DeviceTimer
 from specdist.core.records import PackedTokens
 from specdist.target.base import TargetModel
 from specdist.target.cache_files import CacheDirectory, CacheFiles, name_of
+from specdist.target.config import TargetConfig
 from specdist.target.description import TargetDescription
 from specdist.target.weights import weight_files
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-def cache_key(target: TargetDescription, *decisive: object) -> str:
-    """A name of what decides hidden states beside tokens: the target's files, and `decisive`. A file that was being
-    written when the host went down may hold anything, so every boot has names of its own."""
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(weight_files(target.path))]
+def cache_key(config: TargetConfig, target: TargetDescription, model: TargetModel) -> str:
+    """A name of what decides hidden states beside tokens: the target's files, how its engine is set and what it runs
+    on, all that is installed. A file that was being written when the host went down may hold anything, so every boot
+    has names of its own."""
+    own = {*weight_files(target.path), *target.path.glob("*.py")}
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(own)]
+    installed = sorted((found.name, found.version) for found in metadata.distributions())
+    settings = replace(config, path="", replicas=1, verify=0, verify_against="auto")
     boot = _BOOT.read_text() if _BOOT.exists() else ""
-    return name_of(f"{target.config.to_json_string(use_diff=False)}{files}{boot}{decisive}".encode())
+    decisive = settings, model.device.type, model.dtype, replace(model.layout, argmax_lse=False), installed, files, boot
+    return name_of(f"{target.config.to_json_string(use_diff=False)}{decisive}".encode())
 
 
 class CachedTarget(TargetModel):
     """A target whose `forward` computes only sequences that it has not kept."""
 
     def __init__(self, model: TargetModel, where: CacheDirectory, key: str, group: ProcessGroup | None = None) -> None:
-        """`group`: the replica's, where it has several ranks: they compute what one of them lacks, and the first
-        writes."""
+        """`group`: the replica's, where it has several ranks: they compute what one of them lacks."""
         self.model, self.layout, self.device, self.dtype = model, model.layout, model.device, model.dtype
-        self._group, self._writes = group, group is None or dist.get_rank(group) == 0
+        self._group, self._writes = group, where.index is not None
         self.files = CacheFiles(where, key, self.layout.states_width * self.layout.dtype.itemsize)
         self._computing, self._computed = DeviceTimer(self.device), 0
 

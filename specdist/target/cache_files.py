@@ -43,13 +43,22 @@ class CacheDirectory:
 
     Attributes:
         limit: bytes that all ranks of this host keep there.
-        index: this rank's number among the `of` ranks of the host that write there.
+        index: this rank's number among the `of` ranks of the host that write there; None: it only reads.
     """
 
     path: Path
     limit: int
-    index: int = 0
+    index: int | None = 0
     of: int = 1
+
+    @classmethod
+    def shared(
+        cls, path: Path, limit: int, rank: int, replicas: Sequence[Sequence[int]], hosts: Sequence[str]
+    ) -> CacheDirectory:
+        """That of `rank`. `hosts`: of every rank; on each the first rank of a replica writes what the others read."""
+        here = ([member for member in ranks if hosts[member] == hosts[rank]] for ranks in replicas)
+        writers = [ranks[0] for ranks in here if ranks]
+        return cls(path, limit, writers.index(rank) if rank in writers else None, len(writers))
 
 
 def name_of(data: bytes) -> str:

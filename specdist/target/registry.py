@@ -138,8 +138,7 @@ def load_target(
         model = load()
     group = group if config.tp > 1 else None
     if cache is not None:
-        decisive = config.engine, config.tp, model.dtype, replace(layout, argmax_lse=False)
-        model = CachedTarget(model, cache, cache_key(target, *decisive), group)
+        model = CachedTarget(model, cache, cache_key(config, target, model), group)
     needed = checked or layout.argmax_lse
     return WithHead(model, target, group) if needed else model
 

@@ -3,21 +3,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from specdist.core.config import complete
 from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target import cache_files
 from specdist.target.base import TargetModel
-from specdist.target.cache import CachedTarget
+from specdist.target.cache import CachedTarget, cache_key
 from specdist.target.cache_files import CacheDirectory
+from specdist.target.config import TargetConfig
+from specdist.target.description import describe
+from tests.tiny import make_target
 
 LAYOUT = FeatureLayout((1,), 4, final=True, dtype=torch.bfloat16, argmax_lse=True)
 ROW = 2 * 4 * 2
@@ -34,6 +40,10 @@ class Random(TargetModel):
     def forward(self, batch: PackedTokens, out: Tensor, final: Tensor | None = None) -> None:
         self.given += [n for n in batch.lengths if n]
         out.copy_(torch.randint(0, 2**15, out.shape, dtype=torch.int16).view(out.dtype))
+
+
+def target_config() -> Any:
+    return complete(TargetConfig)()
 
 
 def pack(*numbers: int) -> PackedTokens:
@@ -82,6 +92,38 @@ def test_what_was_computed_is_read_however_it_is_packed(tmp_path: Path) -> None:
     changed, fresh = cached(tmp_path, key="another target")
     run(changed, 2)
     assert fresh.given == [9]
+
+
+def test_what_decides_hidden_states_has_a_name_of_its_own(tmp_path: Path) -> None:
+    description, model = describe(make_target(tmp_path / "target")), Random()
+    config = dataclasses.replace(target_config(), path=str(tmp_path / "target"))
+    sglang = [{"quantization": "fp8"}, {"attention_backend": "triton"}, {"arguments": {"kv_cache_dtype": "fp8_e5m2"}}]
+    others = [{"engine": "sglang"}, {"tp": 2}, {"dtype": "bfloat16"}, {"prefill": "documents"}]
+    others += [{"sglang": dataclasses.replace(config.sglang, **changed)} for changed in sglang]
+    keys = {cache_key(dataclasses.replace(config, **changed), description, model) for changed in ({}, *others)}
+    keys.add(cache_key(config, description, Random(FeatureLayout((0,), 4, final=True, dtype=torch.bfloat16))))
+    elsewhere = Random()
+    elsewhere.device = torch.device("cuda")
+    keys.add(cache_key(config, description, elsewhere))
+    assert len(keys) == 1 + len(others) + 2
+    same = dataclasses.replace(config, path="a link to it", replicas=3, verify=0, verify_against="itself")
+    assert cache_key(same, description, model) in keys
+    (tmp_path / "target/modeling_own.py").write_text("changed = True")
+    assert cache_key(config, description, model) not in keys
+
+
+def test_of_every_replica_one_rank_a_host_writes(tmp_path: Path) -> None:
+    """Also where a replica has ranks on several hosts: what one of them lacks all compute."""
+    replicas, hosts = ((0, 1, 2, 3), (4, 5)), ("a", "a", "b", "b", "b", "b")
+    found = [CacheDirectory.shared(tmp_path, 100, rank, replicas, hosts) for rank in range(6)]
+    assert [(where.index, where.of) for where in found] == [(0, 1), (None, 1), (0, 2), (None, 2), (1, 2), (None, 2)]
+    model = Random()
+    reader = CachedTarget(model, CacheDirectory(tmp_path, 2**20, None), "key")
+    run(reader, 0)
+    assert not list(tmp_path.glob("key/*"))
+    run(cached(tmp_path)[0], 0)
+    run(reader, 0)
+    assert model.given == [5]
 
 
 def test_verifying_computes(tmp_path: Path) -> None:
