@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from specdist.channel.base import Transport
+from specdist.channel.base import FeatureSender, Transport
 from specdist.channel.encoding import Plain, encoding_of
 from specdist.channel.wire import AddressBook, Wire
 from specdist.core.attempts import AttemptRecord, Failure, Started
@@ -31,6 +31,7 @@ from specdist.prompts.stream import Stream
 from specdist.run.rank_log import RankLog
 from specdist.run.start_up import StartUp
 from specdist.scheduler.client import ControlClient
+from specdist.scheduler.messages import Sent
 from specdist.target.base import TargetModel
 from specdist.target.cache_files import CacheDirectory
 from specdist.target.registry import load_target
@@ -132,6 +133,13 @@ class WorldContext:
         """What this rank's end of the channel is made of; `address_book`: of a channel between two worlds."""
         layout, timeout_s = encoding.wire, self.timeout_s
         return Wire(self.job.channel, self.topology, self.world, self.groups, layout, timeout_s, address_book)
+
+    def sender(self, client: ControlClient, address_book: AddressBook | None = None) -> tuple[Plain, FeatureSender]:
+        """A target rank's end of the channel, and what features travel as; it announces over `client` what it sends."""
+        encoding = self.encoding(range(self.topology.shards))
+        units = self.topology.shards * encoding.units(self.job.prompts.tokens_per_rank)
+        wire = self.wire(encoding, address_book)
+        return encoding, self.transport.sender(wire, units, lambda item: client.send(Sent(item)))
 
     def load_engine(self, tokens: int) -> TargetModel:
         """The target of this rank's replica, for batches of up to `tokens`; all ranks of the replica call it."""

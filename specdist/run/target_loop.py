@@ -12,21 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdist.channel.base import Announce, FeatureSender
+from specdist.channel.base import FeatureSender
 from specdist.channel.encoding import Parcel, Plain
 from specdist.core.trace import span
 from specdist.core.worker import Worker
 from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
 from specdist.scheduler.client import ControlClient
-from specdist.scheduler.messages import Computed, Dispatch, Message, ProducerReport, Send, Sent, Stop, StopRequest
+from specdist.scheduler.messages import Computed, Dispatch, Message, ProducerReport, Send, Stop, StopRequest
 from specdist.target.base import TargetModel
 from specdist.target.head import forward_item
 from specdist.target.verify import verify
 from specdist.training.profile import NO_PROFILE, Profile
 
 
-@dataclass
+@dataclass(eq=False)
 class _Forward:
     """A forward that was launched and perhaps still runs. On CPU it has finished when it returns."""
 
@@ -46,11 +46,6 @@ class _Forward:
             return self.began.elapsed_time(self.ended) / 1000
         assert isinstance(self.ended, float)
         return self.ended - self.began
-
-
-def announcing(client: ControlClient) -> Announce:
-    """Tells the scheduler what a sender announces."""
-    return lambda item: client.send(Sent(item))
 
 
 class Producer:
@@ -166,13 +161,13 @@ class Producer:
                     self._heard.put(message)
 
     def _send(self, order: Send) -> None:
-        held = (n for n, done in enumerate(self._held) if done.parcel.item.index == order.item)
-        done = self._held.pop(next(held))
+        done = next(done for done in self._held if done.parcel.item.index == order.item)
         if order.slot < 0:
             self._sender.drop(done.sent)
-            return
-        with span("issue the sends", order.item):
-            self._sender.send(done.parcel.wire, done.sent, order.slot)
+        else:
+            with span("issue the sends", order.item):
+                self._sender.send(done.parcel.wire, done.sent, order.slot)
+        self._held.remove(done)  # not before: a timeline that covers it goes on until then
 
     def _launch(self, index: int) -> None:
         item = self._items[index]

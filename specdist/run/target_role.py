@@ -13,7 +13,7 @@ from specdist.channel.ring import Ring
 from specdist.core.attempts import Ending
 from specdist.core.files import to_json, write_atomically
 from specdist.run.context import RankContext
-from specdist.run.target_loop import Producer, announcing
+from specdist.run.target_loop import Producer
 from specdist.scheduler.messages import Produced, ProducerReport
 
 
@@ -29,9 +29,7 @@ def produce(context: RankContext) -> None:
         encoding = Plain(layout)
         sender = DropSender(Ring(layout, 1, item_tokens, context.world.device))
     else:
-        encoding = context.encoding(range(topology.shards))
-        units = topology.shards * encoding.units(job.prompts.tokens_per_rank)
-        sender = context.transport.sender(context.wire(encoding), units, announcing(context.client))
+        encoding, sender = context.sender(context.client)
         context.begin("connecting to the draft ranks")
         sender.connect(job.control.load_timeout_s, context.client.check)
     producer = Producer(

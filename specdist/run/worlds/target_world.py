@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from specdist.core.attempts import Ending
 from specdist.core.errors import Dismissed, WorldError
 from specdist.run.context import WorldContext
-from specdist.run.target_loop import Producer, announcing
+from specdist.run.target_loop import Producer
 from specdist.run.worlds.search import Lost, Over, Search, Session, say
 from specdist.run.worlds.terms import common_facts
 from specdist.scheduler.client import ControlClient
@@ -109,9 +109,7 @@ class TargetWorld:
         job, timeout_s = context.job, context.timeout_s
         item_rows = context.topology.shards * job.prompts.tokens_per_rank
         engine = self._loaded(client, item_rows)
-        encoding = context.encoding(range(context.topology.shards))
-        units = context.topology.shards * encoding.units(job.prompts.tokens_per_rank)
-        sender = context.transport.sender(context.wire(encoding, session.book), units, announcing(client))
+        encoding, sender = context.sender(client, session.book)
         report = ProducerReport()
         try:
             with contextlib.suppress(Over):
