@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from specdist.core.errors import UserError
+from specdist.core.troubleshooting import linked
 from specdist_launch import words
 
 
@@ -59,6 +60,6 @@ def _passes(what: str, run: Callable[[], str]) -> bool:
     try:
         print(f"ok      {what}: {run()}", flush=True)
     except UserError as error:
-        print(f"FAILED  {what}: {error}", flush=True)
+        print(f"FAILED  {what}: {linked(error)}", flush=True)
         return False
     return True

@@ -16,7 +16,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-from specdist.core import launch_env
+from specdist.core import launch_env, troubleshooting
 from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
 from specdist.core.errors import ConfigError, Dismissed, UserError
 from specdist.core.files import unwritable
@@ -181,7 +181,9 @@ class Agent:
         verdict = judge(self._home, self._job.launch, self._record)
         # What has been trained rank 0 has printed.
         if self._launcher.judged_by_agent and (verdict.status != ExitStatus.DONE or not ended):
-            told = verdict.words if self._record.failure() else verdict.reason  # a failure on record was shown
+            told = verdict.words  # a failure on record was shown
+            if verdict.failure and not self._record.failure():
+                told = f"{verdict.reason} (see {troubleshooting.place(verdict.reason, 'lost')})"
             print(f"specdist: {told}", file=sys.stderr)
         if (command := self._job.launch.on_event) is not None:
             tell(command, self._run_dir, self._record, verdict.reason)

@@ -3,7 +3,6 @@
 
 __version__ = "0.1.0"
 
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +13,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """`submit` and `submit_sweep`, loaded when they are asked for: launch/ is above this package, which imports none of
     it, so they are entry points (pyproject.toml)."""
+    from importlib.metadata import entry_points  # slow to import, and asked for in Python programs alone
+
     for entry in entry_points(group="specdist", name=name):
         return entry.load()
     raise AttributeError(f"module 'specdist' has no attribute '{name}'")

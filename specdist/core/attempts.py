@@ -134,8 +134,7 @@ class Failure:
         if self.stacks:
             lines.append(f"  stacks   of {len(self.stacks)} ranks, in the record")
         lines.append(f"  record   {record}; {beside}")
-        if anchor := troubleshooting.entry(self.message):
-            lines.append(f"  see      {troubleshooting.PAGE}#{anchor}")
+        lines.append(f"  see      {troubleshooting.place(self.message, self.kind)}")
         return "\n".join(lines)
 
 

@@ -339,8 +339,17 @@ def _statements(schema: type) -> tuple[tuple[ast.stmt, ast.stmt], ...]:
     """Every statement of a dataclass with the one after it."""
     if not dataclasses.is_dataclass(schema):
         return ()
-    source = ast.parse(textwrap.dedent(inspect.getsource(schema)))
-    return tuple(itertools.pairwise(typing.cast(ast.ClassDef, source.body[0]).body))
+    found = _classes(inspect.getfile(schema)).get(schema.__qualname__)
+    if found is None:  # within another class or a function
+        source = ast.parse(textwrap.dedent(inspect.getsource(schema)))
+        found = typing.cast(ast.ClassDef, source.body[0])
+    return tuple(itertools.pairwise(found.body))
+
+
+@functools.cache
+def _classes(file: str) -> Mapping[str, ast.ClassDef]:
+    """The classes of a module; `inspect.getsource` would parse it anew for each of them."""
+    return {node.name: node for node in ast.parse(Path(file).read_text()).body if isinstance(node, ast.ClassDef)}
 
 
 _WORDS = (

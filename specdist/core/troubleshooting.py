@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import re
 
+from specdist.core.errors import DiskError, Dismissed, UserError, WorldError
+
 PAGE = "docs/troubleshooting.md"
 ENTRIES = {
     "unknown-key": r"unknown key '",
@@ -40,14 +42,38 @@ ENTRIES = {
 }
 """The anchor of each entry and the messages that it is about, as a regular expression."""
 
+GENERAL = {
+    "input": "input",
+    "error": "defect",
+    "device": "device",
+    "lost": "world",
+    "world": "world",
+    "disk": "full-disk",
+}
+"""The anchor of the entry about all other messages of a kind (`specdist.core.attempts.Kind`)."""
 
-def told(error: BaseException) -> str:
-    """The line on the terminal for an error of the user's."""
-    message = str(error)
-    anchor = entry(message)
-    return f"specdist: {message}" if anchor is None else f"specdist: {message} (see {PAGE}#{anchor})"
+
+def told(error: UserError) -> str:
+    """The line on the terminal for an error."""
+    return f"specdist: {linked(error)}"
+
+
+def linked(error: UserError) -> str:
+    """An error's message and the place of the entry about it, which a request to stop has none of."""
+    return str(error) if isinstance(error, Dismissed) else f"{error} (see {place(str(error), _kind(error))})"
+
+
+def place(message: str, kind: str) -> str:
+    """The page and anchor of the entry about a message, or else about its kind."""
+    return f"{PAGE}#{entry(message) or GENERAL[kind]}"
 
 
 def entry(message: str) -> str | None:
     """The anchor of the entry about a message; None where there is none."""
     return next((anchor for anchor, pattern in ENTRIES.items() if re.search(pattern, message)), None)
+
+
+def _kind(error: UserError) -> str:
+    if isinstance(error, WorldError):
+        return "world"
+    return "disk" if isinstance(error, DiskError) else "input"

@@ -8,12 +8,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from specdist.core import config
-from specdist.core.errors import ConfigError
-from specdist.core.troubleshooting import ENTRIES, PAGE, entry, told
+from specdist.core.attempts import Failure, Kind
+from specdist.core.errors import ConfigError, DataError, DiskError, Dismissed, UserError, WorldError
+from specdist.core.troubleshooting import ENTRIES, GENERAL, PAGE, entry, place, told
 from specdist.job.sections import JobConfig
 from specdist_launch import words
 from specdist_launch.cli import parse
@@ -91,15 +93,20 @@ def test_every_entry_of_troubleshooting_is_linked_by_the_messages_in_its_title()
     code = "\n".join(file.read_text() for file in files if file.stem != "troubleshooting")
     messages = re.sub(r"\{[^{}]*\}", "8", re.sub(r'"\s*f?"', "", code)).replace('"', "\n")
     titles = re.findall(r"^### (.*) \{#([\w-]+)\}$", (ROOT / PAGE).read_text(), re.MULTILINE)
-    assert {anchor for _, anchor in titles} == set(ENTRIES)
+    assert {anchor for _, anchor in titles} == {*ENTRIES, *GENERAL.values()}
     for title, anchor in titles:
+        if anchor not in ENTRIES:
+            continue
         assert anchor in {entry(part.replace("...", "8")) for part in [title, *title.split(", ")]}, title
         assert re.search(ENTRIES[anchor], messages, re.MULTILINE), f"no message is of {anchor}"
 
 
-def test_an_error_with_an_entry_ends_with_its_place() -> None:
+def test_every_error_ends_with_its_place() -> None:
     error = ConfigError("no file matches 'chats.jsonl'")
     assert told(error) == "specdist: no file matches 'chats.jsonl' (see docs/troubleshooting.md#no-file)"
-    assert told(ConfigError("run.seed is -1: it must be at least 0")) == (
-        "specdist: run.seed is -1: it must be at least 0"
-    )
+    assert set(GENERAL) == set(get_args(Kind))
+    for error in (UserError("x"), ConfigError("x"), DataError("x"), WorldError("x"), DiskError("x")):
+        kind = Failure.of(error).kind
+        assert told(error) == f"specdist: x (see {place('x', kind)})"
+        assert place("x", kind) in Failure.of(error).render(Path())
+    assert told(Dismissed("asked to stop")) == "specdist: asked to stop"
