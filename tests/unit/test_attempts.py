@@ -236,7 +236,8 @@ def test_the_block_on_the_terminal_names_who_when_and_what(tmp_path: Path) -> No
     assert "  step     40" in block
     assert "  doing    training" in block
     assert "  Traceback ..." in block
-    assert str(tmp_path / "failure.json") in block[-1]
+    assert str(tmp_path / "failure.json") in block[-2]
+    assert block[-1] == "  see      docs/troubleshooting.md#defect"
     assert Failure("world", "3 ranks missing").render(tmp_path).startswith("specdist: 3 ranks missing\n")
     lost_host = Failure("lost", "exited without an error message", host="n2").render(tmp_path)
     assert lost_host.startswith("specdist: host n2: exited without an error message\n")
