@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
     if job.world.mode == "split" and (plan.on_gpus or asked):  # what is estimated of GPUs says nothing of the CPU
         rates = find_rates(job, plan.facts, args.target_rate, args.draft_rate, args.rates)
         gpus = args.gpus or plan.topology.world_size
-        print(split.render(gpus, *split.suggest(gpus, job.target.tp, rates)))
+        print(split.render(gpus, *split.suggest(gpus, job.target.tp, rates, job.draft.cp)))
     for line in _cost(plan, rates):
         print(line)
     return 0 if plan.fits else 1
@@ -92,7 +92,7 @@ def _cost(plan: Plan, rates: Rates | None) -> Iterator[str]:
         of = f"train.epochs={epochs} of about {tokens:,.0f} tokens, estimated from the first records"
     yield f"steps: {steps:,} of up to {per_step:,} tokens ({of})"
     if rates is not None and topology.mode == "split":
-        split = Split(len(topology.replicas), job.target.tp, len(topology.draft), rates)
+        split = Split(len(topology.replicas), job.target.tp, len(topology.draft_ranks), rates)
         seconds = steps * per_step / split.tokens_per_s
         hours = seconds / 3600 * topology.world_size
         rate = f"{split.tokens_per_s:,.0f} tokens/s ({rates.source})"

@@ -292,8 +292,9 @@ def _suggest(schema: type, prefix: str, part: str, names: list[str]) -> str:
     """The right key: by another name that the schema knows it by (`schema.also_called()`), by spelling, by the name
     alone, or by its help."""
     called: Mapping[str, str] = getattr(schema, "also_called", dict)()
-    near = difflib.get_close_matches(part, names, n=1) or [name for name in names if part in name]
-    found = [*([called[part]] if part in called else ()), *(f"{prefix}{name}" for name in near)]
+    keys = {**called, **{name: f"{prefix}{name}" for name in names}}
+    near = difflib.get_close_matches(part, keys, n=1) or [name for name in names if part in name]
+    found = [keys[name] for name in near]
     if not found:  # slower: it reads all sections' sources
         known, words = list(fields(schema)), [word for word in part.lower().split("_") if len(word) > 2]
         found = [field.key for field in known if field.key.rsplit(".", 1)[-1] == part]

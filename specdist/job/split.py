@@ -47,6 +47,8 @@ class Split:
     tp: int
     draft_ranks: int
     rates: Rates
+    cp: int = 1
+    """Draft ranks that divide a sequence: each computes its share of the tokens, at the rate of a rank."""
 
     @property
     def target_tokens_per_s(self) -> float:
@@ -71,21 +73,25 @@ class Split:
         return f"{'draft' if faster == self.draft_tokens_per_s else 'target'} ranks wait {share:.0%} of the time"
 
 
-def splits(gpus: int, tp: int, rates: Rates) -> list[Split]:
-    """All divisions of `gpus` GPUs, by number of replicas of `tp` ranks; the draft takes what they leave. Raises
-    ConfigError: not even one replica and one draft rank fit."""
-    found = [Split(r, tp, gpus - r * tp, rates) for r in range(1, (gpus - 1) // tp + 1)]
+def splits(gpus: int, tp: int, rates: Rates, cp: int = 1) -> list[Split]:
+    """All divisions of `gpus` GPUs, by number of replicas of `tp` ranks; the draft takes what they leave, in groups of
+    `cp` ranks. Raises ConfigError: there is none."""
+    left = ((r, gpus - r * tp) for r in range(1, (gpus - cp) // tp + 1))
+    found = [Split(r, tp, ranks, rates, cp) for r, ranks in left if ranks % cp == 0]
     if not found:
+        group = f" in groups of draft.cp={cp}" if cp > 1 else ""
         raise ConfigError(
-            f"{gpus} GPUs: a target replica of target.tp={tp} ranks and a draft rank need {tp + 1}", "target.tp"
+            f"{gpus} GPUs do not divide among target replicas of target.tp={tp} ranks and draft ranks{group}: the "
+            f"least are {tp + cp}",
+            "target.tp draft.cp",
         )
     return found
 
 
-def suggest(gpus: int, tp: int, rates: Rates) -> tuple[Split, list[Split]]:
+def suggest(gpus: int, tp: int, rates: Rates, cp: int = 1) -> tuple[Split, list[Split]]:
     """The fastest division, and the up to three around it, itself included. Of equal ones, that with fewer replicas.
     Raises ConfigError: see `splits`."""
-    found = splits(gpus, tp, rates)
+    found = splits(gpus, tp, rates, cp)
     best = max(range(len(found)), key=lambda i: found[i].tokens_per_s)
     return found[best], found[max(0, best - 1) : best + 2]
 
@@ -98,7 +104,7 @@ def render(gpus: int, best: Split, around: Sequence[Split]) -> str:
         f"a draft rank ({rates.source}):"
     ]
     for split in around:
-        keys = f"target.replicas={split.replicas} draft.dp={split.draft_ranks}"
+        keys = f"target.replicas={split.replicas} draft.dp={split.draft_ranks // split.cp}"
         mark = "  <- suggested" if split == best else ""
         lines.append(f"  {keys:<36}{split.tokens_per_s:>12,.0f} tokens/s, {split.waits}{mark}")
     return "\n".join(lines)

@@ -39,12 +39,21 @@ def test_the_draft_takes_what_replicas_leave() -> None:
     assert suggest(2, 1, Rates(100, 98, "measured"))[0].waits == "balanced to 2%"
 
 
+def test_draft_ranks_come_in_groups_that_divide_a_sequence() -> None:
+    assert [(s.replicas, s.draft_ranks) for s in splits(8, 1, RATES, cp=2)] == [(2, 6), (4, 4), (6, 2)]
+    best, around = suggest(8, 1, RATES, cp=2)
+    assert best.tokens_per_s == 4 * 28_400
+    assert "target.replicas=4 draft.dp=2 " in render(8, best, around)
+    with pytest.raises(ConfigError, match=r"3 GPUs do not .* in groups of draft.cp=4: the least are 5"):
+        suggest(3, 1, RATES, cp=4)
+
+
 def test_of_equal_splits_the_one_with_fewer_replicas() -> None:
     assert suggest(3, 1, Rates(1, 1, "measured"))[0].replicas == 1
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"2 GPUs: a target replica of target.tp=2 ranks and a draft rank need 3"):
+    with pytest.raises(ConfigError, match=r"2 GPUs do not divide among .*: the least are 3"):
         suggest(2, 2, RATES)
     with pytest.raises(ConfigError, match=r"the draft's rate is more than 0 tokens/s, not 0 \(--draft-rate\)"):
         Rates(1, 0, "--draft-rate")
