@@ -283,13 +283,13 @@ class Bench:
             else:
                 shard = self._shard.dp
                 stop = StopFlag()
-                source = RemoteSource(client, self._receiver, encoding, items, stop, _WAIT_S, self._device, shard)
+                source = RemoteSource(client, self._receiver, encoding, items, stop, _WAIT_S, self._device, (0, shard))
                 client.ready()
                 client.expect(StartWork)
                 began = time.perf_counter()
                 for index in range(end):
-                    while not source.posted(items[index]):
-                        source.await_more(items[index], stop)
+                    while not source.posted(range(index, index + 1)):
+                        source.await_more(index, stop)
                         source.post(source.known)
                     features = source.take(items[index])
                     if check:
@@ -364,7 +364,8 @@ def worker(**arguments: Any) -> list[ChannelSpeed]:
     transport = transport_for(config.transport, world.device)
     if run.products is None:
         run = replace(run, products=PRODUCTS if world.device.type == "cuda" else 0)
-    topology = Topology.build(world_config, world.hosts, replicas=run.replicas, tp=run.tp, dp=run.draft_ranks, cp=1)
+    replicas, tp, dp = run.replicas, run.tp, run.draft_ranks
+    topology = Topology.build(world_config, world.hosts, replicas=replicas, tp=tp, dp=dp, cp=1, pod=dp)
     groups = make_groups(topology, world, transport.link_backend, _WAIT_S)
     connect_links(topology, groups, world, _WAIT_S)
     config = replace(config, transport=transport.name)

@@ -163,7 +163,7 @@ class World:
         """`replica` is gone, and the scheduler knows it; what it sent is on its way for `drain` seconds."""
         self.scheduler.drop_replica(replica)
         del self.targets[replica]
-        self.at(self.now + drain, self.scheduler.slots.clear, replica)
+        self.at(self.now + drain, self.scheduler.settle_replica, replica)
 
     def stop(self) -> None:
         """The draft ranks end the steps that one of them has begun, and let go what comes beyond."""

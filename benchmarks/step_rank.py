@@ -25,6 +25,7 @@ from specdist.draft.base import ContextShare, DraftModel
 from specdist.draft.build import build_draft
 from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
+from specdist.prompts.schedule import Schedule
 from specdist.run.feature_source import random_rows
 from specdist.training.optimizer import DraftOptimizer
 from specdist.training.parts import FeatureSource
@@ -46,6 +47,8 @@ PARTS = {
 
 class _Batch(FeatureSource):
     """One batch over and over: in the place of the stream of items, of the prompts, and of the features' source."""
+
+    schedule = Schedule(0, 0, 1, 1)
 
     def __init__(self, name: str, supervised: float, vocab_size: int, ranks: int):
         generator = torch.Generator().manual_seed(0)
@@ -148,7 +151,7 @@ class _Rank:
         sharded = shard_draft(draft, self._groups, self.dtype, config.draft.sharding)
         optimizer = DraftOptimizer(sharded, config.optimizer)
         items, prompts = cast(Items, batch), cast(Corpus, batch)
-        trainer = Trainer(sharded, optimizer, batch, items, prompts, self._groups, self._place.dp, self._device)
+        trainer = Trainer(sharded, optimizer, batch, items, prompts, self._groups, (0, self._place.dp), self._device)
         steps = iter(range(10**9))
 
         def step() -> None:

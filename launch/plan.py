@@ -78,7 +78,7 @@ def _cost(plan: Plan, rates: Rates | None) -> Iterator[str]:
     job, topology = plan.job, plan.topology
     if not topology.shards or job.world.role == "target":
         return
-    per_step = job.train.accumulation * topology.shards * job.prompts.tokens_per_rank
+    per_step = job.train.accumulation * topology.shards * topology.pods * job.prompts.tokens_per_rank
     steps, of = job.train.steps, "train.steps"
     if steps is None:
         try:

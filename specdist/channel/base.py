@@ -39,9 +39,9 @@ def outgoing(topology: Topology, rank: int, item: WorkItem, rows: Tensor) -> Ite
     and the rows. Links over which nothing goes are left out."""
     place = topology.target_place(rank)
     assert place is not None
-    for d, draft_ranks in enumerate(topology.draft):
-        part = share(item.shards[d].tokens, place.tp, len(topology.replicas[place.replica]))
-        first = item.rows(d).start
+    for s, draft_ranks in enumerate(topology.pod(item.pod)):
+        part = share(item.shards[s].tokens, place.tp, len(topology.replicas[place.replica]))
+        first = item.rows(s).start
         for destination in draft_ranks if part.start < part.stop else ():
             yield Link(rank, destination), part.start, rows[first + part.start : first + part.stop]
 

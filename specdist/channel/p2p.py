@@ -10,8 +10,9 @@ issued before it, on whatever stream. So ranks that issue two operations in diff
 ever. Here all ranks issue theirs in one order of all operations:
 
 - items in the order in which the scheduler delivers them, and of an item the transfers by source rank, then by
-  destination: so a draft rank posts them, and so a target rank sends what its replica has computed;
-- the collectives of the draft ranks between two deliveries, the same two on all of them (`Trainer._agree`);
+  destination: so a draft rank posts those of its pod, and so a target rank sends what its replica has computed;
+- the collectives of the draft ranks between two deliveries, the same two on all of them (`Trainer._agree`), which is
+  why each is told of the deliveries to all pods;
 - the collectives of a replica's forwards and its sends in the order in which the scheduler has told all its ranks to
   compute and to send (`Producer`): it tells them to send what they have computed. One rank alone sends beside its
   forwards: nothing in those waits for others.
@@ -90,9 +91,8 @@ class P2PReceiver(FeatureReceiver):
     transfer is waited for, and when it has failed; raises when the world has."""
 
     def __init__(self, wire: Wire, slots: int, shard_rows: int, check: Check):
-        place = wire.topology.draft_place(wire.rank)
-        assert place is not None, f"rank {wire.rank} is not a draft rank"
-        self._wire, self._shard, self._check = wire, place.dp, check
+        self._wire, self._check = wire, check
+        _, self._shard = wire.topology.shard_of(wire.rank)
         self._ring = Ring(wire.layout, slots, shard_rows, wire.device)
         staged = _staged(wire)
         self._host_ring = Ring(wire.layout, slots, shard_rows, torch.device("cpu"), pinned=True) if staged else None

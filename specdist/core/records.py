@@ -31,10 +31,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """One packed target forward: the sequences of all draft data-parallel ranks for one micro-batch.
+    """One packed target forward: the sequences of all draft data-parallel ranks of one pod for one micro-batch.
 
-    `shards[d]` belongs to draft data-parallel index d and may be empty (the tail of an epoch). The rows of the packed
-    forward are the shards in order, so every shard is a contiguous range of rows.
+    `shards[s]` belongs to the pod's rank number s, of draft data-parallel index pod * len(shards) + s, and may be empty
+    (the tail of an epoch). The rows of the packed forward are the shards in order, so every shard is a contiguous range
+    of rows.
     """
 
     index: int
@@ -45,6 +46,7 @@ class WorkItem:
     """Whether the draft is evaluated on it, and not trained."""
     first: int = 0
     """Number of its first shard among the micro-batches of the optimizer step, whose cursors `start` and `end` are."""
+    pod: int = 0
 
     @cached_property
     def tokens(self) -> int:
@@ -56,7 +58,7 @@ class WorkItem:
         return (((self.start.epoch << 32) + self.start.position) << 16) + self.first + shard
 
     def rows(self, shard: int) -> slice:
-        """The rows of the packed forward that belong to draft data-parallel index `shard`."""
+        """The rows of the packed forward that belong to shard number `shard`."""
         first = sum(s.tokens for s in self.shards[:shard])
         return slice(first, first + self.shards[shard].tokens)
 

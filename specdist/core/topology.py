@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
@@ -63,6 +63,10 @@ class WorldConfig:
                 raise ConfigError.at(f"world.{key}", f"is a number of seconds > 0, not {getattr(self, key)}")
 
 
+MOST_SHARDS = 16
+"""Data-parallel draft ranks of a pod, where `draft.pod` does not say."""
+
+
 @dataclass(frozen=True)
 class TargetPlace:
     """The coordinates of a target rank."""
@@ -102,7 +106,9 @@ class Topology:
         hosts: the host name of every rank.
         replicas: `replicas[r][t]` is the rank of tensor-parallel index t of target replica r.
         draft: `draft[d][c]` is the rank of data-parallel index d, context-parallel index c.
-        shards: the number of shards a work item is cut into (draft data parallelism; 1 where there is no draft).
+        shards: the number of shards a work item is cut into: draft data-parallel ranks of a pod (1 where there is no
+            draft).
+        pods: of draft data-parallel ranks that follow each other, for each of which one target forward is batched.
     """
 
     mode: Mode
@@ -110,6 +116,7 @@ class Topology:
     replicas: tuple[tuple[int, ...], ...]
     draft: tuple[tuple[int, ...], ...]
     shards: int
+    pods: int = field(default=1, kw_only=True)
 
     scheduler_rank = 0
 
@@ -123,6 +130,7 @@ class Topology:
         tp: int,
         dp: int | None,
         cp: int,
+        pod: int | None = None,
         roles: Sequence[Role | None] = (),
     ) -> Topology:
         """Divide `len(hosts)` ranks; None means "as many as the world has room for". Raises ConfigError: with the
@@ -130,7 +138,8 @@ class Topology:
         number ranks by (node, GPU), and hosts may have different numbers of them, so the same nodes always give the
         same division. `roles`: the role of every rank's node, where the launcher decides it: such a node has that role
         whole."""
-        for key, value in {"target.replicas": replicas, "target.tp": tp, "draft.dp": dp, "draft.cp": cp}.items():
+        counts = {"target.replicas": replicas, "target.tp": tp, "draft.dp": dp, "draft.cp": cp, "draft.pod": pod}
+        for key, value in counts.items():
             if value is not None and value < 1:
                 raise ConfigError.at(key, f"is at least 1, not {value}")
         build = {
@@ -139,14 +148,15 @@ class Topology:
             "target_only": _target_only,
             "draft_only": _draft_only,
         }
-        request = _Request(world, tuple(hosts), tuple(roles) or (None,) * len(hosts), replicas, tp, dp, cp)
+        request = _Request(world, tuple(hosts), tuple(roles) or (None,) * len(hosts), replicas, tp, dp, cp, pod)
         return build[world.mode](request)
 
-    def beside(self, hosts: Sequence[str], cp: int) -> Topology:
-        """This target world together with a draft world on `hosts`, whose ranks come first."""
+    def beside(self, hosts: Sequence[str], cp: int, pods: int) -> Topology:
+        """This target world together with a draft world on `hosts`, whose ranks come first, in so many pods."""
         size = len(hosts)
         replicas = tuple(tuple(size + rank for rank in ranks) for ranks in self.replicas)
-        return Topology(self.mode, (*hosts, *self.hosts), replicas, _rows(range(size), cp), shards=size // cp)
+        draft = _rows(range(size), cp)
+        return Topology(self.mode, (*hosts, *self.hosts), replicas, draft, len(draft) // pods, pods=pods)
 
     @property
     def world_size(self) -> int:
@@ -165,6 +175,14 @@ class Topology:
 
     def draft_place(self, rank: int) -> DraftPlace | None:
         return self._draft_places.get(rank)
+
+    def shard_of(self, rank: int) -> tuple[int, int]:
+        """The pod of a draft rank, and which shard of the pod's items is for it."""
+        return divmod(self._draft_places[rank].dp, self.shards)
+
+    def pod(self, number: int) -> tuple[tuple[int, ...], ...]:
+        """The rows of `draft` that are one pod, a shard each."""
+        return self.draft[number * self.shards : (number + 1) * self.shards]
 
     @cached_property
     def target_ranks(self) -> tuple[int, ...]:
@@ -202,6 +220,7 @@ class _Request:
     tp: int
     dp: int | None
     cp: int
+    pod: int | None
 
     @property
     def kind(self) -> str:
@@ -212,6 +231,17 @@ class _Request:
     @property
     def ranks(self) -> range:
         return range(len(self.hosts))
+
+    def pods(self, dp: int) -> dict[str, int]:
+        """How `dp` data-parallel draft ranks are divided, as `Topology` says it. Raises ConfigError."""
+        shards = self.pod or max(size for size in range(1, min(dp, MOST_SHARDS) + 1) if dp % size == 0)
+        if dp % shards:
+            raise ConfigError.at(
+                "draft.pod",
+                f"={shards} does not divide the {dp} data-parallel draft ranks: pods have as many ranks each",
+                "draft.dp",
+            )
+        return {"shards": shards, "pods": dp // shards}
 
     def with_role(self, role: Role | None) -> list[int]:
         return [rank for rank in self.ranks if self.roles[rank] == role]
@@ -243,7 +273,7 @@ def _split(ask: _Request) -> Topology:
             f"the draft{f', on {ask.name_hosts(free)}' if free else ''}",
             "target.replicas target.tp draft.dp draft.cp",
         )
-    return Topology("split", ask.hosts, placed, _rows(free, ask.cp), shards=dp)
+    return Topology("split", ask.hosts, placed, _rows(free, ask.cp), **ask.pods(dp))
 
 
 def _target_candidates(ask: _Request) -> tuple[list[int], str]:
@@ -312,6 +342,13 @@ def _colocated(ask: _Request) -> Topology:
             f"{ask.name_hosts(ask.ranks)}",
             "target.replicas target.tp draft.dp draft.cp",
         )
+    if ask.pod is not None:
+        raise ConfigError.at(
+            "draft.pod",
+            f"={ask.pod} divides the draft ranks of world.mode=split: in world.mode=colocated a replica computes the "
+            "shards of its own ranks",
+            "world.mode",
+        )
     placed = _place_replicas(ask, replicas, list(ask.ranks))
     return Topology("colocated", ask.hosts, placed, _rows(ask.ranks, ask.cp), shards=dp)
 
@@ -327,7 +364,7 @@ def _target_only(ask: _Request) -> Topology:
             "target.replicas target.tp",
         )
     placed = _place_replicas(ask, replicas, list(ask.ranks))
-    return Topology(ask.world.mode, ask.hosts, placed, (), shards=ask.dp or 1)
+    return Topology(ask.world.mode, ask.hosts, placed, (), **ask.pods(ask.dp or ask.pod or 1))
 
 
 def _draft_only(ask: _Request) -> Topology:
@@ -340,7 +377,7 @@ def _draft_only(ask: _Request) -> Topology:
             f"{ask.name_hosts(ask.ranks)}",
             "draft.dp draft.cp",
         )
-    return Topology(ask.world.mode, ask.hosts, (), _rows(ask.ranks, ask.cp), shards=dp)
+    return Topology(ask.world.mode, ask.hosts, (), _rows(ask.ranks, ask.cp), **ask.pods(dp))
 
 
 _SPLIT = {"both": _split, "draft": _draft_only, "target": _target_only}

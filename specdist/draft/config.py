@@ -26,6 +26,9 @@ class DraftConfig:
     tokens, as SGLang and vLLM do by default at any temperature; sampled: from its distribution."""
     dp: int | None = None
     """Data-parallel draft ranks; null takes all ranks the target leaves."""
+    pod: int | None = None
+    """Data-parallel ranks of a pod, the sequences of which one target forward has; gradients are summed over all pods.
+    null: all ranks, or from 17 on the most, up to 16, that divide them into equal pods."""
     cp: int = 1
     """Context-parallel ranks that share the sequences of one data-parallel rank, for long ones: each gets the features
     of all tokens and computes the steps of its share of them."""

@@ -146,8 +146,10 @@ def check_installed(job: JobConfig, target: bool) -> None:
 
 def topology(job: JobConfig, hosts: Sequence[str], roles: Sequence[Role | None] = ()) -> Topology:
     """Divide the ranks on `hosts` as the job asks; `roles` are those the launcher gave to their nodes."""
-    replicas, tp, dp, cp = _replicas(job), job.target.tp, job.draft.dp, job.draft.cp
-    return Topology.build(job.world, hosts, replicas=replicas, tp=tp, dp=dp, cp=cp, roles=roles)
+    replicas, tp, draft = _replicas(job), job.target.tp, job.draft
+    return Topology.build(
+        job.world, hosts, replicas=replicas, tp=tp, dp=draft.dp, cp=draft.cp, pod=draft.pod, roles=roles
+    )
 
 
 def slots(job: JobConfig, layout: FeatureLayout) -> int:

@@ -67,19 +67,21 @@ def find_resume_plan(
     weights: tuple[int, int] = (0, 0),
     evaluation: Sequence[WorkItem] = (),
     evaluation_weight: float = 1.0,
+    pods: int = 1,
 ) -> ResumePlan:
     """Look for a checkpoint to resume from, and count what is left to do. Raises ConfigError: the checkpoint belongs to
     other prompts, or another batch is asked for than it was trained with.
 
     Args:
         prompts: those that are trained on.
-        shards: draft data-parallel ranks.
+        shards: draft data-parallel ranks of each of the `pods`.
         weights: see `packing_weights`; a run keeps those it began with.
         evaluation: the items of one evaluation.
         evaluation_weight: see `rates.evaluation_weight`.
     """
     saved = committed(run_dir.checkpoints)
-    asked = Batching(shards * job.train.accumulation, job.prompts.tokens_per_rank, job.train.accumulation, weights)
+    accumulation = job.train.accumulation
+    asked = Batching(shards * pods * accumulation, job.prompts.tokens_per_rank, accumulation, weights)
     progress = Progress(fingerprint=prompts.fingerprint, batching=asked)
     checkpoint = best_intact(run_dir.checkpoints, "none")
     if checkpoint is not None:
@@ -97,7 +99,7 @@ def find_resume_plan(
     best = best_checkpoint(run_dir.checkpoints, job.checkpoint.keep_best)
     found = None if best is None else read_progress(best).evaluated
     assert progress.batching is not None
-    stream = Stream(prompts.sizes, progress.batching, job.run.seed, shards)
+    stream = Stream(prompts.sizes, progress.batching, job.run.seed, shards, pods)
     schedule = _schedule(job, progress, stream, evaluation, evaluation_weight)
     return ResumePlan(progress, checkpoint, schedule, found, _note(stream, asked))
 
@@ -138,14 +140,14 @@ def batching_of(job: JobConfig, progress: Progress, asked: Batching) -> Batching
 
 
 def _note(stream: Stream, asked: Batching) -> str:
-    batching, shards, each = stream.batching, stream.shards, stream.accumulation
+    batching, ranks, each = stream.batching, stream.ranks, stream.accumulation
     if batching.first_step:
         return f"Since step {batching.first_step} a step has {batching.micro_batches} micro-batches (train.rebatch)."
     if batching.micro_batches == asked.micro_batches:
         return ""
-    idle = each * shards - batching.micro_batches
+    idle = each * ranks - batching.micro_batches
     return (
-        f"A step keeps its {batching.micro_batches} micro-batches, {each} for each of {shards} draft data-parallel "
+        f"A step keeps its {batching.micro_batches} micro-batches, {each} for each of {ranks} draft data-parallel "
         f"ranks{f', {idle} times none' if idle else ''}."
     )
 
@@ -168,6 +170,7 @@ def _schedule(
         len(evaluation),
         job.evaluate.every or affordable(total, batching.step_tokens, weight * sum(item.tokens for item in evaluation)),
         evaluated is not None and evaluated.step == progress.step,
+        stream.pods,
     )
 
 

@@ -134,7 +134,7 @@ ALSO_CALLED = {
 CHANGEABLE = (
     "world", "scheduler", "control", "checkpoint", "metrics", "trace", "export", "evaluate", "launch",
     "run.dir", "train", "target.replicas", "target.tp", "target.verify", "target.verify_against", "target.prefill",
-    "target.engine", "draft.dp", "draft.cp", "draft.sharding", "draft.compile", "prompts.workers",
+    "target.engine", "draft.dp", "draft.cp", "draft.pod", "draft.sharding", "draft.compile", "prompts.workers",
     "prompts.cache_dir", "prompts.tokens_per_rank", "run.plugins",
     *(f"channel.{f.name}" for f in dataclasses.fields(ChannelConfig) if f.name != "dtype"),
     *(f"optimizer.{f.name}" for f in dataclasses.fields(OptimizerConfig) if f.name not in ("method", "ema")),

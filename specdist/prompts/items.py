@@ -48,15 +48,17 @@ class Items:
                 del self._window[index]
 
 
-def evaluation_items(corpus: Corpus, shards: int, tokens: int, seed: int, limit: int | None) -> list[WorkItem]:
+def evaluation_items(
+    corpus: Corpus, shards: int, tokens: int, seed: int, limit: int | None, pods: int = 1
+) -> list[WorkItem]:
     """The items of one evaluation, of `shards` shards of at most `tokens` tokens: the held-out sequences, or `limit` of
-    them, evenly spread. Their numbers are those of a stream of their own."""
+    them, evenly spread; as many items for each of the `pods`. Their numbers are those of a stream of their own."""
     heldout = corpus.heldout_indices
     count = len(heldout) if limit is None else min(limit, len(heldout))
     if not count:
         return []
     held_out = heldout.start + np.arange(count) * len(heldout) // count
-    own = Stream(Sizes.of(corpus.lengths_of(held_out)), Batching(shards, tokens), seed)
+    own = Stream(Sizes.of(corpus.lengths_of(held_out)), Batching(shards * pods, tokens), seed, shards, pods)
 
     def of_corpus(item: WorkItem) -> WorkItem:
         shards = (Shard(tuple(held_out[list(s.sequences)].tolist()), s.lengths) for s in item.shards)
@@ -67,7 +69,8 @@ def evaluation_items(corpus: Corpus, shards: int, tokens: int, seed: int, limit:
 
 def _numbered(stream: Stream, start: Cursor, schedule: Schedule, evaluation: Sequence[WorkItem]) -> Iterator[WorkItem]:
     end = Cursor(schedule.epochs or 0)
-    nothing = itertools.repeat(WorkItem(0, end, end, (Shard((), ()),) * stream.shards))
+    empty = WorkItem(0, end, end, (Shard((), ()),) * stream.shards)
+    nothing = itertools.cycle([replace(empty, pod=pod) for pod in range(stream.pods)])
     training = itertools.chain(stream.items(start, epochs=schedule.epochs), nothing)
     for step in range(schedule.first_step, schedule.total_steps + 1):
         if due := schedule.evaluation(step):

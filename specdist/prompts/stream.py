@@ -90,19 +90,21 @@ class Stream:
     costs t + s (w0 + w1 t / 1024) / 1000 for the batching's `weights` (w0, w1).
     """
 
-    def __init__(self, sizes: Sizes, batching: Batching, seed: int, shards: int | None = None) -> None:
+    def __init__(self, sizes: Sizes, batching: Batching, seed: int, shards: int | None = None, pods: int = 1) -> None:
         """
         Args:
-            shards: draft data-parallel ranks, a micro-batch each; by default as many as a step has micro-batches.
+            shards: draft data-parallel ranks of a pod, a micro-batch each; by default as many as a step has
+                micro-batches.
+            pods: items that all draft ranks train on at once.
         """
         self.sizes, self.batching, self.seed = sizes, batching, seed
-        self.shards = batching.micro_batches if shards is None else shards
+        self.shards, self.pods = batching.micro_batches if shards is None else shards, pods
         if not sizes.count:
             raise DataError("there is no sequence to stream")
         if seed < 0:
             raise ConfigError(f"the seed of the stream is {seed}: it must not be negative")
-        if self.shards < 1:
-            raise ConfigError(f"{self.shards} draft data-parallel ranks: at least 1 is needed")
+        if self.ranks < 1:
+            raise ConfigError(f"{self.ranks} draft data-parallel ranks: at least 1 is needed")
         if sizes.longest > batching.tokens:
             raise ConfigError(
                 f"the longest sequence has {sizes.longest} tokens, more than the budget of a micro-batch: lower "
@@ -112,17 +114,23 @@ class Stream:
             )
 
     @property
+    def ranks(self) -> int:
+        """Draft data-parallel ranks."""
+        return self.shards * self.pods
+
+    @property
     def accumulation(self) -> int:
-        """Items of a step."""
-        return -(-self.batching.micro_batches // self.shards)
+        """Micro-batches of each of them in a step."""
+        return -(-self.batching.micro_batches // self.ranks)
 
     def items(self, start: Cursor | None = None, index: int = 0, epochs: int | None = None) -> Iterator[WorkItem]:
-        """The work items of the steps from `start` on, numbered from `index`, up to Cursor(epochs, 0), or for ever.
-        Raises DataError: `start` lies beyond the epoch's end: it belongs to other prompts."""
+        """The work items of the steps from `start` on, numbered from `index`, up to Cursor(epochs, 0), or for ever; the
+        pods have them in turn. Raises DataError: `start` lies beyond the epoch's end: it belongs to other prompts."""
         for begin, end, batches in self.steps(start, epochs):
-            batches = batches + [Shard((), ())] * (self.accumulation * self.shards - len(batches))
+            batches = batches + [Shard((), ())] * (self.accumulation * self.ranks - len(batches))
             for first in range(0, len(batches), self.shards):
-                yield WorkItem(index, begin, end, tuple(batches[first : first + self.shards]), first=first)
+                shards, pod = tuple(batches[first : first + self.shards]), first // self.shards % self.pods
+                yield WorkItem(index, begin, end, shards, first=first, pod=pod)
                 index += 1
 
     def steps(

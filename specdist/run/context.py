@@ -106,12 +106,14 @@ class WorldContext:
         """The items of one evaluation: the held-out sequences, or `evaluate.limit` of them, evenly spread."""
         if not self._evaluates:
             return []
-        job, shards = self.job, self.topology.shards
-        return evaluation_items(self.prompts, shards, job.prompts.tokens_per_rank, job.run.seed, job.evaluate.limit)
+        job, shards, pods = self.job, self.topology.shards, self.topology.pods
+        tokens, seed = job.prompts.tokens_per_rank, job.run.seed
+        return evaluation_items(self.prompts, shards, tokens, seed, job.evaluate.limit, pods)
 
     def items_of(self, schedule: Schedule, cursor: Cursor, batching: Batching) -> Items:
         """The items of a start, from `cursor` of the stream on; the same on every rank."""
-        stream = Stream(self.prompts.training.sizes, batching, self.job.run.seed, self.topology.shards)
+        shards, pods = self.topology.shards, self.topology.pods
+        stream = Stream(self.prompts.training.sizes, batching, self.job.run.seed, shards, pods)
         return Items(stream, cursor, schedule, self.evaluation_items())
 
     def accumulating(self, micro_batches: int) -> WorldContext:
@@ -159,9 +161,9 @@ class WorldContext:
         """The beginning of an attempt that no launcher of ours has recorded."""
         return Started("torchrun", tuple(dict.fromkeys(self.world.hosts)), self.topology.world_size, step)
 
-    def beside(self, hosts: tuple[str, ...], cp: int) -> WorldContext:
+    def beside(self, hosts: tuple[str, ...], cp: int, pods: int) -> WorldContext:
         """This rank of a target world as a draft world on `hosts`, whose ranks come first, counts it."""
-        topology = self.topology.beside(hosts, cp)
+        topology = self.topology.beside(hosts, cp, pods)
         facts = dataclasses.replace(self.world.facts, rank=len(hosts) + self.rank)
         return dataclasses.replace(
             self, topology=topology, world=dataclasses.replace(self.world, facts=facts, hosts=topology.hosts)

@@ -151,6 +151,7 @@ def _scheduler(context: WorldContext, resume: ResumePlan) -> Scheduler | None:
         return None
     return Scheduler(
         draft_ranks=len(topology.draft_ranks),
+        pods=topology.pods,
         slots=jobs.slots(job, layout),
         queue_depth=min(job.scheduler.queue_depth, job.channel.send_buffers),
         timeout=job.world.wait_timeout_s,

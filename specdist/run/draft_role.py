@@ -35,8 +35,7 @@ from specdist.training.trainer import Trainer
 def consume(context: RankContext) -> None:
     """The role of a draft rank."""
     job, topology, client = context.job, context.topology, context.client
-    place = topology.draft_place(context.rank)
-    assert place is not None
+    place = topology.shard_of(context.rank)
     assert context.groups.checkpoint is not None
     items = context.items()
     context.begin("building the draft")
@@ -53,7 +52,7 @@ def consume(context: RankContext) -> None:
     if context.resume.checkpoint is not None:
         context.begin(f"loading {context.resume.checkpoint.name}")
         checkpointer.load(context.resume.checkpoint, draft, optimizer)
-    source = _source(context, items, place.dp)
+    source = _source(context, items, place)
     trainer = Trainer(
         draft,
         optimizer,
@@ -61,7 +60,7 @@ def consume(context: RankContext) -> None:
         items,
         context.prompts,
         context.groups,
-        place.dp,
+        place,
         context.world.device,
         context.profile,
         judge=ReplayJudge(context) if context.resume.schedule.evaluation_items else None,
@@ -134,8 +133,9 @@ def _draft_dtype(job: JobConfig, device: torch.device) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[job.draft.dtype]
 
 
-def _source(context: RankContext, items: Items, shard: int) -> FeatureSource:
+def _source(context: RankContext, items: Items, place: tuple[int, int]) -> FeatureSource:
     job, topology, layout, device = context.job, context.topology, context.facts.layout, context.world.device
+    _, shard = place
     if topology.mode == "draft_only":
         return SyntheticSource(layout, context.facts.target.vocab_size, shard, device, job.run.seed)
     if topology.mode == "colocated":
@@ -158,7 +158,7 @@ def _source(context: RankContext, items: Items, shard: int) -> FeatureSource:
     encoding = context.encoding((shard,))
     units = encoding.units(job.prompts.tokens_per_rank)
     receiver = context.transport.receiver(context.wire(encoding, book), slots, units, context.client.check)
-    return RemoteSource(context.client, receiver, encoding, items, context.stop, timeout_s, device, shard)
+    return RemoteSource(context.client, receiver, encoding, items, context.stop, timeout_s, device, place)
 
 
 def _end_the_run(context: RankContext, source: FeatureSource, next_item: int, leader: bool) -> None:

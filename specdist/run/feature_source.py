@@ -36,7 +36,7 @@ _LOOK_S = 0.5
 
 class RemoteSource(FeatureSource):
     """Features from target ranks: what the scheduler says is on its way, in the order in which it says so, which is the
-    same to all draft ranks."""
+    same to all draft ranks. They hear of what is for other pods too, and receive nothing of it."""
 
     def __init__(
         self,
@@ -47,9 +47,10 @@ class RemoteSource(FeatureSource):
         stop: StopFlag,
         timeout_s: float,
         device: torch.device,
-        shard: int,
+        place: tuple[int, int],
     ):
-        self._shard, self._encoding, self._received_bytes = shard, encoding, 0
+        """`place`: of this rank, see `Topology.shard_of`."""
+        (self._pod, self._shard), self._encoding, self._received_bytes = place, encoding, 0
         self._waits = DeviceTimer(device)
         self._client, self.receiver, self._items = client, receiver, items
         self._stop, self._timeout_s = stop, timeout_s
@@ -57,6 +58,7 @@ class RemoteSource(FeatureSource):
         """The first item that is not released."""
         self._known: deque[Deliver] = deque()  # not yet posted
         self._posts = 0
+        self._others = set[int]()  # items beyond `_next` that were delivered to other pods
         self._posted: dict[int, Parcel] = {}  # items that are not yet released
         self._agreed: dict[int, int] = {}
         self._broken: WorldError | None = None
@@ -75,8 +77,8 @@ class RemoteSource(FeatureSource):
     def known(self) -> int:
         return self._posts + len(self._known)
 
-    def posted(self, item: WorkItem) -> bool:
-        return item.index in self._posted
+    def posted(self, items: range) -> bool:
+        return all(item in self._posted or item in self._others for item in items)
 
     def look(self) -> None:
         try:
@@ -84,19 +86,23 @@ class RemoteSource(FeatureSource):
         except WorldError as error:
             self._broken = self._broken or error
 
-    def await_more(self, item: WorkItem, stop: StopFlag) -> None:
-        self._client.phase = f"waiting for the hidden states of batch {item.index}"
-        with self._waits.timed(), span("wait for the forward", item.index):
-            more = self._await_more(item.index, stop)
+    def await_more(self, item: int, stop: StopFlag) -> None:
+        self._client.phase = f"waiting for the hidden states of batch {item}"
+        with self._waits.timed(), span("wait for the forward", item):
+            more = self._await_more(item, stop)
         if not more and not stop:
-            raise WorldError(f"the scheduler on rank 0 ended the run before batch {item.index}")
+            raise WorldError(f"the scheduler on rank 0 ended the run before batch {item}")
 
     def post(self, count: int) -> None:
         while self._posts < count:
             delivery = self._known.popleft()
             self._posts += 1
+            item = self._items[delivery.item]
+            if item.pod != self._pod:
+                self._others.add(delivery.item)
+                continue
             with span("post the receives", delivery.item):
-                parcel = self._encoding.parcel(self._items[delivery.item])
+                parcel = self._encoding.parcel(item)
                 try:
                     self.receiver.post(parcel.wire, delivery.replica, delivery.slot)
                 except WorldError as error:
@@ -116,6 +122,7 @@ class RemoteSource(FeatureSource):
 
     def release(self, item: WorkItem) -> None:
         self._next = item.index + 1
+        self._others = {other for other in self._others if other > item.index}
         self.receiver.release(self._posted.pop(item.index).wire, functools.partial(self._freed, item.index))
 
     def _freed(self, index: int) -> None:
@@ -131,9 +138,10 @@ class RemoteSource(FeatureSource):
         self._client.phase = "draining"
         while self._posted or self._await_more(self._next):
             self.post(self.known)
-            item = self._items[min(self._posted)]  # some before it may never come
-            self.take(item)
-            self.release(item)
+            if self._posted:
+                item = self._items[min(self._posted)]  # some before it may never come
+                self.take(item)
+                self.release(item)
 
     def _await_more(self, index: int, stop: StopFlag | None = None) -> bool:
         """Wait until a delivery is known that is not posted, as that of item `index` will be; False if the scheduler

@@ -139,6 +139,7 @@ def _begin(context: WorldContext, stack: contextlib.ExitStack) -> ResumePlan:
         packing_weights(job, context.facts),
         context.evaluation_items(),
         evaluation_weight(job, context.facts),
+        context.topology.pods,
     )
     if resume.checkpoint is None:  # a run that was saved keeps the vocabulary it has
         run_dir.save_vocabulary(_draft_vocabulary(context))

@@ -352,7 +352,7 @@ class Coordinator:
                 replica, culprit.item
             ), f"target replica {replica} has been {culprit.doing} {held}"
         ranks = [self._draft_ranks[draft] for draft in culprit.indices]
-        others = "no other has either" if culprit.everyone else f"{len(self._draft_ranks) - len(ranks)} others have"
+        others = f"{culprit.others} others have" if culprit.others else "no other has either"
         return ranks, f"has not released {held}; {others}"
 
     def _fail(self, rank: int, why: str, now: float) -> None:

@@ -333,7 +333,7 @@ class Replicas:
 
     def _settle(self, replica: Replica) -> None:
         replica.state = "settled"
-        self._scheduler.slots.clear(replica.number)
+        self._scheduler.settle_replica(replica.number)
 
     def _replica(self, rank: int) -> Replica:
         if rank not in self._of:

@@ -2,21 +2,25 @@
 """Which target replica computes which work item, and when it is sent: a state machine without I/O, threads or a clock.
 
 An item goes to the replica that is expected to be done with it first, by measured speeds. A slow replica therefore gets
-an item so far down the line that its turn comes when the rows are there. The rows stay in the replica's send buffer
-until the item has a slot in the draft ranks' receive rings, lowest item first; slots are freed in item order.
+an item so far down the line that its turn comes when the rows are there. The pods of draft ranks have the items in
+turn. The rows stay in the replica's send buffer until the item has a slot in the receive rings of its pod, lowest item
+first; each pod frees its slots in item order.
 
-No deadlock. The draft ranks release the lowest item, `low`, once the `together` items from it on are delivered.
+No deadlock. A pod releases its lowest item, `low`, once the `together` items from it on, and those of the other pods,
+are delivered.
 
-1. These items can always have a slot. Any other takes one only where more are free than those of them lack, so at all
-   times as many are free as they lack: a slot for one of them takes from both; a release of `low` gives one back, and
-   lets at most one more item in. (A slot in doubt comes back when its replica is known to be gone.)
-2. The first of them without a slot, `due`, is always computed. A replica whose rows wait for a slot gets no other work,
-   so it has a send buffer for each item that it was given. While none else computes, and as soon as waiting for those
-   that do takes longer, such a one drops its rows, which are computed again, and gets `due`; and so do the rows go that
-   a replica computes before `due`.
+1. These items can always have a slot in the rings of their pod. Any other takes one only where more are free than those
+   of them lack, so at all times as many are free as they lack: a slot for one of them takes from both; a release of
+   `low` gives one back, and lets at most one more item in. (A slot in doubt comes back when its replica is known to be
+   gone.)
+2. The first of them without a slot, of all pods, is `due`, and is always computed. A replica whose rows wait for a slot
+   gets no other work, so it has a send buffer for each item that it was given. While none else computes, and as soon as
+   waiting for those that do takes longer, such a one drops its rows, which are computed again, and gets `due`; and so
+   do the rows go that a replica computes before `due`.
 3. What has a slot is sent without waiting for anything but its receive, and is delivered.
 
-So `low` is released, after finitely many other orders, for without its release the slots and the buffers run out.
+So the lowest `low` is released, after finitely many other orders, for without its release the slots and the buffers run
+out.
 """
 
 from __future__ import annotations
@@ -50,8 +54,8 @@ class Culprit:
     item: int
     seconds: float
     doing: Literal["computing", "sending", "reading"]
-    everyone: bool = False
-    """Whether no draft rank has released the item: then any of them may be the one that hangs."""
+    others: int = 0
+    """Draft ranks that have released the item; 0: any of its pod may be the one that hangs."""
 
 
 @dataclass
@@ -76,10 +80,11 @@ class Scheduler:
 
     Args:
         draft_ranks: number of draft ranks, each with its own ring; 0 where features are dropped (target only).
+        pods: of draft ranks, as many in each; they have the items in turn.
         slots: slots of every ring.
         queue_depth: items outstanding at a replica, which has a send buffer for each.
         timeout: seconds after which `watch` names who holds an item.
-        together: items that the draft ranks need at once, those of a step. Fewer than `slots`.
+        together: items that the ranks of a pod need at once, those of a step. Fewer than `slots`.
         first_item: index of the first item (not 0 after a resume).
         end_item: one past the last item, or None for a stream without an end.
         elastic: whether replicas come and go (two worlds). The run then ends with its last item: what was sent beyond
@@ -93,6 +98,7 @@ class Scheduler:
         slots: int,
         queue_depth: int,
         timeout: float,
+        pods: int = 1,
         together: int = 1,
         first_item: int = 0,
         end_item: int | None = None,
@@ -100,10 +106,12 @@ class Scheduler:
     ):
         if min(slots, queue_depth, together) < 1 or draft_ranks < 0 or together > slots:
             raise ValueError(f"{draft_ranks} draft ranks, {slots} slots for {together} items, queue {queue_depth}")
-        self.draft_ranks, self.timeout = draft_ranks, timeout
-        self.slots = Slots(slots)
+        if pods < 1 or draft_ranks % pods:
+            raise ValueError(f"{draft_ranks} draft ranks in {pods} pods")
+        self.draft_ranks, self.pod_ranks, self.timeout = draft_ranks, draft_ranks // pods, timeout
+        self._pods = [Slots(slots, first_item + pod, pods, together) for pod in range(pods)]
         self._depth, self._together = queue_depth, together
-        self._first = self._next = self._low = first_item
+        self._first = self._next = first_item
         self._end = self._data_end = end_item
         self._elastic = elastic
         self._halted = False
@@ -122,6 +130,10 @@ class Scheduler:
         self._accounted = 0.0
         self._delivered_count = 0
         self._target_wait = self._draft_wait = 0.0
+
+    def pod(self, item: int) -> int:
+        """The pod that trains on an item."""
+        return (item - self._first) % len(self._pods)
 
     @property
     def finished(self) -> bool:
@@ -146,7 +158,8 @@ class Scheduler:
         self._changed, self._looked = False, now
         self._account(now)
         self._send(now)
-        due = next((item for item in self._needed if not self._is_computed(item)), None)
+        needed = (item for slots in self._pods for item in slots.needed(self._end))
+        due = min((item for item in needed if not self._is_computed(item)), default=None)
         if due is not None and not self._halted:
             self._hasten(due, now)
         while self._work_left and (choice := self._choose(due, now)) is not None:
@@ -183,7 +196,7 @@ class Scheduler:
             self._orders.append(Send(item, replica))
             self._flights[item] = _Flight(replica, agreed, now, delivered=True)
             self._delivered_count += 1
-            self._advance(now)
+            self._advance(item, now)
 
     def on_sent(self, item: int, replica: int, now: float) -> Deliver | None:
         """`replica` has sent `item` to its slot; None if the replica was dropped meanwhile.
@@ -197,9 +210,10 @@ class Scheduler:
         if flight is None or flight.replica != replica or flight.delivered:
             raise ProtocolError(f"target replica {replica} sent batch {item}, which it was not to send")
         self._account(now)
-        flight.delivered, flight.since, flight.holders = True, now, (1 << self.draft_ranks) - 1
+        holders = (1 << self.pod_ranks) - 1 << self.pod(item) * self.pod_ranks
+        flight.delivered, flight.since, flight.holders = True, now, holders
         self._delivered_count += 1
-        return Deliver(item, replica, self.slots[item], flight.agreed)
+        return Deliver(item, replica, self._slots(item)[item], flight.agreed)
 
     def on_released(self, item: int, draft: int, now: float) -> None:
         """Draft rank number `draft` has freed the slot of `item`.
@@ -212,7 +226,7 @@ class Scheduler:
             raise ProtocolError(f"draft rank number {draft} released batch {item}, which it does not hold")
         flight.holders ^= 1 << draft
         if not flight.holders:
-            self._advance(now)
+            self._advance(item, now)
 
     def stop_after(self, item: int) -> None:
         """Compute and send nothing beyond `item`; what already has a slot still goes its way to the release."""
@@ -238,17 +252,22 @@ class Scheduler:
 
     def drop_replica(self, replica: int) -> tuple[int, ...]:
         """Forget a replica; returns which of its items are to be computed again. Slots that it may still write to are
-        in doubt (`slots`)."""
+        in doubt until `settle_replica`."""
         line = self._lines.pop(replica)
         self._changed = True
         self._forecast.forget(replica)
         sending = [i for i, flight in self._flights.items() if flight.replica == replica and not flight.delivered]
-        self.slots.doubt(sending, replica)
         for item in sending:
+            self._slots(item).doubt(item, replica)
             del self._flights[item]
         for item in line.held:
             del self._ready[item]
         return self._put_back({*line.items, *line.held, *sending})
+
+    def settle_replica(self, replica: int) -> None:
+        """A replica that was dropped is known to write no more."""
+        for slots in self._pods:
+            slots.clear(replica)
 
     def watch(self, now: float) -> Culprit | None:
         """Who has held an item for longer than the timeout since it could start; the longest wait wins."""
@@ -264,15 +283,23 @@ class Scheduler:
             replicas=len(self._lines),
             dispatched=self._next - self._first - len(self._waiting),
             delivered=self._delivered_count,
-            released=self._low - self._first,
+            released=sum((slots.low - self._first) // len(self._pods) for slots in self._pods),
             computing=busy,
             queued=sum(len(line.items) for line in self._lines.values()) - busy,
             held=len(self._ready),
-            slots=self.slots.count,
-            free=self.slots.free,
+            slots=sum(slots.count for slots in self._pods),
+            free=sum(slots.free for slots in self._pods),
             target_wait_s=self._target_wait,
             draft_wait_s=self._draft_wait,
         )
+
+    def _slots(self, item: int) -> Slots:
+        return self._pods[self.pod(item)]
+
+    @property
+    def _low(self) -> int:
+        """The lowest item that is not released."""
+        return min(slots.low for slots in self._pods)
 
     @property
     def _work_left(self) -> bool:
@@ -282,7 +309,7 @@ class Scheduler:
         return self._halted or (self._end is not None and item >= self._end)
 
     def _is_computed(self, item: int) -> bool:
-        return item < self._low or item in self._ready or item in self._flights
+        return item in self._flights or item in self._ready or item < self._slots(item).low
 
     def _put_back(self, items: Iterable[int]) -> tuple[int, ...]:
         """Let these items wait for a replica, but for those that are computed or being so; returns the others."""
@@ -297,29 +324,19 @@ class Scheduler:
             insort(self._waiting, item)
         return tuple(back)
 
-    @property
-    def _needed(self) -> range:
-        """The items without which the draft ranks release none."""
-        end = self._low + self._together
-        return range(self._low, end if self._end is None else min(end, self._end))
-
     def _send(self, now: float) -> None:
-        """Give slots to what is computed, lowest item first."""
+        """Give slots to what is computed, lowest item of a pod first."""
+        full = set[int]()
         for item in sorted(self._ready):
+            pod = self.pod(item)
             if self._needless(item):
                 self._drop(item, now)
-                continue
-            spare = self.slots.free - sum(needed not in self.slots for needed in self._needed)
-            if item in self.slots:  # since before its replica was lost
-                if spare > 0:
-                    self.slots.renew(item)
-            elif self.slots.free and (spare > 0 or item in self._needed):
-                self.slots.take(item)
+            elif pod in full or not self._pods[pod].place(item, self._end):
+                full.add(pod)
             else:
-                return
-            replica, agreed = self._let_go(item, now)
-            self._flights[item] = _Flight(replica, agreed, now)
-            self._orders.append(Send(item, replica, self.slots[item]))
+                replica, agreed = self._let_go(item, now)
+                self._flights[item] = _Flight(replica, agreed, now)
+                self._orders.append(Send(item, replica, self._pods[pod][item]))
 
     def _drop(self, item: int, now: float) -> None:
         """Have the rows of `item` dropped, which has no slot."""
@@ -358,7 +375,7 @@ class Scheduler:
         if place:  # what it has before that one comes first
             place = max(place, bisect(self._waiting, max(self._lines[replica].items, default=-1)))
         item = self._waiting[place] if place < len(self._waiting) else self._next + place - len(self._waiting)
-        reach = self.slots.count + _REACH * len(self._lines)
+        reach = sum(slots.count for slots in self._pods) + _REACH * len(self._lines)
         if item >= self._low + reach or (self._end is not None and item >= self._end):
             return None
         return replica, place
@@ -375,16 +392,16 @@ class Scheduler:
         elif helper is not None:
             self._compute(due, helper, now)
 
-    def _advance(self, now: float) -> None:
-        """Move the low-water mark past every item that is delivered and that no draft rank holds."""
+    def _advance(self, item: int, now: float) -> None:
+        """Move the low-water mark of the pod of `item` past what is delivered and no draft rank holds."""
         self._account(now)
-        while (lowest := self._flights.get(self._low)) is not None and lowest.released:
-            del self._flights[self._low]
-            if self.draft_ranks:
-                self.slots.give_back(self._low)
-            self._low += 1
-            self._low_since = now
+        slots, before = self._slots(item), self._low
+        while (lowest := self._flights.get(slots.low)) is not None and lowest.released:
+            del self._flights[slots.low]
+            slots.release_low()
             self._changed = True
+        if self._low > before:
+            self._low_since = now
 
     def _account(self, now: float) -> None:
         """Add the time since the last change to the sides that waited in it."""
@@ -392,9 +409,17 @@ class Scheduler:
         if self._work_left:
             # Dispatch is greedy, so a replica without work while there is some lacks nothing but slots.
             self._target_wait += passed * sum(not line.items for line in self._lines.values())
-        lowest = self._flights.get(self._low)
-        if self.draft_ranks and not (lowest and lowest.delivered) and not self.finished:
+        if self.draft_ranks and not all(f and f.delivered for f in self._lowest(1)) and not self.finished:
             self._draft_wait += passed
+
+    def _lowest(self, each: int) -> list[_Flight | None]:
+        """The first `each` items of every pod, from the lowest of all on, that will be sent and are not released."""
+        items = range(low := self._low, low + each * len(self._pods))
+        return [
+            self._flights.get(item)
+            for item in items
+            if item == low or (item >= self._slots(item).low and not self._needless(item))
+        ]
 
     def _slow_target(self, now: float) -> Culprit | None:
         # One whose rows wait for a slot may itself wait for a buffer: whoever holds the slots is to blame.
@@ -408,9 +433,11 @@ class Scheduler:
         return Culprit("target", (replica,), item, now - began, doing)
 
     def _slow_draft(self, now: float) -> Culprit | None:
-        lowest = self._flights.get(self._low)
-        if lowest is None or not lowest.delivered:
-            return None
-        late = tuple(draft for draft in range(self.draft_ranks) if lowest.holders >> draft & 1)
-        since = max(lowest.since, self._low_since)
-        return Culprit("draft", late, self._low, now - since, "reading", everyone=len(late) == self.draft_ranks)
+        low, since = self._low, self._low_since
+        for flight in self._lowest(self._together):
+            if flight is None or not flight.delivered:  # the draft ranks wait for it themselves
+                return None
+            since = max(since, flight.since)
+        holders = self._flights[low].holders
+        late = tuple(draft for draft in range(self.draft_ranks) if holders >> draft & 1)
+        return Culprit("draft", late, low, now - since, "reading", others=self.pod_ranks - len(late))

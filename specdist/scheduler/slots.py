@@ -9,14 +9,21 @@ is known to write no more.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 
 
 class Slots:
-    """The slots of the rings, which are alike on all draft ranks. The one that was free for longest is taken next."""
+    """The slots of the rings of one pod, which are alike on all its draft ranks; the one that was free for longest is
+    taken next. And how far its ranks have come: they release its items in order, once the next `together` of them are
+    there.
 
-    def __init__(self, count: int):
-        self.count = count
+    Attributes:
+        low: the lowest item of the pod that is not released.
+    """
+
+    def __init__(self, count: int, first: int = 0, every: int = 1, together: int = 1):
+        """`first`: the pod's first item; from there on each `every`-th is its."""
+        self.count, self.low = count, first
+        self._every, self._together = every, together
         self._free = deque(range(count))
         self._of: dict[int, int] = {}
         self._doubted: dict[int, set[int]] = {}
@@ -31,8 +38,31 @@ class Slots:
     def free(self) -> int:
         return len(self._free)
 
+    def needed(self, end: int | None) -> range:
+        """The items, before `end`, without which the ranks release none."""
+        stop = self.low + self._every * self._together
+        return range(self.low, stop if end is None else min(stop, end), self._every)
+
+    def place(self, item: int, end: int | None) -> bool:
+        """Give `item` a slot, unless those that are free are for others, which are needed; returns whether it has
+        one."""
+        needed = self.needed(end)
+        spare = self.free - sum(other not in self for other in needed)
+        if item in self:  # since before its replica was lost
+            if spare > 0:
+                self.renew(item)
+        elif self.free and (spare > 0 or item in needed):
+            self.take(item)
+        return item in self
+
     def take(self, item: int) -> None:
         self._of[item] = self._free.popleft()
+
+    def release_low(self) -> None:
+        """No rank needs the rows of item `low` any more."""
+        if self.low in self:  # else nothing is sent anywhere
+            self.give_back(self.low)
+        self.low += self._every
 
     def give_back(self, item: int) -> None:
         """No rank needs the rows of `item` any more."""
@@ -40,10 +70,9 @@ class Slots:
         if slot not in self._doubted:
             self._free.append(slot)
 
-    def doubt(self, items: Iterable[int], replica: int) -> None:
-        """`replica` was to write these items, and may still do so."""
-        for item in items:
-            self._doubted.setdefault(self._of[item], set()).add(replica)
+    def doubt(self, item: int, replica: int) -> None:
+        """`replica` was to write `item`, and may still do so."""
+        self._doubted.setdefault(self._of[item], set()).add(replica)
 
     def renew(self, item: int) -> None:
         """Another replica is to write `item`: it moves out of a slot in doubt. Where none is free it keeps its own, for

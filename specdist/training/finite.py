@@ -66,7 +66,7 @@ class Reading:
 @dataclass(frozen=True)
 class StepResult:
     """What a step came to, on its way to the host: norm of the gradient; micro-batches, of all ranks, whose features
-    were not finite; of this rank's micro-batches the losses, and of their documents `clean`."""
+    were not finite; of this rank's micro-batches the losses, and of their documents `clean`. `items`: of all pods."""
 
     step: int
     items: Sequence[WorkItem]
@@ -78,9 +78,9 @@ class BadSamples:
     micro-batches of all ranks, a step whose gradient is not finite counting as one, and all. `share`:
     `train.max_bad_share`."""
 
-    def __init__(self, prompts: Corpus, shard: int, group: dist.ProcessGroup, share: float = 0.0) -> None:
-        """`group`: the draft ranks' gloo group."""
-        self._prompts, self._shard, self._group = prompts, shard, group
+    def __init__(self, prompts: Corpus, place: tuple[int, int], group: dist.ProcessGroup, share: float = 0.0) -> None:
+        """`place`: see `Trainer`; `group`: the draft ranks' gloo group."""
+        self._prompts, (self._pod, self._shard), self._group = prompts, place, group
         self.count, self.share, self.seen = 0, share, 0
 
     def look(self, result: StepResult) -> None:
@@ -92,7 +92,7 @@ class BadSamples:
         if fine and not features:
             return
         self.count += features + (not fine)
-        own = [item.shards[self._shard].sequences for item in result.items]
+        own = [item.shards[self._shard].sequences for item in result.items if item.pod == self._pod]
         bad = list(itertools.compress(itertools.chain(*own), documents.tolist()))
         for sequences in itertools.compress(own, (~losses.isfinite()).tolist()):
             bad += sequences
@@ -116,10 +116,10 @@ class BadSamples:
 
     def _named(self, result: StepResult, bad: Sequence[int]) -> str:
         """The places of the bad sequences of all ranks, of each the first few. All ranks call it."""
-        shards = len(result.items[0].shards)
-        known = torch.zeros(shards, _NAMED, dtype=torch.int64)
+        last = result.items[-1]
+        known = torch.zeros(last.pod + 1, len(last.shards), _NAMED, dtype=torch.int64)
         chosen = torch.tensor(bad[:_NAMED], dtype=torch.int64) + 1
-        known[self._shard, : len(chosen)] = chosen
+        known[self._pod, self._shard, : len(chosen)] = chosen
         dist.all_reduce(known, dist.ReduceOp.MAX, group=self._group)
         places = [self._prompts.provenance(sequence - 1) for sequence in known.flatten().tolist() if sequence]
         items = f"batches {[item.index for item in result.items]}"

@@ -31,22 +31,23 @@ class FeatureSource(ABC):
         """How many items are known to be on their way, counted in an order that is the same on all draft ranks."""
         return 0
 
-    def posted(self, item: WorkItem) -> bool:
-        """Whether `item` is among those that were posted, so that `take` may wait for it."""
+    def posted(self, items: range) -> bool:
+        """Whether these items, one for each pod of draft ranks, are among those that were posted, so that `take` may
+        wait for the one of this rank."""
         return True
 
     def look(self) -> None:
         """Learn what has become known, without waiting. What fails in it is raised by `await_more` and `take`."""
         return
 
-    def await_more(self, item: WorkItem, stop: StopFlag) -> None:
-        """Wait until more is known than was posted, as `item` will be, or a stop is asked for. Raises WorldError where
-        it will not come."""
+    def await_more(self, item: int, stop: StopFlag) -> None:
+        """Wait until more is known than was posted, as item number `item` and those of other pods beside it will be, or
+        a stop is asked for. Raises WorldError where it will not come."""
         return
 
     def post(self, count: int) -> None:
-        """Issue the receives of the first `count` known items: the same, at the same place among all other GPU
-        communication, on all draft ranks. What fails in it is raised by `await_more` and `take`."""
+        """Issue the receives of the first `count` known items, if they are for this rank's pod: at the same place among
+        all other GPU communication on all draft ranks. What fails in it is raised by `await_more` and `take`."""
         return
 
     @abstractmethod

@@ -65,22 +65,23 @@ class Trainer:
         items: Items,
         prompts: Corpus,
         groups: Groups,
-        shard: int,
+        place: tuple[int, int],
         device: torch.device,
         profile: Profile = NO_PROFILE,
         judge: Judge | None = None,
     ):
         """
         Args:
+            place: pod of this rank and its shard of the pod's items, see `Topology.shard_of`.
             judge: of held-out items, where the schedule has such.
         """
         self._judge, self.finished = judge, False
         self.model, self.optimizer, self.source, self.items = model, optimizer, source, items
-        self._prompts, self._groups, self._shard, self._device = prompts, groups, shard, device
+        self._prompts, self._groups, self._device, (self._pod, self._shard) = prompts, groups, device, place
         self._sums = torch.zeros(len(model.metric_names), dtype=torch.float64, device=device)
         self._profile = profile
         self._last: StepResult | None = None
-        self.bad_samples = BadSamples(prompts, shard, self.draft_cpu)
+        self.bad_samples = BadSamples(prompts, place, self.draft_cpu)
         self._same = 1 if groups.draft_mesh is None else groups.draft_mesh.size(1)
         """Ranks that have the same micro-batches."""
         self._norm = math.nan
@@ -193,8 +194,8 @@ class Trainer:
         sums, judge, began, waited = torch.zeros_like(self._sums), self._judge, time.monotonic(), self.source.waited_s
         assert judge is not None
         with self.optimizer.averaged():
-            for i in indices:
-                micro_batches, course = self._receive_all(range(i, i + 1), stop, due=False)
+            for items in self.items.schedule.together(indices):
+                micro_batches, course = self._receive_all(items, stop, due=False)
                 if course is Course.STOP:
                     return progress
                 for micro in micro_batches:
@@ -231,20 +232,27 @@ class Trainer:
     ) -> None:
         """Optimizer step `step` (0-based), at `Recipe.place`. No rank waits in it for anything but the other draft
         ranks, so all of them end it."""
-        items = [micro.item for micro in micro_batches]
+        first, last = micro_batches[0].item, micro_batches[-1].item
+        every = range(first.index - first.pod, last.index - last.pod + self.items.schedule.pods)
+        items = [self.items[index] for index in every]
         if any(item.tokens for item in items):
-            self._train_step(step, micro_batches, clip_norm, place)
+            self._train_step(step, items, micro_batches, clip_norm, place)
         else:  # beyond the end of the stream
-            for item in items:
-                self.source.release(item)
-        self.items.forget(before=items[-1].index + 1)
+            for micro in micro_batches:
+                self.source.release(micro.item)
+        self.items.forget(before=every.stop)
         self.steps_done += 1
         self.tokens_done += sum(item.tokens for item in items)
 
     def _train_step(
-        self, step: int, micro_batches: Sequence[MicroBatch], clip_norm: float, place: tuple[float, float]
+        self,
+        step: int,
+        items: Sequence[WorkItem],
+        micro_batches: Sequence[MicroBatch],
+        clip_norm: float,
+        place: tuple[float, float],
     ) -> None:
-        items = [micro.item for micro in micro_batches]
+        """`items`: of all pods."""
         first = items[0].index
         with span("agree on the counts", first):
             counts = torch.stack([m.supervision.counts for m in micro_batches]).sum(0)
@@ -291,11 +299,11 @@ class Trainer:
         received, error = list[MicroBatch](), WorldError("another draft rank is cut off from the world")
         course, own = Course.GO, Course.SAVE if due else Course.GO
         try:
-            for index in indices:
-                course = self._await_receives(self.items[index], stop)
+            for items in self.items.schedule.together(indices):
+                course = self._await_receives(items, stop)
                 if course >= Course.STOP:
                     break
-                received.append(self.receive(self.items[index]))
+                received.append(self.receive(self.items[items[self._pod]]))
         except WorldError as met:
             error, own = met, Course.LOST
         if course < Course.STOP:  # else all have agreed on it
@@ -306,12 +314,12 @@ class Trainer:
             self.source.release(micro.item)
         return received, course
 
-    def _await_receives(self, item: WorkItem, stop: StopFlag) -> Course:
-        """Wait until the receives of `item` are posted, or all ranks agree not to go on."""
+    def _await_receives(self, items: range, stop: StopFlag) -> Course:
+        """Wait until the receives of `items`, one for each pod, are posted, or all ranks agree not to go on."""
         course = Course.GO
-        while course < Course.STOP and not self.source.posted(item):
-            self.source.await_more(item, stop)
-            course = self._agree(Course.STOP if stop else Course.GO, item.index)
+        while course < Course.STOP and not self.source.posted(items):
+            self.source.await_more(items[self._pod], stop)
+            course = self._agree(Course.STOP if stop else Course.GO, items.start)
         return course
 
     def _agree(self, course: Course, index: int) -> Course:

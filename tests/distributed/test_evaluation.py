@@ -124,7 +124,7 @@ def test_the_losses_are_those_of_a_job_that_is_never_evaluated(evaluated, tmp_pa
     ("ranks", "options"),
     [
         (2, {"world__mode": "colocated"}),
-        (6, {"draft__dp": 2, "draft__cp": 2, "target__tp": 2}),
+        (6, {"draft__dp": 2, "draft__cp": 2, "draft__pod": 1, "target__tp": 2}),
     ],
     ids=str,
 )

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -155,12 +156,12 @@ def test_a_checkpoint_loads_into_another_split(tmp_path, material):
 
 
 def test_a_run_keeps_its_steps_on_any_ranks(tmp_path, material, undisturbed):
-    """From 1 + 2 ranks to 2 + 1, 1 + 3, colocated, two worlds and back: losses of a run that stayed where it was."""
+    """From 1 + 2 ranks in pods of 1 to 2 + 1, 1 + 4 in pods of 2, colocated, two worlds and back: losses of a run that stayed where it was."""
     options = {"checkpoint__every": 0}
     splits = [
-        (3, {}),
+        (3, {"draft__pod": 1}),
         (3, {"target__replicas": 2, "draft__sharding": "replicate"}),
-        (4, {}),
+        (5, {"draft__pod": 2}),
         (1, {"world__mode": "colocated"}),
     ]
     said = [
@@ -180,7 +181,7 @@ def test_a_run_keeps_its_steps_on_any_ranks(tmp_path, material, undisturbed):
     notes = [re.findall(r"A step keeps its 2 micro-batches.*ranks[^.]*", text) for text in said]
     assert [len(note) for note in notes] == [0, 1, 1, 1, 0]
     assert "2 for each of 1 draft data-parallel ranks" in notes[1][0]
-    assert "1 for each of 3 draft data-parallel ranks, 1 times none" in notes[2][0]
+    assert "1 for each of 4 draft data-parallel ranks, 2 times none" in notes[2][0]  # a pod is idle
     assert losses(tmp_path) == [
         (step, pytest.approx(loss, rel=1e-6), pytest.approx(norm, rel=1e-5)) for step, loss, norm in undisturbed[:10]
     ]
@@ -253,9 +254,24 @@ def test_tensor_parallel_target_and_accumulation(tmp_path, material):
         assert loss == pytest.approx(expected, rel=1e-4)
 
 
+def test_pods_train_what_one_would_and_go_on_bitwise(tmp_path, material):
+    """Two replicas and two pods of two ranks, killed after step 2; and four micro-batches on one rank."""
+    (alone := tmp_path / "alone").mkdir()
+    options = {"train__steps": 4}
+    run(2, alone, material, **options, train__accumulation=4)
+    options |= {"target__replicas": 2, "draft__pod": 2}
+    run(6, tmp_path, material, **options)
+    found = losses(tmp_path)
+    assert [(step, pytest.approx(loss, rel=1e-6)) for step, loss, _ in found] == [x[:2] for x in losses(alone)]
+    shutil.rmtree(committed(tmp_path / "run/checkpoints")[-1])
+    assert "resuming from step-00000002" in run(6, tmp_path, material, **options)
+    assert losses(tmp_path) == found
+
+
 def test_no_rank_issues_communication_in_an_order_that_could_hang(tmp_path, material):
-    """Two replicas of two ranks and two draft ranks, all hesitant."""
+    """Two replicas of two ranks and two draft ranks, each of them a pod, all hesitant."""
     options = {"target__tp": 2, "target__replicas": 2, "train__accumulation": 2, "checkpoint__every": 4}
+    options |= {"draft__pod": 1}
     (orders := tmp_path / "orders").mkdir()
     done = torchrun(6, ["-m", "tests.distributed.recorded_train", str(orders), *words(tmp_path, material, **options)])
     assert done.returncode == 0, done.stderr

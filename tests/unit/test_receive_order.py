@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draft ranks, here threads that hesitate at random, post receives at the same places among their steps, whenever each
-learns of a delivery; and all leave at the same step when one is asked to stop or is cut off."""
+learns of a delivery, each those of its pod; and all leave at the same step when one is asked to stop or is cut off."""
 
 import random
 import threading
@@ -14,15 +14,19 @@ import torch
 
 from specdist.core.errors import WorldError
 from specdist.core.stop import StopFlag, StopReason
+from specdist.prompts.schedule import Schedule
 from specdist.run.feature_source import RemoteSource
 from specdist.scheduler.messages import Deliver
 from specdist.training.trainer import Course, Trainer, _CutOffError
+from tests.order import find_circle
 
-RANKS, STEPS, TOGETHER = 3, 20, 2
+RANKS, STEPS, TOGETHER = 4, 20, 2
 
 
 class Items(list[Any]):
-    schedule = SimpleNamespace(first_item=0)
+    def __init__(self, pods: int) -> None:
+        self.schedule = Schedule(0, 0, STEPS, TOGETHER, pods=pods)
+        super().__init__(SimpleNamespace(index=i, pod=i % pods) for i in range(self.schedule.end_item))
 
 
 class Client:
@@ -45,12 +49,17 @@ class Rank(Trainer):
     """A draft rank without a model. `issued` is what it gives to its GPU."""
 
     def __init__(
-        self, number: int, order: Sequence[int], agreement: threading.Barrier, said: dict[int, tuple[int, ...]]
+        self,
+        number: int,
+        pods: int,
+        order: Sequence[int],
+        agreement: threading.Barrier,
+        said: dict[int, tuple[int, ...]],
     ):
         self.issued: list[str] = []
-        self.number, self._agreement, self._said = number, agreement, said
+        self.number, self._agreement, self._said, self._pod = number, agreement, said, number % pods
         self.client = Client(order, random.Random(number))
-        self.items = Items(SimpleNamespace(index=index) for index in range(STEPS * TOGETHER))  # type: ignore[assignment]
+        self.items = Items(pods)  # type: ignore[assignment]
         receiver = SimpleNamespace(
             post=lambda item, replica, slot: self.issued.append(f"receive {item.index}"),
             take=lambda item, timeout_s: torch.empty(0),
@@ -60,7 +69,7 @@ class Rank(Trainer):
             parcel=lambda item: SimpleNamespace(wire=item, sizes=[0]), decode=lambda parcel, shard, received: received
         )
         self.stop, cpu = StopFlag(), torch.device("cpu")
-        self.source = RemoteSource(self.client, receiver, encoding, self.items, self.stop, 20.0, cpu, 0)  # type: ignore[arg-type]
+        self.source = RemoteSource(self.client, receiver, encoding, self.items, self.stop, 20.0, cpu, (self._pod, 0))  # type: ignore[arg-type]
 
     def _highest(self, *values: int) -> list[int]:
         self._said[self.number] = values
@@ -77,7 +86,7 @@ class Rank(Trainer):
         for step in range(STEPS):
             if self.number == 1 and step == event[0]:
                 self.stop.request(StopReason.TERMINATE) if event[1] == "stop" else setattr(self.client, "lost", True)
-            received, course = self._receive_all(range(step * TOGETHER, (step + 1) * TOGETHER), self.stop, due=False)
+            received, course = self._receive_all(self.items.schedule.training(step), self.stop, due=False)
             if course is Course.STOP:
                 return
             for micro in received:
@@ -86,13 +95,18 @@ class Rank(Trainer):
                 self._agree(Course.GO, micro.item.index)
 
 
-def play(seed: int, event: tuple[int, str]) -> tuple[list[list[str]], list[_CutOffError]]:
-    order = list(range(STEPS * TOGETHER))
+def deliveries(seed: int, pods: int) -> list[int]:
+    order = list(range(STEPS * TOGETHER * pods))
     for place in range(0, len(order) - 1, 2):  # replicas overtake each other
         if random.Random(seed + place).random() < 0.5:
             order[place], order[place + 1] = order[place + 1], order[place]
+    return order
+
+
+def play(seed: int, event: tuple[int, str], pods: int = 1) -> tuple[list[list[str]], list[_CutOffError]]:
+    order = deliveries(seed, pods)
     agreement, said, errors = threading.Barrier(RANKS, timeout=20), dict[int, Any](), list[_CutOffError]()
-    ranks = [Rank(number, order, agreement, said) for number in range(RANKS)]
+    ranks = [Rank(number, pods, order, agreement, said) for number in range(RANKS)]
 
     def body(rank: Rank) -> None:
         try:
@@ -108,21 +122,41 @@ def play(seed: int, event: tuple[int, str]) -> tuple[list[list[str]], list[_CutO
     return [rank.issued for rank in ranks], errors
 
 
+def same(issued: Sequence[object]) -> bool:
+    return all(one == issued[0] for one in issued)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_all_ranks_issue_the_same_in_the_same_order(seed: int) -> None:
     issued, errors = play(seed, (STEPS, "nothing"))
     assert not errors
-    assert issued[0] == issued[1] == issued[2]
+    assert same(issued)
     assert len(issued[0]) == 2 * STEPS * TOGETHER
     assert any(
         a.startswith("receive") and b.startswith("step 3") for a, b in zip(issued[0], issued[0][1:], strict=False)
     )
 
 
+def test_two_pods_receive_their_own_up_to_the_same_delivery() -> None:
+    """Else a step, in which all are, could wait for what one sender sends to a pod behind what the other awaits."""
+    issued, errors = play(1, (STEPS, "nothing"), pods=2)
+    assert not errors
+    for pod in (0, 1):
+        assert same(issued[pod::2])
+        received = [line for line in issued[pod] if line.startswith("receive")]
+        assert sorted(received) == sorted(f"receive {item}" for item in range(pod, 2 * STEPS * TOGETHER, 2))
+    operations = {
+        rank: [f"link {rank}" if line.startswith("receive") else "draft" for line in lines]
+        for rank, lines in enumerate(issued)
+    }
+    sender = [f"link {rank}" for item in deliveries(1, 2) for rank in range(RANKS) if rank % 2 == item % 2]
+    assert not find_circle(operations | {RANKS: sender})
+
+
 def test_all_stop_before_the_same_step() -> None:
     issued, errors = play(0, (7, "stop"))
     assert not errors
-    assert issued[0] == issued[1] == issued[2]
+    assert same(issued)
     assert "step 6" in issued[0]
     assert "step 8" not in issued[0]
 

@@ -219,16 +219,16 @@ def test_a_replica_that_was_given_up_and_lives_on_keeps_its_slots_in_doubt():
     office.hear(second, Computed(0), Computed(1))
     for _ in range(20):
         office.pass_time(2.0, alive=(0, 1, second))
-    assert office.scheduler.slots.free == 0
+    assert office.scheduler.statistics(0.0).free == 0
     office.hear(first, Produced(ProducerReport()))  # all that it wrote has arrived
-    assert office.scheduler.slots.free == 2
+    assert office.scheduler.statistics(0.0).free == 2
 
 
 def test_where_no_slot_is_free_an_item_is_computed_again_into_its_own():
     slots = Slots(2)
     slots.take(0)
     slots.take(1)
-    slots.doubt([0], replica=7)
+    slots.doubt(0, replica=7)
     slots.renew(0)
     assert slots[0] == 0
     slots.give_back(0)
@@ -243,9 +243,9 @@ def test_a_replica_that_is_asked_to_stop_leaves_without_a_trace():
     office.hear(first, Ready())
     office.hear(first, Computed(0))  # it writes to slot 0, and computes item 1
     assert office.hear(first, StopRequest(StopReason.TERMINATE)) == [Stop()]
-    assert office.scheduler.slots.free == SLOTS - 1
+    assert office.scheduler.statistics(0.0).free == SLOTS - 1
     office.hear(first, Sent(0), Computed(1), Produced(REPORT), Goodbye())
-    assert office.scheduler.slots.free == SLOTS - 1  # the item waits for somebody, with its slot
+    assert office.scheduler.statistics(0.0).free == SLOTS - 1  # the item waits for somebody, with its slot
     assert office.coordinator.replicas is not None
     assert office.coordinator.replicas.reports == [REPORT]
     second = office.join(B)
@@ -317,7 +317,7 @@ def test_whatever_happens_every_item_is_delivered_once_and_no_slot_has_two_items
             if isinstance(message, Send) and message.slot >= 0:
                 assert message.slot not in {slot for item, slot in holding.items() if item != message.item}
                 in_doubt = {s for lost_at, slots in ghosts.values() if office.now <= lost_at + DRAIN_S for s in slots}
-                assert message.slot not in in_doubt or office.scheduler.slots.free <= 1
+                assert message.slot not in in_doubt or office.scheduler.statistics(0.0).free <= 1
             if isinstance(message, Dispatch) or (isinstance(message, Send) and message.slot >= 0):
                 owed.setdefault(ranks[0], []).append(message)
         office.sent.clear()
@@ -423,7 +423,7 @@ def test_worlds_of_one_role_and_how_a_target_world_counts_beside_a_draft_world()
     assert (draft.replicas, draft.draft, draft.links) == ((), ((0,), (1,)), ())
     target = Topology.build(WorldConfig(role="target"), ("t",) * 4, replicas=None, tp=2, dp=None, cp=1)
     assert (target.replicas, target.draft) == (((0, 1), (2, 3)), ())
-    both = target.beside(("d", "d"), cp=1)
+    both = target.beside(("d", "d"), cp=1, pods=1)
     assert both.replicas == ((2, 3), (4, 5))
     assert (both.draft, both.shards, both.hosts) == (draft.draft, 2, ("d", "d", "t", "t", "t", "t"))
     with pytest.raises(ConfigError, match=r"world\.role=target: target\.replicas\(3\)"):

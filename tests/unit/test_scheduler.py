@@ -218,12 +218,12 @@ def test_watch_names_the_draft_ranks_that_hold_an_item() -> None:
     deliver(scheduler, 1, 0, 2.0)
     nobody = scheduler.watch(12.0)
     assert nobody is not None
-    assert (nobody.role, nobody.indices, nobody.everyone, nobody.seconds) == ("draft", (0, 1, 2), True, 11.0)
+    assert (nobody.role, nobody.indices, nobody.others, nobody.seconds) == ("draft", (0, 1, 2), 0, 11.0)
     scheduler.on_released(0, 0, 12.0)
     scheduler.on_released(0, 2, 12.0)
     one = scheduler.watch(12.0)
     assert one is not None
-    assert (one.indices, one.item, one.everyone) == ((1,), 0, False)
+    assert (one.indices, one.item, one.others) == ((1,), 0, 2)
     scheduler.on_released(0, 1, 12.0)
     assert scheduler.watch(22.0) is None  # item 1 was delivered long ago, but its turn came at 12
     assert scheduler.watch(22.5) is not None

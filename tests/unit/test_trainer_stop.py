@@ -33,11 +33,11 @@ class Late(FeatureSource):
     def __init__(self) -> None:
         self.released: list[int] = []
 
-    def posted(self, item: Any) -> bool:
-        return item.index in (0, EVALUATED.stop)
+    def posted(self, items: range) -> bool:
+        return items.start in (0, EVALUATED.stop)
 
-    def await_more(self, item: Any, stop: StopFlag) -> None:
-        assert item.index == 1
+    def await_more(self, item: int, stop: StopFlag) -> None:
+        assert item == 1
         stop.reason = StopReason.TERMINATE
 
     def take(self, item: Any) -> torch.Tensor:
@@ -72,7 +72,7 @@ def alone(kind: type[Trainer], source: FeatureSource, schedule: Schedule, judge:
         Listed(items, schedule),  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
         SimpleNamespace(draft_mesh=None, draft_cpu=object()),  # type: ignore[arg-type]
-        shard=0,
+        place=(0, 0),
         device=torch.device("cpu"),
         judge=judge,
     )

@@ -25,9 +25,8 @@ class MooncakeReceiver(FeatureReceiver):
     """
 
     def __init__(self, wire: Wire, slots: int, shard_rows: int, engine: TransferEngine):
-        place = wire.topology.draft_place(wire.rank)
-        assert place is not None, f"rank {wire.rank} is not a draft rank"
-        self._wire, self._shard = wire, place.dp
+        self._wire = wire
+        _, self._shard = wire.topology.shard_of(wire.rank)
         lies = device_of(engine, wire.config.mooncake, wire.device)
         staged = lies != wire.device
         self._ring = Ring(wire.layout, slots, shard_rows, lies, pinned=staged)

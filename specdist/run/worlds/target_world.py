@@ -105,7 +105,7 @@ class TargetWorld:
         terms, client = session.terms, session.client
         terms.check(self._own)
         self._step = terms.schedule.first_step
-        context = self._context.beside(terms.hosts, terms.cp)
+        context = self._context.beside(terms.hosts, terms.cp, terms.schedule.pods)
         job, timeout_s = context.job, context.timeout_s
         item_rows = context.topology.shards * job.prompts.tokens_per_rank
         engine = self._loaded(client, item_rows)
