@@ -27,6 +27,8 @@ class Case:
     speeds: tuple[float, ...]
     slots: int = 16
     """Of a receive ring."""
+    pods: int = 1
+    """Of draft ranks, each with rings of its own."""
     jitter: float = 0.0
     """Standard deviation of a forward's time over its mean."""
     draft_rate: float = 1.25
@@ -49,7 +51,8 @@ class Case:
 
     def __str__(self) -> str:
         speeds = ", ".join(f"{count} of speed {speed:g}" for speed, count in Counter(self.speeds).items())
-        return speeds + (f", jitter {self.jitter:.0%}" if self.jitter else "")
+        pods = f", {self.pods} pods" if self.pods > 1 else ""
+        return speeds + (f", jitter {self.jitter:.0%}" if self.jitter else "") + pods
 
 
 CASES = (
@@ -61,6 +64,7 @@ CASES = (
     Case((1.0,) * 12, slots=8),
     Case((1.0,) * 12, slots=8, jitter=0.1),
     Case((1.0,) * 11 + (0.5,), jitter=0.1),
+    Case((1.0,) * 60 + (0.5,) * 4, slots=8, jitter=0.1, pods=8),
 )
 """Of issue 20 and the review before it: 16 slots are those of configs/qwen3-8b.yaml, 8 those of the default memory."""
 
@@ -90,7 +94,7 @@ class Times:
         def forward(replica: int, item: int) -> float:
             return max(0.1, rng.gauss(1.0, case.jitter)) / case.speeds[replica]
 
-        step = 1.0 / (case.draft_rate * len(case.speeds))
+        step = case.pods / (case.draft_rate * len(case.speeds))
         return cls(forward, lambda *_: step, lambda *_: case.transfer, lambda: case.message)
 
 
@@ -109,7 +113,7 @@ class Target:
 
 class World:
     """Replicas `0 .. replicas - 1` and the draft ranks of `scheduler`, until nothing moves any more. A step begins when
-    its `together` items have arrived."""
+    its `together` items of every pod have arrived."""
 
     def __init__(
         self,
@@ -124,21 +128,22 @@ class World:
         """`end`: one past the last item, as the scheduler knows it; `in_turn`: see `Producer`."""
         self.scheduler, self.times, self.send_buffers = scheduler, times, send_buffers
         self.together, self.end, self.in_turn = together, math.inf if end is None else end, in_turn
+        self.pods = scheduler.draft_ranks // max(scheduler.pod_ranks, 1)
         self.now = 0.0
         self.targets = {r: Target() for r in range(replicas)}
         self.dropped = 0
         """Items whose rows were computed in vain."""
-        self.arrivals: dict[int, list[float]] = {}
-        """When an item's rows were there, by draft rank."""
+        self.arrivals: dict[int, dict[int, float]] = {}
+        """When an item's rows were there, by draft rank of its pod."""
         self.trained = [0] * scheduler.draft_ranks
-        """Items that each draft rank has trained on, the first ones."""
+        """Items of the steps that each draft rank has ended, those of other pods among them."""
         self.last: int | None = None
         """After a stop: the last item that is trained on."""
         self.released_at: list[float] = []
-        """When each item was released by the last draft rank, in item order."""
+        """When each was released by the last draft rank, of the items in the order in which they were."""
         self._free_at = [0.0] * scheduler.draft_ranks
         self._releases: Counter[int] = Counter()
-        self._in_slot: dict[int, int] = {}
+        self._in_slot: dict[tuple[int, int], int] = {}
         self._slot_of: dict[int, int] = {}
         self._drained: list[set[int]] = [set() for _ in range(scheduler.draft_ranks)]
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -188,10 +193,11 @@ class World:
     def _use(self, slot: int, item: int) -> None:
         if slot < 0:
             return
-        earlier = self._in_slot.get(slot, item)
-        released = self._releases[earlier] == self.scheduler.draft_ranks or self._slot_of.get(earlier) != slot
+        place = self.scheduler.pod(item), slot
+        earlier = self._in_slot.get(place, item)
+        released = self._releases[earlier] == self.scheduler.pod_ranks or self._slot_of.get(earlier) != slot
         assert earlier == item or released, "the slot is in use"
-        self._in_slot[slot], self._slot_of[item] = item, slot
+        self._in_slot[place], self._slot_of[item] = item, slot
 
     def _receive(self, replica: int, order: Dispatch | Send) -> None:
         if replica not in self.targets:
@@ -247,14 +253,14 @@ class World:
             return
         assert item not in self.arrivals, f"item {item} was delivered twice"
         self.targets[replica].delivered.append(item)
-        ranks = range(self.scheduler.draft_ranks)
-        self.arrivals[item] = []
-        moved = self.times.transfer(replica, item)
-        for draft in ranks:
+        each, arrivals = self.scheduler.pod_ranks, dict[int, float]()
+        first, moved = self.scheduler.pod(item) * each, self.times.transfer(replica, item)
+        for draft in range(first, first + each):
             self._last["draft", draft] = max(self._last["draft", draft], self.now + self.times.message())
-            self.arrivals[item].append(self._last["draft", draft] + moved)
-        self.at(max(self.arrivals[item], default=self.now), self._free_buffer, replica)
-        for draft in ranks:
+            arrivals[draft] = self._last["draft", draft] + moved
+        self.arrivals[item] = arrivals
+        self.at(max(arrivals.values(), default=self.now), self._free_buffer, replica)
+        for draft in range(self.scheduler.draft_ranks):
             self._train(draft)
 
     def _free_buffer(self, replica: int) -> None:
@@ -266,13 +272,15 @@ class World:
         """The draft rank takes what has come, in item order, and says when it is through with each."""
         while self.last is None or self.trained[draft] <= self.last:
             first = self.trained[draft]
-            items = range(first, int(min(first + self.together, self.end)))
+            items = range(first, int(min(first + self.together * self.pods, self.end)))
             if not items or not all(item in self.arrivals for item in items):
                 return
             for item in items:
-                self._take(item, draft, self.times.train(draft, item))
+                if draft in self.arrivals[item]:
+                    self._take(item, draft, self.times.train(draft, item))
             self.trained[draft] = items.stop
-        for item in sorted(item for item in self.arrivals if item > self.last and item not in self._drained[draft]):
+        left = (item for item, ranks in self.arrivals.items() if item > self.last and draft in ranks)
+        for item in sorted(item for item in left if item not in self._drained[draft]):
             self._drained[draft].add(item)
             self._take(item, draft, 0.0)
 
@@ -286,6 +294,6 @@ class World:
 
     def _release(self, item: int, draft: int) -> None:
         self._releases[item] += 1
-        if self._releases[item] == self.scheduler.draft_ranks:
+        if self._releases[item] == self.scheduler.pod_ranks:
             self.released_at.append(self.now)
         self.scheduler.on_released(item, draft, self.now)

@@ -3,6 +3,7 @@
 
     specdist bench scheduler                                                # the cases of docs/benchmarks.md
     specdist bench scheduler --speeds 1x7 0.5 --slots 16 --jitter 0.1       # one of your own
+    specdist bench scheduler --speeds 1x64 --slots 8 --pods 8               # draft ranks in pods
     specdist bench scheduler --draft-ranks 1024 --replicas 128              # the cost of a larger world
 
 The first table is a simulation with the real state machine and a clock of its own: the time of a forward at speed 1 is
@@ -64,7 +65,7 @@ class SchedulerCost:
     replicas: int
     items: int
     messages_per_item: int
-    """Of the scheduler: Dispatch, Computed, Send, Sent, and a Deliver and a Released per draft rank."""
+    """Of the scheduler: Dispatch, Computed, Send, Sent, a Deliver per draft rank and a Released per one of the pod."""
     protocol_ms: float
     protocol_us_per_release: float
     server_draft_ranks: int
@@ -73,20 +74,22 @@ class SchedulerCost:
     server_us_per_message: float
 
 
-def measure(draft_ranks: int = 1024, replicas: int = 128, items: int = 200, connections: int = 128) -> SchedulerCost:
+def measure(
+    draft_ranks: int = 1024, replicas: int = 128, items: int = 200, connections: int = 128, pods: int = 1
+) -> SchedulerCost:
     """Measure both costs; `connections` draft ranks take part over loopback (3 file descriptors each; 0: none do)."""
-    protocol = protocol_seconds(draft_ranks, replicas, items) / items
-    server = server_seconds(connections, items) / items if connections else 0.0
+    protocol = protocol_seconds(draft_ranks, replicas, items, pods) / items
+    server = server_seconds(connections, items, pods) / items if connections else 0.0
     return SchedulerCost(
         draft_ranks,
         replicas,
         items,
-        messages_per_item=2 * draft_ranks + 4,
+        messages_per_item=draft_ranks + draft_ranks // pods + 4,
         protocol_ms=protocol * 1e3,
-        protocol_us_per_release=protocol / draft_ranks * 1e6,
+        protocol_us_per_release=protocol * pods / draft_ranks * 1e6,
         server_draft_ranks=connections,
         server_ms=server * 1e3,
-        server_us_per_message=server / (2 * connections + 4) * 1e6,
+        server_us_per_message=server / (connections + connections // pods + 4) * 1e6,
     )
 
 
@@ -94,7 +97,12 @@ def measure_case(case: Case, items: int = 4000, seed: int = 0) -> float:
     """The share of a case, over the half of `items` items in the middle."""
     rng, replicas = random.Random(seed), len(case.speeds)
     scheduler = Scheduler(
-        draft_ranks=1, slots=case.slots, queue_depth=case.queue_depth, timeout=float("inf"), end_item=items
+        draft_ranks=case.pods,
+        pods=case.pods,
+        slots=case.slots,
+        queue_depth=case.queue_depth,
+        timeout=float("inf"),
+        end_item=items,
     )
     for replica in range(replicas):
         scheduler.add_replica(replica)
@@ -104,9 +112,9 @@ def measure_case(case: Case, items: int = 4000, seed: int = 0) -> float:
     return (end - begin) / (world.released_at[end] - world.released_at[begin]) / replicas
 
 
-def protocol_seconds(draft_ranks: int, replicas: int, items: int) -> float:
+def protocol_seconds(draft_ranks: int, replicas: int, items: int, pods: int = 1) -> float:
     """Processor seconds in which the coordinator takes `items` items from dispatch to release, without sockets."""
-    topology, scheduler = _world(draft_ranks, replicas, items)
+    topology, scheduler = _world(draft_ranks, replicas, items, pods)
     outbox: list[bytes] = []
 
     def send(ranks: Iterable[int], payload: bytes) -> list[int]:
@@ -124,7 +132,7 @@ def protocol_seconds(draft_ranks: int, replicas: int, items: int) -> float:
         replica_of |= {m.item: m.replica for m in map(decode, outbox) if isinstance(m, Dispatch)}
         rank = topology.replicas[replica_of[item]][0]
         computed, sent = encode(Computed(item)), encode(Sent(item))
-        releases = [(r, encode(Released(item))) for r in topology.draft_ranks]
+        releases = [(r, encode(Released(item))) for (r,) in topology.pod(item % pods)]
         outbox.clear()
         begin = time.thread_time()
         for payload in (computed, sent):
@@ -138,9 +146,9 @@ def protocol_seconds(draft_ranks: int, replicas: int, items: int) -> float:
     return seconds
 
 
-def server_seconds(draft_ranks: int, items: int) -> float:
+def server_seconds(draft_ranks: int, items: int, pods: int = 1) -> float:
     """Processor seconds of the server's thread for `items` items between real sockets of this machine."""
-    topology, scheduler = _world(draft_ranks, 1, items)
+    topology, scheduler = _world(draft_ranks, 1, items, pods)
     token = bytes(16)
     server = ControlServer("127.0.0.1", token, topology, scheduler, _CONFIG, join_timeout_s=60.0)
     peers = threading.Thread(target=_play_ranks, args=(server.address, token, topology), daemon=True)
@@ -154,12 +162,13 @@ def server_seconds(draft_ranks: int, items: int) -> float:
     return seconds
 
 
-def _world(draft_ranks: int, replicas: int, items: int) -> tuple[Topology, Scheduler]:
+def _world(draft_ranks: int, replicas: int, items: int, pods: int) -> tuple[Topology, Scheduler]:
     size = replicas + draft_ranks
     targets, drafts = tuple((r,) for r in range(replicas)), tuple((r,) for r in range(replicas, size))
-    topology = Topology("split", ("host",) * size, targets, drafts, draft_ranks)
+    topology = Topology("split", ("host",) * size, targets, drafts, draft_ranks // pods, pods=pods)
     scheduler = Scheduler(
         draft_ranks=draft_ranks,
+        pods=pods,
         slots=2 * replicas,
         queue_depth=2,
         timeout=600.0,
@@ -197,7 +206,8 @@ def _play_ranks(address: str, token: bytes, topology: Topology) -> None:
             elif isinstance(message, Send):
                 send(dealer, Sent(message.item))
             elif isinstance(message, Deliver):
-                send(dealer, Released(message.item))
+                if topology.shard_of(ranks[dealer])[0] == message.item % topology.pods:
+                    send(dealer, Released(message.item))
             elif isinstance(message, Stop):
                 send(dealer, Goodbye())
                 left.remove(dealer)
@@ -209,7 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--speeds", nargs="+", default=[], help="of the replicas, such as 1x7 0.5; without: all cases")
     for field in fields(Case)[1:]:
         name, kind = "--" + field.name.replace("_", "-"), type(field.default)
-        parser.add_argument(name, type=kind, default=field.default, help="with --speeds; default: %(default)s")
+        told = "" if name == "--pods" else "with --speeds; "
+        parser.add_argument(name, type=kind, default=field.default, help=f"{told}default: %(default)s")
     parser.add_argument("--draft-ranks", type=int, default=1024)
     parser.add_argument("--replicas", type=int, default=128)
     parser.add_argument("--items", type=int, default=200)
@@ -222,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     columns: dict[str, str] = {"replicas": "name", "slots": "slots", "share": "share:.3f", "ideal": "ideal:.3f"}
     print(table(columns, [SimpleNamespace(**row) for row in found]))
     if own.get("speeds") == []:
-        _report_cost(measure(**given))
+        _report_cost(measure(**given, pods=own["pods"]))
 
 
 def _report_cost(cost: SchedulerCost) -> None:

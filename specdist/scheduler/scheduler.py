@@ -384,8 +384,8 @@ class Scheduler:
         """See to it that the item which the draft ranks wait for is computed; see the module's docstring."""
         helper = self._forecast.helper(self._depth, due, now)
         for replica, line in self._lines.items():
-            for item in sorted(line.held) if replica == helper or due in line.items else ():
-                if item > due:
+            for item in sorted(line.held):
+                if replica == helper or (item > due and due in line.items):
                     self._drop(item, now)
         if helper is not None and (due >= self._next or due in self._waiting):
             self._dispatch(helper, 0, now)

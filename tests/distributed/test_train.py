@@ -156,7 +156,8 @@ def test_a_checkpoint_loads_into_another_split(tmp_path, material):
 
 
 def test_a_run_keeps_its_steps_on_any_ranks(tmp_path, material, undisturbed):
-    """From 1 + 2 ranks in pods of 1 to 2 + 1, 1 + 4 in pods of 2, colocated, two worlds and back: losses of a run that stayed where it was."""
+    """From 1 + 2 ranks, pods of 1, to 2 + 1, 1 + 4 in pods of 2, colocated, two worlds and back: losses of a run that
+    stayed where it was."""
     options = {"checkpoint__every": 0}
     splits = [
         (3, {"draft__pod": 1}),

@@ -281,13 +281,13 @@ def test_the_benchmark_runs() -> None:
 def play(seed: int, vanish: bool = False, stop: bool = False) -> None:
     """A small world in which everything takes random times, from replicas that all but hang to such that are quick."""
     rng = random.Random(seed)
-    replicas, together = rng.randint(1, 5), rng.choice((1, 1, 2, 3))
-    slots, end = rng.randint(together, 9), None if stop else rng.randint(0, 12) * together
+    replicas, together, pods = rng.randint(1, 5), rng.choice((1, 1, 2, 3)), rng.choice((1, 1, 2, 3))
+    slots, end = rng.randint(together, 9), None if stop else rng.randint(0, 12) * together * pods
     speeds, skew = [rng.choice((1.0, 1.0, 4.0, 200.0)) for _ in range(replicas)], rng.choice((0.1, 1.0, 20.0))
     depth, in_turn = rng.randint(1, 4), rng.random() < 0.5
     scheduler = make(
-        replicas=replicas, draft_ranks=rng.randint(1, 5), slots=slots, queue_depth=depth,
-        together=together, end_item=end, elastic=vanish,
+        replicas=replicas, draft_ranks=rng.randint(1, 5 // pods) * pods, pods=pods, slots=slots,
+        queue_depth=depth, together=together, end_item=end, elastic=vanish,
     )  # fmt: skip
     times = Times(
         forward=lambda replica, _: speeds[replica] * rng.choice((0.01, 1.0, rng.expovariate(1.0))),
