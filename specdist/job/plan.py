@@ -224,9 +224,11 @@ def render(plan: Plan) -> str:
 
 def _buffer_line(plan: Plan) -> str:
     """Where the receive buffer keeps the target's replicas waiting for each other: what it would take. As many slots as
-    half the replicas keep 98 % of their rate, where none is slow (`specdist bench scheduler`)."""
+    half the replicas, those of all pods together, keep 98 % of their rate, where none is slow (`specdist bench
+    scheduler`)."""
     job, replicas = plan.job, len(plan.topology.replicas)
-    slots, wanted = jobs.slots(job, plan.facts.layout), job.train.accumulation + -(-replicas // 2)
+    slots = jobs.slots(job, plan.facts.layout)
+    wanted = job.train.accumulation + -(-replicas // (2 * plan.topology.pods))
     if slots >= wanted:
         return ""
     memory = wanted * job.prompts.tokens_per_rank * sum(row_bytes(plan.facts.layout, job.channel.dtype))
@@ -278,6 +280,8 @@ def _link_lines(plan: Plan) -> list[str]:
     if not topology.links:
         return [*lines, "no links: features stay on the rank that computes them"]
     tokens = plan.job.prompts.tokens_per_rank
+    if topology.pods > 1:
+        lines.append(f"{topology.pods} pods of {topology.shards} data-parallel draft ranks, a batch for each in turn")
     return [
         *lines,
         f"{len(topology.links)} links: target ranks {ranges(topology.target_ranks)} -> draft ranks "
@@ -323,7 +327,7 @@ def _grace_line(plan: Plan) -> str:
 def _advice(plan: Plan) -> str:
     roles = [role for role, total in plan.demand().items() if total > plan.limit]
     advice = {
-        "target": "raise target.tp, or lower prompts.tokens_per_rank or draft.dp (a batch has all draft ranks' tokens)",
+        "target": "raise target.tp, or lower prompts.tokens_per_rank or draft.pod (a batch has the tokens of a pod)",
         "draft": "raise draft.dp with draft.sharding=fsdp, or lower prompts.tokens_per_rank or channel.memory",
         "target + draft": "use world.mode=split, or lower prompts.tokens_per_rank",
     }

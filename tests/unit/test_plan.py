@@ -100,6 +100,14 @@ def test_what_verifying_takes_and_a_receive_buffer_that_is_small_for_the_replica
     assert "9 slots take channel.memory=2MiB" in crowded
 
 
+def test_what_a_rank_needs_does_not_grow_with_the_pods(job):
+    one, four = (make_plan(job(draft__pod=2, draft__sharding="replicate"), ["a"] * (1 + n), 2**30) for n in (2, 8))
+    assert one.needs == four.needs
+    assert "4 pods of 2 data-parallel draft ranks, a batch for each in turn" in render(four)
+    assert "pods" not in render(one)
+    assert "receive buffer:" not in render(make_plan(job(target__replicas=16, draft__pod=2), ["a"] * 20, 2**30))
+
+
 def test_the_tables_of_the_target_are_where_they_are_asked_for(job):
     options = {"draft__eagle3__vocab_size": 100, "draft__eagle3__teacher_head": "target"}
     sizes = {}

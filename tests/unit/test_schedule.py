@@ -64,7 +64,7 @@ def test_every_number_comes_once_and_in_order() -> None:
         steps, accumulation, first_step = draw.randint(0, 9), draw.randint(1, 3), draw.randint(0, 9)
         schedule = Schedule(
             draw.randint(0, 50), first_step, first_step + steps, accumulation, None, draw.randint(0, 3),
-            draw.randint(1, 4), draw.random() < 0.5,
+            draw.randint(1, 4), draw.random() < 0.5, pods=draw.randint(1, 3),
         )  # fmt: skip
         assert in_order(schedule) == list(range(schedule.first_item, schedule.end_item))
 
@@ -103,6 +103,25 @@ def test_steps_beyond_the_end_of_the_stream_are_empty() -> None:
     assert sum(item.tokens for item in made) == 2 * 18
     assert {(item.end, item.tokens) for item in made[2 * steps :]} == {(Cursor(2, 0), 0)}
     assert [item.index for item in made] == list(range(len(made)))
+
+
+def test_pods_have_the_items_in_turn_and_what_one_pod_would_train() -> None:
+    """Each item of one pod is cut into those of two; a start that goes on with other pods trains what is left."""
+    sizes, held = Sizes.of(np.array([5, 3, 4, 6, 2, 7, 5, 1, 8, 2])), Sizes.of(np.array([4, 4, 4]))
+    whole, parts = (Stream(sizes, Batching(7, 8), 1, 4 // pods, pods) for pods in (1, 2))
+    apart = [list(Stream(held, Batching(4, 8), 1, 4 // pods, pods).items(epochs=1)) for pods in (1, 2)]
+    assert (whole.accumulation, parts.accumulation) == (2, 2)
+    one = Schedule(0, 0, 3, 2, 1, len(apart[0]), 2)
+    two = replace(one, evaluation_items=len(apart[1]), pods=2)
+    items, halves = Items(whole, Cursor(), one, apart[0]), Items(parts, Cursor(), two, apart[1])
+    for step in range(4):
+        for ranges in ((one.training(step), two.training(step)), (one.evaluation(step), two.evaluation(step))):
+            for index, beside in zip(ranges[0], two.together(ranges[1]), strict=True):
+                found = [halves[i] for i in beside]
+                assert [item.pod for item in found] == [0, 1]
+                assert sum((item.shards for item in found), ()) == items[index].shards
+                if items[index].tokens:  # else beyond the end
+                    assert [item.draw(s) for item in found for s in (0, 1)] == list(map(items[index].draw, range(4)))
 
 
 def test_evaluations_between_two_steps_are_counted() -> None:

@@ -13,11 +13,11 @@ def build(ranks, *, per_host=8, **asked):
     return divide({f"h{n}": min(per_host, ranks - n * per_host) for n in range(-(-ranks // per_host))}, **asked)
 
 
-def divide(nodes, *, replicas=1, tp=1, dp=None, cp=1, roles=None, **world):
+def divide(nodes, *, replicas=1, tp=1, dp=None, cp=1, pod=None, roles=None, **world):
     """The topology of hosts that have different numbers of ranks; `roles`: what the launcher gives to each."""
     hosts = [host for host, ranks in nodes.items() for _ in range(ranks)]
     given = [roles.get(host) for host in hosts] if roles else ()
-    return Topology.build(WorldConfig(**world), hosts, replicas=replicas, tp=tp, dp=dp, cp=cp, roles=given)
+    return Topology.build(WorldConfig(**world), hosts, replicas=replicas, tp=tp, dp=dp, cp=cp, pod=pod, roles=given)
 
 
 def test_split_gives_the_draft_what_the_target_leaves():
@@ -157,6 +157,21 @@ def test_the_other_modes_are_topologies_too():
     assert colocated.links == ()
     assert build(2, mode="target_only", replicas=None, dp=3).shards == 3
     assert build(2, mode="draft_only").draft_ranks == (0, 1)
+
+
+def test_pods_are_equal_and_as_few_as_16_ranks_each_allow():
+    for dp, pods in {1: 1, 16: 1, 17: 17, 20: 2, 32: 2, 48: 3, 1024: 64}.items():
+        assert build(1 + dp).pods == pods
+        assert build(1 + dp).shards == dp // pods
+    topology = build(9, cp=2, pod=2)
+    assert topology.pod(1) == ((5, 6), (7, 8))
+    assert [topology.shard_of(rank) for rank in topology.draft_ranks] == [(p, s) for p in (0, 1) for s in (0, 0, 1, 1)]
+    assert build(4, mode="target_only", replicas=None, dp=8, pod=2).pods == 4
+    assert build(2, role="target", replicas=None, pod=2).shards == 2
+    with pytest.raises(ConfigError, match=r"^draft.pod=3 does not divide the 8 data-parallel draft ranks"):
+        build(9, pod=3)
+    with pytest.raises(ConfigError, match=r"^draft.pod=2 divides the draft ranks of world.mode=split"):
+        build(4, mode="colocated", replicas=None, pod=2)
 
 
 def test_a_process_without_a_launcher_is_told_how_to_start(monkeypatch):
