@@ -43,10 +43,10 @@ LAUNCHERS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     end_with_launcher()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # Ray's processes block SIGINT: a child inherits that
     args = _parser().parse_args(argv)
     sys.stderr = unfailing(sys.stderr.fileno())  # its reader may be gone, and there is an end to account for
     with StopForwarder(_stop_ranks) as stop:  # before the seconds that the other imports take
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # Ray's processes block SIGINT: a child inherits that
         if args.secret:
             os.environ[TOKEN] = sys.stdin.readline().strip()
         if args.stdin:
@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--job", default=f"local-{time.strftime('%Y%m%d-%H%M%S')}", help="the job's id")
     parser.add_argument("--restart", type=int, default=0, metavar="N", help="how often it was started before")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="when it will be ended, since the epoch")
+    parser.add_argument("--launched", type=float, metavar="SECONDS", help="when the launcher began, since the epoch")
     parser.add_argument("--role", choices=["target", "draft"], help="the role of this node's ranks, if it is given one")
     parser.add_argument("--stdin", action="store_true", help="obey signal names on standard input; its end is SIGTERM")
     parser.add_argument("--secret", action="store_true", help=f"the first line of standard input is {TOKEN}")

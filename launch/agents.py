@@ -12,15 +12,16 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from types import FrameType
-from typing import Protocol, Self
+from typing import NoReturn, Protocol, Self
 
 from specdist.core.errors import Dismissed
 from specdist.core.launch_env import Attempt
-from specdist.core.stop import STOP_SIGNALS, StopReason
+from specdist.core.stop import STOP_SIGNALS, StopReason, leave
 
 _LOOK_S = 0.1
 
@@ -120,10 +121,7 @@ class AgentProcess:
         while self._process.returncode is None and time.monotonic() < deadline:
             time.sleep(_LOOK_S)
         status = self._process.returncode
-        if status is None or status >= 0:
-            return status
-        # Stopped before it had set its handlers: nothing has begun.
-        return ExitStatus.AGAIN if -status in STOP_SIGNALS else 128 - status
+        return None if status is None else exit_status(status)
 
     def signal(self, number: int) -> None:
         self.tell(signal.Signals(number).name)
@@ -133,6 +131,46 @@ class AgentProcess:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended
             os.write(self._process.stdin.fileno(), f"{line}\n".encode())
+
+
+class AgentFork:
+    """An agent as a fork of this process, which has imported already what takes seconds to import. `main`: what it
+    runs, and whose exit status it ends with; it sees to it that it ends with this process."""
+
+    def __init__(self, main: Callable[[], int]):
+        sys.stdout.flush()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until there is who handles them
+        self._pid = os.fork()
+        if self._pid == 0:
+            _be_agent(main)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def wait(self) -> int:
+        return exit_status(os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]))
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(self._pid, number)
+
+
+def _be_agent(main: Callable[[], int]) -> NoReturn:
+    status = 1
+    try:
+        os.setsid()  # a terminal's Ctrl-C would reach it beside the request that is passed on
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        status = main()
+    except BaseException:  # noqa: BLE001 - a process's door
+        traceback.print_exc()
+    finally:
+        leave(status)
+
+
+def exit_status(status: int) -> int:
+    """As a shell says how a process ended that says it as Python does."""
+    if status >= 0:
+        return status
+    # Stopped before it had set its handlers: nothing has begun.
+    return ExitStatus.AGAIN if -status in STOP_SIGNALS else 128 - status
 
 
 def attend(agents: Sequence[AgentHandle], received: list[int]) -> int:

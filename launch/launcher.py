@@ -4,7 +4,9 @@
 import argparse
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import psutil
 
 from specdist.core.errors import UserError
 from specdist.core.launch_env import Attempt, Role, parse_role
@@ -28,6 +30,8 @@ class NodePlacement:
     """The role of all its ranks, where the launcher decides it."""
     hosts: tuple[str, ...] = ()
     """The names of all nodes in order, where the launcher knows them."""
+    launched: float = field(default_factory=lambda: psutil.Process().create_time())
+    """When the launcher began, in seconds since the epoch; by default when this process did."""
 
 
 @dataclass(frozen=True)
@@ -56,4 +60,5 @@ def placement_from_arguments(args: argparse.Namespace) -> NodePlacement:
         leader=(host, int(port)),
         role=parse_role(args.role),
         hosts=tuple(filter(None, args.hosts.split(","))),
+        launched=args.launched or psutil.Process().create_time(),
     )

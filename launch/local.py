@@ -4,15 +4,18 @@
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
+
 from specdist.core.errors import ConfigError
 from specdist.core.launch_env import Attempt
 from specdist.job.config import JobConfig
-from specdist_launch import words
-from specdist_launch.agents import AgentProcess, agent_command, attend, new_job, supervise
+from specdist_launch import agent, words
+from specdist_launch.agents import AgentFork, attend, new_job, supervise
 
 
 def world_size(job: JobConfig, devices: int) -> int:
@@ -66,7 +69,8 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     if (asked := begun_prompts(job)) is not None:
         prepare_corpus(asked, directory).check_vocabulary(examine(job).target.vocab_size)
     files, overrides = words.split(config)
-    return start(files, overrides, ranks, retries=retries, role=job.world.role)
+    launched = psutil.Process().create_time()
+    return start(files, overrides, ranks, retries=retries, role=job.world.role, launched=launched)
 
 
 def generate(config: Sequence[str], ranks: int | None = None) -> int:
@@ -112,15 +116,18 @@ def start(
     module: str = "specdist.train",
     retries: int = 0,
     role: str = "both",
+    launched: float | None = None,
 ) -> int:
-    """Run a world on this machine, up to `retries` times more where that may help; returns its exit status.
+    """Run a world on this machine, up to `retries` times more where that may help; returns its exit status. `launched`:
+    when what led to it began, in seconds since the epoch; by default now.
 
     SIGINT and SIGTERM go to the ranks, which finish the step, save and leave. A second SIGINT kills them.
     """
 
     def run(attempt: Attempt, received: list[int]) -> int:
         placement = ["--nproc-per-node", str(ranks), "--job", attempt.job, "--restart", str(attempt.restart)]
-        command = agent_command([*placement, "--launcher", "local", "--module", module, *files, *overrides])
-        return attend([AgentProcess(command)], received)
+        placement += ["--launched", str(launched if launched and not attempt.restart else time.time())]
+        arguments = [*placement, "--launcher", "local", "--module", module, *files, *overrides]
+        return attend([AgentFork(lambda: agent.main(arguments))], received)
 
     return supervise(run, new_job("local", role), retries)

@@ -111,7 +111,8 @@ class Agent:
         return self._account({}, stopped, " before the ranks were started")
 
     def _begin(self, hosts: Sequence[str], ranks: int) -> None:
-        self._record.begin(Started(self._launcher.name, tuple(hosts), ranks, saved_step(self._run_dir)))
+        step, launched = saved_step(self._run_dir), self._place.launched
+        self._record.begin(Started(self._launcher.name, tuple(hosts), ranks, step, launched=launched))
 
     def _run_ranks(self, meeting: Meeting, program: Sequence[str]) -> dict[int, int]:
         """Run `python PROGRAM` once for every rank of this node and wait for their end: torchrun's agent with a static

@@ -7,7 +7,7 @@ started.json     when, on which hosts, with how many ranks
 outcome.json     finished, or stopped (a signal, the time limit): written by the rank that saved
 failure.json     the first failure, by the rank that meets it first; what the others meet later is a consequence
 ROLE/HOST-rankN.log
-start-up/rank-N.json   how long each part of a start took, of the first rank of each role (specdist/run/start_up.py)
+start-up/rank-N.json   what the time to the first step went to, by rank (specdist/run/start_up.py)
 trace/, trace.json   what every rank recorded of the traced steps, and all of it together (specdist/run/timeline.py)
 """
 
@@ -45,6 +45,8 @@ class Started:
     step: int = 0
     """Optimizer steps that were saved when it began."""
     time: float = field(default_factory=time.time)
+    launched: float | None = None
+    """When the process began that the launcher of the job is; None where that is not known."""
     number: int = 0
     """Of this start among the run's, from 1; 0 in earlier versions. Clocks are set back, and hosts' differ."""
 

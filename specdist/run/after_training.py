@@ -94,6 +94,7 @@ def finish(context: RankContext, outcome: Outcome) -> Ending:
         "finished": outcome.finished,
         "training": dict(outcome.metrics),
         "sides": dataclasses.asdict(sides) | {"verdict": sides.verdict()},
+        "start_up": context.start.clock.kept and dict(context.start.clock.kept.took()),
         "checkpoint": str(last),
         "best_checkpoint": best and str(best),
         "exports": [],
@@ -191,6 +192,7 @@ def _print(
     trained = bool(metrics["steps"])
     this_start = f"{metrics['steps']:,.0f} steps, {metrics['tokens']:,.0f} tokens in {metrics['seconds']:.0f} s"
     lines.append(f"  this start     {this_start if trained else 'nothing was left to train'}")
+    lines += [f"  start-up       {start.told()}"] if (start := context.start.clock.kept) is not None else []
     lines += _warning(context, metrics)
     lines += [f"  {line}" for line in evaluation.splitlines()]
     lines += sides.lines() if trained else []

@@ -77,7 +77,8 @@ def consume(context: RankContext) -> None:
     context.start.clock.begin("waiting for the other ranks")
     client.expect(StartWork)
     context.started()
-    with RunReporter(job, context.run_dir, context.resume, client, leader, context.latest) as reporter:
+    clock = context.start.clock
+    with RunReporter(job, context.run_dir, context.resume, client, leader, context.latest, clock.stepped) as reporter:
         progress = trainer.train(recipe, context.resume.progress, checkpointer, context.stop, reporter)
         metrics = reporter.totals()
     client.phase = "saving"

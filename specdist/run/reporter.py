@@ -5,7 +5,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -35,8 +35,10 @@ class RunReporter(Reporter):
         client: ControlClient,
         leader: bool,
         latest: Latest,
+        stepped: Callable[[float], object] = lambda evaluated_s: None,
     ):
-        self._client, self._stands = client, latest
+        """`stepped` is called after the first step, with the seconds of the evaluations before it."""
+        self._client, self._stands, self._stepped = client, latest, stepped
         self._trackers: list[Tracker] = []
         self._bar: ProgressTracker | None = None
         self._unlogged = False
@@ -62,6 +64,8 @@ class RunReporter(Reporter):
             self._trackers.append(WandbTracker(job.metrics.wandb_project, run_dir.path, config.to_dict(job)))
 
     def step(self, progress: Progress) -> None:
+        if self._stands.progress is None:
+            self._stepped(self._aside_s)
         self._client.step, self._stands.progress = progress.step, progress
         if self._bar is not None:
             self._bar.advance(progress.step)

@@ -3,6 +3,7 @@
 
 import contextlib
 import sys
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -21,13 +22,11 @@ from specdist.job.resume_plan import ResumePlan, find_resume_plan, warn_of_few
 from specdist.prompts.in_world import prepare_in_world
 from specdist.prompts.vocabulary import frequent_tokens
 from specdist.run.answers import answered_prompts
-from specdist.run.context import Start, WorldContext
+from specdist.run.context import RankContext, Start, WorldContext
 from specdist.run.control_plane import await_run, connected, serving
 from specdist.run.download import fetch_target
-from specdist.run.draft_role import consume
 from specdist.run.preflight.preflight import Preflight
 from specdist.run.rank_log import RankLog
-from specdist.run.target_role import produce
 from specdist.run.timeline import collect
 from specdist.run.worlds.target_world import TargetWorld
 from specdist.target.registry import engine_groups
@@ -101,10 +100,20 @@ def _take_part(context: WorldContext, preflight: Preflight) -> None:
         context.start.clock.begin(client.phase)
         connect_links(topology, context.groups, context.world, context.job.world.join_timeout_s)
         preflight.links(context.groups)
-        role = produce if topology.draft_place(rank) is None else consume
-        role(context.in_run(resume, client, profile))
+        _role(topology, rank)(context.in_run(resume, client, profile))
     if profile.on and rank == 0:  # all ranks have left
         _put_trace_together(context)
+
+
+def _role(topology: Topology, rank: int) -> Callable[[RankContext], None]:
+    """What a rank does. The draft's part alone takes a second and a half to import."""
+    if topology.draft_place(rank) is None:
+        from specdist.run.target_role import produce
+
+        return produce
+    from specdist.run.draft_role import consume
+
+    return consume
 
 
 def _place_log(log: RankLog, topology: Topology, rank: int) -> None:

@@ -17,6 +17,7 @@ from specdist.core.files import read_json
 from specdist.core.progress import AnswersProgress, committed, saved_step
 from specdist.core.run_paths import RunPaths
 from specdist.job.split import verdict
+from specdist.run.start_up import last_to_start
 from specdist.scheduler.messages import Statistics
 from specdist.scheduler.peers import Phase
 
@@ -65,6 +66,7 @@ def describe(run_dir: Path, now: float | None = None) -> str:
         lines = [f"{run_dir}: {_headline(history, status, now)}"]
         if status is not None and _is_current(history, status):
             lines += _running(status, last_record(paths.metrics), now)
+    lines += _started(history)
     lines += _saved(paths, now)
     if len(history) > 1:
         lines.append(f"  attempts    {len(history)}, before this one: {', '.join(map(_ended, history[:-1]))}")
@@ -97,6 +99,12 @@ def _alive(state: str, then: float, place: str, now: float) -> str:
     if age > _STALE_S:
         return f"silent: was {state}, but rank 0 has written nothing for {duration(age)}{place}"
     return f"{state}{place}; as of {age:.0f} s ago"
+
+
+def _started(history: list[AttemptRecord]) -> list[str]:
+    """What the time to the first step of the newest attempt went to, as far as it has come there."""
+    found = last_to_start(history[-1]) if history else None
+    return [] if found is None else [f"  start-up    {found.told()}"]
 
 
 def _last_event(history: list[AttemptRecord]) -> float:

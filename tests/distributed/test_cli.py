@@ -33,6 +33,7 @@ def test_train_says_what_came_of_it(trained):
     directory, _, said = trained
     summary = json.loads((directory / "run/summary.json").read_text())
     assert summary["finished"]
+    assert {"launching", "importing", "prompts", "evaluating", "the first step"} <= summary["start_up"].keys()
     assert summary["evaluation"]["after"]["step"] == 4
     for part in (
         "Trained 4 steps",

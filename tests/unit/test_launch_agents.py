@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from specdist.core.stop import STOP_SIGNALS
 from specdist_launch.agent import _obey_stdin
-from specdist_launch.agents import AgentProcess, ExitStatus, StopForwarder, attend
+from specdist_launch.agents import AgentFork, AgentProcess, ExitStatus, StopForwarder, attend
 
 ECHO = "echo > {ready}; while read name; do echo $name >> {said}; [[ $name == {last} ]] && exit {status}; done; exit 9"
 
@@ -120,6 +121,23 @@ def test_where_the_leader_is_lost_the_job_may_be_started_again(shell):
 @pytest.mark.parametrize(("script", "status"), [("kill -USR2 $$", 75), ("kill -KILL $$", 137), ("exit 3", 3)])
 def test_the_end_of_an_agent_as_a_status(script, status):
     assert AgentProcess(["bash", "-c", script]).wait() == status
+
+
+def test_an_agent_that_is_a_fork_is_told_and_ends_like_another():
+    def obey() -> int:
+        with StopForwarder(lambda number, impatient: None) as stop:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # what came before is heard, too
+            while not stop.received:
+                time.sleep(0.01)
+            return stop.received[0]
+
+    told = AgentFork(obey)
+    told.signal(signal.SIGUSR2)
+    assert told.wait() == signal.SIGUSR2
+    told.signal(signal.SIGTERM)  # it has ended: nothing happens
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS)
+    assert AgentFork(lambda: 1 // 0).wait() == 1
+    assert AgentFork(lambda: os.kill(os.getpid(), signal.SIGKILL)).wait() == 137
 
 
 def test_only_a_second_ctrl_c_is_impatient():

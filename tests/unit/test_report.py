@@ -100,7 +100,7 @@ def test_what_a_run_says(tmp_path):
     charts = {chart.id: chart for chart in make_charts([run])}
     assert [t["y"] for t in charts["acceptance"].traces] == [(1.0, 1.5, 3.0), (1.5,) * 4]
     (start, _) = charts["start-up"].traces
-    assert start["y"] == ["starting processes", "importing", "loading the target"]
+    assert start["y"] == ["starting the ranks", "importing", "loading the target"]
     assert start["x"][:2] == pytest.approx([1.0, 2.0], abs=1e-3)
 
 

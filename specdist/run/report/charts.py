@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from specdist.run.report.run_records import RunRecords
-from specdist.run.start_up import RankStart
 
 Trace = dict[str, Any]
 _POINTS = 1500
@@ -46,7 +45,7 @@ _TEXTS = {
         "All of the run's time: start-up of the newest start, training (computing: all that is not waiting), "
         "evaluations, and saving with the export.",
     ),
-    "start-up": ("Start-up", "The newest start, until work began: the first rank of each role."),
+    "start-up": ("Start-up", "The newest start, to its first step: the first rank of each role."),
 }
 """Titles, and what stands below them."""
 
@@ -239,25 +238,16 @@ def _after(run: RunRecords) -> float:
 def _start_up(runs: Sequence[RunRecords]) -> Chart:
     """A waterfall: when each part began and how long it took, of the first rank of each role."""
     shown = [(run, start) for run in runs for start in run.starts]
-    traces, order, several = [], {"starting processes": None}, len(runs) > 1
+    traces, order, several = [], dict[str, None](), len(runs) > 1
     for number, (run, start) in enumerate(shown):
-        launched = min([start.parts[0].began, *_launched(run, start)])
-        parts = [("starting processes", launched), *((part.what, part.began) for part in start.parts)]
-        ends = [began for _, began in parts[1:]] + [start.ended]
-        order |= dict.fromkeys(what for what, _ in parts)
+        names, launched = [part.what for part in start.parts], start.parts[0].began
+        order |= dict.fromkeys(names)
         role = "target" if start.role.startswith("target") else "draft"
         name, pattern = f"{role} (rank {start.rank})", {"shape": "/" if several and role == "target" else ""}
         marker = {"color": colour(runs.index(run) if several else number), "pattern": pattern}
-        took = [end - began for (_, began), end in zip(parts, ends, strict=True)]
         name, hover = f"{run.name}: {name}" if several else name, "%{x:.2f} s, from %{base:.2f} s on"
-        bars = _lying([what for what, _ in parts], took, name, marker, hover)
-        traces.append({**bars, "base": [began - launched for _, began in parts]})
+        bars = _lying(names, [seconds for _, seconds in start.took()], name, marker, hover)
+        traces.append({**bars, "base": [part.began - launched for part in start.parts]})
     by_order = {"autorange": "reversed", "categoryorder": "array", "categoryarray": list(order)}
     axes = {"xaxis": {"title": {"text": "seconds since the launch"}}, "yaxis": by_order}
     return Chart("start-up", traces, {"barmode": "group", **axes, "height": 200 + 26 * len(order)})
-
-
-def _launched(run: RunRecords, start: RankStart) -> list[float]:
-    """When the launcher began the attempt of this start."""
-    times = [started.time for record in run.attempts if (started := record.started()) is not None]
-    return [max(time for time in times if time <= start.ended)] if times and min(times) <= start.ended else []

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the time to the first step went to, as a rank notes it."""
+
+import sys
+
+import pytest
+import torch
+
+from specdist.core.attempts import AttemptRecord, Started
+from specdist.run import start_up
+from specdist.run.start_up import Part, StartUp, last_to_start
+
+
+def test_the_time_to_the_first_step(tmp_path, monkeypatch):
+    now, record = [130.0], AttemptRecord(tmp_path / "logs/7.0")
+    record.begin(Started("local", ("a",), 3, time=104.0, launched=100.0))
+    monkeypatch.setattr(start_up.time, "time", lambda: now[0])
+    assert last_to_start(record) is None
+    clock = StartUp([Part("importing", 105.0), Part("prompts", 119.0)])
+    clock.begin("loading the target")
+    now[0] = 131.0
+    clock.write(record, 1, "draft dp 0 cp 0", "a")
+    begun = last_to_start(record)
+    assert begun is not None
+    assert begun.cpu_s > 0
+    assert begun.told() == ("31.0 s until work began: importing 14.0 s, prompts 11.0 s, launching 4.0 s, other 2.0 s")
+    StartUp([Part("importing", 105.0)]).write(record, 0, "target replica 0 tp 0", "a")  # at work as soon
+    now[0] = 151.0
+    clock.stepped(evaluated_s=5.0)
+    start = last_to_start(record)
+    assert start is not None
+    assert dict(start.took()) == {
+        "launching": 4.0, "starting the ranks": 1.0, "importing": 14.0, "prompts": 11.0, "loading the target": 1.0,
+        "evaluating": 5.0, "compiling": 0.0, "the first step": 15.0,
+    }  # fmt: skip
+    assert "51.0 s to the first step: the first step 15.0 s, importing" in start.told()
+
+
+def test_what_is_compiled_is_told_apart(tmp_path):
+    """Of an evaluation before the first step, too; what was compiled before the work began is not."""
+    record = AttemptRecord(tmp_path / "logs/7.0")
+    clock = StartUp()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
+    assert "torch._dynamo" in sys.modules
+    clock.write(record, 1, "draft dp 0 cp 0", "a")
+    torch.compile(lambda x: x + 2, backend="eager")(torch.zeros(1))
+    evaluated = start_up.time.time() - clock.kept.ended
+    clock.stepped(evaluated)
+    took = dict(last_to_start(record).took())
+    assert took["compiling"] > 0
+    assert took["compiling"] + took["evaluating"] == pytest.approx(evaluated, abs=1e-3)
