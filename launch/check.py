@@ -17,7 +17,7 @@ def check(config: Sequence[str], gpu_memory: str) -> int:
     from specdist.job.config import check_installed
     from specdist.job.plan import make_plan
     from specdist.prompts.look import look
-    from specdist_launch.local import world_size
+    from specdist_launch.ranks import world_size
 
     job = words.load_checked(config)
     print(f"ok      configuration and target: {job.target.path}; run directory {job.run.dir}")

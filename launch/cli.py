@@ -192,7 +192,8 @@ def _doctor(args: argparse.Namespace) -> int:
     import torch
 
     from specdist.run.preflight.world import examine_alone, examine_model
-    from specdist_launch.local import start, world_size
+    from specdist_launch.local import start
+    from specdist_launch.ranks import world_size
 
     if args.json is not None:
         args.config.append(f"preflight.report={Path(args.json).absolute()}")

@@ -28,7 +28,7 @@ from specdist.job.run_dir import RunDirectory
 from specdist.world.roll_call import Meeting, Node, meet, serve_store
 from specdist_launch.agents import ExitStatus, StopForwarder
 from specdist_launch.launcher import Launcher, NodePlacement
-from specdist_launch.local import ranks_per_node
+from specdist_launch.ranks import ranks_per_node
 from specdist_launch.stuck import ending_stuck_ranks
 from specdist_launch.verdict import judge, saved_step
 

@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
     from specdist.job import split
     from specdist.job.plan import make_plan, nodes_of_roles, render
     from specdist.job.rates import find_rates
-    from specdist_launch.local import world_size
+    from specdist_launch.ranks import world_size
 
     job = words.load(args.config)
     roles: list[Role] = []

@@ -73,7 +73,7 @@ def _check_leader(hosts: Sequence[Host]) -> None:
 
 def find_hosts(args: argparse.Namespace, job: JobConfig) -> list[Host]:
     """The hosts of --hosts or --hostfile with their ranks."""
-    from specdist_launch.local import ranks_per_node
+    from specdist_launch.ranks import ranks_per_node
 
     if args.hosts is not None and args.hostfile is not None:
         raise UserError("give --hosts or --hostfile, not both")

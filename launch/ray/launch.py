@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise ConfigError(f"{option} is at least 1, not {value}")
     from specdist_launch.agents import new_job, supervise
-    from specdist_launch.local import world_size
+    from specdist_launch.ranks import world_size
     from specdist_launch.ray.agents import run_agents
     from specdist_launch.ray.cluster import choose_shape, cluster_address, connect, gpu_hosts, reserve
 

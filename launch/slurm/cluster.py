@@ -12,7 +12,7 @@ from specdist.core.errors import ConfigError, UserError
 from specdist.core.launch_env import Role
 from specdist.job.config import JobConfig, topology
 from specdist.job.launch_config import NodesConfig, SlurmConfig
-from specdist_launch.local import ranks_per_node
+from specdist_launch.ranks import ranks_per_node
 
 SUBMIT_TIMEOUT_S = 120.0
 """A controller that is this slow to answer is down or overrun."""

@@ -16,7 +16,7 @@ from specdist.core.launch_env import Attempt
 from specdist.job.config import JobConfig, topology
 from specdist.job.launch_config import LaunchConfig, SlurmConfig
 from specdist_launch.agents import new_job
-from specdist_launch.local import world_size
+from specdist_launch.ranks import world_size
 from specdist_launch.slurm.cluster import check_fits, check_ranks, node_kinds
 from specdist_launch.slurm.script import SECRET
 from specdist_launch.submit.task import Cluster, Run
