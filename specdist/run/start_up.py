@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import psutil
-
 from specdist.core.attempts import AttemptRecord
 from specdist.core.files import read_json, to_json, write_atomically
 
@@ -61,7 +59,7 @@ class StartUp:
     """The clock of this rank's start; it begins with the process."""
 
     def __init__(self, parts: list[Part] | None = None) -> None:
-        self.parts = parts or [Part("importing", psutil.Process().create_time())]
+        self.parts = parts or [Part("importing", _process_began())]
         self.kept: RankStart | None = None
         """What is written of it; of the first rank of each role."""
         self._file = Path()
@@ -80,7 +78,7 @@ class StartUp:
             marks = [Part(what, min(began, parts[0].began)) for what, began in launch.items() if began is not None]
             parts = [*marks, *parts]
         self._file = directory(record) / f"rank-{rank}.json"
-        self._keep(RankStart(rank, role, host, tuple(parts), now, _cpu_s()))
+        self._keep(RankStart(rank, role, host, tuple(parts), now, time.process_time()))
         if "torch._dynamo" in sys.modules:
             self._time_compiler()
 
@@ -117,9 +115,10 @@ class StartUp:
         handler.register_end_callback(lambda _: self._compiled.append((began, time.time() - began)))
 
 
-def _cpu_s() -> float:
-    times = psutil.Process().cpu_times()
-    return times.user + times.system
+def _process_began() -> float:
+    import psutil  # here, so that who only reads starts quickly
+
+    return psutil.Process().create_time()
 
 
 def directory(record: AttemptRecord) -> Path:
