@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import specdist
-from specdist.core.errors import UserError, WorldError
+from specdist.core.errors import DataError, UserError, WorldError
 from specdist.core.stop import leave
 from specdist.core.troubleshooting import told
 from specdist_launch import plan, reading, ssh, words
@@ -37,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         leave(ExitStatus.USER_ERROR)
     except UserError as error:
         print(told(error), file=sys.stderr)
+        return ExitStatus.USER_ERROR
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(told(DataError(f"{error.filename} cannot be used: {error.strerror}")), file=sys.stderr)
         return ExitStatus.USER_ERROR
     except KeyboardInterrupt:
         print("specdist: interrupted", file=sys.stderr)
@@ -266,6 +271,8 @@ def _eval(args: argparse.Namespace) -> int:
     from specdist.run.offline import decode_prompts, evaluation_words
 
     logging.disable_progress_bar()
+    if args.output and not (folder := Path(args.output).absolute().parent).is_dir():
+        raise UserError(f"--output {args.output}: there is no directory {folder}")
     files, overrides = words.split(args.config)
     if args.decode:
         print(decode_prompts(files, overrides, draft=args.draft, checkpoint=args.checkpoint, output=args.output))

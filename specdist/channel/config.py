@@ -55,7 +55,8 @@ class ChannelConfig:
     prompts.tokens_per_rank tokens; batches in flight never exceed it."""
     dtype: ChannelDtype = "auto"
     """How hidden states travel: as the target computes them (auto), or in half of bfloat16's bytes, rounded to FP8
-    (e4m3) in a scale for every layer of every token."""
+    (e4m3) in a scale for every layer of every token. Colocated ranks, which send none, round them alike: a run may go
+    on in any mode."""
     send_buffers: int = 2
     """Buffers on a target rank, each one packed forward: 2 let the next forward run while the last one is sent."""
     cache: str | None = None

@@ -150,9 +150,8 @@ class Encoding(Plain):
             out.view(states.dtype).copy_(states)
             return
         for some, values, scales in self._in_parts(states, out):
-            wide = some.float()
-            scale = (wide.abs().amax(-1, keepdim=True) / _HIGHEST).clamp(min=_LEAST)
-            values.copy_((wide / scale).to(_FP8).view(torch.uint8))
+            rounded, scale = _in_fp8(some)
+            values.copy_(rounded.view(torch.uint8))
             scales.copy_(scale.view(torch.uint8))
 
     def _read(self, encoded: Tensor, out: Tensor) -> None:
@@ -171,6 +170,22 @@ class Encoding(Plain):
         for some, bytes_ in zip(states.split(_CHUNK), encoded.split(_CHUNK), strict=True):
             values, scales = bytes_.unflatten(1, (parts, hidden + _SCALE_BYTES)).split([hidden, _SCALE_BYTES], -1)
             yield some.unflatten(1, (parts, hidden)), values, scales
+
+
+def _in_fp8(states: Tensor) -> tuple[Tensor, Tensor]:
+    """States [..., H] as e4m3, and their scales [..., 1], fp32."""
+    wide = states.float()
+    scale = (wide.abs().amax(-1, keepdim=True) / _HIGHEST).clamp(min=_LEAST)
+    return (wide / scale).to(_FP8), scale
+
+
+def round_as_sent(layout: FeatureLayout, dtype: ChannelDtype, rows: Tensor) -> None:
+    """Round rows [T, layout.width], which do not travel, to what they would be if they had: in place, and queued on the
+    current stream."""
+    if dtype == "fp8":
+        for some in rows[:, : layout.states_width].unflatten(1, (-1, layout.hidden_size)).split(_CHUNK):
+            values, scale = _in_fp8(some)
+            some.copy_(values.float() * scale)
 
 
 def encoding_of(layout: FeatureLayout, dtype: ChannelDtype, shards: Collection[int], taught: Taught) -> Plain:

@@ -145,7 +145,7 @@ def _source(context: RankContext, items: Items, place: tuple[int, int]) -> Featu
         context.begin("loading the target")
         engine = context.load_engine(rows)
         buffers = [layout.empty(rows, device) for _ in range(job.train.accumulation)]
-        source = ColocatedSource(engine, buffers, topology, context.rank, context.prompts)
+        source = ColocatedSource(engine, buffers, topology, context.rank, context.prompts, job.channel.dtype)
         source.verify(items, job.target.verify)
         return source
     slots, timeout_s = jobs.slots(job, layout), context.timeout_s

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from specdist.channel.base import FeatureReceiver
-from specdist.channel.encoding import Parcel, Plain
+from specdist.channel.config import ChannelDtype
+from specdist.channel.encoding import Parcel, Plain, round_as_sent
 from specdist.core.device_timer import DeviceTimer
 from specdist.core.errors import WorldError
 from specdist.core.records import FeatureLayout, PackedTokens, WorkItem
@@ -183,10 +184,12 @@ class ColocatedSource(FeatureSource):
         topology: Topology,
         rank: int,
         prompts: Corpus,
+        dtype: ChannelDtype,
     ):
+        """`dtype`: `channel.dtype`."""
         place = topology.draft_place(rank)
         assert place is not None
-        self._engine, self._free, self._prompts = engine, slots, prompts
+        self._engine, self._free, self._prompts, self._dtype = engine, slots, prompts, dtype
         self._shards = local_shards(topology, rank)
         self._shard = self._shards.index(place.dp)
         self._taken: dict[int, Tensor] = {}  # slots, by item
@@ -205,6 +208,7 @@ class ColocatedSource(FeatureSource):
         if own.tokens:
             with span("target forward", item.index, tokens=own.tokens):
                 agreed = forward_item(self._engine, own, self._pack(own), rows)
+                round_as_sent(self._engine.layout, self._dtype, rows)
             if agreed is not None:
                 self._agreed[item.index] = agreed
         return rows[own.rows(self._shard)]

@@ -70,6 +70,7 @@ def evaluation_words(
         *overrides,
         *texts,
         *keys,
+        "channel.dtype=auto",  # an engine hands hidden states on as they are
         "train.patience=null",
         "metrics.tensorboard=false",
         "metrics.wandb=false",
@@ -86,8 +87,6 @@ def decode_prompts(
     """Decode prompts with an exported draft, or with `checkpoint`, as export takes it; returns the report as text."""
     _check_one(draft, checkpoint)
     job = load_job(files, overrides)
-    if output and not Path(output).absolute().parent.is_dir():
-        raise ConfigError(f"--output {output}: there is no directory {Path(output).absolute().parent}")
     if not prompt_files(job)[0]:
         raise ConfigError.at(
             "evaluate.prompts", "is empty, and prompts.holdout is not set: give files of held-out prompts"
@@ -139,12 +138,13 @@ def _checkpoint(job: JobConfig, given: str | None) -> Path:
 def _given(job: JobConfig, given: str) -> Path:
     checkpoints, path = RunDirectory(Path(job.run.dir)).checkpoints, Path(given)
     name = path.name if path.absolute().parent == checkpoints.absolute() else given
-    if not path.exists() and (step := re.fullmatch(r"(?:step-)?(\d+)", name)):
-        path = checkpoint_path(checkpoints, int(step[1]))
-        if path not in (found := committed(checkpoints)):
+    if not path.exists():
+        step, found = re.fullmatch(r"(?:step-)?(\d+)", name), committed(checkpoints)
+        path = checkpoint_path(checkpoints, int(step[1])) if step else path
+        if path not in found:
             there = ", ".join(other.name for other in found) or "none"
             raise ConfigError(
-                f"--checkpoint {given}: {checkpoints} has no complete one of this step; there are {there}"
+                f"--checkpoint {given} is no complete checkpoint, by directory or by step; {checkpoints} has {there}"
             )
     if harm := damage(path):
         raise DataError(f"--checkpoint {given}: {path} is damaged: {harm}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, DataError
 from specdist.core.files import read_json
 from specdist.core.run_paths import RunPaths
 from specdist.run.status import describe, last_record
@@ -37,8 +37,11 @@ def overview(root: Path) -> str:
         raise ConfigError(f"there is no run in {root.absolute()} (give the folder of your run directories)")
     rows = [["run", "step", "acceptance length", "state"]]
     for path in sorted(path for path in found if path.parent not in found):  # an evaluation is a job in its run's
-        step, length = (_figures(path).get(name, "") for name in ("step", "held_out/acceptance_length"))
-        rows.append([str(path), step, length, state(path)])
+        try:
+            figures, what = _figures(path), state(path)
+        except (DataError, OSError) as error:  # the others can be told of
+            figures, what = {}, f"cannot be read: {error}"
+        rows.append([str(path), figures.get("step", ""), figures.get("held_out/acceptance_length", ""), what])
     return _table(rows)
 
 

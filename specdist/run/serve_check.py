@@ -101,6 +101,7 @@ def _replay_words(command: ServeCommand, folder: Path, tp: int) -> list[str]:
         "target.dtype": command.dtype,
         "target.replicas": 1,
         "world.mode": "colocated",
+        "channel.dtype": "auto",  # an engine hands hidden states on as they are
         "draft.init_from": command.draft,
         "draft.dp": tp,
         "draft.cp": 1,

@@ -91,7 +91,9 @@ def test_an_export_says_what_it_is(trained, capsys):
     assert (exports / "sglang/config.json").read_text() == before
     for missing in ("3", str(directory / "run/checkpoints/step-00000003")):
         assert main(["export", *words, "--checkpoint", missing]) == 2
-        assert "has no complete one of this step; there are step-00000002, step-00000004" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "is no complete checkpoint, by directory or by step; " in said
+        assert "run/checkpoints has step-00000002, step-00000004" in said
 
 
 def umask():
@@ -175,7 +177,11 @@ def test_a_run_directory_belongs_to_one_job(trained, capsys):
         (["plan", "configs/quickstart.yaml", "draft.eagle3.ttt=3"], "did you mean 'draft.eagle3.ttt_length'?"),
         (["eval", "configs/quickstart.yaml", "prompts.holdout=null"], "prompts.holdout is not set"),
         (["export", "configs/quickstart.yaml", "run.dir=/nonexistent/run"], "there is no complete checkpoint in"),
-        (["export", "configs/quickstart.yaml", "--checkpoint", "/nonexistent"], "is not a complete checkpoint"),
+        (
+            ["export", "configs/quickstart.yaml", "--checkpoint", "/nonexistent"],
+            "is no complete checkpoint, by directory or by step",
+        ),
+        (["eval", "configs/quickstart.yaml", "--output", "/nonexistent/a.json"], "there is no directory /nonexistent"),
     ],
 )
 def test_bad_words_get_one_clear_line(words, said, capsys, monkeypatch):

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from specdist.channel.encoding import Plain, encoding_of
 from specdist.core.progress import Cursor
-from specdist.core.records import FeatureLayout, Features, Shard, WorkItem
+from specdist.core.records import FeatureLayout, Features, PackedTokens, Shard, WorkItem
+from specdist.core.topology import Topology, WorldConfig
 from specdist.draft.dflash.algorithm import DFlash
 from specdist.draft.dspark.algorithm import DSpark
 from specdist.draft.eagle3.algorithm import Eagle3
+from specdist.run.feature_source import ColocatedSource
+from specdist.target.base import TargetModel
 from tests.unit import dflash_reference, dspark_reference, eagle3_reference
 
 SHARDS = (5, 0, 9)
@@ -107,6 +110,41 @@ def test_fp8_leaves_what_is_not_finite_to_be_found() -> None:
     rows[0, 3], rows[7, 30] = torch.inf, torch.nan
     bad = ~torch.cat(travelled(layout, "fp8", rows)).isfinite().all(1)
     assert bad.nonzero().flatten().tolist() == [0, 7]
+
+
+class Teller(TargetModel):
+    """Writes the same rows whatever it is asked."""
+
+    def __init__(self, layout: FeatureLayout, rows: torch.Tensor) -> None:
+        self.layout, self.device, self.dtype, self._rows = layout, torch.device("cpu"), layout.dtype, rows
+
+    def forward(self, batch: PackedTokens, out: torch.Tensor, final: torch.Tensor | None = None) -> None:
+        out.copy_(self._rows)
+
+
+class Packs:
+    def pack(self, sequences: object) -> PackedTokens:
+        return PackedTokens.from_documents([torch.zeros(5, dtype=torch.int64)], [torch.ones(5)])
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_colocated_ranks_learn_from_what_would_have_arrived(dtype: Any) -> None:
+    layout = FeatureLayout((0, 2), 24, final=True, dtype=torch.bfloat16, argmax_lse=True)
+    rows = layout.empty(ITEM.tokens)
+    rows[:, : layout.states_width] = torch.randn(
+        ITEM.tokens, layout.states_width, generator=torch.Generator().manual_seed(0)
+    )
+    where = torch.arange(ITEM.tokens)
+    layout.write_argmax_lse(rows, where, where * 7, where / 3)
+    topology = Topology.build(WorldConfig(mode="colocated"), ["a"] * 3, replicas=None, tp=1, dp=None, cp=1)
+    shard = ITEM.shards[0].tokens
+    source = ColocatedSource(
+        Teller(layout, rows[:shard]), [layout.empty(shard)], topology, 0, cast(Any, Packs()), dtype
+    )
+    arrived, own = travelled(layout, dtype, rows)[0], source.take(ITEM)
+    kept, width = taught(ITEM, 0), layout.captured_width
+    assert torch.equal(own[:, :width], arrived[:, :width])
+    assert torch.equal(own[kept].view(torch.uint8), arrived[kept].view(torch.uint8))
 
 
 CASES: list[tuple[Any, Any, Any]] = [

@@ -52,6 +52,22 @@ def test_runs_and_sweeps_of_a_folder_are_listed(runs: Path, capsys: pytest.Captu
     assert main(["runs", str(runs / "nowhere")]) == 2
 
 
+def test_what_cannot_be_read_is_a_line_and_hides_no_other_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of another version, or another user's."""
+    (runs / "one/status.json").write_text("{}")
+    (metrics := runs / "sweep/two/metrics.jsonl").unlink()
+    metrics.mkdir()
+    make_run(runs / "three", 0.1)
+    capsys.readouterr()
+    assert main(["runs", str(runs)]) == 0
+    _, one, two, three = capsys.readouterr().out.splitlines()
+    assert f"cannot be read: {runs}/one/status.json: not what specdist writes" in one
+    assert f"cannot be read: [Errno 21] Is a directory: '{metrics}'" in two
+    assert "finished at step 9" in three
+    assert main(["compare", str(runs / "three"), str(runs / "sweep/two")]) == 2
+    assert capsys.readouterr().err == f"specdist: {metrics} cannot be used: Is a directory\n"
+
+
 def test_runs_are_compared_by_figures_and_by_the_keys_that_differ(runs: Path, capsys) -> None:
     assert main(["compare", str(runs / "one"), str(runs / "sweep/two")]) == 0
     said = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
