@@ -63,7 +63,7 @@ class ChannelConfig:
     """A directory of each target host, on its NVMe or in /dev/shm, where the target keeps the hidden states of
     sequences: later epochs read them instead of computing them. It may fill up, or fail: the rest is computed."""
     cache_bytes: str = "64GiB"
-    """What channel.cache may take on a host. What earlier runs have left in it makes room."""
+    """What a job keeps in channel.cache on a host. What earlier runs have left in it makes room."""
     mooncake: MooncakeConfig = field(default_factory=MooncakeConfig)
     """Options of transport=mooncake."""
 

@@ -176,12 +176,12 @@ def test_a_run_directory_belongs_to_one_job(trained, capsys):
         (["train", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
         (["plan", "configs/quickstart.yaml", "draft.eagle3.ttt=3"], "did you mean 'draft.eagle3.ttt_length'?"),
         (["eval", "configs/quickstart.yaml", "prompts.holdout=null"], "prompts.holdout is not set"),
-        (["export", "configs/quickstart.yaml", "run.dir=/nonexistent/run"], "there is no complete checkpoint in"),
+        (["export", "configs/quickstart.yaml", "run.dir=nowhere/run"], "there is no complete checkpoint in"),
         (
-            ["export", "configs/quickstart.yaml", "--checkpoint", "/nonexistent"],
+            ["export", "configs/quickstart.yaml", "--checkpoint", "nowhere"],
             "is no complete checkpoint, by directory or by step",
         ),
-        (["eval", "configs/quickstart.yaml", "--output", "/nonexistent/a.json"], "there is no directory /nonexistent"),
+        (["eval", "configs/quickstart.yaml", "--output", "nowhere/a.json"], "there is no directory"),
     ],
 )
 def test_bad_words_get_one_clear_line(words, said, capsys, monkeypatch):

@@ -69,9 +69,9 @@ def test_wandb_missing_says_how_to_install(tmp_path, monkeypatch):
         WandbTracker("project", tmp_path, {})
 
 
-def test_wandb_without_a_login_is_told_of_before_the_world_starts(monkeypatch):
+def test_wandb_without_a_login_is_told_of_before_the_world_starts(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", "/nonexistent")
+    monkeypatch.setenv("HOME", str(tmp_path))
     for mode, refused in (
         ("online", pytest.raises(ConfigError, match="nobody is logged in")),
         ("offline", nullcontext()),
