@@ -31,6 +31,7 @@ import zmq
 
 from benchmarks.flow import CASES, Case, Times, World
 from benchmarks.measure import command_line, table
+from specdist.core.pods import reach
 from specdist.core.topology import Topology
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.coordinator import Coordinator
@@ -104,8 +105,8 @@ def measure_case(case: Case, items: int = 4000, seed: int = 0) -> float:
         timeout=float("inf"),
         end_item=items,
     )
-    for replica in range(replicas):
-        scheduler.add_replica(replica)
+    for replica, pods in enumerate(reach(replicas, case.pods)):
+        scheduler.add_replica(replica, pods)
     world = World(scheduler, replicas, Times.of(case, rng), case.send_buffers, end=items)
     world.run()
     begin, end = items // 4, items * 3 // 4

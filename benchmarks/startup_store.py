@@ -7,8 +7,8 @@
 Ranks are threads of a few processes, each with a connection of its own to a real TCPStore. Each answers the roll call,
 initialises torch.distributed and makes its process groups with the calls of a job (`join_world`, `make_groups`). Two
 things are played: gloo, which here asks the store for what it asks for to connect its members, and connects none; and
-torch's notes of the groups of a process, which here are a thread's. Links are left out: making a group over NCCL costs
-nothing, and its first use, in `connect_links`, a set and a get.
+torch's notes of the groups of a process, which here are a thread's. Links are counted, and not made: a group over NCCL
+costs nothing, and its first use, in `connect_links`, a set and a get.
 """
 
 import contextlib
@@ -44,6 +44,9 @@ class StoreCost:
     """What the start of a world costs."""
 
     ranks: int
+    links: int
+    links_of_rank: int
+    """Most that one rank has."""
     writes: int
     reads: int
     waits: int
@@ -107,6 +110,8 @@ class _PlayedGloo(dist.ProcessGroupGloo):
 def measure(replicas: int = 128, tp: int = 8, draft_ranks: int = 128, processes: int = 4) -> StoreCost:
     """Start a world of threads in `processes` processes."""
     size = replicas * tp + draft_ranks
+    topology = Topology.build(WorldConfig(), [_HERE] * size, replicas=replicas, tp=tp, dp=None, cp=1)
+    links = Counter(rank for link in topology.links for rank in (link.source, link.destination))
     store = serve_store((_HERE, 0), _LIMIT_S)
     fork = multiprocessing.get_context("fork")
     found: Any = fork.SimpleQueue()
@@ -121,7 +126,10 @@ def measure(replicas: int = 128, tp: int = 8, draft_ranks: int = 128, processes:
     counts = sum((part[0] for part in parts), Counter[str]())
     began, ended = max(part[1] for part in parts), max(part[2] for part in parts)
     kinds = {key: counts[key] for key in ("writes", "reads", "waits", "looks")}
-    return StoreCost(size, **kinds, store_s=time.process_time() - before, seconds=ended - began)
+    most = max(links.values())
+    return StoreCost(
+        size, len(topology.links), most, **kinds, store_s=time.process_time() - before, seconds=ended - began
+    )
 
 
 def _part(ranks: Sequence[int], size: int, target: tuple[int, int], port: int, found: Any) -> None:
@@ -176,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     cost = measure(**vars(parser.parse_args(arguments)))
     print(json.dumps(asdict(cost)))
-    columns = {name: name for name in ("ranks", "writes", "reads", "waits", "looks")}
+    columns = {name: name for name in ("ranks", "links", "writes", "reads", "waits", "looks")}
+    columns["links of a rank"] = "links_of_rank"
     columns |= {"store, s": "store_s:.1f", "seconds": "seconds:.1f"}
     print(table(columns, [cost]))
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cached_property
 from itertools import pairwise
 
 import msgspec
@@ -51,6 +52,10 @@ class _Pairs(Topology):
 
     real: Topology
 
+    @cached_property
+    def links(self) -> tuple[Link, ...]:
+        return tuple(link for link in self.real.links if link.destination in self.draft_ranks)
+
     def describe(self, rank: int) -> str:
         return self.real.describe(rank)
 
@@ -89,7 +94,7 @@ class _Probe:
     def _send_all(self, links: list[Link]) -> Iterator[LinkSpeed]:
         mine = [link for link in links if link.source == self._rank]
         try:
-            absent = self._absent()
+            absent = self._absent([link.destination for link in mine])
             sender = self._connected([link.destination for link in mine if link.destination not in absent])
             for link in (link for link in mine if link.destination not in absent):
                 earlier = [other for other in links[: links.index(link)] if other.destination == link.destination]
@@ -112,10 +117,10 @@ class _Probe:
             for link in mine:  # those that are done already stay so
                 self._tell(link, _GIVEN_UP)
 
-    def _absent(self) -> dict[int, str]:
-        """The draft ranks that have no receiver, and why."""
+    def _absent(self, drafts: list[int]) -> dict[int, str]:
+        """Those of these draft ranks that have no receiver, and why."""
         deadline, found = time.monotonic() + self._wire.timeout_s, {}
-        for draft in self._wire.topology.draft_ranks:
+        for draft in drafts:
             key, left = f"receiver/{draft}", max(deadline - time.monotonic(), 0.01)
             try:
                 self._store.wait([key], timedelta(seconds=left))

@@ -12,6 +12,7 @@ from typing import Literal
 
 from specdist.core.errors import ConfigError
 from specdist.core.launch_env import Role
+from specdist.core.pods import divide, reach
 
 Mode = Literal["split", "colocated", "target_only", "draft_only"]
 
@@ -63,10 +64,6 @@ class WorldConfig:
                 raise ConfigError.at(f"world.{key}", f"is a number of seconds > 0, not {getattr(self, key)}")
 
 
-MOST_SHARDS = 16
-"""Data-parallel draft ranks of a pod, where `draft.pod` does not say."""
-
-
 @dataclass(frozen=True)
 class TargetPlace:
     """The coordinates of a target rank."""
@@ -109,6 +106,7 @@ class Topology:
         shards: the number of shards a work item is cut into: draft data-parallel ranks of a pod (1 where there is no
             draft).
         pods: of draft data-parallel ranks that follow each other, for each of which one target forward is batched.
+        apart: whether the draft is a world of its own, to which replicas come and from which they go.
     """
 
     mode: Mode
@@ -117,6 +115,7 @@ class Topology:
     draft: tuple[tuple[int, ...], ...]
     shards: int
     pods: int = field(default=1, kw_only=True)
+    apart: bool = field(default=False, kw_only=True)
 
     scheduler_rank = 0
 
@@ -156,7 +155,7 @@ class Topology:
         size = len(hosts)
         replicas = tuple(tuple(size + rank for rank in ranks) for ranks in self.replicas)
         draft = _rows(range(size), cp)
-        return Topology(self.mode, (*hosts, *self.hosts), replicas, draft, len(draft) // pods, pods=pods)
+        return Topology(self.mode, (*hosts, *self.hosts), replicas, draft, len(draft) // pods, pods=pods, apart=True)
 
     @property
     def world_size(self) -> int:
@@ -197,7 +196,19 @@ class Topology:
         """Every (target rank, draft rank) pair that features cross, in an order that is the same on all ranks."""
         if self.mode != "split":
             return ()
-        return tuple(Link(s, d) for s in self.target_ranks for d in self.draft_ranks)
+        return tuple(
+            Link(source, destination)
+            for ranks, pods in zip(self.replicas, self.reach, strict=True)
+            for source in ranks
+            for pod in pods
+            for row in self.pod(pod)
+            for destination in row
+        )
+
+    @cached_property
+    def reach(self) -> tuple[tuple[int, ...], ...]:
+        """The pods that each replica computes for."""
+        return (tuple(range(self.pods)),) * len(self.replicas) if self.apart else reach(len(self.replicas), self.pods)
 
     def role(self, rank: int) -> str:
         """The role and coordinates of a rank."""
@@ -232,17 +243,6 @@ class _Request:
     def ranks(self) -> range:
         return range(len(self.hosts))
 
-    def pods(self, dp: int) -> dict[str, int]:
-        """How `dp` data-parallel draft ranks are divided, as `Topology` says it. Raises ConfigError."""
-        shards = self.pod or max(size for size in range(1, min(dp, MOST_SHARDS) + 1) if dp % size == 0)
-        if dp % shards:
-            raise ConfigError.at(
-                "draft.pod",
-                f"={shards} does not divide the {dp} data-parallel draft ranks: pods have as many ranks each",
-                "draft.dp",
-            )
-        return {"shards": shards, "pods": dp // shards}
-
     def with_role(self, role: Role | None) -> list[int]:
         return [rank for rank in self.ranks if self.roles[rank] == role]
 
@@ -273,7 +273,8 @@ def _split(ask: _Request) -> Topology:
             f"the draft{f', on {ask.name_hosts(free)}' if free else ''}",
             "target.replicas target.tp draft.dp draft.cp",
         )
-    return Topology("split", ask.hosts, placed, _rows(free, ask.cp), **ask.pods(dp))
+    shards, pods = divide(dp, ask.pod)
+    return Topology("split", ask.hosts, placed, _rows(free, ask.cp), shards, pods=pods)
 
 
 def _target_candidates(ask: _Request) -> tuple[list[int], str]:
@@ -364,7 +365,8 @@ def _target_only(ask: _Request) -> Topology:
             "target.replicas target.tp",
         )
     placed = _place_replicas(ask, replicas, list(ask.ranks))
-    return Topology(ask.world.mode, ask.hosts, placed, (), **ask.pods(ask.dp or ask.pod or 1))
+    shards, pods = divide(ask.dp or ask.pod or 1, ask.pod)
+    return Topology(ask.world.mode, ask.hosts, placed, (), shards, pods=pods)
 
 
 def _draft_only(ask: _Request) -> Topology:
@@ -377,7 +379,8 @@ def _draft_only(ask: _Request) -> Topology:
             f"{ask.name_hosts(ask.ranks)}",
             "draft.dp draft.cp",
         )
-    return Topology(ask.world.mode, ask.hosts, (), _rows(ask.ranks, ask.cp), **ask.pods(dp))
+    shards, pods = divide(dp, ask.pod)
+    return Topology(ask.world.mode, ask.hosts, (), _rows(ask.ranks, ask.cp), shards, pods=pods)
 
 
 _SPLIT = {"both": _split, "draft": _draft_only, "target": _target_only}

@@ -281,7 +281,11 @@ def _link_lines(plan: Plan) -> list[str]:
         return [*lines, "no links: features stay on the rank that computes them"]
     tokens = plan.job.prompts.tokens_per_rank
     if topology.pods > 1:
-        lines.append(f"{topology.pods} pods of {topology.shards} data-parallel draft ranks, a batch for each in turn")
+        most = max(map(len, topology.reach))
+        lines.append(
+            f"{topology.pods} pods of {topology.shards} data-parallel draft ranks, a batch for each in turn; a replica "
+            f"computes for {'all' if most == topology.pods else f'up to {most}'} of them"
+        )
     return [
         *lines,
         f"{len(topology.links)} links: target ranks {ranges(topology.target_ranks)} -> draft ranks "

@@ -98,8 +98,7 @@ class Coordinator:
         self._draft_of = {rank: draft for draft, rank in enumerate(topology.draft_ranks)}
         self.replicas: Replicas | None = None
         if scheduler is not None:
-            inform, own = self._observer.inform, topology.replicas
-            self.replicas = Replicas(scheduler, self.peers, config, send, inform, own, rules)
+            self.replicas = Replicas(scheduler, self.peers, config, send, self._observer.inform, topology, rules)
         self._join_by, self._ready_by = now + join_timeout_s, now + config.load_timeout_s
         self._join_timeout = join_timeout_s
         self._next_pulse = now

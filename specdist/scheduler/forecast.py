@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from specdist.scheduler.messages import WARM_ITEMS
@@ -28,6 +29,11 @@ class Line:
     """Computed, without a slot."""
     since: float = 0.0
     """When it could begin the first of `items`."""
+    pods: Collection[int] | None = None
+    """Those that it computes for; None: all."""
+
+    def serves(self, pod: int) -> bool:
+        return self.pods is None or pod in self.pods
 
 
 class Forecast:
@@ -56,11 +62,13 @@ class Forecast:
     def forget(self, replica: int) -> None:
         self._speeds.pop(replica, None)
 
-    def first(self, depth: int, due: int | None, now: float) -> tuple[int, int] | None:
-        """Of the replicas with fewer than `depth` items to compute and no rows that wait for a slot, the one that would
-        be done first with one more; and how many items the others will be done with before, though they have no room
-        for them yet: those whose rows wait get none before `due` is computed, which the draft ranks wait for."""
-        room = [replica for replica, line in self._lines.items() if not line.held and len(line.items) < depth]
+    def first(self, depth: int, due: int | None, now: float, but: Collection[int] = ()) -> tuple[int, int] | None:
+        """Of the replicas `but` some, with fewer than `depth` items to compute and no rows that wait for a slot, the
+        one that would be done first with one more; and how many items the others will be done with before, though they
+        have no room for them yet: those whose rows wait get none before `due` is computed, which the draft ranks wait
+        for."""
+        lines = {replica: line for replica, line in self._lines.items() if replica not in but}
+        room = [replica for replica, line in lines.items() if not line.held and len(line.items) < depth]
         if not room:
             return None
         later = min((self._computed_in(due, owner, now) for owner in self._owners(due)), default=0.0)
@@ -72,18 +80,19 @@ class Forecast:
         end, replica = min((sum(times[r]), r) for r in room)
         return replica, sum(max(math.ceil((end - free) / each - 1e-6) - 1, 0) for free, each in times.values())
 
-    def helper(self, depth: int, due: int, now: float) -> int | None:
-        """Of the replicas with fewer than `depth` items to compute the one that should be given `due` now, for those
-        that have it, or will have room for it, would be done so much later; None if there is none."""
+    def helper(self, depth: int, due: int, pod: int, now: float) -> int | None:
+        """Of the replicas for this pod with fewer than `depth` items to compute the one that should be given `due` now,
+        for those that have it, or will have room for it, would be done so much later; None if there is none."""
         owners = self._owners(due)
         if len(owners) > 1 or (owners and not self._is_late(owners[0], now)):
             return None
-        others = (r for r, line in self._lines.items() if r not in owners and len(line.items) < depth)
+        lines = {replica: line for replica, line in self._lines.items() if line.serves(pod)}
+        others = (r for r, line in lines.items() if r not in owners and len(line.items) < depth)
         end, replica = min(((self._end(r, now), r) for r in others), default=(math.inf, -1))
         if owners:
             expected = self._computed_in(due, owners[0], now) / _GAIN
         else:
-            busy = (r for r, line in self._lines.items() if line.items and not line.held)
+            busy = (r for r, line in lines.items() if line.items and not line.held)
             expected = min((self._end(r, now) for r in busy), default=math.inf)
         return replica if end < expected else None
 

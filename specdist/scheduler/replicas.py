@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from specdist.core.attempts import Failure
+from specdist.core.topology import Topology
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.messages import (
     PROTOCOL_VERSION,
@@ -83,7 +84,7 @@ class Replicas:
     """All replicas. In the server's thread, as the coordinator is.
 
     Args:
-        own: the ranks of each replica of the scheduler's own world.
+        own: the scheduler's own world.
         rules: where target worlds may join; else None.
         inform: shows people a line about what becomes of replicas.
     """
@@ -95,7 +96,7 @@ class Replicas:
         config: ControlConfig,
         send: Send,
         inform: Callable[[str], None],
-        own: Iterable[tuple[int, ...]],
+        own: Topology,
         rules: RemoteRules | None,
     ):
         self._scheduler, self._peers, self._config, self._send, self._inform = scheduler, peers, config, send, inform
@@ -110,11 +111,11 @@ class Replicas:
         """What is sent to the ranks of a dropped replica."""
         self._alone_since: float | None = None
         self._end: Stop | None = None
-        for ranks in own:
+        for ranks, pods in zip(own.replicas, own.reach, strict=True):
             replica = Replica(len(self._replicas), len(ranks), dict(enumerate(ranks)))
             self._replicas.append(replica)
             self._of |= dict.fromkeys(ranks, replica)
-            scheduler.add_replica(replica.number)
+            scheduler.add_replica(replica.number, pods)
 
     def ranks(self, replica: int) -> list[int]:
         """The ranks of a replica, by their numbers here."""

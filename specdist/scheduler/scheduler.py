@@ -25,8 +25,8 @@ out.
 
 from __future__ import annotations
 
-from bisect import bisect, insort
-from collections.abc import Iterable
+from bisect import bisect, bisect_left, insort
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -245,9 +245,10 @@ class Scheduler:
         """The replicas that there are."""
         return tuple(self._lines)
 
-    def add_replica(self, replica: int) -> None:
-        """Give work to one more replica, whose number no other has had."""
-        self._lines[replica] = Line()
+    def add_replica(self, replica: int, pods: Collection[int] | None = None) -> None:
+        """Give work to one more replica, whose number no other has had. `pods`: those that it computes for (None: all);
+        each is some replica's."""
+        self._lines[replica] = Line(pods=pods)
         self._changed = True
 
     def drop_replica(self, replica: int) -> tuple[int, ...]:
@@ -368,27 +369,36 @@ class Scheduler:
 
     def _choose(self, due: int | None, now: float) -> tuple[int, int] | None:
         """The replica that is given an item next, and the place of that item among those that nobody computes."""
-        found = self._forecast.first(self._depth, due, now)
-        if found is None:
-            return None
-        replica, place = found
-        if place:  # what it has before that one comes first
-            place = max(place, bisect(self._waiting, max(self._lines[replica].items, default=-1)))
-        item = self._waiting[place] if place < len(self._waiting) else self._next + place - len(self._waiting)
-        reach = sum(slots.count for slots in self._pods) + _REACH * len(self._lines)
-        if item >= self._low + reach or (self._end is not None and item >= self._end):
-            return None
-        return replica, place
+        beyond, without = self._low + sum(slots.count for slots in self._pods) + _REACH * len(self._lines), set[int]()
+        beyond = beyond if self._end is None else min(beyond, self._end)
+        while (found := self._forecast.first(self._depth, due, now, without)) is not None:
+            replica, place = found
+            line = self._lines[replica]
+            if place:  # what it has before that one comes first
+                place = max(place, bisect(self._waiting, max(line.items, default=-1)))
+            while (item := self._at(place)) < beyond and not line.serves(self.pod(item)):
+                place += 1
+            if item < beyond:
+                return replica, place
+            if line.pods is None:
+                break
+            without.add(replica)
+        return None
+
+    def _at(self, place: int) -> int:
+        """The item at a place among those that nobody computes."""
+        return self._waiting[place] if place < len(self._waiting) else self._next + place - len(self._waiting)
 
     def _hasten(self, due: int, now: float) -> None:
         """See to it that the item which the draft ranks wait for is computed; see the module's docstring."""
-        helper = self._forecast.helper(self._depth, due, now)
+        helper = self._forecast.helper(self._depth, due, self.pod(due), now)
         for replica, line in self._lines.items():
             for item in sorted(line.held):
                 if replica == helper or (item > due and due in line.items):
                     self._drop(item, now)
+        place = bisect_left(self._waiting, due)
         if helper is not None and (due >= self._next or due in self._waiting):
-            self._dispatch(helper, 0, now)
+            self._dispatch(helper, place + max(due - self._next, 0), now)
         elif helper is not None:
             self._compute(due, helper, now)
 

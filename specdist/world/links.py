@@ -69,13 +69,13 @@ def _pairs(links: list[Link], topology: Topology) -> str:
 
 def rounds(topology: Topology) -> Iterator[Link]:
     """All links, in an order in which no ranks wait for each other in a circle."""
-    sources, destinations = topology.target_ranks, topology.draft_ranks
+    sources, destinations, links = topology.target_ranks, topology.draft_ranks, frozenset(topology.links)
     rounds = max(len(sources), len(destinations))
     for shift in range(rounds):
         for i in range(rounds):
             j = (i + shift) % rounds
-            if i < len(sources) and j < len(destinations):
-                yield Link(sources[i], destinations[j])
+            if i < len(sources) and j < len(destinations) and (link := Link(sources[i], destinations[j])) in links:
+                yield link
 
 
 def _touch(

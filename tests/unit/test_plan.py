@@ -103,7 +103,7 @@ def test_what_verifying_takes_and_a_receive_buffer_that_is_small_for_the_replica
 def test_what_a_rank_needs_does_not_grow_with_the_pods(job):
     one, four = (make_plan(job(draft__pod=2, draft__sharding="replicate"), ["a"] * (1 + n), 2**30) for n in (2, 8))
     assert one.needs == four.needs
-    assert "4 pods of 2 data-parallel draft ranks, a batch for each in turn" in render(four)
+    assert "4 pods of 2 data-parallel draft ranks, a batch for each in turn; a replica computes for all" in render(four)
     assert "pods" not in render(one)
     assert "receive buffer:" not in render(make_plan(job(target__replicas=16, draft__pod=2), ["a"] * 20, 2**30))
 

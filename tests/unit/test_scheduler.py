@@ -10,6 +10,7 @@ import pytest
 from benchmarks.flow import Case, Times, World
 from benchmarks.scheduler import measure, measure_case
 from specdist.core.errors import ConfigError
+from specdist.core.pods import reach
 from specdist.scheduler.config import SchedulerConfig
 from specdist.scheduler.messages import Deliver, Dispatch, Send
 from specdist.scheduler.scheduler import ProtocolError, Scheduler
@@ -18,8 +19,8 @@ from specdist.scheduler.scheduler import ProtocolError, Scheduler
 def make(replicas: int = 2, **changes: object) -> Scheduler:
     settings = {"draft_ranks": 2, "slots": 8, "queue_depth": 2, "timeout": 10.0}
     scheduler = Scheduler(**{**settings, **changes})  # type: ignore[arg-type]
-    for replica in range(replicas):
-        scheduler.add_replica(replica)
+    for replica, pods in enumerate(reach(replicas, int(str(changes.get("pods", 1))))):
+        scheduler.add_replica(replica, None if changes.get("elastic") else pods)
     return scheduler
 
 
@@ -281,7 +282,7 @@ def test_the_benchmark_runs() -> None:
 def play(seed: int, vanish: bool = False, stop: bool = False) -> None:
     """A small world in which everything takes random times, from replicas that all but hang to such that are quick."""
     rng = random.Random(seed)
-    replicas, together, pods = rng.randint(1, 5), rng.choice((1, 1, 2, 3)), rng.choice((1, 1, 2, 3))
+    replicas, together, pods = rng.randint(1, 5), rng.choice((1, 1, 2, 3)), rng.choice((1, 1, 2, 3, 4, 5))
     slots, end = rng.randint(together, 9), None if stop else rng.randint(0, 12) * together * pods
     speeds, skew = [rng.choice((1.0, 1.0, 4.0, 200.0)) for _ in range(replicas)], rng.choice((0.1, 1.0, 20.0))
     depth, in_turn = rng.randint(1, 4), rng.random() < 0.5
@@ -335,13 +336,16 @@ def test_a_world_of_64_draft_ranks_and_128_replicas() -> None:
     assert sorted(world.arrivals) == list(range(400))
 
 
-@pytest.mark.parametrize(("words", "slots", "jitter", "least"), [
-    (["1x7", "0.5"], 16, 0.0, 0.93),
-    (["1x7", "0.25"], 16, 0.0, 0.89),
-    (["1x12"], 16, 0.1, 0.98),
-    (["1x12"], 8, 0.1, 0.98),
-    (["1x7", "0.25"], 10, 0.1, 0.89),
+@pytest.mark.parametrize(("words", "slots", "jitter", "pods", "least"), [
+    (["1x7", "0.5"], 16, 0.0, 1, 0.93),
+    (["1x7", "0.25"], 16, 0.0, 1, 0.89),
+    (["1x12"], 16, 0.1, 1, 0.98),
+    (["1x12"], 8, 0.1, 1, 0.98),
+    (["1x7", "0.25"], 10, 0.1, 1, 0.89),
+    (["1x5", "0.5", "1x20", "0.5x2", "1x4"], 8, 0.1, 8, 0.93),
 ])  # fmt: skip
-def test_a_slow_replica_costs_its_own_share_only(words: list[str], slots: int, jitter: float, least: float) -> None:
-    case = Case.of(words, slots=slots, jitter=jitter)
-    assert least <= measure_case(case, items=1000) <= case.ideal + 0.02
+def test_a_slow_replica_costs_its_own_share_only(
+    words: list[str], slots: int, jitter: float, pods: int, least: float
+) -> None:
+    case = Case.of(words, slots=slots, jitter=jitter, pods=pods)
+    assert least <= measure_case(case, items=1000) <= case.ideal + 0.02 * pods

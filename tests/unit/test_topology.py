@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The division of the world, and the arithmetic in its errors."""
 
+from collections import Counter
+
 import pytest
 
 from specdist.core.errors import ConfigError, WorldError
 from specdist.core.launch_env import RankFacts
 from specdist.core.topology import DraftPlace, Link, TargetPlace, Topology, WorldConfig
 from specdist.world.groups import ranges
+from specdist.world.links import rounds
 
 
 def build(ranks, *, per_host=8, **asked):
@@ -172,6 +175,19 @@ def test_pods_are_equal_and_as_few_as_16_ranks_each_allow():
         build(9, pod=3)
     with pytest.raises(ConfigError, match=r"^draft.pod=2 divides the draft ranks of world.mode=split"):
         build(4, mode="colocated", replicas=None, pod=2)
+
+
+@pytest.mark.parametrize("pods", [1, 3, 4, 16, 64])
+def test_links_of_a_rank_do_not_grow_with_the_pods(pods):
+    """Two replicas of two ranks for each pod of two ranks; a replica computes for up to three."""
+    topology = build(6 * pods, replicas=2 * pods, tp=2, pod=2)
+    assert topology.pods == pods
+    reached = min(pods, 3)
+    links = Counter(rank for link in topology.links for rank in (link.source, link.destination))
+    assert {links[rank] for rank in topology.target_ranks} == {2 * reached}
+    assert {links[rank] for rank in topology.draft_ranks} == {4 * reached}
+    assert Counter(rounds(topology)) == Counter(topology.links)
+    assert all(len(pods) >= 64 // 5 + 2 for pods in build(69, replicas=5, pod=1).reach)
 
 
 def test_a_process_without_a_launcher_is_told_how_to_start(monkeypatch):

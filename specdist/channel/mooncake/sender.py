@@ -59,7 +59,7 @@ class MooncakeSender(RingSender[_Sending]):
 
     def connect(self, timeout_s: float, check: Check) -> None:
         describe = self._wire.topology.describe
-        for draft in self._wire.topology.draft_ranks:
+        for draft in (link.destination for link in self._wire.topology.links if link.source == self._wire.rank):
             found = self._wire.book.find(draft, describe(draft), timeout_s, check)
             endpoint = msgspec.json.decode(found, type=Endpoint)
             if endpoint.protocol != self._engine.protocol:
