@@ -126,10 +126,8 @@ def measure(replicas: int = 128, tp: int = 8, draft_ranks: int = 128, processes:
     counts = sum((part[0] for part in parts), Counter[str]())
     began, ended = max(part[1] for part in parts), max(part[2] for part in parts)
     kinds = {key: counts[key] for key in ("writes", "reads", "waits", "looks")}
-    most = max(links.values())
-    return StoreCost(
-        size, len(topology.links), most, **kinds, store_s=time.process_time() - before, seconds=ended - began
-    )
+    store_s, links_of_rank = time.process_time() - before, max(links.values())
+    return StoreCost(size, len(topology.links), links_of_rank, **kinds, store_s=store_s, seconds=ended - began)
 
 
 def _part(ranks: Sequence[int], size: int, target: tuple[int, int], port: int, found: Any) -> None:
