@@ -78,9 +78,10 @@ class Agent:
         if leads:
             RunDirectory(self._run_dir).create()
             self._begin([node.host for node in meeting.nodes], meeting.ranks)
-        with ending_stuck_ranks(self._record):
+        tell = self._fail if recorded else _show
+        with ending_stuck_ranks(self._record, self._place.host, tell) as killed:
             failed = self._run_ranks(meeting, program)
-        self._name_killed(failed, stop.reason)
+        self._name_killed({rank: status for rank, status in failed.items() if rank not in killed}, stop.reason)
         if not recorded:
             return ExitStatus.GIVE_UP if failed else ExitStatus.DONE
         return self._account(failed, stop.reason)
@@ -200,6 +201,10 @@ class Agent:
 
     def _fail(self, failure: Failure) -> None:
         self._record.tell(failure, sys.stderr)
+
+
+def _show(failure: Failure) -> None:
+    print(f"specdist: {failure.place}: {failure.message}", file=sys.stderr)
 
 
 def _end(status: int) -> str:

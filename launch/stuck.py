@@ -1,44 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that do not end with their world: one that is stuck, and alone on its node, nobody else would end."""
+"""Ranks that do not end with their world, and ranks that a signal has stopped: nobody else would end them, and while
+the ranks meet nobody else would know."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import psutil
 
-from specdist.core.attempts import AttemptRecord
+from specdist.core.attempts import AttemptRecord, Failure
 from specdist.run.rank_log import SHOW_STACKS
 
-_LOOK_S, _SHOW_S = 5.0, 2.0
+_LOOK_S, _SHOW_S = 1.0, 2.0
+STOPPED_LOOKS = 10
+"""A rank that is stopped at so many looks in a row is lost to the others. Looks, not seconds: where a batch system
+suspends a job, this process is stopped too. A debugger's hold is another state."""
 PATIENCE_S = 75.0
 """Ranks that can end themselves in 60 at most (`SAVE_S` of specdist/run/control_plane.py)."""
 
 
 @contextlib.contextmanager
-def ending_stuck_ranks(record: AttemptRecord, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """While the block runs, give this process's children `patience_s` seconds after the attempt's failure is on record,
-    then have them show where they are and kill them."""
-    over = threading.Event()
+def ending_stuck_ranks(
+    record: AttemptRecord, host: str, tell: Callable[[Failure], None], patience_s: float = PATIENCE_S
+) -> Iterator[set[int]]:
+    """While the block runs, `tell` of each of this process's ranks on `host` that was stopped, and kill it; and give
+    all `patience_s` seconds after the attempt's failure is on record, then have them show where they are and kill
+    them. Yields the numbers of those that were killed."""
+    over, killed = threading.Event(), set[int]()
+
+    def kill(ranks: dict[int, psutil.Process]) -> None:
+        killed.update(ranks)
+        _send(ranks, signal.SIGKILL)
 
     def watch() -> None:
-        while not record.failure_file.exists():
-            if over.wait(_LOOK_S):
-                return
-        if over.wait(patience_s):
-            return
-        for number, wait_s in ((SHOW_STACKS, _SHOW_S), (signal.SIGKILL, 0.0)):
-            for child in psutil.Process().children():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.send_signal(number)
-            if over.wait(wait_s):
+        stopped, failed_at = Counter[int](), None
+        while not over.wait(_LOOK_S):
+            ranks = _ranks()
+            stopped = Counter({rank: stopped[rank] + 1 for rank in ranks if _is_stopped(ranks[rank])})
+            for rank in [rank for rank, looks in stopped.items() if looks >= STOPPED_LOOKS]:
+                words = f"stopped by a signal, and it did not go on for {STOPPED_LOOKS * _LOOK_S:.0f} s"
+                tell(Failure("lost", words, rank, host=host, pid=ranks[rank].pid))
+                kill({rank: ranks[rank]})
+            if failed_at is None and record.failure_file.exists():
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() - failed_at > patience_s:
+                _send(ranks, SHOW_STACKS)
+                if not over.wait(_SHOW_S):
+                    kill(ranks)
                 return
 
     threading.Thread(target=watch, name="specdist-stuck", daemon=True).start()
     try:
-        yield
+        yield killed
     finally:
         over.set()
+
+
+def _ranks() -> dict[int, psutil.Process]:
+    """This process's ranks, by number."""
+    found = {}
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            found[int(child.environ().get("RANK", -1))] = child
+    return {number: process for number, process in found.items() if number >= 0}
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.status() == psutil.STATUS_STOPPED)
+    return False
+
+
+def _send(ranks: dict[int, psutil.Process], number: int) -> None:
+    for process in ranks.values():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)

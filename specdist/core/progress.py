@@ -28,7 +28,8 @@ class CheckpointConfig:
     """When the state of training is saved and how much of it is kept."""
 
     every: int = 500
-    """Optimizer steps between two checkpoints (always one at the end and one on SIGTERM/SIGINT); 0: not by steps."""
+    """Optimizer steps between two checkpoints (always one before an evaluation, at the end and on SIGTERM/SIGINT); 0:
+    not by steps."""
     every_s: float = 300.0
     """Seconds after which a checkpoint is saved in any case: no more work than that, and the time to write it, can be
     lost; 0: not by time."""
@@ -42,8 +43,8 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Write in the background while training goes on."""
     keep_best: Literal["acceptance_length", "loss", "none"] = "acceptance_length"
-    """Save and keep the checkpoint with the best figure on held-out text, beside the newest ones, and export that. With
-    none, and without `prompts.holdout`, the newest is exported."""
+    """Keep the checkpoint with the best figure on held-out text, beside the newest ones, and export that. With none,
+    and without `prompts.holdout`, the newest is exported."""
 
     def __post_init__(self) -> None:
         for key, least in (("every", 0), ("every_s", 0), ("give_up_s", 0), ("keep", 1)):

@@ -109,12 +109,23 @@ class Checkpointer:
             self.finish()
 
     def note(self, evaluated: Evaluated) -> None:
-        """Say in the complete checkpoint of that step what an evaluation has found since it was saved."""
-        if self._leader:
-            path = checkpoint_path(self._directory, evaluated.step)
-            with contextlib.suppress(OSError):  # then the next start evaluates again
-                files = json.loads((path / COMMIT).read_text()).get("files", {})
-                _mark(path / COMMIT, replace(read_progress(path), evaluated=evaluated), files)
+        """Say in the checkpoint of that step, once it is complete, what an evaluation has found since it was saved."""
+        written = self._writing
+        if self.saved_step != evaluated.step:  # that has failed
+            return
+
+        def add() -> None:
+            if written is not None:
+                written.result()
+            if self._leader:
+                path = checkpoint_path(self._directory, evaluated.step)
+                with contextlib.suppress(OSError):  # then the next start evaluates again
+                    files = json.loads((path / COMMIT).read_text()).get("files", {})
+                    _mark(path / COMMIT, replace(read_progress(path), evaluated=evaluated), files)
+
+        self._writing = self._background.submit(add)
+        if not self._config.asynchronous:
+            self.finish()
 
     def poll(self) -> None:
         """Take note of a background save that has finished; call it at every step. Never waits."""

@@ -107,12 +107,13 @@ class Trainer:
         self.bad_samples.count, self.bad_samples.seen = progress.bad
         checkpointer.begin(progress.step)
         try:
-            progress = self._evaluate_left(recipe, progress, checkpointer, stop, reporter)
+            progress = self._evaluate_saved(recipe, progress, checkpointer, stop, reporter)
             while not self._done(recipe, progress) and not self._evaluation_left(progress):
                 indices = self.items.schedule.training(progress.step)
                 self._profile.reach(indices.start, indices.start)
                 with span(f"step {progress.step + 1}", indices.start):
-                    micro_batches, course = self._receive_all(indices, stop, checkpointer.due)
+                    due = checkpointer.due and checkpointer.saved_step != progress.step
+                    micro_batches, course = self._receive_all(indices, stop, due)
                     if course is Course.STOP:
                         break
                     if course is Course.SAVE:
@@ -126,11 +127,11 @@ class Trainer:
                 if progress.step % recipe.log_every == 0 or progress.step == recipe.total_steps:
                     with span("metrics", progress.next_item - 1):
                         reporter.record(progress.step, self._metrics(), self._work_done())
-                progress = self._evaluate(progress, stop, reporter)
                 checkpointer.poll()
                 on_time = recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0
-                if self._improved(recipe, progress) or on_time:
+                if on_time or self._evaluation_left(progress):  # that may take long
                     self._save(progress, checkpointer)
+                progress = self._evaluate_saved(recipe, progress, checkpointer, stop, reporter)
             self.look_back()
         except TrainingDiverged:
             checkpointer.finish()  # all ranks come here, and what was saved before the step is good
@@ -164,27 +165,27 @@ class Trainer:
         made = progress.evaluated is not None and progress.evaluated.step == progress.step
         return self.items.schedule.is_due(progress.step) and not made
 
-    def _evaluate_left(
+    def _evaluate_saved(
         self, recipe: Recipe, progress: Progress, checkpointer: Checkpointer, stop: StopFlag, reporter: Reporter
     ) -> Progress:
-        """Make the evaluation that a stop came before, of what an earlier start saved; it counts as if made then."""
+        """Evaluate what was saved, by this start or, where a stop or a kill came before the evaluation, by an earlier
+        one; its checkpoint then says what was found."""
         found = self._evaluate(progress, stop, reporter)
         if found is not progress and found.step:
             assert found.evaluated is not None
-            self._improved(recipe, found)
+            self._compare(recipe, found.evaluated)
             checkpointer.note(found.evaluated)
         return found
 
-    def _improved(self, recipe: Recipe, progress: Progress) -> bool:
-        """Whether this step's evaluation found the best draft so far."""
-        figure, found, judge = recipe.checkpoint.keep_best, progress.evaluated, self._judge
-        if figure == "none" or judge is None or found is None or found.step != progress.step:
-            return False
+    def _compare(self, recipe: Recipe, found: Evaluated) -> None:
+        """Take note of the best draft so far."""
+        figure, judge = recipe.checkpoint.keep_best, self._judge
+        assert judge is not None
         best = judge.best
-        if best is not None and best.basis == found.basis and found.merit(figure) <= best.merit(figure):
-            return False
-        judge.best = found
-        return True
+        if figure != "none" and (
+            best is None or best.basis != found.basis or found.merit(figure) > best.merit(figure)
+        ):
+            judge.best = found
 
     def _evaluate(self, progress: Progress, stop: StopFlag, reporter: Reporter) -> Progress:
         """Evaluate where it is due. A stop comes first: the start that follows makes the evaluation."""

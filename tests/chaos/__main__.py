@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.chaos.material import Material
-from tests.chaos.seed import PHASES, Outcome, play
+from tests.chaos.seed import PHASES, Outcome, lacking, play
 
 
 def main() -> int:
@@ -25,6 +25,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as directory:
         material = Material(Path(directory))
         for seed in range(args.first, args.first + args.seeds):
+            if lack := lacking(seed):
+                print(f"{seed:>4} is left out: there is no {lack}")
+                continue
             outcome = play(seed, Path(directory) / f"seed-{seed}", material.files, material.undisturbed)
             outcomes.append(outcome)
             print(line(outcome), flush=True)
@@ -41,7 +44,7 @@ def main() -> int:
 def line(outcome: Outcome) -> str:
     hit = "" if outcome.hit is None else f" {outcome.role} rank {outcome.hit}".replace("  ", " ")
     told = "before it was hit" if outcome.told_s is None else f"ended after {outcome.told_s:.1f} s: {outcome.said}"
-    end = f"BROKEN: {outcome.broken}" if outcome.broken else f"done in {outcome.starts} starts"
+    end = f"BROKEN: {outcome.broken}" if outcome.broken else f"done in {outcome.starts} starts, {outcome.seconds:.0f} s"
     return f"{outcome.seed:>4} {outcome.world:<10} {outcome.phase:<11} {outcome.fault}{hit}: {told}; {end}"
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from tests import forks
 from tests.chaos import frames
 
 _PIDFD_GETFD = 438
@@ -76,7 +77,7 @@ def _kill(victims: Victims) -> int:
 
 def _stop(victims: Victims) -> int:
     number, process = victims.rank()
-    process.suspend()
+    forks.suspend(process)
     return number
 
 

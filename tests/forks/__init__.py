@@ -76,6 +76,15 @@ def fork_of(process: psutil.Process) -> psutil.Process:
     return process
 
 
+def suspend(fork: psutil.Process) -> None:
+    """Stop a process, and where it is a fork also the one that whoever started it sees in its place."""
+    fork.suspend()
+    for note in _directory().iterdir():
+        with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess):
+            if note.name.isdigit() and int(note.read_text()) == fork.pid:
+                psutil.Process(int(note.name)).suspend()
+
+
 def family(pid: int) -> list[psutil.Process]:
     """A process, its fork, and all that descends from them."""
     found: list[psutil.Process] = []

@@ -289,28 +289,46 @@ def test_starts_stand_in_their_order_though_the_clock_was_set_back(tmp_path: Pat
 
 
 _STUCK = """
-import faulthandler, signal, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from pathlib import Path
 from specdist.core.attempts import AttemptRecord, Failure
 from specdist_launch import stuck as module
 
-module._LOOK_S, module._SHOW_S, record = 0.1, 0.5, AttemptRecord(Path(sys.argv[1]))
+module._LOOK_S, module._SHOW_S, module.STOPPED_LOOKS, record = 0.1, 0.5, 8, AttemptRecord(Path(sys.argv[1]))
 stuck = "import faulthandler, signal, time; faulthandler.register(signal.SIGQUIT); print(flush=True); time.sleep(99)"
 log = record.directory / "target/h2-rank1.log"
 log.parent.mkdir(parents=True)
-with log.open("w") as file, module.ending_stuck_ranks(record, 0.2):
-    child = subprocess.Popen([sys.executable, "-c", stuck], stdout=subprocess.PIPE, stderr=file)
+
+def start(rank):
+    environment, pipe = {**os.environ, "RANK": str(rank)}, subprocess.PIPE
+    child = subprocess.Popen([sys.executable, "-c", stuck], stdout=pipe, stderr=log.open("w"), env=environment)
     child.stdout.readline()
-    record.fail(Failure("lost", "silent", rank=1))
-    assert child.wait(30) == -signal.SIGKILL
+    return child
+
+with module.ending_stuck_ranks(record, "h2", record.fail, 1) as killed:
+    waiting, stopped = start(1), start(2)
+    for _ in range(3):  # never for long
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            waiting.send_signal(number)
+            time.sleep(0.3)
+    stopped.send_signal(signal.SIGSTOP)
+    assert stopped.wait(30) == -signal.SIGKILL
+    assert killed == {2} and waiting.poll() is None
+    assert waiting.wait(30) == -signal.SIGKILL
+    assert killed == {1, 2}
 record.add_stacks()
 """
 
 
-def test_a_rank_that_outlives_the_failure_shows_where_it_is_and_is_killed(tmp_path: Path) -> None:
+def test_a_rank_that_a_signal_has_stopped_is_named_and_who_outlives_the_failure_shows_where_it_is(
+    tmp_path: Path,
+) -> None:
+    """Both are killed."""
     subprocess.run([sys.executable, "-c", _STUCK, tmp_path], check=True, timeout=60)
     failure = AttemptRecord(tmp_path).failure()
     assert failure is not None
+    assert (failure.kind, failure.place) == ("lost", "rank 2 (host h2)")
+    assert failure.message == "stopped by a signal, and it did not go on for 1 s"
     assert list(failure.stacks) == ["target/h2-rank1"]
     assert failure.stacks["target/h2-rank1"].startswith("Current thread 0x")
     assert 'File "<string>", line 1 in <module>' in failure.stacks["target/h2-rank1"]

@@ -61,10 +61,11 @@ def progress(step: int) -> Progress:
 
 
 def test_what_an_evaluation_finds_later_is_noted_and_all_else_stays(tmp_path, group):
-    checkpointer = Checkpointer(tmp_path, CheckpointConfig(asynchronous=False), group, 0)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(), group, 0)
     checkpointer.save(*state(), progress(2))
     found = Evaluated(2, 1.5, 0.5)
-    checkpointer.note(found)
+    checkpointer.note(found)  # it may not be written yet
+    checkpointer.finish()
     (path,) = committed(tmp_path)
     assert read_progress(path) == replace(progress(2), evaluated=found)
     assert best_checkpoint(tmp_path, "acceptance_length") == path

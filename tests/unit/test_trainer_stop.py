@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stop in the middle of an evaluation ends the loop there, and the next start makes it."""
+"""What an evaluation follows is saved; a stop in the middle of it ends the loop there, and the next start makes it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from specdist.core.progress import Evaluated, Progress
+from specdist.core.progress import Cursor, Evaluated, Progress
 from specdist.core.stop import StopFlag, StopReason
 from specdist.prompts.schedule import Schedule
 from specdist.training.config import CheckpointConfig, OptimizerConfig, Recipe, TrainConfig
 from specdist.training.parts import FeatureSource
-from specdist.training.trainer import Trainer
+from specdist.training.trainer import Course, Trainer
 
 EVALUATED = range(3)
 
@@ -63,7 +63,7 @@ class Alone(Trainer):
 
 
 def alone(kind: type[Trainer], source: FeatureSource, schedule: Schedule, judge: Any) -> Trainer:
-    items = [SimpleNamespace(index=index) for index in range(10)]
+    items = [SimpleNamespace(index=index, end=Cursor()) for index in range(10)]
     model = SimpleNamespace(metric_names=("loss",))
     return kind(
         model,  # type: ignore[arg-type]
@@ -112,3 +112,41 @@ def test_what_a_stop_came_before_counts_where_the_next_start_makes_it(best: floa
     assert noted == [Evaluated(5, 2.0, 1.0)]
     assert judge.best == (noted[0] if is_best else earlier)
     assert trainer.finished
+
+
+class Short(Left):
+    """Each step takes one item and does nothing; what it does otherwise is noted."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.did: list[str] = []
+
+    def _receive_all(self, indices: range, stop: StopFlag, due: bool) -> Any:
+        return [SimpleNamespace(item=self.items[i]) for i in indices], Course.GO
+
+    def train_step(self, step: int, *_: Any) -> None:
+        self.did.append(f"train {step + 1}")
+
+    def _save(self, progress: Progress, checkpointer: Any) -> None:
+        self.did.append(f"save {progress.step}")
+
+    def _evaluate(self, progress: Progress, *_: Any) -> Progress:
+        if not self.items.schedule.evaluation(progress.step):
+            return progress
+        self.did.append(f"evaluate {progress.step}")
+        return super()._evaluate(progress)
+
+
+def test_a_step_is_saved_before_the_evaluation_that_follows_it() -> None:
+    """So whatever ends a long one, nothing that was trained is lost. What it finds goes into that checkpoint."""
+    schedule = Schedule(0, 0, total_steps=2, accumulation=1, evaluation_items=1, every=2)
+    trainer = alone(Short, Late(), schedule, SimpleNamespace(best=None))
+    assert isinstance(trainer, Short)
+    noted: list[Evaluated] = []
+    checkpointer = SimpleNamespace(begin=lambda step: None, due=False, poll=lambda: None, note=noted.append)
+    recipe = Recipe(TrainConfig(), OptimizerConfig(), CheckpointConfig(every=0), log_every=10, total_steps=2)
+    reporter = SimpleNamespace(step=lambda progress: None, record=lambda *_: None)
+    trainer._metrics = trainer._work_done = dict  # type: ignore[method-assign,assign]
+    trainer.train(recipe, Progress(), checkpointer, StopFlag(), reporter)  # type: ignore[arg-type]
+    assert trainer.did == ["evaluate 0", "train 1", "train 2", "save 2", "evaluate 2"]
+    assert [found.step for found in noted] == [2]
