@@ -182,9 +182,7 @@ class Trainer:
         figure, judge = recipe.checkpoint.keep_best, self._judge
         assert judge is not None
         best = judge.best
-        if figure != "none" and (
-            best is None or best.basis != found.basis or found.merit(figure) > best.merit(figure)
-        ):
+        if figure != "none" and (best is None or best.basis != found.basis or found.merit(figure) > best.merit(figure)):
             judge.best = found
 
     def _evaluate(self, progress: Progress, stop: StopFlag, reporter: Reporter) -> Progress:

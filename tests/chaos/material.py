@@ -16,7 +16,7 @@ class Material:
         self._losses: dict[str, Losses] = {}
 
     def undisturbed(self, world: str) -> Losses:
-        world = world if world == "tensor" else "split"  # the others have its losses, bit for bit
+        world = "split" if world == "two" else world  # they have the same, bit for bit
         if world not in self._losses:
             run = Run(self._directory / world, self.files, world)
             run.disk.mkdir(parents=True)

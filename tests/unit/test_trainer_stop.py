@@ -124,6 +124,12 @@ class Short(Left):
     def _receive_all(self, indices: range, stop: StopFlag, due: bool) -> Any:
         return [SimpleNamespace(item=self.items[i]) for i in indices], Course.GO
 
+    def _metrics(self) -> dict[str, float]:
+        return {}
+
+    def _work_done(self) -> Any:
+        return None
+
     def train_step(self, step: int, *_: Any) -> None:
         self.did.append(f"train {step + 1}")
 
@@ -146,7 +152,6 @@ def test_a_step_is_saved_before_the_evaluation_that_follows_it() -> None:
     checkpointer = SimpleNamespace(begin=lambda step: None, due=False, poll=lambda: None, note=noted.append)
     recipe = Recipe(TrainConfig(), OptimizerConfig(), CheckpointConfig(every=0), log_every=10, total_steps=2)
     reporter = SimpleNamespace(step=lambda progress: None, record=lambda *_: None)
-    trainer._metrics = trainer._work_done = dict  # type: ignore[method-assign,assign]
     trainer.train(recipe, Progress(), checkpointer, StopFlag(), reporter)  # type: ignore[arg-type]
     assert trainer.did == ["evaluate 0", "train 1", "train 2", "save 2", "evaluate 2"]
     assert [found.step for found in noted] == [2]
