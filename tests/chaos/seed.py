@@ -367,14 +367,17 @@ def _strike(run: Run, role: str, fault: Fault, chance: random.Random, outcome: O
     while not seen() and time.monotonic() - struck < SOON_S:
         time.sleep(0.05)
     outcome.told_s = time.monotonic() - struck
-    if outcome.told_s >= SOON_S and fault.deadly:
-        raise Broken(f"nothing was told in {SOON_S:.0f} s: {run.said()[-1500:]}")
+    late = f"nothing was told in {SOON_S:.0f} s" if outcome.told_s >= SOON_S else ""
+    if late and fault.deadly:
+        raise Broken(f"{late}: {run.said()[-1500:]}")
     if role == "target":
         outcome.said = "a target world was hit"
         return
     status, failure = run.leader.end(_END_S), told()
     if status is None:
         raise Broken(f"still there {_END_S:.0f} s later: {run.said()[-1500:]}")
+    if late and status != 0:
+        raise Broken(f"{late}, and it failed: {run.said()[-1500:]}")
     outcome.said = "finished" if status == 0 else failure.message.splitlines()[0] if failure else f"status {status}"
     _judge(run, fault, outcome, status, failure)
 

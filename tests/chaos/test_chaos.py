@@ -11,7 +11,7 @@ from tests.chaos.material import Material
 from tests.chaos.seed import choose, lacking, play
 
 SEEDS = (166, 161, 173, 48, 171, 239, 175, 275, 114, 19)
-"""All phases, all faults, and the worlds that share the losses of an undisturbed run or have short ones."""
+"""They have all phases and all faults, in split, colocated and two worlds."""
 
 
 @pytest.fixture(scope="module")

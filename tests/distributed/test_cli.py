@@ -96,6 +96,22 @@ def test_an_export_says_what_it_is(trained, capsys):
         assert "run/checkpoints has step-00000002, step-00000004" in said
 
 
+def test_of_a_damaged_checkpoint_the_one_before_is_exported_and_evaluated(trained, tmp_path, capsys):
+    directory, words, _ = trained
+    newest = directory / "run/checkpoints/step-00000004"
+    data = next(newest.glob("*.distcp"))
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        for command in (["export", "--output", str(tmp_path)], ["eval", "--decode"]):
+            assert main([*command[:1], *words, *command[1:]]) == 0
+            said = capsys.readouterr().err
+            assert f"specdist: the checkpoint {newest} is damaged: {data.name} has other contents" in said
+        assert json.loads((tmp_path / "sglang/config.json").read_text())["specdist"]["step"] == 2
+    finally:
+        data.write_bytes(whole)
+
+
 def umask():
     os.umask(found := os.umask(0))
     return found

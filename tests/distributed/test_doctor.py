@@ -132,6 +132,7 @@ def test_over_mooncake_every_link_is_measured(tmp_path: Path, material: tuple[Pa
     pairs = sorted((link["source"], link["destination"]) for link in found["links"])
     assert pairs == [(0, 2), (0, 3), (1, 2), (1, 3)]
     assert all(link["gb_per_s"] > 0 for link in found["links"])
+    assert len([place for _, place in found["listening"] if place.startswith(("0.0.0.0:", ":::"))]) >= 4, found
 
 
 @mooncake

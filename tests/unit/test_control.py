@@ -30,7 +30,7 @@ from specdist.core.topology import Topology
 from specdist.scheduler import messages
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.config import ControlConfig
-from specdist.scheduler.coordinator import Coordinator
+from specdist.scheduler.coordinator import Coordinator, Observer
 from specdist.scheduler.messages import (
     Computed,
     DecodeError,
@@ -149,11 +149,19 @@ def test_control_config_is_checked() -> None:
 class Office:
     """A coordinator whose messages are collected, with a clock that the test moves."""
 
-    def __init__(self, scheduler: Scheduler | None, topology: Topology = WORLD, config: ControlConfig = QUICK):
+    def __init__(
+        self,
+        scheduler: Scheduler | None,
+        topology: Topology = WORLD,
+        config: ControlConfig = QUICK,
+        observer: Observer | None = None,
+    ):
         self.sent: list[tuple[tuple[int, ...], Message]] = []
         self.lost: set[int] = set()
         self.now = 0.0
-        self.coordinator = Coordinator(scheduler, topology, config, self.send, join_timeout_s=10.0, now=0.0)
+        self.coordinator = Coordinator(
+            scheduler, topology, config, self.send, join_timeout_s=10.0, now=0.0, observer=observer
+        )
 
     def send(self, ranks: Iterable[int], payload: bytes) -> list[int]:
         ranks = tuple(ranks)
@@ -297,6 +305,20 @@ def test_the_first_failure_is_the_one_told_also_to_late_comers() -> None:
     ]
     assert not office.coordinator.done(0.1)
     assert office.coordinator.done(0.3)  # one heartbeat of grace
+
+
+def test_all_ranks_know_of_a_failure_before_it_is_recorded() -> None:
+    """The disk may be full, or slow."""
+
+    class Disk(Observer):
+        def failed(self, failure: Failure) -> None:
+            told.extend(rank for ranks, message in office.sent if isinstance(message, messages.Abort) for rank in ranks)
+
+    told: list[int] = []
+    office = Office(make_scheduler(), observer=Disk())
+    office.open()
+    office.hear(3, failed("out of memory"))
+    assert sorted(told) == list(range(len(WORLD.hosts)))
 
 
 def test_ranks_that_do_not_come_up_are_named() -> None:

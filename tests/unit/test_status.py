@@ -66,7 +66,8 @@ def test_a_run_that_trains_tells_step_queues_bottleneck_and_time(run_dir: Path) 
     assert "the time limit is in 60 min" in said
     assert "saved and started again" not in said
     assert "dropped" not in said
-    write(run_dir, dropped=3)
+    write(run_dir, dropped=3, trouble="step 40 could not be saved")
+    assert "not saved   step 40 could not be saved" in describe(run_dir, NOW)
     assert "dropped     3 connections or messages that are not this run's" in describe(run_dir, NOW)
     assert "loss 1.5, 4,000 tokens/s" in said
     assert "the target side: target ranks waited 0% of the time for the draft, draft ranks 30% for the target" in said
