@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import pickle
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -235,7 +236,12 @@ def _cause(error: CheckpointException | OSError) -> str:
     return f"{type(causes[0]).__name__}: {causes[0]}".splitlines()[0]
 
 
-_UNREADABLE = (OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError)
+_UNREADABLE = (
+    *(OSError, EOFError, ValueError, LookupError, pickle.UnpicklingError),
+    *(AttributeError, TypeError),  # of metadata that describes something else
+)
+_ARCHIVE = re.compile("PytorchStreamReader|inline_container")
+"""In what torch says of a file that is no archive of its own."""
 
 
 @contextlib.contextmanager
@@ -247,7 +253,7 @@ def naming_damage(path: Path) -> Iterator[None]:
         yield
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
-        if not all(isinstance(cause, _UNREADABLE) or "PytorchStreamReader" in str(cause) for cause in causes):
+        if not all(isinstance(cause, _UNREADABLE) or _ARCHIVE.search(str(cause)) for cause in causes):
             raise
         raise _damaged(path, causes[0]) from error
     except _UNREADABLE as error:

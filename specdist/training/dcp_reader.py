@@ -43,7 +43,10 @@ class CheckpointReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The checkpoint's description. Raises pickle.UnpicklingError where it is made of anything else."""
         file = Path(self.path) / ".metadata"
-        metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
+        try:
+            metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
+        except MemoryError as error:  # of a number that says how many
+            raise pickle.UnpicklingError(f"{file} asks for too much memory") from error
         if not isinstance(metadata, Metadata) or metadata.storage_meta is None:
             raise pickle.UnpicklingError(f"{file} is no metadata of a checkpoint")
         metadata.storage_meta.load_id = self.load_id
