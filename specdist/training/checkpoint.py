@@ -123,6 +123,7 @@ class Checkpointer:
                 with contextlib.suppress(OSError):  # then the next start evaluates again
                     files = json.loads((path / COMMIT).read_text()).get("files", {})
                     _mark(path / COMMIT, replace(read_progress(path), evaluated=evaluated), files)
+                    self._make_room()
 
         self._writing = self._background.submit(add)
         if not self._config.asynchronous:
