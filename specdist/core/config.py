@@ -191,11 +191,8 @@ def _file_layer(path: Path) -> _Layer:
         raise ConfigError(f"config file {path} cannot be read: {error}") from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not valid YAML: {_first_line(error)}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise _not_yaml(path, error) from error
     if node is None:
         return _Layer(str(path), OmegaConf.create(), {}, frozenset())
     if not isinstance(node, yaml.MappingNode):
@@ -208,7 +205,15 @@ def _file_layer(path: Path) -> _Layer:
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         raise ConfigError(f"{found.places.get(key, path)}: {key}: {_first_line(error)}") from error
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:  # of a tag
+        raise _not_yaml(path, error) from error
     return _Layer(str(path), values, found.places, frozenset(found.sections))
+
+
+def _not_yaml(path: Path, error: Exception) -> ConfigError:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return ConfigError(f"{path}:{error.problem_mark.line + 1}: not valid YAML: {error.problem}")
+    return ConfigError(f"config file {path} is not valid YAML: {_first_line(error)}")
 
 
 class _Walk:
