@@ -23,7 +23,7 @@ class Material:
             run.start()
             try:
                 for process in run.processes.values():
-                    assert process.end(120) == 0, run.said()
+                    assert process.end(300) == 0, run.said()
                 assert not run.remains()
                 self._losses[world] = run.losses()
             finally:
