@@ -192,11 +192,12 @@ class Run:
         return "\n".join(_read(p) for p in self.processes.values())
 
     def members(self) -> list[psutil.Process]:
-        """All processes that work for this run; the fork server's forks go with those that asked for them."""
+        """All processes that work for this run, by what they were called with, or, forks, by where they print to."""
         found = []
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if str(self.directory) in " ".join(process.cmdline()):
+            with contextlib.suppress(psutil.Error, OSError):
+                words = [*process.cmdline(), os.readlink(f"/proc/{process.pid}/fd/1")]
+                if str(self.directory) in " ".join(words):
                     found.append(process)
         return found
 

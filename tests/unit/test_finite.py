@@ -41,9 +41,9 @@ def test_the_samples_of_a_loss_that_is_not_finite_are_named_and_counted(capsys):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     assert dist.group.WORLD is not None
     prompts = SimpleNamespace(provenance=lambda sequence: ("chats.jsonl", sequence))
-    bad = BadSamples(prompts, 0, dist.group.WORLD, share=0.02)
+    bad = BadSamples(prompts, (0, 0), dist.group.WORLD, share=0.02)
     items = [
-        SimpleNamespace(index=index, shards=[SimpleNamespace(tokens=9, sequences=sequences)])
+        SimpleNamespace(index=index, pod=0, shards=[SimpleNamespace(tokens=9, sequences=sequences)])
         for index, sequences in ((4, (20, 21)), (5, (22,)))
     ]
 
