@@ -52,7 +52,7 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     if facts.rank in topology.draft_ranks[:1]:
         check_trackers(job.metrics)
     start.clock.begin("preflight")
-    preflight = Preflight(job, world, topology)
+    preflight = Preflight(job, world, topology, file=start.log.path)
     preflight.hosts(job_facts)
     start.clock.begin("target's files and answers")
     fetch_target(job.target.path, world)

@@ -5,6 +5,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -24,7 +25,7 @@ class Storage(msgspec.Struct, frozen=True):
     """The run directory as one host sees it.
 
     Attributes:
-        error: what went wrong when a file was created, made durable, renamed and deleted; empty for nothing.
+        error: what went wrong when a file was created and made durable; empty for nothing.
         shared: whether this host sees the file of rank 0; None where there is none to see.
         free: room for an ordinary user, in bytes; None where the directory cannot be asked.
     """
@@ -54,7 +55,7 @@ class HostFacts(msgspec.Struct, frozen=True):
 @contextlib.contextmanager
 def marked(directory: Path) -> Iterator[str]:
     """Put a file where `directory` is, or would be created. Yields its name; empty where it cannot be written."""
-    file = _existing(directory) / _new_name()
+    file = _existing(directory) / f".preflight-{secrets.token_hex(8)}"
     with contextlib.suppress(OSError):
         write_atomically(file, "")
     try:
@@ -65,13 +66,16 @@ def marked(directory: Path) -> Iterator[str]:
 
 
 def examine_storage(directory: Path, mark: str) -> Storage:
-    """Look for the file `mark` of rank 0 where `directory` is, or would be created, and write another one."""
+    """Look for the file `mark` of rank 0 where `directory` is, or would be created, and write another one, of which a
+    kill leaves nothing."""
     there = _existing(directory)
     shared = _appears(there / mark) if mark else None
-    own, error, free = there / _new_name(), "", None
+    error, free = "", None
     try:
-        write_atomically(own, "")
-        own.unlink()
+        with tempfile.TemporaryFile(dir=there) as own:
+            own.write(b"written")
+            own.flush()
+            os.fsync(own.fileno())
     except OSError as failure:
         error = failure.strerror or str(failure)  # without the name of the file: the same on all hosts
     with contextlib.suppress(OSError):
@@ -81,10 +85,6 @@ def examine_storage(directory: Path, mark: str) -> Storage:
 
 def _existing(directory: Path) -> Path:
     return next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.exists(path))
-
-
-def _new_name() -> str:
-    return f".preflight-{secrets.token_hex(8)}"
 
 
 def _appears(file: Path) -> bool:

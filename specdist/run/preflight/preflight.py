@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checks of a world that has come up. Every rank takes part; rank 0 judges, prints and decides."""
 
+import os
 import sys
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,11 +38,14 @@ class Preflight:
     """The checks of one world. All ranks make one and call `hosts` and `links` in this order.
 
     `report` has, on rank 0, what they found. `doctor`: print all that was found, as tables, at once (in case that the
-    groups or the links do not come up), and stop nothing.
+    groups or the links do not come up), and stop nothing. `file`: of this rank in the run directory, by which other
+    hosts know the directory of rank 0; None: one is made for that.
     """
 
-    def __init__(self, job: JobConfig, world: World, topology: Topology, doctor: bool = False):
-        self._job, self._world, self._topology, self._doctor = job, world, topology, doctor
+    def __init__(
+        self, job: JobConfig, world: World, topology: Topology, doctor: bool = False, file: Path | None = None
+    ):
+        self._job, self._world, self._topology, self._doctor, self._file = job, world, topology, doctor, file
         self.report: Report | None = None
 
     def hosts(self, facts: JobFacts | None, model: str = "") -> None:
@@ -60,7 +64,7 @@ class Preflight:
             findings = judge(ranks, needs, job.preflight, job.world.share_devices)
             return Report(ranks, findings, self._topology), findings
 
-        with marked(Path(job.run.dir)) if world.facts.rank == 0 else nullcontext() as mark:
+        with self._marked() if world.facts.rank == 0 else nullcontext() as mark:
             of_host = self._of_host(mark) if world.hosts.index(world.facts.host) == world.facts.rank else None
             self._exchange("hosts", 1, report_rank(job, world.facts, world.device, model, of_host), judge_all)
 
@@ -89,8 +93,12 @@ class Preflight:
             found = msgspec.structs.replace(found, listening=listening_addresses())
         self._exchange("links", _LINK_LIMITS, found, judge_all)
 
+    def _marked(self) -> AbstractContextManager[str]:
+        directory = self._job.run.dir
+        return marked(Path(directory)) if self._file is None else nullcontext(os.path.relpath(self._file, directory))
+
     def _of_host(self, mark: str | None) -> HostFacts:
-        """The facts of this host. `mark`: the file that rank 0 has put into the run directory, where this is rank 0."""
+        """The facts of this host. `mark`: the file that rank 0 has in the run directory, where this is rank 0."""
         store = dist.PrefixStore("preflight/mark", self._world.store)
         if mark is not None:
             store.set("name", mark)
