@@ -137,7 +137,8 @@ def _naming_cache(root: Path) -> Iterator[None]:
             raise reason
         yield
     except OSError as error:
-        if error.filename is not None and not str(error.filename).startswith(str(root)):
+        where = None if error.filename is None else Path(error.filename)
+        if where is not None and root != where and root not in where.parents and where not in root.parents:
             raise  # a file of prompts
         if of_full_disk(error):
             raise OSError(error.errno, error.strerror, str(root)) from error

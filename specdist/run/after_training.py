@@ -212,9 +212,11 @@ def _print(
 
 def _warning(context: RankContext, metrics: Mapping[str, float]) -> list[str]:
     """That a new draft has learnt next to nothing, which "Trained" does not say."""
-    first, last = (metrics.get(f"{when}/loss") for when in ("first", "last"))
+    name = "held_out/loss" if "first/held_out/loss" in metrics else "loss"  # the first steps may be what has raised it
+    first, last = (metrics.get(f"{when}/{name}") for when in ("first", "last"))
     begun = context.resume.progress.step > 0 or context.job.draft.init_from is not None
     if begun or first is None or last is None or last < _FALLEN * first:
         return []
-    told = f"the loss has hardly fallen, from {first:.4g} to {last:.4g}"
+    what = "held-out loss" if name != "loss" else "loss"
+    told = f"the {what} has hardly fallen, from {first:.4g} to {last:.4g}"
     return [f"  warning        {told}: optimizer.lr={context.job.optimizer.lr:g} may be too high, or the steps too few"]

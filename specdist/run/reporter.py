@@ -48,7 +48,7 @@ class RunReporter(Reporter):
         self._began = self._latest = WorkDone(time.monotonic()), client.statistics
         self._warm = self._latest
         """At the first record: compilation, allocation and full queues are over."""
-        self._first_loss = math.nan
+        self._first: dict[str, float] = {}  # the losses at the first record, and before training
         if leader:
             self._open(job, run_dir, resume)
 
@@ -91,12 +91,15 @@ class RunReporter(Reporter):
         held_out = {name: value for name, value in self._last_record.items() if name.startswith("held_out/")}
         self._last_record, self._latest = record | held_out, (done, self._client.statistics)
         if self._warm is self._began:
-            self._warm, self._first_loss = self._latest, metrics.get("loss", math.nan)
+            self._warm = self._latest
+            self._first["loss"] = metrics.get("loss", math.nan)
         self._log(step, record)
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         self._aside_s += metrics["seconds"]
         record = {f"held_out/{name}": value for name, value in metrics.items()}
+        if (earlier := self._last_record.get("held_out/loss")) is not None:
+            self._first.setdefault("held_out/loss", earlier)
         self._last_record |= record
         self._log(step, record)
 
@@ -124,7 +127,7 @@ class RunReporter(Reporter):
             "tokens_per_s": (done.tokens - before.tokens) / seconds,
             "draft_wait": (done.waited_s - before.waited_s) / seconds,
             "target_wait": _target_wait(statistics_before, statistics),
-            **({} if self._warm is self._latest else {"first/loss": self._first_loss}),
+            **({} if self._warm is self._latest else {f"first/{name}": loss for name, loss in self._first.items()}),
             **{f"last/{name}": value for name, value in self._last_record.items()},
         }
 

@@ -173,9 +173,10 @@ def test_a_bad_sample_stops_if_it_is_to(config: PromptsConfig, model: Path) -> N
 
 def test_a_cache_that_cannot_be_written_is_named_with_its_key(config, model, tmp_path):
     (tmp_path / "file").touch()
-    where = str(tmp_path / "file/cache")
-    with pytest.raises(ConfigError, match=rf"prompts.cache_dir: {where}/prompts cannot be written .*: set it to a dir"):
-        prepare(replace(config, cache_dir=where), model, progress=False)
+    for where in (str(tmp_path / "file/cache"), "/proc/none"):
+        said = rf"prompts.cache_dir: {where}/prompts cannot be written .*: set it to a dir"
+        with pytest.raises(ConfigError, match=said):
+            prepare(replace(config, cache_dir=where), model, progress=False)
 
 
 def test_too_many_bad_samples_and_none_good(config: PromptsConfig, model: Path, tmp_path: Path) -> None:

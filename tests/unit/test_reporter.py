@@ -75,3 +75,15 @@ def test_queues_are_told_as_soon_as_the_scheduler_counts_them(run):
     run.pass_(2, 0.0, Statistics(delivered=7, released=4, computing=1, queued=1, slots=9))
     totals = run.reporter.totals()
     assert (totals["last/items_at_target"], totals["last/items_before_draft"]) == (2, 3)
+
+
+def test_what_was_lost_before_training_is_kept_once_there_is_something_beside_it(run):
+    evaluated = [{"loss": 9.0, "seconds": 1.0}, {"loss": 8.0, "seconds": 1.0}, {"loss": 7.0, "seconds": 1.0}]
+    run.reporter.evaluated(0, evaluated[0])
+    run.pass_(2, 0.0)
+    run.pass_(2, 0.0)
+    assert "first/held_out/loss" not in run.reporter.totals()
+    for metrics in evaluated[1:]:
+        run.reporter.evaluated(20, metrics)
+    totals = run.reporter.totals()
+    assert (totals["first/held_out/loss"], totals["last/held_out/loss"]) == (9.0, 7.0)
