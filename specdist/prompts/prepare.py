@@ -111,9 +111,8 @@ def prepare(
         notes: list[str] = []
         sources = find_files(config.files, key, lambda _, text: say(text), notes.append)
         total = sum(os.path.getsize(source.path) for source in sources)
-        lookup = f"looking up {len(sources)} files ({total / 1e6:,.1f} MB) in the cache"
-        bar.say(lookup, "")
-        on_progress(lookup)
+        bar.say("looking into the cache", "")
+        on_progress(f"looking up {len(sources)} files ({total / 1e6:,.1f} MB) in the cache")
         for note in notes:
             say(f"reading {note}")
         final = root / cache_key(config, sources, Path(tokenizer_dir))

@@ -85,8 +85,9 @@ def speed_line(topology: Topology, links: Sequence[LinkSpeed]) -> str:
     """All links on one line; empty where there are none."""
     parts = []
     for where, kind in kinds_of(links, topology).items():
-        speeds = [link.gb_per_s for link in kind]
-        parts.append(f"{len(kind)} links {where}: {min(speeds):.2f} to {max(speeds):.2f} GB/s")
+        low, high = (f"{pick(link.gb_per_s for link in kind):.2f}" for pick in (min, max))
+        speeds = low if low == high else f"{low} to {high}"
+        parts.append(f"{len(kind)} link{'s' if len(kind) > 1 else ''} {where}: {speeds} GB/s")
     return "; ".join(parts)
 
 
