@@ -140,16 +140,13 @@ class WandbTracker(Tracker):
     """Where the server does not answer, the records are kept below `run_dir`, for `wandb sync`."""
 
     def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any]):
-        # The id is kept with the run, so that a resumed job goes on in the same W&B run and nobody else's does.
-        identity, wandb = run_dir / "wandb-id", _wandb()
-        if not identity.exists():
-            identity.write_text(uuid.uuid4().hex)
+        wandb = _wandb()
         start = functools.partial(
             wandb.init,
             project=project,
             dir=str(run_dir),
             name=run_dir.name,
-            id=identity.read_text(),
+            id=_wandb_id(run_dir),
             resume="allow",
             config=dict(config),
         )
@@ -170,6 +167,18 @@ class WandbTracker(Tracker):
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """The id that is kept with a run, so that a resumed job goes on in the same W&B run and nobody else's does: a copy
+    of the directory gets one of its own, a directory that was moved keeps it."""
+    file, here = run_dir / "wandb-id", str(run_dir.absolute())
+    known, _, home = file.read_text().partition("\n") if file.exists() else ("", "", "")
+    original = Path(home) / "wandb-id"
+    if not known or (home and original.exists() and not original.samefile(file)):
+        known = uuid.uuid4().hex
+    write_atomically(file, f"{known}\n{here}")
+    return known
 
 
 def _number(value: float) -> str:
