@@ -360,7 +360,7 @@ def _classes(file: str) -> Mapping[str, ast.ClassDef]:
 
 _WORDS = (
     (r".* is not a TupleConfig, ListConfig, list, or tuple\.", "it takes a list: write [a, b]"),
-    (r"TupleConfig length (\d+) does not match type hint length (\d+)", r"it has \1 items and needs \2"),
+    (r"TupleConfig length (\d+) does not match type hint length (\d+)", r"it has \1 values and needs \2"),
     (
         r"Value '(.*)' of type '\w+' is incompatible with type hint '(?:Optional\[)?Union\[float, tuple\[str, .*",
         r"it takes a number with a decimal point (0.5), a name or a list of names ([a, b]), not \1",

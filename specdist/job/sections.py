@@ -128,6 +128,10 @@ ALSO_CALLED = {
     "report_to": "metrics.wandb",
     "draft_vocab_size": f"draft.{algorithms.DEFAULT}.vocab_size",
     "bf16": "draft.dtype",
+    "fp8": "draft.eagle3.products",
+    "matmul_precision": "draft.eagle3.products",
+    "assistant_only_loss": "prompts.supervise",
+    "train_on_inputs": "prompts.supervise",
     "seed": "run.seed",
 }
 """Keys by the names that other trainers give them, for errors and for `specdist keys`."""

@@ -84,8 +84,8 @@ class RunReporter(Reporter):
         }
         counts = self._client.statistics
         if counts.slots:
-            record |= {"items_at_target": float(counts.queued + counts.computing)}
-            record |= {"items_before_draft": float(counts.delivered - counts.released)}
+            record |= {"batches_at_target": float(counts.queued + counts.computing)}
+            record |= {"batches_before_draft": float(counts.delivered - counts.released)}
         if torch.cuda.is_available():
             record["gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         held_out = {name: value for name, value in self._last_record.items() if name.startswith("held_out/")}

@@ -152,7 +152,7 @@ def _running(status: Status, record: Mapping[str, float], now: float) -> list[st
             lines.append(f"  bottleneck  {verdict(record['draft_wait'], record['target_wait'], {})}")
         waiting = counts.delivered - counts.released
         queues = f"{counts.queued} queued and {counts.computing} computing at the targets, {waiting} before the draft"
-        lines.append(f"  queues      {queues} (items)")
+        lines.append(f"  queues      {queues} (batches)")
     elif counts.slots:
         lines.append("  queues      no target replica is there: `specdist train CONFIG --role target` starts one")
     if status.dropped:

@@ -60,7 +60,7 @@ def _report_target_only(context: RankContext, report: ProducerReport) -> None:
     summary = {"mode": "target_only", **dataclasses.asdict(report), "tokens_per_s": report.tokens_per_s}
     write_atomically(context.run_dir.summary, to_json(summary))
     print(
-        f"specdist: target only: {report.items} items, {report.tokens:,} tokens in {report.elapsed_s:.1f} s = "
+        f"specdist: target only: {report.items} batches, {report.tokens:,} tokens in {report.elapsed_s:.1f} s = "
         f"{report.tokens_per_s:,.0f} tokens/s on replica 0, busy {report.busy_s / max(report.elapsed_s, 1e-9):.0%}",
         file=sys.stderr,
         flush=True,

@@ -92,7 +92,7 @@ def verify(model: TargetModel, batch: PackedTokens) -> Deviation | None:
         raise DataError(
             f"target features of document {d.document} ({d.part}) differ between the packed forward and "
             f"one of that document alone: mean relative error {d.mean:.2e}, {d.boundary:.2e} over its first "
-            f"{BOUNDARY} rows; {TOLERANCE[model.dtype]:.0e} is allowed for {model.dtype}. Set "
+            f"{BOUNDARY} tokens; {TOLERANCE[model.dtype]:.0e} is allowed for {model.dtype}. Set "
             "target.prefill=documents, and report the model",
             "target.prefill",
         )
@@ -132,7 +132,7 @@ def compare(model: TargetModel, batch: PackedTokens, near: FeatureLayout, expect
     if (d := beyond(found, tolerance)) is not None:
         raise _unlike(
             f"the features of document {d.document} ({d.part}) differ from those of transformers: mean relative error "
-            f"{d.mean:.2e}, {d.boundary:.2e} over its first {BOUNDARY} rows; {tolerance:.0e} is allowed for "
+            f"{d.mean:.2e}, {d.boundary:.2e} over its first {BOUNDARY} tokens; {tolerance:.0e} is allowed for "
             f"{'quantised weights' if rounded else model.dtype}"
         )
     for state, layer in zip(states.unbind(1), layout.captured_layers, strict=False):

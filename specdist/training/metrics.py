@@ -8,7 +8,7 @@ All take every record, which is made of
     tokens_per_s, step_s        over the steps since the last record
     draft_wait, target_wait     the share of that time in which a side had to wait for the other
     bytes_moved, gpu_peak_gib   features that the draft took in that time; the most memory allocated so far
-    items_at_target, items_before_draft   items queued or computed at the targets, and delivered but not yet trained on,
+    batches_at_target, batches_before_draft   queued or computed at the targets, and delivered but not yet trained on,
                                 as the scheduler has told last
     held_out/...                in records of their own: the draft's own on held-out text, and what replay found
 

@@ -68,3 +68,19 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path: Path, monkeypatch
     assert len(ids(moved)) == 1
     assert ids(moved).isdisjoint(ids(copy))
     assert ids(copy) > ids(first) == {runs[0].run_id}  # the copy has the original's files, too
+
+
+def test_a_server_that_does_not_answer_ends_no_run(tmp_path, monkeypatch, capsys) -> None:
+    for name, value in {
+        "MODE": "online",
+        "SILENT": "true",
+        "API_KEY": "a" * 40,
+        "BASE_URL": "http://127.0.0.1:9",
+    }.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb.teardown()  # it has read the environment before
+    monkeypatch.setattr(metrics, "_ANSWER_S", 1.0)
+    start(tmp_path / "run", range(1, 3))
+    wandb.teardown()
+    assert "the run is logged offline" in capsys.readouterr().err
+    assert list(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))

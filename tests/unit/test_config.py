@@ -93,7 +93,7 @@ def test_saved_yaml_loads_to_the_same_value(tmp_path):
         ("- path\n", [], r"x\.yaml:1: a config file is a mapping"),
         ("path: p\n", ["names=3"], r"command line: names: it takes a list: write \[a, b\]"),
         ("path: p\nnames: 3\n", [], r"x\.yaml:2: names: it takes a list"),
-        ("path: p\n", ["pair=[1]"], r"command line: pair: it has 1 items and needs 2"),
+        ("path: p\n", ["pair=[1]"], r"command line: pair: it has 1 values and needs 2"),
         ("path: p\n", ["inner=3"], r"command line: inner is a section with keys of its own"),
         ("path: p\n", ["path="], r"command line: path: it needs a value"),
         ("path: p\n", ["names=[a"], r"command line: names: its value is not YAML"),

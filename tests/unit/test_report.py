@@ -55,7 +55,7 @@ def make_run(directory: Path, *overrides: str, steps: int = 40, ended: bool = Tr
     for step in range(0, steps + 1, 10):
         if step:
             record = {"loss": 9.0 - step / 10, "simulated_acceptance_length": 1.5, "tokens_per_s": 100.0, "step_s": 2.0}
-            tracker.log(step, record | {"draft_wait": 0.25, "target_wait": 0.0, "items_before_draft": 3.0})
+            tracker.log(step, record | {"draft_wait": 0.25, "target_wait": 0.0, "batches_before_draft": 3.0})
         if step % 20 == 0:
             found = evaluation(step, 60.0 - step)
             tracker.log(step, {f"held_out/{k}": v for k, v in {**found.metrics(), "loss": 5.0, "seconds": 4.0}.items()})

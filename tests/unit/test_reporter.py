@@ -71,10 +71,10 @@ def test_the_share_told_last_holds_until_another_is_told(run):
 
 def test_queues_are_told_as_soon_as_the_scheduler_counts_them(run):
     run.pass_(2, 0.0)
-    assert "last/items_at_target" not in run.reporter.totals()
+    assert "last/batches_at_target" not in run.reporter.totals()
     run.pass_(2, 0.0, Statistics(delivered=7, released=4, computing=1, queued=1, slots=9))
     totals = run.reporter.totals()
-    assert (totals["last/items_at_target"], totals["last/items_before_draft"]) == (2, 3)
+    assert (totals["last/batches_at_target"], totals["last/batches_before_draft"]) == (2, 3)
 
 
 def test_what_was_lost_before_training_is_kept_once_there_is_something_beside_it(run):

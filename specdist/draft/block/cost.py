@@ -77,6 +77,6 @@ class BlockCost(Cost):
         backward = rows * 3 * inner * itemsize + 3 * hidden * inner * itemsize
         return {
             f"target's states of {tokens:,} tokens": context,
-            f"kept of {dims.num_layers} layers of {rows:,} rows": layers,
+            f"kept of {dims.num_layers} layers of {rows:,} positions": layers,
             "the loss, or the backward": max(self.loss_bytes(options.loss_chunk, itemsize, compiled), backward),
         }

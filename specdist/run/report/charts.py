@@ -103,7 +103,8 @@ def make_charts(runs: Sequence[RunRecords]) -> list[Chart]:
     )
     loss = _Curve("loss", "trained on", dash="dot"), _Curve("loss", "held out", *held_out)
     waits = _Curve("draft_wait", "draft waits for target"), _Curve("target_wait", "target waits for draft", dash="dot")
-    queues = _Curve("items_before_draft", "before the draft"), _Curve("items_at_target", "at the targets", dash="dot")
+    at_target = _Curve("batches_at_target", "at the targets", dash="dot")
+    queues = _Curve("batches_before_draft", "before the draft"), at_target
     charts = [
         _over_steps("acceptance", "tokens per target forward", runs, acceptance),
         _over_steps("loss", "loss", runs, loss),

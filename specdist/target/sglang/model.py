@@ -77,8 +77,8 @@ class SglangTarget(TargetModel):
         hidden, layers = self.layout.hidden_size, captured.layers
         if len(layers) != len(self._columns) or any(len(x) != len(out) for x in (*layers, captured.final)):
             raise DataError(
-                f"{self._path}: SGLang handed out {len(layers)} layers of {[len(x) for x in layers]} rows and "
-                f"{len(captured.final)} last hidden states, instead of {len(self._columns)} layers and {len(out)} rows"
+                f"{self._path}: SGLang handed out {len(layers)} layers of {[len(x) for x in layers]} tokens and "
+                f"{len(captured.final)} last hidden states, not {len(self._columns)} layers of {len(out)} tokens"
             )
         for column, index in enumerate(self.layout.captured_layers):
             out[:, column * hidden : (column + 1) * hidden].copy_(layers[self._columns.index(index)])
