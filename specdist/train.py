@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 
 from specdist.core.errors import ConfigError, Dismissed, UserError
-from specdist.core.launch_env import Attempt, RankFacts, rank_arguments
+from specdist.core.launch_env import Attempt, RankFacts, keep_compiled, rank_arguments
 from specdist.core.stop import end_with_launcher, leave
 from specdist.core.troubleshooting import told
 
@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `StopFlag` is there, Ctrl-C ends a rank without a traceback
     args = rank_arguments("specdist.train", __doc__, argv)
 
+    import torch
     import transformers
 
     from specdist.core.attempts import AttemptRecord
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts, attempt = RankFacts.from_environment(), Attempt.from_environment()
         sources = Sources(args.config, args.overrides)
         job = job_of(sources)
+        with sources.naming():
+            keep_compiled(job.run.compile_cache, torch.__version__)
         record = AttemptRecord(attempt.directory(home(job, attempt)))
         try:
             log = RankLog(record.directory, facts)

@@ -7,17 +7,21 @@ the environment.
 """
 
 import argparse
+import hashlib
 import ipaddress
 import os
+import platform
 import re
 import secrets
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
 from specdist.core.errors import ConfigError, WorldError
+from specdist.core.files import unwritable
 from specdist.core.stop import StopReason
 
 Role = Literal["target", "draft"]
@@ -184,6 +188,32 @@ def address_towards(host: str, port: int) -> str:
 def variable(name: str) -> str | None:
     """What an environment variable holds that the configuration names, as the one of a key does."""
     return os.environ.get(name) or None
+
+
+def keep_compiled(directory: str | None, torch_version: str) -> None:
+    """Have torch's compiler and Triton keep what they compile in `directory` (`run.compile_cache`), in a folder of what
+    it depends on beside what they tell apart themselves: the processor, for which C++ is compiled as it is here. Raises
+    ConfigError: nothing can be written there. Where that is so of the default one they keep to their own places."""
+    place = Path(directory or "~/.cache/specdist/compiled").expanduser() / f"torch-{torch_version}-{_processor()}"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        if (reason := unwritable(place)) is not None:
+            raise reason
+    except OSError as error:
+        if directory is not None:
+            raise ConfigError.at(
+                "run.compile_cache", f"={directory} cannot be written ({error}): set it to a directory that can be"
+            ) from error
+        return
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(place / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(place / "triton"))
+
+
+def _processor() -> str:
+    """Stands for the instructions that this host's processor has."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
 def without_world(environment: Mapping[str, str]) -> dict[str, str]:

@@ -44,6 +44,11 @@ class RunConfig:
     """Python modules that are imported before the rest of the configuration is checked, by every process that reads it.
     An algorithm, a transport or an engine from outside registers itself so. They must be installed on every host."""
 
+    compile_cache: str | None = None
+    """Directory where torch's compiler and Triton keep what they have compiled, so that other ranks, hosts and starts
+    find it; all may share one, of your own: what lies there is run. Null: ~/.cache/specdist/compiled. What the
+    environment has in TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR goes first."""
+
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError.at("run.seed", f"is {self.seed}: it must be at least 0")
@@ -139,7 +144,7 @@ CHANGEABLE = (
     "world", "scheduler", "control", "checkpoint", "metrics", "trace", "export", "evaluate", "launch",
     "run.dir", "train", "target.replicas", "target.tp", "target.verify", "target.verify_against", "target.prefill",
     "target.engine", "draft.dp", "draft.cp", "draft.pod", "draft.sharding", "draft.compile", "prompts.workers",
-    "prompts.cache_dir", "prompts.tokens_per_rank", "run.plugins",
+    "prompts.cache_dir", "prompts.tokens_per_rank", "run.plugins", "run.compile_cache",
     *(f"channel.{f.name}" for f in dataclasses.fields(ChannelConfig) if f.name != "dtype"),
     *(f"optimizer.{f.name}" for f in dataclasses.fields(OptimizerConfig) if f.name not in ("method", "ema")),
     *(f"generate.{key}" for key in generating.CHANGEABLE),

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the time to the first step went to, as a rank notes it."""
 
+import os
 import sys
 
 import pytest
 import torch
 
 from specdist.core.attempts import AttemptRecord, Started
+from specdist.core.errors import ConfigError
+from specdist.core.launch_env import keep_compiled
 from specdist.run import start_up
 from specdist.run.start_up import Part, StartUp, last_to_start
 
@@ -34,6 +37,24 @@ def test_the_time_to_the_first_step(tmp_path, monkeypatch):
         "evaluating": 5.0, "compiling": 0.0, "the first step": 15.0,
     }  # fmt: skip
     assert "51.0 s to the first step: the first step 15.0 s, importing" in start.told()
+
+
+def test_what_is_compiled_is_kept_where_others_find_it(tmp_path, monkeypatch):
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").write_text("no directory")
+    keep_compiled(None, "2.13.0")  # the default cannot be: torch has places of its own
+    assert not os.environ.keys() & set(names)
+    with pytest.raises(ConfigError, match=r"run.compile_cache=\S+home/kept cannot be written"):
+        keep_compiled(str(tmp_path / "home/kept"), "2.13.0")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/own")  # the user's word
+    keep_compiled(str(tmp_path / "kept"), "2.13.0")
+    (folder,) = (tmp_path / "kept").iterdir()
+    assert folder.name.startswith("torch-2.13.0-")
+    assert [os.environ[name] for name in names] == [f"{folder}/inductor", "/own"]
 
 
 def test_what_is_compiled_is_told_apart(tmp_path):
