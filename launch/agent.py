@@ -51,12 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ[TOKEN] = sys.stdin.readline().strip()
         if args.stdin:
             threading.Thread(target=_obey_stdin, name="specdist-stdin", daemon=True).start()
-        from specdist_launch.node import Agent
-
         files, overrides = words.split(args.config)
         program = ["-m", args.module, *(part for file in files for part in ("--config", file)), *overrides]
         try:
             job, launcher = words.load(args.config), LAUNCHERS["slurm" if args.slurm else args.launcher]
+            from specdist_launch.node import Agent
+
             return Agent(job, launcher, launcher.placement(args)).run(program, args.module == TRAIN, stop)
         except UserError as error:
             print(told(error), file=sys.stderr)

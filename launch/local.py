@@ -19,6 +19,7 @@ from specdist_launch.ranks import world_size
 
 def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> int:
     """What `specdist train` does on this machine: check the job, prepare its prompts, start it; its exit status."""
+    job = words.load_checked(config)
     import torch
 
     from specdist.core.hub import resolve
@@ -27,7 +28,6 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     from specdist.prompts.prepare import prepare_corpus
     from specdist.run.answers import begun_prompts
 
-    job = words.load_checked(config)
     check_installed(job, target=job.world.mode != "draft_only" and job.world.role != "draft")
     RunDirectory(Path(job.run.dir)).create()
     ranks = ranks or world_size(job, 0 if job.world.device == "cpu" else torch.cuda.device_count())

@@ -2,7 +2,7 @@
 """How many ranks a job has, and how many of them each node."""
 
 from specdist.core.errors import ConfigError
-from specdist.job.config import JobConfig
+from specdist.job.sections import JobConfig
 
 
 def world_size(job: JobConfig, devices: int) -> int:

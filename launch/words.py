@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from specdist.core.imports import uncollected
+
 if TYPE_CHECKING:  # light at import: `specdist --help` answers at once
     from specdist.job.config import JobConfig
 
@@ -23,7 +25,8 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def load(words: Sequence[str]) -> JobConfig:
     """Read a job's configuration. Raises UserError."""
-    from specdist.job.config import load_job
+    with uncollected():
+        from specdist.job.config import load_job
 
     return load_job(*split(words))
 
@@ -33,9 +36,11 @@ def load_checked(words: Sequence[str], queued: bool = False) -> JobConfig:
     will start later, so that whether another job is at work there is looked up now."""
     from specdist.core.errors import ConfigError
     from specdist.core.run_lock import refuse_if_held
-    from specdist.job.config import check_replay, examine
-    from specdist.job.run_dir import RunDirectory
-    from specdist.training.metrics import check_trackers
+
+    with uncollected():
+        from specdist.job.config import check_replay, examine
+        from specdist.job.run_dir import RunDirectory
+        from specdist.training.metrics import check_trackers
 
     job = load(words)
     if not job.prompts.files:  # `specdist plan` needs none

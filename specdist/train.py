@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 
 from specdist.core.errors import ConfigError, Dismissed, UserError
+from specdist.core.imports import uncollected
 from specdist.core.launch_env import Attempt, RankFacts, keep_compiled, rank_arguments
 from specdist.core.stop import end_with_launcher, leave
 from specdist.core.troubleshooting import told
@@ -21,15 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `StopFlag` is there, Ctrl-C ends a rank without a traceback
     args = rank_arguments("specdist.train", __doc__, argv)
 
-    import torch
-    import transformers
+    with uncollected():
+        import torch
+        import transformers
 
-    from specdist.core.attempts import AttemptRecord
-    from specdist.core.config import Sources
-    from specdist.job.config import home, job_of
-    from specdist.run.context import Start
-    from specdist.run.rank_log import RankLog
-    from specdist.run.runtime import run
+        from specdist.core.attempts import AttemptRecord
+        from specdist.core.config import Sources
+        from specdist.job.config import home, job_of
+        from specdist.run.context import Start
+        from specdist.run.rank_log import RankLog
+        from specdist.run.runtime import run
 
     try:
         facts, attempt = RankFacts.from_environment(), Attempt.from_environment()

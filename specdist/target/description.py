@@ -22,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from specdist.core import hub
 from specdist.core.errors import ConfigError, DataError
+from specdist.core.imports import uncollected
 from specdist.core.model_config import (
     expert_share,
     is_tied,
@@ -202,7 +203,8 @@ def describe(path: str | Path, trust_remote_code: bool = False, weights: bool = 
             "target.trust_remote_code",
         )
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        with uncollected():  # some of its modules import most of transformers
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, OSError) as e:
         raise DataError(f"{path / 'config.json'}: transformers cannot read it: {e}") from e
     text = text_part(config)
