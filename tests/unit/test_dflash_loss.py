@@ -37,7 +37,7 @@ KINDS: list[dict[str, object]] = [
 def compared(name: str | None, own: Tensor, taught: Tensor, label: int, ids: list[int]) -> tuple[Tensor, float]:
     """Loss and acceptance of the draft's logits [V_d] beside the target's [V]; `label` is a draft id."""
     if name is None:
-        return -own.log_softmax(0)[label], float(own.softmax(0)[label])
+        return -own.log_softmax(0)[label], own.softmax(0)[label].item()
     q, full, best = own.softmax(0), taught.softmax(0)[ids], int(taught.argmax())
     acceptance = torch.minimum(full, q).sum()
     if best not in ids:  # as of every draft vocabulary: nothing is taught there
@@ -62,7 +62,7 @@ def expected(case: Case, reference: Reference) -> tuple[Tensor, dict[str, float]
             labels = [reference.own(t) for t in labelled(tokens, mask.tolist(), anchor, config.drafts)]
             logits = reference.target_logits(reference.products(tokens, rows[:, :captured_width], anchor))
             logs = logits.log_softmax(-1)
-            chosen = [None if label is None else float(logs[k, label]) for k, label in enumerate(labels)]
+            chosen = [None if label is None else logs[k, label].item() for k, label in enumerate(labels)]
             weights = block_weights(chosen, alpha, config.gamma)
             total += 1.0 if alpha is not None else sum(weights)
             right = [label is not None and int(logs[k].argmax()) == label for k, label in enumerate(labels)]
