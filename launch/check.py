@@ -13,10 +13,9 @@ def check(config: Sequence[str], gpu_memory: str) -> int:
     """Print what is right and what is not; 0 where all is. Raises UserError where the configuration itself is wrong."""
     from specdist.channel.config import parse_bytes
     from specdist.core.files import unwritable
-    from specdist.core.hub import resolve
     from specdist.job.config import check_installed
     from specdist.job.plan import make_plan
-    from specdist.prompts.look import look
+    from specdist.run.answers import look_ahead
     from specdist_launch.ranks import world_size
 
     job = words.load_checked(config)
@@ -36,12 +35,15 @@ def check(config: Sequence[str], gpu_memory: str) -> int:
             raise UserError(f"does not fit into {gpu_memory} (--gpu-memory); `specdist plan` shows the parts")
         return f"{plan.topology.world_size} ranks; estimated to fit into {gpu_memory} a GPU (--gpu-memory)"
 
-    def prompts() -> str:
-        found = look(job.prompts, resolve(job.target.path, "target.path"))
+    def prompts(key: str = "prompts.files") -> str:
+        found = look_ahead(job, key)
         if not found.report.kept:
             raise UserError(f"not one usable sample among the first\n{found.report}")
         if found.report.bad_total > job.prompts.max_bad_fraction * found.report.samples:
             raise UserError(f"more of the first than prompts.max_bad_fraction are bad\n{found.report}")
+        if not found.report.tokens:
+            bad = f", {found.report.bad_total} cannot" if found.report.bad_total else ""
+            return f"{found.files} files; of the first records the target can answer {found.report.kept}{bad}"
         return f"{found.files} files, about {found.tokens:,.0f} tokens; of the first records: {found.report}"
 
     def directory() -> str:
@@ -52,6 +54,8 @@ def check(config: Sequence[str], gpu_memory: str) -> int:
         return f"{above} can be written"
 
     checks = {"libraries": libraries, "memory": memory, "run.dir": directory, "prompts": prompts}
+    if isinstance(job.prompts.holdout, tuple):
+        checks["held out"] = lambda: prompts("prompts.holdout")
     passed = [_passes(what, run) for what, run in checks.items()]  # all of them, whatever the first says
     return 0 if all(passed) else 1
 

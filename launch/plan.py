@@ -86,6 +86,9 @@ def _cost(plan: Plan, rates: Rates | None) -> Iterator[str]:
         except UserError as error:
             yield f"steps: not estimated, for the prompts cannot be read: {error}"
             return
+        if not tokens:
+            yield "steps: not estimated, for the prompts have no answers yet (prompts.answers)"
+            return
         share = 1 - job.prompts.holdout if isinstance(job.prompts.holdout, float) else 1.0
         epochs = job.train.epochs or 1
         steps = math.ceil(tokens * share * epochs / per_step)

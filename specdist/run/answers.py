@@ -14,13 +14,16 @@ import torch
 import torch.distributed as dist
 
 from specdist.core.errors import DataError
+from specdist.core.hub import resolve
 from specdist.core.launch_env import Attempt, RankFacts
+from specdist.generate.conversation import parse
 from specdist.generate.endpoint import check_installed
 from specdist.generate.files import answered, open_answers
 from specdist.generate.in_world import Assignment, answers_in_world
 from specdist.job.config import JobConfig
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.config import PromptsConfig
+from specdist.prompts.look import Look, look
 from specdist.run.rank_program import leave_with, rank_status
 from specdist.world.groups import World, join_world
 
@@ -59,6 +62,18 @@ def begun_prompts(job: JobConfig) -> PromptsConfig | None:
     asked = assignment(job)
     open_answers(asked.directory, asked.prompts, asked.config, asked.target.path)
     return answered(asked.prompts, asked.directory)
+
+
+def look_ahead(job: JobConfig, key: str) -> Look:
+    """A look at the files of `prompts.files` or `prompts.holdout`; where the target has yet to answer them, at what it
+    will be asked. Raises ConfigError, DataError: see `prepare`."""
+    prompts, unanswered = job.prompts, None
+    if prompts.answers == "target":
+        found = answered(prompts, RunDirectory(Path(job.run.dir)).answers)
+        prompts, unanswered = found or prompts, None if found else lambda record, *_: parse(record, job.generate.turns)
+    files = prompts.files if key == "prompts.files" else prompts.holdout
+    assert isinstance(files, tuple)
+    return look(replace(prompts, files=files), resolve(job.target.path, "target.path"), key, unanswered)
 
 
 def assignment(job: JobConfig) -> Assignment:
