@@ -176,7 +176,7 @@ def test_a_job_is_checked_without_being_started(trained, tmp_path, capsys):
     assert main(["check", *new, f"prompts.files=[{tmp_path}/none.jsonl]"]) == 1
     said = capsys.readouterr().out
     assert "FAILED  prompts: prompts.files" in said
-    assert said.count("ok  ") == 4
+    assert said.count("ok  ") == 5
     assert main(["check", *new, f"prompts.holdout=[{tmp_path}/none.jsonl]"]) == 1
     assert "FAILED  held out: prompts.holdout: no file matches" in capsys.readouterr().out
     (asked := tmp_path / "asked.jsonl").write_text('{"prompt": "Hi"}\n{"turns": ["Hi", "And?"]}\n{"text": "Hi"}\n')
