@@ -179,7 +179,7 @@ def test_a_job_is_checked_without_being_started(trained, tmp_path, capsys):
     assert said.count("ok  ") == 5
     assert main(["check", *new, f"prompts.holdout=[{tmp_path}/none.jsonl]"]) == 1
     assert "FAILED  held out: prompts.holdout: no file matches" in capsys.readouterr().out
-    (asked := tmp_path / "asked.jsonl").write_text('{"prompt": "Hi"}\n{"turns": ["Hi", "And?"]}\n{"text": "Hi"}\n')
+    (asked := tmp_path / "asked.jsonl").write_text('{"prompt": "Hi"}\n{"turns": ["Hi", "And?"]}\n{"a": 1}\n')
     answered = [*new, f"prompts.files=[{asked}]", "prompts.answers=target", "prompts.max_bad_fraction=0.5"]
     assert main(["check", *answered]) == 0
     assert "1 files; of the first records the target can answer 2, 1 cannot" in capsys.readouterr().out
