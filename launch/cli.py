@@ -215,20 +215,20 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     from specdist.core.hub import resolve
-    from specdist.job.config import examine
     from specdist.prompts.prepare import prepare_corpus
     from specdist.run.answers import ready_prompts
+    from specdist.target.description import describe
 
     job = words.load(args.config)
     directory, prompts = resolve(job.target.path, "target.path"), ready_prompts(job)
+    target = describe(directory, job.target.trust_remote_code, weights=False)
     if args.show:
         from specdist.prompts.show import shown_samples
 
-        for text in shown_samples(prompts, directory, args.show, sys.stdout.isatty()):
-            print(text)
+        reading.show(shown_samples(prompts, directory, args.show, sys.stdout.isatty()))
     corpus = prepare_corpus(prompts, directory, progress=True)
-    print(corpus.described())
-    corpus.check_vocabulary(examine(job).target.vocab_size)
+    reading.show([corpus.described()])
+    corpus.check_vocabulary(target.vocab_size)
     return 0
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from specdist.core.errors import UserError
 from specdist.core.launch_env import Role
 from specdist_launch import words
+from specdist_launch.reading import show
 
 if TYPE_CHECKING:  # light at import: `specdist --help` answers at once
     from specdist.job.plan import Plan
@@ -35,9 +36,7 @@ def arguments(plan: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the plan; 1 where it does not fit."""
     from specdist.channel.config import parse_bytes
-    from specdist.job import split
-    from specdist.job.plan import make_plan, nodes_of_roles, render
-    from specdist.job.rates import find_rates
+    from specdist.job.plan import make_plan, nodes_of_roles
     from specdist_launch.ranks import world_size
 
     job = words.load(args.config)
@@ -53,18 +52,26 @@ def main(args: argparse.Namespace) -> int:
     else:
         raise UserError("--target-nodes and --draft-nodes go together, without --nodes and --nproc-per-node")
     plan = make_plan(job, hosts, parse_bytes(args.gpu_memory, "--gpu-memory"), roles)
-    print(render(plan))
+    show(_lines(plan, args, roles))
+    return 0 if plan.fits else 1
+
+
+def _lines(plan: Plan, args: argparse.Namespace, roles: Sequence[Role]) -> Iterator[str]:
+    from specdist.job import split
+    from specdist.job.plan import render
+    from specdist.job.rates import find_rates
+
+    job = plan.job
+    yield render(plan)
     if plan.topology.mode == "split" and job.draft.dp is None and not args.nproc_per_node and not roles:
-        print("draft.dp is not set: this is with one draft rank; a job takes all GPUs that the target leaves")
+        yield "draft.dp is not set: this is with one draft rank; a job takes all GPUs that the target leaves"
     asked = [args.gpus, args.target_rate, args.draft_rate, args.rates or None] != [None] * 4
     rates = None
     if job.world.mode == "split" and (plan.on_gpus or asked):  # what is estimated of GPUs says nothing of the CPU
         rates = find_rates(job, plan.facts, args.target_rate, args.draft_rate, args.rates)
         gpus = args.gpus or plan.topology.world_size
-        print(split.render(gpus, *split.suggest(gpus, job.target.tp, rates, job.draft.cp)))
-    for line in _cost(plan, rates):
-        print(line)
-    return 0 if plan.fits else 1
+        yield split.render(gpus, *split.suggest(gpus, job.target.tp, rates, job.draft.cp))
+    yield from _cost(plan, rates)
 
 
 def _cost(plan: Plan, rates: Rates | None) -> Iterator[str]:

@@ -3,7 +3,7 @@
 what draws a report."""
 
 import argparse
-import signal
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -55,25 +55,25 @@ def complete_word(prefix: str, **_: object) -> list[str]:
 def _status(args: argparse.Namespace) -> int:
     from specdist.run.status import describe
 
-    return _print([describe(Path(args.run_dir))])
+    return show([describe(Path(args.run_dir))])
 
 
 def _runs(args: argparse.Namespace) -> int:
     from specdist.run.runs import overview
 
-    return _print([overview(Path(args.folder))])
+    return show([overview(Path(args.folder))])
 
 
 def _logs(args: argparse.Namespace) -> int:
     from specdist.run.logs import show_logs
 
-    return _print(show_logs(Path(args.run_dir), args.rank))
+    return show(show_logs(Path(args.run_dir), args.rank))
 
 
 def _compare(args: argparse.Namespace) -> int:
     from specdist.run.runs import compare
 
-    return _print([compare([Path(run_dir) for run_dir in args.run_dirs])])
+    return show([compare([Path(run_dir) for run_dir in args.run_dirs])])
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -81,34 +81,34 @@ def _report(args: argparse.Namespace) -> int:
 
     runs = [Path(run_dir) for run_dir in args.run_dirs]
     default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
-    return _print([write_report(runs, Path(args.output) if args.output else default)])
+    return show([write_report(runs, Path(args.output) if args.output else default)])
 
 
 def _trace(args: argparse.Namespace) -> int:
     from specdist.run.timeline import collect_newest
 
-    return _print([collect_newest(Path(args.run_dir), args.attempt)])
+    return show([collect_newest(Path(args.run_dir), args.attempt)])
 
 
 def _bundle(args: argparse.Namespace) -> int:
     from specdist.run.logs import bundle
 
     run_dir = Path(args.run_dir)
-    return _print([bundle(run_dir, Path(args.output or f"{run_dir.absolute().name}.tar.gz"))])
+    return show([bundle(run_dir, Path(args.output or f"{run_dir.absolute().name}.tar.gz"))])
 
 
 def _keys(args: argparse.Namespace) -> int:
     from specdist.job.keys import listing
 
-    return _print([listing(args.words)])
+    return show([listing(args.words)])
 
 
-def _print(lines: Iterable[Any]) -> int:
-    earlier = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `specdist keys | head` ends quietly
-    try:
-        for line in lines:
+def show(lines: Iterable[Any]) -> int:
+    """Print what a command has found, as far as somebody reads it (`specdist keys | head`); 0."""
+    for line in lines:
+        try:
             print(line, flush=True)
-        sys.stdout.flush()
-    finally:
-        signal.signal(signal.SIGPIPE, earlier)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+            break
     return 0

@@ -22,10 +22,6 @@ REGISTRIES: tuple[dict[str, Any], ...] = (ALGORITHMS, ENGINES, SECTIONS)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-templates", action="store_true", help="try every chat template that some packages ship")
-
-
 FIRST = ("slurm", "distributed", "chaos", "ray", "sglang")
 """The folders of files that take minutes: a worker that starts one at the end would be waited for."""
 ALONE = ("tests/slurm/", "tests/gpu/")

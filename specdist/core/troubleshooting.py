@@ -13,7 +13,7 @@ ENTRIES = {
     "no-file": r"no file matches|^config file .* does not exist",
     "bad-samples": r"samples are bad|are bad\n|not one usable sample|prompts\.on_bad=stop",
     "not-the-model": r"no such directory, nor the id|no usable tokenizer",
-    "download": r"has come no further for|the repository is gated|HF_TOKEN",
+    "download": r"hf download|has come no further for|the repository is gated|HF_TOKEN",
     "memory": r"does not fit into|ran out of memory|out of memory|does not fit on one GPU",
     "ranks": r"ranks, but the (world|launcher)|do not divide among|ranks do not fit on|!= \d+ ranks|must both equal",
     "draft-dp": r"draft\.dp is not set",

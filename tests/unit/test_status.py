@@ -229,3 +229,8 @@ def test_it_answers_without_importing_what_is_slow(words: str, said: str, run_di
     done = subprocess.run(command, capture_output=True, text=True)
     assert said.format(run_dir=run_dir) in done.stdout + done.stderr
     assert done.stdout.endswith("[]\n"), done.stdout[-200:]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    done = subprocess.run(f"{sys.executable} -m specdist_launch.cli keys | head -1", shell=True, capture_output=True)
+    assert (done.stdout, done.stderr) == (b"# what most jobs set\n", b"")
