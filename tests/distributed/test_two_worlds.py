@@ -211,10 +211,12 @@ def test_a_draft_world_that_is_killed_is_resumed_by_the_same_target_world(worlds
     assert losses(worlds.directory) == undisturbed
 
 
-def test_a_draft_world_that_is_stopped_leaves_the_target_world_waiting(worlds, undisturbed):
+def test_a_draft_world_that_is_stopped_saves_at_once_and_leaves_the_target_world_waiting(worlds, undisturbed):
     draft, target = worlds.draft(), worlds.target(hold_after=5)
     worlds.wait_for_steps(5)
     draft.send_signal(signal.SIGTERM)
+    last = worlds.directory / "run/checkpoints/step-00000005"
+    worlds.wait_until(lambda: last in committed(last.parent), "saved while the target is in the middle of a batch", 30)
     worlds.release(target)
     assert "Stopped at step" in worlds.end(draft, status=None)
     assert target.poll() is None
