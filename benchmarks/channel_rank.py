@@ -290,7 +290,7 @@ class Bench:
                 for index in range(end):
                     while not source.posted(range(index, index + 1)):
                         source.await_more(index, stop)
-                        source.post(source.known)
+                        source.post(source.news())
                     features = source.take(items[index])
                     if check:
                         self._compare(index, items[index].shards[shard].sequences[0], features)

@@ -11,8 +11,8 @@ ever. Here all ranks issue theirs in one order of all operations:
 
 - items in the order in which the scheduler delivers them, and of an item the transfers by source rank, then by
   destination: so a draft rank posts those of its pod, and so a target rank sends what its replica has computed;
-- the collectives of the draft ranks between two deliveries, the same two on all of them (`Trainer._agree`), which is
-  why each is told of the deliveries to all pods;
+- the collectives of the draft ranks between two deliveries, the same two on all of them, whichever pods these are to
+  (`Trainer._agree`);
 - the collectives of a replica's forwards and its sends in the order in which the scheduler has told all its ranks to
   compute and to send (`Producer`): it tells them to send what they have computed. One rank alone sends beside its
   forwards: nothing in those waits for others.

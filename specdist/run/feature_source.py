@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import time
-from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -36,8 +37,7 @@ _LOOK_S = 0.5
 
 
 class RemoteSource(FeatureSource):
-    """Features from target ranks: what the scheduler says is on its way, in the order in which it says so, which is the
-    same to all draft ranks. They hear of what is for other pods too, and receive nothing of it."""
+    """Features from target ranks: what the scheduler says is on its way to this rank's pod, in its order of all."""
 
     def __init__(
         self,
@@ -57,9 +57,10 @@ class RemoteSource(FeatureSource):
         self._stop, self._timeout_s = stop, timeout_s
         self._next = items.schedule.first_item
         """The first item that is not released."""
-        self._known: deque[Deliver] = deque()  # not yet posted
-        self._posts = 0
-        self._others = set[int]()  # items beyond `_next` that were delivered to other pods
+        self._known: dict[int, Deliver] = {}  # by its number, not yet posted
+        self._posts = 0  # deliveries that have been posted, by whichever pod
+        self._there = set[int]()  # their items, those that this rank has not passed
+        self._window = receiver.slots * items.schedule.pods  # more deliveries there cannot be that are not posted
         self._posted: dict[int, Parcel] = {}  # items that are not yet released
         self._agreed: dict[int, int] = {}
         self._broken: WorldError | None = None
@@ -74,12 +75,17 @@ class RemoteSource(FeatureSource):
     def received_bytes(self) -> int:
         return self._received_bytes
 
-    @property
-    def known(self) -> int:
-        return self._posts + len(self._known)
+    def news(self) -> list[int]:
+        found = [0] * self._window
+        for number, delivery in self._known.items():
+            found[number - self._posts] = delivery.item + 1
+        return found
 
     def posted(self, items: range) -> bool:
-        return all(item in self._posted or item in self._others for item in items)
+        return self._there.issuperset(items)
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        return self._waits.timed()
 
     def look(self) -> None:
         try:
@@ -89,28 +95,39 @@ class RemoteSource(FeatureSource):
 
     def await_more(self, item: int, stop: StopFlag) -> None:
         self._client.phase = f"waiting for the hidden states of batch {item}"
-        with self._waits.timed(), span("wait for the forward", item):
-            more = self._await_more(item, stop)
+        with span("wait for the forward", item):
+            more = item in self._there or self._await_more(item, stop)
         if not more and not stop:
             raise WorldError(f"the scheduler on rank 0 ended the run before batch {item}")
 
-    def post(self, count: int) -> None:
-        while self._posts < count:
-            delivery = self._known.popleft()
+    def post(self, news: Sequence[int]) -> None:
+        for entry in itertools.takewhile(bool, news):
+            item = self._items[entry - 1]
+            if item.pod == self._pod:
+                self._post(item, self._posts)
+            self._there.add(item.index)
             self._posts += 1
-            item = self._items[delivery.item]
-            if item.pod != self._pod:
-                self._others.add(delivery.item)
-                continue
-            with span("post the receives", delivery.item):
-                parcel = self._encoding.parcel(item)
-                try:
-                    self.receiver.post(parcel.wire, delivery.replica, delivery.slot)
-                except WorldError as error:
-                    self._broken = self._broken or error
-            if delivery.agreed:
-                self._agreed[delivery.item] = delivery.agreed[self._shard]
-            self._posted[delivery.item] = parcel
+
+    def _post(self, item: WorkItem, number: int) -> None:
+        parcel = self._posted[item.index] = self._encoding.parcel(item)
+        try:
+            delivery = self._heard(number)
+            with span("post the receives", item.index):
+                self.receiver.post(parcel.wire, delivery.replica, delivery.slot)
+        except WorldError as error:
+            self._broken = self._broken or error
+            return
+        if delivery.agreed:
+            self._agreed[item.index] = delivery.agreed[self._shard]
+
+    def _heard(self, number: int) -> Deliver:
+        """What the scheduler has said to another rank of the pod at least, and to this one at the same time."""
+        deadline = time.monotonic() + self._timeout_s
+        while number not in self._known:
+            if self._stopped or time.monotonic() > deadline:
+                raise WorldError(f"the scheduler on rank 0 told others of delivery {number}, and not this rank")
+            self._poll(_LOOK_S)
+        return self._known.pop(number)
 
     def take(self, item: WorkItem) -> Tensor:
         self._raise_broken()
@@ -123,7 +140,7 @@ class RemoteSource(FeatureSource):
 
     def release(self, item: WorkItem) -> None:
         self._next = item.index + 1
-        self._others = {other for other in self._others if other > item.index}
+        self._there = {other for other in self._there if other > item.index}
         self.receiver.release(self._posted.pop(item.index).wire, functools.partial(self._freed, item.index))
 
     def _freed(self, index: int) -> None:
@@ -138,11 +155,11 @@ class RemoteSource(FeatureSource):
         draft ranks post the same, and issue no other GPU communication meanwhile."""
         self._client.phase = "draining"
         while self._posted or self._await_more(self._next):
-            self.post(self.known)
-            if self._posted:
-                item = self._items[min(self._posted)]  # some before it may never come
-                self.take(item)
-                self.release(item)
+            for number in sorted(self._known):
+                self._post(self._items[self._known[number].item], number)
+            item = self._items[min(self._posted)]  # some before it may never come
+            self.take(item)
+            self.release(item)
 
     def _await_more(self, index: int, stop: StopFlag | None = None) -> bool:
         """Wait until a delivery is known that is not posted, as that of item `index` will be; False if the scheduler
@@ -164,7 +181,7 @@ class RemoteSource(FeatureSource):
         for message in self._client.poll(timeout_s):
             match message:
                 case Deliver():
-                    self._known.append(message)
+                    self._known[message.number] = message
                 case StopRequest(reason, rank):
                     self._stop.request(reason, f" on rank {rank}")
                 case Stop():

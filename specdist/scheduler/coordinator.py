@@ -192,8 +192,9 @@ class Coordinator:
                 self.replicas.computed(rank, message, now)
             case Sent() if self.replicas is not None:
                 deliver = self.replicas.sent(rank, message, now)
-                if deliver is not None:
-                    self._broadcast(deliver, now, self._draft_ranks)
+                if deliver is not None and self._scheduler is not None:
+                    first = self._scheduler.pod(deliver.item) * (each := self._scheduler.pod_ranks)
+                    self._broadcast(deliver, now, self._draft_ranks[first : first + each])
             case Heartbeat(seconds, step, phase, trouble):
                 peer = self.peers[rank]
                 peer.phase, peer.phase_since, peer.step, peer.trouble = phase, now - seconds, step, trouble

@@ -122,13 +122,15 @@ class Sent(_Message, frozen=True):
 
 
 class Deliver(_Message, frozen=True):
-    """scheduler -> all draft ranks: receive `item` from the ranks of `replica`, in `slot` of the ring. `agreed`, of an
-    item that is evaluated: of each shard, how many tokens of its answers are the target's own argmax."""
+    """scheduler -> all draft ranks of a pod: receive `item` from the ranks of `replica`, in `slot` of the ring.
+    `agreed`, of an item that is evaluated: of each shard, how many tokens of its answers are the target's own argmax.
+    `number`: deliveries, to whichever pods, that were ordered before."""
 
     item: int
     replica: int
     slot: int
     agreed: tuple[int, ...] = ()
+    number: int = 0
 
 
 class Released(_Message, frozen=True):

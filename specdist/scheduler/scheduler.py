@@ -212,8 +212,8 @@ class Scheduler:
         self._account(now)
         holders = (1 << self.pod_ranks) - 1 << self.pod(item) * self.pod_ranks
         flight.delivered, flight.since, flight.holders = True, now, holders
-        self._delivered_count += 1
-        return Deliver(item, replica, self._slots(item)[item], flight.agreed)
+        number, self._delivered_count = self._delivered_count, self._delivered_count + 1
+        return Deliver(item, replica, self._slots(item)[item], flight.agreed, number)
 
     def on_released(self, item: int, draft: int, now: float) -> None:
         """Draft rank number `draft` has freed the slot of `item`.

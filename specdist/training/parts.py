@@ -2,7 +2,8 @@
 """What the training loop works with: where features come from, who judges held-out text, and whom it reports to."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,10 +27,10 @@ class FeatureSource(ABC):
         """Bytes of features that other ranks have sent to this one so far."""
         return 0
 
-    @property
-    def known(self) -> int:
-        """How many items are known to be on their way, counted in an order that is the same on all draft ranks."""
-        return 0
+    def news(self) -> list[int]:
+        """Of each of the next deliveries, in the scheduler's order of all: one more than the number of its item, where
+        this rank knows of it, else 0. As many on all draft ranks."""
+        return []
 
     def posted(self, items: range) -> bool:
         """Whether these items, one for each pod of draft ranks, are among those that were posted, so that `take` may
@@ -40,14 +41,19 @@ class FeatureSource(ABC):
         """Learn what has become known, without waiting. What fails in it is raised by `await_more` and `take`."""
         return
 
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around a wait for features, which counts in `waited_s`."""
+        return nullcontext()
+
     def await_more(self, item: int, stop: StopFlag) -> None:
-        """Wait until more is known than was posted, as item number `item` and those of other pods beside it will be, or
-        a stop is asked for. Raises WorldError where it will not come."""
+        """Wait until more is known than was posted, as this rank's item number `item` will be, or a stop is asked for;
+        not at all where that is posted. Raises WorldError where it will not come."""
         return
 
-    def post(self, count: int) -> None:
-        """Issue the receives of the first `count` known items, if they are for this rank's pod: at the same place among
-        all other GPU communication on all draft ranks. What fails in it is raised by `await_more` and `take`."""
+    def post(self, news: Sequence[int]) -> None:
+        """Issue the receives of the next deliveries, those for this rank's pod, up to the first that no draft rank
+        knows of: at the same place among all other GPU communication on all draft ranks. `news`: the highest that any
+        of them says of each. What fails in it is raised by `await_more` and `take`."""
         return
 
     @abstractmethod

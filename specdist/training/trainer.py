@@ -316,24 +316,27 @@ class Trainer:
     def _await_receives(self, items: range, stop: StopFlag) -> Course:
         """Wait until the receives of `items`, one for each pod, are posted, or all ranks agree not to go on."""
         course = Course.GO
-        while course < Course.STOP and not self.source.posted(items):
-            self.source.await_more(items[self._pod], stop)
-            course = self._agree(Course.STOP if stop else Course.GO, items.start)
+        if not self.source.posted(items):
+            with self.source.waiting():
+                while course < Course.STOP and not self.source.posted(items):
+                    self.source.await_more(items[self._pod], stop)
+                    course = self._agree(Course.STOP if stop else Course.GO, items.start)
         return course
 
     def _agree(self, course: Course, index: int) -> Course:
         """How all draft ranks go on, before item `index`: as the highest course says.
 
-        What all of them know to be on its way they receive from here on. Nothing else issues GPU communication on a
-        draft rank than this thread: the receives of one delivery after the other, as the scheduler orders them, and
-        between them, at the places that are agreed on here, the collectives of steps, evaluations and the end. So the
-        order is the same on all draft ranks. That nothing can hang then: specdist/channel/p2p.py.
+        What is known to be on its way to its pod each receives from here on, up to one delivery in the scheduler's
+        order of all. Nothing else issues GPU communication on a draft rank than this thread: the receives of one
+        delivery after the other, as the scheduler orders them, and between them, at the places that are agreed on here,
+        the collectives of steps, evaluations and the end. So the order is the same on all draft ranks. That nothing can
+        hang then: specdist/channel/p2p.py.
         """
         self.source.look()
         with span("agree to go on", index):
-            agreed = self._highest(course, -self.source.known)
-        self.source.post(-agreed[1])
-        return Course(agreed[0])
+            highest, *news = self._highest(course, *self.source.news())
+        self.source.post(news)
+        return Course(highest)
 
     def receive(self, item: WorkItem) -> MicroBatch:
         """This rank's part of `item`, ready to train on."""

@@ -596,7 +596,7 @@ def test_messages_keep_their_order(runs: typing.Callable[..., Run]) -> None:
     assert collect(target, items) == [Send(item, 0, item) for item in range(items)]
     for item in range(items):
         target.send(Sent(item))
-    assert collect(draft, items) == [Deliver(item, 0, item) for item in range(items)]
+    assert collect(draft, items) == [Deliver(item, 0, item, number=item) for item in range(items)]
     for item in range(items):
         draft.send(Released(item))
     assert collect(target, 1) == [Stop()]

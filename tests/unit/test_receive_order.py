@@ -30,10 +30,11 @@ class Items(list[Any]):
 
 
 class Client:
-    """Tells of the deliveries in their order, of some of them at a time."""
+    """Tells of the deliveries to a pod in their order, of some of them at a time."""
 
-    def __init__(self, order: Sequence[int], chance: random.Random):
-        self._left, self._chance = [Deliver(item, 0, 0) for item in order], chance
+    def __init__(self, order: Sequence[int], pods: int, pod: int, chance: random.Random):
+        every = [Deliver(item, 0, 0, number=number) for number, item in enumerate(order)]
+        self._left, self._chance = [delivery for delivery in every if delivery.item % pods == pod], chance
         self.phase, self.lost = "", False
 
     def poll(self, timeout_s: float) -> list[Deliver]:
@@ -58,9 +59,10 @@ class Rank(Trainer):
     ):
         self.issued: list[str] = []
         self.number, self._agreement, self._said, self._pod = number, agreement, said, number % pods
-        self.client = Client(order, random.Random(number))
+        self.client = Client(order, pods, self._pod, random.Random(number))
         self.items = Items(pods)  # type: ignore[assignment]
         receiver = SimpleNamespace(
+            slots=STEPS * TOGETHER,
             post=lambda item, replica, slot: self.issued.append(f"receive {item.index}"),
             take=lambda item, timeout_s: torch.empty(0),
             release=lambda item, freed: None,

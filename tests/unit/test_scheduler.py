@@ -53,7 +53,7 @@ def test_items_go_in_order_to_the_least_busy_replica() -> None:
     scheduler.on_computed(5, 0, 1.0, (3, 4))
     assert scheduler.next_orders(1.0) == [Send(5, 0, 1), Dispatch(10, 0, 5)]
     assert scheduler.on_sent(5, 0, 1.0) == Deliver(5, 0, 1, (3, 4))
-    assert scheduler.on_sent(6, 1, 2.0) == Deliver(6, 1, 0)
+    assert scheduler.on_sent(6, 1, 2.0) == Deliver(6, 1, 0, number=1)
 
 
 def test_a_slot_is_taken_when_rows_are_there_and_one_is_kept_for_what_the_draft_needs_next() -> None:
@@ -161,7 +161,7 @@ def test_a_stop_ends_when_what_has_a_slot_is_released_and_the_rest_is_dropped() 
     assert scheduler.next_orders(0.0) == [Send(12, 0)]
     release(scheduler, 10)
     assert not scheduler.finished
-    assert scheduler.on_sent(11, 0, 0.0) == Deliver(11, 0, 1)
+    assert scheduler.on_sent(11, 0, 0.0) == Deliver(11, 0, 1, number=1)
     release(scheduler, 11)
     assert scheduler.finished
 
