@@ -11,9 +11,9 @@ The first table is a simulation with the real state machine and a clock of its o
 is what their speeds allow.
 
 The second is processor time of one thread. `protocol_ms` is everything but the sockets: decoding and applying a
-Computed, a Sent and one Released per draft rank of a pod, deciding and encoding the orders and the delivery. `server_ms` is the
-whole server thread, its socket calls included, with real connections over loopback; it takes time from the hosting
-rank's own Python code.
+Computed, a Sent and one Released per draft rank of a pod, deciding and encoding the orders and the delivery.
+`server_ms` is the whole server thread, its socket calls included, with real connections over loopback; it takes time
+from the hosting rank's own Python code.
 """
 
 from __future__ import annotations
