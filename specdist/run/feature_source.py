@@ -34,6 +34,8 @@ from specdist.training.parts import FeatureSource
 
 _LOOK_S = 0.5
 """How often a wait looks whether this process was asked to stop."""
+_AGREE_S = 0.005
+"""How often draft ranks that wait agree on what other pods have been sent."""
 
 
 class RemoteSource(FeatureSource):
@@ -51,7 +53,8 @@ class RemoteSource(FeatureSource):
         place: tuple[int, int],
     ):
         """`place`: of this rank, see `Topology.shard_of`."""
-        (self._pod, self._shard), self._encoding, self._received_bytes = place, encoding, 0
+        (self._pod, self._shard), self._pods = place, items.schedule.pods
+        self._encoding, self._received_bytes = encoding, 0
         self._waits = DeviceTimer(device)
         self._client, self.receiver, self._items = client, receiver, items
         self._stop, self._timeout_s = stop, timeout_s
@@ -60,8 +63,9 @@ class RemoteSource(FeatureSource):
         self._known: dict[int, Deliver] = {}  # by its number, not yet posted
         self._posts = 0  # deliveries that have been posted, by whichever pod
         self._there = set[int]()  # their items, those that this rank has not passed
-        self._window = receiver.slots * items.schedule.pods  # more deliveries there cannot be that are not posted
+        self._window = receiver.slots * self._pods  # more deliveries there cannot be that are not posted
         self._posted: dict[int, Parcel] = {}  # items that are not yet released
+        self._awaited, self._wait_until = -1, 0.0
         self._agreed: dict[int, int] = {}
         self._broken: WorldError | None = None
         """What `look` and `post` met: raised where the ranks can agree on how to go on."""
@@ -94,10 +98,12 @@ class RemoteSource(FeatureSource):
             self._broken = self._broken or error
 
     def await_more(self, item: int, stop: StopFlag) -> None:
+        if item in self._there:  # the other pods wait
+            return
         self._client.phase = f"waiting for the hidden states of batch {item}"
-        with span("wait for the forward", item):
-            more = item in self._there or self._await_more(item, stop)
-        if not more and not stop:
+        # What comes to other pods is posted meanwhile: a sender may wait for that before it sends this item.
+        more = self._await_more(item, stop, math.inf if self._pods == 1 else _AGREE_S)
+        if not more and self._stopped and not stop:
             raise WorldError(f"the scheduler on rank 0 ended the run before batch {item}")
 
     def post(self, news: Sequence[int]) -> None:
@@ -161,16 +167,20 @@ class RemoteSource(FeatureSource):
             self.take(item)
             self.release(item)
 
-    def _await_more(self, index: int, stop: StopFlag | None = None) -> bool:
+    def _await_more(self, index: int, stop: StopFlag | None = None, at_most_s: float = math.inf) -> bool:
         """Wait until a delivery is known that is not posted, as that of item `index` will be; False if the scheduler
-        stops, or `stop` is asked for, before."""
-        deadline = time.monotonic() + self._timeout_s
+        stops, `stop` is asked for, or so many seconds have passed, before."""
+        now = time.monotonic()
+        until = now + at_most_s
+        if self._awaited != index:
+            self._awaited, self._wait_until = index, now + self._timeout_s
         self._raise_broken()
-        while not self._known and not self._stopped and not stop:
-            if time.monotonic() > deadline:
+        while not self._known and not self._stopped and not stop and now < until:
+            if now > self._wait_until:
                 limit = f"{self._timeout_s:.0f} s (world.wait_timeout_s)"
                 raise WorldError(f"no target replica delivered batch {index} within {limit}")
-            self._poll(_LOOK_S)
+            self._poll(min(_LOOK_S, at_most_s))
+            now = time.monotonic()
         return bool(self._known)
 
     def _raise_broken(self) -> None:

@@ -46,8 +46,8 @@ class FeatureSource(ABC):
         return nullcontext()
 
     def await_more(self, item: int, stop: StopFlag) -> None:
-        """Wait until more is known than was posted, as this rank's item number `item` will be, or a stop is asked for;
-        not at all where that is posted. Raises WorldError where it will not come."""
+        """Wait until more is known than was posted, as this rank's item number `item` will be, until a stop is asked
+        for, or until it is time to `post` what others know of. Raises WorldError where it will not come."""
         return
 
     def post(self, news: Sequence[int]) -> None:

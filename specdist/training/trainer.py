@@ -317,7 +317,7 @@ class Trainer:
         """Wait until the receives of `items`, one for each pod, are posted, or all ranks agree not to go on."""
         course = Course.GO
         if not self.source.posted(items):
-            with self.source.waiting():
+            with self.source.waiting(), span("wait for the forward", items[self._pod]):
                 while course < Course.STOP and not self.source.posted(items):
                     self.source.await_more(items[self._pod], stop)
                     course = self._agree(Course.STOP if stop else Course.GO, items.start)

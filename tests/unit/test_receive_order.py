@@ -32,7 +32,9 @@ class Items(list[Any]):
 class Client:
     """Tells of the deliveries to a pod in their order, of some of them at a time."""
 
-    def __init__(self, order: Sequence[int], pods: int, pod: int, chance: random.Random):
+    def __init__(self, order: Sequence[int], pods: int, pod: int, chance: random.Random, received: set[int]):
+        """`received`: the items that some rank has; the one sender to two pods waits for each before the next."""
+        self._received, self._one_by_one = received, pods > 1
         every = [Deliver(item, 0, 0, number=number) for number, item in enumerate(order)]
         self._left, self._chance = [delivery for delivery in every if delivery.item % pods == pod], chance
         self.phase, self.lost = "", False
@@ -42,6 +44,10 @@ class Client:
             raise WorldError("the world has failed")
         time.sleep(self._chance.uniform(0, 0.001))
         count = self._chance.choice((0, 0, 1, 2))
+        if self._one_by_one and self._left[:1] and self._left[0].number > len(self._received):
+            count = 0
+        elif self._one_by_one:
+            count = min(count, 1)
         told, self._left = self._left[:count], self._left[count:]
         return told
 
@@ -56,14 +62,15 @@ class Rank(Trainer):
         order: Sequence[int],
         agreement: threading.Barrier,
         said: dict[int, tuple[int, ...]],
+        received: set[int],
     ):
         self.issued: list[str] = []
         self.number, self._agreement, self._said, self._pod = number, agreement, said, number % pods
-        self.client = Client(order, pods, self._pod, random.Random(number))
+        self.client = Client(order, pods, self._pod, random.Random(number), received)
         self.items = Items(pods)  # type: ignore[assignment]
         receiver = SimpleNamespace(
             slots=STEPS * TOGETHER,
-            post=lambda item, replica, slot: self.issued.append(f"receive {item.index}"),
+            post=lambda item, replica, slot: (self.issued.append(f"receive {item.index}"), received.add(item.index)),
             take=lambda item, timeout_s: torch.empty(0),
             release=lambda item, freed: None,
         )
@@ -108,7 +115,8 @@ def deliveries(seed: int, pods: int) -> list[int]:
 def play(seed: int, event: tuple[int, str], pods: int = 1) -> tuple[list[list[str]], list[_CutOffError]]:
     order = deliveries(seed, pods)
     agreement, said, errors = threading.Barrier(RANKS, timeout=20), dict[int, Any](), list[_CutOffError]()
-    ranks = [Rank(number, pods, order, agreement, said) for number in range(RANKS)]
+    received = set[int]()
+    ranks = [Rank(number, pods, order, agreement, said, received) for number in range(RANKS)]
 
     def body(rank: Rank) -> None:
         try:
