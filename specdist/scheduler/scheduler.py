@@ -248,7 +248,7 @@ class Scheduler:
     def add_replica(self, replica: int, pods: Collection[int] | None = None) -> None:
         """Give work to one more replica, whose number no other has had. `pods`: those that it computes for (None: all);
         each is some replica's."""
-        self._lines[replica] = Line(pods=pods)
+        self._lines[replica] = Line(pods=None if pods is None or len(pods) == len(self._pods) else pods)
         self._changed = True
 
     def drop_replica(self, replica: int) -> tuple[int, ...]:
