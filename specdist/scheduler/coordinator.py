@@ -45,7 +45,8 @@ from specdist.scheduler.messages import (
 )
 from specdist.scheduler.peers import Peers
 from specdist.scheduler.replicas import RemoteRules, Replicas, Send
-from specdist.scheduler.scheduler import Culprit, ProtocolError, Scheduler
+from specdist.scheduler.scheduler import ProtocolError, Scheduler
+from specdist.scheduler.watch import Culprit
 
 logger = logging.getLogger(__name__)
 

@@ -27,13 +27,12 @@ from __future__ import annotations
 
 from bisect import bisect, bisect_left, insort
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import Literal
 
 from specdist.core.errors import WorldError
 from specdist.scheduler.forecast import Forecast, Line
 from specdist.scheduler.messages import Deliver, Dispatch, Send, Statistics
 from specdist.scheduler.slots import Slots
+from specdist.scheduler.watch import Culprit, Flight, slow_draft, slow_target
 
 _LOOK_S = 0.5
 """How often the clock alone is a reason to look for orders."""
@@ -43,36 +42,6 @@ _REACH = 8
 
 class ProtocolError(WorldError):
     """A message that the protocol does not allow at this point: a defect of its sender."""
-
-
-@dataclass(frozen=True)
-class Culprit:
-    """Who has kept the world waiting: target replicas or draft ranks by number, and since when."""
-
-    role: Literal["target", "draft"]
-    indices: tuple[int, ...]
-    item: int
-    seconds: float
-    doing: Literal["computing", "sending", "reading"]
-    others: int = 0
-    """Draft ranks that have released the item; 0: any of its pod may be the one that hangs."""
-
-
-@dataclass
-class _Flight:
-    """An item with a slot, from the order to send it until it is released."""
-
-    replica: int
-    agreed: tuple[int, ...]
-    since: float
-    """When it was to be sent, and then when it was delivered."""
-    delivered: bool = False
-    holders: int = 0
-    """A bit for each draft rank that was told and has not released it."""
-
-    @property
-    def released(self) -> bool:
-        return self.delivered and not self.holders
 
 
 class Scheduler:
@@ -121,7 +90,7 @@ class Scheduler:
         self._forecast = Forecast(self._lines)
         self._ready: dict[int, tuple[int, tuple[int, ...]]] = {}
         """Replica and `agreed` of the items that are computed and have no slot."""
-        self._flights: dict[int, _Flight] = {}
+        self._flights: dict[int, Flight] = {}
         self._orders: list[Dispatch | Send] = []
         self._changed, self._looked = True, 0.0
         """Whether there may be orders to give; when that was last looked at."""
@@ -194,7 +163,7 @@ class Scheduler:
             line.held.add(item)
         else:
             self._orders.append(Send(item, replica))
-            self._flights[item] = _Flight(replica, agreed, now, delivered=True)
+            self._flights[item] = Flight(replica, agreed, now, delivered=True)
             self._delivered_count += 1
             self._advance(item, now)
 
@@ -272,8 +241,12 @@ class Scheduler:
 
     def watch(self, now: float) -> Culprit | None:
         """Who has held an item for longer than the timeout since it could start; the longest wait wins."""
-        culprits = [c for c in (self._slow_target(now), self._slow_draft(now)) if c and c.seconds > self.timeout]
-        return max(culprits, key=lambda c: c.seconds, default=None)
+        late, lowest = [slow_target(self._lines, self._flights, now)], self._lowest(self._together)
+        if all(flight and flight.delivered for flight in lowest):  # else the draft ranks wait themselves
+            since = max(self._low_since, *(flight.since for flight in lowest if flight))
+            late.append(slow_draft(self._low, self._flights[self._low], self.pod_ranks, now - since))
+        culprits = [culprit for culprit in late if culprit and culprit.seconds > self.timeout]
+        return max(culprits, key=lambda culprit: culprit.seconds, default=None)
 
     def statistics(self, now: float) -> Statistics:
         if self._started is not None:
@@ -336,7 +309,7 @@ class Scheduler:
                 full.add(pod)
             else:
                 replica, agreed = self._let_go(item, now)
-                self._flights[item] = _Flight(replica, agreed, now)
+                self._flights[item] = Flight(replica, agreed, now)
                 self._orders.append(Send(item, replica, self._pods[pod][item]))
 
     def _drop(self, item: int, now: float) -> None:
@@ -422,7 +395,7 @@ class Scheduler:
         if self.draft_ranks and not all(f and f.delivered for f in self._lowest(1)) and not self.finished:
             self._draft_wait += passed
 
-    def _lowest(self, each: int) -> list[_Flight | None]:
+    def _lowest(self, each: int) -> list[Flight | None]:
         """The first `each` items of every pod, from the lowest of all on, that will be sent and are not released."""
         items = range(low := self._low, low + each * len(self._pods))
         return [
@@ -430,24 +403,3 @@ class Scheduler:
             for item in items
             if item == low or (item >= self._slots(item).low and not self._needless(item))
         ]
-
-    def _slow_target(self, now: float) -> Culprit | None:
-        # One whose rows wait for a slot may itself wait for a buffer: whoever holds the slots is to blame.
-        since: list[tuple[float, int, int, Literal["computing", "sending"]]] = [
-            *((x.since, r, x.items[0], "computing") for r, x in self._lines.items() if x.items and not x.held),
-            *((f.since, f.replica, item, "sending") for item, f in self._flights.items() if not f.delivered),
-        ]
-        if not since:
-            return None
-        began, replica, item, doing = min(since)
-        return Culprit("target", (replica,), item, now - began, doing)
-
-    def _slow_draft(self, now: float) -> Culprit | None:
-        low, since = self._low, self._low_since
-        for flight in self._lowest(self._together):
-            if flight is None or not flight.delivered:  # the draft ranks wait for it themselves
-                return None
-            since = max(since, flight.since)
-        holders = self._flights[low].holders
-        late = tuple(draft for draft in range(self.draft_ranks) if holders >> draft & 1)
-        return Culprit("draft", late, low, now - since, "reading", others=self.pod_ranks - len(late))
