@@ -191,6 +191,8 @@ def _print(
     lines = ["", ended]
     trained = bool(metrics["steps"])
     this_start = f"{metrics['steps']:,.0f} steps, {metrics['tokens']:,.0f} tokens in {metrics['seconds']:.0f} s"
+    if metrics["evaluation_s"]:
+        this_start += f", {metrics['evaluation_s'] / metrics['seconds']:.1%} of it evaluating"
     lines.append(f"  this start     {this_start if trained else 'nothing was left to train'}")
     lines += [f"  start-up       {start.told()}"] if (start := context.start.clock.kept) is not None else []
     lines += _warning(context, metrics)

@@ -113,7 +113,8 @@ class RunReporter(Reporter):
                 self._unlogged = True
 
     def totals(self) -> dict[str, float]:
-        """The run so far: steps, tokens, tokens/s, the share of the time each side waited, and the last record.
+        """The run so far: steps, tokens, seconds and those of evaluations among them, tokens/s, the share of the time
+        each side waited, and the last record.
 
         Rates and shares leave out what comes before the first record, where there is a second one.
         """
@@ -124,6 +125,7 @@ class RunReporter(Reporter):
             "steps": float(done.steps),
             "tokens": float(done.tokens),
             "seconds": time.monotonic() - self._began[0].time,
+            "evaluation_s": self._aside_s,
             "tokens_per_s": (done.tokens - before.tokens) / seconds,
             "draft_wait": (done.waited_s - before.waited_s) / seconds,
             "target_wait": _target_wait(statistics_before, statistics),

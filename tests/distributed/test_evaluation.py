@@ -74,7 +74,13 @@ def evaluated(tmp_path_factory, material) -> Path:
     """A job of one target rank and two draft ranks."""
     directory = tmp_path_factory.mktemp("evaluated")
     said = run(3, directory, material)
-    for part in ("held-out acceptance length", "before training), by replay", "by draft tokens", "expected at temper"):
+    for part in (
+        "held-out acceptance length",
+        "before training), by replay",
+        "by draft tokens",
+        "expected at temper",
+        "% of it evaluating",
+    ):
         assert part in said
     foreign = "of the tokens are what the target itself would write, so this is not the length that serving gives"
     assert said.count("specdist: held-out text: warning: only ") == 1

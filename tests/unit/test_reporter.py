@@ -87,3 +87,4 @@ def test_what_was_lost_before_training_is_kept_once_there_is_something_beside_it
         run.reporter.evaluated(20, metrics)
     totals = run.reporter.totals()
     assert (totals["first/held_out/loss"], totals["last/held_out/loss"]) == (9.0, 7.0)
+    assert totals["evaluation_s"] == 3.0
