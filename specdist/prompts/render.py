@@ -82,8 +82,9 @@ def load_tokenizer(directory: str | Path, config: PromptsConfig) -> PreTrainedTo
         if config.chat_template is not None:
             tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())  # transformers says it in many lines
         raise DataError(
-            f"no usable tokenizer in {directory}, or no template at prompts.chat_template: {error}",
+            f"no usable tokenizer in {directory}, or no template at prompts.chat_template: {why}",
             "prompts.chat_template",
         ) from error
     return tokenizer
