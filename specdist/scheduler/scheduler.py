@@ -23,8 +23,6 @@ So the lowest `low` is released, after finitely many other orders, for without i
 out.
 """
 
-from __future__ import annotations
-
 from bisect import bisect, bisect_left, insort
 from collections.abc import Collection, Iterable
 
@@ -73,10 +71,9 @@ class Scheduler:
         end_item: int | None = None,
         elastic: bool = False,
     ):
-        if min(slots, queue_depth, together) < 1 or draft_ranks < 0 or together > slots:
-            raise ValueError(f"{draft_ranks} draft ranks, {slots} slots for {together} items, queue {queue_depth}")
-        if pods < 1 or draft_ranks % pods:
-            raise ValueError(f"{draft_ranks} draft ranks in {pods} pods")
+        if min(slots, queue_depth, together, pods) < 1 or draft_ranks < 0 or draft_ranks % pods or together > slots:
+            ranks = f"{draft_ranks} draft ranks in {pods} pods"
+            raise ValueError(f"{ranks}, {slots} slots for {together} items, queue {queue_depth}")
         self.draft_ranks, self.pod_ranks, self.timeout = draft_ranks, draft_ranks // pods, timeout
         self._pods = [Slots(slots, first_item + pod, pods, together) for pod in range(pods)]
         self._depth, self._together = queue_depth, together
@@ -108,9 +105,8 @@ class Scheduler:
     def finished(self) -> bool:
         """Whether nothing will be sent any more, and everything that was sent has been released."""
         ended = self._end is not None and self._low >= self._end
-        if ended and self._elastic:
-            return True
-        return (ended or self._halted) and all(flight.released for flight in self._flights.values())
+        over = (ended or self._halted) and all(flight.released for flight in self._flights.values())
+        return over or (ended and self._elastic)
 
     @property
     def cut_short(self) -> bool:
@@ -148,9 +144,8 @@ class Scheduler:
         if line is None:  # it was dropped meanwhile
             return
         if not line.items or line.items[0] != item:
-            raise ProtocolError(
-                f"target replica {replica} computed batch {item}; outstanding there: {list(line.items)}"
-            )
+            left = list(line.items)
+            raise ProtocolError(f"target replica {replica} computed batch {item}; outstanding there: {left}")
         self._account(now)
         self._changed = True
         self._forecast.measure(replica, tokens, seconds)
@@ -181,8 +176,8 @@ class Scheduler:
         self._account(now)
         holders = (1 << self.pod_ranks) - 1 << self.pod(item) * self.pod_ranks
         flight.delivered, flight.since, flight.holders = True, now, holders
-        number, self._delivered_count = self._delivered_count, self._delivered_count + 1
-        return Deliver(item, replica, self._slots(item)[item], flight.agreed, number)
+        self._delivered_count += 1
+        return Deliver(item, replica, self._slots(item)[item], flight.agreed, self._delivered_count - 1)
 
     def on_released(self, item: int, draft: int, now: float) -> None:
         """Draft rank number `draft` has freed the slot of `item`.

@@ -273,14 +273,16 @@ def test_a_tensor_parallel_target_world_joins_beside_one_that_is_not(worlds, und
 
 
 def test_worlds_without_a_common_directory_meet_at_an_address(worlds, undisturbed, tmp_path):
+    """The draft world has two pods, of which the target world learns there."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"world__scheduler": f"127.0.0.1:{port}"}
     target = worlds.target(run__dir=tmp_path / "elsewhere", **place)
-    worlds.end(worlds.draft(**place))
-    worlds.end(target)
-    assert losses(worlds.directory) == undisturbed
+    worlds.end(worlds.draft(draft__pod=1, **place))
+    assert items_of(worlds.end(target)) == 2 * STEPS
+    for (_, loss, _), (_, expected, _) in zip(losses(worlds.directory), undisturbed, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-6)
     assert not (tmp_path / "elsewhere/metrics.jsonl").exists()
 
 
