@@ -8,6 +8,7 @@ proof that the run survives it. They also pass alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -22,9 +23,11 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
+from torch.distributed import TCPStore
 
 from specdist.core.attempts import AttemptRecord, Failure, attempts
 from specdist.core.progress import committed, read_progress
+from tests import forks
 from tests.distributed.worlds import kill_all, ranks_below, start_by_hand, start_command, start_torchrun
 from tests.tiny import make_config, make_conversations, make_target
 
@@ -228,11 +231,28 @@ def stopped_at(words: str) -> int:
     return int(found[1])
 
 
+def check_that_nothing_tells_the_secret(pid: int, directory: Path) -> None:
+    """The secret of a running job is in the environment of its ranks: in no command line, file or open store."""
+    family = forks.family(pid)
+    environment = next(found for found in (member.environ() for member in family) if "RANK" in found)
+    secret = environment["SPECDIST_TOKEN"]
+    assert len(secret) == 32
+    assert not any(secret in " ".join(member.cmdline()) for member in family)
+    for path in [*directory.glob("run/*"), *directory.glob("run/logs/**/*")]:
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # replaced, or removed, since
+            assert secret.encode() not in path.read_bytes()
+    store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)
+    keys = store.list_keys()
+    assert any("specdist/run" in key for key in keys), keys
+    assert not any(secret.encode() in store.get(key) for key in keys)
+
+
 def test_an_interrupt_of_specdist_train_saves_and_ends_well(job: Job) -> None:
     began = job.step
     command = [sys.executable, "-m", "specdist_launch.cli", "train", *job.words(), "--nproc-per-node", "3"]
     job.process = start_command(command)
     job.wait_until(lambda: job.step > began)
+    check_that_nothing_tells_the_secret(job.process.pid, job.directory)
     os.killpg(job.process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
     step = stopped_at(job.end())
     assert job.process.returncode == 0
