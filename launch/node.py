@@ -178,6 +178,8 @@ class Agent:
             ends = ", ".join(f"rank {rank}: {_end(status)}" for rank, status in sorted(failed.items()))
             self._fail(Failure("lost", f"exited without an error message: {ends}", host=self._place.host))
         self._record.add_stacks()
+        if failed:
+            self._record.clear()
         if not self._leads:
             return ExitStatus.DONE if self._known() or stopped is not None or not failed else ExitStatus.GIVE_UP
         verdict = judge(self._home, self._job.launch, self._record)

@@ -218,6 +218,12 @@ class AttemptRecord:
                 with self._written(replace(failure, stacks=found)) as own:
                     own.rename(self.failure_file)
 
+    def clear(self) -> None:
+        """Remove what ranks that were killed had begun to write."""
+        for file in [*self.directory.glob("*/*.tmp"), self.directory / "outcome.json.tmp"]:
+            with contextlib.suppress(OSError):
+                file.unlink()
+
     @contextlib.contextmanager
     def _written(self, failure: Failure) -> Iterator[Path]:
         """A file of the failure under a name that no other process uses, for the agents of all nodes record at once."""

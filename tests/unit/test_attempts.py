@@ -87,6 +87,17 @@ def test_the_outcome_that_version_0_1_wrote_is_read(
     assert record.ending() == ending
 
 
+def test_what_killed_ranks_had_begun_to_write_is_removed(tmp_path: Path) -> None:
+    record = AttemptRecord(tmp_path / "17.0")
+    record.end(Ending("finished", 50))
+    (record.directory / "start-up").mkdir()
+    for name in ("outcome.json.tmp", "start-up/rank-1.json.tmp", "start-up/rank-0.json"):
+        (record.directory / name).touch()
+    record.clear()
+    left = sorted(str(path.relative_to(record.directory)) for path in record.directory.rglob("*") if path.is_file())
+    assert left == ["outcome.json", "start-up/rank-0.json"]
+
+
 def test_only_the_first_failure_is_kept_whoever_writes_at_once(tmp_path: Path) -> None:
     record, first = AttemptRecord(tmp_path / "17.0"), []
     together = threading.Barrier(8)
