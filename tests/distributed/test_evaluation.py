@@ -112,7 +112,7 @@ def test_every_answer_counts_in_its_category(evaluated, material):
 def test_it_leaves_a_page_with_starts_and_answers(evaluated):
     (run,) = read_runs([evaluated / "run"])
     assert {start.role.split()[0] for start in run.starts} == {"target", "draft"}
-    assert all(part.began <= start.ended for start in run.starts for part in start.parts)
+    assert all(part.began <= (start.stepped or start.ended) for start in run.starts for part in start.parts)
     assert run.evaluation is not None
     answers = run.evaluation.answers
     assert len(answers) == SHOWN_ANSWERS
