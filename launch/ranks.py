@@ -17,8 +17,8 @@ def world_size(job: JobConfig, devices: int) -> int:
             return devices
         raise ConfigError.at(
             "draft.dp",
-            f"is not set and this machine shows {devices} GPUs: set draft.dp, or --nproc-per-node, to say how "
-            f"many ranks beside the {target} of the target to start",
+            f"is not set and this machine shows {devices} GPUs: set draft.dp (or --nproc-per-node, where the "
+            f"command has it) to say how many ranks beside the {target} of the target to start",
         )
     if job.world.role == "draft":
         target = 0
