@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -64,7 +65,8 @@ class Sides:
 
 
 _FALLEN = 0.95
-"""Of the loss at the first record of a run: with less at the last one it has learnt something."""
+"""Of the loss at the first record of a run, and of that of a guess among all tokens: with less at the last one it has
+learnt something."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def _print(
         this_start += f", {metrics['evaluation_s'] / metrics['seconds']:.1%} of it evaluating"
     lines.append(f"  this start     {this_start if trained else 'nothing was left to train'}")
     lines += [f"  start-up       {start.told()}"] if (start := context.start.clock.kept) is not None else []
-    lines += _warning(context, metrics)
+    lines += learnt_nothing(context, metrics)
     lines += [f"  {line}" for line in evaluation.splitlines()]
     lines += sides.lines() if trained else []
     lines.append(f"  checkpoint     {checkpoint_path(run_dir.checkpoints, step)}")
@@ -212,13 +214,18 @@ def _print(
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def _warning(context: RankContext, metrics: Mapping[str, float]) -> list[str]:
+def learnt_nothing(context: RankContext, metrics: Mapping[str, float]) -> list[str]:
     """That a new draft has learnt next to nothing, which "Trained" does not say."""
     name = "held_out/loss" if "first/held_out/loss" in metrics else "loss"  # the first steps may be what has raised it
     first, last = (metrics.get(f"{when}/{name}") for when in ("first", "last"))
-    begun = context.resume.progress.step > 0 or context.job.draft.init_from is not None
-    if begun or first is None or last is None or last < _FALLEN * first:
+    if context.resume.progress.step > 0 or context.job.draft.init_from is not None or first is None or last is None:
         return []
     what = "held-out loss" if name != "loss" else "loss"
-    told = f"the {what} has hardly fallen, from {first:.4g} to {last:.4g}"
+    guess = math.log(context.job.draft.chosen.vocab_size or context.facts.target.vocab_size)
+    if last >= _FALLEN * first:
+        told = f"the {what} has hardly fallen, from {first:.4g} to {last:.4g}"
+    elif (each := metrics.get(f"last/{name}_per_step", last)) >= _FALLEN * guess:  # the first record came after it rose
+        told = f"the {what} of a position is {each:.4g}, no better than a guess ({guess:.4g})"
+    else:
+        return []
     return [f"  warning        {told}: optimizer.lr={context.job.optimizer.lr:g} may be too high, or the steps too few"]
