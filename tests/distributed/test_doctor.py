@@ -80,7 +80,7 @@ def test_faults_of_a_host_are_named_with_it(tmp_path: Path, material: tuple[Path
     ):
         assert sum(words in line for line in problems) == 1, (words, said)
     assert "--exclude=n2" in said
-    assert "1 links across hosts" in said
+    assert "1 link across hosts" in said
     found = json.loads((tmp_path / "report.json").read_text())
     assert (found["healthy"], found["exclude"]) == (False, "n2")
     here, there = (rank["of_host"]["clock"] for rank in found["ranks"])
@@ -114,7 +114,7 @@ def test_a_job_tells_what_it_saw_and_goes_on(tmp_path: Path, material: tuple[Pat
     )
     assert {process.returncode for process in done.values()} == {0}, done["n1"].stderr
     assert "preflight: problem: n2: torch is 2.11.0+another on ranks 1" in done["n1"].stderr
-    assert "preflight: 1 links across hosts" in done["n1"].stderr
+    assert "preflight: 1 link across hosts" in done["n1"].stderr
     assert "preflight: " not in done["n2"].stderr
 
 
