@@ -14,6 +14,8 @@ from tests.distributed.channel_world import GIVE_UP_S, IMPLEMENTATIONS, Implemen
 from tests.distributed.worlds import mooncake_loads, torchrun
 
 DEVICES = torch.cuda.device_count()
+CLOCK_S = 0.002
+"""Transports count whole milliseconds, on clocks of their own."""
 MARGIN_S = 20.0
 mooncake = pytest.mark.skipif(not mooncake_loads(), reason="needs mooncake-transfer-engine, and libibverbs1")
 a_gpu = pytest.mark.skipif(DEVICES < 1, reason="needs a CUDA device")
@@ -57,7 +59,7 @@ def check_take(reports: list[dict[str, Any]]) -> None:
             "did not receive its hidden states of batch 0 from rank 0 (target replica 0 tp 0, host " in report["take"]
         )
         assert "(limit 1 s)" in report["take"]
-        assert GIVE_UP_S <= report["take seconds"] < GIVE_UP_S + MARGIN_S
+        assert GIVE_UP_S - CLOCK_S <= report["take seconds"] < GIVE_UP_S + MARGIN_S
 
 
 def check_one_sided(reports: list[dict[str, Any]]) -> None:
@@ -72,4 +74,4 @@ def check_flush(reports: list[dict[str, Any]]) -> None:
     for report in reports:
         assert "(draft dp 0 cp 0, host " in report["flush"], report
         assert "did not take what rank" in report["flush"]
-        assert GIVE_UP_S <= report["flush seconds"] < GIVE_UP_S + MARGIN_S
+        assert GIVE_UP_S - CLOCK_S <= report["flush seconds"] < GIVE_UP_S + MARGIN_S

@@ -46,7 +46,7 @@ def compared(name: str | None, own: Tensor, taught: Tensor, label: int, ids: lis
     if name == "argmax":
         return -q[ids.index(best)].log(), float(q.argmax() == ids.index(best))
     share = 1.0 if name == "kl" else float((-3.0 * acceptance).exp())
-    return share * entropy + (1 - share) * (1 - acceptance), float(acceptance)
+    return share * entropy + (1 - share) * (1 - acceptance), acceptance.item()
 
 
 def expected(case: Case, reference: Reference) -> tuple[Tensor, dict[str, float]]:
