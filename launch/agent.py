@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import psutil
 
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             job, launcher = words.load(args.config), LAUNCHERS["slurm" if args.slurm else args.launcher]
             from specdist_launch.node import Agent
 
-            return Agent(job, launcher, launcher.placement(args)).run(program, args.module == TRAIN, stop)
+            place = replace(launcher.placement(args), launched=args.launched)
+            return Agent(job, launcher, place).run(program, args.module == TRAIN, stop)
         except UserError as error:
             print(told(error), file=sys.stderr)
             return ExitStatus.USER_ERROR
@@ -91,7 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--job", default=f"local-{time.strftime('%Y%m%d-%H%M%S')}", help="the job's id")
     parser.add_argument("--restart", type=int, default=0, metavar="N", help="how often it was started before")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="when it will be ended, since the epoch")
-    parser.add_argument("--launched", type=float, metavar="SECONDS", help="when the launcher began, since the epoch")
+    parser.add_argument(
+        "--launched",
+        type=float,
+        default=time.time(),
+        metavar="SECONDS",
+        help="when the launcher began, since the epoch (default: now)",
+    )
     parser.add_argument("--role", choices=["target", "draft"], help="the role of this node's ranks, if it is given one")
     parser.add_argument("--stdin", action="store_true", help="obey signal names on standard input; its end is SIGTERM")
     parser.add_argument("--secret", action="store_true", help=f"the first line of standard input is {TOKEN}")

@@ -3,10 +3,9 @@
 
 import argparse
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import psutil
 
 from specdist.core.errors import UserError
 from specdist.core.launch_env import Attempt, Role, parse_role
@@ -30,8 +29,8 @@ class NodePlacement:
     """The role of all its ranks, where the launcher decides it."""
     hosts: tuple[str, ...] = ()
     """The names of all nodes in order, where the launcher knows them."""
-    launched: float = field(default_factory=lambda: psutil.Process().create_time())
-    """When the launcher began, in seconds since the epoch; by default when this process did."""
+    launched: float = field(default_factory=time.time)
+    """When the launcher began, in seconds since the epoch; by default now."""
 
 
 @dataclass(frozen=True)
@@ -60,5 +59,4 @@ def placement_from_arguments(args: argparse.Namespace) -> NodePlacement:
         leader=(host, int(port)),
         role=parse_role(args.role),
         hosts=tuple(filter(None, args.hosts.split(","))),
-        launched=args.launched or psutil.Process().create_time(),
     )

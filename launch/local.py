@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
-
 from specdist.core.launch_env import Attempt
 from specdist_launch import agent, words
 from specdist_launch.agents import AgentFork, attend, new_job, supervise
@@ -19,6 +17,7 @@ from specdist_launch.ranks import world_size
 
 def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> int:
     """What `specdist train` does on this machine: check the job, prepare its prompts, start it; its exit status."""
+    launched = time.time()  # not what began this process: a script's shell, which may have set up all there is
     job = words.load_checked(config)
     import torch
 
@@ -36,7 +35,6 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     if (asked := begun_prompts(job)) is not None:
         prepare_corpus(asked, directory).check_vocabulary(examine(job).target.vocab_size)
     files, overrides = words.split(config)
-    launched = psutil.Process().create_time()
     return start(files, overrides, ranks, retries=retries, role=job.world.role, launched=launched)
 
 

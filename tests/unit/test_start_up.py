@@ -3,6 +3,7 @@
 
 import os
 import sys
+import time
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from specdist.core.errors import ConfigError
 from specdist.core.launch_env import keep_compiled
 from specdist.run import start_up
 from specdist.run.start_up import Part, StartUp, last_to_start
+from specdist_launch import local
+from tests.tiny import make_config, make_conversations, make_target
 
 
 def test_the_time_to_the_first_step(tmp_path, monkeypatch):
@@ -70,3 +73,15 @@ def test_what_is_compiled_is_told_apart(tmp_path):
     took = dict(last_to_start(record).took())
     assert took["compiling"] > 0
     assert took["compiling"] + took["evaluating"] == pytest.approx(evaluated, abs=1e-3)
+
+
+def test_a_start_begins_with_its_command_not_with_the_process(tmp_path, monkeypatch):
+    """A script that sets everything up, and then becomes the command, is that process too."""
+    words = make_config(
+        tmp_path, make_target(tmp_path / "target"), make_conversations(tmp_path / "prompts.jsonl"), draft__dp=1
+    )
+    started: dict[str, float] = {}
+    monkeypatch.setattr(local, "start", lambda *_, launched, **__: started.update(launched=launched) or 0)
+    before = time.time()
+    assert local.train(words) == 0
+    assert before <= started["launched"] <= time.time()
