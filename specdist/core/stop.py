@@ -87,6 +87,8 @@ class StopFlag:
 def leave(status: int) -> NoReturn:
     """End the process without finalisers: those of the process groups would wait for ranks that are gone, after a
     failure in threads that are stuck in a transfer with them. All files of the run are closed by now."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # also where their reader is gone: a fork would go on as the process that it is a copy of
+        os._exit(status)

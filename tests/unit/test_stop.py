@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -46,3 +48,9 @@ def test_the_end_of_the_time_limit_asks_for_a_stop_by_itself() -> None:
     near = StopFlag(deadline=time.time() + 59, margin_s=60)
     assert near
     assert near.reason == StopReason.TIME_LIMIT
+
+
+def test_who_leaves_is_gone_though_what_it_said_cannot_be_written() -> None:
+    """Above all a fork, which would go on as the process that it is a copy of."""
+    script = "import sys; from specdist.core.stop import leave; sys.stdout = open('/dev/full', 'w'); print(1); leave(3)"
+    assert subprocess.run([sys.executable, "-c", script], stderr=subprocess.DEVNULL).returncode == 3
