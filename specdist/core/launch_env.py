@@ -194,12 +194,13 @@ def keep_compiled(directory: str | None, torch_version: str) -> None:
     """Have torch's compiler and Triton keep what they compile in `directory` (`run.compile_cache`), in a folder of what
     it depends on beside what they tell apart themselves: the processor, for which C++ is compiled as it is here. Raises
     ConfigError: nothing can be written there. Where that is so of the default one they keep to their own places."""
-    place = Path(directory or "~/.cache/specdist/compiled").expanduser() / f"torch-{torch_version}-{_processor()}"
     try:
+        cache = Path(directory or "~/.cache/specdist/compiled").expanduser()
+        place = cache / f"torch-{torch_version}-{_processor()}"
         place.mkdir(parents=True, exist_ok=True)
         if (reason := unwritable(place)) is not None:
             raise reason
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         if directory is not None:
             raise ConfigError.at(
                 "run.compile_cache", f"={directory} cannot be written ({error}): set it to a directory that can be"

@@ -2,6 +2,7 @@
 """What the time to the first step went to, as a rank notes it."""
 
 import os
+import pwd
 import sys
 import time
 
@@ -50,6 +51,10 @@ def test_what_is_compiled_is_kept_where_others_find_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").write_text("no directory")
     keep_compiled(None, "2.13.0")  # the default cannot be: torch has places of its own
+    with monkeypatch.context() as homeless:
+        homeless.delenv("HOME")
+        homeless.setattr(pwd, "getpwuid", {}.__getitem__)
+        keep_compiled(None, "2.13.0")
     assert not os.environ.keys() & set(names)
     with pytest.raises(ConfigError, match=r"run.compile_cache=\S+home/kept cannot be written"):
         keep_compiled(str(tmp_path / "home/kept"), "2.13.0")
