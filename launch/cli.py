@@ -223,7 +223,7 @@ def _prepare(args: argparse.Namespace) -> int:
     directory, prompts = resolve(job.target.path, "target.path"), ready_prompts(job)
     target = describe(directory, job.target.trust_remote_code, weights=False)
     if args.show:
-        from specdist.prompts.show import shown_samples
+        from specdist.prompts.look import shown_samples
 
         reading.show(shown_samples(prompts, directory, args.show, sys.stdout.isatty()))
     corpus = prepare_corpus(prompts, directory, progress=True)
@@ -240,7 +240,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     if args.check:
-        from specdist.export.lint import check_directory
+        from specdist.export.directory import check_directory
 
         print(f"{args.check}: {check_directory(Path(args.check))}, and nothing to object to")
         return 0

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from specdist.core.errors import ConfigError
-from specdist.draft.served_by import ServedBy
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +24,26 @@ if TYPE_CHECKING:
     from specdist.draft.base import DraftModel
     from specdist.draft.common.sizes import LayerSizes
     from specdist.draft.export_config import ExportConfig
+
+
+@dataclass(frozen=True)
+class ServedBy:
+    """One engine that serves an algorithm.
+
+    Attributes:
+        engine: the engine.
+        method: the algorithm's name there. Engines guess it from the path's name where it is not given.
+        since: the first version whose code was read and serves every draft of it that we write.
+        formats: the forms it loads.
+        block: drafts come out of one pass, not of one pass each (SGLang takes `--speculative-num-steps` of a chain).
+    """
+
+    engine: Literal["SGLang", "vLLM"]
+    method: str
+    since: str
+    formats: tuple[str, ...] = ("sglang",)
+    block: bool = False
+
 
 C = TypeVar("C")
 Contents: TypeAlias = "tuple[dict[str, Any], dict[str, Tensor]]"

@@ -39,7 +39,7 @@ def export_draft(
         format: one that the draft's algorithm has.
         draft: the configuration it was trained with.
         overwrite: replace an export that is already in the directory.
-        origin: what config.json and the model card say of where the draft comes from (`specdist.run.origin`).
+        origin: what config.json and the model card say of where the draft comes from (`specdist.run.after_training`).
     """
     from specdist.export.card import model_card
     from specdist.export.directory import check_free, write_directory  # login nodes have no use for it
@@ -62,7 +62,7 @@ def _contents(
     origin: Mapping[str, Any],
 ) -> Contents:
     """What `directory` is to hold, held against what engines read of it. Raises ConfigError, DataError."""
-    from specdist.export.lint import check_contents
+    from specdist.export.directory import check_contents
 
     config, tensors = draft.chosen.export(format, trained, options)
     config[OURS] = {

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from specdist.core.errors import DataError
+from specdist.draft.algorithm import ServedBy
 from specdist.draft.registry import ALGORITHMS
-from specdist.draft.served_by import ServedBy
 from specdist.export.config_json import CONFIG, OURS, form, read_config
 
 

@@ -14,8 +14,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from specdist.core.errors import DataError
+from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import PackedTokens
 from specdist.prompts.holdout import held_out
 from specdist.prompts.store import PromptStore, packed
@@ -279,3 +281,21 @@ def _keep(directory: Path, sides: Sequence[Side]) -> None:
             raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def frequent_tokens(corpus: Corpus, size: int, target_size: int) -> tuple[Tensor, float]:
+    """The `size` most frequent supervised tokens, of those trained on, of a target with `target_size`; ties and unseen
+    ones by lowest id.
+
+    Returns int64 [size], ascending, and the share of supervised tokens among them: a ceiling of the acceptance rate.
+    Raises ConfigError: `size` is not between 1 and `target_size`. DataError: the prompts hold tokens that the target
+    does not have.
+    """
+    if not 0 < size <= target_size:
+        raise ConfigError(f"draft vocab_size={size}: the target has {target_size} tokens, so give 1 to {target_size}")
+    corpus.check_vocabulary(target_size)
+    counts = np.zeros(target_size, dtype=np.int64)
+    for tokens in corpus.supervised_tokens():
+        counts += np.bincount(tokens, minlength=target_size)
+    chosen = np.sort(np.argsort(-counts, kind="stable")[:size])
+    return torch.from_numpy(chosen), float(counts[chosen].sum() / max(counts.sum(), 1))

@@ -2,13 +2,16 @@
 """A look at the prompts: the first records of some files, from which the rest is estimated, in seconds."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 
 from specdist.prompts.config import PromptsConfig
+from specdist.prompts.conversation import Sample
 from specdist.prompts.read import find_files, pieces, samples
-from specdist.prompts.report import BadSample, PrepareReport
+from specdist.prompts.render import Renderer, Sequenced
+from specdist.prompts.report import BadSample, PrepareReport, UnusableError
 from specdist.prompts.store import PromptStore, is_store
 from specdist.prompts.worker import settings, tokenize
 
@@ -59,3 +62,54 @@ def look(
         read += piece.size
     total = sum(os.path.getsize(source.path) for source in sources)
     return Look(report, len(sources), report.tokens * total / max(read, 1))
+
+
+SEARCHED = 10_000
+"""So many records are looked through for bad ones."""
+GREEN, RED, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[0m"
+ENDS = 300
+"""Characters of a bad sample's prompt and rendering that are shown."""
+
+
+def shown_samples(config: PromptsConfig, tokenizer_dir: str | Path, count: int, colour: bool) -> Iterator[str]:
+    """The first `count` samples that can be used, in text, and as many bad ones among the first `SEARCHED` records.
+    What is supervised is green, or without `colour` in double brackets. Raises ConfigError, DataError: see
+    `find_files`, `pieces`, `Renderer.from_directory`."""
+    renderer, good, bad = Renderer.from_directory(tokenizer_dir, config), 0, 0
+    found = (sample for source in find_files(config.files) for piece in pieces(source) for sample in samples(piece))
+    for sample in islice(found, SEARCHED):
+        if good >= count and bad >= count:
+            return
+        text, usable = _shown(renderer, sample, colour)
+        good, bad = good + usable, bad + (not usable)
+        if (good if usable else bad) <= count:
+            yield text
+
+
+def _shown(renderer: Renderer, sample: Sample | BadSample, colour: bool) -> tuple[str, bool]:
+    if isinstance(sample, BadSample):
+        return f"{_red('bad', colour)} {sample}", False
+    try:
+        sequences = renderer.render(sample).sequences
+    except UnusableError as error:
+        lines = [f"{_red('bad', colour)} {sample.file}:{sample.line}: {error}"]
+        if error.rendering is not None:
+            prompt, rendered = error.rendering
+            lines += [f"  the prompt ends      {prompt[-ENDS:]!r}", f"  the template renders {rendered[-ENDS:]!r}"]
+        return "\n".join(lines), False
+    head = f"{sample.file}:{sample.line}"
+    return "\n".join(f"{head}: {_text(renderer, sequence, colour)}" for sequence in sequences), True
+
+
+def _text(renderer: Renderer, sequence: Sequenced, colour: bool) -> str:
+    begin, end = (GREEN, PLAIN) if colour else ("[[", "]]")
+    supervised = sequence.supervised
+    text = ""
+    for taught, run in groupby(range(len(supervised)), supervised.__getitem__):
+        part = str(renderer.tokenizer.decode(sequence.tokens[list(run)]))
+        text += f"{begin}{part}{end}" if taught else part
+    return f"{len(supervised):,} tokens, {int(supervised.sum()):,} in the loss\n{text}\n"
+
+
+def _red(text: str, colour: bool) -> str:
+    return f"{RED}{text}{PLAIN}" if colour else text

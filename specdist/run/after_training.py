@@ -4,14 +4,19 @@
 import dataclasses
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from specdist import __version__
+from specdist.core import config
 from specdist.core.attempts import Ending
 from specdist.core.files import to_json, write_atomically
 from specdist.core.hub import served_name
@@ -21,13 +26,13 @@ from specdist.draft.export_config import ExportConfig
 from specdist.evaluate.replay import render_replay
 from specdist.export import Trained, export_draft, written_formats
 from specdist.export.serving import commands_by_engine
+from specdist.generate.config import CHANGEABLE
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.run_dir import RunDirectory
 from specdist.job.split import verdict
 from specdist.run.context import RankContext
 from specdist.run.drafts import load_state, new_draft
 from specdist.run.judge import read_evaluation
-from specdist.run.origin import origin
 from specdist.scheduler.messages import ProducerReport
 from specdist.target.vocabulary import load_target_vocabulary
 
@@ -229,3 +234,62 @@ def learnt_nothing(context: RankContext, metrics: Mapping[str, float]) -> list[s
     else:
         return []
     return [f"  warning        {told}: optimizer.lr={context.job.optimizer.lr:g} may be too high, or the steps too few"]
+
+
+SECTIONS = ("target", "draft", "prompts", "generate", "train", "optimizer", "run.seed")
+"""Of the configuration, what makes a draft what it is."""
+WHERE = ("prompts.cache_dir", *(f"generate.{key}" for key in CHANGEABLE))
+"""And not where it ran."""
+
+
+def origin(job: JobConfig, run_dir: RunDirectory, step: int) -> dict[str, Any]:
+    """Of the draft after `step` steps; see `specdist.export.card` for what becomes of it."""
+    own = f"{__version__}{_commit()}"
+    return {
+        "run": run_dir.path.absolute().name,
+        "step": step,
+        "data": list(job.prompts.files),
+        "answers": "written by the target" if job.prompts.answers == "target" else "those of the data",
+        "versions": {"specdist": own} | {name: version(name) for name in ("torch", "transformers")},
+        "configuration": _configuration(job),
+        "evaluation": _evaluation(run_dir, step),
+    }
+
+
+def _configuration(job: JobConfig) -> dict[str, Any]:
+    values, found = config.to_dict(job), {}
+    for entry in config.fields(JobConfig):
+        value: Any = values
+        for part in entry.key.split("."):
+            value = value[part]
+        default = list(entry.default) if isinstance(entry.default, tuple) else entry.default
+        if value != default and entry.key.startswith(SECTIONS) and entry.key not in WHERE:
+            found[entry.key] = value
+    return found
+
+
+def _evaluation(run_dir: RunDirectory, step: int) -> dict[str, Any] | None:
+    report = read_evaluation(run_dir, step)
+    if report is None:
+        return None
+    total = report.total
+    return {
+        "acceptance_length": [round(length, 4) for length in total.acceptance_lengths],
+        "accepted": [round(share, 4) for share in total.position_acceptance],
+        "answers": int(total.answers),
+        "tokens": int(total.tokens),
+        "agreement": report.agreement,
+    }
+
+
+def _commit() -> str:
+    """The commit of a clone that the code runs from, as ` (COMMIT)`; nothing of an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return f" ({done.stdout.strip()})" if done.returncode == 0 else ""

@@ -33,7 +33,7 @@ from specdist.run.start_up import StartUp
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Sent
 from specdist.target.base import TargetModel
-from specdist.target.cache_files import CacheDirectory
+from specdist.target.cache import CacheDirectory
 from specdist.target.registry import load_target
 from specdist.training.profile import Profile
 from specdist.world.groups import Groups, World

@@ -17,7 +17,7 @@ from specdist.job.config import JobConfig, JobFacts, initial_draft
 from specdist.job.run_dir import RunDirectory
 from specdist.target.vocabulary import load_target_vocabulary
 from specdist.training.checkpoint import AVERAGE, naming_damage
-from specdist.training.dcp_reader import CheckpointPlanner, CheckpointReader
+from specdist.training.dcp import CheckpointPlanner, CheckpointReader
 
 
 def new_draft(job: JobConfig, facts: JobFacts, run_dir: RunDirectory, device: torch.device) -> DraftModel:

@@ -4,27 +4,29 @@
 import contextlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import Tensor
 
 from specdist.channel.encoding import row_bytes
+from specdist.core import hub
 from specdist.core.errors import DataError
 from specdist.core.files import to_json, write_atomically
 from specdist.core.launch_env import RankFacts, run_token, stop_asked
 from specdist.core.run_lock import Claim
 from specdist.core.stop import StopFlag
+from specdist.core.team import SILENCE_S, Team
 from specdist.core.topology import Topology
 from specdist.export import load_exported
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig
 from specdist.job.rates import evaluation_weight, packing_weights
 from specdist.job.resume_plan import ResumePlan, find_resume_plan, warn_of_few
+from specdist.prompts.corpus import frequent_tokens
 from specdist.prompts.in_world import prepare_in_world
-from specdist.prompts.vocabulary import frequent_tokens
 from specdist.run.answers import answered_prompts
 from specdist.run.context import RankContext, Start, WorldContext
 from specdist.run.control_plane import await_run, connected, serving
-from specdist.run.download import fetch_target
 from specdist.run.preflight.preflight import Preflight
 from specdist.run.rank_log import RankLog
 from specdist.run.timeline import collect
@@ -32,7 +34,7 @@ from specdist.run.worlds.target_world import TargetWorld
 from specdist.target.registry import engine_groups
 from specdist.training.metrics import check_trackers
 from specdist.training.profile import NO_PROFILE, PartInfo, Profile, find_traced_steps
-from specdist.world.groups import join_world, make_groups
+from specdist.world.groups import World, join_world, make_groups
 from specdist.world.links import connect_links
 
 UNSEEN = """
@@ -79,6 +81,27 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
         _take_part(context, preflight)
 
 
+def fetch_target(path: str, world: World, silence_s: float = SILENCE_S) -> None:
+    """Have the first rank of every host download what its host lacks; returns when all hosts have it. Raises DataError:
+    see `hub.resolve`, or hosts have different commits in their caches; on all ranks. WorldError: a rank that downloads
+    has come no further for `silence_s` seconds."""
+    rank, hosts, commits = world.facts.rank, world.hosts, dict[str, str]()
+    firsts = sorted({hosts.index(host) for host in set(hosts)})
+    team = Team(world.store, "target", f"downloads {path}", rank, hosts, silence_s)
+    with team.telling_errors():
+        if rank in firsts:
+            progress = rank == 0
+            found = hub.resolve(
+                path, "target.path", weights=True, progress=progress, say=lambda _, text: team.tell(text)
+            )
+            team.put(str(rank), "a directory" if found == Path(path).expanduser() else found.name)
+        for first in firsts:
+            commits[hosts[first]] = team.wait(str(first), first)
+    if len(set(commits.values())) > 1:
+        listed = ", ".join(f"{host} has {commit}" for host, commit in commits.items())
+        raise DataError.at("target.path", f"={path}: the hosts have different ones ({listed}): name ORG/NAME@COMMIT")
+
+
 def _take_part(context: WorldContext, preflight: Preflight) -> None:
     """The part of a rank of a world that leads its run."""
     topology, rank = context.topology, context.rank
@@ -108,7 +131,7 @@ def _take_part(context: WorldContext, preflight: Preflight) -> None:
 def _role(topology: Topology, rank: int) -> Callable[[RankContext], None]:
     """What a rank does. The draft's part alone takes a second and a half to import."""
     if topology.draft_place(rank) is None:
-        from specdist.run.target_role import produce
+        from specdist.run.target_loop import produce
 
         return produce
     from specdist.run.draft_role import consume

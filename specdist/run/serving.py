@@ -2,9 +2,11 @@
 """Decoding by the engine that will serve: SGLang's or vLLM's own, with an exported draft, in a process of its own."""
 
 import asyncio
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import util
 from pathlib import Path
 
 import torch
@@ -29,7 +31,6 @@ from specdist.generate.work import Watch, attended
 from specdist.job.config import JobConfig, JobFacts
 from specdist.prompts.render import load_tokenizer
 from specdist.run.evaluation import heldout_prompts
-from specdist.run.served_models import hands_out_layers
 from specdist.target.description import TargetDescription
 from specdist.target.sglang import versions
 
@@ -233,3 +234,39 @@ def _tally(reply: Reply, settings: EvaluateConfig, seconds: float) -> Tally:
         accepted=tuple(accepted),
         seconds=seconds,
     )
+
+
+_MODELS = {"SGLang": ("sglang", "srt/models"), "vLLM": ("vllm", "model_executor/models")}
+_CLASS = re.compile(r"^class (\w+)(?:\[[^\]]*\])?(?:\(([^)]*)\))?:", re.MULTILINE)
+_CAPTURES = re.compile(r"def set_\w+_layers_to_capture\b")
+
+
+def hands_out_layers(engine: str, architecture: str) -> bool | None:
+    """Whether the installed engine does so for models of this architecture; None where it has no class of that name."""
+    package, folder = _MODELS[engine]
+    found = util.find_spec(package)
+    assert found is not None, f"{engine} is installed"
+    classes: dict[str, tuple[list[str], bool]] = {}
+    for root in found.submodule_search_locations or ():
+        for file in sorted((Path(root) / folder).rglob("*.py")):
+            classes |= _classes(file.read_text(encoding="utf-8", errors="replace"))
+    return _captures(architecture, classes, set()) if architecture in classes else None
+
+
+def _classes(text: str) -> dict[str, tuple[list[str], bool]]:
+    """By name the bases of every class of a module, and whether its own body takes layers to capture."""
+    found = list(_CLASS.finditer(text))
+    ends = [*(match.start() for match in found[1:]), len(text)][: len(found)]
+    return {
+        match[1]: (re.findall(r"\w+", match[2] or ""), bool(_CAPTURES.search(text, match.end(), end)))
+        for match, end in zip(found, ends, strict=True)
+    }
+
+
+def _captures(name: str, classes: dict[str, tuple[list[str], bool]], seen: set[str]) -> bool:
+    if name == "SupportsEagle3":
+        return True
+    if name not in classes or name in seen:
+        return False
+    bases, own = classes[name]
+    return own or any(_captures(base, classes, seen | {name}) for base in bases)

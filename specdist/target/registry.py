@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from specdist.core.records import FeatureLayout
     from specdist.target.base import Engine, MakeGroups, TargetModel
-    from specdist.target.cache_files import CacheDirectory
+    from specdist.target.cache import CacheDirectory
     from specdist.target.description import TargetDescription
 
 log = logging.getLogger(__name__)

@@ -43,8 +43,7 @@ from specdist.core.progress import (
     committed,
     read_progress,
 )
-from specdist.training.dcp_reader import CheckpointPlanner, CheckpointReader
-from specdist.training.dcp_writer import CheckpointWriter
+from specdist.training.dcp import CheckpointPlanner, CheckpointReader, CheckpointWriter
 from specdist.training.optimizer import DraftOptimizer
 
 AVERAGE = "average"

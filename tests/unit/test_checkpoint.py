@@ -28,7 +28,7 @@ from specdist.core.progress import (
 from specdist.run.drafts import load_state
 from specdist.training.checkpoint import Checkpointer
 from specdist.training.config import OptimizerConfig
-from specdist.training.dcp_writer import SummedFile
+from specdist.training.dcp import SummedFile
 from specdist.training.optimizer import DraftOptimizer
 
 

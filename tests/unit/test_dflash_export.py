@@ -19,7 +19,7 @@ from specdist.draft.build import build_draft
 from specdist.draft.config import DraftConfig, draft_config
 from specdist.draft.dflash.config import DFlashConfig
 from specdist.export import ExportConfig, Trained, export_draft, load_exported, written_formats
-from specdist.export.lint import check_directory
+from specdist.export.directory import check_directory
 from specdist.export.serving import serve_commands
 from tests.unit import dflash_reference as reference
 from tests.unit.dflash_reference import BLOCK, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MASK, VOCAB, Case, build_case

@@ -25,7 +25,7 @@ from specdist.draft.eagle3 import export as eagle3_export
 from specdist.draft.eagle3.config import VARIANT, Eagle3Config
 from specdist.evaluate.decoding import EvaluationTarget
 from specdist.export import ExportConfig, Trained, check_servable, export_draft, load_exported
-from specdist.export.lint import check_directory
+from specdist.export.directory import check_directory
 from specdist.export.serving import serve_commands
 from specdist_launch.cli import main
 from tests.unit.eagle3_reference import MLA

@@ -23,7 +23,7 @@ from specdist.core.errors import ConfigError, DataError
 from specdist.core.launch_env import RankFacts
 from specdist.job.config import examine, load_job
 from specdist.job.plan import make_plan, render
-from specdist.run.download import fetch_target
+from specdist.run.runtime import fetch_target
 from tests.hub_server import COMMIT, Hub, client_environment, serving, start
 from tests.tiny import make_config, make_conversations, make_target
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from specdist.channel.config import MooncakeConfig
-from specdist.channel.mooncake import memory
+from specdist.channel.mooncake import engine as memory
 from specdist.channel.mooncake.engine import Endpoint
 from specdist.channel.mooncake.receiver import MooncakeReceiver
 from specdist.channel.wire import Wire, store_book

@@ -16,9 +16,7 @@ from specdist.job.preflight_config import PreflightConfig
 from specdist.run.preflight.facts import RankReport
 from specdist.run.preflight.findings import Finding, problems, to_exclude
 from specdist.run.preflight.host import Clock, HostFacts, Storage
-from specdist.run.preflight.judge import judge
-from specdist.run.preflight.judge_links import LinkReport, judge_links
-from specdist.run.preflight.needs import Needs
+from specdist.run.preflight.judge import LinkReport, Needs, judge, judge_links
 from specdist.run.preflight.nvml import GpuFacts, GpuProcess
 from specdist.run.preflight.report import Report
 

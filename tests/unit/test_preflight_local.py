@@ -13,7 +13,7 @@ import torch
 from specdist.draft.build import parameter_count
 from specdist.job import config as jobs
 from specdist.run.preflight.facts import _buses
-from specdist.run.preflight.needs import needs_of
+from specdist.run.preflight.judge import needs_of
 from specdist.run.preflight.world import examine_model
 from specdist_launch.cli import main
 from tests.tiny import make_config, make_target

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.prompts.corpus import Corpus, make_corpus
-from specdist.prompts.vocabulary import frequent_tokens
+from specdist.prompts.corpus import Corpus, frequent_tokens, make_corpus
 from tests.unit.prompts_tokenizers import write_store
 
 

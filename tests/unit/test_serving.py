@@ -21,7 +21,7 @@ from specdist.export import ExportConfig, Trained, export_draft
 from specdist.export.serving import serve_commands
 from specdist.generate import sglang_process, vllm, vllm_process
 from specdist.generate.engine import Drafted
-from specdist.run import served_models, serving
+from specdist.run import serving
 from specdist.run.offline import evaluation_words
 from specdist.run.serve_check import prepare
 from specdist.run.serve_report import ALL, SAME, Compared, ServeReport
@@ -166,9 +166,9 @@ def test_models_of_engines_are_read_without_importing_them(tmp_path, monkeypatch
         "class New[T](nn.Module, SupportsEagle3):\n    pass\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = {name: served_models.hands_out_layers("SGLang", name) for name in ("Llama", "Mistral", "Plain", "Other")}
+    found = {name: serving.hands_out_layers("SGLang", name) for name in ("Llama", "Mistral", "Plain", "Other")}
     assert found == {"Llama": True, "Mistral": True, "Plain": False, "Other": None}
-    assert [served_models.hands_out_layers("vLLM", name) for name in ("Llama", "Old", "New")] == [True, False, True]
+    assert [serving.hands_out_layers("vLLM", name) for name in ("Llama", "Old", "New")] == [True, False, True]
 
 
 def test_engines_tell_of_drafts_in_their_own_ways():

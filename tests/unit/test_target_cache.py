@@ -17,10 +17,9 @@ from torch import Tensor
 
 from specdist.core.config import complete
 from specdist.core.records import FeatureLayout, PackedTokens
-from specdist.target import cache_files
+from specdist.target import cache
 from specdist.target.base import TargetModel
-from specdist.target.cache import CachedTarget, cache_key
-from specdist.target.cache_files import CacheDirectory
+from specdist.target.cache import CacheDirectory, CachedTarget, cache_key
 from specdist.target.config import TargetConfig
 from specdist.target.description import describe
 from tests.tiny import make_target
@@ -186,7 +185,7 @@ def test_a_bad_directory_is_one_line_and_the_run_goes_on(
 
     target, model = cached(tmp_path / "slow")
     run(target, 2)
-    monkeypatch.setattr(cache_files, "JUDGED_S", 0.0)
+    monkeypatch.setattr(cache, "JUDGED_S", 0.0)
     run(target, 2)
     target.files.judge(10**9, 1.0)
     assert "is slow: " in told()
@@ -194,8 +193,8 @@ def test_a_bad_directory_is_one_line_and_the_run_goes_on(
     assert model.given == [9, 9]
 
     target, model = cached(tmp_path / "hangs")
-    monkeypatch.setattr(cache_files, "PATIENCE_S", 0.05)
-    monkeypatch.setattr(cache_files.CacheFiles, "_one", lambda self, name, tokens: time.sleep(0.5))
+    monkeypatch.setattr(cache, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(cache.CacheFiles, "_one", lambda self, name, tokens: time.sleep(0.5))
     run(target, 0)
     assert "did not answer within 0 s: the run goes on without it" in told()
     run(target, 0)

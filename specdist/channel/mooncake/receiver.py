@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from specdist.channel.base import FeatureReceiver, Freed
-from specdist.channel.mooncake.engine import Endpoint, TransferEngine
-from specdist.channel.mooncake.memory import device_of
+from specdist.channel.mooncake.engine import Endpoint, TransferEngine, device_of
 from specdist.channel.ring import Ring
 from specdist.channel.wire import Wire
 from specdist.core.errors import WorldError

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from specdist.channel.base import Announce, RingSender, outgoing
-from specdist.channel.mooncake.engine import Endpoint, TransferEngine, TransferFailed
-from specdist.channel.mooncake.memory import device_of
+from specdist.channel.mooncake.engine import Endpoint, TransferEngine, TransferFailed, device_of
 from specdist.channel.ring import Ring
 from specdist.channel.wire import Check, Wire
 from specdist.core.errors import WorldError

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
+    from specdist.draft.algorithm import ServedBy
     from specdist.draft.block.backbone import BlockDraft
     from specdist.draft.export_config import ExportConfig
-    from specdist.draft.served_by import ServedBy
 
 C = TypeVar("C", bound=BlockOptions)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from specdist.draft.served_by import ServedBy
+from specdist.draft.algorithm import ServedBy
 
 NEWEST = "0.5.23"
 SINCE = {

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specdist.core.errors import ConfigError
+from specdist.draft.algorithm import ServedBy
 from specdist.draft.block.algorithm import BlockAlgorithm
 from specdist.draft.block.options import BlockDims
 from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.served_by import ServedBy
 
 if TYPE_CHECKING:
     from torch import Tensor

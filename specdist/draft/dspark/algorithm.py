@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specdist.core.errors import ConfigError
+from specdist.draft.algorithm import ServedBy
 from specdist.draft.block.algorithm import BlockAlgorithm
 from specdist.draft.block.options import BlockDims
 from specdist.draft.block.served import at_least
 from specdist.draft.dspark.config import DSparkConfig
-from specdist.draft.served_by import ServedBy
 
 if TYPE_CHECKING:
     from torch import Tensor

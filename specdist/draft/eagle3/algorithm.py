@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from specdist.core.errors import ConfigError
 from specdist.core.model_config import is_tied
-from specdist.draft.algorithm import Algorithm, Contents, Serving, Trained, check_attention
+from specdist.draft.algorithm import Algorithm, Contents, ServedBy, Serving, Trained, check_attention
 from specdist.draft.common.loss_kind import LossName
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
-from specdist.draft.served_by import ServedBy
 
 if TYPE_CHECKING:
     import torch

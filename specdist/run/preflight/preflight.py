@@ -21,9 +21,7 @@ from specdist.job.config import JobConfig, JobFacts
 from specdist.run.preflight.facts import RankReport, report_rank
 from specdist.run.preflight.findings import Finding, merge, problems, to_exclude
 from specdist.run.preflight.host import HostFacts, examine_storage, marked, read_clock
-from specdist.run.preflight.judge import judge
-from specdist.run.preflight.judge_links import LinkReport, judge_links
-from specdist.run.preflight.needs import needs_of
+from specdist.run.preflight.judge import LinkReport, judge, judge_links, needs_of
 from specdist.run.preflight.report import Report, line_of, speed_line
 from specdist.world.groups import Groups, World
 from specdist.world.roll_call import RollCall

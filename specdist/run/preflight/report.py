@@ -16,8 +16,7 @@ from specdist.core.files import write_atomically
 from specdist.core.topology import Topology
 from specdist.run.preflight.facts import RankReport
 from specdist.run.preflight.findings import Finding, problems, to_exclude
-from specdist.run.preflight.judge import clock_offsets, ranks_of_gpus
-from specdist.run.preflight.judge_links import kinds_of
+from specdist.run.preflight.judge import clock_offsets, kinds_of, ranks_of_gpus
 from specdist.world.groups import ranges
 
 _WIDTH = 140

@@ -19,8 +19,7 @@ from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
 from specdist.run.preflight.facts import report_rank
 from specdist.run.preflight.host import HostFacts, examine_storage, marked
-from specdist.run.preflight.judge import judge
-from specdist.run.preflight.needs import needs_of
+from specdist.run.preflight.judge import judge, needs_of
 from specdist.run.preflight.preflight import Preflight
 from specdist.run.preflight.report import Report
 from specdist.run.rank_program import leave_with, rank_status
