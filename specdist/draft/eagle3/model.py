@@ -131,10 +131,10 @@ class Eagle3Draft(DraftModel):
         loss, with_grad = self.loss(features, teacher, totals), torch.is_grad_enabled()
         if self.config.stacked:
             states = Stack(self, batch, features, teacher.rows, lengths).run()
-            found, sums = ChunkedLoss.apply(loss, with_grad, self.lm_head.weight, states)
         else:
             task = self.task(teacher.rows, lengths)
-            found, sums = Unroll.apply(task, loss, with_grad, *self.inputs(batch, features, teacher.rows))
+            states = Unroll.apply(task, with_grad, *self.inputs(batch, features, teacher.rows))
+        found, sums = ChunkedLoss.apply(loss, with_grad, self.lm_head.weight, states)
         return found.float(), torch.cat([sums, teacher.positions()[:, None]], dim=1).flatten()
 
     @property
@@ -213,7 +213,6 @@ class Eagle3Draft(DraftModel):
             up=layer.mlp.up_proj.weight,
             down=layer.mlp.down_proj.weight,
             norm=self.norm.weight,
-            head=self.lm_head.weight,
         )
 
     def enter(self, tokens: Tensor, joint: Tensor, steps: int) -> Tensor:

@@ -108,4 +108,4 @@ class ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Tensor | None, ...]:
         (head, states), ctx.gradients = ctx.gradients, None
-        return None, None, head * grad_loss, states.mul_(grad_loss)
+        return None, None, head.mul_(grad_loss), states.mul_(grad_loss)

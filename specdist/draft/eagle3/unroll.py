@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The TTT steps and their loss as one differentiable function, with its backward written out.
+"""The TTT steps as one differentiable function, with its backward written out.
 
 Written out, because autograd would keep about twice as much of every step, round the gradients of the weights to half
 precision after each, and read and write the state of a step more often. What a step keeps is in `_Step`; norms and
@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 from specdist.draft.common.flex import in_blocks, whole_blocks
 from specdist.draft.common.precision import add_product, wide_zeros
 from specdist.draft.eagle3.attention import DocumentAttention
-from specdist.draft.eagle3.loss import Eagle3LossInputs, losses
 from specdist.draft.eagle3.matmul import Matmul
 from specdist.draft.eagle3.op_set import Eagle3Ops
 from specdist.draft.eagle3.rows import Rows
@@ -38,7 +37,6 @@ class Weights(NamedTuple):
     up: Tensor
     down: Tensor
     norm: Tensor
-    head: Tensor
 
 
 @dataclass(frozen=True)
@@ -87,40 +85,36 @@ class _Step:
 
 
 class Unroll(torch.autograd.Function):
-    """(task, loss, with_grad, hidden [n, H], entry [T + K, q + k + v], key [T, Hkv, D], value [T, Hkv, D], *Weights)
-    -> (the loss, float64; sums [K, 4], float64, as `losses` gives them).
+    """(task, with_grad, hidden [n, H], entry [T + K, q + k + v], key [T, Hkv, D], value [T, Hkv, D], *Weights) -> the
+    normed states [P, K, H] that each position is guessed from, whose gradient may come in their memory.
 
-    `loss` is what the states are compared with, and `hidden` the state of step 0 at the active rows. Row i of step k
-    meets entry[i + 1 + k].
+    `hidden` is the state of step 0 at the active rows. Row i of step k meets entry[i + 1 + k].
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         task: UnrollTask,
-        loss: Eagle3LossInputs,
         with_grad: bool,
         hidden: Tensor,
         entry: Tensor,
         key: Tensor,
         value: Tensor,
         *rest: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         # Detached: the compiler makes graphs of their own for what requires gradients.
         hidden, entry, key, value = (t.detach() for t in (hidden, entry, key, value))
-        weights = Weights(*(t.detach() for t in rest))
-        unrolled = Unrolled(task, weights, entry, key, value, with_grad)
-        sums, head_grad = losses(loss, weights.head, unrolled.run(hidden), with_grad)
+        unrolled = Unrolled(task, Weights(*(t.detach() for t in rest)), entry, key, value, with_grad)
+        states = unrolled.run(hidden)
         if with_grad:
-            ctx.forward_was = unrolled, head_grad
-        ctx.mark_non_differentiable(sums)
-        return (loss.weights * sums[:, 0]).sum(), sums
+            ctx.forward_was = unrolled
+        return states.detach()  # else it would keep what keeps it
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        (unrolled, head_grad), ctx.forward_was = ctx.forward_was, None
-        return (None, None, None, *_Backward(unrolled, head_grad).run(grad_loss))
+    def backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor | None, ...]:
+        unrolled, ctx.forward_was = ctx.forward_was, None
+        return (None, None, *_Backward(unrolled, grad_states).run())
 
 
 class Unrolled:
@@ -203,20 +197,17 @@ class Unrolled:
 class _Backward:
     """The backward of what was unrolled, from the last step to the first. Once."""
 
-    def __init__(self, unrolled: Unrolled, head_grad: Tensor):
-        self._unrolled = unrolled
-        weights = unrolled.weights
-        self._grads = Weights._make([*map(wide_zeros, weights[:-1]), head_grad])
+    def __init__(self, unrolled: Unrolled, grad_states: Tensor):
+        self._unrolled, self._grad_states = unrolled, grad_states
+        self._grads = Weights._make(map(wide_zeros, unrolled.weights))
         self._entry = torch.zeros_like(unrolled.entry)
         tokens = unrolled.tokens
         self._key, self._value = wide_zeros(unrolled.key[:tokens]), wide_zeros(unrolled.value[:tokens])
         self._own_keys, self._own_values = wide_zeros(unrolled.own_keys), wide_zeros(unrolled.own_values)
 
-    def run(self, grad_loss: Tensor) -> tuple[Tensor, ...]:
+    def run(self) -> tuple[Tensor, ...]:
         """The gradients of hidden, entry, key, value and the weights."""
-        unrolled, tape = self._unrolled, self._unrolled.tape
-        self._grads.head.mul_(grad_loss)
-        unrolled.states.mul_(grad_loss)  # holds the gradients of the states since the loss was computed
+        tape = self._unrolled.tape
         carry = torch.zeros_like(tape[-1].after)
         for step in reversed(range(len(tape))):
             carry = self._step(step, tape.pop(), carry)
@@ -256,7 +247,7 @@ class _Backward:
 
     def _through_norm(self, step: int, saved: _Step, carry: Tensor) -> Tensor:
         """Adds the gradient that the loss of this step gives to the state after it."""
-        task, weights, states = self._unrolled.task, self._unrolled.weights, self._unrolled.states[:, step]
+        task, weights, states = self._unrolled.task, self._unrolled.weights, self._grad_states[:, step]
         which = task.rows.teacher[:, step]
         if not task.norm_output:
             carry, d_weight = task.ops.state_backward(states, which, saved.after, weights.norm, task.eps, carry)
