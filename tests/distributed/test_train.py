@@ -230,6 +230,7 @@ def test_four_context_parallel_ranks_stop_and_go_on(tmp_path, material):
     """And their checkpoint loads into one rank; with the layers that autograd trains."""
     steps = {"train__steps": 4, "checkpoint__every": 0}
     steps |= {"draft__eagle3__num_layers": 2, "draft__eagle3__sliding_window": 9, "draft__eagle3__recompute": 2}
+    steps |= {"draft__eagle3__sliding_layers": "[0]", "draft__eagle3__qk_norm": True}
     steps |= {"export__formats": "[speculators]"}
     alone = tmp_path / "alone"
     alone.mkdir()

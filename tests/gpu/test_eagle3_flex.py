@@ -98,7 +98,8 @@ def run(draft: Eagle3Draft, lengths: tuple[int, ...]) -> tuple[float, Tensor, di
 
 
 VARIANTS: list[dict[str, Any]] = [
-    {}, {"norm_before_residual": True, "norm_output": True}, {"num_layers": 2, "sliding_window": 90}, {"mla": True},
+    {}, {"norm_before_residual": True, "norm_output": True},
+    {"num_layers": 2, "sliding_window": 90, "sliding_layers": (1,), "qk_norm": True}, {"mla": True},
 ]  # fmt: skip
 
 

@@ -121,6 +121,9 @@ class Reference:
         if self.config.mla:
             return self.latent(x, position)
         q, k, v = ((self.of(layer, f"self_attn.{n}_proj") @ x).split(HEAD_DIM) for n in "qkv")
+        if self.config.qk_norm:
+            q = [rms_norm(head, self.of(layer, "self_attn.q_norm")) for head in q]
+            k = [rms_norm(head, self.of(layer, "self_attn.k_norm")) for head in k]
         return [rope(head, position) for head in q], [rope(head, position) for head in k], list(v)
 
     def latent(self, x: Tensor, position: int) -> tuple[Heads, Heads, Heads]:
@@ -160,8 +163,12 @@ class Reference:
 
     def students(self, tokens: list[int], captured: Tensor) -> dict[tuple[int, int], Tensor]:
         """Student logits s^k_i for every (i, k) whose input token x_{i+1+k} exists."""
-        size, result, window = len(tokens), {}, self.config.sliding_window or len(tokens) + STEPS
-        layers = range(self.config.num_layers)
+        size, result, layers = len(tokens), {}, range(self.config.num_layers)
+        slides, everything = self.config.sliding_layers, len(tokens) + STEPS
+        windows = [
+            self.config.sliding_window if self.config.sliding_window and (slides is None or n in slides) else everything
+            for n in layers
+        ]
         first: list[list[tuple[Heads, Heads]]] = [[] for _ in layers]  # keys and values of step 0, by layer and row
         states = {}
         for j in range(size - 1):
@@ -169,7 +176,7 @@ class Reference:
             for n in layers:
                 q, *pair = self.project(n, tokens[j + 1], states[j], j)
                 first[n].append((pair[0], pair[1]))
-                seen = first[n][max(j - window + 1, 0) :]
+                seen = first[n][max(j - windows[n] + 1, 0) :]
                 states[j] = self.layer(n, states[j], q, [key for key, _ in seen], [value for _, value in seen])
         for i in range(size - 1):
             own: list[list[tuple[Heads, Heads]]] = [[] for _ in layers]
@@ -178,7 +185,7 @@ class Reference:
                 for n in layers if k else ():
                     q, *pair = self.project(n, tokens[i + 1 + k], state, i + k)
                     own[n].append((pair[0], pair[1]))
-                    seen = first[n][max(i + k - window + 1, 0) : i + 1] + own[n]
+                    seen = first[n][max(i + k - windows[n] + 1, 0) : i + 1] + own[n]
                     state = self.layer(n, state, q, [key for key, _ in seen], [value for _, value in seen])
                 normed = rms_norm(state, self.w["norm.weight"])
                 result[i, k] = self.w["lm_head.weight"] @ normed

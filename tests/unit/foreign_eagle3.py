@@ -33,13 +33,17 @@ def _normal(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def _layer(prefix: str, inputs: int, norms: tuple[str, ...], mla: bool = False) -> dict[str, tuple[int, ...]]:
+def _layer(
+    prefix: str, inputs: int, norms: tuple[str, ...], mla: bool = False, qwen3: bool = False
+) -> dict[str, tuple[int, ...]]:
     attention: dict[str, tuple[int, ...]] = {
         "q_proj": (HEADS * HEAD_DIM, inputs),
         "k_proj": (KV_HEADS * HEAD_DIM, inputs),
         "v_proj": (KV_HEADS * HEAD_DIM, inputs),
         "o_proj": (HIDDEN, HEADS * HEAD_DIM),
     }
+    if qwen3:
+        attention |= {"q_norm": (HEAD_DIM,), "k_norm": (HEAD_DIM,)}
     if mla:
         straight, turned, value = MLA["qk_nope_head_dim"], MLA["qk_rope_head_dim"], MLA["v_head_dim"]
         attention = {
@@ -118,17 +122,19 @@ def torchspec_mla() -> Written:
     return told, _normal(shapes)
 
 
-def speculators(layers: int = 1, **options: object) -> Written:
-    """With the options of `scripts/train.py` by default; `transformer_layer_config` as `to_diff_dict` leaves it."""
-    shapes = _layer("layers.0", 2 * HIDDEN, FIRST)
+def speculators(layers: int = 1, arch: str = "llama", full: tuple[int, ...] = (), **options: object) -> Written:
+    """With the options of `scripts/train.py` by default; `transformer_layer_config` as `to_diff_dict` leaves it.
+    `arch`: `--draft-arch`, `full`: `--full-attention-indices`."""
+    shapes = _layer("layers.0", 2 * HIDDEN, FIRST, qwen3=arch == "qwen3")
     for n in range(1, layers):
-        shapes |= _layer(f"layers.{n}", HIDDEN, LATER)
+        shapes |= _layer(f"layers.{n}", HIDDEN, LATER, qwen3=arch == "qwen3")
     shapes |= {**ENDS, "input_norm.weight": (3 * HIDDEN,), "lm_head.weight": (len(PRUNED), HIDDEN)}
-    keep = ("model_type", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    keep = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     stack = {key: value for key, value in _llama().items() if key in (*keep, "rms_norm_eps", "vocab_size")}
     stack |= {
+        "model_type": arch,
         "num_hidden_layers": layers,
-        "layer_types": ["sliding_attention"] * layers,
+        "layer_types": ["full_attention" if n in full else "sliding_attention" for n in range(layers)],
         "sliding_window": 8,
         "use_sliding_window": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
@@ -196,6 +202,10 @@ PROJECTS: dict[str, tuple[Callable[[], Written], dict[str, Any]]] = {
         {"norm_before_fc": True, "norm_before_residual": True, "norm_output": True, "sliding_window": 8},
     ),
     "speculators, layers": (lambda: speculators(2), {"num_layers": 2, "layers": (1, 3, 4)}),
+    "speculators, Qwen3": (
+        lambda: speculators(2, "qwen3", (0,)),
+        {"qk_norm": True, "num_layers": 2, "sliding_window": 8, "sliding_layers": (1,)},
+    ),
     "ModelOpt": (modelopt, {"rope_theta": 10000, "rms_norm_eps": 1e-4, "layers": (1, 3, 4)}),
     "ModelOpt, layers": (lambda: modelopt(2), {"num_layers": 2}),
 }

@@ -23,6 +23,8 @@ VARIANTS = {
     "two layers": {"num_layers": 2, "norm_before_residual": True, "recompute": 2},
     "three layers, whole vocabulary": {"num_layers": 3, "norm_output": True, "loss": "kl", "pruned": False},
     "two layers, a window": {"num_layers": 2, "sliding_window": 5, "loss": "argmax"},
+    "Qwen3": {"qk_norm": True, "loss": "kl", "recompute": 2},
+    "Qwen3, some layers slide": {"qk_norm": True, "num_layers": 3, "sliding_window": 5, "sliding_layers": (0, 2)},
     "mla": {"mla": True, "fc_norm": True, "loss": "lk_alpha"},
     "recompute": {"loss": "kl", "recompute": 3},
     "argmax, whole vocabulary": {"loss": "argmax", "pruned": False},

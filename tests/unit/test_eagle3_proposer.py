@@ -15,17 +15,18 @@ from specdist.draft.eagle3.rows import Rows
 from tests.unit.draft_case import batch_equals_single
 from tests.unit.eagle3_reference import HIDDEN, STEPS, Case, Reference, build_case, run, target_of
 
-NORMS = [
-    {},
-    {"fc_norm": True, "norm_output": True},
-    {"norm_before_fc": True, "norm_before_residual": True},
-    {"num_layers": 3, "norm_before_residual": True},
-    {"num_layers": 2, "sliding_window": 8},
-    {"mla": True},
-]
+NORMS: dict[str, dict[str, object]] = {
+    "eagle-3": {},
+    "eagle-3.1": {"fc_norm": True, "norm_output": True},
+    "speculators": {"norm_before_fc": True, "norm_before_residual": True},
+    "layers": {"num_layers": 3, "norm_before_residual": True},
+    "window": {"num_layers": 2, "sliding_window": 8},
+    "Qwen3, a layer slides": {"num_layers": 2, "sliding_window": 8, "sliding_layers": (1,), "qk_norm": True},
+    "mla": {"mla": True},
+}
 
 
-def drafted_case(prefix: int, options: dict[str, bool]) -> tuple[Case, list[int], Tensor]:
+def drafted_case(prefix: int, options: dict[str, object]) -> tuple[Case, list[int], Tensor]:
     """A document whose last STEPS - 1 tokens but one are what the decoder drafts after `prefix` verified features."""
     case = build_case((prefix + STEPS + 1,), **options)
     proposer = case.draft.proposer()
@@ -47,7 +48,7 @@ def training_logits(case: Case, row: int) -> Tensor:
     return states[rows, torch.arange(STEPS)] @ draft.lm_head.weight.T
 
 
-@pytest.mark.parametrize("options", NORMS, ids=["eagle-3", "eagle-3.1", "speculators", "layers", "window", "mla"])
+@pytest.mark.parametrize("options", NORMS.values(), ids=NORMS)
 @pytest.mark.parametrize("prefix", [1, 9])
 def test_the_chain_is_the_trained_steps(prefix: int, options: dict[str, bool]) -> None:
     case, drafted, logits = drafted_case(prefix, options)
@@ -57,7 +58,7 @@ def test_the_chain_is_the_trained_steps(prefix: int, options: dict[str, bool]) -
     assert drafted == case.draft.frozen.vocabulary.ids[trained.argmax(-1)].tolist()
 
 
-@pytest.mark.parametrize("options", NORMS, ids=["eagle-3", "eagle-3.1", "speculators", "layers", "window", "mla"])
+@pytest.mark.parametrize("options", NORMS.values(), ids=NORMS)
 def test_the_chain_is_the_definition(options: dict[str, bool]) -> None:
     case, _, logits = drafted_case(5, options)
     draft = case.draft
@@ -116,7 +117,7 @@ def test_training_accuracy_is_the_decoders() -> None:
     assert run(case)[1]["correct/0"] == matches
 
 
-@pytest.mark.parametrize("options", NORMS, ids=["eagle-3", "eagle-3.1", "speculators", "layers", "window", "mla"])
+@pytest.mark.parametrize("options", NORMS.values(), ids=NORMS)
 def test_a_batch_drafts_what_one_by_one_does(options: dict[str, bool]) -> None:
     case = build_case((25, 30, 45), **options)
     batch_equals_single(case.draft, [case.only(d) for d in range(3)], 6)

@@ -62,10 +62,37 @@ def test_a_foreign_draft_is_begun_from_and_written_again(tmp_path: Path, project
     draft = started(theirs)
     state = {name: tensor.detach() for name, tensor in draft.state_dict().items()}
     vocabulary = torch.arange(VOCAB) if exported.vocabulary is None else exported.vocabulary
-    own = config.eagle3.norm_before_residual or config.eagle3.sliding_window
+    own = config.eagle3.norm_before_residual or config.eagle3.sliding_window or config.eagle3.qk_norm
     trained = Trained(state, vocabulary, target(), "org/model")
     again = export_draft(tmp_path / "ours", "speculators" if own else "sglang", config, trained, FP32)
     torch.testing.assert_close(drafted(started(again)), drafted(draft), rtol=0, atol=0)
+
+
+ROPE = {"rope_type": "default", "rope_theta": 5000.0}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ROPE | {"mrope_section": [1, 1, 1], "partial_rotary_factor": 1.0},
+        {"sliding_attention": ROPE, "full_attention": ROPE | {"rope_theta": 9.0}},
+    ],
+    ids=["of images too", "by kind of layer"],
+)
+def test_what_a_rope_says_of_others_is_left_out(tmp_path: Path, said: dict[str, Any]) -> None:
+    config, tensors = foreign.speculators()
+    config["transformer_layer_config"]["rope_parameters"] = said
+    exported = load_exported(foreign.write(tmp_path / "theirs", (config, tensors)))
+    options = draft_config().of_exported(exported, target()).eagle3
+    assert isinstance(options, Eagle3Config)
+    assert options.rope_theta == 5000.0
+    config["transformer_layer_config"] |= {
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "sliding_attention"],
+    }
+    if "full_attention" in said:
+        with pytest.raises(DataError, match=r"rope_parameters is .*: all layers of a draft have one RoPE"):
+            load_exported(foreign.write(tmp_path / "two", (config, tensors)))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -77,11 +104,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ModelOpt, MTP norm": ({"eagle_config": {"use_mtp_layernorm": True}}, "eagle_config.use_mtp_layernorm is True"),
     "quantised": ({"quantization_config": {"quant_algo": "FP8"}}, r"quantization_config is \{'quant_algo': 'FP8'\}"),
     "another activation": ({"hidden_act": "gelu", "logit_scale": 0.5}, "hidden_act is 'gelu'.*; logit_scale is 0.5"),
-    "a Qwen3": ({"model_type": "qwen3"}, "model_type is 'qwen3' .must be 'llama'"),
+    "a Gemma": ({"model_type": "gemma3_text"}, "model_type is 'gemma3_text' .must be llama, qwen3"),
+    "a Qwen3 without norms": ({"model_type": "qwen3"}, r"missing: midlayer\.self_attn\.q_norm"),
+    "NTK": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters is .*dynamic.* a rope_type of"),
+    "half turned": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 9, "partial_rotary_factor": 0.5}},
+        "rope_parameters is .*'partial_rotary_factor': 0.5.* turns the whole head",
+    ),
     "both norms": ({"fc_norm": True, "norm_before_fc": True}, r"cannot be trained: draft\.eagle3\.norm_before_fc and"),
-    "some layers slide": (
-        {"layer_types": ["full_attention", "sliding_attention"]},
-        "layer_types are .* all layers must slide, or none",
+    "kinds of layers": (
+        {"layer_types": ["chunked_attention"]},
+        "layer_types is .*: it must say full_attention or sliding_attention 1 times",
     ),
 }
 

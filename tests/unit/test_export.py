@@ -160,21 +160,22 @@ class Served:
                 x = self.norm(f"layers.{n}.{'hidden_norm' if engine == 'sglang' else 'input_layernorm'}", hidden)
             if n == 0 and self.config["norm_before_residual"]:
                 hidden = self.norm("midlayer.hidden_norm", hidden)
-            hidden = self.layer(f"layers.{n}" if n else "midlayer", x, hidden, positions, caches[n])
+            hidden = self.layer(n, x, hidden, positions, caches[n])
         normed = self.norm("norm", hidden)
         return self.linear("lm_head", normed), normed if self.config["norm_output"] else hidden
 
-    def layer(self, name, x, hidden, positions, cache):
-        heads = (-1, self.config["head_dim"])
-        q, k, v = (self.linear(f"{name}.self_attn.{n}_proj", x).unflatten(-1, heads) for n in "qkv")
+    def layer(self, n, x, hidden, positions, cache):
+        name, heads = f"layers.{n}" if n else "midlayer", (-1, self.config["head_dim"])
+        q, k, v = (self.linear(f"{name}.self_attn.{part}_proj", x).unflatten(-1, heads) for part in "qkv")
+        if self.config["model_type"] == "qwen3":
+            q, k = self.norm(f"{name}.self_attn.q_norm", q), self.norm(f"{name}.self_attn.k_norm", k)
         cache.append((self.rotate(k, positions), v, positions))
         keys, values, places = (torch.cat(parts) for parts in zip(*cache, strict=True))
         groups = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
         scores = torch.einsum("qhd,khd->hqk", self.rotate(q, positions), keys) / math.sqrt(self.config["head_dim"])
         scores = scores.masked_fill(places > positions[:, None], -torch.inf)
-        if "layer_types" in self.config:
-            assert set(self.config["layer_types"]) == {"sliding_attention"}
+        if self.config.get("layer_types", {n: ""})[n] == "sliding_attention":
             scores = scores.masked_fill(places <= positions[:, None] - self.config["sliding_window"], -torch.inf)
         attended = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).flatten(1)
         hidden = hidden + self.linear(f"{name}.self_attn.o_proj", attended)
@@ -214,6 +215,7 @@ class Served:
         {"num_layers": 3, "rope_theta": 300.0},
         {"norm_before_fc": True, "norm_before_residual": True, "norm_output": True},
         {"num_layers": 2, "sliding_window": 9, "rms_norm_eps": 1e-2},
+        {"num_layers": 2, "sliding_window": 9, "sliding_layers": (1,), "qk_norm": True},
     ],
     ids=[
         "plain",
@@ -225,13 +227,14 @@ class Served:
         "layers",
         "speculators",
         "window",
+        "Qwen3, a layer slides",
     ],
 )
 def test_the_two_files_alone_give_the_trained_logits(tmp_path, options, engine):
     case, form = Case(**options), "sglang"
-    if case.config.eagle3.norm_before_residual or case.config.eagle3.sliding_window:
+    if unknown := [key for key in ("norm_before_residual", "sliding_window", "qk_norm") if options.get(key)]:
         if engine == "sglang":
-            with pytest.raises(ConfigError, match=r"(norm_before_residual|sliding_window)=\w+ is not known to SGLang"):
+            with pytest.raises(ConfigError, match=rf"{unknown[0]}=\w+ is not known to SGLang"):
                 case.export(tmp_path / "draft")
             return
         form = "speculators"

@@ -24,7 +24,9 @@ LENGTHS = (40, 1, 2, 30, 3, 9)
 CASES: dict[str, Callable[[], Case]] = {
     "eagle3": lambda: eagle3_reference.build_case(LENGTHS),
     "eagle3-whole": lambda: eagle3_reference.build_case(LENGTHS, pruned=False, norm_output=True, fc_norm=True),
-    "eagle3-layers": lambda: eagle3_reference.build_case(LENGTHS, num_layers=2, sliding_window=7),
+    "eagle3-layers": lambda: eagle3_reference.build_case(
+        LENGTHS, num_layers=2, sliding_window=7, sliding_layers=(0,), qk_norm=True
+    ),
     "dflash": lambda: dflash_reference.build_case(LENGTHS, anchors_per_token=0.08),
     "dflash-sliding": lambda: dflash_reference.build_case(LENGTHS, anchors_per_token=0.08, sliding_window=6),
     "dspark": lambda: dspark_reference.build_case(LENGTHS, anchors_per_token=0.08),

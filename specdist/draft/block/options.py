@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from specdist.core.errors import ConfigError
-from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, evenly, layer_sizes, read
+from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, check_sliding, evenly, layer_sizes, read
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -100,20 +100,12 @@ class BlockOptions(LayerOptions):
         return tuple(View(window, window is not None if self.causal is None else self.causal) for window in windows)
 
     def _check_views(self) -> None:
-        key, chosen = f"{self.SECTION}.sliding_layers", self.sliding_layers
         if self.sliding_window is not None and self.sliding_window < self.block_size:
             raise ConfigError.at(
                 f"{self.SECTION}.sliding_window",
                 f"is {self.sliding_window}: it must hold a block, {self.block_size} tokens, or be null",
             )
-        if chosen is None:
-            return
-        if self.sliding_window is None:
-            raise ConfigError.at(key, f"is {list(chosen)} without a sliding_window", f"{self.SECTION}.sliding_window")
-        if list(chosen) != sorted(set(chosen) & set(range(self.num_layers))):
-            raise ConfigError.at(
-                key, f"is {list(chosen)}: give ascending layers of the draft, 0 to {self.num_layers - 1}"
-            )
+        check_sliding(self.SECTION, self.sliding_window, self.sliding_layers, self.num_layers)
 
     def captured_layers(self, num_layers: int) -> tuple[int, ...]:
         """The captured layers of a target of `num_layers` layers. Raises ConfigError: a layer does not exist, or the

@@ -24,7 +24,7 @@ from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import ExportedDraft, check_same_sizes
 from specdist.draft.block.directory import BlockForm
 from specdist.draft.block.options import BlockDims, BlockOptions, spread
-from specdist.draft.common.tensors import META, check_tensors, need, read_layers, shapes
+from specdist.draft.common.tensors import META, check_tensors, need, read_layers, read_sliding, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
 
 C = TypeVar("C", bound=BlockOptions)
@@ -146,17 +146,8 @@ def _named(tensors: Mapping[str, Tensor], dims: BlockDims) -> dict[str, Tensor]:
 
 
 def _views(config: Mapping[str, Any], count: int, path: Path) -> dict[str, Any]:
-    kinds = config.get("layer_types") or ["full_attention"] * count
-    if len(kinds) != count or not set(kinds) <= {"full_attention", "sliding_attention"}:
-        raise DataError(
-            f"{path}: layer_types is {kinds}: it must say full_attention or sliding_attention {count} times"
-        )
-    sliding = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    sliding = read_sliding(config, count, path)
     causal = config["causal"] if config.get("is_causal") is None else config["is_causal"]
-    if {kind == "sliding_attention" for kind in kinds} == {causal}:
+    if {layer in (sliding["sliding_layers"] or ()) for layer in range(count)} == {causal}:
         causal = None  # so it is anyway
-    return {
-        "sliding_window": int(need(config, "sliding_window", path)) if sliding else None,
-        "sliding_layers": sliding or None,
-        "causal": None if causal is None else bool(causal),
-    }
+    return {**sliding, "causal": None if causal is None else bool(causal)}

@@ -65,6 +65,18 @@ class LayerOptions:
                 raise ConfigError.at(f"{section}.{key}", f"is {value}: it must be above 0, or null for the target's")
 
 
+def check_sliding(section: str, window: int | None, chosen: tuple[int, ...] | None, num_layers: int) -> None:
+    """Check which layers of a draft slide; `section` is where the options were read from. Raises ConfigError: there is
+    no window, or the layers are not the draft's."""
+    key = f"{section}.sliding_layers"
+    if chosen is None:
+        return
+    if window is None:
+        raise ConfigError.at(key, f"is {list(chosen)} without a sliding_window", f"{section}.sliding_window")
+    if list(chosen) != sorted(set(chosen) & set(range(num_layers))):
+        raise ConfigError.at(key, f"is {list(chosen)}: give ascending layers of the draft, 0 to {num_layers - 1}")
+
+
 @dataclass(frozen=True)
 class LayerSizes:
     """Sizes of decoder layers as wide as the target's. `hidden_size`: H, of the draft and of the target.

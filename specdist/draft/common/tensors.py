@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from specdist.core.errors import DataError
 from specdist.core.model_config import read
 from specdist.draft.common import yarn
-from specdist.draft.common.sizes import LayerSizes
+from specdist.draft.common.sizes import FACTORS, SCALINGS, LayerSizes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 META = torch.device("meta")
@@ -74,13 +74,8 @@ def layers_json(sizes: LayerSizes, target: PretrainedConfig, dtype: str) -> dict
 
 def read_layers(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The fields of `LayerSizes` that a configuration says, of `layers_json` or of another project. Raises DataError: a
-    key is missing."""
+    key is missing, or says a RoPE that drafts cannot have."""
     hidden, heads = int(need(config, "hidden_size", path)), int(need(config, "num_attention_heads", path))
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = {"rope_type": scaling.get("type", "default"), "rope_theta": config.get("rope_theta") or 10000.0, **scaling}
-    rope.pop("type", None)
-    if rope["rope_type"] == "yarn":
-        rope = yarn.from_engines(rope)
     return {
         "hidden_size": hidden,
         "intermediate_size": int(need(config, "intermediate_size", path)),
@@ -89,8 +84,42 @@ def read_layers(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "head_dim": int(config.get("head_dim") or hidden // heads),
         "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
         "max_position_embeddings": int(config.get("max_position_embeddings", 2048)),
-        "rope_parameters": rope,
+        "rope_parameters": _read_rope(config, path),
     }
+
+
+def _read_rope(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What is said of images, and of kinds of layers that the draft lacks, is left out: text is turned alike."""
+    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if by_kind := {kind: said[kind] for kind in ("full_attention", "sliding_attention") if kind in said}:
+        sets = [by_kind.get(kind) for kind in sorted(set(config.get("layer_types") or ["full_attention"]))]
+        if sets[0] is None or sets != sets[:1] * len(sets):
+            raise DataError(f"{path}: rope_parameters is {said}: all layers of a draft have one RoPE")
+        said = sets[0]
+    kind, part = said.get("rope_type") or said.get("type") or "default", said.get("partial_rotary_factor")
+    if kind not in (*SCALINGS, "mrope") or part not in (None, 1):
+        raise DataError(
+            f"{path}: rope_parameters is {said}: a draft turns the whole head, by a rope_type of {', '.join(SCALINGS)}"
+        )
+    theta = said.get("rope_theta") or config.get("rope_theta") or 10000.0
+    if kind in ("default", "mrope"):
+        return {"rope_type": "default", "rope_theta": theta}
+    names = (*FACTORS, "attn_factor")
+    rope = {"rope_type": kind, "rope_theta": theta, **{key: said[key] for key in names if said.get(key) is not None}}
+    return yarn.from_engines(rope) if kind == "yarn" else rope
+
+
+def read_sliding(config: Mapping[str, Any], count: int, path: Path) -> dict[str, Any]:
+    """The options `sliding_window` and `sliding_layers` of a draft of `count` layers. Raises DataError: a kind of layer
+    is unknown, or the window is missing."""
+    kinds = config.get("layer_types") or ["full_attention"] * count
+    if len(kinds) != count or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise DataError(
+            f"{path}: layer_types is {kinds}: it must say full_attention or sliding_attention {count} times"
+        )
+    sliding = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    window = int(need(config, "sliding_window", path)) if sliding else None
+    return {"sliding_window": window, "sliding_layers": sliding or None}
 
 
 def need(config: Mapping[str, Any], key: str, path: Path) -> Any:

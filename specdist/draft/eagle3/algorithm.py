@@ -139,6 +139,9 @@ class Eagle3(Algorithm[Eagle3Config]):
         newer = {"SGLang": "0.5.16"} if config.get("kv_lora_rank") or config.get("num_hidden_layers", 1) > 1 else {}
         if config.get("norm_before_fc"):
             newer = {"SGLang": "0.5.18"}
+        layers = config.get("transformer_layer_config") or config
+        if layers.get("model_type") == "qwen3" or len(set(layers.get("layer_types") or ())) > 1:
+            newer |= {"vLLM": "0.26"}
         return tuple(replace(by, since=newer.get(by.engine, by.since)) for by in cls.served_by)
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from specdist.core.errors import ConfigError
 from specdist.draft.common.loss_kind import LossKind, LossName
-from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, evenly, layer_sizes, read
+from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, check_sliding, evenly, layer_sizes, read
 from specdist.draft.eagle3.latent import Latent
 
 if TYPE_CHECKING:
@@ -46,10 +46,14 @@ class Eagle3Config(LayerOptions):
     """The layer adds its attention to the normed state instead of the un-normed one, as speculators trains. Only vLLM
     serves it."""
     num_layers: int = 1
-    """Decoder layers. Those after the first read the state alone. More than one, a window or mla are trained by
-    autograd, step by step, in more memory than the one layer of the paper."""
+    """Decoder layers. Those after the first read the state alone. More than one, a window, qk_norm or mla are trained
+    by autograd, step by step, in more memory than the one layer of the paper."""
     sliding_window: int | None = None
     """Tokens back that the layers attend to; null is all. Only vLLM serves it, and speculators trains 2048."""
+    sliding_layers: tuple[int, ...] | None = None
+    """The draft's layers, 0-based, that have sliding_window; null is every one."""
+    qk_norm: bool = False
+    """Qwen3 layers: an RMSNorm of each head's queries and keys before RoPE. Only vLLM serves it."""
     mla: bool = False
     """Multi-head latent attention, of the sizes that a target of the DeepSeek family has."""
     init_head: Literal["target", "random"] = "target"
@@ -96,10 +100,11 @@ class Eagle3Config(LayerOptions):
                 "draft.eagle3.fc_norm",
             )
         if self.stacked and self.products == "fp8":
+            others = [f"draft.eagle3.{key}" for key in ("sliding_window", "qk_norm", "mla")]
             raise ConfigError.at(
                 "draft.eagle3.products",
-                "=fp8 is for drafts of one layer without draft.eagle3.sliding_window and draft.eagle3.mla",
-                "draft.eagle3.num_layers draft.eagle3.sliding_window draft.eagle3.mla",
+                f"=fp8 is for drafts of one layer without {', '.join(others)}",
+                " ".join(["draft.eagle3.num_layers", *others]),
             )
         if self.sliding_window is not None and self.sliding_window <= self.ttt_length:
             raise ConfigError.at(
@@ -107,8 +112,9 @@ class Eagle3Config(LayerOptions):
                 f"is {self.sliding_window}: it must be more than ttt_length ({self.ttt_length}), or null",
                 "draft.eagle3.ttt_length",
             )
-        others = {"norm_before_fc": False, "norm_before_residual": False, "sliding_window": None, "num_layers": 1}
-        if self.mla and (more := [key for key, value in others.items() if getattr(self, key) != value]):
+        check_sliding("draft.eagle3", self.sliding_window, self.sliding_layers, self.num_layers)
+        without = ("norm_before_fc", "norm_before_residual", "sliding_window", "qk_norm")
+        if self.mla and (more := [k for k in without if getattr(self, k)] + ["num_layers"] * (self.num_layers > 1)):
             raise ConfigError.at(
                 "draft.eagle3.mla",
                 f"=true and {', '.join(more)}: no engine serves them together",
@@ -133,7 +139,13 @@ class Eagle3Config(LayerOptions):
     @property
     def stacked(self) -> bool:
         """Whether `stack.py` unrolls the steps, and not `unroll.py`, which knows the one layer of the paper."""
-        return self.num_layers > 1 or self.mla or self.sliding_window is not None
+        return self.num_layers > 1 or self.mla or self.qk_norm or self.sliding_window is not None
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Tokens back that each layer attends to; None: all."""
+        layers, chosen = range(self.num_layers), self.sliding_layers
+        return tuple(self.sliding_window if chosen is None or layer in chosen else None for layer in layers)
 
     def captured_layers(self, num_layers: int) -> tuple[int, ...]:
         """The captured layers of a target of `num_layers` layers. Raises ConfigError: a layer does not exist, the

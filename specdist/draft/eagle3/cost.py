@@ -84,7 +84,8 @@ class Eagle3Cost(Cost):
         kept += share * kept_mlp * (hidden + 2 * inner) * itemsize  # the state after it, the MLP
         kept += share * (steps - 1) * 2 * keys * (itemsize + WIDE)
         if config.stacked:  # by autograd: what a layer keeps of a row, between all its operations
-            row = (8 * hidden + 5 * queries + 3 * keys + 5 * inner) * itemsize + 3 * keys * WIDE
+            heads = 5 * queries + 3 * keys + config.qk_norm * (queries + keys)
+            row = (8 * hidden + heads + 5 * inner) * itemsize + 3 * keys * WIDE
             recomputed = share * config.recompute * (hidden + 2 * keys * config.num_layers) * itemsize
             all_rows = (config.num_layers - 1) * (tokens - share)
             kept = (share * kept_mlp * config.num_layers + all_rows) * row + recomputed

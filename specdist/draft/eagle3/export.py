@@ -24,7 +24,10 @@ What the engines do with them, read in SGLang 0.5.23 (`models/llama_eagle3.py`, 
   `transformer_layer_config` only: no version passes on the first, and older than 0.30 none of them.
 - The embedding is the target's; only vLLM prefers one that the draft brings.
 - A later layer's first norm is `hidden_norm` in SGLang and `input_layernorm` in vLLM; both make both.
-- A sliding window: vLLM reads `layer_types`, SGLang its own argument alone (`--speculative-draft-window-size`).
+- A sliding window: vLLM reads `layer_types`, SGLang its own argument alone (`--speculative-draft-window-size`). Where
+  only some layers slide vLLM needs its V2 model runner: the other asserts one group of keys and values for a draft.
+- Norms of queries and keys: vLLM's `qwen3_eagle3.py` (its pull requests 43132, and 47568 for windows), which its
+  speculators reader takes for a `model_type` of qwen3. SGLang has none, and would skip the tensors.
 - MLA (`Eagle3DeepseekV2ForCausalLM`: SGLang's `kimi_k25_eagle3.py`, vLLM's `deepseek_eagle3.py`) is one layer with
   `q_lora_rank` and without `norm_before_fc`; vLLM's speculators reader makes Llamas alone. vLLM reads RoPE's base in
   `rope_scaling`, which must be YaRN: of factor 1 where there is none.
@@ -137,16 +140,16 @@ def _common_json(config: Eagle3Config, dims: Eagle3Dims, layers: list[int]) -> d
 
 
 def _layers_json(config: Eagle3Config, dims: Eagle3Dims, trained: Trained, dtype: str) -> dict[str, Any]:
-    """The draft as a Llama, or a DeepSeek-V3 without experts, in words that transformers 4 and 5 both read the same."""
+    """The draft as a Llama, a Qwen3, or a DeepSeek-V3 without experts, in words that every transformers reads alike."""
     told = layers_json(dims, trained.target, dtype) | {
-        "model_type": "llama",
+        "model_type": "qwen3" if config.qk_norm else "llama",
         "vocab_size": dims.vocab_size,
         "num_hidden_layers": config.num_layers,
         "mlp_bias": False,
     }
     if config.sliding_window is not None:
         told |= {
-            "layer_types": ["sliding_attention"] * config.num_layers,
+            "layer_types": ["sliding_attention" if window else "full_attention" for window in config.windows],
             "sliding_window": config.sliding_window,
             "use_sliding_window": True,
         }
@@ -221,7 +224,7 @@ def check_servable(config: Eagle3Config, format: str, target: PretrainedConfig) 
             )
         return
     check_last_layer("draft.eagle3.layers", layers, target_layers)
-    for key in ("norm_before_residual", "sliding_window"):
+    for key in ("norm_before_residual", "sliding_window", "qk_norm"):
         if value := getattr(config, key):
             raise ConfigError.at(
                 f"draft.eagle3.{key}",

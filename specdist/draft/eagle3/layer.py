@@ -14,9 +14,10 @@ from specdist.draft.eagle3.latent import Latent
 
 
 class Eagle3Attention(nn.Module):
-    """The projections of the attention, of `inputs` numbers a row."""
+    """The projections of the attention, of `inputs` numbers a row. `normed`: with norms of queries and keys by
+    head."""
 
-    def __init__(self, dims: Eagle3Dims, inputs: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, dims: Eagle3Dims, inputs: int, normed: bool, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.head_dim = dims.head_dim
         self.sizes = (dims.query_width, dims.key_width, dims.key_width)
@@ -24,11 +25,18 @@ class Eagle3Attention(nn.Module):
             nn.Linear(inputs, width, bias=False, device=device, dtype=dtype) for width in self.sizes
         )
         self.o_proj = nn.Linear(dims.query_width, dims.hidden_size, bias=False, device=device, dtype=dtype)
+        self.normed = normed
+        if normed:
+            self.q_norm, self.k_norm = (
+                nn.RMSNorm(dims.head_dim, eps=dims.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)
+            )
 
     def project(self, inputs: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [T, Hq, D] and keys [T, Hkv, D], and values [T, Hkv, Dv], of `inputs` [T, inputs]."""
         heads = (-1, self.head_dim)
         q, k, v = (proj(inputs).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def joint_weight(self) -> Tensor:
@@ -91,7 +99,9 @@ class MidLayer(nn.Module):
 
         inputs = (1 + first) * dims.hidden_size
         if dims.latent is None:
-            self.self_attn: Eagle3Attention | LatentAttention = Eagle3Attention(dims, inputs, device, dtype)
+            self.self_attn: Eagle3Attention | LatentAttention = Eagle3Attention(
+                dims, inputs, config.qk_norm, device, dtype
+            )
         else:
             self.self_attn = LatentAttention(dims, dims.latent, inputs, device, dtype)
         self.mlp = MLP(dims, device, dtype)

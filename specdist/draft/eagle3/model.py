@@ -252,10 +252,11 @@ class Eagle3Draft(DraftModel):
             captured = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(captured)
 
-    def attention(self, rows: Rows, lengths: tuple[int, ...], step: int = 0) -> DocumentAttention:
+    def attention(
+        self, rows: Rows, lengths: tuple[int, ...], window: int | None = None, step: int = 0
+    ) -> DocumentAttention:
         """The attention over the step-0 keys of a micro-batch; its mask is made here, once. Only with a sliding window
         it depends on the step."""
-        window = self.config.sliding_window
         behind = None if window is None else window - step
         if takes_flex(self.config.attention, rows.active.is_cuda, self.dims.value_dim):
             return flex_attention(rows, sum(lengths), self.scale, behind)

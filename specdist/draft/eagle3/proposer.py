@@ -33,11 +33,11 @@ class Eagle3Proposer(Proposer):
         draft = self.draft
         hidden, embedded = draft.fuse(features.captured), draft.embed(next_tokens)
         rotation = draft.frozen.rotary(positions)
-        for layer, cache in zip(draft.stack, self.caches, strict=True):
+        for layer, window, cache in zip(draft.stack, draft.config.windows, self.caches, strict=True):
             q, k, v = layer.project(embedded, hidden, *rotation)
             _write(cache, sequences, positions, k, v)
             if layer is not draft.stack[-1]:
-                hidden = layer.finish(hidden, self._attend_each(cache, q, sequences, positions))
+                hidden = layer.finish(hidden, self._attend_each(cache, window, q, sequences, positions))
         return hidden, q
 
     def draft_tokens(self, count: int, temperature: float, generator: torch.Generator | None) -> Drafts:
@@ -49,14 +49,14 @@ class Eagle3Proposer(Proposer):
         tokens: list[Tensor] = []
         logits: list[Tensor] = []
         for step in range(count):
-            for layer, cache in zip(draft.stack, self.caches, strict=True):
+            for layer, window, cache in zip(draft.stack, draft.config.windows, self.caches, strict=True):
                 if step:
                     rotation, embedded = draft.frozen.rotary(last + step), draft.embed(tokens[-1])
                     q, k, v = layer.project(embedded, hidden, *rotation)
                     _write(cache, everyone, last + step, k, v)
                 elif layer is not draft.stack[-1]:
                     continue  # done when the position was taken
-                hidden = layer.finish(hidden, self._attend(cache, q[:, None], last + step)[:, 0])
+                hidden = layer.finish(hidden, self._attend(cache, window, q[:, None], last + step)[:, 0])
             state = draft.norm(hidden)
             if draft.config.norm_output:
                 hidden = state
@@ -64,20 +64,22 @@ class Eagle3Proposer(Proposer):
             tokens.append(ids[draw(logits[-1], temperature, generator)])
         return Drafts(torch.stack(tokens, 1), torch.stack(logits, 1), ids)
 
-    def _attend(self, cache: KeyValueCache, q: Tensor, positions: Tensor) -> Tensor:
+    def _attend(self, cache: KeyValueCache, window: int | None, q: Tensor, positions: Tensor) -> Tensor:
         """Of queries [n, Q, Hq, D] at these positions, int64 [n] or [n, Q]: [n, Q, Hq, Dv]."""
-        draft, window = self.draft, self.draft.config.sliding_window
+        draft = self.draft
         since = None if window is None else positions - (window - 1)
         return cache.attend(q, positions + 1, draft.scale, since)[..., : draft.dims.value_dim]
 
-    def _attend_each(self, cache: KeyValueCache, q: Tensor, sequences: Tensor, positions: Tensor) -> Tensor:
+    def _attend_each(
+        self, cache: KeyValueCache, window: int | None, q: Tensor, sequences: Tensor, positions: Tensor
+    ) -> Tensor:
         """Of new positions, laid end to end."""
         nowhere = torch.zeros(len(self.lengths), dtype=torch.int64, device=q.device)
         number = positions - nowhere.scatter_reduce(0, sequences, positions, "amin", include_self=False)[sequences]
         size = len(self.lengths), int(number.max()) + 1
         padded = q.new_zeros(*size, *q.shape[1:]).index_put((sequences, number), q)
         at = nowhere[:, None].expand(size).index_put((sequences, number), positions)
-        return self._attend(cache, padded, at)[sequences, number]
+        return self._attend(cache, window, padded, at)[sequences, number]
 
 
 def _write(cache: KeyValueCache, sequences: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:

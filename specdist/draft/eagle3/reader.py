@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import ExportedDraft, check_same_sizes
-from specdist.draft.common.tensors import META, check_tensors, need, read_layers, shapes
+from specdist.draft.common.tensors import META, check_tensors, need, read_layers, read_sliding, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.config import VARIANT, Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.export import EMBEDDING, from_nested
@@ -114,8 +114,8 @@ def _check_known(config: Mapping[str, Any], nested: Mapping[str, Any], path: Pat
         for place, given in (("", config), ("eagle_config.", nested))
         if given.get(key) is not None and given[key] not in values
     ]
-    if config.get("model_type", "llama") not in ("llama", *LATENT_TYPES):
-        wrong.append(f"model_type is {config['model_type']!r} (must be 'llama', or {' or '.join(LATENT_TYPES)} of MLA)")
+    if config.get("model_type", "llama") not in (types := ("llama", "qwen3", *LATENT_TYPES)):
+        wrong.append(f"model_type is {config['model_type']!r} (must be {', '.join(types)})")
     if wrong:
         raise DataError(f"{path} is of a draft that cannot be trained here: {'; '.join(wrong)}")
 
@@ -126,15 +126,9 @@ def _variant(config: Mapping[str, Any], stack: Mapping[str, Any], path: Path) ->
     nested = config.get("eagle_config") or {}
     usual = {"norm_before_residual": "speculators_model_type" in config, "fc_norm": config.get("use_aux_norm")}
     found: dict[str, Any] = {key: bool(nested.get(key, config.get(key, usual.get(key)))) for key in VARIANT}
-    kinds = set(stack.get("layer_types") or ["full_attention"])
-    slides = kinds == {"sliding_attention"}
-    if not slides and kinds != {"full_attention"}:
-        raise DataError(f"{path}: layer_types are {stack['layer_types']}: all layers must slide, or none")
-    return found | {
-        "num_layers": int(stack.get("num_hidden_layers") or 1),
-        "sliding_window": int(need(stack, "sliding_window", path)) if slides else None,
-        "mla": Latent.said(stack) is not None,
-    }
+    count, kind = int(stack.get("num_hidden_layers") or 1), stack.get("model_type")
+    found |= {"num_layers": count, "qk_norm": kind == "qwen3", "mla": Latent.said(stack) is not None}
+    return found | read_sliding(stack, count, path)
 
 
 def _state(tensors: Mapping[str, Tensor], layers: int, directory: Path) -> dict[str, Tensor]:

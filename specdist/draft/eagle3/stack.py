@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The TTT steps of any layers by autograd: what `unroll.py` does for the one layer of the paper, with its memory, for
-several layers, a sliding window and MLA.
+several layers, sliding windows, Qwen3 layers and MLA.
 
 The keys and values of step 0 are those of all rows in every layer, so all but the last layer run step 0 for all rows.
 """
@@ -37,9 +37,11 @@ class Stack:
         self._draft, self._batch, self._rows, self._lengths = draft, batch, rows, lengths
         self._hidden = draft.fuse(features.captured)
         self._embedded = draft.embed(functional.pad(batch.tokens, (0, rows.steps)))
-        window = draft.config.sliding_window is not None
-        masks = [draft.attention(rows, lengths, step) for step in range(rows.steps if window else 1)]
-        self._attend = masks if window else masks * rows.steps
+        self._windows = draft.config.windows
+        self._attend = {
+            window: [draft.attention(rows, lengths, window, step) for step in range(rows.steps if window else 1)]
+            for window in set(self._windows)
+        }
         self._first: list[KeyValue] = []
 
     def run(self) -> Tensor:
@@ -65,14 +67,14 @@ class Stack:
         everyone = replace(
             rows, active=torch.arange(len(positions), device=hidden.device), positions=positions, counts=self._lengths
         )
-        attend = draft.attention(everyone, self._lengths) if len(draft.stack) > 1 else self._attend[0]
-        for layer in draft.stack:
+        attend = {window: draft.attention(everyone, self._lengths, window) for window in set(self._windows[:-1])}
+        for layer, window in zip(draft.stack, self._windows, strict=True):
             q, k, v = layer.project(embedded, hidden, *rotation)
             k, v = whole_blocks(k), whole_blocks(v)
             self._first.append((k, v))
             if layer is draft.stack[-1]:
-                hidden, q, attend = hidden[rows.active], q[rows.active], self._attend[0]
-            hidden = layer.finish(hidden, attend(whole_blocks(q), k, v)[0])
+                hidden, q, attend = hidden[rows.active], q[rows.active], {window: self._attend[window][0]}
+            hidden = layer.finish(hidden, attend[window](whole_blocks(q), k, v)[0])
         return hidden
 
     def _step(
@@ -82,11 +84,11 @@ class Stack:
         draft, rows, made = self._draft, self._rows, []
         rotation = draft.frozen.rotary(rows.positions + step)
         embedded = self._embedded[rows.active + 1 + step]
-        for layer, first, earlier in zip(draft.stack, self._first, own, strict=True):
+        for layer, window, first, earlier in zip(draft.stack, self._windows, self._first, own, strict=True):
             q, k, v = layer.project(embedded, state, *rotation)
             made.append((*earlier, (k, v)))
             keys, values = (torch.stack(parts) for parts in zip(*made[-1], strict=True))
-            out, lse = self._attend[step](whole_blocks(q), *first)
+            out, lse = self._attend[window][step if window else 0](whole_blocks(q), *first)
             state = layer.finish(state, ops.merge(out, lse, q, keys, values, draft.scale)[0])
         return state, tuple(made)
 
