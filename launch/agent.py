@@ -20,11 +20,11 @@ from dataclasses import replace
 
 import psutil
 
-from specdist.core.errors import UserError
+from specdist.core.errors import UserError, say
 from specdist.core.files import unfailing
 from specdist.core.launch_env import STOP, TOKEN
 from specdist.core.stop import STOP_SIGNALS, end_with_launcher
-from specdist.core.troubleshooting import told
+from specdist.core.troubleshooting import linked
 from specdist_launch import words
 from specdist_launch.agents import ExitStatus, StopForwarder
 from specdist_launch.launcher import Launcher, placement_from_arguments
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             place = replace(launcher.placement(args), launched=args.launched)
             return Agent(job, launcher, place).run(program, args.module == TRAIN, stop)
         except UserError as error:
-            print(told(error), file=sys.stderr)
+            say(linked(error))
             return ExitStatus.USER_ERROR
 
 

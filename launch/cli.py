@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import specdist
-from specdist.core.errors import DataError, UserError, WorldError
+from specdist.core.errors import DataError, UserError, WorldError, say
 from specdist.core.stop import leave
-from specdist.core.troubleshooting import told
+from specdist.core.troubleshooting import linked
 from specdist_launch import plan, reading, ssh, words
 from specdist_launch.agents import ExitStatus
 from specdist_launch.ray import launch as ray
@@ -33,18 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _naming_sources(args):
             return int(args.run(args))
     except WorldError as error:  # what has not answered may be waited for by a thread, too
-        print(told(error), file=sys.stderr)
+        say(linked(error))
         leave(ExitStatus.USER_ERROR)
     except UserError as error:
-        print(told(error), file=sys.stderr)
+        say(linked(error))
         return ExitStatus.USER_ERROR
     except OSError as error:
         if error.filename is None:
             raise
-        print(told(DataError(f"{error.filename} cannot be used: {error.strerror}")), file=sys.stderr)
+        say(linked(DataError(f"{error.filename} cannot be used: {error.strerror}")))
         return ExitStatus.USER_ERROR
     except KeyboardInterrupt:
-        print("specdist: interrupted", file=sys.stderr)
+        say("interrupted")
         return 128 + signal.SIGINT
 
 

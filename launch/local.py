@@ -3,12 +3,12 @@
 
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from specdist.core.errors import say
 from specdist.core.launch_env import Attempt
 from specdist_launch import agent, words
 from specdist_launch.agents import AgentFork, attend, new_job, supervise
@@ -53,7 +53,7 @@ def generate(config: Sequence[str], ranks: int | None = None) -> int:
         return 0
     check_installed(job, target=True)
     if begun_prompts(replace(job, prompts=replace(job.prompts, answers="target"))) is not None:
-        print(f"specdist: all answers are in {RunDirectory(Path(job.run.dir)).answers}", file=sys.stderr)
+        say(f"all answers are in {RunDirectory(Path(job.run.dir)).answers}")
         return 0
     resolve(job.target.path, "target.path", weights=True)
     ranks = ranks or (1 if job.world.device == "cpu" else torch.cuda.device_count()) or 1

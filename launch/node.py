@@ -18,7 +18,7 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 
 from specdist.core import launch_env, troubleshooting
 from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
-from specdist.core.errors import ConfigError, Dismissed, UserError
+from specdist.core.errors import ConfigError, Dismissed, UserError, say
 from specdist.core.files import unwritable
 from specdist.core.network import interface_towards
 from specdist.core.run_lock import Claim
@@ -163,7 +163,7 @@ class Agent:
         for rank, status in failed.items():
             if status < 0 and signal.Signals(-status).name != stopped and status not in others:
                 hint = " (by hand, or by the kernel for want of memory)" if status == -signal.SIGKILL else ""
-                print(f"specdist: rank {rank} on {self._place.host} was {_end(status)}{hint}", file=sys.stderr)
+                say(f"rank {rank} on {self._place.host} was {_end(status)}{hint}")
 
     def _account(self, failed: dict[int, int], stopped: StopReason | None, detail: str = "") -> int:
         """Make sure that the attempt's end is on record, and on node 0 judge it."""
@@ -188,7 +188,7 @@ class Agent:
             told = verdict.words  # a failure on record was shown
             if verdict.failure and not self._record.failure():
                 told = f"{verdict.reason} (see {troubleshooting.place(verdict.reason, 'lost')})"
-            print(f"specdist: {told}", file=sys.stderr)
+            say(told)
         if (command := self._job.launch.on_event) is not None:
             tell(command, self._run_dir, self._record, verdict.reason)
         return verdict.status
@@ -206,7 +206,7 @@ class Agent:
 
 
 def _show(failure: Failure) -> None:
-    print(f"specdist: {failure.place}: {failure.message}", file=sys.stderr)
+    say(f"{failure.place}: {failure.message}")
 
 
 def _end(status: int) -> str:
@@ -225,4 +225,4 @@ def tell(command: str, run_dir: Path, record: AttemptRecord, reason: str) -> Non
     try:
         subprocess.run(command, shell=True, check=True, timeout=_LIMIT_S, env=environment, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError) as error:
-        print(f"specdist: launch.on_event: {error}", file=sys.stderr)
+        say(f"launch.on_event: {error}")

@@ -13,12 +13,11 @@ import os
 import re
 import shlex
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specdist.core.errors import ConfigError, UserError
+from specdist.core.errors import ConfigError, UserError, say
 from specdist.core.launch_env import TOKEN, Attempt, make_token
 from specdist_launch import words
 from specdist_launch.agents import AgentProcess, Host, agent_command, agent_words, attend, new_job, supervise
@@ -141,7 +140,7 @@ class SshAgent(AgentProcess):
         status = super().wait(timeout_s)
         if status != _SSH_FAILED:
             return status
-        print(f"specdist: {self._host}: ssh did not reach it, or lost it (see above)", file=sys.stderr)
+        say(f"{self._host}: ssh did not reach it, or lost it (see above)")
         return None
 
 

@@ -19,12 +19,12 @@ from pathlib import Path
 
 from specdist.core import progress
 from specdist.core.attempts import AttemptRecord, Failure, Started, attempts
-from specdist.core.errors import UserError
+from specdist.core.errors import UserError, say
 from specdist.core.files import unwritable
 from specdist.core.launch_env import Attempt
 from specdist.core.run_lock import holder
 from specdist.core.stop import StopReason
-from specdist.core.troubleshooting import told
+from specdist.core.troubleshooting import linked
 from specdist.job.launch_config import LaunchConfig
 from specdist.job.run_dir import RunDirectory
 from specdist_launch import words
@@ -145,14 +145,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         job = words.load(args.config)
     except UserError as error:
-        print(told(error), file=sys.stderr)
+        say(linked(error))
         return USER_ERROR
     attempt = Attempt.from_environment()
     directory = home(job, attempt)
     if args.slurm:
         _account_for(attempt, directory)
     verdict = judge(directory, job.launch, AttemptRecord(attempt.directory(directory)) if args.slurm else None)
-    print(f"specdist: {verdict.reason}", file=sys.stderr)
+    say(f"{verdict.reason}")
     return verdict.status
 
 

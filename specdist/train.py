@@ -6,15 +6,14 @@ torchrun --nproc-per-node N -m specdist.train --config configs/X.yaml [key=value
 
 import logging
 import signal
-import sys
 import traceback
 from collections.abc import Sequence
 
-from specdist.core.errors import ConfigError, Dismissed, UserError
+from specdist.core.errors import ConfigError, Dismissed, UserError, say
 from specdist.core.imports import uncollected
 from specdist.core.launch_env import Attempt, RankFacts, keep_compiled, rank_arguments
 from specdist.core.stop import end_with_launcher, leave
-from specdist.core.troubleshooting import told
+from specdist.core.troubleshooting import linked
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             raise ConfigError.at("run.dir", f": {job.run.dir} cannot be written on {facts.host}: {error}") from error
     except UserError as error:
-        print(told(error), file=sys.stderr, flush=True)
+        say(linked(error))
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=log.file)
     logging.getLogger("torch.distributed").setLevel(logging.WARNING)

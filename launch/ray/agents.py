@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from specdist.core.errors import UserError
+from specdist.core.errors import UserError, say
 from specdist.core.launch_env import Attempt
 from specdist.world.roll_call import free_port
 from specdist_launch.agents import Host, agent_command, agent_words, attend
@@ -98,7 +98,7 @@ class HostAgent:
         try:
             status = int(ray.get(self._task))
         except ray.exceptions.RayError as error:
-            print(f"specdist: {self._name}: lost: {_gist(error)}", file=sys.stderr)
+            say(f"{self._name}: lost: {_gist(error)}")
             return None
         finally:
             with contextlib.suppress(OSError):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from specdist.core.errors import ConfigError, UserError
+from specdist.core.errors import ConfigError, UserError, say
 
 _PORT_S = 5.0
 """How long a cluster's port may take to accept a connection."""
@@ -176,7 +176,7 @@ def reserve(shape: Shape, wait_s: float) -> Iterator[list[GpuHost]]:
                     "--gpus-per-node)"
                 )
             if waited >= _SILENT_S and not announced:
-                print(f"specdist: {have}; waiting up to {wait_s:.0f} s for {shape}", file=sys.stderr)
+                say(f"{have}; waiting up to {wait_s:.0f} s for {shape}")
                 announced = True
         bundles = {node: bundle for bundle, node in ray.util.placement_group_table(group)["bundles_to_node_id"].items()}
         yield [

@@ -7,9 +7,8 @@ The ranks are torchrun's and know nothing of Ray.
 
 import argparse
 import os
-import sys
 
-from specdist.core.errors import ConfigError, UserError
+from specdist.core.errors import ConfigError, UserError, say
 from specdist.core.launch_env import TOKEN, Attempt, make_token
 from specdist_launch import words
 
@@ -53,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     def start(attempt: Attempt, received: list[int]) -> int:
         with reserve(shape, args.wait) as hosts:
             named = ", ".join(host.address for host in hosts)
-            print(f"specdist: {attempt.name}: {shape.gpus} ranks on each of {named}", file=sys.stderr)
+            say(f"{attempt.name}: {shape.gpus} ranks on each of {named}")
             return run_agents(hosts, shape.gpus, attempt, config, environment, received)
 
     return supervise(start, new_job("ray"), job.launch.retries if args.retries is None else args.retries)

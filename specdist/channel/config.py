@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 
 ChannelDtype = Literal["auto", "fp8"]
 
@@ -32,8 +32,7 @@ class MooncakeConfig:
     """A transfer that has not moved for this many seconds has failed (tcp)."""
 
     def __post_init__(self) -> None:
-        if self.stall_s < 1:
-            raise ConfigError.at("channel.mooncake.stall_s", f"is at least 1, not {self.stall_s}")
+        check_range("channel.mooncake", self, "stall_s", least=1)
 
     def chosen_protocol(self) -> Literal["rdma", "tcp"]:
         """What `protocol` means on this host."""
@@ -70,8 +69,7 @@ class ChannelConfig:
     def __post_init__(self) -> None:
         parse_bytes(self.memory, "channel.memory")
         parse_bytes(self.cache_bytes, "channel.cache_bytes")
-        if self.send_buffers < 1:
-            raise ConfigError.at("channel.send_buffers", f"is at least 1, not {self.send_buffers}")
+        check_range("channel", self, "send_buffers", least=1)
 
     @property
     def cache_limit(self) -> int:

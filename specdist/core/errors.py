@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors a user can cause or meet. Each message says what is wrong, where, and what would be right."""
+"""The errors a user can cause or meet. Each message says what is wrong, where, and what would be right. And what else
+is said on the terminal."""
 
+import math
+import sys
 from typing import Self
+
+
+def say(text: str) -> None:
+    """Print a line on the terminal, or into a rank's log."""
+    print(f"specdist: {text}", file=sys.stderr, flush=True)
 
 
 class UserError(Exception):
@@ -31,6 +39,25 @@ class InputError(UserError, ValueError):
 
 class ConfigError(InputError):
     """A configuration key, value or combination that cannot be."""
+
+
+def check_range(
+    section: str,
+    config: object,
+    *keys: str,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise ConfigError for the first of `keys` of a section whose number is out of these bounds. Null passes."""
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    for key in keys:
+        value = getattr(config, key)
+        if value is not None and not (least <= value <= most and above < value < below):
+            right = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+            null = ", or null" if getattr(type(config), key, 0) is None else ""  # its default
+            raise ConfigError.at(f"{section}.{key}", f"is {value}: it must be {right}{null}")
 
 
 class DataError(InputError):

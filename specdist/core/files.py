@@ -7,7 +7,6 @@ import contextlib
 import errno
 import io
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import msgspec
 from filelock import FileLock, Timeout
 
-from specdist.core.errors import DataError, DiskError
+from specdist.core.errors import DataError, DiskError, say
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -123,7 +122,7 @@ def locked(path: Path, waiting: Callable[[float], object]) -> Iterator[bool]:
             except Timeout:
                 waiting(time.monotonic() - began)
     except OSError as error:
-        print(f"specdist: {path} cannot be locked: {error}", file=sys.stderr, flush=True)
+        say(f"{path} cannot be locked: {error}")
     try:
         yield lock.is_locked
     finally:

@@ -4,7 +4,6 @@
 
 import dataclasses
 import json
-import sys
 import time
 import zlib
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from specdist.core.errors import ConfigError, DataError
+from specdist.core.errors import DataError, check_range, say
 
 COMMIT = "COMMIT"
 _READERS, _CHUNK = 8, 2**22
@@ -47,9 +46,8 @@ class CheckpointConfig:
     and without `prompts.holdout`, the newest is exported."""
 
     def __post_init__(self) -> None:
-        for key, least in (("every", 0), ("every_s", 0), ("give_up_s", 0), ("keep", 1)):
-            if getattr(self, key) < least:
-                raise ConfigError.at(f"checkpoint.{key}", f"is at least {least}, not {getattr(self, key)}")
+        check_range("checkpoint", self, "every", "every_s", "give_up_s", least=0)
+        check_range("checkpoint", self, "keep", least=1)
 
 
 @dataclass(frozen=True)
@@ -222,7 +220,7 @@ def _wrong(file: Path, written: FileSum) -> str:
 def named_damage(checkpoint: Path) -> str:
     """`damage`, which is also shown on the terminal."""
     if found := damage(checkpoint):
-        print(f"specdist: the checkpoint {checkpoint} is damaged: {found}", file=sys.stderr, flush=True)
+        say(f"the checkpoint {checkpoint} is damaged: {found}")
     return found
 
 

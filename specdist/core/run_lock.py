@@ -12,7 +12,6 @@ changes, and makes the next one if it does not.
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 import uuid
@@ -22,7 +21,7 @@ from types import TracebackType
 from typing import Self
 
 from specdist.core.attempts import AttemptRecord
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, say
 from specdist.core.files import read_json, to_json
 
 PULSE_S, WATCH_S = 3.0, 10.0
@@ -101,7 +100,7 @@ class Claim:
             with contextlib.suppress(OSError):  # the file server is away: it will come back, or the run says so
                 highest = max(_claims(self._home), default=0)
             if highest > self._number:
-                print(f"specdist: another job has taken {self._home}: this one was held up", file=sys.stderr)
+                say(f"another job has taken {self._home}: this one was held up")
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             self._say()

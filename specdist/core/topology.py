@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 from specdist.core.launch_env import Role
 from specdist.core.pods import divide, reach
 
@@ -59,9 +59,7 @@ class WorldConfig:
         host, _, port = self.scheduler.rpartition(":")
         if self.scheduler and (not host or not port.isdigit() or not 0 < int(port) < 65536):
             raise ConfigError.at("world.scheduler", f"is HOST:PORT, not '{self.scheduler}'")
-        for key in ("join_timeout_s", "wait_timeout_s"):
-            if getattr(self, key) <= 0:
-                raise ConfigError.at(f"world.{key}", f"is a number of seconds > 0, not {getattr(self, key)}")
+        check_range("world", self, "join_timeout_s", "wait_timeout_s", above=0)
 
 
 @dataclass(frozen=True)

@@ -53,11 +53,6 @@ GENERAL = {
 """The anchor of the entry about all other messages of a kind (`specdist.core.attempts.Kind`)."""
 
 
-def told(error: UserError) -> str:
-    """The line on the terminal for an error."""
-    return f"specdist: {linked(error)}"
-
-
 def linked(error: UserError) -> str:
     """An error's message and the place of the entry about it, which a request to stop has none of."""
     return str(error) if isinstance(error, Dismissed) else f"{error} (see {place(str(error), _kind(error))})"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from specdist.core.config import complete
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 from specdist.draft.algorithm import Algorithm, ExportedDraft, Serving
 from specdist.draft.registry import ALGORITHMS, DEFAULT
 
@@ -50,12 +50,7 @@ class DraftConfig:
         return {"algorithm": Literal[tuple(ALGORITHMS)], **sections}
 
     def __post_init__(self) -> None:
-        if self.dp is not None and self.dp < 1:
-            raise ConfigError.at(
-                "draft.dp", f"is {self.dp}: it must be at least 1, or null for all ranks the target leaves"
-            )
-        if self.cp < 1:
-            raise ConfigError.at("draft.cp", f"is {self.cp}: it must be at least 1")
+        check_range("draft", self, "dp", "cp", least=1)
 
     @property
     def chosen(self) -> Algorithm[Any]:

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class ExportConfig:
     long as it was trained. null: as many as the evaluation forecasts to be fastest for one sequence, up to 5."""
 
     def __post_init__(self) -> None:
-        if self.chain < 1:
-            raise ConfigError.at("export.speculative_tokens", f"is {self.chain}; it must be at least 1")
+        check_range("export", self, "speculative_tokens", least=1)
         if self.formats is not None and len(set(self.formats)) < len(self.formats):
             raise ConfigError.at("export.formats", f"names a format twice: {list(self.formats)}")
 

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import check_range
 
 
 @dataclass(frozen=True)
@@ -32,22 +32,9 @@ class EvaluateConfig:
     """Sequences that `eval --decode` decodes at once in transformers; SGLang sees to that itself."""
 
     def __post_init__(self) -> None:
-        if self.draft_tokens is not None and self.draft_tokens < 1:
-            raise ConfigError.at("evaluate.draft_tokens", f"is {self.draft_tokens}; drafting needs at least 1, or null")
-        if self.max_new_tokens < 2:
-            raise ConfigError.at(
-                "evaluate.max_new_tokens",
-                f"is {self.max_new_tokens}; it must be at least 2, "
-                "because the first token comes from the prefill and drafting starts after it",
-            )
-        if self.batch < 1:
-            raise ConfigError.at("evaluate.batch", f"is {self.batch}; it must be at least 1")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError.at("evaluate.limit", f"is {self.limit}; it must be at least 1, or null for all")
-        if self.temperature < 0:
-            raise ConfigError.at("evaluate.temperature", f"is {self.temperature:g}; it must not be negative")
-        if self.every is not None and self.every < 1:
-            raise ConfigError.at("evaluate.every", f"is {self.every}; it must be at least 1, or null")
+        check_range("evaluate", self, "draft_tokens", "batch", "limit", "every", least=1)
+        check_range("evaluate", self, "temperature", least=0)
+        check_range("evaluate", self, "max_new_tokens", least=2)  # the first one comes from the prefill
 
     @property
     def drafts(self) -> int:

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,10 @@ class GenerateConfig:
     """How long nothing may come of it: an endpoint that is gone has to be back, and a replica to finish an answer."""
 
     def __post_init__(self) -> None:
-        for name, least in (("temperature", 0), ("top_k", 0), ("max_new_tokens", 1), ("concurrency", 1), ("batch", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError.at(f"generate.{name}", f"is {value}: it must be at least {least}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError.at("generate.top_p", f"is {self.top_p}: it is a share, above 0 and at most 1")
-        if self.timeout_s <= 0:
-            raise ConfigError.at("generate.timeout_s", f"is {self.timeout_s}: it must be above 0")
+        check_range("generate", self, "temperature", "top_k", least=0)
+        check_range("generate", self, "max_new_tokens", "concurrency", "batch", least=1)
+        check_range("generate", self, "top_p", above=0, most=1)
+        check_range("generate", self, "timeout_s", above=0)
         if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
             raise ConfigError.at("generate.endpoint", f"={self.endpoint}: give a URL, as http://host:30000")
 

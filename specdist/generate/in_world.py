@@ -3,7 +3,6 @@
 
 import asyncio
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, say
 from specdist.core.files import locked, telling_full_disk, to_json, write_atomically
 from specdist.core.generation import end_tokens
 from specdist.core.hub import resolve, served_name
@@ -101,7 +100,7 @@ def _lead(asked: Assignment, team: Team, device: torch.device) -> None:
         for rank in range(1, len(team.hosts)):
             team.wait(f"done/{rank}", rank, lambda: show(own))
     tally = merge(asked.directory, manifest).tally
-    print(f"specdist: answers: {tally} ({asked.directory})", file=sys.stderr, flush=True)
+    say(f"answers: {tally} ({asked.directory})")
     team.put("merged")
 
 

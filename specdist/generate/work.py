@@ -8,7 +8,6 @@ records from number n * SHARE on.
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from specdist.core.errors import DataError, WorldError
+from specdist.core.errors import DataError, WorldError, say
 from specdist.generate.config import GenerateConfig
 from specdist.generate.conversation import Conversation, Written, parse
 from specdist.generate.engine import GREEDY, Engine, Reply, Request, Sampling
@@ -185,7 +184,7 @@ class Watch:
     def note(self, trouble: str) -> None:
         """What an engine has met, in words; it goes on."""
         if trouble != self._trouble:
-            print(f"specdist: {trouble}; trying again", file=sys.stderr, flush=True)
+            say(f"{trouble}; trying again")
         self._trouble = trouble
 
     def alive(self) -> None:

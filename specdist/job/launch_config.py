@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 
 _TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){1,2}|UNLIMITED|INFINITE)")
 
@@ -63,8 +63,9 @@ class SlurmConfig:
     """Heterogeneous job: the draft's nodes."""
 
     def __post_init__(self) -> None:
-        if self.nodes < 1:
-            raise ConfigError.at("launch.slurm.nodes", f"is at least 1, not {self.nodes}")
+        check_range("launch.slurm", self, "nodes", "gpus_per_node", "cpus_per_task", least=1)
+        for role in ("target", "draft"):
+            check_range(f"launch.slurm.{role}", getattr(self, role), "gpus_per_node", least=1)
         if self.time is not None and not _TIME.fullmatch(self.time):
             raise ConfigError.at(
                 "launch.slurm.time",
@@ -83,11 +84,6 @@ class SlurmConfig:
                 "launch.slurm.gpus_per_node",
                 ": a heterogeneous job sets it for target and draft, or for all nodes; each GPU gets a rank",
             )
-        for component in (self, self.target, self.draft):
-            if component.gpus_per_node is not None and component.gpus_per_node < 1:
-                raise ConfigError(f"launch.slurm: gpus_per_node is at least 1, not {component.gpus_per_node}")
-        if self.cpus_per_task is not None and self.cpus_per_task < 1:
-            raise ConfigError.at("launch.slurm.cpus_per_task", f"is at least 1, not {self.cpus_per_task}")
 
     @property
     def time_s(self) -> float | None:
@@ -171,8 +167,5 @@ class LaunchConfig:
                 "before its end in which a job saves and leaves: give it more time, or set that lower",
                 "launch.stop_before_end_s",
             )
-        if self.retries < 0:
-            raise ConfigError.at("launch.retries", f"is at least 0, not {self.retries}")
-        for key in ("stop_before_end_s", "meet_timeout_s"):
-            if getattr(self, key) <= 0:
-                raise ConfigError.at(f"launch.{key}", f"is a number of seconds > 0, not {getattr(self, key)}")
+        check_range("launch", self, "retries", least=0)
+        check_range("launch", self, "stop_before_end_s", "meet_timeout_s", above=0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from specdist.channel.config import parse_bytes
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,7 @@ class PreflightConfig:
     """A file that rank 0 writes the whole report to, as JSON; null: none."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_free_memory <= 1:
-            raise ConfigError.at("preflight.min_free_memory", f"is a share from 0 to 1, not {self.min_free_memory}")
-        if self.max_clock_skew_s <= 0:
-            raise ConfigError.at(
-                "preflight.max_clock_skew_s", f"is a number of seconds > 0, not {self.max_clock_skew_s}"
-            )
-        if self.min_link_gb_per_s is not None and self.min_link_gb_per_s <= 0:
-            raise ConfigError.at(
-                "preflight.min_link_gb_per_s", f"is more than 0, or null, not {self.min_link_gb_per_s}"
-            )
+        check_range("preflight", self, "min_free_memory", least=0, most=1)
+        check_range("preflight", self, "max_clock_skew_s", "min_link_gb_per_s", above=0)
         if self.link_payload is not None and parse_bytes(self.link_payload, "preflight.link_payload") < 1:
             raise ConfigError.at("preflight.link_payload", "is at least one byte")

@@ -13,7 +13,7 @@ from omegaconf import MISSING
 
 from specdist.channel.config import ChannelConfig
 from specdist.core import config
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 from specdist.core.progress import CheckpointConfig
 from specdist.core.topology import WorldConfig
 from specdist.draft import registry as algorithms
@@ -50,8 +50,7 @@ class RunConfig:
     environment has in TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR goes first."""
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ConfigError.at("run.seed", f"is {self.seed}: it must be at least 0")
+        check_range("run", self, "seed", least=0)
 
 
 @dataclass(frozen=True)

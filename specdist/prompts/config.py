@@ -4,16 +4,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 
-RESERVED = (
-    "messages",
-    "tools",
-    "documents",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tokenize",
-)
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize")
 
 
 @dataclass(frozen=True)
@@ -60,8 +53,9 @@ class PromptsConfig:
                 "prompts.holdout",
                 f"is {self.holdout:g}: a share of the conversations is more than 0 and less than 1 (null: none)",
             )
-        if self.max_length < 2:
-            raise ConfigError.at("prompts.max_length", f"is {self.max_length}: a sequence needs at least 2 tokens")
+        check_range("prompts", self, "max_length", least=2)
+        check_range("prompts", self, "max_bad_fraction", least=0, most=1)
+        check_range("prompts", self, "workers", least=0)
         if self.tokens_per_rank < self.max_length:
             raise ConfigError.at(
                 "prompts.tokens_per_rank",
@@ -69,10 +63,6 @@ class PromptsConfig:
                 f"({self.max_length}): a sequence is never split, so the budget of a micro-batch must hold the longest",
                 "prompts.max_length",
             )
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ConfigError.at("prompts.max_bad_fraction", f"is {self.max_bad_fraction}: it is a share, from 0 to 1")
-        if self.workers is not None and self.workers < 0:
-            raise ConfigError.at("prompts.workers", f"is {self.workers}: give a number of processes, or 0 for none")
         for name in RESERVED:
             if name in self.template_kwargs:
                 raise ConfigError(

@@ -2,7 +2,6 @@
 """The role of a draft rank: wires the draft, the source of features and the trainer, and ends the run."""
 
 import gc
-import sys
 import time
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from specdist.channel.wire import AddressBook
+from specdist.core.errors import say
 from specdist.core.launch_env import reachable_address
 from specdist.draft.base import ContextShare, DraftModel
 from specdist.job import config as jobs
@@ -46,7 +46,7 @@ def consume(context: RankContext) -> None:
     def tell(trouble: str) -> None:
         client.trouble = trouble
         if leader:
-            print(f"specdist: {trouble or 'checkpoints are saved again'}", file=sys.stderr, flush=True)
+            say(f"{trouble or 'checkpoints are saved again'}")
 
     checkpointer = Checkpointer(context.run_dir.checkpoints, job.checkpoint, context.groups.checkpoint, number, tell)
     if context.resume.checkpoint is not None:

@@ -2,7 +2,6 @@
 """The judge of a run: what replay over held-out text says of the draft, summed over the draft ranks and kept."""
 
 import json
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from specdist.core.errors import DataError
+from specdist.core.errors import DataError, say
 from specdist.core.files import to_json, write_atomically
 from specdist.core.model_config import has_experts
 from specdist.core.records import PackedTokens, Shard
@@ -95,13 +94,13 @@ class ReplayJudge(Judge):
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, to_json(report.to_dict()))
         except OSError as error:
-            print(f"specdist: {path} cannot be written, and the run goes on: {error}", file=sys.stderr, flush=True)
+            say(f"{path} cannot be written, and the run goes on: {error}")
 
     def _warn(self, report: ReplayReport) -> None:
         """Say once, at the first evaluation of a training, what the summary would say when it is over."""
         warning = foreign_text(report) if report.step < self._total_steps and not self._warned else None
         if warning is not None:
-            print(f"specdist: held-out text: {warning}", file=sys.stderr, flush=True)
+            say(f"held-out text: {warning}")
             self._warned = True
 
     def _tally(self, one: _Seen, tallies: np.ndarray) -> None:

@@ -3,14 +3,13 @@
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from specdist.core.errors import ConfigError, DataError
+from specdist.core.errors import ConfigError, DataError, say
 from specdist.core.files import to_json, write_atomically
 from specdist.core.hub import resolve
 from specdist.core.progress import best_intact, checkpoint_path, committed, damage, read_progress
@@ -131,7 +130,7 @@ def _run_draft(job: JobConfig, facts: JobFacts, checkpoint: str | None, device: 
 def _checkpoint(job: JobConfig, given: str | None) -> Path:
     """The one that is asked for, which is said on the terminal."""
     path = _usual(job) if given is None else _given(job, given)
-    print(f"specdist: checkpoint {path}", file=sys.stderr, flush=True)
+    say(f"checkpoint {path}")
     return path
 
 

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from specdist.core.errors import UserError
+from specdist.core.errors import UserError, say
 from specdist.core.launch_env import RankFacts, rank_arguments
 from specdist.core.stop import end_with_launcher, leave
-from specdist.core.troubleshooting import told
+from specdist.core.troubleshooting import linked
 from specdist.job.config import JobConfig, load_job
 
 
@@ -23,7 +23,7 @@ def rank_status(
     try:
         return part(load_job(args.config, args.overrides), RankFacts.from_environment())
     except UserError as error:
-        print(told(error), file=sys.stderr, flush=True)
+        say(linked(error))
         return 2
 
 

@@ -3,7 +3,6 @@
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Self
 import torch
 
 from specdist.core import config
+from specdist.core.errors import say
 from specdist.core.progress import Progress
 from specdist.job.config import JobConfig
 from specdist.job.resume_plan import ResumePlan
@@ -109,7 +109,7 @@ class RunReporter(Reporter):
                 tracker.log(step, record)
             except OSError as error:  # said once: the run is worth more than its metrics
                 if not self._unlogged:
-                    print(f"specdist: metrics cannot be written, and the run goes on: {error}", file=sys.stderr)
+                    say(f"metrics cannot be written, and the run goes on: {error}")
                 self._unlogged = True
 
     def totals(self) -> dict[str, float]:

@@ -2,7 +2,6 @@
 """One rank's way into a run: world, prompts, groups, control plane, then its role."""
 
 import contextlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from specdist.channel.encoding import row_bytes
 from specdist.core import hub
-from specdist.core.errors import DataError
+from specdist.core.errors import DataError, say
 from specdist.core.files import to_json, write_atomically
 from specdist.core.launch_env import RankFacts, run_token, stop_asked
 from specdist.core.run_lock import Claim
@@ -190,7 +189,7 @@ def _draft_vocabulary(context: WorldContext) -> Tensor | None:
         ids = load_exported(jobs.initial_draft(context.job)).vocabulary
     elif draft.chosen.vocab_size is not None:
         ids, coverage = frequent_tokens(context.prompts, draft.chosen.vocab_size, whole)
-        print(f"specdist: the draft vocabulary covers {coverage:.2%} of the tokens in the loss", file=sys.stderr)
+        say(f"the draft vocabulary covers {coverage:.2%} of the tokens in the loss")
     else:
         return None
     return ids if ids is not None and len(ids) < whole else None
@@ -210,15 +209,13 @@ def _introduce(context: WorldContext, resume: ResumePlan) -> None:
     told = [] if total == 0 or resume.checkpoint else prompts.bad_samples().splitlines()
     if job.train.steps is None:
         told += warn_of_few(total)
-    print(
-        f"specdist: {topology.mode} world of {topology.world_size} ranks: {target}"
+    say(
+        f"{topology.mode} world of {topology.world_size} ranks: {target}"
         f"{len(topology.draft)} draft rank(s). {len(prompts.training):,} sequences, "
         f"{prompts.tokens:,} tokens{held_out}, {per_token:,} B of features per token. "
         f"{start}: {steps}. {resume.note}{' ' * bool(resume.note)}Run directory {job.run.dir}"
         + "".join(f"\nspecdist: {line}" for line in told)
         + (UNSEEN if heldout is None and topology.mode in ("split", "colocated") else ""),
-        file=sys.stderr,
-        flush=True,
     )
 
 
@@ -229,7 +226,7 @@ def _profile(context: WorldContext, resume: ResumePlan) -> Profile:
     if job.trace.steps is not None and rank == 0:
         what = "nothing is traced" if traced is None else f"steps {traced.first} to {traced.last} are traced"
         first = resume.progress.step + 1
-        print(f"specdist: {what}; this start does steps {first} to {resume.total_steps}", file=sys.stderr)
+        say(f"{what}; this start does steps {first} to {resume.total_steps}")
     if traced is None:
         return NO_PROFILE
     topology, items = context.topology, (traced.items.start, traced.items.stop)
@@ -244,4 +241,4 @@ def _put_trace_together(context: WorldContext) -> None:
         text = collect(context.record) or "is empty: this start ended before the traced steps"
     except (OSError, DataError) as error:  # the run itself is done
         text = f"could not be put together: {error}"
-    print(f"specdist: trace {text}", file=sys.stderr)
+    say(f"trace {text}")

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from specdist.core.attempts import AttemptRecord
+from specdist.core.errors import say
 from specdist.core.files import read_json, to_json, write_atomically
 
 _TOLD = 0.05
@@ -101,7 +102,7 @@ class StartUp:
             write_atomically(self._file, to_json(start))
         except OSError as error:
             told = f"{self._file} cannot be written, and the run goes on: {error}"
-            print(f"specdist: {told}", file=sys.stderr, flush=True)
+            say(told)
 
     def _time_compiler(self) -> None:
         """Note what torch.compile takes from here on."""

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from specdist.core.attempts import AttemptRecord, Ending, Failure
+from specdist.core.errors import say
 from specdist.core.files import to_json, write_atomically
 from specdist.core.launch_env import Attempt
 from specdist.core.stop import StopReason
@@ -61,10 +62,10 @@ class StatusWriter(Observer):
         ending = Ending("stopped", step, reason, f" on rank {rank}, before the first step")
         with contextlib.suppress(OSError):  # there is nothing that is lost with it
             self._record.end(ending)
-        print(f"specdist: stopped at step {step} ({ending.why}); the same command goes on from there.", file=sys.stderr)
+        say(f"stopped at step {step} ({ending.why}); the same command goes on from there.")
 
     def inform(self, text: str) -> None:
-        print(f"specdist: {text}", file=sys.stderr, flush=True)
+        say(text)
 
     def pulse(self, peers: Peers, statistics: Statistics, started: bool, now: float) -> None:
         phases, step = peers.phases(now), max(peers.step, self._resume.progress.step)
@@ -137,7 +138,7 @@ class StatusWriter(Observer):
         self._quiet_s *= 2
         what = "no step done for" if started else "starting,"
         doing = "; ".join(_describe(phase) for phase in phases[:_SHOWN])
-        print(f"specdist: {what} {quiet_s:.0f} s: {doing}", file=sys.stderr, flush=True)
+        say(f"{what} {quiet_s:.0f} s: {doing}")
 
 
 def _describe(phase: Phase) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import queue
-import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from specdist.channel.base import DropSender, FeatureSender
 from specdist.channel.encoding import Parcel, Plain
 from specdist.channel.ring import Ring
 from specdist.core.attempts import Ending
+from specdist.core.errors import say
 from specdist.core.files import to_json, write_atomically
 from specdist.core.trace import span
 from specdist.core.worker import Worker
@@ -262,9 +262,7 @@ def produce(context: RankContext) -> None:
 def _report_target_only(context: RankContext, report: ProducerReport) -> None:
     summary = {"mode": "target_only", **dataclasses.asdict(report), "tokens_per_s": report.tokens_per_s}
     write_atomically(context.run_dir.summary, to_json(summary))
-    print(
-        f"specdist: target only: {report.items} batches, {report.tokens:,} tokens in {report.elapsed_s:.1f} s = "
+    say(
+        f"target only: {report.items} batches, {report.tokens:,} tokens in {report.elapsed_s:.1f} s = "
         f"{report.tokens_per_s:,.0f} tokens/s on replica 0, busy {report.busy_s / max(report.elapsed_s, 1e-9):.0%}",
-        file=sys.stderr,
-        flush=True,
     )

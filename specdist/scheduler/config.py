@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,7 @@ class SchedulerConfig:
     it never waits for a message."""
 
     def __post_init__(self) -> None:
-        if self.queue_depth < 1:
-            raise ConfigError.at("scheduler.queue_depth", f"is at least 1, not {self.queue_depth}")
+        check_range("scheduler", self, "queue_depth", least=1)
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,11 @@ class ControlConfig:
     """Two worlds: seconds for which a target world looks for the scheduler, or waits for it to come back."""
 
     def __post_init__(self) -> None:
-        if self.heartbeat_s <= 0:
-            raise ConfigError.at("control.heartbeat_s", f"is a number of seconds > 0, not {self.heartbeat_s}")
+        seconds = ("heartbeat_s", "load_timeout_s", "replica_timeout_s", "scheduler_timeout_s")
+        check_range("control", self, *seconds, above=0)
         if self.silence_s < 2 * self.heartbeat_s:
             raise ConfigError.at(
                 "control.silence_s",
                 f"({self.silence_s}) must be at least twice control.heartbeat_s ({self.heartbeat_s})",
                 "control.heartbeat_s",
             )
-        for key in ("load_timeout_s", "replica_timeout_s", "scheduler_timeout_s"):
-            if getattr(self, key) <= 0:
-                raise ConfigError.at(f"control.{key}", f"is a number of seconds > 0, not {getattr(self, key)}")

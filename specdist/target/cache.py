@@ -14,7 +14,6 @@ import hashlib
 import multiprocessing
 import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from specdist.core.device_timer import DeviceTimer
+from specdist.core.errors import say
 from specdist.core.files import of_full_disk, unwritable
 from specdist.core.records import PackedTokens
 from specdist.target.base import TargetModel
@@ -205,7 +205,7 @@ class CacheFiles:
         self._tell(f"{why}: the run goes on without it")
 
     def _tell(self, what: str) -> None:
-        print(f"specdist: channel.cache={self._where.path} {what}", file=sys.stderr, flush=True)
+        say(f"channel.cache={self._where.path} {what}")
 
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import check_range
 
 SECTIONS: dict[str, type | None] = {}
 """The dataclass of the settings of every engine, filled by the registry."""
@@ -56,7 +56,5 @@ class TargetConfig:
         return {"engine": Literal[tuple(SECTIONS)]} | {name: own for name, own in SECTIONS.items() if own is not None}
 
     def __post_init__(self) -> None:
-        for key, least in (("replicas", 1), ("tp", 1), ("verify", 0)):
-            value = getattr(self, key)
-            if value < least:
-                raise ConfigError.at(f"target.{key}", f"={value}: at least {least} is needed")
+        check_range("target", self, "replicas", "tp", least=1)
+        check_range("target", self, "verify", least=0)

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 from specdist.core.progress import CheckpointConfig
 
 WARM_UP_STEPS = 20
@@ -39,14 +39,9 @@ class TrainConfig:
             raise ConfigError(
                 f"give train.steps ({self.steps}) or train.epochs ({self.epochs}), not both", "train.steps train.epochs"
             )
-        if self.steps is not None and self.steps < 0:
-            raise ConfigError.at("train.steps", f"is at least 0, not {self.steps}")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ConfigError.at("train.max_bad_share", f"is a share, from 0 to 1, not {self.max_bad_share}")
-        for key in ("epochs", "accumulation", "patience"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError.at(f"train.{key}", f"is at least 1, not {value}")
+        check_range("train", self, "steps", least=0)
+        check_range("train", self, "max_bad_share", least=0, most=1)
+        check_range("train", self, "epochs", "accumulation", "patience", least=1)
 
 
 @dataclass(frozen=True)
@@ -81,25 +76,18 @@ class OptimizerConfig:
     """The rate at the end, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ConfigError.at("optimizer.lr", f"is > 0, not {self.lr}")
+        check_range("optimizer", self, "lr", above=0)
         if self.muon_lr is not None and not (self.method == "muon" and self.muon_lr > 0):
             raise ConfigError.at(
                 "optimizer.muon_lr",
                 f"={self.muon_lr}: it is > 0, and only for optimizer.method=muon (null is lr)",
                 "optimizer.method",
             )
-        if not 0 <= self.ema < 1:
-            raise ConfigError.at("optimizer.ema", f"is at least 0 (off) and less than 1, not {self.ema}")
-        for key in ("clip_norm", "weight_decay", "eps"):
-            if getattr(self, key) < 0:
-                off = " (0 turns it off)" if key != "eps" else ""
-                raise ConfigError.at(f"optimizer.{key}", f"is at least 0{off}, not {getattr(self, key)}")
+        check_range("optimizer", self, "ema", least=0, below=1)
+        check_range("optimizer", self, "clip_norm", "weight_decay", "eps", least=0)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError.at("optimizer.betas", f"are at least 0 and less than 1, not {list(self.betas)}")
-        for key in ("warmup", "decay", "final_lr"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ConfigError.at(f"optimizer.{key}", f"is a share between 0 and 1, not {getattr(self, key)}")
+        check_range("optimizer", self, "warmup", "decay", "final_lr", least=0, most=1)
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ConfigError.at(
                 "optimizer.warmup",
@@ -119,10 +107,8 @@ class TraceConfig:
     """The first of them, 1 being the first of the run; null is the 21st step of every start, after it has warmed up."""
 
     def __post_init__(self) -> None:
-        if self.steps is not None and not 1 <= self.steps <= _MOST_STEPS:
-            raise ConfigError.at("trace.steps", f"is a number of steps, 1 to {_MOST_STEPS}, or null, not {self.steps}")
-        if self.start is not None and self.start < 1:
-            raise ConfigError.at("trace.start", f"is at least 1, the first step of the run, not {self.start}")
+        check_range("trace", self, "steps", least=1, most=_MOST_STEPS)
+        check_range("trace", self, "start", least=1)
         if self.start is not None and self.steps is None:
             raise ConfigError.at(
                 "trace.start",

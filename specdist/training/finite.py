@@ -9,7 +9,6 @@ is not finite shows in the gradient's norm, which all ranks know, and the optimi
 
 import itertools
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from specdist.core.errors import say
 from specdist.core.records import Features, WorkItem
 from specdist.prompts.corpus import Corpus
 
@@ -103,7 +103,7 @@ class BadSamples:
                 f"{self.share:g}"
             )
         if dist.get_rank(self._group) == 0:
-            print(f"specdist: {text}. The run goes on without", file=sys.stderr, flush=True)
+            say(f"{text}. The run goes on without")
         else:
             logger.warning("%s", text)
 
@@ -112,7 +112,7 @@ class BadSamples:
         these were zero. Waits for the device."""
         for sequence in itertools.compress(item.shards[self._shard].sequences, documents.tolist()):
             place = "{}:{}".format(*self._prompts.provenance(sequence))
-            print(f"specdist: held-out {place} has features that are not finite", file=sys.stderr, flush=True)
+            say(f"held-out {place} has features that are not finite")
 
     def _named(self, result: StepResult, bad: Sequence[int]) -> str:
         """The places of the bad sequences of all ranks, of each the first few. All ranks call it."""

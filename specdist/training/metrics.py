@@ -21,7 +21,6 @@ import errno
 import functools
 import json
 import os
-import sys
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -30,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range, say
 from specdist.core.files import write_atomically
 from specdist.core.progress_bar import ProgressBar
 
@@ -56,8 +55,7 @@ class MetricsConfig:
     """The Weights & Biases project."""
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ConfigError.at("metrics.every", f"is at least 1, not {self.every}")
+        check_range("metrics", self, "every", least=1)
 
 
 def check_trackers(config: MetricsConfig) -> None:
@@ -155,7 +153,7 @@ class WandbTracker(Tracker):
             self._run = start(settings=limits)
         except wandb.errors.CommError as error:
             told = f"does not answer, and the run is logged offline: {str(error).splitlines()[0]}"
-            print(f"specdist: Weights & Biases {told}", file=sys.stderr)
+            say(f"Weights & Biases {told}")
             wandb.teardown()  # it still holds the id
             self._run = start(mode="offline")
 

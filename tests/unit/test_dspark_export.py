@@ -163,7 +163,7 @@ def test_what_an_engine_would_fill_with_random_numbers_is_not_written(case: Case
         ({"block_size": 0}, r"draft\.dspark\.block_size is 0: it must be at least 1"),
         ({"markov_rank": 0}, r"draft\.dspark\.markov_rank is 0: .* engines serve no draft without a Markov head"),
         ({"decay_gamma": 0.0}, r"draft\.dspark\.decay_gamma is 0\.0"),
-        ({"l1_weight": -1.0}, r"draft\.dspark\.l1_weight is -1\.0: it must not be negative"),
+        ({"l1_weight": -1.0}, r"draft\.dspark\.l1_weight is -1\.0: it must be at least 0"),
         ({"ce_weight": 0.0, "l1_weight": 0.0}, r"draft\.dspark\.ce_weight is 0, and so is l1_weight"),
     ],
 )

@@ -167,7 +167,7 @@ def test_no_slurm_on_this_machine(words, capsys, monkeypatch, tmp_path):
     [
         (["--time", "4h"], "[DAYS-]HOURS:MINUTES:SECONDS"),
         (["launch.slurm.time=4:00:00"], "not '14400'"),
-        (["--nodes", "0"], "launch.slurm.nodes is at least 1"),
+        (["--nodes", "0"], "launch.slurm.nodes is 0: it must be at least 1"),
         (["--nodes", "2"], "3 ranks"),
         (["--nodes", "1", "--gpus-per-node", "1"], "rank"),
         (["--target-nodes", "1"], "a heterogeneous job has nodes of both"),

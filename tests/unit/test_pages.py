@@ -15,7 +15,7 @@ import pytest
 from specdist.core import config
 from specdist.core.attempts import Failure, Kind
 from specdist.core.errors import ConfigError, DataError, DiskError, Dismissed, UserError, WorldError
-from specdist.core.troubleshooting import ENTRIES, GENERAL, PAGE, entry, place, told
+from specdist.core.troubleshooting import ENTRIES, GENERAL, PAGE, entry, linked, place
 from specdist.job.sections import JobConfig
 from specdist_launch import words
 from specdist_launch.cli import parse
@@ -103,10 +103,10 @@ def test_every_entry_of_troubleshooting_is_linked_by_the_messages_in_its_title()
 
 def test_every_error_ends_with_its_place() -> None:
     error = ConfigError("no file matches 'chats.jsonl'")
-    assert told(error) == "specdist: no file matches 'chats.jsonl' (see docs/troubleshooting.md#no-file)"
+    assert linked(error) == "no file matches 'chats.jsonl' (see docs/troubleshooting.md#no-file)"
     assert set(GENERAL) == set(get_args(Kind))
     for error in (UserError("x"), ConfigError("x"), DataError("x"), WorldError("x"), DiskError("x")):
         kind = Failure.of(error).kind
-        assert told(error) == f"specdist: x (see {place('x', kind)})"
+        assert linked(error) == f"x (see {place('x', kind)})"
         assert place("x", kind) in Failure.of(error).render(Path())
-    assert told(Dismissed("asked to stop")) == "specdist: asked to stop"
+    assert linked(Dismissed("asked to stop")) == "asked to stop"

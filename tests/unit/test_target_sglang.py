@@ -71,9 +71,9 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"prefill_tokens": 0}, r"target\.sglang\.prefill_tokens=0"),
-        ({"memory_fraction": 1.5}, r"target\.sglang\.memory_fraction=1\.5"),
-        ({"ep": 0}, r"target\.sglang\.ep=0"),
+        ({"prefill_tokens": 0}, r"target\.sglang\.prefill_tokens is 0"),
+        ({"memory_fraction": 1.5}, r"target\.sglang\.memory_fraction is 1\.5"),
+        ({"ep": 0}, r"target\.sglang\.ep is 0"),
         ({"arguments": {"tp_size": 2}}, r"tp_size is set by target\.tp"),
         ({"arguments": {"disable_radix_cache": False}}, "disable_radix_cache is always True"),
     ],

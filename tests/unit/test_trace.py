@@ -37,8 +37,8 @@ from tests.timeline import arrows, check_format, slices
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"steps": 0}, "1 to 100"),
-        ({"steps": 101}, "not 101"),
+        ({"steps": 0}, "at most 100"),
+        ({"steps": 101}, "is 101: it must be at least 1"),
         ({"steps": 3, "start": 0}, "at least 1"),
         ({"start": 3}, "trace.steps"),
     ],

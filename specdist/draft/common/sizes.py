@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from specdist.core import model_config
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 from specdist.draft.common import yarn
 
 if TYPE_CHECKING:
@@ -55,14 +55,8 @@ class LayerOptions:
 
     def check_sizes(self, section: str) -> None:
         """Raises ConfigError: a size is less than 1. `section` is where they were read from."""
-        for key in SIZES:
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError.at(f"{section}.{key}", f"is {value}: it must be at least 1, or null for the default")
-        for key in ("rope_theta", "rms_norm_eps"):
-            value = getattr(self, key)
-            if value is not None and value <= 0:
-                raise ConfigError.at(f"{section}.{key}", f"is {value}: it must be above 0, or null for the target's")
+        check_range(section, self, *SIZES, least=1)
+        check_range(section, self, "rope_theta", "rms_norm_eps", above=0)
 
 
 def check_sliding(section: str, window: int | None, chosen: tuple[int, ...] | None, num_layers: int) -> None:

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import check_range
 from specdist.draft.block.options import BlockOptions
 from specdist.draft.common.loss_kind import LossKind, LossName
 
@@ -30,10 +30,8 @@ class DFlashConfig(BlockOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.decay_gamma is not None and self.decay_gamma <= 0.0:
-            raise ConfigError.at("draft.dflash.decay_gamma", f"is {self.decay_gamma}: it must be above 0, or null")
-        if not 0.0 <= self.dpace_alpha <= 1.0:
-            raise ConfigError.at("draft.dflash.dpace_alpha", f"is {self.dpace_alpha}: it must be between 0 and 1")
+        check_range(self.SECTION, self, "decay_gamma", above=0)
+        check_range(self.SECTION, self, "dpace_alpha", least=0, most=1)
 
     @property
     def loss_kind(self) -> LossKind | None:

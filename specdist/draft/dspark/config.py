@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 from specdist.draft.block.options import BlockOptions
 
 
@@ -48,11 +48,8 @@ class DSparkConfig(BlockOptions):
                 "draft.dspark.markov_rank",
                 f"is {self.markov_rank}: it must be at least 1, for engines serve no draft without a Markov head",
             )
-        if self.decay_gamma <= 0.0:
-            raise ConfigError.at("draft.dspark.decay_gamma", f"is {self.decay_gamma}: it must be above 0")
-        for key in ("ce_weight", "l1_weight", "confidence_weight"):
-            if (getattr(self, key) or 0.0) < 0.0:
-                raise ConfigError.at(f"draft.dspark.{key}", f"is {getattr(self, key)}: it must not be negative")
+        check_range(self.SECTION, self, "decay_gamma", above=0)
+        check_range(self.SECTION, self, "ce_weight", "l1_weight", "confidence_weight", least=0)
         if self.ce_weight == self.l1_weight == 0.0:
             raise ConfigError.at(
                 "draft.dspark.ce_weight", "is 0, and so is l1_weight: nothing is learnt", "draft.dspark.l1_weight"

@@ -2,7 +2,6 @@
 """The checks of a world that has come up. Every rank takes part; rank 0 judges, prints and decides."""
 
 import os
-import sys
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch.distributed as dist
 
 from specdist.channel.config import parse_bytes
 from specdist.channel.probe import LinkSpeed, measure_links
-from specdist.core.errors import ConfigError, WorldError
+from specdist.core.errors import ConfigError, WorldError, say
 from specdist.core.launch_env import local_address, rendezvous_address
 from specdist.core.network import interface_towards, listening_addresses
 from specdist.core.topology import Topology
@@ -158,7 +157,7 @@ class Preflight:
         if report.links:
             lines.insert(0, speed_line(self._topology, report.links))
         for line in lines:
-            print(f"specdist: preflight: {line}", file=sys.stderr, flush=True)
+            say(f"preflight: {line}")
         strict = self._job.preflight.level == "strict"
         grave = problems(new) if strict else tuple(finding for finding in new if finding.certain)
         if not grave:

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 import specdist
-from specdist.core.errors import ConfigError, UserError
+from specdist.core.errors import ConfigError, UserError, say
 from specdist.core.files import write_atomically
 from specdist.run.report import tables
 from specdist.run.report.charts import colour, make_charts
@@ -41,10 +41,10 @@ def report_at_end(run_dir: Path) -> None:
         path = write_report([run_dir], run_dir / "report.html")
         print(f"  report         {path}", file=sys.stderr, flush=True)  # below the lines of the summary
     except UserError as error:
-        print(f"specdist: no report.html: {error}", file=sys.stderr, flush=True)
+        say(f"no report.html: {error}")
     except _DEFECTS as error:  # the run is done, and worth more than a page about it
         text = f"{type(error).__name__}: {error}; `specdist report {run_dir}` shows where"
-        print(f"specdist: no report.html: {text}", file=sys.stderr, flush=True)
+        say(f"no report.html: {text}")
 
 
 def _plotly() -> str:

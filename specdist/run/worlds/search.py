@@ -4,7 +4,6 @@
 import contextlib
 import functools
 import secrets
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import msgspec
 
 from specdist.channel.wire import AddressBook
 from specdist.core.attempts import AttemptRecord, attempts
-from specdist.core.errors import ConfigError, Dismissed, UserError, WorldError
+from specdist.core.errors import ConfigError, Dismissed, UserError, WorldError, say
 from specdist.core.launch_env import address_towards
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
@@ -30,11 +29,6 @@ _ANSWER_S = 10.0
 _LOOK_S = 0.5
 _FOLLOW_S = 60.0
 """The other ranks of a replica wait for its first one this many seconds longer than it looks."""
-
-
-def say(text: str) -> None:
-    """Show a line on the terminal, or in the log."""
-    print(f"specdist: {text}", file=sys.stderr, flush=True)
 
 
 class Lost(UserError):

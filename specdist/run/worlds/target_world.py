@@ -13,10 +13,10 @@ import threading
 from collections.abc import Iterator
 
 from specdist.core.attempts import Ending
-from specdist.core.errors import Dismissed, WorldError
+from specdist.core.errors import Dismissed, WorldError, say
 from specdist.run.context import WorldContext
 from specdist.run.target_loop import Producer
-from specdist.run.worlds.search import Lost, Over, Search, Session, say
+from specdist.run.worlds.search import Lost, Over, Search, Session
 from specdist.run.worlds.terms import common_facts
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Produced, ProducerReport, Stop

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 from specdist.target.config import TargetConfig
 
 OWNED = {
@@ -82,12 +82,8 @@ class SglangConfig:
     """Any other of SGLang's server arguments, by its name in Python: {moe_runner_backend: triton}."""
 
     def __post_init__(self) -> None:
-        if self.prefill_tokens is not None and self.prefill_tokens < 1:
-            raise ConfigError.at("target.sglang.prefill_tokens", f"={self.prefill_tokens}: at least 1 is needed")
-        if self.memory_fraction is not None and not 0 < self.memory_fraction < 1:
-            raise ConfigError.at("target.sglang.memory_fraction", f"={self.memory_fraction} is a share between 0 and 1")
-        if self.ep < 1:
-            raise ConfigError.at("target.sglang.ep", f"={self.ep}: at least 1 is needed")
+        check_range("target.sglang", self, "prefill_tokens", "ep", least=1)
+        check_range("target.sglang", self, "memory_fraction", above=0, below=1)
         for name in self.arguments:
             if name in OWNED:
                 raise ConfigError.at("target.sglang.arguments", f": {name} is set by {OWNED[name]}")
