@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drafts of blocks in the directories that other projects write: their keys and their tensors' names, as read in
-z-lab/dflash (April 2026), SpecForge and speculators 0.9 (August 2026), DeepSpec (June 2026) and TorchSpec."""
+z-lab/dflash (April 2026), SpecForge, speculators 0.9 and ModelOpt (August 2026), DeepSpec (June 2026) and TorchSpec."""
 
 from __future__ import annotations
 
@@ -156,6 +156,25 @@ def early_torchspec(draft: BlockDraft) -> Written:
     other = {"fc.weight": "context_proj.weight", "hidden_norm.weight": "context_norm.weight"}
     other["norm.weight"] = "final_norm.weight"
     return config, {other.get(name, name): tensor for name, tensor in tensors.items()}
+
+
+def modelopt(draft: BlockDraft) -> Written:
+    """Windows stand beside `layer_types`, DSpark's heads at the top."""
+    config, tensors = z_lab(draft)
+    nested, window = config["dflash_config"], draft.config.sliding_window
+    if window is not None:
+        nested |= {"use_swa": True, "swa_window_size": window, "causal": False}
+        config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+    del config["use_sliding_window"], config["max_window_layers"], config["auto_map"]
+    if not hasattr(draft, "markov_head"):
+        return config, tensors
+    told = heads(draft)
+    nested |= {"projector_type": "dspark", "shift_label": True, "use_confidence_head": told["enable_confidence_head"]}
+    nested |= {key: told[key] for key in ("markov_rank", "markov_head_type")}
+    other = {"markov_head.": "", "confidence_head.proj": "confidence_proj"}
+    for ours, theirs in other.items():
+        tensors = {name.replace(ours, theirs): tensor for name, tensor in tensors.items()}
+    return config, tensors
 
 
 def write(directory: Path, project: Callable[[BlockDraft], Written], draft: BlockDraft) -> Path:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small EAGLE-3 drafts with the keys and tensors that other projects' code writes: SpecForge (`export/to_sglang.py`,
-`export/to_hf.py`), TorchSpec (`tools/convert_to_hf.py`), speculators 0.9 (`train/`), ModelOpt (`hf_spec_export.py`)."""
+`export/to_hf.py`), TorchSpec (`tools/convert_to_hf.py`), speculators 0.9 (`train/`), ModelOpt (`hf_spec_export.py`),
+DeepSpec (`modeling/eagle3/`)."""
 
 from __future__ import annotations
 
@@ -192,6 +193,26 @@ def modelopt(layers: int = 1) -> Written:
     return told, _normal(shapes)
 
 
+def deepspec() -> Written:
+    """A Qwen3 of one layer, with copies of the target's embedding and head, in a copy of the target's config.json."""
+    shapes = {**_layer("layers.0", 2 * HIDDEN, FIRST, qwen3=True), **ENDS, "lm_head.weight": (VOCAB, HIDDEN)}
+    told = _llama(
+        architectures=["Qwen3Eagle3Model"],
+        model_type="qwen3",
+        target_model_name_or_path="org/model",
+        num_target_layers=8,
+        target_layer_ids=[1, 3, 4],
+        draft_num_hidden_layers=1,
+        ttt_length=7,
+        step_loss_decay=0.8,
+        layer_types=["full_attention"],
+        sliding_window=None,
+        use_sliding_window=False,
+        max_window_layers=8,
+    )
+    return told, _normal(shapes | {"embed_tokens.weight": (VOCAB, HIDDEN)})
+
+
 PROJECTS: dict[str, tuple[Callable[[], Written], dict[str, Any]]] = {
     "SpecForge": (specforge, {"layers": None}),
     "SpecForge, HF form": (lambda: specforge(torch.zeros(VOCAB, HIDDEN), tuple(range(VOCAB))), {"layers": None}),
@@ -208,5 +229,6 @@ PROJECTS: dict[str, tuple[Callable[[], Written], dict[str, Any]]] = {
     ),
     "ModelOpt": (modelopt, {"rope_theta": 10000, "rms_norm_eps": 1e-4, "layers": (1, 3, 4)}),
     "ModelOpt, layers": (lambda: modelopt(2), {"num_layers": 2}),
+    "DeepSpec": (deepspec, {"qk_norm": True, "num_layers": 1, "sliding_window": None, "layers": (1, 3, 4)}),
 }
 """What each writes, and options that it means."""

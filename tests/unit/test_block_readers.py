@@ -45,6 +45,9 @@ FORMS: list[tuple[Callable[[BlockDraft], block_writers.Written], str, dict[str, 
     (block_writers.torchspec, "dflash", {}, {}),
     (block_writers.early_torchspec, "dflash", {"layers": (1, 3, 5)}, {}),
     (block_writers.torchspec, "dspark", {}, {}),
+    (block_writers.modelopt, "dflash", {**SLIDING, "sliding_layers": (0, 1), "causal": False}, {}),
+    (block_writers.modelopt, "dspark", {}, {}),
+    (block_writers.modelopt, "dspark", {"markov_head": "rnn"}, {"speculators": "vLLM has the vanilla one alone"}),
 ]
 
 
@@ -101,7 +104,7 @@ def test_a_foreign_draft_is_started_from_evaluated_and_exported(
 REFUSALS: list[tuple[Callable[[BlockDraft], block_writers.Written], str, dict[str, Any], str]] = [
     (block_writers.z_lab, "dflash", {"attention_bias": True}, r"attention_bias is True \(not False\)"),
     (block_writers.z_lab, "dflash", {"dflash_config": {"projector_type": "domino"}}, "projector_type is 'domino'"),
-    (block_writers.z_lab, "dflash", {"dflash_config": {"use_swa": True}}, "use_swa is True"),
+    (block_writers.z_lab, "dflash", {"dflash_config": {"use_swa": True}}, "the key swa_window_size is missing"),
     (block_writers.z_lab, "dflash", {"dflash_config": {"attention_sink_bias": True}}, "attention_sink_bias is True"),
     (block_writers.z_lab, "dflash", {"conv_kernel_size": 2}, "conv_kernel_size is 2"),
     (block_writers.z_lab, "dflash", {"model_type": "gemma4_text"}, "model_type is 'gemma4_text'"),

@@ -127,11 +127,27 @@ def test_what_is_not_honoured_is_named(tmp_path: Path, case: str) -> None:
         load_exported(theirs)
 
 
-def test_a_trained_embedding_and_norms_that_differ_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"draft_num_hidden_layers": 2, "num_hidden_layers": 2}, "draft_num_hidden_layers is 2 .must be 1"),
+        ({"target_layer_ids": [-1, 3, 4]}, r"target_layer_ids is \[-1, 3, 4\]: the target's embedding"),
+    ],
+)
+def test_what_deepspec_makes_otherwise_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_exported(foreign.write(tmp_path / "theirs", foreign.deepspec(), **changes))
+
+
+def test_a_trained_embedding_a_lora_and_norms_that_differ_are_refused(tmp_path: Path) -> None:
     theirs = foreign.write(tmp_path / "theirs", foreign.speculators(embed_requires_grad=True))
     with pytest.raises(DataError, match="embed_requires_grad is True"):
         load_exported(theirs)
     config, tensors = foreign.modelopt()
+    adapted = foreign.write(tmp_path / "lora", (config, tensors))
+    (adapted / "adapter_config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"adapter_config\.json: the draft is for the target with this LoRA"):
+        load_exported(adapted)
     tensors["layers.0.self_attn.q_proj.bias"] = torch.zeros(24)
     with pytest.raises(DataError, match=r"unknown: midlayer\.self_attn\.q_proj\.bias"):
         load_exported(foreign.write(tmp_path / "bias", (config, tensors), attention_bias=True))

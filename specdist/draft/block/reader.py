@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Directories of drafts of blocks read back: our own, and those of z-lab, SpecForge, DeepSpec, speculators 0.9 and
-TorchSpec. Whatever they say that is not honoured is named in the refusal.
+"""Directories of drafts of blocks read back: our own, and those of z-lab, SpecForge, DeepSpec, speculators 0.9,
+ModelOpt and TorchSpec. Whatever they say that is not honoured is named in the refusal.
 
 - z-lab and SpecForge lay mask token and captured layers nested, SpecForge what it says of further heads too; its early
   checkpoints have `logit_head.` before the tensors of these.
 - DeepSpec says all at the top, and adds copies of the target's embedding and head, as speculators does.
 - speculators never lets full layers be causal; `sliding_window_non_causal` is about sliding ones. A vocabulary smaller
   than the target's comes with `d2t`, `t2d` and a head.
+- ModelOpt says a window beside `layer_types`, of all layers, and lays further heads beside the layers.
 - TorchSpec has names of its own in older exports, and calls the vanilla Markov head classical; where it says
   `target_num_hidden_layers`, `num_target_layers` are the captured ones.
 """
@@ -37,7 +38,6 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
     "is_neox_style": (True, None),
     "partial_rotary_factor": (1, None),
     "logit_scale": (1, None),
-    "use_swa": (False, None),
     "attention_sink_bias": (False, None),
     "add_swa_attention_sink_bias": (False, None),
     "attention_value_scale": (1, None),
@@ -47,7 +47,13 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
     "quantization_config": (None,),
 }
 """Keys of config.json, and the values of the drafts that we have; None stands for a key that is missing or null."""
-NAMES = {"context_proj.": "fc.", "context_norm.": "hidden_norm.", "final_norm.": "norm."}
+NAMES = {
+    "context_proj.": "fc.",
+    "context_norm.": "hidden_norm.",
+    "final_norm.": "norm.",
+    "confidence_proj.": "confidence_head.proj.",
+    **{f"{name}.": f"markov_head.{name}." for name in ("markov_w1", "markov_w2", "gate_proj", "joint_proj")},
+}
 """Tensors' names that begin otherwise, and how engines call them."""
 COPIES = ("embed_tokens.", "verifier_lm_head.", "verifier_norm.", "t2d", "rotary_emb.")
 """What is the target's, or follows from the rest."""
@@ -83,7 +89,11 @@ def flat(form: BlockForm, config: Mapping[str, Any], path: Path) -> dict[str, An
     """config.json of either format as one object, with what lies nested at the top. Raises DataError: a
     key is missing."""
     if "speculators_model_type" not in config:
-        return {"causal": None, **config, **(config.get(form.nested) or {})}
+        keys = {"causal": None, **config, **(config.get(form.nested) or {})}
+        if keys.get("use_swa"):
+            keys["layer_types"] = ["sliding_attention"] * int(need(keys, "num_hidden_layers", path))
+            keys["sliding_window"] = need(keys, "swa_window_size", path)
+        return keys
     ids, layers = need(config, "aux_hidden_state_layer_ids", path), need(config, "transformer_layer_config", path)
     causal = False if config.get("sliding_window_non_causal") else None
     return {**config, "causal": causal, **layers, "target_layer_ids": [i - 1 for i in ids]}

@@ -74,9 +74,10 @@ class DFlash(BlockAlgorithm[DFlashConfig]):
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         if kind := config.get("speculators_model_type"):
             return bool(kind == cls.name)
-        rank = {**config, **(config.get(cls.nested) or {})}.get("markov_rank")
-        names = set(config.get("architectures") or ())
-        return "DFlashDraftModel" in names or bool(names & DSPARK and rank == 0)
+        keys, names = {**config, **(config.get(cls.nested) or {})}, set(config.get("architectures") or ())
+        if "DFlashDraftModel" in names:
+            return keys.get("projector_type") != "dspark"
+        return bool(names & DSPARK and keys.get("markov_rank") == 0)
 
     @classmethod
     def read(cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedDFlash:

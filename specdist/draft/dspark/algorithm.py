@@ -103,9 +103,11 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         if kind := config.get("speculators_model_type"):
             return bool(kind == cls.name)
-        rank = {**config, **(config.get(cls.nested) or {})}.get("markov_rank")
+        keys = {**config, **(config.get(cls.nested) or {})}
         names = {"Qwen3DSparkModel", "DSparkDraftModel"}
-        return rank != 0 and not names.isdisjoint(config.get("architectures") or ())
+        if keys.get("projector_type") == cls.name:  # as ModelOpt says it
+            names.add("DFlashDraftModel")
+        return keys.get("markov_rank") != 0 and not names.isdisjoint(config.get("architectures") or ())
 
     @classmethod
     def read(cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedDSpark:

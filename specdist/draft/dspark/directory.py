@@ -35,7 +35,11 @@ FORM = BlockForm(
     nested="dflash_config",
     section=DSparkConfig,
     modules=modules,
-    plain={"model_type": ("qwen3", "qwen3_dspark", None), "projector_type": ("dspark", None)},
+    plain={
+        "model_type": ("qwen3", "qwen3_dspark", None),
+        "projector_type": ("dspark", None),
+        "shift_label": (True, None),
+    },
 )
 CLASSICAL = {"classical": "vanilla"}
 """What TorchSpec calls a Markov head, and the others."""
@@ -73,7 +77,7 @@ def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     if kind not in ("vanilla", "gated", "rnn"):
         raise DataError(f"{path}: markov_head_type is {kind!r}: vanilla, gated and rnn are known")
     # SGLang and speculators have the head where the key is missing; it goes by the tensors.
-    has_head = any("confidence_head." in name for name in tensors)
+    has_head = any("confidence_" in name for name in tensors)
     with_rows = keys.get("confidence_head_with_markov", True)
     speculators = "speculators_model_type" in config  # there blocks are filled from the second slot on
     own: dict[str, Any] = {

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading an EAGLE-3 directory back: our own exports, and what SpecForge, TorchSpec, speculators and ModelOpt write.
+"""Reading an EAGLE-3 directory back: our own exports, and what SpecForge, TorchSpec, speculators, ModelOpt and DeepSpec
+write.
 
 Every option that they write is honoured, or named in the refusal. Read in SpecForge (August 2026), TorchSpec (April
-2026), speculators 0.9 and ModelOpt (August 2026).
+2026), speculators 0.9, ModelOpt (August 2026) and DeepSpec (June 2026), which lays the captured layers, 0-based, at the
+top, and lets later layers read the embedding too.
 """
 
 from collections.abc import Mapping
@@ -38,6 +40,7 @@ ONLY: Mapping[str, tuple[object, ...]] = {
     "use_mtp_layernorm": (False,),
     "next_layer_regular": (True,),
     "parallel_draft_step": (1,),
+    "draft_num_hidden_layers": (1,),
 }
 """Keys of other projects, at the top, in `eagle_config` (ModelOpt) or in `transformer_layer_config` (speculators), that
 change what a draft computes, and the values that mean a draft of ours. Missing or null is one of them. Biases are not
@@ -87,11 +90,15 @@ class ExportedEagle3(ExportedDraft[Eagle3Config]):
 
 def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedEagle3:
     """Understand a directory of either format."""
-    path = directory / "config.json"
+    path, lora = directory / "config.json", directory / "adapter_config.json"
+    if lora.exists():
+        raise DataError(f"{lora}: the draft is for the target with this LoRA, which is not applied to targets here")
     own = "speculators_model_type" in config
     stack = {**LLAMA, **need(config, "transformer_layer_config", path)} if own else dict(config)
     _check_known({**config, **stack}, config.get("eagle_config") or {}, path)
-    said = _layers(config.get("eagle_aux_hidden_state_layer_ids"), 1)
+    said = _layers(config.get("eagle_aux_hidden_state_layer_ids"), 1) or _layers(config.get("target_layer_ids"), 0)
+    if said and min(said) < 0:
+        raise DataError(f"{path}: target_layer_ids is {list(said)}: the target's embedding (-1) is not captured here")
     nested = _layers((config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids"), 0)
     layers, variant = said or nested, _variant(config, stack, path)
     state = _state(tensors, variant["num_layers"], directory)
