@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,24 @@ def apart(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
     return [word for word in given if word not in words], words
 
 
-def seconds(work: Callable[[], object], device: torch.device, repeats: int, warm: int = 2) -> list[float]:
-    """How long `work` takes, each time with everything done on the device that it has queued."""
+@contextmanager
+def busy_host() -> Iterator[None]:
+    """Meanwhile a process for each core does nothing but run."""
+    loop = "import time\nuntil = time.monotonic() + 600\nwhile time.monotonic() < until: pass"
+    running = [subprocess.Popen([sys.executable, "-c", loop]) for _ in os.sched_getaffinity(0)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def seconds(
+    work: Callable[[], object], device: torch.device, repeats: int, warm: int = 2, wait: bool = True
+) -> list[float]:
+    """How long `work` takes on an idle device, each time with everything done there that it has queued; without `wait`
+    until it has queued it."""
 
     def synchronise() -> None:
         if device.type == "cuda":
@@ -60,7 +77,8 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int, warm
         synchronise()
         began = time.perf_counter()
         work()
-        synchronise()
+        if wait:
+            synchronise()
         found.append(time.perf_counter() - began)
     return found
 

@@ -6,7 +6,8 @@
     specdist bench step draft.algorithm=dflash draft.dflash.anchors_per_token=0.125
 
 The step is the trainer's own, FSDP and optimizer included, in a torchrun world of `--ranks` draft ranks; each takes a
-whole batch, or with draft.cp=N every N ranks take one together. `--bare` leaves FSDP and optimizer out and holds the
+whole batch, or with draft.cp=N every N ranks take one together. `--busy` measures again while a process for each core
+keeps it busy: a step that waits for its host gets slower then. `--bare` leaves FSDP and optimizer out and holds the
 weights in the compute dtype: forward and backward alone, as steps of other projects are usually measured.
 
 COUNTxLENGTH is a batch of equal documents, `mixed:TOKENS` one of lengths like those of conversations (log-normal,
@@ -49,12 +50,24 @@ class StepSpeed:
     """Of a step: the median of the repeats, each of several steps in a row."""
     spread_ms: float
     """Slowest less fastest."""
+    host_ms: float
+    """Of a step, until the host has started all of it on an idle device: the median of the repeats."""
+    busy_ms: float | None
+    """As `ms`, while a process for each core does nothing but run; None without --busy."""
     memory_gib: float
-    """Most that was allocated on the device of rank 0, weights, optimizer and features included."""
+    """Most that was allocated on the device of rank 0, weights, optimizer and features included. What CUDA graphs
+    take counts while they are captured."""
+    reserved_gib: float
+    """What torch had of that device after the last step, free blocks included."""
     compilations: int
     """Graphs that were compiled after the warm-up: 0 if all is well."""
     parts_ms: dict[str, float]
     """Time of the device's kernels in one step, see `step_rank.PARTS`."""
+
+    @property
+    def busy_share(self) -> float | None:
+        """Tokens/s on a busy host, of those on an idle one."""
+        return self.busy_ms and self.ms / self.busy_ms
 
     @property
     def shown_parts(self) -> str:
@@ -96,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--supervised", type=float, default=1.0, metavar="SHARE", help="of each document, its end")
     parser.add_argument("--ranks", type=int, default=1, help="draft ranks, on this machine")
     parser.add_argument("--bare", action="store_true", help="forward and backward alone: no FSDP, no optimizer")
+    parser.add_argument("--busy", action="store_true", help="also on a busy host")
     device_options(parser)
     options, words = apart(arguments)
     args = parser.parse_args(options)
@@ -112,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def render(speeds: Sequence[StepSpeed]) -> str:
     columns = {
         "batch": "batch", "ranks": "ranks", "tokens/s": "tokens_per_s:,.0f", "GFLOP/token": "gflop_per_token:.2f",
-        "of peak": "share_of_peak:.0%", "ms": "ms:.1f", "GiB": "memory_gib:.1f", "of it, ms": "shown_parts",
+        "of peak": "share_of_peak:.0%", "ms": "ms:.1f", "host, ms": "host_ms:.1f", "busy host": "busy_share:.1%",
+        "GiB": "memory_gib:.1f", "of it, ms": "shown_parts",
     }  # fmt: skip
     peak = max((s.peak_tflops for s in speeds), default=0.0)
     again = sum(s.compilations for s in speeds)

@@ -7,13 +7,14 @@ import gc
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from benchmarks.measure import peak_tflops, seconds
+from benchmarks.measure import busy_host, peak_tflops, seconds
 from benchmarks.shapes import SHAPES
 from benchmarks.step import StepConfig, StepSpeed, lengths_of
 from specdist.core import config as configuration
@@ -124,7 +125,12 @@ class _Rank:
                 step()
 
         before = graphs()
-        times = [t / count for t in seconds(in_a_row, device, self._options["repeats"], warm=0)]
+        repeats = self._options["repeats"]
+        times = [t / count for t in seconds(in_a_row, device, repeats, warm=0)]
+        host, busy = [seconds(step, device, 1, warm=0, wait=False)[0] for _ in range(repeats)], None
+        if self._options["busy"]:
+            with nullcontext() if torch.distributed.get_rank() else busy_host():
+                busy = statistics.median(seconds(in_a_row, device, repeats, warm=1)) / count
         compilations = graphs() - before
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
         middle, tokens = statistics.median(times), batch.tokens
@@ -140,7 +146,10 @@ class _Rank:
             peak_tflops=peak,
             ms=middle * 1e3,
             spread_ms=(max(times) - min(times)) * 1e3,
+            host_ms=statistics.median(host) * 1e3,
+            busy_ms=busy and busy * 1e3,
             memory_gib=memory,
+            reserved_gib=torch.cuda.memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0,
             compilations=compilations,
             parts_ms=parts(step, device),
         )
@@ -190,6 +199,7 @@ class _Rank:
         ids = None if size is None else torch.arange(size) * (text.vocab_size // size)
         draft = build_draft(self._config.draft, self._target, vocabulary, ids, layout_dtype=self.dtype)
         draft.share = ContextShare(self._place.cp, self._config.draft.cp)
+        draft.most_tokens = batch.tokens
         batch.rows = random_rows(draft.layout, batch.tokens, text.vocab_size, generator)
         return draft
 

@@ -64,6 +64,8 @@ class DraftModel(nn.Module, ABC):
     layout: FeatureLayout
     share: ContextShare = WHOLE
     """Set before training. Every rank gets the whole micro-batch, and the losses of the ranks add up to its loss."""
+    most_tokens: int = 0
+    """Of a micro-batch, where that is known. Set before training."""
     tables: tuple[str, ...] = ("lm_head.",)
     """How the names of weights with a row for every token begin."""
     metric_names: tuple[str, ...]

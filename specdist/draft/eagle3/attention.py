@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import flex_attention as flex
 
 from specdist.draft.common.compiling import compiled
@@ -48,14 +49,16 @@ def eager_attention(lengths: Sequence[int], rows: Rows, scale: float, behind: in
     many keys a row sees, its own the last; None: all."""
     used = [(length, count) for length, count in zip(lengths, rows.counts, strict=True) if length]
     sizes, counts = [length for length, _ in used], [count for _, count in used]
-    positions, tokens = rows.positions.split(counts), sum(sizes)
+    positions, tokens = rows.positions[: sum(counts)].split(counts), sum(sizes)
+    added = len(rows.active) - sum(counts)  # by `Rows.filled`: they see nothing
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = q[: sum(counts)], k[:tokens], v[:tokens]
         parts = zip(q.split(counts), k.split(sizes), v.split(sizes), positions, strict=True)
         results = [causal_attention(part, key, value, scale, at, behind) for part, key, value, at in parts if len(part)]
         outputs, lses = zip(*results, strict=True)
-        return torch.cat(outputs), torch.cat(lses)
+        out, lse = torch.cat(outputs), torch.cat(lses)
+        return functional.pad(out, (0, 0, 0, 0, 0, added)), functional.pad(lse, (0, 0, 0, added))
 
     return attend
 

@@ -8,18 +8,22 @@ all rows, makes the step-0 keys and values of all, and does the rest for its own
 gradients of the weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from specdist.core.records import PackedTokens, on_device
 from specdist.draft.base import WHOLE, ContextShare
-from specdist.draft.common.flex import BLOCK
+from specdist.draft.common.flex import BLOCK, in_blocks
 
 STRIPES_PER_RANK = 8
 """A boundary between stripes costs the head K more positions, few stripes balance the attention less well."""
+
+FIXED_SIZES = 32
+"""To which rows are filled up where their number must not change often: as many parts of the most there can be."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Rows:
         taught: [P], the packed rows of the supervised positions that any of them reaches, ascending.
         student: [P, K], the place in `active` of the row that reaches a position in step k, -1 if none does.
         teacher: [n, K], the place in `taught` of the position that a row reaches in step k, -1 if none: its inverse.
+        tokens: T, the packed rows.
     """
 
     active: Tensor
@@ -41,6 +46,7 @@ class Rows:
     taught: Tensor
     student: Tensor
     teacher: Tensor
+    tokens: int
 
     @classmethod
     def of(cls, host_batch: PackedTokens, steps: int, share: ContextShare = WHOLE, served: bool = False) -> Self:
@@ -57,7 +63,7 @@ class Rows:
 
         step = torch.arange(steps)
         reached = active[:, None] + 1 + step  # [n, K]
-        valid = torch.nn.functional.pad(reach, (0, steps))[reached] > step
+        valid = functional.pad(reach, (0, steps))[reached] > step
         is_taught = torch.zeros(len(positions) + steps, dtype=torch.bool)
         is_taught[reached[valid]] = True
         taught = is_taught.nonzero().flatten()
@@ -67,12 +73,34 @@ class Rows:
         student[teacher[row, at], at] = row
         is_active = torch.zeros(len(positions), dtype=torch.int64).index_fill_(0, active, 1)
         counts = tuple(int(part.sum()) for part in is_active.split(host_batch.lengths))
-        return cls(active, positions[active], counts, taught, student, teacher)
+        return cls(active, positions[active], counts, taught, student, teacher, len(positions))
 
     @property
     def steps(self) -> int:
         """K, the TTT steps."""
         return self.student.shape[1]
+
+    def filled(self, most: int) -> Self:
+        """Of fixed sizes: `tokens` is what holds `most` of them in whole blocks, and there are as many active rows as
+        taught positions, one of `FIXED_SIZES` numbers. What is added reaches nothing and is reached by nothing: it has
+        neither loss nor gradient. Rows are added at the last of the tokens, as a document of its own, and meet what
+        lies past the end."""
+        tokens = in_blocks(most)
+        part = -(-tokens // (FIXED_SIZES * BLOCK)) * BLOCK
+        size = min(max(-(-max(len(self.active), len(self.taught)) // part) * part, in_blocks(1)), tokens)
+
+        def fill(values: Tensor, value: int) -> Tensor:
+            return functional.pad(values, (0, 0) * (values.ndim - 1) + (0, size - len(values)), value=value)
+
+        return replace(
+            self,
+            active=fill(self.active, tokens - 1),
+            positions=fill(self.positions, 0),
+            taught=fill(self.taught, 0),
+            student=fill(self.student, -1),
+            teacher=fill(self.teacher, -1),
+            tokens=tokens,
+        )
 
     def to(self, device: torch.device) -> Self:
         """On a device, without making the host wait."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from specdist.core.records import Features, PackedTokens
+from specdist.core.records import Features
 from specdist.draft.eagle3.rows import Rows
 
 if TYPE_CHECKING:
@@ -40,11 +40,10 @@ class Teacher:
 
 
 @torch.no_grad()
-def teach(draft: Eagle3Draft, host_batch: PackedTokens, features: Features) -> Teacher:
+def teach(draft: Eagle3Draft, rows: Rows, features: Features) -> Teacher:
     """Find the target's argmax at the supervised positions: by its whole head, which is run over as many rows at a time
     as hold no more logits than the loss; or the features bring it."""
     config, frozen = draft.config, draft.frozen
-    rows = Rows.of(host_batch, config.ttt_length, draft.share, config.pairs == "served").to(features.rows.device)
     if frozen.whole_head is None:
         argmax, log_sum_exp = features.argmax_lse(rows.taught)
         return Teacher(rows, frozen.vocabulary.to_draft[argmax], log_sum_exp)
