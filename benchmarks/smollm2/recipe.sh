@@ -6,23 +6,40 @@
 set -euo pipefail
 material=$1 output=$2
 config=(configs/one-gpu.yaml "target.path=$material/model")
-engine=(target.sglang.attention_backend=triton target.sglang.memory_fraction=0.5)
 mkdir -p "$output"
 
-# Greedy, as it will be served. The held-out prompts are answered, too: those answers are what drafts are evaluated on.
-specdist generate "${config[@]}" "${engine[@]}" target.engine=sglang run.dir="$output/answers" generate.temperature=0 generate.max_new_tokens=256 \
-    "prompts.files=[$material/train.jsonl]" "prompts.holdout=[$material/mt-bench.jsonl,$material/humaneval.jsonl]"
+# Greedy, as it will be served. One engine leaves most of the GPU idle, for its host has little time, so several write at once, each a
+# part of the questions. SGLang sizes its memory by what it finds free: they start one after the other, and one that came too early goes on.
+answer() { # NAME SECONDS PROMPTS [key=value ...]
+    sleep "$2"
+    for seconds in 30 60 0; do
+        specdist generate "${config[@]}" target.engine=sglang target.sglang.attention_backend=triton target.sglang.memory_fraction=0.2 run.dir="$output/$1" \
+            generate.temperature=0 generate.max_new_tokens=256 "prompts.files=[$3]" "${@:4}" > "$output/$1.log" 2>&1 && return
+        sleep "$seconds"
+    done
+    echo "no answers: $output/$1.log" >&2
+    return 1
+}
+parts=3 answers="" writing=()
+[ -s "$output/questions-$parts.jsonl" ] || split -n "l/$parts" --numeric-suffixes=1 -a 1 --additional-suffix=.jsonl "$material/train.jsonl" "$output/questions-"
+for part in $(seq $parts); do
+    # The held-out prompts are answered, too: those answers are what drafts are evaluated on.
+    also=() && [ "$part" = 1 ] && also=("prompts.holdout=[$material/mt-bench.jsonl,$material/humaneval.jsonl]")
+    answer "answers-$part" $((20 * (part - 1))) "$output/questions-$part.jsonl" "${also[@]}" &
+    writing+=($!) answers+="${answers:+,}$output/answers-$part/answers/questions-$part.jsonl"
+done
+for process in "${writing[@]}"; do wait "$process"; done
 
-held=$output/answers/answers
+held=$output/answers-1/answers
 train() { # NAME PROMPTS key=value ...
     specdist train "${config[@]}" run.dir="$output/$1" "prompts.files=[$2]" "prompts.holdout=[$held/mt-bench.jsonl,$held/humaneval.jsonl]" \
         train.steps=600 optimizer.lr=1e-3 evaluate.every=150 evaluate.draft_tokens=7 "${@:3}" > "$output/$1.log" 2>&1
 }
 block=mask_token_id=16 # <empty_output>, which no conversation has
-train eagle3 "$held/train.jsonl" "${@:3}" &
+train eagle3 "$answers" "${@:3}" &
 train eagle3-off-policy "$material/train.jsonl" "${@:3}" &
-train dflash "$held/train.jsonl" draft.algorithm=dflash "draft.dflash.$block" "${@:3}" &
-train dspark "$held/train.jsonl" draft.algorithm=dspark "draft.dspark.$block" "${@:3}" &
+train dflash "$answers" draft.algorithm=dflash "draft.dflash.$block" "${@:3}" &
+train dspark "$answers" draft.algorithm=dspark "draft.dspark.$block" "${@:3}" &
 wait
 
 serve_check() { # NAME SECONDS
@@ -35,4 +52,6 @@ serve_check eagle3 0 &
 serve_check dflash 25 &
 serve_check dspark 50 &
 wait
-grep -H -A12 "acceptance length" "$output"/*.served
+grep -H -A12 "acceptance length" "$output"/*.served || true
+
+python3 -m benchmarks.lengths $(dirname "$output"/*/summary.json)
