@@ -11,8 +11,8 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from specdist.channel.base import Wire
 from specdist.channel.mooncake.engine import Endpoint, process_engine
-from specdist.channel.wire import Wire
 from specdist.core.launch_env import local_address
 
 Limit = tuple[Callable[[int, int, int], None], tuple[int, ...]]

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.channel_limit import limit_of
+from specdist.channel.base import Wire
 from specdist.channel.config import ChannelConfig, parse_bytes
 from specdist.channel.encoding import Plain
 from specdist.channel.registry import transport_for
-from specdist.channel.wire import Wire
 from specdist.core import config as configuration
 from specdist.core.errors import ConfigError, WorldError
 from specdist.core.launch_env import RankFacts, local_address, run_token

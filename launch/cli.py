@@ -187,7 +187,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from specdist_launch.check import check
+    from specdist_launch.plan import check
 
     return check(args.config, args.gpu_memory)
 

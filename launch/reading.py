@@ -59,7 +59,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _runs(args: argparse.Namespace) -> int:
-    from specdist.run.runs import overview
+    from specdist.run.status import overview
 
     return show([overview(Path(args.folder))])
 
@@ -71,7 +71,7 @@ def _logs(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from specdist.run.runs import compare
+    from specdist.run.status import compare
 
     return show([compare([Path(run_dir) for run_dir in args.run_dirs])])
 

@@ -10,10 +10,9 @@ import os
 import torch
 from torch import Tensor
 
-from specdist.channel.base import Announce, FeatureReceiver, FeatureSender, Freed, Transport, outgoing
+from specdist.channel.base import Announce, Check, FeatureReceiver, FeatureSender, Freed, Transport, Wire, outgoing
 from specdist.channel.registry import register
 from specdist.channel.ring import Ring
-from specdist.channel.wire import Check, Wire
 from specdist.core.records import FeatureLayout, WorkItem
 
 

@@ -31,9 +31,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from specdist.channel.base import Announce, FeatureReceiver, Freed, RingSender, Transport, outgoing, share
+from specdist.channel.base import Announce, Check, FeatureReceiver, Freed, RingSender, Transport, Wire, outgoing, share
 from specdist.channel.ring import Ring
-from specdist.channel.wire import Check, Wire
 from specdist.core.errors import WorldError
 from specdist.core.records import WorkItem
 from specdist.core.topology import Link

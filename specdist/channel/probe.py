@@ -14,10 +14,9 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from specdist.channel.base import FeatureReceiver, FeatureSender
+from specdist.channel.base import FeatureReceiver, FeatureSender, Wire, store_book
 from specdist.channel.config import ChannelConfig
 from specdist.channel.registry import transport_for
-from specdist.channel.wire import Wire, store_book
 from specdist.core.errors import UserError, WorldError
 from specdist.core.progress import Cursor
 from specdist.core.records import FeatureLayout, Shard, WorkItem

@@ -2,19 +2,24 @@
 """Reading a model's configuration, which families write in ways of their own.
 
 Wrappers of several modes nest the language model's part and may keep a key on either level; a key may be a property of
-the class, be absent from the class altogether, or have one value a layer. All reading of a target's configuration goes
-through here.
+the class, be absent from the class altogether, or have one value a layer. All reading of a target's configuration, and
+of how its text is written, goes through here.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specdist.core.errors import DataError
+
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys that count the experts of a mixture: Qwen, Llama 4; Mixtral, gpt-oss, MiniMax; DeepSeek, GLM, Kimi; ERNIE."""
@@ -138,3 +143,36 @@ def _matches(entry: str, name: str) -> bool:
 def is_tied(config: PretrainedConfig) -> bool:
     """Whether the output head is the input embedding."""
     return any(getattr(part, "tie_word_embeddings", False) for part in (config, text_part(config)))
+
+
+def read_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory by its tokenizer.json, also where mistral-common, which knows no chat template
+    and no offsets, is installed beside Mistral's own file (SGLang brings it). Raises OSError, ValueError."""
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    return AutoTokenizer.from_pretrained(str(directory), mistral_format=False)
+
+
+def model_settings(directory: str | Path) -> dict[str, Any]:
+    """generation_config.json of a model directory; empty where there is none. Raises DataError where it is no JSON."""
+    return _json(Path(directory) / "generation_config.json")
+
+
+def end_tokens(directory: str | Path, tokenizer_eos: int | None) -> frozenset[int]:
+    """The tokens that end an answer: the tokenizer's, and those of generation_config.json or, where that names none, of
+    config.json."""
+    found = model_settings(directory).get("eos_token_id")
+    if found is None:
+        config = _json(Path(directory) / "config.json")
+        found = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+    listed = found if isinstance(found, list) else [found]
+    return frozenset(token for token in [*listed, tokenizer_eos] if token is not None)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError.at("target.path", f": {path} cannot be read: {error}") from error

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
     from specdist.draft.base import DraftModel
     from specdist.draft.common.sizes import LayerSizes
-    from specdist.draft.export_config import ExportConfig
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,32 @@ class ExportedDraft(ABC, Generic[C]):
     def options(self, base: C, target: PretrainedConfig) -> C:
         """`base` with everything that the weights decide set to what they are; its losses and lengths stay. Raises
         ConfigError: no options give this draft beside this target."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What a run writes for serving when training ends."""
+
+    formats: tuple[str, ...] | None = None
+    """sglang: the directory that SGLang and vLLM load; speculators, where the algorithm has it: the format of the
+    speculators library, which vLLM serves without naming the target. null: all that the draft's algorithm has."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the exported weights; choose the one the target is served in."""
+    embedding: bool = False
+    """Write the target's input embedding too. Engines share the target's; vLLM's pipeline parallelism cannot."""
+    speculative_tokens: int | None = None
+    """Draft tokens a target forward that the export asks servers for, of algorithms that draft a chain; a block is as
+    long as it was trained. null: as many as the evaluation forecasts to be fastest for one sequence, up to 5."""
+
+    def __post_init__(self) -> None:
+        check_range("export", self, "speculative_tokens", least=1)
+        if self.formats is not None and len(set(self.formats)) < len(self.formats):
+            raise ConfigError.at("export.formats", f"names a format twice: {list(self.formats)}")
+
+    @property
+    def chain(self) -> int:
+        """`speculative_tokens`, 5 where that is open."""
+        return 5 if self.speculative_tokens is None else self.speculative_tokens
 
 
 class Cost(ABC):

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.draft.base import Drafts, Proposer, draw
-from specdist.evaluate.cache import BatchCache
 from specdist.evaluate.config import EvaluateConfig
 from specdist.evaluate.report import EvaluationReport, Tally
-from specdist.evaluate.target import EvaluationTarget
+from specdist.evaluate.target import BatchCache, EvaluationTarget
 
 PREFILL_TOKENS = 8192
 """Of the prompts that share a prefill, padding included."""

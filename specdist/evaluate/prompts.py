@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specdist.core.errors import DataError
-from specdist.prompts.conversation import ROLES, Sample, to_sample
-from specdist.prompts.holdout import conversation_key, is_held_out
+from specdist.prompts.conversation import ROLES, Sample, conversation_key, is_held_out, to_sample
 from specdist.prompts.read import find_files, pieces, samples
 from specdist.prompts.report import BadSample, UnusableError
 from specdist.prompts.template import Template

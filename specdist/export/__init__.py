@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.draft.algorithm import Contents, ExportedDraft, Trained
+from specdist.draft.algorithm import Contents, ExportConfig, ExportedDraft, Trained
 from specdist.draft.config import DraftConfig
-from specdist.draft.export_config import ExportConfig
 from specdist.draft.registry import ALGORITHMS
 from specdist.export.config_json import OURS
 

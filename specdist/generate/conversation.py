@@ -11,12 +11,12 @@ from specdist.prompts.conversation import (
     WRITTEN_KEYS,
     Message,
     Sample,
+    conversation_key,
     raw_turns,
     system_turn,
     to_message,
     tools_of,
 )
-from specdist.prompts.holdout import conversation_key
 from specdist.prompts.report import UnusableError
 from specdist.prompts.template import Template
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from specdist.core.generation import model_settings
+from specdist.core.model_config import model_settings
 from specdist.generate.config import GenerateConfig
 
 

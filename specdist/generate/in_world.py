@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from specdist.core.errors import ConfigError, say
 from specdist.core.files import locked, telling_full_disk, to_json, write_atomically
-from specdist.core.generation import end_tokens
 from specdist.core.hub import resolve, served_name
+from specdist.core.model_config import end_tokens
 from specdist.core.progress import AnswersProgress
 from specdist.core.progress_bar import ProgressBar
 from specdist.core.team import Team

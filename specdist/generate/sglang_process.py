@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process in which SGLang's offline engine runs (see `engine_child.py`).
+"""The process in which SGLang's offline engine runs (see `engine_process.py`).
 
 python -m specdist.generate.sglang_process '{"model_path": ...}'
 """
@@ -10,7 +10,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
-from specdist.generate.engine_child import begin, serve
+from specdist.generate.engine_process import begin, serve
 from specdist.target.sglang.versions import known_configs_may_come_again
 
 _FOR_GOOD = known_configs_may_come_again()

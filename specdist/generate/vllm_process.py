@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process in which vLLM's engine runs (see `engine_child.py`).
+"""The process in which vLLM's engine runs (see `engine_process.py`).
 
 python -m specdist.generate.vllm_process '{"model": ...}'
 
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from specdist.generate.engine_child import begin, serve, tell
+from specdist.generate.engine_process import begin, serve, tell
 
 _DRAFTS, _ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens_per_pos"
 

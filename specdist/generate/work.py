@@ -22,7 +22,7 @@ from specdist.generate.conversation import Conversation, Written, parse
 from specdist.generate.engine import GREEDY, Engine, Reply, Request, Sampling
 from specdist.generate.files import Line, Source, Tally
 from specdist.prompts.config import PromptsConfig
-from specdist.prompts.holdout import is_held_out
+from specdist.prompts.conversation import is_held_out
 from specdist.prompts.read import Piece, SourceFile, pieces, samples
 from specdist.prompts.report import BadSample, UnusableError
 from specdist.prompts.template import Template

@@ -17,13 +17,12 @@ from specdist.core.errors import ConfigError, check_range
 from specdist.core.progress import CheckpointConfig
 from specdist.core.topology import WorldConfig
 from specdist.draft import registry as algorithms
+from specdist.draft.algorithm import ExportConfig
 from specdist.draft.config import DraftConfig
-from specdist.draft.export_config import ExportConfig
 from specdist.evaluate.config import EvaluateConfig
 from specdist.generate import config as generating
 from specdist.generate.config import GenerateConfig
-from specdist.job.launch_config import LaunchConfig
-from specdist.job.preflight_config import PreflightConfig
+from specdist.job.launch_config import LaunchConfig, PreflightConfig
 from specdist.prompts.config import PromptsConfig
 from specdist.scheduler.config import ControlConfig, SchedulerConfig
 from specdist.target import registry as engines

@@ -5,12 +5,18 @@ The formats: `messages` (a list of role and content), ShareGPT's `conversations`
 content are taken too), a prompt and its answer (`PAIRS`; Alpaca's with `input` and `history`), and plain `text`. A
 record may bring `tools` (JSON schemas), `system` (a first turn), `chat_template_kwargs` (variables of the chat
 template) and `category` (a word by which evaluations are told apart). docs/data.md shows them all.
+
+Whether a conversation is held out follows from a hash of its first user message and nothing else, so that all its
+sequences, duplicates and continuations lie on one side, whatever the answers, settings and the order of the files.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from specdist.prompts.config import RESERVED
 from specdist.prompts.report import UnusableError
@@ -278,3 +284,26 @@ def _decode(text: str, where: str) -> Any:
 
 def _kind(value: object) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
+
+
+def conversation_key(sample: Sample) -> int:
+    """64 bits (of BLAKE2b) of the first user message, or of the text of a plain-text record, without the blanks around
+    it. Conversations of equal keys are never on both sides."""
+    text = sample.text
+    if text is None:
+        text = next((message["content"] for message in sample.messages if message["role"] == "user"), "")
+    return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "little")
+
+
+def is_held_out(key: int, share: float) -> bool:
+    """Whether conversations of this key are held out when `share` (0 to 1) of all of them are."""
+    return key < _bound(share)
+
+
+def held_out(keys: np.ndarray, share: float) -> np.ndarray:
+    """bool [N]: `is_held_out` of every one of `keys`, uint64 [N]."""
+    return keys < np.uint64(_bound(share))
+
+
+def _bound(share: float) -> int:
+    return min(int(share * 2.0**64), 2**64 - 1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import PackedTokens
-from specdist.prompts.holdout import held_out
+from specdist.prompts.conversation import held_out
 from specdist.prompts.store import PromptStore, packed
 from specdist.prompts.stream import Sizes
 

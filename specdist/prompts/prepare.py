@@ -27,7 +27,7 @@ from typing import TextIO
 
 from specdist.core.errors import ConfigError, DataError, WorldError
 from specdist.core.files import locked, of_full_disk, sync_directory, unwritable
-from specdist.core.generation import end_tokens
+from specdist.core.model_config import end_tokens
 from specdist.core.progress_bar import ProgressBar
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import ANSWERED

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from specdist.core.errors import DataError
-from specdist.core.generation import read_tokenizer
+from specdist.core.model_config import read_tokenizer
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import UNTAUGHT, Sample
 from specdist.prompts.parts import ARGUMENTS, left_out

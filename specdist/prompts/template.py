@@ -9,7 +9,7 @@ opens or closes a thought that the turn does not show (DeepSeek-R1, Gemma 4).
 
 All that the data says in the answer must be in it: reasoning that a template leaves out of a turn goes where the prompt
 or an empty thought shows its place, and what is left out else is an error of the sample. The end is the first
-end-of-turn token (core/generation.py), be it the next role's, and only without one what closes a turn of the template.
+end-of-turn token (core/model_config.py), be it the next role's, and only without one what closes a turn.
 Tags around the generated text in a template (`{% generation %}`) are not used: authors tag more or less than that.
 """
 
@@ -26,11 +26,22 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from specdist.core.errors import DataError
-from specdist.core.generation import end_tokens
+from specdist.core.model_config import end_tokens
 from specdist.prompts.conversation import REASONING_KEYS, UNTAUGHT, WRITTEN_KEYS, Message
-from specdist.prompts.parts import Kind, Part, find, parts, shown
+from specdist.prompts.parts import (
+    Divided,
+    Kind,
+    Part,
+    before_marks,
+    divide,
+    find,
+    left_by,
+    only_marks,
+    parts,
+    shown,
+    with_thought,
+)
 from specdist.prompts.report import Reason, UnusableError
-from specdist.prompts.thoughts import Divided, before_marks, divide, left_by, only_marks, with_thought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,8 +13,7 @@ from multiprocessing.connection import wait
 import numpy as np
 
 from specdist.prompts.config import PromptsConfig
-from specdist.prompts.conversation import Sample
-from specdist.prompts.holdout import conversation_key
+from specdist.prompts.conversation import Sample, conversation_key
 from specdist.prompts.read import Piece, samples
 from specdist.prompts.render import KINDS, Renderer, Sequenced
 from specdist.prompts.report import BadSample, PrepareReport, UnusableError

@@ -22,7 +22,7 @@ from specdist.core.files import to_json, write_atomically
 from specdist.core.hub import served_name
 from specdist.core.progress import Progress, best_checkpoint, checkpoint_path, named_damage, read_progress
 from specdist.core.stop import StopReason
-from specdist.draft.export_config import ExportConfig
+from specdist.draft.algorithm import ExportConfig
 from specdist.evaluate.replay import render_replay
 from specdist.export import Trained, export_draft, written_formats
 from specdist.export.serving import commands_by_engine

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from specdist.channel.base import FeatureSender, Transport
+from specdist.channel.base import AddressBook, FeatureSender, Transport, Wire
 from specdist.channel.encoding import Plain, encoding_of
-from specdist.channel.wire import AddressBook, Wire
 from specdist.core.attempts import AttemptRecord, Failure, Started
 from specdist.core.launch_env import Attempt, RankFacts
 from specdist.core.progress import Batching, Cursor, Progress

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from specdist.channel.wire import AddressBook
+from specdist.channel.base import AddressBook
 from specdist.core.errors import say
 from specdist.core.launch_env import reachable_address
 from specdist.draft.base import ContextShare, DraftModel

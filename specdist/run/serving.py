@@ -13,8 +13,8 @@ import torch
 from packaging.version import Version
 
 from specdist.core.errors import ConfigError, WorldError
-from specdist.core.generation import end_tokens
 from specdist.core.hub import resolve, served_name
+from specdist.core.model_config import end_tokens
 from specdist.core.progress_bar import ProgressBar
 from specdist.evaluate.config import EvaluateConfig
 from specdist.evaluate.decoding import check_settings, fitting_prompts, make_report

@@ -21,10 +21,9 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from specdist.channel.base import FeatureReceiver, FeatureSender, Transport
+from specdist.channel.base import FeatureReceiver, FeatureSender, Transport, Wire
 from specdist.channel.config import ChannelConfig, MooncakeConfig
 from specdist.channel.registry import transport_for
-from specdist.channel.wire import Wire
 from specdist.core.errors import WorldError
 from specdist.core.launch_env import RankFacts
 from specdist.core.progress import Cursor

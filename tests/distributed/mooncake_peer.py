@@ -10,10 +10,10 @@ import time
 import torch
 import torch.distributed as dist
 
+from specdist.channel.base import Wire, store_book
 from specdist.channel.config import ChannelConfig, MooncakeConfig
 from specdist.channel.mooncake.engine import TransferEngine
 from specdist.channel.mooncake.receiver import MooncakeReceiver
-from specdist.channel.wire import Wire, store_book
 from specdist.core.launch_env import RankFacts
 from specdist.core.progress import Cursor
 from specdist.core.records import FeatureLayout, Shard, WorkItem

@@ -27,7 +27,7 @@ from specdist.evaluate.decoding import decode
 from specdist.evaluate.target import EvaluationTarget
 from specdist.export import load_exported
 from specdist.generate import sglang
-from specdist.generate.engine_child import begin, serve
+from specdist.generate.engine_process import begin, serve
 from specdist.run import serving
 from specdist.target.description import describe
 from specdist.target.sglang import versions

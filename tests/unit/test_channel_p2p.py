@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from specdist.channel.base import Wire
 from specdist.channel.config import ChannelConfig
 from specdist.channel.p2p import P2PReceiver, P2PSender
-from specdist.channel.wire import Wire
 from specdist.core.errors import WorldError
 from specdist.core.launch_env import RankFacts
 from specdist.core.progress import Cursor

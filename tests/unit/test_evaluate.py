@@ -28,12 +28,11 @@ from specdist.draft.base import Drafts, Proposer
 from specdist.draft.build import build_draft
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
-from specdist.evaluate.cache import BatchCache, Masks
 from specdist.evaluate.config import EvaluateConfig
 from specdist.evaluate.decoding import decode, evaluate
 from specdist.evaluate.prompts import read_prompts
 from specdist.evaluate.report import EvaluationReport, Tally, render
-from specdist.evaluate.target import EvaluationTarget
+from specdist.evaluate.target import BatchCache, EvaluationTarget, Masks
 from specdist.target.description import describe
 
 VOCAB, HIDDEN, LAYERS = 64, 32, 5

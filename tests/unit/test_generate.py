@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from specdist.core.errors import ConfigError, DataError, WorldError
 from specdist.core.files import to_json
-from specdist.core.generation import end_tokens
+from specdist.core.model_config import end_tokens
 from specdist.core.team import Team
 from specdist.generate import in_world
 from specdist.generate.config import GenerateConfig

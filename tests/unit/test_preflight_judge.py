@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from specdist.channel.probe import LinkSpeed
 from specdist.core.errors import ConfigError
 from specdist.core.topology import Topology, WorldConfig
-from specdist.job.preflight_config import PreflightConfig
+from specdist.job.launch_config import PreflightConfig
 from specdist.run.preflight.facts import RankReport
 from specdist.run.preflight.findings import Finding, problems, to_exclude
 from specdist.run.preflight.host import Clock, HostFacts, Storage

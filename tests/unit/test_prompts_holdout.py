@@ -16,9 +16,8 @@ import pytest
 from specdist.core import config as configuration
 from specdist.core.errors import ConfigError, DataError
 from specdist.prompts.config import PromptsConfig
-from specdist.prompts.conversation import Sample, to_sample
+from specdist.prompts.conversation import Sample, conversation_key, held_out, is_held_out, to_sample
 from specdist.prompts.corpus import Corpus, frequent_tokens, make_corpus
-from specdist.prompts.holdout import conversation_key, held_out, is_held_out
 from specdist.prompts.prepare import prepare, prepare_corpus
 from specdist.prompts.read import find_files, pieces, samples
 from specdist.prompts.report import PrepareReport

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Mooncake channel: one-sided writes over RDMA or TCP into rings that the draft ranks own."""
 
-from specdist.channel.base import Transport
+from specdist.channel.base import Transport, Wire
 from specdist.channel.mooncake.engine import TransferEngine, check_installed, process_engine
 from specdist.channel.mooncake.receiver import MooncakeReceiver
 from specdist.channel.mooncake.sender import MooncakeSender
-from specdist.channel.wire import Wire
 
 
 def _engine(wire: Wire) -> TransferEngine:

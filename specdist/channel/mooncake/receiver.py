@@ -9,10 +9,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from specdist.channel.base import FeatureReceiver, Freed
+from specdist.channel.base import FeatureReceiver, Freed, Wire
 from specdist.channel.mooncake.engine import Endpoint, TransferEngine, device_of
 from specdist.channel.ring import Ring
-from specdist.channel.wire import Wire
 from specdist.core.errors import WorldError
 from specdist.core.records import WorkItem
 

@@ -14,10 +14,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from specdist.channel.base import Announce, RingSender, outgoing
+from specdist.channel.base import Announce, Check, RingSender, Wire, outgoing
 from specdist.channel.mooncake.engine import Endpoint, TransferEngine, TransferFailed, device_of
 from specdist.channel.ring import Ring
-from specdist.channel.wire import Check, Wire
 from specdist.core.errors import WorldError
 from specdist.core.records import WorkItem
 from specdist.core.trace import span

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
-    from specdist.draft.algorithm import ServedBy
+    from specdist.draft.algorithm import ExportConfig, ServedBy
     from specdist.draft.block.backbone import BlockDraft
-    from specdist.draft.export_config import ExportConfig
 
 C = TypeVar("C", bound=BlockOptions)
 

@@ -24,12 +24,11 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
-from specdist.draft.algorithm import Contents, Trained
+from specdist.draft.algorithm import Contents, ExportConfig, Trained
 from specdist.draft.block.options import BlockDims, BlockOptions
 from specdist.draft.common.speculators import speculators_json
 from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, layers_json, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
-from specdist.draft.export_config import ExportConfig
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from specdist.core.errors import DataError
-from specdist.core.generation import read_tokenizer
+from specdist.core.model_config import read_tokenizer
 
 RARE = re.compile(r"mask|reserved|unused|extra|spare|dummy|placeholder", re.IGNORECASE)
 

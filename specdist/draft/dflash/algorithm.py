@@ -17,11 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from specdist.draft.algorithm import Contents, Trained
+    from specdist.draft.algorithm import Contents, ExportConfig, Trained
     from specdist.draft.block.cost import BlockCost
     from specdist.draft.dflash.directory import ExportedDFlash
     from specdist.draft.dflash.model import DFlashDraft
-    from specdist.draft.export_config import ExportConfig
 
 
 DSPARK = {"Qwen3DSparkModel", "DSparkDraftModel"}

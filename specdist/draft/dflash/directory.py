@@ -14,12 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from specdist.draft.algorithm import Contents, Trained
+from specdist.draft.algorithm import Contents, ExportConfig, Trained
 from specdist.draft.block.directory import BlockForm, write_blocks
 from specdist.draft.block.layer import modules
 from specdist.draft.block.reader import ExportedBlocks, flat, read_blocks
 from specdist.draft.dflash.config import DFlashConfig
-from specdist.draft.export_config import ExportConfig
 
 FORM = BlockForm(
     title="DFlash",

@@ -19,11 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from specdist.draft.algorithm import Contents, Serving, Trained
+    from specdist.draft.algorithm import Contents, ExportConfig, Serving, Trained
     from specdist.draft.block.cost import BlockCost
     from specdist.draft.dspark.directory import ExportedDSpark
     from specdist.draft.dspark.model import DSparkDraft
-    from specdist.draft.export_config import ExportConfig
 
 
 SHARES: dict[Serving, tuple[float, float]] = {"greedy": (0.5, 0.5), "sampled": (0.1, 0.9)}

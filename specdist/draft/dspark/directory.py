@@ -20,13 +20,12 @@ from typing import Any
 from torch import Tensor
 
 from specdist.core.errors import DataError
-from specdist.draft.algorithm import Contents, Trained
+from specdist.draft.algorithm import Contents, ExportConfig, Trained
 from specdist.draft.block.directory import BlockForm, write_blocks
 from specdist.draft.block.reader import ExportedBlocks, flat, read_blocks
 from specdist.draft.common.tensors import need
 from specdist.draft.dspark.config import DSparkConfig
 from specdist.draft.dspark.heads import modules
-from specdist.draft.export_config import ExportConfig
 
 FORM = BlockForm(
     title="DSpark",

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
+    from specdist.draft.algorithm import ExportConfig
     from specdist.draft.base import DraftModel
     from specdist.draft.eagle3.cost import Eagle3Cost
     from specdist.draft.eagle3.reader import ExportedEagle3
-    from specdist.draft.export_config import ExportConfig
 
 
 BEST_LOSS: dict[Serving, LossName] = {"greedy": "mixed", "sampled": "kl"}

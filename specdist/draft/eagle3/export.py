@@ -42,13 +42,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.draft.algorithm import Contents, Trained, check_last_layer
+from specdist.draft.algorithm import Contents, ExportConfig, Trained, check_last_layer
 from specdist.draft.common.speculators import speculators_json
 from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, layers_json, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.config import VARIANT, Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.layer import modules
-from specdist.draft.export_config import ExportConfig
 
 MAPS = ("d2t", "t2d")
 PASSED_ON = ("num_aux_hidden_states", *VARIANT)

@@ -16,8 +16,8 @@ from specdist.core.topology import Topology
 from specdist.draft.build import parameter_count
 from specdist.export import written_formats
 from specdist.job.config import JobConfig, JobFacts
+from specdist.job.launch_config import PreflightConfig
 from specdist.job.plan import plan_of, state_bytes
-from specdist.job.preflight_config import PreflightConfig
 from specdist.job.run_dir import RunDirectory
 from specdist.run.preflight.facts import RankReport
 from specdist.run.preflight.findings import Finding, Severity, merge, name_no_host_for_all

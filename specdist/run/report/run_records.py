@@ -13,9 +13,8 @@ from specdist.core.errors import ConfigError, DataError
 from specdist.core.files import read_json
 from specdist.core.run_paths import RunPaths
 from specdist.evaluate.replay import ReplayReport
-from specdist.run.runs import configuration, state
 from specdist.run.start_up import RankStart, read_starts
-from specdist.run.status import Status, describe
+from specdist.run.status import Status, configuration, describe, state
 
 HELD_OUT = "held_out/"
 

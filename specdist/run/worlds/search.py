@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from specdist.channel.wire import AddressBook
+from specdist.channel.base import AddressBook
 from specdist.core.attempts import AttemptRecord, attempts
 from specdist.core.errors import ConfigError, Dismissed, UserError, WorldError, say
 from specdist.core.launch_env import address_towards

@@ -14,10 +14,9 @@ from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
 from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
-from specdist.draft.algorithm import Algorithm, Contents, Cost, ExportedDraft, Trained
+from specdist.draft.algorithm import Algorithm, Contents, Cost, ExportConfig, ExportedDraft, Trained
 from specdist.draft.base import DraftModel
 from specdist.draft.common.tensors import DTYPES, check_tensors, converted, need
-from specdist.draft.export_config import ExportConfig
 
 
 @dataclass(frozen=True)
