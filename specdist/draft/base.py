@@ -137,7 +137,10 @@ class DraftModel(nn.Module, ABC):
 
     @abstractmethod
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """What a person reads (loss and acceptance rate per TTT step, ...) from summed `metric_names`."""
+        """What a person reads (loss and acceptance rate per TTT step, ...) from summed `metric_names`. The progress
+        line and the report look for `loss` and `simulated_acceptance_length`. A draft whose loss of a position is no
+        less than a guess's, log V, has learnt nothing: a `loss` that is more than that of a position has it beside it
+        as `loss_per_step`."""
 
     @abstractmethod
     def proposer(self) -> Proposer:

@@ -3,7 +3,7 @@
 
 All take every record, which is made of
 
-    the draft's own             loss, simulated_acceptance_length, ...: `DraftModel.summarize`
+    the draft's own             loss, simulated_acceptance_length, ...: `DraftModel.metrics`
     the step's                  lr, grad_norm: `Trainer`
     tokens_per_s, step_s        over the steps since the last record
     draft_wait, target_wait     the share of that time in which a side had to wait for the other
