@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from specdist.core.errors import say
-from specdist.core.launch_env import Attempt
+from specdist.core.launch_env import Attempt, place_of_compiled
 from specdist_launch import agent, words
 from specdist_launch.agents import AgentFork, attend, new_job, supervise
 from specdist_launch.ranks import world_size
@@ -31,6 +31,7 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     RunDirectory(Path(job.run.dir)).create()
     ranks = ranks or world_size(job, 0 if job.world.device == "cpu" else torch.cuda.device_count())
     topology(job, [platform.node()] * ranks)
+    place_of_compiled(job.run.compile_cache, torch.__version__)  # raises what all ranks would
     directory = resolve(job.target.path, "target.path", weights=True)  # before any rank could wait for another
     if (asked := begun_prompts(job)) is not None:
         prepare_corpus(asked, directory).check_vocabulary(examine(job).target.vocab_size)

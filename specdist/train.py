@@ -36,8 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts, attempt = RankFacts.from_environment(), Attempt.from_environment()
         sources = Sources(args.config, args.overrides)
         job = job_of(sources)
-        with sources.naming():
-            keep_compiled(job.run.compile_cache, torch.__version__)
         record = AttemptRecord(attempt.directory(home(job, attempt)))
         try:
             log = RankLog(record.directory, facts)
@@ -52,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = Start(attempt, record, log)
     try:
         with sources.naming():
+            keep_compiled(job.run.compile_cache, torch.__version__)
             run(job, facts, start)
     except Dismissed as error:
         print(f"specdist: {error}", file=log.file)

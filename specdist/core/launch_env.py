@@ -191,9 +191,18 @@ def variable(name: str) -> str | None:
 
 
 def keep_compiled(directory: str | None, torch_version: str) -> None:
-    """Have torch's compiler and Triton keep what they compile in `directory` (`run.compile_cache`), in a folder of what
-    it depends on beside what they tell apart themselves: the processor, for which C++ is compiled as it is here. Raises
-    ConfigError: nothing can be written there. Where that is so of the default one they keep to their own places."""
+    """Have torch's compiler and Triton keep what they compile in `place_of_compiled`. Raises ConfigError as that does;
+    where the default place cannot be written they keep to their own."""
+    place = place_of_compiled(directory, torch_version)
+    if place is not None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(place / "inductor"))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(place / "triton"))
+
+
+def place_of_compiled(directory: str | None, torch_version: str) -> Path | None:
+    """A folder of `directory` (`run.compile_cache`) for what compiled code depends on beside what the compilers tell
+    apart themselves: the processor, for which C++ is compiled as it is here. It is made. Raises ConfigError: nothing
+    can be written there; None where that is so of the default directory."""
     try:
         cache = Path(directory or "~/.cache/specdist/compiled").expanduser()
         place = cache / f"torch-{torch_version}-{_processor()}"
@@ -205,9 +214,8 @@ def keep_compiled(directory: str | None, torch_version: str) -> None:
             raise ConfigError.at(
                 "run.compile_cache", f"={directory} cannot be written ({error}): set it to a directory that can be"
             ) from error
-        return
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(place / "inductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(place / "triton"))
+        return None
+    return place
 
 
 def _processor() -> str:

@@ -12,7 +12,7 @@ import pytest
 from specdist.evaluate.replay import ReplayReport
 from specdist.export import load_exported
 from specdist_launch.cli import main
-from tests.distributed.worlds import ROOT, specdist
+from tests.distributed.worlds import ROOT, specdist, torchrun
 from tests.tiny import make_config, make_conversations, make_target
 
 
@@ -192,6 +192,20 @@ def test_a_run_directory_belongs_to_one_job(trained, capsys):
     _, words, _ = trained
     assert main(["train", *words, "draft.eagle3.ttt_length=2", "run.seed=5"]) == 2
     assert "holds a run with other values of run.seed, draft.eagle3.ttt_length" in capsys.readouterr().err
+
+
+def test_a_cache_of_compiled_code_that_cannot_be_is_an_error_of_the_input(trained, tmp_path, capsys):
+    directory, words, _ = trained
+    wrong = [f"run.dir={tmp_path / 'run'}", f"run.compile_cache={directory / 'prompts.jsonl'}/compiled"]
+    assert main(["train", *words, *wrong]) == 2
+    assert "run.compile_cache=" in capsys.readouterr().err
+    assert not (tmp_path / "run/logs").exists()  # no rank was started
+    files = [part for word in words if "=" not in word for part in ("--config", word)]
+    keys = [word for word in words if "=" in word]
+    done = torchrun(1, ["-m", "specdist.train", *files, *keys, *wrong])
+    (record,) = (tmp_path / "run/logs").glob("*/failure.json")
+    failure = json.loads(record.read_text())
+    assert (failure["kind"], failure["exception"]) == ("input", "ConfigError"), done.stderr
 
 
 @pytest.mark.parametrize(
