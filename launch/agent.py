@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from types import FrameType
 
 import psutil
 
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     end_with_launcher()
     args = _parser().parse_args(argv)
     sys.stderr = unfailing(sys.stderr.fileno())  # its reader may be gone, and there is an end to account for
-    with StopForwarder(_stop_ranks) as stop:  # before the seconds that the other imports take
+    others = {signal.SIGTSTP: _suspend_ranks, signal.SIGCONT: _suspend_ranks}
+    with StopForwarder(_stop_ranks, others) as stop:  # before the seconds that the other imports take
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # Ray's processes block SIGINT: a child inherits that
         if args.secret:
             os.environ[TOKEN] = sys.stdin.readline().strip()
@@ -70,6 +72,14 @@ def _stop_ranks(number: int, impatient: bool) -> None:
     os.environ.setdefault(STOP, signal.Signals(number).name)  # for ranks that do not exist yet
     for child in psutil.Process().children():
         child.send_signal(signal.SIGKILL if impatient else number)
+        child.send_signal(signal.SIGCONT)  # who is suspended hears nothing else
+
+
+def _suspend_ranks(number: int, _: FrameType | None) -> None:
+    """At SIGTSTP have this process's children stand still, and at SIGCONT go on. Not this process itself, which may
+    hear of the latter by its standard input; what a terminal sends does not reach the sessions of the ranks."""
+    for child in psutil.Process().children():
+        child.send_signal(signal.SIGSTOP if number == signal.SIGTSTP else signal.SIGCONT)
 
 
 def _obey_stdin() -> None:

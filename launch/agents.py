@@ -24,6 +24,7 @@ from specdist.core.launch_env import Attempt
 from specdist.core.stop import STOP_SIGNALS, StopReason, leave
 
 _LOOK_S = 0.1
+Handler = Callable[[int, FrameType | None], object]
 
 
 class ExitStatus(IntEnum):
@@ -39,10 +40,10 @@ class ExitStatus(IntEnum):
 class StopForwarder:
     """While it is entered, passes every signal that asks for a stop on. `send`: takes the signal's number, and whether
     it is a SIGINT after an earlier request, from an impatient user. A second SIGTERM is not: Slurm sends several when
-    it preempts a job."""
+    it preempts a job. `others`: what handles other signals meanwhile."""
 
-    def __init__(self, send: Callable[[int, bool], None]):
-        self.send = send
+    def __init__(self, send: Callable[[int, bool], None], others: Mapping[int, Handler] | None = None):
+        self.send, self._others = send, others or {}
         self.received: list[int] = []
 
     @property
@@ -51,7 +52,8 @@ class StopForwarder:
         return StopReason(signal.Signals(self.received[0]).name) if self.received else None
 
     def __enter__(self) -> Self:
-        self._earlier = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        handlers: dict[int, Handler] = {**dict.fromkeys(STOP_SIGNALS, self._handle), **self._others}
+        self._earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -177,7 +179,8 @@ def attend(agents: Sequence[AgentHandle], received: list[int]) -> int:
     """Wait for the agents of a job; returns the exit status of the first one, which leads.
 
     Requests to stop are passed on to all of them, and noted in `received`; the third SIGINT ends the wait as
-    KeyboardInterrupt. Where an agent is lost, the others are stopped.
+    KeyboardInterrupt. A terminal's Ctrl-Z suspends them with this process. Where an agent is lost, the others are
+    stopped.
     """
 
     def send(number: int, again: bool) -> None:
@@ -187,11 +190,18 @@ def attend(agents: Sequence[AgentHandle], received: list[int]) -> int:
         for agent in agents:
             agent.signal(number)
 
+    def suspend(*_: object) -> None:
+        for agent in agents:
+            agent.signal(signal.SIGTSTP)
+        os.kill(os.getpid(), signal.SIGSTOP)  # it goes on from here
+        for agent in agents:
+            agent.signal(signal.SIGCONT)
+
     ended: queue.SimpleQueue[tuple[int, int | None]] = queue.SimpleQueue()
     for number, agent in enumerate(agents):
         threading.Thread(target=lambda n=number, a=agent: ended.put((n, a.wait())), daemon=True).start()
     statuses: dict[int, int | None] = {}
-    with StopForwarder(send):
+    with StopForwarder(send, {signal.SIGTSTP: suspend}):
         while len(statuses) < len(agents):
             number, statuses[number] = ended.get()
             if statuses[number] is None:  # a world without it cannot go on

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that do not end with their world, and ranks that a signal has stopped: nobody else would end them, and while
-the ranks meet nobody else would know."""
+"""Ranks that do not end with their world, and a rank that a signal has stopped beside others that go on: nobody else
+would end them, and while the ranks meet nobody else would know. Where all of them are stopped somebody suspends the
+job."""
 
 from __future__ import annotations
 
@@ -14,12 +15,13 @@ from collections.abc import Callable, Iterator
 import psutil
 
 from specdist.core.attempts import AttemptRecord, Failure
+from specdist.core.errors import say
 from specdist.run.rank_log import SHOW_STACKS
 
 _LOOK_S, _SHOW_S = 1.0, 2.0
 STOPPED_LOOKS = 10
-"""A rank that is stopped at so many looks in a row is lost to the others. Looks, not seconds: where a batch system
-suspends a job, this process is stopped too. A debugger's hold is another state."""
+"""A rank that is stopped at so many looks in a row, while others are not, is lost to them. Looks, not seconds: where a
+batch system suspends a job, this process is stopped too. A debugger's hold is another state."""
 PATIENCE_S = 75.0
 """Ranks that can end themselves in 60 at most (`SAVE_S` of specdist/run/control_plane.py)."""
 
@@ -28,8 +30,8 @@ PATIENCE_S = 75.0
 def ending_stuck_ranks(
     record: AttemptRecord, host: str, tell: Callable[[Failure], None], patience_s: float = PATIENCE_S
 ) -> Iterator[set[int]]:
-    """While the block runs, `tell` of each of this process's ranks on `host` that was stopped, and kill it; and give
-    all `patience_s` seconds after the attempt's failure is on record, then have them show where they are and kill
+    """While the block runs, `tell` of each of this process's ranks on `host` that was stopped alone, and kill it; and
+    give all `patience_s` seconds after the attempt's failure is on record, then have them show where they are and kill
     them. Yields the numbers of those that were killed."""
     over, killed = threading.Event(), set[int]()
 
@@ -38,10 +40,16 @@ def ending_stuck_ranks(
         _send(ranks, signal.SIGKILL)
 
     def watch() -> None:
-        stopped, failed_at = Counter[int](), None
+        stopped, suspended, most, failed_at = Counter[int](), 0, 0, None
         while not over.wait(_LOOK_S):
             ranks = _ranks()
+            most = max(most, len(ranks))
             stopped = Counter({rank: stopped[rank] + 1 for rank in ranks if _is_stopped(ranks[rank])})
+            suspended = suspended + 1 if 0 < most == len(stopped) else 0
+            if suspended:
+                stopped.clear()  # they may go on one after the other
+            if suspended == STOPPED_LOOKS:
+                say(f"all ranks on {host} are stopped, and go on with SIGCONT")
             for rank in [rank for rank, looks in stopped.items() if looks >= STOPPED_LOOKS]:
                 words = f"stopped by a signal, and it did not go on for {STOPPED_LOOKS * _LOOK_S:.0f} s"
                 tell(Failure("lost", words, rank, host=host, pid=ranks[rank].pid))

@@ -30,6 +30,7 @@ from specdist.core.errors import UserError, WorldError
 from specdist.core.launch_env import TOKEN
 from specdist.core.stop import StopFlag, StopReason
 from specdist.core.worker import Worker
+from specdist.scheduler.awake import AwakeClock
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.messages import (
     PROTOCOL_VERSION,
@@ -64,6 +65,8 @@ _CLOSE = b""
 _LINGER_MS = 2000
 _LINGER_AFTER_ABORT_MS = 300
 _STOP_POLL_S = 0.5
+_HELD_S = 2.0
+"""The loop looks up as often as it sends heartbeats: after a pause that is so much longer it was suspended."""
 _PHASE_S = 1.0
 """A new phase is sent at once, but not more often than this: heartbeats carry it anyway."""
 
@@ -270,7 +273,8 @@ class ControlClient:
         poller = zmq.Poller()
         for socket in (self._outgoing, self._dealer, self._monitor):
             poller.register(socket, zmq.POLLIN)
-        heard = now = next_beat = time.monotonic()
+        clock = AwakeClock(self._config.heartbeat_s + _HELD_S)
+        heard = now = next_beat = clock()
         self._put(encode(self._hello))
         while True:
             wake = next_beat if self._lost_at is None else min(next_beat, self._lost_at + self._config.heartbeat_s)
@@ -283,11 +287,11 @@ class ControlClient:
             if self._send_all():
                 return
             received = self._receive_all()
-            now = time.monotonic()
+            now = clock()
             if received:
                 heard = now
             if now >= next_beat:
-                self._put(encode(self._heartbeat(now)))
+                self._put(encode(self._heartbeat(time.monotonic())))
                 next_beat = now + self._config.heartbeat_s
             self._watch_connection(now)
             if self._error is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import Counter
 from collections.abc import Iterable
 from types import TracebackType
@@ -16,6 +15,7 @@ from zmq.utils.monitor import recv_monitor_message
 from specdist.core.errors import WorldError
 from specdist.core.topology import Topology
 from specdist.core.worker import Worker
+from specdist.scheduler.awake import AwakeClock
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.coordinator import Coordinator, Observer
 from specdist.scheduler.messages import MAX_MESSAGE_BYTES
@@ -26,6 +26,8 @@ from specdist.scheduler.wire import HANDSHAKE_FAILED, Doorkeeper, identity, inpr
 logger = logging.getLogger(__name__)
 
 _TICK_S = 1.0
+_HELD_S = 3.0
+"""An idle server looks up every `_TICK_S`: after a longer pause its process was suspended, or held up."""
 _BATCH = 4096
 """Messages applied before the scheduler may answer: a flood of releases must not hold up a dispatch."""
 _LINGER_MS = 2000
@@ -70,17 +72,18 @@ class ControlServer:
         self._poller = zmq.Poller()
         for socket in (self._router, self._woken, self._door.socket, self._events):
             self._poller.register(socket, zmq.POLLIN)
+        self._clock = AwakeClock(_HELD_S)
         self._coordinator = Coordinator(
             scheduler,
             topology,
             config,
             self._send,
             join_timeout_s=join_timeout_s,
-            now=time.monotonic(),
+            now=self._clock(),
             observer=observer,
             rules=rules,
         )
-        self._next_tick = time.monotonic()
+        self._next_tick = self._clock()
         self._closing = False
         self._thread = Worker("specdist-control-server", self.run, self._ended)
 
@@ -101,19 +104,19 @@ class ControlServer:
 
     def run(self) -> None:
         """Serve until every rank has left (or was given time to, after a failure)."""
-        while not self._closing and not self._coordinator.done(time.monotonic()):
+        while not self._closing and not self._coordinator.done(self._clock()):
             self.step(_TICK_S)
 
     def step(self, timeout_s: float) -> None:
         """Wait up to `timeout_s` for messages, apply those that are there, answer."""
-        wait_s = min(timeout_s, max(self._next_tick - time.monotonic(), 0.0))
+        wait_s = min(timeout_s, max(self._next_tick - self._clock(), 0.0))
         for socket, _ in self._poller.poll(math.ceil(wait_s * 1000)):
             if socket is self._door.socket:
                 self._door.answer()
             elif socket is self._events:
                 recv_monitor_message(self._events)
                 self._coordinator.refuse("a connection without this run's secret")
-        now = time.monotonic()
+        now = self._clock()
         drained = self._receive_batch(now)
         self._coordinator.advance(now)
         if drained and now >= self._next_tick:  # never call a rank silent whose words have not been read yet
@@ -132,7 +135,7 @@ class ControlServer:
         WorldError: the run failed, or some rank has not left within `timeout_s`."""
         self._thread.join(timeout_s)
         if timeout_s is not None and self._thread.is_alive():
-            now = time.monotonic()
+            now = self._clock()
             listed = self._coordinator.peers.describe_all(self._coordinator.peers.present, now)
             raise WorldError(f"after {timeout_s:.0f} s these ranks have not left the control plane:\n{listed}")
         self.check()
@@ -166,7 +169,7 @@ class ControlServer:
         try:
             if error is not None:
                 logger.error("the scheduler failed", exc_info=error)
-                self._coordinator.abort(0, f"the scheduler failed: {type(error).__name__}: {error}", time.monotonic())
+                self._coordinator.abort(0, f"the scheduler failed: {type(error).__name__}: {error}", self._clock())
         finally:
             self._router.disable_monitor()
             self._router.close(_LINGER_MS)

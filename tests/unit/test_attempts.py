@@ -322,6 +322,11 @@ with module.ending_stuck_ranks(record, "h2", record.fail, 1) as killed:
         for number in (signal.SIGSTOP, signal.SIGCONT):
             waiting.send_signal(number)
             time.sleep(0.3)
+    for number in (signal.SIGSTOP, signal.SIGCONT):  # both for long: the job is suspended
+        waiting.send_signal(number)
+        stopped.send_signal(number)
+        time.sleep(1.2)
+    assert waiting.poll() is stopped.poll() is None and not killed
     stopped.send_signal(signal.SIGSTOP)
     assert stopped.wait(30) == -signal.SIGKILL
     assert killed == {2} and waiting.poll() is None
@@ -335,7 +340,8 @@ def test_a_rank_that_a_signal_has_stopped_is_named_and_who_outlives_the_failure_
     tmp_path: Path,
 ) -> None:
     """Both are killed."""
-    subprocess.run([sys.executable, "-c", _STUCK, tmp_path], check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", _STUCK, tmp_path], check=True, timeout=60, stderr=subprocess.PIPE)
+    assert done.stderr.decode() == "specdist: all ranks on h2 are stopped, and go on with SIGCONT\n"
     failure = AttemptRecord(tmp_path).failure()
     assert failure is not None
     assert (failure.kind, failure.place) == ("lost", "rank 2 (host h2)")

@@ -517,6 +517,21 @@ def test_any_rank_may_ask_what_time_it_is_on_rank_0(runs):
         clients[6].ask_clock(20.0)
 
 
+def test_while_its_process_is_suspended_no_rank_counts_as_silent(runs, monkeypatch):
+    """Nor does what they held up count as theirs: all may have been suspended, as a batch system does it."""
+    run = runs(make_scheduler())
+    clients = run.join_all()
+    now, passed = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now() + passed[0])
+    for _ in range(2):
+        passed[0] += 5000.0
+        until = now() + 1.5  # longer than the server takes to look for the silent
+        while now() < until:
+            for client in clients:
+                client.poll(0.05)
+    run.server.check()
+
+
 def be_target(run: Run, rank: int) -> list[int]:
     place = run.topology.target_place(rank)
     assert place is not None

@@ -7,14 +7,16 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from specdist.core.stop import STOP_SIGNALS
-from specdist_launch.agent import _obey_stdin
+from specdist_launch.agent import _obey_stdin, _stop_ranks, _suspend_ranks
 from specdist_launch.agents import AgentFork, AgentProcess, ExitStatus, StopForwarder, attend
 
 ECHO = "echo > {ready}; while read name; do echo $name >> {said}; [[ $name == {last} ]] && exit {status}; done; exit 9"
@@ -106,6 +108,53 @@ def test_the_third_ctrl_c_ends_the_launcher(shell):
     agent.signal(signal.SIGTERM)
     assert agent.wait() == 0
     agent.signal(signal.SIGTERM)  # it has ended: nothing happens
+
+
+def until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_ctrl_z_suspends_the_job_with_its_launcher_until_it_goes_on(shell, tmp_path):
+    def launch():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        return attend([shell.agent("SIGTERM", 7)], [])
+
+    before = {child.pid for child in psutil.Process().children()}
+    launcher = AgentFork(launch)
+    (process,) = [child for child in psutil.Process().children() if child.pid not in before]
+    while not (tmp_path / "said-1").exists():  # without a handler it is ignored, for no shell would have it go on
+        launcher.signal(signal.SIGTSTP)
+        time.sleep(0.1)
+    until(lambda: process.status() == psutil.STATUS_STOPPED)
+    assert set(shell.said(1)) == {"SIGTSTP"}
+    launcher.signal(signal.SIGCONT)
+    until(lambda: shell.said(1)[-1] == "SIGCONT")
+    launcher.signal(signal.SIGTERM)
+    assert launcher.wait() == 7
+    assert shell.said(1)[-1] == "SIGTERM"
+
+
+def test_an_agent_suspends_its_ranks_and_whoever_asks_them_to_leave_has_them_go_on():
+    def be_agent():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        for last in (signal.SIGCONT, signal.SIGTERM):
+            with subprocess.Popen(["sleep", "60"]) as rank:
+                process = psutil.Process(rank.pid)
+                _suspend_ranks(signal.SIGTSTP, None)
+                until(lambda: process.status() == psutil.STATUS_STOPPED)  # noqa: B023
+                if last == signal.SIGCONT:
+                    _suspend_ranks(last, None)
+                    until(lambda: process.status() != psutil.STATUS_STOPPED)  # noqa: B023
+                    rank.kill()
+                else:
+                    _stop_ranks(last, impatient=False)
+                    assert rank.wait(30) == -last
+        return 7
+
+    assert AgentFork(be_agent).wait() == 7
 
 
 @pytest.mark.parametrize(("leader", "status"), [(0, 0), (1, ExitStatus.AGAIN), (75, 75)])
