@@ -99,7 +99,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _starting(commands: Any, command: Command) -> None:
-    """The commands that start ranks: here, over ssh, on Slurm, on Ray."""
     train = command("train", _train, "Train a draft, here or over ssh: tokenise, start the ranks, export, evaluate.")
     ssh.arguments(train)
     train.add_argument(
@@ -116,7 +115,6 @@ def _starting(commands: Any, command: Command) -> None:
 
 
 def _preparing(command: Command) -> None:
-    """Those that look at a job, or at what it reads, before it starts."""
     text = "Check the hosts of a job: GPUs, versions, links, clocks, run directory, model."
     doctor = command("doctor", _doctor, text)
     doctor.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks to start (default: as the config needs)")
@@ -138,7 +136,6 @@ def _preparing(command: Command) -> None:
 
 
 def _judging(command: Command) -> None:
-    """Those that write what training has made, and measure it."""
     export = command("export", _export, "Write a checkpoint as serving engines load it.", config=False)
     export.add_argument("config", nargs="*", metavar="CONFIG.yaml|RUN_DIR|key=value", help="files, then overrides")
     export.add_argument("--check", metavar="DIR", help="only check an exported draft, ours or another's")

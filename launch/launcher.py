@@ -35,8 +35,6 @@ class NodePlacement:
 
 @dataclass(frozen=True)
 class Launcher:
-    """A way of starting a job."""
-
     name: str
     """As the records have it."""
     placement: Callable[[argparse.Namespace], NodePlacement]

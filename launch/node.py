@@ -142,7 +142,6 @@ class Agent:
         return {rank: failure.exitcode for rank, failure in result.failures.items()}
 
     def _environment(self) -> dict[str, str]:
-        """The variables of the ranks; see core/launch_env.py."""
         place = self._place
         variables = {launch_env.HOST: place.host, **self._attempt.environment()}
         variables["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _UNUSED_SIGNAL

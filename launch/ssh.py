@@ -71,7 +71,6 @@ def _check_leader(hosts: Sequence[Host]) -> None:
 
 
 def find_hosts(args: argparse.Namespace, job: JobConfig) -> list[Host]:
-    """The hosts of --hosts or --hostfile with their ranks."""
     from specdist_launch.ranks import ranks_per_node
 
     if args.hosts is not None and args.hostfile is not None:
@@ -127,8 +126,6 @@ def plain_torchrun(hosts: Sequence[Host], port: int, files: Sequence[str], overr
 
 
 class SshAgent(AgentProcess):
-    """An agent on another host."""
-
     def __init__(self, host: str, command: Sequence[str]):
         agent = shlex.join([*command, "--secret"])
         super().__init__([*SSH, host, f"cd {shlex.quote(str(Path.cwd()))} && exec {agent}"])

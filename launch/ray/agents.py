@@ -57,7 +57,6 @@ def run_agent(
 
 
 def agent_environment(own: Mapping[str, str], asked: Mapping[str, str]) -> dict[str, str]:
-    """The environment of an agent, from that of its Ray task and what the user asks for."""
     found = dict(own)
     found.pop("OMP_NUM_THREADS", None)  # Ray's, for a task that computes; the agent shares the cores out
     devices = found.get("CUDA_VISIBLE_DEVICES", "").split(",")

@@ -26,8 +26,6 @@ _SLICE_S = 1.0
 
 @dataclass(frozen=True)
 class GpuHost:
-    """A host of the cluster that has GPUs."""
-
     node: str
     """Ray's id of the node."""
     address: str
@@ -189,7 +187,6 @@ def reserve(shape: Shape, wait_s: float) -> Iterator[list[GpuHost]]:
 
 
 def describe_cluster(shape: Shape, cluster: Sequence[GpuHost], free: float) -> str:
-    """What the cluster has of what a job asks for."""
     total = sum(host.gpus for host in cluster)
     hosts = ", ".join(f"{host.address} ({host.gpus})" for host in cluster) or "none"
     taken = f", {total - free:g} of them taken by others" if total > free else ""

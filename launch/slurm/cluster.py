@@ -20,8 +20,6 @@ SUBMIT_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class NodeKind:
-    """Nodes of one kind in one partition."""
-
     partition: str
     nodes: int
     gpus: int

@@ -104,13 +104,11 @@ def _run(module: str, *options: str) -> str:
 
 
 def _apptainer(container: ContainerConfig, mounts: Sequence[Path]) -> list[str]:
-    """The words before the interpreter."""
     binds = [word for mount in _mounted(container, mounts) for word in ("--bind", mount)]
     return ["apptainer", "exec", "--nv", *binds, "--pwd", str(mounts[0]), *container.options, str(container.image)]
 
 
 def _pyxis(container: ContainerConfig, mounts: Sequence[Path]) -> list[str]:
-    """The options of srun, as shell words."""
     options = [f"--container-image={container.image}", f"--container-mounts={','.join(_mounted(container, mounts))}"]
     return [shlex.quote(word) for word in (*options, f"--container-workdir={mounts[0]}", *container.options)]
 

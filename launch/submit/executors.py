@@ -81,7 +81,6 @@ class Venue:
         return Run(config, run_dir, self.cluster, patience, attempt, self._ranks(job), devices, job.launch.retries)
 
     def _ranks(self, job: JobConfig) -> int:
-        """The ranks of a run on this machine."""
         devices = self._devices(job)  # raises where there are fewer than were asked for
         return self._wanted(job) or world_size(job, len(devices))
 
@@ -155,7 +154,6 @@ def slurm_parameters(launch: LaunchConfig, array_parallelism: int | None = None)
 
 
 def minutes(slurm: SlurmConfig) -> int:
-    """The time limit in whole minutes."""
     return _NO_LIMIT_MIN if slurm.time_s is None else math.ceil(slurm.time_s / 60)
 
 

@@ -115,7 +115,6 @@ class Run:
         return self if self.here is None else replace(self, here=replace(self.here, restart=self.here.restart + 1))
 
     def agent(self, attempt: Attempt) -> AgentProcess:
-        """Start this node's agent."""
         words, environment = ["--launcher", "submitit-slurm"], dict(os.environ)
         if self.here is not None:
             words = ["--launcher", "submitit", "--nproc-per-node", str(self.ranks), "--job", attempt.job]
@@ -175,7 +174,6 @@ class Task:
         return DelayedSubmission(Task(self.run.again()))
 
     def _attend(self, attempt: Attempt) -> int:
-        """Run the agent to its end; returns its exit status."""
         self._attempt = attempt
         agent = self._agent = self.run.agent(attempt)
         if self._terminated:  # perhaps before the agent was known; a second SIGTERM changes nothing

@@ -128,8 +128,6 @@ def outgoing(topology: Topology, rank: int, item: WorkItem, rows: Tensor) -> Ite
 
 
 class FeatureSender(ABC):
-    """The target rank's end."""
-
     def connect(self, timeout_s: float, check: Check) -> None:
         """Reach every draft rank, before this rank counts as ready; `check` raises when the world has failed meanwhile.
         Raises WorldError: a draft rank is not there within `timeout_s` seconds, or a link does not come up."""

@@ -88,8 +88,6 @@ class Plain:
 
 
 class Encoding(Plain):
-    """See the top of this file."""
-
     def __init__(self, layout: FeatureLayout, dtype: ChannelDtype, shards: Collection[int], taught: Taught) -> None:
         """`shards`: those that this rank sends or receives."""
         self.layout, self.wire = layout, FeatureLayout((), UNIT, final=True, dtype=torch.uint8)

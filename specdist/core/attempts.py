@@ -36,8 +36,6 @@ rank was killed or stopped answering; world: the ranks did not come together; di
 
 @dataclass(frozen=True)
 class Started:
-    """The beginning of an attempt."""
-
     launcher: str
     hosts: tuple[str, ...]
     """One entry a node, in rank order."""
@@ -165,8 +163,6 @@ def kind_of(error: BaseException) -> Kind:
 
 @dataclass(frozen=True)
 class AttemptRecord:
-    """The files of one attempt."""
-
     directory: Path
 
     @property

@@ -133,7 +133,6 @@ def to_yaml(config: Any) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The resolved configuration as nested plain dictionaries."""
     return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
 
 
@@ -256,7 +255,6 @@ def _override_layer(override: str) -> _Layer:
 
 
 def _full_keys(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a mapping and of the mappings in it, with its value."""
     if isinstance(values, dict):
         for name, value in values.items():
             yield f"{prefix}{name}", value

@@ -65,7 +65,6 @@ def unwritable(directory: Path) -> OSError | None:
 
 
 def of_full_disk(error: BaseException) -> bool:
-    """Whether an exception says that a file system or a quota is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 

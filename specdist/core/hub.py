@@ -50,7 +50,6 @@ class Repository:
 
     @property
     def folder(self) -> Path:
-        """Its part of the cache."""
         from huggingface_hub import constants
 
         return Path(constants.HF_HUB_CACHE) / f"{self.kind}s--{self.id.replace('/', '--')}"
@@ -314,7 +313,6 @@ def _alone(repository: Repository, say: Say) -> Iterator[None]:
 
 
 def _bytes(folders: Sequence[Path]) -> int:
-    """What is written there."""
     total = 0
     for folder in folders:
         for file in folder.rglob("*"):

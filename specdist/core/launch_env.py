@@ -32,7 +32,6 @@ JOB, RESTART, DEADLINE, NODE_ROLE, HOST, STOP, TOKEN = (
 
 
 def rank_arguments(module: str, text: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line of a rank, `config` and `overrides`."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=text)
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; several are merged")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override single keys")
@@ -41,8 +40,6 @@ def rank_arguments(module: str, text: str | None, argv: Sequence[str] | None = N
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What the launcher tells one rank about itself."""
-
     rank: int
     world_size: int
     local_rank: int
@@ -108,7 +105,6 @@ class Attempt:
         return cls(job, int(restart), float(deadline) if deadline else None)
 
     def environment(self) -> dict[str, str]:
-        """The variables that carry this value to the ranks."""
         deadline = {} if self.deadline is None else {DEADLINE: str(self.deadline)}
         return {JOB: self.job, RESTART: str(self.restart), **deadline}
 

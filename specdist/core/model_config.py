@@ -64,7 +64,6 @@ def read(config: PretrainedConfig, key: str, default: Any = None) -> Any:
 
 
 def has_experts(config: PretrainedConfig) -> bool:
-    """Whether the model's MLPs are mixtures of experts."""
     return any(read(config, key) for key in EXPERTS)
 
 
@@ -141,7 +140,6 @@ def _matches(entry: str, name: str) -> bool:
 
 
 def is_tied(config: PretrainedConfig) -> bool:
-    """Whether the output head is the input embedding."""
     return any(getattr(part, "tie_word_embeddings", False) for part in (config, text_part(config)))
 
 

@@ -138,8 +138,6 @@ class Progress:
 
 @dataclass(frozen=True)
 class FileSum:
-    """Bytes and CRC-32 of a file."""
-
     size: int
     crc: int
 

@@ -64,8 +64,6 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class TargetPlace:
-    """The coordinates of a target rank."""
-
     replica: int
     tp: int
 
@@ -205,11 +203,9 @@ class Topology:
 
     @cached_property
     def reach(self) -> tuple[tuple[int, ...], ...]:
-        """The pods that each replica computes for."""
         return (tuple(range(self.pods)),) * len(self.replicas) if self.apart else reach(len(self.replicas), self.pods)
 
     def role(self, rank: int) -> str:
-        """The role and coordinates of a rank."""
         places = [str(p) for p in (self.target_place(rank), self.draft_place(rank)) if p is not None]
         return " + ".join(places) or "idle"
 
@@ -233,7 +229,6 @@ class _Request:
 
     @property
     def kind(self) -> str:
-        """The key that says what kind of world it is."""
         world = self.world
         return f"world.mode={world.mode}" if world.role == "both" else f"world.role={world.role}"
 

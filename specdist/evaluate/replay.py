@@ -191,7 +191,6 @@ class ReplayReport:
         return [] if self.forward_s is None else [speedup / self.forward_s for speedup in self.speedups]
 
     def metrics(self) -> dict[str, float]:
-        """The figures for trackers."""
         total = self.total
         found = {"acceptance_length": total.acceptance_length, "agreement": self.agreement}
         found |= {f"acceptance_length/{k}": length for k, length in enumerate(total.acceptance_lengths, 1)}
@@ -222,7 +221,6 @@ class ReplayReport:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> ReplayReport:
-        """What `to_dict` gave."""
         labels = {name: ReplayTally.of(np.array(vector)) for name, vector in found["labels"].items()}
         answers = [ShownAnswer(**answer) for answer in found.get("answers", ())]
         alike = {key: found[key] for key in ("step", "agreed", "temperature", "costs", "forward_s")}

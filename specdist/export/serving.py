@@ -48,7 +48,6 @@ class ServeCommand:
 
     @property
     def words(self) -> list[str]:
-        """The command line, word by word."""
         options = self.arguments
         if self.by.engine == "SGLang":
             begin = ["python", "-m", "sglang.launch_server"]

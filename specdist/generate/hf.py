@@ -148,7 +148,6 @@ class _Asked:
         return self.request.limit - len(self.tokens) + len(self.request.prompt)
 
     def written(self, ends: Collection[int]) -> Reply | None:
-        """The reply, if it is whole."""
         answer = self.tokens[len(self.request.prompt) :]
         place = next((place for place, token in enumerate(answer, start=1) if token in ends), None)
         if place is not None:

@@ -69,7 +69,6 @@ def _held_out(content: Conversation | BadSample, holdout: object) -> bool:
 
 
 def count(sources: Sequence[Source]) -> int:
-    """How many records the files have."""
     return sum(_rows(piece) for _, piece in _pieces(sources))
 
 
@@ -178,7 +177,6 @@ class Watch:
         self.touch()
 
     def touch(self) -> None:
-        """Something has come of the work."""
         self._since = time.monotonic()
 
     def note(self, trouble: str) -> None:

@@ -82,7 +82,6 @@ def make_plan(job: JobConfig, hosts: Sequence[str], limit: int, roles: Sequence[
 
 
 def plan_of(job: JobConfig, facts: JobFacts, topology: Topology, limit: int) -> Plan:
-    """The plan of a job that has been examined and divided."""
     needs: list[Need] = []
     if topology.replicas:
         needs += _target_needs(job, facts, topology)
@@ -190,7 +189,6 @@ def training_memory(
 
 
 def render(plan: Plan) -> str:
-    """The plan as plain text tables."""
     out = Console(file=io.StringIO(), width=110)
     facts, topology, job = plan.facts, plan.topology, plan.job
     target = facts.target
@@ -339,7 +337,6 @@ def _advice(plan: Plan) -> str:
 
 
 def _size(size: float) -> str:
-    """Bytes as a person reads them."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}"

@@ -75,7 +75,6 @@ class RunDirectory(RunPaths):
             raise ConfigError.at("run.dir", f": {self.path} cannot be written: {cause}") from cause
 
     def save_config(self, job: JobConfig) -> None:
-        """Record the configuration of a run that has been accepted."""
         write_atomically(self.config, config.to_yaml(job))
 
     @property

@@ -118,8 +118,6 @@ _SPACE = re.compile(r"\s+")
 
 @dataclass(frozen=True)
 class Part:
-    """Something that a message says."""
-
     kind: Kind
     value: Any
 

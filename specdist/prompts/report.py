@@ -88,7 +88,6 @@ class PrepareReport:
     notes: list[str] = field(default_factory=list)
 
     def add(self, others: PrepareReport) -> None:
-        """Count further samples."""
         for name in ("samples", "kept", "truncated", "cut_away", "skipped", "turns"):
             setattr(self, name, getattr(self, name) + getattr(others, name))
         self.most_turns = max(self.most_turns, others.most_turns)
@@ -102,7 +101,6 @@ class PrepareReport:
             examples.append(str(bad))
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Call files by other names."""
         for examples in self.examples.values():
             for i, example in enumerate(examples):
                 for old, new in names.items():
@@ -115,7 +113,6 @@ class PrepareReport:
         return sum(self.bad.values())
 
     def counted(self) -> str:
-        """How far a preparation is, in a few words."""
         bad = f", {self.bad_total:,} bad samples" if self.bad_total else ""
         return f"{self.sequences:,} sequences, {self.tokens:,} tokens{bad}"
 

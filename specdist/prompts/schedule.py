@@ -63,7 +63,6 @@ class Schedule:
 
     @property
     def end_item(self) -> int:
-        """One past the last item."""
         evaluations = self._evaluations(self.total_steps + 1)
         steps = max(self.total_steps - self.first_step, 0)
         return self.first_item + steps * self._items + evaluations * self.evaluation_items

@@ -51,7 +51,6 @@ def _renderer(tokenizer_dir: str, settings_json: str) -> Renderer:
 
 
 def tokenize(piece: Piece, tokenizer_dir: str, settings_json: str) -> Tokenized:
-    """Read and render every record of a piece."""
     renderer = _renderer(tokenizer_dir, settings_json)
     report, bad, left_out = PrepareReport(), list[BadSample](), Counter[str]()
     sequences: list[tuple[Sample, Sequenced]] = []

@@ -54,14 +54,12 @@ class Sides:
     """Whether there was no target (`world.mode=draft_only`)."""
 
     def lines(self) -> list[str]:
-        """What a person reads of it."""
         found = [f"  draft side     {self.draft_tokens_per_s:,.0f} tokens/s trained, once warm"]
         if self.target_tokens_per_s is not None:
             found.append(f"  target side    {self.target_tokens_per_s:,.0f} tokens/s while computing")
         return [*found, f"  bottleneck     {self.verdict()}"]
 
     def verdict(self) -> str:
-        """Which side is the bottleneck, in words."""
         if self.alone:
             return "there was no target: the draft trained on random features"
         if self.target_wait is None:

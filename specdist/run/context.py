@@ -149,7 +149,6 @@ class WorldContext:
 
     @property
     def _cache(self) -> CacheDirectory | None:
-        """Where this rank's target keeps hidden states."""
         config, topology = self.job.channel, self.topology
         if config.cache is None:
             return None
@@ -185,7 +184,6 @@ class RankContext(WorldContext):
         return self.items_of(self.resume.schedule, self.resume.progress.cursor, self.resume.batching)
 
     def begin(self, phase: str) -> None:
-        """This rank begins a part of its start."""
         self.client.phase = phase
         self.start.clock.begin(phase)
 

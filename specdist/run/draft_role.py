@@ -33,7 +33,6 @@ from specdist.training.trainer import Trainer
 
 
 def consume(context: RankContext) -> None:
-    """The role of a draft rank."""
     job, topology, client = context.job, context.topology, context.client
     place = topology.shard_of(context.rank)
     assert context.groups.checkpoint is not None
@@ -128,7 +127,6 @@ def _build_draft(context: RankContext) -> DraftModel:
 
 
 def _draft_dtype(job: JobConfig, device: torch.device) -> torch.dtype:
-    """The draft's compute precision on `device`."""
     if job.draft.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[job.draft.dtype]

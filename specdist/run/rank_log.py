@@ -43,7 +43,6 @@ class RankLog:
             self.show_on_terminal()
 
     def move_to(self, role: str) -> None:
-        """Move the file into the folder of this rank's role."""
         path = self._place(role)
         self.path.rename(path)
         with contextlib.suppress(OSError):  # others are still in there

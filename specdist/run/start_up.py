@@ -42,7 +42,6 @@ class RankStart:
     """When its first optimizer step was done, with which the last part ends; None before it, and of a target rank."""
 
     def took(self) -> list[tuple[str, float]]:
-        """The seconds of each part."""
         marks = [part.began for part in self.parts] + [self.stepped or self.ended]
         return [(part.what, end - began) for part, (began, end) in zip(self.parts, pairwise(marks), strict=True)]
 
@@ -105,7 +104,6 @@ class StartUp:
             say(told)
 
     def _time_compiler(self) -> None:
-        """Note what torch.compile takes from here on."""
         handler, began = importlib.import_module("torch._dynamo.callback").callback_handler, 0.0
 
         def start(_: object) -> None:

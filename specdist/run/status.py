@@ -211,7 +211,6 @@ def last_record(metrics: Path) -> Mapping[str, float]:
 
 
 def duration(seconds: float) -> str:
-    """A length of time as people say it."""
     if seconds < 120:
         return f"{max(seconds, 0):.0f} s"
     if seconds < 7200:

@@ -116,7 +116,6 @@ class StatusWriter(Observer):
         self._writing = self._writer.submit(write_atomically, self._file, text)
 
     def close(self) -> None:
-        """Wait until the last status is written."""
         if self._unwritten is not None:
             self._writer.submit(write_atomically, self._file, self._unwritten)
         self._writer.shutdown()

@@ -122,7 +122,6 @@ class Producer:
         return self.report
 
     def _work(self) -> None:
-        """Obey the next orders, as far as that is possible now."""
         while self._orders and isinstance(order := self._orders[0], Send):
             self._orders.popleft()
             self._send(order)
@@ -221,7 +220,6 @@ class Producer:
 
 
 def produce(context: RankContext) -> None:
-    """The role of a target rank."""
     job, topology = context.job, context.topology
     item_tokens = topology.shards * job.prompts.tokens_per_rank
     context.begin("loading the target")

@@ -150,7 +150,6 @@ def _note_speeds(events: Sequence[Event]) -> None:
 
 
 def _arrows(events: Sequence[Event]) -> list[Event]:
-    """From every send to the first use of its rows."""
     hosts = [event for event in events if event.get("cat") == _SPANS]
     uses = {(event["pid"], event["args"]["item"]): event for event in hosts if event["name"] == "loss mask"}
     arrows = []
@@ -172,7 +171,6 @@ def _offset(part: PartInfo, parts: Sequence[PartInfo]) -> tuple[ClockOffset | No
 
 
 def _about(parts: Sequence[PartInfo]) -> dict[str, Any]:
-    """What one has to know of the timeline to judge it."""
     there, clocks = {part.rank for part in parts}, []
     for part in parts:
         clock, how = _offset(part, parts)

@@ -203,7 +203,6 @@ class ControlClient:
                 return ClockReading(asked, answer.told, answer.answered)
 
     def check(self) -> None:
-        """Raise the world's failure, if it has failed."""
         if self._error is not None:
             raise self._error
 

@@ -109,7 +109,6 @@ class Coordinator:
         self._aborted_at = 0.0
 
     def receive(self, rank: int, payload: bytes, now: float) -> None:
-        """Apply one message of a rank."""
         peer = self.peers[rank]
         peer.heard_at, peer.lost_at = now, None
         try:
@@ -209,7 +208,6 @@ class Coordinator:
                 self._apply_own(rank, message, now)
 
     def _apply_own(self, rank: int, message: Message, now: float) -> None:
-        """Apply a message of a rank of this world."""
         match message:
             case Hello(version, pid):
                 self._hello(rank, version, pid, now)

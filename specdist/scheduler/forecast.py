@@ -21,8 +21,6 @@ _GAIN = 1.5
 
 @dataclass
 class Line:
-    """What a replica has to do."""
-
     items: deque[int] = field(default_factory=deque)
     """To compute, in this order."""
     held: set[int] = field(default_factory=set)
@@ -109,7 +107,6 @@ class Forecast:
         return bool(self._speeds) and now - self._lines[replica].since > limit
 
     def _seconds(self, replica: int) -> float:
-        """How long `replica` takes for an item."""
         if not self._speeds:
             return 1.0
         speed = self._speeds.get(replica)

@@ -200,8 +200,6 @@ WARM_ITEMS = 3
 
 @dataclass
 class ProducerReport:
-    """What a target rank did."""
-
     items: int = 0
     tokens: int = 0
     busy_s: float = 0.0

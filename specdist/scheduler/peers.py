@@ -44,7 +44,6 @@ class Peer:
         return earlier
 
     def lose(self, now: float) -> None:
-        """Note that it cannot be reached."""
         self.lost_at = now if self.lost_at is None else self.lost_at
 
 
@@ -79,17 +78,14 @@ class Peers:
 
     @property
     def present(self) -> list[int]:
-        """Ranks that joined and have not left."""
         return [rank for rank, peer in enumerate(self._peers) if peer.present]
 
     @property
     def missing(self) -> list[int]:
-        """Ranks of this world that have not joined."""
         return [rank for rank, peer in enumerate(self._own) if not peer.joined]
 
     @property
     def unready(self) -> list[int]:
-        """Ranks of this world that are not ready."""
         return [rank for rank, peer in enumerate(self._own) if not peer.ready]
 
     @property
@@ -97,7 +93,6 @@ class Peers:
         return self._peers[: len(self.hosts)]
 
     def is_remote(self, rank: int) -> bool:
-        """Whether it is a rank of a target world."""
         return rank >= len(self.hosts)
 
     def admit(self, now: float) -> int:
@@ -154,7 +149,6 @@ class Peers:
         return sorted(late, key=lambda rank: self._peers[rank].heard_at)
 
     def name(self, rank: int) -> str:
-        """A rank as errors and logs name it."""
         return f"rank {rank} ({self._peers[rank].role}, host {self._peers[rank].host})"
 
     def state(self, rank: int, now: float) -> str:

@@ -118,7 +118,6 @@ class Replicas:
             scheduler.add_replica(replica.number, pods)
 
     def ranks(self, replica: int) -> list[int]:
-        """The ranks of a replica, by their numbers here."""
         return self._replicas[replica].members
 
     def suspects(self, replica: int, item: int) -> list[int]:
@@ -184,7 +183,6 @@ class Replicas:
                 self._inform(f"{self._peers.name(rank)} has left after {replica.delivered} batches")
 
     def publish(self, ring: RingAddress) -> None:
-        """The memory of a draft rank is there."""
         self._rings[ring.draft] = encode(ring)
         self._send([rank for rank in self._of if self._peers[rank].present], self._rings[ring.draft])
 
@@ -217,7 +215,6 @@ class Replicas:
                 raise ProtocolError(f"{type(message).__name__} is not for the scheduler")
 
     def lost(self, rank: int, now: float) -> None:
-        """A message to `rank` could not be sent."""
         self.drop(rank, "the connection to it is lost", now)
         self._peers[rank].lose(now)
 

@@ -98,7 +98,6 @@ class Scheduler:
         self._target_wait = self._draft_wait = 0.0
 
     def pod(self, item: int) -> int:
-        """The pod that trains on an item."""
         return (item - self._first) % len(self._pods)
 
     @property
@@ -201,12 +200,10 @@ class Scheduler:
         self._waiting = [waiting for waiting in self._waiting if waiting < self._end]
 
     def stop_now(self) -> None:
-        """Compute and send nothing more."""
         self._halted = self._changed = True
 
     @property
     def replicas(self) -> tuple[int, ...]:
-        """The replicas that there are."""
         return tuple(self._lines)
 
     def add_replica(self, replica: int, pods: Collection[int] | None = None) -> None:
@@ -267,7 +264,6 @@ class Scheduler:
 
     @property
     def _low(self) -> int:
-        """The lowest item that is not released."""
         return min(slots.low for slots in self._pods)
 
     @property
@@ -354,7 +350,6 @@ class Scheduler:
         return None
 
     def _at(self, place: int) -> int:
-        """The item at a place among those that nobody computes."""
         return self._waiting[place] if place < len(self._waiting) else self._next + place - len(self._waiting)
 
     def _hasten(self, due: int, now: float) -> None:

@@ -32,7 +32,6 @@ def identity(rank: int, world: str = "") -> bytes:
 
 
 def is_remote(name: bytes) -> bool:
-    """Whether a socket identity is that of a rank of a target world."""
     return len(name) == len(_PREFIX) + WORLD_BYTES + _RANK.size and name.startswith(_PREFIX)
 
 
@@ -57,7 +56,6 @@ class Doorkeeper:
         router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody is let in unasked
 
     def answer(self) -> None:
-        """Answer libzmq's question about one connection."""
         version, request, _, _, _, mechanism, *credentials = self.socket.recv_multipart()
         known = mechanism == b"CURVE" and secrets.compare_digest(b"".join(credentials), self._key)
         status = (b"200", b"OK") if known else (b"400", b"no key of this run")
@@ -78,7 +76,6 @@ def numbered(number: int, payload: bytes) -> bytes:
 
 
 def split(frame: bytes) -> tuple[int, bytes]:
-    """The number of a message, and the message."""
     return int.from_bytes(frame[:_NUMBER_BYTES], "big"), frame[_NUMBER_BYTES:]
 
 

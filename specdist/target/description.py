@@ -106,7 +106,6 @@ class TargetDescription:
 
     @property
     def complete(self) -> bool:
-        """Whether all weights are there."""
         try:
             return bool(weight_files(self.path))
         except DataError:
@@ -149,7 +148,6 @@ class TargetDescription:
 
     @property
     def quantised(self) -> bool:
-        """Whether the checkpoint says that its weights are quantised."""
         return quantisation(self.config) is not None
 
     @property

@@ -139,8 +139,6 @@ class RollCall:
 
 @dataclass(frozen=True)
 class Node:
-    """One node of a job, as its agent knows it."""
-
     number: int
     host: str
     ranks: int

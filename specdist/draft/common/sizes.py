@@ -87,12 +87,10 @@ class LayerSizes:
 
     @property
     def query_width(self) -> int:
-        """Columns of all heads' queries."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def key_width(self) -> int:
-        """Columns of all heads' keys, and of their values."""
         return self.num_key_value_heads * self.head_dim
 
     def __str__(self) -> str:

@@ -28,8 +28,6 @@ DSPARK = {"Qwen3DSparkModel", "DSparkDraftModel"}
 
 
 class DFlash(BlockAlgorithm[DFlashConfig]):
-    """See `Algorithm`."""
-
     name = "dflash"
     title = "DFlash"
     section = DFlashConfig

@@ -40,5 +40,4 @@ class DFlashConfig(BlockOptions):
 
     @property
     def gamma(self) -> float:
-        """The decay in use."""
         return self.decay_gamma if self.decay_gamma is not None else float(round(0.375 * self.block_size + 1))

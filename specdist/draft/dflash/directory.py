@@ -37,14 +37,11 @@ FORM = BlockForm(
 
 
 def export(config: DFlashConfig, format: str, trained: Trained, options: ExportConfig) -> Contents:
-    """A draft in its directory: see `Algorithm.export`."""
     return write_blocks(FORM, config, format, trained, options, {})
 
 
 @dataclass(frozen=True)
 class ExportedDFlash(ExportedBlocks[DFlashConfig]):
-    """An exported DFlash draft."""
-
     algorithm = "dflash"
 
 

@@ -19,8 +19,6 @@ from specdist.draft.dflash.loss import Found, SlotLoss, block_terms, taught_term
 
 
 class DFlashDraft(BlockDraft):
-    """See `BlockDraft`."""
-
     config: DFlashConfig
 
     modules_of = staticmethod(modules)

@@ -31,8 +31,6 @@ the paper's."""
 
 
 class DSpark(BlockAlgorithm[DSparkConfig]):
-    """See `Algorithm`."""
-
     name = "dspark"
     title = "DSpark"
     section = DSparkConfig

@@ -45,7 +45,6 @@ CLASSICAL = {"classical": "vanilla"}
 
 
 def export(config: DSparkConfig, format: str, trained: Trained, options: ExportConfig) -> Contents:
-    """A draft in its directory: see `Algorithm.export`."""
     own = {
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": list(config.captured_layers(trained.target.get_text_config().num_hidden_layers)),
@@ -62,8 +61,6 @@ def export(config: DSparkConfig, format: str, trained: Trained, options: ExportC
 
 @dataclass(frozen=True)
 class ExportedDSpark(ExportedBlocks[DSparkConfig]):
-    """An exported DSpark draft."""
-
     algorithm = "dspark"
 
 

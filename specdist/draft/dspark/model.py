@@ -20,8 +20,6 @@ from specdist.draft.dspark.loss import draft_terms
 
 
 class DSparkDraft(BlockDraft):
-    """See `BlockDraft`."""
-
     tables = ("lm_head.", "markov_head.", "confidence_head.")
     config: DSparkConfig
     markov_head: MarkovHead

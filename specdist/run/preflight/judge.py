@@ -103,7 +103,6 @@ def judge(
 def _gpus(
     reports: Sequence[RankReport], needs: Needs | None, min_free: float, share_devices: bool
 ) -> Iterator[Finding]:
-    """Findings about single GPUs, and about GPUs that differ from the others."""
     pids = {(report.host, report.pid) for report in reports}
     gpus = ranks_of_gpus(reports)
     for gpu, ranks in gpus:
@@ -126,7 +125,6 @@ def _gpus(
 
 
 def ranks_of_gpus(reports: Sequence[RankReport]) -> list[tuple[GpuFacts, list[RankReport]]]:
-    """Every GPU once, with the ranks that use it."""
     gpus: dict[tuple[str, str], tuple[GpuFacts, list[RankReport]]] = {}
     for report in reports:
         for gpu in report.gpus:

@@ -59,7 +59,6 @@ class Report(msgspec.Struct, frozen=True):
             raise ConfigError(f"preflight.report: {path} cannot be written: {error}") from error
 
     def render_hosts(self) -> str:
-        """The hosts, their GPUs, and the findings, as plain text."""
         tables = [_host_table(self.ranks), *([_gpu_table(self.ranks)] if any(rank.gpus for rank in self.ranks) else [])]
         return _plain(tables, map(line_of, self.findings))
 
@@ -76,7 +75,6 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def line_of(finding: Finding) -> str:
-    """A finding on a line of its own."""
     return f"{finding.severity}: {finding}"
 
 

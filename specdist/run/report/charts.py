@@ -150,7 +150,6 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _acceptance(runs: Sequence[RunRecords]) -> list[Chart]:
-    """What the evaluation of the exported draft found, in parts."""
     found = [(run, run.evaluation) for run in runs if run.evaluation is not None]
     several = len(runs) > 1
     positions, counts, speedups, labels = [], [], [], []

@@ -45,7 +45,6 @@ class RunRecords:
 
     @property
     def state(self) -> str:
-        """What `specdist status` says first of it."""
         return state(self.paths.path)
 
     @property
@@ -64,7 +63,6 @@ class RunRecords:
 
     @property
     def before(self) -> ReplayReport | None:
-        """The evaluation before training."""
         first = next((found for found in self.evaluations if found.step == 0), None)
         return first if first and self.evaluation and first.comparable(self.evaluation) else None
 

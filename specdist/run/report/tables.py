@@ -42,7 +42,6 @@ class Row:
 
 
 def facts(run: RunRecords) -> list[Fact]:
-    """The figures on top."""
     found = []
     one, before = run.evaluation, run.before
     if one is not None:

@@ -56,7 +56,6 @@ class Rendezvous:
         sync_directory(self._file.parent)
 
     def withdraw(self) -> None:
-        """The draft world ends."""
         if not self._scheduler:
             self._file.unlink(missing_ok=True)
 

@@ -52,7 +52,6 @@ class Terms:
 
     @classmethod
     def of(cls, job: JobConfig, facts: JobFacts, prompts: Corpus, topology: Topology, resume: ResumePlan) -> Terms:
-        """The terms of a draft world."""
         common = common_facts(job, facts, prompts)
         hosts = tuple((host, len(list(ranks))) for host, ranks in groupby(topology.hosts))
         cp = len(topology.draft[0])
@@ -66,7 +65,6 @@ class Terms:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """The host of every draft rank."""
         return tuple(host for host, count in self.host_ranks for _ in range(count))
 
     def to_json(self) -> str:

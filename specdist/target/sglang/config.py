@@ -94,5 +94,4 @@ class SglangConfig:
 
 
 def settings_of(config: TargetConfig) -> SglangConfig:
-    """The `target.sglang` section."""
     return getattr(config, "sglang", SglangConfig())

@@ -93,7 +93,6 @@ def limits(config: TargetConfig) -> Limits:
 
 
 def groups(config: TargetConfig, replicas: Sequence[Sequence[int]], device: torch.device) -> MakeGroups:
-    """SGLang's parallel groups."""
     from specdist.target.sglang import adapter
 
     ep = settings_of(config).ep
