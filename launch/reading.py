@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that only read: run directories and the configuration's reference. None of them imports torch, but for
-what draws a report."""
+"""The commands that only read: run directories and the configuration's reference. They import no torch."""
 
 import argparse
 import os

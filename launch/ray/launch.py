@@ -59,8 +59,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def read_environment(words: list[str]) -> dict[str, str]:
-    """Variables as --env names them: NAME=VALUE, or NAME for its value here. Raises UserError: NAME has no value
-    here."""
+    """Variables as --env names them: NAME=VALUE, or NAME for its value here. Raises UserError: it has none."""
     found = {}
     for word in words:
         name, given, value = word.partition("=")

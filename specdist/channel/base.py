@@ -47,8 +47,7 @@ class AddressBook:
     look: Callable[[int], str | None]
 
     def find(self, rank: int, name: str, timeout_s: float, check: Check) -> str:
-        """What draft rank `rank` has published. Raises WorldError: nothing within `timeout_s` seconds; calls the rank
-        `name`."""
+        """What draft rank `rank` has published. Raises WorldError about `name`: nothing in `timeout_s` seconds."""
         deadline = time.monotonic() + timeout_s
         while (text := self.look(rank)) is None:
             check()
@@ -207,8 +206,7 @@ class RingSender(FeatureSender, Generic[T]):
 
 
 class DropSender(FeatureSender):
-    """The end of the line in target_only mode: features are computed, measured and dropped. Every item
-    overwrites the same buffer."""
+    """For target_only: features are computed, measured and dropped. Every item overwrites the same buffer."""
 
     available = True  # what is there is not read, so a forward may overwrite the one before
 
@@ -238,8 +236,7 @@ class FeatureReceiver(ABC):
 
     @abstractmethod
     def post(self, item: WorkItem, replica: int, slot: int) -> None:
-        """All ranks of `replica` have announced `item`: receive this rank's shard of it into `slot`, which the
-        scheduler knows to be free."""
+        """All ranks of `replica` have announced `item`: receive this rank's shard of it into `slot`, which is free."""
 
     @abstractmethod
     def take(self, item: WorkItem, timeout_s: float) -> Tensor:

@@ -47,15 +47,13 @@ class ChannelConfig:
 
     transport: str = "auto"
     """What carries features: auto is nccl between GPUs and gloo between CPUs; mooncake writes over RDMA or TCP into the
-    draft ranks' receive buffers. gloo and mooncake stage the features of GPUs through the host. Plugins may add
-    others."""
+    draft ranks' receive buffers. gloo and mooncake stage GPUs' features through the host. Plugins add others."""
     memory: str = "2GiB"
     """Receive buffer of one draft rank, for example 512MiB or 4GiB. It holds whole micro-batches of
     prompts.tokens_per_rank tokens; batches in flight never exceed it."""
     dtype: ChannelDtype = "auto"
     """How hidden states travel: as the target computes them (auto), or in half of bfloat16's bytes, rounded to FP8
-    (e4m3) in a scale for every layer of every token. Colocated ranks, which send none, round them alike: a run may go
-    on in any mode."""
+    (e4m3) in a scale for every layer of every token. Colocated ranks round them alike: a run may go on in any mode."""
     send_buffers: int = 2
     """Buffers on a target rank, each one packed forward: 2 let the next forward run while the last one is sent."""
     cache: str | None = None

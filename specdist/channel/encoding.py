@@ -161,8 +161,7 @@ class Encoding(Plain):
             some.copy_(values.view(_FP8).float() * scales.contiguous().view(torch.float32))
 
     def _in_parts(self, states: Tensor, encoded: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """A few rows at a time: states [m, parts, H], and the bytes of their values [m, parts, H] and scales [m, parts,
-        4]."""
+        """A few rows at a time: states [m, parts, H], bytes of their values [m, parts, H] and scales [m, parts, 4]."""
         hidden = self.layout.hidden_size
         parts = states.shape[1] // hidden
         for some, bytes_ in zip(states.split(_CHUNK), encoded.split(_CHUNK), strict=True):
@@ -178,8 +177,7 @@ def _in_fp8(states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_as_sent(layout: FeatureLayout, dtype: ChannelDtype, rows: Tensor) -> None:
-    """Round rows [T, layout.width], which do not travel, to what they would be if they had: in place, and queued on the
-    current stream."""
+    """Round rows [T, layout.width] that do not travel as if they did: in place, queued on the current stream."""
     if dtype == "fp8":
         for some in rows[:, : layout.states_width].unflatten(1, (-1, layout.hidden_size)).split(_CHUNK):
             values, scale = _in_fp8(some)

@@ -37,8 +37,7 @@ class Ring:
 
 
 def ring_slots(memory: int, rows: int, bytes_per_row: int, needed: int) -> int:
-    """How many slots of `rows` rows fit into `memory` bytes. Raises ConfigError: fewer than `needed`, with the
-    arithmetic."""
+    """How many slots of `rows` rows fit into `memory` bytes. Raises ConfigError: they are fewer than `needed`."""
     slot = rows * bytes_per_row
     slots = memory // slot
     if slots < needed:

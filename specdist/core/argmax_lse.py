@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The argmax and the log-sum-exp of the target's logits: all that a draft with a smaller vocabulary needs of its whole
-head."""
+"""The argmax and the log-sum-exp of the target's logits: all that a draft with a smaller vocabulary needs of it."""
 
 from collections.abc import Callable
 

@@ -192,8 +192,7 @@ class AttemptRecord:
         write_atomically(self.directory / "outcome.json", to_json(ending))
 
     def fail(self, failure: Failure) -> bool:
-        """Record the failure unless one is recorded; whether this was the first. Raises OSError: the directory cannot
-        be written."""
+        """Record the failure unless one is recorded; whether this was the first. Raises OSError."""
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
             with self._written(failure) as own:

@@ -216,8 +216,7 @@ def _not_yaml(path: Path, error: Exception) -> ConfigError:
 
 
 class _Walk:
-    """The keys of a YAML file with their places. A key that a mapping has twice, at any depth, is refused: the first
-    value would be lost silently."""
+    """The keys of a YAML file with their places. One that a mapping has twice, at any depth, is refused."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -292,8 +291,7 @@ def _check_key(schema: type, key: str, where: str) -> Any:
 
 
 def _suggest(schema: type, prefix: str, part: str, names: list[str]) -> str:
-    """The right key: by another name that the schema knows it by (`schema.also_called()`), by spelling, by the name
-    alone, or by its help."""
+    """The right key: by another name (`schema.also_called()`), spelling, the name alone, or its help."""
     called: Mapping[str, str] = getattr(schema, "also_called", dict)()
     keys = {**called, **{name: f"{prefix}{name}" for name in names}}
     near = difflib.get_close_matches(part, keys, n=1) or [name for name in names if part in name]

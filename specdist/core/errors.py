@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors a user can cause or meet. Each message says what is wrong, where, and what would be right. And what else
-is said on the terminal."""
+"""The errors a user can cause or meet: each says what is wrong, where, and what would be right. And `say`."""
 
 import math
 import sys

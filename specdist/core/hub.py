@@ -92,8 +92,7 @@ def resolve(
 
 
 def served_name(path: str) -> str:
-    """The target as a server would be given it: the directory's absolute path, or the repository's id without the
-    revision."""
+    """The target as a server is given it: the directory's absolute path, or the repository's id alone."""
     directory = Path(path).expanduser()
     return str(directory.absolute()) if directory.is_dir() else path.partition("@")[0]
 

@@ -157,8 +157,7 @@ def model_settings(directory: str | Path) -> dict[str, Any]:
 
 
 def end_tokens(directory: str | Path, tokenizer_eos: int | None) -> frozenset[int]:
-    """The tokens that end an answer: the tokenizer's, and those of generation_config.json or, where that names none, of
-    config.json."""
+    """The tokens that end an answer: the tokenizer's, and those of generation_config.json, else of config.json."""
     found = model_settings(directory).get("eos_token_id")
     if found is None:
         config = _json(Path(directory) / "config.json")

@@ -30,8 +30,7 @@ class CheckpointConfig:
     """Optimizer steps between two checkpoints (always one before an evaluation, at the end and on SIGTERM/SIGINT); 0:
     not by steps."""
     every_s: float = 300.0
-    """Seconds after which a checkpoint is saved in any case: no more work than that, and the time to write it, can be
-    lost; 0: not by time."""
+    """Seconds after which a checkpoint is saved in any case: no more work can be lost; 0: not by time."""
     give_up_s: float = 1800.0
     """Seconds that saving may fail (a full disk, a file server that is away) before the run ends. Until then it goes
     on, and tries again every minute."""

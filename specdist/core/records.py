@@ -53,8 +53,7 @@ class WorkItem:
         return sum(shard.tokens for shard in self.shards)
 
     def draw(self, shard: int) -> int:
-        """What is drawn at random for a shard follows from this: its place in the stream and in the step, which no
-        split changes."""
+        """What is drawn for a shard follows from this: its place in stream and step, which no split changes."""
         return (((self.start.epoch << 32) + self.start.position) << 16) + self.first + shard
 
     def rows(self, shard: int) -> slice:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals set a flag, which the training loop reads at a step boundary, where all ranks can agree to stop; and how a
-rank's process ends."""
+"""Signals set a flag, which the training loop reads between steps, where all ranks can agree; how a process ends."""
 
 import ctypes
 import os
@@ -45,9 +44,8 @@ def end_with_launcher() -> None:
 
 
 class StopFlag:
-    """True once the process was asked to stop. A second SIGINT ends it at once, as an impatient user expects.
-    `deadline`: when the batch system ends the job, in seconds since the epoch; `margin_s` seconds before it the flag
-    becomes true by itself."""
+    """True once the process was asked to stop. A second SIGINT ends it at once. `deadline`: when the batch system ends
+    the job, in seconds since the epoch; `margin_s` seconds before it the flag becomes true by itself."""
 
     def __init__(self, deadline: float | None = None, margin_s: float = 0.0) -> None:
         self.reason: StopReason | None = None

@@ -45,8 +45,7 @@ class Team:
         return int(self._store.add("claimed", 1)) - 1
 
     def tell(self, progress: str) -> bool:
-        """Say how far this rank is, if it is time to; whether it was. Raises DataError, WorldError: another rank has
-        failed."""
+        """Say how far this rank is, if it is time to; whether it was. Raises DataError, WorldError: see `wait`."""
         if time.monotonic() - self._told_at < TELL_S:
             return False
         self._told_at = time.monotonic()
@@ -64,8 +63,7 @@ class Team:
         self._store.set(f"put/{key}", json.dumps(value))
 
     def wait(self, key: str, rank: int, meanwhile: Callable[[], object] = lambda: None) -> Any:
-        """What `rank` puts under `key`. Raises DataError, WorldError: another rank has failed, or `rank` comes no
-        further."""
+        """What `rank` puts under `key`. Raises DataError, WorldError: a rank has failed, or `rank` stands still."""
         said, since = None, time.monotonic()
         while True:
             try:

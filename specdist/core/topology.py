@@ -29,8 +29,8 @@ class WorldConfig:
     world leads the run, and any number of target worlds join it. Needs channel.transport=mooncake."""
     scheduler: str = ""
     """Two worlds without a run directory that both see: HOST:PORT of rank 0 of the draft world, where it opens the
-    control plane and target worlds look for it; SPECDIST_TOKEN is then their common secret. Empty: the address
-    is in the run directory."""
+    control plane and target worlds look for it; SPECDIST_TOKEN is then their common secret. Empty: the address is in
+    the run directory."""
     order: Literal["target_first", "draft_first"] = "target_first"
     """Which role takes the lowest ranks."""
     target_hosts: tuple[str, ...] = ()
@@ -271,8 +271,7 @@ def _split(ask: _Request) -> Topology:
 
 
 def _target_candidates(ask: _Request) -> tuple[list[int], str]:
-    """The ranks that target replicas may be placed on (the launcher's word, world.target_hosts, or all), and whose
-    they are, in words."""
+    """The ranks that target replicas may have (the launcher's, world.target_hosts, or all), and whose they are."""
     patterns = ask.world.target_hosts
     for pattern in patterns:
         if not any(fnmatchcase(host, pattern) for host in ask.hosts):

@@ -278,8 +278,7 @@ class Algorithm(ABC, Generic[C]):
 
     @classmethod
     def faults(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-        """What engines would read otherwise than it was trained in a directory of such a draft: `KEY: why`, of
-        config.json."""
+        """What engines would read otherwise than it was trained, in a draft's config.json: `KEY: why`."""
         return []
 
     @classmethod
@@ -307,8 +306,7 @@ def check_attention(key: str, backend: str, device: str) -> None:
 
 
 def check_last_layer(key: str, layers: Sequence[int], target_layers: int) -> None:
-    """Raises ConfigError where SGLang cannot hand out the captured `layers`, 0-based; `key` is where they were read
-    from."""
+    """Raises ConfigError where SGLang cannot hand out the captured `layers`, 0-based, which `key` asks for."""
     if max(layers) == target_layers - 1:
         raise ConfigError.at(
             key,

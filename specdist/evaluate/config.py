@@ -14,8 +14,7 @@ class EvaluateConfig:
     """Optimizer steps between two evaluations on held-out text (`prompts.holdout`); one is made before training and one
     at the end. null: as many as cost at most a hundredth of the training, by an estimate."""
     prompts: tuple[str, ...] = ()
-    """Files of prompts that `specdist eval --decode` and `serve-check` decode; empty: held-out conversations,
-    last answer dropped."""
+    """Files of prompts that `eval --decode` and `serve-check` decode; empty: held-out conversations."""
     limit: int | None = 256
     """At most this many held-out sequences, evenly spread, or prompts of each file (null: all)."""
     temperature: float = 0.0

@@ -21,8 +21,7 @@ from specdist.evaluate.report import position_lines, ratio
 from specdist.evaluate.shown import ShownAnswer
 
 OWN_TEXT = 0.99
-"""The least share of tokens that are the target's argmax in text that counts as its own greedy one: rounding alone
-makes a few of them others."""
+"""The least share of tokens that are the target's argmax in text of its own: rounding makes a few others."""
 
 
 @dataclass(frozen=True)
@@ -233,8 +232,7 @@ class ReplayReport:
 
 
 def render_replay(report: ReplayReport, before: ReplayReport | None = None) -> str:
-    """The report as lines of plain text, with a bar for every draft position and a line for every category; `before` is
-    the same before training."""
+    """The report as plain text, with a bar a draft position and a line a category; `before`: before training."""
     total, old = report.total, before.total if before and before.step != report.step else None
     lines = [f"acceptance length {_length(total, old)}, by replay of held-out text"]
     lines.append(

@@ -36,9 +36,8 @@ LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class BatchCache(Cache):
-    """Keys and values of some sequences. They are kept whole, windows of layers too, so that any can be taken back.
-    `lengths`: of every sequence, the tokens in the cache. `columns`: int64 [n, Q], where the tokens of the forward that
-    runs lie."""
+    """Keys and values of some sequences. They are kept whole, windows of layers too. `lengths`: of every sequence, the
+    tokens in the cache. `columns`: int64 [n, Q], where the tokens of the forward that runs lie."""
 
     layers: list[Any]
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model directory on disk: config.json, model.safetensors and README.md, written so that it is there whole or not at
-all."""
+"""A model directory on disk: config.json, model.safetensors and README.md, written whole or not at all."""
 
 import json
 import math

@@ -91,8 +91,7 @@ def serve_commands(
 
 
 def commands_by_engine(directories: Iterable[Path], **given: Any) -> dict[str, ServeCommand]:
-    """By engine, how it serves the first of some exports of a draft that it loads. `given`: see `serve_commands`, also
-    for what is raised."""
+    """By engine, how it serves the first of some exports that it loads. `given`, errors: see `serve_commands`."""
     found: dict[str, ServeCommand] = {}
     for directory in directories:
         for command in serve_commands(directory, **given):

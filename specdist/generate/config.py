@@ -26,8 +26,7 @@ class GenerateConfig:
     seed: int = 0
     """Of sampled answers."""
     endpoint: str | None = None
-    """The OpenAI-compatible server that writes them, as http://host:30000, instead of this job's own GPUs. It serves
-    the target (SGLang, vLLM)."""
+    """The OpenAI-compatible server of the target that writes them, as http://host:30000, instead of this job's GPUs."""
     model: str | None = None
     """What the endpoint calls the target. Null: by its path or the last part of it."""
     api_key_env: str = "OPENAI_API_KEY"

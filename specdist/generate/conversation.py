@@ -40,8 +40,7 @@ class Written:
 
 @dataclass(frozen=True)
 class _Step:
-    """A turn as the file has it and as templates know it; `asked`: the target writes it. An answer that the file lacks
-    has neither."""
+    """A turn as the file has it and as templates know it (None: it lacks it); `asked`: the target writes it."""
 
     turn: Mapping[str, Any] | None
     message: Message | None

@@ -24,8 +24,7 @@ def vllm_engine(
     config: TargetConfig, concurrency: int, ends: Collection[int], seed: int, more: Mapping[str, Any] | None = None
 ) -> EngineProcess:
     """One replica of the target on the first `target.tp` GPUs of this host. Raises UserError: vLLM is not installed
-    here. `ends`: the tokens that end an answer. `more`: arguments in the place of the target's, or beside them: those
-    of a draft."""
+    here. `ends`: the tokens that end an answer. `more`: further arguments, which go before these: those of a draft."""
     if installed() is None:
         raise UserError("vLLM is not installed here: pip install vllm")
     arguments = {

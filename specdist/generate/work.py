@@ -48,8 +48,7 @@ class Record:
 def records(
     prompts: PromptsConfig, config: GenerateConfig, sources: Sequence[Source], claim: Callable[[], int]
 ) -> Iterator[Record]:
-    """The records of the shares that `claim` gives, in their order, until there are no more. `claim` gives ascending
-    numbers, each to one replica."""
+    """The records of the shares that `claim` gives, until there are no more: ascending numbers, each to one replica."""
     share, first = claim(), 0
     for source, piece in _pieces(sources):
         end = first + _rows(piece)

@@ -222,8 +222,7 @@ def render(plan: Plan) -> str:
 
 def _buffer_line(plan: Plan) -> str:
     """Where the receive buffer keeps the target's replicas waiting for each other: what it would take. As many slots as
-    half the replicas, those of all pods together, keep 98 % of their rate, where none is slow (`specdist bench
-    scheduler`)."""
+    half the replicas, of all pods together, keep 98 % of their rate (`specdist bench scheduler`)."""
     job, replicas = plan.job, len(plan.topology.replicas)
     slots = jobs.slots(job, plan.facts.layout)
     wanted = job.train.accumulation + -(-replicas // (2 * plan.topology.pods))

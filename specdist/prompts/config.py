@@ -16,8 +16,8 @@ class PromptsConfig:
     files: tuple[str, ...] = ()
     """JSONL, JSON, Parquet or Arrow files, and directories of them (Hugging Face `save_to_disk` too; of splits
     `train`). Globs allowed; docs/data.md has the formats. Or one directory of tokenised sequences, a prompt store: it
-    is taken as it is. Data sets of the Hugging Face Hub are hub:ORG/NAME[/CONFIG][:SPLIT][@REVISION]; they need
-    `pip install -e '.[hub]'`."""
+    is taken as it is. Data sets of the Hugging Face Hub are hub:ORG/NAME[/CONFIG][:SPLIT][@REVISION]; they need `pip
+    install -e '.[hub]'`."""
     holdout: float | tuple[str, ...] | None = None
     """What is never trained on, for evaluation while training: a share of the conversations of prompts.files (0.02), or
     files of further ones ([heldout.jsonl]), and then prompts.files lose those that begin with the same user message."""

@@ -82,8 +82,7 @@ ANSWERED = "prompts.answers=target has the target write answers"
 
 
 def to_sample(record: object, file: str, line: int) -> Sample:
-    """Read one record, already decoded. Raises UnusableError: with the reason, where the record is no conversation that
-    could be learnt from."""
+    """Read one record, already decoded. Raises UnusableError: it is no conversation that teaches."""
     if not isinstance(record, Mapping):
         raise UnusableError("unknown format", f"a record is an object with a key, not {_kind(record)}")
     category = str(record["category"]).strip() if isinstance(record.get("category"), str | int) else ""

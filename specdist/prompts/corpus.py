@@ -222,8 +222,7 @@ class Corpus:
 
 def make_corpus(stores: Sequence[PromptStore], share: float | None = None) -> Corpus:
     """The two sides of a run. `stores` are of `prompts.files` and, where files are held out, of those; else `share` of
-    the conversations is held out of the first, or nothing. Raises DataError: nothing is left to train on, or the share
-    holds nothing out."""
+    the conversations is held out of the first, or nothing. Raises DataError: a side would be empty."""
     store, *others = stores
     if share is None and not others:
         return Corpus(Side.whole(store))

@@ -170,8 +170,7 @@ def _forms(value: Any) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Shown:
-    """What a text shows of some parts: `spans`, begin and end of thought and content, and the parts that it does not
-    show."""
+    """What a text shows of some parts: `spans`, begin and end of thought and content; and those it does not show."""
 
     spans: tuple[tuple[Kind, int, int], ...]
     missing: tuple[Part, ...]

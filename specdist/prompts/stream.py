@@ -196,8 +196,7 @@ class Stream:
         return 1000 * lengths + supervised * (once + per_token * lengths // 1024)
 
     def _longest_fit(self, lengths: np.ndarray, costs: np.ndarray) -> list[int]:
-        """The micro-batch of each sequence of the longest prefix that is found to fit; above 128 sequences it is
-        shortened by a 128th at a time."""
+        """The micro-batch of each sequence of the longest prefix found to fit; it is shortened by a 128th at a time."""
         bins = self.batching.micro_batches
         if bins == 1:
             return [0] * len(lengths)

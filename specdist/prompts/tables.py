@@ -41,8 +41,7 @@ def decoded_rows(stream: bytes) -> Iterator[dict[str, object] | ValueError]:
 
 
 def _plain(value: Any, field: pa.Field) -> Any:
-    """A value without the nulls that pad the structs of a table to the keys of all its rows, and with columns of JSON
-    decoded, at any depth."""
+    """A value without the nulls that pad structs to the keys of all rows, and with columns of JSON decoded."""
     kind, metadata = field.type, field.metadata or {}
     name = getattr(kind, "extension_name", None) or metadata.get(b"ARROW:extension:name", b"").decode()
     if value is None:

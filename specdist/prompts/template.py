@@ -297,8 +297,7 @@ class Template:
             raise _refused(error) from error
 
     def _takes_parts_alone(self) -> bool:
-        """Whether the template shows a content that is a list of parts, and none that is a text (Idefics, SmolVLM):
-        servers then send parts."""
+        """Whether the template shows lists of parts and no text (Idefics, SmolVLM): servers then send parts."""
 
         def shows(content: object) -> bool:
             try:

@@ -68,8 +68,7 @@ class Sides:
 
 
 _FALLEN = 0.95
-"""Of the loss at the first record of a run, and of that of a guess among all tokens: with less at the last one it has
-learnt something."""
+"""Of the loss at the first record, and of a guess's: with less at the last record a draft has learnt something."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +157,7 @@ def export_all(
 
 
 def _asking_fastest(job: JobConfig, run_dir: RunDirectory, step: int) -> ExportConfig:
-    """The `export` section with the drafts a forward, where it leaves them open, that the evaluation after `step` steps
-    forecasts to be fastest."""
+    """The `export` section; where it leaves the drafts a forward open, with those forecast to be fastest."""
     found = read_evaluation(run_dir, step)
     if job.export.speculative_tokens is not None or found is None:
         return job.export

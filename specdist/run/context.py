@@ -50,8 +50,7 @@ class Start:
     """Set once rank 0 tells of the world's failure, which it keeps on record."""
 
     def report(self, error: BaseException, facts: RankFacts) -> None:
-        """Record what this rank has met, and show it, unless it is a consequence of what rank 0 tells or what is on
-        record."""
+        """Record what this rank has met, and show it, unless rank 0 tells of its cause or it is on record."""
         if not self.told.is_set():
             self.record.tell(Failure.of(error, facts.rank, facts.host), self.log.terminal)
 

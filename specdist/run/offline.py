@@ -48,8 +48,7 @@ def export_checkpoint(
 def evaluation_words(
     files: Sequence[str], overrides: Sequence[str], draft: str | None, checkpoint: str | None = None
 ) -> list[str]:
-    """The words of a run, in RUN_DIR/evaluation, that does nothing but evaluate an exported draft; by default of
-    `checkpoint`, as export takes it."""
+    """The words of a run in RUN_DIR/evaluation that only evaluates an exported draft, by default `checkpoint`'s."""
     _check_one(draft, checkpoint)
     job = load_job(files, overrides)
     if not job.prompts.holdout:

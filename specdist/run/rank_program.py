@@ -28,8 +28,7 @@ def rank_status(
 
 
 def leave_with(main: Callable[[], int]) -> NoReturn:
-    """End this process with the status of `main`. A defect is shown whole; the finalisers of process groups would wait
-    for ranks that are gone."""
+    """End this process with the status of `main`, without finalisers (`leave`). A defect is shown whole."""
 
     def defect(*error: Any) -> None:
         sys.stderr = sys.__stderr__  # torch.distributed's hook would show what is written once this one returns

@@ -154,8 +154,7 @@ def _stop_flag(job: JobConfig, start: Start) -> StopFlag:
 
 def _begin(context: WorldContext, stack: contextlib.ExitStack) -> ResumePlan:
     """On rank 0: claim the run directory until `stack` is left, where no agent of ours holds it already, check it, find
-    where the run starts, and record the attempt. Raises ConfigError: the directory is another run's, in use, or cannot
-    be written."""
+    where the run starts, and record the attempt. Raises ConfigError: it is another run's, in use, or read-only."""
     job, run_dir, record = context.job, context.run_dir, context.record
     run_dir.create()
     claimed = record.started() is not None

@@ -121,8 +121,7 @@ def _replay_words(command: ServeCommand, folder: Path, tp: int) -> list[str]:
 def write_answers(
     directory: Path, prompts: Sequence[EvaluationPrompt], answers: Sequence[Sequence[int]], same: Sequence[bool]
 ) -> None:
-    """A prompt store of every prompt with its answer, held out, and of the first once more to train on: no run is
-    without such text."""
+    """A prompt store of every prompt with its answer, held out, and of the first once more to train on."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     sequences = [*zip(prompts, answers, strict=True), (prompts[0], answers[0])]

@@ -13,8 +13,7 @@ from specdist.generate.engine import Drafted
 from specdist.run.serving import Decoded
 
 ALL, SAME, OTHER = "all texts", "same text", "other text"
-"""Which answers a figure is of. SAME and OTHER are the categories of the replayed ones: whether the engine wrote them
-with the draft, too."""
+"""Which answers a figure is of. SAME and OTHER are categories: whether the draft changes them."""
 
 
 @dataclass(frozen=True)

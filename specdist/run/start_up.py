@@ -36,8 +36,7 @@ class RankStart:
     ended: float
     """When its role's work began."""
     cpu_s: float = 0.0
-    """Processor time that the rank had taken until then: other work on the host does not change it as it does the
-    clock's."""
+    """Processor time that the rank had taken until then, which other work on the host does not change."""
     stepped: float | None = None
     """When its first optimizer step was done, with which the last part ends; None before it, and of a target rank."""
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rank 0 reports of a run: status.json every few seconds, a line on the terminal when nothing happens for long,
-and the first failure."""
+"""What rank 0 reports of a run: status.json every few seconds, long silences on the terminal, the first failure."""
 
 import contextlib
 import logging

@@ -208,8 +208,7 @@ def collect(record: AttemptRecord) -> str | None:
 
 
 def collect_newest(run_dir: Path, attempt: str | None = None) -> str:
-    """The same for the newest start that has a part, or the one called `attempt`. Raises InputError: there is none, or
-    no such start."""
+    """The same for the newest start that has a part, or the one called `attempt`. Raises InputError: there is none."""
     begun = attempts(run_dir)
     if attempt is not None and attempt not in (record.name for record in begun):
         names = ", ".join(record.name for record in begun) or "none"

@@ -191,8 +191,7 @@ class ControlClient:
         return answer
 
     def ask_clock(self, timeout_s: float) -> ClockReading:
-        """What rank 0's clock says. One thread asks at a time. Raises WorldError: no answer within `timeout_s` seconds,
-        or the world has failed."""
+        """What rank 0's clock says. One thread asks at a time. Raises WorldError: no answer in `timeout_s` seconds."""
         asked, deadline = time.time_ns(), time.monotonic() + timeout_s
         self.send(ClockProbe(asked))
         while True:

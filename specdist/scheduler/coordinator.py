@@ -234,8 +234,7 @@ class Coordinator:
                 raise ProtocolError(f"{message} is not for the scheduler, or not from this rank")
 
     def _apply_late(self, rank: int, message: Message) -> None:
-        """After a failure only arrivals and departures matter: a rank that joins late gets the failure, and a rank that
-        leaves is not waited for."""
+        """After a failure: a rank that joins late gets it, and a rank that leaves is not waited for."""
         assert self.aborted is not None
         match message:
             case Goodbye():

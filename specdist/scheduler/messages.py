@@ -34,8 +34,7 @@ class _Message(msgspec.Struct, tag=True, frozen=True, array_like=True, forbid_un
 
 
 class RemotePlace(msgspec.Struct, frozen=True):
-    """Who a rank of a target world is: tensor-parallel index `tp` of the `size` ranks of `replica` in `world`, a name
-    that no two worlds share."""
+    """A rank of a target world: index `tp` of the `size` ranks of `replica` in `world`, a name that is one world's."""
 
     replica: int
     tp: int
@@ -53,8 +52,7 @@ class Hello(_Message, frozen=True, forbid_unknown_fields=False):
 
 
 class Welcome(_Message, frozen=True):
-    """scheduler -> rank of a target world: the scheduler calls it rank `rank`; `terms` is what it must know of the run
-    (JSON)."""
+    """scheduler -> rank of a target world: it is rank `rank` there; `terms`: what it must know of the run (JSON)."""
 
     rank: int
     terms: str
@@ -307,8 +305,7 @@ def decode(payload: bytes) -> Message:
 
 
 def shorten(text: str) -> str:
-    """`text` in at most `MAX_TEXT_BYTES` of UTF-8. A long one keeps both ends: the first line says what failed, the
-    last ones where."""
+    """`text` in at most `MAX_TEXT_BYTES` of UTF-8. A long one keeps both ends, which say what failed and where."""
     data = text.encode(errors="replace")
     if len(data) > MAX_TEXT_BYTES:
         half = (MAX_TEXT_BYTES - len(_ELISION)) // 2

@@ -49,8 +49,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Phase:
-    """What some ranks of a role are doing, with the numbers of `rank`, which does so for longest, on `host`, since
-    `seconds`."""
+    """What some ranks of a role are doing; `rank` on `host` does so for longest, since `seconds`."""
 
     role: str
     what: str

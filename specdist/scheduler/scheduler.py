@@ -207,8 +207,7 @@ class Scheduler:
         return tuple(self._lines)
 
     def add_replica(self, replica: int, pods: Collection[int] | None = None) -> None:
-        """Give work to one more replica, whose number no other has had. `pods`: those that it computes for (None: all);
-        each is some replica's."""
+        """Give work to one more replica, whose number no other has had. `pods`: that it computes for (None: all)."""
         self._lines[replica] = Line(pods=None if pods is None or len(pods) == len(self._pods) else pods)
         self._changed = True
 

@@ -44,8 +44,7 @@ class Slots:
         return range(self.low, stop if end is None else min(stop, end), self._every)
 
     def place(self, item: int, end: int | None) -> bool:
-        """Give `item` a slot, unless those that are free are for others, which are needed; returns whether it has
-        one."""
+        """Give `item` a slot, unless those that are free are for others that are needed; whether it has one."""
         needed = self.needed(end)
         spare = self.free - sum(other not in self for other in needed)
         if item in self:  # since before its replica was lost

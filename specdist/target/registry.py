@@ -55,8 +55,7 @@ def engine_groups(config: TargetConfig, replicas: Sequence[Sequence[int]], devic
 
 
 def check_target(config: TargetConfig, weights: bool = True) -> TargetDescription:
-    """Describe the target (see `describe`) and check everything about it that needs no GPU. Raises ConfigError or
-    DataError."""
+    """Describe the target (see `describe`) and check all of it that needs no GPU. Raises ConfigError, DataError."""
     from specdist.target.description import compute_dtype, describe
 
     target = describe(config.path, config.trust_remote_code, weights)

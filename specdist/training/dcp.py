@@ -79,8 +79,7 @@ _BUFFER = 2**20
 
 
 class CheckpointWriter(FileSystemWriter):
-    """One file a rank, and DCP's metadata. `sums`: by name, of the files of this rank; on the coordinator, once all is
-    written, of all ranks."""
+    """One file a rank, and DCP's metadata. `sums`: of this rank's files; on the coordinator in the end of all."""
 
     def __init__(self, path: Path):
         super().__init__(path)

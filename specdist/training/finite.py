@@ -34,8 +34,7 @@ class TrainingDiverged(RuntimeError):
 
 @torch.no_grad()
 def clean(features: Features, cu_seqlens: Tensor) -> Tensor:
-    """bool [D], of every document (`PackedTokens.cu_seqlens`) whether its features are not finite. What is not becomes
-    zero, in place."""
+    """bool [D], of every document whether its features are not finite. What is not becomes zero, in place."""
     states = features.rows[:, : features.layout.states_width]
     bad = ~torch.linalg.vector_norm(states, ord=torch.inf, dim=1).isfinite()
     before = torch.cat([bad.new_zeros(1, dtype=torch.int64), bad.cumsum(0)])[cu_seqlens.long()]

@@ -207,8 +207,7 @@ WAITS = ("draft_wait", "target_wait")
 
 
 class ProgressTracker(Tracker):
-    """The progress bar; in a log the first and the last record are among its lines. `leave_out`: metrics that the line
-    does not show."""
+    """The progress bar; in a log the first and the last record are among its lines. `leave_out`: of the metrics."""
 
     def __init__(self, total: int, start: int, leave_out: Collection[str] = ()):
         self._total, self._leave_out = total, leave_out

@@ -116,8 +116,7 @@ class TransferEngine:
 
 @functools.cache
 def process_engine(address: str, config: MooncakeConfig) -> TransferEngine:
-    """The engine of this process. There is one until it ends: a write that has failed may still use its memory, and
-    starting one takes a second."""
+    """The engine of this process. It lasts as long: a write that has failed may still use its memory."""
     return TransferEngine(address, config)
 
 
@@ -170,8 +169,7 @@ def device_of(engine: TransferEngine, config: MooncakeConfig, device: torch.devi
 
 
 def orders_remote_writes(device: torch.device) -> bool:
-    """Whether the GPU can be written to by a network card, and a kernel that is launched once a write is known to have
-    ended sees it."""
+    """Whether a network card can write to the GPU, and a kernel that is launched after a write sees it."""
     driver = ctypes.CDLL("libcuda.so.1")
     index = torch.cuda.current_device() if device.index is None else device.index
     return bool(_attribute(driver, _RDMA_SUPPORTED, index)) and (

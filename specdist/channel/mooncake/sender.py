@@ -34,8 +34,7 @@ class _Sending:
 
 
 class MooncakeSender(RingSender[_Sending]):
-    """Writes this target rank's share of each shard. An item is sent once its slot is free, so a write need not
-    wait."""
+    """Writes this target rank's share of each shard. An item has a free slot, so a write need not wait."""
 
     def __init__(self, wire: Wire, item_rows: int, announce: Announce, engine: TransferEngine):
         buffers = wire.config.send_buffers

@@ -37,8 +37,7 @@ def blockwise_attention(
 
 
 def in_blocks(rows: int) -> int:
-    """The rows of the fewest whole blocks that hold `rows`; two blocks at least, for the compiler makes a graph of its
-    own for a size of one."""
+    """The rows of the fewest whole blocks that hold `rows`; two at least, for one has a graph of its own."""
     return max(-(-rows // BLOCK), 2) * BLOCK
 
 

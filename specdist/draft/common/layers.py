@@ -15,8 +15,7 @@ from specdist.draft.common.sizes import LayerSizes
 
 @dataclass(frozen=True)
 class Rotary:
-    """The frequencies of a RoPE. `inv_freq`: fp32 [head_dim / 2], radians per position. `scaling`: factor on cos and
-    sin (yarn; 1.0 otherwise)."""
+    """The frequencies of a RoPE. `inv_freq`: fp32 [head_dim / 2], radians a position. `scaling`: of cos and sin."""
 
     inv_freq: Tensor
     scaling: float

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes of a draft's decoder layers, derived from its target. What is exported is what was trained: both read them
-here."""
+"""The sizes of a draft's decoder layers, derived from its target. Training and export both read them here."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ class LayerOptions:
     """What a draft's section of the configuration says about its decoder layers."""
 
     intermediate_size: int | None = None
-    """Width of the draft's MLPs; default the target's, or three hidden sizes where that is an expert's or not
-    stated."""
+    """Width of the draft's MLPs; default the target's, or three hidden sizes where that is an expert's or unknown."""
     num_attention_heads: int | None = None
     """Query heads of the draft; default the target's, or one for every 128 of the hidden size."""
     num_key_value_heads: int | None = None
@@ -50,8 +48,7 @@ class LayerOptions:
     rms_norm_eps: float | None = None
     """Epsilon of the draft's norms; default the target's."""
     attention: Literal["auto", "eager", "flex"] = "auto"
-    """Training attention: flex (FlexAttention) needs CUDA, eager is the reference; auto takes eager where
-    flex cannot work."""
+    """Training attention: flex (FlexAttention) needs CUDA, eager is the reference; auto takes what works."""
 
     def check_sizes(self, section: str) -> None:
         """Raises ConfigError: a size is less than 1. `section` is where they were read from."""

@@ -21,8 +21,7 @@ class DFlashConfig(BlockOptions):
     """What the drafts are compared with: null, the text's tokens; else the target's distribution at each slot, by the
     loss of that name (docs/losses.md), for which the last hidden state crosses the wire too."""
     loss: Literal["decay", "dpace"] = "decay"
-    """decay: slot k of a block weighs exp(-(k - 1) / gamma); dpace: by the draft's own chance of being accepted that
-    far (D-PACE)."""
+    """decay: slot k of a block weighs exp(-(k - 1) / gamma); dpace: by its chance of being accepted (D-PACE)."""
     decay_gamma: float | None = None
     """gamma of the decay; default 0.375 x block_size + 1, rounded: 7, 5 and 4 for blocks of 16, 10 and 8."""
     dpace_alpha: float = 0.5

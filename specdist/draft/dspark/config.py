@@ -27,17 +27,14 @@ class DSparkConfig(BlockOptions):
     """What of the token before is added to a slot's logits: its vector alone, times a gate that sees the slot's state,
     or what a gated recurrence over the block makes of both. Only SGLang serves the latter two."""
     confidence: Literal["markov", "states", "none"] = "markov"
-    """What the confidence head sees: a slot's state and the vector of the token before, the state alone; or there is
-    none."""
+    """What the confidence head sees: a slot's state and the vector of the token before, or the state; none: no head."""
     decay_gamma: float = 4.0
     """Slot k = 0, 1, ... of a block weighs exp(-k / decay_gamma)."""
     ce_weight: float | None = None
-    """Share of the loss: the cross entropy with the text's token. Null follows draft.serving: 0.5 for greedy, the
-    paper's 0.1 for sampled."""
+    """Share of the loss: the cross entropy with the text's token. Null: 0.5, or for draft.serving=sampled 0.1."""
     l1_weight: float | None = None
     """Share of the loss: the sum over the vocabulary of what the draft's chances and the target's differ by, which is
-    twice the chance that a sampled draft is rejected. Null follows draft.serving: 0.5 for greedy, the paper's 0.9 for
-    sampled."""
+    twice the chance that a sampled draft is rejected. Null: 0.5, or for draft.serving=sampled 0.9."""
     confidence_weight: float = 1.0
     """Share of the loss: how well the confidence head foresees the chance that a slot's draft is accepted."""
 

@@ -66,8 +66,7 @@ def marked(directory: Path) -> Iterator[str]:
 
 
 def examine_storage(directory: Path, mark: str) -> Storage:
-    """Look for the file `mark` of rank 0 where `directory` is, or would be created, and write another one, of which a
-    kill leaves nothing."""
+    """Look for rank 0's file `mark` where `directory` is, or would be, and write one that no kill leaves behind."""
     there = _existing(directory)
     shared = _appears(there / mark) if mark else None
     error, free = "", None

@@ -85,8 +85,7 @@ class NvmlFacts(msgspec.Struct, frozen=True):
 
 
 def read_gpus(buses: Sequence[str] | None, nvml: Any = pynvml) -> NvmlFacts:
-    """The facts of the GPUs at these PCI addresses; None for all GPUs of the host. `nvml`: the pynvml module, or what
-    stands for it in a test."""
+    """The facts of the GPUs at these PCI addresses; None for all GPUs of the host. `nvml`: the pynvml module."""
     try:
         with _session(nvml):
             if buses is None:

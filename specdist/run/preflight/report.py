@@ -27,8 +27,7 @@ _GIB = 2**30
 
 
 class Report(msgspec.Struct, frozen=True):
-    """All that one examination found. `topology` and `links` are None where no world was started, `links` before they
-    were measured, too."""
+    """All that one examination found. `topology` and `links` are None where they are not known (yet)."""
 
     ranks: tuple[RankReport, ...]
     findings: tuple[Finding, ...]

@@ -146,8 +146,7 @@ def differences(runs: Sequence[RunRecords]) -> list[Row]:
 
 @dataclass(frozen=True)
 class Answer:
-    """One held-out answer, and what the draft of each run made of it: the run's number, and pairs of a token's text and
-    its draft position."""
+    """One held-out answer, and of each run its number, a summary, and pairs of a token's text and draft position."""
 
     source: str
     prompt: str

@@ -31,8 +31,7 @@ class Rendezvous:
         return self._scheduler or str(self._file)
 
     def place(self) -> tuple[str, int]:
-        """For the draft world: the interface and port to bind to (0: a free one). Raises ConfigError: world.scheduler
-        names no host."""
+        """For the draft world: the interface and port to bind to (0: a free one). Raises ConfigError: no such host."""
         if not self._scheduler:
             return reachable_address(), 0
         host, _, port = self._scheduler.rpartition(":")

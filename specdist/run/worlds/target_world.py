@@ -61,8 +61,7 @@ class TargetWorld:
             say(f"target world ended after {self._items} batches on replica 0{why}")
 
     def _attend(self, session: Session) -> Stop:
-        """Work until the draft world lets this rank go. Raises Lost: the draft world is gone. WorldError: something is
-        wrong with this replica."""
+        """Work until the draft world lets this rank go. Raises Lost: it is gone. WorldError: this replica fails."""
         client = session.client
         try:
             with self._guard(client), client:

@@ -27,8 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class SglangTarget(TargetModel):
-    """A target that SGLang runs. Its parallel groups were made with the world's (`engine_groups`). `runner`: SGLang's
-    model runner."""
+    """A target that SGLang runs. Its groups were made with the world's (`engine_groups`). `runner`: SGLang's."""
 
     def __init__(
         self,
