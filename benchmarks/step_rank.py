@@ -165,6 +165,7 @@ class _Rank:
 
         def step() -> None:
             index = next(steps)
+            trainer.weights.gather()
             trainer.train_step(index, [trainer.receive(items[index])], config.optimizer.clip_norm, (index, 10**9))
 
         return step

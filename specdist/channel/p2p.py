@@ -12,7 +12,8 @@ ever. Here all ranks issue theirs in one order of all operations:
 - items in the order in which the scheduler delivers them, and of an item the transfers by source rank, then by
   destination: so a draft rank posts those of its pod, and so a target rank sends what its replica has computed;
 - the collectives of the draft ranks between two deliveries, the same two on all of them, whichever pods these are to
-  (`Trainer._agree`);
+  (`Trainer._agree`): also those that nothing waits for at once, the gather that begins a step and the reductions within
+  its last backward, which come in one order whatever a rank's own graph is (`ShardedWeights`);
 - the collectives of a replica's forwards and its sends in the order in which the scheduler has told all its ranks to
   compute and to send (`Producer`): it tells them to send what they have computed. One rank alone sends beside its
   forwards: nothing in those waits for others.

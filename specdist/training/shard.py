@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The draft over its ranks: FSDP2."""
+"""The draft over its ranks: FSDP2, and when its communication runs."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from specdist.draft.base import DraftModel
 from specdist.world.groups import Groups
 
+_LEAST = 1 / 32
+"""Share of the weights from which a part is gathered and reduced on its own."""
+
 
 def shard_draft(model: DraftModel, groups: Groups, dtype: torch.dtype, sharding: str) -> DraftModel:
-    """FSDP2 over the draft ranks: fp32 master weights, `dtype` compute, fp32 gradient reduction.
+    """FSDP2 over the draft ranks: fp32 master weights, `dtype` compute, fp32 gradient reduction; each large part of the
+    draft is a unit. `ShardedWeights` gathers and reduces them: its forward and `replay` take gathered weights.
 
     The losses of all ranks add up to the step's loss, so gradients are summed, not averaged. "replicate" is FSDP2's
     hybrid form: weights are sharded over the context-parallel ranks alone, often one, and gradients all-reduced over
@@ -22,9 +32,87 @@ def shard_draft(model: DraftModel, groups: Groups, dtype: torch.dtype, sharding:
     mesh = groups.draft_mesh
     if sharding != "replicate":
         mesh = DeviceMesh.from_group(groups.draft, mesh.device_type, mesh_dim_names=("draft",))
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    register_fsdp_forward_method(model, "replay")
-    assert isinstance(model, FSDPModule)
-    model.set_gradient_divide_factor(1.0)
-    model.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+    for unit in (*_parts(model, _LEAST * sum(p.numel() for p in model.parameters())), model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        assert isinstance(unit, FSDPModule)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+        if unit is not model:  # its weights serve calls of the algorithm's own, which these hooks know nothing of
+            state = fully_shard.state(unit)  # type: ignore[attr-defined]
+            state._pre_forward_hook_handle.remove()  # noqa: SLF001
+            state._post_forward_hook_handle.remove()  # noqa: SLF001
     return model
+
+
+def _parts(model: nn.Module, least: float) -> Iterator[nn.Module]:
+    """What it is made of, in its order, as far as that has so many weights."""
+    for part in model.children():
+        if isinstance(part, nn.ModuleList | nn.ModuleDict):
+            yield from _parts(part, least)
+        elif sum(p.numel() for p in part.parameters()) >= least:
+            yield part
+
+
+class ShardedWeights:
+    """When the weights of a draft are gathered, and their gradients reduced.
+
+    All are gathered once a step, ahead of the first micro-batch, and stay until the backward of the last one. In it the
+    gradients of a unit are reduced as soon as they are complete, beside the rest of the backward: the units in one
+    order on all ranks, from the last to the first, whatever order a rank's own graph has.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]  # the whole draft first
+        self._weights: Counter[FSDPModule] = Counter()
+        """How many of each are trained, once they have been gathered."""
+        self._missing: Counter[FSDPModule] = Counter()
+        """Those of which the last backward has not computed the gradient yet."""
+        self._to_reduce: list[FSDPModule] = []
+        """Units that it has not reduced yet, in their order."""
+
+    def gather(self) -> None:
+        """Begin; nothing waits for it. All draft ranks call this at one place in the order of their collectives."""
+        for unit in self._units:
+            unit.unshard(async_op=True)
+
+    def wait(self) -> None:
+        """Until this stream may use the gathered weights; begins what was not begun."""
+        for unit in self._units:
+            unit.unshard()
+        if not self._weights:
+            owners = {weight: unit for unit in self._units for weight in unit.parameters()}  # the inner one of two
+            for weight, unit in owners.items():
+                if weight.requires_grad:
+                    weight.register_post_accumulate_grad_hook(partial(self._computed, unit))
+                    self._weights[unit] += 1
+
+    def free(self) -> None:
+        """Let go of them, also of those that are still on their way."""
+        self.wait()
+        for unit in self._units:
+            unit.reshard()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """They are there inside it."""
+        self.wait()
+        try:
+            yield
+        finally:
+            self.free()
+
+    def expect(self, last: bool) -> None:
+        """The next backward is that of a micro-batch, the last one of the step or not."""
+        whole, *parts = self._units
+        whole.set_requires_gradient_sync(last)  # of the parts as well
+        whole.set_reshard_after_backward(last)
+        whole.set_is_last_backward(last)
+        self._missing = self._weights.copy()
+        self._to_reduce = [unit for unit in (*reversed(parts), whole) if last and self._weights[unit]]
+
+    def _computed(self, unit: FSDPModule, _: Tensor) -> None:
+        """The gradient of one of its weights is complete."""
+        self._missing[unit] -= 1
+        while self._to_reduce and not self._missing[self._to_reduce[0]]:
+            state = fully_shard.state(self._to_reduce.pop(0))  # type: ignore[attr-defined]
+            state._fsdp_param_group.post_backward()  # noqa: SLF001  # as torch's pipelines do

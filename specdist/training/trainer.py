@@ -14,7 +14,6 @@ from enum import IntEnum
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from specdist.core.errors import WorldError
@@ -31,6 +30,7 @@ from specdist.training.finite import BadSamples, Reading, StepResult, TrainingDi
 from specdist.training.optimizer import DraftOptimizer
 from specdist.training.parts import FeatureSource, Judge, MicroBatch, Reporter, WorkDone
 from specdist.training.profile import NO_PROFILE, Profile
+from specdist.training.shard import ShardedWeights
 from specdist.world.groups import Groups
 
 
@@ -78,6 +78,7 @@ class Trainer:
         self._judge, self.finished = judge, False
         self.model, self.optimizer, self.source, self.items = model, optimizer, source, items
         self._prompts, self._groups, self._device, (self._pod, self._shard) = prompts, groups, device, place
+        self.weights = ShardedWeights(model)
         self._sums = torch.zeros(len(model.metric_names), dtype=torch.float64, device=device)
         self._profile = profile
         self._last: StepResult | None = None
@@ -112,9 +113,11 @@ class Trainer:
                 indices = self.items.schedule.training(progress.step)
                 self._profile.reach(indices.start, indices.start)
                 with span(f"step {progress.step + 1}", indices.start):
+                    self.weights.gather()  # beside the wait for the features and the supervision
                     due = checkpointer.due and checkpointer.saved_step != progress.step
                     micro_batches, course = self._receive_all(indices, stop, due)
                     if course is Course.STOP:
+                        self.weights.free()
                         break
                     if course is Course.SAVE:
                         self._save(progress, checkpointer)
@@ -192,15 +195,13 @@ class Trainer:
             return progress
         sums, judge, began, waited = torch.zeros_like(self._sums), self._judge, time.monotonic(), self.source.waited_s
         assert judge is not None
-        with self.optimizer.averaged():
+        with self.optimizer.averaged(), self.weights.gathered():
             for items in self.items.schedule.together(indices):
                 micro_batches, course = self._receive_all(items, stop, due=False)
                 if course is Course.STOP:
                     return progress
                 for micro in micro_batches:
                     sums += self._evaluate_one(micro, judge)
-            assert isinstance(self.model, FSDPModule)
-            self.model.reshard()
         dist.all_reduce(sums, group=self._groups.draft)
         metrics = self.model.metrics(dict(zip(self.model.metric_names, sums.tolist(), strict=True)))
         metrics |= judge.result(progress.step)
@@ -237,6 +238,7 @@ class Trainer:
         if any(item.tokens for item in items):
             self._train_step(step, items, micro_batches, clip_norm, place)
         else:  # beyond the end of the stream
+            self.weights.free()
             for micro in micro_batches:
                 self.source.release(micro.item)
         self.items.forget(before=every.stop)
@@ -260,8 +262,9 @@ class Trainer:
             dist.all_reduce(agreed, group=self._groups.draft)
             totals, skipped = torch.where(agreed[:-1] > 0, agreed[:-1], 1.0), agreed[-1] / self._same
         losses, sums = [], torch.zeros_like(self._sums)
+        self.weights.wait()
         for micro in micro_batches:
-            self._sync_gradients(micro is micro_batches[-1])
+            self.weights.expect(micro is micro_batches[-1])
             with span("forward", micro.item.index, tokens=len(micro.batch.tokens)):
                 loss, own = self.model(micro.batch, micro.features, micro.supervision, totals)
             with span("backward", micro.item.index, reduces=int(micro is micro_batches[-1])):
@@ -352,12 +355,6 @@ class Trainer:
         supervision = replace(supervision, counts=supervision.counts * good)
         return MicroBatch(item, host_batch, batch, features, supervision, bad, good)
 
-    def _sync_gradients(self, last: bool) -> None:
-        """Gradients are reduced over the ranks once per step, with the last micro-batch."""
-        assert isinstance(self.model, FSDPModule)
-        self.model.set_requires_gradient_sync(last)
-        self.model.set_is_last_backward(last)
-
     def _clip(self, clip_norm: float) -> Tensor:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm or math.inf)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -387,7 +384,5 @@ class Trainer:
     def _save(self, progress: Progress, checkpointer: Checkpointer) -> None:
         self.look_back()
         progress = replace(progress, bad=(self.bad_samples.count, self.bad_samples.seen))
-        assert isinstance(self.model, FSDPModule)
-        self.model.reshard()  # in the middle of an evaluation it is not
         with span("save", progress.next_item - 1):
             checkpointer.save(self.model, self.optimizer, progress)

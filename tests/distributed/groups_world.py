@@ -11,24 +11,30 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdist.core.errors import WorldError
 from specdist.core.launch_env import RankFacts
 from specdist.core.stop import leave
 from specdist.core.topology import Topology, WorldConfig
+from specdist.training.shard import ShardedWeights, shard_draft
 from specdist.world.groups import Groups, World, join_world, make_groups
 from specdist.world.links import connect_links
 
 LATE_S = 4.0
 LATE_RANK = 3
+COLLECTIVES = {"_allgather_base_": "gather", "_reduce_scatter_base_": "reduce", "allreduce_": "sum"}
 
 
 def join(seconds: float) -> int:
@@ -86,12 +92,84 @@ def use_mesh(mesh: DeviceMesh) -> dict[str, object]:
     }
 
 
+class Chain(nn.Module):
+    """Three products in a row. A rank with nothing to train on touches the weights in another order."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.scale, self.note = nn.Parameter(torch.ones(8)), note
+
+    def forward(self, data: Tensor) -> Tensor:
+        if not data.numel():
+            return sum((p.sum() * 0.0 for p in reversed(list(self.parameters()))), torch.zeros(()))
+        for name in "abc":
+            data = torch.tanh(self.get_submodule(name)(data))
+            data.register_hook(lambda _, name=name: self.note(f"backward at {name}"))  # type: ignore[misc]
+        return (data * self.scale).square().sum()
+
+
+class Noting(TorchDispatchMode):
+    """Notes gathers, reductions and sums, and how many numbers each rank gives, gets or has of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name, *_ = str(operation).split(".")
+        if namespace == "c10d":
+            own = args[1] if name == "_allgather_base_" else args[0]
+            own = own[0] if isinstance(own, list) else own
+            self.noted.append(f"{COLLECTIVES[name]} {own.numel()}")
+        return operation(*args, **(kwargs or {}))
+
+
+def train_chain(model: nn.Module, data: Callable[[int], list[Tensor]], weights: ShardedWeights | None) -> None:
+    """Two steps of two micro-batches; `data`: of one of them, by number, what to add up."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(2):
+        if weights is not None:
+            weights.gather()
+            weights.wait()
+        for micro in (0, 1):
+            if weights is not None:
+                weights.expect(last=micro == 1)
+            sum((model(part) for part in data(2 * step + micro)), torch.zeros(())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def report_sharding(groups: Groups, sharding: str) -> dict[str, object]:
+    """What communication the training of a sharded chain issues on this draft rank, and what it learns against the
+    same on one rank. The last rank has nothing to train on in every step's second micro-batch."""
+    torch.manual_seed(0)
+    rank, ranks = dist.get_rank(groups.draft), dist.get_world_size(groups.draft)
+    parts = torch.randn(ranks, 4, 3, 8, generator=torch.Generator().manual_seed(1))
+
+    def data(rank: int, micro: int) -> Tensor:
+        return parts[rank, micro, : 0 if rank == ranks - 1 and micro % 2 else 3]
+
+    noting = Noting()
+    whole = Chain(lambda _: None)
+    chain = Chain(noting.noted.append)
+    chain.load_state_dict(whole.state_dict())
+    shard_draft(chain, groups, torch.float32, sharding)  # type: ignore[arg-type]
+    with noting:
+        train_chain(chain, lambda micro: [data(rank, micro)], ShardedWeights(chain))
+    train_chain(whole, lambda micro: [data(r, micro) for r in range(ranks)], None)
+    sharded = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in chain.named_parameters()}
+    apart = max(float((p - sharded[name]).abs().max()) for name, p in whole.named_parameters())
+    return {"noted": noting.noted, "apart": apart}
+
+
 def report_groups(topology: Topology, groups: Groups, world: World) -> dict[str, object]:
     own = {"replica": groups.replica, "draft": groups.draft}
     own |= {"draft_cpu": groups.draft_cpu, "checkpoint": groups.checkpoint}
     report: dict[str, object] = {name: group and total(group) for name, group in own.items()}
     report["links"] = [asdict(link) for link in groups.links]
     report["mesh"] = groups.draft_mesh and use_mesh(groups.draft_mesh)
+    report["sharding"] = groups.draft and {kind: report_sharding(groups, kind) for kind in ("fsdp", "replicate")}
     connect_links(topology, groups, world, 20.0)
     return report
 

@@ -58,6 +58,23 @@ def test_a_model_trains_sharded_over_the_mesh(reports: list[dict[str, Any]]) -> 
     assert all(report["mesh"]["losses"] == losses for report in reports[1:])
 
 
+@pytest.mark.parametrize(
+    ("sharding", "reductions"),
+    [("fsdp", [["reduce 16"], ["reduce 2"]]), ("replicate", [["reduce 32", "sum 32"], ["reduce 4", "sum 4"]])],
+)
+def test_weights_are_gathered_once_a_step_and_gradients_reduced_as_they_appear(
+    reports: list[dict[str, Any]], sharding: str, reductions: list[list[str]]
+) -> None:
+    """In one order on all ranks, also on one that has nothing to train on, whose own graph has another order."""
+    (large, small), found = reductions, [report["sharding"][sharding] for report in reports[1:]]
+    assert all(report["apart"] < 1e-5 for report in found)
+    parts = [f"backward at {part}" for part in "cba"]
+    gathers = [word.replace("reduce", "gather") for word in (small[0], *large[:1] * 3)]
+    step = [*gathers, *parts, *(word for part in parts for word in (part, *large)), *small]
+    assert all(report["noted"] == step * 2 for report in found[:-1])
+    assert found[-1]["noted"] == [*gathers, *parts, *large * 3, *small] * 2
+
+
 def test_a_link_whose_other_end_does_not_come_is_named(reports: list[dict[str, Any]]) -> None:
     target, culprit = "rank 0 (target replica 0 tp 0, host ", f"rank {LATE_RANK} (draft dp 1 cp 0, host "
     for rank in (0, 1, 2, 4):  # all name the same pair, also those whose own link would have come up

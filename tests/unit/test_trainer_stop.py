@@ -64,7 +64,7 @@ class Alone(Trainer):
 
 def alone(kind: type[Trainer], source: FeatureSource, schedule: Schedule, judge: Any) -> Trainer:
     items = [SimpleNamespace(index=index, end=Cursor()) for index in range(10)]
-    model = SimpleNamespace(metric_names=("loss",))
+    model = SimpleNamespace(metric_names=("loss",), modules=list)
     return kind(
         model,  # type: ignore[arg-type]
         SimpleNamespace(averaged=nullcontext),  # type: ignore[arg-type]

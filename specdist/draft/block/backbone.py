@@ -2,7 +2,7 @@
 """A draft that fills blocks: fuse the captured features, run the layers over the blocks. Algorithms add their loss."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -148,13 +148,14 @@ class BlockDraft(DraftModel):
 
         return replay(self, batch, host_batch, features, count, chances if temperature else None)
 
-    def verified(self, batch: PackedTokens, features: Features) -> list[KeysValues]:
-        """Each layer's keys and values of the T packed tokens."""
+    def verified(self, batch: PackedTokens, features: Features) -> Iterator[KeysValues]:
+        """Each layer's keys and values of the T packed tokens, made when they are asked for: so the backward is done
+        with one layer's weights before it comes to the next one's."""
         context, rotation = self.context(features.captured), self.rotary(batch.positions)
-        return [attention_of(layer).keys_values(context, rotation, self._layer_ops) for layer in self.layers]
+        return (attention_of(layer).keys_values(context, rotation, self._layer_ops) for layer in self.layers)
 
     def states(
-        self, batch: PackedTokens, blocks: Blocks, verified: Sequence[KeysValues], attend: Sequence[BlockAttention]
+        self, batch: PackedTokens, blocks: Blocks, verified: Iterable[KeysValues], attend: Sequence[BlockAttention]
     ) -> Tensor:
         """The normed states [N, D, H] of the slots that draft."""
         tokens = self.masked(batch.tokens[blocks.anchors])

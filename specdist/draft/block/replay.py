@@ -41,7 +41,7 @@ def replay(
     anchors = Blocks.candidates(host_batch)[draft.share.index :: draft.share.of]
     if not len(anchors):
         return Replayed(accepted, expected)
-    verified, lengths = draft.verified(batch, features), tuple(host_batch.lengths)
+    verified, lengths = list(draft.verified(batch, features)), tuple(host_batch.lengths)
     for part in anchors.split(options.most(len(host_batch.tokens))):
         blocks = Blocks.at(part, host_batch, options).to(accepted.device)
         states = draft.states(batch, blocks, verified, draft.attention(blocks, lengths))[:, :count]
