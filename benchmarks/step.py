@@ -10,6 +10,9 @@ whole batch, or with draft.cp=N every N ranks take one together. `--busy` measur
 keeps it busy: a step that waits for its host gets slower then. `--bare` leaves FSDP and optimizer out and holds the
 weights in the compute dtype: forward and backward alone, as steps of other projects are usually measured.
 
+`exposed` is the share of the step in which a GPU does nothing but communicate, `slow link` what it would be, by
+arithmetic, among many ranks that each send `--link` GB/s, as between hosts.
+
 COUNTxLENGTH is a batch of equal documents, `mixed:TOKENS` one of lengths like those of conversations (log-normal,
 median 900, at most 4,096). The words `key=value` are keys of the configuration's `draft` and `optimizer` sections.
 Prints JSON, then a table.
@@ -63,6 +66,20 @@ class StepSpeed:
     """Graphs that were compiled after the warm-up: 0 if all is well."""
     parts_ms: dict[str, float]
     """Time of the device's kernels in one step, see `step_rank.PARTS`."""
+    exposed_ms: float | None = None
+    """Of a step on rank 0, the time in which nothing but communication runs; None without any."""
+    exposed_at_link_ms: float | None = None
+    """The same by arithmetic, see `overlap.reckoned`, were every rank one of many with so slow a link (--link)."""
+
+    @property
+    def exposed_share(self) -> float | None:
+        return self.exposed_ms and self.exposed_ms / self.ms
+
+    @property
+    def exposed_share_at_link(self) -> float | None:
+        if self.exposed_ms is None or self.exposed_at_link_ms is None:
+            return None
+        return self.exposed_at_link_ms / (self.ms - self.exposed_ms + self.exposed_at_link_ms)
 
     @property
     def busy_share(self) -> float | None:
@@ -110,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, default=1, help="draft ranks, on this machine")
     parser.add_argument("--bare", action="store_true", help="forward and backward alone: no FSDP, no optimizer")
     parser.add_argument("--busy", action="store_true", help="also on a busy host")
+    parser.add_argument("--link", type=float, default=50.0, metavar="GB/s", help="of a rank, for `slow link`")
     device_options(parser)
     options, words = apart(arguments)
     args = parser.parse_args(options)
@@ -127,7 +145,8 @@ def render(speeds: Sequence[StepSpeed]) -> str:
     columns = {
         "batch": "batch", "ranks": "ranks", "tokens/s": "tokens_per_s:,.0f", "GFLOP/token": "gflop_per_token:.2f",
         "of peak": "share_of_peak:.0%", "ms": "ms:.1f", "host, ms": "host_ms:.1f", "busy host": "busy_share:.1%",
-        "GiB": "memory_gib:.1f", "of it, ms": "shown_parts",
+        "GiB": "memory_gib:.1f", "exposed": "exposed_share:.1%", "slow link": "exposed_share_at_link:.1%",
+        "of it, ms": "shown_parts",
     }  # fmt: skip
     peak = max((s.peak_tflops for s in speeds), default=0.0)
     again = sum(s.compilations for s in speeds)

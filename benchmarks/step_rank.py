@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections import Counter
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from benchmarks.measure import busy_host, peak_tflops, seconds
+from benchmarks.overlap import COMMUNICATION, Kernel, exposed, reckoned
 from benchmarks.shapes import SHAPES
 from benchmarks.step import StepConfig, StepSpeed, lengths_of
 from specdist.core import config as configuration
@@ -34,6 +36,9 @@ from specdist.training.shard import shard_draft
 from specdist.training.trainer import Trainer
 from specdist.world.groups import Groups, World, join_world, make_groups
 
+PROFILED = 3
+"""Steps."""
+
 REPEAT_S = 2.0
 """About so many seconds of steps, ten at most, between two waits for the device: in training the host runs ahead."""
 
@@ -41,7 +46,7 @@ PARTS = {
     "attention": ("flex_attention", "flash", "sdpa", "fmha"),
     "products": ("gemm", "nvjet", "cutlass", "xmma", "addmm", "cublas"),
     "optimizer": ("adam", "multi_tensor"),
-    "communication": ("nccl",),
+    "communication": (COMMUNICATION,),
 }
 """Parts of the step by what names of device kernels contain; all others are `other`."""
 
@@ -100,6 +105,7 @@ class _Rank:
         self._place = place
         half = device.type == "cuda" and config.draft.dtype != "float32"
         self.dtype = torch.bfloat16 if half else torch.float32
+        self._trainer: Trainer | None = None
         self._ranks, self._dp = len(topology.draft_ranks), len(topology.draft)
 
     def measure(self) -> list[StepSpeed]:
@@ -109,6 +115,7 @@ class _Rank:
 
     def _measure(self, name: str, peak: float) -> StepSpeed:
         device = self._device
+        self._trainer = None
         gc.collect()  # FSDP's hooks keep the draft of the batch before alive in a circle
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -135,6 +142,7 @@ class _Rank:
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
         middle, tokens = statistics.median(times), batch.tokens
         work = self._config.draft.chosen.cost(self._target).flops(batch.packed)
+        ran = kernels(step, device)
         return StepSpeed(
             batch=name,
             ranks=self._ranks,
@@ -151,8 +159,29 @@ class _Rank:
             memory_gib=memory,
             reserved_gib=torch.cuda.memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0,
             compilations=compilations,
-            parts_ms=parts(step, device),
+            parts_ms=parts(ran),
+            **self._exposed(ran),
         )
+
+    def _exposed(self, ran: Sequence[Kernel]) -> dict[str, float]:
+        """What `StepSpeed` says of communication."""
+        config, link = self._config.draft, self._options["link"] * 1e6  # bytes/ms
+        if not ran or self._trainer is None or self._ranks == 1:
+            return {}
+        found = {"exposed_ms": exposed(ran) / PROFILED}
+        units = self._trainer.weights.units
+        owners = {weight: unit for unit in units for weight in unit.parameters()}
+        sizes = [sum(weight.numel() for weight, owner in owners.items() if owner is unit) for unit in units]
+        reduced, replicated = [*reversed(sizes[1:]), sizes[0]], config.sharding == "replicate"
+        if replicated and config.cp > 1:  # two collectives each, of two groups
+            return found
+        gathers = [] if replicated else [size * self.dtype.itemsize / link for size in sizes]
+        reductions = [size * 4 * (2 if replicated else 1) / link for size in reduced]
+        try:
+            return found | {"exposed_at_link_ms": reckoned(ran, PROFILED, gathers, reductions)}
+        except ValueError as error:
+            print(f"no figure for a slow link: {error}", file=sys.stderr, flush=True)
+            return found
 
     def _whole_step(self, batch: _Batch) -> Callable[[], object]:
         """The trainer's step."""
@@ -160,7 +189,9 @@ class _Rank:
         sharded = shard_draft(draft, self._groups, self.dtype, config.draft.sharding)
         optimizer = DraftOptimizer(sharded, config.optimizer)
         items, prompts = cast(Items, batch), cast(Corpus, batch)
-        trainer = Trainer(sharded, optimizer, batch, items, prompts, self._groups, (0, self._place.dp), self._device)
+        self._trainer = trainer = Trainer(
+            sharded, optimizer, batch, items, prompts, self._groups, (0, self._place.dp), self._device
+        )
         steps = iter(range(10**9))
 
         def step() -> None:
@@ -212,16 +243,22 @@ def graphs() -> int:
     return int(counters["stats"]["uniquegraphs"])
 
 
-def parts(step: Callable[[], object], device: torch.device, steps: int = 3) -> dict[str, float]:
-    """Milliseconds of a step in each kind of kernel; empty where there is no GPU."""
+def kernels(step: Callable[[], object], device: torch.device) -> list[Kernel]:
+    """What runs on the device in `PROFILED` steps; nothing where there is no GPU."""
     if device.type != "cuda":
-        return {}
+        return []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
-        seconds(step, device, steps, warm=0)
-    found: Counter[str] = Counter()
-    for event in profile.key_averages():
-        found[part_of(event.key)] += event.self_device_time_total / steps / 1e3
-    return {part: round(ms, 2) for part, ms in found.most_common()}
+        seconds(step, device, PROFILED, warm=0)
+    on_device = [event for event in profile.events() or () if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [Kernel(e.name, e.time_range.start / 1e3, e.time_range.end / 1e3) for e in on_device]
+
+
+def parts(ran: Sequence[Kernel]) -> dict[str, float]:
+    """Milliseconds of a step in each kind of kernel."""
+    found: dict[str, float] = defaultdict(float)
+    for kernel in ran:
+        found[part_of(kernel.name)] += (kernel.end - kernel.start) / PROFILED
+    return {part: round(ms, 2) for part, ms in sorted(found.items(), key=lambda item: -item[1])}
 
 
 def part_of(kernel: str) -> str:

@@ -62,7 +62,8 @@ class ShardedWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]  # the whole draft first
+        self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        """The whole draft, with the weights of no part, and the parts in their order."""
         self._weights: Counter[FSDPModule] = Counter()
         """How many of each are trained, once they have been gathered."""
         self._missing: Counter[FSDPModule] = Counter()
@@ -72,15 +73,15 @@ class ShardedWeights:
 
     def gather(self) -> None:
         """Begin; nothing waits for it. All draft ranks call this at one place in the order of their collectives."""
-        for unit in self._units:
+        for unit in self.units:
             unit.unshard(async_op=True)
 
     def wait(self) -> None:
         """Until this stream may use the gathered weights; begins what was not begun."""
-        for unit in self._units:
+        for unit in self.units:
             unit.unshard()
         if not self._weights:
-            owners = {weight: unit for unit in self._units for weight in unit.parameters()}  # the inner one of two
+            owners = {weight: unit for unit in self.units for weight in unit.parameters()}  # the inner one of two
             for weight, unit in owners.items():
                 if weight.requires_grad:
                     weight.register_post_accumulate_grad_hook(partial(self._computed, unit))
@@ -89,7 +90,7 @@ class ShardedWeights:
     def free(self) -> None:
         """Let go of them, also of those that are still on their way."""
         self.wait()
-        for unit in self._units:
+        for unit in self.units:
             unit.reshard()
 
     @contextmanager
@@ -103,7 +104,7 @@ class ShardedWeights:
 
     def expect(self, last: bool) -> None:
         """The next backward is that of a micro-batch, the last one of the step or not."""
-        whole, *parts = self._units
+        whole, *parts = self.units
         whole.set_requires_gradient_sync(last)  # of the parts as well
         whole.set_reshard_after_backward(last)
         whole.set_is_last_backward(last)
