@@ -4,18 +4,23 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import LlamaConfig
 
-from benchmarks import lengths
-from benchmarks.peer_drafts import PeerConfig, SpecForge, padded, shifted
+from benchmarks import lengths, peer_drafts
+from benchmarks.peer_drafts import PEERS, PeerConfig, SpecForge, padded, shifted
 from benchmarks.peers import peer_words
 from benchmarks.smollm2.material import questions
 from specdist.core.errors import ConfigError
-from specdist.core.records import FeatureLayout, Features, PackedTokens
+from specdist.core.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
 from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.eagle3.model import Eagle3Draft
 
 LAYOUT = FeatureLayout((0, 1), 2, final=True, dtype=torch.float32)
 
@@ -72,3 +77,38 @@ def test_questions_stand_alone() -> None:
     ]
     found = [tuple(part["value"] for part in one["conversations"]) for one in questions(records)]
     assert found == [("Hi", "a"), (long, "c")]
+
+
+@pytest.mark.skipif("PEERS" not in os.environ, reason="PEERS: a folder with the checkouts specforge and torchspec")
+@pytest.mark.parametrize(("name", "places"), [("torchspec", 2), ("specforge", 1)])
+@pytest.mark.parametrize("draft_ids", [None, torch.arange(0, 97, 2)])
+def test_at_the_same_positions_a_peer_has_our_loss_and_gradients(
+    name: str, places: int, draft_ids: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`places`: how much further on than the peer's loss mask the token is that is predicted and counts with us."""
+    target = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=8,
+        vocab_size=97, rope_parameters={"rope_type": "default", "rope_theta": 1e4}, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    sizes = (30, 7, 45, 12)
+    batch = PackedTokens.from_documents([torch.randint(97, (n,)) for n in sizes], [torch.rand(n) < 0.6 for n in sizes])
+    peer = PEERS[name](PeerConfig(layers=(1, 3, 5), ttt_length=4, path=f"{os.environ['PEERS']}/{name}"))
+    vocabulary = TargetVocabulary(torch.randn(97, 32), torch.randn(97, 32))
+    layout = peer.layout(target, torch.float32)
+    draft = peer.build(target, vocabulary, draft_ids, layout, torch.device("cpu"), False)
+    draft.initialize(torch.Generator().manual_seed(1))
+    features = Features(layout, torch.randn(sum(sizes), layout.width))
+    supervision = draft.supervise(batch, batch, features)
+    calls = padded(batch, sizes, features, 16384)
+    totals = supervision.counts[:-1]
+    if name == "specforge":
+        totals = torch.full_like(totals, sum(call.tokens.numel() for call in calls))
+    loss, _ = Eagle3Draft.forward(draft, batch, features, supervision, totals)  # type: ignore[arg-type]
+    expected = torch.autograd.grad(loss, list(draft.parameters()))
+    aligned = [replace(call, answer=shifted(call.answer, places)) for call in calls]
+    monkeypatch.setattr(peer_drafts, "padded", lambda *_: aligned)
+    theirs, _ = draft(batch, features, supervision, torch.ones_like(supervision.counts))
+    torch.testing.assert_close(theirs, loss)
+    found = torch.autograd.grad(theirs, list(draft.parameters()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
