@@ -537,6 +537,9 @@ def test_the_command_lines_name_everything(case, tmp_path):
     assert sglang.by.since == "0.5.12"
     newer = serve_commands(Case(norm_before_fc=True).export(tmp_path / "newer"))[0]
     assert (newer.by.engine, newer.by.since) == ("SGLang", "0.5.18")
+    for options, since in [({"qk_norm": True}, "0.24"), ({"qk_norm": True, "sliding_window": 9}, "0.26")]:
+        directory = Case(**options).export(tmp_path / since, format="speculators")
+        assert [command.by.since for command in serve_commands(directory)] == [since]
     assert json.loads(vllm.words[-1]) == {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 4}
     (only,) = serve_commands(case.export(tmp_path / "other", format="speculators"), target="/models/t", draft_tokens=2)
     assert (only.by.engine, only.target, only.draft_tokens) == ("vLLM", "/models/t", 2)

@@ -140,8 +140,9 @@ class Eagle3(Algorithm[Eagle3Config]):
         if config.get("norm_before_fc"):
             newer = {"SGLang": "0.5.18"}
         layers = config.get("transformer_layer_config") or config
-        if layers.get("model_type") == "qwen3" or len(set(layers.get("layer_types") or ())) > 1:
-            newer |= {"vLLM": "0.26"}
+        kinds, qwen3 = set(layers.get("layer_types") or ()), layers.get("model_type") == "qwen3"
+        if qwen3 or len(kinds) > 1:
+            newer |= {"vLLM": "0.26" if "sliding_attention" in kinds else "0.24"}
         return tuple(replace(by, since=newer.get(by.engine, by.since)) for by in cls.served_by)
 
     @classmethod

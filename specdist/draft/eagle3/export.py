@@ -21,13 +21,13 @@ What the engines do with them, read in SGLang 0.5.23 (`models/llama_eagle3.py`, 
 - SGLang's DeepSeek family takes the nested layers as they are, in vLLM's numbers, unless the first is 1; its gpt_oss
   only where the largest is the number of layers, which says the last layer, and that is none of ours.
 - `num_aux_hidden_states`, `fc_norm` and `norm_output` of the speculators format reach vLLM's model in
-  `transformer_layer_config` only: no version passes on the first, and older than 0.30 none of them.
+  `transformer_layer_config` only: no version passes on the first, and older than 0.25 none of them.
 - The embedding is the target's; only vLLM prefers one that the draft brings.
 - A later layer's first norm is `hidden_norm` in SGLang and `input_layernorm` in vLLM; both make both.
 - A sliding window: vLLM reads `layer_types`, SGLang its own argument alone (`--speculative-draft-window-size`). Where
   only some layers slide vLLM needs its V2 model runner: the other asserts one group of keys and values for a draft.
-- Norms of queries and keys: vLLM's `qwen3_eagle3.py` (its pull requests 43132, and 47568 for windows), which its
-  speculators reader takes for a `model_type` of qwen3. SGLang has none, and would skip the tensors.
+- Norms of queries and keys: vLLM's `qwen3_eagle3.py` (since 0.24, with windows since 0.26), which its speculators
+  reader takes for a `model_type` of qwen3. SGLang has none, and would skip the tensors.
 - MLA (`Eagle3DeepseekV2ForCausalLM`: SGLang's `kimi_k25_eagle3.py`, vLLM's `deepseek_eagle3.py`) is one layer with
   `q_lora_rank` and without `norm_before_fc`; vLLM's speculators reader makes Llamas alone. vLLM reads RoPE's base in
   `rope_scaling`, which must be YaRN: of factor 1 where there is none.
