@@ -13,10 +13,11 @@ from pathlib import Path
 
 
 def curve(run: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    """The tokens that had been trained on at each evaluation of a run that has ended, and what it found."""
-    trained = json.loads((run / "summary.json").read_text())["training"]
+    """The tokens that had been trained on at each evaluation of a run, and what it found."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    a_step = [line["tokens_per_s"] * line["step_s"] for line in lines if "tokens_per_s" in line]
     for file in sorted((run / "evaluations").glob("step-*.json")):
-        tokens = int(file.stem.removeprefix("step-")) * trained["tokens"] / max(trained["steps"], 1)
+        tokens = int(file.stem.removeprefix("step-")) * sum(a_step) / max(len(a_step), 1)
         yield f"{tokens / 1e6:.2f} M", json.loads(file.read_text())
 
 

@@ -57,7 +57,8 @@ def test_a_peer_gets_the_options_that_it_has(tmp_path: Path) -> None:
 
 def test_the_table_says_after_how_many_tokens(tmp_path: Path) -> None:
     (tmp_path / "evaluations").mkdir()
-    (tmp_path / "summary.json").write_text(json.dumps({"training": {"tokens": 4e6, "steps": 20}}))
+    lines = [{"step": 10, "held_out/loss": 2.0}, {"step": 10, "tokens_per_s": 1e6, "step_s": 0.2}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for step in (0, 10):
         found = {"acceptance_length/3": 1 + step / 10}
         (tmp_path / "evaluations" / f"step-{step:08}.json").write_text(json.dumps(found))
