@@ -34,7 +34,7 @@ from torch import Tensor
 
 from specdist.channel.base import Announce, Check, FeatureReceiver, Freed, RingSender, Transport, Wire, outgoing, share
 from specdist.channel.ring import Ring
-from specdist.core.errors import WorldError
+from specdist.core.errors import WorldError, first_line
 from specdist.core.records import WorkItem
 from specdist.core.topology import Link
 from specdist.core.trace import span
@@ -168,7 +168,7 @@ def _start(operation: Callable[..., dist.Work | None], rows: Tensor, partner: in
     except RuntimeError as error:
         describe = wire.topology.describe
         broken = f"link {describe(link.source)} -> {describe(link.destination)} is broken"
-        raise WorldError(f"{broken}: {str(error).splitlines()[0]}") from error
+        raise WorldError(f"{broken}: {first_line(error)}") from error
     assert work is not None
     return work
 

@@ -29,7 +29,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from specdist.core.errors import ConfigError, InputError
+from specdist.core.errors import ConfigError, InputError, first_line
 
 T = TypeVar("T")
 
@@ -368,7 +368,7 @@ _WORDS = (
 
 
 def _first_line(error: BaseException) -> str:
-    line = (str(error).splitlines() or [type(error).__name__])[0]
+    line = first_line(error)
     for pattern, words in _WORDS:
         if match := re.fullmatch(pattern, line):
             return match.expand(words)

@@ -11,6 +11,11 @@ def say(text: str) -> None:
     print(f"specdist: {text}", file=sys.stderr, flush=True)
 
 
+def first_line(error: BaseException) -> str:
+    """Of its message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class UserError(Exception):
     """Something the user can mend: the command line shows the message alone, without a traceback."""
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from specdist.core.errors import ConfigError, DataError, WorldError
+from specdist.core.errors import ConfigError, DataError, WorldError, first_line
 from specdist.core.files import locked
 from specdist.core.worker import Worker
 
@@ -140,7 +140,7 @@ def refused(repository: Repository, error: Exception) -> DataError:
     else:
         offline = isinstance(cause, errors.OfflineModeIsEnabled) or constants.is_offline_mode()
         option = " --repo-type dataset" if repository.kind == "dataset" else ""
-        seen = "HF_HUB_OFFLINE is set" if offline else f"{where} gives nothing ({_line(cause)})"
+        seen = "HF_HUB_OFFLINE is set" if offline else f"{where} gives nothing ({first_line(cause)})"
         why = (
             f"the cache {constants.HF_HUB_CACHE} does not have it whole, and {seen}: run "
             f"`hf download {repository.id}{option}` where there is a network and copy the cache, or give a directory"
@@ -197,7 +197,7 @@ def push(files: Mapping[str, Path | bytes], name: str, message: str) -> str:
     except (httpx.HTTPError, errors.OfflineModeIsEnabled, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         log_in = ": log in with a token that may write there (`hf auth login`, or HF_TOKEN)"
-        why = f"{constants.ENDPOINT} refuses it{log_in}" if status in (401, 403) else _line(error)
+        why = f"{constants.ENDPOINT} refuses it{log_in}" if status in (401, 403) else first_line(error)
         raise DataError(f"--push {repository.id}: {why}") from error
     return f"{constants.ENDPOINT}/{repository.id}"
 
@@ -319,7 +319,3 @@ def _bytes(folders: Sequence[Path]) -> int:
                 found = file.stat()
                 total += min(found.st_size, 512 * found.st_blocks)  # files that are written in parts have gaps
     return total
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -4,7 +4,6 @@
 import math
 import sys
 import time
-from types import TracebackType
 from typing import Self
 
 _BEFORE_TEXT = 35
@@ -86,7 +85,7 @@ class ProgressBar:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
         if isinstance(error, KeyboardInterrupt) and self._line and self._enabled:
             print(self._line, file=sys.stderr, flush=True)

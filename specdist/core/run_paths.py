@@ -20,12 +20,18 @@ logs/<job>.<restart>/  every attempt's logs, first failure and end (specdist/cor
 from dataclasses import dataclass
 from pathlib import Path
 
+from specdist.core.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class RunPaths:
     """Paths of a run, without what is done with them: `RunDirectory` (specdist/job/run_dir.py) imports torch."""
 
     path: Path
+
+    def absent(self) -> ConfigError:
+        """What is wrong where there is no run."""
+        return ConfigError(f"{self.path} is no run directory: it has no config.yaml (give the run.dir of a job)")
 
     @property
     def config(self) -> Path:

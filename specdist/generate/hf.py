@@ -112,23 +112,14 @@ class HfEngine:
             asked.tokens += row[: asked.left]
 
     def _settings(self, how: Sampling, limit: int) -> GenerationConfig:
-        sampled = (
-            {}
-            if how.greedy
-            else {
-                "temperature": how.temperature if how.temperature is not None else 1.0,
-                "top_p": how.top_p if how.top_p is not None else 1.0,
-                "top_k": how.top_k if how.top_k is not None else 0,
-                "min_p": how.min_p or None,
-            }
-        )
+        given = {name: value for name, value in vars(how).items() if value}
+        sampled: dict[str, Any] = {} if how.greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **given}
         return GenerationConfig(
             do_sample=not how.greedy,
             max_new_tokens=limit,
             eos_token_id=self._ends or None,
             pad_token_id=self._ends[0] if self._ends else 0,
-            repetition_penalty=how.repetition_penalty or 1.0,
-            **sampled,
+            **{"repetition_penalty": how.repetition_penalty or 1.0, **sampled},
         )
 
 

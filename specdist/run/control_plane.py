@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import threading
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -52,15 +51,7 @@ def serving(context: WorldContext, resume: ResumePlan, profile: Profile) -> Iter
         rules = RemoteRules(lambda: terms.since(context.latest.progress).to_json(), drain_s)
         interface, port = rendezvous.place()
     with contextlib.ExitStack() as stack:
-        status = StatusWriter(
-            context.run_dir.status,
-            context.record,
-            context.start.attempt,
-            resume,
-            time.monotonic(),
-            profile,
-            silent_s=4 * job.control.heartbeat_s,
-        )
+        status = StatusWriter(context, resume, profile)
         stack.callback(status.close)
         stack.callback(context.record.add_stacks)  # once the others have left
         server = stack.enter_context(

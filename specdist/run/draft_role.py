@@ -76,8 +76,7 @@ def consume(context: RankContext) -> None:
     context.start.clock.begin("waiting for the other ranks")
     client.expect(StartWork)
     context.started()
-    clock = context.start.clock
-    with RunReporter(job, context.run_dir, context.resume, client, leader, context.latest, clock.stepped) as reporter:
+    with RunReporter(context, leader) as reporter:
         progress = trainer.train(recipe, context.resume.progress, checkpointer, context.stop, reporter)
         metrics = reporter.totals()
     client.phase = "saving"
@@ -143,7 +142,7 @@ def _source(context: RankContext, items: Items, place: tuple[int, int]) -> Featu
         context.begin("loading the target")
         engine = context.load_engine(rows)
         buffers = [layout.empty(rows, device) for _ in range(job.train.accumulation)]
-        source = ColocatedSource(engine, buffers, topology, context.rank, context.prompts, job.channel.dtype)
+        source = ColocatedSource(context, engine, buffers)
         source.verify(items, job.target.verify)
         return source
     slots, timeout_s = jobs.slots(job, layout), context.timeout_s

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from specdist.channel.base import FeatureReceiver
-from specdist.channel.config import ChannelDtype
 from specdist.channel.encoding import Parcel, Plain, round_as_sent
 from specdist.core.device_timer import DeviceTimer
 from specdist.core.errors import WorldError
@@ -23,8 +22,8 @@ from specdist.core.records import FeatureLayout, PackedTokens, WorkItem
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
 from specdist.core.trace import span
-from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items
+from specdist.run.context import WorldContext
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Deliver, Released, Stop, StopRequest
 from specdist.target.base import TargetModel
@@ -204,20 +203,12 @@ class ColocatedSource(FeatureSource):
     A replica computes, in one packed forward, the shards of its own ranks.
     """
 
-    def __init__(
-        self,
-        engine: TargetModel,
-        slots: list[Tensor],
-        topology: Topology,
-        rank: int,
-        prompts: Corpus,
-        dtype: ChannelDtype,
-    ):
-        """`dtype`: `channel.dtype`."""
-        place = topology.draft_place(rank)
+    def __init__(self, context: WorldContext, engine: TargetModel, slots: list[Tensor]):
+        place = context.topology.draft_place(context.rank)
         assert place is not None
-        self._engine, self._free, self._prompts, self._dtype = engine, slots, prompts, dtype
-        self._shards = local_shards(topology, rank)
+        self._engine, self._free = engine, slots
+        self._prompts, self._dtype = context.prompts, context.job.channel.dtype
+        self._shards = local_shards(context.topology, context.rank)
         self._shard = self._shards.index(place.dp)
         self._taken: dict[int, Tensor] = {}  # slots, by item
         self._agreed: dict[int, Tensor] = {}

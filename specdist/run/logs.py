@@ -57,8 +57,8 @@ def _log(record: AttemptRecord, rank: int | None, failed: int) -> Path:
 
 def bundle(run_dir: Path, output: Path) -> Path:
     """Pack what a report of a defect needs into `output`, a .tar.gz. Raises ConfigError where there is no run."""
-    if not RunPaths(run_dir).config.exists() and not attempts(run_dir):
-        raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml (give the run.dir of a job)")
+    if not (paths := RunPaths(run_dir)).config.exists() and not attempts(run_dir):
+        raise paths.absent()
     name = run_dir.absolute().name
     try:
         with tarfile.open(output, "w:gz") as archive:

@@ -4,9 +4,8 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -14,11 +13,7 @@ import torch
 from specdist.core import config
 from specdist.core.errors import say
 from specdist.core.progress import Progress
-from specdist.job.config import JobConfig
-from specdist.job.resume_plan import ResumePlan
-from specdist.job.run_dir import RunDirectory
-from specdist.run.context import Latest
-from specdist.scheduler.client import ControlClient
+from specdist.run.context import RankContext
 from specdist.scheduler.messages import Statistics
 from specdist.training.metrics import WAITS, JsonlTracker, ProgressTracker, TensorBoardTracker, Tracker, WandbTracker
 from specdist.training.parts import Reporter, WorkDone
@@ -27,32 +22,23 @@ from specdist.training.parts import Reporter, WorkDone
 class RunReporter(Reporter):
     """Writes the records of the first draft rank; on the others it only takes part."""
 
-    def __init__(
-        self,
-        job: JobConfig,
-        run_dir: RunDirectory,
-        resume: ResumePlan,
-        client: ControlClient,
-        leader: bool,
-        latest: Latest,
-        stepped: Callable[[float], object] = lambda evaluated_s: None,
-    ):
-        """`stepped` is called after the first step, with the seconds of the evaluations before it."""
-        self._client, self._stands, self._stepped = client, latest, stepped
+    def __init__(self, context: RankContext, leader: bool):
+        self._client, self._stands, self._start_up = context.client, context.latest, context.start.clock
         self._trackers: list[Tracker] = []
         self._bar: ProgressTracker | None = None
         self._unlogged = False
         self._last_record: dict[str, float] = {}
         self._aside_s = 0.0  # evaluations are left out of the rates
         self._seen, self._target_waits = Statistics(), 0.0
-        self._began = self._latest = WorkDone(time.monotonic()), client.statistics
+        self._began = self._latest = WorkDone(time.monotonic()), self._client.statistics
         self._warm = self._latest
         """At the first record: compilation, allocation and full queues are over."""
         self._first: dict[str, float] = {}  # the losses at the first record, and before training
         if leader:
-            self._open(job, run_dir, resume)
+            self._open(context)
 
-    def _open(self, job: JobConfig, run_dir: RunDirectory, resume: ResumePlan) -> None:
+    def _open(self, context: RankContext) -> None:
+        job, run_dir, resume = context.job, context.run_dir, context.resume
         step = resume.progress.step
         self._trackers.append(JsonlTracker(run_dir.metrics, step))
         if job.metrics.progress:
@@ -65,7 +51,7 @@ class RunReporter(Reporter):
 
     def step(self, progress: Progress) -> None:
         if self._stands.progress is None:
-            self._stepped(self._aside_s)
+            self._start_up.stepped(self._aside_s)
         self._client.step, self._stands.progress = progress.step, progress
         if self._bar is not None:
             self._bar.advance(progress.step)
@@ -144,9 +130,7 @@ class RunReporter(Reporter):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for tracker in self._trackers:
             with contextlib.suppress(OSError):
                 tracker.close()

@@ -60,7 +60,7 @@ def describe(run_dir: Path, now: float | None = None) -> str:
     paths = RunPaths(run_dir)
     history, answers = attempts(run_dir), read_json(paths.answers_progress, AnswersProgress)
     if not paths.config.exists() and not history and answers is None:
-        raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml (give the run.dir of a job)")
+        raise paths.absent()
     status = read_json(paths.status, Status)
     if answers is not None and answers.time > max(_last_event(history), status.time if status else 0):
         lines = [f"{run_dir}: {_alive('writing answers', answers.time, _place(history), now)}", _answered(answers)]

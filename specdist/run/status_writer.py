@@ -5,14 +5,13 @@ import contextlib
 import logging
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
-from specdist.core.attempts import AttemptRecord, Ending, Failure
+from specdist.core.attempts import Ending, Failure
 from specdist.core.errors import say
 from specdist.core.files import to_json, write_atomically
-from specdist.core.launch_env import Attempt
 from specdist.core.stop import StopReason
 from specdist.job.resume_plan import ResumePlan
+from specdist.run.context import WorldContext
 from specdist.run.status import Status
 from specdist.scheduler.coordinator import Observer
 from specdist.scheduler.messages import Statistics
@@ -31,26 +30,18 @@ _SHOWN = 3
 
 
 class StatusWriter(Observer):
-    """Writes on rank 0, in the control server's thread. `status_file`: replaced at every pulse; `specdist status` reads
-    it. `silent_s`: seconds without a sign of life after which the status says of a rank that it has stalled."""
+    """Writes on rank 0, in the control server's thread, also the file that `specdist status` reads, at every pulse."""
 
-    def __init__(
-        self,
-        status_file: Path,
-        record: AttemptRecord,
-        attempt: Attempt,
-        resume: ResumePlan,
-        began: float,
-        profile: Profile = NO_PROFILE,
-        silent_s: float = 20.0,
-    ):
-        self._file, self._record, self._attempt, self._resume = status_file, record, attempt, resume
-        self._profile, self._silent_s = profile, silent_s
+    def __init__(self, context: WorldContext, resume: ResumePlan, profile: Profile = NO_PROFILE):
+        self._file, self._record, self._attempt = context.run_dir.status, context.record, context.start.attempt
+        self._resume, self._profile = resume, profile
+        self._silent_s = 4 * context.job.control.heartbeat_s
+        """Without a sign of life for longer a rank has stalled."""
         self._writer = ThreadPoolExecutor(1, "specdist-status")
         self._writing: Future[None] | None = None
         self._unwritten: str | None = None
-        self._moved_at = began
-        self._progress = 0
+        self._moved_at = 0.0
+        self._progress = -1
         self._quiet_s = _QUIET_S
 
     def failed(self, failure: Failure) -> None:

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, TypeVar
 
 import msgspec
@@ -227,9 +226,7 @@ class ControlClient:
     def __enter__(self) -> ControlClient:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """After an error of this rank's own: say so, and raise the world's failure instead if another rank began it.
 
         Until the verdict is there the process stays, so that no connection of it breaks before the others know why.

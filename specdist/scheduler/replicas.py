@@ -138,22 +138,15 @@ class Replicas:
 
     def computed(self, rank: int, message: Computed, now: float) -> None:
         """`rank` has computed an item; the scheduler is told once all ranks of its replica have. All find the same
-        `agreed`.
-
-        Raises:
-            ProtocolError: it was not to compute that item now.
-        """
+        `agreed`. Raises ProtocolError: it was not to compute that item now."""
         replica = self._replica(rank)
         if self._all_said(replica, rank, message):
             item, tokens, seconds, agreed = message.item, message.tokens, message.seconds, message.agreed
             self._scheduler.on_computed(item, replica.number, now, agreed, tokens, seconds)
 
     def sent(self, rank: int, message: Sent, now: float) -> Deliver | None:
-        """`rank` has sent its share of an item; returns the delivery once all ranks of its replica have.
-
-        Raises:
-            ProtocolError: it was not to send that item.
-        """
+        """`rank` has sent its share of an item; returns the delivery once all ranks of its replica have. Raises
+        ProtocolError: it was not to send that item."""
         replica = self._replica(rank)
         if not self._all_said(replica, rank, message):
             return None

@@ -135,10 +135,7 @@ class Scheduler:
         self, item: int, replica: int, now: float, agreed: tuple[int, ...] = (), tokens: int = 0, seconds: float = 0.0
     ) -> None:
         """`replica` has computed `item`, of so many tokens, in so many seconds; `agreed` is passed on.
-
-        Raises:
-            ProtocolError: `item` is not the oldest one outstanding at `replica`.
-        """
+        Raises ProtocolError: `item` is not the oldest one outstanding at `replica`."""
         line = self._lines.get(replica)
         if line is None:  # it was dropped meanwhile
             return
@@ -162,11 +159,7 @@ class Scheduler:
             self._advance(item, now)
 
     def on_sent(self, item: int, replica: int, now: float) -> Deliver | None:
-        """`replica` has sent `item` to its slot; None if the replica was dropped meanwhile.
-
-        Raises:
-            ProtocolError: it was not to send it.
-        """
+        """`replica` has sent `item` to its slot; None if it was dropped meanwhile. Raises ProtocolError: not so."""
         if replica not in self._lines:
             return None
         flight = self._flights.get(item)
@@ -179,11 +172,7 @@ class Scheduler:
         return Deliver(item, replica, self._slots(item)[item], flight.agreed, self._delivered_count - 1)
 
     def on_released(self, item: int, draft: int, now: float) -> None:
-        """Draft rank number `draft` has freed the slot of `item`.
-
-        Raises:
-            ProtocolError: it has not got the item, or has released it before.
-        """
+        """Draft rank number `draft` has freed the slot of `item`. Raises ProtocolError: it does not hold it."""
         flight = self._flights.get(item)
         if flight is None or not flight.holders >> draft & 1:
             raise ProtocolError(f"draft rank number {draft} released batch {item}, which it does not hold")

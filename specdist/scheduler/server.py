@@ -7,7 +7,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable
-from types import TracebackType
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -153,9 +152,7 @@ class ControlServer:
     def __enter__(self) -> ControlServer:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """After an error: give the other ranks time to receive it. Else wait until they have left."""
         try:
             if error is None:

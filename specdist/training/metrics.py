@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdist.core.errors import ConfigError, check_range, say
+from specdist.core.errors import ConfigError, check_range, first_line, say
 from specdist.core.files import write_atomically
 from specdist.core.progress_bar import ProgressBar
 
@@ -152,7 +152,7 @@ class WandbTracker(Tracker):
         try:
             self._run = start(settings=limits)
         except wandb.errors.CommError as error:
-            told = f"does not answer, and the run is logged offline: {str(error).splitlines()[0]}"
+            told = f"does not answer, and the run is logged offline: {first_line(error)}"
             say(f"Weights & Biases {told}")
             wandb.teardown()  # it still holds the id
             self._run = start(mode="offline")
@@ -183,14 +183,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _length(value: float) -> str:
-    return f"{value:.2f}"
-
-
-def _share(value: float) -> str:
-    return f"{value:.0%}"
-
-
+_length, _share = "{:.2f}".format, "{:.0%}".format
 _LINE: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("loss", "loss", "loss", _number),
     ("loss_per_step", "of a TTT step", "a step", _number),

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from specdist.core.errors import ConfigError, WorldError
+from specdist.core.errors import ConfigError, WorldError, first_line
 from specdist.core.launch_env import RankFacts, Role, launcher_serves_store, rendezvous_address
 from specdist.core.topology import Link, Topology, WorldConfig
-from specdist.world.roll_call import RollCall, first_line
+from specdist.world.roll_call import RollCall
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from specdist.core.errors import WorldError
+from specdist.core.errors import WorldError, first_line
 from specdist.core.topology import Link, Topology
 from specdist.world.groups import Groups, World
-from specdist.world.roll_call import RollCall, first_line
+from specdist.world.roll_call import RollCall
 
 _LIBRARY_S = 2.0
 """Grace for the library to report by itself that a transfer has exceeded its limit, in seconds."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from specdist.core.errors import ConfigError, WorldError
+from specdist.core.errors import ConfigError, WorldError, first_line
 
 _MARGIN_S = 15.0
 """The leader publishes who is missing at its own deadline; the others wait this much longer for it to arrive."""
@@ -26,10 +26,6 @@ _BACKLOG = 4096
 """All ranks may connect at once."""
 _POLL_S = 0.1
 """Between two looks at the store. Its own wait is in C++, where no signal handler of ours runs."""
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)

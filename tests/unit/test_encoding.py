@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from specdist.channel.config import ChannelConfig
 from specdist.channel.encoding import Plain, encoding_of
 from specdist.core.progress import Cursor
 from specdist.core.records import FeatureLayout, Features, PackedTokens, Shard, WorkItem
@@ -138,9 +140,9 @@ def test_colocated_ranks_learn_from_what_would_have_arrived(dtype: Any) -> None:
     layout.write_argmax_lse(rows, where, where * 7, where / 3)
     topology = Topology.build(WorldConfig(mode="colocated"), ["a"] * 3, replicas=None, tp=1, dp=None, cp=1)
     shard = ITEM.shards[0].tokens
-    source = ColocatedSource(
-        Teller(layout, rows[:shard]), [layout.empty(shard)], topology, 0, cast(Any, Packs()), dtype
-    )
+    job = SimpleNamespace(channel=ChannelConfig(dtype=dtype))
+    context: Any = SimpleNamespace(topology=topology, rank=0, prompts=Packs(), job=job)
+    source = ColocatedSource(context, Teller(layout, rows[:shard]), [layout.empty(shard)])
     arrived, own = travelled(layout, dtype, rows)[0], source.take(ITEM)
     kept, width = taught(ITEM, 0), layout.captured_width
     assert torch.equal(own[:, :width], arrived[:, :width])

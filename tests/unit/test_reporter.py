@@ -21,7 +21,8 @@ def run(monkeypatch):
     monkeypatch.setattr(reporter, "time", SimpleNamespace(monotonic=lambda: clock.now))
     client = SimpleNamespace(statistics=Statistics(), step=0)
     done = SimpleNamespace(steps=0, tokens=0, waited_s=0.0)
-    made = RunReporter(None, None, None, client, leader=False, latest=Latest())  # type: ignore[arg-type]
+    context = SimpleNamespace(client=client, latest=Latest(), start=SimpleNamespace(clock=None))
+    made = RunReporter(context, leader=False)  # type: ignore[arg-type]
 
     def pass_(seconds: float, draft_wait: float, statistics: Statistics | None = None) -> None:
         clock.now += seconds

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,12 +18,14 @@ from specdist.core.errors import ConfigError
 from specdist.core.files import read_json, to_json
 from specdist.core.launch_env import Attempt
 from specdist.core.progress import AnswersProgress, Cursor, Progress
+from specdist.core.run_paths import RunPaths
 from specdist.core.stop import StopReason
 from specdist.core.topology import Topology
 from specdist.job.resume_plan import ResumePlan
 from specdist.prompts.schedule import Schedule
 from specdist.run.status import Status, describe
 from specdist.run.status_writer import StatusWriter
+from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.messages import Statistics
 from specdist.scheduler.peers import Peer, Peers, Phase
 
@@ -135,7 +139,10 @@ def test_any_other_directory_is_refused(tmp_path: Path) -> None:
 def observer(run_dir: Path) -> StatusWriter:
     progress = Progress(10, 10, Cursor(0, 0), "prompts")
     resume = ResumePlan(progress, None, Schedule(10, 10, 100, 1))
-    return StatusWriter(run_dir / "status.json", AttemptRecord(run_dir / "logs/17.1"), ATTEMPT, resume, began=0.0)
+    start, job = SimpleNamespace(attempt=ATTEMPT), SimpleNamespace(control=ControlConfig())
+    record = AttemptRecord(run_dir / "logs/17.1")
+    context: Any = SimpleNamespace(run_dir=RunPaths(run_dir), record=record, start=start, job=job)
+    return StatusWriter(context, resume)
 
 
 def test_a_silent_start_says_what_the_ranks_do_less_and_less_often(run_dir: Path, capsys) -> None:

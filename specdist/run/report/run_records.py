@@ -106,7 +106,7 @@ def read_runs(directories: Sequence[Path]) -> list[RunRecords]:
 def _read(path: Path, name: str) -> RunRecords:
     paths = RunPaths(path)
     if not paths.config.exists():
-        raise ConfigError(f"{path} is no run directory: it has no config.yaml (give the run.dir of a job)")
+        raise paths.absent()
     try:
         records = _metrics(paths.metrics)
         if not records:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from specdist.core.errors import ConfigError, DataError
+from specdist.core.errors import ConfigError, DataError, first_line
 from specdist.core.model_config import state_values
 from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target.base import TargetModel
@@ -132,7 +132,7 @@ def _memory_errors_named(config: TargetConfig) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"the target ran out of memory ({str(error).splitlines()[0]}): lower target.sglang.prefill_tokens (now "
+            f"the target ran out of memory ({first_line(error)}): lower target.sglang.prefill_tokens (now "
             f"{settings.prefill_tokens or 'a whole batch'}) or target.sglang.memory_fraction (now "
             f"{settings.memory_fraction or 'chosen by SGLang'}), or raise target.tp (now {config.tp})",
             "target.sglang.prefill_tokens target.sglang.memory_fraction target.tp",
