@@ -111,6 +111,7 @@ REFUSALS: list[tuple[Callable[[BlockDraft], block_writers.Written], str, dict[st
     (block_writers.z_lab, "dflash", {"markov_rank": 64}, "markov_rank is 64"),
     (block_writers.deepspec, "dspark", {"target_layer_ids": [-1, 3, 5]}, r"the target's embedding \(-1\)"),
     (block_writers.deepspec, "dspark", {"markov_head_type": "cubic"}, "markov_head_type is 'cubic'"),
+    (block_writers.speculators, "dspark", {"markov_rank": 0}, r"config\.json says .* draft\.dspark\.markov_rank is 0"),
     (block_writers.deepspec, "dspark", {"architectures": ["Gemma4DSparkModel"]}, "no draft of"),
     (
         block_writers.speculators,

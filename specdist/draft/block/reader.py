@@ -127,7 +127,10 @@ def read_blocks(
     )
     state = _named(tensors, dims)
     d2t = state.pop("d2t", None)
-    modules = form.modules(replace(form.section(), **own), dims, META, torch.float32)
+    try:
+        modules = form.modules(replace(form.section(), **own), dims, META, torch.float32)
+    except ConfigError as error:
+        raise DataError(f"{path} says of a draft what cannot be trained: {error}") from error
     check_tensors(state, shapes(modules), str(directory), form.title)
     reduced = dims.draft_vocab_size < whole
     chosen = {
