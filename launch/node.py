@@ -20,7 +20,7 @@ from specdist.core import launch_env, troubleshooting
 from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
 from specdist.core.errors import ConfigError, Dismissed, UserError, say
 from specdist.core.files import unwritable
-from specdist.core.network import interface_towards
+from specdist.core.launch_env import interface_towards
 from specdist.core.run_lock import Claim
 from specdist.core.stop import StopReason
 from specdist.job.config import JobConfig, home

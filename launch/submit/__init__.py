@@ -10,9 +10,11 @@ node can check is checked before anything is submitted.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,12 +22,13 @@ from typing import TYPE_CHECKING
 from specdist.core.errors import ConfigError, UserError
 from specdist_launch import words
 
-if TYPE_CHECKING:  # an extra; and a task's process, which imports this too, needs none of it
+if TYPE_CHECKING:
     from submitit import Job
 
     from specdist.job.config import JobConfig
     from specdist_launch.submit.executors import Venue
     from specdist_launch.submit.task import RunSummary
+
 
 Files = str | Path | Sequence[str | Path]
 Overrides = Sequence[str] | Mapping[str, object]
@@ -69,7 +72,6 @@ def submit_sweep(
 
     The rest is as for `submit`.
     """
-    from specdist_launch.submit.points import name_points
 
     venue = _venue(executor, options, array_parallelism)
     names, common = name_points(sweep), [*_files(config), *_words(overrides)]
@@ -135,3 +137,68 @@ def _submit(venue: Venue, jobs: Sequence[JobConfig], base: Path) -> list[Job[Run
     except FailedJobError as error:
         raise UserError(f"sbatch: {complaint(str(error))}") from error
     return [job.task(0) for job in submitted]  # the others' tasks have no result, and result() would want them all
+
+
+_LONGEST = 100
+"""File systems take 255 bytes."""
+
+Point = Mapping[str, object]
+
+
+def name_points(sweep: Sequence[Point]) -> list[str]:
+    """A name for each point: the last parts of its keys, with its values. Raises ConfigError: there is no point, two
+    are the same, or one sets what all must share."""
+    if not sweep:
+        raise ConfigError("the sweep is empty: give the overrides of each point")
+    _check_points(sweep)
+    labels = _labels(sorted({key for point in sweep for key in point}))
+    names = [_name(point, labels) for point in sweep]
+    return [
+        name if names.count(name) == 1 else f"{name}-{_digest(point)}" for name, point in zip(names, sweep, strict=True)
+    ]
+
+
+def _check_points(sweep: Sequence[Point]) -> None:
+    seen: dict[str, int] = {}
+    for number, point in enumerate(sweep, start=1):
+        if not point:
+            raise ConfigError(f"point {number} of the sweep sets nothing: give it at least one override")
+        for key in point:
+            if key == "run.dir" or key.partition(".")[0] == "launch":
+                raise ConfigError(
+                    f"point {number} of the sweep sets {key}: run directories are made of the points' overrides, below "
+                    "the run.dir that is common to all; and all points are started alike",
+                    "run.dir",
+                )
+        first = seen.setdefault(_canonical(point), number)
+        if first != number:
+            raise ConfigError(f"points {first} and {number} of the sweep have the same overrides: {_canonical(point)}")
+
+
+def _labels(keys: Sequence[str]) -> dict[str, str]:
+    """The shortest ending of each key that no other key has."""
+    labels = {}
+    for key in keys:
+        parts = key.split(".")
+        endings = [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+        labels[key] = next(e for e in endings if e == key or not any(k.endswith(f".{e}") for k in keys if k != key))
+    return labels
+
+
+def _name(point: Point, labels: Mapping[str, str]) -> str:
+    text = "_".join(f"{labels[key]}-{_plain(value)}" for key, value in point.items())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}-{_digest(point)}"
+
+
+def _plain(value: object) -> str:
+    """A value in characters that need no quotes anywhere."""
+    text = value if isinstance(value, str) else json.dumps(value, default=os.fspath)
+    return re.sub(r"[^\w.+-]+", "_", text.rpartition("/")[2], flags=re.ASCII).strip("_") or "none"
+
+
+def _canonical(point: Point) -> str:
+    return json.dumps(point, sort_keys=True, default=os.fspath)
+
+
+def _digest(point: Point) -> str:
+    return hashlib.sha256(_canonical(point).encode()).hexdigest()[:6]

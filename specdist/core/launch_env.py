@@ -7,6 +7,7 @@ the environment.
 """
 
 import argparse
+import contextlib
 import hashlib
 import ipaddress
 import os
@@ -226,3 +227,32 @@ def without_world(environment: Mapping[str, str]) -> dict[str, str]:
     own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", TOKEN)
     own_prefixes = ("TORCHELASTIC_", "ROLE_", "GROUP_WORLD")
     return {name: value for name, value in environment.items() if name not in own and not name.startswith(own_prefixes)}
+
+
+def interface_towards(host: str, port: int) -> str | None:
+    """The interface on the route to `host`; None where that is this host itself, or no interface has the address.
+
+    On a host with several networks NCCL and gloo would guess, and each host of a job might guess another one.
+    """
+    own = ipaddress.ip_address(address_towards(host, port).partition("%")[0])
+    if own.is_loopback:
+        return None
+    import psutil  # here, so that who only reads starts quickly
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address.partition("%")[0] == str(own) for address in addresses):
+            return str(name)
+    return None
+
+
+def listening_addresses() -> tuple[str, ...]:
+    """ADDRESS:PORT of every TCP port on which this process, or the launcher that started it, listens."""
+    import psutil
+
+    found = set()
+    for process in (psutil.Process(), psutil.Process().parent()):
+        with contextlib.suppress(psutil.Error):  # the launcher is another user's, or gone
+            for connection in process.net_connections("tcp") if process is not None else ():
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add(f"{connection.laddr.ip}:{connection.laddr.port}")
+    return tuple(sorted(found))

@@ -24,7 +24,7 @@ from specdist.job.resume_plan import ResumePlan
 from specdist.run.context import WorldContext
 from specdist.run.rank_log import SHOW_STACKS
 from specdist.run.status_writer import StatusWriter
-from specdist.run.worlds.rendezvous import ControlAddress, Rendezvous
+from specdist.run.worlds.search import ControlAddress, Rendezvous
 from specdist.run.worlds.terms import Terms
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.replicas import RemoteRules

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from specdist.channel.base import Wire, store_book
 from specdist.channel.config import ChannelConfig, MooncakeConfig
+from specdist.channel.mooncake.ends import MooncakeReceiver
 from specdist.channel.mooncake.engine import TransferEngine
-from specdist.channel.mooncake.receiver import MooncakeReceiver
 from specdist.core.launch_env import RankFacts
 from specdist.core.progress import Cursor
 from specdist.core.records import FeatureLayout, Shard, WorkItem

@@ -12,8 +12,8 @@ import time
 import pytest
 import torch.distributed as dist
 
+from specdist.channel.mooncake.ends import MooncakeSender
 from specdist.channel.mooncake.engine import TransferEngine
-from specdist.channel.mooncake.sender import MooncakeSender
 from specdist.core.errors import WorldError
 from tests.distributed.mooncake_peer import CONFIG, HOST, PATIENCE_S, ROWS, STALL_S, TARGET, check, make_item, wire_of
 from tests.distributed.worlds import mooncake_loads, start_command

@@ -15,8 +15,8 @@ from specdist.core.errors import ConfigError, UserError
 from specdist.job.config import load_job
 from specdist.job.launch_config import ContainerConfig, LaunchConfig, NodesConfig, SlurmConfig
 from specdist_launch.submit import task
+from specdist_launch.submit.__init__ import name_points
 from specdist_launch.submit.executors import choose_venue, minutes, slurm_parameters
-from specdist_launch.submit.points import name_points
 from tests.tiny import make_config, make_conversations, make_target
 
 

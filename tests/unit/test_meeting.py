@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from specdist.core.errors import ConfigError, Dismissed, UserError, WorldError
-from specdist.core.network import interface_towards
+from specdist.core.launch_env import interface_towards
 from specdist.world.roll_call import Meeting, Node, RollCall, free_port, meet, serve_store
 
 HOSTS = ("a", "b", "c")

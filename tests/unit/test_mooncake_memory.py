@@ -17,8 +17,8 @@ import torch.distributed as dist
 from specdist.channel.base import Wire, store_book
 from specdist.channel.config import MooncakeConfig
 from specdist.channel.mooncake import engine as memory
+from specdist.channel.mooncake.ends import MooncakeReceiver
 from specdist.channel.mooncake.engine import Endpoint
-from specdist.channel.mooncake.receiver import MooncakeReceiver
 from specdist.core.errors import WorldError
 from tests.unit.test_channel_p2p import ROWS, make_item, wire
 

@@ -13,9 +13,8 @@ from specdist.channel.probe import LinkSpeed
 from specdist.core.errors import ConfigError
 from specdist.core.topology import Topology, WorldConfig
 from specdist.job.launch_config import PreflightConfig
-from specdist.run.preflight.facts import RankReport
+from specdist.run.preflight.facts import Clock, HostFacts, RankReport, Storage
 from specdist.run.preflight.findings import Finding, problems, to_exclude
-from specdist.run.preflight.host import Clock, HostFacts, Storage
 from specdist.run.preflight.judge import LinkReport, Needs, judge, judge_links
 from specdist.run.preflight.nvml import GpuFacts, GpuProcess
 from specdist.run.preflight.report import Report

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from specdist.run.preflight import host as host_module
+from specdist.run.preflight import facts as host_module
+from specdist.run.preflight.facts import examine_storage, marked, read_clock
 from specdist.run.preflight.findings import fold_hosts
-from specdist.run.preflight.host import examine_storage, marked, read_clock
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from specdist.core.topology import Topology, WorldConfig
 from specdist.draft.config import draft_config
 from specdist.prompts.corpus import Corpus, Side, make_corpus
 from specdist.prompts.schedule import Schedule
-from specdist.run.worlds.rendezvous import ControlAddress, Rendezvous
+from specdist.run.worlds.search import ControlAddress, Rendezvous
 from specdist.run.worlds.terms import Terms, common_facts
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.coordinator import Coordinator, Observer

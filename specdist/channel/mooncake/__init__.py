@@ -2,9 +2,8 @@
 """The Mooncake channel: one-sided writes over RDMA or TCP into rings that the draft ranks own."""
 
 from specdist.channel.base import Transport, Wire
+from specdist.channel.mooncake.ends import MooncakeReceiver, MooncakeSender
 from specdist.channel.mooncake.engine import TransferEngine, check_installed, process_engine
-from specdist.channel.mooncake.receiver import MooncakeReceiver
-from specdist.channel.mooncake.sender import MooncakeSender
 
 
 def _engine(wire: Wire) -> TransferEngine:

@@ -19,9 +19,8 @@ from specdist.job.config import JobConfig, JobFacts
 from specdist.job.launch_config import PreflightConfig
 from specdist.job.plan import plan_of, state_bytes
 from specdist.job.run_dir import RunDirectory
-from specdist.run.preflight.facts import RankReport
+from specdist.run.preflight.facts import HostFacts, RankReport
 from specdist.run.preflight.findings import Finding, Severity, merge, name_no_host_for_all
-from specdist.run.preflight.host import HostFacts
 from specdist.run.preflight.nvml import GpuFacts
 from specdist.world.groups import ranges
 

@@ -13,13 +13,11 @@ import torch.distributed as dist
 from specdist.channel.config import parse_bytes
 from specdist.channel.probe import LinkSpeed, measure_links
 from specdist.core.errors import ConfigError, WorldError, say
-from specdist.core.launch_env import local_address, rendezvous_address
-from specdist.core.network import interface_towards, listening_addresses
+from specdist.core.launch_env import interface_towards, listening_addresses, local_address, rendezvous_address
 from specdist.core.topology import Topology
 from specdist.job.config import JobConfig, JobFacts
-from specdist.run.preflight.facts import RankReport, report_rank
+from specdist.run.preflight.facts import HostFacts, RankReport, examine_storage, marked, read_clock, report_rank
 from specdist.run.preflight.findings import Finding, merge, problems, to_exclude
-from specdist.run.preflight.host import HostFacts, examine_storage, marked, read_clock
 from specdist.run.preflight.judge import LinkReport, judge, judge_links, needs_of
 from specdist.run.preflight.report import Report, line_of, speed_line
 from specdist.world.groups import Groups, World

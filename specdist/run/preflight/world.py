@@ -17,8 +17,7 @@ from specdist.core.errors import DataError, WorldError
 from specdist.core.launch_env import RankFacts
 from specdist.job import config as jobs
 from specdist.job.config import JobConfig, JobFacts
-from specdist.run.preflight.facts import report_rank
-from specdist.run.preflight.host import HostFacts, examine_storage, marked
+from specdist.run.preflight.facts import HostFacts, examine_storage, marked, report_rank
 from specdist.run.preflight.judge import judge, needs_of
 from specdist.run.preflight.preflight import Preflight
 from specdist.run.preflight.report import Report
