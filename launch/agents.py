@@ -136,8 +136,9 @@ class AgentProcess:
 
 
 class AgentFork:
-    """An agent as a fork of this process, which has imported already what takes seconds to import. `main`: what it
-    runs, and whose exit status it ends with; it sees to it that it ends with this process."""
+    """An agent as a fork of this process, which has imported already what takes seconds to import; only where
+    `may_fork`. `main`: what it runs, and whose exit status it ends with; it sees to it that it ends with this
+    process."""
 
     def __init__(self, main: Callable[[], int]):
         sys.stdout.flush()
@@ -155,9 +156,16 @@ class AgentFork:
             os.kill(self._pid, number)
 
 
+def may_fork() -> bool:
+    """Whether no other thread of Python's runs here: a fork has none of them, but every lock that they hold."""
+    return threading.active_count() == 1
+
+
 def _be_agent(main: Callable[[], int]) -> NoReturn:
     status = 1
     try:
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(1)  # a fork waits for ever for the OpenMP threads of what it is a copy of
         os.setsid()  # a terminal's Ctrl-C would reach it beside the request that is passed on
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         status = main()

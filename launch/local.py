@@ -11,7 +11,7 @@ from pathlib import Path
 from specdist.core.errors import say
 from specdist.core.launch_env import Attempt, place_of_compiled
 from specdist_launch import agent, words
-from specdist_launch.agents import AgentFork, attend, new_job, supervise
+from specdist_launch.agents import AgentFork, AgentProcess, agent_command, attend, may_fork, new_job, supervise
 from specdist_launch.ranks import world_size
 
 
@@ -94,6 +94,7 @@ def start(
         placement = ["--nproc-per-node", str(ranks), "--job", attempt.job, "--restart", str(attempt.restart)]
         placement += ["--launched", str(launched if launched and not attempt.restart else time.time())]
         arguments = [*placement, "--launcher", "local", "--module", module, *files, *overrides]
-        return attend([AgentFork(lambda: agent.main(arguments))], received)
+        forked = AgentFork(lambda: agent.main(arguments)) if may_fork() else None
+        return attend([forked or AgentProcess(agent_command(arguments))], received)
 
     return supervise(run, new_job("local", role), retries)

@@ -8,6 +8,7 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -187,6 +188,26 @@ def test_an_agent_that_is_a_fork_is_told_and_ends_like_another():
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS)
     assert AgentFork(lambda: 1 // 0).wait() == 1
     assert AgentFork(lambda: os.kill(os.getpid(), signal.SIGKILL)).wait() == 137
+
+
+def test_a_fork_computes_also_where_what_it_is_a_copy_of_has_computed_with_several_threads():
+    script = """
+import sys, threading, torch
+from specdist_launch.agents import AgentFork, may_fork
+torch.set_num_threads(2)
+def product():
+    return int((torch.ones(600, 600) @ torch.ones(600, 600)).sum() + torch.ones(1_000_000).sum()) != 217_000_000
+product()
+waiting = threading.Event()
+thread = threading.Thread(target=waiting.wait)
+assert may_fork()
+thread.start()
+assert not may_fork()
+waiting.set()
+thread.join()
+sys.exit(AgentFork(product).wait())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_only_a_second_ctrl_c_is_impatient():
