@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,8 @@ class DraftModel(nn.Module, ABC):
     """Of a micro-batch, where that is known. Set before training."""
     tables: tuple[str, ...] = ("lm_head.",)
     """How the names of weights with a row for every token begin."""
+    ready: Callable[..., None] = staticmethod(lambda *parts: None)
+    """Called with parts whose weights are used from there on: sharded, they may still be on their way."""
     metric_names: tuple[str, ...]
     """The names of the sums `forward` returns, in a fixed order that is the same on every rank."""
 
@@ -97,6 +99,11 @@ class DraftModel(nn.Module, ABC):
             if parameter.ndim == 2 and min(parameter.shape) > 1 and not name.startswith(self.tables)
         ]
 
+    @property
+    def late(self) -> Sequence[nn.Module]:
+        """Parts that `forward` computes without at first: it calls `ready` when it comes to them."""
+        return ()
+
     @abstractmethod
     def supervise(
         self, batch: PackedTokens, host_batch: PackedTokens, features: Features, draw: int = 0
@@ -120,6 +127,7 @@ class DraftModel(nn.Module, ABC):
     def nothing(self, totals: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` returns where nothing is supervised: a zero loss that touches every trainable parameter, so
         that a rank without data still joins the collectives."""
+        self.ready(*self.late)
         loss = sum((p.float().sum() * 0.0 for p in self.parameters() if p.requires_grad), torch.zeros(()))
         return loss, torch.zeros(len(self.metric_names), dtype=torch.float64, device=totals.device)
 

@@ -41,7 +41,14 @@ def shard_draft(model: DraftModel, groups: Groups, dtype: torch.dtype, sharding:
             state = fully_shard.state(unit)  # type: ignore[attr-defined]
             state._pre_forward_hook_handle.remove()  # noqa: SLF001
             state._post_forward_hook_handle.remove()  # noqa: SLF001
+    model.ready = _arrive
     return model
+
+
+def _arrive(*parts: nn.Module) -> None:
+    for part in parts:
+        if isinstance(part, FSDPModule):
+            part.unshard()
 
 
 def _parts(model: nn.Module, least: float) -> Iterator[nn.Module]:
@@ -56,16 +63,18 @@ def _parts(model: nn.Module, least: float) -> Iterator[nn.Module]:
 class ShardedWeights:
     """When the weights of a draft are gathered, and their gradients reduced.
 
-    All are gathered once a step, ahead of the first micro-batch, and stay until the backward of the last one. In it the
-    gradients of a unit are reduced as soon as they are complete, beside the rest of the backward: the units in one
-    order on all ranks, from the last to the first, whatever order a rank's own graph has.
+    All are gathered once a step, ahead of the first micro-batch (those of `DraftModel.late` may come while its forward
+    runs), and stay until the backward of the last one. In it the gradients of a unit are reduced as soon as they are
+    complete, beside the rest of the backward: the units in one order on all ranks, from the last to the first, whatever
+    order a rank's own graph has.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: DraftModel) -> None:
+        self._model = model
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         """The whole draft, with the weights of no part, and the parts in their order."""
         self._weights: Counter[FSDPModule] = Counter()
-        """How many of each are trained, once they have been gathered."""
+        """How many of each are trained, once a backward has come."""
         self._missing: Counter[FSDPModule] = Counter()
         """Those of which the last backward has not computed the gradient yet."""
         self._to_reduce: list[FSDPModule] = []
@@ -77,33 +86,32 @@ class ShardedWeights:
             unit.unshard(async_op=True)
 
     def wait(self) -> None:
-        """Until this stream may use the gathered weights; begins what was not begun."""
+        """Until this stream may use them, except late ones; begins what was not begun."""
+        _arrive(*(unit for unit in self.units if unit not in self._model.late))
+
+    def free(self) -> None:
+        """Let go of them, also of those that are still on their way."""
+        _arrive(*self.units)
         for unit in self.units:
-            unit.unshard()
+            unit.reshard()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """All are there inside it."""
+        try:
+            _arrive(*self.units)
+            yield
+        finally:
+            self.free()
+
+    def expect(self, last: bool) -> None:
+        """A backward comes next: of a micro-batch, the step's last one or not."""
         if not self._weights:
             owners = {weight: unit for unit in self.units for weight in unit.parameters()}  # the inner one of two
             for weight, unit in owners.items():
                 if weight.requires_grad:
                     weight.register_post_accumulate_grad_hook(partial(self._computed, unit))
                     self._weights[unit] += 1
-
-    def free(self) -> None:
-        """Let go of them, also of those that are still on their way."""
-        self.wait()
-        for unit in self.units:
-            unit.reshard()
-
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """They are there inside it."""
-        self.wait()
-        try:
-            yield
-        finally:
-            self.free()
-
-    def expect(self, last: bool) -> None:
-        """The next backward is that of a micro-batch, the last one of the step or not."""
         whole, *parts = self.units
         whole.set_requires_gradient_sync(last)  # of the parts as well
         whole.set_reshard_after_backward(last)

@@ -264,10 +264,10 @@ class Trainer:
         losses, sums = [], torch.zeros_like(self._sums)
         self.weights.wait()
         for micro in micro_batches:
-            self.weights.expect(micro is micro_batches[-1])
             with span("forward", micro.item.index, tokens=len(micro.batch.tokens)):
                 loss, own = self.model(micro.batch, micro.features, micro.supervision, totals)
             with span("backward", micro.item.index, reduces=int(micro is micro_batches[-1])):
+                self.weights.expect(micro is micro_batches[-1])
                 (loss * micro.good).backward()
             losses.append(loss.detach())
             sums += own * micro.good

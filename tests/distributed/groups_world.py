@@ -93,18 +93,24 @@ def use_mesh(mesh: DeviceMesh) -> dict[str, object]:
 
 
 class Chain(nn.Module):
-    """Three products in a row. A rank with nothing to train on touches the weights in another order."""
+    """Three products in a row, of which the last one's weights may be late. A rank with nothing to train on touches the
+    weights in another order."""
+
+    ready: Callable[..., None] = staticmethod(lambda *parts: None)
 
     def __init__(self, note: Callable[[str], None]) -> None:
         super().__init__()
         self.a, self.b, self.c = (nn.Linear(8, 8, bias=False) for _ in range(3))
         self.scale, self.note = nn.Parameter(torch.ones(8)), note
+        self.late = [self.b, self.c]
 
     def forward(self, data: Tensor) -> Tensor:
         if not data.numel():
+            self.ready(self.b, self.c)
             return sum((p.sum() * 0.0 for p in reversed(list(self.parameters()))), torch.zeros(()))
         for name in "abc":
-            data = torch.tanh(self.get_submodule(name)(data))
+            self.ready(part := self.get_submodule(name))
+            data = torch.tanh(part(data))
             data.register_hook(lambda _, name=name: self.note(f"backward at {name}"))  # type: ignore[misc]
         return (data * self.scale).square().sum()
 
@@ -133,9 +139,10 @@ def train_chain(model: nn.Module, data: Callable[[int], list[Tensor]], weights: 
             weights.gather()
             weights.wait()
         for micro in (0, 1):
+            loss = sum((model(part) for part in data(2 * step + micro)), torch.zeros(()))
             if weights is not None:
                 weights.expect(last=micro == 1)
-            sum((model(part) for part in data(2 * step + micro)), torch.zeros(())).backward()
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -156,7 +163,7 @@ def report_sharding(groups: Groups, sharding: str) -> dict[str, object]:
     chain.load_state_dict(whole.state_dict())
     shard_draft(chain, groups, torch.float32, sharding)  # type: ignore[arg-type]
     with noting:
-        train_chain(chain, lambda micro: [data(rank, micro)], ShardedWeights(chain))
+        train_chain(chain, lambda micro: [data(rank, micro)], ShardedWeights(chain))  # type: ignore[arg-type]
     train_chain(whole, lambda micro: [data(r, micro) for r in range(ranks)], None)
     sharded = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in chain.named_parameters()}
     apart = max(float((p - sharded[name]).abs().max()) for name, p in whole.named_parameters())

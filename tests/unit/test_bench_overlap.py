@@ -41,6 +41,14 @@ def test_on_a_slower_link(gather: float, head: float, layer: float, expected: fl
     assert reckoned(STEP + LATER, 2, [gather], [head, layer]) == pytest.approx(expected)
 
 
+def test_weights_that_are_waited_for_in_the_forward() -> None:
+    copies = [Kernel("split_with_sizes_copy_out_kernel", at, at + 0.0) for at in (11, 31)]
+    two = [Kernel("ncclDevKernel_AllGather_RING_LL", 0, 1), *STEP, *copies]
+    assert reckoned(two, 1, [10, 20], [40, 3]) == pytest.approx(3)
+    assert reckoned(two, 1, [12, 25], [40, 3]) == pytest.approx(7 + 3)  # the second is due at 30
+    assert reckoned(two[:-2], 1, [10, 20], [40, 3]) == pytest.approx(20 + 3)
+
+
 def test_without_gathers_and_with_other_collectives_than_told() -> None:
     replicated = STEP[1:]
     assert reckoned(replicated, 1, [], [80, 3]) == pytest.approx(80 - 40 + 3)

@@ -84,6 +84,16 @@ class BlockDraft(DraftModel):
     def initial(self, name: str) -> Tensor | None:
         return self.target.head[self.vocabulary.ids] if name == "lm_head.weight" else None
 
+    @property
+    def heads(self) -> list[nn.Module]:
+        """What is trained beside the layers and what leads to them."""
+        before = self.fc, self.hidden_norm, self.norm, self.layers
+        return [part for part in self.children() if part not in before]
+
+    @property
+    def late(self) -> list[nn.Module]:
+        return [*self.layers, *self.heads]
+
     def factors(self, states: Tensor, before: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What the drafts' logits are products of, [N, D, c] with [V_d, c] each: the normed states [N, D, H] with the
         head, and what an algorithm adds; `before` int64 [N, D], the tokens before the drafts."""
@@ -119,6 +129,7 @@ class BlockDraft(DraftModel):
         """The loss of normed states [N, D, H], with a graph, every draft's chance to be accepted [N, D] and the sums
         [D, 5] in the order of `SUMS`."""
         inputs = LossInputs(blocks.valid, terms, self.config.loss_chunk, torch.is_grad_enabled())
+        self.ready(*self.heads)
         pairs = self.factors(states, batch.tokens[blocks.rows])
         return ChunkedLoss.apply(inputs, *(t.to(states.dtype) for pair in pairs for t in pair))
 
@@ -149,10 +160,12 @@ class BlockDraft(DraftModel):
         return replay(self, batch, host_batch, features, count, chances if temperature else None)
 
     def verified(self, batch: PackedTokens, features: Features) -> Iterator[KeysValues]:
-        """Each layer's keys and values of the T packed tokens, made when they are asked for: so the backward is done
-        with one layer's weights before it comes to the next one's."""
+        """Each layer's keys and values of the T packed tokens, made when they are asked for: the forward comes to the
+        weights of a layer late, and the backward is done with them early."""
         context, rotation = self.context(features.captured), self.rotary(batch.positions)
-        return (attention_of(layer).keys_values(context, rotation, self._layer_ops) for layer in self.layers)
+        for layer in self.layers:
+            self.ready(layer)
+            yield attention_of(layer).keys_values(context, rotation, self._layer_ops)
 
     def states(
         self, batch: PackedTokens, blocks: Blocks, verified: Iterable[KeysValues], attend: Sequence[BlockAttention]

@@ -120,6 +120,10 @@ class Eagle3Draft(DraftModel):
     def initial(self, name: str) -> Tensor | None:
         return self.frozen.head if name == "lm_head.weight" and self.config.init_head == "target" else None
 
+    @property
+    def late(self) -> list[nn.Module]:
+        return [self.lm_head]
+
     def supervise(
         self, batch: PackedTokens, host_batch: PackedTokens, features: Features, draw: int = 0
     ) -> Supervision:
@@ -142,6 +146,7 @@ class Eagle3Draft(DraftModel):
             return self.nothing(totals)
         loss, with_grad = self.loss(features, teacher, totals), torch.is_grad_enabled()
         if self.graphs is not None and with_grad:
+            self.ready(self.lm_head)
             work = partial(self.graphs, *self.captured(loss, lengths))
             found, sums = Graphed.apply(work, self.lm_head.weight, *self.inputs(batch, features, teacher.rows))
         else:
@@ -150,6 +155,7 @@ class Eagle3Draft(DraftModel):
             else:
                 task = self.task(teacher.rows, lengths)
                 states = Unroll.apply(task, with_grad, *self.inputs(batch, features, teacher.rows))
+            self.ready(self.lm_head)
             found, sums = ChunkedLoss.apply(loss, with_grad, self.lm_head.weight, states)
         return found.float(), torch.cat([sums, teacher.positions()[:, None]], dim=1).flatten()
 
