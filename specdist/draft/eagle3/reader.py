@@ -45,15 +45,6 @@ ONLY: Mapping[str, tuple[object, ...]] = {
 """Keys of other projects, at the top, in `eagle_config` (ModelOpt) or in `transformer_layer_config` (speculators), that
 change what a draft computes, and the values that mean a draft of ours. Missing or null is one of them. Biases are not
 here: SpecForge has none whatever `attention_bias` says, and where there are tensors of them these are named."""
-LLAMA = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-    "vocab_size": 32000,
-}
-"""What speculators leaves out of `transformer_layer_config`: the values that are transformers' own for a Llama."""
 LEGACY = {f"aux_norm_{name}.": f"fc_norm.{n}." for n, name in enumerate(("low", "mid", "high"))}
 NOT_TRAINED = ("t2d", "verifier_norm.weight", "verifier_lm_head.weight")
 
@@ -94,7 +85,7 @@ def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     if lora.exists():
         raise DataError(f"{lora}: the draft is for the target with this LoRA, which is not applied to targets here")
     own = "speculators_model_type" in config
-    stack = {**LLAMA, **need(config, "transformer_layer_config", path)} if own else dict(config)
+    stack = need(config, "transformer_layer_config", path) if own else config
     _check_known({**config, **stack}, config.get("eagle_config") or {}, path)
     said = _layers(config.get("eagle_aux_hidden_state_layer_ids"), 1) or _layers(config.get("target_layer_ids"), 0)
     if said and min(said) < 0:
