@@ -231,7 +231,8 @@ class _Rank:
         ids = None if size is None else torch.arange(size) * (text.vocab_size // size)
         draft = build_draft(self._config.draft, self._target, vocabulary, ids, layout_dtype=self.dtype)
         draft.share = ContextShare(self._place.cp, self._config.draft.cp)
-        draft.most_tokens = batch.tokens
+        if self._config.draft.cuda_graphs and device.type == "cuda":
+            draft.use_graphs(batch.tokens)
         batch.rows = random_rows(draft.layout, batch.tokens, text.vocab_size, generator)
         return draft
 

@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from specdist.core.errors import ConfigError
 from specdist.core.records import FeatureLayout, Features, PackedTokens
 from specdist.draft.common.cache import KeyValueCache
+from specdist.draft.common.graphs import Graphed, Graphs, Results, tensors_of, with_tensors
 
 
 @dataclass(frozen=True)
@@ -20,10 +25,12 @@ class Supervision:
 
     `counts` is what the loss is divided by after a sum over every micro-batch and rank of the optimizer step: a float64
     vector of fixed length (one entry per TTT step, for instance). `data` is the algorithm's own and only it reads it.
+    `filled`: the tokens that the micro-batch is filled up to where it is of a fixed size (`DraftModel.fixed_tokens`).
     """
 
     counts: Tensor
     data: Mapping[str, object]
+    filled: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,9 @@ class ContextShare:
     of: int = 1
 
 
+FILL = 256
+"""Tokens of micro-batches of fixed sizes are a multiple of it: whole blocks of any attention."""
+
 WHOLE = ContextShare()
 """Without context parallelism."""
 
@@ -64,8 +74,12 @@ class DraftModel(nn.Module, ABC):
     layout: FeatureLayout
     share: ContextShare = WHOLE
     """Set before training. Every rank gets the whole micro-batch, and the losses of the ranks add up to its loss."""
-    most_tokens: int = 0
-    """Of a micro-batch, where that is known. Set before training."""
+    flex: bool = False
+    """Whether it makes micro-batches of fixed sizes, which takes FlexAttention on a GPU."""
+    fixed_tokens: int = 0
+    """Where micro-batches of up to so many tokens, which is set before training, are to be of fixed sizes: `supervise`
+    then fills up what it finds, and `forward` gets filled up what it reads."""
+    graphs: Graphs | None = None
     tables: tuple[str, ...] = ("lm_head.",)
     """How the names of weights with a row for every token begin."""
     ready: Callable[..., None] = staticmethod(lambda *parts: None)
@@ -123,6 +137,60 @@ class DraftModel(nn.Module, ABC):
         ranks add up to the step's loss. Returns the scalar loss (fp32, with a graph even when nothing is supervised)
         and a detached float64 vector of sums, one per entry of `metric_names`, to add over micro-batches and ranks.
         """
+
+    def use_graphs(self, most_tokens: int, graphs: Graphs | None = None) -> None:
+        """Train by CUDA graphs, on micro-batches of up to so many tokens. Raises ConfigError."""
+        if not self.flex:
+            raise ConfigError.at(
+                "draft.cuda_graphs", "=true needs a draft whose attention is FlexAttention: leave it at false"
+            )
+        self.graphs, self.fixed_tokens = graphs or Graphs(), -(-most_tokens // FILL) * FILL
+
+    def filled_up(
+        self, batch: PackedTokens, features: Features, supervision: Supervision, totals: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """What `forward` returns of a micro-batch of a fixed size: filled up, by a graph of its forward and backward
+        where there is one. None: it is of no fixed size."""
+        if not supervision.filled:
+            return None
+        missing = supervision.filled - len(batch.tokens)
+
+        def fill(rows: Tensor) -> Tensor:
+            return functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)) if missing else rows
+
+        tokens, supervised, positions = map(fill, (batch.tokens, batch.supervised, batch.positions))
+        whole = PackedTokens(tokens, supervised, batch.cu_seqlens[:0], positions)  # documents are no matter by now
+        record = whole, replace(features, rows=fill(features.rows)), replace(supervision, filled=0), totals
+        if self.graphs is None or not torch.is_grad_enabled():
+            return self.forward(*record)
+        self.ready(*self.late)
+        named = sorted(self.named_parameters(), key=lambda item: item[1].requires_grad)
+        names, weights = [name for name, _ in named], [weight for _, weight in named]
+        kept, given = sum(not weight.requires_grad for weight in weights), list(tensors_of(record))
+
+        def step(*tensors: Tensor) -> Results:  # serves other micro-batches: it reads none of their tensors but these
+            own = with_tensors(record, iter(tensors[: len(given)]))
+            with torch.enable_grad(), self._with(names, tensors[len(given) :], kept) as trained:
+                loss, sums = self.forward(*own)
+            return (loss.detach(), sums), torch.autograd.grad(loss, trained, materialize_grads=True)
+
+        loss, sums = Graphed.apply(partial(self.graphs, step, *given, *weights[:kept]), *weights[kept:])
+        return loss, sums
+
+    @contextmanager
+    def _with(self, names: Sequence[str], tensors: Sequence[Tensor], kept: int) -> Iterator[list[nn.Parameter]]:
+        """With these in the place of its parameters; all but the first `kept` are trained."""
+        made = [nn.Parameter(tensor, requires_grad=i >= kept) for i, tensor in enumerate(tensors)]
+        paths = [name.rpartition(".") for name in names]
+        owners = [(self.get_submodule(path)._parameters, name) for path, _, name in paths]  # noqa: SLF001
+        before = [parameters[name] for parameters, name in owners]
+        try:
+            for (parameters, name), own in zip(owners, made, strict=True):
+                parameters[name] = own
+            yield made[kept:]
+        finally:
+            for (parameters, name), old in zip(owners, before, strict=True):
+                parameters[name] = old
 
     def nothing(self, totals: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` returns where nothing is supervised: a zero loss that touches every trainable parameter, so

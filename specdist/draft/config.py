@@ -39,6 +39,9 @@ class DraftConfig:
     over context-parallel ranks."""
     compile: bool = False
     """torch.compile the draft's hot functions (CUDA; the first steps take a minute or so longer)."""
+    cuda_graphs: bool = False
+    """Fill micro-batches up to a few sizes and start forward and backward of each as one CUDA graph, so that a busy
+    host does not slow the GPU down; in more memory (`specdist plan`). CUDA only, with FlexAttention."""
     init_from: str | None = None
     """An exported draft to start from, a directory or ORG/NAME[@REVISION] of the Hugging Face Hub; its draft
     vocabulary, layers and norms are taken too."""

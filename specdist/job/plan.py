@@ -179,12 +179,17 @@ def training_memory(
     tables = cost.frozen_rows(tied) * target.get_text_config().hidden_size * itemsize
     # Gradients come when what the steps kept has gone: as they are computed, in fp32 to be reduced, and this rank's.
     gradients = (compute + 4) * parameters + 4 * parameters // shards
+    graphs: dict[str, int] = {}
+    if draft.cuda_graphs:  # read and write copies; and what comes after them has none of their memory
+        width = draft.chosen.layout(target, torch.bfloat16).width
+        graphs = {"copies for CUDA graphs": compute * parameters + itemsize * width * tokens}
     return {
         f"fp32 weights and state of the optimizer / {shards}": state_bytes(draft, target, optimizer) // shards,
         "weights to compute with": compute * parameters,
         "target head" if draft.chosen.embedding_on_host else "target embedding and head": tables,
         **step,
-        "gradients, beyond that": max(gradients - sum(step.values()), 0),
+        **graphs,
+        "gradients, beyond that": max(gradients - (0 if graphs else sum(step.values())), 0),
     }
 
 

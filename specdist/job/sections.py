@@ -141,8 +141,8 @@ ALSO_CALLED = {
 CHANGEABLE = (
     "world", "scheduler", "control", "checkpoint", "metrics", "trace", "export", "evaluate", "launch",
     "run.dir", "train", "target.replicas", "target.tp", "target.verify", "target.verify_against", "target.prefill",
-    "target.engine", "draft.dp", "draft.cp", "draft.pod", "draft.sharding", "draft.compile", "prompts.workers",
-    "prompts.cache_dir", "prompts.tokens_per_rank", "run.plugins", "run.compile_cache",
+    "target.engine", "draft.dp", "draft.cp", "draft.pod", "draft.sharding", "draft.compile", "draft.cuda_graphs",
+    "prompts.workers", "prompts.cache_dir", "prompts.tokens_per_rank", "run.plugins", "run.compile_cache",
     *(f"channel.{f.name}" for f in dataclasses.fields(ChannelConfig) if f.name != "dtype"),
     *(f"optimizer.{f.name}" for f in dataclasses.fields(OptimizerConfig) if f.name not in ("method", "ema")),
     *(f"generate.{key}" for key in generating.CHANGEABLE),

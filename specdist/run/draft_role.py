@@ -121,7 +121,9 @@ def _build_draft(context: RankContext) -> DraftModel:
     job, device, place = context.job, context.world.device, context.topology.draft_place(context.rank)
     assert place is not None
     draft = new_draft(job, context.facts, context.run_dir, device)
-    draft.share, draft.most_tokens = ContextShare(place.cp, job.draft.cp), job.prompts.tokens_per_rank
+    draft.share = ContextShare(place.cp, job.draft.cp)
+    if job.draft.cuda_graphs and device.type == "cuda":
+        draft.use_graphs(job.prompts.tokens_per_rank)
     return shard_draft(draft, context.groups, _draft_dtype(job, device), job.draft.sharding)
 
 

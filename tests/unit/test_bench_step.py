@@ -70,7 +70,8 @@ def test_a_run_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str], ran
     model = make_target(tmp_path / "target")
     words = ["draft.eagle3.layers=[0,2,4]", "draft.eagle3.vocab_size=100", "draft.compile=false"]
     words += [f"draft.eagle3.{word}" for word in more]
-    options = ["--batch", "3x40", "mixed:90", "--supervised", "0.5", "--repeats", "2", "--ranks", str(ranks), "--busy"]
+    options = ["--batch", "3x40", "mixed:90", "--supervised", "0.5", "--repeats", "2", "--ranks", str(ranks)]
+    options += ["--busy"] if ranks == 1 else []
     main(["--model", str(model), "--device", "cpu", *options, *words])
     first, *table = capfd.readouterr().out.splitlines()
     speeds = [StepSpeed(**speed) for speed in json.loads(first)]
@@ -79,6 +80,6 @@ def test_a_run_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str], ran
         ("mixed:90", ranks, 90 * ranks),
     ]
     assert all(s.tokens_per_s > 0 and 0 < s.share_of_peak < 1 and abs(s.supervised - 0.5) < 0.02 for s in speeds)
-    assert all(s.busy_share is not None and s.host_ms > 0 and 0 < s.busy_share < 3 for s in speeds)
+    assert all(s.host_ms > 0 and (s.busy_share is None) == (ranks > 1) for s in speeds)
     assert table == render(speeds).splitlines()
     assert asdict(speeds[0])["compilations"] == 0

@@ -33,14 +33,6 @@ VARIANTS = {
     "tv": {"loss": "tv"},
     "lk_alpha": {"loss": "lk_alpha"},
     "lk_lambda": {"loss": "lk_lambda", "lk_eta": 1.5},
-    "filled": {"cuda_graphs": True, "norm_before_residual": True},
-    "filled, argmax, norm_output, recompute": {
-        "cuda_graphs": True,
-        "loss": "argmax",
-        "norm_output": True,
-        "recompute": 2,
-        "pairs": "served",
-    },
 }
 
 
@@ -97,9 +89,9 @@ def test_packed_equals_one_by_one() -> None:
         torch.testing.assert_close(apart[name], grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("ranks", "filled"), [(2, False), (4, False), (3, True)])
-def test_the_shares_of_context_parallel_ranks_add_up(ranks: int, filled: bool) -> None:
-    case = build_case((90, 1, 250, 3), cuda_graphs=filled)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_shares_of_context_parallel_ranks_add_up(ranks: int) -> None:
+    case = build_case((90, 1, 250, 3))
     loss, sums, counts = run(case)
     whole = gradients(case)
     losses, parts, total = [], [], {name: torch.zeros_like(grad) for name, grad in whole.items()}

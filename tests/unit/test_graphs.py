@@ -5,21 +5,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdist.core.errors import ConfigError
+from specdist.draft.base import DraftModel
+from specdist.draft.block.attention import block_mask
+from specdist.draft.block.backbone import BlockDraft
+from specdist.draft.common.flex import in_blocks
 from specdist.draft.common.graphs import Graphs, Results
 from specdist.draft.common.precision import at_least_fp32
-from specdist.draft.eagle3.attention import DocumentAttention, document_block_mask
-from specdist.draft.eagle3.config import Eagle3Config
+from specdist.draft.eagle3.attention import document_block_mask
 from specdist.draft.eagle3.rows import Rows
-from tests.unit.eagle3_reference import build_case, run
+from tests.unit import dflash_reference, dspark_reference, eagle3_reference
+from tests.unit.draft_case import Case
 
 WAITS = (
     "_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "repeat_interleave.Tensor", "_unique2", "equal.",
@@ -32,7 +39,7 @@ class NothingWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = str(func).removeprefix("aten.")
-        masks = [index for index in args[1] if index is not None] if name.startswith("index") else []
+        masks = [index for index in args[1] if index is not None] if name.startswith(("index.", "index_put")) else []
         if name.startswith(WAITS) or any(isinstance(m, Tensor) and m.dtype == torch.bool for m in masks):
             raise AssertionError(f"{func} cannot be captured")
         return func(*args, **(kwargs or {}))
@@ -82,60 +89,108 @@ def test_a_graph_for_all_arguments_of_the_same_lengths_in_the_memory_of_the_long
     assert graphs.captured == [4, 2, 8, 4]
 
 
-def dense(rows: Rows, lengths: tuple[int, ...], step: int = 0) -> DocumentAttention:
-    """Document-causal attention by the tensors of `rows` alone, as FlexAttention's, which has no backward on a CPU."""
-    count, last, first = len(rows.active), rows.active[:, None, None], (rows.active - rows.positions)[:, None, None]
+def attended(mask: BlockMask, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What FlexAttention, which has no backward on a CPU, gives of [n, H, D] and a mask: by its tensors alone."""
+    row, column = torch.arange(len(q))[:, None], torch.arange(len(k))
+    hidden = ~mask.mask_mod(row, row, row, column)
+    group = q.shape[1] // k.shape[1]
+    keys, values = (at_least_fp32(t).repeat_interleave(group, 1) for t in (k, v))
+    scores = torch.einsum("nhd,thd->nht", at_least_fp32(q), keys) * scale
+    scores = scores.masked_fill(hidden[:, None], float("-inf"))
+    lse = scores.logsumexp(-1)
+    return torch.einsum("nht,thd->nhd", (scores - lse[..., None]).exp(), values).to(q.dtype), lse
+
+
+def whole(part: Tensor, rows: int) -> Tensor:
+    return functional.pad(part, (0, 0, 0, 0, 0, rows - len(part)))
+
+
+def dense_steps(draft: Any, rows: Rows, lengths: tuple[int, ...], window: int | None = None, step: int = 0) -> Any:
+    """`Eagle3Draft.attention`."""
+    mask = document_block_mask(rows, sum(lengths), None if window is None else window - step)
+    count, keys = len(rows.active), mask.shape[3]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        group, column = q.shape[1] // k.shape[1], torch.arange(len(k))
-        keys, values = (at_least_fp32(t).repeat_interleave(group, 1) for t in (k, v))
-        scores = torch.einsum("nhd,thd->nht", at_least_fp32(q[:count]), keys) * q.shape[2] ** -0.5
-        scores = scores.masked_fill((column > last) | (column < first), float("-inf"))
-        lse = scores.logsumexp(-1)
-        return torch.einsum("nht,thd->nhd", (scores - lse[..., None]).exp(), values).to(q.dtype), lse
+        return attended(mask, q[:count], whole(k, keys), whole(v, keys), draft.scale)
 
     return attend
 
 
-@pytest.mark.parametrize("options", [{}, {"loss": "argmax", "norm_output": True, "recompute": 2}], ids=str)
-def test_a_graph_of_one_micro_batch_serves_others(options: dict[str, object]) -> None:
-    """Of other documents and masks, in number and length; the draft's weights change between them, too."""
-    draft, graphs = build_case(cuda_graphs=True, loss_chunk=500, **options).draft, Again()
-    draft.graphs, draft.most_tokens = graphs, 300
-    draft.attention = dense  # type: ignore[method-assign]
-    for lengths in ((9, 1, 2, 13), (70, 180), (300,), (3, 40, 7)):
-        plain = build_case(lengths, seed=sum(lengths), loss_chunk=500, **options)
-        draft.load_state_dict(plain.draft.state_dict())
-        plain.draft.frozen = draft.frozen
-        results = []
-        for case in (plain, replace(plain, draft=draft)):
-            case.draft.zero_grad()
-            loss, sums, counts = run(case)
-            (loss * 2).backward()
-            results.append((loss.detach(), sums, counts, {n: p.grad for n, p in case.draft.named_parameters()}))
-        (loss, sums, counts, expected), (own_loss, own_sums, own_counts, found) = results
-        assert float(own_loss) == pytest.approx(float(loss), rel=1e-6)
-        assert own_sums == pytest.approx(sums, rel=1e-9)
-        assert torch.equal(own_counts, counts)
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-10)
-    assert graphs.captured == [256, 384, 256]
+def dense_blocks(draft: Any, blocks: Any, lengths: tuple[int, ...]) -> list[Any]:
+    """`BlockDraft.attention`."""
+
+    def made(view: Any) -> Any:
+        mask, rows = block_mask(blocks, sum(lengths), view), len(blocks.anchors) * blocks.size
+        filled, context = mask.shape[2], mask.shape[3] - mask.shape[2]
+
+        def attend(q: Tensor, first: Any, own: Any) -> Tensor:
+            k, v = (torch.cat([whole(a, context), whole(b, filled)]) for a, b in zip(first, own, strict=True))
+            return attended(mask, q[:rows], k, v, draft.scale)[0]
+
+        return attend
+
+    return [made(view) for view in draft.config.views]
+
+
+CASES: dict[str, tuple[Callable[..., Case[Any]], dict[str, object]]] = {
+    "eagle3": (eagle3_reference.build_case, {"norm_output": True, "recompute": 2}),
+    "eagle3, two layers": (eagle3_reference.build_case, {"num_layers": 2, "sliding_window": 20}),
+    "dflash": (dflash_reference.build_case, {}),
+    "dspark": (dspark_reference.build_case, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_graph_of_one_micro_batch_serves_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other documents and masks, in number and length; the draft's weights change between them, too. What micro-
+    batches are filled up with has no part in loss, sums and gradients."""
+    build, options = CASES[name]
+    draft, graphs = build(loss_chunk=500, **options).draft, Again()
+    dense = dense_blocks if isinstance(draft, BlockDraft) else dense_steps
+    draft.flex = True
+    for lengths, ways in (((9, 1, 2, 13), [graphs]), ((300,), [graphs]), ((3, 90, 7), [graphs, None])):
+        case = replace(build(lengths, seed=sum(lengths), loss_chunk=500, **options), draft=draft)
+        with torch.no_grad():
+            for weight in draft.parameters():
+                weight.mul_(0.9)
+        expected = outcome(case)
+        with monkeypatch.context() as patch:
+            patch.setattr(draft, "attention", partial(dense, draft))
+            draft.use_graphs(300, graphs)
+            for draft.graphs in ways:
+                for found, wanted in zip(outcome(case), expected, strict=True):
+                    torch.testing.assert_close(found, wanted, rtol=1e-6 if found.ndim == 0 else 1e-8, atol=1e-10)
+        draft.fixed_tokens, draft.graphs = 0, None
+    assert graphs.captured == [512, 512]
+
+
+def outcome(case: Case[DraftModel]) -> list[Tensor]:
+    """The loss, the sums, the counts and all gradients of twice the loss."""
+    batch, features, draft = case.batch, case.features, case.draft
+    supervision = draft.supervise(batch, batch, features, 3)
+    draft.zero_grad()
+    loss, sums = draft(batch, features, supervision, supervision.counts)
+    (loss * 2).backward()
+    if draft.graphs is not None:  # and in an evaluation
+        with torch.no_grad():
+            torch.testing.assert_close(draft(batch, features, supervision, supervision.counts)[1], sums)
+    gradients = [weight.grad for weight in draft.parameters()]
+    assert all(gradient is not None for gradient in gradients)
+    return [loss.detach(), sums, supervision.counts, *(gradient for gradient in gradients if gradient is not None)]
 
 
 @pytest.mark.parametrize("lengths", [(9, 1, 2, 13), (300, 40), (512,)], ids=str)
 def test_the_mask_of_filled_rows(lengths: tuple[int, ...]) -> None:
-    """It is made without waiting; added rows see the last column, and whole rows what they saw."""
-    batch = build_case(lengths).batch
+    """It is made without waiting; added rows see the last column, the others what they saw."""
+    batch = eagle3_reference.build_case(lengths).batch
     plain = Rows.of(batch, 4)
     rows = plain.filled(512)
     with NothingWaits():
-        mask = document_block_mask(rows, rows.tokens)
-    assert mask.shape == (1, 1, len(rows.active), 512)
-    seen = torch.stack(
-        [mask.mask_mod(torch.tensor(0), torch.tensor(0), row, torch.arange(512)) for row in torch.arange(mask.shape[2])]
-    )
+        mask = document_block_mask(rows, 512)
+    assert mask.shape == (1, 1, in_blocks(len(rows.active)), 512)
+    row, place = torch.arange(mask.shape[2])[:, None], torch.arange(512)
+    seen = mask.mask_mod(row, row, row, place)
     count = len(plain.active)
-    place = torch.arange(512)
     inside = (place <= plain.active[:, None]) & (place >= (plain.active - plain.positions)[:, None])
     assert torch.equal(seen[:count], inside)
     assert torch.equal(seen[count:], (place == 511).expand(len(seen) - count, 512))
@@ -144,9 +199,7 @@ def test_the_mask_of_filled_rows(lengths: tuple[int, ...]) -> None:
     assert not (needed & ~blocks).any()
 
 
-@pytest.mark.parametrize(
-    "options", [{"num_layers": 2}, {"mla": True}, {"sliding_window": 64}, {"attention": "eager"}], ids=str
-)
-def test_what_has_no_graphs_is_refused(options: dict[str, Any]) -> None:
+def test_a_draft_without_flex_attention_has_no_graphs() -> None:
+    draft = eagle3_reference.build_case(attention="eager").draft
     with pytest.raises(ConfigError, match="cuda_graphs"):
-        Eagle3Config(cuda_graphs=True, **options)
+        draft.use_graphs(300)

@@ -60,6 +60,7 @@ class BlockDraft(DraftModel):
         for name, module in self.modules_of(options, dims, target.head.device, torch.float32).items():
             self.add_module(name, module)
         self._layer_ops = compiled_ops() if compiled else PLAIN
+        self.flex = takes_flex(options.attention, True, dims.head_dim)
         self.prepare(compiled)
 
     @staticmethod
@@ -109,7 +110,11 @@ class BlockDraft(DraftModel):
         blocks = Blocks.draw(host_batch, self.config, draw, self.share).to(features.rows.device)
         if not self.vocabulary.whole:
             blocks = replace(blocks, valid=blocks.valid & (self.vocabulary.to_draft[blocks.labels] >= 0))
-        return Supervision(self.total(blocks), {"blocks": blocks, "lengths": tuple(host_batch.lengths)})
+        total, lengths, filled = self.total(blocks), tuple(host_batch.lengths), 0
+        if (tokens := len(host_batch.tokens)) <= self.fixed_tokens and len(blocks.anchors):
+            filled = self.fixed_tokens
+            blocks, lengths = blocks.filled(filled, self.config.most(filled)), (*lengths, filled - tokens)
+        return Supervision(total, {"blocks": blocks, "lengths": lengths}, filled)
 
     def supervised_states(
         self, batch: PackedTokens, features: Features, supervision: Supervision

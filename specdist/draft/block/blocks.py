@@ -6,15 +6,17 @@ A block of B slots begins at an anchor a, the last token that is verified when t
 of a turn serving ends too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from specdist.core.records import PackedTokens, on_device
 from specdist.draft.base import WHOLE, ContextShare
 from specdist.draft.block.options import BlockOptions
+from specdist.draft.common.graphs import fixed_size
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,25 @@ class Blocks:
             rows=inside - 1,
             labels=host_batch.tokens[inside],
             valid=valid,
+        )
+
+    def filled(self, tokens: int, most: int) -> Self:
+        """Of a fixed size, for so many tokens, the added ones a document of their own, and at most so many blocks. The
+        added ones see themselves alone, and none of their drafts counts."""
+        added = fixed_size(len(self.anchors), most, 8) - len(self.anchors)
+
+        def fill(values: Tensor, value: int = 0) -> Tensor:
+            return functional.pad(values, (0, 0) * (values.ndim - 1) + (0, added), value=value)
+
+        return replace(
+            self,
+            anchors=fill(self.anchors, tokens - 1),
+            starts=fill(self.starts, tokens - 1),
+            positions=fill(self.positions),
+            counts=(*self.counts, added),
+            rows=fill(self.rows),
+            labels=fill(self.labels),
+            valid=fill(self.valid),
         )
 
     def to(self, device: torch.device) -> Self:

@@ -41,7 +41,7 @@ def in_blocks(rows: int) -> int:
     return max(-(-rows // BLOCK), 2) * BLOCK
 
 
-def whole_blocks(heads: Tensor, rows: int | None = None) -> Tensor:
-    """[n, H, D] filled up with zeros to the whole blocks that hold `rows`, by default n."""
-    missing = in_blocks(rows or len(heads)) - len(heads)
+def whole_blocks(heads: Tensor) -> Tensor:
+    """[n, H, D] filled up with zeros to whole blocks."""
+    missing = in_blocks(len(heads)) - len(heads)
     return functional.pad(heads, (0, 0, 0, 0, 0, missing)) if missing else heads

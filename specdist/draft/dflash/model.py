@@ -39,6 +39,8 @@ class DFlashDraft(BlockDraft):
     def forward(
         self, batch: PackedTokens, features: Features, supervision: Supervision, totals: Tensor
     ) -> tuple[Tensor, Tensor]:
+        if (found := self.filled_up(batch, features, supervision, totals)) is not None:
+            return found
         blocks, states = self.supervised_states(batch, features, supervision)
         if states is None:
             return self.nothing(totals)

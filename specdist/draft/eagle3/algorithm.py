@@ -35,7 +35,7 @@ class Eagle3(Algorithm[Eagle3Config]):
 
     name = "eagle3"
     section = Eagle3Config
-    changeable = ("teacher_head", "embedding", "recompute", "loss_chunk", "attention", "cuda_graphs")
+    changeable = ("teacher_head", "embedding", "recompute", "loss_chunk", "attention")
     benchmark = ("vocab_size=32000",)
     formats = ("sglang", "speculators")
     served_by = (ServedBy("SGLang", "EAGLE3", "0.5.12"), ServedBy("vLLM", "eagle3", "0.22", formats))

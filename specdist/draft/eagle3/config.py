@@ -80,9 +80,6 @@ class Eagle3Config(LayerOptions):
     share it, the draft's have it each; so `target` makes the draft side faster and smaller, and the target slower."""
     embedding: Literal["device", "host"] = "device"
     """Where the target's input embedding lies: in page-locked host memory the GPU reads only the vectors it needs."""
-    cuda_graphs: bool = False
-    """Fill micro-batches up to a few sizes and start the TTT steps of each as one CUDA graph, so that a busy host does
-    not slow the GPU down. In more memory: see `specdist plan`. Not for what num_layers says is trained by autograd."""
     recompute: int = 0
     """TTT steps whose MLP and its input are computed again in the backward instead of kept: each saves 4 x intermediate
     size + 2 x hidden size bytes a token in bf16, and costs 1 to 2 % of the time."""
@@ -101,13 +98,6 @@ class Eagle3Config(LayerOptions):
                 "draft.eagle3.norm_before_fc",
                 "and draft.eagle3.fc_norm exclude each other: the captured outputs are normed side by side or each",
                 "draft.eagle3.fc_norm",
-            )
-        if self.cuda_graphs and (self.stacked or self.attention == "eager"):
-            others = [f"draft.eagle3.{key}" for key in ("sliding_window", "qk_norm", "mla")]
-            raise ConfigError.at(
-                "draft.eagle3.cuda_graphs",
-                f"=true is for drafts of one layer without {', '.join(others)} and draft.eagle3.attention=eager",
-                " ".join(["draft.eagle3.num_layers", *others, "draft.eagle3.attention"]),
             )
         if self.stacked and self.products == "fp8":
             others = [f"draft.eagle3.{key}" for key in ("sliding_window", "qk_norm", "mla")]

@@ -98,14 +98,8 @@ class Eagle3Cost(Cost):
         backward = working + layer + head * itemsize
         rows = config.loss_chunk if self._hard else config.loss_chunk * (steps + 1) // steps  # the teacher's too
         logits = rows * dims.draft_vocab_size * itemsize
-        parts = {
+        return {
             f"inputs of {tokens:,} tokens": once + 2 * joint * 2 * hidden * itemsize,
             f"kept of {steps} TTT steps": kept,
             "the backward, or the loss": max(backward, head * WIDE + logits),
         }
-        if config.cuda_graphs:
-            # Copies of what they read, where the gradients are then, and of those; in fp32 to be reduced. They take no
-            # memory of the graphs', as they would that of the steps.
-            copies = (weights + head) * (2 * itemsize + WIDE)
-            parts["beside the CUDA graphs"] = copies + (tokens * (joint + 2 * keys) + 2 * share * hidden) * itemsize
-        return parts

@@ -28,7 +28,7 @@ class Eagle3LossInputs:
 
     Attributes:
         teacher: the supervised positions.
-        final: [P, H], the target's last hidden states there; without `head` none of them.
+        final: [T, H], the target's last hidden states.
         head: [V_d, H], the target's head rows of the draft vocabulary; None for a loss on the argmax alone.
         logit_map: the target's, from products with its head to logits.
         weights: float64 [K], step_decay^k / N_k of the optimizer step.
@@ -74,7 +74,7 @@ def _chunk(inputs: Eagle3LossInputs, part: slice, lm_head: Tensor, states: Tenso
     if inputs.head is None:
         loss, acceptance, agree = inputs.terms(logits, argmax, weights)
     else:
-        products = inputs.final[part].to(inputs.head.dtype) @ inputs.head.T
+        products = inputs.final[teacher.rows.taught[part]].to(inputs.head.dtype) @ inputs.head.T
         loss, acceptance, agree = inputs.terms(
             logits, products, inputs.logit_map, log_sum_exp, argmax, weights, inputs.kind
         )

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +14,12 @@ from torch.nn import functional
 from specdist.core.errors import ConfigError
 from specdist.core.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
 from specdist.draft.base import DraftModel, Replayed, Supervision
-from specdist.draft.common.flex import takes_flex, whole_blocks
-from specdist.draft.common.graphs import Graphs, Results
+from specdist.draft.common.flex import takes_flex
 from specdist.draft.common.layers import Rotary, rotate
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.attention import DocumentAttention, eager_attention, flex_attention
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims, turned
 from specdist.draft.eagle3.fp8 import check_device
-from specdist.draft.eagle3.graphed import Graphed, loss_and_gradients
 from specdist.draft.eagle3.layer import Eagle3Attention, MidLayer, modules
 from specdist.draft.eagle3.loss import SUMS, Eagle3LossInputs, metrics
 from specdist.draft.eagle3.matmul import Fp8Matmul, Matmul
@@ -110,12 +107,7 @@ class Eagle3Draft(DraftModel):
         for name, module in modules(config, dims, device, torch.float32).items():
             self.add_module(name, module)
         self.ops = compiled_ops(device) if compiled else PLAIN
-        self.graphs = Graphs() if config.cuda_graphs and device.type == "cuda" else None
-        if self.graphs is not None and not takes_flex(config.attention, True, dims.value_dim):
-            raise ConfigError.at(
-                "draft.eagle3.cuda_graphs",
-                f"=true needs FlexAttention, which does not take heads of {dims.value_dim}: leave it at false",
-            )
+        self.flex = takes_flex(config.attention, True, dims.value_dim)
 
     def initial(self, name: str) -> Tensor | None:
         return self.frozen.head if name == "lm_head.weight" and self.config.init_head == "target" else None
@@ -129,34 +121,33 @@ class Eagle3Draft(DraftModel):
     ) -> Supervision:
         """`counts` is N_k for k = 0..K-1: supervised positions whose target argmax the draft can propose."""
         rows = Rows.of(host_batch, self.config.ttt_length, self.share, self.config.pairs == "served")
-        if self.config.cuda_graphs and len(rows.taught):
-            rows = rows.filled(max(self.most_tokens, len(host_batch.tokens)))
+        lengths, filled = tuple(host_batch.lengths), 0
+        if (tokens := len(host_batch.tokens)) <= self.fixed_tokens and len(rows.taught):
+            filled = self.fixed_tokens
+            rows, lengths = rows.filled(filled), (*lengths, filled - tokens)
         teacher = teach(self, rows.to(features.rows.device), features)
-        return Supervision(teacher.counts(), {"teacher": teacher, "lengths": tuple(host_batch.lengths)})
+        return Supervision(teacher.counts(), {"teacher": teacher, "lengths": lengths}, filled)
 
     def forward(
         self, batch: PackedTokens, features: Features, supervision: Supervision, totals: Tensor
     ) -> tuple[Tensor, Tensor]:
         if totals.dtype != torch.float64:
             raise TypeError(f"totals must be float64, not {totals.dtype} (FSDP2: cast_forward_inputs=False)")
+        if (found := self.filled_up(batch, features, supervision, totals)) is not None:
+            return found
         teacher, lengths = supervision.data["teacher"], supervision.data["lengths"]
         assert isinstance(teacher, Teacher)
         assert isinstance(lengths, tuple)
         if not len(teacher.rows.taught):
             return self.nothing(totals)
         loss, with_grad = self.loss(features, teacher, totals), torch.is_grad_enabled()
-        if self.graphs is not None and with_grad:
-            self.ready(self.lm_head)
-            work = partial(self.graphs, *self.captured(loss, lengths))
-            found, sums = Graphed.apply(work, self.lm_head.weight, *self.inputs(batch, features, teacher.rows))
+        if self.config.stacked:
+            states = Stack(self, batch, features, teacher.rows, lengths).run()
         else:
-            if self.config.stacked:
-                states = Stack(self, batch, features, teacher.rows, lengths).run()
-            else:
-                task = self.task(teacher.rows, lengths)
-                states = Unroll.apply(task, with_grad, *self.inputs(batch, features, teacher.rows))
-            self.ready(self.lm_head)
-            found, sums = ChunkedLoss.apply(loss, with_grad, self.lm_head.weight, states)
+            task = self.task(teacher.rows, lengths)
+            states = Unroll.apply(task, with_grad, *self.inputs(batch, features, teacher.rows))
+        self.ready(self.lm_head)
+        found, sums = ChunkedLoss.apply(loss, with_grad, self.lm_head.weight, states)
         return found.float(), torch.cat([sums, teacher.positions()[:, None]], dim=1).flatten()
 
     @property
@@ -182,7 +173,7 @@ class Eagle3Draft(DraftModel):
         steps, ops = torch.arange(self.config.ttt_length, device=totals.device, dtype=torch.float64), self.ops
         return Eagle3LossInputs(
             teacher=teacher,
-            final=features.final[teacher.rows.taught[: 0 if self.config.loss_kind.hard else None]],
+            final=features.final,
             head=None if self.config.loss_kind.hard else self.frozen.head,
             logit_map=self.frozen.logit_map,
             weights=self.config.step_decay**steps / totals.clamp(min=1.0),
@@ -193,29 +184,13 @@ class Eagle3Draft(DraftModel):
             ),
         )
 
-    def captured(
-        self, loss: Eagle3LossInputs, lengths: tuple[int, ...]
-    ) -> tuple[Callable[..., Results], *tuple[Tensor, ...]]:
-        """`loss_and_gradients` as `Graphs` takes it: a function, and its first arguments; then come the head and what
-        `inputs` gives."""
-        teacher, rows = loss.teacher, loss.teacher.rows
-
-        def function(*given: Tensor) -> Results:  # serves other micro-batches: it reads none of their tensors but these
-            active, positions, student, taught, argmax, log_sum_exp, final, weights, *rest = given
-            own = replace(rows, active=active, positions=positions, student=student, teacher=taught)
-            what = replace(loss, teacher=Teacher(own, argmax, log_sum_exp), final=final, weights=weights)
-            return loss_and_gradients(self.task(own, lengths), what, *rest)
-
-        given = (rows.active, rows.positions, rows.student, rows.teacher, teacher.argmax, teacher.log_sum_exp)
-        return function, *given, loss.final, loss.weights
-
     def task(self, rows: Rows, lengths: tuple[int, ...], products: str | None = None) -> UnrollTask:
         """What the unrolled steps need beside tensors with gradients. `products`: as configured, or others. Raises
         ConfigError: the GPU has no FP8 products, and they are asked for."""
         device, fp8 = rows.active.device, (products or self.config.products) == "fp8"
         if fp8:
             check_device(device)
-        cos, sin = self.frozen.rotary(torch.arange(rows.tokens + rows.steps, device=device))
+        cos, sin = self.frozen.rotary(torch.arange(sum(lengths) + rows.steps, device=device))
         return UnrollTask(
             rows=rows,
             attend=self.attention(rows, lengths),
@@ -235,21 +210,16 @@ class Eagle3Draft(DraftModel):
         """What the unrolled steps differentiate: see `Unroll`."""
         assert isinstance(self.midlayer.self_attn, Eagle3Attention)
         joint = self.midlayer.self_attn.joint_weight()
-        # Rows past the end count nowhere.
-        meets = functional.pad(batch.tokens, (0, rows.tokens + rows.steps - len(batch.tokens)))
-        entry, hidden = self.enter(meets, joint), self.fuse(features.captured)
+        entry, hidden = self.enter(batch.tokens, joint, rows.steps), self.fuse(features.captured)
         key, value = self.first_keys(batch.positions, hidden, entry, joint)
-        # Filled up here and not in the attention, which would keep a copy for every step.
-        key, value = (whole_blocks(heads, rows.tokens) for heads in (key, value))
-        chosen = rows.active.clamp(max=len(hidden) - 1)
-        return hidden.index_select(0, chosen), entry, key, value, *self.weights(joint)
+        return hidden.index_select(0, rows.active), entry, key, value, *self.weights(joint)
 
     def weights(self, joint: Tensor) -> Weights:
         """The parameters that every step uses; `joint` is the joint weight of the attention's projections."""
         layer = self.midlayer
         return Weights(
             hidden_norm=layer.hidden_norm.weight,
-            qkv=joint[:, self.dims.hidden_size :].contiguous(),
+            qkv=joint[:, self.dims.hidden_size :],
             o=layer.self_attn.o_proj.weight,
             post_norm=layer.post_attention_layernorm.weight,
             gate=layer.mlp.gate_proj.weight,
@@ -258,10 +228,11 @@ class Eagle3Draft(DraftModel):
             norm=self.norm.weight,
         )
 
-    def enter(self, tokens: Tensor, joint: Tensor) -> Tensor:
-        """What each token's embedding contributes to queries, keys and values, side by side [T, q + k + v]: half of
-        the products of the projections, the same whichever step meets the token."""
-        return self.embed(tokens) @ joint[:, : self.dims.hidden_size].T
+    def enter(self, tokens: Tensor, joint: Tensor, steps: int) -> Tensor:
+        """What each token's embedding contributes to queries, keys and values, side by side [T + K, q + k + v]: half of
+        the products of the projections, the same whichever of K steps meets the token."""
+        padded = functional.pad(tokens, (0, steps))  # rows past the end count nowhere
+        return self.embed(padded) @ joint[:, : self.dims.hidden_size].T
 
     def first_keys(self, positions: Tensor, hidden: Tensor, entry: Tensor, joint: Tensor) -> tuple[Tensor, Tensor]:
         """The step-0 keys and values of all rows, each [T, Hkv, D], from their states [T, H]."""
@@ -301,7 +272,7 @@ class Eagle3Draft(DraftModel):
         it depends on the step."""
         behind = None if window is None else window - step
         if takes_flex(self.config.attention, rows.active.is_cuda, self.dims.value_dim):
-            return flex_attention(rows, rows.tokens, self.scale, behind)
+            return flex_attention(rows, sum(lengths), self.scale, behind)
         return eager_attention(lengths, rows, self.scale, behind)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:

@@ -17,13 +17,11 @@ from torch.nn import functional
 
 from specdist.core.records import PackedTokens, on_device
 from specdist.draft.base import WHOLE, ContextShare
-from specdist.draft.common.flex import BLOCK, in_blocks
+from specdist.draft.common.flex import BLOCK
+from specdist.draft.common.graphs import fixed_size
 
 STRIPES_PER_RANK = 8
 """A boundary between stripes costs the head K more positions, few stripes balance the attention less well."""
-
-FIXED_SIZES = 32
-"""To which rows are filled up where their number must not change often: as many parts of the most there can be."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,6 @@ class Rows:
         taught: [P], the packed rows of the supervised positions that any of them reaches, ascending.
         student: [P, K], the place in `active` of the row that reaches a position in step k, -1 if none does.
         teacher: [n, K], the place in `taught` of the position that a row reaches in step k, -1 if none: its inverse.
-        tokens: T, the packed rows.
     """
 
     active: Tensor
@@ -46,7 +43,6 @@ class Rows:
     taught: Tensor
     student: Tensor
     teacher: Tensor
-    tokens: int
 
     @classmethod
     def of(cls, host_batch: PackedTokens, steps: int, share: ContextShare = WHOLE, served: bool = False) -> Self:
@@ -73,21 +69,18 @@ class Rows:
         student[teacher[row, at], at] = row
         is_active = torch.zeros(len(positions), dtype=torch.int64).index_fill_(0, active, 1)
         counts = tuple(int(part.sum()) for part in is_active.split(host_batch.lengths))
-        return cls(active, positions[active], counts, taught, student, teacher, len(positions))
+        return cls(active, positions[active], counts, taught, student, teacher)
 
     @property
     def steps(self) -> int:
         """K, the TTT steps."""
         return self.student.shape[1]
 
-    def filled(self, most: int) -> Self:
-        """Of fixed sizes: `tokens` is what holds `most` of them in whole blocks, and there are as many active rows as
-        taught positions, one of `FIXED_SIZES` numbers. What is added reaches nothing and is reached by nothing: it has
-        neither loss nor gradient. Rows are added at the last of the tokens, as a document of its own, and meet what
-        lies past the end."""
-        tokens = in_blocks(most)
-        part = -(-tokens // (FIXED_SIZES * BLOCK)) * BLOCK
-        size = min(max(-(-max(len(self.active), len(self.taught)) // part) * part, in_blocks(1)), tokens)
+    def filled(self, tokens: int) -> Self:
+        """Of a fixed size, for so many tokens, the added ones a document of their own: as many active rows as taught
+        positions. What is added reaches nothing and is reached by nothing: it has neither loss nor gradient. Rows are
+        added at the last of the tokens, see that alone, and meet what lies past the end."""
+        size = fixed_size(max(len(self.active), len(self.taught)), tokens, BLOCK)
 
         def fill(values: Tensor, value: int) -> Tensor:
             return functional.pad(values, (0, 0) * (values.ndim - 1) + (0, size - len(values)), value=value)
@@ -96,10 +89,10 @@ class Rows:
             self,
             active=fill(self.active, tokens - 1),
             positions=fill(self.positions, 0),
+            counts=(*self.counts, 0),
             taught=fill(self.taught, 0),
             student=fill(self.student, -1),
             teacher=fill(self.teacher, -1),
-            tokens=tokens,
         )
 
     def to(self, device: torch.device) -> Self:

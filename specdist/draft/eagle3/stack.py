@@ -51,7 +51,7 @@ class Stack:
         own: tuple[tuple[KeyValue, ...], ...] = ((),) * len(draft.stack)
         for step in range(rows.steps):
             if step and torch.is_grad_enabled() and step < draft.config.recompute:
-                state, own = checkpoint(self._step, step, state, own, use_reentrant=False)
+                state, own = checkpoint(self._step, step, state, own, use_reentrant=False, preserve_rng_state=False)
             elif step:
                 state, own = self._step(step, state, own)
             normed = draft.norm(state)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from specdist.draft.common.flex import in_blocks
+from specdist.draft.common.flex import in_blocks, whole_blocks
 from specdist.draft.common.precision import add_product, wide_zeros
 from specdist.draft.eagle3.attention import DocumentAttention
 from specdist.draft.eagle3.matmul import Matmul
@@ -86,8 +86,7 @@ class _Step:
 
 class Unroll(torch.autograd.Function):
     """(task, with_grad, hidden [n, H], entry [T + K, q + k + v], key [T, Hkv, D], value [T, Hkv, D], *Weights) -> the
-    normed states [P, K, H] that each position is guessed from, whose gradient may come in their memory. T are whole
-    blocks for key and value.
+    normed states [P, K, H] that each position is guessed from, whose gradient may come in their memory.
 
     `hidden` is the state of step 0 at the active rows. Row i of step k meets entry[i + 1 + k].
     """
@@ -115,7 +114,7 @@ class Unroll(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor | None, ...]:
         unrolled, ctx.forward_was = ctx.forward_was, None
-        return (None, None, *Backward(unrolled, grad_states).run())
+        return (None, None, *_Backward(unrolled, grad_states).run())
 
 
 class Unrolled:
@@ -123,14 +122,15 @@ class Unrolled:
 
     def __init__(self, task: UnrollTask, weights: Weights, entry: Tensor, key: Tensor, value: Tensor, with_grad: bool):
         self.task, self.weights, self.entry, self.with_grad = task, weights, entry, with_grad
-        self.key, self.value = (t.detach().requires_grad_(with_grad) for t in (key, value))
-        rows, steps = task.rows, task.rows.steps
+        # Filled up here and not in the attention, which would keep a copy for every step.
+        self.key, self.value = (whole_blocks(t.detach()).detach().requires_grad_(with_grad) for t in (key, value))
+        rows, steps, self.tokens = task.rows, task.rows.steps, len(key)
         own = (steps - 1, len(rows.active), *key.shape[1:])
         self.own_keys, self.own_values = key.new_empty(own), value.new_empty(own)
         queries = task.query_heads[0] * task.query_heads[1]
         layer = {"q": weights.qkv[:queries], "qkv": weights.qkv, "o": weights.o}
         self.matmul = task.matmul(layer | {"gate": weights.gate, "up": weights.up, "down": weights.down}, task.ops)
-        self.states = entry.new_empty(*rows.student.shape, weights.norm.shape[0])
+        self.states = entry.new_empty(len(rows.taught), steps, weights.norm.shape[0])
         self.tape: list[_Step] = []
 
     def run(self, hidden: Tensor) -> Tensor:
@@ -194,14 +194,15 @@ class Unrolled:
         return whole.requires_grad_(self.with_grad)
 
 
-class Backward:
+class _Backward:
     """The backward of what was unrolled, from the last step to the first. Once."""
 
     def __init__(self, unrolled: Unrolled, grad_states: Tensor):
         self._unrolled, self._grad_states = unrolled, grad_states
         self._grads = Weights._make(map(wide_zeros, unrolled.weights))
         self._entry = torch.zeros_like(unrolled.entry)
-        self._key, self._value = wide_zeros(unrolled.key), wide_zeros(unrolled.value)
+        tokens = unrolled.tokens
+        self._key, self._value = wide_zeros(unrolled.key[:tokens]), wide_zeros(unrolled.value[:tokens])
         self._own_keys, self._own_values = wide_zeros(unrolled.own_keys), wide_zeros(unrolled.own_values)
 
     def run(self) -> tuple[Tensor, ...]:
@@ -275,8 +276,8 @@ class Backward:
             d_out, d_lse, more = task.ops.merge_backward(d_out, *forward, *own, task.scale, *sums)
         inputs = (saved.q, unrolled.key, unrolled.value)
         d_query, d_key, d_value = torch.autograd.grad((saved.out, saved.lse), inputs, (d_out, d_lse))
-        self._key += d_key
-        self._value += d_value
+        self._key += d_key[: len(self._key)]
+        self._value += d_value[: len(self._value)]
         parts = [d_query[: len(carry)]]
         if step:
             parts += [self._own_keys[step - 1], self._own_values[step - 1]]
