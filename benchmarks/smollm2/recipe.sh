@@ -35,11 +35,11 @@ train() { # NAME PROMPTS key=value ...
     specdist train "${config[@]}" run.dir="$output/$1" "prompts.files=[$2]" "prompts.holdout=[$held/mt-bench.jsonl,$held/humaneval.jsonl]" \
         train.steps=600 optimizer.lr=1e-3 evaluate.every=150 evaluate.draft_tokens=7 "${@:3}" > "$output/$1.log" 2>&1
 }
-block=mask_token_id=16 # <empty_output>, which no conversation has
+mask=${MASK_TOKEN_ID-16} # SmolLM2's <empty_output>, which no conversation has; MASK_TOKEN_ID= for targets with rows to spare
 train eagle3 "$answers" "${@:3}" &
 train eagle3-off-policy "$material/train.jsonl" "${@:3}" &
-train dflash "$answers" draft.algorithm=dflash "draft.dflash.$block" "${@:3}" &
-train dspark "$answers" draft.algorithm=dspark "draft.dspark.$block" "${@:3}" &
+train dflash "$answers" draft.algorithm=dflash ${mask:+draft.dflash.mask_token_id=$mask} "${@:3}" &
+train dspark "$answers" draft.algorithm=dspark ${mask:+draft.dspark.mask_token_id=$mask} "${@:3}" &
 wait
 
 serve_check() { # NAME SECONDS
