@@ -78,7 +78,7 @@ class Agent:
         if leads:
             RunDirectory(self._run_dir).create()
             self._begin([node.host for node in meeting.nodes], meeting.ranks)
-        tell = self._fail if recorded else _show
+        tell = self._fail if recorded else lambda failure: say(f"{failure.place}: {failure.message}")
         with ending_stuck_ranks(self._record, self._place.host, tell) as killed:
             failed = self._run_ranks(meeting, program)
         self._name_killed({rank: status for rank, status in failed.items() if rank not in killed}, stop.reason)
@@ -202,10 +202,6 @@ class Agent:
 
     def _fail(self, failure: Failure) -> None:
         self._record.tell(failure, sys.stderr)
-
-
-def _show(failure: Failure) -> None:
-    say(f"{failure.place}: {failure.message}")
 
 
 def _end(status: int) -> str:

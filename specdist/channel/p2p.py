@@ -61,11 +61,12 @@ class P2PSender(RingSender[_Works]):
         self._announce(item.index)
         with self._on_stream:  # does nothing where there is no stream
             parts = outgoing(self._wire.topology, self._wire.rank, item, rows)
-            return [self._send_part(item, link, part.cpu() if self._staged else part) for link, _, part in parts]
-
-    def _send_part(self, item: WorkItem, link: Link, part: Tensor) -> tuple[Link, dist.Work, Tensor]:
-        with span("send", item.index, destination=link.destination, bytes=part.nbytes):
-            return link, _start(dist.isend, part, link.destination, link, self._wire), part
+            sent = []
+            for link, _, rows in parts:
+                part = rows.cpu() if self._staged else rows
+                with span("send", item.index, destination=link.destination, bytes=part.nbytes):
+                    sent.append((link, _start(dist.isend, part, link.destination, link, self._wire), part))
+            return sent
 
     def _reuse(self, sent: _Works) -> None:
         if not self._on_device:

@@ -100,7 +100,9 @@ class Attempt:
     def from_environment(cls) -> Self:
         """Which attempt this rank is part of. Started by plain torchrun: its run id, or that of the Slurm job."""
         env = os.environ
-        job = env.get(JOB) or env.get("SLURM_JOB_ID") or _run_id(env) or f"pid{os.getppid()}"
+        run_id = env.get("TORCHELASTIC_RUN_ID")
+        run_id = None if run_id == "none" else run_id  # the default, which all runs share
+        job = env.get(JOB) or env.get("SLURM_JOB_ID") or run_id or f"pid{os.getppid()}"
         restart = env.get(RESTART) or env.get("SLURM_RESTART_COUNT") or env.get("TORCHELASTIC_RESTART_COUNT") or "0"
         deadline = env.get(DEADLINE) or env.get("SLURM_JOB_END_TIME")
         return cls(job, int(restart), float(deadline) if deadline else None)
@@ -139,12 +141,6 @@ def run_token() -> bytes:
 def make_token() -> None:
     """Give what this process starts a secret, unless the user has."""
     os.environ.setdefault(TOKEN, secrets.token_hex(16))
-
-
-def _run_id(env: Mapping[str, str]) -> str | None:
-    """torchrun's rendezvous id, unless it is its default, which all runs share."""
-    run_id = env.get("TORCHELASTIC_RUN_ID")
-    return None if run_id == "none" else run_id
 
 
 def rendezvous_address() -> tuple[str, int]:

@@ -58,13 +58,11 @@ def records(
                 if (first + i) // SHARE > share:
                     share = claim()
                 if (first + i) // SHARE == share:
-                    held = sources[source].held or _held_out(content, prompts.holdout)
+                    held, part = sources[source].held, prompts.holdout
+                    if isinstance(part, float) and isinstance(content, Conversation):
+                        held = held or is_held_out(content.group, part)
                     yield Record(first + i, source, _place(piece, i), content, held)
         first = end
-
-
-def _held_out(content: Conversation | BadSample, holdout: object) -> bool:
-    return isinstance(holdout, float) and isinstance(content, Conversation) and is_held_out(content.group, holdout)
 
 
 def count(sources: Sequence[Source]) -> int:

@@ -47,7 +47,8 @@ def listing(words: Sequence[str] = ()) -> str:
         return "\n".join([*lines, *_listed(list(entries.values()))])
     wanted = [word.lower() for word in words]
     named = [entry for entry in entries.values() if f"{entry.key}.".startswith(f"{wanted[0]}.")]
-    found = named if len(wanted) == 1 and named else [e for e in entries.values() if _has(e, wanted)]
+    texts = [(entry, f"{_names(entry)} {entry.help}".lower()) for entry in entries.values()]
+    found = named if len(wanted) == 1 and named else [e for e, text in texts if all(word in text for word in wanted)]
     if not found:
         raise UserError(f"no key has '{' '.join(words)}' in its name or its meaning; `specdist keys` lists all")
     return "\n".join(_listed(sorted(found, key=lambda entry: _rank(entry, wanted))))
@@ -61,11 +62,6 @@ def _rank(entry: Field, words: Sequence[str]) -> tuple[bool, bool]:
 def _names(entry: Field) -> str:
     others = (name for name, key in ALSO_CALLED.items() if key == entry.key)
     return " ".join((entry.key, entry.key.replace("_", " "), *others)).lower()
-
-
-def _has(entry: Field, words: Sequence[str]) -> bool:
-    text = f"{_names(entry)} {entry.help}".lower()
-    return all(word in text for word in words)
 
 
 def _listed(wanted: Sequence[Field]) -> Iterator[str]:

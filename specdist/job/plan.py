@@ -208,7 +208,8 @@ def render(plan: Plan) -> str:
     out.print(f"draft {job.draft.algorithm}: {', '.join(filter(None, [captured, sizes]))}", highlight=False)
     if job.prompts.holdout:
         out.print(f"evaluation: held-out text, with {job.draft_tokens} draft tokens a forward", highlight=False)
-    out.print(_rank_table(topology, _has_scheduler(plan)))
+    scheduled = topology.mode in ("split", "target_only") and job.world.role != "target"
+    out.print(_rank_table(topology, scheduled))
     for line in _link_lines(plan):
         out.print(line, highlight=False, soft_wrap=True)
     out.print(_memory_table(plan))
@@ -258,10 +259,6 @@ def _rank_table(topology: Topology, scheduler: bool) -> Table:
             "scheduler" if rank == topology.scheduler_rank and scheduler else "",
         )
     return table
-
-
-def _has_scheduler(plan: Plan) -> bool:
-    return plan.topology.mode in ("split", "target_only") and plan.job.world.role != "target"
 
 
 def _link_lines(plan: Plan) -> list[str]:

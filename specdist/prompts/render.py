@@ -142,7 +142,11 @@ class Renderer:
                 chains[-1].append(turn)
             else:
                 chains.append([turn])
-        return [sequence for chain in chains for sequence in self._tokenize(chain)]
+        found: list[Sequenced] = []
+        for chain in chains:
+            whole = self._tokenize_whole(chain)
+            found += self._tokenize_apart(chain) if whole is None else [whole]
+        return found
 
     def _text(self, text: str) -> Sequenced:
         bos = self.tokenizer.bos_token
@@ -171,10 +175,6 @@ class Renderer:
             raise UnusableError("overlong", f"{longest:,} tokens, more than prompts.max_length = {limit:,}")
         where = f"in the first {limit:,} of {longest:,} tokens" if longest > limit else f"in {longest:,} tokens"
         raise UnusableError("empty loss mask", f"no assistant token {where}")
-
-    def _tokenize(self, chain: list[Turn]) -> list[Sequenced]:
-        whole = self._tokenize_whole(chain)
-        return [whole] if whole is not None else self._tokenize_apart(chain)
 
     def _tokenize_whole(self, chain: list[Turn]) -> Sequenced | None:
         """Tokenise the text once; None where some prompt, tokenised as the server does, gives other tokens."""

@@ -13,7 +13,6 @@ from specdist.core.errors import say
 from specdist.core.launch_env import reachable_address
 from specdist.draft.base import ContextShare, DraftModel
 from specdist.job import config as jobs
-from specdist.job.config import JobConfig
 from specdist.prompts.items import Items
 from specdist.run.after_training import Outcome, finish
 from specdist.run.context import RankContext
@@ -124,13 +123,9 @@ def _build_draft(context: RankContext) -> DraftModel:
     draft.share = ContextShare(place.cp, job.draft.cp)
     if job.draft.cuda_graphs and device.type == "cuda":
         draft.use_graphs(job.prompts.tokens_per_rank)
-    return shard_draft(draft, context.groups, _draft_dtype(job, device), job.draft.sharding)
-
-
-def _draft_dtype(job: JobConfig, device: torch.device) -> torch.dtype:
-    if job.draft.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[job.draft.dtype]
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = usual if job.draft.dtype == "auto" else getattr(torch, job.draft.dtype)
+    return shard_draft(draft, context.groups, dtype, job.draft.sharding)
 
 
 def _source(context: RankContext, items: Items, place: tuple[int, int]) -> FeatureSource:

@@ -89,7 +89,8 @@ def decode_prompts(
         raise ConfigError.at(
             "evaluate.prompts", "is empty, and prompts.holdout is not set: give files of held-out prompts"
         )
-    facts, device = _examined(job), _device(job)
+    facts, cuda = _examined(job), job.world.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
     if job.target.engine == "sglang":
         directory = resolve(draft, "--draft", weights=True) if draft else _exported(files, overrides, job, checkpoint)
         return _reported(evaluate_served(job, facts, directory), output)
@@ -156,8 +157,3 @@ def _usual(job: JobConfig) -> Path:
     if found is None:
         raise ConfigError.at("run.dir", f": there is no complete checkpoint in {checkpoints}")
     return found
-
-
-def _device(job: JobConfig) -> torch.device:
-    cuda = job.world.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if cuda else "cpu")

@@ -68,7 +68,8 @@ def describe(run_dir: Path, now: float | None = None) -> str:
         lines = [f"{run_dir}: {_headline(history, status, now)}"]
         if status is not None and _is_current(history, status):
             lines += _running(status, last_record(paths.metrics), now)
-    lines += _started(history)
+    if history and (start := last_to_start(history[-1])) is not None:
+        lines.append(f"  start-up    {start.told()}")
     lines += _saved(paths, now)
     if len(history) > 1:
         lines.append(f"  attempts    {len(history)}, before this one: {', '.join(map(_ended, history[:-1]))}")
@@ -101,12 +102,6 @@ def _alive(state: str, then: float, place: str, now: float) -> str:
     if age > _STALE_S:
         return f"silent: was {state}, but rank 0 has written nothing for {duration(age)}{place}"
     return f"{state}{place}; as of {age:.0f} s ago"
-
-
-def _started(history: list[AttemptRecord]) -> list[str]:
-    """What the time to the first step of the newest attempt went to, as far as it has come there."""
-    found = last_to_start(history[-1]) if history else None
-    return [] if found is None else [f"  start-up    {found.told()}"]
 
 
 def _last_event(history: list[AttemptRecord]) -> float:

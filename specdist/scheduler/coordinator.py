@@ -136,7 +136,8 @@ class Coordinator:
 
     def advance(self, now: float) -> None:
         """Give the replicas their orders, and end the run once nothing is left."""
-        if self.aborted is not None or not self._all_joined():
+        self._joined = self._joined or not self.peers.missing
+        if self.aborted is not None or not self._joined:
             return
         if self._stopped:
             self._report(now)
@@ -244,10 +245,6 @@ class Coordinator:
                 self._send([rank], encode(self.aborted))
             case Failed():
                 logger.info("%s failed too: %s", self.peers.name(rank), message.failure.message)
-
-    def _all_joined(self) -> bool:
-        self._joined = self._joined or not self.peers.missing
-        return self._joined
 
     def _hello(self, rank: int, version: int, pid: int, now: float) -> None:
         earlier = self.peers[rank].join(pid)

@@ -102,9 +102,10 @@ class Checkpointer:
             shutil.rmtree(path, ignore_errors=True)  # what is not removed is overwritten
         dist.barrier(group=self._group)
         writer = CheckpointWriter(path)
-        written = dcp.async_save(self._state(model, optimizer), storage_writer=writer, process_group=self._group)
+        saved: Any = dcp.async_save(self._state(model, optimizer), storage_writer=writer, process_group=self._group)
+        written = getattr(saved, "upload_completion", saved)  # a future, or in newer versions what holds one
         self.saved_step = progress.step
-        self._writing = self._background.submit(self._complete, _as_future(written), writer.sums, path, progress)
+        self._writing = self._background.submit(self._complete, written, writer.sums, path, progress)
         if not self._config.asynchronous:
             self.finish()
 
@@ -223,11 +224,6 @@ class Checkpointer:
 
 def _mark(marker: Path, progress: Progress, files: Mapping[str, Any]) -> None:
     write_atomically(marker, to_json(msgspec.to_builtins(progress) | {"files": files}))
-
-
-def _as_future(saved: Any) -> Future[Any]:
-    """`async_save` returns a Future, or in newer versions an object that holds one for the upload."""
-    return saved if isinstance(saved, Future) else saved.upload_completion
 
 
 def _cause(error: CheckpointException | OSError) -> str:

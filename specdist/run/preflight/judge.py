@@ -88,11 +88,12 @@ def judge(
         share_devices: whether ranks may share GPUs, or parts of one.
     """
     of_hosts = {report.host: report.of_host for report in reports if report.of_host is not None}
+    models = [Finding("problem", (r.host,), r.model, certain=True) for r in reports if r.model]
     return merge(
         (
             *_gpus(reports, needs, config.min_free_memory, share_devices),
             *_versions(reports),
-            *name_no_host_for_all((*_models(reports), *_storage(of_hosts)), {report.host for report in reports}),
+            *name_no_host_for_all((*models, *_storage(of_hosts)), {report.host for report in reports}),
             *_room(of_hosts, needs),
             *_clocks(of_hosts, config.max_clock_skew_s),
         )
@@ -192,12 +193,6 @@ def _versions(reports: Sequence[RankReport]) -> Iterator[Finding]:
                 seen += f"{right or 'missing'} on the others"
                 advice = _VERSION_ADVICE.get(name, "use the same environment on all hosts")
                 yield Finding(severity, tuple(dict.fromkeys(report.host for report in odd)), seen, advice)
-
-
-def _models(reports: Sequence[RankReport]) -> Iterator[Finding]:
-    for report in reports:
-        if report.model:
-            yield Finding("problem", (report.host,), report.model, certain=True)
 
 
 def _storage(of_hosts: Mapping[str, HostFacts]) -> Iterator[Finding]:

@@ -129,7 +129,7 @@ def _over_steps(id: str, unit: str, runs: Sequence[RunRecords], curves: Sequence
     for number, run in enumerate(runs):
         for which, curve in enumerate(curves):
             records = getattr(run, curve.source)
-            points = [(r["step"], r[curve.name]) for r in records if _drawn(r.get(curve.name))]
+            points = [(r["step"], r[curve.name]) for r in records if math.isfinite(r.get(curve.name, math.nan))]
             if not points:
                 continue
             xs, ys = zip(*_thinned(points), strict=True)
@@ -138,10 +138,6 @@ def _over_steps(id: str, unit: str, runs: Sequence[RunRecords], curves: Sequence
             drawn = {"type": "scatter", "x": xs, "y": ys, "mode": curve.mode, "name": name, "line": line}
             traces.append({**drawn, "hovertemplate": "%{y:,.4~g}"})
     return Chart(id, traces, {**_axes("optimizer step", unit, **axis), "hovermode": "x unified"})
-
-
-def _drawn(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
