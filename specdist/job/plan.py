@@ -5,12 +5,10 @@ Memory figures are estimates: weights, optimizer state and buffers are counted e
 rule stated beside them, the draft's step by what it keeps (`Cost.step_bytes`).
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import PretrainedConfig
 
@@ -18,6 +16,7 @@ from specdist.channel.encoding import is_encoded, row_bytes
 from specdist.core.errors import ConfigError
 from specdist.core.launch_env import Role
 from specdist.core.records import ARGMAX_LSE_BYTES
+from specdist.core.text import amount, plain, table
 from specdist.core.topology import Topology
 from specdist.draft.build import blank_draft, parameter_count
 from specdist.draft.config import DraftConfig
@@ -194,36 +193,29 @@ def training_memory(
 
 
 def render(plan: Plan) -> str:
-    out = Console(file=io.StringIO(), width=110)
     facts, topology, job = plan.facts, plan.topology, plan.job
-    target = facts.target
-    out.print(
+    target, sizes = facts.target, job.draft.chosen.sizes(facts.target.config)
+    captured = f"captures layers {list(facts.layout.captured_layers)}"
+    parts: list[Table | str] = [
         f"target {job.target.path}: {', '.join(target.architectures)}, {target.parameters:,} parameters, "
         f"{target.layers} layers of {target.hidden_size}, vocabulary {target.vocab_size:,}, "
         f"{_name(facts.target_dtype)}",
-        highlight=False,
-    )
-    sizes = job.draft.chosen.sizes(facts.target.config)
-    captured = f"captures layers {list(facts.layout.captured_layers)}"
-    out.print(f"draft {job.draft.algorithm}: {', '.join(filter(None, [captured, sizes]))}", highlight=False)
+        f"draft {job.draft.algorithm}: {', '.join(filter(None, [captured, sizes]))}",
+    ]
     if job.prompts.holdout:
-        out.print(f"evaluation: held-out text, with {job.draft_tokens} draft tokens a forward", highlight=False)
-    scheduled = topology.mode in ("split", "target_only") and job.world.role != "target"
-    out.print(_rank_table(topology, scheduled))
-    for line in _link_lines(plan):
-        out.print(line, highlight=False, soft_wrap=True)
-    out.print(_memory_table(plan))
+        parts.append(f"evaluation: held-out text, with {job.draft_tokens} draft tokens a forward")
+    needs = [(need.role, need.what, amount(need.bytes)) for need in sorted(plan.needs, key=lambda need: need.host)]
+    parts += [_rank_table(plan), *_link_lines(plan), table("memory (estimate)", "role, what, >per rank", needs)]
     for role, total in plan.demand().items():
-        verdict = f"of {_size(plan.limit)}: {'fits' if total <= plan.limit else 'does NOT fit'}"
-        out.print(f"{role}: {_size(total)} {verdict if plan.on_gpus else 'a rank'}", highlight=False)
+        verdict = f"of {amount(plan.limit)}: {'fits' if total <= plan.limit else 'does NOT fit'}"
+        parts.append(f"{role}: {amount(total)} {verdict if plan.on_gpus else 'a rank'}")
     if not plan.fits:
-        out.print(_advice(plan), highlight=False)
+        parts.append(_advice(plan))
     if topology.mode == "split" and (line := _buffer_line(plan)):
-        out.print(line, highlight=False, soft_wrap=True)
+        parts.append(line)
     if topology.draft and plan.on_gpus:
-        out.print(_grace_line(plan), highlight=False, soft_wrap=True)
-    assert isinstance(out.file, io.StringIO)
-    return out.file.getvalue().rstrip()
+        parts.append(_grace_line(plan))
+    return plain(parts, 110)
 
 
 def _buffer_line(plan: Plan) -> str:
@@ -241,24 +233,17 @@ def _buffer_line(plan: Plan) -> str:
     )
 
 
-def _rank_table(topology: Topology, scheduler: bool) -> Table:
-    table = Table(title="ranks", title_justify="left", box=None, header_style="bold")
-    for column in ("rank", "host", "role", "replica", "tp", "dp", "cp", ""):
-        table.add_column(column, justify="left")
+def _rank_table(plan: Plan) -> Table:
+    topology, rows = plan.topology, []
+    scheduled = topology.mode in ("split", "target_only") and plan.job.world.role != "target"
     for rank, host in enumerate(topology.hosts):
         target, draft = topology.target_place(rank), topology.draft_place(rank)
         role = " + ".join(name for name, place in (("target", target), ("draft", draft)) if place)
-        table.add_row(
-            str(rank),
-            host,
-            role,
-            str(target.replica) if target else "",
-            str(target.tp) if target else "",
-            str(draft.dp) if draft else "",
-            str(draft.cp) if draft else "",
-            "scheduler" if rank == topology.scheduler_rank and scheduler else "",
-        )
-    return table
+        where: list[int | str] = [target.replica, target.tp] if target else ["", ""]
+        where += [draft.dp, draft.cp] if draft else ["", ""]
+        scheduler = "scheduler" if rank == topology.scheduler_rank and scheduled else ""
+        rows.append((str(rank), host, role, *map(str, where), scheduler))
+    return table("ranks", "rank, host, role, replica, tp, dp, cp, ", rows)
 
 
 def _link_lines(plan: Plan) -> list[str]:
@@ -293,16 +278,6 @@ def _link_lines(plan: Plan) -> list[str]:
     ]
 
 
-def _memory_table(plan: Plan) -> Table:
-    table = Table(title="memory (estimate)", title_justify="left", box=None, header_style="bold")
-    table.add_column("role")
-    table.add_column("what")
-    table.add_column("per rank", justify="right")
-    for need in sorted(plan.needs, key=lambda need: need.host):
-        table.add_row(need.role, need.what, _size(need.bytes))
-    return table
-
-
 def grace(plan: Plan) -> tuple[float, float, float]:
     """Estimated seconds from a request to stop until the work is on the disk: of the step that is under way, of copying
     the state of a draft rank, and of writing the whole."""
@@ -335,14 +310,6 @@ def _advice(plan: Plan) -> str:
         "target + draft": "use world.mode=split, or lower prompts.tokens_per_rank",
     }
     return "\n".join(f"{role}: {advice[role]}" for role in roles)
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
 
 
 def _name(dtype: torch.dtype) -> str:

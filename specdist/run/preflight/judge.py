@@ -12,6 +12,7 @@ import torch
 
 from specdist.channel.probe import LinkSpeed
 from specdist.core.progress import committed
+from specdist.core.text import amount
 from specdist.core.topology import Topology
 from specdist.draft.build import parameter_count
 from specdist.export import written_formats
@@ -210,7 +211,7 @@ def _room(of_hosts: Mapping[str, HostFacts], needs: Needs | None) -> Iterator[Fi
     """The directory is one and the same: the host that sees least of it counts."""
     rooms = [facts.storage.free for facts in of_hosts.values() if facts.storage.free is not None]
     if needs is not None and rooms and min(rooms) < needs.room:
-        seen = f"the run directory has room for {_size(min(rooms))}; checkpoints and exports need {_size(needs.room)}"
+        seen = f"the run directory has room for {amount(min(rooms))}; checkpoints and exports need {amount(needs.room)}"
         advice = "make room, choose another run.dir, or lower checkpoint.keep"
         yield Finding("problem", (), seen, advice, certain=min(rooms) < needs.checkpoint)
 
@@ -232,10 +233,6 @@ def clock_offsets(of_hosts: Mapping[str, HostFacts]) -> dict[str, tuple[float, f
         for host, clock in clocks.items()
         if first is not None and clock is not first
     }
-
-
-def _size(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 _SLOW = 0.5

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the checks found, as tables, as lines and as JSON."""
 
-import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
 from specdist.channel.probe import LinkSpeed
 from specdist.core.errors import ConfigError
-from specdist.core.files import write_atomically
+from specdist.core.files import to_json, write_atomically
+from specdist.core.text import plain, table
 from specdist.core.topology import Topology
 from specdist.run.preflight.facts import RankReport
 from specdist.run.preflight.findings import Finding, problems, to_exclude
@@ -53,13 +52,13 @@ class Report(msgspec.Struct, frozen=True):
             "listening": self.listening,
         }
         try:
-            write_atomically(Path(path), msgspec.json.format(msgspec.json.encode(whole), indent=1).decode() + "\n")
+            write_atomically(Path(path), to_json(whole))
         except OSError as error:
             raise ConfigError(f"preflight.report: {path} cannot be written: {error}") from error
 
     def render_hosts(self) -> str:
         tables = [_host_table(self.ranks), *([_gpu_table(self.ranks)] if any(rank.gpus for rank in self.ranks) else [])]
-        return _plain(tables, map(line_of, self.findings))
+        return plain([*tables, *map(line_of, self.findings)], _WIDTH)
 
     def render_verdict(self, new: Sequence[Finding] = ()) -> str:
         """The links, the findings that are `new` with them, and the verdict, as plain text."""
@@ -70,7 +69,7 @@ class Report(msgspec.Struct, frozen=True):
         lines = [*map(line_of, new), f"{hosts} host{'s' if hosts > 1 else ''}: {found}"]
         if exclude := to_exclude(self.findings):
             lines.append(f"sbatch and srun leave these hosts out with --exclude={exclude}")
-        return _plain(tables, lines)
+        return plain([*tables, *lines], _WIDTH)
 
 
 def line_of(finding: Finding) -> str:
@@ -87,26 +86,6 @@ def speed_line(topology: Topology, links: Sequence[LinkSpeed]) -> str:
     return "; ".join(parts)
 
 
-def _plain(tables: Iterable[Table], lines: Iterable[str]) -> str:
-    out = io.StringIO()
-    console = Console(file=out, width=_WIDTH)
-    for table in tables:
-        console.print(table)
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
-
-
-def _table(title: str, columns: str, rows: Iterable[Iterable[str | None]]) -> Table:
-    """`columns`: their names, between commas. A cell that is None is unknown."""
-    table = Table(title=title, title_justify="left", box=None, header_style="bold")
-    for column in columns.split(", "):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*("unknown" if cell is None else cell for cell in row))
-    return table
-
-
 def _host_table(ranks: Sequence[RankReport]) -> Table:
     offsets = clock_offsets({first.host: first.of_host for first in ranks if first.of_host is not None})
     rows = [
@@ -121,7 +100,7 @@ def _host_table(ranks: Sequence[RankReport]) -> Table:
         for first in ranks
         if (facts := first.of_host) is not None
     ]
-    return _table("hosts", "host, ranks, torch, CUDA, NCCL, driver, address, clock, room", rows)
+    return table("hosts", "host, ranks, torch, CUDA, NCCL, driver, address, clock, room", rows)
 
 
 def _gpu_table(ranks: Sequence[RankReport]) -> Table:
@@ -140,13 +119,13 @@ def _gpu_table(ranks: Sequence[RankReport]) -> Table:
         )
         for gpu, users in ranks_of_gpus(ranks)
     ]
-    return _table("GPUs", "host, bus, ranks, name, free memory, ECC errors, MIG, NVLinks, PCIe, slowed by", rows)
+    return table("GPUs", "host, bus, ranks, name, free memory, ECC errors, MIG, NVLinks, PCIe, slowed by", rows)
 
 
 def _link_table(topology: Topology, links: Sequence[LinkSpeed]) -> Table:
     rows = [(topology.describe(x.source), topology.describe(x.destination), f"{x.gb_per_s:.2f}") for x in links]
     title = f"links: {speed_line(topology, links) or 'none'}"
-    return _table(title, "from, to, GB/s", rows if len(rows) <= _LINKS_SHOWN else [])
+    return table(title, "from, to, GB/s", rows if len(rows) <= _LINKS_SHOWN else [])
 
 
 def _listening_table(listening: Sequence[tuple[str, str]]) -> Table:
@@ -162,4 +141,4 @@ def _listening_table(listening: Sequence[tuple[str, str]]) -> Table:
         )
         for (host, address), found in ports.items()
     ]
-    return _table("open ports: who reaches them is trusted (docs/security.md)", "host, address, ports", rows)
+    return table("open ports: who reaches them is trusted (docs/security.md)", "host, address, ports", rows)
