@@ -27,7 +27,7 @@ from specdist.core.launch_env import STOP, TOKEN
 from specdist.core.stop import STOP_SIGNALS, end_with_launcher
 from specdist.core.troubleshooting import linked
 from specdist_launch import words
-from specdist_launch.agents import ExitStatus, StopForwarder
+from specdist_launch.agents import ExitStatus, StopForwarder, reap_children
 from specdist_launch.launcher import Launcher, placement_from_arguments
 from specdist_launch.slurm.step import placement_in_step
 
@@ -45,6 +45,7 @@ LAUNCHERS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     end_with_launcher()
+    reap_children()
     args = _parser().parse_args(argv)
     sys.stderr = unfailing(sys.stderr.fileno())  # its reader may be gone, and there is an end to account for
     others = {signal.SIGTSTP: _suspend_ranks, signal.SIGCONT: _suspend_ranks}

@@ -175,6 +175,11 @@ def _be_agent(main: Callable[[], int]) -> NoReturn:
         leave(status)
 
 
+def reap_children() -> None:
+    """Have the exit status of children be known also where whoever started this process has it ignore SIGCHLD."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def exit_status(status: int) -> int:
     """As a shell says how a process ended that says it as Python does."""
     if status >= 0:
@@ -229,6 +234,7 @@ def supervise(start: Callable[[Attempt, list[int]], int], job: str, retries: int
         job: the job's id.
         retries: how many starts may follow the first one.
     """
+    reap_children()
     received: list[int] = []
     for restart in range(retries + 1):
         status = start(Attempt(job, restart), received)

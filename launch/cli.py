@@ -28,6 +28,7 @@ Command = Callable[..., argparse.ArgumentParser]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    open_streams()
     args = parse(argv)
     try:
         with _naming_sources(args):
@@ -46,6 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 128 + signal.SIGINT
+
+
+def open_streams() -> None:
+    """Have standard streams that are closed be the null device: else the next files that are opened get their numbers,
+    and what a rank prints."""
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:
+            setattr(sys, name, stream := open(os.devnull, mode))  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)  # ranks have streams, too
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ import pytest
 
 from specdist.core.stop import STOP_SIGNALS
 from specdist_launch.agent import _obey_stdin, _stop_ranks, _suspend_ranks
-from specdist_launch.agents import AgentFork, AgentProcess, ExitStatus, StopForwarder, attend
+from specdist_launch.agents import AgentFork, AgentProcess, ExitStatus, StopForwarder, attend, supervise
 
 ECHO = "echo > {ready}; while read name; do echo $name >> {said}; [[ $name == {last} ]] && exit {status}; done; exit 9"
 
@@ -126,6 +126,7 @@ def test_ctrl_z_suspends_the_job_with_its_launcher_until_it_goes_on(shell, tmp_p
     before = {child.pid for child in psutil.Process().children()}
     launcher = AgentFork(launch)
     (process,) = [child for child in psutil.Process().children() if child.pid not in before]
+    until((tmp_path / "ready-1").exists)
     while not (tmp_path / "said-1").exists():  # without a handler it is ignored, for no shell would have it go on
         launcher.signal(signal.SIGTSTP)
         time.sleep(0.1)
@@ -156,6 +157,24 @@ def test_an_agent_suspends_its_ranks_and_whoever_asks_them_to_leave_has_them_go_
         return 7
 
     assert AgentFork(be_agent).wait() == 7
+
+
+@pytest.mark.timeout(60)
+def test_the_end_of_an_agent_is_known_where_the_launcher_was_started_to_ignore_it():
+    def launch():
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as some that start programs do, and these inherit it
+        return supervise(lambda attempt, received: attend([AgentFork(lambda: 7)], received), "job", 0)
+
+    assert AgentFork(launch).wait() == 7
+
+
+def test_a_standard_stream_that_is_closed_is_the_null_device():
+    """To the processes that it starts, too."""
+    code = "import subprocess; from specdist_launch import cli; cli.open_streams(); print(); "
+    code += "subprocess.run(['sh', '-c', '(readlink /proc/$$/fd/0 /proc/$$/fd/1) >&2'], check=True)"
+    command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&-', sys.executable, code]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True)
+    assert done.stderr == "/dev/null\n/dev/null\n"
 
 
 @pytest.mark.parametrize(("leader", "status"), [(0, 0), (1, ExitStatus.AGAIN), (75, 75)])
