@@ -81,11 +81,13 @@ class Graphs:
             function(*places)  # loads kernels, and compiles them where these lengths need others
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": other threads go on talking to the device.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            found, gradients = function(*places)
-            for place, gradient in zip(places[len(places) - len(gradients) :], gradients, strict=True):
-                place.copy_(gradient)
+        try:  # "thread_local": other threads go on talking to the device
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                found, gradients = function(*places)
+                for place, gradient in zip(places[len(places) - len(gradients) :], gradients, strict=True):
+                    place.copy_(gradient)
+        except RuntimeError as error:
+            raise RuntimeError("the training step cannot be captured: set draft.cuda_graphs=false") from error
         self._pool = graph.pool()
         return graph, found, len(gradients)
 
