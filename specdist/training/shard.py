@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The draft over its ranks: FSDP2, and when its communication runs."""
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from specdist.draft.base import DraftModel
 from specdist.world.groups import Groups
 
-_LEAST = 1 / 32
-"""Share of the weights from which a part is gathered and reduced on its own."""
+_LEAST, _MOST = 1 / 32, 1 / 2
+"""Shares of the weights from which a part is gathered and reduced on its own, and from which its own parts are."""
 
 
 def shard_draft(model: DraftModel, groups: Groups, dtype: torch.dtype, sharding: str) -> DraftModel:
@@ -32,7 +30,7 @@ def shard_draft(model: DraftModel, groups: Groups, dtype: torch.dtype, sharding:
     mesh = groups.draft_mesh
     if sharding != "replicate":
         mesh = DeviceMesh.from_group(groups.draft, mesh.device_type, mesh_dim_names=("draft",))
-    for unit in (*_parts(model, _LEAST * sum(p.numel() for p in model.parameters())), model):
+    for unit in (*_parts(model, sum(p.numel() for p in model.parameters())), model):
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
@@ -51,12 +49,13 @@ def _arrive(*parts: nn.Module) -> None:
             part.unshard()
 
 
-def _parts(model: nn.Module, least: float) -> Iterator[nn.Module]:
-    """What it is made of, in its order, as far as that has so many weights."""
+def _parts(model: nn.Module, whole: int) -> Iterator[nn.Module]:
+    """What it is made of, in its order, as far as that has enough of `whole` weights."""
     for part in model.children():
-        if isinstance(part, nn.ModuleList | nn.ModuleDict):
-            yield from _parts(part, least)
-        elif sum(p.numel() for p in part.parameters()) >= least:
+        share = sum(p.numel() for p in part.parameters()) / whole
+        if isinstance(part, nn.ModuleList | nn.ModuleDict) or (share >= _MOST and any(part.children())):
+            yield from _parts(part, whole)
+        elif share >= _LEAST:
             yield part
 
 
@@ -73,10 +72,10 @@ class ShardedWeights:
         self._model = model
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         """The whole draft, with the weights of no part, and the parts in their order."""
-        self._weights: Counter[FSDPModule] = Counter()
-        """How many of each are trained, once a backward has come."""
-        self._missing: Counter[FSDPModule] = Counter()
-        """Those of which the last backward has not computed the gradient yet."""
+        self._owners: dict[Tensor, FSDPModule] = {}
+        """The unit of each weight that is trained, once a backward has come."""
+        self._missing: dict[FSDPModule, set[Tensor]] = {}
+        """Its weights whose gradient the last backward has not computed yet."""
         self._to_reduce: list[FSDPModule] = []
         """Units that it has not reduced yet, in their order."""
 
@@ -106,22 +105,23 @@ class ShardedWeights:
 
     def expect(self, last: bool) -> None:
         """A backward comes next: of a micro-batch, the step's last one or not."""
-        if not self._weights:
+        if not self._owners:
             owners = {weight: unit for unit in self.units for weight in unit.parameters()}  # the inner one of two
-            for weight, unit in owners.items():
-                if weight.requires_grad:
-                    weight.register_post_accumulate_grad_hook(partial(self._computed, unit))
-                    self._weights[unit] += 1
+            self._owners = {weight: unit for weight, unit in owners.items() if weight.requires_grad}
+            for weight in self._owners:
+                weight.register_post_accumulate_grad_hook(self._computed)
         whole, *parts = self.units
         whole.set_requires_gradient_sync(last)  # of the parts as well
         whole.set_reshard_after_backward(last)
         whole.set_is_last_backward(last)
-        self._missing = self._weights.copy()
-        self._to_reduce = [unit for unit in (*reversed(parts), whole) if last and self._weights[unit]]
+        self._missing = {unit: set() for unit in (*reversed(parts), whole)}
+        for weight, unit in self._owners.items():
+            self._missing[unit].add(weight)
+        self._to_reduce = [unit for unit, weights in self._missing.items() if last and weights]
 
-    def _computed(self, unit: FSDPModule, _: Tensor) -> None:
-        """The gradient of one of its weights is complete."""
-        self._missing[unit] -= 1
+    def _computed(self, weight: Tensor) -> None:
+        """Its gradient is complete. Autograd says so again, with none, of what was handed over before the end."""
+        self._missing[self._owners[weight]].discard(weight)
         while self._to_reduce and not self._missing[self._to_reduce[0]]:
             state = fully_shard.state(self._to_reduce.pop(0))  # type: ignore[attr-defined]
             state._fsdp_param_group.post_backward()  # noqa: SLF001  # as torch's pipelines do

@@ -179,3 +179,14 @@ def test_float32_and_bfloat16_follow_float64() -> None:
     for k in range(STEPS):
         assert rough[f"positions/{k}"] == exact[f"positions/{k}"]
         assert rough[f"accepted/{k}"] == pytest.approx(exact[f"accepted/{k}"], rel=0.1)
+
+
+def test_gradients_that_are_complete_early_come_early() -> None:
+    """They are reduced over the ranks beside the rest of the backward."""
+    case, seen = build_case(), list[str]()
+    for name, parameter in case.draft.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))  # type: ignore[misc]
+    run(case)[0].backward()
+    order = list(dict.fromkeys(seen))
+    assert order[:4] == ["lm_head.weight", *(f"midlayer.mlp.{name}_proj.weight" for name in ("down", "gate", "up"))]
+    assert sorted(order) == sorted(name for name, _ in case.draft.named_parameters())

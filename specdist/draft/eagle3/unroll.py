@@ -39,6 +39,10 @@ class Weights(NamedTuple):
     norm: Tensor
 
 
+EARLY = ("down", "gate", "up")
+"""Weights whose gradients are complete when the backward of the first step has only begun."""
+
+
 @dataclass(frozen=True)
 class UnrollTask:
     """What a micro-batch brings that takes no gradient.
@@ -107,14 +111,14 @@ class Unroll(torch.autograd.Function):
         unrolled = Unrolled(task, Weights(*(t.detach() for t in rest)), entry, key, value, with_grad)
         states = unrolled.run(hidden)
         if with_grad:
-            ctx.forward_was = unrolled
+            ctx.forward_was = unrolled, Weights(*rest)
         return states.detach()  # else it would keep what keeps it
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor | None, ...]:
-        unrolled, ctx.forward_was = ctx.forward_was, None
-        return (None, None, *_Backward(unrolled, grad_states).run())
+        (unrolled, given), ctx.forward_was = ctx.forward_was, None
+        return (None, None, *_Backward(unrolled, grad_states, given).run())
 
 
 class Unrolled:
@@ -195,18 +199,22 @@ class Unrolled:
 
 
 class _Backward:
-    """The backward of what was unrolled, from the last step to the first. Once."""
+    """The backward of what was unrolled, from the last step to the first. Once.
 
-    def __init__(self, unrolled: Unrolled, grad_states: Tensor):
-        self._unrolled, self._grad_states = unrolled, grad_states
+    `given`: the weights as they came. Where somebody waits for the gradient of one, to reduce it over the ranks beside
+    the rest of the backward, it is handed over as soon as it is complete, if that is long before the end (`EARLY`).
+    """
+
+    def __init__(self, unrolled: Unrolled, grad_states: Tensor, given: Weights):
+        self._unrolled, self._grad_states, self._given = unrolled, grad_states, given
         self._grads = Weights._make(map(wide_zeros, unrolled.weights))
         self._entry = torch.zeros_like(unrolled.entry)
         tokens = unrolled.tokens
         self._key, self._value = wide_zeros(unrolled.key[:tokens]), wide_zeros(unrolled.value[:tokens])
         self._own_keys, self._own_values = wide_zeros(unrolled.own_keys), wide_zeros(unrolled.own_values)
 
-    def run(self) -> tuple[Tensor, ...]:
-        """The gradients of hidden, entry, key, value and the weights."""
+    def run(self) -> tuple[Any, ...]:
+        """The gradients of hidden, entry, key, value and the weights; None where it was handed over."""
         tape = self._unrolled.tape
         carry = torch.zeros_like(tape[-1].after)
         for step in reversed(range(len(tape))):
@@ -230,6 +238,8 @@ class _Backward:
         add_product(grads.gate, gate.T, normed)
         add_product(grads.up, up.T, normed)
         del act, gate, up
+        if not step:
+            self._hand_over()
         carry, d_weight = ops.norm_backward(d_normed, middle, weights.post_norm, eps, carry)
         grads.post_norm.add_(d_weight)
 
@@ -244,6 +254,13 @@ class _Backward:
         carry, d_weight = ops.norm_backward(d_normed, saved.hidden, weights.hidden_norm, eps, carry)
         grads.hidden_norm.add_(d_weight)
         return carry
+
+    def _hand_over(self) -> None:
+        for name in EARLY:
+            weight, handed_over = getattr(self._given, name), dict[str, Any]({name: None})
+            if weight._post_accumulate_grad_hooks:  # noqa: SLF001  # somebody waits for it
+                weight.backward(getattr(self._grads, name).to(weight.dtype))
+                self._grads = self._grads._replace(**handed_over)
 
     def _through_norm(self, step: int, saved: _Step, carry: Tensor) -> Tensor:
         """Adds the gradient that the loss of this step gives to the state after it."""
