@@ -61,3 +61,16 @@ def test_the_peak_of_a_rank_is_foreseen(case: tuple[int, int, dict[str, Any], di
     rank = sum(training_memory(draft, target, tied=False, itemsize=2, tokens=tokens, ranks=ranks).values())
     features = 2 * tokens * 4 * 4096
     assert (rank + features) / 2**30 == pytest.approx(measured, rel=0.1)
+
+
+def test_what_cuda_graphs_copy_is_counted() -> None:
+    target = AutoConfig.for_model(**SHAPES["qwen3-8b"])
+    plain, graphs = (
+        training_memory(
+            draft_config(eagle3=Eagle3Config(vocab_size=32000), cuda_graphs=on), target, False, 2, tokens=8192, ranks=1
+        )
+        for on in (False, True)
+    )
+    copies = plain["weights to compute with"] + 2 * 8192 * 4 * 4096
+    assert graphs["copies for CUDA graphs"] == copies
+    assert sum(graphs.values()) > sum(plain.values()) + copies

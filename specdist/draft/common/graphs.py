@@ -54,7 +54,8 @@ class Graphs:
             torch.cuda.synchronize()
             self._graphs.clear()
             self._pool, self._places = None, [torch.empty_like(argument) for argument in arguments]
-        places = [place[:length] for place, length in zip(self._places, lengths, strict=True)]
+        # Detached: the compiler makes graphs of their own for views.
+        places = [place[:length].detach() for place, length in zip(self._places, lengths, strict=True)]
 
         def fill() -> None:
             for place, argument in zip(places, arguments, strict=True):
