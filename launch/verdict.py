@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.slurm:
         _account_for(attempt, directory)
     verdict = judge(directory, job.launch, AttemptRecord(attempt.directory(directory)) if args.slurm else None)
-    say(f"{verdict.reason}")
+    say(verdict.reason)
     return verdict.status
 
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _TRIES = 5
 """Answers of status 500 to one request, while the server is there, before the request is to blame."""
-_PASSING, _TOO_LARGE = (408, 409), 413
-"""Statuses that a request is worth repeating for, and the one of a prompt that a proxy finds too long."""
+_PASSING, _TO_BLAME = (408, 409, 429), (400, 413, 422)
+"""Statuses below 500 that a request is worth repeating for, and those of one that can have no answer."""
 _NO_API = (ValueError, TypeError, AttributeError, IndexError)
 """What the client raises where an answer is no JSON, and what comes of one that has other fields."""
 _PAUSE_S, _LONGEST_PAUSE_S = 0.25, 15.0
@@ -82,21 +82,11 @@ class EndpointEngine:
             began = time.monotonic()
             try:
                 return await self._ask(request)
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                return Reply("error", text=_words(error))
-            except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-                raise self._refused(error) from error
-            except openai.RateLimitError as error:
-                self._trouble(f"{self._at}: {_words(error)}")
-            except openai.InternalServerError as error:
-                failures += error.status_code == 500
-                if failures == _TRIES:
-                    return Reply("error", text=_words(error))
-                self._trouble(f"{self._at}: {_words(error)}")
             except openai.APIStatusError as error:
-                if error.status_code == _TOO_LARGE:
+                failures += error.status_code == 500
+                if error.status_code in _TO_BLAME or failures == _TRIES:
                     return Reply("error", text=_words(error))
-                if error.status_code not in _PASSING:
+                if error.status_code < 500 and error.status_code not in _PASSING:
                     raise self._refused(error) from error
                 self._trouble(f"{self._at}: {_words(error)}")
             except openai.APIConnectionError as error:  # timeouts too

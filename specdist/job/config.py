@@ -4,6 +4,7 @@
 import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -167,13 +168,7 @@ def transport(job: JobConfig, device: torch.device) -> Transport:
 def differing_keys(new: JobConfig, old: JobConfig) -> list[str]:
     """The keys, of those that make a run what it is, in which two configurations differ."""
     keys = [entry.key for entry in config.fields(JobConfig) if not may_change(entry.key)]
-    return [key for key in keys if _value(new, key) != _value(old, key)]
-
-
-def _value(job: object, key: str) -> object:
-    for part in key.split("."):
-        job = getattr(job, part)
-    return job
+    return [key for key in keys if attrgetter(key)(new) != attrgetter(key)(old)]
 
 
 def _replicas(job: JobConfig) -> int | None:

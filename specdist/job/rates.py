@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import PackedTokens
 from specdist.job.config import JobConfig, JobFacts
@@ -69,8 +71,6 @@ def _of_object(found: dict[str, Any]) -> tuple[float | None, float | None]:
 def evaluation_weight(job: JobConfig, facts: JobFacts) -> float:
     """What evaluating on a token costs in tokens trained, on the side of the two that it costs more: the target side
     runs its head as well. An estimate, from operations, for answers alone."""
-    import torch
-
     target, length = facts.target, job.prompts.max_length
     count = max(job.prompts.tokens_per_rank // length, 1)
     batch = PackedTokens.from_documents([torch.zeros(length)] * count, [torch.ones(length)] * count)
@@ -81,8 +81,6 @@ def evaluation_weight(job: JobConfig, facts: JobFacts) -> float:
 def packing_weights(job: JobConfig, facts: JobFacts) -> tuple[int, int]:
     """What a supervised token costs the draft, and what it costs beside that for every 1,024 tokens of its sequence, in
     thousandths of what any token costs: `Batching.weights`. From operations, of a whole micro-batch."""
-    import torch
-
     length, cost = job.prompts.max_length, job.draft.chosen.cost(facts.target.config)
     count = max(job.prompts.tokens_per_rank // length, 1)
 
@@ -101,8 +99,6 @@ def packing_weights(job: JobConfig, facts: JobFacts) -> tuple[int, int]:
 def estimated(job: JobConfig, facts: JobFacts) -> Rates:
     """From operations, of a dense target's forward and of a whole step of the draft with all tokens supervised, both
     for sequences of prompts.max_length."""
-    import torch
-
     length = job.prompts.max_length
     document = PackedTokens.from_documents([torch.zeros(length)], [torch.ones(length)])  # all of it supervised
     on_target = facts.layout.argmax_lse  # the target runs its head

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -253,15 +254,8 @@ def origin(job: JobConfig, run_dir: RunDirectory, step: int) -> dict[str, Any]:
 
 
 def _configuration(job: JobConfig) -> dict[str, Any]:
-    values, found = config.to_dict(job), {}
-    for entry in config.fields(JobConfig):
-        value: Any = values
-        for part in entry.key.split("."):
-            value = value[part]
-        default = list(entry.default) if isinstance(entry.default, tuple) else entry.default
-        if value != default and entry.key.startswith(SECTIONS) and entry.key not in WHERE:
-            found[entry.key] = value
-    return found
+    decisive = [e for e in config.fields(JobConfig) if e.key.startswith(SECTIONS) and e.key not in WHERE]
+    return {e.key: value for e in decisive if (value := attrgetter(e.key)(job)) != e.default}
 
 
 def _evaluation(run_dir: RunDirectory, step: int) -> dict[str, Any] | None:

@@ -44,7 +44,7 @@ def consume(context: RankContext) -> None:
     def tell(trouble: str) -> None:
         client.trouble = trouble
         if leader:
-            say(f"{trouble or 'checkpoints are saved again'}")
+            say(trouble or "checkpoints are saved again")
 
     checkpointer = Checkpointer(context.run_dir.checkpoints, job.checkpoint, context.groups.checkpoint, number, tell)
     if context.resume.checkpoint is not None:
