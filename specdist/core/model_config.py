@@ -100,27 +100,30 @@ def state_values(config: PretrainedConfig) -> int:
     return each * sum(kind in ("linear_attention", "mamba", "conv") for kind in kinds)
 
 
-def _quantised(config: PretrainedConfig) -> dict[str, Any]:
+def quantisation_keys(config: PretrainedConfig) -> dict[str, Any]:
+    """The `quantization_config` of config.json; empty where the weights are not quantised."""
     said = read(config, "quantization_config") or {}
     return said if isinstance(said, dict) else said.to_dict()
 
 
 def quantisation(config: PretrainedConfig) -> str | None:
     """How the weights of the checkpoint are quantised, by config.json's name for it: fp8, awq, mxfp4, ..."""
-    said = _quantised(config)
+    said = quantisation_keys(config)
     return str(said.get("quant_method", "without a name")) if said else None
 
 
 def weight_block(config: PretrainedConfig) -> int | None:
-    """The side of the blocks of weights that have a scale together, in FP8 checkpoints as DeepSeek's."""
-    block = _quantised(config).get("weight_block_size")
-    return int(block[0]) if block else None
+    """How many inputs of a matrix have a scale together: the side of the blocks of FP8 checkpoints as DeepSeek's, the
+    groups of AWQ and GPTQ. None: all, or it is not told."""
+    said = quantisation_keys(config)
+    block = said.get("weight_block_size") or [said.get("group_size") or 0]
+    return int(block[0]) if block[0] > 0 else None
 
 
 def stored_bytes(config: PretrainedConfig, name: str) -> float | None:
     """Of one number of the parameter `name` in a quantised checkpoint, scales of groups included, where config.json
     says it: of the matrices of layers that are not left out. None for others."""
-    said = _quantised(config)
+    said = quantisation_keys(config)
     groups = [group.get("weights") or {} for group in said.get("config_groups", {}).values()]
     weights = {**said, **(groups[0] if groups else {})}
     bits = {"fp8": 8, "mxfp4": 4}.get(said.get("quant_method", ""), weights.get("num_bits", weights.get("bits")))

@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from specdist.core.errors import DataError
-from specdist.core.model_config import text_part
+from specdist.core.model_config import quantisation_keys, text_part
+from specdist.target import int4
 from specdist.target.description import BESIDE_TEXT, TargetDescription
 from specdist.target.weights import read_tensors, weight_files
 
@@ -39,13 +39,16 @@ def load_model(
     options: dict[str, Any] = {"config": _dequantising(target.config), "dtype": dtype, "local_files_only": True}
     if getattr(target.text_config, "attn_logit_softcapping", None) is not None:
         options["attn_implementation"] = "eager"  # up to 5.17 at least, sdpa drops the soft cap without a word
-    files = weight_files(target.path)
+    said, files = quantisation_keys(target.config), weight_files(target.path)
+    packed = said.get("quant_method") in int4.READERS
     if layers is not None:
         options["state_dict"] = _weights_of(target, layers)
         model_class = _shortened(model_class, target.layers, layers)
-    elif len(files) > 1 and not list(target.path.glob("*.index.json")):
-        # transformers reads several files only through an index; safetensors are mapped, not read, by load_file
-        options["state_dict"] = {name: t for file in files for name, t in load_file(file).items()}
+    elif packed or (len(files) > 1 and not list(target.path.glob("*.index.json"))):
+        # transformers reads several files only through an index
+        options["state_dict"] = _read(target, list(target.tensors))
+    if packed:
+        options["state_dict"] = int4.dequantised(options["state_dict"], said, dtype)
     if group is not None and group.size() > 1 and hasattr(DistributedConfig, "tp_size"):
         model_class = _sharded(model_class, group, device)
         options["distributed_config"] = DistributedConfig(tp_size=group.size())
@@ -71,6 +74,9 @@ def _dequantising(config: PretrainedConfig) -> PretrainedConfig:
     config = copy.deepcopy(config)
     for part in (config, text_part(config)):
         if isinstance(said := getattr(part, "quantization_config", None), dict):
+            if said["quant_method"] in int4.READERS:  # whose weights are read here
+                del part.quantization_config
+                continue
             key, value = "dequantize", True
             if said["quant_method"] == "compressed-tensors":
                 from transformers.utils.quantization_config import CompressedTensorsConfig
@@ -95,20 +101,20 @@ def find_decoder(model: PreTrainedModel, count: int) -> tuple[PreTrainedModel, n
 
 
 def _weights_of(target: TargetDescription, layers: range) -> dict[str, Tensor]:
-    """The checkpoint's tensors, mapped, not read, but for those of other layers and of what is beside the text."""
+    """The checkpoint's tensors but for those of other layers and of what is beside the text."""
     model = target.blank()
     found = find_decoder(model, target.layers)[1]
     name = next(name for name, module in model.named_modules() if module is found).rpartition(".")[2]
     numbered = re.compile(rf"(^|\.){name}\.(\d+)\.")
+    wanted = [n for n in target.tensors if not BESIDE_TEXT.search(n)]
+    return _read(target, [n for n in wanted if (m := numbered.search(n)) is None or int(m[2]) in layers])
+
+
+def _read(target: TargetDescription, names: list[str]) -> dict[str, Tensor]:
+    """These tensors of the checkpoint, mapped, not read."""
     weights: dict[str, Tensor] = {}
-    for file in weight_files(target.path):
-        needed = [
-            n
-            for n in (t.name for t in target.tensors.values() if t.file == file)
-            if not BESIDE_TEXT.search(n) and ((m := numbered.search(n)) is None or int(m[2]) in layers)
-        ]
-        if needed:
-            weights |= read_tensors(file, needed)
+    for file in {target.tensors[n].file for n in names}:
+        weights |= read_tensors(file, (n for n in names if target.tensors[n].file == file))
     return weights
 
 

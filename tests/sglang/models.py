@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,60 @@ def quantise(path: Path, quantised: Path) -> None:
         "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
     }  # fmt: skip
     (quantised / "config.json").write_text(json.dumps(config))
+
+
+def quantise_to_int4(path: Path, quantised: Path, method: str, size: int = 32, shuffled: bool = False) -> None:
+    """As `quantise`, the way of AutoAWQ (`method` awq, gemm) or AutoGPTQ (gptq, symmetric), by groups of `size` inputs.
+
+    `shuffled`: the groups of GPTQ hold inputs from all over the matrix, as with desc_act.
+    """
+    weights, coded = load_file(path / "model.safetensors"), {}
+    for name, weight in weights.items():
+        if weight.ndim < 2 or ".layers." not in name or name.endswith(".mlp.gate.weight"):
+            coded[name] = weight
+            continue
+        inputs, outputs = weight.T.float(), len(weight)
+        order = torch.randperm(len(inputs)) if shuffled else torch.arange(len(inputs))
+        group = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)) // size)
+        members = inputs[order].unflatten(0, (-1, size))  # [groups, size, outputs]
+        if method == "awq":
+            low, high = members.amin(1), members.amax(1)
+            scales = ((high - low) / 15).half()
+            zeros = (-low / scales).round().clamp(0, 15).int()
+        else:
+            scales = (members.abs().amax(1) / 7).half()
+            zeros = torch.full(scales.shape, 8, dtype=torch.int32)
+        codes = ((inputs / scales[group]).round().int() + zeros[group]).clamp(0, 15)
+        weights[name] = ((codes - zeros[group]) * scales[group].float()).T.to(weight.dtype).contiguous()
+        module = name.removesuffix("weight")
+        if method == "awq":
+            parts = {"qweight": packed(codes, AWQ), "qzeros": packed(zeros, AWQ)}
+        else:
+            parts = {"qweight": packed(codes.T, range(8)).T, "qzeros": packed(zeros - 1, range(8))}
+            parts["g_idx"] = group.int()
+        assert scales.shape == (len(inputs) // size, outputs)
+        coded |= {module + part: x.contiguous() for part, x in (parts | {"scales": scales}).items()}
+    quantised.mkdir()
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    save_file(coded, quantised / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    own = (
+        {"version": "gemm", "zero_point": True, "modules_to_not_convert": None}
+        if method == "awq"
+        else {"sym": True, "desc_act": shuffled, "checkpoint_format": "gptq", "lm_head": False}
+    )
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": size, **own}
+    (quantised / "config.json").write_text(json.dumps(config))
+
+
+AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def packed(codes: Tensor, order: Sequence[int]) -> Tensor:
+    """Codes of 4 bits [R, C] as int32 [R, C / 8]: bits 4 i to 4 i + 3 of each hold number `order[i]` of eight."""
+    eights = codes.long().unflatten(1, (-1, 8))
+    word = sum(eights[:, :, number] << 4 * i for i, number in enumerate(order))
+    return torch.where(word >= 2**31, word - 2**32, word).int()
 
 
 def plain_features(path: Path, batch: PackedTokens, shift: int = 1, norm: bool = True) -> Tensor:

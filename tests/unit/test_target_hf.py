@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target import vocabulary
 from specdist.target.base import TargetModel
 from specdist.target.config import TargetConfig
+from specdist.target.description import describe
 from specdist.target.hf import against_transformers, attention
 from specdist.target.hf import model as hf_model
 from specdist.target.hf.model import HfTarget, packing_obstacle
+from specdist.target.hf.streamed import streamed_features
+from specdist.target.int4 import dequantised
 from specdist.target.registry import check_target, load_target
 from specdist.target.verify import TOLERANCE, verify
-from tests.sglang.models import quantise
+from tests.sglang.models import quantise, quantise_to_int4
 
 torch.set_num_threads(1)
 
@@ -337,14 +341,60 @@ def test_quantised_weights_are_the_values_that_they_stand_for(tmp_path: Path) ->
     ]
     assert relative(*found) < 1e-5
     config = json.loads((tmp_path / "fp8/config.json").read_text())
-    for method, said in (
-        ("awq", r"quantised \(awq\), and target.engine=hf reads fp8, mxfp4, .*: use target.engine=sglang"),
-        ("compressed-tensors", "pip install compressed-tensors, or use target.engine=sglang"),
+    for keys, said in (
+        (
+            {"quant_method": "quark"},
+            r"quantised \(quark\), and target.engine=hf reads fp8, .*: use target.engine=sglang",
+        ),
+        ({"quant_method": "compressed-tensors"}, "pip install compressed-tensors, or use target.engine=sglang"),
+        (
+            {"quant_method": "awq", "bits": 4, "version": "gemv"},
+            r"\(awq, version=gemv, bits=4\), of which gemm of 4",
+        ),
+        ({"quant_method": "gptq", "bits": 3}, r"\(gptq, checkpoint_format=gptq, bits=3\), .* of 2, 4, 8 bits are read"),
     ):
-        config["quantization_config"]["quant_method"] = method
+        config["quantization_config"] = keys
         (tmp_path / "fp8/config.json").write_text(json.dumps(config))
         with pytest.raises(ConfigError, match=said):
             check_target(TargetConfig(path=str(tmp_path / "fp8")))
+
+
+@pytest.mark.parametrize(  # Qwen2 has biases, of a mixture transformers keeps the experts together
+    ("kind", "method", "shuffled"),
+    [("qwen2", "gptq", True), ("qwen3_moe", "gptq", False), ("qwen3_moe", "awq", False)],
+)
+def test_packed_codes_are_the_values_that_they_stand_for(
+    kind: str, method: str, shuffled: bool, tmp_path: Path
+) -> None:
+    path, batch = make_model(kind, tmp_path / "plain"), make_batch()
+    quantise_to_int4(path, tmp_path / "packed", method, size=8, shuffled=shuffled)
+    layout = FeatureLayout(LAYERS, 32, True, torch.float32)
+    cpu, config = torch.device("cpu"), TargetConfig(path=str(tmp_path / "packed"), dtype="float32")
+    plain = run(load_target(TargetConfig(path=str(path)), layout, cpu), batch)
+    assert relative(run(load_target(config, layout, cpu), batch), plain) < 1e-5
+    streamed = streamed_features(describe(config.path), torch.float32, layout, cpu, batch)
+    assert relative(streamed, plain) < 1e-5
+    with pytest.raises(ConfigError, match=rf"target\.tp=2: .* unpacks {method} weights .*, or target\.engine=sglang"):
+        check_target(replace(config, tp=2))
+
+
+@pytest.mark.parametrize(("layout", "zero"), [("gptq", 6), ("gptq_v2", 5)])
+def test_the_parts_of_a_packed_matrix_are_where_the_formats_put_them(layout: str, zero: int) -> None:
+    """One int32 of GPTQ by hand: eight inputs of an output from the lowest bits on, with the zeros less one in v1."""
+    codes, zeros = (torch.tensor([[word]], dtype=torch.int32) for word in (0x76543210, 0x05555555))
+    parts = {"m.qweight": codes.repeat(1, 8), "m.qzeros": zeros, "m.scales": torch.full((1, 8), 2.0)}
+    said = {"quant_method": "gptq", "checkpoint_format": layout}
+    found = dequantised(parts | {"m.bias": torch.ones(8)}, said, torch.float32)
+    assert found["m.weight"][0].tolist() == [2.0 * (code - zero) for code in range(8)]
+    assert sorted(found) == ["m.bias", "m.weight"]
+
+
+def test_the_outputs_of_an_awq_matrix_are_interleaved() -> None:
+    """Its eight places, from the lowest bits on, are outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight."""
+    word = torch.tensor([[0x76543210]], dtype=torch.int32)
+    parts = {"m.qweight": word, "m.qzeros": torch.zeros_like(word), "m.scales": torch.ones(1, 8)}
+    found = dequantised(parts, {"quant_method": "awq"}, torch.float32)["m.weight"]
+    assert found[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def test_shards_without_an_index_load(tmp_path: Path) -> None:

@@ -223,10 +223,12 @@ def test_what_is_not_on_the_tested_list_is_compared_with_transformers(
     assert not is_compared(sglang(path=str(target), sglang=SglangConfig(quantization="fp8")), other)
     other.config.quantization_config = {"quant_method": "mxfp4"}
     assert is_compared(config, other)
-    other.config.quantization_config = {"quant_method": "awq"}
+    other.config.quantization_config = {"quant_method": "awq", "bits": 4}
+    assert is_compared(config, other)
+    other.config.quantization_config = {"quant_method": "quark"}
     assert not is_compared(config, other)
     assert "not compared with transformers: target.path=" in caplog.text
-    assert "its weights are quantised (awq), and target.engine=hf reads fp8, mxfp4" in caplog.text
+    assert "its weights are quantised (quark), and target.engine=hf reads fp8, mxfp4" in caplog.text
 
 
 def test_unknown_arguments_are_named_before_a_rank_starts_without_importing_sglang(

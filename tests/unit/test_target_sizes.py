@@ -147,7 +147,22 @@ def test_code_that_comes_with_a_model_is_not_run_unless_it_is_asked_for(tmp_path
         (
             {"quant_method": "fp8", "weight_block_size": [128, 128]},
             {"tp": 32},
-            r"moe_intermediate_size=2048 .* among 32",
+            r"moe_intermediate_size=2048 .* among 32 ranks, in whole blocks of 128 of its fp8 weights",
+        ),
+        (
+            {"quant_method": "awq", "bits": 4, "zero_point": True, "group_size": 128, "version": "gemm"},
+            {"tp": 32},
+            r"among 32 ranks, in whole blocks of 128 of its awq weights",
+        ),
+        (
+            {"quant_method": "awq", "bits": 4, "zero_point": True, "group_size": 128, "version": "gemv"},
+            {},
+            r"\(awq, version=gemv\), which SGLang's Marlin kernels do not run: use target\.engine=hf",
+        ),
+        (
+            {"quant_method": "gptq", "bits": 4, "sym": False, "desc_act": False, "group_size": 128},
+            {},
+            r"\(gptq, sym=False\), which SGLang's Marlin kernels do not run: use target\.engine=hf",
         ),
     ],
 )

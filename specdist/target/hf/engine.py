@@ -7,7 +7,7 @@ from importlib import util
 from typing import TYPE_CHECKING, Any
 
 from specdist.core.errors import ConfigError
-from specdist.core.model_config import quantisation
+from specdist.core.model_config import quantisation, quantisation_keys
 from specdist.target.base import Engine, TargetModel, common_divisors, weights_and_activations
 from specdist.target.config import TargetConfig
 
@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 WITHOUT_FEATURES = {"longcat_flash": "runs two layers in each of its blocks, and only blocks hand out their output"}
 """Model types that cannot be captured, and why."""
 
-DEQUANTISED = ("fp8", "mxfp4", "compressed-tensors")
+DEQUANTISED = ("fp8", "mxfp4", "compressed-tensors", "awq", "gptq")
 """Quantised checkpoints that are loaded as the values which they stand for, in `target.dtype`."""
+
+LAYOUTS = {"awq": ("version", ("gemm",), (4,)), "gptq": ("checkpoint_format", ("gptq", "gptq_v2"), (2, 4, 8))}
+"""Of the two whose codes are packed: the key that names their layout, the layouts that are read, the first where it is
+not there, and bits."""
 
 
 def check(config: TargetConfig, target: TargetDescription) -> None:
@@ -32,6 +36,8 @@ def check(config: TargetConfig, target: TargetDescription) -> None:
             f"{', '.join(DEQUANTISED)} alone: use target.engine=sglang, or the checkpoint that is not quantised",
             "target.engine",
         )
+    if method in LAYOUTS:
+        _check_layout(config, quantisation_keys(target.config))
     if method == "compressed-tensors" and util.find_spec("compressed_tensors") is None:
         raise ConfigError.at(
             "target.path",
@@ -56,6 +62,25 @@ def check(config: TargetConfig, target: TargetDescription) -> None:
                 "target.tp",
                 f"={config.tp} does not divide {key}={number} of {path}: use one of {common_divisors(heads, kv_heads)}",
             )
+
+
+def _check_layout(config: TargetConfig, said: dict[str, Any]) -> None:
+    key, layouts, bits = LAYOUTS[said["quant_method"]]
+    layout = str(said.get(key) or layouts[0]).lower()
+    if layout not in layouts or said.get("bits") not in bits:
+        raise ConfigError.at(
+            "target.path",
+            f"={config.path}: its weights are quantised ({said['quant_method']}, {key}={layout}, "
+            f"bits={said.get('bits')}), of which {' and '.join(layouts)} of {', '.join(map(str, bits))} bits are read: "
+            "use the checkpoint that is not quantised",
+        )
+    if config.tp > 1:
+        raise ConfigError.at(
+            "target.tp",
+            f"={config.tp}: target.engine=hf unpacks {said['quant_method']} weights as a whole on every rank: use "
+            "target.tp=1, or target.engine=sglang",
+            "target.engine",
+        )
 
 
 def memory(config: TargetConfig, target: TargetDescription, dtype: torch.dtype, tokens: int) -> dict[str, int]:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from specdist.core.errors import ConfigError
-from specdist.core.model_config import quantisation, read, state_values, weight_block
+from specdist.core.model_config import quantisation, quantisation_keys, read, state_values, weight_block
 from specdist.target.base import Engine, Limits, MakeGroups, TargetModel, common_divisors, weights_and_activations
 from specdist.target.config import TargetConfig
 from specdist.target.sglang import support, versions
@@ -59,6 +59,15 @@ def _check_quantisation(config: TargetConfig, target: TargetDescription, ep: int
             f"={config.path}: its weights are quantised ({method}), which SGLang does not load: use the checkpoint "
             "that is not quantised",
         )
+    said = quantisation_keys(target.config)
+    for key, values in support.MARLIN.get(method, {}).items():
+        if said.get(key) not in values:
+            raise ConfigError.at(
+                "target.path",
+                f"={config.path}: its weights are quantised ({method}, {key}={said.get(key)}), which SGLang's Marlin "
+                "kernels do not run: use target.engine=hf, or the checkpoint that is not quantised",
+                "target.engine",
+            )
     if (block := weight_block(target.config)) is None:
         return
     dense, expert = read(target.config, "intermediate_size"), read(target.config, "moe_intermediate_size")
@@ -71,7 +80,7 @@ def _check_quantisation(config: TargetConfig, target: TargetDescription, ep: int
             raise ConfigError.at(
                 "target.tp",
                 f"={config.tp}: SGLang divides {key}={width} of {config.path} among {ranks} ranks, in whole blocks of "
-                f"{block} of its FP8 weights: {advice}",
+                f"{block} of its {method} weights: {advice}",
                 "target.sglang.ep",
             )
 

@@ -7,7 +7,7 @@ second, which means the same in every model; models that have neither cannot be 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
@@ -40,6 +40,17 @@ LOADED = """awq bitsandbytes compressed-tensors fp8 gptq modelopt modelopt_fp4 m
     w8a8_int8"""
 QUANTISED = frozenset(LOADED.split())
 """Quantised checkpoints that all of these versions load, by the name in config.json."""
+
+GROUPS = (-1, 32, 64, 128)
+
+
+MARLIN: dict[str | None, dict[str, tuple[Any, ...]]] = {
+    "awq": {"bits": (4,), "zero_point": (True,), "group_size": GROUPS, "version": ("gemm", "GEMM", None)},
+    "gptq": {"bits": (4, 8), "sym": (True,), "desc_act": (True, False), "group_size": GROUPS},
+}
+"""What SGLang's Marlin kernels run, by method and key. Its other kernels of these methods know neither bf16 nor
+experts, and take the zeros of GPTQ's second format for those of the first."""
+
 
 WRONG = {
     "Gemma3ForCausalLM": ("0.5.18", "hands out layers without their residual"),
