@@ -43,9 +43,9 @@ class TargetConfig:
     verify_against: Literal["auto", "itself", "hf"] = "auto"
     """`hf` also compares a few short documents with transformers' own hidden states when the target is loaded, and the
     job ends where a layer or the last state differs, or is more like another. Beside another engine, transformers'
-    layers are run first, as many at a time as fit, with weights read from disk: any size of target, FP8, MXFP4 and
-    compressed-tensors checkpoints too. `auto` does so for architectures and versions of an engine that are not on the
-    tested list (docs/targets.md)."""
+    layers are run first, as many at a time as fit, with weights read from disk: any size of target, FP8, MXFP4, AWQ,
+    GPTQ and compressed-tensors checkpoints too. `auto` does so for architectures and versions of an engine that are not
+    on the tested list (docs/targets.md)."""
 
     trust_remote_code: bool = False
     """Run Python code that comes with the model directory."""

@@ -111,7 +111,8 @@ def groups(config: TargetConfig, replicas: Sequence[Sequence[int]], device: torc
 def tested(config: TargetConfig, target: TargetDescription) -> bool:
     if settings_of(config).quantization is not None:  # features of rounded weights are others
         return True
-    return support.is_tested(target, versions.installed() or versions.NEWEST)
+    seen = quantisation(target.config) in support.SEEN
+    return seen and support.is_tested(target, versions.installed() or versions.NEWEST)
 
 
 def load(*arguments: Any) -> TargetModel:

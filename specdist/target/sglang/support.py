@@ -41,6 +41,9 @@ LOADED = """awq bitsandbytes compressed-tensors fp8 gptq modelopt modelopt_fp4 m
 QUANTISED = frozenset(LOADED.split())
 """Quantised checkpoints that all of these versions load, by the name in config.json."""
 
+SEEN = (None, "fp8")
+"""Those of tested architectures whose features were compared with transformers' on GPUs, None: not quantised."""
+
 GROUPS = (-1, 32, 64, 128)
 
 
