@@ -91,8 +91,7 @@ class Sources:
                 return typing.cast(T, OmegaConf.to_object(config))
             except MissingMandatoryValue as error:
                 given, key = ", ".join(self._files) or "no file given", error.full_key or ""
-                words = f"{key} has no value: set it in a config file ({given}) or as {key}=..."
-                raise ConfigError(words) from error
+                raise ConfigError(f"{key} has no value: set it in a config file ({given}) or as {key}=...") from error
             except OmegaConfBaseException as error:
                 raise ConfigError(f"{error.full_key}: {_first_line(error)}", error.full_key or "") from error
 

@@ -183,7 +183,7 @@ def push(files: Mapping[str, Path | bytes], name: str, message: str) -> str:
 
     size = sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values())
     limit = SILENCE_S + size / SLOWEST
-    worker = Worker("specdist-upload", upload, ended=lambda error: None)  # left behind where the library hangs
+    worker = Worker("specdist-upload", upload)  # left behind where the library hangs
     worker.start()
     worker.join(limit)
     if worker.is_alive():
@@ -210,7 +210,7 @@ def watched(download: Callable[[], T], folders: Sequence[Path], name: str, key: 
 
     _limit_requests()
     found = list[T]()
-    worker = Worker("specdist-download", lambda: found.append(download()), ended=lambda error: None)
+    worker = Worker("specdist-download", lambda: found.append(download()))
     before = size = _bytes(folders)
     worker.start()
     since = time.monotonic()

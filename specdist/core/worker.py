@@ -9,7 +9,9 @@ class Worker(threading.Thread):
     """A daemon thread that runs `body` and keeps the exception that ended it in `error`, for another thread to raise.
     `ended`: called in the thread when `body` has returned or raised, with its exception or None."""
 
-    def __init__(self, name: str, body: Callable[[], None], ended: Callable[[BaseException | None], None]):
+    def __init__(
+        self, name: str, body: Callable[[], None], ended: Callable[[BaseException | None], None] = lambda error: None
+    ):
         super().__init__(name=name, daemon=True)
         self._body, self._ended = body, ended
         self.error: BaseException | None = None

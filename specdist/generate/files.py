@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Self
 import msgspec
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.core.files import read_json, sync_directory, to_json, write_atomically
+from specdist.core.files import read_json, sha256, sync_directory, to_json, write_atomically
 from specdist.core.hub import resolve
 from specdist.generate.config import CHANGEABLE, GenerateConfig
 from specdist.prompts.config import PromptsConfig
@@ -175,8 +175,7 @@ def _files(prompts: PromptsConfig) -> list[tuple[SourceFile, bool]]:
 
 def _digest(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TextIO
 
 from specdist.core.errors import ConfigError, DataError, WorldError
-from specdist.core.files import locked, of_full_disk, sync_directory, unwritable
+from specdist.core.files import locked, of_full_disk, sha256, sync_directory, unwritable
 from specdist.core.model_config import end_tokens
 from specdist.core.progress_bar import ProgressBar
 from specdist.prompts.config import PromptsConfig
@@ -187,8 +187,8 @@ def cache_key(config: PromptsConfig, sources: list[SourceFile], tokenizer_dir: P
     override = [Path(config.chat_template).expanduser()] if config.chat_template is not None else []
     try:
         with ThreadPoolExecutor(8) as threads:  # hashing releases the interpreter's lock
-            prompts = list(threads.map(_digest, [Path(source.path) for source in sources]))
-            others = list(threads.map(_digest, [*tokenizer, *override]))
+            prompts = list(threads.map(sha256, [Path(source.path) for source in sources]))
+            others = list(threads.map(sha256, [*tokenizer, *override]))
     except OSError as error:
         raise DataError(f"a prompts or tokenizer file cannot be read: {error}") from error
     content = {
@@ -199,11 +199,6 @@ def cache_key(config: PromptsConfig, sources: list[SourceFile], tokenizer_dir: P
         "settings": {key: asdict(config)[key] for key in ("supervise", "max_length", "overlong", "template_kwargs")},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _prepare_into(

@@ -99,8 +99,7 @@ class StartUp:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file, to_json(start))
         except OSError as error:
-            told = f"{self._file} cannot be written, and the run goes on: {error}"
-            say(told)
+            say(f"{self._file} cannot be written, and the run goes on: {error}")
 
     def _time_compiler(self) -> None:
         handler, began = importlib.import_module("torch._dynamo.callback").callback_handler, 0.0

@@ -152,8 +152,7 @@ class WandbTracker(Tracker):
         try:
             self._run = start(settings=limits)
         except wandb.errors.CommError as error:
-            told = f"does not answer, and the run is logged offline: {first_line(error)}"
-            say(f"Weights & Biases {told}")
+            say(f"Weights & Biases does not answer, and the run is logged offline: {first_line(error)}")
             wandb.teardown()  # it still holds the id
             self._run = start(mode="offline")
 

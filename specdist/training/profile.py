@@ -112,13 +112,12 @@ class Profile:
     def recording(self, ask: AskClock) -> Iterator[None]:
         """Around the rank's work: what is not written when it ends is written then."""
         self._ask = ask
-        well = False
         try:
             yield
-            well = True
+        except BaseException:
+            self.abandon()
+            raise
         finally:
-            if not well:
-                self.abandon()
             self.finish()
 
     def reach(self, oldest: int, newest: int) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bringing up the links between target and draft ranks, and waiting for a transfer within a limit."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -12,6 +11,7 @@ import torch.distributed as dist
 
 from specdist.core.errors import WorldError, first_line
 from specdist.core.topology import Link, Topology
+from specdist.core.worker import Worker
 from specdist.world.groups import Groups, World
 from specdist.world.roll_call import RollCall
 
@@ -98,23 +98,19 @@ def _touch(
 
 def _bounded(action: Callable[[], None], timeout_s: float, device: torch.device) -> None:
     """Run `action` in a thread: setting up a communicator may block inside the library, where no timeout reaches."""
-    failures: list[BaseException] = []
 
     def body() -> None:
-        try:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            action()
-        except RuntimeError as error:
-            failures.append(error)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        action()
 
-    thread = threading.Thread(target=body, name="specdist-connect", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if thread.is_alive():
+    worker = Worker("specdist-connect", body)
+    worker.start()
+    worker.join(timeout_s)
+    if worker.is_alive():
         raise TransferError("it is not up in time")
-    if failures:
-        raise failures[0]
+    if worker.error is not None:
+        raise worker.error
 
 
 def wait_work(work: dist.Work, timeout_s: float, on_device: bool, check: Callable[[], None] = lambda: None) -> None:

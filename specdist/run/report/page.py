@@ -43,8 +43,7 @@ def report_at_end(run_dir: Path) -> None:
     except UserError as error:
         say(f"no report.html: {error}")
     except _DEFECTS as error:  # the run is done, and worth more than a page about it
-        text = f"{type(error).__name__}: {error}; `specdist report {run_dir}` shows where"
-        say(f"no report.html: {text}")
+        say(f"no report.html: {type(error).__name__}: {error}; `specdist report {run_dir}` shows where")
 
 
 def _plotly() -> str:
