@@ -152,13 +152,20 @@ def kind_of(error: BaseException) -> Kind:
     import torch  # here, so that those who only read records start quickly
     import torch.distributed as dist
 
-    if isinstance(error, DiskError) or of_full_disk(error):
+    if isinstance(error, DiskError) or any(map(of_full_disk, _causes(error))):
         return "disk"
     if isinstance(error, UserError):
         return "input"
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, torch.AcceleratorError)):
         return "device"
     return "error"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """It and what was raised before it: torch's compiler raises errors of its own, where its cache is full too."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @dataclass(frozen=True)

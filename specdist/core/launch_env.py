@@ -16,6 +16,7 @@ import re
 import secrets
 import socket
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,9 +188,19 @@ def keep_compiled(directory: str | None, torch_version: str) -> None:
     """Have torch's compiler and Triton keep what they compile in `place_of_compiled`. Raises ConfigError as that does;
     where the default place cannot be written they keep to their own."""
     place = place_of_compiled(directory, torch_version)
-    if place is not None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(place / "inductor"))
-        os.environ.setdefault("TRITON_CACHE_DIR", str(place / "triton"))
+    if place is None:
+        return
+    for name, folder in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
+        if _chosen_by_torch(os.environ.get(name)):
+            os.environ[name] = str(place / folder)
+
+
+def _chosen_by_torch(directory: str | None) -> bool:
+    """Whether nobody has set the variable. When torch._dynamo is imported it sets it to its default, and what a
+    launcher has imported its ranks inherit."""
+    place = None if directory is None else Path(directory)
+    temporary = (Path(tempfile.gettempdir()), Path("/tmp"))  # a batch system may set another one on the node
+    return place is None or (place.name.startswith("torchinductor_") and place.parent in temporary)
 
 
 def place_of_compiled(directory: str | None, torch_version: str) -> Path | None:

@@ -290,6 +290,21 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_is_one_whatever_a_library_makes_of_it() -> None:
+    """torch's compiler raises an error of its own `from None`."""
+
+    def compile_something() -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise RuntimeError(f"while compiling: {error}") from None
+
+    with pytest.raises(RuntimeError) as caught:
+        compile_something()
+    assert Failure.of(caught.value).kind == "disk"
+    assert Failure.of(RuntimeError("a defect")).kind == "error"
+
+
 def test_starts_stand_in_their_order_though_the_clock_was_set_back(tmp_path: Path) -> None:
     records = [AttemptRecord(Attempt("7", restart).directory(tmp_path)) for restart in range(3)]
     for record, moment in zip(records, (1000.0, 900.0, 950.0), strict=True):

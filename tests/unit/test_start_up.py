@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from specdist.core.attempts import AttemptRecord, Started
 from specdist.core.errors import ConfigError
@@ -63,6 +64,13 @@ def test_what_is_compiled_is_kept_where_others_find_it(tmp_path, monkeypatch):
     (folder,) = (tmp_path / "kept").iterdir()
     assert folder.name.startswith("torch-2.13.0-")
     assert [os.environ[name] for name in names] == [f"{folder}/inductor", "/own"]
+
+
+def test_what_torch_has_written_into_the_environment_of_the_launcher_is_nobodys_word(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as the import of torch._dynamo does
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/own")
+    keep_compiled(str(tmp_path), "2.13.0")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(str(tmp_path))
 
 
 def test_what_is_compiled_is_told_apart(tmp_path):
