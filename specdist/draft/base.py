@@ -323,6 +323,6 @@ class Proposer(ABC):
         """`propose`, for sequences that all have verified positions."""
 
 
-def ratio(numerator: float, denominator: float) -> float:
+def ratio(part: float, whole: float) -> float:
     """Of two sums; 0 where nothing was summed."""
-    return numerator / denominator if denominator else 0.0
+    return float(part / whole) if whole else 0.0

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from specdist.core.records import PackedTokens
-from specdist.evaluate.report import position_lines, ratio
+from specdist.draft.base import ratio
+from specdist.evaluate.report import position_lines
 from specdist.evaluate.shown import ShownAnswer
 
 OWN_TEXT = 0.99

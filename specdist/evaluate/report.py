@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from specdist.draft.base import ratio
+
 BAR_WIDTH = 30
 
 
@@ -153,11 +155,6 @@ def position_lines(of_all: Sequence[float], if_reached: Sequence[float]) -> list
         bar = "█" * filled + "░" * (BAR_WIDTH - filled)
         lines.append(f"{k:>14} {bar} {share:>10.1%} {conditional:>12.1%}")
     return lines
-
-
-def ratio(part: float, whole: float) -> float:
-    """Of two sums; 0 where nothing was summed."""
-    return float(part / whole) if whole else 0.0
 
 
 def _notes(total: Tally) -> list[str]:

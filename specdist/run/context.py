@@ -167,8 +167,7 @@ class WorldContext:
         )
 
     def in_run(self, resume: ResumePlan, client: ControlClient, profile: Profile) -> RankContext:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(WorldContext)}
-        return RankContext(**fields, resume=resume, client=client, profile=profile)
+        return RankContext(**vars(self), resume=resume, client=client, profile=profile)
 
 
 @dataclass(frozen=True, kw_only=True)

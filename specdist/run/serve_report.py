@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from specdist.draft.base import ratio
 from specdist.evaluate.prompts import EvaluationPrompt
 from specdist.evaluate.replay import ReplayReport, ReplayTally
-from specdist.evaluate.report import ratio
 from specdist.export.serving import ServeCommand
 from specdist.generate.engine import Drafted
 from specdist.run.serving import Decoded
