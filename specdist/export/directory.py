@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specdist.core.errors import ConfigError, DataError
+from specdist.core.hub import named_weights
 from specdist.draft.common.yarn import engine_factors
 from specdist.draft.registry import ALGORITHMS
 from specdist.export.card import CARD
 from specdist.export.config_json import CONFIG, read_config
 
-WEIGHTS, INDEX, LEGACY_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+WEIGHTS = "model.safetensors"
 
 
 def write_directory(
@@ -78,27 +79,20 @@ def check_free(directory: Path, overwrite: bool) -> None:
 def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and the tensors, on the CPU. Raises DataError: a file is missing or damaged."""
     config = read_config(directory)
+    names, tensors = named_weights(directory, [path.name for path in directory.iterdir()]), dict[str, Tensor]()
+    if not names:
+        raise DataError(f"there are no weights in {directory}: neither *.safetensors nor *.bin")
+    if missing := [name for name in names if Path(name).name != name or not (directory / name).is_file()]:
+        raise DataError(
+            f"the index of weights in {directory} names {', '.join(missing)}, which are not in that directory"
+        )
     try:
-        if (directory / WEIGHTS).is_file():
-            return config, load_file(directory / WEIGHTS)
-        if (directory / INDEX).is_file():
-            return config, _read_parts(directory)
-        if (directory / LEGACY_WEIGHTS).is_file():
-            return config, torch.load(directory / LEGACY_WEIGHTS, map_location="cpu", weights_only=True)
+        for file in (directory / name for name in names):
+            legacy = file.suffix == ".bin"
+            tensors |= torch.load(file, map_location="cpu", weights_only=True) if legacy else load_file(file)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
         raise DataError(f"the weights in {directory} cannot be read: {error}") from error
-    raise DataError(f"there is neither {WEIGHTS}, {INDEX} nor {LEGACY_WEIGHTS} in {directory}")
-
-
-def _read_parts(directory: Path) -> dict[str, Tensor]:
-    """The tensors of a directory whose weights lie in several files, as transformers writes large models."""
-    try:
-        files = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{directory / INDEX} is no index of weights: {error!r}") from error
-    if missing := [name for name in sorted(files) if Path(name).name != name or not (directory / name).is_file()]:
-        raise DataError(f"{directory / INDEX} names {', '.join(missing)}, which are not in that directory")
-    return {name: tensor for file in sorted(files) for name, tensor in load_file(directory / file).items()}
+    return config, tensors
 
 
 def check_directory(directory: Path) -> str:

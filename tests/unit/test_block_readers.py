@@ -156,7 +156,7 @@ def test_weights_in_several_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"names \.\./other\.safetensors, which are not in that directory"):
         load_exported(directory)
     index.write_text("[]")
-    with pytest.raises(DataError, match="is no index of weights"):
+    with pytest.raises(DataError, match="not a weight index"):
         load_exported(directory)
 
 
