@@ -37,6 +37,7 @@ class StatusWriter(Observer):
         self._resume, self._profile = resume, profile
         self._silent_s = 4 * context.job.control.heartbeat_s
         """Without a sign of life for longer a rank has stalled."""
+        self._told = context.start.told
         self._writer = ThreadPoolExecutor(1, "specdist-status")
         self._writing: Future[None] | None = None
         self._unwritten: str | None = None
@@ -45,6 +46,7 @@ class StatusWriter(Observer):
         self._quiet_s = _QUIET_S
 
     def failed(self, failure: Failure) -> None:
+        self._told.set()  # this rank may have left the control plane before, and not hear of it there
         self._record.tell(failure, sys.stderr)
 
     def dismissed(self, rank: int, reason: StopReason) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,11 +137,11 @@ def test_any_other_directory_is_refused(tmp_path: Path) -> None:
         describe(tmp_path)
 
 
-def observer(run_dir: Path) -> StatusWriter:
+def observer(run_dir: Path, told: threading.Event | None = None) -> StatusWriter:
     progress = Progress(10, 10, Cursor(0, 0), "prompts")
     resume = ResumePlan(progress, None, Schedule(10, 10, 100, 1))
-    start, job = SimpleNamespace(attempt=ATTEMPT), SimpleNamespace(control=ControlConfig())
-    record = AttemptRecord(run_dir / "logs/17.1")
+    record, job = AttemptRecord(run_dir / "logs/17.1"), SimpleNamespace(control=ControlConfig())
+    start = SimpleNamespace(attempt=ATTEMPT, told=told or threading.Event())
     context: Any = SimpleNamespace(run_dir=RunPaths(run_dir), record=record, start=start, job=job)
     return StatusWriter(context, resume)
 
@@ -214,12 +215,14 @@ def test_an_evaluation_is_no_silence(run_dir: Path, capsys) -> None:
 
 
 def test_the_first_failure_is_recorded_and_shown_once(run_dir: Path, capsys) -> None:
-    watcher = observer(run_dir)
+    told = threading.Event()
+    watcher = observer(run_dir, told)
     watcher.failed(Failure("error", "first", 1, "draft dp 0 cp 0", "a", exception="KeyError", traceback="Traceback"))
     watcher.failed(Failure("error", "second", 2, "draft dp 1 cp 0", "b"))
     said = capsys.readouterr().err
     assert "KeyError: first" in said
     assert "second" not in said
+    assert told.is_set()  # so that this rank does not tell it again where it cannot be recorded
 
 
 @pytest.mark.parametrize(
