@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -73,13 +72,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "deepseek-v2-lite": {
         "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944,
         "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
-        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "topk_method": "greedy", "num_hidden_layers": 27,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "topk_method": "greedy", "scoring_func": "softmax",
+        "moe_layer_freq": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.0, "num_hidden_layers": 27,
+        "rope_theta": 10000.0, "rope_scaling": {
+            "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+            "mscale": 0.707, "mscale_all_dim": 0.707,
+        },
         "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None, "kv_lora_rank": 512,
         "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "max_position_embeddings": 163840,
         "tie_word_embeddings": False,
     },
     "qwen3.5-27b": {
-        "model_type": "qwen3_5", "tie_word_embeddings": False,
+        "model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "tie_word_embeddings": False,
         "text_config": {
             "model_type": "qwen3_5_text", "vocab_size": 248320, "hidden_size": 5120, "intermediate_size": 17408,
             "num_hidden_layers": 64, "num_attention_heads": 24, "num_key_value_heads": 4, "head_dim": 256,
@@ -110,8 +114,8 @@ def write_random_model(
         layers: fewer decoder layers than the shape has.
     """
     config = configuration(shape, layers)
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    auto: Any = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    # newer versions of transformers know a class without images, too, which is not the published one
+    auto: Any = AutoModelForImageTextToText if config.architectures else AutoModelForCausalLM
     torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = auto.from_config(config, dtype=torch.bfloat16)

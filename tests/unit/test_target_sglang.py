@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -307,6 +309,14 @@ def engine_of(monkeypatch: pytest.MonkeyPatch, installed: Path, target: Path) ->
         return model
 
     return make
+
+
+def test_latent_attention_on_the_cpu_is_refused(engine_of: Any, target: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(target, tmp_path / "latent"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "kv_lora_rank": 8}))
+    with pytest.raises(ConfigError, match=r"=torch_native, .* latent attention's \(llama\) .* use target\.engine=hf"):
+        engine_of(None, path=str(path))
 
 
 def batch(lengths: list[int]) -> PackedTokens:

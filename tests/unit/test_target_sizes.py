@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from specdist.job.config import load_job
 from specdist.job.plan import make_plan
 from specdist.target.config import TargetConfig
 from specdist.target.description import TargetDescription, describe
+from specdist.target.hf import engine
+from specdist.target.hf.engine import HF
 from specdist.target.sglang import versions
 from specdist.target.sglang.engine import SGLANG
 from tests.sglang.models import make_model, quantise
@@ -121,6 +124,22 @@ def test_a_number_of_a_quantised_matrix_has_its_bits_and_its_share_of_a_scale(
 ) -> None:
     config = LlamaConfig(quantization_config=said)
     assert stored_bytes(config, "model.layers.0.mlp.up_proj.weight") == bits / 8
+
+
+def test_a_transformers_that_leaves_out_yarn_s_factor_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 0.707}
+    config = {**DEEPSEEK_V3, "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]}
+    for version, more, refused in (
+        ("5.12.1", {"mscale_all_dim": 0.707}, True),
+        ("5.12.1", {}, False),
+        ("5.15.0", {"mscale_all_dim": 0.707}, False),
+    ):
+        target = written(tmp_path, config, rope_scaling={**yarn, **more}, rope_theta=1e4)
+        monkeypatch.setattr(engine.metadata, "version", lambda name, version=version: version)
+        with pytest.raises(ConfigError, match=r"5\.12\.1 leaves mscale_all_dim out") if refused else nullcontext():
+            HF.check(TargetConfig(path=str(tmp_path)), target)
 
 
 @pytest.mark.parametrize("text", ["{not json", "", "\x00"])

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from importlib import util
+from importlib import metadata, util
 from typing import TYPE_CHECKING, Any
 
+from packaging.version import Version
+
 from specdist.core.errors import ConfigError
-from specdist.core.model_config import quantisation, quantisation_keys
+from specdist.core.model_config import quantisation, quantisation_keys, read
 from specdist.target.base import Engine, TargetModel, common_divisors, weights_and_activations
 from specdist.target.config import TargetConfig
 
@@ -47,6 +49,8 @@ def check(config: TargetConfig, target: TargetDescription) -> None:
         )
     if (reason := WITHOUT_FEATURES.get(target.text_config.model_type)) is not None:
         raise ConfigError.at("target.path", f"={config.path}: {target.text_config.model_type} {reason}: not supported")
+    if target.text_config.model_type == "deepseek_v2":
+        _check_yarn(config, target)
     if config.tp == 1:
         return
     heads, kv_heads, path = target.heads, target.kv_heads, target.path
@@ -79,6 +83,18 @@ def _check_layout(config: TargetConfig, said: dict[str, Any]) -> None:
             "target.tp",
             f"={config.tp}: target.engine=hf unpacks {said['quant_method']} weights as a whole on every rank: use "
             "target.tp=1, or target.engine=sglang",
+            "target.engine",
+        )
+
+
+def _check_yarn(config: TargetConfig, target: TargetDescription) -> None:
+    """Up to 5.14 transformers leaves out by how much YaRN raises the logits of DeepSeek-V2's attention."""
+    version, rope = metadata.version("transformers"), read(target.config, "rope_parameters") or {}
+    if rope.get("mscale_all_dim") and Version(version) < Version("5.15"):
+        raise ConfigError.at(
+            "target.path",
+            f"={config.path}: transformers {version} leaves mscale_all_dim out of deepseek_v2's attention: use "
+            "target.engine=sglang, or install transformers 5.15 or later",
             "target.engine",
         )
 

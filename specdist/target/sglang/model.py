@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from specdist.core.errors import ConfigError, DataError, first_line
-from specdist.core.model_config import state_values
+from specdist.core.model_config import read, state_values
 from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.target.base import TargetModel
 from specdist.target.config import TargetConfig
@@ -43,8 +43,16 @@ class SglangTarget(TargetModel):
         self._path, self._one_by_one = target.path, config.prefill == "documents"
         self._documents = STATES if state_values(target.config) else DOCUMENTS
         budget = min((n for n in (tokens, settings_of(config).prefill_tokens) if n is not None), default=None)
+        settings = self._settings(config, budget)
+        if settings.get("attention_backend") == "torch_native" and read(target.config, "kv_lora_rank"):
+            raise ConfigError.at(
+                "target.sglang.attention_backend",
+                "=torch_native, which SGLang has on the CPU, takes keys from the cache, where latent attention's "
+                f"({target.text_config.model_type}) are not whole: use target.engine=hf, or a GPU",
+                "target.engine",
+            )
         with _memory_errors_named(config):
-            self.runner = adapter.load(self._settings(config, budget), device, group)
+            self.runner = adapter.load(settings, device, group)
         if budget is not None and self.runner.tokens < budget:
             raise ConfigError.at(
                 "target.engine",
