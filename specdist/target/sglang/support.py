@@ -60,6 +60,8 @@ WRONG = {
     "Gemma3ForConditionalGeneration": ("0.5.18", "hands out layers without their residual"),
     "Gemma4ForCausalLM": ("0.5.16", "has one KV cache for layers with heads of two sizes"),
     "Gemma4ForConditionalGeneration": ("0.5.16", "has one KV cache for layers with heads of two sizes"),
+    # Without the cache of sliding layers that SGLang would size for a window, in which no prefill has room.
+    "MiMoV2FlashForCausalLM": ("0.5.16", "has one KV cache for layers with two numbers of heads"),
     "Llama4ForConditionalGeneration": ("0.5.16", "has two places of logits, and features are taken at a single one"),
 }
 """Architectures that SGLang runs, and whose features it would get wrong, or none of: from which version on, and why."""
