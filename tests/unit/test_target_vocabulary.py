@@ -219,5 +219,5 @@ def test_a_model_without_a_tensor_parallel_plan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("replicas", 0), ("tp", 0), ("verify", -1)])
 def test_impossible_configurations(key: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"target\.{key}={value}"):
+    with pytest.raises(ConfigError, match=rf"target\.{key} is {value}: it must be at least {0 if value < 0 else 1}"):
         TargetConfig(path="x", **{key: value})
