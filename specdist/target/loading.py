@@ -67,7 +67,7 @@ def load_model(
             f"{target.path}: the checkpoint lacks {len(missing)} of the model's weights: {', '.join(missing[:8])}"
         )
     for parameter in model.parameters():  # beside quantised ones, transformers leaves them as they are stored
-        if parameter.dtype in (torch.float16, torch.bfloat16):
+        if parameter.dtype in {torch.float16, torch.bfloat16} - {dtype}:
             parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(False)
 
