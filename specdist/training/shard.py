@@ -14,6 +14,8 @@ from specdist.world.groups import Groups
 
 _LEAST, _MOST = 1 / 32, 1 / 2
 """Shares of the weights from which a part is gathered and reduced on its own, and from which its own parts are."""
+_FEWEST = 1 << 20
+"""Weights below which it is not: starting a collective takes longer than they do, and many of them cost the host."""
 
 
 def shard_draft(model: DraftModel, groups: Groups, dtype: torch.dtype, sharding: str) -> DraftModel:
@@ -52,10 +54,11 @@ def _arrive(*parts: nn.Module) -> None:
 def _parts(model: nn.Module, whole: int) -> Iterator[nn.Module]:
     """What it is made of, in its order, as far as that has enough of `whole` weights."""
     for part in model.children():
-        share = sum(p.numel() for p in part.parameters()) / whole
+        own = sum(p.numel() for p in part.parameters())
+        share = own / whole
         if isinstance(part, nn.ModuleList | nn.ModuleDict) or (share >= _MOST and any(part.children())):
             yield from _parts(part, whole)
-        elif share >= _LEAST:
+        elif share >= _LEAST and own >= _FEWEST:
             yield part
 
 

@@ -28,6 +28,7 @@ from specdist.core.errors import WorldError
 from specdist.core.launch_env import RankFacts
 from specdist.core.stop import leave
 from specdist.core.topology import Topology, WorldConfig
+from specdist.training import shard
 from specdist.training.shard import ShardedWeights, shard_draft
 from specdist.world.groups import Groups, World, join_world, make_groups
 from specdist.world.links import connect_links
@@ -161,6 +162,7 @@ def report_sharding(groups: Groups, sharding: str) -> dict[str, object]:
     whole = Chain(lambda _: None)
     chain = Chain(noting.noted.append)
     chain.load_state_dict(whole.state_dict())
+    shard._FEWEST = 0  # noqa: SLF001  # what is trained here is small
     shard_draft(chain, groups, torch.float32, sharding)  # type: ignore[arg-type]
     with noting:
         train_chain(chain, lambda micro: [data(rank, micro)], ShardedWeights(chain))  # type: ignore[arg-type]
