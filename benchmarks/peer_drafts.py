@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SpecForge's and TorchSpec's EAGLE-3 step and loss as draft algorithms: `run.plugins=[benchmarks.peer_drafts]`.
+"""SpecForge's and TorchSpec's EAGLE-3 step and loss as draft algorithms: `run.plugins=[benchmarks.peer_plugin]`.
 
 Prompts, batches, features, start, optimizer, checkpoints and evaluations are those of any run, and so are the names of
 the weights; the forward and the loss that train them are the peer's own code, unmodified, read from a checkout
@@ -41,7 +41,6 @@ from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.algorithm import Eagle3
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.model import Eagle3Draft
-from specdist.draft.registry import register
 
 STAND_INS = ("triton", "triton.language", "numba", "wandb")
 """Modules that the peers import."""
@@ -343,5 +342,3 @@ class TorchSpec(Peer):
 
 
 PEERS = {peer.name: peer for peer in (SpecForge, TorchSpec)}
-for peer in PEERS.values():
-    register(peer)

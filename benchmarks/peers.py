@@ -50,7 +50,7 @@ def peer_words(options: Eagle3Config, name: str, path: str) -> list[str]:
     given = {field.name: getattr(options, field.name) for field in fields(usual)}
     own = {key: value for key, value in given.items() if value != getattr(usual, key) and key != "loss"}
     words = [f"draft.{name}.{key}={json.dumps(value)}" for key, value in own.items()]
-    return ["run.plugins=[benchmarks.peer_drafts]", f"draft.algorithm={name}", f"draft.{name}.path={path}", *words]
+    return ["run.plugins=[benchmarks.peer_plugin]", f"draft.algorithm={name}", f"draft.{name}.path={path}", *words]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
