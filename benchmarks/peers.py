@@ -24,6 +24,7 @@ from pathlib import Path
 
 from benchmarks import lengths
 from benchmarks.peer_drafts import PEERS
+from specdist.core.errors import UserError
 from specdist.draft.eagle3.algorithm import Eagle3
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.job.config import load_job
@@ -72,6 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     points = {name: [word] for name, word in OURS.items()}
     points |= {n: peer_words(options, n, getattr(given, n)) for n in PEERS if getattr(given, n)}
     runs = {name: base / name for name in points}
+    try:
+        for words in points.values():  # what is wrong with the last run is told before the first
+            load_job(*split([*common, *words]))
+    except UserError as error:
+        raise SystemExit(str(error)) from error
 
     def train(name: str) -> None:
         own = [f"run.dir={runs[name]}", "export.formats=[sglang]", f"evaluate.draft_tokens={max(counts)}"]

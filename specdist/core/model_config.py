@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,3 +177,20 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise DataError.at("target.path", f": {path} cannot be read: {error}") from error
+
+
+PACKED = {"awq": ("version", ("gemm",), (4,)), "gptq": ("checkpoint_format", ("gptq", "gptq_v2"), (2, 4, 8))}
+"""Methods whose codes are packed: the key that names their layout, the layouts that `specdist.target.int4` reads, the
+first where it is not there, and bits."""
+
+
+def unread_codes(said: Mapping[str, Any]) -> str | None:
+    """Why it does not read codes of which `quantisation_keys` says this; None where it does."""
+    key, layouts, bits = PACKED[said["quant_method"]]
+    layout = str(said.get(key) or layouts[0]).lower()
+    if layout in layouts and said.get("bits") in bits:
+        return None
+    return (
+        f"({said['quant_method']}, {key}={layout}, bits={said.get('bits')}), of which {' and '.join(layouts)} of "
+        f"{', '.join(map(str, bits))} bits are read"
+    )

@@ -77,6 +77,8 @@ def job_of(sources: config.Sources) -> JobConfig:
             )
         if job.world.device == "cpu":
             transport(job, torch.device("cpu"))
+            if job.draft.cuda_graphs:
+                raise ConfigError.at("draft.cuda_graphs", "=true needs GPUs: leave it at false", "world.device")
         job.trace.check(job.train.steps)
         _check_patience(job)
         return job

@@ -176,12 +176,12 @@ def test_code_that_comes_with_a_model_is_not_run_unless_it_is_asked_for(tmp_path
         (
             {"quant_method": "awq", "bits": 4, "zero_point": True, "group_size": 128, "version": "gemv"},
             {},
-            r"\(awq, version=gemv\), which SGLang's Marlin kernels do not run: use target\.engine=hf",
+            r"version=gemv\), which SGLang's Marlin kernels do not run: use the checkpoint that is not quantised",
         ),
         (
             {"quant_method": "gptq", "bits": 4, "sym": False, "desc_act": False, "group_size": 128},
             {},
-            r"\(gptq, sym=False\), which SGLang's Marlin kernels do not run: use target\.engine=hf",
+            r"\(gptq, sym=False\), which SGLang's Marlin kernels do not run: use target\.engine=hf, or the check",
         ),
     ],
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 from specdist.core.errors import ConfigError
-from specdist.core.model_config import quantisation, quantisation_keys, read
+from specdist.core.model_config import PACKED, quantisation, quantisation_keys, read, unread_codes
 from specdist.target.base import Engine, TargetModel, common_divisors, weights_and_activations
 from specdist.target.config import TargetConfig
 
@@ -24,10 +24,6 @@ WITHOUT_FEATURES = {"longcat_flash": "runs two layers in each of its blocks, and
 DEQUANTISED = ("fp8", "mxfp4", "compressed-tensors", "awq", "gptq")
 """Quantised checkpoints that are loaded as the values which they stand for, in `target.dtype`."""
 
-LAYOUTS = {"awq": ("version", ("gemm",), (4,)), "gptq": ("checkpoint_format", ("gptq", "gptq_v2"), (2, 4, 8))}
-"""Of the two whose codes are packed: the key that names their layout, the layouts that are read, the first where it is
-not there, and bits."""
-
 
 def check(config: TargetConfig, target: TargetDescription) -> None:
     method = quantisation(target.config)
@@ -38,7 +34,7 @@ def check(config: TargetConfig, target: TargetDescription) -> None:
             f"{', '.join(DEQUANTISED)} alone: use target.engine=sglang, or the checkpoint that is not quantised",
             "target.engine",
         )
-    if method in LAYOUTS:
+    if method in PACKED:
         _check_layout(config, quantisation_keys(target.config))
     if method == "compressed-tensors" and util.find_spec("compressed_tensors") is None:
         raise ConfigError.at(
@@ -69,14 +65,10 @@ def check(config: TargetConfig, target: TargetDescription) -> None:
 
 
 def _check_layout(config: TargetConfig, said: dict[str, Any]) -> None:
-    key, layouts, bits = LAYOUTS[said["quant_method"]]
-    layout = str(said.get(key) or layouts[0]).lower()
-    if layout not in layouts or said.get("bits") not in bits:
+    if (reason := unread_codes(said)) is not None:
         raise ConfigError.at(
             "target.path",
-            f"={config.path}: its weights are quantised ({said['quant_method']}, {key}={layout}, "
-            f"bits={said.get('bits')}), of which {' and '.join(layouts)} of {', '.join(map(str, bits))} bits are read: "
-            "use the checkpoint that is not quantised",
+            f"={config.path}: its weights are quantised {reason}: use the checkpoint that is not quantised",
         )
     if config.tp > 1:
         raise ConfigError.at(

@@ -8,7 +8,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from specdist.core.errors import ConfigError
-from specdist.core.model_config import quantisation, quantisation_keys, read, state_values, weight_block
+from specdist.core.model_config import (
+    quantisation,
+    quantisation_keys,
+    read,
+    state_values,
+    unread_codes,
+    weight_block,
+)
 from specdist.target.base import Engine, Limits, MakeGroups, TargetModel, common_divisors, weights_and_activations
 from specdist.target.config import TargetConfig
 from specdist.target.sglang import support, versions
@@ -62,10 +69,11 @@ def _check_quantisation(config: TargetConfig, target: TargetDescription, ep: int
     said = quantisation_keys(target.config)
     for key, values in support.MARLIN.get(method, {}).items():
         if said.get(key) not in values:
+            other = "target.engine=hf, or " if unread_codes(said) is None else ""
             raise ConfigError.at(
                 "target.path",
                 f"={config.path}: its weights are quantised ({method}, {key}={said.get(key)}), which SGLang's Marlin "
-                "kernels do not run: use target.engine=hf, or the checkpoint that is not quantised",
+                f"kernels do not run: use {other}the checkpoint that is not quantised",
                 "target.engine",
             )
     if (block := weight_block(target.config)) is None:
