@@ -31,13 +31,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import flex_attention  # noqa: F401
 from torch.utils._triton import has_triton_package
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import LlamaConfig
 
 from specdist.core.errors import ConfigError
-from specdist.core.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
+from specdist.core.records import Features, LogitMap, PackedTokens
 from specdist.draft.algorithm import Serving
 from specdist.draft.base import DraftModel, Supervision
-from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.algorithm import Eagle3
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.model import Eagle3Draft
@@ -204,11 +203,12 @@ def imported(path: str) -> Iterator[None]:
 class PeerDraft(Eagle3Draft):
     """Our draft, trained by a peer's step; evaluated, exported and decoded as ours."""
 
-    def __init__(self, make: Any, *given: Any) -> None:
-        """`make`: see `Peer.step`; `given`: of `Eagle3Draft`."""
-        super().__init__(*given)
+    config: PeerConfig
+
+    def __init__(self, make: Any, draft: Eagle3Draft) -> None:
+        """`make`: see `Peer.step`. `draft`: ours, whose state this one takes over."""
+        self.__setstate__(vars(draft))
         config, vocabulary, head = self.config, self.frozen.vocabulary, self.frozen.whole_head
-        assert isinstance(config, PeerConfig)
         assert head is not None
         if head.is_cpu:
             torch.compiler.set_stance("force_eager")
@@ -233,7 +233,6 @@ class PeerDraft(Eagle3Draft):
         if not torch.is_grad_enabled():
             return super().forward(batch, features, supervision, totals[:-1])
         config, lengths, dtype = self.config, supervision.data["lengths"], self.fc.weight.dtype
-        assert isinstance(config, PeerConfig)
         assert isinstance(lengths, tuple)
         weights: dict[str, Tensor] = {f"model.draft_model.{name}": own for name, own in self.named_parameters()}
         weights["model.draft_model.embed_tokens.weight"] = self.frozen.embedding.to(dtype)
@@ -267,6 +266,7 @@ class Peer(Eagle3):
     """See `Algorithm`. The loss of evaluations is `kl`, which is the peers' own too."""
 
     section = PeerConfig
+    config: PeerConfig
     changeable: ClassVar[tuple[str, ...]] = ("path", "rows")  # type: ignore[assignment]
 
     def __init__(self, config: PeerConfig, serving: Serving = "greedy") -> None:
@@ -275,7 +275,6 @@ class Peer(Eagle3):
     def check(self, dtype: str, device: str, draft_tokens: int | None) -> None:
         super().check(dtype, device, draft_tokens)
         config, key = self.config, f"draft.{self.name}"
-        assert isinstance(config, PeerConfig)
         if not (Path(config.path) / self.name).is_dir():
             raise ConfigError.at(f"{key}.path", f"={config.path}: there is no folder {self.name} in it")
         own = {"norm_output", "norm_before_fc", "norm_before_residual", "fc_norm", "stacked"}
@@ -284,22 +283,14 @@ class Peer(Eagle3):
         if config.teacher_head == "target" or config.step_decay != 0.8:
             raise ConfigError.at(f"{key}.teacher_head", "must be draft, and step_decay 0.8, as the peers have it")
 
-    def build(
-        self,
-        target: PretrainedConfig,
-        vocabulary: TargetVocabulary,
-        draft_ids: Tensor | None,
-        layout: FeatureLayout,
-        device: torch.device,
-        compiled: bool,
-    ) -> DraftModel:
-        if device.type == "meta":
-            return super().build(target, vocabulary, draft_ids, layout, device, compiled)
-        if vocabulary.logit_map != LogitMap():
+    def build(self, *given: Any, **named: Any) -> DraftModel:
+        draft = super().build(*given, **named)
+        assert isinstance(draft, Eagle3Draft)
+        if draft.fc.weight.is_meta:
+            return draft
+        if draft.frozen.logit_map != LogitMap():
             raise ConfigError.at("target.path", ": the peers know no scale and no cap of the target's logits")
-        own = DraftVocabulary.from_ids(draft_ids, len(vocabulary.head), device)
-        dims = Eagle3Dims.of(self.config, target, draft_vocab_size=len(own.ids))
-        return PeerDraft(self.step, self.config, dims, layout, vocabulary, own, compiled)
+        return PeerDraft(self.step, draft)
 
     @staticmethod
     @abstractmethod

@@ -34,19 +34,18 @@ def dequantised(weights: dict[str, Tensor], said: dict[str, Any], dtype: torch.d
 def _awq(codes: Tensor, zeros: Tensor, scales: Tensor, _: None, __: int) -> Tensor:
     place = torch.tensor(AWQ_ORDER).argsort()  # where the code of each of eight outputs is
     values, zeros = (unpack(x, 4).unflatten(1, (-1, 8))[:, :, place].flatten(1) for x in (codes, zeros))
-    each = len(values) // len(scales)
-    return _scaled(values, zeros, scales, torch.arange(len(values)) // each)
+    return _scaled(values, zeros, scales)
 
 
 def _gptq(codes: Tensor, zeros: Tensor, scales: Tensor, group: Tensor | None, plus: int) -> Tensor:
     bits = 32 * zeros.shape[1] // scales.shape[1]  # of this matrix: they may differ (GPTQModel's `dynamic`)
     values = unpack(codes.T, bits).T
-    if group is None:
-        group = torch.arange(len(values)) // (len(values) // len(scales))
     return _scaled(values, unpack(zeros, bits) + plus, scales, group)
 
 
-def _scaled(codes: Tensor, zeros: Tensor, scales: Tensor, group: Tensor) -> Tensor:
+def _scaled(codes: Tensor, zeros: Tensor, scales: Tensor, group: Tensor | None = None) -> Tensor:
+    if group is None:
+        group = torch.arange(len(codes)) // (len(codes) // len(scales))
     return ((codes - zeros[group]) * scales.float()[group]).T.contiguous()
 
 
