@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from specdist_launch.submit.executors import Venue
     from specdist_launch.submit.task import RunSummary
 
-
 Files = str | Path | Sequence[str | Path]
 Overrides = Sequence[str] | Mapping[str, object]
 
@@ -72,7 +71,6 @@ def submit_sweep(
 
     The rest is as for `submit`.
     """
-
     venue = _venue(executor, options, array_parallelism)
     names, common = name_points(sweep), [*_files(config), *_words(overrides)]
     base = Path(words.load([*common, *_words(sweep[0])]).run.dir).absolute()

@@ -62,8 +62,8 @@ class P2PSender(RingSender[_Works]):
         with self._on_stream:  # does nothing where there is no stream
             parts = outgoing(self._wire.topology, self._wire.rank, item, rows)
             sent = []
-            for link, _, rows in parts:
-                part = rows.cpu() if self._staged else rows
+            for link, _, own in parts:
+                part = own.cpu() if self._staged else own
                 with span("send", item.index, destination=link.destination, bytes=part.nbytes):
                     sent.append((link, _start(dist.isend, part, link.destination, link, self._wire), part))
             return sent

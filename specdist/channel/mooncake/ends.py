@@ -141,7 +141,7 @@ class MooncakeSender(RingSender[_Sending]):
 class MooncakeReceiver(FeatureReceiver):
     """Owns the ring. Target ranks announce an item when it has arrived, so whatever is posted is there.
 
-    Where the ring of a rank on a GPU is in pinned host memory (`memory.device_of`), `take` copies to the device.
+    Where the ring of a rank on a GPU is in pinned host memory (`engine.device_of`), `take` copies to the device.
     """
 
     def __init__(self, wire: Wire, slots: int, shard_rows: int, engine: TransferEngine):
