@@ -127,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, default=1, help="draft ranks, on this machine")
     parser.add_argument("--bare", action="store_true", help="forward and backward alone: no FSDP, no optimizer")
     parser.add_argument("--busy", action="store_true", help="also on a busy host")
+    parser.add_argument("--micro-batches", type=int, default=1, metavar="N", help="batches of a rank in a step")
     parser.add_argument("--link", type=float, default=50.0, metavar="GB/s", help="of a rank, for `slow link`")
     device_options(parser)
     options, words = apart(arguments)

@@ -106,6 +106,7 @@ class _Rank:
         half = device.type == "cuda" and config.draft.dtype != "float32"
         self.dtype = torch.bfloat16 if half else torch.float32
         self._trainer: Trainer | None = None
+        self._micro_batches: int = options["micro_batches"]
         self._ranks, self._dp = len(topology.draft_ranks), len(topology.draft)
 
     def measure(self) -> list[StepSpeed]:
@@ -140,14 +141,14 @@ class _Rank:
                 busy = statistics.median(seconds(in_a_row, device, repeats, warm=1)) / count
         compilations = graphs() - before
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-        middle, tokens = statistics.median(times), batch.tokens
-        work = self._config.draft.chosen.cost(self._target).flops(batch.packed)
+        middle, tokens = statistics.median(times), self._micro_batches * batch.tokens
+        work = self._micro_batches * self._config.draft.chosen.cost(self._target).flops(batch.packed)
         ran = kernels(step, device)
         return StepSpeed(
             batch=name,
             ranks=self._ranks,
             tokens=tokens * self._dp,
-            supervised=int(batch.packed.supervised.sum()) / tokens,
+            supervised=int(batch.packed.supervised.sum()) / batch.tokens,
             tokens_per_s=tokens * self._dp / middle,
             gflop_per_token=work / tokens / 1e9,
             share_of_peak=work * self._dp / self._ranks / middle / 1e12 / peak,
@@ -192,12 +193,13 @@ class _Rank:
         self._trainer = trainer = Trainer(
             sharded, optimizer, batch, items, prompts, self._groups, (0, self._place.dp), self._device
         )
-        steps = iter(range(10**9))
+        steps, count = iter(range(10**9)), self._micro_batches
 
         def step() -> None:
             index = next(steps)
             trainer.weights.gather()
-            trainer.train_step(index, [trainer.receive(items[index])], config.optimizer.clip_norm, (index, 10**9))
+            micro_batches = [trainer.receive(items[count * index + i]) for i in range(count)]
+            trainer.train_step(index, micro_batches, config.optimizer.clip_norm, (index, 10**9))
 
         return step
 
@@ -208,10 +210,11 @@ class _Rank:
         features = Features(draft.layout, batch.rows)
 
         def step() -> None:
-            on_device = batch.packed.to(self._device)
-            supervision = draft.supervise(on_device, batch.packed, features)
-            loss, _ = draft(on_device, features, supervision, supervision.counts)
-            loss.backward()
+            for _ in range(self._micro_batches):
+                on_device = batch.packed.to(self._device)
+                supervision = draft.supervise(on_device, batch.packed, features)
+                loss, _ = draft(on_device, features, supervision, supervision.counts)
+                loss.backward()
             draft.zero_grad(set_to_none=True)
 
         return step
