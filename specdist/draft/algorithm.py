@@ -86,12 +86,13 @@ class ExportedDraft(ABC, Generic[C]):
     """An exported draft, read back.
 
     Attributes:
+        algorithm: the name of its algorithm.
         config: config.json as it is.
         state: the trained tensors under the names of the draft's state dict, in the type they were written in.
         vocabulary: int64 [V_d], the target id of every draft id; None where the draft has the target's tokens.
     """
 
-    algorithm: ClassVar[str]
+    algorithm: str
     config: Mapping[str, Any]
     state: dict[str, Tensor]
     vocabulary: Tensor | None

@@ -6,6 +6,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from specdist.core.errors import ConfigError
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
-    from specdist.draft.algorithm import ExportConfig, ServedBy
+    from specdist.draft.algorithm import Contents, ExportConfig, ServedBy, Trained
     from specdist.draft.block.backbone import BlockDraft
+    from specdist.draft.block.cost import BlockCost
+    from specdist.draft.block.reader import ExportedBlocks
 
 C = TypeVar("C", bound=BlockOptions)
 
@@ -31,14 +34,22 @@ SCALED = ("gemma4_text",)
 
 
 class BlockAlgorithm(Algorithm[C]):
-    """See `Algorithm`. `title`: what messages call it. `nested`: where engines look for a part of config.json's
-    keys."""
+    """See `Algorithm`. Its name is also that of the speculators form.
+
+    Attributes:
+        title: what messages call it.
+        architectures: in the form of SGLang and vLLM, and in that of speculators.
+        nested: the section of config.json where engines look for a part of the keys.
+        plain: keys of config.json and the values that we have, beside those of all drafts of blocks.
+    """
 
     changeable = ("loss_chunk", "attention")
     benchmark = ("mask_token_id=0",)
     formats = ("sglang", "speculators")
     title: ClassVar[str]
+    architectures: ClassVar[tuple[str, str]]
     nested: ClassVar[str]
+    plain: ClassVar[Mapping[str, tuple[object, ...]]]
 
     def completed(self, target: Callable[[], TargetDirectory]) -> C:
         if self.config.mask_token_id is not None:
@@ -90,8 +101,8 @@ class BlockAlgorithm(Algorithm[C]):
 
     @staticmethod
     @abstractmethod
-    def model() -> Callable[..., BlockDraft]:
-        """The draft's class: made of (config, dims, layout, target vocabulary, draft vocabulary, compiled)."""
+    def model() -> type[BlockDraft]:
+        """The draft's class."""
 
     def build(
         self,
@@ -107,6 +118,11 @@ class BlockAlgorithm(Algorithm[C]):
         own = DraftVocabulary.from_ids(draft_ids, len(vocabulary.head), device)
         dims = BlockDims.of(self.config, target, len(own.ids))
         return self.model()(self.config, dims, layout, vocabulary.to(device), own, compiled)
+
+    def cost(self, target: PretrainedConfig) -> BlockCost:
+        from specdist.draft.block.cost import BlockCost
+
+        return BlockCost(self.config, BlockDims.of(self.config, target), self.final)
 
     @property
     def vocab_size(self) -> int | None:
@@ -164,6 +180,35 @@ class BlockAlgorithm(Algorithm[C]):
                 "export.formats",
             )
         check_last_layer(f"{self.config.SECTION}.layers", layers, target_layers)
+
+    def export(self, format: str, trained: Trained, options: ExportConfig) -> Contents:
+        from specdist.draft.block.directory import write_blocks
+
+        self.check_export(format, options, trained.target)
+        return write_blocks(self, format, trained, options)
+
+    def own_json(self, format: str, target: PretrainedConfig) -> dict[str, Any]:
+        """Keys of config.json beside those of all drafts of blocks."""
+        return {}
+
+    @classmethod
+    def read(cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedBlocks[C]:
+        from specdist.draft.block.reader import read_blocks
+
+        return read_blocks(cls, directory, config, tensors)
+
+    @classmethod
+    @abstractmethod
+    def read_own(
+        cls, config: Mapping[str, Any], keys: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
+    ) -> dict[str, Any]:
+        """The options beside those of all drafts of blocks that the weights decide; `keys` are those of `config`, which
+        lies at `path`, with what is nested at the top. Raises DataError."""
+
+    @classmethod
+    def named(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+        """What tells algorithms apart: config.json with what is nested at the top, and the architectures."""
+        return {**config, **(config.get(cls.nested) or {})}, set(config.get("architectures") or ())
 
     def _check_views(self) -> None:
         if len({view.causal for view in self.config.views}) > 1:

@@ -15,12 +15,12 @@ What the engines do with them (the algorithms' own files say where that was read
 - `mask_token_id` must be one of the target's, and agree with the tokenizer if that knows the token `<|MASK|>`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
@@ -30,46 +30,26 @@ from specdist.draft.common.speculators import speculators_json
 from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, layers_json, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
 
-
-@dataclass(frozen=True)
-class BlockForm:
-    """What tells the directories of an algorithm from those of others.
-
-    Attributes:
-        title: what messages call it.
-        kind: the algorithm, in the speculators form.
-        architectures: in the form of SGLang and vLLM, and in that of speculators.
-        nested: the section of config.json where engines look for a part of the keys.
-        section: its options.
-        modules: all that is trained, by name.
-        plain: keys of config.json and the values that we have, beside those of all drafts of blocks.
-    """
-
-    title: str
-    kind: str
-    architectures: tuple[str, str]
-    nested: str
-    section: type[BlockOptions]
-    modules: Callable[[Any, BlockDims, torch.device, torch.dtype], Mapping[str, nn.Module]]
-    plain: Mapping[str, tuple[object, ...]]
+if TYPE_CHECKING:
+    from specdist.draft.block.algorithm import BlockAlgorithm
 
 
-def write_blocks(
-    form: BlockForm, config: BlockOptions, format: str, trained: Trained, options: ExportConfig, own: Mapping[str, Any]
-) -> Contents:
-    """A draft in its directory, with keys of the algorithm's `own`: see `Algorithm.export`."""
+def write_blocks(algorithm: BlockAlgorithm[Any], format: str, trained: Trained, options: ExportConfig) -> Contents:
+    """See `Algorithm.export`."""
+    config, own = algorithm.config, algorithm.own_json(format, trained.target)
     dims = BlockDims.of(config, trained.target, len(trained.vocabulary))
     keys = block_json(config, dims, trained.target, options.dtype)
-    check_tensors(trained.state, shapes(form.modules(config, dims, META, torch.float32)), "the state dict", form.kind)
+    modules = algorithm.model().modules_of(config, dims, META, torch.float32)
+    check_tensors(trained.state, shapes(modules), "the state dict", algorithm.name)
     tensors = {name: converted(name, tensor, DTYPES[options.dtype]) for name, tensor in trained.state.items()}
     if dims.draft_vocab_size < dims.vocab_size:
         vocabulary = DraftVocabulary.from_ids(trained.vocabulary, dims.vocab_size)
         tensors |= {"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}
         own = {"draft_vocab_size": dims.draft_vocab_size, **own}
     if format == "speculators":
-        return {**block_speculators_json(form, config, dims, trained, options.dtype), **own}, tensors
+        return {**block_speculators_json(algorithm, dims, trained, options.dtype), **own}, tensors
     nested = {"block_size": config.block_size, **nested_json(keys, config)}
-    return {"architectures": [form.architectures[0]], **keys, **own, form.nested: nested}, tensors
+    return {"architectures": [algorithm.architectures[0]], **keys, **own, algorithm.nested: nested}, tensors
 
 
 def block_json(options: BlockOptions, dims: BlockDims, target: PretrainedConfig, dtype: str) -> dict[str, Any]:
@@ -95,13 +75,14 @@ def nested_json(keys: Mapping[str, Any], options: BlockOptions) -> dict[str, Any
 
 
 def block_speculators_json(
-    form: BlockForm, options: BlockOptions, dims: BlockDims, trained: Trained, dtype: str
+    algorithm: BlockAlgorithm[Any], dims: BlockDims, trained: Trained, dtype: str
 ) -> dict[str, Any]:
     """config.json in the speculators format: see `speculators_json`. Raises ConfigError: there is no mask token."""
+    options: BlockOptions = algorithm.config
     keys = block_json(options, dims, trained.target, dtype)
     layers = _layers_json(options, dims, trained.target, dtype)
     return {
-        **speculators_json(form.kind, form.architectures[1], layers, options.drafts, trained),
+        **speculators_json(algorithm.name, algorithm.architectures[1], layers, options.drafts, trained),
         "draft_vocab_size": dims.draft_vocab_size,
         "target_hidden_size": dims.hidden_size,
         "block_size": options.block_size,
@@ -131,7 +112,7 @@ def _layers_json(options: BlockOptions, dims: BlockDims, target: PretrainedConfi
 
 
 def faults(config: Mapping[str, Any], section: str) -> list[str]:
-    """See `Algorithm.faults`; `section` is where what the algorithm lays nested lies."""
+    """See `Algorithm.faults`; `section`: `BlockAlgorithm.nested`."""
     nested, found = {**config, **(config.get(section) or {})}, []
     ids, inputs = nested.get("target_layer_ids"), config.get("eagle_aux_hidden_state_layer_ids")
     layers = config.get("transformer_layer_config") or config

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, check_sliding, evenly, layer_sizes, read
 
 if TYPE_CHECKING:
@@ -66,13 +66,8 @@ class BlockOptions(LayerOptions):
             raise ConfigError.at(
                 f"{self.SECTION}.block_size", f"is {self.block_size}: it must be at least {self.silent + 1}{why}"
             )
-        if not 0.0 < self.anchors_per_token <= 1.0:
-            raise ConfigError.at(
-                f"{self.SECTION}.anchors_per_token", f"is {self.anchors_per_token}: it must be above 0 and at most 1"
-            )
-        for key in ("num_layers", "anchors_per_sequence", "loss_chunk", "vocab_size"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ConfigError.at(f"{self.SECTION}.{key}", f"is {getattr(self, key)}: it must be at least 1")
+        check_range(self.SECTION, self, "anchors_per_token", above=0, most=1)
+        check_range(self.SECTION, self, "num_layers", "anchors_per_sequence", "loss_chunk", "vocab_size", least=1)
         self.check_sizes(self.SECTION)
         self._check_views()
 

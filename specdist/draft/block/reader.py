@@ -12,10 +12,12 @@ ModelOpt and TorchSpec. Whatever they say that is not honoured is named in the r
   `target_num_hidden_layers`, `num_target_layers` are the captured ones.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,10 +25,12 @@ from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import ExportedDraft, check_same_sizes
-from specdist.draft.block.directory import BlockForm
 from specdist.draft.block.options import BlockDims, BlockOptions, spread
 from specdist.draft.common.tensors import META, check_tensors, need, read_layers, read_sliding, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
+
+if TYPE_CHECKING:
+    from specdist.draft.block.algorithm import BlockAlgorithm
 
 C = TypeVar("C", bound=BlockOptions)
 
@@ -85,11 +89,11 @@ class ExportedBlocks(ExportedDraft[C]):
         return config
 
 
-def flat(form: BlockForm, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def flat(nested: str, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """config.json of either format as one object, with what lies nested at the top. Raises DataError: a
     key is missing."""
     if "speculators_model_type" not in config:
-        keys = {"causal": None, **config, **(config.get(form.nested) or {})}
+        keys = {"causal": None, **config, **(config.get(nested) or {})}
         if keys.get("use_swa"):
             keys["layer_types"] = ["sliding_attention"] * int(need(keys, "num_hidden_layers", path))
             keys["sliding_window"] = need(keys, "swa_window_size", path)
@@ -100,16 +104,16 @@ def flat(form: BlockForm, config: Mapping[str, Any], path: Path) -> dict[str, An
 
 
 def read_blocks(
-    form: BlockForm, directory: Path, keys: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The fields of `ExportedBlocks`, and `state` and `vocabulary`; `keys` are config.json, flat, `own` those of the
-    algorithm's options that the weights decide. Raises DataError: a key or a tensor is missing or wrong, or a key has a
-    value that we lack."""
+    algorithm: type[BlockAlgorithm[C]], directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> ExportedBlocks[C]:
+    """See `Algorithm.read`. Raises DataError: a key or a tensor is missing or wrong, or a key has a value that we
+    lack."""
     path = directory / "config.json"
-    known = {**PLAIN, **form.plain}
+    keys, known = flat(algorithm.nested, config, path), {**PLAIN, **algorithm.plain}
+    own = algorithm.read_own(config, keys, tensors, path)
     if unlike := [key for key, values in known.items() if keys.get(key) not in values]:
         listed = ", ".join(f"{key} is {keys[key]!r} (not {known[key][0]!r})" for key in unlike)
-        raise DataError(f"{path}: such a {form.title} draft is not known here: {listed}")
+        raise DataError(f"{path}: such a {algorithm.title} draft is not known here: {listed}")
     ids, count = keys.get("target_layer_ids"), int(need(keys, "num_hidden_layers", path))
     target_layers = keys.get("num_target_layers")
     if keys.get("target_num_hidden_layers") is not None:
@@ -128,10 +132,11 @@ def read_blocks(
     state = _named(tensors, dims)
     d2t = state.pop("d2t", None)
     try:
-        modules = form.modules(replace(form.section(), **own), dims, META, torch.float32)
+        options = replace(algorithm.section(), **own)
+        modules = algorithm.model().modules_of(options, dims, META, torch.float32)
     except ConfigError as error:
         raise DataError(f"{path} says of a draft what cannot be trained: {error}") from error
-    check_tensors(state, shapes(modules), str(directory), form.title)
+    check_tensors(state, shapes(modules), str(directory), algorithm.title)
     reduced = dims.draft_vocab_size < whole
     chosen = {
         "block_size": int(need(keys, "block_size", path)),
@@ -143,7 +148,7 @@ def read_blocks(
         **own,
     }
     vocabulary = DraftVocabulary.read(d2t, dims.draft_vocab_size, whole, path).ids if reduced else None
-    return {"dims": dims, "target_layers": target_layers, "chosen": chosen, "state": state, "vocabulary": vocabulary}
+    return ExportedBlocks(algorithm.name, config, state, vocabulary, dims, target_layers, chosen)
 
 
 def _named(tensors: Mapping[str, Tensor], dims: BlockDims) -> dict[str, Tensor]:

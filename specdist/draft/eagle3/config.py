@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, check_range
 from specdist.draft.common.loss_kind import LossKind, LossName
 from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, check_sliding, evenly, layer_sizes, read
 from specdist.draft.eagle3.latent import Latent
@@ -90,9 +90,9 @@ class Eagle3Config(LayerOptions):
                 "draft.eagle3.recompute",
                 f"is {self.recompute}: it must be between 0 and ttt_length ({self.ttt_length})",
             )
-        for key in ("ttt_length", "loss_chunk", "num_layers"):
-            if getattr(self, key) < 1:
-                raise ConfigError.at(f"draft.eagle3.{key}", f"is {getattr(self, key)}: it must be at least 1")
+        check_range(SECTION, self, "ttt_length", "loss_chunk", "num_layers", "vocab_size", least=1)
+        check_range(SECTION, self, "step_decay", above=0, most=1)
+        check_range(SECTION, self, "lk_eta", least=0)
         if self.fc_norm and self.norm_before_fc:
             raise ConfigError.at(
                 "draft.eagle3.norm_before_fc",
@@ -112,7 +112,7 @@ class Eagle3Config(LayerOptions):
                 f"is {self.sliding_window}: it must be more than ttt_length ({self.ttt_length}), or null",
                 "draft.eagle3.ttt_length",
             )
-        check_sliding("draft.eagle3", self.sliding_window, self.sliding_layers, self.num_layers)
+        check_sliding(SECTION, self.sliding_window, self.sliding_layers, self.num_layers)
         without = ("norm_before_fc", "norm_before_residual", "sliding_window", "qk_norm")
         if self.mla and (more := [k for k in without if getattr(self, k)] + ["num_layers"] * (self.num_layers > 1)):
             raise ConfigError.at(
@@ -120,15 +120,7 @@ class Eagle3Config(LayerOptions):
                 f"=true and {', '.join(more)}: no engine serves them together",
                 " ".join(f"draft.eagle3.{key}" for key in more),
             )
-        self.check_sizes("draft.eagle3")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise ConfigError.at(
-                "draft.eagle3.vocab_size", f"is {self.vocab_size}: it must be at least 1, or null for all"
-            )
-        if not 0.0 < self.step_decay <= 1.0:
-            raise ConfigError.at("draft.eagle3.step_decay", f"is {self.step_decay}: it must be above 0 and at most 1")
-        if self.lk_eta < 0.0:
-            raise ConfigError.at("draft.eagle3.lk_eta", f"is {self.lk_eta}: it must not be negative")
+        self.check_sizes(SECTION)
 
     @property
     def loss_kind(self) -> LossKind:

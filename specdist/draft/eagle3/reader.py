@@ -61,7 +61,6 @@ class ExportedEagle3(ExportedDraft[Eagle3Config]):
         embedding: [V, H], the target's embedding if the export brings it.
     """
 
-    algorithm = "eagle3"
     dims: Eagle3Dims
     captured_layers: tuple[int, ...] | None
     nested: bool
@@ -101,7 +100,7 @@ def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
         raise DataError(f"{path} says of a draft what cannot be trained: {error}") from error
     check_tensors(state, expected, str(directory), "EAGLE-3")
     vocabulary = DraftVocabulary.read(d2t, dims.draft_vocab_size, dims.vocab_size, path).ids
-    return ExportedEagle3(config, state, vocabulary, dims, layers, said is None, variant, embedding)
+    return ExportedEagle3("eagle3", config, state, vocabulary, dims, layers, said is None, variant, embedding)
 
 
 def _check_known(config: Mapping[str, Any], nested: Mapping[str, Any], path: Path) -> None:

@@ -112,4 +112,4 @@ class Toy(Algorithm[ToyConfig]):
     def read(cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedToy:
         shape = tuple(next(iter(tensors.values())).shape)
         check_tensors(tensors, {"head.weight": shape}, str(directory), "toy")
-        return ExportedToy(config, dict(tensors), None, int(need(config, "layer", directory / "config.json")))
+        return ExportedToy(cls.name, config, dict(tensors), None, int(need(config, "layer", directory / "config.json")))
