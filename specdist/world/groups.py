@@ -85,6 +85,8 @@ def join_world(config: WorldConfig, facts: RankFacts) -> World:
     device = pick_device(config, facts)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # Here the host only does index arithmetic, which threads make slower: each waits for all, also for a core.
+        torch.set_num_threads(1)
     name, timeout_s = f"rank {facts.rank} (host {facts.host})", config.join_timeout_s
     call = RollCall(facts.rank, facts.world_size, name, "rank 0", timeout_s, "world.join_timeout_s")
     store = _launchers_store(facts, timeout_s) if launcher_serves_store() else call.open_store(rendezvous_address())
