@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from benchmarks.channel_rank import PRODUCTS, ChannelRun, ChannelSection, ChannelSpeed
-from benchmarks.measure import apart, command_line, device_options, in_a_world, table
+from benchmarks.measure import apart, command_line, count, device_of, device_options, in_a_world, positive, table
 from specdist.channel.registry import transport_for
 from specdist.core import config as configuration
 from specdist.core.errors import ConfigError
@@ -38,23 +38,26 @@ from specdist.core.errors import ConfigError
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line("channel", __doc__)
     parser.add_argument("--transport", nargs="+", default=["auto"], metavar="NAME", help="auto, nccl, gloo, mooncake")
-    parser.add_argument("--target-ranks", type=int, default=1, metavar="N")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="target ranks of a replica")
-    parser.add_argument("--draft-ranks", type=int, default=1, metavar="N")
+    parser.add_argument("--target-ranks", type=count, default=1, metavar="N")
+    parser.add_argument("--tp", type=count, default=1, metavar="N", help="target ranks of a replica")
+    parser.add_argument("--draft-ranks", type=count, default=1, metavar="N")
     parser.add_argument(
-        "--payload", nargs="+", type=float, default=[1, 4, 16, 64, 256], metavar="MIB", help="of an item, over a link"
+        "--payload",
+        nargs="+",
+        type=positive,
+        default=[1, 4, 16, 64, 256],
+        metavar="MIB",
+        help="of an item, over a link",
     )
-    parser.add_argument("--moved", type=float, metavar="MIB", help="over a link in a repeat (nccl: 65536, others: 256)")
-    parser.add_argument("--hidden", type=int, default=4096, help="a token's row is 4 hidden states in bf16")
+    parser.add_argument(
+        "--moved", type=positive, metavar="MIB", help="over a link in a repeat (nccl: 65536, others: 256)"
+    )
+    parser.add_argument("--hidden", type=count, default=4096, help="a token's row is 4 hidden states in bf16")
     parser.add_argument("--products", type=int, metavar="N", help=f"of matrices, an item (GPU: {PRODUCTS}, CPU: 0)")
     device_options(parser)
     options, words = apart(arguments)
     args = parser.parse_args(options)
-    for name in ("target_ranks", "tp", "draft_ranks", "repeats"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
-    if min(args.payload) <= 0:
-        raise ConfigError(f"--payload {min(args.payload):g}: it must be more than 0 MiB")
+    device_of(args.device)
     if args.target_ranks % args.tp:
         raise ConfigError(f"--tp {args.tp} does not divide --target-ranks {args.target_ranks}")
     found = []

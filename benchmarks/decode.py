@@ -22,7 +22,7 @@ from statistics import median
 import torch
 from transformers.utils import logging
 
-from benchmarks.measure import apart, command_line, device_options, seconds, table
+from benchmarks.measure import apart, command_line, count, device_of, device_options, model_directory, seconds, table
 from benchmarks.shapes import SHAPES, in_a_process
 from specdist.draft.base import DraftModel
 from specdist.evaluate.decoding import Reply, decode
@@ -53,18 +53,18 @@ class DecodeSpeed:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line("decode", __doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b", help="random weights of this shape")
-    parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the shape has")
-    parser.add_argument("--model", metavar="DIR", help="a model directory, instead of a shape")
+    parser.add_argument("--layers", type=count, metavar="N", help="fewer layers than the shape has")
+    parser.add_argument("--model", type=model_directory, metavar="DIR", help="a model directory, instead of a shape")
     parser.add_argument("--draft", metavar="DIR", help="an exported draft (default: one of random weights)")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 32], metavar="N", help="sequences at once")
-    parser.add_argument("--prompt", type=int, default=128, metavar="TOKENS", help="of a random prompt")
-    parser.add_argument("--tokens", type=int, default=128, metavar="N", help="of the longest answer")
+    parser.add_argument("--batch", nargs="+", type=count, default=[1, 32], metavar="N", help="sequences at once")
+    parser.add_argument("--prompt", type=count, default=128, metavar="TOKENS", help="of a random prompt")
+    parser.add_argument("--tokens", type=count, default=128, metavar="N", help="of the longest answer")
     device_options(parser)
     parser.set_defaults(repeats=3)
     logging.disable_progress_bar()
     options, words = apart(arguments)
     args = parser.parse_args(options)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = device_of(args.device)
     with tempfile.TemporaryDirectory(prefix="specdist-bench-") as directory:
         model = Path(args.model) if args.model else in_a_process(args.shape, args.layers, Path(directory))
         own = [f"target.path={model}", "prompts.files=[none]", f"run.dir={directory}/run"]

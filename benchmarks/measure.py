@@ -7,23 +7,26 @@ python -m benchmarks.measure MODULE ARGUMENTS OUTPUT      # a rank of such a wor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from specdist.core.errors import ConfigError, UserError
 from specdist.core.launch_env import make_token
 
+N = TypeVar("N", int, float)
 PEAK_SIZE = 8192
 """Rows and columns of the matrices whose product is taken for the peak (1024 on a CPU)."""
 
@@ -35,8 +38,44 @@ def command_line(part: str, description: str | None) -> argparse.ArgumentParser:
     )
 
 
+def count(text: str) -> int:
+    """The value of an option that is at least 1."""
+    return _number(text, int, "a number of at least 1", lambda value: value >= 1)
+
+
+def positive(text: str) -> float:
+    """The value of an option that is more than 0."""
+    return _number(text, float, "a number above 0", lambda value: 0 < value < math.inf)
+
+
+def share(text: str) -> float:
+    """The value of an option that is a share of something."""
+    return _number(text, float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
+
+
+def _number(text: str, kind: Callable[[str], N], words: str, right: Callable[[N], bool]) -> N:
+    with contextlib.suppress(ValueError):
+        if right(value := kind(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not {words}")
+
+
+def model_directory(text: str) -> str:
+    """The value of an option that is a model's directory."""
+    if not Path(text, "config.json").is_file():
+        raise argparse.ArgumentTypeError(f"there is no {text}/config.json")
+    return text
+
+
+def device_of(name: str) -> torch.device:
+    """What --device says. Raises ConfigError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this host has no GPU that torch can use")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def device_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
 
 
@@ -47,7 +86,7 @@ def apart(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
     return [word for word in given if word not in words], words
 
 
-@contextmanager
+@contextlib.contextmanager
 def busy_host() -> Iterator[None]:
     """Meanwhile a process for each core does nothing but run."""
     loop = "import time\nuntil = time.monotonic() + 600\nwhile time.monotonic() < until: pass"
@@ -100,7 +139,7 @@ def in_a_world(module: str, what: str, ranks: int, **arguments: Any) -> list[dic
     """Call `worker(**arguments)` of a module in every rank of a torchrun world on this machine; returns the fields of
     the dataclasses that it returned on rank 0. Arguments are JSON values.
 
-    Ends the process where the world fails, naming `what` was measured; its own error is on the terminal.
+    Raises UserError: what a rank raised as one; or the world failed, whose own error is on the terminal then.
     """
     with tempfile.TemporaryDirectory(prefix="specdist-bench-") as directory:
         source, output = Path(directory, "arguments.json"), Path(directory, "found.json")
@@ -111,16 +150,21 @@ def in_a_world(module: str, what: str, ranks: int, **arguments: Any) -> list[dic
         make_token()
         environment = {"OMP_NUM_THREADS": threads} | with_this_package()
         done = subprocess.run(command, stdout=sys.stderr, env=environment, check=False)
+        if told := sorted(Path(directory).glob("told-*")):
+            raise UserError(told[0].read_text())
         if done.returncode or not output.exists():
-            raise SystemExit(f"specdist: the benchmark of {what} failed: its error is above")
+            raise UserError(f"the benchmark of {what} failed: its error is above")
         found: list[dict[str, Any]] = json.loads(output.read_text())
         return found
 
 
 def _be_a_rank(module: str, source: str, output: str) -> None:
-    found = importlib.import_module(module).worker(**json.loads(Path(source).read_text()))
-    if os.environ["RANK"] == "0":
-        Path(output).write_text(json.dumps([asdict(row) for row in found]))
+    try:
+        found = importlib.import_module(module).worker(**json.loads(Path(source).read_text()))
+        if os.environ["RANK"] == "0":
+            Path(output).write_text(json.dumps([asdict(row) for row in found]))
+    except UserError as error:  # told once, and by who has started this; torchrun would say much of it
+        Path(output).with_name(f"told-{os.environ['RANK']}").write_text(str(error))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # finalisers of process groups would wait for ranks that have left

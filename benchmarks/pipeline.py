@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import apart, command_line, table
+from benchmarks.measure import apart, command_line, count, model_directory, share, table
 from benchmarks.shapes import SHAPES, in_a_process
 from benchmarks.step import lengths_of
 from specdist.core.errors import ConfigError
@@ -176,17 +176,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line("pipeline", __doc__)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES[:3]))
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b", help="random weights of this shape")
-    parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the shape has")
-    parser.add_argument("--model", metavar="DIR", help="a model directory, instead of a shape")
+    parser.add_argument("--layers", type=count, metavar="N", help="fewer layers than the shape has")
+    parser.add_argument("--model", type=model_directory, metavar="DIR", help="a model directory, instead of a shape")
     parser.add_argument("--length", default="2048", metavar="TOKENS|mixed", help="of the prompts' sequences")
-    parser.add_argument("--supervised", type=float, default=1.0, metavar="SHARE", help="of each sequence, its end")
-    parser.add_argument("--steps", type=int, default=60, metavar="N", help="of every mode")
-    parser.add_argument("--warm", type=int, default=20, metavar="N", help="steps that rates leave out")
+    parser.add_argument("--supervised", type=share, default=1.0, metavar="SHARE", help="of each sequence, its end")
+    parser.add_argument("--steps", type=count, default=60, metavar="N", help="of every mode")
+    parser.add_argument("--warm", type=count, default=20, metavar="N", help="steps that rates leave out")
     options, words = apart(arguments)
     args = parser.parse_args(options)
-    if args.length != "mixed" and not args.length.isdigit():
+    if args.length != "mixed" and (not args.length.isdigit() or int(args.length) < 1):
         parser.error(f"--length {args.length}: a number of tokens, or mixed")
-    if not 0 < 2 * args.warm <= args.steps:
+    if not 2 * args.warm <= args.steps:
         parser.error(f"--warm {args.warm}: at least 1 and at most half of --steps {args.steps}")
     with tempfile.TemporaryDirectory(prefix="specdist-bench-") as directory:
         job, own = _job(args, words, Path(directory))

@@ -30,7 +30,7 @@ from types import SimpleNamespace
 import zmq
 
 from benchmarks.flow import CASES, Case, Times, World
-from benchmarks.measure import command_line, table
+from benchmarks.measure import command_line, count, table
 from specdist.core.pods import reach
 from specdist.core.topology import Topology
 from specdist.scheduler.config import ControlConfig
@@ -218,16 +218,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line("scheduler", __doc__)
     parser.add_argument("--speeds", nargs="+", default=[], help="of the replicas, such as 1x7 0.5; without: all cases")
     for field in fields(Case)[1:]:
-        name, kind = "--" + field.name.replace("_", "-"), type(field.default)
+        name, kind = "--" + field.name.replace("_", "-"), count if type(field.default) is int else float
         told = "" if name == "--pods" else "with --speeds; "
         parser.add_argument(name, type=kind, default=field.default, help=f"{told}default: %(default)s")
-    parser.add_argument("--draft-ranks", type=int, default=1024)
-    parser.add_argument("--replicas", type=int, default=128)
-    parser.add_argument("--items", type=int, default=200)
+    parser.add_argument("--draft-ranks", type=count, default=1024)
+    parser.add_argument("--replicas", type=count, default=128)
+    parser.add_argument("--items", type=count, default=200)
     parser.add_argument("--connections", type=int, default=128, help="draft ranks over real sockets; 0: none")
     given = vars(parser.parse_args(arguments))
     own = {field.name: given.pop(field.name) for field in fields(Case)}
-    cases = [Case.of(own.pop("speeds"), **own)] if own["speeds"] else CASES
+    try:
+        cases = [Case.of(own.pop("speeds"), **own)] if own["speeds"] else CASES
+    except ValueError as error:
+        parser.error(f"argument --speeds: SPEED or SPEEDxN: {error}")
     found = [{**asdict(case), "name": str(case), "share": measure_case(case), "ideal": case.ideal} for case in cases]
     print(json.dumps(found))
     columns: dict[str, str] = {"replicas": "name", "slots": "slots", "share": "share:.3f", "ideal": "ideal:.3f"}

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _set_thread_isolation_mode  # type: ignore[attr-defined]
 from torch.testing._internal.distributed.multi_threaded_pg import ThreadLocalWorld
 
-from benchmarks.measure import command_line, table
+from benchmarks.measure import command_line, count, table
 from specdist.core.launch_env import RankFacts
 from specdist.core.topology import Topology, WorldConfig
 from specdist.world import groups as groups_module
@@ -179,7 +179,7 @@ def _played(size: int, store: Callable[..., dist.Store]) -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line("startup_store", __doc__)
     for name, default in {"replicas": 128, "tp": 8, "draft-ranks": 128, "processes": 4}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=count, default=default)
     cost = measure(**vars(parser.parse_args(arguments)))
     print(json.dumps(asdict(cost)))
     columns = {name: name for name in ("ranks", "links", "writes", "reads", "waits", "looks")}

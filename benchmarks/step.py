@@ -20,13 +20,28 @@ Prints JSON, then a table.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.measure import apart, command_line, device_options, in_a_world, table
+from transformers import AutoConfig, PretrainedConfig
+
+from benchmarks.measure import (
+    apart,
+    command_line,
+    count,
+    device_of,
+    device_options,
+    in_a_world,
+    model_directory,
+    positive,
+    share,
+    table,
+)
 from benchmarks.shapes import SHAPES
+from benchmarks.shapes import configuration as configuration_of
 from specdist.core import config as configuration
 from specdist.core.errors import ConfigError
 from specdist.draft.config import DraftConfig
@@ -104,11 +119,16 @@ def lengths_of(batch: str) -> list[int]:
     kind, _, tokens = batch.partition(":")
     try:
         if kind == "mixed":
-            return _mixed(int(tokens))
-        count, _, length = batch.partition("x")
-        return [int(length)] * int(count)
-    except ValueError:
+            return _mixed(count(tokens))
+        documents, _, length = batch.partition("x")
+        return [count(length)] * count(documents)
+    except argparse.ArgumentTypeError:
         raise ConfigError(f"--batch {batch}: write COUNTxLENGTH, such as 4x2048, or mixed:TOKENS") from None
+
+
+def target_of(shape: str, model: str | None) -> PretrainedConfig:
+    """Of a shape, or of a model's directory instead."""
+    return configuration_of(shape) if model is None else AutoConfig.from_pretrained(model, local_files_only=True)
 
 
 def _mixed(tokens: int) -> list[int]:
@@ -122,21 +142,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line("step", __doc__)
     parser.add_argument("--batch", nargs="+", default=["4x2048", "1x8192", "1x16384"], metavar="BATCH")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b", help="the target's")
-    parser.add_argument("--model", metavar="DIR", help="a model directory whose config.json is taken instead")
-    parser.add_argument("--supervised", type=float, default=1.0, metavar="SHARE", help="of each document, its end")
-    parser.add_argument("--ranks", type=int, default=1, help="draft ranks, on this machine")
+    parser.add_argument(
+        "--model", type=model_directory, metavar="DIR", help="a model directory whose config.json is taken instead"
+    )
+    parser.add_argument("--supervised", type=share, default=1.0, metavar="SHARE", help="of each document, its end")
+    parser.add_argument("--ranks", type=count, default=1, help="draft ranks, on this machine")
     parser.add_argument("--bare", action="store_true", help="forward and backward alone: no FSDP, no optimizer")
     parser.add_argument("--busy", action="store_true", help="also on a busy host")
-    parser.add_argument("--micro-batches", type=int, default=1, metavar="N", help="batches of a rank in a step")
-    parser.add_argument("--link", type=float, default=50.0, metavar="GB/s", help="of a rank, for `slow link`")
+    parser.add_argument("--micro-batches", type=count, default=1, metavar="N", help="batches of a rank in a step")
+    parser.add_argument("--link", type=positive, default=50.0, metavar="GB/s", help="of a rank, for `slow link`")
     device_options(parser)
     options, words = apart(arguments)
     args = parser.parse_args(options)
     words = ["draft.compile=true", *benchmark_words(), *words]
     draft = configuration.load(StepConfig, [], words).draft
     draft.chosen.check(draft.dtype, args.device, draft_tokens=None)
+    device_of(args.device)
+    most = target_of(args.shape, args.model).get_text_config().max_position_embeddings
     for batch in args.batch:
-        lengths_of(batch)
+        if (longest := max(lengths_of(batch))) > most:
+            raise ConfigError(f"--batch {batch}: {longest} tokens is more than the {most} positions of the target")
     speeds = in_a_world("benchmarks.step_rank", "the step", args.ranks, options=vars(args), words=words)
     print(json.dumps(speeds))
     print(render([StepSpeed(**speed) for speed in speeds]))

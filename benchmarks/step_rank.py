@@ -11,15 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
+import psutil
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from benchmarks.measure import busy_host, peak_tflops, seconds
 from benchmarks.overlap import COMMUNICATION, Kernel, exposed, reckoned
-from benchmarks.shapes import SHAPES
-from benchmarks.step import StepConfig, StepSpeed, lengths_of
+from benchmarks.step import StepConfig, StepSpeed, lengths_of, target_of
 from specdist.core import config as configuration
+from specdist.core.errors import ConfigError, first_line
 from specdist.core.launch_env import RankFacts
 from specdist.core.progress import Cursor
 from specdist.core.records import Features, PackedTokens, Shard, TargetVocabulary, WorkItem
@@ -112,7 +113,22 @@ class _Rank:
     def measure(self) -> list[StepSpeed]:
         """Every batch of the run. All ranks call it."""
         peak = peak_tflops(self._device, self.dtype)
-        return [self._measure(name, peak) for name in self._options["batch"]]
+        return [self._fitting(name, peak) for name in self._options["batch"]]
+
+    def _fitting(self, name: str, peak: float) -> StepSpeed:
+        """Measure a batch. Raises ConfigError: it does not fit into memory."""
+        width = self._config.draft.chosen.layout(self._target, self.dtype).bytes_per_token
+        free = psutil.virtual_memory().available
+        if self._device.type == "cuda":
+            free = torch.cuda.get_device_properties(self._device).total_memory
+        need = sum(lengths_of(name)) * width
+        if need > free:
+            words = f"its hidden states alone take {need / 2**30:,.0f} GiB, and there are {free / 2**30:,.0f}"
+            raise ConfigError(f"--batch {name}: {words}")
+        try:
+            return self._measure(name, peak)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f"--batch {name}: it ran out of memory: {first_line(error)}") from error
 
     def _measure(self, name: str, peak: float) -> StepSpeed:
         device = self._device
@@ -274,10 +290,7 @@ def part_of(kernel: str) -> str:
 def worker(options: Mapping[str, Any], words: Sequence[str]) -> list[StepSpeed]:
     """One rank of the world."""
     config = configuration.load(StepConfig, [], words)
-    if options["model"] is not None:
-        target = AutoConfig.from_pretrained(options["model"], local_files_only=True)
-    else:
-        target = AutoConfig.for_model(**SHAPES[options["shape"]])
+    target = target_of(options["shape"], options["model"])
     world_config = WorldConfig(mode="draft_only", device=options["device"])
     world = join_world(world_config, RankFacts.from_environment())
     topology = Topology.build(world_config, world.hosts, replicas=None, tp=1, dp=None, cp=config.draft.cp)

@@ -24,15 +24,18 @@ import torch
 from benchmarks.measure import (
     apart,
     command_line,
+    count,
+    device_of,
     device_options,
     in_a_world,
+    model_directory,
     peak_tflops,
     seconds,
     table,
 )
 from benchmarks.shapes import SHAPES, in_a_process
 from specdist.core import config as configuration
-from specdist.core.errors import UserError
+from specdist.core.errors import ConfigError, UserError
 from specdist.core.launch_env import RankFacts
 from specdist.core.records import FeatureLayout, PackedTokens
 from specdist.core.topology import Topology, WorldConfig
@@ -131,15 +134,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line("target", __doc__)
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b", help="random weights of this shape")
-    parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the shape has")
-    parser.add_argument("--model", metavar="DIR", help="a model directory, instead of a shape")
-    parser.add_argument("--items", nargs="+", type=int, default=[8192, 16384, 32768, 65536], metavar="TOKENS")
-    parser.add_argument("--sequences", nargs="+", type=int, default=[2048, 16384], metavar="TOKENS")
-    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--layers", type=count, metavar="N", help="fewer layers than the shape has")
+    parser.add_argument("--model", type=model_directory, metavar="DIR", help="a model directory, instead of a shape")
+    parser.add_argument("--items", nargs="+", type=count, default=[8192, 16384, 32768, 65536], metavar="TOKENS")
+    parser.add_argument("--sequences", nargs="+", type=count, default=[2048, 16384], metavar="TOKENS")
+    parser.add_argument("--tp", type=count, default=1)
     parser.add_argument("--summary", action="store_true", help="the head too, as a draft may ask for")
     device_options(parser)
     options, words = apart(arguments)
     args = parser.parse_args(options)
+    device_of(args.device)
+    if min(args.sequences) > max(args.items):
+        raise ConfigError(f"--sequences {min(args.sequences)} is more than --items {max(args.items)}")
     speeds = []
     with tempfile.TemporaryDirectory(prefix="specdist-bench-") as directory:
         model = Path(args.model) if args.model else in_a_process(args.shape, args.layers, Path(directory))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from types import FrameType
-from typing import NoReturn, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 from specdist.core.errors import Dismissed
 from specdist.core.launch_env import Attempt
@@ -53,12 +53,11 @@ class StopForwarder:
 
     def __enter__(self) -> Self:
         handlers: dict[int, Handler] = {**dict.fromkeys(STOP_SIGNALS, self._handle), **self._others}
-        self._earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        self._earlier = _handle(handlers)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._earlier.items():
-            signal.signal(number, handler)
+        _handle(self._earlier)
 
     def check(self) -> None:
         """Raise Dismissed if a stop was asked for: for waits before the ranks exist."""
@@ -68,6 +67,12 @@ class StopForwarder:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
         self.send(number, number == signal.SIGINT and len(self.received) > 1)
+
+
+def _handle(handlers: Mapping[int, Any]) -> dict[int, Any]:
+    """Set what handles signals; returns what did before. Only the main thread may: elsewhere nothing is set."""
+    main = threading.current_thread() is threading.main_thread()
+    return {number: signal.signal(number, handler) for number, handler in handlers.items()} if main else {}
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,7 @@ def _be_agent(main: Callable[[], int]) -> NoReturn:
 
 def reap_children() -> None:
     """Have the exit status of children be known also where whoever started this process has it ignore SIGCHLD."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _handle({signal.SIGCHLD: signal.SIG_DFL})
 
 
 def exit_status(status: int) -> int:
@@ -192,8 +197,8 @@ def attend(agents: Sequence[AgentHandle], received: list[int]) -> int:
     """Wait for the agents of a job; returns the exit status of the first one, which leads.
 
     Requests to stop are passed on to all of them, and noted in `received`; the third SIGINT ends the wait as
-    KeyboardInterrupt. A terminal's Ctrl-Z suspends them with this process. Where an agent is lost, the others are
-    stopped.
+    KeyboardInterrupt. A terminal's Ctrl-Z suspends them with this process. In another thread than the main one signals
+    keep their handlers, and agents stop when this process ends. Where an agent is lost, the others are stopped.
     """
 
     def send(number: int, again: bool) -> None:

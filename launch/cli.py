@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from errno import EACCES, EDQUOT, EIO, EISDIR, ELOOP, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS, ESTALE
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from specdist_launch.agents import ExitStatus
 from specdist_launch.ray import launch as ray
 from specdist_launch.slurm import launch as slurm
 
+_OUTSIDE = (EACCES, EPERM, EROFS, EISDIR, ENOTDIR, ENOSPC, EDQUOT, EIO, ESTALE, ENAMETOOLONG, ELOOP)
+"""What is wrong with a file, where whoever keeps it has to mend that."""
 Command = Callable[..., argparse.ArgumentParser]
 """Adds a command: its name, what it runs and what it says of itself."""
 
@@ -40,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(linked(error))
         return ExitStatus.USER_ERROR
     except OSError as error:
-        if error.filename is None:
-            raise
+        if error.filename is None or error.errno not in _OUTSIDE:
+            raise  # whole: it may be a defect
         say(linked(DataError(f"{error.filename} cannot be used: {error.strerror}")))
         return ExitStatus.USER_ERROR
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
+import psutil
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -52,7 +53,7 @@ class Agent:
         self._ranks = placement.ranks or ranks_per_node(job, placement.nodes)
         self._attempt, self._leads = placement.attempt, placement.number == 0
         self._run_dir, self._home = Path(job.run.dir), home(job, placement.attempt)
-        self._record = AttemptRecord(self._attempt.directory(self._home))
+        self._record, self._lost = AttemptRecord(self._attempt.directory(self._home)), False
 
     def run(self, program: Sequence[str], recorded: bool, stop: StopForwarder) -> int:
         """Run `python PROGRAM` as this node's ranks; `recorded`: as an attempt of the run, with a record. Raises
@@ -63,7 +64,7 @@ class Agent:
             launch_env.make_token()
         elif recorded:
             launch_env.run_token()  # before the others are waited for
-        with Claim(self._home, self._attempt.name, self._place.host) if leads else nullcontext():
+        with Claim(self._home, self._attempt.name, self._place.host, self._lose) if leads else nullcontext():
             return self._run(program, recorded, stop)
 
     def _run(self, program: Sequence[str], recorded: bool, stop: StopForwarder) -> int:
@@ -81,7 +82,8 @@ class Agent:
         tell = self._fail if recorded else lambda failure: say(f"{failure.place}: {failure.message}")
         with ending_stuck_ranks(self._record, self._place.host, tell) as killed:
             failed = self._run_ranks(meeting, program)
-        self._name_killed({rank: status for rank, status in failed.items() if rank not in killed}, stop.reason)
+        if not self._lost:
+            self._name_killed({rank: status for rank, status in failed.items() if rank not in killed}, stop.reason)
         if not recorded:
             return ExitStatus.GIVE_UP if failed else ExitStatus.DONE
         return self._account(failed, stop.reason)
@@ -199,6 +201,13 @@ class Agent:
         deadline = time.monotonic() + _RECORD_S
         while self._place.nodes > 1 and not self._known() and time.monotonic() < deadline:
             time.sleep(0.2)  # another host writes it into a shared directory, which notifies nobody
+
+    def _lose(self, why: str) -> None:
+        """Another start has the run directory: end this one's ranks, which would save in it."""
+        self._lost = True
+        for child in psutil.Process().children():
+            child.kill()
+        self._fail(Failure("input", why, host=self._place.host))
 
     def _fail(self, failure: Failure) -> None:
         self._record.tell(failure, sys.stderr)

@@ -6,15 +6,16 @@ by a link, which one of two that ask at once gets, over NFS too; the highest num
 every few seconds until the end. `filelock` does not serve here: the starts are on different hosts, not every shared
 file system has locks, and the lock of a host that is lost stays. The age of the file does not serve either: clocks
 differ, and shared file systems show old contents for a while. So the second start watches whether the file still
-changes, and makes the next one if it does not.
+changes, and makes the next one if it does not; of a process of its own machine it sees whether it is there, however
+long that has been suspended. Who is suspended elsewhere finds the next claim before it writes anything of the run.
 """
 
 import contextlib
 import os
-import signal
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -22,11 +23,13 @@ from typing import Self
 from specdist.core.attempts import AttemptRecord
 from specdist.core.errors import ConfigError, say
 from specdist.core.files import read_json, to_json
+from specdist.core.stop import leave
 
 PULSE_S, WATCH_S = 3.0, 10.0
 _GONE_S = 300.0
 """What has been silent for longer is not watched; more than clocks of hosts differ."""
 _FILE = ".claim-"
+_TAKEN = "another start has taken {}: this one was held up"
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,27 @@ class Holder:
     """It has been given back. The file stays, so that numbers only rise."""
     time: float = field(default_factory=time.time)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    pid: int = 0
+    process: str = ""
+
+    @property
+    def state(self) -> str:
+        """Of its process, as /proc has it; empty where it has ended, or is on another machine."""
+        process, state = _process(self.pid)
+        return state if process == self.process else ""
 
 
 class Claim:
-    """Held by an attempt, and renewed from a thread, until the context is left. Where another start has taken it, for
-    this process was held up for long, the process gets SIGTERM.
+    """Held by an attempt, and renewed from a thread, until the context is left. `lost`: called where another start has
+    taken it, for this process was held up for long; by default the process ends there.
 
     Entering it raises ConfigError where another job is at work in `home`, or nothing can be written there; it takes up
     to `WATCH_S` seconds where the last one has left without a word.
     """
 
-    def __init__(self, home: Path, attempt: str, host: str) -> None:
-        self._home, self._holder = home, Holder(attempt, host)
+    def __init__(self, home: Path, attempt: str, host: str, lost: Callable[[str], object] | None = None) -> None:
+        self._home, self._lost = home, lost or _leave
+        self._holder = Holder(attempt, host, pid=os.getpid(), process=_process(os.getpid())[0])
         self._fresh = home / f"{_FILE}{self._holder.key}"
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="specdist-claim", daemon=True)
@@ -74,7 +86,8 @@ class Claim:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._over.set()
         self._thread.join()
-        self._say(over=True)
+        if not self._is_taken():
+            self._say(over=True)
 
     def _made(self) -> bool:
         """Take the number after the highest, where its holder is gone; False where another start has been quicker."""
@@ -95,14 +108,15 @@ class Claim:
 
     def _renew(self) -> None:
         while not self._over.wait(PULSE_S):
-            highest = 0
-            with contextlib.suppress(OSError):  # the file server is away: it will come back, or the run says so
-                highest = max(_claims(self._home), default=0)
-            if highest > self._number:
-                say(f"another job has taken {self._home}: this one was held up")
-                os.kill(os.getpid(), signal.SIGTERM)
+            if self._is_taken():
+                self._lost(_TAKEN.format(self._home))
                 return
             self._say()
+
+    def _is_taken(self) -> bool:
+        with contextlib.suppress(OSError):  # the file server is away: it will come back, or the run says so
+            return max(_claims(self._home), default=0) > self._number
+        return False
 
     def _say(self, over: bool = False) -> None:
         self._holder = replace(self._holder, pulse=self._holder.pulse + 1, time=time.time(), over=over)
@@ -120,14 +134,17 @@ def holder(home: Path, attempt: str) -> Holder | None:
     found = _read(home)
     if found is None or found[0].over or _is_earlier(found[0].attempt, attempt):
         return None
-    if time.time() - max(found[0].time, found[1] / 1e9) > _GONE_S:  # on a full disk the file is only touched
+    there = found[0].state not in ("", "Z")
+    if (
+        not there and time.time() - max(found[0].time, found[1] / 1e9) > _GONE_S
+    ):  # on a full disk the file is only touched
         return None
     deadline, record = time.monotonic() + WATCH_S, AttemptRecord(home / "logs" / found[0].attempt)
     while time.monotonic() < deadline:
         now = _read(home)
         if now is None or now[0].over or record.ending() is not None or record.failure() is not None:
             return None
-        if now != found:
+        if there or now != found:
             return now[0]
         time.sleep(PULSE_S / 10)
     return None
@@ -139,11 +156,40 @@ def refuse_if_held(home: Path, attempt: str) -> None:
     if held is None:
         return
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held.since))
+    where = f"led by host {held.host}{f', and is suspended (kill -CONT {held.pid})' if held.state == 'T' else ''}"
     raise ConfigError.at(
         "run.dir",
-        f": {home} is in use: attempt {held.attempt} has been at work there since {since}, led by host {held.host}: "
+        f": {home} is in use: attempt {held.attempt} has been at work there since {since}, {where}: "
         "wait for it, stop it, or choose another run.dir",
     )
+
+
+def fence(home: Path, attempt: str) -> Callable[[], None]:
+    """What raises ConfigError once another start than `attempt` has claimed `home` since now: to be called before
+    anything is written that the other one would read."""
+    before = max(_claims(home), default=0)
+
+    def check() -> None:
+        with contextlib.suppress(OSError):  # what is written next meets it, too
+            if max(_claims(home), default=0) > before and (found := _read(home)) and found[0].attempt != attempt:
+                raise ConfigError.at("run.dir", f": {_TAKEN.format(home)}")
+
+    return check
+
+
+def _leave(text: str) -> None:
+    say(text)
+    leave(1)
+
+
+def _process(pid: int) -> tuple[str, str]:
+    """What tells a process of this machine from all others, those in containers included, and its state, as /proc has
+    it; both are empty where there is none."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino} {fields[18]}", state  # the time when it was started
+    return "", ""
 
 
 def _is_earlier(one: str, other: str) -> bool:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from specdist.channel.base import AddressBook
 from specdist.core.errors import say
 from specdist.core.launch_env import reachable_address
+from specdist.core.run_lock import fence
 from specdist.draft.base import ContextShare, DraftModel
 from specdist.job import config as jobs
 from specdist.prompts.items import Items
@@ -46,7 +47,8 @@ def consume(context: RankContext) -> None:
         if leader:
             say(trouble or "checkpoints are saved again")
 
-    checkpointer = Checkpointer(context.run_dir.checkpoints, job.checkpoint, context.groups.checkpoint, number, tell)
+    directory, held = context.run_dir, fence(context.run_dir.path, context.start.attempt.name)
+    checkpointer = Checkpointer(directory.checkpoints, job.checkpoint, context.groups.checkpoint, number, tell, held)
     if context.resume.checkpoint is not None:
         context.begin(f"loading {context.resume.checkpoint.name}")
         checkpointer.load(context.resume.checkpoint, draft, optimizer)
@@ -75,7 +77,7 @@ def consume(context: RankContext) -> None:
     context.start.clock.begin("waiting for the other ranks")
     client.expect(StartWork)
     context.started()
-    with RunReporter(context, leader) as reporter:
+    with RunReporter(context, leader, held) as reporter:
         progress = trainer.train(recipe, context.resume.progress, checkpointer, context.stop, reporter)
         metrics = reporter.totals()
     client.phase = "saving"
@@ -96,6 +98,7 @@ def consume(context: RankContext) -> None:
     del trainer, optimizer, draft, source  # the evaluation needs their memory
     gc.collect()
     torch.cuda.empty_cache()
+    held()
     if leader:  # stays in the control plane, which keeps the run's status alive
         client.phase = "exporting"
         context.record.end(finish(context, Outcome(state, progress, finished, metrics, producers)))

@@ -4,7 +4,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Self
 
@@ -20,9 +20,10 @@ from specdist.training.parts import Reporter, WorkDone
 
 
 class RunReporter(Reporter):
-    """Writes the records of the first draft rank; on the others it only takes part."""
+    """Writes the records of the first draft rank; on the others it only takes part. `fence`: as of Checkpointer."""
 
-    def __init__(self, context: RankContext, leader: bool):
+    def __init__(self, context: RankContext, leader: bool, fence: Callable[[], None] = lambda: None):
+        self._fence = fence
         self._client, self._stands, self._start_up = context.client, context.latest, context.start.clock
         self._trackers: list[Tracker] = []
         self._bar: ProgressTracker | None = None
@@ -90,6 +91,7 @@ class RunReporter(Reporter):
         self._log(step, record)
 
     def _log(self, step: int, record: Mapping[str, float]) -> None:
+        self._fence()
         for tracker in self._trackers:
             try:
                 tracker.log(step, record)

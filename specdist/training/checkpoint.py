@@ -58,7 +58,7 @@ class Checkpointer:
     A save that fails (a full disk, a quota, a file server that is away) is told and tried again; only after
     `checkpoint.give_up_s` seconds of it does the run end. Ranks may learn of it at different steps, and of a commit the
     leader alone does: so what they do about it they have to agree on (`due`, `saved_step`). `tell`: takes what is
-    wrong, in words, and nothing once it is mended.
+    wrong, in words, and nothing once it is mended. `fence`: raises before anything is written that is not to be.
     """
 
     def __init__(
@@ -68,9 +68,10 @@ class Checkpointer:
         group: dist.ProcessGroup,
         dp_index: int,
         tell: Callable[[str], None] = lambda trouble: None,
+        fence: Callable[[], None] = lambda: None,
     ):
         self._directory, self._config, self._group, self._dp = directory, config, group, dp_index
-        self._tell = tell
+        self._tell, self._fence = tell, fence
         self._background = ThreadPoolExecutor(1, "specdist-commit")
         self._writing: Future[None] | None = None
         self.saved_step = -1
@@ -94,6 +95,7 @@ class Checkpointer:
     def save(self, model: nn.Module, optimizer: DraftOptimizer, progress: Progress) -> None:
         """Copy the state and write it, in the background if so configured. An earlier save is finished first."""
         self.finish()
+        self._fence()
         self._wait(self._config.every_s or math.inf)
         path = checkpoint_path(self._directory, progress.step)
         if self._leader:  # left behind by a kill, or about to be written again after a resume from before it
@@ -119,6 +121,7 @@ class Checkpointer:
             if written is not None:
                 written.result()
             if self._leader:
+                self._fence()
                 path = checkpoint_path(self._directory, evaluated.step)
                 with contextlib.suppress(OSError):  # then the next start evaluates again
                     files = json.loads((path / COMMIT).read_text()).get("files", {})
@@ -203,6 +206,7 @@ class Checkpointer:
         try:
             written.result()
             if self._leader:
+                self._fence()
                 sync_directory(path)
                 _mark(path / COMMIT, progress, files)
                 self._make_room()

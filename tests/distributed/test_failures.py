@@ -26,7 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import TCPStore
 
 from specdist.core.attempts import AttemptRecord, Failure, attempts
+from specdist.core.files import to_json
 from specdist.core.progress import committed, read_progress
+from specdist.core.run_lock import Holder
 from tests import forks
 from tests.distributed.worlds import kill_all, ranks_below, start_by_hand, start_command, start_torchrun
 from tests.tiny import make_config, make_conversations, make_target
@@ -159,6 +161,28 @@ def test_a_killed_rank_ends_the_job_and_is_named(job: Job, victim: int, place: s
     assert words.count("Traceback") == 1, words  # torchrun's own
     if victim == 0:  # the draft ranks are well: what they have done is saved
         assert job.step == json.loads((job.directory / "run/metrics.jsonl").read_text().splitlines()[-1])["step"]
+
+
+def test_a_suspended_run_whose_directory_another_start_has_taken_writes_nothing_more(job: Job) -> None:
+    ranks, run = job.train(), job.directory / "run"
+    for rank in ranks.values():
+        rank.suspend()
+    job.wait_until(lambda: all(rank.status() == psutil.STATUS_STOPPED for rank in ranks.values()))
+    (claim,) = (path for path in run.glob(".claim-*") if path.name[7:].isdigit())
+    other = claim.with_name(f".claim-{int(claim.name[7:]) + 1}")
+    other.write_text(to_json(Holder("slurm-99.0", "elsewhere")))  # of another host, where it could not be seen
+
+    def written() -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in [*run.glob("checkpoints/*/COMMIT"), run / "metrics.jsonl"]}
+
+    before = written()
+    for rank in ranks.values():
+        rank.resume()
+    await_end(ranks.values(), SOON_S)
+    words = job.end()
+    assert written() == before
+    assert f"another start has taken {run}: this one was held up" in words
+    other.write_text(to_json(Holder("slurm-99.0", "elsewhere", over=True)))
 
 
 def test_a_stopped_target_is_noticed_and_named(job: Job) -> None:

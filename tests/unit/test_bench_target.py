@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 from transformers import Qwen3Config
 
+from benchmarks.measure import in_a_world
 from benchmarks.shapes import configuration
 from benchmarks.target import TargetSpeed, main, render
+from specdist.core.errors import UserError
 from specdist.target.description import BESIDE_TEXT, TargetDescription, describe
 from tests.targets.families import FAMILIES
 from tests.tiny import make_target
@@ -65,8 +67,12 @@ def test_a_run_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_world_that_fails_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="benchmark of hf failed"):
-        main(["--model", str(tmp_path / "nowhere"), "--engines", "hf", "--device", "cpu"])
+    model = make_target(tmp_path / "target")
+    (model / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="not a readable weight file"):
+        main(["--model", str(model), "--engines", "hf", "--device", "cpu"])
+    with pytest.raises(UserError, match="benchmark of nothing failed: its error is above"):
+        in_a_world("benchmarks.nothing", "nothing", 1)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -59,6 +60,15 @@ class Shell:
 @pytest.fixture
 def shell(tmp_path):
     return Shell(tmp_path)
+
+
+def test_a_job_may_be_started_by_another_thread_than_the_main_one(shell):
+    agents = [shell.agent("SIGTERM", 0)]
+    agents[0].signal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:  # as a notebook's widgets do; handlers of signals cannot be set there
+        status = pool.submit(supervise, lambda attempt, received: attend(agents, received), "local-1", 0)
+    assert status.result() == ExitStatus.DONE
+    assert shell.said(1) == ["SIGTERM"]
 
 
 @pytest.mark.parametrize("last", [b"", b"SIGTE"])

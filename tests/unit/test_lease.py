@@ -6,10 +6,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from specdist.core import run_lock as lease
@@ -17,7 +20,7 @@ from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
 from specdist.core.errors import ConfigError
 from specdist.core.files import to_json
 from specdist.core.launch_env import Attempt
-from specdist.core.run_lock import Claim, Holder, holder, refuse_if_held
+from specdist.core.run_lock import Claim, Holder, fence, holder, refuse_if_held
 from specdist.core.stop import StopReason
 from specdist.job.launch_config import LaunchConfig
 from specdist_launch.verdict import AGAIN, GIVE_UP, judge
@@ -105,16 +108,64 @@ def test_a_lost_job_is_watched_for_a_while_and_an_old_one_is_not(
     assert len(looks) == 1
 
 
-def test_a_job_that_was_held_up_and_lost_its_claim_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stopped = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda number, frame: stopped.set())
+def test_a_job_that_was_held_up_and_lost_its_claim_stops(tmp_path: Path) -> None:
+    stopped, told = threading.Event(), list[str]()
+
+    def lose(why: str) -> None:
+        told.append(why)
+        stopped.set()
+
+    with Claim(tmp_path, "17.0", "n1", lose):
+        allowed, late = fence(tmp_path, "17.0"), tmp_path / ".claim-1"
+        allowed()
+        leave_unsaid(tmp_path, "18.0")  # as a start that has watched the first one in vain
+        with pytest.raises(ConfigError, match=f"run.dir: another start has taken {tmp_path}: this one was held up"):
+            allowed()
+        fence(tmp_path, "18.0")()
+        assert stopped.wait(10)
+        late.unlink()  # as the other start has done
+    assert told == [f"another start has taken {tmp_path}: this one was held up"]
+    assert [path.name for path in tmp_path.glob(".claim-*")] == [".claim-2"]
+
+
+def test_a_start_that_has_not_seen_its_own_claim_yet_is_not_taken_for_a_loser(tmp_path: Path) -> None:
+    allowed = fence(tmp_path, "17.0")  # a shared file system shows old contents for a while
+    leave_unsaid(tmp_path, "17.0")
+    allowed()
+
+
+def test_who_is_suspended_on_the_same_machine_keeps_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = f"""
+from specdist.core.run_lock import Claim
+from pathlib import Path
+with Claim(Path({str(tmp_path)!r}), "17.0", "n1"):
+    print("held", flush=True)
+    input()
+"""
+    first = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdin is not None
+    assert first.stdout is not None
     try:
-        with Claim(tmp_path, "17.0", "n1"):
-            leave_unsaid(tmp_path, "18.0")  # as a start that has watched the first one in vain
-            assert stopped.wait(10)
+        assert first.stdout.readline() == "held\n"
+        first.send_signal(signal.SIGSTOP)
+        while psutil.Process(first.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
+        for watched_s in (0.2, 20.0):  # however long ago it was heard of
+            monkeypatch.setattr(lease, "WATCH_S", watched_s)
+            monkeypatch.setattr(lease, "_GONE_S", watched_s)
+            with pytest.raises(
+                ConfigError, match=rf"led by host n1, and is suspended \(kill -CONT {first.pid}\): wait"
+            ):
+                refuse_if_held(tmp_path, "18.0")
+        first.kill()
+        first.wait()
+        monkeypatch.setattr(lease, "WATCH_S", 0.2)
+        refuse_if_held(tmp_path, "18.0")
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert f"another job has taken {tmp_path}" in capsys.readouterr().err
+        first.kill()
+        first.communicate()
 
 
 def test_a_file_server_that_is_away_for_a_while_costs_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

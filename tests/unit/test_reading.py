@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -66,6 +67,20 @@ def test_what_cannot_be_read_is_a_line_and_hides_no_other_run(runs: Path, capsys
     assert "finished at step 9" in three
     assert main(["compare", str(runs / "three"), str(runs / "sweep/two")]) == 2
     assert capsys.readouterr().err.startswith(f"specdist: {metrics} cannot be used: Is a directory")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.ENOENT, errno.EBADF])
+def test_an_error_of_the_system_that_may_be_a_defect_is_shown_whole(number: int, monkeypatch, capsys) -> None:
+    def fail(_: object) -> None:
+        raise OSError(number, os.strerror(number), "/of/a/user")
+
+    monkeypatch.setattr("specdist_launch.reading._runs", fail)
+    if number in (errno.ENOENT, errno.EBADF):
+        with pytest.raises(OSError, match="/of/a/user"):
+            main(["runs"])
+    else:
+        assert main(["runs"]) == 2
+        assert f"specdist: /of/a/user cannot be used: {os.strerror(number)}" in capsys.readouterr().err
 
 
 def test_runs_are_compared_by_figures_and_by_the_keys_that_differ(runs: Path, capsys) -> None:
