@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"target.path={target}", f"prompts.files=[{prompts}]", f"prompts.max_length={TOKENS // 4}",
             f"prompts.tokens_per_rank={TOKENS}", "target.replicas=2", "draft.dp=2", "train.accumulation=2",
             "channel.transport=nccl", "channel.memory=512MiB", "world.wait_timeout_s=60", "export.formats=[]",
+            "world.span_nodes=true",  # of target.tp > 1
             *benchmark_words(), "metrics.tensorboard=false", f"train.steps={args.steps}", "checkpoint.every=50", *words,
         ]  # fmt: skip
         for connections in args.connections:
