@@ -7,10 +7,11 @@ micro-batches are the recipe's, and stay what they are on any number of ranks; t
 micro-batches make one item.
 """
 
-import heapq
 import math
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
@@ -26,8 +27,6 @@ COUNTED = 100_000
 """Sequences that `Stream.count_steps` packs, in half a second; how many steps the others make is estimated."""
 _ORDERED = 512
 """Places of the shuffle that are computed at once, at least."""
-
-
 _ROUNDS = 6
 _ODD = np.uint64(0xD6E8FEB86659FD93)
 
@@ -200,8 +199,7 @@ class Stream:
         bins = self.batching.micro_batches
         if bins == 1:
             return [0] * len(lengths)
-        values, dear = lengths.tolist(), costs.tolist()
-        dearest = np.argsort(-costs, kind="stable")
+        values, dear, dearest = lengths.tolist(), costs.tolist(), np.argsort(-costs, kind="stable")
         count, fewer = len(values), max(1, len(values) // 128)
         while (found := self._place(values, dear, dearest, count)) is None:
             count = max(count - fewer, bins)  # one sequence each always fits
@@ -211,27 +209,28 @@ class Stream:
         """The micro-batch of each of the first `count` sequences: the dearest first, each where least has been spent
         so far and it has room; None where one has room nowhere.
 
-        LPT of Graham (1969), ties by order and by micro-batch. A heap entry is cost * bins + micro-batch, in one
-        integer.
+        LPT of Graham (1969), ties by order and by micro-batch. What has been spent is kept in order, as cost * bins +
+        micro-batch in one integer, and the room beside it: passing over a full one is cheaper there than in a heap.
         """
         bins = self.batching.micro_batches
-        heap, room, places = list(range(bins)), [self.batching.tokens] * bins, [0] * count
+        spent, room, places = list(range(bins)), [self.batching.tokens] * bins, [0] * count
         for sequence in dearest[dearest < count].tolist():
-            length, full = lengths[sequence], []
-            while heap and room[heap[0] % bins] < length:
-                full.append(heapq.heappop(heap))
-            if not heap:
+            length = lengths[sequence]
+            for at, left in enumerate(room):  # noqa: B007
+                if left >= length:
+                    break
+            else:
                 return None
-            place = heap[0] % bins
-            room[place] -= length
-            places[sequence] = place
-            heapq.heapreplace(heap, heap[0] + costs[sequence] * bins)
-            for entry in full:
-                heapq.heappush(heap, entry)
+            del room[at]
+            entry = spent.pop(at)
+            places[sequence] = entry % bins
+            to = bisect(spent, entry := entry + costs[sequence] * bins, at)
+            spent.insert(to, entry)
+            room.insert(to, left - length)
         return places
 
     def _micro_batches(self, sequences: np.ndarray, lengths: np.ndarray, places: list[int]) -> list[Shard]:
-        members: list[list[int]] = [[] for _ in range(self.batching.micro_batches)]
-        for sequence, place in enumerate(places):
-            members[place].append(sequence)
-        return [Shard(tuple(sequences[own].tolist()), tuple(lengths[own].tolist())) for own in members]
+        ends = np.bincount(places, minlength=self.batching.micro_batches).cumsum().tolist()
+        order = np.argsort(places, kind="stable")
+        own, sizes = sequences[order].tolist(), lengths[order].tolist()
+        return [Shard(tuple(own[a:b]), tuple(sizes[a:b])) for a, b in pairwise([0, *ends])]

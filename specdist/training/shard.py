@@ -82,6 +82,10 @@ class ShardedWeights:
         self._to_reduce: list[FSDPModule] = []
         """Units that it has not reduced yet, in their order."""
 
+    def owners(self) -> dict[Tensor, FSDPModule]:
+        """The unit of each weight: of its shard, or while it is gathered of the whole."""
+        return {weight: unit for unit in self.units for weight in unit.parameters()}  # the inner one of two
+
     def gather(self) -> None:
         """Begin; nothing waits for it. All draft ranks call this at one place in the order of their collectives."""
         for unit in self.units:
@@ -109,17 +113,15 @@ class ShardedWeights:
     def expect(self, last: bool) -> None:
         """A backward comes next: of a micro-batch, the step's last one or not."""
         if not self._owners:
-            owners = {weight: unit for unit in self.units for weight in unit.parameters()}  # the inner one of two
-            self._owners = {weight: unit for weight, unit in owners.items() if weight.requires_grad}
+            self._owners = {weight: unit for weight, unit in self.owners().items() if weight.requires_grad}
             for weight in self._owners:
                 weight.register_post_accumulate_grad_hook(self._computed)
         whole, *parts = self.units
         whole.set_requires_gradient_sync(last)  # of the parts as well
         whole.set_reshard_after_backward(last)
         whole.set_is_last_backward(last)
-        self._missing = {unit: set() for unit in (*reversed(parts), whole)}
-        for weight, unit in self._owners.items():
-            self._missing[unit].add(weight)
+        order, owners = (*reversed(parts), whole), self._owners.items()
+        self._missing = {unit: {weight for weight, owner in owners if owner is unit} for unit in order}
         self._to_reduce = [unit for unit, weights in self._missing.items() if last and weights]
 
     def _computed(self, weight: Tensor) -> None:
