@@ -186,15 +186,13 @@ class _Rank:
         if not ran or self._trainer is None or self._ranks == 1:
             return {}
         found = {"exposed_ms": exposed(ran) / PROFILED}
-        weights = self._trainer.weights
-        sizes = dict.fromkeys(weights.units, 0)
-        for weight, unit in weights.owners().items():
-            sizes[unit] += weight.numel()
-        (whole, *parts), replicated = sizes.values(), config.sharding == "replicate"
+        units, owners = self._trainer.weights.units, self._trainer.weights.owners().items()
+        sizes = [sum(weight.numel() for weight, owner in owners if owner is unit) for unit in units]
+        reduced, replicated = [*reversed(sizes[1:]), sizes[0]], config.sharding == "replicate"
         if replicated and config.cp > 1:  # two collectives each, of two groups
             return found
-        gathers = [] if replicated else [size * self.dtype.itemsize / link for size in (whole, *parts)]
-        reductions = [size * 4 * (2 if replicated else 1) / link for size in (*reversed(parts), whole)]
+        gathers = [] if replicated else [size * self.dtype.itemsize / link for size in sizes]
+        reductions = [size * 4 * (2 if replicated else 1) / link for size in reduced]
         try:
             return found | {"exposed_at_link_ms": reckoned(ran, PROFILED, gathers, reductions)}
         except ValueError as error:
