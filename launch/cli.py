@@ -220,7 +220,7 @@ def _doctor(args: argparse.Namespace) -> int:
         return 0 if report.healthy else 1
     examine_model(job)  # raises what is wrong with the configuration; the ranks report what is wrong with hosts
     ranks = args.nproc_per_node or world_size(job, 0 if job.world.device == "cpu" else torch.cuda.device_count())
-    return start(*words.split(args.config), ranks, module="specdist.run.preflight.world")
+    return start(args.config, ranks, module="specdist.run.preflight.world")
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -262,8 +262,7 @@ def _export(args: argparse.Namespace) -> int:
 
     if args.push:
         to_push(args.push)
-    files, overrides = words.split(args.config)
-    exports = export_checkpoint(files, overrides, checkpoint=args.checkpoint, output=args.output)
+    exports = export_checkpoint(words.load(args.config), checkpoint=args.checkpoint, output=args.output)
     for path in exports:
         print(path, flush=True)
         for command in serve_commands(path):
@@ -283,13 +282,13 @@ def _eval(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     if args.output and not (folder := Path(args.output).absolute().parent).is_dir():
         raise UserError(f"--output {args.output}: there is no directory {folder}")
-    files, overrides = words.split(args.config)
+    job = words.load(args.config)
     if args.decode:
-        print(decode_prompts(files, overrides, draft=args.draft, checkpoint=args.checkpoint, output=args.output))
+        print(decode_prompts(job, draft=args.draft, checkpoint=args.checkpoint, output=args.output))
         return 0
     from specdist_launch.local import evaluate
 
-    return evaluate(evaluation_words(files, overrides, args.draft, args.checkpoint), args.output)
+    return evaluate(evaluation_words(job, args.config, args.draft, args.checkpoint), args.output)
 
 
 def _serve_check(args: argparse.Namespace) -> int:
@@ -298,8 +297,7 @@ def _serve_check(args: argparse.Namespace) -> int:
     from specdist_launch.local import evaluate
 
     engine = {"sglang": "SGLang", "vllm": "vLLM"}.get(args.engine)
-    files, overrides = words.split(args.config)
-    check = serve_check.prepare(files, overrides, engine, args.draft)
+    check = serve_check.prepare(words.load(args.config), args.config, engine, args.draft)
     decoded = check.decode()
     status = evaluate(check.replay)
     if status:

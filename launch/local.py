@@ -35,8 +35,7 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     directory = resolve(job.target.path, "target.path", weights=True)  # before any rank could wait for another
     if (asked := begun_prompts(job)) is not None:
         prepare_corpus(asked, directory).check_vocabulary(examine(job).target.vocab_size)
-    files, overrides = words.split(config)
-    return start(files, overrides, ranks, retries=retries, role=job.world.role, launched=launched)
+    return start(config, ranks, retries=retries, role=job.world.role, launched=launched)
 
 
 def generate(config: Sequence[str], ranks: int | None = None) -> int:
@@ -58,8 +57,7 @@ def generate(config: Sequence[str], ranks: int | None = None) -> int:
         return 0
     resolve(job.target.path, "target.path", weights=True)
     ranks = ranks or (1 if job.world.device == "cpu" else torch.cuda.device_count()) or 1
-    files, overrides = words.split(config)
-    return start(files, overrides, ranks, module="specdist.run.answers")
+    return start(config, ranks, module="specdist.run.answers")
 
 
 def evaluate(config: Sequence[str], output: str | None = None) -> int:
@@ -76,8 +74,7 @@ def evaluate(config: Sequence[str], output: str | None = None) -> int:
 
 
 def start(
-    files: Sequence[str],
-    overrides: Sequence[str],
+    config: Sequence[str],
     ranks: int,
     module: str = "specdist.train",
     retries: int = 0,
@@ -93,7 +90,7 @@ def start(
     def run(attempt: Attempt, received: list[int]) -> int:
         placement = ["--nproc-per-node", str(ranks), "--job", attempt.job, "--restart", str(attempt.restart)]
         placement += ["--launched", str(launched if launched and not attempt.restart else time.time())]
-        arguments = [*placement, "--launcher", "local", "--module", module, *files, *overrides]
+        arguments = [*placement, "--launcher", "local", "--module", module, *config]
         forked = AgentFork(lambda: agent.main(arguments)) if may_fork() else None
         return attend([forked or AgentProcess(agent_command(arguments))], received)
 

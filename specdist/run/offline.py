@@ -15,7 +15,7 @@ from specdist.core.hub import resolve
 from specdist.core.progress import best_intact, checkpoint_path, committed, damage, read_progress
 from specdist.draft.base import DraftModel
 from specdist.evaluate.report import EvaluationReport, render
-from specdist.job.config import JobConfig, JobFacts, examine, load_job
+from specdist.job.config import JobConfig, JobFacts, examine
 from specdist.job.run_dir import RunDirectory
 from specdist.run.after_training import export_all
 from specdist.run.answers import ready_prompts
@@ -26,14 +26,11 @@ from specdist.run.serving import evaluate_served
 CPU = torch.device("cpu")
 
 
-def export_checkpoint(
-    files: Sequence[str], overrides: Sequence[str], checkpoint: str | None = None, output: str | None = None
-) -> list[Path]:
+def export_checkpoint(job: JobConfig, checkpoint: str | None = None, output: str | None = None) -> list[Path]:
     """Write a checkpoint in every format of `export.formats`; returns the directories. `checkpoint`: a directory, or
     the name or step of one of the run's. By default the run's best one by `checkpoint.keep_best`, else its newest.
     `output`: where to. By default the run's export/, for another checkpoint than that one a folder of its name in
     it."""
-    job = load_job(files, overrides)
     if job.export.formats == ():
         raise ConfigError.at("export.formats", "=[] leaves nothing to write: name a format, or give null for all")
     facts, run_dir = _examined(job), RunDirectory(Path(job.run.dir))
@@ -46,11 +43,11 @@ def export_checkpoint(
 
 
 def evaluation_words(
-    files: Sequence[str], overrides: Sequence[str], draft: str | None, checkpoint: str | None = None
+    job: JobConfig, words: Sequence[str], draft: str | None, checkpoint: str | None = None
 ) -> list[str]:
-    """The words of a run in RUN_DIR/evaluation that only evaluates an exported draft, by default `checkpoint`'s."""
+    """The words of a run in RUN_DIR/evaluation that only evaluates an exported draft, by default `checkpoint`'s.
+    `words`: those of `job`."""
     _check_one(draft, checkpoint)
-    job = load_job(files, overrides)
     if not job.prompts.holdout:
         raise ConfigError.at("prompts.holdout", "is not set: give files of held-out conversations, or a share")
     directory = Path(job.run.dir) / "evaluation"
@@ -58,14 +55,13 @@ def evaluation_words(
         raise ConfigError(f"--draft {draft}: every evaluation begins by emptying {directory}: export it elsewhere")
     RunDirectory(directory).clear()  # of the evaluation before
     if draft is None:
-        draft = str(_exported(files, overrides, job, checkpoint))
+        draft = str(_exported(job, checkpoint))
     prompts = ready_prompts(job) if job.prompts.answers == "target" else job.prompts
     holdout = prompts.holdout if isinstance(prompts.holdout, float) else json.dumps(prompts.holdout)
     texts = [f"prompts.files={json.dumps(prompts.files)}", f"prompts.holdout={holdout}", "prompts.answers=data"]
     keys = [f"run.dir={directory}", f"draft.init_from={draft}", "train.steps=0", "train.epochs=null"]
     return [
-        *files,
-        *overrides,
+        *words,
         *texts,
         *keys,
         "channel.dtype=auto",  # an engine hands hidden states on as they are
@@ -76,15 +72,10 @@ def evaluation_words(
 
 
 def decode_prompts(
-    files: Sequence[str],
-    overrides: Sequence[str],
-    draft: str | None = None,
-    checkpoint: str | None = None,
-    output: str | None = None,
+    job: JobConfig, draft: str | None = None, checkpoint: str | None = None, output: str | None = None
 ) -> str:
     """Decode prompts with an exported draft, or with `checkpoint`, as export takes it; returns the report as text."""
     _check_one(draft, checkpoint)
-    job = load_job(files, overrides)
     if not prompt_files(job)[0]:
         raise ConfigError.at(
             "evaluate.prompts", "is empty, and prompts.holdout is not set: give files of held-out prompts"
@@ -92,7 +83,7 @@ def decode_prompts(
     facts, cuda = _examined(job), job.world.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     if job.target.engine == "sglang":
-        directory = resolve(draft, "--draft", weights=True) if draft else _exported(files, overrides, job, checkpoint)
+        directory = resolve(draft, "--draft", weights=True) if draft else _exported(job, checkpoint)
         return _reported(evaluate_served(job, facts, directory), output)
     ours = partial(_run_draft, job, facts, checkpoint, device)
     make = partial(exported_draft, job, facts, draft, device) if draft else ours
@@ -105,9 +96,9 @@ def _reported(report: EvaluationReport, output: str | None) -> str:
     return render(report)
 
 
-def _exported(files: Sequence[str], overrides: Sequence[str], job: JobConfig, checkpoint: str | None) -> Path:
+def _exported(job: JobConfig, checkpoint: str | None) -> Path:
     """A checkpoint's draft, for an evaluation; by default of the one that export takes."""
-    return export_checkpoint(files, overrides, checkpoint, str(Path(job.run.dir) / "evaluation" / "draft"))[0]
+    return export_checkpoint(job, checkpoint, str(Path(job.run.dir) / "evaluation" / "draft"))[0]
 
 
 def _examined(job: JobConfig) -> JobFacts:

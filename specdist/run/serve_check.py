@@ -23,7 +23,7 @@ from specdist.evaluate.decoding import fitting_prompts
 from specdist.evaluate.prompts import EvaluationPrompt
 from specdist.export.serving import ServeCommand
 from specdist.generate.engine import GREEDY
-from specdist.job.config import examine, load_job
+from specdist.job.config import JobConfig, examine
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.report import PrepareReport
 from specdist.prompts.store import StoreWriter
@@ -61,11 +61,10 @@ class ServeCheck:
         return drafted, plain
 
 
-def prepare(files: Sequence[str], overrides: Sequence[str], engine: str | None, draft: str | None) -> ServeCheck:
+def prepare(job: JobConfig, words: Sequence[str], engine: str | None, draft: str | None) -> ServeCheck:
     """Everything that can be checked before an engine starts. Raises ConfigError, DataError: what is missing or does
     not go together. `engine`: SGLang or vLLM; None for the target's, or the one that is installed. `draft`: an exported
-    draft instead of the run's: a directory, or an id on the Hub."""
-    job = load_job(files, overrides)
+    draft instead of the run's: a directory, or an id on the Hub. `words`: those of `job`."""
     if not prompt_files(job)[0]:
         raise ConfigError.at(
             "prompts.holdout", "is not set, and evaluate.prompts is empty: give files of held-out prompts"
@@ -86,9 +85,8 @@ def prepare(files: Sequence[str], overrides: Sequence[str], engine: str | None, 
     prompts = [found[i] for i in fitting_prompts([p.tokens for p in found], job.evaluate, longest)]
     folder = Path(job.run.dir) / "serve-check"
     server = Server(command, job, facts, prompts, job.evaluate.max_new_tokens)
-    return ServeCheck(
-        server, len(found) - len(prompts), folder, [*files, *overrides, *_replay_words(command, folder, job.target.tp)]
-    )
+    replay = [*words, *_replay_words(command, folder, job.target.tp)]
+    return ServeCheck(server, len(found) - len(prompts), folder, replay)
 
 
 def _replay_words(command: ServeCommand, folder: Path, tp: int) -> list[str]:

@@ -21,9 +21,10 @@ from specdist.export import ExportConfig, Trained, export_draft
 from specdist.export.serving import serve_commands
 from specdist.generate import sglang_process, vllm, vllm_process
 from specdist.generate.engine import Drafted
+from specdist.job.config import load_job
 from specdist.run import serving
 from specdist.run.offline import evaluation_words
-from specdist.run.serve_check import prepare
+from specdist.run.serve_check import ServeCheck, prepare
 from specdist.run.serve_report import ALL, SAME, Compared, ServeReport
 from specdist.target.description import describe
 from specdist.target.sglang import versions
@@ -32,6 +33,10 @@ from specdist_launch import cli, local, words
 from tests.tiny import make_config, make_conversations, make_target
 
 DRAFT = draft_config(eagle3=Eagle3Config(layers=(0, 2, 4), ttt_length=3))
+
+
+def prepared(words: list[str], engine: str | None, draft: str | None) -> ServeCheck:
+    return prepare(load_job([], words), words, engine, draft)
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +73,13 @@ def test_the_engine_is_the_one_asked_for_the_targets_or_the_one_that_is_there(ru
     directory, given = run
 
     def chosen(engine: str | None, *more: str) -> str:
-        return prepare([], [*given, *more], engine, None).server.command.by.engine
+        return prepared([*given, *more], engine, None).server.command.by.engine
 
     assert chosen(None) == "SGLang"
     here("0.5.16", "0.22.1")
     assert (chosen("vLLM"), chosen(None, "target.engine=sglang")) == ("vLLM", "SGLang")
     here(None, "0.22.1")
-    check = prepare([], given, None, None)
+    check = prepared(given, None, None)
     assert check.server.command.by.engine == "vLLM"
     assert check.server.command.draft == str(directory / "run/export/sglang")
     assert f"draft.init_from={check.server.command.draft}" in check.replay
@@ -98,16 +103,16 @@ def test_the_engine_is_the_one_asked_for_the_targets_or_the_one_that_is_there(ru
 def test_what_cannot_be_checked_is_said_before_an_engine_starts(run, here, versions_here, more, engine, said):
     here(*versions_here)
     with pytest.raises((ConfigError, DataError), match=said):
-        prepare([], [*run[1], *more], engine, None)
+        prepared([*run[1], *more], engine, None)
 
 
 def test_a_draft_of_another_target_is_refused(run, here, tmp_path):
     other = make_target(tmp_path / "wide", hidden=48)
     with pytest.raises(ConfigError, match=r"export/sglang is no draft of .*wide: .*hidden_size is 32, 48 beside this"):
-        prepare([], [*run[1], f"target.path={other}"], None, None)
+        prepared([*run[1], f"target.path={other}"], None, None)
     shallow = make_target(tmp_path / "shallow", layers=4)
     with pytest.raises(ConfigError, match=r"export/sglang is no draft of .*shallow: .*layers"):
-        prepare([], [*run[1], f"target.path={shallow}", "draft.eagle3.layers=[0,1,2]"], None, None)
+        prepared([*run[1], f"target.path={shallow}", "draft.eagle3.layers=[0,1,2]"], None, None)
 
 
 def test_a_draft_of_a_target_of_other_depth_is_refused(run, here, tmp_path):
@@ -115,11 +120,11 @@ def test_a_draft_of_a_target_of_other_depth_is_refused(run, here, tmp_path):
     config = json.loads((draft / "config.json").read_text())
     (draft / "config.json").write_text(json.dumps(config | {"num_target_layers": 9}))
     with pytest.raises(ConfigError, match=r"is a draft of a target of 9 layers, and .* has 6"):
-        prepare([], run[1], None, str(draft))
+        prepared(run[1], None, str(draft))
 
 
 def test_a_replay_knows_nothing_of_the_one_before(run, here, monkeypatch):
-    check = prepare([], run[1], None, None)
+    check = prepared(run[1], None, None)
     before = check.folder / "replay/config.yaml"
     before.parent.mkdir(parents=True)
     before.write_text("draft: {init_from: elsewhere}")
@@ -134,9 +139,9 @@ def test_an_evaluation_empties_no_directory_that_is_in_use(run, tmp_path):
     evaluation.mkdir()
     (evaluation / "config.yaml").write_text("run: {dir: x}")
     with pytest.raises(ConfigError, match=r"--draft .*draft: every evaluation begins by emptying .*evaluation"):
-        evaluation_words([], words, str(evaluation / "draft"))
+        evaluation_words(load_job([], words), words, str(evaluation / "draft"))
     with Claim(evaluation, "7.0", "a"), pytest.raises(ConfigError, match=r"evaluation is in use: attempt 7\.0"):
-        evaluation_words([], words, str(directory / "run/export/sglang"))
+        evaluation_words(load_job([], words), words, str(directory / "run/export/sglang"))
     assert (evaluation / "config.yaml").exists()
 
 
@@ -149,7 +154,7 @@ def test_a_run_without_exports_is_told_so(run, command, capsys):
 def test_an_engine_without_the_targets_hidden_states_is_refused(run, here, monkeypatch):
     monkeypatch.setattr(serving, "hands_out_layers", lambda engine, architecture: False)
     with pytest.raises(ConfigError, match=r"SGLang 0\.5\.16 gives no hidden states of LlamaForCausalLM"):
-        prepare([], run[1], None, None)
+        prepared(run[1], None, None)
 
 
 def test_models_of_engines_are_read_without_importing_them(tmp_path, monkeypatch):

@@ -116,17 +116,26 @@ class BlockDraft(DraftModel):
             blocks, lengths = blocks.filled(filled, self.config.most(filled)), (*lengths, filled - tokens)
         return Supervision(total, {"blocks": blocks, "lengths": lengths}, filled)
 
-    def supervised_states(
-        self, batch: PackedTokens, features: Features, supervision: Supervision
-    ) -> tuple[Blocks, Tensor | None]:
-        """The blocks that `supervise` has drawn and their `states`; None where there are no blocks."""
+    def forward(
+        self, batch: PackedTokens, features: Features, supervision: Supervision, totals: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if (found := self.filled_up(batch, features, supervision, totals)) is not None:
+            return found
         blocks, lengths = supervision.data["blocks"], supervision.data["lengths"]
         assert isinstance(blocks, Blocks)
         assert isinstance(lengths, tuple)
         if not len(blocks.anchors):
-            return blocks, None
-        verified = self.verified(batch, features)
-        return blocks, self.states(batch, blocks, verified, self.attention(blocks, lengths))
+            return self.nothing(totals)
+        states = self.states(batch, blocks, self.verified(batch, features), self.attention(blocks, lengths))
+        loss, own, sums = self.learn(batch, features, blocks, states, totals)
+        return loss, torch.cat([supervision.counts, own.detach().double() * totals, sums.flatten()])
+
+    @abstractmethod
+    def learn(
+        self, batch: PackedTokens, features: Features, blocks: Blocks, states: Tensor, totals: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the blocks' normed states [N, D, H]: the loss, with a graph, its parts that are among the metrics, and the
+        sums [D, 5] in the order of `SUMS`."""
 
     def chunked(
         self, blocks: Blocks, states: Tensor, batch: PackedTokens, terms: Terms

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from specdist.core.records import Features, PackedTokens
-from specdist.draft.base import Drafts, Supervision, draw
+from specdist.draft.base import Drafts, draw
 from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.block.blocks import Blocks
 from specdist.draft.block.layer import modules
@@ -36,14 +36,9 @@ class DFlashDraft(BlockDraft):
     def total(self, blocks: Blocks) -> Tensor:
         return self.how.total(blocks.valid)
 
-    def forward(
-        self, batch: PackedTokens, features: Features, supervision: Supervision, totals: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if (found := self.filled_up(batch, features, supervision, totals)) is not None:
-            return found
-        blocks, states = self.supervised_states(batch, features, supervision)
-        if states is None:
-            return self.nothing(totals)
+    def learn(
+        self, batch: PackedTokens, features: Features, blocks: Blocks, states: Tensor, totals: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         labels, valid, last = self.labels(blocks), blocks.valid, (self.how, totals.to(at_least_fp32(states[:0]).dtype))
 
         def terms(products: Tensor, part: slice) -> Found:
@@ -53,7 +48,7 @@ class DFlashDraft(BlockDraft):
             return self._taught(products, teacher, labels[part], valid[part], *last)
 
         loss, _, sums = self.chunked(blocks, states, batch, terms)
-        return loss, torch.cat([supervision.counts, loss.detach().double() * totals, sums.flatten()])
+        return loss, loss[None], sums
 
     def fill(self, states: Tensor, first: Tensor, temperature: float, generator: torch.Generator | None) -> Drafts:
         logits = self.logit_map(self.products(self.factors(states, first)))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from specdist.core.records import Features, PackedTokens
-from specdist.draft.base import Drafts, Supervision, draw, ratio
+from specdist.draft.base import Drafts, draw, ratio
 from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.block.blocks import Blocks
 from specdist.draft.block.loss import RATES, SUMS, metrics
@@ -44,14 +44,9 @@ class DSparkDraft(BlockDraft):
         head = self.markov_head
         return [*super().factors(states, before), (head.block(states, head.rows(before)), head.markov_w2.weight)]
 
-    def forward(
-        self, batch: PackedTokens, features: Features, supervision: Supervision, totals: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if (found := self.filled_up(batch, features, supervision, totals)) is not None:
-            return found
-        blocks, states = self.supervised_states(batch, features, supervision)
-        if states is None:
-            return self.nothing(totals)
+    def learn(
+        self, batch: PackedTokens, features: Features, blocks: Blocks, states: Tensor, totals: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         config, labels, wide = self.config, self.labels(blocks), at_least_fp32(states[:0]).dtype
         assert config.ce_weight is not None, "the configuration was not completed"
         assert config.l1_weight is not None
@@ -67,8 +62,7 @@ class DSparkDraft(BlockDraft):
             foreseen = self.confidence_head(states, self.markov_head.rows(batch.tokens[blocks.rows])).to(wide)
             confidence = functional.binary_cross_entropy_with_logits(foreseen, chances, weights, reduction="sum")
             loss = loss + config.confidence_weight * confidence
-        parts = torch.stack([loss.detach(), confidence.detach()]).double() * totals
-        return loss, torch.cat([supervision.counts, parts, sums.flatten()])
+        return loss, torch.stack([loss, confidence]), sums
 
     def fill(self, states: Tensor, first: Tensor, temperature: float, generator: torch.Generator | None) -> Drafts:
         head, ids = self.markov_head, self.vocabulary.ids

@@ -2,7 +2,7 @@
 """The functions between the matrix products of a training step: as they are, or made into few kernels each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,47 +44,34 @@ class Eagle3Ops:
 
 PLAIN = Eagle3Ops()
 
+_VARIED = {
+    "norm": "x",
+    "norm_backward": "grad x carry",
+    "state": "place x rows",
+    "state_backward": "grads which x carry",
+    "state_grad": "grads which carry",
+    "swiglu": "gate up",
+    "swiglu_backward": "grad gate up",
+    "row_terms": "student teacher log_sum_exp argmax weights",
+    "hard_row_terms": "student argmax weights",
+    "argmax_lse": "products",
+    "quantise": "x",
+    "rounded_norm": "x",
+    "rounded_swiglu": "gate up",
+    "rounded_swiglu_backward": "grad gate up",
+}
+"""By function, the arguments that have another first size in every call; every size of the others may change."""
+
 
 def compiled_ops(device: torch.device) -> Eagle3Ops:
     """Each is compiled to one graph for all lengths and steps. On CUDA Triton kernels take the place of those that the
     compiler makes several passes of."""
-    row_terms = compiled(losses.row_terms, "student", "teacher", "log_sum_exp", "argmax", "weights")
-    made = Eagle3Ops(
-        norm=compiled(ops.norm, "x"),
-        norm_backward=compiled(ops.norm_backward, "grad", "x", "carry"),
-        state=compiled(ops.state, "place", "x", "rows"),
-        state_backward=compiled(ops.state_backward, "grads", "which", "x", "carry"),
-        state_grad=compiled(ops.state_grad, "grads", "which", "carry"),
-        swiglu=compiled(ops.swiglu, "gate", "up"),
-        swiglu_backward=compiled(ops.swiglu_backward, "grad", "gate", "up"),
-        heads=compiled(ops.heads),
-        heads_backward=compiled(ops.heads_backward),
-        merge=compiled(ops.merge),
-        merge_backward=compiled(ops.merge_backward),
-        row_terms=row_terms,
-        kl_row_terms=row_terms,
-        hard_row_terms=compiled(losses.hard_row_terms, "student", "argmax", "weights"),
-        argmax_lse=compiled(argmax_lse.argmax_lse, "products"),
-        quantise=compiled(fp8.quantise, "x"),
-        quantise_both_ways=compiled(fp8.quantise_both_ways),
-        rounded_norm=compiled(fp8.rounded_norm, "x"),
-        rounded_swiglu=compiled(fp8.rounded_swiglu, "gate", "up"),
-        rounded_swiglu_backward=compiled(fp8.rounded_swiglu_backward, "grad", "gate", "up"),
-    )
-    if device.type != "cuda":
-        return made
-    # Here, because Triton comes with torch for CUDA only.
-    from specdist.core import argmax_lse_kernel
-    from specdist.draft.eagle3.kernels import heads, logits, own_keys, rounded_swiglu
+    made = {name: compiled(op, *_VARIED.get(op.__name__, "").split()) for name, op in vars(PLAIN).items()}
+    if device.type == "cuda":
+        # Here, because Triton comes with torch for CUDA only. A kernel has the name of what it takes the place of.
+        from specdist.core import argmax_lse_kernel
+        from specdist.draft.eagle3.kernels import heads, logits, own_keys, rounded_swiglu
 
-    return replace(
-        made,
-        kl_row_terms=logits.kl_row_terms,
-        hard_row_terms=logits.hard_row_terms,
-        argmax_lse=argmax_lse_kernel.argmax_lse,
-        heads=heads.heads,
-        heads_backward=heads.heads_backward,
-        merge=own_keys.merge,
-        merge_backward=own_keys.merge_backward,
-        rounded_swiglu_backward=rounded_swiglu.rounded_swiglu_backward,
-    )
+        for module in (argmax_lse_kernel, heads, logits, own_keys, rounded_swiglu):
+            made |= {name: op for name, op in vars(module).items() if name in made}
+    return Eagle3Ops(**made)

@@ -66,40 +66,19 @@ WRONG = {
 }
 """Architectures that SGLang runs, and whose features it would get wrong, or none of: from which version on, and why."""
 
-WINDOWLESS = frozenset(
-    {
-        "MistralForCausalLM",
-        "Phi3ForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen2MoeForCausalLM",
-        "Qwen3ForCausalLM",
-        "Qwen3MoeForCausalLM",
-    }
-)
+WINDOWLESS = """MistralForCausalLM Phi3ForCausalLM Qwen2ForCausalLM Qwen2MoeForCausalLM Qwen3ForCausalLM
+    Qwen3MoeForCausalLM"""
 """Architectures whose sliding window SGLang leaves out, silently."""
 
-_COMPARED = frozenset({"LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"})
+_COMPARED = "LlamaForCausalLM Qwen3ForCausalLM Qwen3MoeForCausalLM"
+_MORE = "Phi3ForCausalLM Qwen2ForCausalLM Qwen2_5_VLForConditionalGeneration Qwen3VLForConditionalGeneration"
 TESTED = {
     "0.5.16": _COMPARED,
     "0.5.18": _COMPARED,
-    "0.5.20": _COMPARED
-    | {
-        "Glm4MoeForCausalLM",
-        "MistralForCausalLM",
-        "Phi3ForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen2_5_VLForConditionalGeneration",
-        "Qwen3VLForConditionalGeneration",
-    },
+    "0.5.20": f"{_COMPARED} {_MORE} Glm4MoeForCausalLM MistralForCausalLM",
     "0.5.21": _COMPARED,
     "0.5.22": _COMPARED,
-    "0.5.23": _COMPARED
-    | {
-        "Phi3ForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen2_5_VLForConditionalGeneration",
-        "Qwen3VLForConditionalGeneration",
-    },
+    "0.5.23": f"{_COMPARED} {_MORE}",
 }
 """Architectures whose features were compared with transformers' on tiny models, by version; others are compared when a
 job begins (`target.verify_against`)."""
@@ -113,7 +92,7 @@ def check_architecture(target: TargetDescription, installed: str | None) -> None
     if since and Version(version) >= Version(since):
         raise _refusal(f"SGLang {version} {reason} for {name}")
     window, longest = read(target.config, "sliding_window"), target.max_positions
-    if name in WINDOWLESS and window and (longest is None or window < longest):
+    if name in WINDOWLESS.split() and window and (longest is None or window < longest):
         raise _refusal(f"SGLang leaves out the sliding window of {window} tokens of {name}")
     if name not in FIRST:
         raise _refusal(f"SGLang up to {NEWEST} does not hand out layers of {name}")
@@ -123,7 +102,7 @@ def check_architecture(target: TargetDescription, installed: str | None) -> None
 
 def is_tested(target: TargetDescription, version: str) -> bool:
     """Whether features of such a target were compared with transformers' under this version."""
-    return bool(target.architectures) and target.architectures[0] in TESTED.get(version, ())
+    return bool(target.architectures) and target.architectures[0] in TESTED.get(version, "").split()
 
 
 def _refusal(reason: str) -> ConfigError:
