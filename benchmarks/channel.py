@@ -84,3 +84,7 @@ def render(speeds: Sequence[ChannelSpeed]) -> str:
     }  # fmt: skip
     note = "limit: the transport alone, in the same run; GB are 1e9 bytes, of all links together"
     return f"{table(columns, speeds)}\n{note}"
+
+
+if __name__ == "__main__":
+    main()

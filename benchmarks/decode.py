@@ -131,3 +131,7 @@ def render(speeds: Sequence[DecodeSpeed]) -> str:
         "cost of a forward": "cost:.2f",
     }  # fmt: skip
     return table(columns, speeds)
+
+
+if __name__ == "__main__":
+    main()

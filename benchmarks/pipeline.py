@@ -210,3 +210,7 @@ def render(found: PipelineSpeed) -> str:
     if found.cached_to_split is not None:
         lines.append(f"cached: {found.cached_to_split:.2f} times split, which computes what this reads")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -247,3 +247,7 @@ def _report_cost(cost: SchedulerCost) -> None:
         "server thread, ms per item": "server_ms:.3f", "us per message": "server_us_per_message:.3f",
     }  # fmt: skip
     print(table(columns, [cost]))
+
+
+if __name__ == "__main__":
+    main()

@@ -178,3 +178,7 @@ def render(speeds: Sequence[StepSpeed]) -> str:
     again = sum(s.compilations for s in speeds)
     peak_line = f"peak: {peak:.2f} TFLOP/s of a matrix product; compiled after warm-up: {again}"
     return f"{table(columns, speeds)}\n{peak_line}"
+
+
+if __name__ == "__main__":
+    main()

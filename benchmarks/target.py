@@ -164,3 +164,7 @@ def render(speeds: Sequence[TargetSpeed]) -> str:
     }  # fmt: skip
     peak = max((s.peak_tflops for s in speeds), default=0.0)
     return f"{table(columns, speeds)}\npeak: {peak:.2f} TFLOP/s of a matrix product, per rank"
+
+
+if __name__ == "__main__":
+    main()
