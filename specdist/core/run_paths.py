@@ -23,57 +23,38 @@ from pathlib import Path
 from specdist.core.errors import ConfigError
 
 
+class _In:
+    """A path in the run directory."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: "RunPaths", owner: type) -> Path:
+        return run.path / self._name
+
+
 @dataclass(frozen=True)
 class RunPaths:
     """Paths of a run, without what is done with them: `RunDirectory` (specdist/job/run_dir.py) imports torch."""
 
     path: Path
 
+    config = _In("config.yaml")
+    checkpoints = _In("checkpoints")
+    answers = _In("answers")
+    answers_progress = _In("answers/progress.json")
+    """There while answers are written."""
+    metrics = _In("metrics.jsonl")
+    tensorboard = _In("tensorboard")
+    exports = _In("export")
+    summary = _In("summary.json")
+    prompts = _In("prompts.json")
+    status = _In("status.json")
+
     def absent(self) -> ConfigError:
         """What is wrong where there is no run."""
         return ConfigError(f"{self.path} is no run directory: it has no config.yaml (give the run.dir of a job)")
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def answers(self) -> Path:
-        return self.path / "answers"
-
-    @property
-    def answers_progress(self) -> Path:
-        """There while answers are written."""
-        return self.answers / "progress.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def exports(self) -> Path:
-        return self.path / "export"
-
     def evaluation(self, step: int) -> Path:
         """What held-out text gave after `step` steps."""
         return self.path / "evaluations" / f"step-{step:08d}.json"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
-    def prompts(self) -> Path:
-        return self.path / "prompts.json"
-
-    @property
-    def status(self) -> Path:
-        return self.path / "status.json"

@@ -5,18 +5,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from specdist.prompts.conversation import (
-    REASONING_KEYS,
-    UNTAUGHT,
-    WRITTEN_KEYS,
-    Message,
-    Sample,
-    conversation_key,
-    raw_turns,
-    system_turn,
-    to_message,
-    tools_of,
-)
+from specdist.prompts import conversation
 from specdist.prompts.report import UnusableError
 from specdist.prompts.template import Template
 
@@ -43,7 +32,7 @@ class _Step:
     """A turn as the file has it and as templates know it (None: it lacks it); `asked`: the target writes it."""
 
     turn: Mapping[str, Any] | None
-    message: Message | None
+    message: conversation.Message | None
     asked: bool
 
 
@@ -54,7 +43,7 @@ class Conversation:
     record: Mapping[str, Any]
     key: str
     group: int
-    before: list[Message]
+    before: list[conversation.Message]
     steps: list[_Step] = field(repr=False)
     tools: tuple[dict[str, Any], ...] = ()
 
@@ -71,7 +60,7 @@ class Conversation:
             if not step.asked:
                 assert step.turn is not None
                 assert step.message is not None
-                context = {UNTAUGHT: 0} if held and step.message["role"] == "assistant" else {}
+                context = {conversation.UNTAUGHT: 0} if held and step.message["role"] == "assistant" else {}
                 turns.append({**step.turn, **context})
                 told.append(step.message)
                 continue
@@ -97,7 +86,7 @@ class Conversation:
     def _turn(self, old: Mapping[str, Any] | None, written: Written) -> dict[str, Any]:
         like = old or next(step.turn for step in self.steps if step.turn)
         role, text = ("from", "value") if "from" in like and "role" not in like else ("role", "content")
-        dropped = {"content", "value", *REASONING_KEYS, *WRITTEN_KEYS}
+        dropped = {"content", "value", *conversation.REASONING_KEYS, *conversation.WRITTEN_KEYS}
         kept = {key: value for key, value in (old or {}).items() if key not in dropped}
         name = "gpt" if role == "from" else "assistant"
         return {role: name, **kept, text: written.content, **written.fields}
@@ -114,7 +103,7 @@ def parse(record: object, turns: Turns) -> Conversation:
     if not isinstance(record, Mapping):
         raise UnusableError("unknown format", f"a record is an object with a key, not {type(record).__name__}")
     key, raw = _raw_turns(record)
-    messages = [to_message(turn, number) for number, turn in enumerate(raw, start=1)]
+    messages = [conversation.to_message(turn, number) for number, turn in enumerate(raw, start=1)]
     roles = [message["role"] for message in messages]
     if "user" not in roles:
         raise UnusableError("no user turn", f"nobody asks anything in {len(roles)} turns")
@@ -132,12 +121,13 @@ def parse(record: object, turns: Turns) -> Conversation:
         steps = [
             _Step(s.turn, s.message, s.asked and (place == last or s.turn is None)) for place, s in enumerate(steps)
         ]
-    group = conversation_key(Sample("", 0, tuple(messages)))
-    return Conversation(record, key, group, system_turn(record, messages), steps, tools_of(record))
+    group = conversation.conversation_key(conversation.Sample("", 0, tuple(messages)))
+    shown, tools = conversation.system_turn(record, messages), conversation.tools_of(record)
+    return Conversation(record, key, group, shown, steps, tools)
 
 
 def _raw_turns(record: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    if (found := raw_turns(record)) is not None:
+    if (found := conversation.raw_turns(record)) is not None:
         return found
     asked = record.get("turns") if record.get("prompt") is None else [record["prompt"]]
     if isinstance(asked, list) and asked and all(isinstance(text, str) and text.strip() for text in asked):

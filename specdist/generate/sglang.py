@@ -9,36 +9,23 @@ import torch
 from specdist.generate.engine_process import EngineProcess
 from specdist.target.config import TargetConfig
 from specdist.target.sglang import versions
-from specdist.target.sglang.config import settings_of
+from specdist.target.sglang.config import arguments, settings_of
 
 PROCESS = "specdist.generate.sglang_process"
 
 
 def server_arguments(config: TargetConfig, device: torch.device, seed: int) -> dict[str, Any]:
     """The engine's arguments: those of `target` and `target.sglang` that concern generating, too."""
-    own = settings_of(config)
-    cpu = device.type == "cpu"
-    given = {
-        "mem_fraction_static": own.memory_fraction,
-        "attention_backend": own.attention_backend or ("torch_native" if cpu else None),
-        "sampling_backend": "pytorch" if cpu else None,
-        "quantization": own.quantization,
-    }
-    return {
-        "model_path": config.path,
-        "dtype": config.dtype,
-        "trust_remote_code": config.trust_remote_code,
-        "tp_size": config.tp,
-        "ep_size": own.ep,
-        "device": device.type,
+    shared = arguments(config, config.path, config.dtype, device.type)
+    own = {
         "base_gpu_id": device.index or 0,
         "random_seed": seed,
         "grammar_backend": "none",
         "skip_tokenizer_init": True,
         "log_level": "warning",
-        **{name: value for name, value in given.items() if value is not None},
-        **own.arguments,
+        **({"sampling_backend": "pytorch"} if device.type == "cpu" else {}),
     }
+    return {k: v for k, v in shared.items() if v is not None} | own | settings_of(config).arguments
 
 
 def sglang_engine(
@@ -55,5 +42,5 @@ def sglang_engine(
     versions.require()
     cores = "|".join(map(str, range(config.tp)))  # SGLang asks for one a rank
     cpu = {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": cores} if device.type == "cpu" else {}
-    arguments = server_arguments(config, device, seed) | dict(more or {})
-    return EngineProcess("SGLang", PROCESS, arguments, concurrency, ends, cpu)
+    given = server_arguments(config, device, seed) | dict(more or {})
+    return EngineProcess("SGLang", PROCESS, given, concurrency, ends, cpu)

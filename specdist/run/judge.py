@@ -15,14 +15,7 @@ from specdist.core.model_config import has_experts
 from specdist.core.records import PackedTokens, Shard
 from specdist.draft.base import Replayed
 from specdist.draft.build import parameter_count
-from specdist.evaluate.replay import (
-    ReplayReport,
-    ReplayTally,
-    foreign_text,
-    forward_seconds,
-    memory_bandwidth,
-    tally_answers,
-)
+from specdist.evaluate import replay
 from specdist.evaluate.shown import SHOWN_ANSWERS, Decodes, ShownAnswer, show_answers
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.render import load_tokenizer
@@ -71,23 +64,23 @@ class ReplayJudge(Judge):
 
     def result(self, step: int) -> dict[str, float]:
         seen, self._seen, self._shown = self._seen, [], []
-        tallies = np.zeros((len(self._labels), len(ReplayTally.empty(self.draft_tokens).vector)))
+        tallies = np.zeros((len(self._labels), len(replay.ReplayTally.empty(self.draft_tokens).vector)))
         for one in seen:
             self._tally(one, tallies)
         sums = torch.from_numpy(np.append(tallies, sum(int(one.agreed) for one in seen)) * self._counts)
         dist.all_reduce(sums, group=self._groups.draft_cpu)
         *_, agreed = sums.tolist()
         vectors = sums[:-1].view(tallies.shape).numpy()
-        found = {label: ReplayTally.of(vector) for label, vector in zip(self._labels, vectors, strict=True)}
+        found = {label: replay.ReplayTally.of(vector) for label, vector in zip(self._labels, vectors, strict=True)}
         answered = {label: tally for label, tally in found.items() if tally.answers} or found
         figures = answered, agreed, self.temperature, self._costs, self._forward_s, self._shown
-        report = ReplayReport(step, *figures)
+        report = replay.ReplayReport(step, *figures)
         if self._leader:
             self._keep(report)
             self._warn(report)
         return report.metrics()
 
-    def _keep(self, report: ReplayReport) -> None:
+    def _keep(self, report: replay.ReplayReport) -> None:
         """Write it down, if that can be: the run is worth more than a report, whose figures are in the metrics too."""
         path = self._run_dir.evaluation(report.step)
         try:
@@ -96,9 +89,9 @@ class ReplayJudge(Judge):
         except OSError as error:
             say(f"{path} cannot be written, and the run goes on: {error}")
 
-    def _warn(self, report: ReplayReport) -> None:
+    def _warn(self, report: replay.ReplayReport) -> None:
         """Say once, at the first evaluation of a training, what the summary would say when it is over."""
-        warning = foreign_text(report) if report.step < self._total_steps and not self._warned else None
+        warning = replay.foreign_text(report) if report.step < self._total_steps and not self._warned else None
         if warning is not None:
             say(f"held-out text: {warning}")
             self._warned = True
@@ -106,7 +99,7 @@ class ReplayJudge(Judge):
     def _tally(self, one: _Seen, tallies: np.ndarray) -> None:
         accepted, expected = map(self._whole, vars(one.drafts).values())
         assert accepted is not None
-        documents, found = tally_answers(one.batch, accepted, expected, self.draft_tokens)
+        documents, found = replay.tally_answers(one.batch, accepted, expected, self.draft_tokens)
         np.add.at(tallies, [self._labels.index(one.labels[document]) for document in documents], found)
         left = SHOWN_ANSWERS - len(self._shown)
         if self._tokenizer is not None and left > 0:
@@ -142,14 +135,14 @@ def _forecast(context: RankContext, measured: bool) -> tuple[list[float], float 
     whole = target.flops([1]) / 2 + target.hidden_size * target.vocab_size
     algorithm = job.draft.chosen
     costs = [algorithm.weights_read(trained, target.config, k) / whole for k in range(1, job.draft_tokens + 1)]
-    bandwidth = memory_bandwidth(context.world.device) if measured else None
+    bandwidth = replay.memory_bandwidth(context.world.device) if measured else None
     size = whole * context.facts.target_dtype.itemsize / job.target.tp
-    return costs, None if bandwidth is None else forward_seconds(size, target.layers, bandwidth)
+    return costs, None if bandwidth is None else replay.forward_seconds(size, target.layers, bandwidth)
 
 
-def read_evaluation(run_dir: RunDirectory, step: int) -> ReplayReport | None:
+def read_evaluation(run_dir: RunDirectory, step: int) -> replay.ReplayReport | None:
     """What the evaluation after `step` steps found; None where there was none."""
     try:
-        return ReplayReport.from_dict(json.loads(run_dir.evaluation(step).read_text()))
+        return replay.ReplayReport.from_dict(json.loads(run_dir.evaluation(step).read_text()))
     except (OSError, ValueError, KeyError, TypeError):  # there is none, or one of another version
         return None

@@ -55,11 +55,12 @@ def _log(record: AttemptRecord, rank: int | None, failed: int) -> Path:
     return found[rank]
 
 
-def bundle(run_dir: Path, output: Path) -> Path:
-    """Pack what a report of a defect needs into `output`, a .tar.gz. Raises ConfigError where there is no run."""
+def bundle(run_dir: Path, output: Path | None = None) -> Path:
+    """Pack what a report of a defect needs into `output` (default: ./NAME.tar.gz). Raises ConfigError: no run."""
     if not (paths := RunPaths(run_dir)).config.exists() and not attempts(run_dir):
         raise paths.absent()
     name = run_dir.absolute().name
+    output = output or Path(f"{name}.tar.gz")
     try:
         with tarfile.open(output, "w:gz") as archive:
             _add(archive, f"{name}/versions.txt", _versions().encode())

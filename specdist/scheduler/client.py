@@ -29,36 +29,14 @@ from specdist.core.errors import UserError, WorldError
 from specdist.core.launch_env import TOKEN
 from specdist.core.stop import StopFlag, StopReason
 from specdist.core.worker import Worker
+from specdist.scheduler import messages
 from specdist.scheduler.awake import AwakeClock
 from specdist.scheduler.config import ControlConfig
-from specdist.scheduler.messages import (
-    PROTOCOL_VERSION,
-    Abort,
-    ClockProbe,
-    Failed,
-    Goodbye,
-    Heartbeat,
-    Hello,
-    Message,
-    Pulse,
-    Ready,
-    RemotePlace,
-    Reports,
-    RingAddress,
-    StartWork,
-    Statistics,
-    Stop,
-    StopRequest,
-    Welcome,
-    decode,
-    encode,
-    shorten,
-)
 from specdist.scheduler.wire import HANDSHAKE_FAILED, identity, inproc_pair, numbered, prove, split
 
 logger = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer", Welcome, StartWork, Reports, ClockProbe)
+Answer = TypeVar("Answer", messages.Welcome, messages.StartWork, messages.Reports, messages.ClockProbe)
 
 _CLOSE = b""
 _LINGER_MS = 2000
@@ -94,10 +72,10 @@ class ControlClient:
         scheduler: str = "rank 0",
         on_abort: Callable[[UserError], None] | None = None,
         stop: StopFlag | None = None,
-        place: RemotePlace | None = None,
+        place: messages.RemotePlace | None = None,
     ):
-        self._hello = Hello(PROTOCOL_VERSION, os.getpid(), place)
-        self.rank, self.statistics = -2 if place else rank, Statistics()  # -2: not to blame for anything yet
+        self._hello = messages.Hello(messages.PROTOCOL_VERSION, os.getpid(), place)
+        self.rank, self.statistics = -2 if place else rank, messages.Statistics()  # -2: not to blame for anything yet
         self.step = -1
         """Optimizer steps done, for the scheduler's reports; free to set."""
         self.trouble = ""
@@ -108,17 +86,16 @@ class ControlClient:
         self._phase, self._phase_sent = ("starting", time.monotonic()), 0.0
         self._error: BaseException | None = None
         self._failed = threading.Event()
-        self.abort: Abort | None = None
+        self.abort: messages.Abort | None = None
         """The world's failure as rank 0 has sent it."""
-        self.stop: Stop | None = None
+        self.stop: messages.Stop | None = None
         """The end of the work, once the scheduler has sent it; what breaks after it does not matter any more."""
         self.rings: dict[int, str] = {}
         """Target worlds: where the memory of each draft rank is, as far as the scheduler has sent it."""
         # None in one of these: the world has failed.
-        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._answers: dict[type, queue.SimpleQueue[Any]] = {
-            kind: queue.SimpleQueue() for kind in (Welcome, StartWork, ClockProbe, Reports)
-        }
+        self._inbox: queue.SimpleQueue[messages.Message | None] = queue.SimpleQueue()
+        kinds = (messages.Welcome, messages.StartWork, messages.ClockProbe, messages.Reports)
+        self._answers: dict[type, queue.SimpleQueue[Any]] = {kind: queue.SimpleQueue() for kind in kinds}
         self._lock = threading.Lock()
         self._open = True
         self._context = zmq.Context()
@@ -155,27 +132,27 @@ class ControlClient:
 
     def ready(self) -> None:
         """This rank can take its part; nothing is dispatched before all ranks said so."""
-        self.send(Ready())
+        self.send(messages.Ready())
 
-    def send(self, message: Message) -> None:
+    def send(self, message: messages.Message) -> None:
         """Hand a message to the scheduler, in order, without waiting. Raises WorldError: the world has failed."""
         self.check()
         self._post(message)
 
-    def poll(self, timeout_s: float) -> list[Message]:
+    def poll(self, timeout_s: float) -> list[messages.Message]:
         """All messages that are there, in order; waits up to `timeout_s` for the first, and returns none if none came.
         Raises WorldError: the world has failed; names the rank, its role and host."""
         self.check()
-        messages: list[Message] = []
+        come: list[messages.Message] = []
         try:
             message = self._inbox.get(timeout=timeout_s)
             while message is not None:
-                messages.append(message)
+                come.append(message)
                 message = self._inbox.get_nowait()
         except queue.Empty:
             pass  # everything that was there is taken
         self.check()
-        return messages
+        return come
 
     def expect(self, kind: type[Answer], timeout_s: float | None = None) -> Answer | None:
         """The next message of one of the kinds that `poll` leaves out: `Welcome`, `StartWork` (the scheduler names the
@@ -192,9 +169,9 @@ class ControlClient:
     def ask_clock(self, timeout_s: float) -> ClockReading:
         """What rank 0's clock says. One thread asks at a time. Raises WorldError: no answer in `timeout_s` seconds."""
         asked, deadline = time.time_ns(), time.monotonic() + timeout_s
-        self.send(ClockProbe(asked))
+        self.send(messages.ClockProbe(asked))
         while True:
-            answer = self.expect(ClockProbe, max(deadline - time.monotonic(), 0.0))
+            answer = self.expect(messages.ClockProbe, max(deadline - time.monotonic(), 0.0))
             if answer is None:
                 raise WorldError(f"{self._scheduler} did not say what time it is within {timeout_s:.0f} s")
             if answer.asked == asked:  # else the late answer to a question that was given up
@@ -207,8 +184,9 @@ class ControlClient:
     def fail(self, error: BaseException) -> None:
         """Tell everyone that this rank failed. Does not raise: the caller's own error is the one to show here."""
         self._post(self._heartbeat(time.monotonic()))  # what it was doing
-        failure = Failure.of(error)
-        self._post(Failed(replace(failure, message=shorten(failure.message), traceback=shorten(failure.traceback))))
+        failure, shorten = Failure.of(error), messages.shorten
+        failure = replace(failure, message=shorten(failure.message), traceback=shorten(failure.traceback))
+        self._post(messages.Failed(failure))
 
     def close(self) -> None:
         """Leave: what was sent still goes out. Safe to call twice."""
@@ -216,7 +194,7 @@ class ControlClient:
             if not self._open:
                 return
             self._open = False
-            self._outbox.send(encode(Goodbye()))
+            self._outbox.send(messages.encode(messages.Goodbye()))
             self._outbox.send(_CLOSE)
         self._thread.join()
         self._outbox.close(0)
@@ -247,14 +225,14 @@ class ControlClient:
         dealer.setsockopt(zmq.IPV6, int("[" in address))
         dealer.connect(address)
 
-    def _heartbeat(self, now: float) -> Heartbeat:
+    def _heartbeat(self, now: float) -> messages.Heartbeat:
         text, since = self._phase
-        return Heartbeat(now - since, self.step, text, shorten(self.trouble))
+        return messages.Heartbeat(now - since, self.step, text, messages.shorten(self.trouble))
 
-    def _post(self, message: Message) -> None:
+    def _post(self, message: messages.Message) -> None:
         with self._lock:
             if self._open:
-                self._outbox.send(encode(message))
+                self._outbox.send(messages.encode(message))
 
     def _ended(self, error: BaseException | None) -> None:
         if error is not None:
@@ -270,7 +248,7 @@ class ControlClient:
             poller.register(socket, zmq.POLLIN)
         clock = AwakeClock(self._config.heartbeat_s + _HELD_S)
         heard = now = next_beat = clock()
-        self._put(encode(self._hello))
+        self._put(messages.encode(self._hello))
         while True:
             wake = next_beat if self._lost_at is None else min(next_beat, self._lost_at + self._config.heartbeat_s)
             if self._stop is not None and not self._stop_sent:
@@ -278,7 +256,7 @@ class ControlClient:
             poller.poll(math.ceil(max(wake - now, 0.0) * 1000))
             if self._stop and not self._stop_sent:  # before what the main thread said after it: Ready may be among it
                 self._stop_sent = True
-                self._put(encode(StopRequest(self._stop.reason or StopReason.ANOTHER_RANK)))
+                self._put(messages.encode(messages.StopRequest(self._stop.reason or StopReason.ANOTHER_RANK)))
             if self._send_all():
                 return
             received = self._receive_all()
@@ -286,7 +264,7 @@ class ControlClient:
             if received:
                 heard = now
             if now >= next_beat:
-                self._put(encode(self._heartbeat(time.monotonic())))
+                self._put(messages.encode(self._heartbeat(time.monotonic())))
                 next_beat = now + self._config.heartbeat_s
             self._watch_connection(now)
             if self._error is None:
@@ -340,29 +318,29 @@ class ControlClient:
             if number != self._received and self._error is None and self.stop is None:
                 what = f"has sent messages that did not reach rank {self.rank}: they were lost with the connection"
                 lost = WorldError(f"{self._scheduler} {what}", culprit=0)
-                self._put(encode(Failed(Failure.of(lost))))
+                self._put(messages.encode(messages.Failed(Failure.of(lost))))
                 self._break(lost)
             self._received = number + 1
-            self._take(decode(payload))
+            self._take(messages.decode(payload))
             received = True
         return received
 
-    def _take(self, message: Message) -> None:
+    def _take(self, message: messages.Message) -> None:
         match message:
-            case Pulse(statistics):
+            case messages.Pulse(statistics):
                 self.statistics = statistics
-            case Abort():
+            case messages.Abort():
                 self.abort = message
                 self._break(message.error())
-            case ClockProbe():
-                self._answers[ClockProbe].put(msgspec.structs.replace(message, answered=time.time_ns()))
-            case RingAddress(draft, endpoint):
+            case messages.ClockProbe():
+                self._answers[messages.ClockProbe].put(msgspec.structs.replace(message, answered=time.time_ns()))
+            case messages.RingAddress(draft, endpoint):
                 self.rings[draft] = endpoint
-            case Welcome() | StartWork() | Reports():
-                self.rank = message.rank if isinstance(message, Welcome) else self.rank
+            case messages.Welcome() | messages.StartWork() | messages.Reports():
+                self.rank = message.rank if isinstance(message, messages.Welcome) else self.rank
                 self._answers[type(message)].put(message)
             case _:
-                self.stop = message if isinstance(message, Stop) else self.stop
+                self.stop = message if isinstance(message, messages.Stop) else self.stop
                 self._inbox.put(message)
 
     def _break(self, error: BaseException) -> None:

@@ -16,33 +16,8 @@ from dataclasses import replace
 from specdist.core.attempts import Failure
 from specdist.core.stop import StopReason
 from specdist.core.topology import Topology
+from specdist.scheduler import messages
 from specdist.scheduler.config import ControlConfig
-from specdist.scheduler.messages import (
-    PROTOCOL_VERSION,
-    Abort,
-    ClockProbe,
-    Computed,
-    DecodeError,
-    Failed,
-    Goodbye,
-    Heartbeat,
-    Hello,
-    LastItem,
-    Message,
-    Produced,
-    Pulse,
-    Ready,
-    Released,
-    Reports,
-    RingAddress,
-    Sent,
-    StartWork,
-    Statistics,
-    Stop,
-    StopRequest,
-    decode,
-    encode,
-)
 from specdist.scheduler.peers import Peers
 from specdist.scheduler.replicas import RemoteRules, Replicas, Send
 from specdist.scheduler.scheduler import ProtocolError, Scheduler
@@ -63,7 +38,7 @@ class Observer:
     def inform(self, text: str) -> None:
         """Something that happened to a target world."""
 
-    def pulse(self, peers: Peers, statistics: Statistics, started: bool, now: float) -> None:
+    def pulse(self, peers: Peers, statistics: messages.Statistics, started: bool, now: float) -> None:
         """Called every `control.heartbeat_s` seconds until the run's end."""
 
     def advanced(self, scheduler: Scheduler, now: float) -> None:
@@ -92,7 +67,7 @@ class Coordinator:
         rules: RemoteRules | None = None,
     ):
         self.peers = Peers(topology, now)
-        self.aborted: Abort | None = None
+        self.aborted: messages.Abort | None = None
         self._observer = observer or Observer()
         self._scheduler, self._config, self._send = scheduler, config, send
         self._draft_ranks = topology.draft_ranks
@@ -112,12 +87,12 @@ class Coordinator:
         peer = self.peers[rank]
         peer.heard_at, peer.lost_at = now, None
         try:
-            message = decode(payload)
+            message = messages.decode(payload)
             if self.aborted is None:
                 self._apply(rank, message, now)
             else:
                 self._apply_late(rank, message)
-        except DecodeError as error:
+        except messages.DecodeError as error:
             peer.malformed += 1
             logger.warning("dropped a malformed control message of %s: %s", self.peers.name(rank), error)
         except ProtocolError as error:
@@ -145,7 +120,7 @@ class Coordinator:
         scheduler = self._scheduler
         if not self._ready and not self.peers.unready:
             self._ready = True
-            self._broadcast(StartWork(), now)
+            self._broadcast(messages.StartWork(), now)
         if scheduler is not None and self.replicas is not None and self._ready:
             for order in scheduler.next_orders(now):
                 self._broadcast(order, now, self.replicas.ranks(order.replica))
@@ -157,7 +132,7 @@ class Coordinator:
         """Send a sign of life, and name the ranks that are late."""
         if now >= self._next_pulse:
             self._next_pulse = now + self._config.heartbeat_s
-            self._broadcast(Pulse(self.statistics(now)), now)
+            self._broadcast(messages.Pulse(self.statistics(now)), now)
             if self.aborted is None:
                 self._observer.pulse(self.peers, self.statistics(now), self._ready, now)
         for check in (self._check_start, self._check_silence, self._check_remote, self._check_work):
@@ -173,11 +148,11 @@ class Coordinator:
         """
         if self.aborted is None:
             failure = self.peers.blame(rank, Failure("lost", failure) if isinstance(failure, str) else failure)
-            self._end(Abort(replace(failure, traceback="")), now)
+            self._end(messages.Abort(replace(failure, traceback="")), now)
             self._observer.failed(failure)  # once all have been told: a disk may be slow, or full
 
-    def statistics(self, now: float) -> Statistics:
-        return Statistics() if self._scheduler is None else self._scheduler.statistics(now)
+    def statistics(self, now: float) -> messages.Statistics:
+        return messages.Statistics() if self._scheduler is None else self._scheduler.statistics(now)
 
     def done(self, now: float) -> bool:
         """Whether every rank has left, or has had `heartbeat_s` seconds to leave after a failure."""
@@ -185,71 +160,71 @@ class Coordinator:
             return not self.peers.present or now - self._aborted_at > self._config.heartbeat_s
         return self._stopped and not self.peers.present
 
-    def _apply(self, rank: int, message: Message, now: float) -> None:
+    def _apply(self, rank: int, message: messages.Message, now: float) -> None:
         match message:
-            case Released(item) if self._scheduler is not None and rank in self._draft_of:
+            case messages.Released(item) if self._scheduler is not None and rank in self._draft_of:
                 self._scheduler.on_released(item, self._draft_of[rank], now)
-            case Computed() if self.replicas is not None:
+            case messages.Computed() if self.replicas is not None:
                 self.replicas.computed(rank, message, now)
-            case Sent() if self.replicas is not None:
+            case messages.Sent() if self.replicas is not None:
                 deliver = self.replicas.sent(rank, message, now)
                 if deliver is not None and self._scheduler is not None:
                     first = self._scheduler.pod(deliver.item) * (each := self._scheduler.pod_ranks)
                     self._broadcast(deliver, now, self._draft_ranks[first : first + each])
-            case Heartbeat(seconds, step, phase, trouble):
+            case messages.Heartbeat(seconds, step, phase, trouble):
                 peer = self.peers[rank]
                 peer.phase, peer.phase_since, peer.step, peer.trouble = phase, now - seconds, step, trouble
-            case ClockProbe(asked):  # not `now`, which is that of a whole batch of messages
-                self._send([rank], encode(ClockProbe(asked, time.time_ns())))
-            case Produced(report) if self.replicas is not None:
+            case messages.ClockProbe(asked):  # not `now`, which is that of a whole batch of messages
+                self._send([rank], messages.encode(messages.ClockProbe(asked, time.time_ns())))
+            case messages.Produced(report) if self.replicas is not None:
                 self.replicas.produced(rank, report)
             case _ if self.replicas is not None and self.peers.is_remote(rank):
                 self.replicas.apply(rank, message, now)
             case _:
                 self._apply_own(rank, message, now)
 
-    def _apply_own(self, rank: int, message: Message, now: float) -> None:
+    def _apply_own(self, rank: int, message: messages.Message, now: float) -> None:
         match message:
-            case Hello(version, pid):
+            case messages.Hello(version, pid):
                 self._hello(rank, version, pid, now)
-            case Ready():
+            case messages.Ready():
                 self.peers[rank].ready = True
-            case Failed(failure):
+            case messages.Failed(failure):
                 # A rank whose process is gone failed first: what the others then meet is a consequence.
                 others = [other for other in self.peers.present if other != rank]
-                self._broadcast(Pulse(self.statistics(now)), now, others)
+                self._broadcast(messages.Pulse(self.statistics(now)), now, others)
                 self.abort(rank, failure, now)
-            case StopRequest(reason):
+            case messages.StopRequest(reason):
                 self._stop_request(rank, reason, now)
-            case LastItem(item) if rank in self._draft_ranks[:1]:
+            case messages.LastItem(item) if rank in self._draft_ranks[:1]:
                 if self._scheduler is not None:
                     self._scheduler.stop_after(item)
                 self._stopping = True
-            case RingAddress() if self.replicas is not None and rank in self._draft_of:
+            case messages.RingAddress() if self.replicas is not None and rank in self._draft_of:
                 self.replicas.publish(message)
-            case Goodbye():
+            case messages.Goodbye():
                 self.peers[rank].left = True
                 if not self._stopped:
                     self.abort(rank, f"left before the end of the run; {self.peers.state(rank, now)}", now)
             case _:
                 raise ProtocolError(f"{message} is not for the scheduler, or not from this rank")
 
-    def _apply_late(self, rank: int, message: Message) -> None:
+    def _apply_late(self, rank: int, message: messages.Message) -> None:
         """After a failure: a rank that joins late gets it, and a rank that leaves is not waited for."""
         assert self.aborted is not None
         match message:
-            case Goodbye():
+            case messages.Goodbye():
                 self.peers[rank].left = True
-            case Hello(_, pid):
+            case messages.Hello(_, pid):
                 self.peers[rank].join(pid)
-                self._send([rank], encode(self.aborted))
-            case Failed():
+                self._send([rank], messages.encode(self.aborted))
+            case messages.Failed():
                 logger.info("%s failed too: %s", self.peers.name(rank), message.failure.message)
 
     def _hello(self, rank: int, version: int, pid: int, now: float) -> None:
         earlier = self.peers[rank].join(pid)
-        if version != PROTOCOL_VERSION:
-            text = f"speaks version {version} of the control protocol, rank 0 speaks {PROTOCOL_VERSION}"
+        if version != messages.PROTOCOL_VERSION:
+            text = f"speaks version {version} of the control protocol, rank 0 speaks {messages.PROTOCOL_VERSION}"
             self.abort(rank, f"{text}: install the same specdist on all hosts", now)
         elif earlier is not None:
             self.abort(rank, f"two processes say they are this rank: pid {earlier} and pid {pid}", now)
@@ -260,18 +235,18 @@ class Coordinator:
         self._stop_requested = True
         if not self._ready:
             message = f"stopped before the first step ({reason} on rank {rank})"
-            self._end(Abort(Failure("world", message), "dismissed"), now)
+            self._end(messages.Abort(Failure("world", message), "dismissed"), now)
             self._observer.dismissed(rank, reason)
             return
-        self._broadcast(StopRequest(reason, rank), now)
+        self._broadcast(messages.StopRequest(reason, rank), now)
         if self._scheduler is not None:  # the trainer needs no more than what has been delivered
             self._scheduler.stop_now()
 
     def _stop(self, now: float) -> None:
         """The work is done: let the ranks go. Replicas then report what they did to the first draft rank."""
         self._stopped = True
-        self._broadcast(Pulse(self.statistics(now)), now)
-        self._broadcast(Stop(), now, [rank for rank in self.peers.present if not self.peers.is_remote(rank)])
+        self._broadcast(messages.Pulse(self.statistics(now)), now)
+        self._broadcast(messages.Stop(), now, [rank for rank in self.peers.present if not self.peers.is_remote(rank)])
         if self._scheduler is not None and self._draft_ranks:
             self._report_by = now + self._scheduler.timeout
             assert self.replicas is not None
@@ -282,17 +257,17 @@ class Coordinator:
         if self._report_by is None or self.replicas is None or (self.replicas.working and now < self._report_by):
             return
         self._report_by = None
-        self._broadcast(Reports(tuple(self.replicas.reports)), now, self._draft_ranks[:1])
+        self._broadcast(messages.Reports(tuple(self.replicas.reports)), now, self._draft_ranks[:1])
 
-    def _end(self, message: Abort, now: float) -> None:
+    def _end(self, message: messages.Abort, now: float) -> None:
         self.aborted, self._aborted_at = message, now
-        unreachable = self._send(self.peers.present, encode(message))
+        unreachable = self._send(self.peers.present, messages.encode(message))
         if unreachable:
             logger.warning("the end could not be sent to ranks %s", unreachable)
 
-    def _broadcast(self, message: Message, now: float, ranks: Iterable[int] | None = None) -> None:
+    def _broadcast(self, message: messages.Message, now: float, ranks: Iterable[int] | None = None) -> None:
         """Encode once, send to `ranks` (default: all present ones); a rank that cannot be reached fails the run."""
-        for rank in self._send(self.peers.present if ranks is None else ranks, encode(message)):
+        for rank in self._send(self.peers.present if ranks is None else ranks, messages.encode(message)):
             if self.replicas is not None and self.peers.is_remote(rank):
                 self.replicas.lost(rank, now)
                 continue

@@ -16,26 +16,8 @@ from typing import Literal
 
 from specdist.core.attempts import Failure
 from specdist.core.topology import Topology
+from specdist.scheduler import messages
 from specdist.scheduler.config import ControlConfig
-from specdist.scheduler.messages import (
-    PROTOCOL_VERSION,
-    Abort,
-    Computed,
-    Deliver,
-    Failed,
-    Goodbye,
-    Hello,
-    Message,
-    ProducerReport,
-    Ready,
-    RemotePlace,
-    RingAddress,
-    Sent,
-    Stop,
-    StopRequest,
-    Welcome,
-    encode,
-)
 from specdist.scheduler.peers import Peers
 from specdist.scheduler.scheduler import ProtocolError, Scheduler
 
@@ -56,7 +38,7 @@ class Replica:
     size: int
     ranks: dict[int, int]
     state: State = "live"
-    said: dict[tuple[type[Message], int], set[int]] = field(default_factory=dict)
+    said: dict[tuple[type[messages.Message], int], set[int]] = field(default_factory=dict)
     """The ranks that have computed, or sent, an item which others have not."""
     delivered: int = 0
     done: set[int] = field(default_factory=set)
@@ -103,14 +85,14 @@ class Replicas:
         self._rules = rules
         self._replicas: list[Replica] = []
         self._of: dict[int, Replica] = {}
-        self.reports: list[ProducerReport] = []
+        self.reports: list[messages.ProducerReport] = []
         """What the first rank of each replica that has ended did."""
         self._by_name: dict[tuple[str, int], Replica] = {}
         self._rings: dict[int, bytes] = {}
         self._verdicts: dict[int, bytes] = {}
         """What is sent to the ranks of a dropped replica."""
         self._alone_since: float | None = None
-        self._end: Stop | None = None
+        self._end: messages.Stop | None = None
         for ranks, pods in zip(own.replicas, own.reach, strict=True):
             replica = Replica(len(self._replicas), len(ranks), dict(enumerate(ranks)))
             self._replicas.append(replica)
@@ -123,7 +105,7 @@ class Replicas:
     def suspects(self, replica: int, item: int) -> list[int]:
         """The ranks of a replica, those that have not computed or sent `item` first."""
         said = self._replicas[replica].said
-        done = said.get((Computed, item)) or said.get((Sent, item), set())
+        done = said.get((messages.Computed, item)) or said.get((messages.Sent, item), set())
         return sorted(self.ranks(replica), key=done.__contains__)
 
     @property
@@ -136,7 +118,7 @@ class Replicas:
             for rank in replica.members
         )
 
-    def computed(self, rank: int, message: Computed, now: float) -> None:
+    def computed(self, rank: int, message: messages.Computed, now: float) -> None:
         """`rank` has computed an item; the scheduler is told once all ranks of its replica have. All find the same
         `agreed`. Raises ProtocolError: it was not to compute that item now."""
         replica = self._replica(rank)
@@ -144,7 +126,7 @@ class Replicas:
             item, tokens, seconds, agreed = message.item, message.tokens, message.seconds, message.agreed
             self._scheduler.on_computed(item, replica.number, now, agreed, tokens, seconds)
 
-    def sent(self, rank: int, message: Sent, now: float) -> Deliver | None:
+    def sent(self, rank: int, message: messages.Sent, now: float) -> messages.Deliver | None:
         """`rank` has sent its share of an item; returns the delivery once all ranks of its replica have. Raises
         ProtocolError: it was not to send that item."""
         replica = self._replica(rank)
@@ -154,7 +136,7 @@ class Replicas:
         replica.delivered += 1
         return deliver
 
-    def _all_said(self, replica: Replica, rank: int, message: Computed | Sent) -> bool:
+    def _all_said(self, replica: Replica, rank: int, message: messages.Computed | messages.Sent) -> bool:
         if replica.state != "live":
             return False
         ranks = replica.said.setdefault((type(message), message.item), set())
@@ -164,7 +146,7 @@ class Replicas:
         del replica.said[type(message), message.item]
         return True
 
-    def produced(self, rank: int, report: ProducerReport) -> None:
+    def produced(self, rank: int, report: messages.ProducerReport) -> None:
         """All that `rank` has sent has arrived, and it sends nothing more."""
         replica = self._replica(rank)
         if replica.ranks.get(0) == rank:
@@ -175,34 +157,34 @@ class Replicas:
             if not self._scheduler.finished:
                 self._inform(f"{self._peers.name(rank)} has left after {replica.delivered} batches")
 
-    def publish(self, ring: RingAddress) -> None:
-        self._rings[ring.draft] = encode(ring)
+    def publish(self, ring: messages.RingAddress) -> None:
+        self._rings[ring.draft] = messages.encode(ring)
         self._send([rank for rank in self._of if self._peers[rank].present], self._rings[ring.draft])
 
     def stop(self, more: bool) -> None:
         """The draft world ends: let target worlds finish and go. `more`: another start of it may follow."""
         if self._rules is None:
             return
-        self._end = Stop(more)
+        self._end = messages.Stop(more)
         for replica in self._replicas:
             if replica.state in ("joining", "live"):
                 self._dismiss(replica, self._end)
 
-    def apply(self, rank: int, message: Message, now: float) -> None:
+    def apply(self, rank: int, message: messages.Message, now: float) -> None:
         """Apply a message that a rank of the draft world does not send, or that means something else from one. Raises
         ProtocolError: the message is not one that it may send."""
         match message:
-            case Hello(version, pid, RemotePlace() as place):
+            case messages.Hello(version, pid, messages.RemotePlace() as place):
                 self._join(rank, version, pid, place)
-            case Ready():
+            case messages.Ready():
                 self._ready(self._replica(rank), rank)
-            case StopRequest():
+            case messages.StopRequest():
                 replica = self._replica(rank)
                 if replica.state in ("joining", "live"):
-                    self._dismiss(replica, Stop())
-            case Failed(failure):
+                    self._dismiss(replica, messages.Stop())
+            case messages.Failed(failure):
                 self.drop(rank, f"{failure.exception}: {failure.message}".removeprefix(": "), now)
-            case Goodbye():
+            case messages.Goodbye():
                 self._goodbye(self._replica(rank), rank, now)
             case _:
                 raise ProtocolError(f"{type(message).__name__} is not for the scheduler")
@@ -223,7 +205,8 @@ class Replicas:
         replica.state = "dropped"
         again = f"; computed again: batches {', '.join(map(str, items))}" if items else ""
         self._inform(f"{self._peers.name(rank)} is dropped after {replica.delivered} batches: {why}{again}")
-        self._verdicts[replica.number] = encode(Abort(self._peers.blame(rank, Failure("lost", f"was dropped: {why}"))))
+        blame = self._peers.blame(rank, Failure("lost", f"was dropped: {why}"))
+        self._verdicts[replica.number] = messages.encode(messages.Abort(blame))
         self._leave(replica)
         self._chase(replica, now)
 
@@ -249,13 +232,13 @@ class Replicas:
             return f"no target replica has been there for {limit}: {start}"
         return None
 
-    def _join(self, rank: int, version: int, pid: int, place: RemotePlace) -> None:
+    def _join(self, rank: int, version: int, pid: int, place: messages.RemotePlace) -> None:
         assert self._rules is not None  # else no rank of a target world is admitted
         peer = self._peers[rank]
         if peer.join(pid) is not None:
             raise ProtocolError("it has joined before")
-        if version != PROTOCOL_VERSION:
-            spoken = f"speaks version {version} of the control protocol, not {PROTOCOL_VERSION}"
+        if version != messages.PROTOCOL_VERSION:
+            spoken = f"speaks version {version} of the control protocol, not {messages.PROTOCOL_VERSION}"
             self._refuse(rank, f"{spoken}: install the same specdist on both sides", "refused")
             return
         if self._end is not None and self._end.more:
@@ -272,13 +255,13 @@ class Replicas:
         replica.ranks[place.tp] = rank
         self._of[rank] = replica
         peer.role, peer.host = f"target replica {replica.number} tp {place.tp}", place.host
-        for payload in (encode(Welcome(rank, self._rules.terms())), *self._rings.values()):
+        for payload in (messages.encode(messages.Welcome(rank, self._rules.terms())), *self._rings.values()):
             self._send([rank], payload)
         if self._end is not None:
             self._dismiss(replica, self._end)
 
     def _refuse(self, rank: int, why: str, kind: Literal["failed", "refused"] = "failed") -> None:
-        self._send([rank], encode(Abort(self._peers.blame(rank, Failure("world", why)), kind)))
+        self._send([rank], messages.encode(messages.Abort(self._peers.blame(rank, Failure("world", why)), kind)))
         self._peers[rank].left = True
 
     def _ready(self, replica: Replica, rank: int) -> None:
@@ -289,13 +272,13 @@ class Replicas:
             self._scheduler.add_replica(replica.number)
             self._inform(f"{self._peers.name(rank)} takes part")
 
-    def _dismiss(self, replica: Replica, stop: Stop) -> None:
+    def _dismiss(self, replica: Replica, stop: messages.Stop) -> None:
         """Its ranks finish what they were given, and say when all that they wrote has arrived."""
         self._take_back(replica)
         if replica.state == "joining":  # it may be loading its model: nothing waits for it
             self._leave(replica)
         replica.state = "leaving"
-        self._send(replica.members, encode(stop))
+        self._send(replica.members, messages.encode(stop))
 
     def _goodbye(self, replica: Replica, rank: int, now: float) -> None:
         self._peers[rank].left = True

@@ -20,19 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from specdist.core import hub
+from specdist.core import hub, model_config
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.imports import uncollected
-from specdist.core.model_config import (
-    expert_share,
-    is_tied,
-    per_layer,
-    quantisation,
-    read,
-    residual_streams,
-    stored_bytes,
-    text_part,
-)
 from specdist.target.config import TargetConfig
 from specdist.target.weights import StoredTensor, stored_tensors, weight_files
 
@@ -92,12 +82,12 @@ class TargetDescription:
     @property
     def text_config(self) -> PretrainedConfig:
         """The language model's part of the configuration (multimodal models nest it)."""
-        return text_part(self.config)
+        return model_config.text_part(self.config)
 
     @property
     def streams(self) -> int:
         """Hidden states of a token between layers: see `residual_streams`."""
-        return residual_streams(self.config)
+        return model_config.residual_streams(self.config)
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -114,7 +104,7 @@ class TargetDescription:
     @property
     def dtype(self) -> torch.dtype:
         """The checkpoint's own: config.json's, or else that of most of its bytes."""
-        said = read(self.config, "dtype")
+        said = model_config.read(self.config, "dtype")
         if isinstance(said, torch.dtype):
             return said
         if not self.complete:
@@ -144,20 +134,21 @@ class TargetDescription:
         if self.complete:
             return sum(tensor.bytes for tensor in self.tensors.values())
         size = self.dtype.itemsize
-        return int(sum(elements * (stored_bytes(self.config, name) or size) for name, elements in self._sizes))
+        stored = model_config.stored_bytes
+        return int(sum(elements * (stored(self.config, name) or size) for name, elements in self._sizes))
 
     @property
     def quantised(self) -> bool:
-        return quantisation(self.config) is not None
+        return model_config.quantisation(self.config) is not None
 
     @property
     def mlp_width(self) -> int:
         """The model's own, or the customary four times its hidden size where it does not say."""
-        return int(read(self.config, "intermediate_size") or 4 * self.hidden_size)
+        return int(model_config.read(self.config, "intermediate_size") or 4 * self.hidden_size)
 
     @property
     def head_dim(self) -> int:
-        return int(read(self.config, "head_dim") or self.hidden_size // (self.heads or 1))
+        return int(model_config.read(self.config, "head_dim") or self.hidden_size // (self.heads or 1))
 
     def flops(self, lengths: Sequence[int]) -> float:
         """Floating-point operations of the layers for sequences of these lengths, causal attention counted by half.
@@ -167,18 +158,19 @@ class TargetDescription:
         """
         tables = (1 if self.tied else 2) * self.vocab_size * self.hidden_size
         attention = 2.0 * self.layers * (self.heads or 0) * self.head_dim * sum(n * n for n in lengths)
-        share = expert_share(self.config)
+        share = model_config.expert_share(self.config)
         met = sum(n * (share if ".experts." in name else 1) for name, n in self._sizes if not BESIDE_TEXT.search(name))
         return 2.0 * (met - tables) * sum(lengths) + attention
 
     def kv_values_per_token(self, tp: int) -> int:
         """Numbers that one of `tp` ranks keeps of a token for attention, in all layers."""
-        latent = read(self.config, "kv_lora_rank")
+        latent = model_config.read(self.config, "kv_lora_rank")
         if latent:  # latent attention: one vector for all heads, on every rank
-            return int(self.layers * (latent + read(self.config, "qk_rope_head_dim")))
+            return int(self.layers * (latent + model_config.read(self.config, "qk_rope_head_dim")))
         if not self.heads or not self.kv_heads:
             return 0
-        heads, sizes = per_layer(self.config, "num_key_value_heads"), per_layer(self.config, "head_dim")
+        heads = model_config.per_layer(self.config, "num_key_value_heads")
+        sizes = model_config.per_layer(self.config, "head_dim")
         return sum(2 * (d or self.head_dim) * -(-(n or self.kv_heads) // tp) for n, d in zip(heads, sizes, strict=True))
 
 
@@ -205,13 +197,13 @@ def describe(path: str | Path, trust_remote_code: bool = False, weights: bool = 
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, OSError) as e:
         raise DataError(f"{path / 'config.json'}: transformers cannot read it: {e}") from e
-    text = text_part(config)
+    text = model_config.text_part(config)
     needed = ("num_hidden_layers", "hidden_size", "vocab_size")
     absent = [key for key in needed if not hasattr(text, key)]
     if absent:
         raise DataError(f"{path / 'config.json'} ({text.model_type}): no {', '.join(absent)}: not a causal LM?")
-    heads = read(config, "num_attention_heads")
-    kv_heads = [n for n in per_layer(config, "num_key_value_heads") if n]
+    heads = model_config.read(config, "num_attention_heads")
+    kv_heads = [n for n in model_config.per_layer(config, "num_key_value_heads") if n]
     described = TargetDescription(
         path=path,
         architectures=tuple(config.architectures or ()),
@@ -220,8 +212,8 @@ def describe(path: str | Path, trust_remote_code: bool = False, weights: bool = 
         vocab_size=text.vocab_size,
         heads=heads,
         kv_heads=math.gcd(*kv_heads) or heads,
-        max_positions=read(config, "max_position_embeddings"),
-        tied=is_tied(config),
+        max_positions=model_config.read(config, "max_position_embeddings"),
+        tied=model_config.is_tied(config),
         has_tp_plan=bool(text.base_model_tp_plan),
         config=config,
         trust_remote_code=trust_remote_code,

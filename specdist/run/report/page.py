@@ -23,9 +23,12 @@ _DEFECTS = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, Va
 LACKS_PLOTLY = "the report is drawn by plotly, which is not installed: pip install plotly"
 
 
-def write_report(directories: Sequence[Path], output: Path) -> Path:
-    """Write the page of the runs in `directories` to `output`, and return it. Raises ConfigError: there is nothing to
-    show, the runs cannot be compared, or plotly is not installed. DataError: a file of a run cannot be read."""
+def write_report(directories: Sequence[Path], output: Path | None = None) -> Path:
+    """Write the page of the runs in `directories` to `output` (default: report.html, in the only one), and return it.
+    Raises ConfigError: there is nothing to show, the runs cannot be compared, or plotly is not installed. DataError: a
+    file of a run cannot be read."""
+    if output is None:
+        output = (directories[0] if len(directories) == 1 else Path()) / "report.html"
     library = _plotly()
     page = _render(read_runs(directories), library)
     try:
@@ -38,7 +41,7 @@ def write_report(directories: Sequence[Path], output: Path) -> Path:
 def report_at_end(run_dir: Path) -> None:
     """Write the page of a run that has ended, RUN_DIR/report.html, and say so. What is wrong with it stops nothing."""
     try:
-        path = write_report([run_dir], run_dir / "report.html")
+        path = write_report([run_dir])
         print(f"  report         {path}", file=sys.stderr, flush=True)  # below the lines of the summary
     except UserError as error:
         say(f"no report.html: {error}")

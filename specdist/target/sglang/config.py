@@ -95,3 +95,19 @@ class SglangConfig:
 
 def settings_of(config: TargetConfig) -> SglangConfig:
     return getattr(config, "sglang", SglangConfig())
+
+
+def arguments(config: TargetConfig, path: str, dtype: str, device: str) -> dict[str, Any]:
+    """SGLang's arguments for the prefill and for generating alike; None leaves one to SGLang."""
+    own = settings_of(config)
+    return {
+        "model_path": path,
+        "dtype": dtype,
+        "trust_remote_code": config.trust_remote_code,
+        "tp_size": config.tp,
+        "ep_size": own.ep,
+        "device": device,
+        "mem_fraction_static": own.memory_fraction,
+        "attention_backend": own.attention_backend or ("torch_native" if device == "cpu" else None),
+        "quantization": own.quantization,
+    }

@@ -7,15 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from specdist.core import model_config
 from specdist.core.errors import ConfigError
-from specdist.core.model_config import (
-    quantisation,
-    quantisation_keys,
-    read,
-    state_values,
-    unread_codes,
-    weight_block,
-)
 from specdist.target.base import Engine, Limits, MakeGroups, TargetModel, common_divisors, weights_and_activations
 from specdist.target.config import TargetConfig
 from specdist.target.sglang import support, versions
@@ -59,26 +52,27 @@ def check(config: TargetConfig, target: TargetDescription) -> None:
 
 
 def _check_quantisation(config: TargetConfig, target: TargetDescription, ep: int) -> None:
-    method = quantisation(target.config)
+    method = model_config.quantisation(target.config)
     if method is not None and method not in support.QUANTISED:
         raise ConfigError.at(
             "target.path",
             f"={config.path}: its weights are quantised ({method}), which SGLang does not load: use the checkpoint "
             "that is not quantised",
         )
-    said = quantisation_keys(target.config)
+    said = model_config.quantisation_keys(target.config)
     for key, values in support.MARLIN.get(method, {}).items():
         if said.get(key) not in values:
-            other = "target.engine=hf, or " if unread_codes(said) is None else ""
+            other = "target.engine=hf, or " if model_config.unread_codes(said) is None else ""
             raise ConfigError.at(
                 "target.path",
                 f"={config.path}: its weights are quantised ({method}, {key}={said.get(key)}), which SGLang's Marlin "
                 f"kernels do not run: use {other}the checkpoint that is not quantised",
                 "target.engine",
             )
-    if (block := weight_block(target.config)) is None:
+    if (block := model_config.weight_block(target.config)) is None:
         return
-    dense, expert = read(target.config, "intermediate_size"), read(target.config, "moe_intermediate_size")
+    dense = model_config.read(target.config, "intermediate_size")
+    expert = model_config.read(target.config, "moe_intermediate_size")
     for key, width, ranks in (
         ("intermediate_size", dense if expert is None else None, config.tp),
         ("moe_intermediate_size", expert, max(config.tp // ep, 1)),
@@ -97,7 +91,8 @@ def memory(config: TargetConfig, target: TargetDescription, dtype: torch.dtype, 
     tokens = min(tokens, settings_of(config).prefill_tokens or tokens)
     weights = target.checkpoint_bytes if target.quantised else target.parameters * dtype.itemsize
     kept = tokens * target.kv_values_per_token(config.tp) * dtype.itemsize
-    states = 4 * (STATES + 1) * state_values(target.config) // config.tp  # in fp32, as SGLang keeps the larger part
+    # in fp32, as SGLang keeps the larger part
+    states = 4 * (STATES + 1) * model_config.state_values(target.config) // config.tp
     return {
         **weights_and_activations(config, target, dtype, weights, tokens),
         f"SGLang's KV cache of {tokens:,} tokens": kept,
@@ -119,7 +114,7 @@ def groups(config: TargetConfig, replicas: Sequence[Sequence[int]], device: torc
 def tested(config: TargetConfig, target: TargetDescription) -> bool:
     if settings_of(config).quantization is not None:  # features of rounded weights are others
         return True
-    seen = quantisation(target.config) in support.SEEN
+    seen = model_config.quantisation(target.config) in support.SEEN
     return seen and support.is_tested(target, versions.installed() or versions.NEWEST)
 
 

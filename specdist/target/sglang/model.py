@@ -21,7 +21,7 @@ from specdist.target.base import TargetModel
 from specdist.target.config import TargetConfig
 from specdist.target.description import TargetDescription, compute_dtype
 from specdist.target.sglang import adapter
-from specdist.target.sglang.config import DOCUMENTS, FIXED, STATES, settings_of
+from specdist.target.sglang.config import DOCUMENTS, FIXED, STATES, arguments, settings_of
 
 log = logging.getLogger(__name__)
 
@@ -113,22 +113,9 @@ class SglangTarget(TargetModel):
 
     def _settings(self, config: TargetConfig, budget: int | None) -> dict[str, Any]:
         """SGLang's arguments; None leaves one to SGLang."""
-        sglang, cpu = settings_of(config), self.device.type == "cpu"
-        settings = {
-            "model_path": str(self._path),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "trust_remote_code": config.trust_remote_code,
-            "tp_size": config.tp,
-            "ep_size": sglang.ep,
-            "device": self.device.type,
-            "mem_fraction_static": sglang.memory_fraction,
-            "attention_backend": sglang.attention_backend or ("torch_native" if cpu else None),
-            "quantization": sglang.quantization,
-            "max_total_tokens": budget,
-            "max_running_requests": self._documents,
-            "random_seed": 0,
-        }
-        settings = {**FIXED, **settings, **sglang.arguments}
+        shared = arguments(config, str(self._path), str(self.dtype).removeprefix("torch."), self.device.type)
+        own = {"max_total_tokens": budget, "max_running_requests": self._documents, "random_seed": 0}
+        settings = {**FIXED, **shared, **own, **settings_of(config).arguments}
         return {name: value for name, value in settings.items() if value is not None}
 
 
