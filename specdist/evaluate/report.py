@@ -127,23 +127,18 @@ class EvaluationReport:
         return {"draft_tokens": self.draft_tokens, **self.total.to_dict(), "files": files}
 
 
-def render(report: EvaluationReport, before: EvaluationReport | None = None) -> str:
-    """The report as lines of plain text, with a bar for every draft position and a line for every prompts file;
-    `before` is the same evaluation before training."""
+def render(report: EvaluationReport) -> str:
+    """The report as lines of plain text, with a bar for every draft position and a line for every prompts file."""
     total = report.total
-    lines = [f"acceptance length {_length(total, before.total if before else None)}"]
-    lines.append(
+    lines = [
+        f"acceptance length {_length(total)}",
         f"{total.prompts:,} prompts, {total.tokens:,} tokens, {total.forwards:,} target forwards, "
-        f"{total.seconds:.1f} s, {total.tokens_per_second:,.0f} tokens/s"
-    )
-    lines.append(
-        f"drafted tokens accepted: {total.acceptance_rate:.1%} ({sum(total.accepted):,} of {sum(total.drafted):,})"
-    )
-    lines += position_lines(total.position_acceptance, total.conditional_acceptance)
+        f"{total.seconds:.1f} s, {total.tokens_per_second:,.0f} tokens/s",
+        f"drafted tokens accepted: {total.acceptance_rate:.1%} ({sum(total.accepted):,} of {sum(total.drafted):,})",
+        *position_lines(total.position_acceptance, total.conditional_acceptance),
+    ]
     if len(report.files) > 1:
-        for name, tally in report.files.items():
-            old = before.files.get(name) if before else None
-            lines.append(f"{name}: {_length(tally, old)}, {tally.prompts:,} prompts")
+        lines += [f"{name}: {_length(tally)}, {tally.prompts:,} prompts" for name, tally in report.files.items()]
     return "\n".join(lines + _notes(total))
 
 
@@ -171,6 +166,5 @@ def _notes(total: Tally) -> list[str]:
     return notes
 
 
-def _length(tally: Tally, before: Tally | None) -> str:
-    was = f" ({before.acceptance_length:.2f} before training)" if before else ""
-    return f"{tally.acceptance_length:.2f} tokens per target forward{was}"
+def _length(tally: Tally) -> str:
+    return f"{tally.acceptance_length:.2f} tokens per target forward"
