@@ -11,7 +11,7 @@ import pytest
 
 from specdist.core import progress_bar
 from specdist.core.progress_bar import ProgressBar
-from specdist_launch import cli, reading
+from specdist_launch import cli
 
 
 def test_a_log_file_gets_a_line_now_and_then(
@@ -50,6 +50,6 @@ def test_an_interrupted_command_ends_in_a_line(
     def interrupted(args: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reading, "_status", interrupted)
+    monkeypatch.setattr("specdist.run.status.describe", interrupted)
     assert cli.main(["status", "run"]) == 128 + signal.SIGINT
     assert capsys.readouterr().err == "specdist: interrupted\n"

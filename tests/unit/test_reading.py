@@ -74,7 +74,7 @@ def test_an_error_of_the_system_that_may_be_a_defect_is_shown_whole(number: int,
     def fail(_: object) -> None:
         raise OSError(number, os.strerror(number), "/of/a/user")
 
-    monkeypatch.setattr("specdist_launch.reading._runs", fail)
+    monkeypatch.setattr("specdist.run.status.overview", fail)
     if number in (errno.ENOENT, errno.EBADF):
         with pytest.raises(OSError, match="/of/a/user"):
             main(["runs"])
