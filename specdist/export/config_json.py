@@ -20,7 +20,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise DataError(f"{directory} is not a draft directory: there is no {CONFIG} in it")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # nor UTF-8, it may be
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise DataError(f"{path} must hold an object, not {type(config).__name__}")

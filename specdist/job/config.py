@@ -19,6 +19,7 @@ from specdist.core.errors import ConfigError, DataError
 from specdist.core.launch_env import Attempt, Role
 from specdist.core.records import FeatureLayout
 from specdist.core.topology import Topology
+from specdist.draft.build import blank_draft
 from specdist.export import check_servable, load_exported
 from specdist.job.sections import JobConfig, import_plugins, may_change
 from specdist.target import registry as engines
@@ -108,6 +109,8 @@ def examine(job: JobConfig, weights: bool = True) -> JobFacts:
     target = engines.check_target(job.target, weights)
     dtype = compute_dtype(job.target, target)
     layout = job.draft.chosen.layout(target.config, dtype)
+    if job.draft.cuda_graphs:
+        blank_draft(job.draft, target.config).use_graphs(1)  # raises what a rank would
     if target.max_positions is not None and job.prompts.max_length > target.max_positions:
         raise ConfigError.at(
             "prompts.max_length",

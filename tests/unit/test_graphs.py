@@ -25,7 +25,7 @@ from specdist.draft.common.graphs import Graphs, Results
 from specdist.draft.common.precision import at_least_fp32
 from specdist.draft.eagle3.attention import document_block_mask
 from specdist.draft.eagle3.rows import Rows
-from specdist.job.config import load_job
+from specdist.job.config import examine, load_job
 from tests.unit import dflash_reference, dspark_reference, eagle3_reference
 from tests.unit.draft_case import Case
 
@@ -209,3 +209,10 @@ def test_a_draft_without_flex_attention_has_no_graphs() -> None:
 def test_graphs_without_a_gpu_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"draft\.cuda_graphs=true needs GPUs"):
         load_job(["configs/quickstart.yaml"], ["draft.cuda_graphs=true"])
+
+
+def test_a_login_node_refuses_them_too() -> None:
+    words = ["world.device=cuda", "draft.cuda_graphs=true"]
+    with pytest.raises(ConfigError, match=r"draft\.cuda_graphs=true needs a draft whose attention is FlexAttention"):
+        examine(load_job(["configs/quickstart.yaml"], [*words, "draft.eagle3.attention=eager"]))
+    examine(load_job(["configs/quickstart.yaml"], words))

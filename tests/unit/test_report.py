@@ -149,6 +149,12 @@ def test_a_run_that_fails_or_is_under_way_shows_what_there_is(tmp_path, ended):
     assert "What</script>" not in text
 
 
+def test_a_run_whose_starts_have_left_no_record_is_shown(tmp_path):
+    directory = make_run(tmp_path / "run")
+    (directory / "logs/7.0/started.json").unlink()
+    assert "<html" in page.write_report([directory], tmp_path / "page.html").read_text()
+
+
 def test_what_cannot_be_shown_is_said_in_a_line(tmp_path, capsys, monkeypatch):
     run = make_run(tmp_path / "run")
     other_target = make_run(tmp_path / "target", "target.path=models/other")

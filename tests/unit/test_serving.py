@@ -224,3 +224,10 @@ def test_the_verdict(run):
 def test_a_run_directory_stands_for_its_configuration(tmp_path):
     found = words.split([str(tmp_path), "x.yaml", "train.steps=1"])
     assert found == ([f"{tmp_path}/config.yaml", "x.yaml"], [f"run.dir={tmp_path}", "train.steps=1"])
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe\x00", b"{", b"[]"])
+def test_a_config_that_is_none_is_named(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(DataError, match=f"{tmp_path}/config.json (is not JSON|must hold an object)"):
+        serve_commands(tmp_path)

@@ -228,7 +228,7 @@ def _after(run: RunRecords) -> float:
     if ending is not None:
         return max(ending.time - last, 0.0)
     written = run.paths.summary.stat().st_mtime if run.summary else 0.0
-    return max(written - last, 0.0) if made_by is run.attempts[-1] else 0.0
+    return max(written - last, 0.0) if made_by and made_by is run.attempts[-1] else 0.0
 
 
 def _start_up(runs: Sequence[RunRecords]) -> Chart:
