@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from specdist.core.errors import ConfigError, check_range
-from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, check_sliding, evenly, layer_sizes, read
+from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, check_sliding, evenly, layer_sizes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -130,33 +130,19 @@ class BlockDims(LayerSizes):
 
     Attributes:
         num_layers: of the draft.
-        num_captured: captured target layers side by side in the input of `fc`.
-        vocab_size: V, rows of the target's embedding and head.
-        draft_vocab_size: V_d, tokens that are drafted; less than V with an output head of its own.
     """
 
     num_layers: int
-    num_captured: int
-    vocab_size: int
-    draft_vocab_size: int
 
     @classmethod
     def of(cls, options: BlockOptions, target: PretrainedConfig, draft_vocab_size: int | None = None) -> BlockDims:
         """The draft's sizes for a target's configuration. `draft_vocab_size` is that of the vocabulary in use; without
         it `options.vocab_size` counts, then the target's. Raises ConfigError: the target does not state a size, or
         sizes do not go together."""
-        text, section, mask = target.get_text_config(), options.SECTION, options.mask_token_id
-        vocab_size = read(text, "vocab_size", section)
-        if mask is not None and not 0 <= mask < vocab_size:
-            raise ConfigError.at(f"{section}.mask_token_id", f"is {mask}: the target has tokens 0 to {vocab_size - 1}")
-        if options.vocab_size is not None and options.vocab_size > vocab_size:
-            raise ConfigError.at(
-                f"{section}.vocab_size", f"is {options.vocab_size}: the target has {vocab_size} tokens (null takes all)"
-            )
-        return cls(
-            **layer_sizes(section, options, target),
-            num_layers=options.num_layers,
-            num_captured=len(options.captured_layers(read(text, "num_hidden_layers", section))),
-            vocab_size=vocab_size,
-            draft_vocab_size=draft_vocab_size or options.vocab_size or vocab_size,
-        )
+        section, mask = options.SECTION, options.mask_token_id
+        sizes = layer_sizes(section, options, target, options.vocab_size, draft_vocab_size)
+        dims = cls(**sizes, num_layers=options.num_layers)
+        if mask is not None and not 0 <= mask < dims.vocab_size:
+            last = dims.vocab_size - 1
+            raise ConfigError.at(f"{section}.mask_token_id", f"is {mask}: the target has tokens 0 to {last}")
+        return dims

@@ -121,14 +121,9 @@ def read_blocks(
         ids = ids or spread(target_layers, captured)
     if ids and min(ids) < 0:
         raise DataError(f"{path}: target_layer_ids is {ids}, and the target's embedding (-1) is not captured here")
-    whole = int(need(keys, "vocab_size", path))
-    dims = BlockDims(
-        **read_layers(keys, path),
-        num_layers=count,
-        num_captured=len(ids) if ids else count,
-        vocab_size=whole,
-        draft_vocab_size=int(keys.get("draft_vocab_size") or whole),
-    )
+    sizes, captured = read_layers(keys, path), len(ids) if ids else count
+    drafted = int(keys.get("draft_vocab_size") or sizes["vocab_size"])
+    dims = BlockDims(**sizes, num_layers=count, num_captured=captured, draft_vocab_size=drafted)
     state = _named(tensors, dims)
     d2t = state.pop("d2t", None)
     try:
@@ -137,7 +132,7 @@ def read_blocks(
     except ConfigError as error:
         raise DataError(f"{path} says of a draft what cannot be trained: {error}") from error
     check_tensors(state, shapes(modules), str(directory), algorithm.title)
-    reduced = dims.draft_vocab_size < whole
+    reduced = dims.draft_vocab_size < dims.vocab_size
     chosen = {
         "block_size": int(need(keys, "block_size", path)),
         "num_layers": count,
@@ -147,7 +142,7 @@ def read_blocks(
         **_views(keys, count, path),
         **own,
     }
-    vocabulary = DraftVocabulary.read(d2t, dims.draft_vocab_size, whole, path).ids if reduced else None
+    vocabulary = DraftVocabulary.read(d2t, dims.draft_vocab_size, dims.vocab_size, path).ids if reduced else None
     return ExportedBlocks(algorithm.name, config, state, vocabulary, dims, target_layers, chosen)
 
 

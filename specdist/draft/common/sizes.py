@@ -50,6 +50,10 @@ class LayerOptions:
     attention: Literal["auto", "eager", "flex"] = "auto"
     """Training attention: flex (FlexAttention) needs CUDA, eager is the reference; auto takes what works."""
 
+    def captured_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The captured layers of a target of `num_layers` layers. Raises ConfigError: they cannot be captured."""
+        raise NotImplementedError
+
     def check_sizes(self, section: str) -> None:
         """Raises ConfigError: a size is less than 1. `section` is where they were read from."""
         check_range(section, self, *SIZES, least=1)
@@ -70,8 +74,15 @@ def check_sliding(section: str, window: int | None, chosen: tuple[int, ...] | No
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Sizes of decoder layers as wide as the target's. `hidden_size`: H, of the draft and of the target.
-    `rope_parameters`: as transformers 5 writes them (`rope_type`, `rope_theta`, and those of the scaling)."""
+    """Sizes of a draft whose decoder layers are as wide as the target's.
+
+    Attributes:
+        hidden_size: H, of the draft and of the target.
+        rope_parameters: as transformers 5 writes them (`rope_type`, `rope_theta`, and those of the scaling).
+        num_captured: captured target layers side by side in the input of `fc`.
+        vocab_size: V, rows of the target's embedding and head.
+        draft_vocab_size: V_d, tokens that are drafted; less than V with an output head of its own.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -81,6 +92,9 @@ class LayerSizes:
     rms_norm_eps: float
     max_position_embeddings: int
     rope_parameters: Mapping[str, Any]
+    num_captured: int
+    vocab_size: int
+    draft_vocab_size: int
 
     @property
     def query_width(self) -> int:
@@ -119,10 +133,18 @@ class LayerSizes:
         )
 
 
-def layer_sizes(section: str, options: LayerOptions, target: PretrainedConfig) -> dict[str, Any]:
-    """The fields of `LayerSizes` for a target's configuration; `section` is where `options` were read from. Raises
-    ConfigError: the target does not state a size, or sizes do not go together."""
-    hidden = read(target, "hidden_size", section)
+def layer_sizes(
+    section: str, options: LayerOptions, target: PretrainedConfig, asked: int | None, used: int | None
+) -> dict[str, Any]:
+    """The fields of `LayerSizes` for a target's configuration; `section` is where `options` were read from. Tokens that
+    are drafted: those `used`; where that is not known as many as `asked` for, or all. Raises ConfigError: the target
+    does not state a size, or sizes do not go together."""
+    text, hidden = target.get_text_config(), read(target, "hidden_size", section)
+    vocab_size = read(text, "vocab_size", section)
+    if asked is not None and asked > vocab_size:
+        raise ConfigError.at(
+            f"{section}.vocab_size", f"is {asked}: the target has {vocab_size} tokens (null takes all)"
+        )
     heads, kv_heads = _heads(options, target, hidden)
     if heads % kv_heads:
         raise ConfigError.at(
@@ -155,6 +177,9 @@ def layer_sizes(section: str, options: LayerOptions, target: PretrainedConfig) -
         "rms_norm_eps": options.rms_norm_eps or model_config.read(target, "rms_norm_eps", default=1e-6),
         "max_position_embeddings": model_config.read(target, "max_position_embeddings", default=32768),
         "rope_parameters": rope,
+        "num_captured": len(options.captured_layers(read(text, "num_hidden_layers", section))),
+        "vocab_size": vocab_size,
+        "draft_vocab_size": used or asked or vocab_size,
     }
 
 

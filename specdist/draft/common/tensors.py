@@ -73,8 +73,8 @@ def layers_json(sizes: LayerSizes, target: PretrainedConfig, dtype: str) -> dict
 
 
 def read_layers(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of `LayerSizes` that a configuration says, of `layers_json` or of another project. Raises DataError: a
-    key is missing, or says a RoPE that drafts cannot have."""
+    """Most fields of `LayerSizes`, as a configuration says them, of `layers_json` or of another project. Raises
+    DataError: a key is missing, or says a RoPE that drafts cannot have."""
     hidden, heads = int(need(config, "hidden_size", path)), int(need(config, "num_attention_heads", path))
     return {
         "hidden_size": hidden,
@@ -85,6 +85,7 @@ def read_layers(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
         "max_position_embeddings": int(config.get("max_position_embeddings", 2048)),
         "rope_parameters": _read_rope(config, path),
+        "vocab_size": int(need(config, "vocab_size", path)),
     }
 
 

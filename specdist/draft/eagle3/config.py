@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from specdist.core.errors import ConfigError, check_range
 from specdist.draft.common.loss_kind import LossKind, LossName
-from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, check_sliding, evenly, layer_sizes, read
+from specdist.draft.common.sizes import LayerOptions, LayerSizes, check_layers, check_sliding, evenly, layer_sizes
 from specdist.draft.eagle3.latent import Latent
 
 if TYPE_CHECKING:
@@ -158,18 +158,9 @@ class Eagle3Config(LayerOptions):
 
 @dataclass(frozen=True)
 class Eagle3Dims(LayerSizes):
-    """Sizes of the draft: Llama layers as wide as its target.
+    """Sizes of the draft: Llama layers as wide as its target. `latent`: those of MLA; `head_dim` is then that of its
+    queries and keys."""
 
-    Attributes:
-        latent: those of MLA; `head_dim` is then that of its queries and keys.
-        num_captured: captured target layers side by side in the input of `fc`.
-        vocab_size: V, rows of the target's head.
-        draft_vocab_size: V_d, rows of the draft's head.
-    """
-
-    num_captured: int
-    vocab_size: int
-    draft_vocab_size: int
     latent: Latent | None = None
 
     @property
@@ -198,30 +189,17 @@ class Eagle3Dims(LayerSizes):
         `draft_vocab_size` is that of the vocabulary in use; without it `config.vocab_size` counts, then the target's.
         Raises ConfigError: the target does not state a size, or sizes do not go together.
         """
-        text = target.get_text_config()
-        vocab_size = read(text, "vocab_size", SECTION)
-        sizes, latent = layer_sizes(SECTION, config, target), None
+        sizes, latent = layer_sizes(SECTION, config, target, config.vocab_size, draft_vocab_size), None
         if config.mla:
             latent = Latent.of(target, sizes["rope_parameters"]["rope_type"] == "yarn")
             sizes |= {"head_dim": latent.head_dim, "num_key_value_heads": sizes["num_attention_heads"]}
         if config.products == "fp8" and config.intermediate_size is None:
             sizes["intermediate_size"] += -sizes["intermediate_size"] % FP8_MULTIPLE
-        dims = cls(
-            **sizes,
-            latent=latent,
-            num_captured=len(config.captured_layers(read(text, "num_hidden_layers", SECTION))),
-            vocab_size=vocab_size,
-            draft_vocab_size=draft_vocab_size or config.vocab_size or vocab_size,
-        )
+        dims = cls(**sizes, latent=latent)
         if config.products == "fp8":
             queries, keys = dims.query_width, dims.key_width
             _check_fp8(
                 {"hidden size": dims.hidden_size, "MLP": dims.intermediate_size, "queries": queries, "keys": keys}
-            )
-        if config.vocab_size is not None and config.vocab_size > vocab_size:
-            raise ConfigError.at(
-                "draft.eagle3.vocab_size",
-                f"is {config.vocab_size}: the target has {vocab_size} tokens (null takes all)",
             )
         return dims
 

@@ -51,17 +51,9 @@ from specdist.draft.eagle3.layer import modules
 
 MAPS = ("d2t", "t2d")
 PASSED_ON = ("num_aux_hidden_states", *VARIANT)
-AS_THEY_ARE = frozenset(
-    {
-        "DeepseekV2ForCausalLM",
-        "DeepseekV3ForCausalLM",
-        "DeepseekV32ForCausalLM",
-        "Glm4MoeLiteForCausalLM",
-        "GlmMoeDsaForCausalLM",
-        "KimiK25ForConditionalGeneration",
-        "MistralLarge3ForCausalLM",
-    }
-)
+DEEPSEEK = """DeepseekV2ForCausalLM DeepseekV3ForCausalLM DeepseekV32ForCausalLM Glm4MoeLiteForCausalLM
+    GlmMoeDsaForCausalLM KimiK25ForConditionalGeneration MistralLarge3ForCausalLM"""
+AS_THEY_ARE = frozenset(DEEPSEEK.split())
 """Targets of SGLang's DeepSeek family (`set_eagle3_layers_to_capture` in `deepseek_v2.py`, `glm4_moe_lite.py`)."""
 WITHOUT_RESIDUAL = frozenset({"Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"})
 """Targets whose captured layers lack the residual in SGLang from 0.5.18 on (`gemma3_causal.py`)."""

@@ -154,17 +154,11 @@ def _dims(config: Mapping[str, Any], llama: Mapping[str, Any], captured: int, pa
     hidden = int(need(llama, "hidden_size", path))
     if config.get("target_hidden_size") not in (None, hidden):
         raise DataError(f"{path}: target_hidden_size {config['target_hidden_size']} differs from hidden_size {hidden}")
-    vocab_size = int(need(llama, "vocab_size", path))
     sizes, latent = read_layers(llama, path), Latent.said(llama)
     if latent is not None:
         sizes |= {"head_dim": latent.head_dim, "num_key_value_heads": sizes["num_attention_heads"]}
         rope = sizes["rope_parameters"]
         if rope["rope_type"] == "yarn" and rope.get("factor", 1.0) <= 1:
             sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    return Eagle3Dims(
-        **sizes,
-        latent=latent,
-        num_captured=captured,
-        vocab_size=vocab_size,
-        draft_vocab_size=int(config.get("draft_vocab_size") or vocab_size),
-    )
+    drafted = int(config.get("draft_vocab_size") or sizes["vocab_size"])
+    return Eagle3Dims(**sizes, latent=latent, num_captured=captured, draft_vocab_size=drafted)
