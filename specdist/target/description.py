@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from specdist.core import hub, model_config
@@ -195,8 +196,8 @@ def describe(path: str | Path, trust_remote_code: bool = False, weights: bool = 
     try:
         with uncollected():  # some of its modules import most of transformers
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, OSError) as e:
-        raise DataError(f"{path / 'config.json'}: transformers cannot read it: {e}") from e
+    except (ValueError, KeyError, OSError, AttributeError, TypeError, StrictDataclassError) as e:
+        raise DataError(f"{path / 'config.json'}: transformers cannot read it: {' '.join(str(e).split())}") from e
     text = model_config.text_part(config)
     needed = ("num_hidden_layers", "hidden_size", "vocab_size")
     absent = [key for key in needed if not hasattr(text, key)]

@@ -194,3 +194,14 @@ def test_what_sglang_cannot_load_is_refused_by_name(
         SGLANG.check(complete(TargetConfig)(path=str(tmp_path), engine="sglang", **config), target)
     for tp in (8, 16):
         SGLANG.check(complete(TargetConfig)(path=str(tmp_path), engine="sglang", tp=tp), written(tmp_path, DEEPSEEK_V3))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("vocab_size", "many"), ("tie_word_embeddings", None), ("quantization_config", "awq")]
+)
+def test_a_configuration_of_other_types_is_named_in_a_line(tmp_path: Path, key: str, value: object) -> None:
+    config = {"model_type": "qwen2", "vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 4, key: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=f"{tmp_path}/config.json: transformers cannot read it: ") as told:
+        describe(tmp_path, weights=False)
+    assert "\n" not in str(told.value)
