@@ -14,8 +14,8 @@ weights in the compute dtype: forward and backward alone, as steps of other proj
 arithmetic, among many ranks that each send `--link` GB/s, as between hosts.
 
 COUNTxLENGTH is a batch of equal documents, `mixed:TOKENS` one of lengths like those of conversations (log-normal,
-median 900, at most 4,096). The words `key=value` are keys of the configuration's `draft` and `optimizer` sections.
-Prints JSON, then a table.
+median 900, at most 4,096). The words `key=value` are keys of the configuration's `draft` and `optimizer`
+sections, and `run.plugins`. Prints JSON, then a table.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from specdist.core import config as configuration
 from specdist.core.errors import ConfigError
 from specdist.draft.config import DraftConfig
 from specdist.draft.registry import benchmark_words
+from specdist.job.sections import import_plugins
 from specdist.training.config import OptimizerConfig
 
 
@@ -107,11 +108,26 @@ class StepSpeed:
 
 
 @dataclass(frozen=True)
+class Plugins:
+    """See `run.plugins`."""
+
+    plugins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class StepConfig:
     """The parts of a job's configuration that are measured."""
 
     draft: DraftConfig = field(default_factory=DraftConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: Plugins = field(default_factory=Plugins)
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> StepConfig:
+        """As words `key=value` say it; `run.plugins` may bring algorithms. Raises ConfigError."""
+        sources = configuration.Sources([], words)
+        import_plugins(sources.value("run.plugins"))
+        return sources.load(cls)
 
 
 def lengths_of(batch: str) -> list[int]:
@@ -154,8 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device_options(parser)
     options, words = apart(arguments)
     args = parser.parse_args(options)
+    StepConfig.of(words)  # algorithms that plug-ins bring have words, too
     words = ["draft.compile=true", *benchmark_words(), *words]
-    draft = configuration.load(StepConfig, [], words).draft
+    draft = StepConfig.of(words).draft
     draft.chosen.check(draft.dtype, args.device, draft_tokens=None)
     device_of(args.device)
     most = target_of(args.shape, args.model).get_text_config().max_position_embeddings

@@ -19,7 +19,6 @@ from transformers import PretrainedConfig
 from benchmarks.measure import busy_host, peak_tflops, seconds
 from benchmarks.overlap import COMMUNICATION, Kernel, exposed, reckoned
 from benchmarks.step import StepConfig, StepSpeed, lengths_of, target_of
-from specdist.core import config as configuration
 from specdist.core.errors import ConfigError, first_line
 from specdist.core.launch_env import RankFacts
 from specdist.core.progress import Cursor
@@ -288,7 +287,7 @@ def part_of(kernel: str) -> str:
 
 def worker(options: Mapping[str, Any], words: Sequence[str]) -> list[StepSpeed]:
     """One rank of the world."""
-    config = configuration.load(StepConfig, [], words)
+    config = StepConfig.of(words)
     target = target_of(options["shape"], options["model"])
     world_config = WorldConfig(mode="draft_only", device=options["device"])
     world = join_world(world_config, RankFacts.from_environment())

@@ -223,20 +223,18 @@ class ColocatedSource(FeatureSource):
     def take(self, item: WorkItem) -> Tensor:
         own = self._own(item)
         rows = self._taken.setdefault(item.index, self._free.pop())[: own.tokens]
-        if own.tokens:
-            with span("target forward", item.index, tokens=own.tokens):
-                agreed = forward_item(self._engine, own, self._pack(own), rows)
-                round_as_sent(self._engine.layout, self._dtype, rows)
-            if agreed is not None:
-                self._agreed[item.index] = agreed
+        with span("target forward", item.index, tokens=own.tokens):
+            agreed = forward_item(self._engine, own, self._pack(own), rows)
+            round_as_sent(self._engine.layout, self._dtype, rows)
+        if agreed is not None:
+            self._agreed[item.index] = agreed
         return rows[own.rows(self._shard)]
 
     def release(self, item: WorkItem) -> None:
         self._free.append(self._taken.pop(item.index))
 
-    def agreed(self, item: WorkItem) -> int | Tensor:
-        found = self._agreed.pop(item.index, None)
-        return 0 if found is None else found[self._shard]
+    def agreed(self, item: WorkItem) -> Tensor:
+        return self._agreed.pop(item.index)[self._shard]
 
     def _pack(self, item: WorkItem) -> PackedTokens:
         return self._prompts.pack([s for shard in item.shards for s in shard.sequences])

@@ -81,11 +81,12 @@ class WithHead(TargetModel):
 def forward_item(engine: TargetModel, item: WorkItem, batch: PackedTokens, out: Tensor) -> Tensor | None:
     """`TargetModel.forward` of an item's batch. Of an item that is evaluated it returns, int64 [shards] on the device,
     how many tokens of the answers in each shard are the target's own argmax. Items may be empty."""
-    if not item.tokens:
-        return None
     if not item.evaluated:
-        engine.forward(batch, out)
+        if item.tokens:
+            engine.forward(batch, out)
         return None
+    if not item.tokens:
+        return torch.zeros(len(item.shards), dtype=torch.int64, device=engine.device)
     assert isinstance(engine, WithHead)
     parts = engine.forward_checked(batch, out).split([shard.tokens for shard in item.shards])
     return torch.stack([part.sum() for part in parts])

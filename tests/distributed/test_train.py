@@ -257,14 +257,18 @@ def test_tensor_parallel_target_and_accumulation(tmp_path, material):
 
 
 def test_pods_train_what_one_would_and_go_on_bitwise(tmp_path, material):
-    """Two replicas and two pods of two ranks, killed after step 2; and four micro-batches on one rank."""
+    """Two replicas and two pods of two ranks, killed after step 2; and four micro-batches on one rank. Of what is held
+    out one pod gets nothing."""
     (alone := tmp_path / "alone").mkdir()
-    options = {"train__steps": 4}
+    held = make_conversations(tmp_path / "held.jsonl", 1, seed=1)
+    options = {"train__steps": 4, "prompts__holdout": f"[{held}]"}
     run(2, alone, material, **options, train__accumulation=4)
     options |= {"target__replicas": 2, "draft__pod": 2}
     run(6, tmp_path, material, **options)
     found = losses(tmp_path)
     assert [(step, pytest.approx(loss, rel=1e-6)) for step, loss, _ in found] == [x[:2] for x in losses(alone)]
+    labels = [json.loads((d / "run/summary.json").read_text())["evaluation"]["after"] for d in (tmp_path, alone)]
+    assert labels[0]["agreed"] == labels[1]["agreed"]
     shutil.rmtree(committed(tmp_path / "run/checkpoints")[-1])
     assert "resuming from step-00000002" in run(6, tmp_path, material, **options)
     assert losses(tmp_path) == found

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of the README: our step on an idle and on a busy host, the peers' own steps beside it, and the whole job.
+
+    python -m benchmarks.headline --specforge SpecForge --torchspec TorchSpec              # one GPU, or more
+    python -m benchmarks.headline --only step --runs 1 --device cpu --model MODEL --batch 2x64
+
+Every case is a process of its own, all of them in turns and `--runs` times: a figure is the median, beside it the least
+and the most. The peers' steps are those of `peer_drafts.py`, on the same batch, features and weights, in both of their
+attentions. The words `key=value` are keys of the configuration, of all cases.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import apart, command_line, count, device_options, table, with_this_package
+from benchmarks.peer_drafts import PEERS
+from benchmarks.shapes import SHAPES
+
+PARTS = ("step", "target", "pipeline")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of one benchmark: its name in the table, `specdist bench PART`, and what follows."""
+
+    name: str
+    part: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of a case; tokens/s, median, least and most of the runs."""
+
+    name: str
+    tokens_per_s: float | None
+    least: float | None
+    most: float | None
+    busy_share: float | None
+    """Tokens/s on a busy host, of those on an idle one."""
+    host_share: float | None
+    """Of a step, the time in which the host starts it."""
+    memory_gib: float | None
+
+
+OURS = {
+    "EAGLE-3": (),
+    "EAGLE-3, head at the target": ("draft.eagle3.teacher_head=target",),
+    "EAGLE-3, head at the target, FP8": ("draft.eagle3.teacher_head=target", "draft.eagle3.products=fp8"),
+    "DFlash": ("draft.algorithm=dflash",),
+    "DSpark": ("draft.algorithm=dspark",),
+}
+
+
+def cases(checkouts: Mapping[str, Path], batch: str, gpus: int, cpu: bool) -> Iterator[Case]:
+    """In the order of the table."""
+    bare = ("--bare", "--busy", "--batch", batch)
+    for name, words in OURS.items():
+        if not (cpu and "FP8" in name):
+            yield Case(f"{name}: forward and backward", "step", (*bare, *words))
+    for peer, path in checkouts.items():
+        for backend in ("sdpa",) if cpu else ("sdpa", "flex_attention"):
+            own = (f"draft.algorithm={peer}", f"draft.{peer}.path={path}", f"draft.{peer}.backend={backend}")
+            yield Case(
+                f"{PEERS[peer].__name__}'s, {backend}", "step", (*bare, "run.plugins=[benchmarks.peer_plugin]", *own)
+            )
+    yield Case("EAGLE-3: step with FSDP and optimizer", "step", bare[1:])
+    yield Case("target alone", "target", ("--items", "8192", "--sequences", "2048", "--engines", "hf"))
+    yield Case("both roles in turns", "pipeline", ("--modes", "colocated", "target.replicas=1", "draft.dp=1"))
+    if gpus > 1:
+        yield Case("a rank for each role", "pipeline", ("--modes", "split"))
+
+
+def measured(case: Case, more: Sequence[str]) -> Mapping[str, Any]:
+    """The first figures of a run. Ends the process where it fails."""
+    command = [sys.executable, "-m", "specdist_launch.cli", "bench", case.part, *case.words, *more]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=with_this_package(), check=False)
+    if done.returncode:
+        raise SystemExit(f"{case.name}: specdist {' '.join(command[3:])} failed: its error is above")
+    found = json.loads(done.stdout.splitlines()[0])
+    figures: Mapping[str, Any] = found["modes"][0] if case.part == "pipeline" else found[0]
+    return figures
+
+
+def row(case: Case, runs: Sequence[Mapping[str, Any]]) -> Row:
+    """What the runs of a case say."""
+
+    def middle(*names: str) -> float | None:
+        found = [run[names[0]] / run[names[1]] if names[1:] else run[names[0]] for run in runs if run.get(names[-1])]
+        return statistics.median(found) if found else None
+
+    rates = [run["tokens_per_s"] for run in runs]
+    shares = middle("ms", "busy_ms"), middle("host_ms", "ms") if case.part == "step" else None
+    return Row(case.name, statistics.median(rates), min(rates), max(rates), *shares, middle("memory_gib"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command_line("headline", __doc__)
+    parser.prog = "python -m benchmarks.headline"
+    for name in PEERS:
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help="its checkout")
+    parser.add_argument("--runs", type=count, default=3)
+    parser.add_argument("--batch", default="4x2048", metavar="BATCH", help="of the steps")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b", help="the target's")
+    parser.add_argument("--model", metavar="DIR", help="a model directory, instead of a shape")
+    device_options(parser)
+    options, words = apart(arguments)
+    args = parser.parse_args(options)
+    cpu = args.device == "cpu" or not torch.cuda.is_available()
+    checkouts = {name: path.resolve() for name in PEERS if (path := getattr(args, name))}
+    wanted = [c for c in cases(checkouts, args.batch, torch.cuda.device_count(), cpu) if c.part in args.only]
+    model = ["--model", args.model] if args.model else ["--shape", args.shape]
+    alone = ["--device", args.device, "--repeats", str(args.repeats)]
+    own = {
+        "step": [*alone, *(["run.plugins=[benchmarks.peer_plugin]"] if checkouts else [])],
+        "target": alone,
+        "pipeline": [f"world.device={args.device}"],
+    }
+    runs: dict[str, list[Mapping[str, Any]]] = {case.name: [] for case in wanted}
+    for number in range(args.runs):
+        for case in wanted:
+            print(f"run {number + 1} of {args.runs}: {case.name}", file=sys.stderr, flush=True)
+            runs[case.name].append(measured(case, [*model, *own[case.part], *words]))
+    print(json.dumps(runs))
+    columns = {
+        "": "name", "tokens/s": "tokens_per_s:,.0f", "least": "least:,.0f", "most": "most:,.0f",
+        "busy host": "busy_share:.1%", "host": "host_share:.0%", "GiB": "memory_gib:.1f",
+    }  # fmt: skip
+    print(table(columns, [row(case, runs[case.name]) for case in wanted]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of the README: which cases it has, and what of their runs is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import headline
+from benchmarks.headline import Case, cases, row
+from benchmarks.step import StepConfig
+from specdist.core.errors import ConfigError
+
+
+def test_peers_are_measured_in_both_of_their_attentions_and_a_split_takes_two_gpus() -> None:
+    found = list(cases({"torchspec": Path("/checkout")}, "4x2048", gpus=2, cpu=False))
+    assert [case.name for case in found if "TorchSpec" in case.name] == [
+        "TorchSpec's, sdpa",
+        "TorchSpec's, flex_attention",
+    ]
+    assert found[-1].words == ("--modes", "split")
+    on_cpu = [case.name for case in cases({"torchspec": Path("/checkout")}, "2x64", gpus=0, cpu=True)]
+    assert not [name for name in on_cpu if "FP8" in name or "flex" in name or "for each role" in name]
+
+
+def test_the_words_of_our_steps_are_keys() -> None:
+    for case in cases({}, "4x2048", gpus=1, cpu=False):
+        if case.part == "step":
+            StepConfig.of([word for word in case.words if "=" in word])
+    with pytest.raises(ConfigError, match=r"unknown key 'draft\.unknown'"):
+        StepConfig.of(["draft.unknown=1"])
+
+
+def test_a_row_is_the_median_of_the_runs_with_their_spread() -> None:
+    runs = [
+        {"tokens_per_s": rate, "ms": 100.0, "busy_ms": busy, "host_ms": 25.0, "memory_gib": 2.0}
+        for rate, busy in ((900.0, 200.0), (1000.0, 125.0), (1010.0, 100.0))
+    ]
+    found = row(Case("x", "step", ()), runs)
+    assert (found.tokens_per_s, found.least, found.most) == (1000.0, 900.0, 1010.0)
+    assert (found.busy_share, found.host_share, found.memory_gib) == (0.8, 0.25, 2.0)
+    alone = row(Case("x", "pipeline", ()), [{"tokens_per_s": 5.0, "busy_ms": None}])
+    assert (alone.busy_share, alone.host_share, alone.memory_gib) == (None, None, None)
+
+
+def test_a_case_that_fails_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="odd: specdist bench step --batch 4x failed: its error is above"):
+        headline.measured(Case("odd", "step", ("--batch", "4x")), [])
+    assert "--batch 4x: write COUNTxLENGTH" in capfd.readouterr().err
