@@ -107,7 +107,7 @@ def measure(job: JobConfig, words: Sequence[str], mode: str, directory: Path) ->
     if mode == "colocated":
         own += [f"target.replicas={ranks // job.target.tp}", f"draft.dp={ranks // job.draft.cp}"]
     for run in ["fills", mode] if mode == "cached" else [mode]:
-        if start([], [*own, f"run.dir={directory / run}"], ranks) != 0:
+        if start([*own, f"run.dir={directory / run}"], ranks) != 0:
             raise SystemExit(f"specdist: the benchmark of the pipeline ({run}) failed: its error is above")
     summary = json.loads((directory / mode / "summary.json").read_text())
     return speed_of(mode, ranks, job.target.replicas, summary, time.monotonic() - began)

@@ -27,7 +27,7 @@ from specdist.core.launch_env import STOP, TOKEN
 from specdist.core.stop import STOP_SIGNALS, end_with_launcher
 from specdist.core.troubleshooting import linked
 from specdist_launch import words
-from specdist_launch.agents import ExitStatus, StopForwarder, reap_children
+from specdist_launch.agents import ExitStatus, Handler, StopForwarder, reap_children
 from specdist_launch.launcher import Launcher, placement_from_arguments
 from specdist_launch.slurm.step import placement_in_step
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reap_children()
     args = _parser().parse_args(argv)
     sys.stderr = unfailing(sys.stderr.fileno())  # its reader may be gone, and there is an end to account for
-    others = {signal.SIGTSTP: _suspend_ranks, signal.SIGCONT: _suspend_ranks}
+    others: dict[int, Handler] = {signal.SIGTSTP: _suspend_ranks, signal.SIGCONT: _suspend_ranks}
     with StopForwarder(_stop_ranks, others) as stop:  # before the seconds that the other imports take
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # Ray's processes block SIGINT: a child inherits that
         if args.secret:

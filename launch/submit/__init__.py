@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from specdist.core.errors import ConfigError, UserError
 from specdist_launch import words
@@ -134,7 +134,8 @@ def _submit(venue: Venue, jobs: Sequence[JobConfig], base: Path) -> list[Job[Run
         submitted = executor.submit_array(tasks)
     except FailedJobError as error:
         raise UserError(f"sbatch: {complaint(str(error))}") from error
-    return [job.task(0) for job in submitted]  # the others' tasks have no result, and result() would want them all
+    # The others' tasks have no result, and result() would want them all.
+    return [cast("Job[RunSummary]", job.task(0)) for job in submitted]
 
 
 _LONGEST = 100
