@@ -135,9 +135,8 @@ def holder(home: Path, attempt: str) -> Holder | None:
     if found is None or found[0].over or _is_earlier(found[0].attempt, attempt):
         return None
     there = found[0].state not in ("", "Z")
-    if (
-        not there and time.time() - max(found[0].time, found[1] / 1e9) > _GONE_S
-    ):  # on a full disk the file is only touched
+    silent_s = time.time() - max(found[0].time, found[1] / 1e9)  # on a full disk the file is only touched
+    if not there and silent_s > _GONE_S:
         return None
     deadline, record = time.monotonic() + WATCH_S, AttemptRecord(home / "logs" / found[0].attempt)
     while time.monotonic() < deadline:
