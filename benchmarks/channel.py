@@ -29,7 +29,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from benchmarks.channel_rank import PRODUCTS, ChannelRun, ChannelSection, ChannelSpeed
-from benchmarks.measure import apart, command_line, count, device_of, device_options, in_a_world, positive, table
+from benchmarks.measure import (
+    apart,
+    as_command,
+    command_line,
+    count,
+    device_of,
+    device_options,
+    in_a_world,
+    positive,
+    table,
+)
 from specdist.channel.registry import transport_for
 from specdist.core import config as configuration
 from specdist.core.errors import ConfigError
@@ -87,4 +97,4 @@ def render(speeds: Sequence[ChannelSpeed]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -22,7 +22,17 @@ from statistics import median
 import torch
 from transformers.utils import logging
 
-from benchmarks.measure import apart, command_line, count, device_of, device_options, model_directory, seconds, table
+from benchmarks.measure import (
+    apart,
+    as_command,
+    command_line,
+    count,
+    device_of,
+    device_options,
+    model_directory,
+    seconds,
+    table,
+)
 from benchmarks.shapes import SHAPES, in_a_process
 from specdist.draft.base import DraftModel
 from specdist.evaluate.decoding import Reply, decode
@@ -134,4 +144,4 @@ def render(speeds: Sequence[DecodeSpeed]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of the README: our step on an idle and on a busy host, the peers' own steps beside it, and the whole job.
+"""How fast all is, in one table: our steps on an idle and on a busy host, the peers' own beside them, the whole job.
 
     python -m benchmarks.headline --specforge SpecForge --torchspec TorchSpec              # one GPU, or more
     python -m benchmarks.headline --only step --runs 1 --device cpu --model MODEL --batch 2x64
 
 Every case is a process of its own, all of them in turns and `--runs` times: a figure is the median, beside it the least
 and the most. The peers' steps are those of `peer_drafts.py`, on the same batch, features and weights, in both of their
-attentions. The words `key=value` are keys of the configuration, of all cases.
+attentions. The words `key=value` are keys of the configuration; a case gets those of the sections that it has. A case
+that fails is told and left out, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -22,11 +23,22 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import apart, command_line, count, device_options, table, with_this_package
+from benchmarks.measure import (
+    apart,
+    as_command,
+    command_line,
+    count,
+    device_of,
+    device_options,
+    model_directory,
+    table,
+    with_this_package,
+)
 from benchmarks.peer_drafts import PEERS
 from benchmarks.shapes import SHAPES
 
-PARTS = ("step", "target", "pipeline")
+PARTS = {"step": ("draft.", "optimizer."), "target": ("target.",), "pipeline": ("",)}
+"""The benchmarks, and how the keys begin that they take."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +93,13 @@ def cases(checkouts: Mapping[str, Path], batch: str, gpus: int, cpu: bool) -> It
         yield Case("a rank for each role", "pipeline", ("--modes", "split"))
 
 
-def measured(case: Case, more: Sequence[str]) -> Mapping[str, Any]:
-    """The first figures of a run. Ends the process where it fails."""
+def measured(case: Case, more: Sequence[str]) -> Mapping[str, Any] | None:
+    """The first figures of a run; None where it fails."""
     command = [sys.executable, "-m", "specdist_launch.cli", "bench", case.part, *case.words, *more]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=with_this_package(), check=False)
     if done.returncode:
-        raise SystemExit(f"{case.name}: specdist {' '.join(command[3:])} failed: its error is above")
+        print(f"{case.name}: specdist {' '.join(command[3:])} failed: its error is above", file=sys.stderr, flush=True)
+        return None
     found = json.loads(done.stdout.splitlines()[0])
     figures: Mapping[str, Any] = found["modes"][0] if case.part == "pipeline" else found[0]
     return figures
@@ -95,13 +108,21 @@ def measured(case: Case, more: Sequence[str]) -> Mapping[str, Any]:
 def row(case: Case, runs: Sequence[Mapping[str, Any]]) -> Row:
     """What the runs of a case say."""
 
-    def middle(*names: str) -> float | None:
-        found = [run[names[0]] / run[names[1]] if names[1:] else run[names[0]] for run in runs if run.get(names[-1])]
+    def middle(name: str, over: str | None = None) -> float | None:
+        told = [run for run in runs if run.get(name) and (over is None or run.get(over))]
+        found = [run[name] / (1.0 if over is None else run[over]) for run in told]
         return statistics.median(found) if found else None
 
     rates = [run["tokens_per_s"] for run in runs]
-    shares = middle("ms", "busy_ms"), middle("host_ms", "ms") if case.part == "step" else None
-    return Row(case.name, statistics.median(rates), min(rates), max(rates), *shares, middle("memory_gib"))
+    return Row(
+        name=case.name,
+        tokens_per_s=middle("tokens_per_s"),
+        least=min(rates, default=None),
+        most=max(rates, default=None),
+        busy_share=middle("ms", over="busy_ms"),
+        host_share=middle("host_ms", over="ms"),
+        memory_gib=middle("memory_gib"),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -111,14 +132,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=Path, metavar="DIR", help="its checkout")
     parser.add_argument("--runs", type=count, default=3)
     parser.add_argument("--batch", default="4x2048", metavar="BATCH", help="of the steps")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b", help="the target's")
-    parser.add_argument("--model", metavar="DIR", help="a model directory, instead of a shape")
+    parser.add_argument("--model", type=model_directory, metavar="DIR", help="a model directory, instead of a shape")
     device_options(parser)
     options, words = apart(arguments)
     args = parser.parse_args(options)
-    cpu = args.device == "cpu" or not torch.cuda.is_available()
+    cpu = device_of(args.device).type == "cpu"
     checkouts = {name: path.resolve() for name in PEERS if (path := getattr(args, name))}
+    for name, path in checkouts.items():
+        if not (path / name).is_dir():
+            parser.error(f"argument --{name}: there is no folder {name} in {path}")
     wanted = [c for c in cases(checkouts, args.batch, torch.cuda.device_count(), cpu) if c.part in args.only]
     model = ["--model", args.model] if args.model else ["--shape", args.shape]
     alone = ["--device", args.device, "--repeats", str(args.repeats)]
@@ -131,14 +155,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for number in range(args.runs):
         for case in wanted:
             print(f"run {number + 1} of {args.runs}: {case.name}", file=sys.stderr, flush=True)
-            runs[case.name].append(measured(case, [*model, *own[case.part], *words]))
+            taken = [word for word in words if word.startswith(PARTS[case.part])]
+            if (found := measured(case, [*model, *own[case.part], *taken])) is not None:
+                runs[case.name].append(found)
     print(json.dumps(runs))
     columns = {
         "": "name", "tokens/s": "tokens_per_s:,.0f", "least": "least:,.0f", "most": "most:,.0f",
         "busy host": "busy_share:.1%", "host": "host_share:.0%", "GiB": "memory_gib:.1f",
     }  # fmt: skip
     print(table(columns, [row(case, runs[case.name]) for case in wanted]))
+    if any(len(found) < args.runs for found in runs.values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

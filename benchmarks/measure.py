@@ -38,6 +38,14 @@ def command_line(part: str, description: str | None) -> argparse.ArgumentParser:
     )
 
 
+def as_command(main: Callable[[], None]) -> None:
+    """Run `python -m benchmarks.PART`: what is wrong with its input is one line."""
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"specdist: {error}") from None
+
+
 def count(text: str) -> int:
     """The value of an option that is at least 1."""
     return _number(text, int, "a number of at least 1", lambda value: value >= 1)

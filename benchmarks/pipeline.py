@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import apart, command_line, count, model_directory, share, table
+from benchmarks.measure import apart, as_command, command_line, count, model_directory, share, table
 from benchmarks.shapes import SHAPES, in_a_process
 from benchmarks.step import lengths_of
 from specdist.core.errors import ConfigError
@@ -213,4 +213,4 @@ def render(found: PipelineSpeed) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -30,7 +30,7 @@ from types import SimpleNamespace
 import zmq
 
 from benchmarks.flow import CASES, Case, Times, World
-from benchmarks.measure import command_line, count, table
+from benchmarks.measure import as_command, command_line, count, table
 from specdist.core.pods import reach
 from specdist.core.topology import Topology
 from specdist.scheduler.config import ControlConfig
@@ -250,4 +250,4 @@ def _report_cost(cost: SchedulerCost) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

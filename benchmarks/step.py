@@ -30,6 +30,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from benchmarks.measure import (
     apart,
+    as_command,
     command_line,
     count,
     device_of,
@@ -198,4 +199,4 @@ def render(speeds: Sequence[StepSpeed]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.measure import (
     apart,
+    as_command,
     command_line,
     count,
     device_of,
@@ -167,4 +168,4 @@ def render(speeds: Sequence[TargetSpeed]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,26 @@ def test_a_row_is_the_median_of_the_runs_with_their_spread() -> None:
     assert (alone.busy_share, alone.host_share, alone.memory_gib) == (None, None, None)
 
 
-def test_a_case_that_fails_is_named(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="odd: specdist bench step --batch 4x failed: its error is above"):
-        headline.measured(Case("odd", "step", ("--batch", "4x")), [])
-    assert "--batch 4x: write COUNTxLENGTH" in capfd.readouterr().err
+def test_a_case_that_fails_is_told_and_the_others_are_kept(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert headline.measured(Case("odd", "step", ("--batch", "4x")), []) is None
+    told = capfd.readouterr().err
+    assert "--batch 4x: write COUNTxLENGTH" in told
+    assert "odd: specdist bench step --batch 4x failed: its error is above" in told
+
+    words: dict[str, list[str]] = {}
+
+    def measured(case: Case, more: list[str]) -> dict[str, float] | None:
+        words[case.part] = [word for word in more if "=" in word]
+        return None if case.name == "target alone" else {"tokens_per_s": 7.0}
+
+    monkeypatch.setattr(headline, "measured", measured)
+    with pytest.raises(SystemExit) as ended:
+        headline.main(["--runs", "1", "--device", "cpu", "draft.compile=false", "target.tp=1"])
+    assert ended.value.code == 1
+    assert "DFlash: forward and backward" in (shown := capfd.readouterr().out)
+    assert re.search(r"^target alone +- ", shown, re.MULTILINE)
+    assert words["step"] == ["draft.compile=false"]
+    assert words["target"] == ["target.tp=1"]
+    assert words["pipeline"] == ["world.device=cpu", "draft.compile=false", "target.tp=1"]
