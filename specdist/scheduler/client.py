@@ -235,12 +235,14 @@ class ControlClient:
                 self._outbox.send(messages.encode(message))
 
     def _ended(self, error: BaseException | None) -> None:
-        if error is not None:
-            logger.error("rank %d: the control client failed", self.rank, exc_info=error)
-            self._break(error)
-        self._dealer.disable_monitor()
-        self._monitor.close(0)
-        self._dealer.close(_LINGER_MS if self._error is None else _LINGER_AFTER_ABORT_MS)
+        try:
+            if error is not None:
+                logger.error("rank %d: the control client failed", self.rank, exc_info=error)
+                self._break(error)
+        finally:
+            self._dealer.disable_monitor()
+            self._monitor.close(0)
+            self._dealer.close(_LINGER_MS if self._error is None else _LINGER_AFTER_ABORT_MS)
 
     def _loop(self) -> None:
         poller = zmq.Poller()

@@ -169,7 +169,7 @@ class ControlServer:
                 self._coordinator.abort(0, f"the scheduler failed: {type(error).__name__}: {error}", self._clock())
         finally:
             self._router.disable_monitor()
-            self._router.close(_LINGER_MS)
+            self._router.close(_LINGER_MS if self._coordinator.peers.present else 0)
 
     def _bind(self, interface: str, port: int) -> None:
         if interface in ("*", "0.0.0.0", "::", ""):
@@ -180,6 +180,7 @@ class ControlServer:
         router.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         router.setsockopt(zmq.SNDHWM, 0)  # credits bound what is queued
         router.setsockopt(zmq.RCVHWM, 0)
+        router.setsockopt(zmq.LINGER, 0)  # of each connection: what is left for a peer that has gone is never sent
         router.setsockopt(zmq.IPV6, int(":" in interface))
         host = f"[{interface}]" if ":" in interface else interface
         try:

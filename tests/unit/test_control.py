@@ -874,6 +874,21 @@ def test_close_does_not_wait_for_a_server_that_is_gone() -> None:
     assert time.monotonic() - began < 5.0
 
 
+def test_the_end_of_a_run_waits_for_nobody_who_has_left() -> None:
+    """A word to a rank that leaves at this moment stays unsent: closing then took two seconds, or for ever."""
+    topology = Topology("split", ("a", "b"), ((0,),), ((1,),), 1)
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(200):
+            run = Run(make_scheduler(topology, end_item=2), topology)
+            for rank in [pool.submit(be_target, run, 0), pool.submit(be_draft, run, 1)]:
+                rank.result()
+            run.server.join(10.0)
+            closing = threading.Thread(target=run.close, daemon=True)
+            closing.start()
+            closing.join(1.0)
+            assert not closing.is_alive()
+
+
 def test_the_socket_binds_to_one_interface_only() -> None:
     with pytest.raises(ValueError, match="one interface"):
         ControlServer("0.0.0.0", b"", WORLD, None, QUICK, join_timeout_s=1.0)
