@@ -104,8 +104,9 @@ def test_context_parallel_ranks_add_up(rate: float) -> None:
     block_checks.context_parallel_ranks_add_up(build_case(anchors_per_token=rate))
 
 
-def test_nothing_supervised_is_a_loss_of_zero_with_a_graph() -> None:
-    block_checks.nothing_supervised_is_zero(build_case((4,)))
+@pytest.mark.parametrize("vocab_size", [None, 30])
+def test_nothing_supervised_is_a_loss_of_zero_with_a_graph(vocab_size: int | None) -> None:
+    block_checks.nothing_supervised_is_zero(build_case((4,), vocab_size=vocab_size))
 
 
 def test_without_gradients_none_are_computed_and_the_loss_is_the_same() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -211,7 +212,8 @@ def test_sizes_follow_the_target_and_the_config() -> None:
     with pytest.raises(ConfigError, match=r"8 is not a multiple of draft\.eagle3\.num_key_value_heads 3"):
         Eagle3Dims.of(Eagle3Config(num_attention_heads=8, num_key_value_heads=3), target)
     wider = Eagle3Dims.of(Eagle3Config(num_attention_heads=6, num_key_value_heads=1), target)
-    assert (wider.query_width, wider.hidden_size) == (96, 64)  # as in GLM-4.5-Air
+    assert (wider.query_width, wider.hidden_size) == (96, 64)
+    assert Rotary.of(replace(wider, rope_parameters=SCALED["yarn"]), "cpu").inv_freq.shape == (8,)
     mixture = GptOssConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=12)  # the width of an expert
     assert Eagle3Dims.of(Eagle3Config(), mixture).intermediate_size == 192
 
@@ -224,7 +226,9 @@ def test_defaults_are_made_to_fit_what_is_given_and_what_the_target_is() -> None
 
     assert str(dims(64, 8, 2, num_key_value_heads=3)) == "6 heads (3 of keys) of 8, an MLP of 100"
     assert str(dims(64, 8, 8, num_attention_heads=4)) == "4 heads (4 of keys) of 16, an MLP of 100"
-    assert str(dims(72, 10, 10)) == "10 heads (10 of keys) of 4, an MLP of 100"  # 10 does not divide 72
+    assert str(dims(72, 10, 10, qk_norm=True)) == "10 heads (10 of keys) of 4, an MLP of 100"  # 10 does not divide 72
+    assert str(dims(72, 10, 10)) == "8 heads (2 of keys) of 8, an MLP of 100"  # which transformers takes for a Llama
+    assert str(dims(5120, 96, 8)) == "64 heads (8 of keys) of 80, an MLP of 100"
     assert dims(64, 4, 4, products="fp8").intermediate_size == 112
     assert [dims(64, 4, 4, layers).num_captured for layers in (3, 4, 5, 6, 7)] == [2, 3, 3, 3, 3]
     assert [Eagle3Config().captured_layers(n) for n in (4, 6, 7)] == [(0, 1, 2), (1, 2, 4), (1, 2, 3)]

@@ -427,6 +427,23 @@ def test_an_export_reads_back_as_it_was(tmp_path, format, options):
     case.draft.load_state_dict(exported.state)
 
 
+def test_a_window_shorter_than_the_usual_chain_is_read_back(tmp_path):
+    case = Case(sliding_window=4, ttt_length=3)
+    case.export(tmp_path / "draft", FP32, "speculators")
+    exported = load_exported(tmp_path / "draft")
+    assert exported.options(Eagle3Config(ttt_length=2), case.target.config).sliding_window == 4
+    case.config.chosen.check("float32", "cpu", draft_tokens=4)
+    with pytest.raises(ConfigError, match=r"evaluate\.draft_tokens=5 is more than the 4 tokens"):
+        case.config.chosen.check("float32", "cpu", draft_tokens=5)
+
+
+def test_heads_of_which_transformers_makes_no_llama_are_refused(case):
+    odd = replace(case.config, eagle3=replace(case.config.eagle3, num_attention_heads=6, num_key_value_heads=2))
+    with pytest.raises(ConfigError, match=r"num_attention_heads=6 does not divide the hidden size"):
+        check_servable(odd, ExportConfig(formats=("sglang",)), case.target.config)
+    check_servable(odd, ExportConfig(formats=("speculators",)), case.target.config)
+
+
 def test_a_draft_of_another_target_is_refused(case, tmp_path):
     case.export(tmp_path / "draft")
     other = make_target().config

@@ -127,7 +127,8 @@ class BlockDraft(DraftModel):
         if not len(blocks.anchors):
             return self.nothing(totals)
         states = self.states(batch, blocks, self.verified(batch, features), self.attention(blocks, lengths))
-        loss, own, sums = self.learn(batch, features, blocks, states, totals)
+        divisor = totals.clamp(min=torch.finfo(torch.float32).tiny)  # the draft vocabulary may lack all that is drafted
+        loss, own, sums = self.learn(batch, features, blocks, states, divisor)
         return loss, torch.cat([supervision.counts, own.detach().double() * totals, sums.flatten()])
 
     @abstractmethod

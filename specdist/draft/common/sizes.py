@@ -35,7 +35,8 @@ class LayerOptions:
     intermediate_size: int | None = None
     """Width of the draft's MLPs; default the target's, or three hidden sizes where that is an expert's or unknown."""
     num_attention_heads: int | None = None
-    """Query heads of the draft; default the target's, or one for every 128 of the hidden size."""
+    """Query heads of the draft; default the target's, or one for every 128 of the hidden size. Of EAGLE-3's Llama
+    layers fewer, where the target's do not divide the hidden size: transformers 5 takes no others."""
     num_key_value_heads: int | None = None
     """Key and value heads of the draft; default the target's."""
     head_dim: int | None = None
@@ -49,6 +50,11 @@ class LayerOptions:
     """Epsilon of the draft's norms; default the target's."""
     attention: Literal["auto", "eager", "flex"] = "auto"
     """Training attention: flex (FlexAttention) needs CUDA, eager is the reference; auto takes what works."""
+
+    @property
+    def divides(self) -> bool:
+        """Whether the heads must divide the hidden size, where engines read the layers from a `LlamaConfig`."""
+        return False
 
     def captured_layers(self, num_layers: int) -> tuple[int, ...]:
         """The captured layers of a target of `num_layers` layers. Raises ConfigError: they cannot be captured."""
@@ -123,11 +129,11 @@ class LayerSizes:
         """What transformers computes the frequencies of a scaled RoPE from."""
         from transformers import LlamaConfig  # takes seconds to import; only a draft that is built needs it
 
+        head = self.head_dim  # of one head: transformers refuses heads that do not divide the hidden size
         return LlamaConfig(
-            hidden_size=self.hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
+            hidden_size=head,
+            num_attention_heads=1,
+            head_dim=head,
             max_position_embeddings=self.max_position_embeddings,
             rope_parameters=dict(self.rope_parameters),
         )
@@ -189,7 +195,10 @@ def _heads(options: LayerOptions, target: PretrainedConfig, hidden: int) -> tupl
     own_kv_heads = model_config.read(target, "num_key_value_heads") or own_heads
     heads, kv_heads = options.num_attention_heads, options.num_key_value_heads
     if heads is None:
-        heads = own_heads if kv_heads is None else max(own_heads // kv_heads, 1) * kv_heads
+        unit = kv_heads or own_heads & -own_heads  # as many tensor-parallel ranks can share them as the target's
+        most = max(own_heads // unit, 1) * unit
+        fitting = [n for n in range(unit, most, unit) if hidden % n == 0] if options.divides and hidden % most else []
+        heads = fitting[-1] if fitting else most
     return heads, kv_heads or math.gcd(heads, own_kv_heads)
 
 

@@ -52,6 +52,12 @@ class Eagle3(Algorithm[Eagle3Config]):
                 "draft.eagle3.products", "=fp8 rounds what is in bfloat16: leave draft.dtype at auto", "draft.dtype"
             )
         check_attention("draft.eagle3.attention", self.config.attention, device)
+        if draft_tokens is not None and draft_tokens > (self.config.sliding_window or draft_tokens):
+            raise ConfigError.at(
+                "evaluate.draft_tokens",
+                f"={draft_tokens} is more than the {self.config.sliding_window} tokens that the draft's layers see",
+                "draft.eagle3.sliding_window",
+            )
 
     def check_replay(self, temperature: float) -> None:
         if temperature and self.config.teacher_head == "target":

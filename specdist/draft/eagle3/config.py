@@ -134,6 +134,10 @@ class Eagle3Config(LayerOptions):
         return self.num_layers > 1 or self.mla or self.qk_norm or self.sliding_window is not None
 
     @property
+    def divides(self) -> bool:
+        return not (self.qk_norm or self.mla)
+
+    @property
     def windows(self) -> tuple[int | None, ...]:
         """Tokens back that each layer attends to; None: all."""
         layers, chosen = range(self.num_layers), self.sliding_layers

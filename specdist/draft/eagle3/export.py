@@ -223,6 +223,14 @@ def check_servable(config: Eagle3Config, format: str, target: PretrainedConfig) 
                 "(export.formats=[speculators])",
                 "export.formats",
             )
+    dims = Eagle3Dims.of(config, target)
+    if config.divides and dims.hidden_size % dims.num_attention_heads:
+        raise ConfigError.at(
+            "draft.eagle3.num_attention_heads",
+            f"={dims.num_attention_heads} does not divide the hidden size {dims.hidden_size}, and transformers "
+            "reads no such Llama: leave it at null, or serve with vLLM (export.formats=[speculators])",
+            "export.formats",
+        )
     if layers[0] == 0 and names & AS_THEY_ARE:
         raise ConfigError.at(
             "draft.eagle3.layers",
