@@ -10,6 +10,7 @@ each of them was set.
 """
 
 import ast
+import copy
 import dataclasses
 import difflib
 import functools
@@ -82,7 +83,7 @@ class Sources:
         for layer in self._layers:
             _check_keys(schema, layer)
             try:
-                config = OmegaConf.merge(config, layer.values)
+                config = OmegaConf.unsafe_merge(config, copy.deepcopy(layer.values))  # `merge` copies all of `config`
             except OmegaConfBaseException as error:
                 key, wrong = _refused(error, config, layer)
                 raise ConfigError(f"{layer.places.get(key, layer.name)}: {key}: {wrong}") from error
@@ -128,7 +129,7 @@ def _refused(error: OmegaConfBaseException, config: Any, layer: _Layer) -> tuple
 
 def to_yaml(config: Any) -> str:
     """The resolved configuration as YAML; `load` on it gives the same value back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)), resolve=True)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -41,9 +42,22 @@ def main(directory: Path, modules: Sequence[str]) -> None:
         for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
             with contextlib.suppress(ImportError):
                 importlib.import_module(module.name)
+    _prepare()
     threads = [thread.name for thread in threading.enumerate()]
     assert len(os.listdir("/proc/self/task")) == 1, f"an import has started threads: {threads}"
     Server(directory).serve()
+
+
+def _prepare() -> None:
+    """Do here what every fork would do anew."""
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("")  # compiles a thousand patterns
+    # For the names in its log an agent reads the sources of all its frames, with a look at all modules for each.
+    dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name  # noqa: SLF001
+    gc.collect()
+    gc.freeze()  # a fork that visited all these objects would copy their pages
 
 
 class Server:
