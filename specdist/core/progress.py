@@ -161,7 +161,7 @@ def _best(checkpoints: Sequence[Path], figure: str) -> Path | None:
     for path in checkpoints if figure != "none" else ():
         try:
             progress = read_progress(path)
-        except DataError:  # `damage` names it
+        except (DataError, OSError):  # `damage` names it
             continue
         if progress.evaluated is not None and progress.evaluated.step == progress.step:
             found.append((progress.evaluated, path))

@@ -97,19 +97,29 @@ class Checkpointer:
         self.finish()
         self._fence()
         self._wait(self._config.every_s or math.inf)
-        path = checkpoint_path(self._directory, progress.step)
-        if self._leader:  # left behind by a kill, or about to be written again after a resume from before it
-            with contextlib.suppress(FileNotFoundError):
-                (path / COMMIT).unlink()
-            shutil.rmtree(path, ignore_errors=True)  # what is not removed is overwritten
-        dist.barrier(group=self._group)
+        self.saved_step, path = progress.step, checkpoint_path(self._directory, progress.step)
+        if (error := self._clear(path)) is not None:
+            self._failed(error)
+            return
         writer = CheckpointWriter(path)
         saved: Any = dcp.async_save(self._state(model, optimizer), storage_writer=writer, process_group=self._group)
         written = getattr(saved, "upload_completion", saved)  # a future, or in newer versions what holds one
-        self.saved_step = progress.step
         self._writing = self._background.submit(self._complete, written, writer.sums, path, progress)
         if not self._config.asynchronous:
             self.finish()
+
+    def _clear(self, path: Path) -> OSError | None:
+        """Remove what a kill has left behind, or a start that came further than this one; why not, where the leader
+        cannot. What is left without its marker is overwritten."""
+        error, cleared = OSError(f"the first draft rank cannot remove {path}"), torch.ones(1)
+        if self._leader:
+            try:
+                (path / COMMIT).unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
+            except OSError as met:
+                error, cleared = met, torch.zeros(1)
+        dist.broadcast(cleared, group=self._group, group_src=0)
+        return None if cleared else error
 
     def note(self, evaluated: Evaluated) -> None:
         """Say in the checkpoint of that step, once it is complete, what an evaluation has found since it was saved."""
@@ -209,18 +219,21 @@ class Checkpointer:
                 self._fence()
                 sync_directory(path)
                 _mark(path / COMMIT, progress, files)
-                self._make_room()
         except (CheckpointException, OSError):
             if self._leader:
                 shutil.rmtree(path, ignore_errors=True)  # the next try needs the room
             raise
+        if self._leader:
+            self._make_room()
 
     def _make_room(self) -> None:
-        """Remove what need not be kept, kills have left behind included; no save is under way."""
+        """Remove what need not be kept, kills have left behind included, as far as that can be removed; no save is
+        under way."""
         best, kept = best_checkpoint(self._directory, self._config.keep_best), committed(self._directory)
         for old in kept[: -self._config.keep]:
             if old != best:
-                (old / COMMIT).unlink()  # first, so that a half-removed checkpoint is never taken for a complete one
+                with contextlib.suppress(OSError):  # first, so that half of it is never taken for a complete one
+                    (old / COMMIT).unlink()
         for path in self._directory.glob("step-*"):
             if not (path / COMMIT).exists():
                 shutil.rmtree(path, ignore_errors=True)

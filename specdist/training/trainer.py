@@ -106,7 +106,7 @@ class Trainer:
         self._waited_before = self.source.waited_s
         self.bad_samples.share = recipe.train.max_bad_share
         self.bad_samples.count, self.bad_samples.seen = progress.bad
-        checkpointer.begin(progress.step)
+        checkpointer.begin(recorded := progress.step)
         try:
             progress = self._evaluate_saved(recipe, progress, checkpointer, stop, reporter)
             while not self._done(recipe, progress) and not self._evaluation_left(progress):
@@ -128,14 +128,15 @@ class Trainer:
                 progress = replace(progress, step=progress.step + 1, next_item=indices.stop, cursor=end)
                 reporter.step(progress)
                 if progress.step % recipe.log_every == 0 or progress.step == recipe.total_steps:
-                    with span("metrics", progress.next_item - 1):
-                        reporter.record(progress.step, self._metrics(), self._work_done())
+                    recorded = self._record(progress, reporter)
                 checkpointer.poll()
                 on_time = recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0
                 if on_time or self._evaluation_left(progress):  # that may take long
                     self._save(progress, checkpointer)
                 progress = self._evaluate_saved(recipe, progress, checkpointer, stop, reporter)
             self.look_back()
+            if recorded < progress.step:  # a stop came, or `train.patience` ended it
+                self._record(progress, reporter)
         except TrainingDiverged:
             checkpointer.finish()  # all ranks come here, and what was saved before the step is good
             raise
@@ -364,6 +365,12 @@ class Trainer:
         found = torch.tensor([int(value) for value in values])
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.draft_cpu)
         return found.tolist()
+
+    def _record(self, progress: Progress, reporter: Reporter) -> int:
+        """Report the metrics of the steps since the last record; returns the step."""
+        with span("metrics", progress.next_item - 1):
+            reporter.record(progress.step, self._metrics(), self._work_done())
+        return progress.step
 
     def _metrics(self) -> dict[str, float]:
         sums = self._sums.clone()

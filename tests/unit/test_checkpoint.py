@@ -245,6 +245,46 @@ def test_a_save_that_fails_is_told_and_tried_again_until_it_is_given_up(tmp_path
     assert committed(tmp_path) == [tmp_path / "step-00000002"]
 
 
+@pytest.mark.parametrize("harm", ["protected", "unreadable"])
+def test_an_old_checkpoint_that_cannot_be_touched_costs_no_new_one(tmp_path, group, monkeypatch, harm):
+    model, optimizer = state()
+    told, unlink, read_text = list[str](), Path.unlink, Path.read_text
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=1), group, 0, told.append)
+
+    def refusing(does, wanted):
+        def instead(path, *args, **options):
+            if harm == wanted and path.parent.name == "step-00000001":
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return does(path, *args, **options)
+
+        return instead
+
+    for step in range(1, 5):
+        checkpointer.save(model, optimizer, progress(step))
+        checkpointer.finish()
+        monkeypatch.setattr(Path, "unlink", refusing(unlink, "protected"))
+        monkeypatch.setattr(Path, "read_text", refusing(read_text, "unreadable"))
+    assert (checkpointer.saved_step, told) == (4, [])
+    names = [path.name for path in committed(tmp_path)]
+    assert names == [*["step-00000001"] * (harm == "protected"), "step-00000004"]
+
+
+def test_a_file_server_that_is_away_is_told_where_something_is_in_the_way_of_a_checkpoint(tmp_path, group, monkeypatch):
+    (model, optimizer), told = state(), list[str]()
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(every_s=0), group, 0, told.append)
+
+    def away(path, **options):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as server:
+        server.setattr(Path, "unlink", away)
+        checkpointer.save(model, optimizer, progress(1))
+    assert told[0].startswith(f"step 1 could not be saved in {tmp_path}: OSError: [Errno 116] Stale file handle; tried")
+    checkpointer.save(model, optimizer, progress(2))
+    checkpointer.finish()
+    assert (checkpointer.saved_step, told[1:]) == (2, [""])
+
+
 def test_a_checkpoint_is_due_by_the_clock(tmp_path, group):
     model, optimizer = state()
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(every_s=0.5), group, 0)

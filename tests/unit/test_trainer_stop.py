@@ -155,3 +155,21 @@ def test_a_step_is_saved_before_the_evaluation_that_follows_it() -> None:
     trainer.train(recipe, Progress(), checkpointer, StopFlag(), reporter)  # type: ignore[arg-type]
     assert trainer.did == ["evaluate 0", "train 1", "train 2", "save 2", "evaluate 2"]
     assert [found.step for found in noted] == [2]
+
+
+def test_steps_that_a_stop_leaves_between_two_records_are_recorded() -> None:
+    """The summary had not counted them, or said that nothing was left to train."""
+
+    class Stopped(Short):
+        def _receive_all(self, indices: range, stop: StopFlag, due: bool) -> Any:
+            received, course = super()._receive_all(indices, stop, due)
+            return received, Course.STOP if indices.start == 3 else course
+
+    schedule = Schedule(0, 0, total_steps=9, accumulation=1)
+    trainer = alone(Stopped, Late(), schedule, None)
+    recorded: list[int] = []
+    checkpointer = SimpleNamespace(begin=lambda step: None, due=False, poll=lambda: None)
+    recipe = Recipe(TrainConfig(), OptimizerConfig(), CheckpointConfig(every=0), log_every=2, total_steps=9)
+    reporter = SimpleNamespace(step=lambda progress: None, record=lambda step, *_: recorded.append(step))
+    assert trainer.train(recipe, Progress(), checkpointer, StopFlag(), reporter).step == 3  # type: ignore[arg-type]
+    assert recorded == [2, 3]
