@@ -14,16 +14,8 @@ class Ring:
     """`slots` buffers of `rows` feature rows each. `memory`: all of them, [slots, rows, layout.width]."""
 
     def __init__(self, layout: FeatureLayout, slots: int, rows: int, device: torch.device, pinned: bool = False):
-        self.slots = slots
-        self._rows = rows
-        self.memory = torch.empty(
-            slots,
-            rows,
-            layout.width,
-            dtype=layout.dtype,
-            device=device,
-            pin_memory=pinned,
-        )
+        self.slots, self._rows, shape = slots, rows, (slots, rows, layout.width)
+        self.memory = torch.empty(shape, dtype=layout.dtype, device=device, pin_memory=pinned)
         self._slots = self.memory.unbind()
 
     def slot(self, number: int, rows: int) -> Tensor:

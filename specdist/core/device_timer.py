@@ -9,36 +9,49 @@ from collections.abc import Iterator
 import torch
 
 
+class Moment:
+    """When a rank's device has done all that is queued on the current stream by now. No thread waits for it."""
+
+    def __init__(self, device: torch.device):
+        on_gpu = device.type == "cuda"
+        self.event = torch.cuda.Event(enable_timing=True) if on_gpu else None  # type: ignore[no-untyped-call]
+        self.time = time.monotonic()
+        if self.event is not None:
+            self.event.record()
+
+    def reached(self) -> bool:
+        return self.event is None or self.event.query()  # type: ignore[no-untyped-call]
+
+    def since(self, earlier: "Moment") -> float:
+        """Seconds from an earlier one on; both are reached."""
+        if self.event is None or earlier.event is None:
+            return self.time - earlier.time
+        return float(earlier.event.elapsed_time(self.event)) / 1e3
+
+
 class DeviceTimer:
     """Adds up times on one rank's device, from when all before has ended.
 
     Of a wait of the host it is the part in which the device had no work any more: a host that waits for a GPU's next
-    work has often queued seconds of it. An event on either side measures it, and no thread waits for it.
+    work has often queued seconds of it.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
         self._seconds = 0.0
-        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._pending: deque[tuple[Moment, Moment]] = deque()
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
         """Around what is timed, on the thread and stream that compute."""
-        if self._device.type != "cuda":
-            began = time.monotonic()
-            yield
-            self._seconds += time.monotonic() - began
-            return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
+        began = Moment(self._device)
         yield
-        end.record()
-        self._pending.append((begin, end))
+        self._pending.append((began, Moment(self._device)))
 
     @property
     def seconds(self) -> float:
         """Of all, as far as the device has got."""
-        while self._pending and self._pending[0][1].query():  # type: ignore[no-untyped-call]
-            begin, end = self._pending.popleft()
-            self._seconds += begin.elapsed_time(end) / 1e3
+        while self._pending and self._pending[0][1].reached():
+            began, ended = self._pending.popleft()
+            self._seconds += ended.since(began)
         return self._seconds

@@ -236,6 +236,17 @@ class _Request:
     def ranks(self) -> range:
         return range(len(self.hosts))
 
+    def filling(self, asked: int | None, key: str, each: int, by: str) -> int:
+        """How often `each` ranks are in the world. Raises ConfigError: not as often as is `asked`, or some are left."""
+        count, size = asked or max(len(self.hosts) // each, 1), len(self.hosts)
+        if count * each != size:
+            raise ConfigError(
+                f"{self.kind}: {key}({count}) x {by}({each}) = {count * each} != {size} ranks, "
+                f"{self.name_hosts(self.ranks)}",
+                f"{key} {by}",
+            )
+        return count
+
     def with_role(self, role: Role | None) -> list[int]:
         return [rank for rank in self.ranks if self.roles[rank] == role]
 
@@ -348,14 +359,7 @@ def _colocated(ask: _Request) -> Topology:
 
 def _target_only(ask: _Request) -> Topology:
     _refuse_role(ask, "draft", "no rank to the draft")
-    size = len(ask.hosts)
-    replicas = ask.replicas or max(size // ask.tp, 1)
-    if replicas * ask.tp != size:
-        raise ConfigError(
-            f"{ask.kind}: target.replicas({replicas}) x target.tp({ask.tp}) = {replicas * ask.tp} != "
-            f"{size} ranks, {ask.name_hosts(ask.ranks)}",
-            "target.replicas target.tp",
-        )
+    replicas = ask.filling(ask.replicas, "target.replicas", ask.tp, "target.tp")
     placed = _place_replicas(ask, replicas, list(ask.ranks))
     shards, pods = divide(ask.dp or ask.pod or 1, ask.pod)
     return Topology(ask.world.mode, ask.hosts, placed, (), shards, pods=pods)
@@ -363,15 +367,7 @@ def _target_only(ask: _Request) -> Topology:
 
 def _draft_only(ask: _Request) -> Topology:
     _refuse_role(ask, "target", "no rank to the target")
-    size = len(ask.hosts)
-    dp = ask.dp or max(size // ask.cp, 1)
-    if dp * ask.cp != size:
-        raise ConfigError(
-            f"{ask.kind}: draft.dp({dp}) x draft.cp({ask.cp}) = {dp * ask.cp} != {size} ranks, "
-            f"{ask.name_hosts(ask.ranks)}",
-            "draft.dp draft.cp",
-        )
-    shards, pods = divide(dp, ask.pod)
+    shards, pods = divide(ask.filling(ask.dp, "draft.dp", ask.cp, "draft.cp"), ask.pod)
     return Topology(ask.world.mode, ask.hosts, (), _rows(ask.ranks, ask.cp), shards, pods=pods)
 
 

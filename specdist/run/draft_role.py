@@ -80,8 +80,8 @@ def consume(context: RankContext) -> None:
     with RunReporter(context, leader, held) as reporter:
         progress = trainer.train(recipe, context.resume.progress, checkpointer, context.stop, reporter)
         metrics = reporter.totals()
-    client.phase = "saving"
-    saved = trainer.commit(progress, checkpointer)  # first, whatever becomes of the others
+        client.phase = "saving"
+        saved = trainer.commit(progress, checkpointer)  # first, whatever becomes of the others
     _end_the_run(context, source, progress.next_item, leader)
     while not saved:
         _pause(client, checkpointer.retry_s)

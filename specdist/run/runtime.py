@@ -232,7 +232,7 @@ def _profile(context: WorldContext, resume: ResumePlan) -> Profile:
     info = PartInfo(
         rank, topology.world_size, topology.describe(rank), topology.hosts[rank], traced.first, traced.last, items
     )
-    return Profile(traced, info, context.world.device, context.record.trace_parts)
+    return Profile(info, context.world.device, context.record.trace_parts)
 
 
 def _put_trace_together(context: WorldContext) -> None:

@@ -18,6 +18,7 @@ from specdist.channel.base import DropSender, FeatureSender
 from specdist.channel.encoding import Parcel, Plain
 from specdist.channel.ring import Ring
 from specdist.core.attempts import Ending
+from specdist.core.device_timer import Moment
 from specdist.core.errors import say
 from specdist.core.files import to_json, write_atomically
 from specdist.core.trace import span
@@ -41,18 +42,11 @@ class _Forward:
     sent: Tensor
     agreed: Tensor | None
     """On the host, see `forward_item`."""
-    began: torch.cuda.Event | float
-    ended: torch.cuda.Event | float
+    began: Moment
+    ended: Moment
 
     def finished(self) -> bool:
-        return not isinstance(self.ended, torch.cuda.Event) or self.ended.query()
-
-    def seconds(self) -> float:
-        if isinstance(self.began, torch.cuda.Event):
-            assert isinstance(self.ended, torch.cuda.Event)
-            return self.began.elapsed_time(self.ended) / 1000
-        assert isinstance(self.ended, float)
-        return self.ended - self.began
+        return self.ended.reached()
 
 
 class Producer:
@@ -191,27 +185,20 @@ class Producer:
             parcel = self._encoding.parcel(item)
             sent = self._sender.buffer(parcel.wire)
             rows = self._encoding.rows(parcel, sent)
-        began = self._now()
+        began = Moment(self._engine.device)
         with span("forward", item.index, tokens=item.tokens):
             agreed = forward_item(self._engine, item, batch, rows)
             self._encoding.encode(parcel, rows, sent)
             if agreed is not None:  # read when the forward is finished, without waiting for the next one
                 host = torch.empty_like(agreed, device="cpu", pin_memory=agreed.is_cuda)
                 agreed = host.copy_(agreed, non_blocking=True)
-        self._running.append(_Forward(parcel, sent, agreed, began, self._now()))
-
-    def _now(self) -> torch.cuda.Event | float:
-        if self._engine.device.type != "cuda":
-            return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self._running.append(_Forward(parcel, sent, agreed, began, Moment(self._engine.device)))
 
     def _report_finished(self) -> None:
         """Tell the scheduler what is finished, and keep it until it is to be sent."""
         while self._running and self._running[0].finished():
             done = self._running.popleft()
-            item, seconds = done.parcel.item, done.seconds()
+            item, seconds = done.parcel.item, done.ended.since(done.began)
             agreed = () if done.agreed is None else tuple(done.agreed.tolist())
             self._held.append(done)
             self._client.send(Computed(item.index, item.tokens, seconds, agreed))

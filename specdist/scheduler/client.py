@@ -105,7 +105,10 @@ class ControlClient:
         self._monitor = self._dealer.get_monitor_socket(
             zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | HANDSHAKE_FAILED
         )
-        self._connect(address, identity(rank, place.world if place else ""))
+        self._dealer.setsockopt(zmq.IDENTITY, identity(rank, place.world if place else ""))
+        for option, value in ((zmq.SNDHWM, 0), (zmq.RCVHWM, 0), (zmq.IPV6, int("[" in address))):
+            self._dealer.setsockopt(option, value)
+        self._dealer.connect(address)
         self._lost_at: float | None = None
         self._refused = False
         self._sent = self._received = 0
@@ -216,14 +219,6 @@ class ControlClient:
         own = isinstance(self._error, WorldError) and self._error.culprit == self.rank
         if isinstance(error, Exception) and self._error is not None and not own:
             raise self._error from error
-
-    def _connect(self, address: str, name: bytes) -> None:
-        dealer = self._dealer
-        dealer.setsockopt(zmq.IDENTITY, name)
-        dealer.setsockopt(zmq.SNDHWM, 0)
-        dealer.setsockopt(zmq.RCVHWM, 0)
-        dealer.setsockopt(zmq.IPV6, int("[" in address))
-        dealer.connect(address)
 
     def _heartbeat(self, now: float) -> messages.Heartbeat:
         text, since = self._phase

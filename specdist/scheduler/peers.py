@@ -68,7 +68,8 @@ class Peers:
     def __init__(self, topology: Topology, now: float):
         self.hosts = topology.hosts
         self.refused = 0
-        """Connections and messages that are none of this run's."""
+        """Connections without the run's secret that were not let in, or broken because of a forged frame, and messages
+        that are no rank's."""
         self._started = now
         self._peers = [Peer(topology.role(rank), host, now) for rank, host in enumerate(topology.hosts)]
 
@@ -106,6 +107,7 @@ class Peers:
 
     @property
     def malformed(self) -> int:
+        """Messages of ranks of this run that could not be decoded."""
         return sum(peer.malformed for peer in self._peers)
 
     @property

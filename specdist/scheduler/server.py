@@ -39,7 +39,7 @@ class ControlServer:
 
     Args:
         interface: IP address to bind to, the one that the other hosts reach. Not a wildcard.
-        token: the run's secret; who does not have it is not let in, and counted in `refused`.
+        token: the run's secret; who does not have it is not let in, and counted in `peers`.
         scheduler, observer, rules: see Coordinator.
         port: the port to bind to; 0: a free one.
         join_timeout_s: seconds from now until every rank must have said hello.
@@ -82,20 +82,10 @@ class ControlServer:
             observer=observer,
             rules=rules,
         )
+        self.peers = self._coordinator.peers
         self._next_tick = self._clock()
         self._closing = False
         self._thread = Worker("specdist-control-server", self.run, self._ended)
-
-    @property
-    def refused(self) -> int:
-        """How many connections without the run's secret were not let in, or broken because of a forged frame, and
-        messages that are no rank's were dropped."""
-        return self._coordinator.peers.refused
-
-    @property
-    def malformed(self) -> int:
-        """How many messages of ranks of this run could not be decoded and were dropped."""
-        return self._coordinator.peers.malformed
 
     def start(self) -> ControlServer:
         self._thread.start()
@@ -135,7 +125,7 @@ class ControlServer:
         self._thread.join(timeout_s)
         if timeout_s is not None and self._thread.is_alive():
             now = self._clock()
-            listed = self._coordinator.peers.describe_all(self._coordinator.peers.present, now)
+            listed = self.peers.describe_all(self.peers.present, now)
             raise WorldError(f"after {timeout_s:.0f} s these ranks have not left the control plane:\n{listed}")
         self.check()
 
@@ -169,7 +159,7 @@ class ControlServer:
                 self._coordinator.abort(0, f"the scheduler failed: {type(error).__name__}: {error}", self._clock())
         finally:
             self._router.disable_monitor()
-            self._router.close(_LINGER_MS if self._coordinator.peers.present else 0)
+            self._router.close(_LINGER_MS if self.peers.present else 0)
 
     def _bind(self, interface: str, port: int) -> None:
         if interface in ("*", "0.0.0.0", "::", ""):
@@ -207,7 +197,7 @@ class ControlServer:
     def _receive(self, frames: list[bytes], now: float) -> None:
         rank = self._ranks.get(frames[0])
         if rank is None and self._remote and is_remote(frames[0]):
-            rank = self._ranks[frames[0]] = self._coordinator.peers.admit(now)
+            rank = self._ranks[frames[0]] = self.peers.admit(now)
             self._identities.append(frames[0])
         if rank is None or len(frames) != 2:
             self._coordinator.refuse("a control message that is no rank's")

@@ -85,13 +85,12 @@ class Profile:
     """The profile of one rank. `reach` is for the rank's main loop alone.
 
     What takes time (waiting for the device, asking for the clock, the files) is done in a thread when the last traced
-    item is over. That thread also stops the profiler when the world has failed and the main thread is stuck. `traced`:
-    None records nothing. `directory`: where the parts of all ranks go.
+    item is over. That thread also stops the profiler when the world has failed and the main thread is stuck.
+    `info`: None records nothing. `directory`: where the parts of all ranks go.
     """
 
-    def __init__(self, traced: TracedSteps | None, info: PartInfo | None, device: torch.device, directory: Path):
-        self.on = traced is not None
-        self._items = range(0) if traced is None else traced.items
+    def __init__(self, info: PartInfo | None, device: torch.device, directory: Path):
+        self.on, self._items = info is not None, range(0) if info is None else range(*info.items)
         self._info, self._device, self._directory = info, device, directory
         self._ask: AskClock | None = None
         self._over, self._counted, self._failed = threading.Event(), threading.Event(), threading.Event()
@@ -100,13 +99,9 @@ class Profile:
 
     @functools.cached_property
     def _profiler(self) -> torch.profiler.profile:
-        activities = [ProfilerActivity.CPU]
-        if self._device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        return torch.profiler.profile(
-            activities=activities,
-            experimental_config=_ExperimentalConfig(profile_all_threads=True),
-        )
+        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (self._device.type == "cuda")]
+        every_thread = _ExperimentalConfig(profile_all_threads=True)
+        return torch.profiler.profile(activities=activities, experimental_config=every_thread)
 
     @contextmanager
     def recording(self, ask: AskClock) -> Iterator[None]:
@@ -195,4 +190,4 @@ class Profile:
             return None
 
 
-NO_PROFILE = Profile(None, None, torch.device("cpu"), Path())
+NO_PROFILE = Profile(None, torch.device("cpu"), Path())

@@ -14,7 +14,7 @@ import torch
 from specdist.core.clock import ClockReading
 from specdist.core.trace import span
 from specdist.run.timeline import merge
-from specdist.training.profile import PartInfo, Profile, TracedSteps
+from specdist.training.profile import PartInfo, Profile
 from tests.distributed.worlds import train
 from tests.timeline import arrows, check_format, slices
 from tests.tiny import make_config, make_conversations, make_target
@@ -29,7 +29,7 @@ def same_clock(timeout_s: float) -> ClockReading:
 
 def profile(directory: Path) -> Profile:
     info = PartInfo(0, 1, "rank 0", "here", 1, 1, (0, 1))
-    return Profile(TracedSteps(1, 1, range(1)), info, torch.device("cuda", 0), directory)
+    return Profile(info, torch.device("cuda", 0), directory)
 
 
 def some_work() -> torch.Tensor:

@@ -510,7 +510,7 @@ def test_any_rank_may_ask_what_time_it_is_on_rank_0(runs):
         readings = [client.ask_clock(20.0) for _ in range(20)]
         assert all(r.asked <= r.told <= r.answered for r in readings)  # one process has one clock
         assert clock_offset(readings).offset == 0
-    assert run.server.malformed == 0
+    assert run.server.peers.malformed == 0
     clients[3].fail(ValueError("a defect"))
     wait_error(clients[6])
     with pytest.raises(WorldError, match=r"rank 3 .*a defect"):
@@ -627,8 +627,8 @@ def test_an_empty_poll_returns_in_time(runs: typing.Callable[..., Run]) -> None:
 
 def await_refusals(run: Run, count: int) -> None:
     deadline = time.monotonic() + 60
-    while run.server.refused < count:
-        assert time.monotonic() < deadline, f"{run.server.refused} refusals instead of {count}"
+    while run.server.peers.refused < count:
+        assert time.monotonic() < deadline, f"{run.server.peers.refused} refusals instead of {count}"
         time.sleep(0.02)
 
 
@@ -686,13 +686,13 @@ def test_strangers_and_garbage_change_nothing(runs: typing.Callable[..., Run]) -
     prove(keyless, run.token)
     keyless.curve_publickey, keyless.curve_secretkey = zmq.curve_keypair()
     for dealer in (stranger, plain, keyless):
-        refused = run.server.refused
+        refused = run.server.peers.refused
         dealer.setsockopt(zmq.IDENTITY, identity(2))
         dealer.connect(run.server.address)
         with contextlib.suppress(zmq.Again):  # it may have been refused already
             dealer.send(encode(failed("me too")), zmq.NOBLOCK)
         await_refusals(run, refused + 1)
-    refused = run.server.refused
+    refused = run.server.peers.refused
     for garbage in (b"GET / HTTP/1.1\r\n\r\n" * 100, b"\xff" + bytes(8) + b"\x7f\x03\x00NULL", os.urandom(4096)):
         with socket.create_connection((host, int(port))) as raw:
             raw.sendall(garbage)
@@ -756,8 +756,8 @@ def test_malformed_bytes_of_a_rank_are_counted_and_survived(runs: typing.Callabl
     send(encode(StopRequest(StopReason.USER2)))
     with pytest.raises(Dismissed, match="SIGUSR2 on rank 3"):
         collect(client, 1)
-    assert run.server.malformed == 5
-    assert run.server.refused == 1
+    assert run.server.peers.malformed == 5
+    assert run.server.peers.refused == 1
     send(encode(Goodbye()))
     context.destroy(linger=100)
 

@@ -87,7 +87,7 @@ def test_steps_are_items(config, schedule, expected):
 
 def profile(directory: Path) -> Profile:
     info = PartInfo(3, 4, "rank 3 (draft)", "a", 11, 12, (20, 24))
-    return Profile(TracedSteps(11, 12, range(20, 24)), info, torch.device("cpu"), directory)
+    return Profile(info, torch.device("cpu"), directory)
 
 
 def same_clock(timeout_s: float) -> ClockReading:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from specdist.core.progress import Cursor, Evaluated, Progress
 from specdist.core.stop import StopFlag, StopReason
 from specdist.prompts.schedule import Schedule
+from specdist.run import draft_role
 from specdist.training.config import CheckpointConfig, OptimizerConfig, Recipe, TrainConfig
 from specdist.training.parts import FeatureSource
 from specdist.training.trainer import Course, Trainer
@@ -173,3 +175,27 @@ def test_steps_that_a_stop_leaves_between_two_records_are_recorded() -> None:
     reporter = SimpleNamespace(step=lambda progress: None, record=lambda step, *_: recorded.append(step))
     assert trainer.train(recipe, Progress(), checkpointer, StopFlag(), reporter).step == 3  # type: ignore[arg-type]
     assert recorded == [2, 3]
+
+
+def test_a_run_is_saved_before_its_trackers_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server of metrics that does not answer takes a minute then, which a batch system may not leave."""
+    did: list[str] = []
+    names = (
+        "_build_draft",
+        "DraftOptimizer",
+        "Checkpointer",
+        "_source",
+        "Trainer",
+        "RunReporter",
+        "fence",
+        "ReplayJudge",
+    )
+    parts = {name: MagicMock() for name in (*names, "ReplayJudge", "_whole_state", "_end_the_run")}
+    for name, part in parts.items():
+        monkeypatch.setattr(draft_role, name, part)
+    parts["RunReporter"].return_value.__exit__.side_effect = lambda *_: did.append("close")
+    parts["Trainer"].return_value.commit.side_effect = lambda *_: did.append("save") or True
+    context = MagicMock()
+    context.topology.draft_ranks, context.rank = (1, 0), 0
+    draft_role.consume(context)
+    assert did == ["save", "close"]
