@@ -127,11 +127,11 @@ class Trainer:
                 end = micro_batches[-1].item.end
                 progress = replace(progress, step=progress.step + 1, next_item=indices.stop, cursor=end)
                 reporter.step(progress)
-                if progress.step % recipe.log_every == 0 or progress.step == recipe.total_steps:
+                evaluated = self._evaluation_left(progress)  # that may take long, and a stop may come in it
+                if progress.step % recipe.log_every == 0 or progress.step == recipe.total_steps or evaluated:
                     recorded = self._record(progress, reporter)
                 checkpointer.poll()
-                on_time = recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0
-                if on_time or self._evaluation_left(progress):  # that may take long
+                if evaluated or (recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0):
                     self._save(progress, checkpointer)
                 progress = self._evaluate_saved(recipe, progress, checkpointer, stop, reporter)
             self.look_back()
