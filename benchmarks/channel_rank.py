@@ -283,7 +283,9 @@ class Bench:
             else:
                 shard = self._shard.dp
                 stop = StopFlag()
-                source = RemoteSource(client, self._receiver, encoding, items, stop, _WAIT_S, self._device, (0, shard))
+                source = RemoteSource(
+                    client, self._receiver, encoding, items, stop, _WAIT_S, self._device, (0, shard), self._slots
+                )
                 client.ready()
                 client.expect(StartWork)
                 began = time.perf_counter()

@@ -66,10 +66,6 @@ class ToyReceiver(FeatureReceiver):
         self._posted: dict[int, int] = {}
         wire.book.publish(wire.rank, json.dumps([path, slots, shard_rows]))
 
-    @property
-    def slots(self) -> int:
-        return len(self._ring)
-
     def post(self, item: WorkItem, replica: int, slot: int) -> None:
         self._posted[item.index] = slot
 

@@ -229,11 +229,6 @@ class DropSender(FeatureSender):
 class FeatureReceiver(ABC):
     """The draft rank's end: a ring of equal slots, one per item in flight."""
 
-    @property
-    @abstractmethod
-    def slots(self) -> int:
-        """How many items the ring holds."""
-
     @abstractmethod
     def post(self, item: WorkItem, replica: int, slot: int) -> None:
         """All ranks of `replica` have announced `item`: receive this rank's shard of it into `slot`, which is free."""

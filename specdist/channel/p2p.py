@@ -104,10 +104,6 @@ class P2PReceiver(FeatureReceiver):
         self._posted: dict[int, tuple[int, _Works]] = {}  # slot and operations, by item
         self._waiter = ThreadPoolExecutor(1, "specdist-transfer")
 
-    @property
-    def slots(self) -> int:
-        return self._ring.slots
-
     def post(self, item: WorkItem, replica: int, slot: int) -> None:
         rows = (self._host_ring or self._ring).slot(slot, item.shards[self._shard].tokens)
         if self._stream is not None:

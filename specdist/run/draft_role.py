@@ -156,7 +156,7 @@ def _source(context: RankContext, items: Items, place: tuple[int, int]) -> Featu
     encoding = context.encoding((shard,))
     units = encoding.units(job.prompts.tokens_per_rank)
     receiver = context.transport.receiver(context.wire(encoding, book), slots, units, context.client.check)
-    return RemoteSource(context.client, receiver, encoding, items, context.stop, timeout_s, device, place)
+    return RemoteSource(context.client, receiver, encoding, items, context.stop, timeout_s, device, place, slots)
 
 
 def _end_the_run(context: RankContext, source: FeatureSource, next_item: int, leader: bool) -> None:

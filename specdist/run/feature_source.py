@@ -50,8 +50,9 @@ class RemoteSource(FeatureSource):
         timeout_s: float,
         device: torch.device,
         place: tuple[int, int],
+        slots: int,
     ):
-        """`place`: of this rank, see `Topology.shard_of`."""
+        """`place`: of this rank, see `Topology.shard_of`. `slots`: of a ring."""
         (self._pod, self._shard), self._pods = place, items.schedule.pods
         self._encoding, self._received_bytes = encoding, 0
         self._waits = DeviceTimer(device)
@@ -62,7 +63,7 @@ class RemoteSource(FeatureSource):
         self._known: dict[int, Deliver] = {}  # by its number, not yet posted
         self._posts = 0  # deliveries that have been posted, by whichever pod
         self._there = set[int]()  # their items, those that this rank has not passed
-        self._window = receiver.slots * self._pods  # more deliveries there cannot be that are not posted
+        self._window = slots * self._pods  # more deliveries there cannot be that are not posted
         self._posted: dict[int, Parcel] = {}  # items that are not yet released
         self._awaited, self._wait_until = -1, 0.0
         self._agreed: dict[int, int] = {}

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ClusterShell.RangeSet import RangeSet
 from torch.distributed.device_mesh import DeviceMesh
 
 from specdist.core.errors import ConfigError, WorldError, first_line
@@ -129,13 +130,7 @@ def _missing_ranks(present: Mapping[int, Any], facts: RankFacts, timeout_s: floa
 
 def ranges(numbers: Iterable[int]) -> str:
     """1, 2, 3, 7 as '1-3, 7'."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return str(RangeSet.fromlist(map(str, numbers))).replace(",", ", ")
 
 
 @contextmanager

@@ -69,7 +69,6 @@ class Rank(Trainer):
         self.client = Client(order, pods, self._pod, random.Random(number), received)
         self.items = Items(pods)  # type: ignore[assignment]
         receiver = SimpleNamespace(
-            slots=STEPS * TOGETHER,
             post=lambda item, replica, slot: (self.issued.append(f"receive {item.index}"), received.add(item.index)),
             take=lambda item, timeout_s: torch.empty(0),
             release=lambda item, freed: None,
@@ -77,8 +76,8 @@ class Rank(Trainer):
         encoding = SimpleNamespace(
             parcel=lambda item: SimpleNamespace(wire=item, sizes=[0]), decode=lambda parcel, shard, received: received
         )
-        self.stop, cpu = StopFlag(), torch.device("cpu")
-        self.source = RemoteSource(self.client, receiver, encoding, self.items, self.stop, 20.0, cpu, (self._pod, 0))  # type: ignore[arg-type]
+        self.stop, place = StopFlag(), (torch.device("cpu"), (self._pod, 0), STEPS * TOGETHER)
+        self.source = RemoteSource(self.client, receiver, encoding, self.items, self.stop, 20.0, *place)  # type: ignore[arg-type]
 
     def _highest(self, *values: int) -> list[int]:
         self._said[self.number] = values

@@ -74,9 +74,7 @@ class MooncakeSender(RingSender[_Sending]):
         if self._host is not None:
             host = self._host.slot(self._ring.number(rows), item.tokens)
             with torch.cuda.stream(self._copying):
-                rows = host.copy_(rows, non_blocking=True)
-                copied = torch.cuda.Event()
-                copied.record()
+                rows, copied = host.copy_(rows, non_blocking=True), _here()
         sending = _Sending(item, rows, slot, copied)
         self._jobs.put(sending)
         return sending
@@ -163,10 +161,6 @@ class MooncakeReceiver(FeatureReceiver):
         ring, slot_bytes = self._ring.memory.data_ptr(), shard_rows * wire.layout.bytes_per_token
         here = Endpoint(engine.session, engine.protocol, ring, slot_bytes, self._greeting.data_ptr())
         wire.book.publish(wire.rank, msgspec.json.encode(here).decode())
-
-    @property
-    def slots(self) -> int:
-        return self._ring.slots
 
     def post(self, item: WorkItem, replica: int, slot: int) -> None:
         self._posted[item.index] = slot
