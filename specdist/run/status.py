@@ -2,6 +2,7 @@
 """`specdist status`, `runs` and `compare`: the state of runs, from their files alone, on any host that sees them."""
 
 import contextlib
+import json
 import shutil
 import textwrap
 import time
@@ -10,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import yaml
 
 from specdist.core.attempts import AttemptRecord, attempts
@@ -199,9 +199,8 @@ def last_record(metrics: Path) -> Mapping[str, float]:
         lines = file.read().splitlines()
     found: dict[str, float] = {}
     for line in lines:
-        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):  # the first and the last may be cut off
-            record = msgspec.json.decode(line, type=dict[str, Any])
-            found |= {name: value for name, value in record.items() if isinstance(value, float | int)}
+        with contextlib.suppress(ValueError):  # the first and the last may be cut off
+            found |= {name: value for name, value in json.loads(line).items() if isinstance(value, float | int)}
     return found if found.keys() >= _OF_A_STEP else {}  # before the first step there may be an evaluation
 
 

@@ -81,6 +81,14 @@ def test_a_run_that_trains_tells_step_queues_bottleneck_and_time(run_dir: Path) 
     assert "checkpoint  none yet" in said
 
 
+def test_a_record_of_a_step_that_was_not_finite_is_told_as_well(run_dir: Path) -> None:
+    write(run_dir)
+    figures = {"loss": 1.25, "tokens_per_s": 5000.0, "step_s": 2.0, "draft_wait": 0.3, "target_wait": 0.0}
+    line = json.dumps({"step": 41, "grad_norm": float("nan"), **figures})
+    (run_dir / "metrics.jsonl").write_text(f"{line}\n")
+    assert "loss 1.25, 5,000 tokens/s" in describe(run_dir, NOW)
+
+
 def test_roles_that_share_their_ranks_wait_for_none(run_dir: Path) -> None:
     write(run_dir, statistics=Statistics())
     assert "bottleneck" not in describe(run_dir, NOW)

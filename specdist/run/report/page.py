@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`specdist report RUN_DIR ...`: one HTML file that needs nothing but a browser. plotly.js, which lies in it, draws."""
 
-import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import msgspec
 
 import specdist
 from specdist.core.errors import ConfigError, UserError, say
@@ -79,15 +78,4 @@ def _render(runs: Sequence[RunRecords], library: str) -> str:
 
 def _json(value: Any) -> str:
     """For a script of the page: no tag can end it, and what is no number is null."""
-    return json.dumps(_finite(value)).replace("<", "\\u003c")
-
-
-def _finite(value: Any) -> Any:
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case dict():
-            return {key: _finite(entry) for key, entry in value.items()}
-        case list() | tuple():
-            return [_finite(entry) for entry in value]
-    return value
+    return msgspec.json.encode(value, enc_hook=float).decode().replace("<", "\\u003c")
