@@ -68,8 +68,8 @@ def test_kernels_are_told_apart() -> None:
 @pytest.mark.parametrize(("ranks", "more"), [(1, []), (2, ["teacher_head=target", "embedding=host"])])
 def test_a_run_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str], ranks: int, more: list[str]) -> None:
     model = make_target(tmp_path / "target")
-    words = ["draft.eagle3.layers=[0,2,4]", "draft.eagle3.vocab_size=100", "draft.compile=false"]
-    words += [f"draft.eagle3.{word}" for word in more]
+    draft = ("layers=[0,2,4]", "vocab_size=100", "ttt_length=2", *more)
+    words = ["draft.compile=false", *(f"draft.eagle3.{word}" for word in draft)]
     options = ["--batch", "3x40", "mixed:90", "--supervised", "0.5", "--repeats", "2", "--ranks", str(ranks)]
     options += ["--busy"] if ranks == 1 else []
     main(["--model", str(model), "--device", "cpu", *options, *words])
