@@ -5,9 +5,10 @@
     python -m benchmarks.headline --only step --runs 1 --device cpu --model MODEL --batch 2x64
 
 Every case is a process of its own, all of them in turns and `--runs` times: a figure is the median, beside it the least
-and the most. The peers' steps are those of `peer_drafts.py`, on the same batch, features and weights, in both of their
-attentions. The words `key=value` are keys of the configuration; a case gets those of the sections that it has. A case
-that fails is told and left out, and the exit status is 1.
+and the most. `--warm 4` only runs all of them once, four beside each other: what they compile is compiled for the
+runs that follow. The peers' steps are those of `peer_drafts.py`, on the same batch, features and weights, in
+both of their attentions. The words `key=value` are keys of the configuration; a case gets those of the sections that it
+has. A case that fails is told and left out, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,7 @@ def measured(case: Case, more: Sequence[str]) -> Mapping[str, Any] | None:
     return figures
 
 
-def row(case: Case, runs: Sequence[Mapping[str, Any]]) -> Row:
+def row(name: str, runs: Sequence[Mapping[str, Any]]) -> Row:
     """What the runs of a case say."""
 
     def middle(name: str, over: str | None = None) -> float | None:
@@ -115,7 +117,7 @@ def row(case: Case, runs: Sequence[Mapping[str, Any]]) -> Row:
 
     rates = [run["tokens_per_s"] for run in runs]
     return Row(
-        name=case.name,
+        name=name,
         tokens_per_s=middle("tokens_per_s"),
         least=min(rates, default=None),
         most=max(rates, default=None),
@@ -125,12 +127,22 @@ def row(case: Case, runs: Sequence[Mapping[str, Any]]) -> Row:
     )
 
 
+def render(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The runs of every case as a table."""
+    columns = {
+        "": "name", "tokens/s": "tokens_per_s:,.0f", "least": "least:,.0f", "most": "most:,.0f",
+        "busy host": "busy_share:.1%", "host": "host_share:.0%", "GiB": "memory_gib:.1f",
+    }  # fmt: skip
+    return table(columns, [row(name, found) for name, found in runs.items()])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line("headline", __doc__)
     parser.prog = "python -m benchmarks.headline"
     for name in PEERS:
         parser.add_argument(f"--{name}", type=Path, metavar="DIR", help="its checkout")
     parser.add_argument("--runs", type=count, default=3)
+    parser.add_argument("--warm", type=count, metavar="N", help="only all of them once, N beside each other")
     parser.add_argument("--batch", default="4x2048", metavar="BATCH", help="of the steps")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b", help="the target's")
@@ -151,19 +163,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "target": alone,
         "pipeline": [f"world.device={args.device}"],
     }
+
+    def run(case: Case) -> Mapping[str, Any] | None:
+        return measured(case, [*model, *own[case.part], *(w for w in words if w.startswith(PARTS[case.part]))])
+
+    if args.warm:
+        print(f"{len(wanted)} cases to warm up, {args.warm} beside each other", file=sys.stderr, flush=True)
+        with ThreadPoolExecutor(args.warm) as threads:
+            done = list(
+                threads.map(run, (replace(c, words=tuple(w for w in c.words if w != "--busy")) for c in wanted))
+            )
+        raise SystemExit(int(None in done))
     runs: dict[str, list[Mapping[str, Any]]] = {case.name: [] for case in wanted}
     for number in range(args.runs):
         for case in wanted:
             print(f"run {number + 1} of {args.runs}: {case.name}", file=sys.stderr, flush=True)
-            taken = [word for word in words if word.startswith(PARTS[case.part])]
-            if (found := measured(case, [*model, *own[case.part], *taken])) is not None:
+            if (found := run(case)) is not None:
                 runs[case.name].append(found)
+                print(f"    {found['tokens_per_s']:,.0f} tokens/s", file=sys.stderr, flush=True)
     print(json.dumps(runs))
-    columns = {
-        "": "name", "tokens/s": "tokens_per_s:,.0f", "least": "least:,.0f", "most": "most:,.0f",
-        "busy host": "busy_share:.1%", "host": "host_share:.0%", "GiB": "memory_gib:.1f",
-    }  # fmt: skip
-    print(table(columns, [row(case, runs[case.name]) for case in wanted]))
+    print(render(runs))
     if any(len(found) < args.runs for found in runs.values()):
         raise SystemExit(1)
 

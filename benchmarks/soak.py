@@ -20,11 +20,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import apart, command_line, with_this_package
+from benchmarks.measure import apart, command_line, model_directory, with_this_package
 from benchmarks.pipeline import write_prompts
 from benchmarks.shapes import in_a_process
 from specdist.core.launch_env import make_token
 from specdist.draft.registry import benchmark_words
+from specdist.target.description import describe
 from specdist.world.roll_call import free_port
 
 RANKS, GPUS = 4, 2
@@ -82,14 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--connections", nargs="+", type=int, default=[1, 8, 32], help="CUDA_DEVICE_MAX_CONNECTIONS")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--layers", type=int, default=8, help="of the target, which has the shape of Qwen3-8B")
+    parser.add_argument("--model", type=model_directory, metavar="DIR", help="a model directory, instead of that shape")
     options, words = apart(arguments)
     if "--rank" in options:
         rank(words)
     args = parser.parse_args(options)
     with tempfile.TemporaryDirectory(prefix="specdist-soak-") as name:
         directory, prompts = Path(name), Path(name) / "prompts"
-        target = in_a_process("qwen3-8b", args.layers, directory)
-        write_prompts(prompts, [TOKENS // 4] * 4096, supervised=0.5, vocab_size=151936)
+        target = args.model or in_a_process("qwen3-8b", args.layers, directory)
+        write_prompts(prompts, [TOKENS // 4] * 4096, supervised=0.5, vocab_size=describe(str(target)).vocab_size)
         job = [
             f"target.path={target}", f"prompts.files=[{prompts}]", f"prompts.max_length={TOKENS // 4}",
             f"prompts.tokens_per_rank={TOKENS}", "target.replicas=2", "draft.dp=2", "train.accumulation=2",

@@ -38,10 +38,10 @@ def test_a_row_is_the_median_of_the_runs_with_their_spread() -> None:
         {"tokens_per_s": rate, "ms": 100.0, "busy_ms": busy, "host_ms": 25.0, "memory_gib": 2.0}
         for rate, busy in ((900.0, 200.0), (1000.0, 125.0), (1010.0, 100.0))
     ]
-    found = row(Case("x", "step", ()), runs)
+    found = row("x", runs)
     assert (found.tokens_per_s, found.least, found.most) == (1000.0, 900.0, 1010.0)
     assert (found.busy_share, found.host_share, found.memory_gib) == (0.8, 0.25, 2.0)
-    alone = row(Case("x", "pipeline", ()), [{"tokens_per_s": 5.0, "busy_ms": None}])
+    alone = row("x", [{"tokens_per_s": 5.0, "busy_ms": None}])
     assert (alone.busy_share, alone.host_share, alone.memory_gib) == (None, None, None)
 
 
