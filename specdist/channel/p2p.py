@@ -163,9 +163,7 @@ def _start(operation: Callable[..., dist.Work | None], rows: Tensor, partner: in
     try:
         work = operation(rows, partner, group=wire.groups.links[link])
     except RuntimeError as error:
-        describe = wire.topology.describe
-        broken = f"link {describe(link.source)} -> {describe(link.destination)} is broken"
-        raise WorldError(f"{broken}: {first_line(error)}") from error
+        raise WorldError(f"{wire.topology.describe_link(link)} is broken: {first_line(error)}") from error
     assert work is not None
     return work
 

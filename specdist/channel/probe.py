@@ -110,7 +110,7 @@ class _Probe:
                     yield self._speed(link)
             sender.close(self._wire.timeout_s)
             for link in (link for link in mine if link.destination in absent):
-                why = f"{self._ends(link)} did not come up: {absent[link.destination]}"
+                why = f"{self._wire.topology.describe_link(link)} did not come up: {absent[link.destination]}"
                 raise WorldError(why, culprit=link.destination)
         finally:
             for link in mine:  # those that are done already stay so
@@ -192,10 +192,10 @@ class _Probe:
         try:
             self._store.wait([_key(link)], timedelta(seconds=limit))
         except dist.DistError as error:
-            who = self._wire.topology.describe(self._rank)
+            who, path = self._wire.topology.describe(self._rank), self._wire.topology.describe_link(link)
             raise WorldError(
-                f"{self._ends(link)} stalled while it was measured: {who} waited {limit:.0f} s for its transfers to "
-                "end (world.join_timeout_s)",
+                f"{path} stalled while it was measured: {who} waited {limit:.0f} s for its transfers to end "
+                "(world.join_timeout_s)",
                 culprit=link.source,
             ) from error
         return bool(self._store.get(_key(link)).decode() == _DONE)
@@ -205,12 +205,8 @@ class _Probe:
         try:
             yield
         except WorldError as error:
-            why = f"{self._ends(link)} broke while it was measured: {error}"
+            why = f"{self._wire.topology.describe_link(link)} broke while it was measured: {error}"
             raise WorldError(why, culprit=error.culprit) from error
-
-    def _ends(self, link: Link) -> str:
-        describe = self._wire.topology.describe
-        return f"link {describe(link.source)} -> {describe(link.destination)}"
 
 
 def _key(link: Link) -> str:

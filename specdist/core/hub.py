@@ -183,17 +183,12 @@ def push(files: Mapping[str, Path | bytes], name: str, message: str) -> str:
 
     size = sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values())
     limit = SILENCE_S + size / SLOWEST
-    worker = Worker("specdist-upload", upload)  # left behind where the library hangs
-    worker.start()
-    worker.join(limit)
-    if worker.is_alive():
-        raise DataError(
-            f"--push {repository.id}: {constants.ENDPOINT} has not taken {size / 1e6:,.0f} MB in {limit:,.0f} s: "
-            "what is there already is passed over when it is pushed again"
-        )
     try:
-        if worker.error is not None:
-            raise worker.error
+        if not Worker("specdist-upload", upload).ends_within(limit):  # left behind where the library hangs
+            raise DataError(
+                f"--push {repository.id}: {constants.ENDPOINT} has not taken {size / 1e6:,.0f} MB in {limit:,.0f} s: "
+                "what is there already is passed over when it is pushed again"
+            )
     except (httpx.HTTPError, errors.OfflineModeIsEnabled, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         log_in = ": log in with a token that may write there (`hf auth login`, or HF_TOKEN)"

@@ -213,6 +213,9 @@ class Topology:
         """A rank as errors and tables name it: its number, role, coordinates and host."""
         return f"rank {rank} ({self.role(rank)}, host {self.hosts[rank]})"
 
+    def describe_link(self, link: Link) -> str:
+        return f"link {self.describe(link.source)} -> {self.describe(link.destination)}"
+
 
 @dataclass(frozen=True)
 class _Request:

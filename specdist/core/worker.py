@@ -16,6 +16,14 @@ class Worker(threading.Thread):
         self._body, self._ended = body, ended
         self.error: BaseException | None = None
 
+    def ends_within(self, timeout_s: float) -> bool:
+        """Start it; whether it has ended after so many seconds. Raises what ended it."""
+        self.start()
+        self.join(timeout_s)
+        if self.error is not None:
+            raise self.error
+        return not self.is_alive()
+
     def run(self) -> None:
         try:
             self._body()

@@ -159,7 +159,8 @@ class ControlServer:
                 self._coordinator.abort(0, f"the scheduler failed: {type(error).__name__}: {error}", self._clock())
         finally:
             self._router.disable_monitor()
-            self._router.close(_LINGER_MS if self.peers.present else 0)
+            awaited = self.peers.present or self._remote  # a target world that has just come is told of the end, too
+            self._router.close(_LINGER_MS if awaited else 0)
 
     def _bind(self, interface: str, port: int) -> None:
         if interface in ("*", "0.0.0.0", "::", ""):

@@ -63,8 +63,8 @@ def _await_all(topology: Topology, groups: Groups, world: World, timeout_s: floa
 
 
 def _pairs(links: list[Link], topology: Topology) -> str:
-    named = [f"link {topology.describe(x.source)} -> {topology.describe(x.destination)}" for x in links[:4]]
-    return ", ".join(named) + (f" and {len(links) - 4} more links" if len(links) > 4 else "")
+    more = f" and {len(links) - 4} more links" if len(links) > 4 else ""
+    return ", ".join(map(topology.describe_link, links[:4])) + more
 
 
 def rounds(topology: Topology) -> Iterator[Link]:
@@ -104,13 +104,8 @@ def _bounded(action: Callable[[], None], timeout_s: float, device: torch.device)
             torch.cuda.set_device(device)
         action()
 
-    worker = Worker("specdist-connect", body)
-    worker.start()
-    worker.join(timeout_s)
-    if worker.is_alive():
+    if not Worker("specdist-connect", body).ends_within(timeout_s):
         raise TransferError("it is not up in time")
-    if worker.error is not None:
-        raise worker.error
 
 
 def wait_work(work: dist.Work, timeout_s: float, on_device: bool, check: Callable[[], None] = lambda: None) -> None:
