@@ -69,11 +69,6 @@ class ChannelConfig:
         parse_bytes(self.cache_bytes, "channel.cache_bytes")
         check_range("channel", self, "send_buffers", least=1)
 
-    @property
-    def cache_limit(self) -> int:
-        """`cache_bytes` as a number."""
-        return parse_bytes(self.cache_bytes, "channel.cache_bytes")
-
 
 def parse_bytes(text: str, key: str) -> int:
     """'4GiB', '512 MB', '1048576' as a number of bytes (units are powers of 1024)."""

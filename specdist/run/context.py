@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from specdist.channel.base import AddressBook, FeatureSender, Transport, Wire
+from specdist.channel.config import parse_bytes
 from specdist.channel.encoding import Plain, encoding_of
 from specdist.core.attempts import AttemptRecord, Failure, Started
 from specdist.core.launch_env import Attempt, RankFacts
@@ -151,8 +152,8 @@ class WorldContext:
         config, topology = self.job.channel, self.topology
         if config.cache is None:
             return None
-        path = Path(config.cache).expanduser().absolute()
-        return CacheDirectory.shared(path, config.cache_limit, self.rank, topology.replicas, topology.hosts)
+        path, limit = Path(config.cache).expanduser().absolute(), parse_bytes(config.cache_bytes, "channel.cache_bytes")
+        return CacheDirectory.shared(path, limit, self.rank, topology.replicas, topology.hosts)
 
     def begun(self, step: int = 0) -> Started:
         """The beginning of an attempt that no launcher of ours has recorded."""

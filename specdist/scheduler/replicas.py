@@ -165,6 +165,8 @@ class Replicas:
         """The draft world ends: let target worlds finish and go. `more`: another start of it may follow."""
         if self._rules is None:
             return
+        if self._scheduler.replicas:  # what these can do counts, not what others could that have left before
+            self.reports.clear()
         self._end = messages.Stop(more)
         for replica in self._replicas:
             if replica.state in ("joining", "live"):

@@ -282,6 +282,21 @@ def test_a_rank_whose_replica_never_came_whole_is_let_go_at_the_end():
     assert reports.reports == (REPORT,)
 
 
+def test_what_the_target_side_can_do_is_told_of_the_replicas_that_are_there_at_the_end():
+    """One that was preempted, and came back as another, had counted twice."""
+    office = Office(end_item=1)
+    first = office.join()
+    office.hear(first, Ready())
+    office.hear(first, StopRequest(StopReason.TERMINATE))
+    office.hear(first, Produced(REPORT), Goodbye())
+    second = office.join(B)
+    office.hear(second, Ready())
+    office.compute(second, 0)
+    office.release(0)
+    [reports] = [message for message in office.hear(second, Produced(REPORT)) if isinstance(message, Reports)]
+    assert reports.reports == (REPORT,)
+
+
 def test_without_a_replica_the_run_ends_in_time_and_says_so():
     office = Office()
     for _ in range(7):
