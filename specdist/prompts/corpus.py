@@ -33,7 +33,7 @@ class Side:
     Attributes:
         indices: theirs, int64 [N], ascending; None for all of the store.
         tokens, supervised: how many they have.
-        fingerprint: the identity of the content; the store's own where it is the whole of it.
+        fingerprint: equal for equal sequences in equal order; the store's own where it is the whole of it.
     """
 
     store: PromptStore
@@ -91,7 +91,7 @@ class Side:
 @dataclass(frozen=True)
 class Corpus:
     """What a run is made of; equal on every rank. Items, messages and batches name sequences by their index here: 0 to
-    N - 1 are trained on (`training_indices`), N to N + M - 1 are held out (`heldout_indices`). `dropped`: the sequences
+    N - 1 are trained on, N to N + M - 1 are held out (`heldout_indices`). `dropped`: the sequences
     of `prompts.files` that begin like one held out by files, and are on neither side."""
 
     training: Side
@@ -106,10 +106,6 @@ class Corpus:
         return [side for side in (self.training, self.heldout) if side is not None]
 
     @property
-    def training_indices(self) -> range:
-        return range(len(self.training))
-
-    @property
     def heldout_indices(self) -> range:
         """Empty where nothing is held out."""
         return range(len(self.training), len(self))
@@ -118,20 +114,6 @@ class Corpus:
         """int64 [n], the tokens of these sequences [n], which are of one side."""
         side, first = self._side(int(indices[0])) if len(indices) else (self.training, 0)
         return side.lengths(indices - first)
-
-    @property
-    def tokens(self) -> int:
-        """Of the training side, as `supervised`."""
-        return self.training.tokens
-
-    @property
-    def supervised(self) -> int:
-        return self.training.supervised
-
-    @property
-    def fingerprint(self) -> str:
-        """The identity of what is trained on: equal for equal sequences in equal order."""
-        return self.training.fingerprint
 
     @property
     def max_token(self) -> int:

@@ -41,7 +41,7 @@ def prepare_in_world(
             if preparing == rank:
                 prompts = prompts or prepared()
                 stores = [(str(side.directory), side.files) for side in prompts.stores]
-                team.put(str(rank), {"stores": stores, "fingerprint": prompts.fingerprint})
+                team.put(str(rank), {"stores": stores, "fingerprint": prompts.training.fingerprint})
                 continue
             found = team.wait(str(preparing), preparing)
             stores, fingerprints[hosts[preparing]] = found["stores"], found["fingerprint"]
@@ -49,7 +49,7 @@ def prepare_in_world(
                 share = config.holdout if isinstance(config.holdout, float) else None
                 prompts = make_corpus([PromptStore.open(*opened) for opened in stores], share)
         prompts = prompts or prepared()
-    if other := [host for host, fingerprint in fingerprints.items() if fingerprint != prompts.fingerprint]:
+    if other := [host for host, fingerprint in fingerprints.items() if fingerprint != prompts.training.fingerprint]:
         raise DataError.at(
             "prompts.files",
             f": hosts {hosts[rank]} and {other[0]} have different ones: give both the same files, or name the revision "

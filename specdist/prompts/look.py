@@ -54,11 +54,6 @@ def look(
             continue
         done = tokenize(piece, str(tokenizer_dir), settings(config))
         report.add(done.report)
-        for bad in done.bad:
-            report.add_bad(bad)
-        report.sequences += len(done.lengths)
-        report.tokens += len(done.tokens)
-        report.supervised += int(done.supervised.sum())
         read += piece.size
     total = sum(os.path.getsize(source.path) for source in sources)
     return Look(report, len(sources), report.tokens * total / max(read, 1))
@@ -87,12 +82,13 @@ def shown_samples(config: PromptsConfig, tokenizer_dir: str | Path, count: int, 
 
 
 def _shown(renderer: Renderer, sample: Sample | BadSample, colour: bool) -> tuple[str, bool]:
+    bad = f"{RED}bad{PLAIN}" if colour else "bad"
     if isinstance(sample, BadSample):
-        return f"{_red('bad', colour)} {sample}", False
+        return f"{bad} {sample}", False
     try:
         sequences = renderer.render(sample).sequences
     except UnusableError as error:
-        lines = [f"{_red('bad', colour)} {sample.file}:{sample.line}: {error}"]
+        lines = [f"{bad} {sample.file}:{sample.line}: {error}"]
         if error.rendering is not None:
             prompt, rendered = error.rendering
             lines += [f"  the prompt ends      {prompt[-ENDS:]!r}", f"  the template renders {rendered[-ENDS:]!r}"]
@@ -109,7 +105,3 @@ def _text(renderer: Renderer, sequence: Sequenced, colour: bool) -> str:
         part = str(renderer.tokenizer.decode(sequence.tokens[list(run)]))
         text += f"{begin}{part}{end}" if taught else part
     return f"{len(supervised):,} tokens, {int(supervised.sum()):,} in the loss\n{text}\n"
-
-
-def _red(text: str, colour: bool) -> str:
-    return f"{RED}{text}{PLAIN}" if colour else text

@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 from specdist.core.errors import ConfigError, DataError, WorldError
 from specdist.core.files import locked, of_full_disk, sha256, sync_directory, unwritable
@@ -221,7 +220,9 @@ def _prepare_into(
             for source, piece, done in _in_order(sources, _workers(config, total), tokenized):
                 sequences = (done.lengths, done.tokens, done.supervised, source, done.lines)
                 writer.extend(*sequences, done.groups, done.categories)
-                _add(report, done, writer, bad)
+                report.add(done.report)
+                for sample in done.bad:
+                    bad.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
                 _judge(report, config)
                 size += piece.size
                 advance(size, report.counted())
@@ -279,14 +280,6 @@ def _workers(config: PromptsConfig, total: int) -> int:
         return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if total < SMALL_BYTES or cores == 1 else min(cores, total // PIECE_BYTES)
-
-
-def _add(report: PrepareReport, done: Tokenized, writer: StoreWriter, bad: TextIO) -> None:
-    report.add(done.report)
-    report.sequences, report.tokens, report.supervised = writer.sequences, writer.tokens, writer.supervised
-    for sample in done.bad:
-        report.add_bad(sample)
-        bad.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
 
 
 def _notes(report: PrepareReport, template: str) -> list[str]:

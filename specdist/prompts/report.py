@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -29,6 +29,7 @@ Reason = Literal[
 ]
 
 EXAMPLES_PER_REASON = 3
+_SUMS = ("samples", "kept", "sequences", "tokens", "supervised", "truncated", "cut_away", "skipped", "turns")
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,20 @@ class PrepareReport:
     notes: list[str] = field(default_factory=list)
 
     def add(self, others: PrepareReport) -> None:
-        for name in ("samples", "kept", "truncated", "cut_away", "skipped", "turns"):
+        for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(others, name))
+        for name in ("bad", "kinds", "left_out"):
+            setattr(self, name, dict(Counter(getattr(self, name)) + Counter(getattr(others, name))))
         self.most_turns = max(self.most_turns, others.most_turns)
-        self.kinds = dict(Counter(self.kinds) + Counter(others.kinds))
-        self.left_out = dict(Counter(self.left_out) + Counter(others.left_out))
+        for reason, examples in others.examples.items():
+            self._show(reason, examples)
 
     def add_bad(self, bad: BadSample) -> None:
         self.bad[bad.reason] = self.bad.get(bad.reason, 0) + 1
-        examples = self.examples.setdefault(bad.reason, [])
-        if len(examples) < EXAMPLES_PER_REASON:
-            examples.append(str(bad))
+        self._show(bad.reason, [str(bad)])
+
+    def _show(self, reason: str, examples: list[str]) -> None:
+        self.examples[reason] = [*self.examples.get(reason, ()), *examples][:EXAMPLES_PER_REASON]
 
     def rename(self, names: Mapping[str, str]) -> None:
         for examples in self.examples.values():
@@ -133,9 +137,6 @@ class PrepareReport:
         if left:
             rows.append(("not in prompts", f"the chat template leaves out: {', '.join(left)}"))
         return rows + [(f"bad: {reason}", f"{count:,}") for reason, count in Counter(self.bad).most_common()]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def __str__(self) -> str:
         supervised = f"{self.supervised / self.tokens:.0%}" if self.tokens else "none"

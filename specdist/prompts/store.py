@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ class StoreWriter:
             "fingerprint": hashlib.sha256(hashes.encode()).hexdigest(),
             "files": list(files),
             "labels": list(self._labels),
-            "report": report.to_dict(),
+            "report": asdict(report),
         }
         with open(self.directory / MANIFEST, "w", encoding="utf-8") as written:
             json.dump(manifest, written, indent=1)

@@ -27,7 +27,7 @@ class Tokenized:
         lengths, lines: int64 [S], the tokens and the line of every sequence.
         groups, categories: of every sequence the key (`conversation_key`, uint64 [S]) and the category of its record.
         tokens: int32 [T]. supervised: bool [T].
-        report: the statistics of the piece's samples, those of its sequences left out.
+        report: the statistics of the piece.
     """
 
     lengths: np.ndarray
@@ -52,7 +52,8 @@ def _renderer(tokenizer_dir: str, settings_json: str) -> Renderer:
 
 def tokenize(piece: Piece, tokenizer_dir: str, settings_json: str) -> Tokenized:
     renderer = _renderer(tokenizer_dir, settings_json)
-    report, bad, left_out = PrepareReport(), list[BadSample](), Counter[str]()
+    report, left_out = PrepareReport(), Counter[str]()
+    bad: list[BadSample] = []
     sequences: list[tuple[Sample, Sequenced]] = []
     for sample in samples(piece):
         report.samples += 1
@@ -75,6 +76,9 @@ def tokenize(piece: Piece, tokenizer_dir: str, settings_json: str) -> Tokenized:
     counts = np.bincount(kinds, minlength=len(KINDS)).tolist()
     report.kinds = {kind: count for kind, count in zip(KINDS, counts, strict=True) if count}
     report.left_out = dict(left_out)
+    report.sequences, report.tokens, report.supervised = len(sequences), len(kinds), int((kinds > 0).sum())
+    for sample in bad:
+        report.add_bad(sample)
     return Tokenized(
         lengths=np.array([len(sequence.tokens) for _, sequence in sequences], dtype=np.int64),
         lines=np.array([sample.line for sample, _ in sequences], dtype=np.int64),

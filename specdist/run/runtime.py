@@ -211,7 +211,7 @@ def _introduce(context: WorldContext, resume: ResumePlan) -> None:
     say(
         f"{topology.mode} world of {topology.world_size} ranks: {target}"
         f"{len(topology.draft)} draft rank(s). {len(prompts.training):,} sequences, "
-        f"{prompts.tokens:,} tokens{held_out}, {per_token:,} B of features per token. "
+        f"{prompts.training.tokens:,} tokens{held_out}, {per_token:,} B of features per token. "
         f"{start}: {steps}. {resume.note}{' ' * bool(resume.note)}Run directory {job.run.dir}"
         + "".join(f"\nspecdist: {line}" for line in told)
         + (UNSEEN if heldout is None and topology.mode in ("split", "colocated") else ""),

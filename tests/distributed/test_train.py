@@ -336,11 +336,11 @@ def test_epochs_end_with_nothing_dropped_but_what_is_held_out(tmp_path, material
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     total = int(summary["training"]["tokens"])
     corpus = corpus_of(tmp_path, material, **options)
-    assert 0 < len(corpus.heldout_indices) < len(corpus.training_indices)
+    assert 0 < len(corpus.heldout_indices) < len(corpus.training)
     assert total == 2 * corpus.training.tokens
     items = Stream(corpus.training.sizes, Batching(2, 256), 0).items(epochs=2)
     trained = [corpus.provenance(s) for item in items for shard in item.shards for s in shard.sequences]
-    assert len(trained) == 2 * len(corpus.training_indices)
+    assert len(trained) == 2 * len(corpus.training)
     assert not set(trained) & {corpus.provenance(s) for s in corpus.heldout_indices}
 
 

@@ -97,7 +97,7 @@ def test_a_share_of_the_keys_is_held_out() -> None:
 def test_no_beginning_is_on_both_sides(config: PromptsConfig, model: Path) -> None:
     corpus = corpus_of(replace(config, holdout=0.3), model)
     assert corpus.heldout is not None
-    trained, heldout = (begins(corpus, side) for side in (corpus.training_indices, corpus.heldout_indices))
+    trained, heldout = (begins(corpus, side) for side in (range(len(corpus.training)), corpus.heldout_indices))
     assert not trained & heldout
     assert trained | heldout == {asked(i) for i in range(100)}
     assert heldout == {asked(i) for i in range(100) if is_held_out(key(record(asked(i))), 0.3)}
@@ -118,10 +118,10 @@ def test_the_sides_depend_on_nothing_but_the_conversations(config: PromptsConfig
     ):
         changed = corpus_of(other, model)
         assert begins(changed, changed.heldout_indices) == heldout
-    assert changed.fingerprint == corpus.fingerprint
+    assert changed.training.fingerprint == corpus.training.fingerprint
     other = corpus_of(replace(config, holdout=0.2), model)
     assert other.training.store.directory == corpus.training.store.directory, "nothing is tokenised again"
-    assert other.fingerprint != corpus.fingerprint
+    assert other.training.fingerprint != corpus.training.fingerprint
 
 
 def test_held_out_files_take_their_conversations_out_of_the_training_side(
@@ -130,7 +130,7 @@ def test_held_out_files_take_their_conversations_out_of_the_training_side(
     records = [record(asked(7), "another answer", category="maths"), record("Something else"), record(asked(8))]
     path = write(tmp_path / "held.jsonl", records)
     corpus = corpus_of(replace(config, holdout=(path,)), model)
-    assert begins(corpus, corpus.training_indices) == {asked(i) for i in range(100)} - {asked(7), asked(8)}
+    assert begins(corpus, range(len(corpus.training))) == {asked(i) for i in range(100)} - {asked(7), asked(8)}
     assert [corpus.provenance(i) for i in corpus.heldout_indices] == [(path, 1), (path, 2), (path, 3)]
     assert [corpus.label(i) for i in corpus.heldout_indices] == ["maths", "held", "held"]
     assert corpus.labels == ("maths", "held")
@@ -152,22 +152,22 @@ def test_both_sides_read_as_one_corpus(config: PromptsConfig, model: Path, tmp_p
     first = len(corpus.training)
     assert corpus.heldout_indices == range(first, first + 2)
     assert corpus.lengths_of(np.arange(first, first + 2)).tolist() == store.lengths(np.arange(2)).tolist()
-    assert corpus.lengths_of(np.arange(first)).sum() == corpus.tokens == corpus.training.tokens
+    assert corpus.lengths_of(np.arange(first)).sum() == corpus.training.tokens
     packed = corpus.pack([first + 1, 0, first])
     expected = [store.sequence(1), corpus.sequence(0), store.sequence(0)]
     assert packed.tokens.tolist() == [x for tokens, _ in expected for x in tokens.tolist()]
     assert packed.supervised.tolist() == [x for _, marks in expected for x in marks.tolist()]
     assert packed.lengths == [len(tokens) for tokens, _ in expected]
-    assert sum(map(len, corpus.supervised_tokens())) == corpus.supervised
-    assert corpus.supervised == sum(int(corpus.sequence(i)[1].sum()) for i in corpus.training_indices)
+    assert sum(map(len, corpus.supervised_tokens())) == corpus.training.supervised
+    assert corpus.training.supervised == sum(int(corpus.sequence(i)[1].sum()) for i in range(len(corpus.training)))
 
 
 def test_without_holdout_all_is_trained_on_as_ever(config: PromptsConfig, model: Path) -> None:
     store, corpus = prepare(config, model, progress=False), corpus_of(config, model)
     assert (corpus.heldout, corpus.dropped, len(corpus.heldout_indices), corpus.labels) == (None, None, 0, ())
-    assert corpus.fingerprint == store.fingerprint
+    assert corpus.training.fingerprint == store.fingerprint
     assert corpus.lengths_of(np.arange(len(store))).tolist() == store.lengths(np.arange(len(store))).tolist()
-    assert (corpus.tokens, corpus.supervised) == (store.tokens, store.supervised)
+    assert (corpus.training.tokens, corpus.training.supervised) == (store.tokens, store.supervised)
     assert corpus.described() == store.described()
 
 

@@ -257,12 +257,12 @@ import sys, time
 from specdist.prompts import prepare as p
 from specdist.prompts.config import PromptsConfig
 if __name__ == "__main__":
-    add = p._add
-    def slow(report, done, *rest):
-        add(report, done, *rest)
+    extend = p.StoreWriter.extend
+    def slow(*sequences):
+        extend(*sequences)
         print("working", flush=True)
         time.sleep(600)
-    p._add = slow
+    p.StoreWriter.extend = slow
     p.prepare(PromptsConfig(files=(sys.argv[1],), cache_dir=sys.argv[2], workers=int(sys.argv[3])), sys.argv[4], False)
 """
 
@@ -379,8 +379,8 @@ def test_in_a_world_one_rank_of_a_host_prepares(
     with ThreadPoolExecutor(4) as threads:
         corpora = list(threads.map(of_rank, [3, 2, 1, 0]))
     assert len(preparations) == (2 if shared else 4)
-    assert {(len(corpus), corpus.fingerprint, corpus.provenance(599)) for corpus in corpora} == {
-        (600, corpora[0].fingerprint, (str(held), 1))
+    assert {(len(corpus), corpus.training.fingerprint, corpus.provenance(599)) for corpus in corpora} == {
+        (600, corpora[0].training.fingerprint, (str(held), 1))
     }
     stores = [corpus.training.store for corpus in corpora]
     assert [store.directory for store in stores[:2]] == [store.directory for store in stores[2:]]

@@ -22,7 +22,7 @@ def common_facts(job: JobConfig, facts: JobFacts, prompts: Corpus) -> dict[str, 
     """What decides which rows an item has and what is in them, by the keys it comes from."""
     target, draft = facts.target, job.draft.chosen
     return {
-        "prompts": prompts.fingerprint,
+        "prompts": prompts.training.fingerprint,
         "prompts.holdout": prompts.heldout.fingerprint if prompts.heldout is not None else "nothing",
         "evaluate.limit": str(job.evaluate.limit),
         "prompts.tokens_per_rank": str(job.prompts.tokens_per_rank),
