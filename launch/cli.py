@@ -136,8 +136,7 @@ def _preparing(command: Command) -> None:
     text = "Show, without a GPU, which rank does what, what travels, and what fits into memory."
     plan.arguments(command("plan", plan.main, text))
     text = "Check all of a job that can be checked here in a minute; the exit status is 0 where all is right."
-    check = command("check", _check, text)
-    check.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="memory of one GPU (default 80GiB)")
+    plan.memory_argument(command("check", plan.check, text))
     prepare = command("prepare", _prepare, "Tokenise the prompts into the cache and report on them.")
     text = (
         "print the first N samples as the target sees them, the tokens in the loss in colour, and the first N bad ones"
@@ -194,12 +193,6 @@ def _train(args: argparse.Namespace) -> int:
     from specdist_launch.local import train
 
     return train(args.config, args.nproc_per_node, args.retries)
-
-
-def _check(args: argparse.Namespace) -> int:
-    from specdist_launch.plan import check
-
-    return check(args.config, args.gpu_memory)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ def arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--target-nodes", type=int, metavar="N", help="of a heterogeneous job: machines of the target")
     plan.add_argument("--draft-nodes", type=int, metavar="N", help="of a heterogeneous job: machines of the draft")
     plan.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks on each (default: what the config needs)")
-    plan.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="memory of one GPU (default 80GiB)")
+    memory_argument(plan)
     plan.add_argument(
         "--gpus", type=int, metavar="N", help="GPUs to split between the roles (default: the job's ranks)"
     )
@@ -33,6 +33,10 @@ def arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--draft-rate", type=float, metavar="TOKENS/S", help="of a draft rank")
     rates = "output of bench target, step or pipeline, or a run's summary.json (may be repeated)"
     plan.add_argument("--rates", action="append", default=[], metavar="FILE", help=rates)
+
+
+def memory_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="memory of one GPU (default 80GiB)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -112,16 +116,16 @@ def _cost(plan: Plan, rates: Rates | None) -> Iterator[str]:
     yield from warn_of_few(steps)
 
 
-def check(config: Sequence[str], gpu_memory: str) -> int:
+def check(args: argparse.Namespace) -> int:
     """Print what is right and what is not; 0 where all is. Raises UserError where the configuration itself is wrong."""
     from specdist.channel.config import parse_bytes
-    from specdist.core.files import unwritable
+    from specdist.core.files import existing, unwritable
     from specdist.job.config import check_installed
     from specdist.job.plan import make_plan
     from specdist.run.answers import look_ahead
     from specdist_launch.ranks import world_size
 
-    job = words.load_checked(config)
+    job = words.load_checked(args.config)
     print(f"ok      configuration and target: {job.target.path}; run directory {job.run.dir}")
 
     def libraries() -> str:
@@ -133,10 +137,10 @@ def check(config: Sequence[str], gpu_memory: str) -> int:
             return "not estimated: draft.dp is left to the machine"
         if job.world.device == "cpu":
             return "not estimated: the job is for the CPU"
-        plan = make_plan(job, ["node0"] * world_size(job, 0), parse_bytes(gpu_memory, "--gpu-memory"))
+        plan = make_plan(job, ["node0"] * world_size(job, 0), parse_bytes(args.gpu_memory, "--gpu-memory"))
         if not plan.fits:
-            raise UserError(f"does not fit into {gpu_memory} (--gpu-memory); `specdist plan` shows the parts")
-        return f"{plan.topology.world_size} ranks; estimated to fit into {gpu_memory} a GPU (--gpu-memory)"
+            raise UserError(f"does not fit into {args.gpu_memory} (--gpu-memory); `specdist plan` shows the parts")
+        return f"{plan.topology.world_size} ranks; estimated to fit into {args.gpu_memory} a GPU (--gpu-memory)"
 
     def prompts(key: str = "prompts.files") -> str:
         found = look_ahead(job, key)
@@ -150,8 +154,7 @@ def check(config: Sequence[str], gpu_memory: str) -> int:
         return f"{found.files} files, about {found.tokens:,.0f} tokens; of the first records: {found.report}"
 
     def directory() -> str:
-        path = Path(job.run.dir).absolute()
-        above = next(parent for parent in (path, *path.parents) if parent.exists())
+        above = existing(Path(job.run.dir))
         if (error := unwritable(above)) is not None:
             raise UserError(f"{above} cannot be written: {error}")
         return f"{above} can be written"

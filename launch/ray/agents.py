@@ -23,7 +23,7 @@ from typing import Any
 from specdist.core.errors import UserError, say
 from specdist.core.launch_env import Attempt
 from specdist.world.roll_call import free_port
-from specdist_launch.agents import Host, agent_command, agent_words, attend
+from specdist_launch.agents import Host, agent_command, agent_words, attend, exit_status
 from specdist_launch.ray.cluster import GpuHost
 
 _TASK_S = 60.0
@@ -104,7 +104,7 @@ class HostAgent:
                 self._server.shutdown(socket.SHUT_RDWR)  # where the agent never came
             self._server.close()
         self._output.join(_OUTPUT_S)
-        return 128 - status if status < 0 else status  # as a shell says it
+        return exit_status(status)
 
     def _serve(self, token: str) -> None:
         """Show what the agent prints, until it ends, and pass signals on to it."""

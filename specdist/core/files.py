@@ -8,8 +8,10 @@ import errno
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
@@ -60,9 +62,16 @@ def unwritable(directory: Path) -> OSError | None:
     try:
         with tempfile.TemporaryFile(dir=directory) as probe:
             probe.write(b"x" * 4096)
+            probe.flush()
+            os.fsync(probe.fileno())
     except OSError as error:
         return error
     return None
+
+
+def existing(directory: Path) -> Path:
+    """It, or the lowest folder above it that is there."""
+    return next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.exists(path))
 
 
 def of_full_disk(error: BaseException) -> bool:
@@ -109,6 +118,25 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def directory_made_whole(final: Path, marker: str, maker: str = "") -> Iterator[Path]:
+    """A directory to write into, which becomes `final` when the block is over: a kill leaves no half of it. Where
+    another process has been quicker, so that `final` has its file `marker`, that one stays. `maker`: whose work it is,
+    as a part of its name until then."""
+    work = final.with_name(f"{final.name}.{maker}.{uuid.uuid4().hex}.tmp")
+    try:
+        work.mkdir()
+        yield work
+        sync_directory(work)
+        work.rename(final)
+        sync_directory(final.parent)
+    except OSError:
+        if not (final / marker).exists():
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 LOOK_S = 0.5

@@ -76,14 +76,10 @@ class RankFacts:
 
 def parse_role(text: str | None) -> Role | None:
     """A node's role as the launcher writes it; raises ConfigError for anything but target, draft or nothing."""
-    match text:
-        case None | "":
-            return None
-        case "target":
-            return "target"
-        case "draft":
-            return "draft"
-    raise ConfigError(f"a node's role ({NODE_ROLE}) is target or draft, not '{text}'")
+    roles: dict[str, Role] = {"target": "target", "draft": "draft"}
+    if text and text not in roles:
+        raise ConfigError(f"a node's role ({NODE_ROLE}) is target or draft, not '{text}'")
+    return roles[text] if text else None
 
 
 @dataclass(frozen=True)

@@ -151,10 +151,13 @@ def check_installed(job: JobConfig, target: bool) -> None:
 
 
 def topology(job: JobConfig, hosts: Sequence[str], roles: Sequence[Role | None] = ()) -> Topology:
-    """Divide the ranks on `hosts` as the job asks; `roles` are those the launcher gave to their nodes."""
-    replicas, tp, draft = _replicas(job), job.target.tp, job.draft
+    """Divide the ranks on `hosts` as the job asks; `roles` are those the launcher gave to their nodes. Where every rank
+    is a target rank, one replica means as many as fit."""
+    target, draft = job.target, job.draft
+    shared = job.world.mode == "split" and job.world.role != "target"
+    replicas = target.replicas if shared or target.replicas > 1 else None
     return Topology.build(
-        job.world, hosts, replicas=replicas, tp=tp, dp=draft.dp, cp=draft.cp, pod=draft.pod, roles=roles
+        job.world, hosts, replicas=replicas, tp=target.tp, dp=draft.dp, cp=draft.cp, pod=draft.pod, roles=roles
     )
 
 
@@ -174,12 +177,6 @@ def differing_keys(new: JobConfig, old: JobConfig) -> list[str]:
     """The keys, of those that make a run what it is, in which two configurations differ."""
     keys = [entry.key for entry in config.fields(JobConfig) if not may_change(entry.key)]
     return [key for key in keys if attrgetter(key)(new) != attrgetter(key)(old)]
-
-
-def _replicas(job: JobConfig) -> int | None:
-    """In modes where every rank is a target rank, one replica means as many as fit."""
-    shared = job.world.mode == "split" and job.world.role != "target"
-    return job.target.replicas if shared or job.target.replicas > 1 else None
 
 
 def home(job: JobConfig, attempt: Attempt) -> Path:

@@ -2,7 +2,7 @@
 """How a job is started, watched and started again: what is asked of Slurm, its container, the checks of its hosts."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from specdist.channel.config import parse_bytes
@@ -103,12 +103,7 @@ class SlurmConfig:
         if not self.heterogeneous:
             return [own]
         return [
-            NodesConfig(
-                part.nodes,
-                part.partition or own.partition,
-                part.gpus_per_node or own.gpus_per_node,
-                part.constraint or own.constraint,
-            )
+            replace(own, **{name: value for name, value in vars(part).items() if value})
             for part in (self.target, self.draft)
         ]
 

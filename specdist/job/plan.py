@@ -53,13 +53,11 @@ class Plan:
     needs: tuple[Need, ...]
     limit: int
 
-    def total(self, role: str) -> int:
-        """Bytes of GPU memory."""
-        return sum(need.bytes for need in self.needs if need.role == role and not need.host)
-
     def demand(self) -> dict[str, int]:
         """Bytes of GPU memory that each kind of rank needs; in colocated mode one rank needs both roles'."""
-        totals = {role: self.total(role) for role in dict.fromkeys(need.role for need in self.needs)}
+        totals = dict.fromkeys([need.role for need in self.needs], 0)
+        for need in self.needs:
+            totals[need.role] += 0 if need.host else need.bytes
         return {"target + draft": sum(totals.values())} if self.topology.mode == "colocated" else totals
 
     @property

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specdist.core import config
 from specdist.core.errors import ConfigError
-from specdist.core.files import unwritable, write_atomically
+from specdist.core.files import unwritable
 from specdist.core.progress import committed
 from specdist.core.run_lock import refuse_if_held
 from specdist.core.run_paths import RunPaths
@@ -73,9 +72,6 @@ class RunDirectory(RunPaths):
             raise ConfigError.at("run.dir", f": {self.path} cannot be created: {error}") from error
         if (cause := unwritable(self.path)) is not None:
             raise ConfigError.at("run.dir", f": {self.path} cannot be written: {cause}") from cause
-
-    def save_config(self, job: JobConfig) -> None:
-        write_atomically(self.config, config.to_yaml(job))
 
     @property
     def _vocabulary(self) -> Path:

@@ -6,18 +6,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from specdist.core.errors import ConfigError, DataError
+from specdist.core.files import directory_made_whole
 from specdist.core.records import PackedTokens
 from specdist.prompts.conversation import held_out
 from specdist.prompts.store import PromptStore, packed
@@ -236,8 +234,12 @@ def _divided(store: PromptStore, name: str, out: Callable[[], np.ndarray]) -> tu
     if not (directory / _SIDES).exists():
         chosen = out()
         sides = [Side.of(store, np.flatnonzero(~chosen)), Side.of(store, np.flatnonzero(chosen))]
+        facts = [(len(side), side.tokens, side.supervised, side.fingerprint) for side in sides]
         try:
-            _keep(directory, sides)
+            with directory_made_whole(directory, _SIDES) as work:
+                for n, side in enumerate(sides):
+                    np.save(work / f"{n}.npy", side.of_store(np.arange(len(side))))
+                (work / _SIDES).write_text(json.dumps(facts))
         except OSError:
             return sides[0], sides[1]
     facts = json.loads((directory / _SIDES).read_text())
@@ -246,22 +248,6 @@ def _divided(store: PromptStore, name: str, out: Callable[[], np.ndarray]) -> tu
         for n, (count, *rest) in enumerate(facts)
     )
     return first, second
-
-
-def _keep(directory: Path, sides: Sequence[Side]) -> None:
-    work = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        work.mkdir()
-        for n, side in enumerate(sides):
-            np.save(work / f"{n}.npy", side.of_store(np.arange(len(side))))
-        facts = [(len(side), side.tokens, side.supervised, side.fingerprint) for side in sides]
-        (work / _SIDES).write_text(json.dumps(facts))
-        work.rename(directory)
-    except OSError:
-        if not (directory / _SIDES).exists():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def frequent_tokens(corpus: Corpus, size: int, target_size: int) -> tuple[Tensor, float]:

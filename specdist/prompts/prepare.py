@@ -14,7 +14,6 @@ import os
 import shutil
 import socket
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -25,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from specdist.core.errors import ConfigError, DataError, WorldError
-from specdist.core.files import locked, of_full_disk, sha256, sync_directory, unwritable
+from specdist.core.files import directory_made_whole, locked, of_full_disk, sha256, unwritable
 from specdist.core.model_config import end_tokens
 from specdist.core.progress_bar import ProgressBar
 from specdist.prompts.config import PromptsConfig
@@ -208,12 +207,9 @@ def _prepare_into(
     total: int,
     advance: Callable[[int, str], None],
 ) -> None:
-    """Prepare in a directory of this process, then rename it to `final`."""
     tokenizer = load_tokenizer(tokenizer_dir, config)
-    host = socket.gethostname().partition(".")[0]
-    work = final.with_name(f"{final.name}.process {os.getpid()} on {host}.{uuid.uuid4().hex}.tmp")
-    work.mkdir()
-    try:
+    maker = f"process {os.getpid()} on {socket.gethostname().partition('.')[0]}"
+    with directory_made_whole(final, MANIFEST, maker) as work:
         report, size = PrepareReport(), 0
         with StoreWriter(work) as writer, open(work / BAD_SAMPLES, "w", encoding="utf-8") as bad:
             tokenized = partial(tokenize, tokenizer_dir=tokenizer_dir, settings_json=settings(config))
@@ -234,9 +230,6 @@ def _prepare_into(
                 raise DataError(f"not one usable sample in {', '.join(config.files)}\n{report}")
             report.notes = _notes(report, str(tokenizer.chat_template or ""))
             writer.finish([source.path for source in sources], report)
-        _publish(work, final)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _in_order(
@@ -294,17 +287,6 @@ def _notes(report: PrepareReport, template: str) -> list[str]:
             f"the chat template writes the date of the preparation ({time.strftime('%Y-%m-%d')}) into the prompts"
         )
     return notes
-
-
-def _publish(work: Path, final: Path) -> None:
-    sync_directory(work)
-    try:
-        os.rename(work, final)
-    except OSError:
-        if not (final / MANIFEST).exists():
-            raise
-        return  # another process was faster, with the same content
-    sync_directory(final.parent)
 
 
 def _judge(report: PrepareReport, config: PromptsConfig, listed: str = "") -> None:

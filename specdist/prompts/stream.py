@@ -100,8 +100,6 @@ class Stream:
         self.shards, self.pods = batching.micro_batches if shards is None else shards, pods
         if not sizes.count:
             raise DataError("there is no sequence to stream")
-        if seed < 0:
-            raise ConfigError(f"the seed of the stream is {seed}: it must not be negative")
         if self.ranks < 1:
             raise ConfigError(f"{self.ranks} draft data-parallel ranks: at least 1 is needed")
         if sizes.longest > batching.tokens:

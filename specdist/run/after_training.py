@@ -242,20 +242,16 @@ WHERE = ("prompts.cache_dir", *(f"generate.{key}" for key in CHANGEABLE))
 def origin(job: JobConfig, run_dir: RunDirectory, step: int) -> dict[str, Any]:
     """Of the draft after `step` steps; see `specdist.export.card` for what becomes of it."""
     own = f"{__version__}{_commit()}"
+    decisive = [e for e in config.fields(JobConfig) if e.key.startswith(SECTIONS) and e.key not in WHERE]
     return {
         "run": run_dir.path.absolute().name,
         "step": step,
         "data": list(job.prompts.files),
         "answers": "written by the target" if job.prompts.answers == "target" else "those of the data",
         "versions": {"specdist": own} | {name: version(name) for name in ("torch", "transformers")},
-        "configuration": _configuration(job),
+        "configuration": {e.key: value for e in decisive if (value := attrgetter(e.key)(job)) != e.default},
         "evaluation": _evaluation(run_dir, step),
     }
-
-
-def _configuration(job: JobConfig) -> dict[str, Any]:
-    decisive = [e for e in config.fields(JobConfig) if e.key.startswith(SECTIONS) and e.key not in WHERE]
-    return {e.key: value for e in decisive if (value := attrgetter(e.key)(job)) != e.default}
 
 
 def _evaluation(run_dir: RunDirectory, step: int) -> dict[str, Any] | None:

@@ -17,6 +17,17 @@ from specdist.job.config import JobConfig, JobFacts
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.render import load_tokenizer
 
+ALONE = {
+    "prompts.answers": "data",
+    "channel.dtype": "auto",  # an engine hands hidden states on as they are
+    "train.steps": "0",
+    "train.epochs": "null",
+    "train.patience": "null",
+    "metrics.tensorboard": "false",
+    "metrics.wandb": "false",
+}
+"""What a job sets that only evaluates an exported draft."""
+
 
 def prompt_files(job: JobConfig) -> tuple[tuple[str, ...], float | None, str]:
     """The files whose prompts are decoded, the share of their conversations that is (None: all), and the configuration

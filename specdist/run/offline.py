@@ -20,7 +20,7 @@ from specdist.job.run_dir import RunDirectory
 from specdist.run.after_training import export_all
 from specdist.run.answers import ready_prompts
 from specdist.run.drafts import exported_draft, load_state, new_draft, served_draft
-from specdist.run.evaluation import evaluate_draft, prompt_files
+from specdist.run.evaluation import ALONE, evaluate_draft, prompt_files
 from specdist.run.serving import evaluate_served
 
 CPU = torch.device("cpu")
@@ -57,18 +57,9 @@ def evaluation_words(
     if draft is None:
         draft = str(_exported(job, checkpoint))
     prompts = ready_prompts(job) if job.prompts.answers == "target" else job.prompts
-    holdout = prompts.holdout if isinstance(prompts.holdout, float) else json.dumps(prompts.holdout)
-    texts = [f"prompts.files={json.dumps(prompts.files)}", f"prompts.holdout={holdout}", "prompts.answers=data"]
-    keys = [f"run.dir={directory}", f"draft.init_from={draft}", "train.steps=0", "train.epochs=null"]
-    return [
-        *words,
-        *texts,
-        *keys,
-        "channel.dtype=auto",  # an engine hands hidden states on as they are
-        "train.patience=null",
-        "metrics.tensorboard=false",
-        "metrics.wandb=false",
-    ]
+    texts = {"prompts.files": json.dumps(prompts.files), "prompts.holdout": json.dumps(prompts.holdout)}
+    keys = ALONE | texts | {"run.dir": str(directory), "draft.init_from": draft}
+    return [*words, *(f"{key}={value}" for key, value in keys.items())]
 
 
 def decode_prompts(

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from specdist.channel.encoding import row_bytes
-from specdist.core import hub
+from specdist.core import config, hub
 from specdist.core.errors import DataError, say
 from specdist.core.files import to_json, write_atomically
 from specdist.core.launch_env import RankFacts, run_token, stop_asked
@@ -173,7 +173,7 @@ def _begin(context: WorldContext, stack: contextlib.ExitStack) -> ResumePlan:
     )
     if resume.checkpoint is None:  # a run that was saved keeps the vocabulary it has
         run_dir.save_vocabulary(_draft_vocabulary(context))
-    run_dir.save_config(job)
+    write_atomically(run_dir.config, config.to_yaml(job))
     write_atomically(run_dir.prompts, to_json(context.prompts.tables()))
     if not claimed:
         record.begin(context.begun(resume.progress.step))

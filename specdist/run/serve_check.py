@@ -27,7 +27,7 @@ from specdist.job.config import JobConfig, examine
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.report import PrepareReport
 from specdist.prompts.store import StoreWriter
-from specdist.run.evaluation import heldout_prompts, prompt_files
+from specdist.run.evaluation import ALONE, heldout_prompts, prompt_files
 from specdist.run.judge import read_evaluation
 from specdist.run.serve_report import OTHER, SAME, ServeReport, compare, first_divergence
 from specdist.run.serving import Decoded, Server, check_draft, check_engine, installed, serve_command
@@ -91,27 +91,20 @@ def prepare(job: JobConfig, words: Sequence[str], engine: str | None, draft: str
 
 def _replay_words(command: ServeCommand, folder: Path, tp: int) -> list[str]:
     """Of a job that evaluates once, on as many ranks as the engine has had."""
-    keys: dict[str, Any] = {
+    keys: dict[str, Any] = ALONE | {
         "run.dir": f"{folder / 'replay'}",
         "prompts.files": json.dumps([str(folder / "answers")]),
         "prompts.holdout": 0.5,  # by the keys that `write_answers` gives
-        "prompts.answers": "data",
         "target.dtype": command.dtype,
         "target.replicas": 1,
         "world.mode": "colocated",
-        "channel.dtype": "auto",  # an engine hands hidden states on as they are
         "draft.init_from": command.draft,
         "draft.dp": tp,
         "draft.cp": 1,
         "evaluate.draft_tokens": command.draft_tokens,
         "evaluate.limit": "null",
         "evaluate.temperature": 0,
-        "train.steps": 0,
-        "train.epochs": "null",
-        "train.patience": "null",
         "metrics.report": "false",
-        "metrics.tensorboard": "false",
-        "metrics.wandb": "false",
     }
     return [f"{key}={value}" for key, value in keys.items()]
 

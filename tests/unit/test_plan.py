@@ -120,7 +120,7 @@ def test_the_tables_of_the_target_are_where_they_are_asked_for(job):
     assert sizes["host"]["draft", "target head"] == 100 * row
     locked = sizes["host"]["draft", "target embedding, in page-locked host memory"]
     assert locked // 2 < rows * row <= locked
-    assert plan.total("draft") == sum(n for (role, _), n in sizes["host"].items() if role == "draft") - locked
+    assert plan.demand()["draft"] == sum(n for (role, _), n in sizes["host"].items() if role == "draft") - locked
     assert sizes["host"]["target", "output head, and logits of 1,024 tokens"] == rows * (32 + 1024) * 4
     assert not any("output head" in what for _, what in sizes["draft"])
 

@@ -88,9 +88,8 @@ def test_what_a_run_says(tmp_path):
         "bottleneck": "target",
     }
     assert tables.ranks(run)[1] == ("1", "draft dp 0 cp 0", "n1")
-    suggestion = tables.suggested_split(run)
-    assert suggestion is not None
-    assert (suggestion.rates.target, suggestion.best.replicas) == (130.0, 1)
+    best, _ = tables.suggested_split(run)
+    assert (best.rates.target, best.replicas) == (130.0, 1)
     differing = {row.key: row.values for row in tables.differences([run])}
     assert (
         differing.items()
@@ -102,6 +101,14 @@ def test_what_a_run_says(tmp_path):
     (start, _) = charts["start-up"].traces
     assert start["y"] == ["starting the ranks", "importing", "loading the target"]
     assert start["x"][:2] == pytest.approx([1.0, 2.0], abs=1e-3)
+
+
+def test_a_split_is_suggested_in_the_groups_that_divide_a_sequence(tmp_path):
+    (run,) = read_runs([make_run(tmp_path / "run", "draft.cp=2", "draft.dp=1")])
+    _, around = tables.suggested_split(run)
+    assert [(one.replicas, one.draft_ranks, one.cp) for one in around] == [(1, 2, 2)]
+    text = page.write_report([tmp_path / "run"]).read_text()
+    assert "<tr><td>1</td><td>1</td><td>130</td>" in text
 
 
 def test_where_the_time_went(tmp_path):

@@ -7,7 +7,6 @@ import os
 import platform
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -22,7 +21,7 @@ import transformers
 
 import specdist
 from specdist.core import config
-from specdist.core.files import write_atomically
+from specdist.core.files import existing, unwritable, write_atomically
 from specdist.core.launch_env import RankFacts
 from specdist.job.config import JobConfig
 from specdist.run.preflight.nvml import GpuFacts, NvmlFacts, read_gpus
@@ -66,7 +65,7 @@ class HostFacts(msgspec.Struct, frozen=True):
 @contextlib.contextmanager
 def marked(directory: Path) -> Iterator[str]:
     """Put a file where `directory` is, or would be created. Yields its name; empty where it cannot be written."""
-    file = _existing(directory) / f".preflight-{secrets.token_hex(8)}"
+    file = existing(directory) / f".preflight-{secrets.token_hex(8)}"
     with contextlib.suppress(OSError):
         write_atomically(file, "")
     try:
@@ -78,23 +77,13 @@ def marked(directory: Path) -> Iterator[str]:
 
 def examine_storage(directory: Path, mark: str) -> Storage:
     """Look for rank 0's file `mark` where `directory` is, or would be, and write one that no kill leaves behind."""
-    there = _existing(directory)
+    there, free = existing(directory), None
     shared = _appears(there / mark) if mark else None
-    error, free = "", None
-    try:
-        with tempfile.TemporaryFile(dir=there) as own:
-            own.write(b"written")
-            own.flush()
-            os.fsync(own.fileno())
-    except OSError as failure:
-        error = failure.strerror or str(failure)  # without the name of the file: the same on all hosts
+    failure = unwritable(there)
+    error = failure.strerror or str(failure) if failure else ""  # without the name of the file: the same on all hosts
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(there).free
     return Storage(str(directory), error, shared, free)
-
-
-def _existing(directory: Path) -> Path:
-    return next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.exists(path))
 
 
 def _appears(file: Path) -> bool:

@@ -174,12 +174,8 @@ def _acceptance(runs: Sequence[RunRecords]) -> list[Chart]:
     ]
 
 
-def _bars(x: Sequence[Any], y: Sequence[float], name: str, marker: Mapping[str, Any], hover: str) -> Trace:
+def _bars(x: Sequence[Any], y: Sequence[Any], name: str, marker: Mapping[str, Any], hover: str) -> Trace:
     return {"type": "bar", "x": x, "y": y, "name": name, "marker": marker, "hovertemplate": hover}
-
-
-def _lying(y: Sequence[Any], x: Sequence[float], name: str, marker: Mapping[str, Any], hover: str) -> Trace:
-    return {**_bars(x, y, name, marker, hover), "orientation": "h"}
 
 
 def _time_of_roles(runs: Sequence[RunRecords]) -> Chart:
@@ -192,8 +188,8 @@ def _time_of_roles(runs: Sequence[RunRecords]) -> Chart:
     for name in [name for name in _PARTS if any(name in parts for parts in rows.values())]:
         seconds = [parts.get(name, 0.0) for parts in rows.values()]
         share = [value / (sum(parts.values()) or 1.0) for value, parts in zip(seconds, rows.values(), strict=True)]
-        bars = _lying(list(rows), seconds, name, {"color": _PARTS[name]}, "%{x:,.1f} s (%{customdata:.1%})")
-        traces.append({**bars, "customdata": share})
+        bars = _bars(seconds, list(rows), name, {"color": _PARTS[name]}, "%{x:,.1f} s (%{customdata:.1%})")
+        traces.append({**bars, "customdata": share, "orientation": "h"})
     axes = {"xaxis": {"title": {"text": "seconds"}}, "yaxis": {"autorange": "reversed"}}
     return Chart("roles", traces, {"barmode": "stack", **axes, "height": 230 + 34 * len(rows)})
 
@@ -242,8 +238,8 @@ def _start_up(runs: Sequence[RunRecords]) -> Chart:
         name, pattern = f"{role} (rank {start.rank})", {"shape": "/" if several and role == "target" else ""}
         marker = {"color": colour(runs.index(run) if several else number), "pattern": pattern}
         name, hover = f"{run.name}: {name}" if several else name, "%{x:.2f} s, from %{base:.2f} s on"
-        bars = _lying(names, [seconds for _, seconds in start.took()], name, marker, hover)
-        traces.append({**bars, "base": [part.began - launched for part in start.parts]})
+        bars = _bars([seconds for _, seconds in start.took()], names, name, marker, hover)
+        traces.append({**bars, "base": [part.began - launched for part in start.parts], "orientation": "h"})
     by_order = {"autorange": "reversed", "categoryorder": "array", "categoryarray": list(order)}
     axes = {"xaxis": {"title": {"text": "seconds since the launch"}}, "yaxis": by_order}
     return Chart("start-up", traces, {"barmode": "group", **axes, "height": 200 + 26 * len(order)})

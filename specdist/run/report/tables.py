@@ -92,18 +92,9 @@ def ranks(run: RunRecords) -> list[tuple[str, str, str]]:
     return [(f"{count} ranks", role, host) for (role, host), count in counts.items()]
 
 
-@dataclass(frozen=True)
-class Suggestion:
-    """Divisions of the run's ranks at the rates that it measured: which they are, what comes of each, and the best."""
-
-    rates: split.Rates
-    best: split.Split
-    around: Sequence[split.Split]
-
-
-def suggested_split(run: RunRecords) -> Suggestion | None:
-    """None where the run has measured no rates."""
-    sides, tp = run.summary.get("sides", {}), int(run.config.get("target.tp", 1))
+def suggested_split(run: RunRecords) -> tuple[split.Split, list[split.Split]] | None:
+    """The best division of the run's ranks, and those around it, at the rates that it measured; None without any."""
+    sides, tp, cp = run.summary.get("sides", {}), *(int(run.config.get(key, 1)) for key in ("target.tp", "draft.cp"))
     if run.mode != "split" or not sides.get("replicas"):
         return None
     try:
@@ -111,7 +102,7 @@ def suggested_split(run: RunRecords) -> Suggestion | None:
         if target is None or draft is None:
             return None
         rates = split.Rates(target, draft, "measured in this run")
-        return Suggestion(rates, *split.suggest(tp * sides["replicas"] + sides["draft_ranks"], tp, rates))
+        return split.suggest(tp * sides["replicas"] + sides["draft_ranks"], tp, rates, cp)
     except UserError:  # a run that was too short measures no rate
         return None
 
