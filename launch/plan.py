@@ -146,7 +146,7 @@ def check(args: argparse.Namespace) -> int:
         found = look_ahead(job, key)
         if not found.report.kept:
             raise UserError(f"not one usable sample among the first\n{found.report}")
-        if found.report.bad_total > job.prompts.max_bad_fraction * found.report.samples:
+        if found.report.unusable() > job.prompts.max_bad_fraction * found.report.samples:
             raise UserError(f"more of the first than prompts.max_bad_fraction are bad\n{found.report}")
         if not found.report.tokens:
             bad = f", {found.report.bad_total} cannot" if found.report.bad_total else ""

@@ -119,10 +119,11 @@ def _submit(venue: Venue, jobs: Sequence[JobConfig], base: Path) -> list[Job[Run
     from submitit.core.utils import FailedJobError
 
     from specdist.job.run_dir import RunDirectory
-    from specdist_launch.slurm.cluster import complaint
+    from specdist_launch.slurm.cluster import check_fits, complaint, node_kinds
     from specdist_launch.submit.task import Task
 
-    venue.check_cluster(jobs[0])
+    if venue.cluster == "slurm":
+        check_fits(jobs[0].launch.slurm, node_kinds())
     executor = venue.executor(base / "submitit", jobs[0].launch)
     tasks = []
     for job in jobs:

@@ -17,7 +17,7 @@ from specdist.job.config import JobConfig, topology
 from specdist.job.launch_config import LaunchConfig, SlurmConfig
 from specdist_launch.agents import new_job
 from specdist_launch.ranks import world_size
-from specdist_launch.slurm.cluster import check_fits, check_ranks, node_kinds
+from specdist_launch.slurm.cluster import check_ranks
 from specdist_launch.slurm.script import SECRET
 from specdist_launch.submit.task import Cluster, Run
 
@@ -52,11 +52,6 @@ class Venue:
             return
         check_ranks(job)
         slurm_parameters(job.launch)
-
-    def check_cluster(self, job: JobConfig) -> None:
-        """Raise UserError where the cluster does not have what the job asks for, or is none."""
-        if self.cluster == "slurm":
-            check_fits(job.launch.slurm, node_kinds())
 
     def executor(self, folder: Path, launch: LaunchConfig) -> Executor:
         """The executor that submits jobs with these settings; its own files go into `folder`."""

@@ -16,8 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from specdist.prompts.config import RESERVED
 from specdist.prompts.report import UnusableError
 
@@ -294,15 +292,7 @@ def conversation_key(sample: Sample) -> int:
     return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "little")
 
 
-def is_held_out(key: int, share: float) -> bool:
-    """Whether conversations of this key are held out when `share` (0 to 1) of all of them are."""
-    return key < _bound(share)
-
-
-def held_out(keys: np.ndarray, share: float) -> np.ndarray:
-    """bool [N]: `is_held_out` of every one of `keys`, uint64 [N]."""
-    return keys < np.uint64(_bound(share))
-
-
-def _bound(share: float) -> int:
-    return min(int(share * 2.0**64), 2**64 - 1)
+def is_held_out(keys: Any, share: float) -> Any:
+    """Whether conversations of these keys, an int or uint64 [N], are held out when `share` (0 to 1) of all of them
+    are: bool, or bool [N]."""
+    return keys < min(int(share * 2.0**64), 2**64 - 1)

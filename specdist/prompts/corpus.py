@@ -17,7 +17,7 @@ from torch import Tensor
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.files import directory_made_whole
 from specdist.core.records import PackedTokens
-from specdist.prompts.conversation import held_out
+from specdist.prompts.conversation import is_held_out
 from specdist.prompts.store import PromptStore, packed
 from specdist.prompts.stream import Sizes
 
@@ -210,7 +210,7 @@ def make_corpus(stores: Sequence[PromptStore], share: float | None = None) -> Co
         named = hashlib.sha256(np.unique(others[0].groups).tobytes()).hexdigest()[:16]
         training, rest = _divided(store, f"without-{named}", lambda: np.isin(store.groups, others[0].groups))
     else:
-        training, rest = _divided(store, f"holdout-{share!r}", lambda: held_out(store.groups, share or 0.0))
+        training, rest = _divided(store, f"holdout-{share!r}", lambda: is_held_out(store.groups, share or 0.0))
     if share is not None and not len(rest):
         raise DataError.at(
             "prompts.holdout",

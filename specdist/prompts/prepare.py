@@ -301,7 +301,7 @@ def _judge_all(report: PrepareReport, config: PromptsConfig, directory: Path) ->
     """Apply the settings that do not change the store, so they hold for one found in the cache as well."""
     listed = f"All bad samples: {directory / BAD_SAMPLES}"
     _judge(report, config, f". {listed}")
-    unusable = report.bad_total - report.bad.get("overlong", 0)
+    unusable = report.unusable()
     if unusable > config.max_bad_fraction * report.samples:
         raise DataError(
             f"{unusable:,} of {report.samples:,} samples are bad, more than prompts.max_bad_fraction = "

@@ -116,10 +116,6 @@ class Renderer:
         turns, lack = self._turns(sample)
         return replace(self._cut(self._sequences(turns)), left_out=lack, turns=len(turns))
 
-    def conversation(self, sample: Sample) -> list[Sequenced]:
-        """The sequences of a conversation, uncut."""
-        return self._sequences(self._turns(sample)[0])
-
     def _turns(self, sample: Sample) -> tuple[list[Turn], frozenset[str]]:
         """The turns that are learnt, and what the last prompt lacks of what comes before (`parts.left_out`)."""
         ends = [

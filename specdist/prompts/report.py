@@ -116,6 +116,10 @@ class PrepareReport:
     def bad_total(self) -> int:
         return sum(self.bad.values())
 
+    def unusable(self) -> int:
+        """Bad samples but those that are only too long, which prompts.overlong judges."""
+        return self.bad_total - self.bad.get("overlong", 0)
+
     def counted(self) -> str:
         bad = f", {self.bad_total:,} bad samples" if self.bad_total else ""
         return f"{self.sequences:,} sequences, {self.tokens:,} tokens{bad}"

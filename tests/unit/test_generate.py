@@ -129,7 +129,7 @@ def test_of_held_out_text_only_what_the_target_wrote_is_evaluated(tmp_path: Path
 
     def taught(name: str) -> list[list[str]]:
         samples = [to_sample(record, name, 1) for record in read(tmp_path / f"answers/{name}.jsonl")]
-        told = [renderer.conversation(sample) for sample in samples]
+        told = [list(renderer.render(sample).sequences) for sample in samples]
         return [[renderer.tokenizer.decode(s.tokens[s.supervised]) for s in sequences] for sequences in told]
 
     assert taught("a") == [["f<|im_end|>well<|im_end|>"], ["f<|im_end|>"]]
@@ -137,7 +137,7 @@ def test_of_held_out_text_only_what_the_target_wrote_is_evaluated(tmp_path: Path
     notes = (tmp_path / "answers/unanswered.txt").read_text()
     assert notes == f"{files[1]}:2: held out, and no answer in it is the target's to write\n"
     with pytest.raises(UnusableError, match="every answer has weight 0"):
-        renderer.conversation(to_sample({"messages": [talk[0], {**call, "weight": 0}]}, "h", 1))
+        renderer.render(to_sample({"messages": [talk[0], {**call, "weight": 0}]}, "h", 1))
 
 
 def test_records_come_back_in_their_order_with_all_their_fields(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_training_learns_the_very_tokens_in_the_very_context(tmp_path: Path, tem
     assert manifest.tally.tokens == sum(map(len, full))
 
     (record,) = read(tmp_path / "answers/a.jsonl")
-    sequences = Renderer(tokenizer, PromptsConfig()).conversation(to_sample(record, "a", 1))
+    sequences = Renderer(tokenizer, PromptsConfig()).render(to_sample(record, "a", 1)).sequences
     learnt = []
     for sequence in sequences:
         tokens, marks = sequence.tokens.tolist(), sequence.supervised.tolist()
@@ -226,8 +226,8 @@ def test_a_table_keeps_its_other_columns(tmp_path: Path) -> None:
 
 def test_a_foreign_answer_that_was_cut_is_not_taught_its_end() -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "finish_reason": "length"}]
-    (sequence,) = Renderer(t.make_tokenizer(t.CHATML), PromptsConfig()).conversation(
-        to_sample({"messages": turns}, "a", 1)
+    (sequence,) = (
+        Renderer(t.make_tokenizer(t.CHATML), PromptsConfig()).render(to_sample({"messages": turns}, "a", 1)).sequences
     )
     tokenizer = t.make_tokenizer(t.CHATML)
     assert tokenizer.decode(sequence.tokens[sequence.supervised]) == "Hello"

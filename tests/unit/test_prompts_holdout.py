@@ -16,7 +16,7 @@ import pytest
 from specdist.core import config as configuration
 from specdist.core.errors import ConfigError, DataError
 from specdist.prompts.config import PromptsConfig
-from specdist.prompts.conversation import Sample, conversation_key, held_out, is_held_out, to_sample
+from specdist.prompts.conversation import Sample, conversation_key, is_held_out, to_sample
 from specdist.prompts.corpus import Corpus, frequent_tokens, make_corpus
 from specdist.prompts.prepare import prepare, prepare_corpus
 from specdist.prompts.read import find_files, pieces, samples
@@ -87,10 +87,12 @@ def test_the_key_is_of_the_beginning_alone() -> None:
 def test_a_share_of_the_keys_is_held_out() -> None:
     keys = np.array([key(record(str(i))) for i in range(2000)], dtype=np.uint64)
     for share in (0.02, 0.5, 0.97):
-        out = held_out(keys, share)
+        out = is_held_out(keys, share)
         assert out.tolist() == [is_held_out(int(k), share) for k in keys]
         assert out.mean() == pytest.approx(share, abs=0.03)
-    assert not (held_out(keys, 0.02) & ~held_out(keys, 0.05)).any(), "a larger share holds out what a smaller one did"
+    assert not (is_held_out(keys, 0.02) & ~is_held_out(keys, 0.05)).any(), (
+        "a larger share holds out what a smaller one did"
+    )
     assert is_held_out(2**64 - 2, np.nextafter(1.0, 0.0)) is False
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What NVML reports about GPUs. Everything it does not report is None ("unknown"); no question can fail a run."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import PurePath
 from typing import Any
 
@@ -87,7 +87,9 @@ class NvmlFacts(msgspec.Struct, frozen=True):
 def read_gpus(buses: Sequence[str] | None, nvml: Any = pynvml) -> NvmlFacts:
     """The facts of the GPUs at these PCI addresses; None for all GPUs of the host. `nvml`: the pynvml module."""
     try:
-        with _session(nvml):
+        with ExitStack() as stack:
+            nvml.nvmlInit()
+            stack.callback(nvml.nvmlShutdown)
             if buses is None:
                 handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
             else:
@@ -96,15 +98,6 @@ def read_gpus(buses: Sequence[str] | None, nvml: Any = pynvml) -> NvmlFacts:
             return NvmlFacts(driver, tuple(_read_gpu(nvml, handle) for handle in handles))
     except nvml.NVMLError as error:
         return NvmlFacts(error=str(error))
-
-
-@contextmanager
-def _session(nvml: Any) -> Iterator[None]:
-    nvml.nvmlInit()
-    try:
-        yield
-    finally:
-        nvml.nvmlShutdown()
 
 
 class _Reader:

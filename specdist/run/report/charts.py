@@ -132,17 +132,13 @@ def _over_steps(id: str, unit: str, runs: Sequence[RunRecords], curves: Sequence
             points = [(r["step"], r[curve.name]) for r in records if math.isfinite(r.get(curve.name, math.nan))]
             if not points:
                 continue
-            xs, ys = zip(*_thinned(points), strict=True)
+            stride = -(-len(points) // _POINTS)
+            xs, ys = zip(*points[:-1:stride], points[-1], strict=True)
             line = {"color": colour(number if several else which), "dash": curve.dash if several else "solid"}
             name = f"{run.name}: {curve.words}" if several else curve.words
             drawn = {"type": "scatter", "x": xs, "y": ys, "mode": curve.mode, "name": name, "line": line}
             traces.append({**drawn, "hovertemplate": "%{y:,.4~g}"})
     return Chart(id, traces, {**_axes("optimizer step", unit, **axis), "hovermode": "x unified"})
-
-
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    stride = -(-len(points) // _POINTS)
-    return [*points[:-1:stride], points[-1]]
 
 
 def _acceptance(runs: Sequence[RunRecords]) -> list[Chart]:
