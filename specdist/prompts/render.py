@@ -19,7 +19,7 @@ A plain text is supervised everywhere, with the special tokens that the tokenize
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ from specdist.core.model_config import read_tokenizer
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import UNTAUGHT, Sample
 from specdist.prompts.parts import ARGUMENTS, left_out
-from specdist.prompts.report import UnusableError
+from specdist.prompts.report import PrepareReport, UnusableError
 from specdist.prompts.template import Template, Turn
 
 if TYPE_CHECKING:
@@ -60,16 +60,10 @@ class Sequenced:
 
 @dataclass(frozen=True)
 class Rendering:
-    """The sequences of one sample, cut to length, and what the cutting cost."""
+    """The sequences of one sample, cut to length, and what the report says of the sample, but for its tokens."""
 
     sequences: tuple[Sequenced, ...]
-    truncated: int
-    cut_away: int
-    skipped: int
-    left_out: frozenset[str] = frozenset()
-    """What the last prompt does not show of the conversation before it (`parts.left_out`)."""
-    turns: int = 0
-    """Turns that are learnt."""
+    report: PrepareReport
 
 
 def load_tokenizer(directory: str | Path, config: PromptsConfig) -> PreTrainedTokenizerBase:
@@ -112,9 +106,10 @@ class Renderer:
         """The training sequences of a sample, none longer than max_length, each with something to learn. Raises
         UnusableError: with the reason, where the sample gives none."""
         if sample.text is not None:
-            return self._cut([self._text(sample.text)])
+            return self._cut([self._text(sample.text)], PrepareReport(kept=1))
         turns, lack = self._turns(sample)
-        return replace(self._cut(self._sequences(turns)), left_out=lack, turns=len(turns))
+        report = PrepareReport(kept=1, turns=len(turns), most_turns=len(turns), left_out=dict.fromkeys(lack, 1))
+        return self._cut(self._sequences(turns), report)
 
     def _turns(self, sample: Sample) -> tuple[list[Turn], frozenset[str]]:
         """The turns that are learnt, and what the last prompt lacks of what comes before (`parts.left_out`)."""
@@ -149,25 +144,24 @@ class Renderer:
         tokens = self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
         return Sequenced.of(tokens, np.full(len(tokens), KINDS.index("content"), np.uint8))
 
-    def _cut(self, sequences: list[Sequenced]) -> Rendering:
+    def _cut(self, sequences: list[Sequenced], report: PrepareReport) -> Rendering:
         limit = self.config.max_length
         kept: list[Sequenced] = []
-        truncated = cut_away = skipped = 0
         longest = max(len(sequence.tokens) for sequence in sequences)
         if longest > limit and self.config.overlong == "stop":
             raise UnusableError("overlong", f"{longest:,} tokens, more than prompts.max_length = {limit:,}")
         for sequence in sequences:
             overlong = len(sequence.tokens) > limit
             if overlong and self.config.overlong == "skip":
-                skipped += 1
+                report.skipped += 1
             elif not sequence.supervised[1:limit].any():  # nothing predicts the first token
-                cut_away += 1
+                report.cut_away += 1
             else:
                 kept.append(Sequenced(sequence.tokens[:limit], sequence.kinds[:limit]))
-                truncated += overlong
+                report.truncated += overlong
         if kept:
-            return Rendering(tuple(kept), truncated, cut_away, skipped)
-        if skipped:
+            return Rendering(tuple(kept), report)
+        if report.skipped:
             raise UnusableError("overlong", f"{longest:,} tokens, more than prompts.max_length = {limit:,}")
         where = f"in the first {limit:,} of {longest:,} tokens" if longest > limit else f"in {longest:,} tokens"
         raise UnusableError("empty loss mask", f"no assistant token {where}")

@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import threading
-from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing.connection import wait
@@ -52,8 +51,7 @@ def _renderer(tokenizer_dir: str, settings_json: str) -> Renderer:
 
 def tokenize(piece: Piece, tokenizer_dir: str, settings_json: str) -> Tokenized:
     renderer = _renderer(tokenizer_dir, settings_json)
-    report, left_out = PrepareReport(), Counter[str]()
-    bad: list[BadSample] = []
+    report, bad = PrepareReport(), list[BadSample]()
     sequences: list[tuple[Sample, Sequenced]] = []
     for sample in samples(piece):
         report.samples += 1
@@ -62,20 +60,13 @@ def tokenize(piece: Piece, tokenizer_dir: str, settings_json: str) -> Tokenized:
                 bad.append(sample)
             else:
                 rendering = renderer.render(sample)
-                report.kept += 1
-                report.truncated += rendering.truncated
-                report.cut_away += rendering.cut_away
-                report.skipped += rendering.skipped
-                report.turns += rendering.turns
-                report.most_turns = max(report.most_turns, rendering.turns)
-                left_out.update(rendering.left_out)
+                report.add(rendering.report)
                 sequences += [(sample, sequence) for sequence in rendering.sequences]
         except UnusableError as error:
             bad.append(BadSample(sample.file, sample.line, error.reason, error.detail))
     kinds = np.concatenate([np.zeros(0, np.uint8), *(sequence.kinds for _, sequence in sequences)])
     counts = np.bincount(kinds, minlength=len(KINDS)).tolist()
     report.kinds = {kind: count for kind, count in zip(KINDS, counts, strict=True) if count}
-    report.left_out = dict(left_out)
     report.sequences, report.tokens, report.supervised = len(sequences), len(kinds), int((kinds > 0).sum())
     for sample in bad:
         report.add_bad(sample)

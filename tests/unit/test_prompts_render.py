@@ -236,9 +236,9 @@ def test_later_turns_beyond_the_limit_are_counted() -> None:
     messages = turns("Hi", "<think>\nLet me\n</think>\n\nHello", "how are you " * 20, "well")
     renderer = Renderer(t.make_tokenizer(t.THINK), PromptsConfig(max_length=40))
     rendering = renderer.render(to_sample({"messages": messages}, "f", 1))
-    assert (len(rendering.sequences), rendering.cut_away, rendering.truncated) == (1, 1, 0)
+    assert (len(rendering.sequences), rendering.report.cut_away, rendering.report.truncated) == (1, 1, 0)
     renderer = Renderer(t.make_tokenizer(t.THINK), PromptsConfig(max_length=40, overlong="skip"))
-    assert renderer.render(to_sample({"messages": messages}, "f", 1)).skipped == 1
+    assert renderer.render(to_sample({"messages": messages}, "f", 1)).report.skipped == 1
 
 
 def test_an_answer_that_holds_its_own_end_is_named() -> None:

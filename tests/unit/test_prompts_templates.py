@@ -207,8 +207,8 @@ def test_tokens_are_counted_by_what_they_are_of() -> None:
     assert counts["thought"] == len("I do.")
     assert counts["tool call"] == len("<think></think>CALL clock") + 1
     assert (counts["content"], counts["marks"]) == (len("It is 9."), len("<think></think>") + 1)
-    assert rendering.left_out == {"tools", "arguments of tool calls"}
-    assert rendering.turns == 2
+    assert rendering.report.left_out.keys() == {"tools", "arguments of tool calls"}
+    assert rendering.report.turns == 2
 
 
 TEMPLATE_REASONS = (
