@@ -83,6 +83,8 @@ def _lines(plan: Plan, args: argparse.Namespace, roles: Sequence[Role]) -> Itera
 def _cost(plan: Plan, rates: Rates | None) -> Iterator[str]:
     """Steps, and the time that they take at `rates`."""
     from specdist.core.hub import resolve
+    from specdist.core.run_paths import RunPaths
+    from specdist.generate.files import answered
     from specdist.job.resume_plan import warn_of_few
     from specdist.job.split import Split
     from specdist.prompts.look import look
@@ -95,7 +97,8 @@ def _cost(plan: Plan, rates: Rates | None) -> Iterator[str]:
     steps, of = job.train.steps, "train.steps"
     if steps is None:
         try:
-            tokens = look(job.prompts, resolve(job.target.path, "target.path")).tokens
+            prompts = answered(job.prompts, RunPaths(Path(job.run.dir)).answers) or job.prompts
+            tokens = look(prompts, resolve(job.target.path, "target.path")).tokens
         except UserError as error:
             yield f"steps: not estimated, for the prompts cannot be read: {error}"
             return

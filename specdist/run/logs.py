@@ -17,7 +17,9 @@ _LAST_LINES = 30
 _LOOK_S = 0.5
 _MOST_BYTES = 1 << 20
 """Of one file in a bundle: its end."""
-_PACKED = ("config.yaml", "status.json", "summary.json", "metrics.jsonl", "logs/**/*.json", "logs/**/*.log", "slurm/*")
+_LOGS = ("**/logs/**/*.json", "**/logs/**/*.log")
+"""Those of target worlds and of evaluations are in folders of the run."""
+_PACKED = ("config.yaml", "status.json", "summary.json", "metrics.jsonl", *_LOGS, "slurm/*")
 """No weights, and no text of prompts or answers but what a rank has printed."""
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from specdist.core.files import to_json
 from specdist.evaluate.replay import ReplayReport
 from specdist.export import load_exported
+from specdist.generate.files import Manifest, Source, Tally
 from specdist_launch.cli import main
 from tests.distributed.worlds import ROOT, specdist, torchrun
 from tests.tiny import make_config, make_conversations, make_target
@@ -191,6 +193,12 @@ def test_a_job_is_checked_without_being_started(trained, tmp_path, capsys):
     assert main(["plan", *answered, "train.steps=null"]) == 0
     assert "steps: not estimated, for the prompts have no answers yet" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+    (answers := tmp_path / "run/answers").mkdir(parents=True)
+    written = Manifest({}, (Source(str(asked), "jsonl", False, "asked.jsonl", ""),), Tally(1))
+    (answers / "manifest.json").write_text(to_json(written))
+    (answers / "asked.jsonl").write_text('{"prompt": "Hi", "response": "Ho"}\n')
+    assert main(["plan", *answered, "train.steps=null"]) == 0
+    assert "steps: 1 of up to" in capsys.readouterr().out, "of the answers, once they are there"
 
 
 def test_a_run_directory_belongs_to_one_job(trained, capsys):

@@ -114,11 +114,13 @@ def test_the_log_that_is_shown_is_that_of_the_rank_that_matters(runs: Path, caps
 
 def test_a_bundle_has_records_and_logs_and_no_weights(runs: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "report.tar.gz"
+    make_run(runs / "one/targets/7", 0.1)
     assert main(["bundle", str(runs / "one"), "--output", str(output)]) == 0
     with tarfile.open(output) as archive:
         names = set(archive.getnames())
     assert {"one/versions.txt", "one/config.yaml", "one/metrics.jsonl"} <= names
     assert {"one/logs/local-1.0/outcome.json", "one/logs/local-1.0/draft/a-rank1.log"} <= names
+    assert "one/targets/7/logs/local-1.0/target/a-rank0.log" in names, "a target world's"
     assert not any("checkpoints" in name for name in names)
 
 
