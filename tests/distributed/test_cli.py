@@ -184,8 +184,8 @@ def test_a_job_is_checked_without_being_started(trained, tmp_path, capsys):
     (asked := tmp_path / "asked.jsonl").write_text('{"prompt": "Hi"}\n{"turns": ["Hi", "And?"]}\n{"a": 1}\n')
     records = ({"prompt": "Hi", "response": text} for text in ("Ho", "Ho " * 3000))
     (lengths := tmp_path / "lengths.jsonl").write_text("\n".join(map(json.dumps, records)))
-    skipped = [*new, f"prompts.files=[{lengths}]", "prompts.overlong=skip", "prompts.max_bad_fraction=0.1"]
-    assert main(["check", *skipped]) == 0, "what is too long is not bad"
+    skipped = [f"prompts.files=[{lengths}]", "prompts.overlong=skip", "prompts.max_bad_fraction=0.1"]
+    assert main(["check", *new, *skipped, "prompts.holdout=null"]) == 0, "what is too long is not bad"
     capsys.readouterr()
     answered = [*new, f"prompts.files=[{asked}]", "prompts.answers=target", "prompts.max_bad_fraction=0.5"]
     assert main(["check", *answered]) == 0
