@@ -11,37 +11,37 @@ from typing import Any
 
 
 def arguments(command: Callable[..., argparse.ArgumentParser]) -> None:
-    text = "Show where a run is: phase, step, queues, bottleneck, time to go."
-    status = command("status", _shown("run.status:describe", "run_dir"), text, config=False)
-    status.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run.dir of a job")
-    text = "List the runs in a folder: step, acceptance length, state."
-    runs = command("runs", _shown("run.status:overview", "folder"), text, config=False)
+    def reads(name: str, text: str, function: str, *names: str) -> argparse.ArgumentParser:
+        """A command that shows what `function` gives for the arguments of these names; a RUN_DIR is one of its own."""
+        added = command(name, _shown(function, *names), text, config=False)
+        if names[0] == "run_dir":
+            added.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run.dir of a job")
+        elif names[0] == "run_dirs":
+            added.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="the run.dir of a job, ...")
+        return added
+
+    reads(
+        "status", "Show where a run is: phase, step, queues, bottleneck, time to go.", "run.status:describe", "run_dir"
+    )
+    runs = reads("runs", "List the runs in a folder: step, acceptance length, state.", "run.status:overview", "folder")
     text = "where they lie (default: runs)"
     runs.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help=text)
     text = "Show what failed, or the log of the rank that matters, and follow it while the run goes on."
-    logs = command("logs", _shown("run.logs:show_logs", "run_dir", "rank"), text, config=False)
-    logs.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run.dir of a job")
+    logs = reads("logs", text, "run.logs:show_logs", "run_dir", "rank")
     logs.add_argument("--rank", type=int, metavar="N", help="whose (default: the failed one's, else a draft rank's)")
     text = "Show figures of runs, and the keys in which they differ, beside each other."
-    compare = command("compare", _shown("run.status:compare", "run_dirs"), text, config=False)
-    compare.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
+    reads("compare", text, "run.status:compare", "run_dirs")
     text = "Draw runs, one or several beside each other, into one HTML file: curves, times, answers, configuration."
-    report = command("report", _shown("run.report.page:write_report", "run_dirs", "output"), text, config=False)
-    text = "the run.dir of a job, under way or ended"
-    report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help=text)
+    report = reads("report", text, "run.report.page:write_report", "run_dirs", "output")
     text = "where to write (default: RUN_DIR/report.html; of several runs ./report.html)"
     report.add_argument("--output", type=Path, metavar="FILE", help=text)
-    text = "Put together what the ranks of a run have traced, for Perfetto."
-    trace = command("trace", _shown("run.timeline:collect_newest", "run_dir", "attempt"), text, config=False)
-    text = "the run.dir of a job that was started with trace.steps=N"
-    trace.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
+    text = "Put together what the ranks of a run have traced (trace.steps=N), for Perfetto."
+    trace = reads("trace", text, "run.timeline:collect_newest", "run_dir", "attempt")
     trace.add_argument("--attempt", metavar="NAME", help="a folder of RUN_DIR/logs (default: the newest with a trace)")
     text = "Pack what a report of a defect needs: configuration, records, logs, versions; no weights and no data."
-    bundle = command("bundle", _shown("run.logs:bundle", "run_dir", "output"), text, config=False)
-    bundle.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run.dir of a job")
+    bundle = reads("bundle", text, "run.logs:bundle", "run_dir", "output")
     bundle.add_argument("--output", type=Path, metavar="FILE", help="where to write (default: ./NAME.tar.gz)")
-    text = "List configuration keys with type, default and meaning."
-    keys = command("keys", _shown("job.keys:listing", "words"), text, config=False)
+    keys = reads("keys", "List configuration keys with type, default and meaning.", "job.keys:listing", "words")
     keys.add_argument("words", nargs="*", metavar="WORD", help="a section or key, or words of its meaning")
 
 

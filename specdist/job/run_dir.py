@@ -34,10 +34,7 @@ class RunDirectory(RunPaths):
                 "set checkpoint.resume=true to go on",
                 "run.dir",
             )
-        if not self.config.exists():
-            return
-        different = differing_keys(job, load_job([self.config]))
-        if different:
+        if different := self._differing(job):
             raise ConfigError.at(
                 "run.dir",
                 f": {self.path} holds a run with other values of {', '.join(different)} (see {self.config}): "
@@ -46,17 +43,15 @@ class RunDirectory(RunPaths):
 
     def check_draft(self, job: JobConfig) -> None:
         """Raise ConfigError where the job describes another draft than the one that was trained here."""
-        if not self.config.exists():
-            return
-        different = [
-            key for key in differing_keys(job, load_job([self.config])) if key.startswith(("draft.", "target.path"))
-        ]
-        if different:
+        if different := [key for key in self._differing(job) if key.startswith(("draft.", "target.path"))]:
             raise ConfigError(
                 f"the draft in run.dir ({self.path}) was trained with other values of {', '.join(different)}: give "
                 f"those, which {self.config} has, or that file itself",
                 "run.dir",
             )
+
+    def _differing(self, job: JobConfig) -> list[str]:
+        return differing_keys(job, load_job([self.config])) if self.config.exists() else []
 
     def clear(self) -> None:
         """Delete a run that was only a means. Raises ConfigError where a job is at work in it."""

@@ -58,7 +58,9 @@ class StartUp:
     """The clock of this rank's start; it begins with the process."""
 
     def __init__(self, parts: list[Part] | None = None) -> None:
-        self.parts = parts or [Part("importing", _process_began())]
+        import psutil  # here, so that who only reads starts quickly
+
+        self.parts = parts or [Part("importing", psutil.Process().create_time())]
         self.kept: RankStart | None = None
         """What is written of it; of the first rank of each role."""
         self._file = Path()
@@ -110,12 +112,6 @@ class StartUp:
 
         handler.register_start_callback(start)
         handler.register_end_callback(lambda _: self._compiled.append((began, time.time() - began)))
-
-
-def _process_began() -> float:
-    import psutil  # here, so that who only reads starts quickly
-
-    return psutil.Process().create_time()
 
 
 def directory(record: AttemptRecord) -> Path:
