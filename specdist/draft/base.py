@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,12 @@ class DraftModel(nn.Module, ABC):
     """Called with parts whose weights are used from there on: sharded, they may still be on their way."""
     metric_names: tuple[str, ...]
     """The names of the sums `forward` returns, in a fixed order that is the same on every rank."""
+
+    def make(self, device: torch.device, modules: Callable[..., Mapping[str, nn.Module]], *arguments: Any) -> None:
+        """Take all that is trained, by name, made on a device."""
+        with device:
+            for name, module in modules(*arguments).items():
+                self.add_module(name, module)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:

@@ -13,7 +13,7 @@ vLLM 0.22 to 0.33 (`config/speculative.py`):
 
 import json
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,24 @@ class ServeCommand:
     @property
     def arguments(self) -> dict[str, Any]:
         """The same as keyword arguments of the engine in Python."""
-        return _ARGUMENTS[self.by.engine](self)
+        by = self.by
+        if by.engine == "vLLM":
+            speculation = {"method": by.method, "model": self.draft, "num_speculative_tokens": self.draft_tokens}
+            return {"model": self.target, "dtype": self.dtype, "speculative_config": speculation}
+        return {
+            "model_path": self.target,
+            "dtype": self.dtype,
+            "speculative_algorithm": by.method,
+            "speculative_draft_model_path": self.draft,
+            **({} if by.block else {"speculative_num_steps": self.draft_tokens}),
+            "speculative_eagle_topk": 1,
+            "speculative_num_draft_tokens": self.draft_tokens + 1,
+        }
 
     @property
     def words(self) -> list[str]:
-        options = self.arguments
-        if self.by.engine == "SGLang":
-            begin = ["python", "-m", "sglang.launch_server"]
-        else:
+        options, begin = self.arguments, ["python", "-m", "sglang.launch_server"]
+        if self.by.engine == "vLLM":
             begin = ["vllm", "serve", options.pop("model")]
         texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in options.items()}
         return [*begin, *(word for name, text in texts.items() for word in (f"--{name.replace('_', '-')}", text))]
@@ -110,28 +120,3 @@ def commands_of(config: Mapping[str, Any], name: str) -> list[ServeCommand]:
         for by in engines
         if form(config) in by.formats
     ]
-
-
-def _sglang(command: ServeCommand) -> dict[str, Any]:
-    steps = {} if command.by.block else {"speculative_num_steps": command.draft_tokens}
-    return {
-        "model_path": command.target,
-        "dtype": command.dtype,
-        "speculative_algorithm": command.by.method,
-        "speculative_draft_model_path": command.draft,
-        **steps,
-        "speculative_eagle_topk": 1,
-        "speculative_num_draft_tokens": command.draft_tokens + 1,
-    }
-
-
-def _vllm(command: ServeCommand) -> dict[str, Any]:
-    speculation = {
-        "method": command.by.method,
-        "model": command.draft,
-        "num_speculative_tokens": command.draft_tokens,
-    }
-    return {"model": command.target, "dtype": command.dtype, "speculative_config": speculation}
-
-
-_ARGUMENTS: Mapping[str, Callable[[ServeCommand], dict[str, Any]]] = {"SGLang": _sglang, "vLLM": _vllm}

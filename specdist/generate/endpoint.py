@@ -14,15 +14,12 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from specdist.core.errors import ConfigError
 from specdist.core.launch_env import variable
 from specdist.generate.config import GenerateConfig
 from specdist.generate.engine import Reply, Request
-
-if TYPE_CHECKING:
-    from openai import AsyncOpenAI
 
 _TRIES = 5
 """Answers of status 500 to one request, while the server is there, before the request is to blame."""
@@ -54,7 +51,7 @@ class EndpointEngine:
         self._model = ""
         self._seen = -1.0
         self._asking = asyncio.Lock()
-        self._client: AsyncOpenAI | None = None
+        self._client: Any = None
 
     @property
     def _at(self) -> str:
@@ -100,7 +97,6 @@ class EndpointEngine:
             await self._client.close()
 
     async def _ask(self, request: Request) -> Reply:
-        assert self._client is not None
         wanted = {"skip_special_tokens": False, "return_token_ids": True}
         try:
             answer = await self._client.completions.create(
@@ -135,7 +131,6 @@ class EndpointEngine:
                     self._trouble(f"{self._at}: {_words(error)}")
 
     async def _check_model(self) -> None:
-        assert self._client is not None
         began = time.monotonic()
         try:
             served = [model async for model in self._client.models.list()]

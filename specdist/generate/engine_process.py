@@ -48,7 +48,8 @@ class EngineProcess:
         """Of all answers together, where the engine says so only at its end: known after `close`."""
         self._command = [sys.executable, "-m", module, json.dumps(arguments)]
         self._ends, self._environment = sorted(ends), dict(environment or {})
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Any = None
+        """asyncio's, once it is open."""
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
         self._said: deque[str] = deque(maxlen=20)
         self._readers: list[asyncio.Task[None]] = []
@@ -66,14 +67,11 @@ class EngineProcess:
 
     async def ready(self) -> None:
         """Returns when the model is loaded. Raises WorldError: the engine ended before."""
-        assert self._process is not None
         await self._ready.wait()
         if self._process.returncode is not None:
             raise self._lost()
 
     async def write(self, request: Request) -> Reply:
-        assert self._process is not None
-        assert self._process.stdin is not None
         if self._readers[0].done():
             raise self._lost()
         self._asked += 1
@@ -86,7 +84,6 @@ class EngineProcess:
     async def close(self) -> None:
         if self._process is None:
             return
-        assert self._process.stdin is not None
         self._process.stdin.close()  # which asks it to end
         try:
             await asyncio.wait_for(self._process.wait(), _END_S)
@@ -96,8 +93,6 @@ class EngineProcess:
         await asyncio.gather(*self._readers, return_exceptions=True)
 
     async def _read_replies(self) -> None:
-        assert self._process is not None
-        assert self._process.stdout is not None
         try:
             async for line in self._process.stdout:
                 self._take(json.loads(line))
@@ -127,15 +122,12 @@ class EngineProcess:
 
     async def _read_words(self) -> None:
         """Its log goes to the rank's, and the last lines of it into an error."""
-        assert self._process is not None
-        assert self._process.stderr is not None
         async for line in self._process.stderr:
             text = line.decode(errors="replace").rstrip()
             self._said.append(text)
             print(text, file=sys.stderr, flush=True)
 
     def _lost(self) -> WorldError:
-        assert self._process is not None
         said = "\n".join(self._said)
         return WorldError(
             f"{self.name}'s engine ended with status {self._process.returncode} while it wrote answers:\n{said}"

@@ -15,7 +15,7 @@ from torch.nn.attention import flex_attention as flex
 from specdist.draft.block.blocks import Blocks
 from specdist.draft.block.options import View
 from specdist.draft.common.compiling import compiled
-from specdist.draft.common.flex import BLOCK, block_list, blockwise_attention, in_blocks, whole_blocks
+from specdist.draft.common.flex import BLOCK, blockwise_attention, in_blocks, mask_of, spans, whole_blocks
 from specdist.draft.common.precision import at_least_fp32
 
 KeysValues = tuple[Tensor, Tensor]
@@ -72,9 +72,8 @@ def block_mask(blocks: Blocks, tokens: int, view: View) -> flex.BlockMask:
     """The FlexAttention mask of the rows of all blocks over `tokens` packed ones and then the rows themselves, made
     without a host sync.
 
-    A row sees the columns from its start to its end, so the blocks of columns that a block of rows may need, and those
-    it sees whole, follow from the least and the greatest of both. Rows and both kinds of columns are filled up to whole
-    blocks; the rows filled up see one another, or those of the last block.
+    A row sees the columns from its start to its end, and those of its block. Rows and both kinds of columns are filled
+    up to whole blocks; the rows filled up see one another, or those of the last block.
     """
     device, count, size = blocks.anchors.device, len(blocks.anchors), blocks.size
     rows, context = in_blocks(count * size), in_blocks(tokens)
@@ -88,18 +87,12 @@ def block_mask(blocks: Blocks, tokens: int, view: View) -> flex.BlockMask:
     number, causal = number.to(torch.int32), view.causal
 
     column = torch.arange((context + rows) // BLOCK, device=device)[None] * BLOCK
-    until = column + BLOCK - 1
-    (begin, begins), (end, ends_last) = (
-        (bound.amin(1, keepdim=True), bound.amax(1, keepdim=True))
-        for bound in (starts.view(-1, BLOCK), ends.view(-1, BLOCK))
-    )
-    needed = (column < ends_last) & (until >= begin)
-    whole = (until < end) & (column >= begins)
+    needed, whole = spans(starts, ends, context + rows)
     own_first = context + number[::BLOCK, None] * size
     own_last = context + (number[BLOCK - 1 :: BLOCK, None] + 1) * size - 1
     if causal:
         own_last = own_last.minimum(context + row[BLOCK - 1 :: BLOCK, None])
-    needed = needed | ((column <= own_last) & (until >= own_first))
+    needed = needed | ((column <= own_last) & (column + BLOCK > own_first))
 
     def visible(_b: Tensor, _h: Tensor, row: Tensor, column: Tensor) -> Tensor:
         own = owner[column] == number[row]
@@ -107,13 +100,7 @@ def block_mask(blocks: Blocks, tokens: int, view: View) -> flex.BlockMask:
             own = own & (column - context <= row)
         return ((column < ends[row]) & (column >= starts[row])) | own
 
-    return flex.BlockMask.from_kv_blocks(
-        *block_list(needed & ~whole),
-        *block_list(whole),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=visible,
-        seq_lengths=(rows, context + rows),
-    )
+    return mask_of(needed, whole, visible)
 
 
 def flex_attention(blocks: Blocks, tokens: int, scale: float, view: View) -> BlockAttention:

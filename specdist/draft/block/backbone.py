@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specdist.core.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
-from specdist.draft.base import DraftModel, Drafts, Replayed, Supervision
+from specdist.draft.base import DraftModel, Drafts, Supervision
 from specdist.draft.block.attention import BlockAttention, KeysValues, eager_attention, flex_attention
 from specdist.draft.block.blocks import Blocks
 from specdist.draft.block.layer import PLAIN, attention_of, compiled_ops
-from specdist.draft.block.loss import ChunkedLoss, LossInputs, Terms
+from specdist.draft.block.loss import SUMS, ChunkedLoss, Terms
 from specdist.draft.block.options import BlockDims, BlockOptions
 from specdist.draft.block.proposer import BlockProposer
-from specdist.draft.block.replay import replay
+from specdist.draft.block.replay import replay_blocks
 from specdist.draft.common.flex import takes_flex
 from specdist.draft.common.layers import Rotary
 from specdist.draft.common.vocabulary import DraftVocabulary
@@ -34,6 +34,7 @@ class BlockDraft(DraftModel):
             is a parameter or a buffer: plain objects are seen by neither FSDP nor state_dict.
         vocabulary: the tokens that are drafted; fewer than the target's come with a head of their own, `lm_head`.
         logit_map: from `products` to the draft's logits; they are these unless the algorithm says otherwise.
+        parts: what of the loss is among the metrics (`learn`).
     """
 
     fc: nn.Linear
@@ -42,6 +43,8 @@ class BlockDraft(DraftModel):
     layers: nn.ModuleList
     logit_map: LogitMap
     config: BlockOptions
+    replay = replay_blocks
+    parts: tuple[str, ...] = ("weighted",)
 
     def __init__(
         self,
@@ -57,20 +60,21 @@ class BlockDraft(DraftModel):
         self.config, self.dims, self.layout, self.mask_token = options, dims, layout, options.mask_token_id
         self.target, self.rotary, self.scale = target, Rotary.of(dims, target.head.device), dims.head_dim**-0.5
         self.logit_map, self.vocabulary = LogitMap(), vocabulary
-        for name, module in self.modules_of(options, dims, target.head.device, torch.float32).items():
-            self.add_module(name, module)
+        self.make(target.head.device, self.modules_of, options, dims)
         self._layer_ops = compiled_ops() if compiled else PLAIN
         self.flex = takes_flex(options.attention, True, dims.head_dim)
+        drafts = range(1, options.drafts + 1)
+        self.metric_names = ("total", *self.parts, *(f"{name}/{k}" for k in drafts for name in SUMS))
         self.prepare(compiled)
 
     @staticmethod
     @abstractmethod
-    def modules_of(config: Any, dims: BlockDims, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+    def modules_of(config: Any, dims: BlockDims) -> dict[str, nn.Module]:
         """All that is trained, by name."""
 
     @abstractmethod
     def prepare(self, compiled: bool) -> None:
-        """The rest of the construction: `metric_names`, and what the loss is made of."""
+        """The rest of the construction: what the loss is made of."""
 
     @abstractmethod
     def total(self, blocks: Blocks) -> Tensor:
@@ -135,18 +139,18 @@ class BlockDraft(DraftModel):
     def learn(
         self, batch: PackedTokens, features: Features, blocks: Blocks, states: Tensor, totals: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the blocks' normed states [N, D, H]: the loss, with a graph, its parts that are among the metrics, and the
-        sums [D, 5] in the order of `SUMS`."""
+        """Of the blocks' normed states [N, D, H]: the loss, with a graph, its `parts`, and the sums [D, 5] in the order
+        of `SUMS`."""
 
     def chunked(
         self, blocks: Blocks, states: Tensor, batch: PackedTokens, terms: Terms
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of normed states [N, D, H], with a graph, every draft's chance to be accepted [N, D] and the sums
         [D, 5] in the order of `SUMS`."""
-        inputs = LossInputs(blocks.valid, terms, self.config.loss_chunk, torch.is_grad_enabled())
         self.ready(*self.heads)
         pairs = self.factors(states, batch.tokens[blocks.rows])
-        return ChunkedLoss.apply(inputs, *(t.to(states.dtype) for pair in pairs for t in pair))
+        how = blocks.valid, terms, self.config.loss_chunk, torch.is_grad_enabled()
+        return ChunkedLoss.apply(*how, *(t.to(states.dtype) for pair in pairs for t in pair))
 
     def labels(self, blocks: Blocks) -> Tensor:
         """Draft ids [N, D] of what is to be drafted; any where the vocabulary lacks it."""
@@ -163,16 +167,6 @@ class BlockDraft(DraftModel):
     def taught(self, features: Features, rows: Tensor) -> Tensor:
         """Products [..., V] of the target's last hidden states at `rows`, int64 [...], with its head."""
         return features.final[rows].to(self.target.head.dtype) @ self.target.head.T
-
-    def replay(
-        self, batch: PackedTokens, host_batch: PackedTokens, features: Features, count: int, temperature: float = 0.0
-    ) -> Replayed:
-        def chances(products: Tensor, rows: Tensor) -> Tensor:
-            target = self.target.logit_map(self.taught(features, rows)).div_(temperature).softmax(-1)
-            own = target if self.vocabulary.whole else target[:, self.vocabulary.ids]
-            return torch.minimum(own, self.logit_map(products).div(temperature).softmax(-1)).sum(-1)
-
-        return replay(self, batch, host_batch, features, count, chances if temperature else None)
 
     def verified(self, batch: PackedTokens, features: Features) -> Iterator[KeysValues]:
         """Each layer's keys and values of the T packed tokens, made when they are asked for: the forward comes to the

@@ -20,14 +20,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
 from specdist.draft.algorithm import Contents, ExportConfig, Trained
 from specdist.draft.block.options import BlockDims, BlockOptions
 from specdist.draft.common.speculators import speculators_json
-from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, layers_json, shapes
+from specdist.draft.common.tensors import DTYPES, check_tensors, converted, layers_json, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
 
 if TYPE_CHECKING:
@@ -35,63 +34,42 @@ if TYPE_CHECKING:
 
 
 def write_blocks(algorithm: BlockAlgorithm[Any], format: str, trained: Trained, options: ExportConfig) -> Contents:
-    """See `Algorithm.export`."""
-    config, own = algorithm.config, algorithm.own_json(format, trained.target)
+    """See `Algorithm.export`. Raises ConfigError: there is no mask token."""
+    config: BlockOptions = algorithm.config
+    if config.mask_token_id is None:
+        raise ConfigError.at(f"{config.SECTION}.mask_token_id", "is null: an export needs the token that was trained")
     dims = BlockDims.of(config, trained.target, len(trained.vocabulary))
-    keys = block_json(config, dims, trained.target, options.dtype)
-    modules = algorithm.model().modules_of(config, dims, META, torch.float32)
-    check_tensors(trained.state, shapes(modules), "the state dict", algorithm.name)
+    check_tensors(trained.state, shapes(algorithm.model().modules_of, config, dims), "the state dict", algorithm.name)
     tensors = {name: converted(name, tensor, DTYPES[options.dtype]) for name, tensor in trained.state.items()}
+    target_layers = trained.target.get_text_config().num_hidden_layers
+    captured = config.captured_layers(target_layers)
+    inputs = [b + 1 for b in captured]
+    own: dict[str, Any] = {"block_size": config.block_size, "num_target_layers": target_layers}
     if dims.draft_vocab_size < dims.vocab_size:
         vocabulary = DraftVocabulary.from_ids(trained.vocabulary, dims.vocab_size)
         tensors |= {"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}
-        own = {"draft_vocab_size": dims.draft_vocab_size, **own}
+        own["draft_vocab_size"] = dims.draft_vocab_size
+    own |= algorithm.own_json(format, trained.target)
+    layers = _layers_json(config, dims, trained.target, options.dtype)
     if format == "speculators":
-        return {**block_speculators_json(algorithm, dims, trained, options.dtype), **own}, tensors
-    nested = {"block_size": config.block_size, **nested_json(keys, config)}
-    return {"architectures": [algorithm.architectures[0]], **keys, **own, algorithm.nested: nested}, tensors
-
-
-def block_json(options: BlockOptions, dims: BlockDims, target: PretrainedConfig, dtype: str) -> dict[str, Any]:
-    """The keys of config.json that all drafts of blocks have. Raises ConfigError: there is no mask token."""
-    if options.mask_token_id is None:
-        raise ConfigError.at(f"{options.SECTION}.mask_token_id", "is null: an export needs the token that was trained")
-    target_layers = target.get_text_config().num_hidden_layers
-    return {
-        **_layers_json(options, dims, target, dtype),
-        "block_size": options.block_size,
-        "num_target_layers": target_layers,
-        "eagle_aux_hidden_state_layer_ids": [b + 1 for b in options.captured_layers(target_layers)],
+        name, architecture = algorithm.name, algorithm.architectures[1]
+        told = {
+            "draft_vocab_size": dims.draft_vocab_size,
+            "target_hidden_size": dims.hidden_size,
+            "mask_token_id": config.mask_token_id,
+            "aux_hidden_state_layer_ids": inputs,
+            "sliding_window_non_causal": not any(view.causal for view in config.views),
+            "sample_from_anchor": config.sample_from_anchor,
+        }
+        return {**speculators_json(name, architecture, layers, config.drafts, trained), **told, **own}, tensors
+    nested = {
+        "block_size": config.block_size,
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": list(captured),
+        **({"causal": layers["is_causal"]} if "is_causal" in layers else {}),
     }
-
-
-def nested_json(keys: Mapping[str, Any], options: BlockOptions) -> dict[str, Any]:
-    """What engines look for in a nested section; `keys` are those of `block_json`."""
-    return {
-        "mask_token_id": options.mask_token_id,
-        "target_layer_ids": list(options.captured_layers(keys["num_target_layers"])),
-        **({"causal": keys["is_causal"]} if "is_causal" in keys else {}),
-    }
-
-
-def block_speculators_json(
-    algorithm: BlockAlgorithm[Any], dims: BlockDims, trained: Trained, dtype: str
-) -> dict[str, Any]:
-    """config.json in the speculators format: see `speculators_json`. Raises ConfigError: there is no mask token."""
-    options: BlockOptions = algorithm.config
-    keys = block_json(options, dims, trained.target, dtype)
-    layers = _layers_json(options, dims, trained.target, dtype)
-    return {
-        **speculators_json(algorithm.name, algorithm.architectures[1], layers, options.drafts, trained),
-        "draft_vocab_size": dims.draft_vocab_size,
-        "target_hidden_size": dims.hidden_size,
-        "block_size": options.block_size,
-        "mask_token_id": options.mask_token_id,
-        "aux_hidden_state_layer_ids": keys["eagle_aux_hidden_state_layer_ids"],
-        "num_target_layers": keys["num_target_layers"],
-        "sliding_window_non_causal": not any(view.causal for view in options.views),
-        "sample_from_anchor": options.sample_from_anchor,
-    }
+    whole = {"architectures": [algorithm.architectures[0]], **layers, "eagle_aux_hidden_state_layer_ids": inputs}
+    return {**whole, **own, algorithm.nested: nested}, tensors
 
 
 def _layers_json(options: BlockOptions, dims: BlockDims, target: PretrainedConfig, dtype: str) -> dict[str, Any]:

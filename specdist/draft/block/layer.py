@@ -5,14 +5,13 @@ exported tensor names. The functions between its matrix products are as they are
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from specdist.draft.block.attention import BlockAttention, KeysValues
 from specdist.draft.block.options import BlockDims
 from specdist.draft.common.compiling import compiled
-from specdist.draft.common.layers import MLP, rotate, swiglu
+from specdist.draft.common.layers import MLP, linear, norm, rotate, swiglu
 from specdist.draft.common.sizes import LayerSizes
 
 Rotation = tuple[Tensor, Tensor]
@@ -44,19 +43,13 @@ class LayerAttention(nn.Module):
     """The projections of the attention, with norms of queries and keys by head. Keys and values of the verified tokens
     and of the block come from the same weights."""
 
-    def __init__(self, sizes: LayerSizes, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-
-        def linear(inputs: int, outputs: int) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
-
-        hidden = sizes.hidden_size
+        hidden, queries, keys = sizes.hidden_size, sizes.query_width, sizes.key_width
         self.heads, self.eps = (-1, sizes.head_dim), sizes.rms_norm_eps
-        self.q_proj, self.o_proj = linear(hidden, sizes.query_width), linear(sizes.query_width, hidden)
-        self.k_proj, self.v_proj = linear(hidden, sizes.key_width), linear(hidden, sizes.key_width)
-        self.q_norm, self.k_norm = (
-            nn.RMSNorm(sizes.head_dim, eps=sizes.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)
-        )
+        self.q_proj, self.o_proj = linear(hidden, queries), linear(queries, hidden)
+        self.k_proj, self.v_proj = linear(hidden, keys), linear(hidden, keys)
+        self.q_norm, self.k_norm = norm(sizes, sizes.head_dim), norm(sizes, sizes.head_dim)
 
     def queries(self, states: Tensor, rotation: Rotation, ops: LayerOps = PLAIN) -> Tensor:
         """[n, Hq, D] of normed states [n, H]."""
@@ -73,13 +66,10 @@ class LayerAttention(nn.Module):
 class Layer(nn.Module):
     """One of the decoder layers."""
 
-    def __init__(self, sizes: LayerSizes, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        self.self_attn = LayerAttention(sizes, device, dtype)
-        self.mlp = MLP(sizes, device, dtype)
-        self.input_layernorm, self.post_attention_layernorm = (
-            nn.RMSNorm(sizes.hidden_size, eps=sizes.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)
-        )
+        self.self_attn, self.mlp = LayerAttention(sizes), MLP(sizes)
+        self.input_layernorm, self.post_attention_layernorm = norm(sizes), norm(sizes)
 
     def forward(
         self,
@@ -104,13 +94,10 @@ def attention_of(layer: nn.Module) -> LayerAttention:
     return layer.self_attn
 
 
-def modules(config: object, dims: BlockDims, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+def modules(config: object, dims: BlockDims) -> dict[str, nn.Module]:
     """All that is trained of every draft of blocks, by name."""
-    hidden = dims.hidden_size
-    fc = nn.Linear(dims.num_captured * hidden, hidden, bias=False, device=device, dtype=dtype)
-    norms = [nn.RMSNorm(hidden, eps=dims.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)]
-    layers = nn.ModuleList(Layer(dims, device, dtype) for _ in range(dims.num_layers))
-    made = {"fc": fc, "hidden_norm": norms[0], "norm": norms[1], "layers": layers}
-    if dims.draft_vocab_size == dims.vocab_size:
-        return made
-    return made | {"lm_head": nn.Linear(hidden, dims.draft_vocab_size, bias=False, device=device, dtype=dtype)}
+    layers = nn.ModuleList(Layer(dims) for _ in range(dims.num_layers))
+    fc = linear(dims.num_captured * dims.hidden_size, dims.hidden_size)
+    made = {"fc": fc, "hidden_norm": norm(dims), "norm": norm(dims), "layers": layers}
+    reduced = dims.draft_vocab_size < dims.vocab_size
+    return made | ({"lm_head": linear(dims.hidden_size, dims.draft_vocab_size)} if reduced else {})

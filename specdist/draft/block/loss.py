@@ -8,7 +8,6 @@ soon as its logits exist: it takes their place, and the gradients of what was mu
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -29,43 +28,38 @@ and chance of being accepted, each [n, D] in at least fp32. The gradient of the 
 """
 
 
-@dataclass(frozen=True)
-class LossInputs:
-    """All that the loss reads and that takes no gradient.
-
-    Attributes:
-        valid: bool [N, D], which drafts count.
-        terms: the algorithm's.
-        chunk: rows of logits that are held at one time; at least one block's are.
-        with_grad: whether gradients are computed.
-    """
-
-    valid: Tensor
-    terms: Terms
-    chunk: int
-    with_grad: bool
-
-
 def losses(
-    inputs: LossInputs, factors: Sequence[Tensor], tables: Sequence[Tensor], trained: Sequence[bool]
+    valid: Tensor,
+    terms: Terms,
+    chunk: int,
+    with_grad: bool,
+    factors: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    trained: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """The weighted loss, float64 []; every draft's chance to be accepted, [N, D]; the sums [D, 5] in float64 in the
     order of `SUMS`; and the gradients of the first with respect to all factors and the trained tables, without
-    `with_grad` none. `factors`: each [N, D, c], and `tables` each [V, c]: the logits are the sum of the products of
-    each pair."""
-    valid, (count, drafts, _) = inputs.valid, factors[0].shape
+    `with_grad` none.
+
+    Args:
+        valid: bool [N, D], which drafts count.
+        chunk: rows of logits that are held at one time; at least one block's are.
+        factors: each [N, D, c], and `tables` each [V, c]: the logits are the sum of the products of each pair.
+    """
+    count, drafts, _ = factors[0].shape
+    size = max(chunk // drafts, 1)
     weighted = torch.zeros((), dtype=torch.float64, device=valid.device)
     sums = torch.zeros(drafts, len(SUMS), dtype=torch.float64, device=valid.device)
-    grads = [torch.empty_like(factor) for factor in factors] if inputs.with_grad else []
+    grads = [torch.empty_like(factor) for factor in factors] if with_grad else []
     totals = [wide_zeros(t) if wanted and grads else None for t, wanted in zip(tables, trained, strict=True)]
     chances = []
-    for start in range(0, count, max(inputs.chunk // drafts, 1)):
-        part = slice(start, start + max(inputs.chunk // drafts, 1))
+    for start in range(0, count, size):
+        part = slice(start, start + size)
         rows = [factor[part].flatten(0, 1) for factor in factors]
         products = rows[0] @ tables[0].T
         for row, table in zip(rows[1:], tables[1:], strict=True):
             products.addmm_(row, table.T)
-        loss, weights, right, chance = inputs.terms(products.unflatten(0, (-1, drafts)), part)
+        loss, weights, right, chance = terms(products.unflatten(0, (-1, drafts)), part)
         for grad, table in zip(grads, tables, strict=bool(grads)):  # `products` holds the logits' gradient since
             grad[part] = (products @ table).view_as(grad[part])
         for total, row in zip(totals, rows, strict=True):
@@ -80,13 +74,15 @@ def losses(
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """(inputs, factor, table, factor, table, ...) -> the loss; without gradient, the chances [N, D] and the sums of
-    `losses`."""
+    """(valid, terms, chunk, with_grad, factor, table, factor, table, ...) -> the loss; without gradient, the chances
+    [N, D] and the sums of `losses`."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: LossInputs, *pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        factors, tables = pairs[::2], pairs[1::2]
-        weighted, chances, sums, grads = losses(inputs, factors, tables, ctx.needs_input_grad[2::2])
+    def forward(
+        ctx: Any, valid: Tensor, terms: Terms, chunk: int, with_grad: bool, *pairs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        how, factors = (valid, terms, chunk, with_grad), pairs[::2]
+        weighted, chances, sums, grads = losses(*how, factors, pairs[1::2], ctx.needs_input_grad[5::2])
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(chances, sums)
         return weighted.to(at_least_fp32(factors[0][:0]).dtype), chances, sums
@@ -96,7 +92,7 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         made = [None if grad is None else grad * grads[0].to(grad.dtype) for grad in ctx.saved_tensors]
         half = len(made) // 2
-        return (None, *(grad for pair in zip(made[:half], made[half:], strict=True) for grad in pair))
+        return (*[None] * 4, *(grad for pair in zip(made[:half], made[half:], strict=True) for grad in pair))
 
 
 def metrics(sums: Mapping[str, float], drafts: int, rates: Mapping[str, str] = RATES) -> dict[str, float]:

@@ -69,7 +69,12 @@ class BlockOptions(LayerOptions):
         check_range(self.SECTION, self, "anchors_per_token", above=0, most=1)
         check_range(self.SECTION, self, "num_layers", "anchors_per_sequence", "loss_chunk", "vocab_size", least=1)
         self.check_sizes(self.SECTION)
-        self._check_views()
+        if self.sliding_window is not None and self.sliding_window < self.block_size:
+            raise ConfigError.at(
+                f"{self.SECTION}.sliding_window",
+                f"is {self.sliding_window}: it must hold a block, {self.block_size} tokens, or be null",
+            )
+        check_sliding(self.SECTION, self.sliding_window, self.sliding_layers, self.num_layers)
 
     @property
     def silent(self) -> int:
@@ -93,14 +98,6 @@ class BlockOptions(LayerOptions):
             chosen = tuple(range(self.num_layers - 1)) if self.sliding_window else ()
         windows = [self.sliding_window if layer in chosen else None for layer in range(self.num_layers)]
         return tuple(View(window, window is not None if self.causal is None else self.causal) for window in windows)
-
-    def _check_views(self) -> None:
-        if self.sliding_window is not None and self.sliding_window < self.block_size:
-            raise ConfigError.at(
-                f"{self.SECTION}.sliding_window",
-                f"is {self.sliding_window}: it must hold a block, {self.block_size} tokens, or be null",
-            )
-        check_sliding(self.SECTION, self.sliding_window, self.sliding_layers, self.num_layers)
 
     def captured_layers(self, num_layers: int) -> tuple[int, ...]:
         """The captured layers of a target of `num_layers` layers. Raises ConfigError: a layer does not exist, or the

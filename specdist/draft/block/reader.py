@@ -19,14 +19,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import ExportedDraft, check_same_sizes
 from specdist.draft.block.options import BlockDims, BlockOptions, spread
-from specdist.draft.common.tensors import META, check_tensors, need, read_layers, read_sliding, shapes
+from specdist.draft.common.tensors import check_tensors, need, read_layers, read_sliding, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
 
 if TYPE_CHECKING:
@@ -128,10 +127,10 @@ def read_blocks(
     d2t = state.pop("d2t", None)
     try:
         options = replace(algorithm.section(), **own)
-        modules = algorithm.model().modules_of(options, dims, META, torch.float32)
+        expected = shapes(algorithm.model().modules_of, options, dims)
     except ConfigError as error:
         raise DataError(f"{path} says of a draft what cannot be trained: {error}") from error
-    check_tensors(state, shapes(modules), str(directory), algorithm.title)
+    check_tensors(state, expected, str(directory), algorithm.title)
     reduced = dims.draft_vocab_size < dims.vocab_size
     chosen = {
         "block_size": int(need(keys, "block_size", path)),

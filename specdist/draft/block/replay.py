@@ -7,37 +7,35 @@ from the text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from specdist.core.records import Features, PackedTokens
 from specdist.draft.base import Replayed
 from specdist.draft.block.blocks import Blocks
 from specdist.draft.block.proposer import check_count
+from specdist.draft.common.losses import chances
 
 if TYPE_CHECKING:
     from specdist.draft.block.backbone import BlockDraft
 
 
 @torch.no_grad()
-def replay(
+def replay_blocks(
     draft: BlockDraft,
     batch: PackedTokens,
     host_batch: PackedTokens,
     features: Features,
     count: int,
-    chances: Callable[[Tensor, Tensor], Tensor] | None = None,
+    temperature: float = 0.0,
 ) -> Replayed:
     """`DraftModel.replay`. As many blocks are filled at one time as training fills, and `loss_chunk` rows of logits are
-    held. `chances`: of drafts, from their products [n, V] and the rows before theirs [n], `Replayed.expected` [n]; None
-    where that is not asked for. Raises ValueError: a block has fewer drafts."""
+    held. Raises ValueError: a block has fewer drafts."""
     options = draft.config
     check_count(count, options)
     accepted = torch.zeros_like(batch.tokens)
-    expected = None if chances is None else torch.zeros(len(accepted), count, device=accepted.device)
+    expected = torch.zeros(len(accepted), count, device=accepted.device) if temperature else None
     anchors = Blocks.candidates(host_batch)[draft.share.index :: draft.share.of]
     if not len(anchors):
         return Replayed(accepted, expected)
@@ -52,8 +50,9 @@ def replay(
             some = slice(chunk * options.loss_chunk, (chunk + 1) * options.loss_chunk)
             products = draft.products([(factor[some], table) for factor, table in factors])
             found.append(draft.vocabulary.ids[products.argmax(-1)])
-            if chances is not None:
-                likely.append(chances(products, before))
+            if temperature:
+                taught = draft.target.logit_map(draft.taught(features, before))
+                likely.append(chances(taught, draft.logit_map(products), draft.vocabulary, temperature))
         right = (torch.cat(found).view_as(labels) == labels) & valid
         accepted[blocks.anchors - 1] = right.long().cumprod(1).sum(1)
         if expected is not None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlexAttention as drafts use it: packed rows filled up to whole blocks, and masks put together without a host sync."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,7 +20,31 @@ def takes_flex(backend: str, on_gpu: bool, head_dim: int) -> bool:
     return backend == "flex" or (backend == "auto" and on_gpu and head_dim >= FLEX_LEAST_HEAD_DIM)
 
 
-def block_list(chosen: Tensor) -> tuple[Tensor, Tensor]:
+def spans(starts: Tensor, ends: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Of rows that see the columns from their start to before their end, int32 [rows]: which blocks of columns some row
+    of a block of rows sees a part of, and which all of them see whole; bool [rows / BLOCK, columns / BLOCK]. They
+    follow from the least and the greatest of both, so no [rows, columns] mask is ever made."""
+    column = torch.arange(columns // BLOCK, device=starts.device)[None] * BLOCK
+    (begin, begins), (end, ends_last) = (
+        (bound.amin(1, keepdim=True), bound.amax(1, keepdim=True))
+        for bound in (starts.view(-1, BLOCK), ends.view(-1, BLOCK))
+    )
+    return (column < ends_last) & (column + BLOCK > begin), (column + BLOCK <= end) & (column >= begins)
+
+
+def mask_of(needed: Tensor, whole: Tensor, visible: Callable[..., Tensor]) -> flex.BlockMask:
+    """A mask by its blocks, bool [rows / BLOCK, columns / BLOCK]: those in which `visible` decides, and whole ones."""
+    rows, columns = needed.shape
+    return flex.BlockMask.from_kv_blocks(
+        *_listed(needed & ~whole),
+        *_listed(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(rows * BLOCK, columns * BLOCK),
+    )
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """How many, and which, of the column blocks are chosen per row block, in FlexAttention's form."""
     indices = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1).to(torch.int32)[None, None], indices.to(torch.int32)[None, None]

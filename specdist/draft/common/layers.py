@@ -44,15 +44,26 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads.dtype)
 
 
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def norm(sizes: LayerSizes, width: int | None = None) -> nn.RMSNorm:
+    """Of states, or of so many numbers."""
+    return nn.RMSNorm(width or sizes.hidden_size, eps=sizes.rms_norm_eps)
+
+
 class MLP(nn.Module):
     """The gated MLP of Llama."""
 
-    def __init__(self, sizes: LayerSizes, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        hidden, intermediate = sizes.hidden_size, sizes.intermediate_size
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False, device=device, dtype=dtype)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=False, device=device, dtype=dtype)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=False, device=device, dtype=dtype)
+        hidden, inner = sizes.hidden_size, sizes.intermediate_size
+        self.gate_proj, self.up_proj, self.down_proj = (
+            linear(hidden, inner),
+            linear(hidden, inner),
+            linear(inner, hidden),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

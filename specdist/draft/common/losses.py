@@ -20,6 +20,7 @@ from torch import Tensor
 from specdist.core.records import LogitMap
 from specdist.draft.common.loss_kind import LossKind
 from specdist.draft.common.precision import at_least_fp32
+from specdist.draft.common.vocabulary import DraftVocabulary
 
 
 def hard_row_terms(student: Tensor, argmax: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,6 +81,13 @@ def row_terms(
             grad = share[..., None] * grad - (1 - share)[..., None] * acceptance_gradient(q, full)
     student.copy_(grad * weights.where(counted, 0.0)[..., None])
     return loss.where(counted, 0.0), acceptance, agree.to(acceptance.dtype)
+
+
+def chances(taught: Tensor, logits: Tensor, vocabulary: DraftVocabulary, temperature: float) -> Tensor:
+    """sum_v min(p'_v, q_v) at a temperature, [...], of the target's logits [..., V] and the draft's [..., V_d]."""
+    full = taught.div(temperature).softmax(-1)
+    own = full if vocabulary.whole else full[..., vocabulary.ids]
+    return torch.minimum(own, at_least_fp32(logits).div(temperature).softmax(-1)).sum(-1)
 
 
 def acceptance_gradient(q: Tensor, full: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the directories of all algorithms have in common: checked tensors, and decoder layers as engines read them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from specdist.draft.common import yarn
 from specdist.draft.common.sizes import FACTORS, SCALINGS, LayerSizes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-META = torch.device("meta")
 
 
-def shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of modules by name."""
-    return {name: tuple(tensor.shape) for name, tensor in nn.ModuleDict(dict(modules)).named_parameters()}
+def shapes(modules: Callable[..., Mapping[str, nn.Module]], *arguments: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of the modules that it makes, without memory."""
+    with torch.device("meta"):
+        made = nn.ModuleDict(dict(modules(*arguments)))
+    return {name: tuple(tensor.shape) for name, tensor in made.named_parameters()}
 
 
 def check_tensors(

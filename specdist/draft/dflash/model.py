@@ -11,7 +11,7 @@ from specdist.draft.base import Drafts, draw
 from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.block.blocks import Blocks
 from specdist.draft.block.layer import modules
-from specdist.draft.block.loss import RATES, SUMS, metrics
+from specdist.draft.block.loss import RATES, metrics
 from specdist.draft.common.compiling import compiled as compiled_once
 from specdist.draft.common.precision import at_least_fp32
 from specdist.draft.dflash.config import DFlashConfig
@@ -26,8 +26,6 @@ class DFlashDraft(BlockDraft):
     def prepare(self, compiled: bool) -> None:
         self.logit_map = self.target.logit_map
         self.how = SlotLoss.of(self.config, self.logit_map, self.vocabulary)
-        slots = range(1, self.config.drafts + 1)
-        self.metric_names = ("total", "weighted", *(f"{name}/{k}" for k in slots for name in SUMS))
         self._tokens, self._taught = block_terms, taught_terms
         if compiled:
             self._tokens = compiled_once(block_terms, "products", "labels", "valid")

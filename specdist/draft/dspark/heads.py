@@ -14,22 +14,23 @@ from torch.nn import functional
 
 from specdist.draft.block import layer
 from specdist.draft.block.options import BlockDims
+from specdist.draft.common.layers import linear
 from specdist.draft.dspark.config import DSparkConfig
 
 
 class MarkovHead(nn.Module):
     """What the token before adds to a slot's logits."""
 
-    def __init__(self, dims: BlockDims, config: DSparkConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, dims: BlockDims, config: DSparkConfig) -> None:
         super().__init__()
         rank, hidden = config.markov_rank, dims.hidden_size
-        self.markov_w1 = nn.Embedding(dims.vocab_size, rank, device=device, dtype=dtype)
-        self.markov_w2 = nn.Linear(rank, dims.draft_vocab_size, bias=False, device=device, dtype=dtype)
+        self.markov_w1 = nn.Embedding(dims.vocab_size, rank)
+        self.markov_w2 = linear(rank, dims.draft_vocab_size)
         self.gate_proj = self.joint_proj = None
         if config.markov_head == "gated":
-            self.gate_proj = nn.Linear(hidden + rank, rank, device=device, dtype=dtype)
+            self.gate_proj = nn.Linear(hidden + rank, rank)
         elif config.markov_head == "rnn":
-            self.joint_proj = nn.Linear(2 * rank + hidden, 3 * rank, device=device, dtype=dtype)
+            self.joint_proj = nn.Linear(2 * rank + hidden, 3 * rank)
 
     def rows(self, tokens: Tensor) -> Tensor:
         """e, [..., r], of tokens int64 [...]."""
@@ -59,9 +60,9 @@ class MarkovHead(nn.Module):
 class ConfidenceHead(nn.Module):
     """The logit of the chance that a slot's draft is accepted if those before it are."""
 
-    def __init__(self, inputs: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, inputs: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(inputs, 1, device=device, dtype=dtype)
+        self.proj = nn.Linear(inputs, 1)
 
     def forward(self, states: Tensor, rows: Tensor) -> Tensor:
         """[...] of normed states [..., H] and e [..., r] of the tokens before."""
@@ -69,10 +70,10 @@ class ConfidenceHead(nn.Module):
         return self.proj(inputs)[..., 0]
 
 
-def modules(config: DSparkConfig, dims: BlockDims, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+def modules(config: DSparkConfig, dims: BlockDims) -> dict[str, nn.Module]:
     """All that is trained, by name."""
-    made = layer.modules(config, dims, device, dtype) | {"markov_head": MarkovHead(dims, config, device, dtype)}
+    made = layer.modules(config, dims) | {"markov_head": MarkovHead(dims, config)}
     if config.confidence == "none":
         return made
     inputs = dims.hidden_size + (config.markov_rank if config.confidence == "markov" else 0)
-    return made | {"confidence_head": ConfidenceHead(inputs, device, dtype)}
+    return made | {"confidence_head": ConfidenceHead(inputs)}

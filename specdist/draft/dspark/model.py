@@ -11,7 +11,7 @@ from specdist.core.records import Features, PackedTokens
 from specdist.draft.base import Drafts, draw, ratio
 from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.block.blocks import Blocks
-from specdist.draft.block.loss import RATES, SUMS, metrics
+from specdist.draft.block.loss import RATES, metrics
 from specdist.draft.common.compiling import compiled as compiled_once
 from specdist.draft.common.precision import at_least_fp32
 from specdist.draft.dspark.config import DSparkConfig
@@ -21,6 +21,7 @@ from specdist.draft.dspark.loss import draft_terms
 
 class DSparkDraft(BlockDraft):
     tables = ("lm_head.", "markov_head.", "confidence_head.")
+    parts = ("weighted", "confidence")
     config: DSparkConfig
     markov_head: MarkovHead
     confidence_head: ConfidenceHead
@@ -30,8 +31,6 @@ class DSparkDraft(BlockDraft):
     def prepare(self, compiled: bool) -> None:
         slots = torch.arange(self.config.drafts, device=self.target.head.device, dtype=torch.float64)
         self.decay = (-slots / self.config.decay_gamma).exp()
-        names = (f"{name}/{k}" for k in range(1, self.config.drafts + 1) for name in SUMS)
-        self.metric_names = ("total", "weighted", "confidence", *names)
         self._terms = compiled_once(draft_terms, "student", "teacher", "labels", "weights") if compiled else draft_terms
 
     def initial(self, name: str) -> Tensor | None:

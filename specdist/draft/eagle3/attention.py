@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.attention import flex_attention as flex
 
 from specdist.draft.common.compiling import compiled
-from specdist.draft.common.flex import BLOCK, block_list, blockwise_attention, in_blocks
+from specdist.draft.common.flex import BLOCK, blockwise_attention, in_blocks, mask_of, spans
 from specdist.draft.common.precision import at_least_fp32
 from specdist.draft.eagle3.rows import Rows
 
@@ -66,34 +66,19 @@ def eager_attention(lengths: Sequence[int], rows: Rows, scale: float, behind: in
 def document_block_mask(rows: Rows, tokens: int, behind: int | None = None) -> flex.BlockMask:
     """The document-causal FlexAttention mask of the active rows of `tokens` packed ones, made without a host sync.
 
-    The active row i at position p of its document sees columns i - p .. i, the last `behind` of them. Both ends grow
-    with i, so the blocks that a block of rows needs, and those it sees whole, follow from its first and last row: no
-    [n, T] mask is ever made. Rows and columns are filled up to whole blocks: rows with the last one over again, columns
-    with what no row sees.
+    The active row i at position p of its document sees columns i - p .. i, the last `behind` of them. Rows and columns
+    are filled up to whole blocks: rows with the last one over again, columns with what no row sees.
     """
-    device, count = rows.active.device, len(rows.active)
-    height, width = in_blocks(count) // BLOCK, in_blocks(tokens) // BLOCK
-    filled = torch.arange(in_blocks(count), device=device).clamp(max=count - 1)
-    ends = rows.active[filled].to(torch.int32)
+    filled = torch.arange(in_blocks(len(rows.active)), device=rows.active.device).clamp(max=len(rows.active) - 1)
+    ends = rows.active[filled].to(torch.int32) + 1
     starts = (rows.active - rows.positions)[filled].to(torch.int32)
     if behind is not None:
-        starts = torch.maximum(starts, ends + (1 - behind))
-    first, last = torch.arange(height, device=device) * BLOCK, torch.arange(1, height + 1, device=device) * BLOCK - 1
-    first_column = (torch.arange(width, device=device) * BLOCK)[None, :]
-    last_column = first_column + BLOCK - 1
-    needed = (first_column <= ends[last][:, None]) & (last_column >= starts[first][:, None])
-    whole = (last_column <= ends[first][:, None]) & (first_column >= starts[last][:, None])
+        starts = torch.maximum(starts, ends - behind)
 
     def document_causal(_b: Tensor, _h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return (column <= ends[row]) & (column >= starts[row])
+        return (column < ends[row]) & (column >= starts[row])
 
-    return flex.BlockMask.from_kv_blocks(
-        *block_list(needed & ~whole),
-        *block_list(whole),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=document_causal,
-        seq_lengths=(in_blocks(count), in_blocks(tokens)),
-    )
+    return mask_of(*spans(starts, ends, in_blocks(tokens)), document_causal)
 
 
 def flex_attention(rows: Rows, tokens: int, scale: float, behind: int | None = None) -> DocumentAttention:

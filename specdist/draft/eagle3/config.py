@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -200,24 +199,18 @@ class Eagle3Dims(LayerSizes):
         if config.products == "fp8" and config.intermediate_size is None:
             sizes["intermediate_size"] += -sizes["intermediate_size"] % FP8_MULTIPLE
         dims = cls(**sizes, latent=latent)
-        if config.products == "fp8":
-            queries, keys = dims.query_width, dims.key_width
-            _check_fp8(
-                {"hidden size": dims.hidden_size, "MLP": dims.intermediate_size, "queries": queries, "keys": keys}
-            )
+        widths = {"hidden size": dims.hidden_size, "MLP": dims.intermediate_size}
+        widths |= {"queries": dims.query_width, "keys": dims.key_width}
+        for name, width in widths.items() if config.products == "fp8" else ():
+            if width % FP8_MULTIPLE:
+                raise ConfigError.at(
+                    "draft.eagle3.products",
+                    f"=fp8 needs widths that are multiples of {FP8_MULTIPLE}, and the draft's {name} "
+                    f"has {width}: use draft.eagle3.products=compute",
+                )
         return dims
 
 
 def turned(dims: Eagle3Dims) -> Eagle3Dims:
     """The sizes of what RoPE turns: of MLA a part of the head."""
     return replace(dims, head_dim=dims.latent.qk_rope_head_dim) if dims.latent else dims
-
-
-def _check_fp8(widths: Mapping[str, int]) -> None:
-    for name, width in widths.items():
-        if width % FP8_MULTIPLE:
-            raise ConfigError.at(
-                "draft.eagle3.products",
-                f"=fp8 needs widths that are multiples of {FP8_MULTIPLE}, and the draft's {name} "
-                f"has {width}: use draft.eagle3.products=compute",
-            )

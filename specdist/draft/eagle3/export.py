@@ -44,7 +44,7 @@ from transformers import PretrainedConfig
 from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import Contents, ExportConfig, Trained, check_last_layer
 from specdist.draft.common.speculators import speculators_json
-from specdist.draft.common.tensors import DTYPES, META, check_tensors, converted, layers_json, shapes
+from specdist.draft.common.tensors import DTYPES, check_tensors, converted, layers_json, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.config import VARIANT, Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.layer import modules
@@ -64,17 +64,35 @@ def export(config: Eagle3Config, format: str, trained: Trained, options: ExportC
     """A draft in one of the two formats: see `Algorithm.export`."""
     check_servable(config, format, trained.target)
     dims = Eagle3Dims.of(config, trained.target, len(trained.vocabulary))
-    tensors = _tensors(config, dims, trained, DTYPES[options.dtype])
+    tensors, layers = (
+        _tensors(config, dims, trained, DTYPES[options.dtype]),
+        _layers_json(config, dims, trained, options),
+    )
+    captured = list(config.captured_layers(trained.target.get_text_config().num_hidden_layers))
+    common = {
+        "draft_vocab_size": dims.draft_vocab_size,
+        "target_hidden_size": dims.hidden_size,
+        "eagle_aux_hidden_state_layer_ids": [b + 1 for b in captured],
+        "num_aux_hidden_states": len(captured),
+        **{key: getattr(config, key) for key in VARIANT},
+    }
     if format == "sglang":
-        return _sglang_json(config, dims, trained, options), tensors
+        nested = {
+            "use_aux_hidden_state": True,
+            "eagle_aux_hidden_state_layer_ids": nested_layers(captured, trained.target.architectures),
+        }
+        name = "Eagle3DeepseekV2ForCausalLM" if config.mla else "LlamaForCausalLMEagle3"
+        return {"architectures": [name], **layers, **common, "eagle_config": nested}, tensors
+    layers |= {key: common[key] for key in PASSED_ON}
+    whole = speculators_json("eagle3", "Eagle3Speculator", layers, options.chain, trained)
     layered = {name.replace("midlayer.", "layers.0.", 1): tensor for name, tensor in tensors.items()}
-    return _speculators_json(config, dims, trained, options), layered
+    return {**whole, **common, "embed_requires_grad": False}, layered
 
 
 def _tensors(config: Eagle3Config, dims: Eagle3Dims, trained: Trained, dtype: torch.dtype) -> dict[str, Tensor]:
     """Everything the weight file holds, checked, in `dtype`."""
     state = {name: tensor for name, tensor in trained.state.items() if name not in MAPS}
-    check_tensors(state, shapes(modules(config, dims, META, torch.float32)), "the state dict", "EAGLE-3")
+    check_tensors(state, shapes(modules, config, dims), "the state dict", "EAGLE-3")
     vocabulary = DraftVocabulary.from_ids(trained.vocabulary, dims.vocab_size)
     maps = dict(zip(MAPS, (vocabulary.d2t, vocabulary.t2d), strict=True))
     for name, mapping in maps.items():
@@ -91,48 +109,9 @@ def _tensors(config: Eagle3Config, dims: Eagle3Dims, trained: Trained, dtype: to
     return {name: converted(name, tensor, dtype) for name, tensor in state.items()} | ({} if whole else maps)
 
 
-def _sglang_json(config: Eagle3Config, dims: Eagle3Dims, trained: Trained, options: ExportConfig) -> dict[str, Any]:
-    layers = _captured(config, trained)
-    return {
-        "architectures": ["Eagle3DeepseekV2ForCausalLM" if config.mla else "LlamaForCausalLMEagle3"],
-        **_layers_json(config, dims, trained, options.dtype),
-        **_common_json(config, dims, layers),
-        "eagle_config": {
-            "use_aux_hidden_state": True,
-            "eagle_aux_hidden_state_layer_ids": nested_layers(layers, trained.target.architectures),
-        },
-    }
-
-
-def _speculators_json(
-    config: Eagle3Config, dims: Eagle3Dims, trained: Trained, options: ExportConfig
-) -> dict[str, Any]:
-    common = _common_json(config, dims, _captured(config, trained))
-    layers = _layers_json(config, dims, trained, options.dtype) | {key: common[key] for key in PASSED_ON}
-    return {
-        **speculators_json("eagle3", "Eagle3Speculator", layers, options.chain, trained),
-        **common,
-        "embed_requires_grad": False,
-    }
-
-
-def _captured(config: Eagle3Config, trained: Trained) -> list[int]:
-    return list(config.captured_layers(trained.target.get_text_config().num_hidden_layers))
-
-
-def _common_json(config: Eagle3Config, dims: Eagle3Dims, layers: list[int]) -> dict[str, Any]:
-    return {
-        "draft_vocab_size": dims.draft_vocab_size,
-        "target_hidden_size": dims.hidden_size,
-        "eagle_aux_hidden_state_layer_ids": [b + 1 for b in layers],
-        "num_aux_hidden_states": len(layers),
-        **{key: getattr(config, key) for key in VARIANT},
-    }
-
-
-def _layers_json(config: Eagle3Config, dims: Eagle3Dims, trained: Trained, dtype: str) -> dict[str, Any]:
+def _layers_json(config: Eagle3Config, dims: Eagle3Dims, trained: Trained, options: ExportConfig) -> dict[str, Any]:
     """The draft as a Llama, a Qwen3, or a DeepSeek-V3 without experts, in words that every transformers reads alike."""
-    told = layers_json(dims, trained.target, dtype) | {
+    told = layers_json(dims, trained.target, options.dtype) | {
         "model_type": "qwen3" if config.qk_norm else "llama",
         "vocab_size": dims.vocab_size,
         "num_hidden_layers": config.num_layers,

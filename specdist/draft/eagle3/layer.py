@@ -8,7 +8,7 @@ that one with the parameters, for all steps.
 import torch
 from torch import Tensor, nn
 
-from specdist.draft.common.layers import MLP, rotate
+from specdist.draft.common.layers import MLP, linear, norm, rotate
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.latent import Latent
 
@@ -17,24 +17,17 @@ class Eagle3Attention(nn.Module):
     """The projections of the attention, of `inputs` numbers a row. `normed`: with norms of queries and keys by
     head."""
 
-    def __init__(self, dims: Eagle3Dims, inputs: int, normed: bool, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, dims: Eagle3Dims, inputs: int, normed: bool) -> None:
         super().__init__()
-        self.head_dim = dims.head_dim
-        self.sizes = (dims.query_width, dims.key_width, dims.key_width)
-        self.q_proj, self.k_proj, self.v_proj = (
-            nn.Linear(inputs, width, bias=False, device=device, dtype=dtype) for width in self.sizes
-        )
-        self.o_proj = nn.Linear(dims.query_width, dims.hidden_size, bias=False, device=device, dtype=dtype)
-        self.normed = normed
+        self.heads, self.normed, self.sizes = (-1, dims.head_dim), normed, (dims.query_width, *[dims.key_width] * 2)
+        self.q_proj, self.k_proj, self.v_proj = (linear(inputs, width) for width in self.sizes)
+        self.o_proj = linear(dims.query_width, dims.hidden_size)
         if normed:
-            self.q_norm, self.k_norm = (
-                nn.RMSNorm(dims.head_dim, eps=dims.rms_norm_eps, device=device, dtype=dtype) for _ in range(2)
-            )
+            self.q_norm, self.k_norm = norm(dims, dims.head_dim), norm(dims, dims.head_dim)
 
     def project(self, inputs: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [T, Hq, D] and keys [T, Hkv, D], and values [T, Hkv, Dv], of `inputs` [T, inputs]."""
-        heads = (-1, self.head_dim)
-        q, k, v = (proj(inputs).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (proj(inputs).unflatten(-1, self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
@@ -48,22 +41,15 @@ class LatentAttention(nn.Module):
     """Those of MLA. Engines turn neighbouring numbers of a head (0 and 1, 2 and 3, ...); here they stand half a head
     apart, in queries and keys alike, which gives the same scores."""
 
-    def __init__(self, dims: Eagle3Dims, own: Latent, inputs: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, dims: Eagle3Dims, own: Latent, inputs: int) -> None:
         super().__init__()
         self.own, heads = own, dims.num_attention_heads
-
-        def linear(inputs: int, outputs: int) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
-
         self.q_a_proj = linear(inputs, own.q_lora_rank)
         self.q_b_proj = linear(own.q_lora_rank, heads * own.head_dim)
         self.kv_a_proj_with_mqa = linear(inputs, own.kv_lora_rank + own.qk_rope_head_dim)
         self.kv_b_proj = linear(own.kv_lora_rank, heads * (own.qk_nope_head_dim + own.v_head_dim))
         self.o_proj = linear(heads * own.v_head_dim, dims.hidden_size)
-        self.q_a_layernorm, self.kv_a_layernorm = (
-            nn.RMSNorm(rank, eps=dims.rms_norm_eps, device=device, dtype=dtype)
-            for rank in (own.q_lora_rank, own.kv_lora_rank)
-        )
+        self.q_a_layernorm, self.kv_a_layernorm = norm(dims, own.q_lora_rank), norm(dims, own.kv_lora_rank)
 
     def project(self, inputs: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `Eagle3Attention.project`."""
@@ -88,27 +74,20 @@ class MidLayer(nn.Module):
     """A decoder layer between the fused features and the head. The first reads the token's embedding beside the state.
     `first`: whether it is the first."""
 
-    def __init__(
-        self, config: Eagle3Config, dims: Eagle3Dims, device: torch.device, dtype: torch.dtype, first: bool = True
-    ) -> None:
+    self_attn: Eagle3Attention | LatentAttention
+
+    def __init__(self, config: Eagle3Config, dims: Eagle3Dims, first: bool = True) -> None:
         super().__init__()
         self.first, self.norm_before_residual = first, first and config.norm_before_residual
-
-        def norm() -> nn.RMSNorm:
-            return nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps, device=device, dtype=dtype)
-
         inputs = (1 + first) * dims.hidden_size
         if dims.latent is None:
-            self.self_attn: Eagle3Attention | LatentAttention = Eagle3Attention(
-                dims, inputs, config.qk_norm, device, dtype
-            )
+            self.self_attn = Eagle3Attention(dims, inputs, config.qk_norm)
         else:
-            self.self_attn = LatentAttention(dims, dims.latent, inputs, device, dtype)
-        self.mlp = MLP(dims, device, dtype)
-        self.input_layernorm = norm()
+            self.self_attn = LatentAttention(dims, dims.latent, inputs)
+        self.mlp = MLP(dims)
+        self.input_layernorm, self.post_attention_layernorm = norm(dims), norm(dims)
         if first:
-            self.hidden_norm = norm()
-        self.post_attention_layernorm = norm()
+            self.hidden_norm = norm(dims)
 
     def project(self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of normed token embeddings [T, H] and the un-normed state `hidden` [T, H]."""
@@ -123,23 +102,16 @@ class MidLayer(nn.Module):
         return residual + self.mlp(self.post_attention_layernorm(residual))
 
 
-def modules(config: Eagle3Config, dims: Eagle3Dims, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+def modules(config: Eagle3Config, dims: Eagle3Dims) -> dict[str, nn.Module]:
     """All that is trained, by name."""
-    hidden = dims.hidden_size
-
-    def norm(width: int = hidden) -> nn.RMSNorm:
-        return nn.RMSNorm(width, eps=dims.rms_norm_eps, device=device, dtype=dtype)
-
-    def linear(inputs: int, outputs: int) -> nn.Linear:
-        return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
-
-    made: dict[str, nn.Module] = {"fc": linear(dims.num_captured * hidden, hidden)}
+    hidden, fused = dims.hidden_size, dims.num_captured * dims.hidden_size
+    made: dict[str, nn.Module] = {"fc": linear(fused, hidden)}
     if config.norm_before_fc:
-        made["input_norm"] = norm(dims.num_captured * hidden)
+        made["input_norm"] = norm(dims, fused)
     if config.fc_norm:
-        made["fc_norm"] = nn.ModuleList(norm() for _ in range(dims.num_captured))
-    made["midlayer"] = MidLayer(config, dims, device, dtype)
+        made["fc_norm"] = nn.ModuleList(norm(dims) for _ in range(dims.num_captured))
+    made["midlayer"] = MidLayer(config, dims)
     if config.num_layers > 1:
-        later = {str(n): MidLayer(config, dims, device, dtype, first=False) for n in range(1, config.num_layers)}
+        later = {str(n): MidLayer(config, dims, first=False) for n in range(1, config.num_layers)}
         made["layers"] = nn.ModuleDict(later)
-    return made | {"norm": norm(), "lm_head": linear(hidden, dims.draft_vocab_size)}
+    return made | {"norm": norm(dims), "lm_head": linear(hidden, dims.draft_vocab_size)}

@@ -6,83 +6,102 @@ logits' place, and the states' gradient takes the states'. Every logit is comput
 the steps.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from specdist.core.records import LogitMap
+from specdist.core.records import Features
 from specdist.draft.base import ratio
-from specdist.draft.common.loss_kind import LossKind
 from specdist.draft.common.precision import add_product, wide_zeros
 from specdist.draft.eagle3.teacher import Teacher
+
+if TYPE_CHECKING:
+    from specdist.draft.eagle3.model import Eagle3Draft
 
 SUMS = ("loss", "counted", "accepted", "correct")
 """What is summed per step: the loss and number of counted positions, acceptance rate and argmax matches of all."""
 
 
-@dataclass(frozen=True)
-class Eagle3LossInputs:
-    """All that the loss reads and that takes no gradient.
+def losses(
+    draft: Eagle3Draft, features: Features, teacher: Teacher, weights: Tensor, head: Tensor, states: Tensor, grads: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The sums [K, 4] in float64, in the order of `SUMS`, and the gradient of the output head [V_d, H].
 
-    Attributes:
-        teacher: the supervised positions.
-        final: [T, H], the target's last hidden states.
-        head: [V_d, H], the target's head rows of the draft vocabulary; None for a loss on the argmax alone.
-        logit_map: the target's, from products with its head to logits.
-        weights: float64 [K], step_decay^k / N_k of the optimizer step.
-        chunk: rows of draft logits that are held at one time; at least one position's K are.
-        terms: `row_terms`, without a head `hard_row_terms`, or its compiled form.
-    """
-
-    teacher: Teacher
-    final: Tensor
-    head: Tensor | None
-    logit_map: LogitMap
-    weights: Tensor
-    kind: LossKind
-    chunk: int
-    terms: Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
-def losses(inputs: Eagle3LossInputs, lm_head: Tensor, states: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """The sums [K, 4] in float64, in the order of `SUMS`, and the gradient of the head [V_d, H].
-
-    `states` [P, K, H] are the normed draft states whose logits are compared with the P teacher rows; those that no row
-    reaches (`Rows.student` is -1) do not count. With `with_grad` they are overwritten by the gradient of
-    sum_k weights[k] * sums[k, 0] with respect to them.
+    `states` [P, K, H] are the normed draft states whose logits are compared with the P teacher rows, `loss_chunk` of
+    them at one time, at least one position's K; those that no row reaches (`Rows.student` is -1) do not count. With
+    `grads` they are overwritten by the gradient of sum_k weights[k] * sums[k, 0] with respect to them.
     """
     positions, steps, _ = states.shape
     sums = torch.zeros(steps, len(SUMS), dtype=torch.float64, device=states.device)
-    head_grad = wide_zeros(lm_head) if with_grad else None
-    for start in range(0, positions, max(inputs.chunk // steps, 1)):
-        part = slice(start, start + max(inputs.chunk // steps, 1))
-        sums += _chunk(inputs, part, lm_head, states[part], head_grad)
-    return sums, None if head_grad is None else head_grad.to(lm_head.dtype)  # complete, and large
+    head_grad = wide_zeros(head) if grads else None
+    size = max(draft.config.loss_chunk // steps, 1)
+    for start in range(0, positions, size):
+        sums += _chunk(draft, features, teacher, weights, slice(start, start + size), head, states, head_grad)
+    return sums, None if head_grad is None else head_grad.to(head.dtype)  # complete, and large
 
 
-def _chunk(inputs: Eagle3LossInputs, part: slice, lm_head: Tensor, states: Tensor, head_grad: Tensor | None) -> Tensor:
+def _chunk(
+    draft: Eagle3Draft,
+    features: Features,
+    teacher: Teacher,
+    weights: Tensor,
+    part: slice,
+    head: Tensor,
+    states: Tensor,
+    head_grad: Tensor | None,
+) -> Tensor:
     """The sums of some teacher rows and all steps; writes the gradients."""
-    teacher = inputs.teacher
+    ops, frozen, kind = draft.ops, draft.frozen, draft.config.loss_kind
     reached = teacher.rows.student[part] >= 0  # [n, K]
-    flat = states.flatten(0, 1)
-    student = flat @ lm_head.T
+    flat = states[part].flatten(0, 1)
+    student = flat @ head.T
     argmax, log_sum_exp = teacher.argmax[part], teacher.log_sum_exp[part]
-    weights = torch.where(reached, inputs.weights, 0.0).to(log_sum_exp.dtype)
-    logits = student.unflatten(0, states.shape[:2])
-    if inputs.head is None:
-        loss, acceptance, agree = inputs.terms(logits, argmax, weights)
+    weights = torch.where(reached, weights, 0.0).to(log_sum_exp.dtype)
+    logits = student.unflatten(0, reached.shape)
+    if kind.hard:
+        loss, acceptance, agree = ops.hard_row_terms(logits, argmax, weights)
     else:
-        products = inputs.final[teacher.rows.taught[part]].to(inputs.head.dtype) @ inputs.head.T
-        loss, acceptance, agree = inputs.terms(
-            logits, products, inputs.logit_map, log_sum_exp, argmax, weights, inputs.kind
-        )
+        products = features.final[teacher.rows.taught[part]].to(frozen.head.dtype) @ frozen.head.T
+        terms = ops.kl_row_terms if kind.name in ("kl", "mixed") else ops.row_terms
+        loss, acceptance, agree = terms(logits, products, frozen.logit_map, log_sum_exp, argmax, weights, kind)
     if head_grad is not None:  # `student` holds the gradient of the logits since
         add_product(head_grad, student.T, flat)
-        torch.mm(student, lm_head, out=flat)
-    terms = torch.stack([loss, (argmax >= 0)[:, None].expand_as(loss), acceptance, agree], dim=-1)
-    return terms.double().where(reached[..., None], 0.0).sum(0)
+        torch.mm(student, head, out=flat)
+    found = torch.stack([loss, (argmax >= 0)[:, None].expand_as(loss), acceptance, agree], dim=-1)
+    return found.double().where(reached[..., None], 0.0).sum(0)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """(draft, features, teacher, weights float64 [K], with_grad, head [V_d, H], states [P, K, H]) -> (the loss,
+    float64; sums [K, 4]), as `losses` gives them. The gradient of the states takes their place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        draft: Eagle3Draft,
+        features: Features,
+        teacher: Teacher,
+        weights: Tensor,
+        with_grad: bool,
+        head: Tensor,
+        states: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        states = states.detach()
+        sums, head_grad = losses(draft, features, teacher, weights, head.detach(), states, with_grad)
+        ctx.gradients = head_grad, states
+        ctx.mark_non_differentiable(sums)
+        return (weights * sums[:, 0]).sum(), sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        (head, states), ctx.gradients = ctx.gradients, None
+        return *[None] * 5, head.mul_(grad_loss), states.mul_(grad_loss)
 
 
 def metrics(sums: Mapping[str, float], steps: int, step_decay: float) -> dict[str, float]:

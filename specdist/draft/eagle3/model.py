@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from specdist.core.errors import ConfigError
 from specdist.core.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
-from specdist.draft.base import DraftModel, Replayed, Supervision
+from specdist.draft.base import DraftModel, Supervision
 from specdist.draft.common.flex import takes_flex
 from specdist.draft.common.layers import Rotary, rotate
 from specdist.draft.common.vocabulary import DraftVocabulary
@@ -21,13 +21,13 @@ from specdist.draft.eagle3.attention import DocumentAttention, eager_attention, 
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims, turned
 from specdist.draft.eagle3.fp8 import check_device
 from specdist.draft.eagle3.layer import Eagle3Attention, MidLayer, modules
-from specdist.draft.eagle3.loss import SUMS, Eagle3LossInputs, metrics
+from specdist.draft.eagle3.loss import SUMS, ChunkedLoss, metrics
 from specdist.draft.eagle3.matmul import Fp8Matmul, Matmul
 from specdist.draft.eagle3.op_set import PLAIN, compiled_ops
 from specdist.draft.eagle3.proposer import Eagle3Proposer
-from specdist.draft.eagle3.replay import replay
+from specdist.draft.eagle3.replay import replay_chain
 from specdist.draft.eagle3.rows import Rows
-from specdist.draft.eagle3.stack import ChunkedLoss, Stack
+from specdist.draft.eagle3.stack import Stack
 from specdist.draft.eagle3.teacher import Teacher, teach
 from specdist.draft.eagle3.unroll import Unroll, Unrolled, UnrollTask, Weights
 
@@ -87,6 +87,7 @@ class Eagle3Draft(DraftModel):
     layers: nn.ModuleDict
     norm: nn.RMSNorm
     lm_head: nn.Linear
+    replay = replay_chain
 
     def __init__(
         self,
@@ -103,9 +104,7 @@ class Eagle3Draft(DraftModel):
         self.frozen = Eagle3Frozen.of(config, target, vocabulary, Rotary.of(turned(dims), device))
         self.scale = dims.scale
         self.metric_names = tuple(f"{name}/{k}" for k in range(config.ttt_length) for name in (*SUMS, "positions"))
-
-        for name, module in modules(config, dims, device, torch.float32).items():
-            self.add_module(name, module)
+        self.make(device, modules, config, dims)
         self.ops = compiled_ops(device) if compiled else PLAIN
         self.flex = takes_flex(config.attention, True, dims.value_dim)
 
@@ -140,14 +139,16 @@ class Eagle3Draft(DraftModel):
         assert isinstance(lengths, tuple)
         if not len(teacher.rows.taught):
             return self.nothing(totals)
-        loss, with_grad = self.loss(features, teacher, totals), torch.is_grad_enabled()
+        with_grad = torch.is_grad_enabled()
         if self.config.stacked:
             states = Stack(self, batch, features, teacher.rows, lengths).run()
         else:
             task = self.task(teacher.rows, lengths)
             states = Unroll.apply(task, with_grad, *self.inputs(batch, features, teacher.rows))
         self.ready(self.lm_head)
-        found, sums = ChunkedLoss.apply(loss, with_grad, self.lm_head.weight, states)
+        steps = torch.arange(len(totals), dtype=totals.dtype, device=totals.device)
+        weights = self.config.step_decay**steps / totals.clamp(min=1.0)
+        found, sums = ChunkedLoss.apply(self, features, teacher, weights, with_grad, self.lm_head.weight, states)
         return found.float(), torch.cat([sums, teacher.positions()[:, None]], dim=1).flatten()
 
     @property
@@ -163,27 +164,6 @@ class Eagle3Draft(DraftModel):
         task = self.task(rows, lengths, products="compute")
         return Unrolled(task, Weights(*weights), entry, key, value, with_grad=False).run(hidden)
 
-    def replay(
-        self, batch: PackedTokens, host_batch: PackedTokens, features: Features, count: int, temperature: float = 0.0
-    ) -> Replayed:
-        return replay(self, batch, host_batch, features, count, temperature)
-
-    def loss(self, features: Features, teacher: Teacher, totals: Tensor) -> Eagle3LossInputs:
-        """What the states of the unrolled steps are compared with."""
-        steps, ops = torch.arange(self.config.ttt_length, device=totals.device, dtype=torch.float64), self.ops
-        return Eagle3LossInputs(
-            teacher=teacher,
-            final=features.final,
-            head=None if self.config.loss_kind.hard else self.frozen.head,
-            logit_map=self.frozen.logit_map,
-            weights=self.config.step_decay**steps / totals.clamp(min=1.0),
-            kind=self.config.loss_kind,
-            chunk=self.config.loss_chunk,
-            terms={"argmax": ops.hard_row_terms, "mixed": ops.kl_row_terms, "kl": ops.kl_row_terms}.get(
-                self.config.loss_kind.name, ops.row_terms
-            ),
-        )
-
     def task(self, rows: Rows, lengths: tuple[int, ...], products: str | None = None) -> UnrollTask:
         """What the unrolled steps need beside tensors with gradients. `products`: as configured, or others. Raises
         ConfigError: the GPU has no FP8 products, and they are asked for."""
@@ -191,20 +171,8 @@ class Eagle3Draft(DraftModel):
         if fp8:
             check_device(device)
         cos, sin = self.frozen.rotary(torch.arange(sum(lengths) + rows.steps, device=device))
-        return UnrollTask(
-            rows=rows,
-            attend=self.attention(rows, lengths),
-            cos=cos[:, 0],
-            sin=sin[:, 0],
-            ops=self.ops,
-            matmul=Fp8Matmul if fp8 else Matmul,
-            query_heads=(self.dims.num_attention_heads, self.dims.head_dim),
-            scale=self.scale,
-            eps=self.dims.rms_norm_eps,
-            norm_output=self.config.norm_output,
-            norm_before_residual=self.config.norm_before_residual,
-            recompute=self.config.recompute,
-        )
+        matmul = Fp8Matmul if fp8 else Matmul
+        return UnrollTask(self, rows, self.attention(rows, lengths), cos[:, 0], sin[:, 0], matmul)
 
     def inputs(self, batch: PackedTokens, features: Features, rows: Rows) -> tuple[Tensor, ...]:
         """What the unrolled steps differentiate: see `Unroll`."""
@@ -241,7 +209,7 @@ class Eagle3Draft(DraftModel):
         start = attention.sizes[0]
         weight = joint[start:, self.dims.hidden_size :]
         product = self.midlayer.hidden_norm(hidden) @ weight.T + entry[1 : 1 + len(positions), start:]
-        key, value = (part.unflatten(-1, (-1, attention.head_dim)) for part in product.split(attention.sizes[1:], -1))
+        key, value = (part.unflatten(-1, attention.heads) for part in product.split(attention.sizes[1:], -1))
         return rotate(key, *self.frozen.rotary(positions)), value
 
     def embed(self, tokens: Tensor) -> Tensor:

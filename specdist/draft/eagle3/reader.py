@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import ExportedDraft, check_same_sizes
-from specdist.draft.common.tensors import META, check_tensors, need, read_layers, read_sliding, shapes
+from specdist.draft.common.tensors import check_tensors, need, read_layers, read_sliding, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.config import VARIANT, Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.export import EMBEDDING, from_nested
@@ -95,7 +95,7 @@ def read(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     embedding, d2t = state.pop(EMBEDDING, None), state.pop("d2t", None)
     dims = _dims(config, stack, int(config.get("num_aux_hidden_states") or len(layers or (0, 0, 0))), path)
     try:
-        expected = shapes(modules(Eagle3Config(**variant, ttt_length=1), dims, META, torch.float32))
+        expected = shapes(modules, Eagle3Config(**variant, ttt_length=1), dims)
     except ConfigError as error:
         raise DataError(f"{path} says of a draft what cannot be trained: {error}") from error
     check_tensors(state, expected, str(directory), "EAGLE-3")

@@ -13,25 +13,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from specdist.core.records import Features, LogitMap, PackedTokens
+from specdist.core.records import Features, PackedTokens
 from specdist.draft.base import Replayed
-from specdist.draft.common.loss_kind import LossKind
+from specdist.draft.common.losses import chances
 from specdist.draft.eagle3.rows import Rows
 
 if TYPE_CHECKING:
     from specdist.draft.eagle3.model import Eagle3Draft
 
-KL = LossKind("kl")
-
 
 @torch.no_grad()
-def replay(
+def replay_chain(
     draft: Eagle3Draft,
     batch: PackedTokens,
     host_batch: PackedTokens,
     features: Features,
     count: int,
-    temperature: float,
+    temperature: float = 0.0,
 ) -> Replayed:
     """`DraftModel.replay`. Rows of logits are held `loss_chunk` at one time."""
     device, tokens = features.rows.device, len(batch.tokens)
@@ -64,21 +62,13 @@ def _drafted(draft: Eagle3Draft, states: Tensor) -> Tensor:
 
 
 def _chances(draft: Eagle3Draft, final: Tensor, states: Tensor, temperature: float) -> Tensor:
-    """sum_v min(p'_v, q_v) at a temperature, [P, K], from the target's last hidden states [P, H] at the positions and
-    the draft's normed ones [P, K, H]."""
-    frozen, ops = draft.frozen, draft.ops
-    if frozen.whole_head is None:
+    """`chances` [P, K] from the target's last hidden states [P, H] at the positions and the draft's normed ones [P, K,
+    H]."""
+    frozen, head = draft.frozen, draft.frozen.whole_head
+    if head is None:
         raise ValueError("a replay with a temperature needs the target's whole head (draft.eagle3.teacher_head=draft)")
-    cap = frozen.logit_map.softcap
-    cooled = LogitMap(frozen.logit_map.scale / temperature, None if cap is None else cap / temperature)
-    final, steps, found = final.to(frozen.whole_head.dtype), states.shape[1], []
-    size = max(draft.config.loss_chunk * len(frozen.head) // len(frozen.whole_head) // steps, 1)
-    for z, normed in zip(final.split(size), states.split(size), strict=True):
-        products = z @ frozen.whole_head.T
-        best, log_sum_exp = ops.argmax_lse(products, cooled)
-        student = (normed.flatten(0, 1) @ draft.lm_head.weight.T).div_(temperature).unflatten(0, normed.shape[:2])
-        nothing = torch.zeros(normed.shape[:2], dtype=log_sum_exp.dtype, device=normed.device)
-        teacher = products.index_select(1, frozen.vocabulary.ids)
-        terms = ops.kl_row_terms(student, teacher, cooled, log_sum_exp, frozen.vocabulary.to_draft[best], nothing, KL)
-        found.append(terms[1])
+    size, found = max(draft.config.loss_chunk * len(frozen.head) // len(head) // states.shape[1], 1), []
+    for z, normed in zip(final.to(head.dtype).split(size), states.split(size), strict=True):
+        taught = frozen.logit_map(z @ head.T)[:, None]
+        found.append(chances(taught, normed @ draft.lm_head.weight.T, frozen.vocabulary, temperature))
     return torch.cat(found).float()

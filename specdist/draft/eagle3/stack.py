@@ -8,18 +8,16 @@ The keys and values of step 0 are those of all rows in every layer, so all but t
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from specdist.core.records import Features, PackedTokens
 from specdist.draft.common.flex import whole_blocks
 from specdist.draft.eagle3 import ops
-from specdist.draft.eagle3.loss import Eagle3LossInputs, losses
 from specdist.draft.eagle3.rows import Rows
 
 if TYPE_CHECKING:
@@ -91,23 +89,3 @@ class Stack:
             out, lse = self._attend[window][step if window else 0](whole_blocks(q), *first)
             state = layer.finish(state, ops.merge(out, lse, q, keys, values, draft.scale)[0])
         return state, tuple(made)
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """(loss, with_grad, head [V_d, H], states [P, K, H]) -> (the loss, float64; sums [K, 4]), as `losses` gives them.
-    The gradient of the states takes their place."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, loss: Eagle3LossInputs, with_grad: bool, head: Tensor, states: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        sums, head_grad = losses(loss, head.detach(), states.detach(), with_grad)
-        ctx.gradients = head_grad, states.detach()
-        ctx.mark_non_differentiable(sums)
-        return (loss.weights * sums[:, 0]).sum(), sums
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        (head, states), ctx.gradients = ctx.gradients, None
-        return None, None, head.mul_(grad_loss), states.mul_(grad_loss)

@@ -10,8 +10,10 @@ of a document see, come from outside, and so does what the token embeddings cont
 depends on the token alone and serves every step that meets it.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +23,10 @@ from specdist.draft.common.flex import in_blocks, whole_blocks
 from specdist.draft.common.precision import add_product, wide_zeros
 from specdist.draft.eagle3.attention import DocumentAttention
 from specdist.draft.eagle3.matmul import Matmul
-from specdist.draft.eagle3.op_set import Eagle3Ops
 from specdist.draft.eagle3.rows import Rows
+
+if TYPE_CHECKING:
+    from specdist.draft.eagle3.model import Eagle3Draft
 
 
 class Weights(NamedTuple):
@@ -52,26 +56,14 @@ class UnrollTask:
         attend: the attention of the active rows over the step-0 keys.
         cos: [positions, D / 2], of the angles of every position, `sin` likewise.
         matmul: how the products with the layer's weights are made.
-        query_heads: their number, and D.
-        scale: of attention scores.
-        eps: of the norms.
-        norm_output: whether the next step takes the normed state (EAGLE-3.1).
-        norm_before_residual: whether the attention is added to the normed state.
-        recompute: the first steps of which the backward computes the MLP's input and projections again.
     """
 
+    draft: Eagle3Draft
     rows: Rows
     attend: DocumentAttention
     cos: Tensor
     sin: Tensor
-    ops: Eagle3Ops
     matmul: type[Matmul]
-    query_heads: tuple[int, int]
-    scale: float
-    eps: float
-    norm_output: bool
-    norm_before_residual: bool
-    recompute: int
 
 
 @dataclass
@@ -126,14 +118,15 @@ class Unrolled:
 
     def __init__(self, task: UnrollTask, weights: Weights, entry: Tensor, key: Tensor, value: Tensor, with_grad: bool):
         self.task, self.weights, self.entry, self.with_grad = task, weights, entry, with_grad
+        draft, dims = task.draft, task.draft.dims
+        self.ops, self.config, self.scale, self.eps = draft.ops, draft.config, draft.scale, dims.rms_norm_eps
         # Filled up here and not in the attention, which would keep a copy for every step.
         self.key, self.value = (whole_blocks(t.detach()).detach().requires_grad_(with_grad) for t in (key, value))
         rows, steps, self.tokens = task.rows, task.rows.steps, len(key)
         own = (steps - 1, len(rows.active), *key.shape[1:])
         self.own_keys, self.own_values = key.new_empty(own), value.new_empty(own)
-        queries = task.query_heads[0] * task.query_heads[1]
-        layer = {"q": weights.qkv[:queries], "qkv": weights.qkv, "o": weights.o}
-        self.matmul = task.matmul(layer | {"gate": weights.gate, "up": weights.up, "down": weights.down}, task.ops)
+        layer = {"q": weights.qkv[: dims.query_width], "qkv": weights.qkv, "o": weights.o}
+        self.matmul = task.matmul(layer | {"gate": weights.gate, "up": weights.up, "down": weights.down}, self.ops)
         self.states = entry.new_empty(len(rows.taught), steps, weights.norm.shape[0])
         self.tape: list[_Step] = []
 
@@ -145,30 +138,30 @@ class Unrolled:
 
     def _step(self, step: int, hidden: Tensor) -> Tensor:
         """One TTT step: from the state [n, H] of the active rows to the next one."""
-        task, weights, ops, matmul = self.task, self.weights, self.task.ops, self.matmul
+        task, weights, ops, matmul, eps = self.task, self.weights, self.ops, self.matmul, self.eps
         q = self._queries(step, hidden)
         with torch.set_grad_enabled(self.with_grad):
             out, lse = task.attend(q, self.key, self.value)
         merged, _ = self.merged(step, q, out, lse)
         middle = self.middle(hidden, merged)
-        gate, up = self.gate_and_up(matmul.take_norm(middle, weights.post_norm, task.eps))
+        gate, up = self.gate_and_up(matmul.take_norm(middle, weights.post_norm, eps))
         after = matmul.forward(matmul.take_swiglu(gate, up), "down", onto=middle)
         if self.with_grad:
-            again = step < task.recompute
+            again = step < self.config.recompute
             kept = None if again else (gate, up)
             self.tape.append(_Step(hidden, q, out, lse, None if again else middle, kept, after))
         rows = task.rows.student[:, step].clamp(min=0)  # what no row reaches has no weight in the loss
-        if task.norm_output:
-            normed = ops.norm(after, weights.norm, task.eps)
+        if self.config.norm_output:
+            normed = ops.norm(after, weights.norm, eps)
             self.states[:, step] = normed[rows]
             return normed
-        ops.state(self.states[:, step], after, rows, weights.norm, task.eps)
+        ops.state(self.states[:, step], after, rows, weights.norm, eps)
         return after
 
     def middle(self, hidden: Tensor, merged: Tensor) -> Tensor:
         """The state after the attention."""
-        if self.task.norm_before_residual:
-            hidden = self.task.ops.norm(hidden, self.weights.hidden_norm, self.task.eps)
+        if self.config.norm_before_residual:
+            hidden = self.ops.norm(hidden, self.weights.hidden_norm, self.eps)
         return self.matmul.forward(self.matmul.take(merged.flatten(1)), "o", onto=hidden)
 
     def gate_and_up(self, taken: Any) -> tuple[Tensor, Tensor]:
@@ -180,21 +173,20 @@ class Unrolled:
         out, lse, q = out.detach(), lse.detach(), q.detach()[: len(out)]
         if not step:
             return out, lse
-        return self.task.ops.merge(out, lse, q, self.own_keys[:step], self.own_values[:step], self.task.scale)
+        return self.ops.merge(out, lse, q, self.own_keys[:step], self.own_values[:step], self.scale)
 
     def _queries(self, step: int, hidden: Tensor) -> Tensor:
         """The queries [n, Hq, D] of a step; puts the keys and values of later ones with the own ones."""
-        task, weights = self.task, self.weights
-        taken = self.matmul.take_norm(hidden, weights.hidden_norm, task.eps)
-        count = len(hidden)
-        whole = hidden.new_empty(in_blocks(count), *task.query_heads)
+        task, count, dims = self.task, len(hidden), self.task.draft.dims
+        taken = self.matmul.take_norm(hidden, self.weights.hidden_norm, self.eps)
+        whole = hidden.new_empty(in_blocks(count), dims.num_attention_heads, dims.head_dim)
         whole[count:].zero_()
         parts = [whole[:count]]
         if step:
             parts += [self.own_keys[step - 1], self.own_values[step - 1]]
         product = self.matmul.forward(taken, "qkv" if step else "q")
         rows = task.rows
-        task.ops.heads(product, self.entry, task.cos, task.sin, rows.active, rows.positions, step, parts)
+        self.ops.heads(product, self.entry, task.cos, task.sin, rows.active, rows.positions, step, parts)
         return whole.requires_grad_(self.with_grad)
 
 
@@ -223,8 +215,8 @@ class _Backward:
 
     def _step(self, step: int, saved: _Step, carry: Tensor) -> Tensor:
         """From the gradient of the state after a step to that of the state before it."""
-        unrolled, task, weights, grads = self._unrolled, self._unrolled.task, self._unrolled.weights, self._grads
-        ops, eps, matmul = task.ops, task.eps, unrolled.matmul
+        unrolled, weights, grads = self._unrolled, self._unrolled.weights, self._grads
+        ops, eps, matmul = unrolled.ops, unrolled.eps, unrolled.matmul
         carry = self._through_norm(step, saved, carry)
 
         attended = unrolled.merged(step, saved.q, saved.out, saved.lse)
@@ -249,7 +241,7 @@ class _Backward:
         width = d_product.shape[1]
         add_product(grads.qkv[:width], d_product.T, normed)
         d_normed = matmul.backward(matmul.take(d_product), "qkv" if step else "q")
-        if task.norm_before_residual:
+        if unrolled.config.norm_before_residual:
             d_normed, carry = d_normed + carry, torch.zeros_like(carry)
         carry, d_weight = ops.norm_backward(d_normed, saved.hidden, weights.hidden_norm, eps, carry)
         grads.hidden_norm.add_(d_weight)
@@ -264,15 +256,13 @@ class _Backward:
 
     def _through_norm(self, step: int, saved: _Step, carry: Tensor) -> Tensor:
         """Adds the gradient that the loss of this step gives to the state after it."""
-        task, weights, states = self._unrolled.task, self._unrolled.weights, self._grad_states[:, step]
-        which = task.rows.teacher[:, step]
-        if not task.norm_output:
-            carry, d_weight = task.ops.state_backward(states, which, saved.after, weights.norm, task.eps, carry)
+        unrolled, weight, states = self._unrolled, self._unrolled.weights.norm, self._grad_states[:, step]
+        which, ops, eps = unrolled.task.rows.teacher[:, step], unrolled.ops, unrolled.eps
+        if not unrolled.config.norm_output:
+            carry, d_weight = ops.state_backward(states, which, saved.after, weight, eps, carry)
         else:
-            carry = task.ops.state_grad(states, which, carry)
-            carry, d_weight = task.ops.norm_backward(
-                carry, saved.after, weights.norm, task.eps, torch.zeros_like(carry)
-            )
+            carry = ops.state_grad(states, which, carry)
+            carry, d_weight = ops.norm_backward(carry, saved.after, weight, eps, torch.zeros_like(carry))
         self._grads.norm.add_(d_weight)
         return carry
 
@@ -290,7 +280,7 @@ class _Backward:
             own = unrolled.own_keys[:step], unrolled.own_values[:step]
             sums = self._own_keys[:step], self._own_values[:step]
             forward = merged, total, saved.out.detach(), saved.lse.detach(), q
-            d_out, d_lse, more = task.ops.merge_backward(d_out, *forward, *own, task.scale, *sums)
+            d_out, d_lse, more = unrolled.ops.merge_backward(d_out, *forward, *own, unrolled.scale, *sums)
         inputs = (saved.q, unrolled.key, unrolled.value)
         d_query, d_key, d_value = torch.autograd.grad((saved.out, saved.lse), inputs, (d_out, d_lse))
         self._key += d_key[: len(self._key)]
@@ -299,4 +289,5 @@ class _Backward:
         if step:
             parts += [self._own_keys[step - 1], self._own_values[step - 1]]
         rows = task.rows
-        return task.ops.heads_backward(parts, more, task.cos, task.sin, rows.active, rows.positions, step, self._entry)
+        turned = task.cos, task.sin, rows.active, rows.positions
+        return unrolled.ops.heads_backward(parts, more, *turned, step, self._entry)

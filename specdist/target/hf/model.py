@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from transformers import PretrainedConfig, PreTrainedModel
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.core.records import FeatureLayout, PackedTokens
+from specdist.core.records import FeatureLayout, PackedTokens, moved_to
 from specdist.target.base import TargetModel
 from specdist.target.config import TargetConfig
 from specdist.target.description import TargetDescription, compute_dtype
@@ -64,14 +64,14 @@ class HfTarget(TargetModel):
         lengths = [n for n in batch.lengths if n]
         if not lengths:
             return
-        tokens, positions = self._to_device(batch.tokens), self._to_device(batch.positions)
+        tokens, positions = (moved_to(t, self.device) for t in (batch.tokens, batch.positions))
         if not self.packs:
             finals = [None] * len(lengths) if final is None else final.split(lengths)
             parts = (x.split(lengths) for x in (tokens, positions, out))
             for ids, places, rows, last in zip(*parts, finals, strict=True):
                 self._run(ids, places, rows, last)
             return
-        documents = Documents(lengths, self._to_device(batch.cu_seqlens))
+        documents = Documents(lengths, moved_to(batch.cu_seqlens, self.device))
         self._run(tokens, positions, out, final, documents=documents)
         if documents.attended != self._layers:
             raise NotPackable(f"its {self._layers} layers called their attention {documents.attended} times")
@@ -101,11 +101,6 @@ class HfTarget(TargetModel):
             self._out[:, columns].copy_(hidden_1TH[0])
 
         return hook
-
-    def _to_device(self, values: Tensor) -> Tensor:
-        if self.device.type == "cuda":  # a copy from pageable memory would wait for the device
-            values = values.pin_memory()
-        return values.to(self.device, non_blocking=True)
 
     def _settle_prefill(self, config: TargetConfig, target: TargetDescription) -> None:
         """Decide, once, whether documents share a forward: `self.packs`, and the decoder's attention with it."""
