@@ -885,7 +885,7 @@ def test_the_end_of_a_run_waits_for_nobody_who_has_left() -> None:
             run.server.join(10.0)
             closing = threading.Thread(target=run.close, daemon=True)
             closing.start()
-            closing.join(1.0)
+            closing.join(1.9)
             assert not closing.is_alive()
 
 
