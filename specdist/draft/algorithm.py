@@ -306,15 +306,16 @@ def check_attention(key: str, backend: str, device: str) -> None:
         )
 
 
+def for_vllm(key: str, why: str) -> ConfigError:
+    """What is raised of a draft that SGLang cannot serve; `key` is what it follows from."""
+    return ConfigError.at(key, f"{why} serve with vLLM (export.formats=[speculators])", "export.formats")
+
+
 def check_last_layer(key: str, layers: Sequence[int], target_layers: int) -> None:
     """Raises ConfigError where SGLang cannot hand out the captured `layers`, 0-based, which `key` asks for."""
-    if max(layers) == target_layers - 1:
-        raise ConfigError.at(
-            key,
-            f": {list(layers)}: SGLang cannot capture the output of the target's last layer, {target_layers - 1}; "
-            "train without it, or serve with vLLM (export.formats=[speculators])",
-            "export.formats",
-        )
+    if max(layers) == (last := target_layers - 1):
+        why = f": {list(layers)}: SGLang cannot capture the output of the target's last layer, {last}"
+        raise for_vllm(key, f"{why}; train without it, or")
 
 
 def check_same_sizes(ours: LayerSizes, theirs: LayerSizes) -> None:

@@ -23,7 +23,7 @@ from specdist.core.model_config import end_tokens, read, text_part
 from specdist.core.records import FeatureLayout, Features
 from specdist.draft.base import ragged
 from specdist.target.hf.model import length_dependent_rope
-from specdist.target.loading import find_decoder
+from specdist.target.loading import find_decoder, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -182,8 +182,6 @@ class EvaluationTarget:
         tokenizer_eos: int | None = None,
     ) -> EvaluationTarget:
         """The model of a target's directory, whole, on `device`, in `dtype`. Text ends at its `end_tokens`."""
-        from specdist.target.loading import load_model
-
         ends = end_tokens(target.path, tokenizer_eos)
         return cls(load_model(target, dtype, torch.device(device)), layout, ends)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from specdist.core.errors import ConfigError
 from specdist.core.model_config import text_part
-from specdist.draft.algorithm import Algorithm, TargetDirectory, check_attention, check_last_layer
+from specdist.draft.algorithm import Algorithm, TargetDirectory, check_attention, check_last_layer, for_vllm
 from specdist.draft.block.mask_token import find_mask_token
 from specdist.draft.block.options import BlockDims, BlockOptions
 from specdist.draft.block.served import NEWEST, sglang_serves, since
@@ -158,27 +158,15 @@ class BlockAlgorithm(Algorithm[C]):
             self._check_views()
             return
         if self.config.vocab_size is not None:
-            raise ConfigError.at(
-                f"{self.config.SECTION}.vocab_size",
-                f"={self.config.vocab_size}: SGLang drafts blocks with the target's own head: leave it at null, or "
-                "serve with vLLM (export.formats=[speculators])",
-                "export.formats",
-            )
-        architectures = tuple(target.architectures or ())
+            why = f"={self.config.vocab_size}: SGLang drafts blocks with the target's own head: leave it at null, or"
+            raise for_vllm(f"{self.config.SECTION}.vocab_size", why)
+        architectures, kind = tuple(target.architectures or ()), text_part(target).model_type
         if not sglang_serves(architectures):
-            raise ConfigError.at(
-                "draft.algorithm",
-                f"={self.name}: SGLang up to {NEWEST} hands a draft of blocks no layers of {architectures[0]}: serve "
-                "with vLLM (export.formats=[speculators])",
-                "export.formats",
-            )
-        if text_part(target).model_type in SCALED:
-            raise ConfigError.at(
-                "draft.algorithm",
-                f"={self.name}: SGLang feeds {name} drafts the scaled embedding of {text_part(target).model_type}, and "
-                "they are trained on it as it is: serve with vLLM (export.formats=[speculators])",
-                "export.formats",
-            )
+            why = f"SGLang up to {NEWEST} hands a draft of blocks no layers of {architectures[0]}:"
+            raise for_vllm("draft.algorithm", f"={self.name}: {why}")
+        if kind in SCALED:
+            why = f"SGLang feeds {name} drafts the scaled embedding of {kind}, and they are trained on it as it is:"
+            raise for_vllm("draft.algorithm", f"={self.name}: {why}")
         check_last_layer(f"{self.config.SECTION}.layers", layers, target_layers)
 
     def export(self, format: str, trained: Trained, options: ExportConfig) -> Contents:

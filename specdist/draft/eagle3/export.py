@@ -42,7 +42,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
-from specdist.draft.algorithm import Contents, ExportConfig, Trained, check_last_layer
+from specdist.draft.algorithm import Contents, ExportConfig, Trained, check_last_layer, for_vllm
 from specdist.draft.common.speculators import speculators_json
 from specdist.draft.common.tensors import DTYPES, check_tensors, converted, layers_json, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
@@ -196,28 +196,18 @@ def check_servable(config: Eagle3Config, format: str, target: PretrainedConfig) 
     check_last_layer("draft.eagle3.layers", layers, target_layers)
     for key in ("norm_before_residual", "sliding_window", "qk_norm"):
         if value := getattr(config, key):
-            raise ConfigError.at(
-                f"draft.eagle3.{key}",
-                f"={str(value).lower()} is not known to SGLang: train without it, or serve with vLLM "
-                "(export.formats=[speculators])",
-                "export.formats",
-            )
+            why = f"={str(value).lower()} is not known to SGLang: train without it, or"
+            raise for_vllm(f"draft.eagle3.{key}", why)
     dims = Eagle3Dims.of(config, target)
-    if config.divides and dims.hidden_size % dims.num_attention_heads:
-        raise ConfigError.at(
-            "draft.eagle3.num_attention_heads",
-            f"={dims.num_attention_heads} does not divide the hidden size {dims.hidden_size}, and transformers "
-            "reads no such Llama: leave it at null, or serve with vLLM (export.formats=[speculators])",
-            "export.formats",
-        )
+    if config.divides and dims.hidden_size % (heads := dims.num_attention_heads):
+        why = f"={heads} does not divide the hidden size {dims.hidden_size}, and transformers reads no such Llama:"
+        raise for_vllm("draft.eagle3.num_attention_heads", f"{why} leave it at null, or")
     if layers[0] == 0 and names & AS_THEY_ARE:
-        raise ConfigError.at(
-            "draft.eagle3.layers",
-            f": {list(layers)}: SGLang cannot be told to capture layer 0 of {', '.join(names)}, whose layers it counts "
-            "in two ways by the first of them; train from layer 1 or higher, or serve with vLLM "
-            "(export.formats=[speculators])",
-            "export.formats",
+        why = (
+            f": {list(layers)}: SGLang cannot be told to capture layer 0 of {', '.join(names)}, whose layers it counts"
         )
+        more = "in two ways by the first of them; train from layer 1 or higher, or"
+        raise for_vllm("draft.eagle3.layers", f"{why} {more}")
     if names & WITHOUT_RESIDUAL:
         raise ConfigError.at(
             "export.formats",

@@ -19,8 +19,9 @@ class Eagle3Attention(nn.Module):
 
     def __init__(self, dims: Eagle3Dims, inputs: int, normed: bool) -> None:
         super().__init__()
-        self.heads, self.normed, self.sizes = (-1, dims.head_dim), normed, (dims.query_width, *[dims.key_width] * 2)
-        self.q_proj, self.k_proj, self.v_proj = (linear(inputs, width) for width in self.sizes)
+        self.heads, self.normed = (-1, dims.head_dim), normed
+        self.q_proj = linear(inputs, dims.query_width)
+        self.k_proj, self.v_proj = linear(inputs, dims.key_width), linear(inputs, dims.key_width)
         self.o_proj = linear(dims.query_width, dims.hidden_size)
         if normed:
             self.q_norm, self.k_norm = norm(dims, dims.head_dim), norm(dims, dims.head_dim)
@@ -31,10 +32,6 @@ class Eagle3Attention(nn.Module):
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-    def joint_weight(self) -> Tensor:
-        """The weights of queries, keys and values one below the other, [sum(sizes), inputs]."""
-        return torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
 
 
 class LatentAttention(nn.Module):

@@ -176,40 +176,33 @@ class Eagle3Draft(DraftModel):
 
     def inputs(self, batch: PackedTokens, features: Features, rows: Rows) -> tuple[Tensor, ...]:
         """What the unrolled steps differentiate: see `Unroll`."""
-        assert isinstance(self.midlayer.self_attn, Eagle3Attention)
-        joint = self.midlayer.self_attn.joint_weight()
-        entry, hidden = self.enter(batch.tokens, joint, rows.steps), self.fuse(features.captured)
+        layer, attention, hidden_size = self.midlayer, self.midlayer.self_attn, self.dims.hidden_size
+        assert isinstance(attention, Eagle3Attention)
+        joint = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        # The embeddings' half of the products, the same whichever of the steps meets the token; those past the end of
+        # the batch count nowhere.
+        entry = self.embed(functional.pad(batch.tokens, (0, rows.steps))) @ joint[:, :hidden_size].T
+        hidden = self.fuse(features.captured)
         key, value = self.first_keys(batch.positions, hidden, entry, joint)
-        return hidden.index_select(0, rows.active), entry, key, value, *self.weights(joint)
-
-    def weights(self, joint: Tensor) -> Weights:
-        """The parameters that every step uses; `joint` is the joint weight of the attention's projections."""
-        layer = self.midlayer
-        return Weights(
+        weights = Weights(
             hidden_norm=layer.hidden_norm.weight,
-            qkv=joint[:, self.dims.hidden_size :],
-            o=layer.self_attn.o_proj.weight,
+            qkv=joint[:, hidden_size:],
+            o=attention.o_proj.weight,
             post_norm=layer.post_attention_layernorm.weight,
             gate=layer.mlp.gate_proj.weight,
             up=layer.mlp.up_proj.weight,
             down=layer.mlp.down_proj.weight,
             norm=self.norm.weight,
         )
-
-    def enter(self, tokens: Tensor, joint: Tensor, steps: int) -> Tensor:
-        """What each token's embedding contributes to queries, keys and values, side by side [T + K, q + k + v]: half of
-        the products of the projections, the same whichever of K steps meets the token."""
-        padded = functional.pad(tokens, (0, steps))  # rows past the end count nowhere
-        return self.embed(padded) @ joint[:, : self.dims.hidden_size].T
+        return hidden.index_select(0, rows.active), entry, key, value, *weights
 
     def first_keys(self, positions: Tensor, hidden: Tensor, entry: Tensor, joint: Tensor) -> tuple[Tensor, Tensor]:
-        """The step-0 keys and values of all rows, each [T, Hkv, D], from their states [T, H]."""
-        attention = self.midlayer.self_attn
-        assert isinstance(attention, Eagle3Attention)
-        start = attention.sizes[0]
-        weight = joint[start:, self.dims.hidden_size :]
-        product = self.midlayer.hidden_norm(hidden) @ weight.T + entry[1 : 1 + len(positions), start:]
-        key, value = (part.unflatten(-1, attention.heads) for part in product.split(attention.sizes[1:], -1))
+        """The step-0 keys and values of all rows, each [T, Hkv, D], from their states [T, H]. `joint`: the weights of
+        queries, keys and values one below the other; `entry`: what embeddings contribute to them."""
+        queries, keys, head_dim = self.dims.query_width, self.dims.key_width, self.dims.head_dim
+        weight = joint[queries:, self.dims.hidden_size :]
+        product = self.midlayer.hidden_norm(hidden) @ weight.T + entry[1 : 1 + len(positions), queries:]
+        key, value = (part.unflatten(-1, (-1, head_dim)) for part in product.split(keys, -1))
         return rotate(key, *self.frozen.rotary(positions)), value
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -69,9 +69,7 @@ def compare_with_transformers(
     if states is None or len(states) <= target.layers:
         log.warning("target %s: transformers hands out no hidden states of it to compare with", target.path)
         return
-    shift = int(
-        any(torch.equal(state, entered[0]) for state in states)
-    )  # Mamba's leave out what enters the first layer
+    shift = int(any(torch.equal(s, entered[0]) for s in states))  # Mamba's leave out what enters the first layer
     # the last of them is after the norm, so that the last layer's own output is not among them
     known = [i for i in layout.captured_layers if i < target.layers - 1]
     places = [column for column, i in enumerate(layout.captured_layers) if i in known] + [-1] * layout.final

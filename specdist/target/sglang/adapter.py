@@ -358,12 +358,5 @@ def _parallel_state(args: Any, gpu: int) -> Any:
     from sglang.srt.distributed.parallel_state_wrapper import ParallelState
 
     rank, tp, ep = parallel_state._TP.rank_in_group, args.tp_size, args.ep_size  # noqa: SLF001
-    return ParallelState.trivial(
-        tp_rank=rank,
-        tp_size=tp,
-        attn_tp_rank=rank,
-        attn_tp_size=tp,
-        moe_ep_rank=rank // (tp // ep),
-        moe_ep_size=ep,
-        gpu_id=gpu,
-    )
+    whole = {"tp_rank": rank, "tp_size": tp, "attn_tp_rank": rank, "attn_tp_size": tp}
+    return ParallelState.trivial(**whole, moe_ep_rank=rank // (tp // ep), moe_ep_size=ep, gpu_id=gpu)
