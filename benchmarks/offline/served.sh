@@ -27,8 +27,7 @@ train eagle3 &
 train dspark draft.algorithm=dspark "${mask[@]}" &
 wait
 if [ -n "$DRY" ]; then # tests/serving/README.md has what that is
-    export PYTHONPATH=$PWD:$PWD/src:tests/serving/cpu_kernels:tests/sglang/stand_ins
-    served=(.venv-sglang/bin/python -m tests.serving.sglang_on_cpu serve-check)
+    served=(env PYTHONPATH="$PWD:$PWD/src:tests/serving/cpu_kernels:tests/sglang/stand_ins" .venv-sglang/bin/python -m tests.serving.sglang_on_cpu serve-check)
     packages() { :; }
 fi
 check eagle3 sglang

@@ -5,7 +5,7 @@
 . "$(dirname "$0")/steps.sh"
 export NCCL_SOCKET_NTHREADS=4 NCCL_NSOCKS_PERTHREAD=4
 if [ -n "$DRY" ]; then
-    model=examples/bard/model words=(channel.transport=gloo channel.memory=64MiB draft.compile=false world.device=cpu)
+    model=examples/bard/model words=(channel.transport=gloo channel.memory=64MiB draft.compile=false draft.eagle3.vocab_size=null world.device=cpu)
 else
     model=$OUT/qwen3-8b words=(draft.eagle3.vocab_size=2048)
     limited model 90 python3 -m benchmarks.shapes qwen3-8b "$model" --layers 8
