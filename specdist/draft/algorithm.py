@@ -210,6 +210,11 @@ class Algorithm(ABC, Generic[C]):
         """What the draft's layers are made of, in words for the plan: given, or from the target. Raises ConfigError."""
         return ""
 
+    def made_of(self, target: PretrainedConfig) -> object:
+        """What the options make the draft beside this target, to compare: open ones as what they come to. Raises
+        ConfigError."""
+        return self.config
+
     @abstractmethod
     def layout(self, target: PretrainedConfig, dtype: torch.dtype) -> FeatureLayout:
         """What the draft needs of every token; `dtype` is that of the wire. Raises ConfigError: a captured layer does

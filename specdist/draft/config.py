@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,8 +46,8 @@ class DraftConfig:
     """Fill micro-batches up to a few sizes and start forward and backward of each as one CUDA graph, so that a busy
     host does not slow the GPU down; in more memory (`specdist plan`). CUDA only, with FlexAttention."""
     init_from: str | None = None
-    """An exported draft to start from, a directory or ORG/NAME[@REVISION] of the Hugging Face Hub; its draft
-    vocabulary, layers and norms are taken too."""
+    """An exported draft to start from, a directory or ORG/NAME[@REVISION] of the Hugging Face Hub. What it is made of
+    (vocabulary, layers, norms) is taken too, and a key that says otherwise is refused."""
 
     @classmethod
     def registered(cls) -> dict[str, object]:
@@ -65,16 +68,31 @@ class DraftConfig:
         sections: dict[str, Any] = {self.algorithm: options}
         return replace(self, **sections)
 
-    def of_exported(self, exported: ExportedDraft[Any], target: PretrainedConfig) -> DraftConfig:
+    def of_exported(
+        self, exported: ExportedDraft[Any], target: PretrainedConfig, given: Iterable[str] = ()
+    ) -> DraftConfig:
         """With everything that the weights of `exported` decide set to what they are. Raises ConfigError: it is a draft
-        of another algorithm, or no configuration gives it beside this target."""
+        of another algorithm, keys `given` in its section contradict it, or no configuration gives it beside this
+        target."""
         if exported.algorithm != self.algorithm:
             raise ConfigError(
                 f"the exported draft is one of draft.algorithm={exported.algorithm}, and the configuration says "
                 f"{self.algorithm}",
                 "draft.algorithm",
             )
-        return self.with_options(exported.options(self.chosen.config, target))
+        asked = self.chosen.config
+        made = self.with_options(exported.options(asked, target))
+        own, contradicting = made.chosen, {}
+        for name in given:
+            with suppress(ConfigError):  # what cannot be is another draft too
+                as_given = made.with_options(replace(own.config, **{name: getattr(asked, name)})).chosen
+                if as_given.made_of(target) == own.made_of(target):
+                    continue
+            contradicting[f"draft.{self.algorithm}.{name}"] = getattr(own.config, name)
+        if contradicting:
+            listed = ", ".join(f"{key}={json.dumps(value)}" for key, value in contradicting.items())
+            raise ConfigError(f"the exported draft has {listed}: say so, or leave it out", " ".join(contradicting))
+        return made
 
 
 def draft_config(**keys: Any) -> DraftConfig:

@@ -48,11 +48,12 @@ def job_of(sources: config.Sources) -> JobConfig:
         if job.world.device == "cpu" and job.target.dtype == "auto":  # where others are several times slower
             job = replace(job, target=replace(job.target, dtype="float32"))
         if job.draft.init_from is not None:
-            # What the weights decide follows from the weights, so that it cannot contradict them.
             target = describe(job.target.path, job.target.trust_remote_code, weights=False)
-            directory = initial_draft(job)
+            directory, section = initial_draft(job), f"draft.{job.draft.algorithm}"
+            given = [key for key in vars(job.draft.chosen.config) if sources.where(f"{section}.{key}") != "default"]
+            given = given if job.train.steps != 0 else []  # without steps it is evaluated as it is
             try:
-                draft = job.draft.of_exported(load_exported(directory), target.config)
+                draft = job.draft.of_exported(load_exported(directory), target.config, given)
             except (ConfigError, DataError) as error:
                 raise ConfigError.at("draft.init_from", f"={job.draft.init_from}: {error}", error.keys) from error
             job = replace(job, draft=draft)

@@ -69,5 +69,6 @@ def test_it_trains_and_is_evaluated_exported_and_read_back(words, capsys):
     assert exported.state["head.weight"].dtype == torch.bfloat16
     assert main(["eval", "--decode", *words(), "--draft", str(export)]) == 0
     assert "acceptance length" in capsys.readouterr().out
-    begun = load_job([], words(draft__toy__layer=1, draft__init_from=export))
-    assert begun.draft.toy.layer == 0
+    with pytest.raises(ConfigError, match=r"the exported draft has draft\.toy\.layer=0: say so, or leave it out"):
+        load_job([], words(draft__toy__layer=1, draft__init_from=export))
+    assert load_job([], words(draft__toy__layer=0, draft__init_from=export)).draft.toy.layer == 0

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from specdist.core.errors import ConfigError
 from specdist.core.progress import committed, read_progress
+from specdist.job.config import load_job
 from specdist_launch.cli import main
 from tests.distributed.worlds import kill_all, start_torchrun, train
 from tests.tiny import make_config, make_conversations, make_target
@@ -118,8 +120,10 @@ def test_what_was_trained_is_served(tmp_path, material, runs, algorithm, capsys)
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["prompts"], report["differing"]) == (3, 0)
     capsys.readouterr()
-    other = {"draft__init_from": export, f"draft__{algorithm}__num_layers": 1, f"draft__{algorithm}__layers": "null"}
-    run(2, tmp_path, material, algorithm=algorithm, **other, **UNEVALUATED, train__steps=1)
+    again = {"draft__init_from": export, f"draft__{algorithm}__block_size": 6, f"draft__{algorithm}__causal": "false"}
+    with pytest.raises(ConfigError, match=rf"has draft\.{algorithm}\.num_layers=2: say so, or leave it out"):
+        load_job([], words(tmp_path, material, algorithm, **again, **{f"draft__{algorithm}__num_layers": 1}))
+    run(2, tmp_path, material, algorithm=algorithm, **again, **UNEVALUATED, train__steps=1)
     assert losses(tmp_path)[0][1] < losses(undisturbed)[0][1]
 
 

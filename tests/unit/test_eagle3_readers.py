@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from specdist.core.errors import DataError
+from specdist.core.errors import ConfigError, DataError
 from specdist.core.records import Features, TargetVocabulary
 from specdist.draft.base import DraftModel
 from specdist.draft.build import build_draft
@@ -17,6 +18,7 @@ from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.export import from_nested, nested_layers
 from specdist.export import ExportConfig, Trained, export_draft, load_exported
+from specdist.job.config import load_job
 from tests.unit import foreign_eagle3 as foreign
 from tests.unit.draft_case import HIDDEN, VOCAB, target_config
 from tests.unit.eagle3_reference import MLA
@@ -66,6 +68,36 @@ def test_a_foreign_draft_is_begun_from_and_written_again(tmp_path: Path, project
     trained = Trained(state, vocabulary, target(), "org/model")
     again = export_draft(tmp_path / "ours", "speculators" if own else "sglang", config, trained, FP32)
     torch.testing.assert_close(drafted(started(again)), drafted(draft), rtol=0, atol=0)
+
+
+def begun(directory: Path, section: str, *words: str) -> Eagle3Config:
+    """The options of a job that begins from `theirs` in a directory, with a file that has this section."""
+    target().save_pretrained(directory / "target")
+    (directory / "job.yaml").write_text(f"draft:\n  eagle3: {{{section}}}\n")
+    words = (f"draft.init_from={directory / 'theirs'}", f"target.path={directory / 'target'}", *words)
+    job = load_job([directory / "job.yaml"], ["run.dir=run", "prompts.files=[x]", "world.device=cpu", *words])
+    return job.draft.eagle3  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("given", "right"),
+    [
+        ("qk_norm: false", "qk_norm=true"),
+        ("sliding_window: null", "sliding_window=8"),
+        ("sliding_window: 8, sliding_layers: [0]", "sliding_layers=[1]"),
+        ("layers: [1, 3, 5]", "layers=[1, 3, 4]"),
+        ("num_attention_heads: 2", "num_attention_heads=4"),
+        ("norm_output: false, rope_theta: 7", "rope_theta=100.0, draft.eagle3.norm_output=true"),
+    ],
+)
+def test_a_key_that_contradicts_the_draft_is_refused(tmp_path: Path, given: str, right: str) -> None:
+    foreign.write(tmp_path / "theirs", foreign.speculators(2, "qwen3", (0,)))
+    message = f"the exported draft has draft.eagle3.{right}: say so, or leave it out ("
+    with pytest.raises(ConfigError, match=rf"init_from=.*theirs: {re.escape(message)}.*job\.yaml:2\)") as caught:
+        begun(tmp_path, given)
+    assert "\n" not in str(caught.value)
+    alike = "num_layers: 2, num_key_value_heads: null, layers: [1, 3, 4]"
+    assert begun(tmp_path, alike) == begun(tmp_path, "") == begun(tmp_path, given, "train.steps=0")
 
 
 ROPE = {"rope_type": "default", "rope_theta": 5000.0}

@@ -61,6 +61,10 @@ class BlockAlgorithm(Algorithm[C]):
     def sizes(self, target: PretrainedConfig) -> str:
         return f"{BlockDims.of(self.config, target)}, mask token {self.config.mask_token_id}"
 
+    def made_of(self, target: PretrainedConfig) -> object:
+        options = self.config
+        return BlockDims.of(options, target), options.views, options.mask_token_id, options.made_of(target)
+
     def check(self, dtype: str, device: str, draft_tokens: int | None) -> None:
         options, section = self.config, self.config.SECTION
         check_attention(f"{section}.attention", options.attention, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from specdist.core import model_config
@@ -59,6 +59,11 @@ class LayerOptions:
     def captured_layers(self, num_layers: int) -> tuple[int, ...]:
         """The captured layers of a target of `num_layers` layers. Raises ConfigError: they cannot be captured."""
         raise NotImplementedError
+
+    def made_of(self, target: PretrainedConfig) -> tuple[object, ...]:
+        """The captured layers, and the options that are never open."""
+        chosen = {field.name: getattr(self, field.name) for field in fields(self) if field.default is not None}
+        return self.captured_layers(target.get_text_config().num_hidden_layers), chosen
 
     def check_sizes(self, section: str) -> None:
         """Raises ConfigError: a size is less than 1. `section` is where they were read from."""

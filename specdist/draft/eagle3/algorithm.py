@@ -46,6 +46,9 @@ class Eagle3(Algorithm[Eagle3Config]):
     def sizes(self, target: PretrainedConfig) -> str:
         return str(Eagle3Dims.of(self.config, target))
 
+    def made_of(self, target: PretrainedConfig) -> object:
+        return Eagle3Dims.of(self.config, target), self.config.windows, self.config.made_of(target)
+
     def check(self, dtype: str, device: str, draft_tokens: int | None) -> None:
         if self.config.products == "fp8" and dtype == "float32":
             raise ConfigError.at(
