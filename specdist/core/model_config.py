@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,34 +112,47 @@ def quantisation(config: PretrainedConfig) -> str | None:
     return str(said.get("quant_method", "without a name")) if said else None
 
 
+def quantisations(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """`quantisation_keys` as they hold for the most modules, and for those that GPTQModel's `dynamic` says more of."""
+    said = quantisation_keys(config)
+    rules = (said.get("dynamic") or {}).items()
+    return [said, *({**said, **rule} for pattern, rule in rules if not pattern.startswith("-:"))]
+
+
 def weight_block(config: PretrainedConfig) -> int | None:
     """How many inputs of a matrix have a scale together: the side of the blocks of FP8 checkpoints as DeepSeek's, the
-    groups of AWQ and GPTQ. None: all, or it is not told."""
-    said = quantisation_keys(config)
-    block = said.get("weight_block_size") or [said.get("group_size") or 0]
-    return int(block[0]) if block[0] > 0 else None
+    groups of AWQ and GPTQ, the largest of several. None: all, or it is not told."""
+    blocks = [(said.get("weight_block_size") or [said.get("group_size") or 0])[0] for said in quantisations(config)]
+    return int(max(blocks)) if max(blocks) > 0 else None
 
 
 def stored_bytes(config: PretrainedConfig, name: str) -> float | None:
     """Of one number of the parameter `name` in a quantised checkpoint, scales of groups included, where config.json
     says it: of the matrices of layers that are not left out. None for others."""
     said = quantisation_keys(config)
-    groups = [group.get("weights") or {} for group in said.get("config_groups", {}).values()]
-    weights = {**said, **(groups[0] if groups else {})}
+    groups = list(said.get("config_groups", {}).values())
+    groups = [group for group in groups if _means(group.get("targets"), name)] or groups  # else by a module's class
+    weights = {**said, **((groups[0].get("weights") or {}) if groups else {})}
+    rules = [(p, rule) for p, rule in (said.get("dynamic") or {}).items() if re.match(re.sub("^[+-]:", "", p), name)]
+    weights |= rules[0][1] if rules else {}
     bits = {"fp8": 8, "mxfp4": 4}.get(said.get("quant_method", ""), weights.get("num_bits", weights.get("bits")))
-    left = [*(said.get("ignore") or ()), *(said.get("modules_to_not_convert") or ())]
-    if bits is None or not re.search(r"\.\d+\..*(proj|experts|kernel)", name) or any(_matches(e, name) for e in left):
+    left = any(_means(said.get(key), name) for key in ("ignore", "modules_to_not_convert"))
+    if (
+        bits is None
+        or left
+        or (rules and rules[0][0].startswith("-:"))
+        or not re.search(r"\.\d+\..*(proj|experts|kernel)", name)
+    ):
         return None
     size = weights.get("group_size") or 128
     grouped = 16 / size if size > 0 else 0.0  # -1: one scale for a whole row or column
     return (bits + {"fp8": 0.0, "mxfp4": 8 / 32}.get(said.get("quant_method", ""), grouped)) / 8
 
 
-def _matches(entry: str, name: str) -> bool:
-    """Whether an entry of a list of modules, by name, pattern or regular expression, means a parameter."""
-    if entry.startswith("re:"):
-        return re.match(entry[3:], name) is not None
-    return fnmatch(name, f"*{entry}*")
+def _means(modules: str | list[str] | None, name: str) -> bool:
+    """Whether modules, by name, pattern or regular expression, one or a list, mean a parameter."""
+    listed = [modules] if isinstance(modules, str) else modules or []
+    return any(re.match(e[3:], name) if e.startswith("re:") else fnmatch(name, f"*{e}*") for e in listed)
 
 
 def is_tied(config: PretrainedConfig) -> bool:
@@ -184,13 +196,14 @@ PACKED = {"awq": ("version", ("gemm",), (4,)), "gptq": ("checkpoint_format", ("g
 first where it is not there, and bits."""
 
 
-def unread_codes(said: Mapping[str, Any]) -> str | None:
-    """Why it does not read codes of which `quantisation_keys` says this; None where it does."""
-    key, layouts, bits = PACKED[said["quant_method"]]
-    layout = str(said.get(key) or layouts[0]).lower()
-    if layout in layouts and said.get("bits") in bits:
-        return None
-    return (
-        f"({said['quant_method']}, {key}={layout}, bits={said.get('bits')}), of which {' and '.join(layouts)} of "
-        f"{', '.join(map(str, bits))} bits are read"
-    )
+def unread_codes(config: PretrainedConfig) -> str | None:
+    """Why it does not read the codes of its weights, which are packed; None where it does."""
+    for said in quantisations(config):
+        key, layouts, bits = PACKED[said["quant_method"]]
+        layout = str(said.get(key) or layouts[0]).lower()
+        if layout not in layouts or said.get("bits") not in bits:
+            return (
+                f"({said['quant_method']}, {key}={layout}, bits={said.get('bits')}), of which {' and '.join(layouts)} "
+                f"of {', '.join(map(str, bits))} bits are read"
+            )
+    return None

@@ -360,6 +360,7 @@ def test_quantised_weights_are_the_values_that_they_stand_for(tmp_path: Path) ->
             r"\(awq, version=gemv, bits=4\), of which gemm of 4",
         ),
         ({"quant_method": "gptq", "bits": 3}, r"\(gptq, checkpoint_format=gptq, bits=3\), .* of 2, 4, 8 bits are read"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:a": {}, ".*up.*": {"bits": 3}}}, r"bits=3\)"),
     ):
         config["quantization_config"] = keys
         (tmp_path / "fp8/config.json").write_text(json.dumps(config))

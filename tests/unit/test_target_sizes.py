@@ -47,6 +47,7 @@ KIMI_K25 = {
     "architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "text_config": KIMI_TEXT,
     "tie_word_embeddings": False,
 }  # fmt: skip
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64}
 
 
 def written(path: Path, config: dict[str, Any], **text: Any) -> TargetDescription:
@@ -114,16 +115,31 @@ def test_a_quantised_checkpoint_is_as_large_as_config_json_says(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("said", "bits"),
     [
-        ({"quant_method": "gptq", "bits": 4, "group_size": 64}, 4.25),
+        (GPTQ, 4.25),
         ({"quant_method": "gptq", "bits": 4, "group_size": -1}, 4),
         ({"bits": 8, "group_size": 128}, 8.125),
+        (GPTQ | {"dynamic": {"-:.*down_proj": {}, r"+:model\.layers\.0\.": {"bits": 8}, ".*": {"bits": 2}}}, 8.25),
+        (GPTQ | {"dynamic": {r"layers\.0": {"bits": 8}, ".*mlp.up_proj": {"bits": 2, "group_size": 32}}}, 2.5),
+        (GPTQ | {"dynamic": {r"-:.*\.up_proj": {}, ".*": {"bits": 8}}}, None),
+        (GPTQ | {"modules_to_not_convert": "lm_head"}, 4.25),
+        (GPTQ | {"modules_to_not_convert": "mlp"}, None),
+        (
+            {
+                "config_groups": {
+                    "all": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32}},
+                    "mlp": {"targets": ["re:.*mlp.*"], "weights": {"num_bits": 8, "group_size": -1}},
+                },
+                "ignore": "lm_head",
+            },
+            8,
+        ),
     ],
 )
 def test_a_number_of_a_quantised_matrix_has_its_bits_and_its_share_of_a_scale(
-    said: dict[str, Any], bits: float
+    said: dict[str, Any], bits: float | None
 ) -> None:
     config = LlamaConfig(quantization_config=said)
-    assert stored_bytes(config, "model.layers.0.mlp.up_proj.weight") == bits / 8
+    assert stored_bytes(config, "model.layers.0.mlp.up_proj.weight") == (bits and bits / 8)
 
 
 def test_a_transformers_that_leaves_out_yarn_s_factor_is_refused(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 from specdist.core.errors import ConfigError
-from specdist.core.model_config import PACKED, quantisation, quantisation_keys, read, unread_codes
+from specdist.core.model_config import PACKED, quantisation, read, unread_codes
 from specdist.target.base import Engine, TargetModel, common_divisors, weights_and_activations
 from specdist.target.config import TargetConfig
 
@@ -35,7 +35,7 @@ def check(config: TargetConfig, target: TargetDescription) -> None:
             "target.engine",
         )
     if method in PACKED:
-        _check_layout(config, quantisation_keys(target.config))
+        _check_layout(config, target)
     if method == "compressed-tensors" and util.find_spec("compressed_tensors") is None:
         raise ConfigError.at(
             "target.path",
@@ -64,8 +64,8 @@ def check(config: TargetConfig, target: TargetDescription) -> None:
             )
 
 
-def _check_layout(config: TargetConfig, said: dict[str, Any]) -> None:
-    if (reason := unread_codes(said)) is not None:
+def _check_layout(config: TargetConfig, target: TargetDescription) -> None:
+    if (reason := unread_codes(target.config)) is not None:
         raise ConfigError.at(
             "target.path",
             f"={config.path}: its weights are quantised {reason}: use the checkpoint that is not quantised",
@@ -73,8 +73,8 @@ def _check_layout(config: TargetConfig, said: dict[str, Any]) -> None:
     if config.tp > 1:
         raise ConfigError.at(
             "target.tp",
-            f"={config.tp}: target.engine=hf unpacks {said['quant_method']} weights as a whole on every rank: use "
-            "target.tp=1, or target.engine=sglang",
+            f"={config.tp}: target.engine=hf unpacks {quantisation(target.config)} weights as a whole on every rank: "
+            "use target.tp=1, or target.engine=sglang",
             "target.engine",
         )
 

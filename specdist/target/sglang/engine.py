@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from specdist.core import model_config
@@ -59,10 +60,10 @@ def _check_quantisation(config: TargetConfig, target: TargetDescription, ep: int
             f"={config.path}: its weights are quantised ({method}), which SGLang does not load: use the checkpoint "
             "that is not quantised",
         )
-    said = model_config.quantisation_keys(target.config)
-    for key, values in support.MARLIN.get(method, {}).items():
+    variants = model_config.quantisations(target.config)
+    for said, (key, values) in product(variants, support.MARLIN.get(method, {}).items()):
         if said.get(key) not in values:
-            other = "target.engine=hf, or " if model_config.unread_codes(said) is None else ""
+            other = "target.engine=hf, or " if model_config.unread_codes(target.config) is None else ""
             raise ConfigError.at(
                 "target.path",
                 f"={config.path}: its weights are quantised ({method}, {key}={said.get(key)}), which SGLang's Marlin "
