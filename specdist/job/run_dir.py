@@ -2,7 +2,8 @@
 """What is done with a run directory; where things lie in it: specdist/core/run_paths.py."""
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specdist.core.errors import ConfigError
-from specdist.core.files import unwritable
+from specdist.core.files import unwritable, write_atomically
 from specdist.core.progress import committed
 from specdist.core.run_lock import refuse_if_held
 from specdist.core.run_paths import RunPaths
@@ -19,7 +20,19 @@ from specdist.job.config import JobConfig, differing_keys, load_job
 
 @dataclass(frozen=True)
 class RunDirectory(RunPaths):
-    """The paths of a run, and the rule that a directory belongs to one job."""
+    """The paths of a run, and the rule that a directory belongs to one job, of which one start at a time is at work.
+
+    Attributes:
+        held: raises ConfigError once another start has taken the directory (`specdist.core.run_lock.fence`): what
+            writes into it otherwise than by `write` calls it before.
+    """
+
+    held: Callable[[], None] = field(default=lambda: None, compare=False)
+
+    def write(self, path: Path, text: str) -> None:
+        """Write a small file of the run, whole or not at all. Raises ConfigError where the run is another start's."""
+        self.held()
+        write_atomically(path, text)
 
     def check(self, job: JobConfig) -> None:
         """Raise ConfigError where the directory holds checkpoints of another job, and names the keys that differ, or of
@@ -74,6 +87,7 @@ class RunDirectory(RunPaths):
 
     def save_vocabulary(self, ids: Tensor | None) -> None:
         """Keep the target ids of the draft vocabulary; None for the whole one."""
+        self.held()
         if ids is None:
             self._vocabulary.unlink(missing_ok=True)
             return

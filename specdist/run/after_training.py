@@ -19,7 +19,7 @@ from torch import Tensor
 from specdist import __version__
 from specdist.core import config
 from specdist.core.attempts import Ending
-from specdist.core.files import to_json, write_atomically
+from specdist.core.files import to_json
 from specdist.core.hub import served_name
 from specdist.core.progress import Progress, best_checkpoint, checkpoint_path, named_damage, read_progress
 from specdist.core.stop import StopReason
@@ -118,7 +118,7 @@ def finish(context: RankContext, outcome: Outcome) -> Ending:
         before = before if before and before.comparable(after) else None
         figures = [found and replace(found, answers=()).to_dict() for found in (before, after)]
         summary["evaluation"] = dict(zip(("before", "after"), figures, strict=True))
-    write_atomically(run_dir.summary, to_json(summary))
+    run_dir.write(run_dir.summary, to_json(summary))
     _print(context, outcome, sides, best, exports, render_replay(after, before) if after else "")
     if outcome.finished:
         return Ending("finished", step)

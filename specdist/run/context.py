@@ -75,6 +75,7 @@ class WorldContext:
     groups: Groups
     prompts: Corpus
     stop: StopFlag
+    run_dir: RunDirectory
     latest: Latest = field(default_factory=Latest)
 
     @property
@@ -84,10 +85,6 @@ class WorldContext:
     @property
     def record(self) -> AttemptRecord:
         return self.start.record
-
-    @property
-    def run_dir(self) -> RunDirectory:
-        return RunDirectory(Path(self.job.run.dir))
 
     @property
     def timeout_s(self) -> float:

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 from specdist.channel.base import AddressBook
 from specdist.core.errors import say
 from specdist.core.launch_env import reachable_address
-from specdist.core.run_lock import fence
 from specdist.draft.base import ContextShare, DraftModel
 from specdist.job import config as jobs
 from specdist.prompts.items import Items
@@ -47,8 +46,8 @@ def consume(context: RankContext) -> None:
         if leader:
             say(trouble or "checkpoints are saved again")
 
-    directory, held = context.run_dir, fence(context.run_dir.path, context.start.attempt.name)
-    checkpointer = Checkpointer(directory.checkpoints, job.checkpoint, context.groups.checkpoint, number, tell, held)
+    run_dir, group = context.run_dir, context.groups.checkpoint
+    checkpointer = Checkpointer(run_dir.checkpoints, job.checkpoint, group, number, tell, run_dir.held)
     if context.resume.checkpoint is not None:
         context.begin(f"loading {context.resume.checkpoint.name}")
         checkpointer.load(context.resume.checkpoint, draft, optimizer)
@@ -77,7 +76,7 @@ def consume(context: RankContext) -> None:
     context.start.clock.begin("waiting for the other ranks")
     client.expect(StartWork)
     context.started()
-    with RunReporter(context, leader, held) as reporter:
+    with RunReporter(context, leader) as reporter:
         progress = trainer.train(recipe, context.resume.progress, checkpointer, context.stop, reporter)
         metrics = reporter.totals()
         client.phase = "saving"
@@ -98,12 +97,12 @@ def consume(context: RankContext) -> None:
     del trainer, optimizer, draft, source  # the evaluation needs their memory
     gc.collect()
     torch.cuda.empty_cache()
-    held()
+    run_dir.held()
     if leader:  # stays in the control plane, which keeps the run's status alive
         client.phase = "exporting"
         context.record.end(finish(context, Outcome(state, progress, finished, metrics, producers)))
         if job.metrics.report and context.resume.total_steps:
-            report_at_end(context.run_dir.path)
+            report_at_end(run_dir.path)
     context.profile.finish()
     client.close()
     context.stop.uninstall()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from specdist.core.errors import DataError, say
-from specdist.core.files import to_json, write_atomically
+from specdist.core.files import to_json
 from specdist.core.model_config import has_experts
 from specdist.core.records import PackedTokens, Shard
 from specdist.draft.base import Replayed
@@ -85,7 +85,7 @@ class ReplayJudge(Judge):
         path = self._run_dir.evaluation(report.step)
         try:
             path.parent.mkdir(exist_ok=True)
-            write_atomically(path, to_json(report.to_dict()))
+            self._run_dir.write(path, to_json(report.to_dict()))
         except OSError as error:
             say(f"{path} cannot be written, and the run goes on: {error}")
 

@@ -4,7 +4,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Self
 
@@ -20,10 +20,10 @@ from specdist.training.parts import Reporter, WorkDone
 
 
 class RunReporter(Reporter):
-    """Writes the records of the first draft rank; on the others it only takes part. `fence`: as of Checkpointer."""
+    """Writes the records of the first draft rank; on the others it only takes part."""
 
-    def __init__(self, context: RankContext, leader: bool, fence: Callable[[], None] = lambda: None):
-        self._fence = fence
+    def __init__(self, context: RankContext, leader: bool):
+        self._run_dir = context.run_dir
         self._client, self._stands, self._start_up = context.client, context.latest, context.start.clock
         self._trackers: list[Tracker] = []
         self._bar: ProgressTracker | None = None
@@ -41,6 +41,7 @@ class RunReporter(Reporter):
     def _open(self, context: RankContext) -> None:
         job, run_dir, resume = context.job, context.run_dir, context.resume
         step = resume.progress.step
+        run_dir.held()
         self._trackers.append(JsonlTracker(run_dir.metrics, step))
         if job.metrics.progress:
             self._bar = ProgressTracker(resume.total_steps, step, () if job.world.mode == "split" else WAITS)
@@ -91,7 +92,7 @@ class RunReporter(Reporter):
         self._log(step, record)
 
     def _log(self, step: int, record: Mapping[str, float]) -> None:
-        self._fence()
+        self._run_dir.held()
         for tracker in self._trackers:
             try:
                 tracker.log(step, record)

@@ -10,9 +10,9 @@ from torch import Tensor
 from specdist.channel.encoding import row_bytes
 from specdist.core import config, hub
 from specdist.core.errors import DataError, say
-from specdist.core.files import to_json, write_atomically
+from specdist.core.files import to_json
 from specdist.core.launch_env import RankFacts, run_token, stop_asked
-from specdist.core.run_lock import Claim
+from specdist.core.run_lock import Claim, fence
 from specdist.core.stop import StopFlag
 from specdist.core.team import SILENCE_S, Team
 from specdist.core.topology import Topology
@@ -21,6 +21,7 @@ from specdist.job import config as jobs
 from specdist.job.config import JobConfig
 from specdist.job.rates import evaluation_weight, packing_weights
 from specdist.job.resume_plan import ResumePlan, find_resume_plan, warn_of_few
+from specdist.job.run_dir import RunDirectory
 from specdist.prompts.corpus import frequent_tokens
 from specdist.prompts.in_world import prepare_in_world
 from specdist.run.answers import answered_prompts
@@ -73,6 +74,7 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
         groups=make_groups(topology, world, backend, job.world.wait_timeout_s, engine),
         prompts=prompts,
         stop=_stop_flag(job, start),
+        run_dir=RunDirectory(Path(job.run.dir), fence(jobs.home(job, start.attempt), start.attempt.name)),
     )
     if job.world.role == "target":
         TargetWorld(context).run()
@@ -173,8 +175,8 @@ def _begin(context: WorldContext, stack: contextlib.ExitStack) -> ResumePlan:
     )
     if resume.checkpoint is None:  # a run that was saved keeps the vocabulary it has
         run_dir.save_vocabulary(_draft_vocabulary(context))
-    write_atomically(run_dir.config, config.to_yaml(job))
-    write_atomically(run_dir.prompts, to_json(context.prompts.tables()))
+    run_dir.write(run_dir.config, config.to_yaml(job))
+    run_dir.write(run_dir.prompts, to_json(context.prompts.tables()))
     if not claimed:
         record.begin(context.begun(resume.progress.step))
     _introduce(context, resume)

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from specdist.core.attempts import Ending, Failure
 from specdist.core.errors import say
-from specdist.core.files import to_json, write_atomically
+from specdist.core.files import to_json
 from specdist.core.stop import StopReason
 from specdist.job.resume_plan import ResumePlan
 from specdist.run.context import WorldContext
@@ -33,7 +33,7 @@ class StatusWriter(Observer):
     """Writes on rank 0, in the control server's thread, also the file that `specdist status` reads, at every pulse."""
 
     def __init__(self, context: WorldContext, resume: ResumePlan, profile: Profile = NO_PROFILE):
-        self._file, self._record, self._attempt = context.run_dir.status, context.record, context.start.attempt
+        self._run_dir, self._record, self._attempt = context.run_dir, context.record, context.start.attempt
         self._resume, self._profile = resume, profile
         self._silent_s = 4 * context.job.control.heartbeat_s
         """Without a sign of life for longer a rank has stalled."""
@@ -103,13 +103,13 @@ class StatusWriter(Observer):
                 return
             error = self._writing.exception()
             if error is not None:
-                logger.warning("%s cannot be written: %s", self._file, error)
+                logger.warning("%s cannot be written: %s", self._run_dir.status, error)
         self._unwritten = None
-        self._writing = self._writer.submit(write_atomically, self._file, text)
+        self._writing = self._writer.submit(self._run_dir.write, self._run_dir.status, text)
 
     def close(self) -> None:
         if self._unwritten is not None:
-            self._writer.submit(write_atomically, self._file, self._unwritten)
+            self._writer.submit(self._run_dir.write, self._run_dir.status, self._unwritten)
         self._writer.shutdown()
 
     def _quiet_for(self, step: int, released: int, started: bool, now: float) -> float:

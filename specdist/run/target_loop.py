@@ -20,7 +20,7 @@ from specdist.channel.ring import Ring
 from specdist.core.attempts import Ending
 from specdist.core.device_timer import Moment
 from specdist.core.errors import say
-from specdist.core.files import to_json, write_atomically
+from specdist.core.files import to_json
 from specdist.core.trace import span
 from specdist.core.worker import Worker
 from specdist.prompts.corpus import Corpus
@@ -246,7 +246,7 @@ def produce(context: RankContext) -> None:
 
 def _report_target_only(context: RankContext, report: ProducerReport) -> None:
     summary = {"mode": "target_only", **dataclasses.asdict(report), "tokens_per_s": report.tokens_per_s}
-    write_atomically(context.run_dir.summary, to_json(summary))
+    context.run_dir.write(context.run_dir.summary, to_json(summary))
     say(
         f"target only: {report.items} batches, {report.tokens:,} tokens in {report.elapsed_s:.1f} s = "
         f"{report.tokens_per_s:,.0f} tokens/s on replica 0, busy {report.busy_s / max(report.elapsed_s, 1e-9):.0%}",

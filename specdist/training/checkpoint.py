@@ -101,7 +101,7 @@ class Checkpointer:
         if (error := self._clear(path)) is not None:
             self._failed(error)
             return
-        writer = CheckpointWriter(path)
+        writer = CheckpointWriter(path, self._fence)
         saved: Any = dcp.async_save(self._state(model, optimizer), storage_writer=writer, process_group=self._group)
         written = getattr(saved, "upload_completion", saved)  # a future, or in newer versions what holds one
         self._writing = self._background.submit(self._complete, written, writer.sums, path, progress)
@@ -221,6 +221,7 @@ class Checkpointer:
                 _mark(path / COMMIT, progress, files)
         except (CheckpointException, OSError):
             if self._leader:
+                self._fence()
                 shutil.rmtree(path, ignore_errors=True)  # the next try needs the room
             raise
         if self._leader:

@@ -12,7 +12,7 @@ import io
 import os
 import pickle
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,12 +79,13 @@ _BUFFER = 2**20
 
 
 class CheckpointWriter(FileSystemWriter):
-    """One file a rank, and DCP's metadata. `sums`: of this rank's files; on the coordinator in the end of all."""
+    """One file a rank, and DCP's metadata. `sums`: of this rank's files; on the coordinator in the end of all. `fence`:
+    raises where a file is not to be opened, or not to be given its name."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, fence: Callable[[], None] = lambda: None):
         super().__init__(path)
         self.sums: dict[str, FileSum] = {}
-        self.fs = _SummingFileSystem(self.sums)
+        self.fs = _SummingFileSystem(self.sums, fence)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = super().write_data(plan, planner).wait()
@@ -108,17 +109,19 @@ class _Written(list[WriteResult]):
 
 
 class _SummingFileSystem(FileSystem):
-    def __init__(self, sums: dict[str, FileSum]):
-        self._sums = sums
+    def __init__(self, sums: dict[str, FileSum], fence: Callable[[], None]):
+        self._sums, self._fence = sums, fence
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         assert mode == "wb", mode
+        self._fence()
         with SummedFile(path, mode) as file, io.BufferedWriter(file, _BUFFER) as stream:
             yield stream
         self._sums[Path(path).name] = FileSum(file.size, file.crc)
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        self._fence()
         super().rename(path, new_path)
         self._sums[Path(new_path).name] = self._sums.pop(Path(path).name)
 

@@ -173,7 +173,8 @@ def test_a_suspended_run_whose_directory_another_start_has_taken_writes_nothing_
     other.write_text(to_json(Holder("slurm-99.0", "elsewhere")))  # of another host, where it could not be seen
 
     def written() -> dict[Path, int]:
-        return {file: file.stat().st_mtime_ns for file in [*run.glob("checkpoints/*/COMMIT"), run / "metrics.jsonl"]}
+        kept = [*run.glob("checkpoints/*/*"), run / "metrics.jsonl", run / "status.json"]
+        return {file: file.stat().st_mtime_ns for file in kept}
 
     before = written()
     for rank in ranks.values():

@@ -95,23 +95,25 @@ def test_what_is_saved_comes_back_and_the_last_are_kept(tmp_path, group, asynchr
     assert torch.equal(torch.rand(3), expected)  # the random state is that of the last save
 
 
-@pytest.mark.parametrize("allowed", [0, 1])
+@pytest.mark.parametrize("allowed", range(5))  # before the directory, the shard, the metadata, its name, the marker
 def test_what_another_start_may_have_begun_to_write_is_left_alone(tmp_path, group, allowed):
     looks = iter(range(10))
 
     def fence():
         if next(looks) >= allowed:
+            path.mkdir(exist_ok=True)
+            (path / "of another start").touch()
             raise ConfigError("another start has taken it")
 
     path = tmp_path / "step-00000001"
-    path.mkdir()
-    (path / "of another start").touch()
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(asynchronous=False), group, 0, fence=fence)
     with pytest.raises(ConfigError, match="another start"):
         checkpointer.save(*state(), progress(1))
     assert not committed(tmp_path)
-    assert (path / "of another start").exists() == (allowed == 0)
-    assert bool(list(path.glob("*.distcp"))) == (allowed == 1)  # written when it was taken, and without a marker
+    assert (path / "of another start").exists()
+    written = {file.name for file in path.iterdir()} - {"of another start"}
+    named = [set(), set(), {"__0_0.distcp"}, {"__0_0.distcp", ".metadata.tmp"}, {"__0_0.distcp", ".metadata"}]
+    assert written == named[allowed]
 
 
 def test_a_checkpoint_without_its_marker_does_not_exist(tmp_path, group):

@@ -19,10 +19,10 @@ from specdist.core.errors import ConfigError
 from specdist.core.files import read_json, to_json
 from specdist.core.launch_env import Attempt
 from specdist.core.progress import AnswersProgress, Cursor, Progress
-from specdist.core.run_paths import RunPaths
 from specdist.core.stop import StopReason
 from specdist.core.topology import Topology
 from specdist.job.resume_plan import ResumePlan
+from specdist.job.run_dir import RunDirectory
 from specdist.prompts.schedule import Schedule
 from specdist.run.status import Status, describe
 from specdist.run.status_writer import StatusWriter
@@ -150,7 +150,7 @@ def observer(run_dir: Path, told: threading.Event | None = None) -> StatusWriter
     resume = ResumePlan(progress, None, Schedule(10, 10, 100, 1))
     record, job = AttemptRecord(run_dir / "logs/17.1"), SimpleNamespace(control=ControlConfig())
     start = SimpleNamespace(attempt=ATTEMPT, told=told or threading.Event())
-    context: Any = SimpleNamespace(run_dir=RunPaths(run_dir), record=record, start=start, job=job)
+    context: Any = SimpleNamespace(run_dir=RunDirectory(run_dir), record=record, start=start, job=job)
     return StatusWriter(context, resume)
 
 
