@@ -34,6 +34,7 @@ from benchmarks.measure import (
     as_command,
     command_line,
     count,
+    count_or_none,
     device_of,
     device_options,
     in_a_world,
@@ -63,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--moved", type=positive, metavar="MIB", help="over a link in a repeat (nccl: 65536, others: 256)"
     )
     parser.add_argument("--hidden", type=count, default=4096, help="a token's row is 4 hidden states in bf16")
-    parser.add_argument("--products", type=int, metavar="N", help=f"of matrices, an item (GPU: {PRODUCTS}, CPU: 0)")
+    parser.add_argument(
+        "--products", type=count_or_none, metavar="N", help=f"of matrices, an item (GPU: {PRODUCTS}, CPU: 0)"
+    )
     device_options(parser)
     options, words = apart(arguments)
     args = parser.parse_args(options)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.measure import count, positive
 from specdist.scheduler.messages import Dispatch, Send
 from specdist.scheduler.scheduler import Scheduler
 
@@ -42,7 +43,7 @@ class Case:
     def of(cls, words: Sequence[str], **rest: Any) -> Case:
         """`words`: speeds, each of one replica, or of n as `SPEEDxN`."""
         pairs = [word.partition("x") for word in words]
-        return cls(tuple(float(speed) for speed, _, count in pairs for _ in range(int(count or 1))), **rest)
+        return cls(tuple(speed for one, _, n in pairs for speed in [positive(one)] * count(n or "1")), **rest)
 
     @property
     def ideal(self) -> float:

@@ -27,6 +27,8 @@ from specdist.core.errors import ConfigError, UserError
 from specdist.core.launch_env import make_token
 
 N = TypeVar("N", int, float)
+MOST = 10**8
+"""Of anything that is counted: more is a slip, and would be met when memory has run out."""
 PEAK_SIZE = 8192
 """Rows and columns of the matrices whose product is taken for the peak (1024 on a CPU)."""
 
@@ -47,8 +49,13 @@ def as_command(main: Callable[[], None]) -> None:
 
 
 def count(text: str) -> int:
-    """The value of an option that is at least 1."""
-    return _number(text, int, "a number of at least 1", lambda value: value >= 1)
+    """The value of an option that says how many."""
+    return _number(text, int, f"a number from 1 to {MOST:,}", lambda value: 1 <= value <= MOST)
+
+
+def count_or_none(text: str) -> int:
+    """The same, and 0 for none."""
+    return _number(text, int, f"a number from 0 to {MOST:,}", lambda value: 0 <= value <= MOST)
 
 
 def positive(text: str) -> float:

@@ -18,6 +18,7 @@ from the hosting rank's own Python code.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import threading
@@ -30,7 +31,7 @@ from types import SimpleNamespace
 import zmq
 
 from benchmarks.flow import CASES, Case, Times, World
-from benchmarks.measure import as_command, command_line, count, table
+from benchmarks.measure import as_command, command_line, count, count_or_none, table
 from specdist.core.pods import reach
 from specdist.core.topology import Topology
 from specdist.scheduler.config import ControlConfig
@@ -224,12 +225,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--draft-ranks", type=count, default=1024)
     parser.add_argument("--replicas", type=count, default=128)
     parser.add_argument("--items", type=count, default=200)
-    parser.add_argument("--connections", type=int, default=128, help="draft ranks over real sockets; 0: none")
+    parser.add_argument("--connections", type=count_or_none, default=128, help="draft ranks over real sockets; 0: none")
     given = vars(parser.parse_args(arguments))
     own = {field.name: given.pop(field.name) for field in fields(Case)}
     try:
         cases = [Case.of(own.pop("speeds"), **own)] if own["speeds"] else CASES
-    except ValueError as error:
+    except argparse.ArgumentTypeError as error:
         parser.error(f"argument --speeds: SPEED or SPEEDxN: {error}")
     found = [{**asdict(case), "name": str(case), "share": measure_case(case), "ideal": case.ideal} for case in cases]
     print(json.dumps(found))

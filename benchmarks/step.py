@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from transformers import AutoConfig, PretrainedConfig
 
 from benchmarks.measure import (
+    MOST,
     apart,
     as_command,
     command_line,
@@ -137,10 +138,12 @@ def lengths_of(batch: str) -> list[int]:
     try:
         if kind == "mixed":
             return _mixed(count(tokens))
-        documents, _, length = batch.partition("x")
-        return [count(length)] * count(documents)
-    except argparse.ArgumentTypeError:
+        documents, length = map(count, batch.split("x"))
+    except (argparse.ArgumentTypeError, ValueError):
         raise ConfigError(f"--batch {batch}: write COUNTxLENGTH, such as 4x2048, or mixed:TOKENS") from None
+    if (tokens := documents * length) > MOST:
+        raise ConfigError(f"--batch {batch}: {tokens:,} tokens, and no device takes more than {MOST:,}")
+    return [length] * documents
 
 
 def target_of(shape: str, model: str | None) -> PretrainedConfig:

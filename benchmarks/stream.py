@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import command_line, count, table
+from benchmarks.measure import command_line, count, count_or_none, table
 from specdist.core.progress import Batching, Cursor
 from specdist.prompts.corpus import make_corpus
 from specdist.prompts.store import COLUMNS, FORMAT, MANIFEST, PromptStore
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line("stream", __doc__)
     parser.add_argument("--ranks", type=count, nargs="+", default=[8, 64], help="draft ranks, a micro-batch each")
     parser.add_argument("--supervised", type=count, default=34, metavar="TIMES")
-    parser.add_argument("--sequences", type=int, default=0)
+    parser.add_argument("--sequences", type=count_or_none, default=0)
     args = parser.parse_args(arguments)
     even = [evenness(kind, n, args.supervised) for kind in KINDS for n in args.ranks]
     places = []
