@@ -8,7 +8,8 @@ Every case is a process of its own, all of them in turns and `--runs` times: a f
 and the most. `--warm 4` only runs all of them once, four beside each other: what they compile is compiled for the
 runs that follow. The peers' steps are those of `peer_drafts.py`, on the same batch, features and weights, in
 both of their attentions. The words `key=value` are keys of the configuration; a case gets those of the sections that it
-has. A case that fails is told and left out, and the exit status is 1.
+has. A case that fails is told and left out, and the exit status is 1. Prints a JSON object for each run as it ends, then
+the table.
 """
 
 from __future__ import annotations
@@ -180,8 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"run {number + 1} of {args.runs}: {case.name}", file=sys.stderr, flush=True)
             if (found := run(case)) is not None:
                 runs[case.name].append(found)
-                print(f"    {found['tokens_per_s']:,.0f} tokens/s", file=sys.stderr, flush=True)
-    print(json.dumps(runs))
+                print(json.dumps({case.name: [found]}), flush=True)
     print(render(runs))
     if any(len(found) < args.runs for found in runs.values()):
         raise SystemExit(1)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmarks share: their command line, timing on a device, the peak to compare with, a world, a table.
 
-python -m benchmarks.measure MODULE ARGUMENTS OUTPUT      # a rank of such a world
+python -m benchmarks.measure MODULE ARGUMENTS OUTPUT SECONDS      # a rank of such a world
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import importlib
 import json
 import math
@@ -29,6 +30,8 @@ from specdist.core.launch_env import make_token
 N = TypeVar("N", int, float)
 MOST = 10**8
 """Of anything that is counted: more is a slip, and would be met when memory has run out."""
+LIMIT_S = 1800.0
+"""Of a world. In a sixtieth of it, again and again, each rank writes down where it stands."""
 PEAK_SIZE = 8192
 """Rows and columns of the matrices whose product is taken for the peak (1024 on a CPU)."""
 
@@ -154,26 +157,37 @@ def in_a_world(module: str, what: str, ranks: int, **arguments: Any) -> list[dic
     """Call `worker(**arguments)` of a module in every rank of a torchrun world on this machine; returns the fields of
     the dataclasses that it returned on rank 0. Arguments are JSON values.
 
-    Raises UserError: what a rank raised as one; or the world failed, whose own error is on the terminal then.
+    Raises UserError: what a rank raised as one; or the world failed, whose own error is on the terminal then, or was
+    not done in `LIMIT_S`. Where each rank stood last, if it had begun a while ago, is on the terminal too.
     """
     with tempfile.TemporaryDirectory(prefix="specdist-bench-") as directory:
         source, output = Path(directory, "arguments.json"), Path(directory, "found.json")
         source.write_text(json.dumps(arguments))
         world = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command = [*world, "-m", __name__, module, str(source), str(output)]
+        command = [*world, "-m", __name__, module, str(source), str(output), str(LIMIT_S / 60)]
         threads = str(max(len(os.sched_getaffinity(0)) // ranks, 1))
         make_token()
         environment = {"OMP_NUM_THREADS": threads} | with_this_package()
-        done = subprocess.run(command, stdout=sys.stderr, env=environment, check=False)
-        if told := sorted(Path(directory).glob("told-*")):
-            raise UserError(told[0].read_text())
-        if done.returncode or not output.exists():
-            raise UserError(f"the benchmark of {what} failed: its error is above")
-        found: list[dict[str, Any]] = json.loads(output.read_text())
-        return found
+        with subprocess.Popen(command, stdout=sys.stderr, env=environment) as process:
+            try:
+                failed = "failed: its error is above" if process.wait(LIMIT_S) else ""
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                failed = f"took more than {LIMIT_S:g} s"
+        told = sorted(Path(directory).glob("told-*"))
+        if not (told or failed) and output.exists():
+            found: list[dict[str, Any]] = json.loads(output.read_text())
+            return found
+        for stacks in sorted(Path(directory).glob("stacks-*")):
+            *_, last = stacks.read_text().rpartition("Timeout (")
+            if last:
+                print(f"rank {stacks.name[7:]} stood here, ({last}", file=sys.stderr, flush=True)
+        raise UserError(told[0].read_text() if told else f"the benchmark of {what} {failed or 'gave no figures'}")
 
 
-def _be_a_rank(module: str, source: str, output: str) -> None:
+def _be_a_rank(module: str, source: str, output: str, seconds: str) -> None:
+    stacks = Path(output).with_name(f"stacks-{os.environ['RANK']}").open("w")
+    faulthandler.dump_traceback_later(float(seconds), repeat=True, file=stacks)
     try:
         found = importlib.import_module(module).worker(**json.loads(Path(source).read_text()))
         if os.environ["RANK"] == "0":

@@ -67,3 +67,4 @@ def plugins_stay_in_their_file() -> Iterator[None]:
 def forked_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Worlds that this process starts by `sys.executable` are forks of a process that has imported what they need."""
     monkeypatch.setattr(sys, "executable", forks.python())
+    monkeypatch.setattr("benchmarks.measure.LIMIT_S", 300.0)  # less than a test has

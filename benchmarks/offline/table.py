@@ -64,8 +64,9 @@ def render(directory: Path) -> Iterator[str]:
     for step in steps:
         found, lines = printed(directory / f"{step.name}.out")
         if isinstance(found, dict) and step.name.startswith("headline"):
-            for name, runs in found.items():
-                heads.setdefault(name, []).extend(runs)
+            for each in [found, *(json.loads(line) for line in lines if line.startswith("{"))]:
+                for name, runs in each.items():
+                    heads.setdefault(name, []).extend(runs)
         elif isinstance(found, list) and found and "busy_ms" in found[0]:
             speeds += [Speed(step.name, StepSpeed(**row)) for row in found]
         elif lines:

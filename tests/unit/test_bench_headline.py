@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -55,15 +56,21 @@ def test_a_case_that_fails_is_told_and_the_others_are_kept(
 
     words: dict[str, list[str]] = {}
 
+    ended, begun = list[str](), list[str]()
+
     def measured(case: Case, more: list[str]) -> dict[str, float] | None:
+        ended.extend(name for line in capfd.readouterr().out.splitlines() for name in json.loads(line))
+        assert ended == [name for name in begun if name != "target alone"], "each is printed before the next begins"
+        begun.append(case.name)
         words[case.part] = [word for word in more if "=" in word]
         return None if case.name == "target alone" else {"tokens_per_s": 7.0}
 
     monkeypatch.setattr(headline, "measured", measured)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as left:
         headline.main(["--runs", "1", "--device", "cpu", "draft.compile=false", "target.tp=1"])
-    assert ended.value.code == 1
-    assert "DFlash: forward and backward" in (shown := capfd.readouterr().out)
+    assert left.value.code == 1
+    shown = capfd.readouterr().out
+    assert re.search(r"^DFlash: forward and backward +7 ", shown, re.MULTILINE)
     assert re.search(r"^target alone +- ", shown, re.MULTILINE)
     assert words["step"] == ["draft.compile=false"]
     assert words["target"] == ["target.tp=1"]

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import Qwen3Config
 
+from benchmarks import measure
 from benchmarks.measure import in_a_world
 from benchmarks.shapes import configuration
 from benchmarks.target import TargetSpeed, main, render
@@ -73,6 +74,21 @@ def test_a_world_that_fails_is_an_error(tmp_path: Path) -> None:
         main(["--model", str(model), "--engines", "hf", "--device", "cpu"])
     with pytest.raises(UserError, match="benchmark of nothing failed: its error is above"):
         in_a_world("benchmarks.nothing", "nothing", 1)
+
+
+@pytest.mark.usefixtures("forked_worlds")
+def test_where_the_ranks_of_a_world_hang_is_told(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "LIMIT_S", 60.0)
+    with pytest.raises(UserError, match="benchmark of a hang failed: its error is above"):
+        in_a_world("tests.unit.hanging_world", "a hang", 2)
+    said = capfd.readouterr().err
+    assert "rank 1 stood here, (0:00:01" in said
+    assert "in hang_for_good" in said
+    monkeypatch.setattr(measure, "LIMIT_S", 0.5)
+    with pytest.raises(UserError, match=r"benchmark of a hang took more than 0\.5 s$"):
+        in_a_world("tests.unit.hanging_world", "a hang", 2)
 
 
 @pytest.mark.parametrize(
