@@ -63,6 +63,28 @@ def read(config: PretrainedConfig, key: str, default: Any = None) -> Any:
     return default if value is None else value
 
 
+SIZES = {
+    "num_hidden_layers": (1, 10**5),
+    **dict.fromkeys(("hidden_size", "vocab_size", "max_position_embeddings"), (1, 2**31)),
+    **dict.fromkeys(("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"), (0, 2**31)),
+}
+"""From where to where they go, where they are given."""
+
+
+def impossible_sizes(config: PretrainedConfig) -> str:
+    """What is wrong with the sizes, in words; empty where nothing is."""
+    for key, (least, most) in SIZES.items():
+        one = key == "num_hidden_layers"  # how many values the others have
+        for value in [getattr(text_part(config), key)] if one else per_layer(config, key):
+            if value is not None and not (isinstance(value, int) and least <= value <= most):
+                return f"{key} is {value!r}: it must be a number from {least} to {most:,}"
+    heads, kv_heads = (per_layer(config, key) for key in ("num_attention_heads", "num_key_value_heads"))
+    for all_heads, some in zip(heads, kv_heads, strict=True):
+        if all_heads and some and all_heads % some:
+            return f"num_attention_heads is {all_heads}, which is no multiple of num_key_value_heads, {some}"
+    return ""
+
+
 def has_experts(config: PretrainedConfig) -> bool:
     return any(read(config, key) for key in EXPERTS)
 

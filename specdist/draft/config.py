@@ -44,7 +44,8 @@ class DraftConfig:
     """torch.compile the draft's hot functions (CUDA; the first steps take a minute or so longer)."""
     cuda_graphs: bool = False
     """Fill micro-batches up to a few sizes and start forward and backward of each as one CUDA graph, so that a busy
-    host does not slow the GPU down; in more memory (`specdist plan`). CUDA only, with FlexAttention."""
+    host does not slow the GPU down; in more memory (`specdist plan`). CUDA only, with FlexAttention. Several draft
+    ranks reduce their gradients after a step's last graph, beside nothing."""
     init_from: str | None = None
     """An exported draft to start from, a directory or ORG/NAME[@REVISION] of the Hugging Face Hub. What it is made of
     (vocabulary, layers, norms) is taken too, and a key that says otherwise is refused."""

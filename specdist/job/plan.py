@@ -211,6 +211,8 @@ def render(plan: Plan) -> str:
         parts.append(_advice(plan))
     if topology.mode == "split" and (line := _buffer_line(plan)):
         parts.append(line)
+    if job.draft.cuda_graphs and len(topology.draft_ranks) > 1:
+        parts.append("draft.cuda_graphs: draft ranks reduce their gradients after the backward, beside nothing")
     if topology.draft and plan.on_gpus:
         parts.append(_grace_line(plan))
     return plain(parts, 110)

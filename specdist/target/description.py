@@ -22,7 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from specdist.core import hub, model_config
-from specdist.core.errors import ConfigError, DataError
+from specdist.core.errors import ConfigError, DataError, InputError, first_line
 from specdist.core.imports import uncollected
 from specdist.target.config import TargetConfig
 from specdist.target.weights import StoredTensor, stored_tensors, weight_files
@@ -58,7 +58,17 @@ class TargetDescription:
     trust_remote_code: bool = False
 
     def blank(self) -> PreTrainedModel:
-        """The model without its weights, on the meta device. Raises ConfigError: it is not a causal language model."""
+        """The model without its weights, on the meta device. Raises ConfigError: it is not a causal language model.
+        DataError: it cannot be made."""
+        try:
+            return self._blank()
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            if isinstance(e, InputError):
+                raise
+            told = f"transformers cannot make such a model: {type(e).__name__}: {first_line(e)}"
+            raise DataError(f"{self.path / 'config.json'}: {told}") from e
+
+    def _blank(self) -> PreTrainedModel:
         import transformers
 
         config = copy.deepcopy(self.config)  # some classes change it (Kimi-K2.5)
@@ -196,13 +206,15 @@ def describe(path: str | Path, trust_remote_code: bool = False, weights: bool = 
     try:
         with uncollected():  # some of its modules import most of transformers
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, OSError, AttributeError, TypeError, StrictDataclassError) as e:
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError, StrictDataclassError) as e:
         raise DataError(f"{path / 'config.json'}: transformers cannot read it: {' '.join(str(e).split())}") from e
     text = model_config.text_part(config)
     needed = ("num_hidden_layers", "hidden_size", "vocab_size")
     absent = [key for key in needed if not hasattr(text, key)]
     if absent:
         raise DataError(f"{path / 'config.json'} ({text.model_type}): no {', '.join(absent)}: not a causal LM?")
+    if wrong := model_config.impossible_sizes(config):
+        raise DataError(f"{path / 'config.json'}: {wrong}")
     heads = model_config.read(config, "num_attention_heads")
     kv_heads = [n for n in model_config.per_layer(config, "num_key_value_heads") if n]
     described = TargetDescription(

@@ -68,7 +68,7 @@ class ShardedWeights:
     All are gathered once a step, ahead of the first micro-batch (those of `DraftModel.late` may come while its forward
     runs), and stay until the backward of the last one. In it the gradients of a unit are reduced as soon as they are
     complete, beside the rest of the backward: the units in one order on all ranks, from the last to the first, whatever
-    order a rank's own graph has.
+    order a rank's own graph has. A CUDA graph (`draft.cuda_graphs`) hands over all at its end.
     """
 
     def __init__(self, model: DraftModel) -> None:

@@ -221,3 +221,24 @@ def test_a_configuration_of_other_types_is_named_in_a_line(tmp_path: Path, key: 
     with pytest.raises(DataError, match=f"{tmp_path}/config.json: transformers cannot read it: ") as told:
         describe(tmp_path, weights=False)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"hidden_size": 0}, "hidden_size is 0: it must be a number from 1 to 2,147,483,648"),
+        ({"num_hidden_layers": 10**30}, f"num_hidden_layers is {10**30}: it must be a number from 1 to 100,000"),
+        ({"num_attention_heads": 0}, "transformers cannot read it: integer modulo by zero"),
+        ({"vocab_size": -5}, "vocab_size is -5: it must be a number from 1 to "),
+        ({"intermediate_size": 10**30}, f"intermediate_size is {10**30}: it must be a number from 0 to "),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_attention_heads is 4, which is no multiple of "),
+        ({"head_dim": 0}, "transformers cannot make such a model: ZeroDivisionError: "),
+        ({"hidden_act": "x"}, "transformers cannot make such a model: KeyError: 'x'"),
+        ({"torch_dtype": [1, 2]}, "transformers cannot read it: list index out of range"),
+    ],
+)
+def test_sizes_that_cannot_be_are_named_in_a_line(tmp_path: Path, keys: dict[str, Any], told: str) -> None:
+    own = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+    with pytest.raises(DataError, match=f"^{tmp_path}/config.json: {told}") as error:
+        _ = written(tmp_path, {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **own, **keys}).parameters
+    assert "\n" not in str(error.value)
