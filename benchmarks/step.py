@@ -134,16 +134,16 @@ class StepConfig:
 
 def lengths_of(batch: str) -> list[int]:
     """The documents of a batch, from its name. Raises ConfigError."""
-    kind, _, tokens = batch.partition(":")
+    kind, _, size = batch.partition(":")
     try:
         if kind == "mixed":
-            return _mixed(count(tokens))
-        documents, length = map(count, batch.split("x"))
+            return _mixed(count(size))
+        documents, each = map(count, batch.split("x"))
     except (argparse.ArgumentTypeError, ValueError):
         raise ConfigError(f"--batch {batch}: write COUNTxLENGTH, such as 4x2048, or mixed:TOKENS") from None
-    if (tokens := documents * length) > MOST:
+    if (tokens := documents * each) > MOST:
         raise ConfigError(f"--batch {batch}: {tokens:,} tokens, and no device takes more than {MOST:,}")
-    return [length] * documents
+    return [each] * documents
 
 
 def target_of(shape: str, model: str | None) -> PretrainedConfig:

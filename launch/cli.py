@@ -17,6 +17,7 @@ from typing import Any
 
 import specdist
 from specdist.core.errors import DataError, UserError, WorldError, say
+from specdist.core.files import check_output
 from specdist.core.stop import leave
 from specdist.core.troubleshooting import linked
 from specdist_launch import plan, reading, ssh, words
@@ -204,6 +205,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from specdist_launch.ranks import world_size
 
     if args.json is not None:
+        check_output("--json", args.json)
         args.config.append(f"preflight.report={Path(args.json).absolute()}")
     job = words.load(args.config)
     if args.local:
@@ -255,6 +257,8 @@ def _export(args: argparse.Namespace) -> int:
 
     if args.push:
         to_push(args.push)
+    if args.output:
+        check_output("--output", args.output, folder=True)
     exports = export_checkpoint(words.load(args.config), checkpoint=args.checkpoint, output=args.output)
     for path in exports:
         print(path, flush=True)
@@ -273,8 +277,8 @@ def _eval(args: argparse.Namespace) -> int:
     from specdist.run.offline import decode_prompts, evaluation_words
 
     logging.disable_progress_bar()
-    if args.output and not (folder := Path(args.output).absolute().parent).is_dir():
-        raise UserError(f"--output {args.output}: there is no directory {folder}")
+    if args.output:
+        check_output("--output", args.output)
     job = words.load(args.config)
     if args.decode:
         print(decode_prompts(job, draft=args.draft, checkpoint=args.checkpoint, output=args.output))

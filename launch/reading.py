@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from specdist.core.files import check_output
+
 
 def arguments(command: Callable[..., argparse.ArgumentParser]) -> None:
     def reads(name: str, text: str, function: str, *names: str) -> argparse.ArgumentParser:
@@ -49,6 +51,8 @@ def _shown(function: str, *names: str) -> Callable[[argparse.Namespace], int]:
     """Import `module:function`, call it with the arguments of these names, and print what it returns."""
 
     def run(args: argparse.Namespace) -> int:
+        if getattr(args, "output", None) is not None:
+            check_output("--output", args.output)
         module, name = function.split(":")
         found = getattr(importlib.import_module(f"specdist.{module}"), name)(*(getattr(args, name) for name in names))
         return show([found] if isinstance(found, (str, Path)) else found)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import msgspec
 from filelock import FileLock, Timeout
 
-from specdist.core.errors import DataError, DiskError, say
+from specdist.core.errors import DataError, DiskError, UserError, say
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -72,6 +72,15 @@ def unwritable(directory: Path) -> OSError | None:
 def existing(directory: Path) -> Path:
     """It, or the lowest folder above it that is there."""
     return next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.exists(path))
+
+
+def check_output(option: str, path: str | Path, folder: bool = False) -> None:
+    """Raise UserError where an option's file, or a `folder` that is made with those above it, cannot be written."""
+    parent = existing(Path(path).parent) if folder else Path(path).absolute().parent
+    if (cause := unwritable(parent)) is not None:
+        raise UserError(f"{option} {path}: {parent} cannot be written: {cause.strerror}")
+    if not folder and Path(path).is_dir():
+        raise UserError(f"{option} {path} is a directory: give a file")
 
 
 def of_full_disk(error: BaseException) -> bool:

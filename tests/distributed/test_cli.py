@@ -232,7 +232,10 @@ def test_a_cache_of_compiled_code_that_cannot_be_is_an_error_of_the_input(traine
             ["export", "configs/quickstart.yaml", "--checkpoint", "nowhere"],
             "is no complete checkpoint, by directory or by step",
         ),
-        (["eval", "configs/quickstart.yaml", "--output", "nowhere/a.json"], "there is no directory"),
+        (["eval", "configs/quickstart.yaml", "--output", "nowhere/a.json"], "cannot be written: No such file"),
+        (["eval", "configs/quickstart.yaml", "--output", "configs"], "--output configs is a directory: give a file"),
+        (["export", "configs/quickstart.yaml", "--output", "/proc/x"], "--output /proc/x: /proc cannot be written: "),
+        (["doctor", "configs/quickstart.yaml", "--json", "/proc/x"], "--json /proc/x: /proc cannot be written: "),
     ],
 )
 def test_bad_words_get_one_clear_line(words, said, capsys, monkeypatch):

@@ -164,3 +164,11 @@ def test_a_shell_completes_commands_and_keys(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-m", "specdist_launch.cli"], env=os.environ | told, timeout=60)
         found.append(output.read_text().split("\n"))
     assert [[word.strip() for word in words] for words in found] == [["compare"], ["optimizer.lr="]]
+
+
+@pytest.mark.parametrize("words", ["report RUN", "bundle RUN"])
+def test_where_nothing_can_be_written_is_told_before_anything_is_done(words: str, runs: Path, capsys) -> None:
+    command = words.replace("RUN", str(runs / "one")).split()
+    for output, told in (("/proc/x", "/proc cannot be written: "), ("/dev/null/x", "/dev/null cannot be written: ")):
+        assert main([*command, "--output", output]) == 2
+        assert capsys.readouterr().err.startswith(f"specdist: --output {output}: {told}")
