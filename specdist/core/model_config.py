@@ -72,7 +72,7 @@ SIZES = {
 
 
 def impossible_sizes(config: PretrainedConfig) -> str:
-    """What is wrong with the sizes, in words; empty where nothing is."""
+    """What is wrong with the sizes, of numbers too, in words; empty where nothing is."""
     for key, (least, most) in SIZES.items():
         one = key == "num_hidden_layers"  # how many values the others have
         for value in [getattr(text_part(config), key)] if one else per_layer(config, key):
@@ -82,6 +82,10 @@ def impossible_sizes(config: PretrainedConfig) -> str:
     for all_heads, some in zip(heads, kv_heads, strict=True):
         if all_heads and some and all_heads % some:
             return f"num_attention_heads is {all_heads}, which is no multiple of num_key_value_heads, {some}"
+    try:
+        weight_block(config), stored_bytes(config, "0.proj")
+    except (AttributeError, LookupError, TypeError, ValueError, re.error) as error:
+        return f"quantization_config cannot be read: {error}"
     return ""
 
 

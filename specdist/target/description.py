@@ -11,9 +11,9 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from specdist.core import hub, model_config
-from specdist.core.errors import ConfigError, DataError, InputError, first_line
+from specdist.core.errors import ConfigError, DataError, first_line
 from specdist.core.imports import uncollected
 from specdist.target.config import TargetConfig
 from specdist.target.weights import StoredTensor, stored_tensors, weight_files
@@ -60,35 +60,29 @@ class TargetDescription:
     def blank(self) -> PreTrainedModel:
         """The model without its weights, on the meta device. Raises ConfigError: it is not a causal language model.
         DataError: it cannot be made."""
-        try:
-            return self._blank()
-        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-            if isinstance(e, InputError):
-                raise
-            told = f"transformers cannot make such a model: {type(e).__name__}: {first_line(e)}"
-            raise DataError(f"{self.path / 'config.json'}: {told}") from e
-
-    def _blank(self) -> PreTrainedModel:
         import transformers
 
         config = copy.deepcopy(self.config)  # some classes change it (Kimi-K2.5)
         # The class that the checkpoint was saved with: an auto class may pick the language model's alone, which the
         # whole configuration does not fit.
         named = getattr(transformers, self.architectures[0], None) if self.architectures else None
+        auto: Any = transformers.AutoModelForCausalLM
         if named is not None and not self.trust_remote_code and hasattr(named, "prepare_inputs_for_generation"):
-            with torch.device("meta"):
-                return named(config)
-        if type(self.config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or self.trust_remote_code:
-            auto: Any = transformers.AutoModelForCausalLM
+            make: Callable[[PretrainedConfig], PreTrainedModel] = named
+        elif type(self.config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or self.trust_remote_code:
+            make = partial(auto.from_config, trust_remote_code=self.trust_remote_code)
         elif type(self.config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            auto = transformers.AutoModelForImageTextToText
+            make = transformers.AutoModelForImageTextToText.from_config
         else:
             raise ConfigError.at(
                 "target.path", f"={self.path}: {self.config.model_type} is not a causal language model"
             )
-        with torch.device("meta"):
-            model: PreTrainedModel = auto.from_config(config, trust_remote_code=self.trust_remote_code)
-        return model
+        try:
+            with torch.device("meta"):
+                return make(config)
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            told = f"transformers cannot make such a model: {type(e).__name__}: {first_line(e)}"
+            raise DataError(f"{self.path / 'config.json'}: {told}") from e
 
     @property
     def text_config(self) -> PretrainedConfig:

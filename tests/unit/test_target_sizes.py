@@ -234,6 +234,9 @@ def test_a_configuration_of_other_types_is_named_in_a_line(tmp_path: Path, key: 
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_attention_heads is 4, which is no multiple of "),
         ({"head_dim": 0}, "transformers cannot make such a model: ZeroDivisionError: "),
         ({"hidden_act": "x"}, "transformers cannot make such a model: KeyError: 'x'"),
+        ({"quantization_config": GPTQ | {"dynamic": ["a"]}}, "quantization_config cannot be read: 'list' object has"),
+        ({"quantization_config": GPTQ | {"dynamic": {"(": {}}}}, "quantization_config cannot be read: missing "),
+        ({"quantization_config": GPTQ | {"bits": "four"}}, "quantization_config cannot be read: "),
         ({"torch_dtype": [1, 2]}, "transformers cannot read it: list index out of range"),
     ],
 )
