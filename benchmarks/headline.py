@@ -8,8 +8,8 @@ Every case is a process of its own, all of them in turns and `--runs` times: a f
 and the most. `--warm 4` only runs all of them once, four beside each other: what they compile is compiled for the
 runs that follow. The peers' steps are those of `peer_drafts.py`, on the same batch, features and weights, in
 both of their attentions. The words `key=value` are keys of the configuration; a case gets those of the sections that it
-has. A case that fails is told and left out, and the exit status is 1. Prints a JSON object for each run as it ends, then
-the table.
+has. A case that fails is told and left out, and the exit status is 1. Prints JSON for each run as it ends, then the
+table.
 """
 
 from __future__ import annotations
