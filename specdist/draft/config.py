@@ -57,7 +57,7 @@ class DraftConfig:
         return {"algorithm": Literal[tuple(ALGORITHMS)], **sections}
 
     def __post_init__(self) -> None:
-        check_range("draft", self, "dp", "cp", least=1)
+        check_range("draft", self, "dp", "cp", least=1, most=10**4)  # lists of all ranks are made
 
     @property
     def chosen(self) -> Algorithm[Any]:

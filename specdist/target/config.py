@@ -56,5 +56,5 @@ class TargetConfig:
         return {"engine": Literal[tuple(SECTIONS)]} | {name: own for name, own in SECTIONS.items() if own is not None}
 
     def __post_init__(self) -> None:
-        check_range("target", self, "replicas", "tp", least=1)
+        check_range("target", self, "replicas", "tp", least=1, most=10**4)
         check_range("target", self, "verify", least=0)

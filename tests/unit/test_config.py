@@ -210,3 +210,9 @@ def test_a_registered_implementation_has_a_section_of_its_own(tmp_path, monkeypa
     monkeypatch.undo()
     with pytest.raises(ConfigError, match=r"x\.yaml:3: unknown key 'chosen\.inner'"):
         config.load(WithSections, [file])
+
+
+@pytest.mark.parametrize("key", ["draft.dp", "draft.cp", "target.replicas", "target.tp"])
+def test_more_ranks_than_there_are_anywhere_are_refused_before_they_are_listed(key):
+    with pytest.raises(ConfigError, match=rf"{key} is 1000000000: it must be at least 1 and at most 10000"):
+        load_job(["configs/quickstart.yaml"], [f"{key}=1000000000"])
