@@ -49,7 +49,7 @@ class RunConfig:
     environment has in TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR goes first."""
 
     def __post_init__(self) -> None:
-        check_range("run", self, "seed", least=0)
+        check_range("run", self, "seed", least=0, most=10**18)
 
 
 @dataclass(frozen=True)
