@@ -83,7 +83,7 @@ def impossible_sizes(config: PretrainedConfig) -> str:
         if all_heads and some and all_heads % some:
             return f"num_attention_heads is {all_heads}, which is no multiple of num_key_value_heads, {some}"
     try:
-        weight_block(config), stored_bytes(config, "0.proj")
+        weight_block(config), stored_bytes(config, "layers.0.proj")
     except (AttributeError, LookupError, TypeError, ValueError, re.error) as error:
         return f"quantization_config cannot be read: {error}"
     return ""

@@ -228,7 +228,7 @@ def test_a_configuration_of_other_types_is_named_in_a_line(tmp_path: Path, key: 
     [
         ({"hidden_size": 0}, "hidden_size is 0: it must be a number from 1 to 2,147,483,648"),
         ({"num_hidden_layers": 10**30}, f"num_hidden_layers is {10**30}: it must be a number from 1 to 100,000"),
-        ({"num_attention_heads": 0}, "transformers cannot read it: integer modulo by zero"),
+        ({"num_attention_heads": 0}, "transformers cannot read it: integer .*modulo by zero"),
         ({"vocab_size": -5}, "vocab_size is -5: it must be a number from 1 to "),
         ({"intermediate_size": 10**30}, f"intermediate_size is {10**30}: it must be a number from 0 to "),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_attention_heads is 4, which is no multiple of "),
