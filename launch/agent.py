@@ -23,7 +23,7 @@ import psutil
 
 from specdist.core.errors import UserError, say
 from specdist.core.files import unfailing
-from specdist.core.launch_env import STOP, TOKEN
+from specdist.core.launch_env import TOKEN
 from specdist.core.stop import STOP_SIGNALS, end_with_launcher
 from specdist.core.troubleshooting import linked
 from specdist_launch import words
@@ -53,16 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # Ray's processes block SIGINT: a child inherits that
         if args.secret:
             os.environ[TOKEN] = sys.stdin.readline().strip()
-        if args.stdin:
-            threading.Thread(target=_obey_stdin, name="specdist-stdin", daemon=True).start()
         files, overrides = words.split(args.config)
-        program = ["-m", args.module, *(part for file in files for part in ("--config", file)), *overrides]
+        arguments = [*(part for file in files for part in ("--config", file)), *overrides]
         try:
             job, launcher = words.load(args.config), LAUNCHERS["slurm" if args.slurm else args.launcher]
             from specdist_launch.node import Agent
+            from specdist_launch.rank_forks import RankForks
 
-            place = replace(launcher.placement(args), launched=args.launched)
-            return Agent(job, launcher, place).run(program, args.module == TRAIN, stop)
+            agent = Agent(job, launcher, replace(launcher.placement(args), launched=args.launched))
+            with RankForks(agent.ranks, args.module, arguments) as forks:
+                if args.stdin:
+                    threading.Thread(target=_obey_stdin, name="specdist-stdin", daemon=True).start()
+                return agent.run(forks, args.module == TRAIN, stop)
         except UserError as error:
             say(linked(error))
             return ExitStatus.USER_ERROR
@@ -70,7 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _stop_ranks(number: int, impatient: bool) -> None:
     """Have this process's children, the ranks, save and leave; or kill them: what was saved before is there."""
-    os.environ.setdefault(STOP, signal.Signals(number).name)  # for ranks that do not exist yet
     for child in psutil.Process().children():
         child.send_signal(signal.SIGKILL if impatient else number)
         child.send_signal(signal.SIGCONT)  # who is suspended hears nothing else

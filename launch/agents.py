@@ -146,12 +146,7 @@ class AgentFork:
     process."""
 
     def __init__(self, main: Callable[[], int]):
-        sys.stdout.flush()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until there is who handles them
-        self._pid = os.fork()
-        if self._pid == 0:
-            _be_agent(main)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._pid = fork(main)
 
     def wait(self) -> int:
         return exit_status(os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]))
@@ -166,7 +161,19 @@ def may_fork() -> bool:
     return threading.active_count() == 1
 
 
-def _be_agent(main: Callable[[], int]) -> NoReturn:
+def fork(main: Callable[[], int]) -> int:
+    """Have a fork of this process, in a session of its own, run `main` and end with the status that it returns; the
+    fork's number. Signals that ask for a stop wait there until `main` lets them in: it has to say who handles them."""
+    sys.stdout.flush()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    pid = os.fork()
+    if pid == 0:
+        _become(main)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return pid
+
+
+def _become(main: Callable[[], int]) -> NoReturn:
     status = 1
     try:
         if torch := sys.modules.get("torch"):

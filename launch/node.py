@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One node's part of a job: join the agents of the other nodes, run its ranks, record and tell how they ended."""
 
-import logging
 import os
 import signal
 import subprocess
@@ -12,10 +11,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import psutil
-from torch.distributed.elastic.agent.server.api import WorkerSpec
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+import torch.distributed as dist
 
 from specdist.core import launch_env, troubleshooting
 from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
@@ -26,9 +22,10 @@ from specdist.core.run_lock import Claim
 from specdist.core.stop import StopReason
 from specdist.job.config import JobConfig, home
 from specdist.job.run_dir import RunDirectory
-from specdist.world.roll_call import Meeting, Node, meet, serve_store
+from specdist.world.roll_call import Meeting, Node, meet
 from specdist_launch.agents import ExitStatus, StopForwarder
 from specdist_launch.launcher import Launcher, NodePlacement
+from specdist_launch.rank_forks import RankForks
 from specdist_launch.ranks import ranks_per_node
 from specdist_launch.stuck import ending_stuck_ranks
 from specdist_launch.verdict import judge, saved_step
@@ -37,12 +34,8 @@ _RECORD_S = 10.0
 """How long an agent whose rank failed waits for the record that the other ranks write about it."""
 _OTHERS_S = 10.0
 """How long an agent whose ranks ended well waits for the others' ranks to end. Rank 0 leaves last, so that the leader
-waits for moments, unless an agent was lost; torchrun would wait for it for five minutes, deaf to signals."""
+waits for moments, unless an agent was lost."""
 _INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-_UNUSED_SIGNAL = "SIGQUIT"
-"""torchrun ends with an error at the signals it handles, so it is given one that stands for nothing here."""
-_LOUD = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
-"""They log failures that the record has already."""
 
 
 class Agent:
@@ -50,24 +43,24 @@ class Agent:
 
     def __init__(self, job: JobConfig, launcher: Launcher, placement: NodePlacement):
         self._job, self._launcher, self._place = job, launcher, placement
-        self._ranks = placement.ranks or ranks_per_node(job, placement.nodes)
+        self.ranks = placement.ranks or ranks_per_node(job, placement.nodes)
         self._attempt, self._leads = placement.attempt, placement.number == 0
         self._run_dir, self._home = Path(job.run.dir), home(job, placement.attempt)
         self._record, self._lost = AttemptRecord(self._attempt.directory(self._home)), False
 
-    def run(self, program: Sequence[str], recorded: bool, stop: StopForwarder) -> int:
-        """Run `python PROGRAM` as this node's ranks; `recorded`: as an attempt of the run, with a record. Raises
-        ConfigError: another job is at work in the run directory; nothing is on record then. Returns the exit status: on
-        node 0 the verdict's (see verdict.py), elsewhere 0 unless the cause is unknown."""
+    def run(self, forks: RankForks, recorded: bool, stop: StopForwarder) -> int:
+        """Run this node's ranks; `recorded`: as an attempt of the run, with a record. Raises ConfigError: another job
+        is at work in the run directory; nothing is on record then. Returns the exit status: on node 0 the verdict's
+        (see verdict.py), elsewhere 0 unless the cause is unknown."""
         leads = self._leads and recorded
         if self._place.nodes == 1 and not self._job.world.scheduler:
             launch_env.make_token()
         elif recorded:
             launch_env.run_token()  # before the others are waited for
         with Claim(self._home, self._attempt.name, self._place.host, self._lose) if leads else nullcontext():
-            return self._run(program, recorded, stop)
+            return self._run(forks, recorded, stop)
 
-    def _run(self, program: Sequence[str], recorded: bool, stop: StopForwarder) -> int:
+    def _run(self, forks: RankForks, recorded: bool, stop: StopForwarder) -> int:
         leads = self._leads and recorded
         try:
             meeting = self._meet(stop)
@@ -80,8 +73,8 @@ class Agent:
             RunDirectory(self._run_dir).create()
             self._begin([node.host for node in meeting.nodes], meeting.ranks)
         tell = self._fail if recorded else lambda failure: say(f"{failure.place}: {failure.message}")
-        with ending_stuck_ranks(self._record, self._place.host, tell) as killed:
-            failed = self._run_ranks(meeting, program)
+        with ending_stuck_ranks(forks.running, self._record, self._place.host, tell) as killed:
+            failed = self._run_ranks(meeting, forks)
         if not self._lost:
             self._name_killed({rank: status for rank, status in failed.items() if rank not in killed}, stop.reason)
         if not recorded:
@@ -98,7 +91,7 @@ class Agent:
                 f"={launch.stop_before_end_s:g}: this job has only {left:.0f} s, and would "
                 "save and leave at once: give it more time, or set launch.stop_before_end_s lower",
             )
-        me = Node(place.number, place.host, self._ranks)
+        me = Node(place.number, place.host, self.ranks)
         meeting = meet(me, place.nodes, place.leader, launch.meet_timeout_s, place.hosts, stop.check)
         stop.check()
         return meeting
@@ -117,49 +110,44 @@ class Agent:
         step, launched = saved_step(self._run_dir), self._place.launched
         self._record.begin(Started(self._launcher.name, tuple(hosts), ranks, step, launched=launched))
 
-    def _run_ranks(self, meeting: Meeting, program: Sequence[str]) -> dict[int, int]:
-        """Run `python PROGRAM` once for every rank of this node and wait for their end: torchrun's agent with a static
-        rendezvous. `PYTHON_EXEC` in the environment names another interpreter for them, as for torchrun. Returns the
-        exit status of each rank that failed first on this node; negative: the signal that killed it."""
-        place, nodes = self._place, len(meeting.nodes)
+    def _run_ranks(self, meeting: Meeting, forks: RankForks) -> dict[int, int]:
+        """Have this node's ranks begin, and wait for their end. Returns the exit status of each that failed here;
+        negative: the signal that killed it."""
         os.environ.update(self._environment())
-        for name in _LOUD:
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        # On the leader torchrun then serves this one, which listens on one address only.
-        _store = serve_store((place.leader[0], meeting.port), 120) if self._leads else None
-        spec = WorkerSpec(
-            role="default",
-            local_world_size=self._ranks,
-            # Its keys in the store are kept apart by the attempt. All agents are there: they have just met.
-            rdzv_handler=StaticTCPRendezvous(
-                place.leader[0], meeting.port, place.number, nodes, self._attempt.name, timeout=120
-            ),
-            entrypoint=os.environ.get("PYTHON_EXEC", sys.executable),
-            args=tuple(program),
-            max_restarts=0,
-            monitor_interval=0.1,
-            local_addr=place.host,
-        )
-        result = LocalElasticAgent(spec, DefaultLogsSpecs(), exit_barrier_timeout=_OTHERS_S).run()
-        return {rank: failure.exitcode for rank, failure in result.failures.items()}
+        failed = forks.run([self._rank_environment(meeting, local) for local in range(self.ranks)])
+        deadline = time.monotonic() + (0.0 if failed else _OTHERS_S)
+        with suppress(dist.DistError):  # nobody waits any more
+            meeting.store.add("ended", 1)
+            while self._leads and meeting.store.add("ended", 0) < len(meeting.nodes) and time.monotonic() < deadline:
+                time.sleep(0.1)
+        return failed
+
+    def _rank_environment(self, meeting: Meeting, local: int) -> dict[str, str]:
+        """What torchrun would tell a rank."""
+        number, nodes = self._place.number, meeting.nodes
+        told: dict[str, object] = {"RANK": sum(node.ranks for node in nodes[:number]) + local, "LOCAL_RANK": local}
+        told |= {"WORLD_SIZE": meeting.ranks, "LOCAL_WORLD_SIZE": self.ranks, "GROUP_RANK": number}
+        told |= {"MASTER_ADDR": self._place.leader[0], "MASTER_PORT": meeting.store.port}
+        told |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+        told["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", 1)
+        return {name: str(value) for name, value in told.items()}
 
     def _environment(self) -> dict[str, str]:
         place = self._place
         variables = {launch_env.HOST: place.host, **self._attempt.environment()}
-        variables["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _UNUSED_SIGNAL
         if place.role is not None:
             variables[launch_env.NODE_ROLE] = place.role
         interface = interface_towards(*place.leader) if place.nodes > 1 else None
         if interface is not None:
             variables |= {name: os.environ.get(name, interface) for name in _INTERFACES}
-        # torchrun would give every rank one thread and say so at length; share the cores out instead.
+        # torchrun would give every rank one thread; share the cores out instead.
         cores = len(os.sched_getaffinity(0))
-        variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(cores // self._ranks, 1)))
+        variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(cores // self.ranks, 1)))
         return variables
 
     def _name_killed(self, failed: dict[int, int], stopped: StopReason | None) -> None:
         """Print which ranks a signal has killed, which no rank can do; not the signal that asked them to stop, which
-        may have come before they handled it, nor torchrun's, after another rank has failed."""
+        may have come before they handled it, nor the one they get after another rank has failed."""
         others = {-signal.SIGTERM} if len(set(failed.values())) > 1 else set()
         for rank, status in failed.items():
             if status < 0 and signal.Signals(-status).name != stopped and status not in others:

@@ -28,9 +28,13 @@ PATIENCE_S = 75.0
 
 @contextlib.contextmanager
 def ending_stuck_ranks(
-    record: AttemptRecord, host: str, tell: Callable[[Failure], None], patience_s: float = PATIENCE_S
+    running: Callable[[], dict[int, psutil.Process]],
+    record: AttemptRecord,
+    host: str,
+    tell: Callable[[Failure], None],
+    patience_s: float = PATIENCE_S,
 ) -> Iterator[set[int]]:
-    """While the block runs, `tell` of each of this process's ranks on `host` that was stopped alone, and kill it; and
+    """While the block runs, `tell` of each of the `running` ranks on `host` that was stopped alone, and kill it; and
     give all `patience_s` seconds after the attempt's failure is on record, then have them show where they are and kill
     them. Yields the numbers of those that were killed."""
     over, killed = threading.Event(), set[int]()
@@ -42,7 +46,7 @@ def ending_stuck_ranks(
     def watch() -> None:
         stopped, suspended, most, failed_at = Counter[int](), 0, 0, None
         while not over.wait(_LOOK_S):
-            ranks = _ranks()
+            ranks = running()
             most = max(most, len(ranks))
             stopped = Counter({rank: stopped[rank] + 1 for rank in ranks if _is_stopped(ranks[rank])})
             suspended = suspended + 1 if 0 < most == len(stopped) else 0
@@ -67,15 +71,6 @@ def ending_stuck_ranks(
         yield killed
     finally:
         over.set()
-
-
-def _ranks() -> dict[int, psutil.Process]:
-    """This process's ranks, by number."""
-    found = {}
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            found[int(child.environ().get("RANK", -1))] = child
-    return {number: process for number, process in found.items() if number >= 0}
 
 
 def _is_stopped(process: psutil.Process) -> bool:

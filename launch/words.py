@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def load(words: Sequence[str]) -> JobConfig:
     """Read a job's configuration. Raises UserError."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else who asks for GPUs begins a driver: no forks then
     with uncollected():
         from specdist.job.config import load_job
 

@@ -6,6 +6,7 @@ torchrun --nproc-per-node N -m specdist.train --config configs/X.yaml [key=value
 
 import logging
 import signal
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from specdist.core.troubleshooting import linked
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    began = time.time()
     end_with_launcher()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `StopFlag` is there, Ctrl-C ends a rank without a traceback
     args = rank_arguments("specdist.train", __doc__, argv)
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from specdist.run.context import Start
         from specdist.run.rank_log import RankLog
         from specdist.run.runtime import run
+        from specdist.run.start_up import Part, StartUp
 
     try:
         facts, attempt = RankFacts.from_environment(), Attempt.from_environment()
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=log.file)
     logging.getLogger("torch.distributed").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()  # one per rank would overwrite the run's own
-    start = Start(attempt, record, log)
+    start = Start(attempt, record, log, StartUp(Part("importing", began)))
     try:
         with sources.naming():
             keep_compiled(job.run.compile_cache, torch.__version__)

@@ -24,12 +24,11 @@ from typing import Literal, Self
 
 from specdist.core.errors import ConfigError, WorldError
 from specdist.core.files import unwritable
-from specdist.core.stop import StopReason
 
 Role = Literal["target", "draft"]
 
-JOB, RESTART, DEADLINE, NODE_ROLE, HOST, STOP, TOKEN = (
-    f"SPECDIST_{name}" for name in ("JOB", "RESTART", "DEADLINE", "NODE_ROLE", "HOST", "STOP", "TOKEN")
+JOB, RESTART, DEADLINE, NODE_ROLE, HOST, TOKEN = (
+    f"SPECDIST_{name}" for name in ("JOB", "RESTART", "DEADLINE", "NODE_ROLE", "HOST", "TOKEN")
 )
 
 
@@ -115,12 +114,6 @@ class Attempt:
     def directory(self, run_dir: Path) -> Path:
         """Where this attempt's logs, its failure.json and its outcome.json are."""
         return run_dir / "logs" / self.name
-
-
-def stop_asked() -> StopReason | None:
-    """The signal that asked the launcher to stop before this rank existed; nobody could pass it on."""
-    reason = os.environ.get(STOP)
-    return StopReason(reason) if reason else None
 
 
 def run_token() -> bytes:

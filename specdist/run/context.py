@@ -46,7 +46,7 @@ class Start:
     attempt: Attempt
     record: AttemptRecord
     log: RankLog
-    clock: StartUp = field(default_factory=StartUp)
+    clock: StartUp
     told: threading.Event = field(default_factory=threading.Event)
     """Set once rank 0 tells of the world's failure, which it keeps on record."""
 

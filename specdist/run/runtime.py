@@ -2,7 +2,6 @@
 """One rank's way into a run: world, prompts, groups, control plane, then its role."""
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -11,7 +10,7 @@ from specdist.channel.encoding import row_bytes
 from specdist.core import config, hub
 from specdist.core.errors import DataError, say
 from specdist.core.files import to_json
-from specdist.core.launch_env import RankFacts, run_token, stop_asked
+from specdist.core.launch_env import RankFacts, run_token
 from specdist.core.run_lock import Claim, fence
 from specdist.core.stop import StopFlag
 from specdist.core.team import SILENCE_S, Team
@@ -25,10 +24,12 @@ from specdist.job.run_dir import RunDirectory
 from specdist.prompts.corpus import frequent_tokens
 from specdist.prompts.in_world import prepare_in_world
 from specdist.run.answers import answered_prompts
-from specdist.run.context import RankContext, Start, WorldContext
+from specdist.run.context import Start, WorldContext
 from specdist.run.control_plane import await_run, connected, serving
+from specdist.run.draft_role import consume
 from specdist.run.preflight.preflight import Preflight
 from specdist.run.rank_log import RankLog
+from specdist.run.target_loop import produce
 from specdist.run.timeline import collect
 from specdist.run.worlds.target_world import TargetWorld
 from specdist.target.registry import engine_groups
@@ -73,7 +74,7 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
         topology=topology,
         groups=make_groups(topology, world, backend, job.world.wait_timeout_s, engine),
         prompts=prompts,
-        stop=_stop_flag(job, start),
+        stop=StopFlag(start.attempt.deadline, job.launch.stop_before_end_s),
         run_dir=RunDirectory(Path(job.run.dir), fence(jobs.home(job, start.attempt), start.attempt.name)),
     )
     if job.world.role == "target":
@@ -124,20 +125,10 @@ def _take_part(context: WorldContext, preflight: Preflight) -> None:
         context.start.clock.begin(client.phase)
         connect_links(topology, context.groups, context.world, context.job.world.join_timeout_s)
         preflight.links(context.groups)
-        _role(topology, rank)(context.in_run(resume, client, profile))
+        role = produce if topology.draft_place(rank) is None else consume
+        role(context.in_run(resume, client, profile))
     if profile.on and rank == 0:  # all ranks have left
         _put_trace_together(context)
-
-
-def _role(topology: Topology, rank: int) -> Callable[[RankContext], None]:
-    """What a rank does. The draft's part alone takes a second and a half to import."""
-    if topology.draft_place(rank) is None:
-        from specdist.run.target_loop import produce
-
-        return produce
-    from specdist.run.draft_role import consume
-
-    return consume
 
 
 def _place_log(log: RankLog, topology: Topology, rank: int) -> None:
@@ -145,13 +136,6 @@ def _place_log(log: RankLog, topology: Topology, rank: int) -> None:
     log.move_to("colocated" if target and draft else "target" if target else "draft")
     if topology.draft_ranks and rank == topology.draft_ranks[0]:
         log.show_on_terminal()
-
-
-def _stop_flag(job: JobConfig, start: Start) -> StopFlag:
-    stop = StopFlag(start.attempt.deadline, job.launch.stop_before_end_s)
-    if (reason := stop_asked()) is not None:
-        stop.request(reason)
-    return stop
 
 
 def _begin(context: WorldContext, stack: contextlib.ExitStack) -> ResumePlan:

@@ -55,12 +55,10 @@ class RankStart:
 
 
 class StartUp:
-    """The clock of this rank's start; it begins with the process."""
+    """The clock of this rank's start, from `parts` on."""
 
-    def __init__(self, parts: list[Part] | None = None) -> None:
-        import psutil  # here, so that who only reads starts quickly
-
-        self.parts = parts or [Part("importing", psutil.Process().create_time())]
+    def __init__(self, *parts: Part) -> None:
+        self.parts = [*parts]
         self.kept: RankStart | None = None
         """What is written of it; of the first rank of each role."""
         self._file = Path()

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One roll call for the agents of a job's nodes and for the ranks of a world: all learn who is there or missing.
-
-torchrun alone waits for missing members without naming them, and its port must be free on a host that it has not asked.
-"""
+torchrun alone waits for missing members without naming them."""
 
 import errno
 import ipaddress
@@ -10,7 +8,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -48,7 +46,7 @@ class RollCall:
     key: str
     check: Callable[[], None] = lambda: None
 
-    def open_store(self, address: tuple[str, int]) -> dist.Store:
+    def open_store(self, address: tuple[str, int]) -> dist.TCPStore:
         """Serve the store of the roll call at `address`, or connect to it. Raises ConfigError: its host is not known
         here. WorldError: its port is taken on the leader, or the others do not reach it in time."""
         where = f"{address[0]}:{address[1]}"
@@ -142,10 +140,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Meeting:
-    """All nodes of the job, in rank order, and the port of torchrun's rendezvous on the leader."""
+    """All nodes of the job, in rank order, and the store that the leader serves, for the ranks too."""
 
     nodes: tuple[Node, ...]
-    port: int
+    store: dist.TCPStore = field(compare=False)
 
     @property
     def ranks(self) -> int:
@@ -160,16 +158,14 @@ def meet(
     expected: Sequence[str] = (),
     check: Callable[[], None] = lambda: None,
 ) -> Meeting:
-    """Meet the agents of the other nodes at the leader's (host, port), before any rank is started. Raises WorldError:
-    some did not come within `timeout_s` seconds; names them.
+    """Meet the agents of the other nodes at the leader's (host, port), before any rank begins; where there are none any
+    port will do. Raises WorldError: some did not come within `timeout_s` seconds; names them.
 
     Args:
         count: how many nodes the job has; node 0 leads.
         expected: the names of all nodes in order, where the launcher knows them.
         check: called while waiting; what it raises ends the wait.
     """
-    if count == 1:
-        return Meeting((me,), free_port())
     key = "launch.meet_timeout_s"
     call = RollCall(me.number, count, f"node {me.number} ({me.host})", "the agent of node 0", timeout_s, key, check)
 
@@ -180,20 +176,21 @@ def meet(
             f"{', '.join(absent)}. Present: {', '.join(host for host, _ in present.values())}"
         )
 
-    entries, port = call.answer(call.open_store(leader), [me.host, me.ranks], missing, free_port)
-    return Meeting(tuple(Node(number, host, ranks) for number, (host, ranks) in enumerate(entries)), port)
+    store = call.open_store(leader if count > 1 else (leader[0], 0))
+    entries, _ = call.answer(store, [me.host, me.ranks], missing)
+    return Meeting(tuple(Node(number, host, ranks) for number, (host, ranks) in enumerate(entries)), store)
 
 
 def serve_store(address: tuple[str, int], timeout_s: float) -> dist.TCPStore:
-    """A store that listens on the address by which the others know this host: torch alone would listen on all. One that
-    torchrun then serves in this process on the same port is this one. Raises OSError, DistError: the port is taken."""
+    """A store that listens on the address by which the others know this host: torch alone would listen on all. Port 0:
+    on a free one. Raises OSError, DistError: the port is taken."""
     found = _listener(address)
     return dist.TCPStore(
-        *address,
+        address[0],
+        address[1] if found is None else found.getsockname()[1],
         is_master=True,
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout_s),
-        multi_tenant=True,
         master_listen_fd=None if found is None else found.detach(),
     )
 

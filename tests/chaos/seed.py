@@ -149,7 +149,7 @@ class Run:
     def start(self) -> bool:
         """Start the worlds that are not running; whether there were any."""
         python = forks.python()  # sets the environment
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": forks.PYTHONPATH}
         environment |= {"TMPDIR": str(self.scratch), frames.ORDERS: str(self.orders)}
         for directory in (self.scratch, self.orders):
             directory.mkdir(exist_ok=True)

@@ -15,7 +15,6 @@ import submitit
 
 import specdist
 from specdist.core.attempts import attempts
-from tests import forks
 from tests.tiny import make_config, make_conversations, make_target
 
 STEPS = 20
@@ -24,11 +23,8 @@ STEPS = 20
 
 @pytest.fixture(autouse=True, scope="module")
 def environment():
-    """One thread a rank, as other tests' worlds have it: sums must not depend on the machine's load. Ranks are forked,
-    agents and what submitit starts are not."""
+    """One thread a rank, as other tests' worlds have it: sums must not depend on the machine's load."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in forks.for_ranks().items():
-            patch.setenv(name, value)
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
@@ -98,7 +94,7 @@ def test_a_preempted_job_and_one_that_lost_a_rank_go_on_with_the_same_losses(tmp
     [task] = controller.children()
     task.send_signal(signal.SIGUSR2)  # as submitit's controller does before the time is over
     wait_until(lambda: trained(1), job)
-    [rank] = [process for process in controller.children(recursive=True) if "specdist.train" in process.cmdline()]
+    [rank] = [process for process in controller.children(recursive=True) if process.name() == "rank 0"]
     rank.kill()
     summary = job.result()
     assert (summary.finished, summary.step) == (True, STEPS)

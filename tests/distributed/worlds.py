@@ -60,7 +60,7 @@ def start_command(command: Sequence[str]) -> subprocess.Popen[str]:
     """Start a command from the project's root, in a process group of its own; this interpreter's are forked."""
     python = forks.python()
     words = [python if word == sys.executable else word for word in command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": forks.PYTHONPATH}
     pipe = subprocess.PIPE
     return subprocess.Popen(
         words, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
@@ -107,9 +107,9 @@ def ranks_below(pid: int) -> dict[int, psutil.Process]:
     found = {}
     for process in forks.family(pid):
         with contextlib.suppress(psutil.NoSuchProcess):
-            number = process.environ().get("RANK")
-            if number is not None and process != forks.fork_of(process):
-                found[int(number)] = forks.fork_of(process)
+            number = forks.rank_of(process)
+            if number is not None:
+                found.setdefault(number, forks.fork_of(process))
     return found
 
 
@@ -134,7 +134,7 @@ def start_by_hand(
         port = free.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
     environment |= {
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": forks.PYTHONPATH, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "SPECDIST_TOKEN": TOKEN,
     }  # fmt: skip
     python, processes = forks.python(), {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,13 +23,15 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
+PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'src'}"
+"""So that a checkout is tested that is not the one installed."""
 _CLIENT = Path(__file__).with_name("client")
 _START_S = 120.0
 
 
 @cache
 def _directory() -> Path:
-    return _serve(sys.executable, {"PYTHONPATH": str(ROOT)}, [])
+    return _serve(sys.executable, {"PYTHONPATH": PYTHONPATH}, [])
 
 
 def _serve(interpreter: str, variables: Mapping[str, str], modules: Sequence[str]) -> Path:
@@ -64,9 +67,12 @@ def of_another(interpreter: Path, variables: Mapping[str, str], modules: Sequenc
     return _CLIENT, {**variables, "SPECDIST_FORKS": str(directory), "SPECDIST_FORKS_PYTHON": str(interpreter)}
 
 
-def for_ranks() -> dict[str, str]:
-    """The environment in which an agent with an interpreter of its own has its ranks forked."""
-    return {"PYTHON_EXEC": python(), **{k: v for k, v in os.environ.items() if k.startswith("SPECDIST_FORKS")}}
+def rank_of(process: psutil.Process) -> int | None:
+    """Which rank a process is: a fork of its agent has the name, another has the variable."""
+    if name := re.fullmatch(r"rank (\d+)", process.name()):
+        return int(name[1])
+    number = process.environ().get("RANK")
+    return None if number is None else int(number)
 
 
 def fork_of(process: psutil.Process) -> psutil.Process:

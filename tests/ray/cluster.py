@@ -15,7 +15,6 @@ from pathlib import Path
 import psutil
 
 from specdist.world.roll_call import free_port
-from tests import forks
 from tests.distributed.worlds import ROOT
 
 SECOND = "127.0.0.2"
@@ -64,9 +63,8 @@ class Cluster:
 
 
 def driver_environment() -> dict[str, str]:
-    """That of a user who has named no cluster. Ranks are forked, agents are not."""
-    own = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "FQ_RAY_IP")}
-    return own | forks.for_ranks()
+    """That of a user who has named no cluster."""
+    return {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "FQ_RAY_IP")}
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import psutil
 
-from tests import forks
 from tests.distributed.worlds import ROOT
 from tests.tiny import make_config
 
@@ -58,7 +57,7 @@ class Cluster:
         """That of a user of this cluster; one thread a rank, so that sums are added in one order."""
         outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         ours = {"SLURM_CONF": str(self.directory / "slurm.conf"), "OMP_NUM_THREADS": "1"}
-        return {**outside, **ours, **forks.for_ranks()}
+        return {**outside, **ours}
 
     def run(self, *words: str, **environment: str) -> str:
         """Run one of Slurm's commands from the project's root and return what it says."""
@@ -161,8 +160,6 @@ class Job:
         """The process of one of its ranks."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                if "specdist.train" in process.cmdline():
-                    variables = process.environ()
-                    if variables.get("SLURM_JOB_ID") == self.number and variables.get("RANK") == str(number):
-                        return process
+                if process.name() == f"rank {number}" and process.environ().get("SLURM_JOB_ID") == self.number:
+                    return process
         raise AssertionError(f"job {self.number} has no rank {number}\n{self.said()}")

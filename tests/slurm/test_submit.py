@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture
 def user(cluster: Cluster, monkeypatch) -> None:
     """This process as a user of the cluster."""
-    for name in ("SLURM_CONF", "OMP_NUM_THREADS", "PYTHON_EXEC"):
+    for name in ("SLURM_CONF", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, cluster.environment[name])
 
 

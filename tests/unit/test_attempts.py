@@ -315,8 +315,9 @@ def test_starts_stand_in_their_order_though_the_clock_was_set_back(tmp_path: Pat
 
 
 _STUCK = """
-import os, signal, subprocess, sys, time
+import signal, subprocess, sys, time
 from pathlib import Path
+import psutil
 from specdist.core.attempts import AttemptRecord, Failure
 from specdist_launch import stuck as module
 
@@ -325,14 +326,18 @@ stuck = "import faulthandler, signal, time; faulthandler.register(signal.SIGQUIT
 log = record.directory / "target/h2-rank1.log"
 log.parent.mkdir(parents=True)
 
-def start(rank):
-    environment, pipe = {**os.environ, "RANK": str(rank)}, subprocess.PIPE
-    child = subprocess.Popen([sys.executable, "-c", stuck], stdout=pipe, stderr=log.open("w"), env=environment)
+def start():
+    child = psutil.Popen([sys.executable, "-c", stuck], stdout=subprocess.PIPE, stderr=log.open("w"))
     child.stdout.readline()
     return child
 
-with module.ending_stuck_ranks(record, "h2", record.fail, 1) as killed:
-    waiting, stopped = start(1), start(2)
+def running():
+    return {rank: process for rank, process in ranks.items() if process.poll() is None}
+
+ranks = {}
+with module.ending_stuck_ranks(running, record, "h2", record.fail, 1) as killed:
+    ranks |= {1: start(), 2: start()}
+    waiting, stopped = ranks.values()
     for _ in range(3):  # never for long
         for number in (signal.SIGSTOP, signal.SIGCONT):
             waiting.send_signal(number)

@@ -63,7 +63,7 @@ def make_run(directory: Path, *overrides: str, steps: int = 40, ended: bool = Tr
             paths.evaluation(step).write_text(to_json(found.to_dict()))
     tracker.close()
     for rank, role in enumerate(("target replica 0 tp 0", "draft dp 0 cp 0")):
-        clock = StartUp([Part("importing", began.time + 1), Part("loading the target", began.time + 3)])
+        clock = StartUp(Part("importing", began.time + 1), Part("loading the target", began.time + 3))
         clock.write(attempt, rank, role, "n1")
     places = (("target replica 0 tp 0", "n1"), ("draft dp 0 cp 0", "n1"), ("draft dp 1 cp 0", "n1"))
     status = Status("7.0", None, ("n1",) * 3, True, steps, 40, Statistics(), (), places=places)

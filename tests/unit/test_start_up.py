@@ -24,7 +24,7 @@ def test_the_time_to_the_first_step(tmp_path, monkeypatch):
     record.begin(Started("local", ("a",), 3, time=104.0, launched=100.0))
     monkeypatch.setattr(start_up.time, "time", lambda: now[0])
     assert last_to_start(record) is None
-    clock = StartUp([Part("importing", 105.0), Part("prompts", 119.0)])
+    clock = StartUp(Part("importing", 105.0), Part("prompts", 119.0))
     clock.begin("loading the target")
     now[0] = 131.0
     clock.write(record, 1, "draft dp 0 cp 0", "a")
@@ -32,7 +32,7 @@ def test_the_time_to_the_first_step(tmp_path, monkeypatch):
     assert begun is not None
     assert begun.cpu_s > 0
     assert begun.told() == ("31.0 s until work began: importing 14.0 s, prompts 11.0 s, launching 4.0 s, other 2.0 s")
-    StartUp([Part("importing", 105.0)]).write(record, 0, "target replica 0 tp 0", "a")  # at work as soon
+    StartUp(Part("importing", 105.0)).write(record, 0, "target replica 0 tp 0", "a")  # at work as soon
     now[0] = 151.0
     clock.stepped(evaluated_s=5.0)
     start = last_to_start(record)
@@ -76,7 +76,7 @@ def test_what_torch_has_written_into_the_environment_of_the_launcher_is_nobodys_
 def test_what_is_compiled_is_told_apart(tmp_path):
     """Of an evaluation before the first step, too; what was compiled before the work began is not."""
     record = AttemptRecord(tmp_path / "logs/7.0")
-    clock = StartUp()
+    clock = StartUp(Part("importing", time.time()))
     torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
     assert "torch._dynamo" in sys.modules
     clock.write(record, 1, "draft dp 0 cp 0", "a")
