@@ -65,7 +65,7 @@ def test_an_option_that_cannot_be(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("--batch 4096x40000", "--batch 4096x40000: its hidden states alone take "),
+        ("--batch 2048x40000", "--batch 2048x40000: its hidden states alone take "),
         ("--batch 1x40 --ranks 2 draft.cp=3", "draft"),
     ],
 )
