@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from specdist.core.stop import leave
-from specdist.run import draft_role, target_loop
+from specdist.run import runtime, target_loop
 from specdist.scheduler.client import ControlClient
 from specdist.train import main
 from tests.order import Recorder
@@ -40,7 +40,7 @@ if __name__ == "__main__":
     target_loop._Forward.finished = finished  # type: ignore[assignment]  # noqa: SLF001
     target_loop.forward_item = hesitant(target_loop.forward_item)
     ControlClient.poll = hesitant(ControlClient.poll)  # type: ignore[method-assign]
-    target_loop.produce, draft_role.consume = map(recorder.record, (target_loop.produce, draft_role.consume))
+    runtime.produce, runtime.consume = map(recorder.record, (runtime.produce, runtime.consume))
     status = main(sys.argv[2:])
     recorder.write(Path(sys.argv[1]), int(os.environ["RANK"]))
     leave(status)

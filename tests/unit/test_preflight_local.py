@@ -73,7 +73,7 @@ def test_a_host_with_problems(tmp_path, target, capsys):
 
 def test_a_report_that_cannot_be_written(tmp_path, target, capsys):
     assert main(["doctor", "--local", *words(tmp_path, target), "--json", str(tmp_path / "no/report.json")]) == 2
-    assert f"preflight.report: {tmp_path / 'no/report.json'} cannot be written" in capsys.readouterr().err
+    assert f"--json {tmp_path / 'no/report.json'}: {tmp_path / 'no'} cannot be written" in capsys.readouterr().err
 
 
 def test_a_truncated_shard_is_not_readable(tmp_path):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from specdist.job.run_dir import RunDirectory
 from specdist.run import reporter
 from specdist.run.context import Latest
 from specdist.run.reporter import RunReporter
@@ -15,13 +16,14 @@ from specdist.training.parts import WorkDone
 
 
 @pytest.fixture
-def run(monkeypatch):
+def run(monkeypatch, tmp_path):
     """A reporter of no files; `run.pass_(seconds, ...)` lets that much time go by and reports ten steps."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(reporter, "time", SimpleNamespace(monotonic=lambda: clock.now))
     client = SimpleNamespace(statistics=Statistics(), step=0)
     done = SimpleNamespace(steps=0, tokens=0, waited_s=0.0)
-    context = SimpleNamespace(client=client, latest=Latest(), start=SimpleNamespace(clock=None))
+    start, run_dir = SimpleNamespace(clock=None), RunDirectory(tmp_path)
+    context = SimpleNamespace(client=client, latest=Latest(), start=start, run_dir=run_dir)
     made = RunReporter(context, leader=False)  # type: ignore[arg-type]
 
     def pass_(seconds: float, draft_wait: float, statistics: Statistics | None = None) -> None:

@@ -187,7 +187,6 @@ def test_a_run_is_saved_before_its_trackers_are_closed(monkeypatch: pytest.Monke
         "_source",
         "Trainer",
         "RunReporter",
-        "fence",
         "ReplayJudge",
     )
     parts = {name: MagicMock() for name in (*names, "ReplayJudge", "_whole_state", "_end_the_run")}
