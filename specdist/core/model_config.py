@@ -82,6 +82,16 @@ def impossible_sizes(config: PretrainedConfig) -> str:
     for all_heads, some in zip(heads, kv_heads, strict=True):
         if all_heads and some and all_heads % some:
             return f"num_attention_heads is {all_heads}, which is no multiple of num_key_value_heads, {some}"
+    written = text_part(config).to_dict()
+    rope = written.get("rope_parameters") or written.get("rope_scaling") or {}
+    for numbers in (
+        rope,
+        *(kind for kind in rope.values() if isinstance(kind, dict)),
+    ):  # of all layers, or by their type
+        for key in ("rope_theta", "factor"):
+            value = numbers.get(key)
+            if value is not None and not (isinstance(value, int | float) and value > 0):
+                return f"{key} of its RoPE is {value!r}: it must be a number above 0"
     try:
         weight_block(config), stored_bytes(config, "layers.0.proj")
     except (AttributeError, LookupError, TypeError, ValueError, re.error) as error:

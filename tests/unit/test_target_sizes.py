@@ -226,6 +226,10 @@ def test_a_configuration_of_other_types_is_named_in_a_line(tmp_path: Path, key: 
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": "two"}},
+            "factor of its RoPE is 'two': it must be a number",
+        ),
         ({"hidden_size": 0}, "hidden_size is 0: it must be a number from 1 to 2,147,483,648"),
         ({"num_hidden_layers": 10**30}, f"num_hidden_layers is {10**30}: it must be a number from 1 to 100,000"),
         ({"num_attention_heads": 0}, "transformers cannot read it: integer .*modulo by zero"),
