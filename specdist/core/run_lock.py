@@ -138,8 +138,9 @@ def holder(home: Path, attempt: str) -> Holder | None:
     silent_s = time.time() - max(found[0].time, found[1] / 1e9)  # on a full disk the file is only touched
     if not there and silent_s > _GONE_S:
         return None
-    deadline, record = time.monotonic() + WATCH_S, AttemptRecord(home / "logs" / found[0].attempt)
-    while time.monotonic() < deadline:
+    deadline, record, late = time.monotonic() + WATCH_S, AttemptRecord(home / "logs" / found[0].attempt), False
+    while not late:
+        late = time.monotonic() > deadline  # and looks once more: this process itself may have been held up
         now = _read(home)
         if now is None or now[0].over or record.ending() is not None or record.failure() is not None:
             return None
@@ -151,8 +152,7 @@ def holder(home: Path, attempt: str) -> Holder | None:
 
 def refuse_if_held(home: Path, attempt: str) -> None:
     """Raise ConfigError where another job than that of `attempt` is at work in `home`."""
-    held = holder(home, attempt)
-    if held is None:
+    if (held := holder(home, attempt)) is None:
         return
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held.since))
     where = f"led by host {held.host}{f', and is suspended (kill -CONT {held.pid})' if held.state == 'T' else ''}"

@@ -8,6 +8,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from specdist.channel.config import ChannelConfig
 from specdist.core.errors import WorldError
 from specdist.core.launch_env import RankFacts
 from specdist.core.topology import Topology, WorldConfig
+from specdist.world import links
 from specdist.world.groups import Groups, World
 from tests.toy_transport import ToyReceiver, ToySender
 
@@ -66,14 +68,17 @@ def test_two_sided_links_are_measured_by_the_receiver(monkeypatch: pytest.Monkey
 
 
 def test_a_transfer_that_does_not_end_names_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = SimpleNamespace(late=0.0, monotonic=lambda: time.monotonic() + played.late)
+
     class Stuck:
         def wait(self, timeout: timedelta) -> None:
-            time.sleep(timeout.total_seconds())
+            played.late += timeout.total_seconds()
             raise RuntimeError("timed out")
 
+    monkeypatch.setattr(links, "time", played)
     for name in ("isend", "irecv"):
         monkeypatch.setattr(dist, name, lambda tensor, partner, group: Stuck())
-    for words in measure(0, 2, transport="gloo", timeout_s=0.1):
+    for words in measure(0, 2, transport="gloo", timeout_s=3):
         assert isinstance(words, str)
         assert re.match(LINK_0_2 + "broke while it was measured: rank [02] .* it did not end in time", words), words
 
@@ -94,7 +99,7 @@ def test_a_link_that_breaks_is_named_and_nobody_waits_for_it(monkeypatch: pytest
 def test_a_writer_that_stalls_is_named_by_those_that_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 does not take part: rank 1 is in time for its first link, and waits for rank 0 at its second."""
     monkeypatch.setattr(probe, "_MARGIN_S", 0.0)
-    second, draft, _ = measure(1, 2, 3, timeout_s=0.5)
+    second, draft, _ = measure(1, 2, 3, timeout_s=3)
     for words in (second, draft):
         assert isinstance(words, str)
         assert re.match(LINK_0_2 + "stalled while it was measured: rank [12] ", words), words

@@ -3,9 +3,9 @@
 
 import errno
 import pickle
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from specdist.core.progress import (
     read_progress,
 )
 from specdist.run.drafts import load_state
+from specdist.training import checkpoint
 from specdist.training.checkpoint import Checkpointer
 from specdist.training.config import OptimizerConfig
 from specdist.training.dcp import SummedFile
@@ -210,7 +211,15 @@ def test_a_foreign_checkpoint_runs_no_code(tmp_path, group, where):
     assert not mark.exists()
 
 
-def test_a_save_that_fails_is_told_and_tried_again_until_it_is_given_up(tmp_path, group, monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass as a test says."""
+    played = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: played.now))
+    return played
+
+
+def test_a_save_that_fails_is_told_and_tried_again_until_it_is_given_up(tmp_path, group, monkeypatch, clock):
     (model, optimizer), told = state(), []
     config = CheckpointConfig(every_s=0, give_up_s=2)
     checkpointer = Checkpointer(tmp_path, config, group, 0, told.append)
@@ -233,7 +242,8 @@ def test_a_save_that_fails_is_told_and_tried_again_until_it_is_given_up(tmp_path
     assert words.startswith(
         f"step 1 could not be saved in {tmp_path}: OSError: [Errno 28] No space left on device; tried"
     )
-    time.sleep(checkpointer.retry_s)
+    assert not checkpointer.due
+    clock.now += checkpointer.retry_s
     assert checkpointer.due
     disk.undo()
     save_and_wait(2)
@@ -241,7 +251,7 @@ def test_a_save_that_fails_is_told_and_tried_again_until_it_is_given_up(tmp_path
     assert committed(tmp_path) == [tmp_path / "step-00000002"]
     monkeypatch.setattr(SummedFile, "write", full)
     save_and_wait(3)
-    time.sleep(config.give_up_s)
+    clock.now += config.give_up_s
     with pytest.raises(DiskError, match=r"step 4 could not be saved in .*; this has gone on for 2 s"):
         save_and_wait(4)
     assert committed(tmp_path) == [tmp_path / "step-00000002"]
@@ -287,12 +297,12 @@ def test_a_file_server_that_is_away_is_told_where_something_is_in_the_way_of_a_c
     assert (checkpointer.saved_step, told[1:]) == (2, [""])
 
 
-def test_a_checkpoint_is_due_by_the_clock(tmp_path, group):
+def test_a_checkpoint_is_due_by_the_clock(tmp_path, group, clock):
     model, optimizer = state()
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(every_s=0.5), group, 0)
     checkpointer.begin(0)
     assert not checkpointer.due
-    time.sleep(0.5)
+    clock.now = 0.5
     assert checkpointer.due
     checkpointer.save(model, optimizer, progress(1))
     assert not checkpointer.due

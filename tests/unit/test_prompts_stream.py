@@ -158,9 +158,9 @@ def test_what_cannot_be() -> None:
 def test_many_steps_are_counted_by_an_estimate_that_is_never_too_low() -> None:
     for seed in range(3):
         stream = stream_of(lengths(3 * COUNTED, seed), 8, 2048, seed)
-        started = time.perf_counter()
+        started = time.process_time()
         count = stream.count_steps(1)
-        assert time.perf_counter() - started < 5  # a third of a second alone on a core
+        assert time.process_time() - started < 5  # a third of a second
         made = sum(1 for _ in stream.steps(epochs=1))
         assert made <= count <= 1.003 * made
 

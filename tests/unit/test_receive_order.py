@@ -77,7 +77,7 @@ class Rank(Trainer):
             parcel=lambda item: SimpleNamespace(wire=item, sizes=[0]), decode=lambda parcel, shard, received: received
         )
         self.stop, place = StopFlag(), (torch.device("cpu"), (self._pod, 0), STEPS * TOGETHER)
-        self.source = RemoteSource(self.client, receiver, encoding, self.items, self.stop, 20.0, *place)  # type: ignore[arg-type]
+        self.source = RemoteSource(self.client, receiver, encoding, self.items, self.stop, 120.0, *place)  # type: ignore[arg-type]
 
     def _highest(self, *values: int) -> list[int]:
         self._said[self.number] = values
@@ -113,7 +113,7 @@ def deliveries(seed: int, pods: int) -> list[int]:
 
 def play(seed: int, event: tuple[int, str], pods: int = 1) -> tuple[list[list[str]], list[_CutOffError]]:
     order = deliveries(seed, pods)
-    agreement, said, errors = threading.Barrier(RANKS, timeout=20), dict[int, Any](), list[_CutOffError]()
+    agreement, said, errors = threading.Barrier(RANKS, timeout=120), dict[int, Any](), list[_CutOffError]()
     received = set[int]()
     ranks = [Rank(number, pods, order, agreement, said, received) for number in range(RANKS)]
 
