@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,9 @@ from specdist.world.roll_call import free_port
 from specdist_launch.agents import Host, agent_command, agent_words, attend, exit_status
 from specdist_launch.ray.cluster import GpuHost
 
-_TASK_S = 60.0
-"""How long a host may take to run a task that does next to nothing; most of it is the start of a Python."""
+_TASK_S = 300.0
+"""How long the hosts may take to run a task that does next to nothing; most of it is the start of a Python, which takes
+minutes where it comes from a cold file server or the host is busy."""
 _SECRET_S = 5.0
 """How long a connection may take to show its secret."""
 _OUTPUT_S = 5.0
@@ -168,10 +170,15 @@ def _check_hosts(hosts: Sequence[GpuHost], paths: Sequence[str]) -> int:
 
     task = ray.remote(num_cpus=0, max_retries=0)(examine_host)
     running = [task.options(scheduling_strategy=host.strategy).remote(paths) for host in hosts]
-    ports = []
+    ports, deadline = [], time.monotonic() + _TASK_S
     for host, reference in zip(hosts, running, strict=True):
         try:
-            unseen, port = ray.get(reference, timeout=_TASK_S)
+            unseen, port = ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
+        except ray.exceptions.GetTimeoutError as error:
+            raise UserError(
+                f"the Ray node {host.address} has not run a task within {_TASK_S:.0f} s: is it overloaded, or out of "
+                "processes or memory? (`ray logs raylet.err` there)"
+            ) from error
         except ray.exceptions.RayError as error:
             raise UserError(
                 f"the Ray node {host.address} does not run specdist: {_gist(error)} (the Python of its `ray start` "

@@ -96,7 +96,9 @@ def connect(address: str) -> None:
         raise UserError(f"Ray does not join {address}: {lines[-1]}")
     import ray
 
-    ray.init(address, log_to_driver=False, logging_level="ERROR")
+    # Ray lowers the priority of its tasks (niceness 15), and ranks, their children, would wait for any busy process.
+    priority = {"env_vars": {"RAY_worker_niceness": "0"}}
+    ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env=priority)
 
 
 def gpu_hosts() -> list[GpuHost]:

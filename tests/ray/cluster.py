@@ -20,8 +20,14 @@ from tests.distributed.worlds import ROOT
 SECOND = "127.0.0.2"
 """The address of the second node; lower than the first one's, so that it leads."""
 READY = "Ray runtime started"
-SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "3000"}
-"""A lost node is noticed in seconds; Ray's own defaults take half a minute."""
+SETTINGS = {
+    "RAY_health_check_period_ms": "1000",  # a lost node is noticed in seconds; by default it takes half a minute
+    "RAY_health_check_timeout_ms": "3000",
+    # A node of one CPU starts one worker at a time, and one that nobody has asked for yet has the lowest priority: on
+    # a busy machine all that comes after it waits for minutes.
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ def _node(python: Path, options: Sequence[str]) -> Iterator[None]:
     """A node of a cluster; it and all that it has started are gone afterwards."""
     ray = [str(python.with_name("ray")), "start", "--block", "--num-gpus=1", "--num-cpus=1", "--disable-usage-stats"]
     command = [*ray, "--object-store-memory=80000000", *options]
-    environment = driver_environment() | SOON
+    environment = driver_environment() | SETTINGS
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert process.stdout is not None

@@ -74,6 +74,7 @@ def test_a_lost_host_is_replaced_ctrl_c_saves_and_the_next_start_goes_on(cluster
     run, output = tmp_path / "run", tmp_path / "output"
     with cluster.started([*words, LONG], output) as job:
         await_that(lambda: steps(run), "the first step", output)
+        assert {process.nice() for process in agents(run)} == {0}  # Ray's own is 15
         agent_of(run, 1).parent().kill()  # the Ray task of the second host: all that Ray knows of it
         await_that(lambda: list(run.glob("logs/*.1/started.json")), "the second attempt", output)
         before = len(steps(run))
