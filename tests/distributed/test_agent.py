@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from specdist.core.attempts import attempts
 from specdist.core.progress import committed
 from specdist.run.status import describe
-from specdist.world.roll_call import free_port
 from tests.distributed.worlds import TOKEN, ranks_below, start_command
 from tests.forks import family, rank_of
+from tests.ports import reserve_port
 from tests.tiny import make_config, make_conversations, make_target
 
 TIMEOUT_S = 200
@@ -52,7 +52,7 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def launch(hosts: str, *config: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "specdist_launch.cli", "train", "--hosts", hosts]
-    return start_command([*command, "--master-port", str(free_port()), *config])
+    return start_command([*command, "--master-port", str(reserve_port()), *config])
 
 
 def test_agents_over_ssh_make_one_world(tmp_path: Path, material: tuple[Path, Path], ssh: None) -> None:
@@ -86,7 +86,7 @@ def test_a_job_that_cannot_meet_names_the_missing_node(
 ) -> None:
     monkeypatch.setenv("SPECDIST_TOKEN", TOKEN)
     place = ["--nodes", "2", "--node-rank", "0", "--nproc-per-node", "1", "--hosts", "n1,n2", "--host", "n1"]
-    agent = [sys.executable, "-m", "specdist_launch.agent", *place, "--master", f"127.0.0.1:{free_port()}"]
+    agent = [sys.executable, "-m", "specdist_launch.agent", *place, "--master", f"127.0.0.1:{reserve_port()}"]
     process = start_command([*agent, "--job", "7", *words(tmp_path, material, launch__meet_timeout_s=3)])
     _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == os.EX_TEMPFAIL

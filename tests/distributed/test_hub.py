@@ -7,14 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
-from specdist.world.roll_call import free_port
 from tests.hub_server import client_environment, serving, start
+from tests.ports import reserve_port
 from tests.tiny import make_config, make_conversations, make_target
 
 
 def run(directory: Path, endpoint: str, words: list[str]) -> None:
     """A world of one rank on each of two hosts."""
-    port, processes = str(free_port()), []
+    port, processes = str(reserve_port()), []
     for node, host in enumerate(("a", "b")):
         own = {"HOME": str(directory / host), "SPECDIST_HOST": host, "SPECDIST_JOB": "7", "SPECDIST_TOKEN": "5d" * 16}
         agent = ["-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 from specdist.core.progress import committed
 from specdist.evaluate.replay import ReplayReport
 from tests.distributed.worlds import kill_all, mooncake_loads, ranks_below, start_command, start_torchrun, train
+from tests.ports import reserve_port
 from tests.tiny import make_config, make_conversations, make_target
 
 pytestmark = pytest.mark.skipif(not mooncake_loads(), reason="needs mooncake-transfer-engine, and libibverbs1")
@@ -274,10 +274,7 @@ def test_a_tensor_parallel_target_world_joins_beside_one_that_is_not(worlds, und
 
 def test_worlds_without_a_common_directory_meet_at_an_address(worlds, undisturbed, tmp_path):
     """The draft world has two pods, of which the target world learns there."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"world__scheduler": f"127.0.0.1:{port}"}
+    place = {"world__scheduler": f"127.0.0.1:{reserve_port()}"}
     target = worlds.target(run__dir=tmp_path / "elsewhere", **place)
     worlds.end(worlds.draft(draft__pod=1, **place))
     assert items_of(worlds.end(target)) == 2 * STEPS

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,8 @@ import psutil
 
 from specdist.channel.mooncake.engine import check_installed
 from specdist.core.errors import ConfigError
-from specdist.world.roll_call import free_port
 from tests import forks
+from tests.ports import reserve_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "5d" * 16
@@ -75,7 +74,7 @@ def run_on_hosts(
 ) -> dict[str, subprocess.CompletedProcess[str]]:
     """Run one rank on each of several hosts, `python -m COMMAND`, and wait for all of them. A torchrun agent of this
     machine stands for each host. `environments`: variables of single hosts."""
-    port, processes = str(free_port()), {}
+    port, processes = str(reserve_port()), {}
     for node, (host, command) in enumerate(commands.items()):
         own = {"SPECDIST_HOST": host, "SPECDIST_JOB": "7", "SPECDIST_TOKEN": TOKEN}
         own |= (environments or {}).get(host, {})
@@ -129,13 +128,11 @@ def start_by_hand(
     """Start some ranks of a world without torchrun, as srun would: rank 0 serves the store. Each writes to its own file
     `stderr / RANK`, so that none waits for a reader. `environments`: variables of single ranks, beside the common ones.
     `wrappers`: commands that start single ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
     environment |= {
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": forks.PYTHONPATH, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "SPECDIST_TOKEN": TOKEN,
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": forks.PYTHONPATH, "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(reserve_port()), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        "SPECDIST_TOKEN": TOKEN,
     }  # fmt: skip
     python, processes = forks.python(), {}
     environment |= {key: value for key, value in os.environ.items() if key.startswith("SPECDIST_FORKS")}

@@ -321,7 +321,7 @@ import psutil
 from specdist.core.attempts import AttemptRecord, Failure
 from specdist_launch import stuck as module
 
-module._LOOK_S, module._SHOW_S, module.STOPPED_LOOKS, record = 0.1, 0.5, 8, AttemptRecord(Path(sys.argv[1]))
+module._LOOK_S, module.STOPPED_LOOKS, record = 0.1, 8, AttemptRecord(Path(sys.argv[1]))
 stuck = "import faulthandler, signal, time; faulthandler.register(signal.SIGQUIT); print(flush=True); time.sleep(99)"
 log = record.directory / "target/h2-rank1.log"
 log.parent.mkdir(parents=True)
@@ -331,27 +331,36 @@ def start():
     child.stdout.readline()
     return child
 
+def send(number, *processes):
+    for process in processes:
+        process.send_signal(number)
+        while (process.status() == psutil.STATUS_STOPPED) != (number == signal.SIGSTOP):
+            time.sleep(0.01)
+
+def looks():  # what happens before each of them
+    for number in (signal.SIGSTOP, signal.SIGCONT) * 3:  # never for long
+        send(number, waiting)
+        yield from range(3)
+    for number in (signal.SIGSTOP, signal.SIGCONT):  # both for long: the job is suspended
+        send(number, waiting, stopped)
+        yield from range(12)
+    found.append((waiting.poll(), stopped.poll(), set(killed)))
+    send(signal.SIGSTOP, stopped)
+    while stopped.poll() is None:
+        yield
+    found.append((waiting.poll(), stopped.poll(), set(killed)))
+
 def running():
+    next(story, None) if ranks else None
     return {rank: process for rank, process in ranks.items() if process.poll() is None}
 
-ranks = {}
+ranks, found, story = {}, [], looks()
 with module.ending_stuck_ranks(running, record, "h2", record.fail, 1) as killed:
-    ranks |= {1: start(), 2: start()}
-    waiting, stopped = ranks.values()
-    for _ in range(3):  # never for long
-        for number in (signal.SIGSTOP, signal.SIGCONT):
-            waiting.send_signal(number)
-            time.sleep(0.3)
-    for number in (signal.SIGSTOP, signal.SIGCONT):  # both for long: the job is suspended
-        waiting.send_signal(number)
-        stopped.send_signal(number)
-        time.sleep(1.2)
-    assert waiting.poll() is stopped.poll() is None and not killed
-    stopped.send_signal(signal.SIGSTOP)
-    assert stopped.wait(30) == -signal.SIGKILL
-    assert killed == {2} and waiting.poll() is None
-    assert waiting.wait(30) == -signal.SIGKILL
+    waiting, stopped = start(), start()
+    ranks |= {1: waiting, 2: stopped}
+    assert waiting.wait(60) == -signal.SIGKILL
     assert killed == {1, 2}
+    assert found == [(None, None, set()), (None, -signal.SIGKILL, {2})]
 record.add_stacks()
 """
 
@@ -360,7 +369,7 @@ def test_a_rank_that_a_signal_has_stopped_is_named_and_who_outlives_the_failure_
     tmp_path: Path,
 ) -> None:
     """Both are killed."""
-    done = subprocess.run([sys.executable, "-c", _STUCK, tmp_path], check=True, timeout=60, stderr=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-c", _STUCK, tmp_path], check=True, timeout=120, stderr=subprocess.PIPE)
     assert done.stderr.decode() == "specdist: all ranks on h2 are stopped, and go on with SIGCONT\n"
     failure = AttemptRecord(tmp_path).failure()
     assert failure is not None

@@ -41,7 +41,8 @@ class Shell:
         return (self._directory / f"said-{number}").read_text().split()
 
     def soon(self, *signals: int) -> None:
-        """Send signals to this process once it handles them and all agents listen."""
+        """Send signals to this process once it handles them and all agents listen; each when all have heard of the one
+        before, for of two that come at once one is handled."""
         before = {number: signal.getsignal(number) for number in signals}
 
         def send() -> None:
@@ -50,9 +51,10 @@ class Shell:
                 or len(list(self._directory.glob("ready-*"))) < self._count
             ):
                 time.sleep(0.01)
-            for number in signals:
+            for sent, number in enumerate(signals):
+                while sum(file.read_text().count("\n") for file in self._directory.glob("said-*")) < sent * self._count:
+                    time.sleep(0.01)
                 os.kill(os.getpid(), number)
-                time.sleep(0.1)
 
         threading.Thread(target=send, daemon=True).start()
 
@@ -122,7 +124,7 @@ def test_the_third_ctrl_c_ends_the_launcher(shell):
 
 
 def until(condition):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -136,12 +138,16 @@ def test_ctrl_z_suspends_the_job_with_its_launcher_until_it_goes_on(shell, tmp_p
     before = {child.pid for child in psutil.Process().children()}
     launcher = AgentFork(launch)
     (process,) = [child for child in psutil.Process().children() if child.pid not in before]
-    until((tmp_path / "ready-1").exists)
-    while not (tmp_path / "said-1").exists():  # without a handler it is ignored, for no shell would have it go on
-        launcher.signal(signal.SIGTSTP)
-        time.sleep(0.1)
+
+    def handles() -> int:  # without a handler it is ignored, for no shell would have it go on
+        handled = Path(f"/proc/{process.pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+        return int(handled, 16) >> (signal.SIGTSTP - 1) & 1
+
+    until(lambda: (tmp_path / "ready-1").exists() and handles())
+    launcher.signal(signal.SIGTSTP)
     until(lambda: process.status() == psutil.STATUS_STOPPED)
-    assert set(shell.said(1)) == {"SIGTSTP"}
+    until((tmp_path / "said-1").exists)
+    until(lambda: shell.said(1) == ["SIGTSTP"])
     launcher.signal(signal.SIGCONT)
     until(lambda: shell.said(1)[-1] == "SIGCONT")
     launcher.signal(signal.SIGTERM)
@@ -163,7 +169,7 @@ def test_an_agent_suspends_its_ranks_and_whoever_asks_them_to_leave_has_them_go_
                     rank.kill()
                 else:
                     _stop_ranks(last, impatient=False)
-                    assert rank.wait(30) == -last
+                    assert rank.wait(60) == -last
         return 7
 
     assert AgentFork(be_agent).wait() == 7

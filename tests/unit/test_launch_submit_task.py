@@ -99,6 +99,7 @@ class Bench:
             for number in signals:
                 os.kill(os.getpid(), number)
                 time.sleep(0.1)
+            (self.directory / "sent").touch()
 
         threading.Thread(target=send, daemon=True).start()
 
@@ -132,7 +133,7 @@ def test_signals_meanwhile_do_no_harm(bench, monkeypatch):
         os.kill(os.getpid(), signal.SIGUSR2)  # a second pass of submitit's handler would find this file and give up
 
     monkeypatch.setattr("submitit.core.utils.cloudpickle_dump", dump)
-    bench.agent("trap 'sleep 0.4; exit 75' USR2; trap '' TERM")
+    bench.agent(f"trap 'until [ -e {bench.directory}/sent ]; do sleep 0.02; done; exit 75' USR2; trap '' TERM")
     bench.soon(signal.SIGUSR2, signal.SIGUSR2, signal.SIGTERM)
     ends_with(LOCAL_REQUEUE_RETURN_CODE, bench.submit)
     assert bench.pickled().attempt == Attempt("j", 1)

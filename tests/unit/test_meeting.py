@@ -14,14 +14,15 @@ import torch.distributed as dist
 
 from specdist.core.errors import ConfigError, Dismissed, UserError, WorldError
 from specdist.core.launch_env import interface_towards
-from specdist.world.roll_call import Meeting, Node, RollCall, free_port, meet, serve_store
+from specdist.world.roll_call import Meeting, Node, RollCall, meet, serve_store
+from tests.ports import reserve_port
 
 HOSTS = ("a", "b", "c")
 
 
 def meet_all(present: Sequence[int], timeout_s: float, delay_s: float = 0.0) -> dict[int, Meeting | UserError]:
     """Let the agents of `present` nodes meet, each in a thread; the leader comes `delay_s` later than the others."""
-    leader, found = ("127.0.0.1", free_port()), dict[int, Meeting | UserError]()
+    leader, found = ("127.0.0.1", reserve_port()), dict[int, Meeting | UserError]()
 
     def agent(number: int) -> None:
         if number == 0:
@@ -62,7 +63,7 @@ def test_everyone_learns_who_is_missing() -> None:
 
 def test_the_leader_waits_in_its_store_no_longer_than_the_others() -> None:
     call = RollCall(0, 2, "rank 0", "rank 0", 7.0, "world.join_timeout_s")
-    assert call.open_store(("127.0.0.1", free_port())).timeout.total_seconds() == 7.0
+    assert call.open_store(("127.0.0.1", reserve_port())).timeout.total_seconds() == 7.0
 
 
 def test_without_a_leader_the_wait_is_bounded() -> None:
@@ -93,7 +94,7 @@ def test_a_stop_ends_the_wait(number: int) -> None:
             raise Dismissed("SIGTERM")
 
     with pytest.raises(Dismissed):
-        meet(Node(number, "a", 1), 2, ("127.0.0.1", free_port()), 120.0, check=check)
+        meet(Node(number, "a", 1), 2, ("127.0.0.1", reserve_port()), 120.0, check=check)
     assert time.monotonic() - began < 30.0
 
 
@@ -103,7 +104,7 @@ def test_this_host_needs_no_interface() -> None:
 
 @pytest.mark.parametrize("given", [False, True])
 def test_a_store_listens_on_one_address_only(given: bool) -> None:
-    port = free_port() if given else 0  # not a parameter: each worker of the tests would have another
+    port = reserve_port() if given else 0  # not a parameter: each worker of the tests would have another
     store = serve_store(("127.0.0.1", port), 20.0)
     assert store.port == port or port == 0
     listening = [c.laddr for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]
