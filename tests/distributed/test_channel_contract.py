@@ -38,7 +38,7 @@ def world_size(implementation: Implementation) -> int:
 def test_a_channel_keeps_its_contract(name: str, tmp_path: Path) -> None:
     implementation = IMPLEMENTATIONS[name]
     ranks = world_size(implementation)
-    done = torchrun(ranks, ["-m", "tests.distributed.channel_world", name, str(tmp_path)], timeout=120)
+    done = torchrun(ranks, ["-m", "tests.distributed.channel_world", name, str(tmp_path)], timeout=300)
     assert done.returncode == 0, done.stderr
     reports = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
     assert len(reports[0]["cases"]) >= 2

@@ -81,7 +81,7 @@ class Job:
         self.wait_until(lambda: self.step > began)
         return self.ranks()
 
-    def wait_until(self, condition: Callable[[], object], seconds: float = 90) -> None:
+    def wait_until(self, condition: Callable[[], object], seconds: float = 240) -> None:
         assert self.process is not None
         deadline = time.monotonic() + seconds
         while not condition():
@@ -173,8 +173,8 @@ def test_a_suspended_run_whose_directory_another_start_has_taken_writes_nothing_
     other.write_text(to_json(Holder("slurm-99.0", "elsewhere")))  # of another host, where it could not be seen
 
     def written() -> dict[Path, int]:
-        kept = [*run.glob("checkpoints/*/*"), run / "metrics.jsonl", run / "status.json"]
-        return {file: file.stat().st_mtime_ns for file in kept}
+        kept = [file for saved in committed(run / "checkpoints") for file in saved.iterdir()]  # others are on their way
+        return {file: file.stat().st_mtime_ns for file in [*kept, run / "metrics.jsonl", run / "status.json"]}
 
     before = written()
     for rank in ranks.values():
@@ -309,7 +309,7 @@ def test_after_all_this_the_same_run_finishes(job: Job, tmp_path: Path) -> None:
     steps = job.step + 2
     ranks = start_by_hand([0, 1, 2], 3, ["-m", "specdist.train", *job.words(train__steps=steps)], tmp_path)
     try:
-        statuses = [process.wait(120) for process in ranks.values()]
+        statuses = [process.wait(240) for process in ranks.values()]
     finally:
         for process in ranks.values():
             process.kill()

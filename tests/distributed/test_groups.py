@@ -25,7 +25,7 @@ MARGIN_S = 60.0
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the ranks of one world of a target rank and draft dp 2 x cp 2 found."""
     folder = tmp_path_factory.mktemp("groups")
-    done = torchrun(5, ["-m", "tests.distributed.groups_world", "groups", str(folder)], timeout=120)
+    done = torchrun(5, ["-m", "tests.distributed.groups_world", "groups", str(folder)], timeout=300)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(5)]
 

@@ -21,7 +21,7 @@ def run(directory: Path, endpoint: str, words: list[str]) -> None:
         agent += ["--master-addr=127.0.0.1", f"--master-port={port}", "-m", "specdist.train", *words]
         processes.append(start(agent, client_environment(endpoint, directory / host / "hf", **own), directory))
     for process in processes:
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
 
 

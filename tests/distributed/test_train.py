@@ -176,7 +176,7 @@ def test_a_run_keeps_its_steps_on_any_ranks(tmp_path, material, undisturbed):
             for role in ("draft", "target")
         ]
         for world in worlds:
-            _, err = world.communicate(timeout=120)
+            _, err = world.communicate(timeout=240)
             assert world.returncode == 0, err
     said.append(run(3, tmp_path, material, **options, train__steps=10))
     notes = [re.findall(r"A step keeps its 2 micro-batches.*ranks[^.]*", text) for text in said]

@@ -55,5 +55,5 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 def _runs(python: str, tmp_path) -> None:
     script = tmp_path / "says.py"
     script.write_text("print('forked')")
-    done = subprocess.run([python, script], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([python, script], capture_output=True, text=True, check=False, timeout=300)
     assert (done.returncode, done.stdout) == (0, "forked\n"), done.stderr

@@ -33,14 +33,14 @@ import sys, time
 from specdist.core import hub
 from specdist.core.errors import UserError
 from specdist.core.stop import leave
-hub.SILENCE_S, hub.LOOK_S = 2.0, 0.1
+hub.SILENCE_S, hub.LOOK_S = float(sys.argv[3]), 0.1
 for path in sys.argv[1].splitlines():
     began = time.monotonic()
     try:
         print(hub.resolve(path, "target.path", weights=sys.argv[2] == "weights"))
     except UserError as error:
         print(error)
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 30
 leave(0)
 """
 COMMAND = """
@@ -57,8 +57,8 @@ from specdist.core import hub
 from specdist.core.errors import UserError
 from specdist.core.stop import leave
 from specdist.export.card import push
-hub.SILENCE_S = 2.0
 for name in sys.argv[2:]:
+    hub.SILENCE_S = 2.0 if "hangs" in name else 60.0
     try:
         print(push(Path(sys.argv[1]), name))
     except UserError as error:
@@ -104,10 +104,18 @@ def server(repositories: Path) -> Any:
         yield running
 
 
-def resolve(path: str, home: Path, endpoint: str, weights: bool = False, cwd: Path | None = None, **more: str) -> str:
-    words = ["-c", RESOLVE, path, "weights" if weights else "small"]
+def resolve(
+    path: str,
+    home: Path,
+    endpoint: str,
+    weights: bool = False,
+    cwd: Path | None = None,
+    silence_s: float = 60.0,
+    **more: str,
+) -> str:
+    words = ["-c", RESOLVE, path, "weights" if weights else "small", str(silence_s)]
     process = start(words, client_environment(endpoint, home, **more), cwd)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return out.strip()
 
@@ -156,7 +164,7 @@ def test_an_export_is_put_there_under_a_card_of_its_name(server: Hub, tmp_path: 
     server.silent = lambda asked: "org/hangs/commit" in asked
     words = ["-c", PUSH, str(draft), "org/new", "nowhere", "others/new", "org/hangs"]
     process = start(words, client_environment(server.endpoint, tmp_path))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     log_in = "log in with a token that may write there (`hf auth login`, or HF_TOKEN)"
     assert out.splitlines() == [
@@ -224,7 +232,7 @@ def test_the_wait_for_a_process_that_hangs_is_bounded(server: Hub, tmp_path: Pat
     lock = tmp_path / "hub/.locks/models--org--tiny/specdist.lock"
     lock.parent.mkdir(parents=True)
     with FileLock(lock):
-        found = resolve("org/tiny", tmp_path, server.endpoint)
+        found = resolve("org/tiny", tmp_path, server.endpoint, silence_s=2)
     assert f"org/tiny and has come no further for 2 s; its lock is {lock}" in found
     assert not server.asked
 
@@ -232,14 +240,14 @@ def test_the_wait_for_a_process_that_hangs_is_bounded(server: Hub, tmp_path: Pat
 @pytest.mark.parametrize("part", ["/tree/", "GET org/tiny/resolve"])
 def test_a_hub_that_falls_silent_is_named_in_time(part: str, server: Hub, tmp_path: Path) -> None:
     server.silent = lambda asked: part in asked
-    found = resolve("org/tiny", tmp_path, server.endpoint, HF_HUB_DOWNLOAD_TIMEOUT="60")
+    found = resolve("org/tiny", tmp_path, server.endpoint, silence_s=2, HF_HUB_DOWNLOAD_TIMEOUT="60")
     assert f"download of org/tiny from {server.endpoint} has come no further for 2 s: that server is silent" in found
 
 
 def test_the_command_ends_though_another_program_holds_a_file_of_the_cache(server: Hub, tmp_path: Path) -> None:
     server.silent = lambda asked: not asked.startswith("HEAD") and "/resolve/" in asked  # the other one's download
     tool = "from huggingface_hub import *; hf_hub_download('org/tiny', 'config.json')"
-    environment = client_environment(server.endpoint, tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="60")
+    environment = client_environment(server.endpoint, tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="600")
     other = start(["-c", tool], environment)
     try:
         while not any(line.startswith("GET") and line.endswith("config.json") for line in server.asked):
@@ -248,7 +256,7 @@ def test_the_command_ends_though_another_program_holds_a_file_of_the_cache(serve
         server.silent = lambda asked: False
         words = ["plan", "target.path=org/tiny", "prompts.files=[x]", "run.dir=x", "draft.dp=1"]
         process = start(["-c", COMMAND, *words], environment)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     finally:
         other.kill()
         other.communicate()
@@ -259,7 +267,7 @@ def test_the_command_ends_though_another_program_holds_a_file_of_the_cache(serve
 def test_data_sets_are_the_arrow_files_of_a_split(server: Hub, tmp_path: Path) -> None:
     def read(*words: str, endpoint: str = server.endpoint, home: Path = tmp_path, **more: str) -> list[str]:
         process = start(["-c", DATASET, *words], client_environment(endpoint, home, **more))
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         return out.splitlines()
 
@@ -278,12 +286,13 @@ def test_data_sets_are_the_arrow_files_of_a_split(server: Hub, tmp_path: Path) -
         strict=True,
     ):
         assert said.startswith(part)
-    assert read("hub:org/chat", endpoint=NOBODY, HF_HUB_OFFLINE="1") == [plain]
     began = time.monotonic()
+    assert read("hub:org/chat", endpoint=NOBODY, HF_HUB_OFFLINE="1") == [plain]
+    usual, began = time.monotonic() - began, time.monotonic()
     (said,) = read("hub:org/chat", endpoint=NOBODY, home=tmp_path / "empty")
     assert f"and {NOBODY} gives nothing" in said
     assert "`hf download org/chat --repo-type dataset`" in said
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 10 + 2 * usual
 
 
 def test_config_json_alone_is_enough_for_a_plan(tmp_path: Path) -> None:

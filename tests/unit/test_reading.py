@@ -161,7 +161,7 @@ def test_a_shell_completes_commands_and_keys(tmp_path: Path) -> None:
         told = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line, "COMP_POINT": str(len(line))}
         output = tmp_path / "completions"
         told["_ARGCOMPLETE_STDOUT_FILENAME"] = str(output)
-        subprocess.run([sys.executable, "-m", "specdist_launch.cli"], env=os.environ | told, timeout=60)
+        subprocess.run([sys.executable, "-m", "specdist_launch.cli"], env=os.environ | told, timeout=300)
         found.append(output.read_text().split("\n"))
     assert [[word.strip() for word in words] for words in found] == [["compare"], ["optimizer.lr="]]
 

@@ -14,7 +14,7 @@ from specdist.run.target_loop import Producer
 from specdist.scheduler.messages import Computed, Dispatch, Message, Send, Stop
 
 LAYOUT = FeatureLayout((0,), 4, final=False, dtype=torch.float32)
-LIMIT_S = 20.0
+LIMIT_S = 120.0
 
 
 class Scheduler:
