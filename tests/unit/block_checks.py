@@ -58,7 +58,9 @@ def nothing_supervised_is_zero(case: Case[Any]) -> None:
         document[:] = case.draft.vocabulary.to_draft.argmin()
     loss, sums, counts = run(case)
     loss.backward()
-    assert loss.item() == counts.item() == sum(sums.values()) == 0.0
+    assert loss.item() == counts.item() == sums["counted/1"] == sums["prefix/1"] == 0.0
+    assert (sums["positions/1"] > 0) == (not case.draft.vocabulary.whole)
+    assert case.draft.metrics(sums)["simulated_acceptance_length"] == 1.0
     assert all(p.grad is not None and not p.grad.any() for p in case.draft.parameters())
 
 

@@ -34,9 +34,12 @@ KINDS: list[dict[str, object]] = [
 ]
 
 
-def compared(name: str | None, own: Tensor, taught: Tensor, label: int, ids: list[int]) -> tuple[Tensor, float]:
-    """Loss and acceptance of the draft's logits [V_d] beside the target's [V]; `label` is a draft id."""
+def compared(name: str | None, own: Tensor, taught: Tensor, label: int | None, ids: list[int]) -> tuple[Tensor, float]:
+    """Loss and acceptance of the draft's logits [V_d] beside the target's [V]; `label` is a draft id, None where the
+    draft vocabulary has no such token."""
     if name is None:
+        if label is None:
+            return own.sum() * 0.0, 0.0
         return -own.log_softmax(0)[label], own.softmax(0)[label].item()
     q, full, best = own.softmax(0), taught.softmax(0)[ids], int(taught.argmax())
     acceptance = torch.minimum(full, q).sum()
@@ -67,16 +70,17 @@ def expected(case: Case, reference: Reference) -> tuple[Tensor, dict[str, float]
             total += 1.0 if alpha is not None else sum(weights)
             right = [label is not None and int(logs[k].argmax()) == label for k, label in enumerate(labels)]
             for k, label in enumerate(labels):
-                if label is None:
-                    continue
+                sums[f"positions/{k + 1}"] += 1
                 taught = reference.target_logits(reference.head @ rows[anchor + k, -HIDDEN:])
                 loss, accepted = compared(config.teacher, logits[k], taught, label, list(reference.ids))
+                sums[f"accepted/{k + 1}"] += accepted
+                if label is None:
+                    continue
                 weighted = weighted + weights[k] * loss
                 sums[f"loss/{k + 1}"] += float(loss.detach())
                 sums[f"counted/{k + 1}"] += 1
                 sums[f"correct/{k + 1}"] += right[k]
                 sums[f"prefix/{k + 1}"] += all(right[: k + 1])
-                sums[f"accepted/{k + 1}"] += accepted
     sums |= {"weighted": float(weighted.detach()), "total": total}
     return weighted / total, sums
 
@@ -124,6 +128,9 @@ def test_what_a_person_reads() -> None:
     assert empty["simulated_acceptance_length"] == 1.0
 
 
-def test_a_draft_that_is_always_right_is_accepted_whole() -> None:
-    sums = dict.fromkeys(build_case().draft.metric_names, 4.0)
-    assert build_case().draft.metrics(sums)["simulated_acceptance_length"] == BLOCK
+def test_a_draft_that_is_always_right_is_accepted_whole_but_for_what_its_vocabulary_lacks() -> None:
+    draft = build_case().draft
+    sums = dict.fromkeys(draft.metric_names, 4.0)
+    assert draft.metrics(sums)["simulated_acceptance_length"] == BLOCK
+    lacking = draft.metrics(sums | {"positions/1": 8.0})
+    assert (lacking["accuracy/1"], lacking["simulated_acceptance_length"]) == (0.5, BLOCK - 0.5)

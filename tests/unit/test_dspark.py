@@ -37,23 +37,25 @@ def expected(case: Case, reference: Reference) -> tuple[torch.Tensor, dict[str, 
                 before, weight, label = tokens[anchor + k], math.exp(-k / config.decay_gamma), reference.own(token)
                 logits, kept = reference.after(states[k], before, kept)
                 right.append(label is not None and int(logits.argmax()) == label)
-                if label is None:
-                    continue
                 draft = torch.zeros(VOCAB, dtype=logits.dtype).index_put(
                     (torch.tensor(reference.ids),), logits.softmax(0)
                 )
                 target = reference.taught(final[anchor + k])
                 l1 = (draft - target).abs().sum()
-                loss = config.ce_weight * -draft[token].log() + config.l1_weight * l1
                 chance = (1 - l1.detach() / 2).clamp(0, 1)
+                sums[f"positions/{k + 1}"] += 1
+                sums[f"accepted/{k + 1}"] += float(chance)
+                if label is None:
+                    continue
+                loss = config.ce_weight * -draft[token].log() + config.l1_weight * l1
                 weighted = weighted + weight * loss
                 total += weight
                 if config.confidence != "none":
                     sure = reference.confidence(states[k], before)
                     confidence = confidence - weight * (chance * sure.log() + (1 - chance) * (1 - sure).log())
                 for name, value in zip(
-                    ("loss", "counted", "correct", "prefix", "accepted"),
-                    (float(loss.detach()), 1, right[-1], all(right), float(chance)),
+                    ("loss", "counted", "correct", "prefix"),
+                    (float(loss.detach()), 1, right[-1], all(right)),
                     strict=True,
                 ):
                     sums[f"{name}/{k + 1}"] += value

@@ -101,7 +101,7 @@ class BlockAlgorithm(Algorithm[C]):
             blocks = Blocks.at(Blocks.candidates(batch), batch, self.config)
         else:
             blocks = Blocks.draw(batch, self.config, draw)
-        return (batch.places < 0).index_fill(0, blocks.rows[blocks.valid], True)
+        return (batch.places < 0).index_fill(0, blocks.rows[blocks.served], True)
 
     @staticmethod
     @abstractmethod

@@ -139,17 +139,17 @@ class BlockDraft(DraftModel):
     def learn(
         self, batch: PackedTokens, features: Features, blocks: Blocks, states: Tensor, totals: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the blocks' normed states [N, D, H]: the loss, with a graph, its `parts`, and the sums [D, 5] in the order
+        """Of the blocks' normed states [N, D, H]: the loss, with a graph, its `parts`, and the sums [D, 6] in the order
         of `SUMS`."""
 
     def chunked(
         self, blocks: Blocks, states: Tensor, batch: PackedTokens, terms: Terms
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of normed states [N, D, H], with a graph, every draft's chance to be accepted [N, D] and the sums
-        [D, 5] in the order of `SUMS`."""
+        [D, 6] in the order of `SUMS`."""
         self.ready(*self.heads)
         pairs = self.factors(states, batch.tokens[blocks.rows])
-        how = blocks.valid, terms, self.config.loss_chunk, torch.is_grad_enabled()
+        how = blocks.valid, blocks.served, terms, self.config.loss_chunk, torch.is_grad_enabled()
         return ChunkedLoss.apply(*how, *(t.to(states.dtype) for pair in pairs for t in pair))
 
     def labels(self, blocks: Blocks) -> Tensor:

@@ -31,7 +31,8 @@ class Blocks:
         counts: how many of them each document has.
         rows: [N, D], the packed rows before those of the tokens that are to be drafted: the anchor's first.
         labels: [N, D], those tokens.
-        valid: bool [N, D], which drafts count: the first ones of each block, at least one.
+        served: bool [N, D], which drafts serving asks for: the first ones of each block, at least one.
+        valid: bool [N, D], which of them are learnt from: those that the draft vocabulary has.
     """
 
     size: int
@@ -41,6 +42,7 @@ class Blocks:
     counts: tuple[int, ...]
     rows: Tensor
     labels: Tensor
+    served: Tensor
     valid: Tensor
 
     @classmethod
@@ -67,7 +69,7 @@ class Blocks:
         rows = anchors[:, None] + steps
         inside = rows.clamp(max=len(positions) - 1)
         same = positions[inside] == positions[anchors][:, None] + steps  # past the end of the batch it never is
-        valid = (same & supervised[inside]).int().cumprod(1).bool()
+        served = (same & supervised[inside]).int().cumprod(1).bool()
         begins = torch.zeros(len(positions), dtype=torch.int64).index_fill_(0, anchors, 1)
         return cls(
             size=options.block_size,
@@ -77,7 +79,8 @@ class Blocks:
             counts=tuple(int(part.sum()) for part in begins.split(host_batch.lengths)),
             rows=inside - 1,
             labels=host_batch.tokens[inside],
-            valid=valid,
+            served=served,
+            valid=served,
         )
 
     def filled(self, tokens: int, most: int) -> Self:
@@ -96,6 +99,7 @@ class Blocks:
             counts=(*self.counts, added),
             rows=fill(self.rows),
             labels=fill(self.labels),
+            served=fill(self.served),
             valid=fill(self.valid),
         )
 

@@ -43,7 +43,7 @@ def replay_blocks(
     for part in anchors.split(options.most(len(host_batch.tokens))):
         blocks = Blocks.at(part, host_batch, options).to(accepted.device)
         states = draft.states(batch, blocks, verified, draft.attention(blocks, lengths))[:, :count]
-        rows, labels, valid = (t[:, :count] for t in (blocks.rows, blocks.labels, blocks.valid))
+        rows, labels, valid = (t[:, :count] for t in (blocks.rows, blocks.labels, blocks.served))
         found, likely = [], []
         factors = [(factor.flatten(0, 1), table) for factor, table in draft.factors(states, batch.tokens[rows])]
         for chunk, before in enumerate(rows.flatten().split(options.loss_chunk)):

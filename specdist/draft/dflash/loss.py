@@ -70,7 +70,7 @@ def block_terms(products: Tensor, labels: Tensor, valid: Tensor, how: SlotLoss, 
     weights = how.weights(chances, valid) / total
     is_label = torch.arange(products.shape[-1], device=products.device) == labels[..., None]
     products.copy_(how.through(logits, (log_q.exp() - is_label.to(log_q.dtype)) * weights[..., None]))
-    return loss, weights, (logits.argmax(-1) == labels).to(loss.dtype), chances
+    return loss, weights, (logits.argmax(-1) == labels).to(loss.dtype), chances * valid
 
 
 def taught_terms(

@@ -11,7 +11,7 @@ from specdist.draft.base import Drafts, draw
 from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.block.blocks import Blocks
 from specdist.draft.block.layer import modules
-from specdist.draft.block.loss import RATES, metrics
+from specdist.draft.block.loss import metrics
 from specdist.draft.common.compiling import compiled as compiled_once
 from specdist.draft.common.precision import at_least_fp32
 from specdist.draft.dflash.config import DFlashConfig
@@ -54,5 +54,4 @@ class DFlashDraft(BlockDraft):
         return Drafts(self.vocabulary.ids[draw(logits, temperature, generator)], logits, ids)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        taught = {} if self.config.loss_kind is None else {"acceptance_rate": "accepted"}
-        return metrics(sums, self.config.drafts, RATES | taught)
+        return metrics(sums, self.config.drafts, taught=self.config.loss_kind is not None)

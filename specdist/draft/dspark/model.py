@@ -11,7 +11,7 @@ from specdist.core.records import Features, PackedTokens
 from specdist.draft.base import Drafts, draw, ratio
 from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.block.blocks import Blocks
-from specdist.draft.block.loss import RATES, metrics
+from specdist.draft.block.loss import metrics
 from specdist.draft.common.compiling import compiled as compiled_once
 from specdist.draft.common.precision import at_least_fp32
 from specdist.draft.dspark.config import DSparkConfig
@@ -75,5 +75,5 @@ class DSparkDraft(BlockDraft):
         return Drafts(torch.stack(tokens[1:], 1), torch.stack(logits, 1), None if self.vocabulary.whole else ids)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        found = metrics(sums, self.config.drafts, RATES | {"acceptance_rate": "accepted"})
+        found = metrics(sums, self.config.drafts, taught=True)
         return found | {"confidence_loss": ratio(sums["confidence"], sums["total"])}
