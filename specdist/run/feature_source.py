@@ -7,7 +7,6 @@ import contextlib
 import functools
 import itertools
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,6 +23,7 @@ from specdist.core.topology import Topology
 from specdist.core.trace import span
 from specdist.prompts.items import Items
 from specdist.run.context import WorldContext
+from specdist.scheduler.awake import AwakeClock
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Deliver, Released, Stop, StopRequest
 from specdist.target.base import TargetModel
@@ -57,7 +57,7 @@ class RemoteSource(FeatureSource):
         self._encoding, self._received_bytes = encoding, 0
         self._waits = DeviceTimer(device)
         self._client, self.receiver, self._items = client, receiver, items
-        self._stop, self._timeout_s = stop, timeout_s
+        self._stop, self._timeout_s, self._clock = stop, timeout_s, AwakeClock(20 * _LOOK_S)
         self._next = items.schedule.first_item
         """The first item that is not released."""
         self._known: dict[int, Deliver] = {}  # by its number, not yet posted
@@ -128,9 +128,9 @@ class RemoteSource(FeatureSource):
 
     def _heard(self, number: int) -> Deliver:
         """What the scheduler has said to another rank of the pod at least, and to this one at the same time."""
-        deadline = time.monotonic() + self._timeout_s
+        deadline = self._clock() + self._timeout_s
         while number not in self._known:
-            if self._stopped or time.monotonic() > deadline:
+            if self._stopped or self._clock() > deadline:
                 raise WorldError(f"the scheduler on rank 0 told others of delivery {number}, and not this rank")
             self._poll(_LOOK_S)
         return self._known.pop(number)
@@ -170,7 +170,7 @@ class RemoteSource(FeatureSource):
     def _await_more(self, index: int, stop: StopFlag | None = None, at_most_s: float = math.inf) -> bool:
         """Wait until a delivery is known that is not posted, as that of item `index` will be; False if the scheduler
         stops, `stop` is asked for, or so many seconds have passed, before."""
-        now = time.monotonic()
+        now = self._clock()
         until = now + at_most_s
         if self._awaited != index:
             self._awaited, self._wait_until = index, now + self._timeout_s
@@ -180,7 +180,7 @@ class RemoteSource(FeatureSource):
                 limit = f"{self._timeout_s:.0f} s (world.wait_timeout_s)"
                 raise WorldError(f"no target replica delivered batch {index} within {limit}")
             self._poll(min(_LOOK_S, at_most_s))
-            now = time.monotonic()
+            now = self._clock()
         return bool(self._known)
 
     def _raise_broken(self) -> None:

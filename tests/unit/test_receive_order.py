@@ -170,6 +170,25 @@ def test_all_stop_before_the_same_step() -> None:
     assert "step 8" not in issued[0]
 
 
+def test_who_was_suspended_while_it_waited_goes_on_waiting_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as a batch system, or a terminal's Ctrl-Z, has suspended all of them."""
+    passed, step, real = [0.0], [5000.0], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + passed[0])
+    rank = Rank(0, 1, [0], threading.Barrier(1), {}, set())
+    told = iter([[], [Deliver(0, 0, 0, number=0)]])
+
+    def poll(timeout_s: float) -> list[Deliver]:
+        passed[0] += step[0]
+        return next(told, [])
+
+    rank.client.poll = poll  # type: ignore[method-assign]
+    assert rank.source._await_more(0)  # noqa: SLF001
+    rank.source._known.clear()  # noqa: SLF001
+    step[0] = 2.0
+    with pytest.raises(WorldError, match="no target replica delivered batch 0 within 120 s"):
+        rank.source._await_more(0)  # noqa: SLF001
+
+
 def test_all_leave_when_one_is_cut_off() -> None:
     issued, errors = play(0, (7, "lost"))
     assert sorted(map(str, errors)) == [
