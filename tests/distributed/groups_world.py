@@ -33,7 +33,7 @@ from specdist.training.shard import ShardedWeights, shard_draft
 from specdist.world.groups import Groups, World, join_world, make_groups
 from specdist.world.links import connect_links
 
-LATE_S = 4.0
+LATE_S = 12.0
 LATE_RANK = 3
 COLLECTIVES = {"_allgather_base_": "gather", "_reduce_scatter_base_": "reduce", "allreduce_": "sum"}
 

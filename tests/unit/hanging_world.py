@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 def worker() -> list[object]:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=15))
     if os.environ["RANK"] == "1":
         hang_for_good()
     dist.barrier()

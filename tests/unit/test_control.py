@@ -910,13 +910,13 @@ time.sleep(60)
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(signal.SIGSTOP, "silent for more than 2 s"), (signal.SIGKILL, "the connection to it is lost")],
+    [(signal.SIGSTOP, "silent for more than 5 s"), (signal.SIGKILL, "the connection to it is lost")],
 )
 def test_a_process_that_stops_or_dies_is_named(
     runs: typing.Callable[..., Run], number: signal.Signals, text: str
 ) -> None:
     topology = Topology("split", ("a", "b"), ((1,),), ((0,),), 1)
-    run = runs(None, topology, replace(QUICK, silence_s=2.0))
+    run = runs(None, topology, replace(QUICK, silence_s=5.0))
     mine = run.client(0)
     mine.ready()
     arguments = [sys.executable, "-c", PEER, run.server.address, run.token.hex(), "1"]

@@ -245,8 +245,8 @@ def test_a_server_that_stays_away_ends_it_in_time(tmp_path: Path, server: Server
     """What was written stays, `specdist status` tells of it, and the same command goes on."""
     monkeypatch.setattr(team, "TELL_S", 0.0)
     server.fail = lambda number: 200 if number < 10 else 503
-    asked = assignment(tmp_path, server, timeout_s=1.0)
-    with pytest.raises(WorldError, match=r"has written no answer for 1 s \(generate.timeout_s\).*status 503"):
+    asked = assignment(tmp_path, server, timeout_s=4.0)
+    with pytest.raises(WorldError, match=r"has written no answer for 4 s \(generate.timeout_s\).*status 503"):
         answer(asked)
     assert "10 of 40 conversations (25%), " in describe(tmp_path / "run")
     before = len(server.asked)
