@@ -15,7 +15,7 @@ _specdist_python() {
 }
 
 _specdist_setup() {
-    local extra="$1" stamp python
+    local extra="$1" stamp python compile
     stamp=".venv/specdist-${extra}-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)"
     if [[ ! -f "$stamp" ]]; then
         python="$(_specdist_python)" || return 1
@@ -25,7 +25,9 @@ _specdist_setup() {
         fi
         echo "setup: installing into .venv (a few minutes the first time)" >&2
         .venv/bin/pip install -qq --upgrade pip || return 1
-        .venv/bin/pip install -qq -c constraints.txt -e ".[$extra]" || return 1
+        # Most of these modules nobody imports: an import compiles what it needs, unless it was told to keep nothing.
+        compile="${PYTHONDONTWRITEBYTECODE:+--compile}"
+        .venv/bin/pip install -qq "${compile:---no-compile}" -c constraints.txt -e ".[$extra]" || return 1
         touch "$stamp"
     fi
     source .venv/bin/activate

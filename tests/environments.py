@@ -43,7 +43,8 @@ def _python(name: str, packages: Sequence[str], listed: Path) -> Path:
             shutil.rmtree(venv, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
             pip = [sys.executable, "-m", "pip", "-qq", "--python", str(python), "install"]
-            subprocess.run([*pip, *packages], check=True)
+            compiling = "--compile" if sys.dont_write_bytecode else "--no-compile"  # else by the imports of a few
+            subprocess.run([*pip, compiling, *packages], check=True)
             site = venv / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
             (site / "specdist-tests.pth").write_text(f"import site; site.addsitedir({own!r})\n")
             stamp.touch()
