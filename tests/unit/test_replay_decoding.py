@@ -54,8 +54,9 @@ def bard() -> tuple[EvaluationTarget, list[list[Turn]]]:
         return prompt, reply.tokens
 
     conversations = [[said(prompt)] for prompt in prompts]
-    for (first, *_), following in zip(conversations[1:4], prompts[3:6], strict=True):
-        conversations.append([first, said([*first[0], *first[1], *following])])
+    for conversation, following in zip(conversations[1:4], prompts[3:6], strict=True):
+        prompt, reply = conversation[0]
+        conversation.append(said([*prompt, *reply, *following]))
     ended = {reply[-1] in target.eos_tokens for _, reply in chain(*conversations)}
     assert ended == {True, False}, "answers end by themselves, and by the limit"
     return target, conversations
