@@ -17,8 +17,8 @@ import specdist
 from specdist.core.attempts import attempts
 from tests.tiny import make_config, make_conversations, make_target
 
-STEPS = 20
-"""Long enough to be interrupted in."""
+STEPS = 150
+"""Long enough to be interrupted in, though a request to stop passes three processes that may wait for their turn."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,7 +39,7 @@ def material(tmp_path_factory):
 def words(directory: Path, material, **overrides) -> list[str]:
     """A job of one rank, which plays both roles."""
     settings = {
-        "world__mode": "colocated", "draft__dp": 1, "train__steps": STEPS, "checkpoint__every": 10,
+        "world__mode": "colocated", "draft__dp": 1, "train__steps": STEPS, "checkpoint__every": 30,
         "draft__eagle3__ttt_length": 1, "metrics__progress": "false",
         "prompts__cache_dir": material[1].parent / "cache",
     }  # fmt: skip
