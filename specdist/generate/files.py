@@ -26,7 +26,7 @@ from specdist.core.files import read_json, sha256, sync_directory, to_json, writ
 from specdist.core.hub import resolve
 from specdist.generate.config import CHANGEABLE, GenerateConfig
 from specdist.prompts.config import PromptsConfig
-from specdist.prompts.prepare import TOKENIZER_FILES
+from specdist.prompts.prepare import tokenizer_files
 from specdist.prompts.read import SourceFile, find_files
 
 MANIFEST, UNANSWERED, PROGRESS = "manifest.json", "unanswered.txt", "progress.json"
@@ -138,9 +138,9 @@ def open_answers(directory: Path, prompts: PromptsConfig, config: GenerateConfig
 def _settings(prompts: PromptsConfig, config: GenerateConfig, target: str) -> dict[str, Any]:
     template = None if prompts.chat_template is None else _digest(Path(prompts.chat_template).expanduser())
     own = {f"generate.{key}": getattr(config, key) for key in config.__dataclass_fields__ if key not in CHANGEABLE}
-    files = ("config.json", "generation_config.json", *TOKENIZER_FILES)
     directory = resolve(target, "target.path")
-    digests = [_digest(directory / name) for name in files if (directory / name).is_file()]
+    settings = [path for name in ("config.json", "generation_config.json") if (path := directory / name).is_file()]
+    digests = [_digest(path) for path in (*settings, *tokenizer_files(directory))]
     return own | {
         "prompts.max_length": prompts.max_length,
         "prompts.template_kwargs": dict(prompts.template_kwargs),

@@ -40,19 +40,19 @@ DEFAULT_CACHE = "~/.cache/specdist"
 SMALL_BYTES = 4 << 20
 """Files of less than this are tokenised by this process: starting others would take longer."""
 PIECE_TIMEOUT_S = 600.0
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "tokenizer.model", "spiece.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken"),
+    "tekken.json",
 )
+"""Patterns. What is made of earlier ones has its name by their order, so new ones come last."""
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """What of a model directory decides how text and conversations become tokens."""
+    found = [path for pattern in _TOKENIZER_FILES for path in sorted(directory.glob(pattern)) if path.is_file()]
+    return list(dict.fromkeys(found))
 
 
 def prepare_corpus(
@@ -179,9 +179,7 @@ def _ready(directory: Path, config: PromptsConfig) -> PromptStore:
 
 def cache_key(config: PromptsConfig, sources: list[SourceFile], tokenizer_dir: Path) -> str:
     """What the cache is keyed by: 32 hex digits over everything that tokens and marks depend on."""
-    names = [tokenizer_dir / name for name in TOKENIZER_FILES]
-    names += sorted((tokenizer_dir / "additional_chat_templates").glob("*.jinja"))
-    tokenizer = [path for path in names if path.is_file()]
+    tokenizer = tokenizer_files(tokenizer_dir)
     override = [Path(config.chat_template).expanduser()] if config.chat_template is not None else []
     try:
         with ThreadPoolExecutor(8) as threads:  # hashing releases the interpreter's lock

@@ -317,6 +317,9 @@ def test_other_settings_or_prompts_are_refused(tmp_path: Path) -> None:
     write(prompts, ALONE, ALONE)
     with pytest.raises(ConfigError, match=r"prompts\.files"):
         answer_all(tmp_path / "answers", [prompts], engine)
+    (tmp_path / "target/tiktoken.model").write_text("another tokenizer")
+    with pytest.raises(ConfigError, match=r"other values of target\.path"):
+        answer_all(tmp_path / "answers", [prompts], engine)
     write(tmp_path / "none.jsonl", {"text": "Once"})
     with pytest.raises(
         DataError, match=r"not one of 1 conversations got an answer.*none.jsonl:1: no user turn: `text` is"

@@ -5,6 +5,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -138,6 +139,20 @@ def test_the_cache_is_keyed_by_content(
     prepare(config, model, progress=False)
     assert len(set(preparations)) == len(preparations) == 7
     assert sorted(p.name for p in first.directory.parent.iterdir()) == sorted(p.name for p in preparations)
+
+
+def test_every_file_of_a_tokenizer_is_in_the_key(config: PromptsConfig, model: Path, tmp_path: Path) -> None:
+    """That of Kimi is tiktoken.model alone, beside its settings, and Qwen's first one qwen.tiktoken."""
+    model = shutil.copytree(model, tmp_path / "model")
+    keys = [prepare_module.cache_key(config, find_files(config.files), model)]
+    (model / "additional_chat_templates").mkdir()
+    for name in ("tiktoken.model", "qwen.tiktoken", "tekken.json", "additional_chat_templates/tools.jinja"):
+        for content in ("one", "other"):
+            (model / name).write_text(content)
+            keys.append(prepare_module.cache_key(config, find_files(config.files), model))
+    (model / "README.md").write_text("no part of it")
+    keys.append(prepare_module.cache_key(config, find_files(config.files), model))
+    assert len(set(keys)) == len(keys) - 1 == 9
 
 
 def test_bad_samples_are_counted_named_and_written_down(config: PromptsConfig, model: Path) -> None:
