@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -110,8 +111,9 @@ class ShardedWeights:
         finally:
             self.free()
 
-    def expect(self, last: bool) -> None:
-        """A backward comes next: of a micro-batch, the step's last one or not."""
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Of a micro-batch, the step's last one or not. Weights that `loss` does not depend on have a gradient of
+        zeros: on other ranks it may depend on them, and all have to reduce the same."""
         if not self._owners:
             self._owners = {weight: unit for weight, unit in self.owners().items() if weight.requires_grad}
             for weight in self._owners:
@@ -123,6 +125,14 @@ class ShardedWeights:
         order, owners = (*reversed(parts), whole), self._owners.items()
         self._missing = {unit: {weight for weight, owner in owners if owner is unit} for unit in order}
         self._to_reduce = [unit for unit, weights in self._missing.items() if last and weights]
+        loss.register_hook(lambda _: Variable._execution_engine.queue_callback(self._complete))  # before FSDP's own
+        loss.backward()
+
+    def _complete(self) -> None:
+        """The backward is over: give gradients to the weights that it has not come to."""
+        for weight in set[Tensor]().union(*self._missing.values()):
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            self._computed(weight)
 
     def _computed(self, weight: Tensor) -> None:
         """Its gradient is complete. Autograd says so again, with none, of what was handed over before the end."""

@@ -268,8 +268,7 @@ class Trainer:
             with span("forward", micro.item.index, tokens=len(micro.batch.tokens)):
                 loss, own = self.model(micro.batch, micro.features, micro.supervision, totals)
             with span("backward", micro.item.index, reduces=int(micro is micro_batches[-1])):
-                self.weights.expect(micro is micro_batches[-1])
-                (loss * micro.good).backward()
+                self.weights.backward(loss * micro.good, micro is micro_batches[-1])
             losses.append(loss.detach())
             sums += own * micro.good
             self.source.release(micro.item)

@@ -94,8 +94,8 @@ def use_mesh(mesh: DeviceMesh) -> dict[str, object]:
 
 
 class Chain(nn.Module):
-    """Three products in a row, of which the last one's weights may be late. A rank with nothing to train on touches the
-    weights in another order."""
+    """Three products in a row, of which the last one's weights may be late. Where there is nothing to train on, the
+    loss depends on the weights in another order the first time, and then on one of them alone."""
 
     ready: Callable[..., None] = staticmethod(lambda *parts: None)
 
@@ -103,12 +103,13 @@ class Chain(nn.Module):
         super().__init__()
         self.a, self.b, self.c = (nn.Linear(8, 8, bias=False) for _ in range(3))
         self.scale, self.note = nn.Parameter(torch.ones(8)), note
-        self.late = [self.b, self.c]
+        self.late, self.touched = [self.b, self.c], list(self.parameters())
 
     def forward(self, data: Tensor) -> Tensor:
         if not data.numel():
             self.ready(self.b, self.c)
-            return sum((p.sum() * 0.0 for p in reversed(list(self.parameters()))), torch.zeros(()))
+            touched, self.touched = reversed(self.touched), [self.b.weight]
+            return sum((p.sum() * 0.0 for p in touched), torch.zeros(()))
         for name in "abc":
             self.ready(part := self.get_submodule(name))
             data = torch.tanh(part(data))
@@ -141,9 +142,10 @@ def train_chain(model: nn.Module, data: Callable[[int], list[Tensor]], weights: 
             weights.wait()
         for micro in (0, 1):
             loss = sum((model(part) for part in data(2 * step + micro)), torch.zeros(()))
-            if weights is not None:
-                weights.expect(last=micro == 1)
-            loss.backward()
+            if weights is None:
+                loss.backward()
+            else:
+                weights.backward(loss, last=micro == 1)
         optimizer.step()
         optimizer.zero_grad()
 
