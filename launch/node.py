@@ -194,7 +194,8 @@ class Agent:
         """Another start has the run directory: end this one's ranks, which would save in it."""
         self._lost = True
         for child in psutil.Process().children():
-            child.kill()
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
         self._fail(Failure("input", why, host=self._place.host))
 
     def _fail(self, failure: Failure) -> None:

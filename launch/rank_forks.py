@@ -18,6 +18,7 @@ from typing import Self
 import psutil
 import torch
 
+from specdist.core.errors import say
 from specdist.core.imports import uncollected
 from specdist.core.stop import STOP_SIGNALS, end_with_launcher
 from specdist_launch.agents import fork
@@ -44,9 +45,7 @@ class RankForks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._send(signal.SIGKILL)
-        for rank in self._forks:
-            rank.status(wait=True)
+        self._kill()
 
     def running(self) -> dict[int, psutil.Process]:
         """The processes of those that have begun and not ended, by rank."""
@@ -61,20 +60,27 @@ class RankForks:
         while None in (statuses := [rank.status() for rank in self._forks]) and not any(statuses):
             time.sleep(_LOOK_S)
         self._send(signal.SIGTERM)
-        deadline = time.monotonic() + _LEAVE_S
-        while None in [rank.status() for rank in self._forks] and time.monotonic() < deadline:
-            time.sleep(_LOOK_S)
+        self._kill()
+        return {number: rank.ended for number, rank in self._begun.items() if rank.ended}
+
+    def _kill(self) -> None:
+        """Send SIGKILL to those that are left; one that a device or a file server holds does not end of it."""
         self._send(signal.SIGKILL)
-        return {number: status for number, rank in self._begun.items() if (status := rank.status(wait=True))}
+        for rank in [rank for rank in self._forks if rank.status() is None]:
+            say(f"process {rank.process.pid} has not ended {_LEAVE_S:.0f} s after SIGKILL: a device or disk holds it")
+            rank.ended = -signal.SIGKILL
 
     def _send(self, number: int) -> None:
-        """To all that have not ended, and to what they have started."""
+        """To all that have not ended, and to what they have started, and wait up to 30 seconds for their end."""
         for rank in self._forks:
             if rank.status() is None:
                 try:
                     os.killpg(rank.process.pid, number)
                 except ProcessLookupError:  # it has no session of its own yet
                     os.kill(rank.process.pid, number)
+        deadline = time.monotonic() + _LEAVE_S
+        while None in [rank.status() for rank in self._forks] and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
 
 
 class _Fork:
@@ -88,10 +94,10 @@ class _Fork:
         with suppress(BrokenPipeError):  # it may have been killed
             self._tell.send(environment)
 
-    def status(self, wait: bool = False) -> int | None:
+    def status(self) -> int | None:
         """As it ended, once it has."""
         if self.ended is None:
-            pid, status = os.waitpid(self.process.pid, 0 if wait else os.WNOHANG)
+            pid, status = os.waitpid(self.process.pid, os.WNOHANG)
             self.ended = os.waitstatus_to_exitcode(status) if pid else None
         return self.ended
 

@@ -6,6 +6,7 @@ job."""
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -58,7 +59,7 @@ def ending_stuck_ranks(
                 words = f"stopped by a signal, and it did not go on for {STOPPED_LOOKS * _LOOK_S:.0f} s"
                 tell(Failure("lost", words, rank, host=host, pid=ranks[rank].pid))
                 kill({rank: ranks[rank]})
-            if failed_at is None and record.failure_file.exists():
+            if failed_at is None and os.path.exists(record.failure_file):  # false where it cannot be seen
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > patience_s:
                 _send(ranks, SHOW_STACKS)

@@ -156,6 +156,10 @@ class FeatureSender(ABC):
     def flush(self, timeout_s: float) -> None:
         """Wait until everything sent has left; raises WorldError naming the link that has not."""
 
+    def check(self) -> None:
+        """Raise what has ended the sending, where that is a thread's; called often."""
+        return
+
     def close(self, timeout_s: float) -> None:
         """Send nothing more, and give the buffers back. Waits at most `timeout_s` seconds."""
         return

@@ -25,7 +25,7 @@ from specdist.core.errors import ConfigError, say
 from specdist.core.files import read_json, to_json
 from specdist.core.stop import leave
 
-PULSE_S, WATCH_S = 3.0, 10.0
+PULSE_S, WATCH_S, LEAVE_S = 3.0, 10.0, 10.0
 _GONE_S = 300.0
 """What has been silent for longer is not watched; more than clocks of hosts differ."""
 _FILE = ".claim-"
@@ -85,9 +85,9 @@ class Claim:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._over.set()
-        self._thread.join()
-        if not self._is_taken():
-            self._say(over=True)
+        self._thread.join(LEAVE_S)
+        if self._thread.is_alive():
+            say(f"{self._file} was not given back within {LEAVE_S:.0f} s: its file system does not answer")
 
     def _made(self) -> bool:
         """Take the number after the highest, where its holder is gone; False where another start has been quicker."""
@@ -112,6 +112,8 @@ class Claim:
                 self._lost(_TAKEN.format(self._home))
                 return
             self._say()
+        if not self._is_taken():
+            self._say(over=True)
 
     def _is_taken(self) -> bool:
         with contextlib.suppress(OSError):  # the file server is away: it will come back, or the run says so

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads whose errors reach the threads that depend on them."""
+"""Threads whose errors reach those that depend on them."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+OWN = "specdist-"
+"""How the names of this project's threads begin."""
 
 
 class Worker(threading.Thread):
@@ -30,3 +34,21 @@ class Worker(threading.Thread):
         except BaseException as error:  # noqa: BLE001 - the thread's door: nothing above it would show the error
             self.error = error
         self._ended(self.error)
+
+
+@contextmanager
+def telling_deaths(tell: Callable[[BaseException], None]) -> Iterator[None]:
+    """Inside it `tell` is called of an exception that ends a thread of this project's, by its name, that is no Worker:
+    what waits for that thread would else end as a wait that took too long. It is called in the thread."""
+    usual = threading.excepthook
+
+    def died(death: threading.ExceptHookArgs) -> None:
+        usual(death)  # into the log
+        if death.thread is not None and death.thread.name.startswith(OWN) and death.exc_value is not None:
+            tell(death.exc_value)
+
+    threading.excepthook = died
+    try:
+        yield
+    finally:
+        threading.excepthook = usual

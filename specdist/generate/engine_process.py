@@ -14,13 +14,13 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
-from specdist.core.errors import WorldError
+from specdist.core.errors import WorldError, say
 from specdist.core.launch_env import without_world
 from specdist.core.stop import end_with_launcher
 from specdist.generate.engine import Drafted, Reply, Request
 
-_END_S = 90.0
-"""How long the engine may take to end; SGLang's waits up to 60 s for its own processes."""
+_END_S, _WORDS_S = 90.0, 5.0
+"""How long the engine may take to end, and to have said all then; SGLang's waits up to 60 s for its own processes."""
 
 
 class EngineProcess:
@@ -63,6 +63,7 @@ class EngineProcess:
         self._process = await asyncio.create_subprocess_exec(
             *self._command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, limit=1 << 26
         )
+        self._ended = asyncio.create_task(self._end())
         self._readers = [asyncio.create_task(self._read_replies()), asyncio.create_task(self._read_words())]
 
     async def ready(self) -> None:
@@ -72,7 +73,7 @@ class EngineProcess:
             raise self._lost()
 
     async def write(self, request: Request) -> Reply:
-        if self._readers[0].done():
+        if self._ended.done():
             raise self._lost()
         self._asked += 1
         sampling = {**request.sampling.given, "max_new_tokens": request.limit, "stop_token_ids": self._ends}
@@ -82,15 +83,19 @@ class EngineProcess:
         return await reply
 
     async def close(self) -> None:
+        """Takes a minute or two at most."""
         if self._process is None:
             return
         self._process.stdin.close()  # which asks it to end
-        try:
-            await asyncio.wait_for(self._process.wait(), _END_S)
-        except TimeoutError:
+        if not (await asyncio.wait([self._ended], timeout=_END_S))[0]:
             self._process.kill()
-            await self._process.wait()
-        await asyncio.gather(*self._readers, return_exceptions=True)
+        tasks = [self._ended, *self._readers]
+        await asyncio.wait(tasks, timeout=_WORDS_S)  # what it has started may outlive it, and hold its output
+        for task in tasks:
+            task.cancel()
+        self._process._transport.close()  # noqa: SLF001
+        if self._process.returncode is None:
+            say(f"{self.name}'s engine (process {self._process.pid}) was killed, and does not end")
 
     async def _read_replies(self) -> None:
         try:
@@ -99,7 +104,11 @@ class EngineProcess:
         except (ValueError, KeyError, TypeError) as error:
             self._said.append(f"a line of its replies cannot be read: {error!r}")
             self._process.kill()
-        await self._process.wait()
+
+    async def _end(self) -> None:
+        """Wait for its end, then tell who waits for a reply."""
+        while self._process.returncode is None:  # its `wait` ends with the last process that has its output
+            await asyncio.sleep(0.1)
         await asyncio.sleep(0.5)  # for the last of its words
         self._ready.set()
         for reply in self._waiting.values():

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -185,9 +185,10 @@ def written(directory: Path) -> set[int]:
     return {at for part in _parts(directory) for at, _ in _lines(part)}
 
 
-def merge(directory: Path, manifest: Manifest) -> Manifest:
-    """Put the part files together, in the order of the prompts, and close the manifest. Raises DataError: there is not
-    one answer."""
+def merge(directory: Path, manifest: Manifest, held: Callable[[], None] = lambda: None) -> Manifest:
+    """Put the part files together, in the order of the prompts, and close the manifest, unless `held` raises. Raises
+    DataError: there is not one answer."""
+    held()
     own = {source.output for source in manifest.sources}
     parts = [part for part in _parts(directory) if part.name not in own]  # a file of prompts may be called part-0, too
     places = sorted({at: (at, number, start) for number, p in enumerate(parts) for at, start in _lines(p)}.values())
@@ -206,6 +207,7 @@ def merge(directory: Path, manifest: Manifest) -> Manifest:
         for file in (*outputs.values(), unanswered):
             file.flush()
             os.fsync(file.fileno())
+        held()
     for name in (UNANSWERED, *(source.output for source in manifest.sources)):
         (directory / f"{name}.tmp").rename(directory / name)
     if not tally.answered:

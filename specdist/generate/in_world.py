@@ -32,13 +32,15 @@ from specdist.target.config import TargetConfig
 
 @dataclass(frozen=True)
 class Assignment:
-    """What is to be answered, by what, and where the answers go. `start` is unlike that of any earlier start."""
+    """What is to be answered, by what, and where the answers go. `start` is unlike that of any earlier start. `held`:
+    raises ConfigError once the directory is another run's, and nothing is to be written there any more."""
 
     prompts: PromptsConfig
     config: GenerateConfig
     target: TargetConfig
     directory: Path
     start: str
+    held: Callable[[], None] = lambda: None
 
 
 def answers_in_world(
@@ -73,6 +75,7 @@ def answers_in_world(
 
 def _lead(asked: Assignment, team: Team, device: torch.device) -> None:
     """Rank 0's part: look what is there, show how far all are, put the parts together."""
+    asked.held()
     manifest = open_answers(asked.directory, asked.prompts, asked.config, asked.target.path)
     if manifest.tally is not None:
         team.put("plan", "done")
@@ -91,6 +94,7 @@ def _lead(asked: Assignment, team: Team, device: torch.device) -> None:
             left = "" if left_s is None else f", {left_s / 60:.0f} min to go"
             text = f"{written.finished + written.cut:,} answers, {rate:,.0f} tokens/s"
             bar.update(done, text, f"answers: {done:,} of {total:,} conversations, {text}{left}")
+            asked.held()
             with suppress(OSError):  # for those who look on; where the disk is full, writing the answers says so
                 progress = AnswersProgress(done, total, rate, left_s)
                 write_atomically(asked.directory / PROGRESS, to_json(progress))
@@ -99,7 +103,7 @@ def _lead(asked: Assignment, team: Team, device: torch.device) -> None:
         own = _write(asked, team, device, show)
         for rank in range(1, len(team.hosts)):
             team.wait(f"done/{rank}", rank, lambda: show(own))
-    tally = merge(asked.directory, manifest).tally
+    tally = merge(asked.directory, manifest, asked.held).tally
     say(f"answers: {tally} ({asked.directory})")
     team.put("merged")
 
@@ -127,7 +131,7 @@ def _write(asked: Assignment, team: Team, device: torch.device, tell: Callable[[
     tokenizer = load_tokenizer(path, asked.prompts)
     ends = end_tokens(path, tokenizer.eos_token_id)
     where = f"the replica of rank {team.rank} (host {team.hosts[team.rank]})"
-    watch = Watch(where if config.endpoint is None else config.endpoint, config.timeout_s, tell)
+    watch = Watch(where if config.endpoint is None else config.endpoint, config.timeout_s, tell, asked.held)
     author = Author(tokenizer, asked.prompts, config, sampling_of(config, None if config.endpoint else path), ends)
     todo = records(asked.prompts, config, local_files(manifest.sources, asked.prompts), team.claim)
     part = asked.directory / f"part-{asked.start}-{team.rank}.jsonl"

@@ -166,10 +166,12 @@ class Author:
 
 class Watch:
     """Counts what is written and looks after it: `tick` is called often, by who waits and by engines that block.
-    `report`: told of the tally; what it raises ends the work."""
+    `report`: told of the tally; what it raises ends the work, and what `held` does before anything is written."""
 
-    def __init__(self, name: str, timeout_s: float, report: Callable[[Tally], object]) -> None:
-        self.tally, self._name, self._timeout_s, self._report = Tally(), name, timeout_s, report
+    def __init__(
+        self, name: str, timeout_s: float, report: Callable[[Tally], object], held: Callable[[], None] = lambda: None
+    ) -> None:
+        self.tally, self._name, self._timeout_s, self._report, self.held = Tally(), name, timeout_s, report, held
         self._trouble = "It has said nothing of what is wrong"
         self.touch()
 
@@ -227,6 +229,7 @@ async def write_answers(
         for record in todo:
             if record.at not in done:
                 line = await author.line(engine, record)
+                watch.held()
                 file.write(_encoded(line) + b"\n")
                 file.flush()  # all of it, or an error
                 watch.tally.add(line.tally)

@@ -6,7 +6,7 @@ torchrun --nproc-per-node N -m specdist.run.answers --config configs/X.yaml [key
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,14 +28,15 @@ from specdist.run.rank_program import leave_with, rank_status
 from specdist.world.groups import World, join_world
 
 
-def answered_prompts(job: JobConfig, world: World) -> PromptsConfig:
+def answered_prompts(job: JobConfig, world: World, held: Callable[[], None]) -> PromptsConfig:
     """The `prompts` section that a world trains on; where the target is to answer, once it has (`answers_in_world`).
     Raises DataError: a world of one role alone finds the answers missing: it has not all of the job's GPUs."""
     if job.prompts.answers == "data":
         return job.prompts
     if job.world.role != "both":
         return ready_prompts(job)
-    return answers_in_world(assignment(job), world.store, world.hosts, world.facts.rank, world.device)
+    asked = replace(assignment(job), held=held)
+    return answers_in_world(asked, world.store, world.hosts, world.facts.rank, world.device)
 
 
 def ready_prompts(job: JobConfig) -> PromptsConfig:

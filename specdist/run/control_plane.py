@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from specdist.core.errors import Aborted, Dismissed, UserError, WorldError
 from specdist.core.launch_env import local_address, run_token
+from specdist.core.worker import telling_deaths
 from specdist.job import config as jobs
 from specdist.job.resume_plan import ResumePlan
 from specdist.run.context import WorldContext
@@ -35,6 +36,7 @@ from specdist.training.profile import Profile
 LEAVE_S, SAVE_S = 10.0, 60.0
 """Seconds a rank has to leave by itself after another one failed, before it is ended: it may sit in a collective. Draft
 ranks of which none failed save their work before."""
+_WORD_S = 1.0
 _KEY = "run"
 
 
@@ -69,8 +71,9 @@ def serving(context: WorldContext, resume: ResumePlan, profile: Profile) -> Iter
         )
         address = ControlAddress(server.address, token)
         if leads_targets:
+            context.run_dir.held()
             rendezvous.publish(address)
-            stack.callback(rendezvous.withdraw)
+            stack.callback(rendezvous.withdraw, address)
         context.world.store.set(_KEY, json.dumps([resume.to_json(), address.address]))
         yield address
         server.join()  # bounded by control.silence_s: a rank that saves for long still shows that it lives
@@ -90,9 +93,11 @@ def await_run(context: WorldContext) -> tuple[ResumePlan, ControlAddress]:
     return ResumePlan.from_json(resume), ControlAddress(address, run_token())
 
 
-def connected(context: WorldContext, control: ControlAddress, profile: Profile) -> ControlClient:
-    """This rank's client. When the world fails it ends the process, if that does not end by itself."""
-    return ControlClient(
+@contextlib.contextmanager
+def connected(context: WorldContext, control: ControlAddress, profile: Profile) -> Iterator[ControlClient]:
+    """This rank's client. When the world fails it ends the process, if that does not end by itself. A thread of this
+    rank that an exception ends is the rank's failure."""
+    client = ControlClient(
         control.address,
         control.token,
         context.rank,
@@ -101,6 +106,8 @@ def connected(context: WorldContext, control: ControlAddress, profile: Profile) 
         on_abort=functools.partial(_leave_soon, context, profile),
         stop=context.stop,
     )
+    with client, telling_deaths(client.fail):
+        yield client
 
 
 def _leave_soon(context: WorldContext, profile: Profile, error: UserError) -> None:
@@ -108,20 +115,23 @@ def _leave_soon(context: WorldContext, profile: Profile, error: UserError) -> No
     topology, culprit = context.topology, error.culprit if isinstance(error, WorldError) else -1
     saves = topology.draft_place(context.rank) is not None and (culprit < 0 or topology.draft_place(culprit) is None)
 
+    log = context.start.log.file
+
     def leave() -> None:
-        print(f"specdist: {error}", file=context.start.log.file, flush=True)
+        word = threading.Thread(target=lambda: print(f"specdist: {error}", file=log, flush=True), daemon=True)
+        word.start()
+        word.join(_WORD_S)
         os._exit(0 if isinstance(error, Dismissed) else 3)
 
-    threads: list[threading.Thread] = [threading.Timer(SAVE_S if saves else LEAVE_S, leave)]
+    profile.abandon()
+    bound = threading.Timer(SAVE_S if saves else LEAVE_S, leave)
+    bound.daemon = True
+    bound.start()  # before anything is written: the disk may not answer
     if isinstance(error, Aborted):
         context.start.told.set()
         _show_stacks(context, error)
     elif not isinstance(error, Dismissed):
-        threads.append(threading.Thread(target=context.start.report, args=(error, context.world.facts)))
-    for thread in threads:  # the first bounds the second, whose disk may be slow
-        thread.daemon = True
-        thread.start()
-    profile.abandon()
+        threading.Thread(target=context.start.report, args=(error, context.world.facts), daemon=True).start()
 
 
 def _show_stacks(context: WorldContext, error: Aborted) -> None:

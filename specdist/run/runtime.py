@@ -47,6 +47,7 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     run_token()  # each rank for itself, before it waits for others
     job_facts = jobs.examine(job)
     jobs.check_replay(job)
+    held = fence(jobs.home(job, start.attempt), start.attempt.name)
     start.clock.begin("meeting the other ranks")
     world = join_world(job.world, facts)
     topology = jobs.topology(job, world.hosts, world.roles)
@@ -59,7 +60,7 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     preflight.hosts(job_facts)
     start.clock.begin("target's files and answers")
     fetch_target(job.target.path, world)
-    asked = answered_prompts(job, world)
+    asked = answered_prompts(job, world, held)
     start.clock.begin("prompts")
     prompts = prepare_in_world(asked, job_facts.target.path, world.store, world.hosts, facts.rank)
     prompts.check_vocabulary(job_facts.target.vocab_size)
@@ -75,7 +76,7 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
         groups=make_groups(topology, world, backend, job.world.wait_timeout_s, engine),
         prompts=prompts,
         stop=StopFlag(start.attempt.deadline, job.launch.stop_before_end_s),
-        run_dir=RunDirectory(Path(job.run.dir), fence(jobs.home(job, start.attempt), start.attempt.name)),
+        run_dir=RunDirectory(Path(job.run.dir), held),
     )
     if job.world.role == "target":
         TargetWorld(context).run()

@@ -4,7 +4,7 @@
 import contextlib
 import logging
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from specdist.core.attempts import Ending, Failure
 from specdist.core.errors import say
@@ -25,6 +25,8 @@ _QUIET_S = 20.0
 """Seconds without progress after which the terminal shows what the ranks are doing; then twice as many, and so on."""
 _STALLED_S = 60.0
 """Seconds without progress in training after which the status says that the run has stalled."""
+_CLOSE_S = 10.0
+"""Seconds at the end for the last status, which a file server that does not answer would keep for ever."""
 _SHOWN = 3
 """Phases that are shown at once, at most."""
 
@@ -109,8 +111,10 @@ class StatusWriter(Observer):
 
     def close(self) -> None:
         if self._unwritten is not None:
-            self._writer.submit(self._run_dir.write, self._run_dir.status, self._unwritten)
-        self._writer.shutdown()
+            self._writing = self._writer.submit(self._run_dir.write, self._run_dir.status, self._unwritten)
+        self._writer.shutdown(wait=False)
+        if self._writing is not None and wait([self._writing], _CLOSE_S).not_done:
+            say(f"{self._run_dir.status} was not written within {_CLOSE_S:.0f} s: its file system does not answer")
 
     def _quiet_for(self, step: int, released: int, started: bool, now: float) -> float:
         """Seconds since the last progress; 0 once all is trained: an evaluation shows progress of its own."""

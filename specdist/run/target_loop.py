@@ -145,6 +145,7 @@ class Producer:
                 message = self._heard.get_nowait()
         if self._listener.error is not None:
             raise self._listener.error
+        self._sender.check()
         return messages
 
     def _listen(self) -> None:

@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from specdist.training.optimizer import DraftOptimizer
 AVERAGE = "average"
 """Where the moving average of the weights lies, if there is one."""
 
-_RETRY_S = 60.0
+_RETRY_S, _HANGS_S = 60.0, 1800.0
 
 
 class Checkpointer:
@@ -148,10 +148,14 @@ class Checkpointer:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the background save. Raises DiskError: saving has failed for `checkpoint.give_up_s` seconds."""
+        """Wait for the background save. Raises DiskError: saving has failed for `checkpoint.give_up_s` seconds, or it
+        has neither failed nor ended for as long, half an hour at least."""
         if self._writing is None:
             return
-        writing, self._writing = self._writing, None
+        writing, self._writing, limit_s = self._writing, None, max(self._config.give_up_s, _HANGS_S)
+        if wait([writing], limit_s).not_done:
+            what = f"step {self.saved_step} was not saved within {limit_s:.0f} s"
+            raise DiskError(f"{what}: the file system of {self._directory} does not answer")
         try:
             writing.result()
         except (CheckpointException, OSError) as error:

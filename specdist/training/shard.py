@@ -125,7 +125,8 @@ class ShardedWeights:
         order, owners = (*reversed(parts), whole), self._owners.items()
         self._missing = {unit: {weight for weight, owner in owners if owner is unit} for unit in order}
         self._to_reduce = [unit for unit, weights in self._missing.items() if last and weights]
-        loss.register_hook(lambda _: Variable._execution_engine.queue_callback(self._complete))  # before FSDP's own
+        engine = Variable._execution_engine  # noqa: SLF001
+        loss.register_hook(lambda _: engine.queue_callback(self._complete))  # before FSDP's own
         loss.backward()
 
     def _complete(self) -> None:

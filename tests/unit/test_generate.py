@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import resource
@@ -63,7 +64,7 @@ class Scripted:
         return self.say(len(self.requests) - 1, request)
 
 
-def answer_all(directory: Path, files: list[Path], engine, template: str = t.CHATML, **settings):
+def answer_all(directory: Path, files: list[Path], engine, template: str = t.CHATML, held=lambda: None, **settings):
     """Have the prompts in `files` answered, all or what is left, and the manifest of it."""
     names = {key for key in settings if key in PromptsConfig.__dataclass_fields__}
     prompts = PromptsConfig(files=tuple(map(str, files)), answers="target", **{k: settings[k] for k in names})
@@ -77,10 +78,10 @@ def answer_all(directory: Path, files: list[Path], engine, template: str = t.CHA
     ends = {tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|eot|>", "<|eos|>")}
     author = Author(tokenizer, prompts, config, Sampling(1.0), ends)
     todo = records(prompts, config, manifest.sources, lambda: next(claims))
-    watch = Watch("the engine", 60, lambda tally: None)
+    watch = Watch("the engine", 60, lambda tally: None, held)
     part = directory / f"part-{random.random()}.jsonl"
     asyncio.run(write_answers(engine, author, todo, written(directory), part, watch))
-    return merge(directory, manifest)
+    return merge(directory, manifest, held)
 
 
 def write(path: Path, *lines: dict | str) -> Path:
@@ -327,6 +328,24 @@ def test_other_settings_or_prompts_are_refused(tmp_path: Path) -> None:
         answer_all(tmp_path / "other", [tmp_path / "none.jsonl"], engine)
     with pytest.raises(DataError, match=r"none.jsonl:1: no user turn.*prompts.on_bad=stop"):
         answer_all(tmp_path / "third", [tmp_path / "none.jsonl"], engine, on_bad="stop")
+
+
+@pytest.mark.parametrize("lost_at", [0, 1, 2, 3])
+def test_a_run_that_has_lost_its_directory_writes_no_answers_there(tmp_path: Path, lost_at: int) -> None:
+    """Another start is at work there: neither a line of its own, nor the answers put together, which removes parts."""
+    prompts, asked = write(tmp_path / "a.jsonl", ALONE, ALONE), itertools.count()
+
+    def held() -> None:
+        if next(asked) >= lost_at:
+            raise ConfigError("run.dir: another start has taken it")
+
+    engine = Scripted(lambda n, r: Reply("stop", text="well"))
+    with pytest.raises(ConfigError, match="another start has taken it"):
+        answer_all(tmp_path / "answers", [prompts], engine, held=held, batch=1, concurrency=1)
+    names = {path.name: path.read_text() for path in (tmp_path / "answers").iterdir() if path.name != "manifest.json"}
+    ((name, lines),) = names.items()
+    assert name.startswith("part-")
+    assert lines.count("\n") == min(lost_at, 2)
 
 
 def test_held_out_answers_are_greedy_and_others_as_asked(tmp_path: Path) -> None:

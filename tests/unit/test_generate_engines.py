@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from specdist.core.errors import ConfigError, WorldError
-from specdist.generate import sglang
+from specdist.generate import engine_process, sglang
 from specdist.generate.engine import GREEDY, Drafted, Engine, Reply, Request, Sampling
 from specdist.generate.engine_process import EngineProcess
 from specdist.generate.hf import HfEngine
@@ -154,6 +154,36 @@ def test_a_reply_that_nobody_awaits_or_nobody_can_read_leaves_no_one_waiting(
             await engine.close()
 
     asyncio.run(asyncio.wait_for(ask(), 30))
+
+
+OUTLIVED = """
+import subprocess, sys
+subprocess.Popen(["sleep", "20"])
+print("loading", file=sys.stderr, flush=True)
+for line in sys.stdin:
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_an_engine_has_started_holds_up_neither_its_end_nor_the_word_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    (tmp_path / "outlived.py").write_text(OUTLIVED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(engine_process, "_WORDS_S", 0.5)
+
+    async def ask() -> None:
+        engine = EngineProcess("SGLang", "outlived", {}, 8, {2})
+        await engine.open()
+        try:
+            if asked:
+                with pytest.raises(WorldError, match=r"(?s)SGLang's engine ended with status 3 .*loading"):
+                    await engine.write(Request([1], 4, GREEDY, 0))
+        finally:
+            await engine.close()
+
+    asyncio.run(asyncio.wait_for(ask(), 15))
 
 
 def test_arguments_of_sglang_are_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:

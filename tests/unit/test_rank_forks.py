@@ -12,9 +12,12 @@ from tests import forks
 
 AGENT = """
 import os, sys, torch
+from specdist_launch import rank_forks
 from specdist_launch.rank_forks import RankForks
 
 what = sys.argv[1]
+if what == "has one that a device holds":
+    rank_forks._LEAVE_S, os.killpg = 0.5, lambda *_: None
 torch.cuda._is_in_bad_fork = lambda: what == "has begun a driver"
 os.environ["TOLD"] = "before"
 with RankForks(2, "rank_module", sys.argv[1:]) as ranks:
@@ -29,7 +32,10 @@ from pathlib import Path
 
 def main(argv):
     rank, what = int(os.environ["RANK"]), argv[0]
-    if rank == 5 and what == "has one that fails":
+    if rank == 4 and what == "has one that a device holds":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(20)
+    if rank == 5 and what in ("has one that fails", "has one that a device holds"):
         return 3
     if rank == 5 and what == "has one that is killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -52,6 +58,7 @@ if __name__ == "__main__":
         ("is well", {}, True),
         ("has one that fails", {4: -15, 5: 3}, None),
         ("has one that is killed", {4: -15, 5: -9}, None),
+        ("has one that a device holds", {4: -9, 5: 3}, None),
         ("has begun a driver", {}, False),
         ("needs none", None, None),
     ],

@@ -378,7 +378,9 @@ def test_a_rendezvous_is_for_the_user_alone_and_goes_with_the_draft_world(tmp_pa
         rendezvous.publish(ControlAddress(f"tcp://h:{port}", b"0" * 16))
     assert rendezvous.look() == ControlAddress("tcp://h:2", b"0" * 16)
     assert stat.S_IMODE((tmp_path / "scheduler.json").stat().st_mode) == 0o600
-    rendezvous.withdraw()
+    rendezvous.withdraw(ControlAddress("tcp://h:1", b"0" * 16))  # a start that has lost the directory to another
+    assert rendezvous.look() is not None
+    rendezvous.withdraw(ControlAddress("tcp://h:2", b"0" * 16))
     assert rendezvous.look() is None
 
 

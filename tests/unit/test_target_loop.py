@@ -69,7 +69,7 @@ def test_a_timeline_covers_a_send_that_is_under_way() -> None:
 
     sender: Any = SimpleNamespace(
         available=True, buffer=lambda item: LAYOUT.empty(item.tokens), send=send, drop=lambda rows: dropped.append(1),
-        flush=lambda timeout_s: None,
+        flush=lambda timeout_s: None, check=lambda: None,
     )  # fmt: skip
     engine: Any = SimpleNamespace(device=torch.device("cpu"), forward=lambda batch, out, final=None: out.zero_())
     prompts: Any = SimpleNamespace(pack=lambda s: PackedTokens.from_documents([torch.zeros(2)], [torch.zeros(2)]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -20,6 +21,9 @@ from specdist.channel.ring import Ring
 from specdist.core.errors import WorldError
 from specdist.core.records import WorkItem
 from specdist.core.trace import span
+from specdist.core.worker import Worker
+
+_LOOK_S = 0.5
 
 
 @dataclass
@@ -49,9 +53,8 @@ class MooncakeSender(RingSender[_Sending]):
         for memory in self._registered:
             engine.register(memory)
         self._endpoints: dict[int, Endpoint] = {}
-        self._error: WorldError | None = None
         self._jobs: queue.SimpleQueue[_Sending | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="specdist-mooncake", daemon=True)
+        self._thread = Worker("specdist-mooncake", self._work)
         self._thread.start()
 
     def connect(self, timeout_s: float, check: Check) -> None:
@@ -83,29 +86,29 @@ class MooncakeSender(RingSender[_Sending]):
         self._finish(sent, self._wire.timeout_s)
 
     def _finish(self, sent: _Sending, timeout_s: float) -> None:
-        ended = sent.done.wait(timeout_s)
-        if self._error is not None:
-            raise self._error
-        if not ended:
-            who = self._wire.topology.describe(self._wire.rank)
-            raise WorldError(f"what {who} sent of batch {sent.item.index} has not left within {timeout_s:.0f} s")
+        deadline = time.monotonic() + timeout_s
+        while not sent.done.wait(_LOOK_S):
+            self.check()
+            if time.monotonic() > deadline:
+                who = self._wire.topology.describe(self._wire.rank)
+                raise WorldError(f"what {who} sent of batch {sent.item.index} has not left within {timeout_s:.0f} s")
+
+    def check(self) -> None:
+        if self._thread.error is not None:
+            raise self._thread.error
 
     def close(self, timeout_s: float) -> None:
         """Keeps the buffers if a write from one has failed: it may still read them."""
         self._jobs.put(None)
         self._thread.join(timeout_s)
-        if self._error is None and not self._thread.is_alive():
+        if self._thread.error is None and not self._thread.is_alive():
             for memory in self._registered:
                 self._engine.forget(memory)
 
     def _work(self) -> None:
         """The body of the thread: item by item, in the order in which they were sent, until one fails."""
         while (sending := self._jobs.get()) is not None:
-            if self._error is None:
-                try:
-                    self._send(sending)
-                except WorldError as error:  # raised again by `_finish`
-                    self._error = error
+            self._send(sending)
             sending.done.set()
 
     def _send(self, sending: _Sending) -> None:

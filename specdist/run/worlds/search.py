@@ -70,8 +70,9 @@ class Rendezvous:
         temporary.rename(self._file)
         sync_directory(self._file.parent)
 
-    def withdraw(self) -> None:
-        if not self._scheduler:
+    def withdraw(self, control: ControlAddress) -> None:
+        """Unless another start has published its own meanwhile."""
+        if not self._scheduler and self.look() == control:
             self._file.unlink(missing_ok=True)
 
     def look(self) -> ControlAddress | None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from specdist.core.attempts import Ending
 from specdist.core.errors import Dismissed, WorldError, say
+from specdist.core.worker import telling_deaths
 from specdist.run.context import WorldContext
 from specdist.run.target_loop import Producer
 from specdist.run.worlds.search import Lost, Over, Search, Session
@@ -64,7 +65,7 @@ class TargetWorld:
         """Work until the draft world lets this rank go. Raises Lost: it is gone. WorldError: this replica fails."""
         client = session.client
         try:
-            with self._guard(client), client:
+            with self._guard(client), client, telling_deaths(client.fail):
                 self._work(session)
         except Dismissed as error:
             raise Lost(str(error), stopped=True) from error
