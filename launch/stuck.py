@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks that do not end with their world, and a rank that a signal has stopped beside others that go on: nobody else
-would end them, and while the ranks meet nobody else would know. Where all of them are stopped somebody suspends the
-job."""
+would end them, and while the ranks meet nobody else would know. Where all are stopped somebody suspends the job."""
 
 from __future__ import annotations
 

@@ -5,9 +5,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-OWN = "specdist-"
-"""How the names of this project's threads begin."""
-
 
 class Worker(threading.Thread):
     """A daemon thread that runs `body` and keeps the exception that ended it in `error`, for another thread to raise.
@@ -44,7 +41,7 @@ def telling_deaths(tell: Callable[[BaseException], None]) -> Iterator[None]:
 
     def died(death: threading.ExceptHookArgs) -> None:
         usual(death)  # into the log
-        if death.thread is not None and death.thread.name.startswith(OWN) and death.exc_value is not None:
+        if death.thread is not None and death.thread.name.startswith("specdist-") and death.exc_value is not None:
             tell(death.exc_value)
 
     threading.excepthook = died

@@ -51,8 +51,8 @@ _TOKENIZER_FILES = (
 
 def tokenizer_files(directory: Path) -> list[Path]:
     """What of a model directory decides how text and conversations become tokens."""
-    found = [path for pattern in _TOKENIZER_FILES for path in sorted(directory.glob(pattern)) if path.is_file()]
-    return list(dict.fromkeys(found))
+    found = (path for pattern in _TOKENIZER_FILES for path in sorted(directory.glob(pattern)))
+    return [path for path in dict.fromkeys(found) if path.is_file()]
 
 
 def prepare_corpus(

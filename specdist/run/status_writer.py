@@ -87,13 +87,8 @@ class StatusWriter(Observer):
         if not self._profile.on:
             return
         s, first = scheduler.statistics(now), self._resume.progress.next_item
-        counts = {
-            "computing": s.computing,
-            "queued": s.queued,
-            "held": s.held,
-            "delivered": s.delivered - s.released,
-            "free": s.free,
-        }
+        counts = {"computing": s.computing, "queued": s.queued, "held": s.held}
+        counts |= {"delivered": s.delivered - s.released, "free": s.free}
         self._profile.count_slots(first + s.released, first + s.dispatched, counts)
 
     def _write(self, text: str) -> None:

@@ -232,8 +232,7 @@ class Checkpointer:
             self._make_room()
 
     def _make_room(self) -> None:
-        """Remove what need not be kept, kills have left behind included, as far as that can be removed; no save is
-        under way."""
+        """Remove what need not be kept, and what kills have left, as far as that can be; no save is under way."""
         best, kept = best_checkpoint(self._directory, self._config.keep_best), committed(self._directory)
         for old in kept[: -self._config.keep]:
             if old != best:
@@ -265,8 +264,7 @@ _ARCHIVE = re.compile("PytorchStreamReader|inline_container")
 @contextlib.contextmanager
 def naming_damage(path: Path) -> Iterator[None]:
     """Turn what reading a damaged checkpoint raises into an error of one line. What else goes wrong stays as it is: a
-    rank that is lost meanwhile says nothing about the files. Raises DataError: a file of the checkpoint is missing, cut
-    off or no file of it."""
+    rank that is lost meanwhile says nothing about the files. Raises DataError: a file is missing or broken."""
     try:
         yield
     except CheckpointException as error:

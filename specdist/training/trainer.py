@@ -296,8 +296,7 @@ class Trainer:
     def _receive_all(self, indices: range, stop: StopFlag, due: bool) -> tuple[list[MicroBatch], Course]:
         """Receive the items, and agree with the other draft ranks how to go on; at a stop they are released. They agree
         once all that a step needs has arrived: from there on they depend on each other alone. `due`: whether this
-        rank's clock says that it is time to save. Raises _CutOffError: on all ranks, where features will not come any
-        more."""
+        rank's clock says that it is time to save. Raises _CutOffError: on all ranks, where no features will come."""
         received, error = list[MicroBatch](), WorldError("another draft rank is cut off from the world")
         course, own = Course.GO, Course.SAVE if due else Course.GO
         try:

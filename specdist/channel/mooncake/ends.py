@@ -201,8 +201,7 @@ class MooncakeReceiver(FeatureReceiver):
         while (job := self._freeing.get()) is not None:
             read, freed = job
             read.synchronize()
-            with contextlib.suppress(WorldError):  # the world has failed: the trainer learns it by itself
-                freed()
+            freed()
 
 
 def _here() -> torch.cuda.Event:
