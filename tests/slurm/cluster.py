@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from tests import forks
 from tests.distributed.worlds import ROOT
 from tests.tiny import make_config
 
@@ -38,6 +39,12 @@ def words(directory: Path, material: tuple[Path, Path], **overrides: object) -> 
         "export__formats": "[]",
     }
     return make_config(directory, *material, **(settings | overrides))
+
+
+def forking(directory: Path) -> dict[str, str]:
+    """The variables of a job whose `python` forks (tests/forks): for one that nobody signals or kills."""
+    (directory / "python").symlink_to(forks.python())
+    return {"PATH": f"{directory}:{os.environ['PATH']}"}
 
 
 def devcluster(*words: str) -> subprocess.CompletedProcess[str]:

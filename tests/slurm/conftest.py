@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, Job, devcluster, words
+from tests.slurm.cluster import Cluster, Job, devcluster, forking, words
 from tests.tiny import make_conversations, make_target
 
 
@@ -45,6 +45,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def undisturbed(cluster: Cluster, material, tmp_path_factory) -> Job:
     """A job submitted by hand that nothing happens to."""
     directory = tmp_path_factory.mktemp("undisturbed")
-    job = cluster.by_hand(directory / "run", words(directory, material))
+    job = cluster.by_hand(directory / "run", words(directory, material), **forking(directory))
     assert job.wait_for_end() == "COMPLETED", job.said()
     return job

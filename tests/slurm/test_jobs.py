@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.slurm.cluster import STEPS, Cluster, Job, devcluster, words
+from tests.slurm.cluster import STEPS, Cluster, Job, devcluster, forking, words
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -79,7 +79,7 @@ def test_a_node_whose_agent_never_comes_is_named(cluster: Cluster, material, tmp
     python.parent.mkdir()
     python.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" != n2 ] || exec sleep 600\nPATH="$OLD_PATH" exec python "$@"\n')
     python.chmod(0o755)
-    path = cluster.environment["PATH"]
+    path = forking(tmp_path)["PATH"]
     job = cluster.by_hand(
         tmp_path / "run",
         words(tmp_path, material, launch__meet_timeout_s=3, launch__retries=0),
