@@ -27,6 +27,15 @@ from specdist_launch.slurm import launch as slurm
 
 _OUTSIDE = (EACCES, EPERM, EROFS, EISDIR, ENOTDIR, ENOSPC, EDQUOT, EIO, ESTALE, ENAMETOOLONG, ELOOP)
 """What is wrong with a file, where whoever keeps it has to mend that."""
+_BOUNDS = {
+    (1, 10**4): "nodes target_nodes draft_nodes nproc_per_node gpus_per_node gpus",  # of which lists are made
+    (1, 65535): "master_port",
+    (0, 10**6): "retries show rank",
+    (0, 10**9): "wait tokens",
+    (1e-3, 1e12): "target_rate draft_rate",
+    (0, 1): "tolerance",
+}
+"""From where to where numbers go that are given as options."""
 Command = Callable[..., argparse.ArgumentParser]
 """Adds a command: its name, what it runs and what it says of itself."""
 
@@ -35,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_streams()
     args = parse(argv)
     try:
+        _check_numbers(args)
         with _naming_sources(args):
             return int(args.run(args))
     except WorldError as error:  # what has not answered may be waited for by a thread, too
@@ -51,6 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 128 + signal.SIGINT
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for (least, most), names in _BOUNDS.items():
+        for name, value in ((name, getattr(args, name, None)) for name in names.split()):
+            if value is not None and not least <= value <= most:
+                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be from {least:,} to {most:,}")
 
 
 def open_streams() -> None:

@@ -8,7 +8,7 @@ The ranks are torchrun's and know nothing of Ray.
 import argparse
 import os
 
-from specdist.core.errors import ConfigError, UserError, say
+from specdist.core.errors import UserError, say
 from specdist.core.launch_env import TOKEN, Attempt, make_token
 from specdist_launch import words
 
@@ -30,9 +30,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     environment = read_environment(args.env)
-    for option, value in {"--nodes": args.nodes, "--gpus-per-node": args.gpus_per_node}.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} is at least 1, not {value}")
     from specdist_launch.agents import new_job, supervise
     from specdist_launch.ranks import world_size
     from specdist_launch.ray.agents import run_agents

@@ -82,24 +82,15 @@ def _figures(found: Mapping[str, Any] | None) -> list[str]:
     pairs = zip(found["acceptance_length"], found["accepted"], strict=True)
     rows += [f"| {k} | {length:.2f} | {share:.1%} |" for k, (length, share) in enumerate(pairs, 1)]
     own = found.get("agreement")
-    how = [
-        f"Tokens per target forward under greedy decoding, by replay of {found['answers']:,.0f} held-out answers "
-        f"({found['tokens']:,.0f} tokens)"
-        + (f", of which {own:.1%} are the target's own greedy choice." if own is not None else ".")
-    ]
-    return [*how, "", *rows]
+    how = f"Tokens per target forward under greedy decoding, by replay of {found['answers']:,.0f} held-out answers "
+    share = "" if own is None else f", of which {own:.1%} are the target's own greedy choice"
+    return [f"{how}({found['tokens']:,.0f} tokens){share}.", "", *rows]
 
 
 def _made_with(ours: Mapping[str, Any]) -> list[str]:
-    versions = ", ".join(f"{key} {value}" for key, value in (ours.get("versions") or {}).items())
-    told = {
-        "target": ours["target"],
-        "run": ours.get("run"),
-        "step": ours.get("step"),
-        "data": ", ".join(ours.get("data") or ()),
-        "answers": ours.get("answers"),
-        "versions": versions,
-    }
+    told = {key: ours.get(key) for key in ("target", "run", "step", "data", "answers")}
+    told["data"] = ", ".join(ours.get("data") or ())
+    told["versions"] = ", ".join(f"{key} {value}" for key, value in (ours.get("versions") or {}).items())
     rows = [f"| {key} | {value} |" for key, value in told.items() if value not in (None, "")]
     keys = [f"    {key}: {json.dumps(value)}" for key, value in (ours.get("configuration") or {}).items()]
     return [

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, DataError
 from specdist.core.files import unwritable, write_atomically
 from specdist.core.progress import committed
 from specdist.core.run_lock import refuse_if_held
@@ -98,6 +99,14 @@ class RunDirectory(RunPaths):
         temporary.chmod(mode)
         temporary.rename(self._vocabulary)
 
-    def vocabulary(self) -> Tensor | None:
-        """int64 [V_d] target ids, ascending; None where the draft vocabulary is the whole one."""
-        return load_file(self._vocabulary)["ids"] if self._vocabulary.exists() else None
+    def vocabulary(self, size: int | None, whole: int) -> Tensor | None:
+        """int64 [V_d] target ids, ascending; None where the draft vocabulary is the whole one. Raises DataError: they
+        are not the `size` (None: all) of `whole` tokens that the draft has."""
+        try:
+            ids = load_file(self._vocabulary)["ids"] if self._vocabulary.exists() else None
+        except (SafetensorError, OSError, LookupError) as error:
+            raise DataError(f"{self._vocabulary} cannot be read: {error}") from error
+        if (found := whole if ids is None else len(ids)) != (size or whole):
+            text = "has" if self._vocabulary.exists() else "is missing, which means"
+            raise DataError(f"{self._vocabulary} {text} {found:,} tokens: the draft has {size or whole:,}")
+        return ids

@@ -144,8 +144,9 @@ def export_all(
 ) -> list[Path]:
     """Write the draft after `step` steps in every format of `export.formats`, into a directory of the format's name
     (under the run's export/ by default)."""
-    ids, options = run_dir.vocabulary(), _asking_fastest(job, run_dir, step)
-    vocabulary = torch.arange(facts.target.vocab_size) if ids is None else ids
+    whole, options = facts.target.vocab_size, _asking_fastest(job, run_dir, step)
+    ids = run_dir.vocabulary(job.draft.chosen.vocab_size, whole)
+    vocabulary = torch.arange(whole) if ids is None else ids
     embedding = None
     if job.export.embedding:
         embedding = load_target_vocabulary(facts.target, facts.target_dtype).embedding

@@ -23,9 +23,8 @@ from specdist.training.dcp import CheckpointPlanner, CheckpointReader
 def new_draft(job: JobConfig, facts: JobFacts, run_dir: RunDirectory, device: torch.device) -> DraftModel:
     """The draft before training, in fp32: from `draft.init_from`, or a function of `run.seed` alone."""
     vocabulary = load_target_vocabulary(facts.target, facts.target_dtype)
-    draft = build_draft(
-        job.draft, facts.target.config, vocabulary, run_dir.vocabulary(), job.run.seed, facts.layout.dtype, device
-    )
+    ids = run_dir.vocabulary(job.draft.chosen.vocab_size, facts.target.vocab_size)
+    draft = build_draft(job.draft, facts.target.config, vocabulary, ids, job.run.seed, facts.layout.dtype, device)
     if job.draft.init_from is not None:
         draft.load_state_dict(load_exported(initial_draft(job)).state)
     return draft

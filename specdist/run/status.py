@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
 from specdist.core.attempts import AttemptRecord, attempts
@@ -199,7 +200,7 @@ def last_record(metrics: Path) -> Mapping[str, float]:
         lines = file.read().splitlines()
     found: dict[str, float] = {}
     for line in lines:
-        with contextlib.suppress(ValueError):  # the first and the last may be cut off
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):  # the first and the last may be cut off
             found |= {name: value for name, value in json.loads(line).items() if isinstance(value, float | int)}
     return found if found.keys() >= _OF_A_STEP else {}  # before the first step there may be an evaluation
 
@@ -261,10 +262,9 @@ def configuration(path: Path) -> dict[str, Any]:
     """The values of a run's configuration by full key; nothing of one that has not been accepted."""
     file = RunPaths(path).config
     try:
-        found = yaml.safe_load(file.read_text()) if file.exists() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return dict(_flat(msgspec.convert(yaml.safe_load(file.read_text()) if file.exists() else {}, dict[str, Any])))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-    return dict(_flat(found)) if isinstance(found, dict) else {}
 
 
 def state(path: Path) -> str:

@@ -302,7 +302,7 @@ def test_a_draft_that_does_not_fit(case: Case, tmp_path: Path) -> None:
 def test_what_cannot_be_served_is_not_written(case: Case, tmp_path: Path) -> None:
     broken = {name: tensor.clone() for name, tensor in case.draft.state_dict().items()}
     broken["norm.weight"][0] = float("nan")
-    with pytest.raises(DataError, match=r"norm\.weight holds NaN"):
+    with pytest.raises(DataError, match=r"not finite numbers of .*: norm\.weight"):
         export(tmp_path / "draft", case, broken)
     del broken["norm.weight"]
     with pytest.raises(DataError, match=r"missing: norm\.weight"):

@@ -476,7 +476,7 @@ def test_what_others_publish_can_be_read(case, tmp_path):
         (lambda s: s.pop("midlayer.hidden_norm.weight"), r"missing: midlayer.hidden_norm.weight \[32\]"),
         (lambda s: s.update({"midlayer.extra.weight": torch.zeros(3)}), r"unknown: midlayer.extra.weight \[3\]"),
         (lambda s: s.update({"fc.weight": torch.zeros(H, H)}), r"fc.weight is \[32, 32\], must be \[32, 96\]"),
-        (lambda s: s["norm.weight"].fill_(torch.nan), "norm.weight holds NaN or Inf"),
+        (lambda s: s["norm.weight"].fill_(torch.nan), "not finite numbers of .*: norm.weight"),
         (lambda s: s.update({"d2t": torch.zeros(V_D, dtype=torch.int64)}), "`d2t` of the state dict"),
     ],
 )
@@ -498,6 +498,10 @@ def test_a_wrong_state_dict_is_named_and_leaves_nothing(case, tmp_path, change, 
         (lambda c, t: t.update(d2t=t["d2t"].flip(0) + 1), "ascending"),
         (lambda c, t: c.pop("intermediate_size"), "intermediate_size is missing"),
         (lambda c, t: c.update(num_hidden_layers=2), r"missing: layers\.1\.input_layernorm"),
+        (lambda c, t: c.update(num_hidden_layers=0), r"Expected `int` >= 1 - at `\$\.num_hidden_layers"),
+        (lambda c, t: t["fc.weight"].fill_(float("nan")), r"not finite numbers of .*: fc\.weight"),
+        (lambda c, t: t.update({"fc.weight": t["fc.weight"] > 0}), r"fc\.weight, torch\.bool"),
+        (lambda c, t: t.update(d2t=t["d2t"] * 1.0), r"d2t is .* torch\.float32, must be .* integers"),
     ],
 )
 def test_a_damaged_export_is_named(case, tmp_path, damage, message):
@@ -620,12 +624,20 @@ def test_what_an_engine_reads_otherwise_is_named(case, tmp_path, damage, message
     assert re.search(rf"{directory}.*\n  config\.json: {message}", capsys.readouterr().err)
 
 
-def test_what_vllm_does_not_pass_on_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("fc_norm", r"transformer_layer_config\.fc_norm is None, .* is True"),
+        ("proposal_methods", r"speculators_config\.proposal_methods\[0\]\.speculative_tokens is missing"),
+    ],
+)
+def test_what_vllm_lacks_of_the_speculators_format_is_named(tmp_path, part, message):
     directory = Case(fc_norm=True).export(tmp_path / "draft", format="speculators")
     config = json.loads((directory / "config.json").read_text())
-    del config["transformer_layer_config"]["fc_norm"]
+    for section in ("transformer_layer_config", "speculators_config"):
+        config[section].pop(part, None)
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match=r"config\.json: transformer_layer_config\.fc_norm is None, .* is True"):
+    with pytest.raises(DataError, match=rf"config\.json: {message}"):
         check_directory(directory)
 
 

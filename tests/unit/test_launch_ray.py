@@ -233,8 +233,9 @@ def no_cluster(monkeypatch):
     ("words", "said"),
     [
         ([], "no Ray cluster is named"),
-        (["--nodes", "0"], "--nodes is at least 1, not 0"),
-        (["--gpus-per-node", "-1"], "--gpus-per-node is at least 1, not -1"),
+        (["--nodes", "0"], "--nodes is 0: it must be from 1 to 10,000"),
+        (["--gpus-per-node", "-1"], "--gpus-per-node is -1: it must be from 1 to 10,000"),
+        (["--wait", "nan"], "--wait is nan"),
         (["--env", "NOWHERE_SET"], "NOWHERE_SET is not set here"),
     ],
 )

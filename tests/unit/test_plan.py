@@ -191,6 +191,9 @@ def test_the_target_goes_to_the_hosts_that_are_asked_for(words, capsys):
         ),
         (["--target-nodes", "1", "--draft-nodes", "1"], {"draft__dp": "null"}, "draft.dp is not set"),
         (["--target-nodes", "1"], {}, "--target-nodes and --draft-nodes go together"),
+        (["--nodes", "0"], {}, "--nodes is 0: it must be from 1 to 10,000"),
+        (["--gpus", "1000000000"], {}, "--gpus is 1000000000: it must be from 1 to 10,000"),
+        (["--target-rate", "nan"], {}, "--target-rate is nan: it must be from 0.001 to 1"),
     ],
 )
 def test_nodes_that_cannot_be_are_refused_in_a_line(words, capsys, options, overrides, said):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -226,8 +227,23 @@ def test_a_run_directory_stands_for_its_configuration(tmp_path):
     assert found == ([f"{tmp_path}/config.yaml", "x.yaml"], [f"run.dir={tmp_path}", "train.steps=1"])
 
 
-@pytest.mark.parametrize("text", [b"\xff\xfe\x00", b"{", b"[]"])
-def test_a_config_that_is_none_is_named(tmp_path: Path, text: bytes) -> None:
+NUMBER = b'{"dflash_config": {"rope_scaling": {"full_attention": {"factor": NaN}}}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b"{", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"[]", "is of no draft: Expected `object`, got `array`"),
+        (b'{"hidden_size": "64"}', "Expected `int | null`, got `str` - at `$.hidden_size`"),
+        (b'{"architectures": [null]}', "Expected `str`, got `null` - at `$.architectures"),
+        (b'{"specdist": {"draft_tokens": 0}}', "Expected `int` >= 1 - at `$.specdist.draft_tokens`"),
+        (NUMBER, "Expected `float` > 0.0 - at `$.dflash_config.rope_scaling.full_attention.factor`"),
+    ],
+)
+def test_a_config_that_is_none_is_named(tmp_path: Path, text: bytes, message: str) -> None:
     (tmp_path / "config.json").write_bytes(text)
-    with pytest.raises(DataError, match=f"{tmp_path}/config.json (is not JSON|must hold an object)"):
+    with pytest.raises(DataError, match=f"{tmp_path}/config.json .*{re.escape(message)}"):
         serve_commands(tmp_path)

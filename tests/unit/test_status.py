@@ -13,9 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from specdist.core.attempts import AttemptRecord, Ending, Failure, Started
-from specdist.core.errors import ConfigError
+from specdist.core.errors import ConfigError, DataError
 from specdist.core.files import read_json, to_json
 from specdist.core.launch_env import Attempt
 from specdist.core.progress import AnswersProgress, Cursor, Progress
@@ -152,6 +153,20 @@ def observer(run_dir: Path, told: threading.Event | None = None) -> StatusWriter
     start = SimpleNamespace(attempt=ATTEMPT, told=told or threading.Event())
     context: Any = SimpleNamespace(run_dir=RunDirectory(run_dir), record=record, start=start, job=job)
     return StatusWriter(context, resume)
+
+
+@pytest.mark.parametrize("text", [None, b"", b"none"])
+def test_a_lost_or_damaged_draft_vocabulary_is_named_and_no_checkpoint_is_blamed(tmp_path: Path, text) -> None:
+    run_dir = RunDirectory(tmp_path)
+    assert run_dir.vocabulary(None, 9) is None
+    run_dir.save_vocabulary(torch.tensor([1, 4]))
+    assert run_dir.vocabulary(2, 9).tolist() == [1, 4]  # type: ignore[union-attr]
+    with pytest.raises(DataError, match="has 2 tokens: the draft has 9"):
+        run_dir.vocabulary(None, 9)
+    file = tmp_path / "draft_vocabulary.safetensors"
+    file.unlink() if text is None else file.write_bytes(text)
+    with pytest.raises(DataError, match=f"{file} (is missing, which means 9 tokens: the draft has 2|cannot be read)"):
+        run_dir.vocabulary(2, 9)
 
 
 def test_a_silent_start_says_what_the_ranks_do_less_and_less_often(run_dir: Path, capsys) -> None:

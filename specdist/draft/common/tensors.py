@@ -27,13 +27,18 @@ def shapes(modules: Callable[..., Mapping[str, nn.Module]], *arguments: Any) -> 
 def check_tensors(
     state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str, algorithm: str
 ) -> None:
-    """Raise DataError naming every tensor that is missing, unknown or of the wrong shape."""
+    """Raise DataError naming every tensor that is missing, unknown, of the wrong shape or type, or not finite."""
     faults = [f"missing: {name} {list(expected[name])}" for name in sorted(expected.keys() - state.keys())]
     faults += [f"unknown: {name} {list(state[name].shape)}" for name in sorted(state.keys() - expected.keys())]
     faults += [
         f"wrong shape: {name} is {list(tensor.shape)}, must be {list(expected[name])}"
         for name, tensor in state.items()
         if name in expected and tuple(tensor.shape) != expected[name]
+    ]
+    faults += [
+        f"not finite numbers of {' or '.join(DTYPES)}: {name}, {tensor.dtype}"
+        for name, tensor in state.items()
+        if tensor.dtype not in DTYPES.values() or not (tensor.is_meta or bool(tensor.isfinite().all()))
     ]
     if faults:
         raise DataError(f"the tensors of {where} are not those of this {algorithm} draft:\n  " + "\n  ".join(faults))
@@ -83,8 +88,8 @@ def read_layers(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": int(config.get("num_key_value_heads") or heads),
         "head_dim": int(config.get("head_dim") or hidden // heads),
-        "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        "max_position_embeddings": int(config.get("max_position_embeddings", 2048)),
+        "rms_norm_eps": config.get("rms_norm_eps") or 1e-6,
+        "max_position_embeddings": config.get("max_position_embeddings") or 2048,
         "rope_parameters": _read_rope(config, path),
         "vocab_size": int(need(config, "vocab_size", path)),
     }

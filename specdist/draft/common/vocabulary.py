@@ -40,8 +40,10 @@ class DraftVocabulary:
             raise DataError(f"{path}: d2t is missing, but the draft has {own} of {whole} tokens")
         ids = torch.arange(own)
         if d2t is not None:
-            if tuple(d2t.shape) != (own,):
-                raise DataError(f"{path}: d2t is {list(d2t.shape)}, must be [{own}] (draft_vocab_size)")
+            if tuple(d2t.shape) != (own,) or d2t.dtype not in (torch.int64, torch.int32):
+                raise DataError(
+                    f"{path}: d2t is {list(d2t.shape)} {d2t.dtype}, must be [{own}] (draft_vocab_size) integers"
+                )
             ids = ids + d2t.long()
         return cls.from_ids(ids, whole)
 

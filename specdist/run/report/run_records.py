@@ -148,7 +148,7 @@ def _metrics(path: Path) -> list[dict[str, float]]:
 def _evaluation(file: Path) -> ReplayReport:
     try:
         return ReplayReport.from_dict(json.loads(file.read_text()))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{file}: not what specdist writes there: {type(error).__name__}: {error}") from error
 
 
