@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise  # whole: it may be a defect
         say(linked(DataError(f"{error.filename} cannot be used: {error.strerror}")))
         return ExitStatus.USER_ERROR
+    except BrokenPipeError:  # who read the output is gone, as of `specdist check X.yaml | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         say("interrupted")
         return 128 + signal.SIGINT
@@ -109,9 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = among.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         if config:
-            given = sub.add_argument(
-                "config", nargs="+", metavar="CONFIG.yaml|RUN_DIR|key=value", help="files, then keys"
-            )
+            form = "CONFIG.yaml|RUN_DIR|key=value"
+            given = sub.add_argument("config", nargs="+", metavar=form, help="files, then keys")
             given.completer = reading.complete_word  # type: ignore[attr-defined]
         return sub
 
@@ -120,11 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     _preparing(command)
     _judging(command)
     bench = command("bench", _bench, "Measure a part on this machine, as JSON and as a table.", config=False)
-    bench.add_argument(
-        "part",
-        choices=["channel", "decode", "pipeline", "scheduler", "startup_store", "step", "stream", "target"],
-        help="what to measure",
-    )
+    parts = ["channel", "decode", "pipeline", "scheduler", "startup_store", "step", "stream", "target"]
+    bench.add_argument("part", choices=parts, help="what to measure")
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options; --help lists them")
     return parser
 
@@ -132,12 +131,8 @@ def _parser() -> argparse.ArgumentParser:
 def _starting(commands: Any, command: Command) -> None:
     train = command("train", _train, "Train a draft, here or over ssh: tokenise, start the ranks, export, evaluate.")
     ssh.arguments(train)
-    train.add_argument(
-        "--role",
-        choices=["draft", "target"],
-        dest="world.role",
-        help="start a world of this role alone (docs/two-worlds.md)",
-    )
+    text = "start a world of this role alone (docs/two-worlds.md)"
+    train.add_argument("--role", choices=["draft", "target"], dest="world.role", help=text)
     launch = commands.add_parser("launch", help="Start a job elsewhere: on Slurm, or on a Ray cluster's hosts.")
     ways = launch.add_subparsers(required=True, metavar="HOW")
     text = "Submit a job to Slurm, which starts itself again after preemption."
@@ -156,9 +151,7 @@ def _preparing(command: Command) -> None:
     text = "Check all of a job that can be checked here in a minute; the exit status is 0 where all is right."
     plan.memory_argument(command("check", plan.check, text))
     prepare = command("prepare", _prepare, "Tokenise the prompts into the cache and report on them.")
-    text = (
-        "print the first N samples as the target sees them, the tokens in the loss in colour, and the first N bad ones"
-    )
+    text = "print the first N samples as the target sees them, those in the loss in colour, and the first N bad ones"
     prepare.add_argument("--show", type=int, default=0, metavar="N", help=text)
     text = "Have the target write the answers of the prompts, into RUN_DIR/answers; resumes."
     generate = command("generate", _generate, text)
@@ -169,29 +162,24 @@ def _judging(command: Command) -> None:
     export = command("export", _export, "Write a checkpoint as serving engines load it.", config=False)
     export.add_argument("config", nargs="*", metavar="CONFIG.yaml|RUN_DIR|key=value", help="files, then overrides")
     export.add_argument("--check", metavar="DIR", help="only check an exported draft, ours or another's")
-    export.add_argument(
-        "--checkpoint", metavar="DIR", help="a checkpoint of the run, or its step (default: the best, else newest)"
-    )
-    text = (
-        "where to write (default: RUN_DIR/export; another checkpoint than the default one: a folder of its own in it)"
-    )
+    text = "a checkpoint of the run, or its step (default: the best, else newest)"
+    export.add_argument("--checkpoint", metavar="DIR", help=text)
+    text = "where to write (default: RUN_DIR/export; of another checkpoint than the default: a folder of its own in it)"
     export.add_argument("--output", metavar="DIR", help=text)
     text = "put the first of export.formats on the Hugging Face Hub, with its model card"
     export.add_argument("--push", metavar="ORG/NAME", help=text)
     text = "Measure what serving would accept of a draft: by replay over held-out text, on the ranks of the job."
     evaluate = command("eval", _eval, text)
-    evaluate.add_argument(
-        "--draft", metavar="DIR", help="an exported draft, or its id on the Hub (default: what export would write)"
-    )
+    text = "an exported draft, or its id on the Hub (default: what export would write)"
+    evaluate.add_argument("--draft", metavar="DIR", help=text)
     evaluate.add_argument("--checkpoint", metavar="DIR", help="a checkpoint of the run, or its step, instead")
     evaluate.add_argument("--decode", action="store_true", help="decode prompts speculatively instead, in this process")
     evaluate.add_argument("--output", metavar="FILE", help="also write the report as JSON")
     text = "Check that an engine serves a draft as it was evaluated: SGLang or vLLM, on held-out prompts."
     check = command("serve-check", _serve_check, text)
     check.add_argument("--engine", choices=["sglang", "vllm"], help="default: the target's, else the one installed")
-    check.add_argument(
-        "--draft", metavar="DIR", help="an exported draft, or its id on the Hub (default: RUN_DIR/export)"
-    )
+    text = "an exported draft, or its id on the Hub (default: RUN_DIR/export)"
+    check.add_argument("--draft", metavar="DIR", help=text)
     check.add_argument("--tolerance", type=float, default=0.01, metavar="SHARE", help="of the length (default 0.01)")
     check.add_argument("--tokens", type=int, default=5000, metavar="N", help="the least for a verdict (default 5000)")
 
@@ -223,7 +211,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
     if args.json is not None:
         check_output("--json", args.json)
-        args.config.append(f"preflight.report={Path(args.json).absolute()}")
+        args.config.append(f"preflight.report={words.quoted(Path(args.json).absolute())}")
     job = words.load(args.config)
     if args.local:
         report = examine_alone(job)

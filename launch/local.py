@@ -49,6 +49,7 @@ def generate(config: Sequence[str], ranks: int | None = None) -> int:
     from specdist.run.answers import begun_prompts, generate_here
 
     job = words.load(config)
+    RunDirectory(Path(job.run.dir)).create()
     if job.generate.endpoint is not None:
         generate_here(job)
         return 0

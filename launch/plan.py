@@ -26,9 +26,7 @@ def arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--draft-nodes", type=int, metavar="N", help="of a heterogeneous job: machines of the draft")
     plan.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks on each (default: what the config needs)")
     memory_argument(plan)
-    plan.add_argument(
-        "--gpus", type=int, metavar="N", help="GPUs to split between the roles (default: the job's ranks)"
-    )
+    plan.add_argument("--gpus", type=int, metavar="N", help="GPUs to split between the roles (default: its ranks)")
     plan.add_argument("--target-rate", type=float, metavar="TOKENS/S", help="of a target replica of target.tp ranks")
     plan.add_argument("--draft-rate", type=float, metavar="TOKENS/S", help="of a draft rank")
     rates = "output of bench target, step or pipeline, or a run's summary.json (may be repeated)"
@@ -128,7 +126,7 @@ def check(args: argparse.Namespace) -> int:
     from specdist.run.answers import look_ahead
     from specdist_launch.ranks import world_size
 
-    job = words.load_checked(args.config)
+    job, gpu_memory = words.load_checked(args.config), parse_bytes(args.gpu_memory, "--gpu-memory")
     print(f"ok      configuration and target: {job.target.path}; run directory {job.run.dir}")
 
     def libraries() -> str:
@@ -140,7 +138,7 @@ def check(args: argparse.Namespace) -> int:
             return "not estimated: draft.dp is left to the machine"
         if job.world.device == "cpu":
             return "not estimated: the job is for the CPU"
-        plan = make_plan(job, ["node0"] * world_size(job, 0), parse_bytes(args.gpu_memory, "--gpu-memory"))
+        plan = make_plan(job, ["node0"] * world_size(job, 0), gpu_memory)
         if not plan.fits:
             raise UserError(f"does not fit into {args.gpu_memory} (--gpu-memory); `specdist plan` shows the parts")
         return f"{plan.topology.world_size} ranks; estimated to fit into {args.gpu_memory} a GPU (--gpu-memory)"

@@ -103,7 +103,7 @@ class Sources:
             yield
         except InputError as error:
             if error.sources is None:
-                error.sources = "; ".join(f"{key}: {self.where(key)}" for key in error.keys.split())
+                error.sources = "; ".join(f"{key}: {self.where(key)}" for key in error.keys.split() if key[0] != "-")
             raise
 
 

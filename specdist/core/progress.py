@@ -4,6 +4,7 @@
 
 import dataclasses
 import json
+import os
 import time
 import zlib
 from collections.abc import Sequence
@@ -147,7 +148,8 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 def committed(directory: Path) -> list[Path]:
     """The complete checkpoints under `directory`, oldest first."""
-    return sorted(path.parent for path in directory.glob(f"step-*/{COMMIT}"))
+    names = os.listdir(directory) if directory.is_dir() else []  # a glob passes over a folder that it may not read
+    return sorted(directory / n for n in names if n.startswith("step-") and (directory / n / COMMIT).exists())
 
 
 def best_checkpoint(directory: Path, figure: str) -> Path | None:

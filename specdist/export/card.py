@@ -93,12 +93,8 @@ def _made_with(ours: Mapping[str, Any]) -> list[str]:
     told["versions"] = ", ".join(f"{key} {value}" for key, value in (ours.get("versions") or {}).items())
     rows = [f"| {key} | {value} |" for key, value in told.items() if value not in (None, "")]
     keys = [f"    {key}: {json.dumps(value)}" for key, value in (ours.get("configuration") or {}).items()]
-    return [
-        "| | |",
-        "|---|---|",
-        *rows,
-        *(["", "Configuration, where it is not the default:", "", *keys] if keys else []),
-    ]
+    rows += ["", "Configuration, where it is not the default:", "", *keys] if keys else []
+    return ["| | |", "|---|---|", *rows]
 
 
 def _dataset(name: str) -> str:

@@ -17,7 +17,7 @@ OURS = "specdist"
 _KINDS: dict[Any, str] = {
     Annotated[int, msgspec.Meta(ge=1, le=2**31)]: """hidden_size intermediate_size num_attention_heads head_dim
         num_key_value_heads vocab_size draft_vocab_size target_hidden_size block_size max_position_embeddings
-        original_max_position_embeddings draft_tokens speculative_tokens""",
+        original_max_position_embeddings draft_tokens""",
     Annotated[int, msgspec.Meta(ge=0, le=2**31)]: """num_aux_hidden_states mask_token_id sliding_window swa_window_size
         markov_rank q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim""",
     Annotated[int, msgspec.Meta(ge=1, le=1000)]: "num_hidden_layers num_target_layers target_num_hidden_layers",
@@ -33,7 +33,7 @@ _KINDS: dict[Any, str] = {
         target_layer_ids""",
     ForwardRef("_Keys"): f"""eagle_config dflash_config dspark_config transformer_layer_config rope_parameters
         rope_scaling full_attention sliding_attention speculators_config {OURS}""",
-    list[ForwardRef("_Keys")]: "proposal_methods",
+    list[dict[str, Any]]: "proposal_methods",
 }
 """The keys that are read, at the top or in a part, by what they must be where they are not null."""
 _FIELDS: Any = [(name, kind | None, None) for kind, names in _KINDS.items() for name in names.split()]

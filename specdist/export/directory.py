@@ -133,7 +133,7 @@ def _of_layers(config: Mapping[str, Any]) -> list[str]:
                 f"{at}{key}: cosines and sines are multiplied by {told}; write attention_factor and attn_factor"
             )
     asked = ((config.get("speculators_config") or {}).get("proposal_methods") or [{}])[0].get("speculative_tokens")
-    if where and asked is None:
+    if where and not isinstance(asked, int):
         found.append("speculators_config.proposal_methods[0].speculative_tokens is missing: vLLM drafts so many tokens")
     theta = (stack.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None and stack.get("rope_theta") not in (None, theta):

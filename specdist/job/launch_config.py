@@ -64,9 +64,10 @@ class SlurmConfig:
     """Heterogeneous job: the draft's nodes."""
 
     def __post_init__(self) -> None:
-        check_range("launch.slurm", self, "nodes", "gpus_per_node", "cpus_per_task", least=1)
+        check_range("launch.slurm", self, "nodes", "gpus_per_node", "cpus_per_task", least=1, most=10**4)
         for role in ("target", "draft"):
-            check_range(f"launch.slurm.{role}", getattr(self, role), "gpus_per_node", least=1)
+            check_range(f"launch.slurm.{role}", getattr(self, role), "gpus_per_node", least=1, most=10**4)
+            check_range(f"launch.slurm.{role}", getattr(self, role), "nodes", most=10**4)
         if self.time is not None and not _TIME.fullmatch(self.time):
             raise ConfigError.at(
                 "launch.slurm.time",

@@ -57,8 +57,9 @@ def evaluation_words(
     if draft is None:
         draft = str(_exported(job, checkpoint))
     prompts = ready_prompts(job) if job.prompts.answers == "target" else job.prompts
-    texts = {"prompts.files": json.dumps(prompts.files), "prompts.holdout": json.dumps(prompts.holdout)}
-    keys = ALONE | texts | {"run.dir": str(directory), "draft.init_from": draft}
+    texts: dict[str, object] = {"prompts.files": prompts.files, "prompts.holdout": prompts.holdout}
+    texts |= {"run.dir": str(directory), "draft.init_from": draft}
+    keys = ALONE | {key: json.dumps(value, ensure_ascii=False) for key, value in texts.items()}
     return [*words, *(f"{key}={value}" for key, value in keys.items())]
 
 

@@ -92,13 +92,13 @@ def prepare(job: JobConfig, words: Sequence[str], engine: str | None, draft: str
 def _replay_words(command: ServeCommand, folder: Path, tp: int) -> list[str]:
     """Of a job that evaluates once, on as many ranks as the engine has had."""
     keys: dict[str, Any] = ALONE | {
-        "run.dir": f"{folder / 'replay'}",
-        "prompts.files": json.dumps([str(folder / "answers")]),
+        "run.dir": json.dumps(str(folder / "replay"), ensure_ascii=False),
+        "prompts.files": json.dumps([str(folder / "answers")], ensure_ascii=False),
         "prompts.holdout": 0.5,  # by the keys that `write_answers` gives
         "target.dtype": command.dtype,
         "target.replicas": 1,
         "world.mode": "colocated",
-        "draft.init_from": command.draft,
+        "draft.init_from": json.dumps(command.draft, ensure_ascii=False),
         "draft.dp": tp,
         "draft.cp": 1,
         "evaluate.draft_tokens": command.draft_tokens,

@@ -169,6 +169,10 @@ def test_no_slurm_on_this_machine(words, capsys, monkeypatch, tmp_path):
         (["launch.slurm.time=4:00:00"], "not '14400'"),
         (["--nodes", "0"], "launch.slurm.nodes is 0: it must be at least 1"),
         (["--nodes", "2"], "3 ranks"),
+        (
+            ["--gpus-per-node", "1000000000"],
+            "launch.slurm.gpus_per_node is 1000000000: it must be at least 1 and at most",
+        ),
         (["--nodes", "1", "--gpus-per-node", "1"], "rank"),
         (["--target-nodes", "1"], "a heterogeneous job has nodes of both"),
         (["--target-nodes", "1", "--draft-nodes", "1"], "launch.slurm.gpus_per_node"),

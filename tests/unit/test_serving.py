@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from specdist.core.config import Sources
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.run_lock import Claim
 from specdist.draft.build import build_draft
@@ -83,7 +84,7 @@ def test_the_engine_is_the_one_asked_for_the_targets_or_the_one_that_is_there(ru
     check = prepared(given, None, None)
     assert check.server.command.by.engine == "vLLM"
     assert check.server.command.draft == str(directory / "run/export/sglang")
-    assert f"draft.init_from={check.server.command.draft}" in check.replay
+    assert f'draft.init_from="{check.server.command.draft}"' in check.replay
     assert len(check.server.prompts) == 6
 
 
@@ -222,9 +223,12 @@ def test_the_verdict(run):
     assert Path(command.draft).is_dir()
 
 
-def test_a_run_directory_stands_for_its_configuration(tmp_path):
-    found = words.split([str(tmp_path), "x.yaml", "train.steps=1"])
-    assert found == ([f"{tmp_path}/config.yaml", "x.yaml"], [f"run.dir={tmp_path}", "train.steps=1"])
+@pytest.mark.parametrize("name", ["null", "[a]", "1e3", "two\nlines", "ü b"])
+def test_a_run_directory_stands_for_its_configuration(tmp_path, name):
+    (run := tmp_path / name).mkdir()
+    files, (given, *others) = words.split([str(run), "x.yaml", "train.steps=1"])
+    assert (files, others) == ([f"{run}/config.yaml", "x.yaml"], ["train.steps=1"])
+    assert Sources([], [given]).value("run.dir") == str(run)
 
 
 NUMBER = b'{"dflash_config": {"rope_scaling": {"full_attention": {"factor": NaN}}}}'
