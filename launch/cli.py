@@ -53,14 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         say(linked(error))
         return ExitStatus.USER_ERROR
+    except BrokenPipeError:  # who read the output is gone, as of `specdist check X.yaml | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None or error.errno not in _OUTSIDE:
             raise  # whole: it may be a defect
         say(linked(DataError(f"{error.filename} cannot be used: {error.strerror}")))
         return ExitStatus.USER_ERROR
-    except BrokenPipeError:  # who read the output is gone, as of `specdist check X.yaml | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
-        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         say("interrupted")
         return 128 + signal.SIGINT

@@ -83,6 +83,17 @@ def test_an_error_of_the_system_that_may_be_a_defect_is_shown_whole(number: int,
         assert f"specdist: /of/a/user cannot be used: {os.strerror(number)}" in capsys.readouterr().err
 
 
+def test_a_reader_that_leaves_ends_a_command_quietly(monkeypatch, capfd) -> None:
+    def leave(_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("specdist.run.status.overview", leave)
+    with monkeypatch.context() as kept:
+        kept.setattr(os, "dup2", lambda *_: None)
+        assert main(["runs"]) == 141
+    assert capfd.readouterr().err == ""
+
+
 def test_runs_are_compared_by_figures_and_by_the_keys_that_differ(runs: Path, capsys) -> None:
     assert main(["compare", str(runs / "one"), str(runs / "sweep/two")]) == 0
     said = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
