@@ -31,13 +31,14 @@ _KINDS: dict[Any, str] = {
     list[str]: "architectures layer_types target_architectures",
     list[Annotated[int, msgspec.Meta(ge=-1, le=1000)]]: """eagle_aux_hidden_state_layer_ids aux_hidden_state_layer_ids
         target_layer_ids""",
-    ForwardRef("_Keys"): f"""eagle_config dflash_config dspark_config transformer_layer_config rope_parameters
-        rope_scaling full_attention sliding_attention speculators_config {OURS}""",
+    ForwardRef("_Keys"): f"rope_parameters rope_scaling full_attention sliding_attention {OURS}",
     list[dict[str, Any]]: "proposal_methods",
 }
-"""The keys that are read, at the top or in a part, by what they must be where they are not null."""
+"""The keys that are read, at the top or in a part, by what they must be where they are not null. Parts are also all
+`*_config` at the top, whose names are the algorithms' and the engines'."""
 _FIELDS: Any = [(name, kind | None, None) for kind, names in _KINDS.items() for name in names.split()]
 _Keys = msgspec.defstruct("_Keys", _FIELDS, module=__name__)
+_Parts = dict[str, _Keys | None]  # type: ignore[valid-type]
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -47,9 +48,14 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise DataError(f"{directory} is not a draft directory: there is no {CONFIG} in it")
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        name = "[...]"
         msgspec.convert(config, _Keys)
+        for name, part in config.items():
+            if name.endswith("_config"):
+                msgspec.convert({name: part}, _Parts)
     except msgspec.ValidationError as error:
-        raise DataError(f"{path} is of no draft: {error}") from error
+        what = str(error).replace("$[...]", f"$.{name}")
+        raise DataError(f"{path} is of no draft: {what}") from error
     except (ValueError, RecursionError) as error:  # nor UTF-8, it may be
         raise DataError(f"{path} is not JSON: {error}") from error
     return config

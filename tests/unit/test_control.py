@@ -663,10 +663,10 @@ class Recorder:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-def recorded(run: Run) -> tuple[Recorder, ControlClient, ControlClient]:
+def recorded(run: Run, config: ControlConfig = QUICK) -> tuple[Recorder, ControlClient, ControlClient]:
     """Rank 1 behind a recorder, and rank 0, at work."""
     recorder = Recorder(run.server.address)
-    client, other = ControlClient(recorder.address, run.token, 1, run.config), run.client(0)
+    client, other = ControlClient(recorder.address, run.token, 1, config), run.client(0)
     run.clients.append(client)
     for each in (client, other):
         each.ready()
@@ -705,7 +705,7 @@ def test_strangers_and_garbage_change_nothing(runs: typing.Callable[..., Run]) -
 def test_recorded_frames_sent_again_and_forged_ones_are_refused(runs: typing.Callable[..., Run]) -> None:
     topology = Topology("split", ("a", "b"), ((1,),), ((0,),), 1)
     run = runs(None, topology)
-    recorder, client, other = recorded(run)
+    recorder, client, other = recorded(run, replace(QUICK, heartbeat_s=10.0))  # what a new connection may take
     client.send(StopRequest(StopReason.USER1))
     assert collect(other, 1) == [StopRequest(StopReason.USER1, 1)]
     assert encode(StopRequest(StopReason.USER1)) not in recorder.sent
