@@ -25,6 +25,7 @@ from pathlib import Path
 from benchmarks import lengths
 from benchmarks.peer_drafts import PEERS
 from specdist.core.errors import UserError
+from specdist.core.words import override_words
 from specdist.draft.eagle3.algorithm import Eagle3
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.job.config import load_job
@@ -50,7 +51,7 @@ def peer_words(options: Eagle3Config, name: str, path: str) -> list[str]:
     usual = Eagle3Config()
     given = {field.name: getattr(options, field.name) for field in fields(usual)}
     own = {key: value for key, value in given.items() if value != getattr(usual, key) and key != "loss"}
-    words = [f"draft.{name}.{key}={json.dumps(value)}" for key, value in own.items()]
+    words = override_words({f"draft.{name}.{key}": value for key, value in own.items()})
     return ["run.plugins=[benchmarks.peer_plugin]", f"draft.algorithm={name}", f"draft.{name}.path={path}", *words]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ from specdist.core.errors import DataError, UserError, WorldError, say
 from specdist.core.files import check_output
 from specdist.core.stop import leave
 from specdist.core.troubleshooting import linked
+from specdist.core.words import override_words
 from specdist_launch import plan, reading, ssh, words
 from specdist_launch.agents import ExitStatus
 from specdist_launch.ray import launch as ray
@@ -95,9 +95,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     # key=value words may follow an option, and some options are keys by other names.
     options = {key: value for key, value in vars(args).items() if "." in key and value is not None}
-    keys = [f"{key}={json.dumps(value)}" for key, value in options.items()]  # quoted: 4:00:00 is a number to YAML
-    if rest or keys:
-        args.config += [*rest, *keys]
+    if rest or options:
+        args.config += [*rest, *override_words(options)]
     return args
 
 
@@ -211,7 +210,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
     if args.json is not None:
         check_output("--json", args.json)
-        args.config.append(f"preflight.report={words.quoted(Path(args.json).absolute())}")
+        args.config += override_words({"preflight.report": Path(args.json).absolute()})
     job = words.load(args.config)
     if args.local:
         report = examine_alone(job)

@@ -4,30 +4,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specdist.core.imports import uncollected
+from specdist.core.words import override_words
 
 if TYPE_CHECKING:  # light at import: `specdist --help` answers at once
     from specdist.job.config import JobConfig
 
 
-def quoted(path: str | Path) -> str:
-    """A path as YAML reads it whole, whatever its name: null, [a], of two lines."""
-    return json.dumps(str(path), ensure_ascii=False)
-
-
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Configuration files and overrides, told apart by the equals sign. A run directory stands for the configuration
     that lies in it."""
-    files, overrides = [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    files, keys = [word for word in words if "=" not in word], [word for word in words if "=" in word]
     runs = [word for word in files if Path(word).is_dir()]
     files = [str(Path(word) / "config.yaml") if word in runs else word for word in files]
-    return files, [*(f"run.dir={quoted(Path(run))}" for run in runs), *overrides]
+    return files, [*(word for run in runs for word in override_words({"run.dir": Path(run)})), *keys]
 
 
 def load(words: Sequence[str]) -> JobConfig:

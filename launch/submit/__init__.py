@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from specdist.core.errors import ConfigError, UserError
+from specdist.core.words import override_words
 from specdist_launch import words
 
 if TYPE_CHECKING:
@@ -93,10 +94,8 @@ def _files(config: Files) -> list[str]:
 
 
 def _words(overrides: Overrides) -> list[str]:
-    """Overrides as `key=value` words. Values are written as JSON, which YAML reads as they are."""
-    if not isinstance(overrides, Mapping):
-        return list(overrides)
-    return [f"{key}={json.dumps(value, default=os.fspath)}" for key, value in overrides.items()]
+    """Overrides as `key=value` words."""
+    return override_words(overrides) if isinstance(overrides, Mapping) else list(overrides)
 
 
 def _check(venue: Venue, run: Sequence[str]) -> JobConfig:

@@ -84,10 +84,8 @@ def impossible_sizes(config: PretrainedConfig) -> str:
             return f"num_attention_heads is {all_heads}, which is no multiple of num_key_value_heads, {some}"
     written = text_part(config).to_dict()
     rope = written.get("rope_parameters") or written.get("rope_scaling") or {}
-    for numbers in (
-        rope,
-        *(kind for kind in rope.values() if isinstance(kind, dict)),
-    ):  # of all layers, or by their type
+    by_type = [numbers for numbers in rope.values() if isinstance(numbers, dict)]
+    for numbers in (rope, *by_type):
         for key in ("rope_theta", "factor"):
             value = numbers.get(key)
             if value is not None and not (isinstance(value, int | float) and value > 0):

@@ -93,7 +93,7 @@ class EngineProcess:
         await asyncio.wait(tasks, timeout=_WORDS_S)  # what it has started may outlive it, and hold its output
         for task in tasks:
             task.cancel()
-        self._process._transport.close()  # noqa: SLF001
+        self._process._transport.close()  # noqa: SLF001 - closes the pipes that such processes hold
         if self._process.returncode is None:
             say(f"{self.name}'s engine (process {self._process.pid}) was killed, and does not end")
 

@@ -17,14 +17,14 @@ from specdist.job.config import JobConfig, JobFacts
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.render import load_tokenizer
 
-ALONE = {
+ALONE: dict[str, object] = {
     "prompts.answers": "data",
     "channel.dtype": "auto",  # an engine hands hidden states on as they are
-    "train.steps": "0",
-    "train.epochs": "null",
-    "train.patience": "null",
-    "metrics.tensorboard": "false",
-    "metrics.wandb": "false",
+    "train.steps": 0,
+    "train.epochs": None,
+    "train.patience": None,
+    "metrics.tensorboard": False,
+    "metrics.wandb": False,
 }
 """What a job sets that only evaluates an exported draft."""
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Export and evaluation of a run that has ended (or still runs), in one process."""
 
-import json
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -13,6 +12,7 @@ from specdist.core.errors import ConfigError, DataError, say
 from specdist.core.files import to_json, write_atomically
 from specdist.core.hub import resolve
 from specdist.core.progress import best_intact, checkpoint_path, committed, damage, read_progress
+from specdist.core.words import override_words
 from specdist.draft.base import DraftModel
 from specdist.evaluate.report import EvaluationReport, render
 from specdist.job.config import JobConfig, JobFacts, examine
@@ -57,10 +57,8 @@ def evaluation_words(
     if draft is None:
         draft = str(_exported(job, checkpoint))
     prompts = ready_prompts(job) if job.prompts.answers == "target" else job.prompts
-    texts: dict[str, object] = {"prompts.files": prompts.files, "prompts.holdout": prompts.holdout}
-    texts |= {"run.dir": str(directory), "draft.init_from": draft}
-    keys = ALONE | {key: json.dumps(value, ensure_ascii=False) for key, value in texts.items()}
-    return [*words, *(f"{key}={value}" for key, value in keys.items())]
+    texts = {"prompts.files": prompts.files, "prompts.holdout": prompts.holdout}
+    return [*words, *override_words(ALONE | texts | {"run.dir": directory, "draft.init_from": draft})]
 
 
 def decode_prompts(

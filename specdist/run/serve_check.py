@@ -7,7 +7,6 @@ it took with the draft. Where a text is the same both ways, the two numbers diff
 over those texts, if the engine tells of every answer (SGLang does, vLLM does not) and they are long enough together.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.files import to_json, write_atomically
 from specdist.core.hub import resolve
+from specdist.core.words import override_words
 from specdist.evaluate.decoding import fitting_prompts
 from specdist.evaluate.prompts import EvaluationPrompt
 from specdist.export.serving import ServeCommand
@@ -92,21 +92,21 @@ def prepare(job: JobConfig, words: Sequence[str], engine: str | None, draft: str
 def _replay_words(command: ServeCommand, folder: Path, tp: int) -> list[str]:
     """Of a job that evaluates once, on as many ranks as the engine has had."""
     keys: dict[str, Any] = ALONE | {
-        "run.dir": json.dumps(str(folder / "replay"), ensure_ascii=False),
-        "prompts.files": json.dumps([str(folder / "answers")], ensure_ascii=False),
+        "run.dir": folder / "replay",
+        "prompts.files": [folder / "answers"],
         "prompts.holdout": 0.5,  # by the keys that `write_answers` gives
         "target.dtype": command.dtype,
         "target.replicas": 1,
         "world.mode": "colocated",
-        "draft.init_from": json.dumps(command.draft, ensure_ascii=False),
+        "draft.init_from": command.draft,
         "draft.dp": tp,
         "draft.cp": 1,
         "evaluate.draft_tokens": command.draft_tokens,
-        "evaluate.limit": "null",
+        "evaluate.limit": None,
         "evaluate.temperature": 0,
-        "metrics.report": "false",
+        "metrics.report": False,
     }
-    return [f"{key}={value}" for key, value in keys.items()]
+    return override_words(keys)
 
 
 def write_answers(

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of a configuration as words of a command line."""
+
+import json
+import os
+from collections.abc import Mapping
+
+
+def override_words(values: Mapping[str, object]) -> list[str]:
+    """`key=value` of each, as JSON, which YAML reads as it is: bare, 4:00:00 is a number, null none, and [a] a list."""
+    return [f"{key}={json.dumps(value, ensure_ascii=False, default=os.fspath)}" for key, value in values.items()]
