@@ -16,6 +16,7 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 import specdist
+from specdist_launch.words import split
 
 if TYPE_CHECKING:
     from specdist_launch.submit.task import RunSummary
@@ -41,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--draft-tokens", type=int, nargs="+", default=[1, 3, 5], help="means to show, of K drafts")
     given = parser.parse_intermixed_args(arguments)
-    words = [word for word in given.job if "=" in word]
-    files = [word for word in given.job if "=" not in word]
+    files, words = split(given.job)
     sweep = [
         dict(word.split("=", 1) for word in [*point.split(), f"run.seed={seed}"])
         for point in given.point

@@ -15,15 +15,16 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import target
+from benchmarks.measure import apart
 from specdist.core.errors import UserError
 
 LAYERS = {"qwen3-30b-a3b": 6, "gpt-oss-20b": 5, "qwen3.5-27b": 8, "deepseek-v2-lite": 6}
 
 
 def main(arguments: Sequence[str]) -> int:
-    words = [word for word in arguments if "=" in word]
+    shapes, words = apart(arguments)
     failed = 0
-    for shape in [word for word in arguments if "=" not in word] or list(LAYERS):
+    for shape in shapes or list(LAYERS):
         for engine in ("hf", "sglang"):
             print(f"\n{shape}, {LAYERS[shape]} layers, {engine}", flush=True)
             sizes = ["--shape", shape, "--layers", str(LAYERS[shape]), "--items", "16384", "--sequences", "2048"]

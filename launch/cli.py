@@ -19,7 +19,7 @@ from specdist.core.errors import DataError, UserError, WorldError, say
 from specdist.core.files import check_output
 from specdist.core.stop import leave
 from specdist.core.troubleshooting import linked
-from specdist.core.words import override_words
+from specdist.core.words import is_override, override_words
 from specdist_launch import plan, reading, ssh, words
 from specdist_launch.agents import ExitStatus
 from specdist_launch.ray import launch as ray
@@ -90,7 +90,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
         argcomplete.autocomplete(parser)
     args, rest = parser.parse_known_args(argv)
-    unknown = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "config")]
+    unknown = [word for word in rest if word.startswith("-") or not is_override(word) or not hasattr(args, "config")]
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     # key=value words may follow an option, and some options are keys by other names.

@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from specdist.core.errors import ConfigError
+from specdist.core.files import write_atomically
 from specdist.core.imports import uncollected
-from specdist.core.words import override_words
+from specdist.core.words import is_override, override_words
 
 if TYPE_CHECKING:  # light at import: `specdist --help` answers at once
     from specdist.job.config import JobConfig
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Configuration files and overrides, told apart by the equals sign. A run directory stands for the configuration
-    that lies in it."""
-    files, keys = [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    """Configuration files and overrides. A run directory stands for the configuration that lies in it."""
+    files, keys = [word for word in words if not is_override(word)], [word for word in words if is_override(word)]
     runs = [word for word in files if Path(word).is_dir()]
     files = [str(Path(word) / "config.yaml") if word in runs else word for word in files]
     return files, [*(word for run in runs for word in override_words({"run.dir": Path(run)})), *keys]
@@ -37,7 +38,6 @@ def load(words: Sequence[str]) -> JobConfig:
 def load_checked(words: Sequence[str], queued: bool = False) -> JobConfig:
     """Read a job's configuration and check what a login node can check of it, its run directory included. `queued`: it
     will start later, so that whether another job is at work there is looked up now."""
-    from specdist.core.errors import ConfigError
     from specdist.core.run_lock import refuse_if_held
 
     with uncollected():
@@ -60,22 +60,15 @@ def load_checked(words: Sequence[str], queued: bool = False) -> JobConfig:
 
 def snapshot(job: JobConfig, folder: str) -> tuple[Path, str]:
     """The path in `folder` of the run directory for a copy of a job's resolved configuration, and its text. The name
-    follows from the text, so that no other job changes the file. Raises ConfigError: the path would be taken for an
-    override."""
+    follows from the text, so that no other job changes the file."""
     from specdist.core.config import to_yaml
-    from specdist.core.errors import ConfigError
 
     run_dir, text = Path(job.run.dir).absolute(), to_yaml(job)
-    if "=" in str(run_dir):
-        raise ConfigError.at("run.dir", f": {run_dir} has a '=' in its path, which tells key=value from files")
     return run_dir / folder / f"job-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml", text
 
 
 def save(path: Path, text: str) -> None:
     """Write a file of the run directory where all nodes see it. Raises ConfigError where that cannot be."""
-    from specdist.core.errors import ConfigError
-    from specdist.core.files import write_atomically
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)

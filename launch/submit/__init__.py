@@ -109,7 +109,6 @@ def _check(venue: Venue, run: Sequence[str]) -> JobConfig:
         if "%" in str(Path(job.run.dir).absolute()):
             text = f": {job.run.dir} has a '%' in its path, which starts a pattern in submitit's paths"
             raise ConfigError.at("run.dir", text)
-        words.snapshot(job, "submitit")
     return job
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of a configuration as words of a command line."""
+"""Values of a configuration as words of a command line, and the words that are such values."""
 
 import json
 import os
@@ -9,3 +9,9 @@ from collections.abc import Mapping
 def override_words(values: Mapping[str, object]) -> list[str]:
     """`key=value` of each, as JSON, which YAML reads as it is: bare, 4:00:00 is a number, null none, and [a] a list."""
     return [f"{key}={json.dumps(value, ensure_ascii=False, default=os.fspath)}" for key, value in values.items()]
+
+
+def is_override(word: str) -> bool:
+    """Whether a word is `key=value`. No key has a slash: `runs/lr=1` and `./lr=1` are paths."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and "/" not in key

@@ -45,9 +45,10 @@ def test_a_killed_rank_and_a_lost_node_cost_a_start_each(cluster: Cluster, mater
 def test_a_heterogeneous_job_is_one_world_and_saves_when_it_is_signalled(
     cluster: Cluster, material, undisturbed: Job, tmp_path
 ):
+    run = tmp_path / "lr=1"  # taken for no override
     target = ["--target-nodes", "1", "--target-partition", "big"]
     draft = ["--draft-nodes", "1", "--draft-partition", "small"]
-    job = cluster.launch(tmp_path / "run", words(tmp_path, material), *target, *draft, "--gpus-per-node", "1")
+    job = cluster.launch(run, words(tmp_path, material, run__dir=run), *target, *draft, "--gpus-per-node", "1")
     job.wait_for_steps(0)
     cluster.run("scancel", "--signal=USR2", job.number)
     assert job.wait_for_end() == "COMPLETED", job.said()

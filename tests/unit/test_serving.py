@@ -223,7 +223,7 @@ def test_the_verdict(run):
     assert Path(command.draft).is_dir()
 
 
-@pytest.mark.parametrize("name", ["null", "[a]", "1e3", "two\nlines", "ü b"])
+@pytest.mark.parametrize("name", ["null", "[a]", "1e3", "two\nlines", "ü b", "lr=1e-3"])
 def test_a_run_directory_stands_for_its_configuration(tmp_path, name):
     (run := tmp_path / name).mkdir()
     files, (given, *others) = words.split([str(run), "x.yaml", "train.steps=1"])
