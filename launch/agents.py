@@ -3,6 +3,7 @@
 them, waits for their end, and starts the job again where that may help. Light to import: a signal may come at once."""
 
 import contextlib
+import ctypes
 import math
 import os
 import queue
@@ -16,6 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol, Self
 
@@ -157,14 +159,17 @@ class AgentFork:
 
 
 def may_fork() -> bool:
-    """Whether no other thread of Python's runs here: a fork has none of them, but every lock that they hold."""
-    return threading.active_count() == 1
+    """Whether a fork of this process can go on: no other thread of Python's runs here, for a fork has none of them but
+    every lock that they hold, and no CUDA driver has begun, which only a new process can use."""
+    begun = [driver for driver in _loaded("libcuda.so") if driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != 3]
+    return threading.active_count() == 1 and not begun  # 3: CUDA_ERROR_NOT_INITIALIZED
 
 
 def fork(main: Callable[[], int]) -> int:
     """Have a fork of this process, in a session of its own, run `main` and end with the status that it returns; the
     fork's number. Signals that ask for a stop wait there until `main` lets them in: it has to say who handles them."""
     sys.stdout.flush()
+    _end_openmp_threads()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     pid = os.fork()
     if pid == 0:
@@ -173,11 +178,22 @@ def fork(main: Callable[[], int]) -> int:
     return pid
 
 
+def _end_openmp_threads() -> None:
+    """End this thread's pool of every OpenMP runtime that is loaded (torch's, scikit-learn's): a fork has the pool and
+    none of its threads, and would wait for them for ever. The next to compute gets a new one. (OpenMP 5.0, 3.2.44)"""
+    for runtime in _loaded("libgomp"):  # others (libomp, libiomp5) and other pools of C begin anew in a fork
+        runtime.omp_pause_resource_all(2)  # omp_pause_hard
+
+
+def _loaded(prefix: str) -> list[ctypes.CDLL]:
+    """The libraries of this process whose file names begin so."""
+    fields = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
+    return [ctypes.CDLL(path) for path in {path for *_, path in fields if Path(path).name.startswith(prefix)}]
+
+
 def _become(main: Callable[[], int]) -> NoReturn:
     status = 1
     try:
-        if torch := sys.modules.get("torch"):
-            torch.set_num_threads(1)  # a fork waits for ever for the OpenMP threads of what it is a copy of
         os.setsid()  # a terminal's Ctrl-C would reach it beside the request that is passed on
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         status = main()
@@ -194,10 +210,9 @@ def reap_children() -> None:
 
 def exit_status(status: int) -> int:
     """As a shell says how a process ended that says it as Python does."""
-    if status >= 0:
-        return status
-    # Stopped before it had set its handlers: nothing has begun.
-    return ExitStatus.AGAIN if -status in STOP_SIGNALS else 128 - status
+    if -status in STOP_SIGNALS:  # before it had set its handlers: nothing has begun
+        return ExitStatus.AGAIN
+    return status if status >= 0 else 128 - status
 
 
 def attend(agents: Sequence[AgentHandle], received: list[int]) -> int:

@@ -21,7 +21,6 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     job = words.load_checked(config)
     import torch
 
-    torch.set_num_threads(1)  # ranks are forks of this process, and could not use the threads that it has
     from specdist.core.hub import resolve
     from specdist.job.config import check_installed, examine, topology
     from specdist.job.run_dir import RunDirectory

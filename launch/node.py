@@ -140,9 +140,7 @@ class Agent:
         interface = interface_towards(*place.leader) if place.nodes > 1 else None
         if interface is not None:
             variables |= {name: os.environ.get(name, interface) for name in _INTERFACES}
-        # torchrun would give every rank one thread; share the cores out instead.
-        cores = len(os.sched_getaffinity(0))
-        variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(cores // self.ranks, 1)))
+        variables["OMP_NUM_THREADS"] = threads_of(self.ranks, os.environ.get("OMP_NUM_THREADS", ""))
         return variables
 
     def _name_killed(self, failed: dict[int, int], stopped: StopReason | None) -> None:
@@ -200,6 +198,14 @@ class Agent:
 
     def _fail(self, failure: Failure) -> None:
         self._record.tell(failure, sys.stderr)
+
+
+def threads_of(ranks: int, asked: str) -> str:
+    """OMP_NUM_THREADS of each of a node's `ranks`: `asked`, a number or a list of OpenMP's; or, where OpenMP could not
+    read that, as many as share out the cores. (torchrun would give every rank one.)"""
+    outer = asked.partition(",")[0].strip()
+    cores = len(os.sched_getaffinity(0))
+    return asked if outer.isdecimal() and int(outer) else str(max(cores // ranks, 1))
 
 
 def _end(status: int) -> str:

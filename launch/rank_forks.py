@@ -21,7 +21,7 @@ import torch
 from specdist.core.errors import say
 from specdist.core.imports import uncollected
 from specdist.core.stop import STOP_SIGNALS, end_with_launcher
-from specdist_launch.agents import fork
+from specdist_launch.agents import fork, may_fork
 
 _NEEDED = ("transformers.modeling_utils", "specdist.run.runtime")
 """By a rank of either role. None of it begins a CUDA driver."""
@@ -30,15 +30,15 @@ _LOOK_S, _LEAVE_S = 0.1, 30.0
 
 class RankForks:
     """`count` ranks, for `main` of `module` with these arguments, that wait until `run` gives them their environments;
-    those that are left when the block ends are killed. To be made before this process has threads: a fork has none of
-    them, but every lock that they hold."""
+    those that are left when the block ends are killed. Forks only where `may_fork`: else processes of their own."""
 
     def __init__(self, count: int, module: str, arguments: Sequence[str]):
         with uncollected():
             for name in (module, *_NEEDED):
                 importlib.import_module(name)
         gc.freeze()  # what is here already no rank looks through again
-        self._forks = [_Fork(module, arguments) for _ in range(count)]
+        own = not may_fork()
+        self._forks = [_Fork(module, arguments, own) for _ in range(count)]
         self._begun: dict[int, _Fork] = {}
 
     def __enter__(self) -> Self:
@@ -84,9 +84,9 @@ class RankForks:
 
 
 class _Fork:
-    def __init__(self, module: str, arguments: Sequence[str]):
+    def __init__(self, module: str, arguments: Sequence[str], own: bool):
         told, self._tell = Pipe(duplex=False)
-        self.process = psutil.Process(fork(lambda: _wait_and_run(told, module, arguments)))
+        self.process = psutil.Process(fork(lambda: _wait_and_run(told, module, arguments, own)))
         told.close()
         self.ended: int | None = None
 
@@ -102,7 +102,7 @@ class _Fork:
         return self.ended
 
 
-def _wait_and_run(told: Connection, module: str, arguments: Sequence[str]) -> int:
+def _wait_and_run(told: Connection, module: str, arguments: Sequence[str], own: bool) -> int:
     end_with_launcher()
     for number in (*STOP_SIGNALS, signal.SIGTSTP, signal.SIGCONT):
         signal.signal(number, signal.SIG_DFL)
@@ -110,8 +110,8 @@ def _wait_and_run(told: Connection, module: str, arguments: Sequence[str]) -> in
     environment = told.recv()
     os.environ.clear()
     os.environ.update(environment)
-    if torch.cuda._is_in_bad_fork():  # noqa: SLF001 - something has begun a driver, which only a new process can use
+    if own:
         os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
     Path("/proc/self/comm").write_text(f"rank {environment['RANK']}")  # for `top`: the command line is the agent's
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"].partition(",")[0]))  # of a list: for the outer teams
     return int(importlib.import_module(module).main(arguments))

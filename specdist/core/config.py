@@ -20,7 +20,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from specdist.core.errors import ConfigError, InputError, first_line
 
 T = TypeVar("T")
+_defaults: Callable[[type], Any] = functools.cache(OmegaConf.structured)  # most of what loading a job takes
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ class Sources:
     def load(self, schema: type[T]) -> T:
         """Merge everything over the defaults of the dataclass `schema`. Raises ConfigError: an unknown key, a wrong
         type, a value still missing, or a combination that a section's own validation refuses."""
-        schema = complete(schema)
-        config = OmegaConf.structured(schema)
+        config = copy.deepcopy(_defaults(schema := complete(schema)))
         OmegaConf.set_readonly(config, False)
         for layer in self._layers:
             _check_keys(schema, layer)

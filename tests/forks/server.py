@@ -53,7 +53,11 @@ def _prepare() -> None:
     from torch.distributed.elastic.rendezvous import dynamic_rendezvous
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    from specdist.core import config
+    from specdist.job.config import JobConfig
+
     get_checkpoint_conversion_mapping("")  # compiles a thousand patterns
+    config.Sources([], ["target.path=x", "run.dir=x"]).load(JobConfig)  # keeps the defaults
     # For the names in its log an agent reads the sources of all its frames, with a look at all modules for each.
     dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name  # noqa: SLF001
     gc.collect()
@@ -181,7 +185,7 @@ def _become(wanted: dict[str, Any], streams: list[int]) -> None:
     os.getppid = lambda: wanted["parent"]
     sys.executable, sys.argv = wanted["executable"], wanted["arguments"][:]
     sys.path[0] = wanted["directory"]
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())).partition(",")[0]))
 
 
 def _status(code: object) -> int:

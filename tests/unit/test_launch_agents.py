@@ -229,8 +229,8 @@ def test_a_fork_computes_also_where_what_it_is_a_copy_of_has_computed_with_sever
     script = """
 import sys, threading, torch
 from specdist_launch.agents import AgentFork, may_fork
-torch.set_num_threads(2)
 def product():
+    torch.set_num_threads(2)
     return int((torch.ones(600, 600) @ torch.ones(600, 600)).sum() + torch.ones(1_000_000).sum()) != 217_000_000
 product()
 waiting = threading.Event()
