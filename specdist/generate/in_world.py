@@ -90,7 +90,7 @@ def _lead(asked: Assignment, team: Team, device: torch.device) -> None:
                 return
             written, seconds = _of_all(team), max(time.monotonic() - began, 1e-3)
             done, rate = before + written.conversations, written.tokens / seconds
-            left_s = (total - done) * seconds / written.conversations if written.conversations else None
+            left_s = (total - done) * seconds / written.conversations if written.tokens else None  # bad ones come first
             left = "" if left_s is None else f", {left_s / 60:.0f} min to go"
             text = f"{written.finished + written.cut:,} answers, {rate:,.0f} tokens/s"
             bar.update(done, text, f"answers: {done:,} of {total:,} conversations, {text}{left}")

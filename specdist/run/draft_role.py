@@ -52,17 +52,9 @@ def consume(context: RankContext) -> None:
         context.begin(f"loading {context.resume.checkpoint.name}")
         checkpointer.load(context.resume.checkpoint, draft, optimizer)
     source = _source(context, items, place)
+    device, judge = context.world.device, ReplayJudge(context) if context.resume.schedule.evaluation_items else None
     trainer = Trainer(
-        draft,
-        optimizer,
-        source,
-        items,
-        context.prompts,
-        context.groups,
-        place,
-        context.world.device,
-        context.profile,
-        judge=ReplayJudge(context) if context.resume.schedule.evaluation_items else None,
+        draft, optimizer, source, items, context.prompts, context.groups, place, device, context.profile, judge
     )
     recipe = Recipe(
         job.train,
@@ -73,7 +65,7 @@ def consume(context: RankContext) -> None:
         context.resume.batching.offset,
     )
     client.ready()
-    context.start.clock.begin("waiting for the other ranks")
+    context.start.clock.begin(client.phase)
     client.expect(StartWork)
     context.started()
     with RunReporter(context, leader) as reporter:
@@ -134,7 +126,7 @@ def _source(context: RankContext, items: Items, place: tuple[int, int]) -> Featu
     job, topology, layout, device = context.job, context.topology, context.facts.layout, context.world.device
     _, shard = place
     if topology.mode == "draft_only":
-        return SyntheticSource(layout, context.facts.target.vocab_size, shard, device, job.run.seed)
+        return SyntheticSource(context, shard)
     if topology.mode == "colocated":
         own = local_shards(topology, context.rank)
         rows = len(own) * job.prompts.tokens_per_rank
@@ -142,6 +134,7 @@ def _source(context: RankContext, items: Items, place: tuple[int, int]) -> Featu
         engine = context.load_engine(rows)
         buffers = [layout.empty(rows, device) for _ in range(job.train.accumulation)]
         source = ColocatedSource(context, engine, buffers)
+        context.begin("checking the packed forward")
         source.verify(items, job.target.verify)
         return source
     slots, timeout_s = jobs.slots(job, layout), context.timeout_s

@@ -22,7 +22,7 @@ from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
 from specdist.core.trace import span
 from specdist.prompts.items import Items
-from specdist.run.context import WorldContext
+from specdist.run.context import RankContext
 from specdist.scheduler.awake import AwakeClock
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Deliver, Released, Stop, StopRequest
@@ -204,10 +204,10 @@ class ColocatedSource(FeatureSource):
     A replica computes, in one packed forward, the shards of its own ranks.
     """
 
-    def __init__(self, context: WorldContext, engine: TargetModel, slots: list[Tensor]):
+    def __init__(self, context: RankContext, engine: TargetModel, slots: list[Tensor]):
         place = context.topology.draft_place(context.rank)
         assert place is not None
-        self._engine, self._free = engine, slots
+        self._client, self._engine, self._free = context.client, engine, slots
         self._prompts, self._dtype = context.prompts, context.job.channel.dtype
         self._shards = local_shards(context.topology, context.rank)
         self._shard = self._shards.index(place.dp)
@@ -223,12 +223,14 @@ class ColocatedSource(FeatureSource):
 
     def take(self, item: WorkItem) -> Tensor:
         own = self._own(item)
+        self._client.phase = f"forward of batch {item.index}"
         rows = self._taken.setdefault(item.index, self._free.pop())[: own.tokens]
         with span("target forward", item.index, tokens=own.tokens):
             agreed = forward_item(self._engine, own, self._pack(own), rows)
             round_as_sent(self._engine.layout, self._dtype, rows)
         if agreed is not None:
             self._agreed[item.index] = agreed
+        self._client.phase = f"training on batch {item.index}"
         return rows[own.rows(self._shard)]
 
     def release(self, item: WorkItem) -> None:
@@ -259,11 +261,13 @@ def local_shards(topology: Topology, rank: int) -> list[int]:
 class SyntheticSource(FeatureSource):
     """Random features, the same for the same item: to measure the draft alone. Nothing sensible is learnt from them."""
 
-    def __init__(self, layout: FeatureLayout, vocab_size: int, shard: int, device: torch.device, seed: int):
-        self._layout, self._vocab_size, self._shard = layout, vocab_size, shard
-        self._device, self._seed = device, seed
+    def __init__(self, context: RankContext, shard: int):
+        self._client, self._layout, self._shard = context.client, context.facts.layout, shard
+        self._vocab_size, self._seed = context.facts.target.vocab_size, context.job.run.seed
+        self._device = context.world.device
 
     def take(self, item: WorkItem) -> Tensor:
+        self._client.phase = f"training on batch {item.index}"
         generator = torch.Generator(self._device).manual_seed(self._seed * 1_000_003 + item.index)
         return random_rows(self._layout, item.shards[self._shard].tokens, self._vocab_size, generator)
 

@@ -135,6 +135,7 @@ class ControlClient:
 
     def ready(self) -> None:
         """This rank can take its part; nothing is dispatched before all ranks said so."""
+        self.phase = "waiting for the other ranks"
         self.send(messages.Ready())
 
     def send(self, message: messages.Message) -> None:

@@ -674,6 +674,10 @@ def recorded(run: Run, config: ControlConfig = QUICK) -> tuple[Recorder, Control
     return recorder, client, other
 
 
+def test_a_rank_that_is_ready_waits_for_the_others(runs: typing.Callable[..., Run]) -> None:
+    assert {client.phase for client in runs(None).join_all()} == {"waiting for the other ranks"}
+
+
 def test_strangers_and_garbage_change_nothing(runs: typing.Callable[..., Run]) -> None:
     run = runs(None)
     clients = run.join_all()
@@ -901,8 +905,8 @@ import sys, time
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.config import ControlConfig
 client = ControlClient(sys.argv[1], bytes.fromhex(sys.argv[2]), int(sys.argv[3]), ControlConfig(heartbeat_s=0.2))
-client.phase = "forward item 17"
 client.ready()
+client.phase = "forward item 17"
 print("up", flush=True)
 time.sleep(60)
 """

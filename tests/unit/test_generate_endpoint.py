@@ -254,3 +254,17 @@ def test_a_server_that_stays_away_ends_it_in_time(tmp_path: Path, server: Server
     answer(replace(asked, start="second.0"))
     assert not (asked.directory / "progress.json").exists()
     assert 25 < len(server.asked) - before <= 30
+
+
+def test_the_time_to_go_is_not_told_by_bad_samples(tmp_path: Path, server: Server, monkeypatch) -> None:
+    """They are done at once, before the first answer is."""
+    monkeypatch.setattr(team, "TELL_S", 0.0)
+    server.fail = lambda number: 503
+    asked = assignment(tmp_path, server, timeout_s=2.0)
+    lines = (tmp_path / "prompts.jsonl").read_text()
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": 3}\n' * 10 + lines)
+    with pytest.raises(WorldError, match="has written no answer"):
+        answer(asked)
+    said = describe(tmp_path / "run")
+    assert "10 of 50 conversations (20%)" in said
+    assert "to go" not in said
