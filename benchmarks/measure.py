@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import faulthandler
 import importlib
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +28,7 @@ import torch
 
 from specdist.core.errors import ConfigError, UserError
 from specdist.core.launch_env import make_token
+from specdist.core.words import is_override
 
 N = TypeVar("N", int, float)
 MOST = 10**8
@@ -100,7 +103,7 @@ def device_options(parser: argparse.ArgumentParser) -> None:
 def apart(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
     """Options, and words `key=value`, which would be taken for values of an option before them. None: sys.argv."""
     given = sys.argv[1:] if arguments is None else arguments
-    words = [word for word in given if "=" in word and not word.startswith("-")]
+    words = [word for word in given if is_override(word) and not word.startswith("-")]
     return [word for word in given if word not in words], words
 
 
@@ -179,15 +182,13 @@ def in_a_world(module: str, what: str, ranks: int, **arguments: Any) -> list[dic
             found: list[dict[str, Any]] = json.loads(output.read_text())
             return found
         for stacks in sorted(Path(directory).glob("stacks-*")):
-            *_, last = stacks.read_text().rpartition("Timeout (")
-            if last:
-                print(f"rank {stacks.name[7:]} stood here, ({last}", file=sys.stderr, flush=True)
+            print(f"rank {stacks.name[7:]} stood here, {stacks.read_text()}", file=sys.stderr, flush=True)
         raise UserError(told[0].read_text() if told else f"the benchmark of {what} {failed or 'gave no figures'}")
 
 
 def _be_a_rank(module: str, source: str, output: str, seconds: str) -> None:
-    stacks = Path(output).with_name(f"stacks-{os.environ['RANK']}").open("w")
-    faulthandler.dump_traceback_later(float(seconds), repeat=True, file=stacks)
+    stacks = Path(output).with_name(f"stacks-{os.environ['RANK']}")
+    threading.Thread(target=_note_stacks, args=(stacks, float(seconds)), name="stacks", daemon=True).start()
     try:
         found = importlib.import_module(module).worker(**json.loads(Path(source).read_text()))
         if os.environ["RANK"] == "0":
@@ -197,6 +198,20 @@ def _be_a_rank(module: str, source: str, output: str, seconds: str) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # finalisers of process groups would wait for ranks that have left
+
+
+def _note_stacks(file: Path, seconds: float) -> None:
+    """Write where all threads stand, each time anew. A thread of Python's does it, which waits for theirs: the one of
+    `faulthandler.dump_traceback_later` does not, and ends a process that computes by SIGSEGV (Python 3.12)."""
+    for times in itertools.count(1):
+        time.sleep(seconds)
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        stacks = [
+            f"thread {names.get(number, number)}:\n{''.join(traceback.format_stack(frame))}"
+            for number, frame in sys._current_frames().items()  # noqa: SLF001 - as documented, for this
+            if number != threading.get_ident()
+        ]
+        file.write_text(f"after {times * seconds:g} s:\n{''.join(stacks)}")
 
 
 def table(columns: Mapping[str, str], rows: Sequence[object]) -> str:

@@ -14,6 +14,10 @@ BLOCK = 128
 FLEX_LEAST_HEAD_DIM = 16
 """FlexAttention's kernels refuse narrower heads (seen with torch 2.11 on an H100)."""
 
+_MOST_STAGED_FP32 = 128
+"""Of wider heads in fp32, three stages of keys and values, FlexAttention's default, take more shared memory than there
+is (seen with torch 2.11 on an H200: 272 KiB of 227 for 192)."""
+
 
 def takes_flex(backend: str, on_gpu: bool, head_dim: int) -> bool:
     """Whether FlexAttention computes the attention; `backend` is what the configuration says (auto, eager, flex)."""
@@ -57,8 +61,18 @@ def blockwise_attention(
     seen by the compiler here, and saves its kernels a check of every load."""
     query, key, value = (t.flatten(0, 1).transpose(0, 1)[None] for t in (q, k, v))
     gqa = q.shape[2] != k.shape[2]
+    options: flex.FlexKernelOptions | None = None
+    if q.dtype is torch.float32 and q.shape[-1] > _MOST_STAGED_FP32:
+        options = {"num_stages": 1}
     return flex.flex_attention(
-        query, key, value, block_mask=mask, scale=scale, enable_gqa=gqa, return_aux=flex.AuxRequest(lse=True)
+        query,
+        key,
+        value,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=gqa,
+        kernel_options=options,
+        return_aux=flex.AuxRequest(lse=True),
     )
 
 
