@@ -13,6 +13,7 @@ from specdist.generate.config import GenerateConfig
 from specdist.generate.in_world import Assignment, answers_in_world
 from specdist.prompts.config import PromptsConfig
 from specdist.target.config import TargetConfig
+from tests import forks
 from tests.environments import python_with_sglang
 from tests.sglang.environment import on_the_cpu, run
 from tests.tiny import make_config, make_conversations, make_target
@@ -28,7 +29,9 @@ def test_sglang_writes_what_transformers_writes(tmp_path: Path) -> None:
         tmp_path, target, prompts, target__engine="sglang", target__tp=2, target__sglang__memory_fraction=0.05,
         prompts__max_length=256, generate__temperature=0, generate__max_new_tokens=20, generate__concurrency=5,
     )  # fmt: skip
-    said = run(python_with_sglang(), 4, ["-m", "specdist.run.answers", *words], on_the_cpu())
+    variables = {**on_the_cpu(), "SGLANG_USE_CPU_ENGINE": "1"}  # read when SGLang is imported
+    python, environment = forks.of_another(python_with_sglang(), variables, ["tests.sglang.forked_engine"])
+    said = run(python, 4, ["-m", "specdist.run.answers", *words], environment)
     assert "answers: 40 conversations" in said
     asked = Assignment(
         PromptsConfig(files=(str(prompts),), answers="target", max_length=256),

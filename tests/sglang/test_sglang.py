@@ -114,13 +114,13 @@ def test_tensor_parallel_ranks_have_the_whole_features(
 
 
 def test_a_replica_spans_hosts(python: Path, forked: Forked, models: Path, tmp_path: Path) -> None:
-    """The draft rank is not forked: it checks that it does without SGLang."""
+    """The draft rank is not forked, as the agents are: it checks that it does without SGLang."""
     case = {"target": {"path": str(models / "qwen3"), "replicas": 1, "tp": 2}, "result": str(tmp_path / "qwen3")}
     file = tmp_path / "cases.json"
     file.write_text(json.dumps({"device": "cpu", "span_nodes": True, "cases": [case]}))
     hosts = {name: ["tests.sglang.world", str(file)] for name in ("draft", "a", "b")}
-    target = {**forked[1], "PYTHON_EXEC": str(forked[0])}
-    for done in run_on_hosts(hosts, {"draft": on_the_cpu(), "a": target, "b": target}, python).values():
+    environments = dict.fromkeys(hosts, forked[1]) | {"draft": {**forked[1], "PYTHON_EXEC": str(python)}}
+    for done in run_on_hosts(hosts, environments, forked[0]).values():
         assert done.returncode == 0, done.stderr
     for rank in (1, 2):
         assert relative(rows(tmp_path, "qwen3", rank), plain_features(models / "qwen3", make_batch())).max() < FP32
