@@ -81,12 +81,12 @@ def _lines(plan: Plan, args: argparse.Namespace, roles: Sequence[Role]) -> Itera
 def _cost(plan: Plan, rates: Rates | None) -> Iterator[str]:
     """Steps, and the time that they take at `rates`."""
     from specdist.core.hub import resolve
+    from specdist.core.progress_bar import duration
     from specdist.core.run_paths import RunPaths
     from specdist.generate.files import answered
     from specdist.job.resume_plan import warn_of_few
     from specdist.job.split import Split
     from specdist.prompts.look import look
-    from specdist.run.status import duration
 
     job, topology = plan.job, plan.topology
     if not topology.shards or job.world.role == "target":

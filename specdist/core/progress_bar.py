@@ -9,6 +9,17 @@ from typing import Self
 _BEFORE_TEXT = 35
 """Columns that the live line has before its text, but for name and counts: figures of the text are left out rather than
 the time to go, and the bar, which takes 10 of them, gives way to times of a day and more."""
+_RATE_S = 600.0
+"""Over how long the rate is taken that the time to go follows from."""
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that says enough of it."""
+    if seconds < 120:
+        return f"{max(seconds, 0):.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 class ProgressBar:
@@ -52,8 +63,14 @@ class ProgressBar:
             rich.TimeRemainingColumn(),
             rich.TextColumn("{task.fields[text]}", markup=False),
         )
+        console, hidden = Console(stderr=True), not self._live
         self._bar = rich.Progress(
-            *columns, console=Console(stderr=True), expand=True, transient=transient, disable=not self._live
+            *columns,
+            console=console,
+            expand=True,
+            transient=transient,
+            disable=hidden,
+            speed_estimate_period=_RATE_S,
         )
         self._task = self._bar.add_task(name, total=total, completed=done, text="")
         self._bar.start()
@@ -66,9 +83,11 @@ class ProgressBar:
         self._bar.update(self._task, completed=done)
 
     def update(self, done: int, text: str, line: str, now: bool = False) -> None:
-        """`text` stands beside the live bar. In a log `line` is written, if it is time for one or `now`."""
+        """`text` stands beside the live bar. In a log `line` is written, with the time to go, if it is time for one or
+        `now`."""
         self._bar.update(self._task, completed=done, text=self._cut(text))
-        self._line = line
+        left = self.left_s
+        self._line = line = line if not left else f"{line}, {duration(left)} to go"
         if now or time.monotonic() - self._written_at >= self._every_s:
             self._write(line)
 
@@ -78,6 +97,11 @@ class ProgressBar:
         if line and (line != self._said or time.monotonic() - self._written_at >= self._every_s):
             self._said = line
             self._write(line)
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds to go, at the rate that it went of late; None as long as there is no rate."""
+        return self._bar.tasks[0].time_remaining
 
     def close(self) -> None:
         self._bar.stop()

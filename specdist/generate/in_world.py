@@ -90,13 +90,12 @@ def _lead(asked: Assignment, team: Team, device: torch.device) -> None:
                 return
             written, seconds = _of_all(team), max(time.monotonic() - began, 1e-3)
             done, rate = before + written.conversations, written.tokens / seconds
-            left_s = (total - done) * seconds / written.conversations if written.tokens else None  # bad ones come first
-            left = "" if left_s is None else f", {left_s / 60:.0f} min to go"
             text = f"{written.finished + written.cut:,} answers, {rate:,.0f} tokens/s"
-            bar.update(done, text, f"answers: {done:,} of {total:,} conversations, {text}{left}")
+            line = f"answers: {done:,} of {total:,} conversations, {text}"
+            bar.update(done if written.tokens else before, text, line)  # bad ones come first, and tell no rate
             asked.held()
             with suppress(OSError):  # for those who look on; where the disk is full, writing the answers says so
-                progress = AnswersProgress(done, total, rate, left_s)
+                progress = AnswersProgress(done, total, rate, bar.left_s)
                 write_atomically(asked.directory / PROGRESS, to_json(progress))
 
         show(Tally())

@@ -18,6 +18,7 @@ from specdist.core.attempts import AttemptRecord, attempts
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.files import read_json
 from specdist.core.progress import AnswersProgress, committed, saved_step
+from specdist.core.progress_bar import duration
 from specdist.core.run_paths import RunPaths
 from specdist.job.split import verdict
 from specdist.run.start_up import last_to_start
@@ -203,14 +204,6 @@ def last_record(metrics: Path) -> Mapping[str, float]:
         with contextlib.suppress(ValueError, AttributeError, RecursionError):  # the first and the last may be cut off
             found |= {name: value for name, value in json.loads(line).items() if isinstance(value, float | int)}
     return found if found.keys() >= _OF_A_STEP else {}  # before the first step there may be an evaluation
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{max(seconds, 0):.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 _WIDEST = 100

@@ -6,10 +6,10 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import time
 
 import pytest
 
-from specdist.core import progress_bar
 from specdist.core.progress_bar import ProgressBar
 from specdist_launch import cli
 
@@ -18,7 +18,7 @@ def test_a_log_file_gets_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with ProgressBar("evaluate", 3) as bar:
         for done, moment in enumerate((4.0, 11.0, 15.0), 1):
             now[0] = moment
@@ -26,7 +26,7 @@ def test_a_log_file_gets_a_line_now_and_then(
         bar.say("waiting", "waiting for a lock")
         bar.say("waiting", "waiting for a lock")
     told = capsys.readouterr().err.splitlines()
-    assert [line[20:] for line in told] == ["2 of 3: half", "waiting for a lock"]
+    assert [line[20:] for line in told] == ["2 of 3: half, 7 s to go", "waiting for a lock"]
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in told)
 
 

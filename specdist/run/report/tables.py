@@ -10,6 +10,7 @@ from omegaconf import MISSING
 
 from specdist.core import config
 from specdist.core.errors import UserError
+from specdist.core.progress_bar import duration
 from specdist.evaluate.replay import OWN_TEXT
 from specdist.evaluate.shown import ShownAnswer
 from specdist.export.serving import ServeCommand, commands_by_engine
@@ -17,7 +18,6 @@ from specdist.job import split
 from specdist.job.config import JobConfig
 from specdist.job.rates import read_rates
 from specdist.run.report.run_records import RunRecords
-from specdist.run.status import duration
 
 _RANKS = 32
 """More ranks than this are counted by host."""
