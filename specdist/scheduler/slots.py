@@ -44,40 +44,29 @@ class Slots:
         return range(self.low, stop if end is None else min(stop, end), self._every)
 
     def place(self, item: int, end: int | None) -> bool:
-        """Give `item` a slot, unless those that are free are for others that are needed; whether it has one."""
+        """Give `item` a slot, unless those that are free are for others that are needed; whether it has one. One that
+        had a slot before its replica was lost moves out of it where it is in doubt. Where none is free it keeps that,
+        for a late write of the same item brings the same rows."""
         needed = self.needed(end)
         spare = self.free - sum(other not in self for other in needed)
-        if item in self:  # since before its replica was lost
-            if spare > 0:
-                self.renew(item)
-        elif self.free and (spare > 0 or item in needed):
-            self.take(item)
+        if item in self:
+            moves = spare > 0 and self._of[item] in self._doubted
+        else:
+            moves = self.free > 0 and (spare > 0 or item in needed)
+        if moves:
+            self._of[item] = self._free.popleft()
         return item in self
-
-    def take(self, item: int) -> None:
-        self._of[item] = self._free.popleft()
 
     def release_low(self) -> None:
         """No rank needs the rows of item `low` any more."""
-        if self.low in self:  # else nothing is sent anywhere
-            self.give_back(self.low)
-        self.low += self._every
-
-    def give_back(self, item: int) -> None:
-        """No rank needs the rows of `item` any more."""
-        slot = self._of.pop(item)
-        if slot not in self._doubted:
+        slot = self._of.pop(self.low, None)  # None: nothing is sent anywhere
+        if slot is not None and slot not in self._doubted:
             self._free.append(slot)
+        self.low += self._every
 
     def doubt(self, item: int, replica: int) -> None:
         """`replica` was to write `item`, and may still do so."""
         self._doubted.setdefault(self._of[item], set()).add(replica)
-
-    def renew(self, item: int) -> None:
-        """Another replica is to write `item`: it moves out of a slot in doubt. Where none is free it keeps its own, for
-        a late write of the same item brings the same rows."""
-        if self._of[item] in self._doubted and self._free:
-            self.take(item)
 
     def clear(self, replica: int) -> None:
         """`replica` is known to write no more."""

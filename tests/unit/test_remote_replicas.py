@@ -226,12 +226,12 @@ def test_a_replica_that_was_given_up_and_lives_on_keeps_its_slots_in_doubt():
 
 def test_where_no_slot_is_free_an_item_is_computed_again_into_its_own():
     slots = Slots(2)
-    slots.take(0)
-    slots.take(1)
+    assert slots.place(0, end=None)
+    assert slots.place(1, end=None)
     slots.doubt(0, replica=7)
-    slots.renew(0)
+    assert slots.place(0, end=None)
     assert slots[0] == 0
-    slots.give_back(0)
+    slots.release_low()
     assert slots.free == 0
     slots.clear(7)
     assert slots.free == 1
