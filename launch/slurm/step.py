@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime
 
 from specdist.core.errors import WorldError
@@ -22,17 +22,11 @@ from specdist_launch.launcher import NodePlacement
 FIRST_PORT, PORTS = 20000, 12000
 """Ports of roll calls: above what services listen on, below the range Linux takes ephemeral ports from (32768)."""
 
-Scontrol = Callable[..., str | None]
-
 
 def placement_in_step(args: argparse.Namespace) -> NodePlacement:
     """The node that this process, a task of a step, runs on; --nproc-per-node says otherwise than its GPUs. Raises
     WorldError: this is no step, or one of several tasks a node."""
-    return read_step(os.environ, scontrol, args.nproc_per_node)
-
-
-def read_step(env: Mapping[str, str], ask: Scontrol, ranks: int | None = None) -> NodePlacement:
-    """As placement_in_step, from a given environment; `ask` runs scontrol and returns None where there is none."""
+    env = os.environ
     if "SLURM_STEP_NODELIST" not in env or "SLURM_NODEID" not in env:
         raise WorldError(
             "--slurm: this process is no task of a Slurm step; start it with srun, as slurm/train.sbatch does"
@@ -46,13 +40,13 @@ def read_step(env: Mapping[str, str], ask: Scontrol, ranks: int | None = None) -
         )
     number, job, restart = int(env["SLURM_NODEID"]), env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT", "0"))
     return NodePlacement(
-        attempt=Attempt(job, restart, _deadline(env, job, ask)),
+        attempt=Attempt(job, restart, _deadline(job)),
         nodes=len(hosts),
         number=number,
         host=hosts[number],
-        ranks=ranks or int(env.get("SLURM_GPUS_ON_NODE", "0")),
-        leader=(_address(hosts[0], ask), roll_call_port(int(job), restart)),
-        role=_role(env, hosts[number]),
+        ranks=args.nproc_per_node or int(env.get("SLURM_GPUS_ON_NODE", "0")),
+        leader=(_address(hosts[0]), roll_call_port(int(job), restart)),
+        role=_role(hosts[number]),
         hosts=hosts,
     )
 
@@ -88,21 +82,21 @@ def scontrol(*words: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _address(host: str, ask: Scontrol) -> str:
+def _address(host: str) -> str:
     """Slurm's own address of a node: its name alone need not resolve. Its name, where Slurm cannot be asked."""
-    found = re.search(r"\bNodeAddr=(\S+)", ask("show", "node", host) or "")
+    found = re.search(r"\bNodeAddr=(\S+)", scontrol("show", "node", host) or "")
     return found[1] if found else host
 
 
-def _deadline(env: Mapping[str, str], job: str, ask: Scontrol) -> float | None:
+def _deadline(job: str) -> float | None:
     """When the time is over. Slurm 22.05 lacks SLURM_JOB_END_TIME and has to be asked; it answers in local time."""
-    if "SLURM_JOB_END_TIME" in env:
-        return float(env["SLURM_JOB_END_TIME"])
-    found = re.search(r"\bEndTime=(\d\S+)", ask("show", "job", job) or "")
+    if "SLURM_JOB_END_TIME" in os.environ:
+        return float(os.environ["SLURM_JOB_END_TIME"])
+    found = re.search(r"\bEndTime=(\d\S+)", scontrol("show", "job", job) or "")
     return datetime.fromisoformat(found[1]).timestamp() if found else None
 
 
-def _role(env: Mapping[str, str], host: str) -> Role | None:
-    if "SLURM_HET_SIZE" not in env:
+def _role(host: str) -> Role | None:
+    if "SLURM_HET_SIZE" not in os.environ:
         return None
-    return "target" if host in expand_hostlist(env["SLURM_JOB_NODELIST_HET_GROUP_0"]) else "draft"
+    return "target" if host in expand_hostlist(os.environ["SLURM_JOB_NODELIST_HET_GROUP_0"]) else "draft"
