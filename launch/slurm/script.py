@@ -130,24 +130,14 @@ def _directives(options: Sequence[str]) -> str:
 def _component(config: LaunchConfig, nodes: NodesConfig) -> list[str]:
     """The options of one component: Slurm takes none over from the first to the others."""
     slurm = config.slurm
-    asked = {
-        "nodes": nodes.nodes,
-        "gpus-per-node": nodes.gpus_per_node,
-        "partition": nodes.partition,
-        "constraint": nodes.constraint,
-        "time": slurm.time,
-        "account": slurm.account,
-        "qos": slurm.qos,
-        "reservation": slurm.reservation,
-        "exclude": slurm.exclude,
-    }
-    return [*_options(asked), *_whole_nodes(slurm), *_rules(config), *slurm.options]
+    of_all = {key: getattr(slurm, key) for key in ("time", "account", "qos", "reservation", "exclude")}
+    return [*_options(vars(nodes) | of_all), *_whole_nodes(slurm), *_rules(config), *slurm.options]
 
 
 def _whole_nodes(slurm: SlurmConfig) -> list[str]:
     """One task a node, and all the node has, unless the job shares it."""
     whole = ["--exclusive", "--mem=0"] if slurm.exclusive else []
-    return ["--ntasks-per-node=1", *whole, *_options({"cpus-per-task": slurm.cpus_per_task})]
+    return ["--ntasks-per-node=1", *whole, *_options({"cpus_per_task": slurm.cpus_per_task})]
 
 
 def _rules(config: LaunchConfig) -> list[str]:
@@ -156,4 +146,5 @@ def _rules(config: LaunchConfig) -> list[str]:
 
 
 def _options(asked: Mapping[str, object]) -> list[str]:
-    return [f"--{key}={value}" for key, value in asked.items() if value is not None]
+    """By keys of launch.slurm, which sbatch writes with dashes."""
+    return [f"--{key.replace('_', '-')}={value}" for key, value in asked.items() if value is not None]

@@ -17,10 +17,10 @@ class NodesConfig:
 
     nodes: int = 0
     """How many. Set for both roles, or for none."""
-    partition: str | None = None
-    """Where they come from."""
     gpus_per_node: int | None = None
     """GPUs of each; every one gets a rank."""
+    partition: str | None = None
+    """Where they come from."""
     constraint: str | None = None
     """Features they must have."""
 
@@ -100,7 +100,7 @@ class SlurmConfig:
     @property
     def components(self) -> list[NodesConfig]:
         """The nodes to ask for, one entry a component, the target's first; a plain job has one."""
-        own = NodesConfig(self.nodes, self.partition, self.gpus_per_node, self.constraint)
+        own = NodesConfig(self.nodes, self.gpus_per_node, self.partition, self.constraint)
         if not self.heterogeneous:
             return [own]
         return [

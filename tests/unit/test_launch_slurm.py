@@ -51,8 +51,8 @@ CASES = {
     "heterogeneous": (
         LaunchConfig(
             slurm=SlurmConfig(
-                time="1-0", gpus_per_node=8, target=NodesConfig(2, "big"),
-                draft=NodesConfig(1, "small", gpus_per_node=4),
+                time="1-0", gpus_per_node=8, target=NodesConfig(2, partition="big"),
+                draft=NodesConfig(1, partition="small", gpus_per_node=4),
             )
         ),
         place(),
@@ -236,7 +236,7 @@ def test_the_partitions_of_a_cluster():
         (SlurmConfig(partition="cpu", nodes=21), "partition cpu has 20 nodes"),
         (SlurmConfig(gpus_per_node=1), "nodes of partition cpu have 0 GPUs at most"),
         (
-            SlurmConfig(gpus_per_node=1, target=NodesConfig(1, "big"), draft=NodesConfig(1, "cpu")),
+            SlurmConfig(gpus_per_node=1, target=NodesConfig(1, partition="big"), draft=NodesConfig(1, partition="cpu")),
             "nodes of partition cpu have 0 GPUs at most",
         ),
     ],
