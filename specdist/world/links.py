@@ -82,6 +82,8 @@ def _touch(
     link: Link, group: dist.ProcessGroup, byte: torch.Tensor, topology: Topology, rank: int, timeout_s: float
 ) -> None:
     def there_and_back() -> None:
+        if byte.is_cuda:
+            torch.cuda.set_device(byte.device)
         partner = link.destination if rank == link.source else link.source
         for sending in (rank == link.source, rank != link.source):
             operation = dist.isend if sending else dist.irecv
@@ -90,22 +92,12 @@ def _touch(
             wait_work(work, timeout_s, on_device=byte.is_cuda)
 
     try:
-        _bounded(there_and_back, timeout_s + _LIBRARY_S, byte.device)
+        # In a thread: setting up a communicator may block inside the library, where no timeout reaches.
+        if not Worker("specdist-connect", there_and_back).ends_within(timeout_s + _LIBRARY_S):
+            raise TransferError("it is not up in time")
     except RuntimeError as error:
         limit = f"{timeout_s:.0f} s, world.join_timeout_s"
         raise WorldError(f"{_pairs([link], topology)} did not come up (limit {limit}): {first_line(error)}") from error
-
-
-def _bounded(action: Callable[[], None], timeout_s: float, device: torch.device) -> None:
-    """Run `action` in a thread: setting up a communicator may block inside the library, where no timeout reaches."""
-
-    def body() -> None:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        action()
-
-    if not Worker("specdist-connect", body).ends_within(timeout_s):
-        raise TransferError("it is not up in time")
 
 
 def wait_work(work: dist.Work, timeout_s: float, on_device: bool, check: Callable[[], None] = lambda: None) -> None:
