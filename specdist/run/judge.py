@@ -2,7 +2,7 @@
 """The judge of a run: what replay over held-out text says of the draft, summed over the draft ranks and kept."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,17 +23,6 @@ from specdist.run.context import RankContext
 from specdist.training.parts import Judge
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """One item, until its numbers are on the host: they are read once, at the end."""
-
-    labels: tuple[str, ...]
-    sequences: tuple[int, ...]
-    batch: PackedTokens
-    drafts: Replayed
-    agreed: int | Tensor
-
-
 class ReplayJudge(Judge):
     """Every draft rank has one; the ranks of a context-parallel group replay a part of the rows each."""
 
@@ -52,22 +41,22 @@ class ReplayJudge(Judge):
         self._leader = context.rank == topology.draft_ranks[0]
         self._labels = context.prompts.labels
         self._costs, self._forward_s = _forecast(context, measured=self._leader)
-        self._seen: list[_Seen] = []
+        self._seen: list[tuple[Shard, PackedTokens, Replayed, int | Tensor]] = []
+        """Of each item what `add` was given, until its numbers are on the host: they are read once, at the end."""
         self._tokenizer = _tokenizer(context) if self._leader else None
         self._total_steps, self._warned = context.resume.total_steps, False
         self._shown: list[ShownAnswer] = []
         """Answers of this rank that are kept to be read."""
 
     def add(self, shard: Shard, host_batch: PackedTokens, drafts: Replayed, agreed: int | Tensor) -> None:
-        labels = tuple(map(self._corpus.label, shard.sequences))
-        self._seen.append(_Seen(labels, tuple(shard.sequences), host_batch, drafts, agreed))
+        self._seen.append((shard, host_batch, drafts, agreed))
 
     def result(self, step: int) -> dict[str, float]:
         seen, self._seen, self._shown = self._seen, [], []
         tallies = np.zeros((len(self._labels), len(replay.ReplayTally.empty(self.draft_tokens).vector)))
-        for one in seen:
-            self._tally(one, tallies)
-        sums = torch.from_numpy(np.append(tallies, sum(int(one.agreed) for one in seen)) * self._counts)
+        for shard, batch, drafts, _ in seen:
+            self._tally(shard.sequences, batch, drafts, tallies)
+        sums = torch.from_numpy(np.append(tallies, sum(int(agreed) for *_, agreed in seen)) * self._counts)
         dist.all_reduce(sums, group=self._groups.draft_cpu)
         *_, agreed = sums.tolist()
         vectors = sums[:-1].view(tallies.shape).numpy()
@@ -96,15 +85,16 @@ class ReplayJudge(Judge):
             say(f"held-out text: {warning}")
             self._warned = True
 
-    def _tally(self, one: _Seen, tallies: np.ndarray) -> None:
-        accepted, expected = map(self._whole, vars(one.drafts).values())
+    def _tally(self, sequences: Sequence[int], batch: PackedTokens, drafts: Replayed, tallies: np.ndarray) -> None:
+        accepted, expected = map(self._whole, vars(drafts).values())
         assert accepted is not None
-        documents, found = replay.tally_answers(one.batch, accepted, expected, self.draft_tokens)
-        np.add.at(tallies, [self._labels.index(one.labels[document]) for document in documents], found)
+        documents, found = replay.tally_answers(batch, accepted, expected, self.draft_tokens)
+        labels = [self._labels.index(self._corpus.label(sequences[document])) for document in documents]
+        np.add.at(tallies, labels, found)
         left = SHOWN_ANSWERS - len(self._shown)
         if self._tokenizer is not None and left > 0:
-            sources = ["{}:{}".format(*self._corpus.provenance(sequence)) for sequence in one.sequences]
-            self._shown += show_answers(one.batch, accepted, self.draft_tokens, sources, self._tokenizer, left)
+            sources = ["{}:{}".format(*self._corpus.provenance(sequence)) for sequence in sequences]
+            self._shown += show_answers(batch, accepted, self.draft_tokens, sources, self._tokenizer, left)
 
     def _whole(self, part: Tensor | None) -> np.ndarray | None:
         """Of all rows, on the host, from this rank's share of them."""
