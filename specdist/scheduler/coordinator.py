@@ -20,8 +20,7 @@ from specdist.scheduler import messages
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.peers import Peers
 from specdist.scheduler.replicas import RemoteRules, Replicas, Send
-from specdist.scheduler.scheduler import ProtocolError, Scheduler
-from specdist.scheduler.watch import Culprit
+from specdist.scheduler.scheduler import Culprit, ProtocolError, Scheduler
 
 logger = logging.getLogger(__name__)
 

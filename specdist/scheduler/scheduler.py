@@ -25,12 +25,13 @@ out.
 
 from bisect import bisect, bisect_left, insort
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 from specdist.core.errors import WorldError
 from specdist.scheduler.forecast import Forecast, Line
 from specdist.scheduler.messages import Deliver, Dispatch, Send, Statistics
 from specdist.scheduler.slots import Slots
-from specdist.scheduler.watch import Culprit, Flight, slow_draft, slow_target
 
 _LOOK_S = 0.5
 """How often the clock alone is a reason to look for orders."""
@@ -40,6 +41,36 @@ _REACH = 8
 
 class ProtocolError(WorldError):
     """A message that the protocol does not allow at this point: a defect of its sender."""
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """Who has kept the world waiting: target replicas or draft ranks by number, and since when."""
+
+    role: Literal["target", "draft"]
+    indices: tuple[int, ...]
+    item: int
+    seconds: float
+    doing: Literal["computing", "sending", "reading"] = "reading"
+    others: int = 0
+    """Draft ranks that have released the item; 0: any of its pod may be the one that hangs."""
+
+
+@dataclass
+class Flight:
+    """An item with a slot, from the order to send it until it is released."""
+
+    replica: int
+    agreed: tuple[int, ...]
+    since: float
+    """When it was to be sent, and then when it was delivered."""
+    delivered: bool = False
+    holders: int = 0
+    """A bit for each draft rank that was told and has not released it."""
+
+    @property
+    def released(self) -> bool:
+        return self.delivered and not self.holders
 
 
 class Scheduler:
@@ -221,12 +252,23 @@ class Scheduler:
 
     def watch(self, now: float) -> Culprit | None:
         """Who has held an item for longer than the timeout since it could start; the longest wait wins."""
-        late, lowest = [slow_target(self._lines, self._flights, now)], self._lowest(self._together)
+        late, lowest = self._slow_targets(now), self._lowest(self._together)
         if all(flight and flight.delivered for flight in lowest):  # else the draft ranks wait themselves
             since = max(self._low_since, *(flight.since for flight in lowest if flight))
-            late.append(slow_draft(self._low, self._flights[self._low], self.pod_ranks, now - since))
-        culprits = [culprit for culprit in late if culprit and culprit.seconds > self.timeout]
+            holders = self._flights[self._low].holders
+            drafts = tuple(draft for draft in range(holders.bit_length()) if holders >> draft & 1)
+            late.append(Culprit("draft", drafts, self._low, now - since, others=self.pod_ranks - len(drafts)))
+        culprits = [culprit for culprit in late if culprit.seconds > self.timeout]
         return max(culprits, key=lambda culprit: culprit.seconds, default=None)
+
+    def _slow_targets(self, now: float) -> list[Culprit]:
+        # One whose rows wait for a slot may itself wait for a buffer: whoever holds the slots is to blame.
+        computing = [(r, line) for r, line in self._lines.items() if line.items and not line.held]
+        sending = [(item, flight) for item, flight in self._flights.items() if not flight.delivered]
+        return [
+            *(Culprit("target", (r,), line.items[0], now - line.since, "computing") for r, line in computing),
+            *(Culprit("target", (f.replica,), item, now - f.since, "sending") for item, f in sending),
+        ]
 
     def statistics(self, now: float) -> Statistics:
         if self._started is not None:
