@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
     from specdist.draft.base import DraftModel
     from specdist.draft.common.sizes import LayerSizes
+    from specdist.draft.common.vocabulary import DraftVocabulary
 
 
 @dataclass(frozen=True)
@@ -242,16 +243,11 @@ class Algorithm(ABC, Generic[C]):
 
     @abstractmethod
     def build(
-        self,
-        target: PretrainedConfig,
-        vocabulary: TargetVocabulary,
-        draft_ids: Tensor | None,
-        layout: FeatureLayout,
-        device: torch.device,
-        compiled: bool,
+        self, target: PretrainedConfig, ends: TargetVocabulary, vocabulary: DraftVocabulary, compiled: bool
     ) -> DraftModel:
-        """The draft with uninitialised fp32 weights on `device`. `draft_ids` int64 [V_d]: its vocabulary. Raises
-        ConfigError, DataError: the options, the target and the vocabulary do not go together."""
+        """The draft with uninitialised fp32 weights on the device of `vocabulary`, the tokens that it may propose.
+        `ends`: the target's embedding and head. Raises ConfigError, DataError: the options, the target and the
+        vocabulary do not go together."""
 
     @abstractmethod
     def cost(self, target: PretrainedConfig) -> Cost:

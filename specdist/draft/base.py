@@ -73,6 +73,7 @@ class DraftModel(nn.Module, ABC):
     """
 
     layout: FeatureLayout
+    """Set by `build_draft`."""
     share: ContextShare = WHOLE
     """Set before training. Every rank gets the whole micro-batch, and the losses of the ranks add up to its loss."""
     flex: bool = False

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 from specdist.core.errors import DataError
 from specdist.core.records import TargetVocabulary
 from specdist.draft.base import DraftModel
+from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.config import DraftConfig
 
 
@@ -30,20 +31,22 @@ def build_draft(
     if found != [text.vocab_size, text.hidden_size]:
         expected = [text.vocab_size, text.hidden_size]
         raise DataError(f"the target's head is {found}; its configuration says {expected}")
-    layout = config.chosen.layout(target, layout_dtype or vocabulary.head.dtype)
-    device = device or vocabulary.head.device
-    draft = config.chosen.build(target, vocabulary, draft_ids, layout, device, config.compile)
+    algorithm = config.chosen
+    layout = algorithm.layout(target, layout_dtype or vocabulary.head.dtype)
+    own = DraftVocabulary.from_ids(draft_ids, len(vocabulary.head), device or vocabulary.head.device)
+    draft = algorithm.build(target, vocabulary, own, config.compile)
+    draft.layout = layout
     draft.initialize(torch.Generator().manual_seed(seed))
     return draft
 
 
 def blank_draft(config: DraftConfig, target: PretrainedConfig) -> DraftModel:
-    """The draft without memory: names and shapes."""
+    """The draft without memory and layout: names and shapes."""
     text, algorithm = target.get_text_config(), config.chosen
     empty = torch.empty(text.vocab_size, text.hidden_size, device="meta")
     ids = None if algorithm.vocab_size is None else torch.arange(algorithm.vocab_size)
-    layout = algorithm.layout(target, torch.float32)
-    return algorithm.build(target, TargetVocabulary(empty, empty), ids, layout, torch.device("meta"), config.compile)
+    own = DraftVocabulary.from_ids(ids, len(empty), empty.device)
+    return algorithm.build(target, TargetVocabulary(empty, empty), own, config.compile)
 
 
 def parameter_count(config: DraftConfig, target: PretrainedConfig) -> int:

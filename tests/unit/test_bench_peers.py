@@ -19,6 +19,7 @@ from benchmarks.peers import peer_words
 from benchmarks.smollm2.material import questions
 from specdist.core.errors import ConfigError
 from specdist.core.records import FeatureLayout, Features, PackedTokens, TargetVocabulary
+from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.draft.eagle3.model import Eagle3Draft
 
@@ -97,7 +98,7 @@ def test_at_the_same_positions_a_peer_has_our_loss_and_gradients(
     peer = PEERS[name](PeerConfig(layers=(1, 3, 5), ttt_length=4, path=f"{os.environ['PEERS']}/{name}"))
     vocabulary = TargetVocabulary(torch.randn(97, 32), torch.randn(97, 32))
     layout = peer.layout(target, torch.float32)
-    draft = peer.build(target, vocabulary, draft_ids, layout, torch.device("cpu"), False)
+    draft = peer.build(target, vocabulary, DraftVocabulary.from_ids(draft_ids, 97), False)
     draft.initialize(torch.Generator().manual_seed(1))
     features = Features(layout, torch.randn(sum(sizes), layout.width))
     supervision = draft.supervise(batch, batch, features)

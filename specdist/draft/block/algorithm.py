@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from specdist.draft.block.backbone import BlockDraft
     from specdist.draft.block.cost import BlockCost
     from specdist.draft.block.reader import ExportedBlocks
+    from specdist.draft.common.vocabulary import DraftVocabulary
 
 C = TypeVar("C", bound=BlockOptions)
 
@@ -109,19 +110,10 @@ class BlockAlgorithm(Algorithm[C]):
         """The draft's class."""
 
     def build(
-        self,
-        target: PretrainedConfig,
-        vocabulary: TargetVocabulary,
-        draft_ids: Tensor | None,
-        layout: FeatureLayout,
-        device: torch.device,
-        compiled: bool,
+        self, target: PretrainedConfig, ends: TargetVocabulary, vocabulary: DraftVocabulary, compiled: bool
     ) -> BlockDraft:
-        from specdist.draft.common.vocabulary import DraftVocabulary
-
-        own = DraftVocabulary.from_ids(draft_ids, len(vocabulary.head), device)
-        dims = BlockDims.of(self.config, target, len(own.ids))
-        return self.model()(self.config, dims, layout, vocabulary.to(device), own, compiled)
+        dims = BlockDims.of(self.config, target, len(vocabulary.ids))
+        return self.model()(self.config, dims, ends.to(vocabulary.ids.device), vocabulary, compiled)
 
     def cost(self, target: PretrainedConfig) -> BlockCost:
         from specdist.draft.block.cost import BlockCost

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from specdist.core.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
+from specdist.core.records import Features, LogitMap, PackedTokens, TargetVocabulary
 from specdist.draft.base import DraftModel, Drafts, Supervision
 from specdist.draft.block.attention import BlockAttention, KeysValues, eager_attention, flex_attention
 from specdist.draft.block.blocks import Blocks
@@ -50,14 +50,13 @@ class BlockDraft(DraftModel):
         self,
         options: BlockOptions,
         dims: BlockDims,
-        layout: FeatureLayout,
         target: TargetVocabulary,
         vocabulary: DraftVocabulary,
         compiled: bool,
     ) -> None:
         super().__init__()
         assert options.mask_token_id is not None, "the configuration was not completed"
-        self.config, self.dims, self.layout, self.mask_token = options, dims, layout, options.mask_token_id
+        self.config, self.dims, self.mask_token = options, dims, options.mask_token_id
         self.target, self.rotary, self.scale = target, Rotary.of(dims, target.head.device), dims.head_dim**-0.5
         self.logit_map, self.vocabulary = LogitMap(), vocabulary
         self.make(target.head.device, self.modules_of, options, dims)

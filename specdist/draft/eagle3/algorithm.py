@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
     from specdist.draft.algorithm import ExportConfig
     from specdist.draft.base import DraftModel
+    from specdist.draft.common.vocabulary import DraftVocabulary
     from specdist.draft.eagle3.cost import Eagle3Cost
     from specdist.draft.eagle3.reader import ExportedEagle3
 
@@ -103,20 +104,12 @@ class Eagle3(Algorithm[Eagle3Config]):
         return {"draft": "draft.eagle3.teacher_head=draft"}
 
     def build(
-        self,
-        target: PretrainedConfig,
-        vocabulary: TargetVocabulary,
-        draft_ids: Tensor | None,
-        layout: FeatureLayout,
-        device: torch.device,
-        compiled: bool,
+        self, target: PretrainedConfig, ends: TargetVocabulary, vocabulary: DraftVocabulary, compiled: bool
     ) -> DraftModel:
-        from specdist.draft.common.vocabulary import DraftVocabulary
         from specdist.draft.eagle3.model import Eagle3Draft
 
-        own = DraftVocabulary.from_ids(draft_ids, len(vocabulary.head), device)
-        dims = Eagle3Dims.of(self.config, target, draft_vocab_size=len(own.ids))
-        return Eagle3Draft(self.config, dims, layout, vocabulary, own, compiled)
+        dims = Eagle3Dims.of(self.config, target, len(vocabulary.ids))
+        return Eagle3Draft(self.config, dims, ends, vocabulary, compiled)
 
     def cost(self, target: PretrainedConfig) -> Eagle3Cost:
         from specdist.draft.eagle3.cost import Eagle3Cost

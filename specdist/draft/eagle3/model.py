@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specdist.core.errors import ConfigError
-from specdist.core.records import FeatureLayout, Features, LogitMap, PackedTokens, TargetVocabulary
+from specdist.core.records import Features, LogitMap, PackedTokens, TargetVocabulary
 from specdist.draft.base import DraftModel, Supervision
 from specdist.draft.common.flex import takes_flex
 from specdist.draft.common.layers import Rotary, rotate
@@ -93,14 +93,13 @@ class Eagle3Draft(DraftModel):
         self,
         config: Eagle3Config,
         dims: Eagle3Dims,
-        layout: FeatureLayout,
         target: TargetVocabulary,
         vocabulary: DraftVocabulary,
         compiled: bool,
     ) -> None:
         super().__init__()
         device = vocabulary.ids.device
-        self.config, self.dims, self.layout = config, dims, layout
+        self.config, self.dims = config, dims
         self.frozen = Eagle3Frozen.of(config, target, vocabulary, Rotary.of(turned(dims), device))
         self.scale = dims.scale
         self.metric_names = tuple(f"{name}/{k}" for k in range(config.ttt_length) for name in (*SUMS, "positions"))

@@ -17,6 +17,7 @@ from specdist.core.records import FeatureLayout, PackedTokens, TargetVocabulary
 from specdist.draft.algorithm import Algorithm, Contents, Cost, ExportConfig, ExportedDraft, Trained
 from specdist.draft.base import DraftModel
 from specdist.draft.common.tensors import DTYPES, check_tensors, converted, need
+from specdist.draft.common.vocabulary import DraftVocabulary
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,11 @@ class Toy(Algorithm[ToyConfig]):
         return FeatureLayout((self.config.layer,), text.hidden_size, final=False, dtype=dtype)
 
     def build(
-        self,
-        target: PretrainedConfig,
-        vocabulary: TargetVocabulary,
-        draft_ids: Tensor | None,
-        layout: FeatureLayout,
-        device: torch.device,
-        compiled: bool,
+        self, target: PretrainedConfig, ends: TargetVocabulary, vocabulary: DraftVocabulary, compiled: bool
     ) -> DraftModel:
         from tests.plugins.toy_algorithm.model import ToyDraft
 
-        return ToyDraft(layout, len(vocabulary.head), device)
+        return ToyDraft(ends, vocabulary.ids.device)
 
     def cost(self, target: PretrainedConfig) -> ToyCost:
         text = target.get_text_config()

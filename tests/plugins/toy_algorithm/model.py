@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from specdist.core.records import FeatureLayout, Features, PackedTokens
+from specdist.core.records import Features, PackedTokens, TargetVocabulary
 from specdist.draft.base import DraftModel, Drafts, Proposer, Replayed, Supervision, draw
 
 
 class ToyDraft(DraftModel):
     metric_names = ("loss", "correct", "counted")
 
-    def __init__(self, layout: FeatureLayout, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, ends: TargetVocabulary, device: torch.device) -> None:
         super().__init__()
-        self.layout = layout
-        self.head = nn.Linear(layout.hidden_size, vocab_size, bias=False, device=device)
+        vocab_size, hidden_size = ends.head.shape
+        self.head = nn.Linear(hidden_size, vocab_size, bias=False, device=device)
 
     def supervise(
         self, batch: PackedTokens, host_batch: PackedTokens, features: Features, draw: int = 0
