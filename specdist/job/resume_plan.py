@@ -51,6 +51,10 @@ class ResumePlan:
         assert self.progress.batching is not None
         return self.progress.batching
 
+    def since(self, progress: Progress) -> Self:
+        """What is left of it at `progress`."""
+        return replace(self, progress=progress, schedule=self.schedule.since(progress))
+
     def to_json(self) -> str:
         return msgspec.json.encode(self, enc_hook=str).decode()
 

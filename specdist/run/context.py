@@ -16,7 +16,7 @@ from specdist.channel.config import parse_bytes
 from specdist.channel.encoding import Plain, encoding_of
 from specdist.core.attempts import AttemptRecord, Failure, Started
 from specdist.core.launch_env import Attempt, RankFacts
-from specdist.core.progress import Batching, Cursor, Progress
+from specdist.core.progress import Progress
 from specdist.core.records import WorkItem
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
@@ -26,7 +26,6 @@ from specdist.job.resume_plan import ResumePlan
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.corpus import Corpus
 from specdist.prompts.items import Items, evaluation_items
-from specdist.prompts.schedule import Schedule
 from specdist.prompts.stream import Stream
 from specdist.run.rank_log import RankLog
 from specdist.run.start_up import StartUp
@@ -106,12 +105,6 @@ class WorldContext:
         tokens, seed = job.prompts.tokens_per_rank, job.run.seed
         return evaluation_items(self.prompts, shards, tokens, seed, job.evaluate.limit, pods)
 
-    def items_of(self, schedule: Schedule, cursor: Cursor, batching: Batching) -> Items:
-        """The items of a start, from `cursor` of the stream on; the same on every rank."""
-        shards, pods = self.topology.shards, self.topology.pods
-        stream = Stream(self.prompts.training.sizes, batching, self.job.run.seed, shards, pods)
-        return Items(stream, cursor, schedule, self.evaluation_items())
-
     def accumulating(self, micro_batches: int) -> WorldContext:
         """With so many micro-batches of each draft rank in a step, which is what the run's batching needs here."""
         train = dataclasses.replace(self.job.train, accumulation=micro_batches)
@@ -177,7 +170,11 @@ class RankContext(WorldContext):
     profile: Profile
 
     def items(self) -> Items:
-        return self.items_of(self.resume.schedule, self.resume.progress.cursor, self.resume.batching)
+        """The items of this start; the same on every rank."""
+        resume, topology = self.resume, self.topology
+        sizes, seed = self.prompts.training.sizes, self.job.run.seed
+        stream = Stream(sizes, resume.batching, seed, topology.shards, topology.pods)
+        return Items(stream, resume.progress.cursor, resume.schedule, self.evaluation_items())
 
     def begin(self, phase: str) -> None:
         self.client.phase = phase

@@ -207,6 +207,24 @@ class Producer:
             self._client.phase = "waiting for a batch"
 
 
+def producer_of(context: RankContext, engine: TargetModel, encoding: Plain, sender: FeatureSender) -> Producer:
+    """Of this rank, whose `sender` is connected; features travel as `encoding` says."""
+    job, split = context.job, context.topology.mode == "split"
+    return Producer(
+        engine,
+        sender,
+        encoding,
+        context.client,
+        context.items(),
+        context.prompts,
+        job.target.verify,
+        context.timeout_s,
+        context.profile,
+        alone=job.target.tp == 1,
+        in_turn=split and job.target.tp > 1 and not context.transport.one_sided,
+    )
+
+
 def produce(context: RankContext) -> None:
     job, topology = context.job, context.topology
     item_tokens = topology.shards * job.prompts.tokens_per_rank
@@ -221,19 +239,7 @@ def produce(context: RankContext) -> None:
         encoding, sender = context.sender(context.client)
         context.begin("connecting to the draft ranks")
         sender.connect(job.control.load_timeout_s, context.client.check)
-    producer = Producer(
-        engine,
-        sender,
-        encoding,
-        context.client,
-        context.items(),
-        context.prompts,
-        job.target.verify,
-        context.timeout_s,
-        context.profile,
-        alone=job.target.tp == 1,
-        in_turn=topology.mode == "split" and job.target.tp > 1 and not context.transport.one_sided,
-    )
+    producer = producer_of(context, engine, encoding, sender)
     context.client.ready()
     context.started()
     report = producer.run()

@@ -16,7 +16,7 @@ from specdist.core.attempts import Failure
 from specdist.core.errors import Aborted, Dismissed, WorldError
 from specdist.core.stop import StopReason
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 MAX_MESSAGE_BYTES = 65536
 MAX_TERMS_BYTES = 32768
 """Of the terms in `Welcome`: far below the limit of a message."""

@@ -8,6 +8,7 @@ import dataclasses
 import random
 import stat
 from collections.abc import Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +18,11 @@ import pytest
 from specdist.channel.config import ChannelConfig
 from specdist.core.attempts import Failure
 from specdist.core.errors import ConfigError
-from specdist.core.progress import Batching, Cursor
+from specdist.core.progress import Batching, Cursor, Progress
 from specdist.core.stop import StopReason
 from specdist.core.topology import Topology, WorldConfig
 from specdist.draft.config import draft_config
+from specdist.job.resume_plan import ResumePlan
 from specdist.prompts.corpus import Corpus, Side, make_corpus
 from specdist.prompts.schedule import Schedule
 from specdist.run.worlds.search import ControlAddress, Rendezvous
@@ -395,14 +397,9 @@ def test_a_given_address_needs_a_common_secret(tmp_path, monkeypatch):
 
 
 def test_the_terms_survive_the_wire_and_name_what_differs():
-    terms = Terms(
-        (("a", 2), ("b", 1)),
-        1,
-        Cursor(0, 9),
-        Schedule(6, 3, 17, 1),
-        Batching(2, 64),
-        {"run.seed": "0", "prompts": "f"},
-    )
+    progress = Progress(3, 6, Cursor(0, 9), batching=Batching(2, 64))
+    resume = ResumePlan(progress, Path("step-00000003"), Schedule(6, 3, 17, 1))
+    terms = Terms((("a", 2), ("b", 1)), 1, resume, {"run.seed": "0", "prompts": "f"})
     assert Terms.from_json(terms.to_json()) == terms
     assert terms.hosts == ("a", "a", "b")
     terms.check({"run.seed": "0", "prompts": "f"})
@@ -428,7 +425,7 @@ def test_both_worlds_hold_out_the_same(tmp_path):
         common_facts(job, facts, Corpus(side, heldout))
         for heldout in (None, make_corpus([two]).training, Side.of(one, np.arange(1)))
     )
-    terms = Terms((("a", 1),), 1, Cursor(), Schedule(6, 3, 17, 1), Batching(2, 64), half)
+    terms = Terms((("a", 1),), 1, ResumePlan(Progress(), None, Schedule(6, 3, 17, 1)), half)
     terms.check(dict(half))
     for own in (without, other):
         with pytest.raises(ConfigError, match=r"differs in prompts\.holdout \(\w+ here, \w+ there\)$"):

@@ -12,7 +12,7 @@ import pytest
 
 from specdist.core.errors import ConfigError
 from specdist.core.progress import Batching, Cursor, Progress
-from specdist.job.resume_plan import batching_of
+from specdist.job.resume_plan import ResumePlan, batching_of
 from specdist.prompts.items import Items
 from specdist.prompts.schedule import Schedule
 from specdist.prompts.stream import Sizes, Stream
@@ -81,11 +81,11 @@ def test_a_world_that_joins_later_has_the_same_items_under_the_same_numbers(ever
         replace(item, evaluated=True) for item in Stream(Sizes.of(np.array([3, 4])), Batching(2, 12), 0).items(epochs=1)
     ]
     schedule = Schedule(0, 0, 9, 2, None, len(held), every)
-    terms = Terms((("a", 2),), 1, Cursor(), schedule, batching, {})
+    terms = Terms((("a", 2),), 1, ResumePlan(Progress(batching=batching), None, schedule), {})
     whole = Items(stream, Cursor(), schedule, held)
     expected = [whole[i] for i in range(schedule.end_item)]
     for step in range(1, 9):
         done = schedule.training(step - 1)
-        later = terms.since(Progress(step, done.stop, expected[done[-1]].end))
-        items = Items(stream, later.cursor, later.schedule, held)
+        later = terms.since(Progress(step, done.stop, expected[done[-1]].end)).resume
+        items = Items(stream, later.progress.cursor, later.schedule, held)
         assert [items[i] for i in range(done.stop, schedule.end_item)] == expected[done.stop :]

@@ -16,12 +16,13 @@ from specdist.core.attempts import Ending
 from specdist.core.errors import Dismissed, WorldError, say
 from specdist.core.worker import telling_deaths
 from specdist.run.context import WorldContext
-from specdist.run.target_loop import Producer
+from specdist.run.target_loop import producer_of
 from specdist.run.worlds.search import Lost, Over, Search, Session
 from specdist.run.worlds.terms import common_facts
 from specdist.scheduler.client import ControlClient
 from specdist.scheduler.messages import Produced, ProducerReport, Stop
 from specdist.target.base import TargetModel
+from specdist.training.profile import NO_PROFILE
 
 _LOOK_S = 0.5
 _STUCK_S = 60.0
@@ -104,25 +105,22 @@ class TargetWorld:
     def _work(self, session: Session) -> None:
         terms, client = session.terms, session.client
         terms.check(self._own)
-        self._step = terms.schedule.first_step
-        context = self._context.beside(terms.hosts, terms.cp, terms.schedule.pods)
-        job, timeout_s = context.job, context.timeout_s
-        item_rows = context.topology.shards * job.prompts.tokens_per_rank
+        self._step = terms.resume.progress.step
+        beside = self._context.beside(terms.hosts, terms.cp, terms.resume.schedule.pods)
+        context = beside.in_run(terms.resume, client, NO_PROFILE)
+        item_rows = context.topology.shards * context.job.prompts.tokens_per_rank
         engine = self._loaded(client, item_rows)
         encoding, sender = context.sender(client, session.book)
         report = ProducerReport()
         try:
             with contextlib.suppress(Over):
                 client.phase = "connecting to the draft ranks"
-                sender.connect(job.control.load_timeout_s, session.check)
-                items = context.items_of(terms.schedule, terms.cursor, terms.batching)
-                verify = job.target.verify
-                prompts, alone = context.prompts, job.target.tp == 1
-                producer = Producer(engine, sender, encoding, client, items, prompts, verify, timeout_s, alone=alone)
+                sender.connect(context.job.control.load_timeout_s, session.check)
+                producer = producer_of(context, engine, encoding, sender)
                 client.ready()
                 report = producer.run()
         finally:
-            sender.close(timeout_s)
+            sender.close(context.timeout_s)
         self._items += report.items
         client.send(Produced(report))
 

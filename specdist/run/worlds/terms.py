@@ -9,12 +9,11 @@ from itertools import groupby
 import msgspec
 
 from specdist.core.errors import ConfigError
-from specdist.core.progress import Batching, Cursor, Progress
+from specdist.core.progress import Progress
 from specdist.core.topology import Topology
 from specdist.job.config import JobConfig, JobFacts
 from specdist.job.resume_plan import ResumePlan
 from specdist.prompts.corpus import Corpus
-from specdist.prompts.schedule import Schedule
 from specdist.scheduler.messages import MAX_TERMS_BYTES
 
 
@@ -39,29 +38,23 @@ class Terms:
     """Attributes:
     host_ranks: the draft ranks in order, as hosts with the number of ranks that follow each other on each.
     cp: the draft's context parallelism.
-    cursor, schedule, batching: where the stream starts, what is done from there, and in which steps.
+    resume: where the run starts, and what is done from there.
     common: see `common_facts`.
     """
 
     host_ranks: tuple[tuple[str, int], ...]
     cp: int
-    cursor: Cursor
-    schedule: Schedule
-    batching: Batching
+    resume: ResumePlan
     common: dict[str, str]
 
     @classmethod
     def of(cls, job: JobConfig, facts: JobFacts, prompts: Corpus, topology: Topology, resume: ResumePlan) -> Terms:
-        common = common_facts(job, facts, prompts)
         hosts = tuple((host, len(list(ranks))) for host, ranks in groupby(topology.hosts))
-        cp = len(topology.draft[0])
-        return cls(hosts, cp, resume.progress.cursor, resume.schedule, resume.batching, common)
+        return cls(hosts, len(topology.draft[0]), resume, common_facts(job, facts, prompts))
 
     def since(self, progress: Progress | None) -> Terms:
         """For a world that joins when the draft world has come to `progress`: what is done it need not plan."""
-        if progress is None:
-            return self
-        return replace(self, cursor=progress.cursor, schedule=self.schedule.since(progress))
+        return self if progress is None else replace(self, resume=self.resume.since(progress))
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -69,7 +62,7 @@ class Terms:
 
     def to_json(self) -> str:
         """As `Welcome` carries it. Raises ConfigError where there are too many hosts for one message."""
-        text = msgspec.json.encode(self).decode()
+        text = msgspec.json.encode(self, enc_hook=str).decode()
         if len(text) > MAX_TERMS_BYTES:
             raise ConfigError.at(
                 "world.role",
@@ -79,7 +72,7 @@ class Terms:
 
     @classmethod
     def from_json(cls, text: str) -> Terms:
-        return msgspec.json.decode(text, type=cls)
+        return msgspec.json.decode(text, type=cls, dec_hook=lambda kind, value: kind(value))
 
     def check(self, own: dict[str, str]) -> None:
         """Raise ConfigError where this world's `common_facts` are others than those of the draft world."""
