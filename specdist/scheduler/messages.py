@@ -266,8 +266,6 @@ class Statistics:
     free: int = 0
     target_wait_s: float = 0.0
     """Replica-seconds without work for want of slots: the target waits for the draft."""
-    draft_wait_s: float = 0.0
-    """Seconds in which the next item in training order was not delivered: the draft waits for the target."""
 
 
 class Pulse(_Message, frozen=True):

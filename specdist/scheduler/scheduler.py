@@ -126,7 +126,7 @@ class Scheduler:
         self._started: float | None = None
         self._accounted = 0.0
         self._delivered_count = 0
-        self._target_wait = self._draft_wait = 0.0
+        self._target_wait = 0.0
 
     def pod(self, item: int) -> int:
         return (item - self._first) % len(self._pods)
@@ -196,7 +196,6 @@ class Scheduler:
         flight = self._flights.get(item)
         if flight is None or flight.replica != replica or flight.delivered:
             raise ProtocolError(f"target replica {replica} sent batch {item}, which it was not to send")
-        self._account(now)
         holders = (1 << self.pod_ranks) - 1 << self.pod(item) * self.pod_ranks
         flight.delivered, flight.since, flight.holders = True, now, holders
         self._delivered_count += 1
@@ -252,7 +251,7 @@ class Scheduler:
 
     def watch(self, now: float) -> Culprit | None:
         """Who has held an item for longer than the timeout since it could start; the longest wait wins."""
-        late, lowest = self._slow_targets(now), self._lowest(self._together)
+        late, lowest = self._slow_targets(now), self._lowest()
         if all(flight and flight.delivered for flight in lowest):  # else the draft ranks wait themselves
             since = max(self._low_since, *(flight.since for flight in lowest if flight))
             holders = self._flights[self._low].holders
@@ -286,7 +285,6 @@ class Scheduler:
             slots=sum(slots.count for slots in self._pods),
             free=sum(slots.free for slots in self._pods),
             target_wait_s=self._target_wait,
-            draft_wait_s=self._draft_wait,
         )
 
     def _slots(self, item: int) -> Slots:
@@ -397,7 +395,6 @@ class Scheduler:
 
     def _advance(self, item: int, now: float) -> None:
         """Move the low-water mark of the pod of `item` past what is delivered and no draft rank holds."""
-        self._account(now)
         slots, before = self._slots(item), self._low
         while (lowest := self._flights.get(slots.low)) is not None and lowest.released:
             del self._flights[slots.low]
@@ -407,17 +404,15 @@ class Scheduler:
             self._low_since = now
 
     def _account(self, now: float) -> None:
-        """Add the time since the last change to the sides that waited in it."""
+        """Add the time since the last change to what replicas have waited."""
         passed, self._accounted = now - self._accounted, now
         if self._work_left:
             # Dispatch is greedy, so a replica without work while there is some lacks nothing but slots.
             self._target_wait += passed * sum(not line.items for line in self._lines.values())
-        if self.draft_ranks and not all(f and f.delivered for f in self._lowest(1)) and not self.finished:
-            self._draft_wait += passed
 
-    def _lowest(self, each: int) -> list[Flight | None]:
-        """The first `each` items of every pod, from the lowest of all on, that will be sent and are not released."""
-        items = range(low := self._low, low + each * len(self._pods))
+    def _lowest(self) -> list[Flight | None]:
+        """The items that the pods need at once, from the lowest of all on, that will be sent and are not released."""
+        items = range(low := self._low, low + self._together * len(self._pods))
         return [
             self._flights.get(item)
             for item in items
