@@ -140,7 +140,7 @@ def _part(ranks: Sequence[int], size: int, target: tuple[int, int], port: int, f
         stores.append(own.store)  # torch does not keep it alive
         connected.wait()
         config = WorldConfig(device="cpu", join_timeout_s=_LIMIT_S)
-        world = join_world(config, RankFacts(rank, size, 0, 1, rank, _HERE))
+        world = join_world(config, RankFacts(rank, size, 0, 1, _HERE))
         replicas, tp = target
         topology = Topology.build(config, world.hosts, replicas=replicas, tp=tp, dp=None, cp=1)
         make_groups(topology, world, None, _LIMIT_S)

@@ -45,7 +45,6 @@ class RankFacts:
     world_size: int
     local_rank: int
     local_world_size: int
-    node: int
     host: str
     node_role: Role | None = None
     """The role that every rank of this node takes, where the launcher decides it (a heterogeneous job)."""
@@ -67,7 +66,6 @@ class RankFacts:
             world_size=int(env["WORLD_SIZE"]),
             local_rank=int(env["LOCAL_RANK"]),
             local_world_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
-            node=int(env.get("GROUP_RANK", "0")),
             host=env.get(HOST) or socket.gethostname(),
             node_role=parse_role(env.get(NODE_ROLE)),
         )

@@ -32,7 +32,7 @@ TARGET, DRAFT = 0, 1
 
 def wire_of(rank: int, store: dist.Store) -> Wire:
     """Of one rank of a world of two that has no process groups: Mooncake needs none."""
-    facts = RankFacts(rank=rank, world_size=2, local_rank=0, local_world_size=1, node=rank, host="ab"[rank])
+    facts = RankFacts(rank=rank, world_size=2, local_rank=0, local_world_size=1, host="ab"[rank])
     world = World(facts, torch.device("cpu"), TOPOLOGY.hosts, (None, None), store)
     config = ChannelConfig(transport="mooncake", mooncake=CONFIG)
     groups = Groups("")

@@ -102,7 +102,7 @@ def make_item(index: int) -> WorkItem:
 
 
 def wire(rank: int, timeout_s: float = 20.0) -> Wire:
-    facts = RankFacts(rank, 2, local_rank=0, local_world_size=1, node=rank, host=HOSTS[rank])
+    facts = RankFacts(rank, 2, local_rank=0, local_world_size=1, host=HOSTS[rank])
     world = World(facts, torch.device("cpu"), HOSTS, (None, None), dist.HashStore())
     link: Any = object()
     groups = Groups("", links={Link(0, 1): link})

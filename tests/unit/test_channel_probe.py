@@ -38,7 +38,7 @@ def measure(*ranks: int, timeout_s: float = 20, transport: str = "toy", store: d
     shared = store or dist.HashStore()
 
     def one(rank: int) -> Found:
-        facts = RankFacts(rank, 4, local_rank=0, local_world_size=1, node=rank, host=HOSTS[rank])
+        facts = RankFacts(rank, 4, local_rank=0, local_world_size=1, host=HOSTS[rank])
         world = World(facts, torch.device("cpu"), HOSTS, (None,) * 4, shared)
         groups = Groups(GROUP, links=dict.fromkeys(SPLIT.links, GROUP))
         try:

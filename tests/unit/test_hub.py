@@ -330,7 +330,7 @@ def test_the_first_rank_of_every_host_fetches(monkeypatch: pytest.MonkeyPatch) -
 
         def take_part(rank: int) -> None:
             threading.current_thread().name = str(rank)
-            facts = RankFacts(rank, 4, rank % 2, 2, rank // 2, hosts[rank])
+            facts = RankFacts(rank, 4, rank % 2, 2, hosts[rank])
             fetch_target("org/x", SimpleNamespace(facts=facts, hosts=hosts, store=store), 5.0)  # type: ignore[arg-type]
 
         with ThreadPoolExecutor(4) as threads:

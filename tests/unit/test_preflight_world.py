@@ -46,7 +46,7 @@ def checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Preflight]:
     overrides = {"draft__dp": 2, "world__join_timeout_s": 5, "preflight__level": "strict"}
     job = load_job([], make_config(tmp_path, tmp_path / "target", tmp_path / "prompts.jsonl", **overrides))
     topology, store = Topology.build(job.world, HOSTS, replicas=1, tp=1, dp=2, cp=1), dist.HashStore()
-    facts = (RankFacts(rank, 3, local_rank=0, local_world_size=1, node=rank, host=HOSTS[rank]) for rank in range(3))
+    facts = (RankFacts(rank, 3, local_rank=0, local_world_size=1, host=HOSTS[rank]) for rank in range(3))
     worlds = [World(fact, torch.device("cpu"), HOSTS, (None,) * 3, store) for fact in facts]
     return [Preflight(job, world, topology, doctor=True) for world in worlds]
 

@@ -51,7 +51,7 @@ def examine_world(job: JobConfig, who: RankFacts) -> int:
 def examine_alone(job: JobConfig) -> Report:
     """Examine this host without a world: its GPUs, the model, the run directory."""
     host = socket.gethostname()
-    alone = RankFacts(rank=0, world_size=1, local_rank=0, local_world_size=1, node=0, host=host)
+    alone = RankFacts(rank=0, world_size=1, local_rank=0, local_world_size=1, host=host)
     facts, model = examine_model(job)
     with marked(Path(job.run.dir)) as mark:
         of_host = HostFacts(examine_storage(Path(job.run.dir), mark))
