@@ -216,7 +216,8 @@ class Features:
 
 @dataclass(frozen=True)
 class LogitMap:
-    """How a target's logits follow from the product of its head with the last hidden state; see `TargetVocabulary`."""
+    """How a target's logits follow from the product of its head with the last hidden state: `scale` times it (1.0 for
+    most models), then, where there is a `softcap` (Gemma 2 and its kin), `softcap * tanh(logits / softcap)`."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -234,18 +235,12 @@ class TargetVocabulary:
     Attributes:
         embedding: [V, H], the input embedding.
         head: [V, H], the output head (the same tensor as `embedding` when the target ties them).
-        logit_scale: the target's logits are `logit_scale * (head @ z)` before the soft cap (1.0 for most models).
-        logit_softcap: `cap * tanh(logits / cap)` is applied when given (Gemma 2 and its kin).
+        logit_map: how the target's logits follow from `head @ z`.
     """
 
     embedding: Tensor
     head: Tensor
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
-
-    @property
-    def logit_map(self) -> LogitMap:
-        return LogitMap(self.logit_scale, self.logit_softcap)
+    logit_map: LogitMap = LogitMap()
 
     def to(self, device: torch.device | str) -> TargetVocabulary:
         """The same on `device`; tied tables stay one."""

@@ -50,12 +50,12 @@ def load_target_vocabulary(target: TargetDescription, dtype: torch.dtype | None 
     stored_embedding, stored_head = _ends(target)
     embedding = _load(stored_embedding, target, dtype)
     head = embedding if stored_head is stored_embedding else _load(stored_head, target, dtype)
-    return TargetVocabulary(embedding, head, *logit_transform(target))
+    return TargetVocabulary(embedding, head, logit_map(target))
 
 
 def load_target_head(target: TargetDescription, dtype: torch.dtype | None = None) -> tuple[Tensor, LogitMap]:
     """The head alone, as `load_target_vocabulary` gives it, and how logits follow from its products."""
-    return _load(_ends(target)[1], target, dtype), LogitMap(*logit_transform(target))
+    return _load(_ends(target)[1], target, dtype), logit_map(target)
 
 
 def _ends(target: TargetDescription) -> tuple[StoredTensor, StoredTensor]:
@@ -75,8 +75,8 @@ def _ends(target: TargetDescription) -> tuple[StoredTensor, StoredTensor]:
     return embedding, head
 
 
-def logit_transform(target: TargetDescription) -> tuple[float, float | None]:
-    """Scale and soft cap that the target applies to its logits. Raises DataError for a key that is not known."""
+def logit_map(target: TargetDescription) -> LogitMap:
+    """What the target makes of its head's products. Raises DataError for a key that is not known."""
     values: dict[str, Any] = target.config.to_dict() | target.text_config.to_dict()
     values = {key: value for key, value in values.items() if LOGIT_KEY.search(key) and value is not None}
     known = (*MULTIPLIERS, *DIVISORS, *SOFTCAPS)
@@ -93,7 +93,7 @@ def logit_transform(target: TargetDescription) -> tuple[float, float | None]:
         # HyperCLOVA X took the name from Granite and multiplies
         scale *= values.get(key, 1.0) ** (1 if "hyperclovax" in target.text_config.model_type else -1)
     softcaps = [float(values[key]) for key in SOFTCAPS if key in values]
-    return float(scale), softcaps[0] if softcaps else None
+    return LogitMap(float(scale), softcaps[0] if softcaps else None)
 
 
 def _minicpm_scale(target: TargetDescription) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdist.core.records import TargetVocabulary
+from specdist.core.records import LogitMap, TargetVocabulary
 from specdist.draft.block.backbone import BlockDraft
 from specdist.draft.build import build_draft
 from specdist.draft.common.layers import Rotary
@@ -46,7 +46,7 @@ def case_of(config: DraftConfig, lengths: tuple[int, ...], seed: int, dtype: tor
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    target = TargetVocabulary(normal(VOCAB, HIDDEN), normal(VOCAB, HIDDEN), logit_scale=0.5, logit_softcap=7.0)
+    target = TargetVocabulary(normal(VOCAB, HIDDEN), normal(VOCAB, HIDDEN), LogitMap(0.5, 7.0))
     size = config.chosen.vocab_size
     ids = None if size is None else torch.randperm(VOCAB, generator=generator)[:size].sort().values
     draft = build_draft(config, target_config(), target, ids, seed=seed)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from specdist.core.records import TargetVocabulary
+from specdist.core.records import LogitMap, TargetVocabulary
 from specdist.draft.build import build_draft
 from specdist.draft.common.layers import Rotary
 from specdist.draft.config import draft_config
@@ -38,7 +38,7 @@ def build_case(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    target = TargetVocabulary(normal(VOCAB, HIDDEN), normal(VOCAB, HIDDEN), logit_softcap=20.0)
+    target = TargetVocabulary(normal(VOCAB, HIDDEN), normal(VOCAB, HIDDEN), LogitMap(softcap=20.0))
     ids = torch.tensor(PRUNED) if pruned else None
     told = target_config()
     turned = MLA["qk_rope_head_dim"] if options.get("mla") else HEAD_DIM
@@ -106,8 +106,9 @@ class Reference:
         self.w, self.config, self.target = w, config, target
 
     def logits(self, z: Tensor) -> Tensor:
-        assert self.target.logit_softcap is not None
-        return self.target.logit_softcap * torch.tanh(self.target.head @ z / self.target.logit_softcap)
+        softcap = self.target.logit_map.softcap
+        assert softcap is not None
+        return softcap * torch.tanh(self.target.head @ z / softcap)
 
     def of(self, layer: int, name: str) -> Tensor:
         return self.w[f"layers.{layer}.{name}.weight" if layer else f"midlayer.{name}.weight"]
@@ -198,7 +199,7 @@ def target_of(draft: Eagle3Draft) -> TargetVocabulary:
     """The ends of the target that a draft was built with."""
     frozen = draft.frozen
     assert frozen.whole_head is not None
-    return TargetVocabulary(frozen.embedding, frozen.whole_head, frozen.logit_map.scale, frozen.logit_map.softcap)
+    return TargetVocabulary(frozen.embedding, frozen.whole_head, frozen.logit_map)
 
 
 def expected(case: Case[Eagle3Draft], totals: Tensor | None = None) -> Expected:

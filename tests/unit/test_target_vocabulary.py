@@ -110,7 +110,7 @@ def test_a_multimodal_wrapper(tmp_path: Path) -> None:
     assert (facts.layers, facts.hidden_size, facts.vocab_size, facts.tied) == (2, 16, 50, True)
     vocabulary = load_target_vocabulary(describe(tmp_path))
     assert torch.equal(vocabulary.embedding, model.get_input_embeddings().weight)
-    assert vocabulary.logit_softcap == 2.0
+    assert vocabulary.logit_map.softcap == 2.0
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "language_model.model.", "backbone."])
