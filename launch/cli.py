@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import signal
 import sys
@@ -75,11 +76,13 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 def open_streams() -> None:
     """Have standard streams that are closed be the null device: else the next files that are opened get their numbers,
-    and what a rank prints."""
+    and what a rank prints. What the encoding of standard output lacks is escaped, as on standard error."""
     for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
         if getattr(sys, name) is None:
             setattr(sys, name, stream := open(os.devnull, mode))  # noqa: SIM115
             os.set_inheritable(stream.fileno(), True)  # ranks have streams, too
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

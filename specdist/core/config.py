@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from specdist.core.errors import ConfigError, InputError, first_line
+from specdist.core.words import is_text
 
 T = TypeVar("T")
 _defaults: Callable[[type], Any] = functools.cache(OmegaConf.structured)  # most of what loading a job takes
@@ -244,9 +245,11 @@ def _override_layer(override: str) -> _Layer:
     key, equals, _ = override.partition("=")
     if not equals:
         raise ConfigError(f"command line: '{override}' is not of the form key=value")
+    if not is_text(override):
+        raise ConfigError(f"command line: {override!r} is not UTF-8")
     try:
         values = OmegaConf.from_dotlist([override])
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"command line: {key}: {_first_line(error)}") from error
     keys = dict(_full_keys(OmegaConf.to_container(values)))
     sections = frozenset(key for key, value in keys.items() if value is None or isinstance(value, dict))

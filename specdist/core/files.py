@@ -20,6 +20,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from specdist.core.errors import DataError, DiskError, UserError, say
+from specdist.core.words import is_text
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -76,6 +77,8 @@ def existing(directory: Path) -> Path:
 
 def check_output(option: str, path: str | Path, folder: bool = False) -> None:
     """Raise UserError where an option's file, or a `folder` that is made with those above it, cannot be written."""
+    if folder and not is_text(whole := Path(path).absolute()):  # what is in it names it
+        raise UserError(f"{option}: {str(whole)!r} is not UTF-8: choose another name")
     parent = existing(Path(path).parent) if folder else Path(path).absolute().parent
     if (cause := unwritable(parent)) is not None:
         raise UserError(f"{option} {path}: {parent} cannot be written: {cause.strerror}")

@@ -11,6 +11,11 @@ def override_words(values: Mapping[str, object]) -> list[str]:
     return [f"{key}={json.dumps(value, ensure_ascii=False, default=os.fspath)}" for key, value in values.items()]
 
 
+def is_text(word: str | os.PathLike[str]) -> bool:
+    """Whether it is UTF-8, as what is to stand in a file of text; words of a command line and paths are any bytes."""
+    return str(word) == str(word).encode(errors="replace").decode()
+
+
 def is_override(word: str) -> bool:
     """Whether a word is `key=value`. No key has a slash: `runs/lr=1` and `./lr=1` are paths."""
     key, equals, _ = word.partition("=")

@@ -16,6 +16,7 @@ from specdist.core.files import unwritable, write_atomically
 from specdist.core.progress import committed
 from specdist.core.run_lock import refuse_if_held
 from specdist.core.run_paths import RunPaths
+from specdist.core.words import is_text
 from specdist.job.config import JobConfig, differing_keys, load_job
 
 
@@ -26,9 +27,15 @@ class RunDirectory(RunPaths):
     Attributes:
         held: raises ConfigError once another start has taken the directory (`specdist.core.run_lock.fence`): what
             writes into it otherwise than by `write` calls it before.
+
+    Raises ConfigError: its path is not UTF-8, which exports and records name.
     """
 
     held: Callable[[], None] = field(default=lambda: None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not is_text(whole := self.path.absolute()):
+            raise ConfigError.at("run.dir", f": {str(whole)!r} is not UTF-8: choose another directory")
 
     def write(self, path: Path, text: str) -> None:
         """Write a small file of the run, whole or not at all. Raises ConfigError where the run is another start's."""

@@ -234,6 +234,7 @@ def test_a_cache_of_compiled_code_that_cannot_be_is_an_error_of_the_input(traine
         ),
         (["eval", "configs/quickstart.yaml", "--output", "nowhere/a.json"], "cannot be written: No such file"),
         (["eval", "configs/quickstart.yaml", "--output", "configs"], "--output configs is a directory: give a file"),
+        (["export", "configs/quickstart.yaml", "--output", "a\udcff"], r"/a\udcff' is not UTF-8: choose another"),
         (["export", "configs/quickstart.yaml", "--output", "/proc/x"], "--output /proc/x: /proc cannot be written: "),
         (["doctor", "configs/quickstart.yaml", "--json", "/proc/x"], "--json /proc/x: /proc cannot be written: "),
     ],

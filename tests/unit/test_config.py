@@ -79,6 +79,7 @@ def test_saved_yaml_loads_to_the_same_value(tmp_path):
         ("path: p\nkinds: [c]\n", [], r"x\.yaml:2: kinds: Invalid value \['c'\]"),
         ("path: p\n", ["inner.knid=c"], r"command line: unknown key 'inner\.knid'; did you mean 'inner\.kind'"),
         ("path: p\n", ["inner"], r"'inner' is not of the form key=value"),
+        ("path: p\n", ["path=a\udcff"], r"command line: 'path=a\\udcff' is not UTF-8"),
         ("path: p\n", ["inner.length=-1"], r"inner\.length is >= 0, not -1"),
         ("names: [a]\n", [], r"path has no value: set it in a config file \(.*x\.yaml\) or as path="),
         ("path: p\ninner: [p\n", [], r"x\.yaml:3: not valid YAML: expected ',' or ']', but got .*\Z"),

@@ -193,6 +193,14 @@ def test_a_standard_stream_that_is_closed_is_the_null_device():
     assert done.stderr == "/dev/null\n/dev/null\n"
 
 
+@pytest.mark.parametrize(("encoding", "said"), [("utf-8", "\u2591 \\udcff\n"), ("ascii", "\\u2591 \\udcff\n")])
+def test_what_the_encoding_of_standard_output_lacks_is_escaped(encoding, said):
+    code = "from specdist_launch import cli; cli.open_streams(); print('\\u2591 \\udcff')"
+    environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, check=True)
+    assert done.stdout.decode() == said
+
+
 @pytest.mark.parametrize(("leader", "status"), [(0, 0), (1, ExitStatus.AGAIN), (75, 75)])
 def test_where_an_agent_is_lost_the_others_are_stopped(shell, leader, status):
     assert attend([shell.agent("SIGTERM", leader), Lost()], []) == status

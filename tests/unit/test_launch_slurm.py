@@ -217,6 +217,9 @@ def test_a_run_directory_that_cannot_be_made(tmp_path, words, capsys, monkeypatc
     (tmp_path / "file").touch()
     monkeypatch.setattr("specdist_launch.slurm.cluster.node_kinds", lambda: [])
     assert "cannot be created" in refused(capsys, [*words, f"run.dir={tmp_path}/file/run"])
+    (odd := tmp_path / "a\udcff").mkdir()
+    monkeypatch.chdir(odd)
+    assert rf"run.dir: '{tmp_path}/a\udcff/run' is not UTF-8" in refused(capsys, [*words, "run.dir=run"])
 
 
 SINFO = "big|1|gpu:a100:8(S:0-1)\nbig|3|gpu:4,nvme:1\ncpu*|20|(null)\n"

@@ -162,6 +162,12 @@ def test_a_run_whose_starts_have_left_no_record_is_shown(tmp_path):
     assert "<html" in page.write_report([directory], tmp_path / "page.html").read_text()
 
 
+def test_runs_whose_directories_are_not_named_in_utf8_are_shown(tmp_path):
+    directory = make_run(tmp_path / "a").rename(tmp_path / "a\udcff")
+    assert "<title>a? \N{MIDDLE DOT} specdist</title>" in page.write_report([directory]).read_text()
+    assert '"name":"a?' in page.write_report([directory, make_run(tmp_path / "b")], tmp_path / "x").read_text()
+
+
 def test_what_cannot_be_shown_is_said_in_a_line(tmp_path, capsys, monkeypatch):
     run = make_run(tmp_path / "run")
     other_target = make_run(tmp_path / "target", "target.path=models/other")

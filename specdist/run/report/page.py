@@ -29,7 +29,7 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Pat
     if output is None:
         output = (directories[0] if len(directories) == 1 else Path()) / "report.html"
     library = _plotly()
-    page = _render(read_runs(directories), library)
+    page = _render(read_runs(directories), library).encode(errors="replace").decode()  # a path may be no text
     try:
         write_atomically(output, page)
     except OSError as error:

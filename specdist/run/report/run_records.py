@@ -153,12 +153,12 @@ def _evaluation(file: Path) -> ReplayReport:
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
-    """The end of each path that tells it from the others."""
+    """The end of each path that tells it from the others, as text."""
     parts = [path.resolve().parts for path in directories]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
-            return names
+            return [name.encode(errors="replace").decode() for name in names]
     raise ConfigError(f"a run is given twice: {', '.join(map(str, directories))}")
 
 
