@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.stateless import _reparametrize_module
 
 from specdist.core.errors import ConfigError
 from specdist.core.records import FeatureLayout, Features, PackedTokens
@@ -178,27 +178,14 @@ class DraftModel(nn.Module, ABC):
 
         def step(*tensors: Tensor) -> Results:  # serves other micro-batches: it reads none of their tensors but these
             own = with_tensors(record, iter(tensors[: len(given)]))
-            with torch.enable_grad(), self._with(names, tensors[len(given) :], kept) as trained:
+            places = [nn.Parameter(t, requires_grad=i >= kept) for i, t in enumerate(tensors[len(given) :])]
+            # torch.func.functional_call does this too, and the module's hooks, which are FSDP's.
+            with torch.enable_grad(), _reparametrize_module(self, dict(zip(names, places, strict=True))):
                 loss, sums = self.forward(*own)
-            return (loss.detach(), sums), torch.autograd.grad(loss, trained, materialize_grads=True)
+            return (loss.detach(), sums), torch.autograd.grad(loss, places[kept:], materialize_grads=True)
 
         loss, sums = Graphed.apply(partial(self.graphs, step, *given, *weights[:kept]), *weights[kept:])
         return loss, sums
-
-    @contextmanager
-    def _with(self, names: Sequence[str], tensors: Sequence[Tensor], kept: int) -> Iterator[list[nn.Parameter]]:
-        """With these in the place of its parameters; all but the first `kept` are trained."""
-        made = [nn.Parameter(tensor, requires_grad=i >= kept) for i, tensor in enumerate(tensors)]
-        paths = [name.rpartition(".") for name in names]
-        owners = [(self.get_submodule(path)._parameters, name) for path, _, name in paths]  # noqa: SLF001
-        before = [parameters[name] for parameters, name in owners]
-        try:
-            for (parameters, name), own in zip(owners, made, strict=True):
-                parameters[name] = own
-            yield made[kept:]
-        finally:
-            for (parameters, name), old in zip(owners, before, strict=True):
-                parameters[name] = old
 
     def nothing(self, totals: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` returns where nothing is supervised: a zero loss that touches every trainable parameter, so
