@@ -7,10 +7,12 @@ layout of the features on the wire follow from it, so every rank derives them fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,19 +81,18 @@ class PackedTokens:
     positions: Tensor
 
     @classmethod
-    def from_documents(cls, tokens: list[Tensor], supervised: list[Tensor]) -> PackedTokens:
-        """Pack documents, given as one int tensor of ids and one bool tensor each (both 1-D, of equal length)."""
-        lengths = torch.tensor([len(t) for t in tokens], dtype=torch.int32)
-        cu_seqlens = torch.zeros(len(tokens) + 1, dtype=torch.int32)
-        cu_seqlens[1:] = lengths.cumsum(0)
-        positions = [torch.arange(len(t)) for t in tokens]
-        empty = torch.zeros(0, dtype=torch.int64)
-        return cls(
-            tokens=torch.cat([t.long() for t in tokens] or [empty]),
-            supervised=torch.cat([s.bool() for s in supervised] or [empty.bool()]),
-            cu_seqlens=cu_seqlens,
-            positions=torch.cat(positions or [empty]),
-        )
+    def from_documents(
+        cls, tokens: Sequence[Tensor | np.ndarray], supervised: Sequence[Tensor | np.ndarray]
+    ) -> PackedTokens:
+        """Pack documents on the CPU, given as ids and marks of each (both 1-D, of equal length). None at all give an
+        empty packing."""
+        lengths = np.array([len(document) for document in tokens], dtype=np.int64)
+        cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=cu_seqlens[1:])
+        positions = np.arange(cu_seqlens[-1], dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)
+        ids = np.concatenate([np.zeros(0, np.int64), *tokens]).astype(np.int64, copy=False)
+        marks = np.concatenate([np.zeros(0, np.bool_), *supervised]).astype(np.bool_, copy=False)
+        return cls(*map(torch.from_numpy, (ids, marks, cu_seqlens, positions)))
 
     @property
     def lengths(self) -> list[int]:

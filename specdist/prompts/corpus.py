@@ -18,7 +18,7 @@ from specdist.core.errors import ConfigError, DataError
 from specdist.core.files import directory_made_whole
 from specdist.core.records import PackedTokens
 from specdist.prompts.conversation import is_held_out
-from specdist.prompts.store import PromptStore, packed
+from specdist.prompts.store import PromptStore
 from specdist.prompts.stream import Sizes
 
 _SIDES = "sides.json"
@@ -154,7 +154,8 @@ class Corpus:
 
     def pack(self, indices: Sequence[int]) -> PackedTokens:
         """The sequences `indices`, in that order, laid end to end on the CPU. No index gives an empty packing."""
-        return packed([self.sequence(index) for index in indices])
+        sequences = [self.sequence(index) for index in indices]
+        return PackedTokens.from_documents([ids for ids, _ in sequences], [marks for _, marks in sequences])
 
     def supervised_tokens(self) -> Iterable[np.ndarray]:
         """All supervised token ids of the training side, in chunks of arrays."""

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from specdist.core.errors import DataError
-from specdist.core.records import PackedTokens
 from specdist.prompts.report import PrepareReport
 
 FORMAT = 3
@@ -251,17 +249,6 @@ class PromptStore:
             marks = self._columns["supervised"][part].view(np.bool_)
             wanted = np.repeat(chosen[first:last], np.diff(offsets[first : last + 1]))
             yield self._columns["tokens"][part][marks & wanted]
-
-
-def packed(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> PackedTokens:
-    """Sequences (int32 tokens and bool marks each), laid end to end on the CPU. None at all give an empty packing."""
-    lengths = np.array([len(tokens) for tokens, _ in sequences], dtype=np.int64)
-    cu_seqlens = np.zeros(len(sequences) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=cu_seqlens[1:])
-    positions = np.arange(cu_seqlens[-1], dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)
-    tokens = np.concatenate([np.zeros(0, np.int64), *(tokens for tokens, _ in sequences)])
-    supervised = np.concatenate([np.zeros(0, np.bool_), *(marks for _, marks in sequences)])
-    return PackedTokens(*map(torch.from_numpy, (tokens, supervised, cu_seqlens, positions)))
 
 
 def is_store(directory: Path) -> bool:
