@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's engine: its arguments, and the process that runs it."""
+"""vLLM's engine: its arguments, and, run as a program, the process that it runs in (see `engine_process.py`).
 
-from collections.abc import Collection, Mapping
+python -m specdist.generate.vllm '{"model": ...}'
+
+vLLM counts what became of drafts of all answers together, in its metrics, and is asked for them at the end.
+"""
+
+import asyncio
+import json
+import sys
+import uuid
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from importlib import metadata
 from typing import Any
 
 from specdist.core.errors import UserError
-from specdist.generate.engine_process import EngineProcess
+from specdist.generate.engine_process import EngineProcess, begin, serve, tell
 from specdist.target.config import TargetConfig
 
-PROCESS = "specdist.generate.vllm_process"
+PROCESS = "specdist.generate.vllm"
+_DRAFTS, _ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens_per_pos"
 
 
 def installed() -> str | None:
@@ -37,3 +48,50 @@ def vllm_engine(
         **(more or {}),
     }
     return EngineProcess("vLLM", PROCESS, arguments, concurrency, ends)
+
+
+async def generate(engine: Any, kinds: Any, prompt: list[int], sampling: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM's engine writes after `prompt`, as the fields of a reply. `kinds`: vllm.sampling_params."""
+    params = kinds.SamplingParams(
+        max_tokens=sampling.pop("max_new_tokens"),
+        detokenize=False,
+        output_kind=kinds.RequestOutputKind.FINAL_ONLY,
+        **sampling,
+    )
+    completion: Any = None
+    async for output in engine.generate({"prompt_token_ids": prompt}, params, request_id=uuid.uuid4().hex):
+        completion = output.outputs[0]
+    kind = completion.finish_reason if completion.finish_reason in ("stop", "length") else "error"
+    return {
+        "finish_reason": kind,
+        "token_ids": list(completion.token_ids),
+        "text": "" if kind != "error" else str(completion.finish_reason),
+    }
+
+
+def drafted(metrics: Iterable[Any]) -> dict[str, Any] | None:
+    """What became of the drafts, by vLLM's metrics; None where it made none."""
+    found = {metric.name: metric for metric in metrics}
+    if _DRAFTS not in found:
+        return None
+    accepted = found.get(_ACCEPTED)
+    return {"forwards": found[_DRAFTS].value, "accepted": accepted and list(accepted.values)}
+
+
+async def run(arguments: dict[str, Any], replies: Any) -> None:
+    from vllm import sampling_params
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.reader import get_metrics_snapshot
+
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    try:
+        await serve(partial(generate, engine, sampling_params), replies)
+        await asyncio.sleep(1)  # it counts the last forward after it has handed out the answer
+        tell(replies, {"drafted": drafted(get_metrics_snapshot())})
+    finally:
+        engine.shutdown()
+
+
+if __name__ == "__main__":
+    asyncio.run(run(json.loads(sys.argv[1]), begin()))

@@ -21,7 +21,7 @@ from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.export import ExportConfig, Trained, export_draft
 from specdist.export.serving import serve_commands
-from specdist.generate import sglang_process, vllm, vllm_process
+from specdist.generate import sglang_process, vllm
 from specdist.generate.engine import Drafted
 from specdist.job.config import load_job
 from specdist.run import serving
@@ -185,9 +185,9 @@ def test_engines_tell_of_drafts_in_their_own_ways():
     assert sglang_process.drafted({}) is None
     drafts = SimpleNamespace(name="vllm:spec_decode_num_drafts", value=10)
     positions = SimpleNamespace(name="vllm:spec_decode_num_accepted_tokens_per_pos", values=[6, 3, 3])
-    assert vllm_process.drafted([drafts, positions]) == {"forwards": 10, "accepted": [6, 3, 3]}
-    assert vllm_process.drafted([drafts]) == {"forwards": 10, "accepted": None}
-    assert vllm_process.drafted([]) is None
+    assert vllm.drafted([drafts, positions]) == {"forwards": 10, "accepted": [6, 3, 3]}
+    assert vllm.drafted([drafts]) == {"forwards": 10, "accepted": None}
+    assert vllm.drafted([]) is None
 
 
 def test_the_verdict(run):
