@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of a job's batch script. slurm/train.sbatch is what `by_hand` returns; the tests hold them together."""
+"""The text of a job's batch script. slurm/train.sbatch is that of a job on its command line: the tests hold them
+together."""
 
 import math
 import shlex
@@ -12,15 +13,6 @@ from specdist.job.launch_config import ContainerConfig, LaunchConfig, NodesConfi
 HEADER = """\
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
-"""
-
-ABOUT_BY_HAND = """\
-# Train on the nodes of a Slurm job. From the project's directory, with its Python environment active:
-#
-#     sbatch --nodes 4 slurm/train.sbatch configs/X.yaml key=value
-#
-# Options of sbatch go before the script's name and override the lines below; delete what your cluster does not know.
-# The job is started again where that helps: see docs/slurm.md.
 """
 
 SECRET = r"export SPECDIST_TOKEN=${SPECDIST_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}"
@@ -47,14 +39,6 @@ if [[ $status == 75 ]]; then
 fi
 exit $status
 """
-
-
-def by_hand() -> str:
-    """The script for submission by hand: the defaults, eight GPUs a node, and the job's words from the command line."""
-    config = LaunchConfig()
-    options = ["--job-name=specdist", "--output=specdist-%j.out", "--nodes=1", "--gpus-per-node=8"]
-    options += [*_whole_nodes(config.slurm), *_rules(config)]
-    return HEADER + ABOUT_BY_HAND + _directives(options) + "\n" + _body(config, [], ["python"], '"$@"')
 
 
 def render(config: LaunchConfig, directory: Path, run_dir: Path, snapshot: Path, interpreter: str) -> str:
