@@ -32,10 +32,9 @@ def ending_stuck_ranks(
     record: AttemptRecord,
     host: str,
     tell: Callable[[Failure], None],
-    patience_s: float = PATIENCE_S,
 ) -> Iterator[set[int]]:
     """While the block runs, `tell` of each of the `running` ranks on `host` that was stopped alone, and kill it; and
-    give all `patience_s` seconds after the attempt's failure is on record, then have them show where they are and kill
+    give all `PATIENCE_S` seconds after the attempt's failure is on record, then have them show where they are and kill
     them. Yields the numbers of those that were killed."""
     over, killed = threading.Event(), set[int]()
 
@@ -60,7 +59,7 @@ def ending_stuck_ranks(
                 kill({rank: ranks[rank]})
             if failed_at is None and os.path.exists(record.failure_file):  # false where it cannot be seen
                 failed_at = time.monotonic()
-            if failed_at is not None and time.monotonic() - failed_at > patience_s:
+            if failed_at is not None and time.monotonic() - failed_at > PATIENCE_S:
                 _send(ranks, SHOW_STACKS)
                 if not over.wait(_SHOW_S):
                     kill(ranks)

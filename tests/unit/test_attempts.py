@@ -321,7 +321,7 @@ import psutil
 from specdist.core.attempts import AttemptRecord, Failure
 from specdist_launch import stuck as module
 
-module._LOOK_S, module.STOPPED_LOOKS, record = 0.1, 8, AttemptRecord(Path(sys.argv[1]))
+module._LOOK_S, module.STOPPED_LOOKS, module.PATIENCE_S, record = 0.1, 8, 1, AttemptRecord(Path(sys.argv[1]))
 stuck = "import faulthandler, signal, time; faulthandler.register(signal.SIGQUIT); print(flush=True); time.sleep(99)"
 log = record.directory / "target/h2-rank1.log"
 log.parent.mkdir(parents=True)
@@ -355,7 +355,7 @@ def running():
     return {rank: process for rank, process in ranks.items() if process.poll() is None}
 
 ranks, found, story = {}, [], looks()
-with module.ending_stuck_ranks(running, record, "h2", record.fail, 1) as killed:
+with module.ending_stuck_ranks(running, record, "h2", record.fail) as killed:
     waiting, stopped = start(), start()
     ranks |= {1: waiting, 2: stopped}
     assert waiting.wait(60) == -signal.SIGKILL
