@@ -133,10 +133,6 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)), resolve=True)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
-
-
 def complete(schema: type[T]) -> type[T]:
     """A dataclass with the fields, of itself and of its sections, that follow from registries.
 
@@ -198,16 +194,16 @@ def _file_layer(path: Path) -> _Layer:
     if not isinstance(node, yaml.MappingNode):
         line = node.start_mark.line + 1
         raise ConfigError(f"{path}:{line}: a config file is a mapping of sections to keys")
-    found = _Walk(path)
-    found.visit(node)
+    keys = list(_keys(path, node))
+    places = {key: f"{path}:{line}" for key, line, _ in keys}
     try:
         values = typing.cast(DictConfig, OmegaConf.create(text))
     except OmegaConfBaseException as error:
         key = error.full_key or ""
-        raise ConfigError(f"{found.places.get(key, path)}: {key}: {_first_line(error)}") from error
+        raise ConfigError(f"{places.get(key, path)}: {key}: {_first_line(error)}") from error
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:  # of a tag
         raise _not_yaml(path, error) from error
-    return _Layer(str(path), values, found.places, frozenset(found.sections))
+    return _Layer(str(path), values, places, frozenset(key for key, _, section in keys if section))
 
 
 def _not_yaml(path: Path, error: Exception) -> ConfigError:
@@ -216,29 +212,22 @@ def _not_yaml(path: Path, error: Exception) -> ConfigError:
     return ConfigError(f"config file {path} is not valid YAML: {_first_line(error)}")
 
 
-class _Walk:
-    """The keys of a YAML file with their places. One that a mapping has twice, at any depth, is refused."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self.places: dict[str, str] = {}
-        self.sections: set[str] = set()
-
-    def visit(self, node: yaml.Node, prefix: str = "") -> None:
-        if isinstance(node, yaml.SequenceNode):
-            for i, item in enumerate(node.value):
-                self.visit(item, f"{prefix}{i}.")
-        if not isinstance(node, yaml.MappingNode):
-            return
-        lines: dict[str, int] = {}
-        for key_node, value in node.value:
-            key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
-            if key in lines:
-                raise ConfigError(f"{self._path}:{line}: {key} is set already on line {lines[key]}")
-            lines[key], self.places[key] = line, f"{self._path}:{line}"
-            if isinstance(value, yaml.MappingNode) or value.tag == "tag:yaml.org,2002:null":
-                self.sections.add(key)
-            self.visit(value, f"{key}.")
+def _keys(path: Path, node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int, bool]]:
+    """Every key of a YAML file, its line, and whether its value is a mapping or null. One that a mapping has twice, at
+    any depth, is refused."""
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            yield from _keys(path, item, f"{prefix}{i}.")
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key_node, value in node.value:
+        key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
+        if key in lines:
+            raise ConfigError(f"{path}:{line}: {key} is set already on line {lines[key]}")
+        lines[key] = line
+        yield key, line, isinstance(value, yaml.MappingNode) or value.tag == "tag:yaml.org,2002:null"
+        yield from _keys(path, value, f"{key}.")
 
 
 def _override_layer(override: str) -> _Layer:

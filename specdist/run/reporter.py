@@ -5,12 +5,11 @@ import contextlib
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Self
 
 import torch
 
-from specdist.core import config
 from specdist.core.errors import say
 from specdist.core.progress import Progress
 from specdist.run.context import RankContext
@@ -49,7 +48,7 @@ class RunReporter(Reporter):
         if job.metrics.tensorboard:
             self._trackers.append(TensorBoardTracker(run_dir.tensorboard, step))
         if job.metrics.wandb:
-            self._trackers.append(WandbTracker(job.metrics.wandb_project, run_dir.path, config.to_dict(job)))
+            self._trackers.append(WandbTracker(job.metrics.wandb_project, run_dir.path, asdict(job)))
 
     def step(self, progress: Progress) -> None:
         if self._stands.progress is None:

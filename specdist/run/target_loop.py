@@ -45,9 +45,6 @@ class _Forward:
     began: Moment
     ended: Moment
 
-    def finished(self) -> bool:
-        return self.ended.reached()
-
 
 class Producer:
     """Drives one target rank. All ranks of a replica get the same orders, so they stay in step.
@@ -197,7 +194,7 @@ class Producer:
 
     def _report_finished(self) -> None:
         """Tell the scheduler what is finished, and keep it until it is to be sent."""
-        while self._running and self._running[0].finished():
+        while self._running and self._running[0].ended.reached():
             done = self._running.popleft()
             item, seconds = done.parcel.item, done.ended.since(done.began)
             agreed = () if done.agreed is None else tuple(done.agreed.tolist())
