@@ -28,12 +28,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees all of it or nothing, also after a power loss."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_atomically(path: Path, content: str | bytes, private: bool = False) -> None:
+    """Write a small file so that a reader sees all of it or nothing, also after a power loss. `private`: for this user
+    alone to read."""
+    temporary, mode = path.with_name(path.name + ".tmp"), 0o600 if private else 0o666
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        if private:
+            temporary.unlink(missing_ok=True)  # it may be one that others can read
+        with open(temporary, "xb" if private else "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from specdist.core.errors import ConfigError, DataError
@@ -99,12 +99,8 @@ class RunDirectory(RunPaths):
         if ids is None:
             self._vocabulary.unlink(missing_ok=True)
             return
-        temporary = self._vocabulary.with_suffix(".tmp")
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors writes for the owner alone, whatever the umask
-        save_file({"ids": ids.to(torch.int64).contiguous()}, temporary)
-        temporary.chmod(mode)
-        temporary.rename(self._vocabulary)
+        # Not by safetensors itself, which writes for the owner alone, whatever the umask.
+        write_atomically(self._vocabulary, save({"ids": ids.to(torch.int64).contiguous()}))
 
     def vocabulary(self, size: int | None, whole: int) -> Tensor | None:
         """int64 [V_d] target ids, ascending; None where the draft vocabulary is the whole one. Raises DataError: they

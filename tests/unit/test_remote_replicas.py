@@ -376,6 +376,7 @@ def test_whatever_happens_every_item_is_delivered_once_and_no_slot_has_two_items
 def test_a_rendezvous_is_for_the_user_alone_and_goes_with_the_draft_world(tmp_path):
     rendezvous = Rendezvous(tmp_path, "")
     assert rendezvous.look() is None
+    (tmp_path / "scheduler.json.tmp").touch(0o644)  # of whatever was there before
     for port in (1, 2):
         rendezvous.publish(ControlAddress(f"tcp://h:{port}", b"0" * 16))
     assert rendezvous.look() == ControlAddress("tcp://h:2", b"0" * 16)

@@ -160,6 +160,9 @@ def test_a_lost_or_damaged_draft_vocabulary_is_named_and_no_checkpoint_is_blamed
     run_dir = RunDirectory(tmp_path)
     assert run_dir.vocabulary(None, 9) is None
     run_dir.save_vocabulary(torch.tensor([1, 4]))
+    (tmp_path / "usual").touch()
+    (vocabulary,) = tmp_path.rglob("draft_vocabulary.safetensors")
+    assert vocabulary.stat().st_mode == (tmp_path / "usual").stat().st_mode
     assert run_dir.vocabulary(2, 9).tolist() == [1, 4]  # type: ignore[union-attr]
     with pytest.raises(DataError, match="has 2 tokens: the draft has 9"):
         run_dir.vocabulary(None, 9)

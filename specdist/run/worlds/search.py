@@ -5,7 +5,6 @@ The draft world is published in a file of the run directory, or at an address an
 
 import contextlib
 import functools
-import os
 import secrets
 import socket
 import time
@@ -17,7 +16,7 @@ import msgspec
 from specdist.channel.base import AddressBook
 from specdist.core.attempts import AttemptRecord, attempts
 from specdist.core.errors import ConfigError, Dismissed, UserError, WorldError, say
-from specdist.core.files import sync_directory
+from specdist.core.files import write_atomically
 from specdist.core.launch_env import address_towards, reachable_address, run_token
 from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
@@ -59,16 +58,8 @@ class Rendezvous:
 
     def publish(self, control: ControlAddress) -> None:
         """Publish the address; only this user may read the secret."""
-        if self._scheduler:
-            return
-        temporary = self._file.with_name(f"{self._file.name}.tmp")
-        temporary.unlink(missing_ok=True)
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(msgspec.json.encode(control))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(self._file)
-        sync_directory(self._file.parent)
+        if not self._scheduler:
+            write_atomically(self._file, msgspec.json.encode(control), private=True)
 
     def withdraw(self, control: ControlAddress) -> None:
         """Unless another start has published its own meanwhile."""
