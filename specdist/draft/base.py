@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.stateless import _reparametrize_module
 
 from specdist.core.errors import ConfigError
 from specdist.core.records import FeatureLayout, Features, PackedTokens
 from specdist.draft.common.cache import KeyValueCache
-from specdist.draft.common.graphs import Graphed, Graphs, Results, tensors_of, with_tensors
+from specdist.draft.common.graphs import Graphed, Graphs, Results, padded, tensors_of, with_tensors
 
 
 @dataclass(frozen=True)
@@ -161,14 +160,10 @@ class DraftModel(nn.Module, ABC):
         where there is one. None: it is of no fixed size."""
         if not supervision.filled:
             return None
-        missing = supervision.filled - len(batch.tokens)
-
-        def fill(rows: Tensor) -> Tensor:
-            return functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)) if missing else rows
-
-        tokens, supervised, positions = map(fill, (batch.tokens, batch.supervised, batch.positions))
+        count = supervision.filled
+        tokens, supervised, positions = (padded(t, count) for t in (batch.tokens, batch.supervised, batch.positions))
         whole = PackedTokens(tokens, supervised, batch.cu_seqlens[:0], positions)  # documents are no matter by now
-        record = whole, replace(features, rows=fill(features.rows)), replace(supervision, filled=0), totals
+        record = whole, replace(features, rows=padded(features.rows, count)), replace(supervision, filled=0), totals
         if self.graphs is None or not torch.is_grad_enabled():
             return self.forward(*record)
         self.ready(*self.late)

@@ -11,12 +11,11 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from specdist.core.records import PackedTokens, on_device
 from specdist.draft.base import WHOLE, ContextShare
 from specdist.draft.block.options import BlockOptions
-from specdist.draft.common.graphs import fixed_size
+from specdist.draft.common.graphs import fixed_size, padded
 
 
 @dataclass(frozen=True)
@@ -86,21 +85,17 @@ class Blocks:
     def filled(self, tokens: int, most: int) -> Self:
         """Of a fixed size, for so many tokens, the added ones a document of their own, and at most so many blocks. The
         added ones see themselves alone, and none of their drafts counts."""
-        added = fixed_size(len(self.anchors), most, 8) - len(self.anchors)
-
-        def fill(values: Tensor, value: int = 0) -> Tensor:
-            return functional.pad(values, (0, 0) * (values.ndim - 1) + (0, added), value=value)
-
+        count = fixed_size(len(self.anchors), most, 8)
         return replace(
             self,
-            anchors=fill(self.anchors, tokens - 1),
-            starts=fill(self.starts, tokens - 1),
-            positions=fill(self.positions),
-            counts=(*self.counts, added),
-            rows=fill(self.rows),
-            labels=fill(self.labels),
-            served=fill(self.served),
-            valid=fill(self.valid),
+            anchors=padded(self.anchors, count, tokens - 1),
+            starts=padded(self.starts, count, tokens - 1),
+            positions=padded(self.positions, count),
+            counts=(*self.counts, count - len(self.anchors)),
+            rows=padded(self.rows, count),
+            labels=padded(self.labels, count),
+            served=padded(self.served, count),
+            valid=padded(self.valid, count),
         )
 
     def to(self, device: torch.device) -> Self:

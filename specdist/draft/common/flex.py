@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.attention import flex_attention as flex
+
+from specdist.draft.common.graphs import padded
 
 BLOCK = 128
 """Rows, and columns, of a block of the mask."""
@@ -83,5 +84,4 @@ def in_blocks(rows: int) -> int:
 
 def whole_blocks(heads: Tensor) -> Tensor:
     """[n, H, D] filled up with zeros to whole blocks."""
-    missing = in_blocks(len(heads)) - len(heads)
-    return functional.pad(heads, (0, 0, 0, 0, 0, missing)) if missing else heads
+    return padded(heads, in_blocks(len(heads)))

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 Results = tuple[Sequence[Tensor], Sequence[Tensor]]
 """What a function finds, which is small; and gradients of its last arguments, like these."""
@@ -27,6 +28,12 @@ def fixed_size(rows: int, most: int, block: int) -> int:
     """The least of these sizes, in whole blocks, that holds so many rows of `most`."""
     part = -(-most // (FIXED_SIZES * block)) * block
     return max(-(-rows // part), 1) * part
+
+
+def padded(rows: Tensor, count: int, value: int = 0) -> Tensor:
+    """[n, ...] filled up to `count` rows of `value`."""
+    missing = count - len(rows)
+    return functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing), value=value) if missing else rows
 
 
 class Graphs:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.attention import flex_attention as flex
 
 from specdist.draft.common.compiling import compiled
 from specdist.draft.common.flex import BLOCK, blockwise_attention, in_blocks, mask_of, spans
+from specdist.draft.common.graphs import padded
 from specdist.draft.common.precision import at_least_fp32
 from specdist.draft.eagle3.rows import Rows
 
@@ -50,15 +50,14 @@ def eager_attention(lengths: Sequence[int], rows: Rows, scale: float, behind: in
     used = [(length, count) for length, count in zip(lengths, rows.counts, strict=True) if length]
     sizes, counts = [length for length, _ in used], [count for _, count in used]
     positions, tokens = rows.positions[: sum(counts)].split(counts), sum(sizes)
-    added = len(rows.active) - sum(counts)  # by `Rows.filled`: they see nothing
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = q[: sum(counts)], k[:tokens], v[:tokens]
         parts = zip(q.split(counts), k.split(sizes), v.split(sizes), positions, strict=True)
         results = [causal_attention(part, key, value, scale, at, behind) for part, key, value, at in parts if len(part)]
         outputs, lses = zip(*results, strict=True)
-        out, lse = torch.cat(outputs), torch.cat(lses)
-        return functional.pad(out, (0, 0, 0, 0, 0, added)), functional.pad(lse, (0, 0, 0, added))
+        out, lse = (padded(torch.cat(parts), len(rows.active)) for parts in (outputs, lses))
+        return out, lse  # what `Rows.filled` has added sees nothing
 
     return attend
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from specdist.core.records import PackedTokens, on_device
 from specdist.draft.base import WHOLE, ContextShare
 from specdist.draft.common.flex import BLOCK
-from specdist.draft.common.graphs import fixed_size
+from specdist.draft.common.graphs import fixed_size, padded
 
 STRIPES_PER_RANK = 8
 """A boundary between stripes costs the head K more positions, few stripes balance the attention less well."""
@@ -81,18 +81,14 @@ class Rows:
         positions. What is added reaches nothing and is reached by nothing: it has neither loss nor gradient. Rows are
         added at the last of the tokens, see that alone, and meet what lies past the end."""
         size = fixed_size(max(len(self.active), len(self.taught)), tokens, BLOCK)
-
-        def fill(values: Tensor, value: int) -> Tensor:
-            return functional.pad(values, (0, 0) * (values.ndim - 1) + (0, size - len(values)), value=value)
-
         return replace(
             self,
-            active=fill(self.active, tokens - 1),
-            positions=fill(self.positions, 0),
+            active=padded(self.active, size, tokens - 1),
+            positions=padded(self.positions, size),
             counts=(*self.counts, 0),
-            taught=fill(self.taught, 0),
-            student=fill(self.student, -1),
-            teacher=fill(self.teacher, -1),
+            taught=padded(self.taught, size),
+            student=padded(self.student, size, -1),
+            teacher=padded(self.teacher, size, -1),
         )
 
     def to(self, device: torch.device) -> Self:
