@@ -13,7 +13,7 @@ from specdist.prompts.read import find_files, pieces, samples
 from specdist.prompts.render import Renderer, Sequenced
 from specdist.prompts.report import BadSample, PrepareReport, UnusableError
 from specdist.prompts.store import PromptStore, is_store
-from specdist.prompts.worker import settings, tokenize
+from specdist.prompts.worker import tokenize
 
 _FILES = 4
 """So many files are looked into, evenly spread over all."""
@@ -52,7 +52,7 @@ def look(
             for bad in spoilt:
                 report.add_bad(bad)
             continue
-        done = tokenize(piece, str(tokenizer_dir), settings(config))
+        done = tokenize(piece, str(tokenizer_dir), config)
         report.add(done.report)
         read += piece.size
     total = sum(os.path.getsize(source.path) for source in sources)

@@ -34,7 +34,7 @@ from specdist.prompts.read import PIECE_BYTES, Piece, SourceFile, find_files, pi
 from specdist.prompts.render import load_tokenizer
 from specdist.prompts.report import PrepareReport
 from specdist.prompts.store import BAD_SAMPLES, FORMAT, MANIFEST, PromptStore, StoreWriter, is_store
-from specdist.prompts.worker import Tokenized, leave_with_parent, settings, tokenize
+from specdist.prompts.worker import Tokenized, leave_with_parent, tokenize
 
 DEFAULT_CACHE = "~/.cache/specdist"
 SMALL_BYTES = 4 << 20
@@ -210,7 +210,7 @@ def _prepare_into(
     with directory_made_whole(final, MANIFEST, maker) as work:
         report, size = PrepareReport(), 0
         with StoreWriter(work) as writer, open(work / BAD_SAMPLES, "w", encoding="utf-8") as bad:
-            tokenized = partial(tokenize, tokenizer_dir=tokenizer_dir, settings_json=settings(config))
+            tokenized = partial(tokenize, tokenizer_dir=tokenizer_dir, config=config)
             for source, piece, done in _in_order(sources, _workers(config, total), tokenized):
                 sequences = (done.lengths, done.tokens, done.supervised, source, done.lines)
                 writer.extend(*sequences, done.groups, done.categories)

@@ -39,18 +39,13 @@ class Tokenized:
     report: PrepareReport
 
 
-def settings(config: PromptsConfig) -> str:
-    """The configuration as text, to pass it to a worker and to key its renderer by."""
-    return json.dumps(asdict(config), sort_keys=True)
-
-
 @lru_cache(maxsize=1)
-def _renderer(tokenizer_dir: str, settings_json: str) -> Renderer:
-    return Renderer.from_directory(tokenizer_dir, PromptsConfig(**json.loads(settings_json)))
+def _renderer(tokenizer_dir: str, settings: str) -> Renderer:
+    return Renderer.from_directory(tokenizer_dir, PromptsConfig(**json.loads(settings)))
 
 
-def tokenize(piece: Piece, tokenizer_dir: str, settings_json: str) -> Tokenized:
-    renderer = _renderer(tokenizer_dir, settings_json)
+def tokenize(piece: Piece, tokenizer_dir: str, config: PromptsConfig) -> Tokenized:
+    renderer = _renderer(tokenizer_dir, json.dumps(asdict(config)))  # as text: a dictionary is no key
     report, bad = PrepareReport(), list[BadSample]()
     sequences: list[tuple[Sample, Sequenced]] = []
     for sample in samples(piece):
