@@ -34,7 +34,7 @@ COLUMNS: dict[str, np.dtype] = {
     "labels": np.dtype("<i4"),
 }
 """One file each: tokens and supervised [T], offsets [S + 1], the others [S], of T tokens in S sequences. `groups` are
-keys of the conversations (holdout.py), `labels` index the manifest's labels; -1 is the name of the sequence's file."""
+`conversation_key`s, `labels` index the manifest's labels; -1 is the name of the sequence's file."""
 CONTENT = ("tokens", "supervised", "offsets")
 MAX_LABELS, OTHERS = 1000, "others"
 """Of as many categories at most the records of a store are told apart; those of further ones are called OTHERS."""
@@ -209,7 +209,7 @@ class PromptStore:
 
     @property
     def groups(self) -> np.ndarray:
-        """uint64 [sequences], the key of the conversation that every sequence is of (`holdout.conversation_key`)."""
+        """uint64 [sequences], the key of the conversation that every sequence is of (`conversation_key`)."""
         return self._columns["groups"]
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DFlash draft: config -> algorithm -> model (blocks, layer, attention, ops, loss) -> proposer."""
+"""DFlash: a block is filled in one forward, each of its tokens on its own."""

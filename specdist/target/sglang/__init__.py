@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `sglang` engine. Its configuration and version check import nothing of SGLang; `engine` and `adapter` do."""
+"""The `sglang` engine. What any machine reads and checks imports nothing of SGLang; `model` and `adapter` do."""
