@@ -279,11 +279,8 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from transformers.utils import logging
-
     from specdist.run.offline import decode_prompts, evaluation_words
 
-    logging.disable_progress_bar()
     if args.output:
         check_output("--output", args.output)
     job = words.load(args.config)

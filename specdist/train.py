@@ -25,7 +25,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with uncollected():
         import torch
-        import transformers
 
         from specdist.core.attempts import AttemptRecord
         from specdist.core.config import Sources
@@ -49,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=log.file)
     logging.getLogger("torch.distributed").setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()  # one per rank would overwrite the run's own
     start = Start(attempt, record, log, StartUp(Part("importing", began)))
     try:
         with sources.naming():

@@ -106,7 +106,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class AnswersProgress:
-    """How far the target is with writing the answers, as rank 0 says every few seconds while it goes on.
+    """How far the target is with writing the answers, as rank 0 says every few seconds and at its end.
 
     The rate and what is left, in seconds (None before the first answer), are of this start.
     """
@@ -117,6 +117,8 @@ class AnswersProgress:
     tokens_per_s: float
     left_s: float | None
     time: float = dataclasses.field(default_factory=time.time)
+    ended: str = ""
+    """What came of them, once all are there."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class RunPaths:
     checkpoints = _In("checkpoints")
     answers = _In("answers")
     answers_progress = _In("answers/progress.json")
-    """There while answers are written."""
+    """How far the answers are, there from when they are begun."""
     metrics = _In("metrics.jsonl")
     tensorboard = _In("tensorboard")
     exports = _In("export")

@@ -5,7 +5,7 @@ manifest.json     what the answers depend on, and, once all are there, their cou
 part-*.jsonl      what a replica has written in one start, a record a line; only appended to. A last line without its
                   end is what a kill has left of it, and is not read.
 NAME.jsonl        the answers to a file of prompts, in its order
-progress.json     how far that is, while it goes on (`specdist status` reads it)
+progress.json     how far that is, in the end what came of it (`specdist status` reads it)
 unanswered.txt    what could not be answered, with file and line
 """
 
@@ -219,7 +219,7 @@ def merge(directory: Path, manifest: Manifest, held: Callable[[], None] = lambda
     sync_directory(directory)
     manifest = msgspec.structs.replace(manifest, tally=tally)
     write_atomically(directory / MANIFEST, to_json(manifest))
-    for path in (*parts, directory / PROGRESS):
+    for path in parts:
         path.unlink(missing_ok=True)
     return manifest
 

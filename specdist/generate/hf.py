@@ -24,7 +24,8 @@ _WINDOW = 4
 
 
 class HfEngine:
-    """The whole target on one device. `ends`: the tokens that end an answer. `alive`: called after every token."""
+    """The whole target on one device. `ends`: the tokens that end an answer. `alive`: called after every
+    token with how many answers got one."""
 
     def __init__(
         self,
@@ -32,7 +33,7 @@ class HfEngine:
         device: torch.device,
         batch: int,
         ends: Collection[int],
-        alive: Callable[[], None],
+        alive: Callable[[int], None],
     ) -> None:
         self.concurrency = _WINDOW * batch
         self._config, self._device, self._batch, self._ends, self._alive = config, device, batch, sorted(ends), alive
@@ -151,13 +152,14 @@ class _Enough(StoppingCriteria):
     and what is written is read again in a moment."""
 
     def __init__(
-        self, alive: Callable[[], None], left: Tensor, prompt: int, ends: Collection[int], enough: int
+        self, alive: Callable[[int], None], left: Tensor, prompt: int, ends: Collection[int], enough: int
     ) -> None:
         self._alive, self._left, self._prompt, self._enough = alive, left, prompt, enough
         self._ends = torch.tensor(sorted(ends), dtype=torch.long, device=left.device)
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        self._alive()
         new = input_ids[:, self._prompt :]
         done = torch.isin(new, self._ends).any(dim=1) | (self._left <= new.shape[1])
-        return (done.sum() >= self._enough).expand(len(new))
+        ended = int(done.sum())
+        self._alive(len(new) - ended)
+        return torch.full_like(done, ended >= self._enough)

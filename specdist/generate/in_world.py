@@ -92,11 +92,9 @@ def _lead(asked: Assignment, team: Team, device: torch.device) -> None:
             done, rate = before + written.conversations, written.tokens / seconds
             text = f"{written.finished + written.cut:,} answers, {rate:,.0f} tokens/s"
             line = f"answers: {done:,} of {total:,} conversations, {text}"
-            bar.update(done if written.tokens else before, text, line)  # bad ones come first, and tell no rate
+            bar.update(done if written.answered else before, text, line)  # bad ones come first, and tell no rate
             asked.held()
-            with suppress(OSError):  # for those who look on; where the disk is full, writing the answers says so
-                progress = AnswersProgress(done, total, rate, bar.left_s)
-                write_atomically(asked.directory / PROGRESS, to_json(progress))
+            _note(asked, AnswersProgress(done, total, rate, bar.left_s))
 
         show(Tally())
         own = _write(asked, team, device, show)
@@ -104,7 +102,13 @@ def _lead(asked: Assignment, team: Team, device: torch.device) -> None:
             team.wait(f"done/{rank}", rank, lambda: show(own))
     tally = merge(asked.directory, manifest, asked.held).tally
     say(f"answers: {tally} ({asked.directory})")
+    _note(asked, AnswersProgress(total, total, 0.0, 0.0, ended=str(tally)))
     team.put("merged")
+
+
+def _note(asked: Assignment, progress: AnswersProgress) -> None:
+    with suppress(OSError):  # for those who look on; where the disk is full, writing the answers says so
+        write_atomically(asked.directory / PROGRESS, to_json(progress))
 
 
 def _encoded(tally: Tally) -> str:

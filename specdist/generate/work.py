@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec.structs import replace
 
 from specdist.core.errors import DataError, WorldError, say
 from specdist.generate.config import GenerateConfig
@@ -172,6 +173,7 @@ class Watch:
         self, name: str, timeout_s: float, report: Callable[[Tally], object], held: Callable[[], None] = lambda: None
     ) -> None:
         self.tally, self._name, self._timeout_s, self._report, self.held = Tally(), name, timeout_s, report, held
+        self._tokens = 0
         self._trouble = "It has said nothing of what is wrong"
         self.touch()
 
@@ -184,13 +186,14 @@ class Watch:
             say(f"{trouble}; trying again")
         self._trouble = trouble
 
-    def alive(self) -> None:
-        """The same as `touch` and `tick`, from an engine that blocks."""
+    def alive(self, tokens: int) -> None:
+        """The same as `touch` and `tick`, from an engine that blocks. `tokens`: what it has written since."""
+        self._tokens += tokens
         self.touch()
         self.tick()
 
     def tick(self) -> None:
-        self._report(self.tally)
+        self._report(replace(self.tally, tokens=max(self.tally.tokens, self._tokens)))  # of unfinished answers, too
         if time.monotonic() - self._since > self._timeout_s:
             raise WorldError(
                 f"{self._name} has written no answer for {self._timeout_s:.0f} s (generate.timeout_s). {self._trouble}"

@@ -64,7 +64,10 @@ def describe(run_dir: Path, now: float | None = None) -> str:
     if not paths.config.exists() and not history and answers is None:
         raise paths.absent()
     status = read_json(paths.status, Status)
-    if answers is not None and answers.time > max(_last_event(history), status.time if status else 0):
+    newer = answers is not None and answers.time > max(_last_event(history), status.time if status else 0)
+    if answers is not None and answers.ended and not history:
+        lines = [f"{run_dir}: answers written: {answers.ended}"]
+    elif answers is not None and newer and not answers.ended:
         lines = [f"{run_dir}: {_alive('writing answers', answers.time, _place(history), now)}", _answered(answers)]
     else:
         lines = [f"{run_dir}: {_headline(history, status, now)}"]
@@ -226,6 +229,7 @@ def overview(root: Path) -> str:
     """The runs in and below `root`, a line each. Raises ConfigError where there are none."""
     found = {file.parent for depth in _DEPTHS for file in root.glob(f"{depth}config.yaml")}
     found |= {file.parents[2] for depth in _DEPTHS for file in root.glob(f"{depth}logs/*/started.json")}
+    found |= {file.parents[1] for depth in _DEPTHS for file in root.glob(f"{depth}answers/progress.json")}
     if not found:
         raise ConfigError(f"there is no run in {root.absolute()} (give the folder of your run directories)")
     rows = [["run", "step", "acceptance length", "state"]]

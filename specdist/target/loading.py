@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
+from transformers.utils import logging
 
 from specdist.core.errors import DataError
 from specdist.core.model_config import quantisation_keys, text_part
@@ -35,6 +36,7 @@ def load_model(
 
     Raises DataError when weights that the model needs are missing: transformers would fill them with random numbers.
     """
+    logging.disable_progress_bar()  # one a rank, among the lines of a log and over the bars of our own
     model_class = type(target.blank())  # the public way to the class that an auto class picks
     options: dict[str, Any] = {"config": _dequantising(target.config), "dtype": dtype, "local_files_only": True}
     if getattr(target.text_config, "attn_logit_softcapping", None) is not None:

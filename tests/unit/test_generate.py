@@ -421,6 +421,17 @@ def test_what_an_engine_meets_is_told_while_it_lasts_once_each(capsys: pytest.Ca
     ]
 
 
+def test_tokens_count_before_the_first_answer_is_finished() -> None:
+    """A batch of long answers takes minutes, and stood at 0 tokens/s."""
+    told: list[int] = []
+    watch = Watch("the engine", 60, lambda tally: told.append(tally.tokens))
+    watch.alive(3)
+    watch.alive(2)
+    watch.tally.add(Tally(conversations=1, answered=1, tokens=7))
+    watch.tick()
+    assert told == [3, 5, 7]
+
+
 def test_what_the_target_has_answered_is_decoded_with_its_answers(tmp_path: Path) -> None:
     prompts = write(tmp_path / "prompts.jsonl", {"prompt": "Hi"})
     words = make_config(tmp_path, make_target(tmp_path / "target"), prompts, prompts__holdout=0.25)

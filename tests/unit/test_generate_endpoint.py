@@ -24,7 +24,7 @@ from specdist.generate.endpoint import EndpointEngine
 from specdist.generate.engine import GREEDY, Reply, Request, Sampling
 from specdist.generate.in_world import Assignment, answers_in_world
 from specdist.prompts.config import PromptsConfig
-from specdist.run.status import describe
+from specdist.run.status import describe, overview
 from specdist.target.config import TargetConfig
 from tests.unit import prompts_tokenizers as t
 
@@ -252,7 +252,8 @@ def test_a_server_that_stays_away_ends_it_in_time(tmp_path: Path, server: Server
     before = len(server.asked)
     server.fail = lambda number: 200
     answer(replace(asked, start="second.0"))
-    assert not (asked.directory / "progress.json").exists()
+    assert "answers written: 40 conversations, 40 answers of " in describe(tmp_path / "run")
+    assert "answers written: 40 conversations" in overview(tmp_path)
     assert 25 < len(server.asked) - before <= 30
 
 

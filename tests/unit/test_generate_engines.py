@@ -53,13 +53,16 @@ def test_batches_of_transformers_write_what_it_writes_alone(target: Path) -> Non
     end, calls = alone[4][5], list[int]()
     limits = [12 - i % 3 for i in range(9)]
     requests = [Request(ids, limit, GREEDY, 0) for ids, limit in zip(prompts, limits, strict=True)]
-    engine = HfEngine(TargetConfig(path=str(target)), CPU, 4, {end}, lambda: calls.append(1))
-    for said, reply, limit in zip(alone, write(engine, requests), limits, strict=True):
+    engine = HfEngine(TargetConfig(path=str(target)), CPU, 4, {end}, calls.append)
+    replies = write(engine, requests)
+    for said, reply, limit in zip(alone, replies, limits, strict=True):
         cut = said[:limit]
         stops = end in cut
         assert reply.token_ids == (cut[: cut.index(end) + 1] if stops else cut)
         assert reply.finish_reason == ("stop" if stops else "length")
     assert len(calls) >= 12
+    tokens = sum(len(reply.token_ids or ()) for reply in replies)
+    assert tokens - len(replies) <= sum(calls) <= tokens  # the last one of an answer is told with the answer
 
 
 def test_sampling_follows_its_seed_and_greedy_answers_stay_greedy_beside_it(target: Path) -> None:
@@ -71,7 +74,7 @@ def test_sampling_follows_its_seed_and_greedy_answers_stay_greedy_beside_it(targ
             Request(ids, 20, GREEDY, 0),
             Request(ids, 20, Sampling(1.0, top_k=1), 3),
         ]
-        return write(HfEngine(TargetConfig(path=str(target)), CPU, 4, (), lambda: None), requests)
+        return write(HfEngine(TargetConfig(path=str(target)), CPU, 4, (), lambda tokens: None), requests)
 
     first, again, other = run(1), run(1), run(2)
     assert first == again
