@@ -191,14 +191,14 @@ def decode(
     settings: EvaluateConfig,
     proposer: Proposer | None = None,
     seed: int = 0,
-    watch: Callable[[list[Reply]], None] = lambda finished: None,
+    watch: Callable[[list[Reply], list[Reply]], None] = lambda finished, going: None,
 ) -> list[Reply]:
     """Decode prompts by drafting and verifying, or with the target alone where there is no proposer.
 
     Args:
         proposer: one of no sequences yet.
         seed: of what is drawn at a temperature.
-        watch: called after every forward, with the replies that it finished.
+        watch: called after every forward, with the replies that it finished and those that go on.
     """
     generator = torch.Generator(target.device).manual_seed(seed)
     batch = _Batch(target, proposer, settings.temperature, generator)
@@ -217,7 +217,7 @@ def decode(
         took = time.perf_counter() - start
         for reply in working:
             reply.seconds += took / len(working)
-        watch([reply for reply in working if reply.finished])
+        watch([reply for reply in working if reply.finished], batch.replies)
     return replies
 
 
@@ -233,8 +233,9 @@ def _prefills(entering: Sequence[tuple[Reply, Sequence[int]]]) -> Iterator[list[
     yield group
 
 
-Progress = Callable[[int, int, Tally], None]
-"""Called after every forward with the prompts done, their number, and the tally of all done so far."""
+Progress = Callable[[bool, int, Tally], None]
+"""Called after every forward with whether the target decodes alone (`check`), how many prompts are done that way, and
+the tally of them and of those that go on."""
 
 
 def evaluate(
@@ -259,18 +260,23 @@ def evaluate(
     check_settings(settings)
     if settings.batch > 1 and target.batch_obstacle:
         raise ConfigError.at("evaluate.batch", f"={settings.batch}: {target.batch_obstacle}: set 1")
-    chosen, done, count = [prompts[i] for i in fitting], Tally.empty(settings.drafts), len(prompts) - len(fitting)
+    chosen = [prompts[i] for i in fitting]
 
-    def watch(finished: list[Reply]) -> None:
-        nonlocal done, count
-        done, count = sum((reply.tally() for reply in finished), done), count + len(finished)
-        if progress is not None:
-            progress(count, len(prompts), done)
+    def watching(alone: bool) -> Callable[[list[Reply], list[Reply]], None]:
+        done, count = Tally.empty(settings.drafts), len(prompts) - len(fitting)
 
-    replies = decode(target, chosen, settings, proposer_factory(), seed, watch)
+        def watch(finished: list[Reply], going: list[Reply]) -> None:
+            nonlocal done, count
+            done, count = sum((reply.tally() for reply in finished), done), count + len(finished)
+            if progress is not None:
+                progress(alone, count, sum((reply.tally() for reply in going), done))
+
+        return watch
+
+    replies = decode(target, chosen, settings, proposer_factory(), seed, watching(alone=False))
     tallies = [reply.tally() for reply in replies]
     if settings.check:
-        plain = decode(target, chosen, settings, watch=lambda _: watch([]))
+        plain = decode(target, chosen, settings, watch=watching(alone=True))
         pairs = zip(tallies, replies, plain, strict=True)
         tallies = [tally.compared(reply.tokens, own.tokens, own.seconds) for tally, reply, own in pairs]
     return make_report(settings, sources or ["prompts"] * len(prompts), fitting, tallies)

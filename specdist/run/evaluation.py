@@ -58,10 +58,12 @@ def evaluate_draft(
     draft = make()
     ends = load_tokenizer(facts.target.path, job.prompts).eos_token_id
     target = EvaluationTarget.load(facts.target, draft.layout, device, facts.target_dtype, ends)
-    with ProgressBar("evaluate", len(prompts)) as bar:
+    count = len(prompts)
+    with ProgressBar("evaluate", count * (1 + job.decoding.check)) as bar:
 
-        def show(done: int, total: int, tally: Tally) -> None:
-            text = f"acceptance length {tally.acceptance_length:.2f}, {tally.tokens_per_second:,.0f} tokens/s"
-            bar.update(done, text, f"evaluate: {done} of {total} prompts, {text}")
+        def show(alone: bool, done: int, tally: Tally) -> None:
+            length = "the target alone" if alone else f"acceptance length {tally.acceptance_length:.2f}"
+            text = f"{length}, {tally.tokens:,} tokens, {tally.tokens_per_second:,.0f} tokens/s"
+            bar.update(done + alone * count, text, f"evaluate: {done} of {count} prompts, {text}")
 
         return evaluate(target, draft.proposer, tokens, job.decoding, show, sources, job.run.seed)

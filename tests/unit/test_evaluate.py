@@ -332,8 +332,11 @@ def test_progress_and_prompts_that_are_too_long(target, prompts):
     seen = []
     long = torch.randint(VOCAB, (110,)).tolist()
     report = evaluate(target, Guess, [prompts[0], long], SETTINGS, lambda *state: seen.append(state))
-    assert [(done, count) for done, count, _ in seen if done == 1]
-    assert [(done, count, tally.prompts) for done, count, tally in seen][-1] == (2, 2, 1)
+    assert [(alone, done, tally.tokens) for alone, done, tally in seen][-1] == (True, 2, report.total.plain_tokens)
+    drafted = [(done, tally.tokens) for alone, done, tally in seen if not alone]
+    assert drafted[0][0] == 1  # the long one; the other is told of from its first tokens on
+    assert 0 < drafted[0][1] < drafted[1][1] < report.total.tokens
+    assert drafted[-1] == (2, report.total.tokens)
     assert (report.total.prompts, report.total.too_long) == (1, 1)
     assert "1 prompts were left out" in render(report)
     with pytest.raises(DataError, match="128 positions"):
