@@ -79,7 +79,9 @@ def open_streams() -> None:
     and what a rank prints. What the encoding of standard output lacks is escaped, as on standard error."""
     for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
         if getattr(sys, name) is None:
-            setattr(sys, name, stream := open(os.devnull, mode))  # noqa: SIM115
+            stream = open(os.devnull, mode)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)  # it stays open where another replaces it, as in ranks
             os.set_inheritable(stream.fileno(), True)  # ranks have streams, too
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -56,8 +56,9 @@ class _Unfailing(io.FileIO):
 
 def unfailing(file: Path | int) -> TextIO:
     """A file to append to, or a descriptor, that drops what it cannot take: no run may end because the disk of its log
-    is full, or who read its terminal is gone."""
-    raw = _Unfailing(file, "a")
+    is full, or who read its terminal is gone. A descriptor stays open: the next socket would get a standard one's
+    number, and what libraries write there."""
+    raw = _Unfailing(file, "a", closefd=isinstance(file, Path))
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 

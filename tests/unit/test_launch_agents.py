@@ -185,8 +185,9 @@ def test_the_end_of_an_agent_is_known_where_the_launcher_was_started_to_ignore_i
 
 
 def test_a_standard_stream_that_is_closed_is_the_null_device():
-    """To the processes that it starts, too."""
-    code = "import subprocess; from specdist_launch import cli; cli.open_streams(); print(); "
+    """To the processes that it starts, too, and where another stream takes its place, as in ranks."""
+    code = "import subprocess, sys; from specdist_launch import cli; cli.open_streams(); print(); "
+    code += "sys.stdin = sys.stdout = sys.stderr; "
     code += "subprocess.run(['sh', '-c', '(readlink /proc/$$/fd/0 /proc/$$/fd/1) >&2'], check=True)"
     command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&-', sys.executable, code]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True)

@@ -21,7 +21,19 @@ def test_a_terminal_that_is_gone_does_not_end_the_run():
     for _ in range(3):
         print("after", file=spoken, flush=True)
     assert log.getvalue() == "before\nafter\nafter\nafter\n"
-    terminal.close()
+    os.close(writer)
+
+
+def test_a_stream_that_another_one_replaces_leaves_its_descriptor_open(tmp_path):
+    """What libraries wrote to stderr went to the connection that got its number, and ended that."""
+    reader, writer = os.pipe()
+    stream = unfailing(writer)
+    stream = unfailing(tmp_path / "log")
+    os.write(writer, b"after")
+    assert os.read(reader, 100) == b"after"
+    stream.close()
+    os.close(writer)
+    os.close(reader)
 
 
 def test_a_full_disk_of_the_log_does_not_end_the_run():
