@@ -58,9 +58,6 @@ class StatusWriter(Observer):
             self._record.end(ending)
         say(f"stopped at step {step} ({ending.why}); the same command goes on from there.")
 
-    def inform(self, text: str) -> None:
-        say(text)
-
     def pulse(self, peers: Peers, statistics: Statistics, started: bool, now: float) -> None:
         phases, step = peers.phases(now), max(peers.step, self._resume.progress.step)
         quiet_s = self._quiet_for(step, statistics.released, started, now)

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from specdist.core.attempts import Failure
+from specdist.core.errors import say
 from specdist.core.stop import StopReason
 from specdist.core.topology import Topology
 from specdist.scheduler import messages
@@ -33,9 +34,6 @@ class Observer:
 
     def dismissed(self, rank: int, reason: StopReason) -> None:
         """`rank` was asked to stop before the run had begun; called once."""
-
-    def inform(self, text: str) -> None:
-        """Something that happened to a target world."""
 
     def pulse(self, peers: Peers, statistics: messages.Statistics, started: bool, now: float) -> None:
         """Called every `control.heartbeat_s` seconds until the run's end."""
@@ -73,7 +71,7 @@ class Coordinator:
         self._draft_of = {rank: draft for draft, rank in enumerate(topology.draft_ranks)}
         self.replicas: Replicas | None = None
         if scheduler is not None:
-            self.replicas = Replicas(scheduler, self.peers, config, send, self._observer.inform, topology, rules)
+            self.replicas = Replicas(scheduler, self.peers, config, send, topology, rules)
         self._join_by, self._ready_by = now + join_timeout_s, now + config.load_timeout_s
         self._join_timeout = join_timeout_s
         self._next_pulse = now
@@ -101,7 +99,7 @@ class Coordinator:
         """Count what was dropped because it is not this run's, and say so at the first, the tenth, and so on."""
         self.peers.refused = count = self.peers.refused + 1
         if count == 10 ** (len(str(count)) - 1):
-            self._observer.inform(f"dropped {what}" + (f", the {count}th" if count > 1 else " (more are counted)"))
+            say(f"dropped {what}" + (f", the {count}th" if count > 1 else " (more are counted)"))
 
     def miss(self, rank: int, now: float) -> None:
         """Messages of a rank are missing: what it has done is not known any more."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from specdist.core.attempts import Failure
+from specdist.core.errors import say
 from specdist.core.topology import Topology
 from specdist.scheduler import messages
 from specdist.scheduler.config import ControlConfig
@@ -68,7 +69,6 @@ class Replicas:
     Args:
         own: the scheduler's own world.
         rules: where target worlds may join; else None.
-        inform: shows people a line about what becomes of replicas.
     """
 
     def __init__(
@@ -77,12 +77,10 @@ class Replicas:
         peers: Peers,
         config: ControlConfig,
         send: Send,
-        inform: Callable[[str], None],
         own: Topology,
         rules: RemoteRules | None,
     ):
-        self._scheduler, self._peers, self._config, self._send, self._inform = scheduler, peers, config, send, inform
-        self._rules = rules
+        self._scheduler, self._peers, self._config, self._send, self._rules = scheduler, peers, config, send, rules
         self._replicas: list[Replica] = []
         self._of: dict[int, Replica] = {}
         self.reports: list[messages.ProducerReport] = []
@@ -155,7 +153,7 @@ class Replicas:
         if len(replica.done) == replica.size and replica.state != "settled":
             self._settle(replica)
             if not self._scheduler.finished:
-                self._inform(f"{self._peers.name(rank)} has left after {replica.delivered} batches")
+                say(f"{self._peers.name(rank)} has left after {replica.delivered} batches")
 
     def publish(self, ring: messages.RingAddress) -> None:
         self._rings[ring.draft] = messages.encode(ring)
@@ -206,7 +204,7 @@ class Replicas:
         items = self._take_back(replica)
         replica.state = "dropped"
         again = f"; computed again: batches {', '.join(map(str, items))}" if items else ""
-        self._inform(f"{self._peers.name(rank)} is dropped after {replica.delivered} batches: {why}{again}")
+        say(f"{self._peers.name(rank)} is dropped after {replica.delivered} batches: {why}{again}")
         blame = self._peers.blame(rank, Failure("lost", f"was dropped: {why}"))
         self._verdicts[replica.number] = messages.encode(messages.Abort(blame))
         self._leave(replica)
@@ -229,7 +227,7 @@ class Replicas:
             self._alone_since = None
         elif self._alone_since is None:
             self._alone_since = now
-            self._inform(f"no target replica is there, waiting up to {limit}: {start}")
+            say(f"no target replica is there, waiting up to {limit}: {start}")
         elif now - self._alone_since > self._config.replica_timeout_s:
             return f"no target replica has been there for {limit}: {start}"
         return None
@@ -272,7 +270,7 @@ class Replicas:
         if ready == replica.size and replica.state == "joining":
             replica.state = "live"
             self._scheduler.add_replica(replica.number)
-            self._inform(f"{self._peers.name(rank)} takes part")
+            say(f"{self._peers.name(rank)} takes part")
 
     def _dismiss(self, replica: Replica, stop: messages.Stop) -> None:
         """Its ranks finish what they were given, and say when all that they wrote has arrived."""

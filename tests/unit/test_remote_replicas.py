@@ -28,7 +28,7 @@ from specdist.prompts.schedule import Schedule
 from specdist.run.worlds.search import ControlAddress, Rendezvous
 from specdist.run.worlds.terms import Terms, common_facts
 from specdist.scheduler.config import ControlConfig
-from specdist.scheduler.coordinator import Coordinator, Observer
+from specdist.scheduler.coordinator import Coordinator
 from specdist.scheduler.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -70,27 +70,19 @@ A, B = "a" * 16, "b" * 16
 REPORT = ProducerReport(2, 20, 1.0, 2.0)
 
 
-class Office(Observer):
+class Office:
     """The coordinator of a draft world of two ranks, whose messages are collected."""
 
     def __init__(self, end_item: int = 100):
-        self.now, self.sent, self.lost, self.words = (
-            0.0,
-            list[tuple[tuple[int, ...], Message]](),
-            set[int](),
-            list[str](),
-        )
+        self.now, self.sent, self.lost = 0.0, list[tuple[tuple[int, ...], Message]](), set[int]()
         settings = {"slots": SLOTS, "queue_depth": 2, "timeout": 1000.0, "end_item": end_item}
         self.scheduler = Scheduler(draft_ranks=2, elastic=True, **settings)  # type: ignore[arg-type]
         rules = RemoteRules(lambda: "terms", DRAIN_S)
         self.coordinator = Coordinator(
-            self.scheduler, DRAFT, CONFIG, self.send, join_timeout_s=10.0, now=0.0, observer=self, rules=rules
+            self.scheduler, DRAFT, CONFIG, self.send, join_timeout_s=10.0, now=0.0, rules=rules
         )
         for rank in (0, 1):
             self.hear(rank, Hello(PROTOCOL_VERSION, 1), Ready())
-
-    def inform(self, text: str) -> None:
-        self.words.append(text)
 
     def send(self, ranks: Iterable[int], payload: bytes) -> list[int]:
         ranks = tuple(ranks)
@@ -159,7 +151,7 @@ def test_an_item_has_arrived_when_all_ranks_of_its_replica_have_written_it():
 
 
 @pytest.mark.parametrize("how", ["lost", "silent", "failed", "left", "slow", "nonsense"])
-def test_a_replica_that_is_gone_is_dropped_and_others_compute_what_it_owes(how):
+def test_a_replica_that_is_gone_is_dropped_and_others_compute_what_it_owes(how, capsys):
     office = Office()
     first, second = office.join(A), office.join(B)
     office.hear(first, Ready())
@@ -183,7 +175,7 @@ def test_a_replica_that_is_gone_is_dropped_and_others_compute_what_it_owes(how):
         case "nonsense":
             office.hear(first, LastItem(0))
     assert not office.coordinator.aborted
-    assert "computed again: batches 0, 1" in office.words[-1]
+    assert "computed again: batches 0, 1" in capsys.readouterr().err.splitlines()[-1]
     assert office.scheduler.replicas == (1,)
     assert office.hear(first, Computed(0)) == []  # too late
     office.hear(second, Computed(3))
@@ -299,11 +291,12 @@ def test_what_the_target_side_can_do_is_told_of_the_replicas_that_are_there_at_t
     assert reports.reports == (REPORT,)
 
 
-def test_without_a_replica_the_run_ends_in_time_and_says_so():
+def test_without_a_replica_the_run_ends_in_time_and_says_so(capsys):
     office = Office()
     for _ in range(7):
         office.pass_time(4.0)
-    assert office.words == ["no target replica is there, waiting up to 20 s (control.replica_timeout_s): " + START]
+    waits = "specdist: no target replica is there, waiting up to 20 s (control.replica_timeout_s): "
+    assert capsys.readouterr().err == f"{waits}{START}\n"
     assert office.coordinator.aborted is not None
     said = "no target replica has been there for 20 s (control.replica_timeout_s): "
     assert str(office.coordinator.aborted.error()) == said + START
