@@ -29,7 +29,7 @@ from specdist.draft.eagle3.replay import replay_chain
 from specdist.draft.eagle3.rows import Rows
 from specdist.draft.eagle3.stack import Stack
 from specdist.draft.eagle3.teacher import Teacher, teach
-from specdist.draft.eagle3.unroll import Unroll, Unrolled, UnrollTask, Weights
+from specdist.draft.eagle3.unroll import Unroll, UnrollTask, Weights
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,7 @@ class Eagle3Draft(DraftModel):
         assert isinstance(lengths, tuple)
         if not len(teacher.rows.taught):
             return self.nothing(totals)
-        with_grad = torch.is_grad_enabled()
-        if self.config.stacked:
-            states = Stack(self, batch, features, teacher.rows, lengths).run()
-        else:
-            task = self.task(teacher.rows, lengths)
-            states = Unroll.apply(task, with_grad, *self.inputs(batch, features, teacher.rows))
+        states, with_grad = self.states(batch, features, teacher.rows, lengths), torch.is_grad_enabled()
         self.ready(self.lm_head)
         steps = torch.arange(len(totals), dtype=totals.dtype, device=totals.device)
         weights = self.config.step_decay**steps / totals.clamp(min=1.0)
@@ -155,23 +150,20 @@ class Eagle3Draft(DraftModel):
         """The decoder layers, in their order."""
         return [self.midlayer, *(self.layers.values() if self.config.num_layers > 1 else ())]
 
-    def states(self, batch: PackedTokens, features: Features, rows: Rows, lengths: tuple[int, ...]) -> Tensor:
-        """The normed states [P, K, H] of the unrolled steps, without gradients and as they are served: never in FP8."""
+    def states(
+        self, batch: PackedTokens, features: Features, rows: Rows, lengths: tuple[int, ...], served: bool = False
+    ) -> Tensor:
+        """The normed states [P, K, H] of the unrolled steps. `served`: as they are served, never in FP8. Raises
+        ConfigError: the GPU has no FP8 products, and they are asked for."""
         if self.config.stacked:
             return Stack(self, batch, features, rows, lengths).run()
-        hidden, entry, key, value, *weights = self.inputs(batch, features, rows)
-        task = self.task(rows, lengths, products="compute")
-        return Unrolled(task, Weights(*weights), entry, key, value, with_grad=False).run(hidden)
-
-    def task(self, rows: Rows, lengths: tuple[int, ...], products: str | None = None) -> UnrollTask:
-        """What the unrolled steps need beside tensors with gradients. `products`: as configured, or others. Raises
-        ConfigError: the GPU has no FP8 products, and they are asked for."""
-        device, fp8 = rows.active.device, (products or self.config.products) == "fp8"
+        device, fp8 = rows.active.device, self.config.products == "fp8" and not served
         if fp8:
             check_device(device)
         cos, sin = self.frozen.rotary(torch.arange(sum(lengths) + rows.steps, device=device))
         matmul = Fp8Matmul if fp8 else Matmul
-        return UnrollTask(self, rows, self.attention(rows, lengths), cos[:, 0], sin[:, 0], matmul)
+        task = UnrollTask(self, rows, self.attention(rows, lengths), cos[:, 0], sin[:, 0], matmul)
+        return Unroll.apply(task, torch.is_grad_enabled(), *self.inputs(batch, features, rows))
 
     def inputs(self, batch: PackedTokens, features: Features, rows: Rows) -> tuple[Tensor, ...]:
         """What the unrolled steps differentiate: see `Unroll`."""

@@ -39,7 +39,7 @@ def replay_chain(
     if not len(rows.active):
         return Replayed(accepted, expected)
 
-    states = draft.states(batch, features, rows, tuple(host_batch.lengths))
+    states = draft.states(batch, features, rows, tuple(host_batch.lengths), served=True)
     right = _drafted(draft, states) == batch.tokens[rows.taught + 1, None]
     accepted[rows.active] = _by_row(right, rows).cumprod(1).sum(1)
     if expected is not None:
