@@ -210,15 +210,14 @@ def _profile(context: WorldContext, resume: ResumePlan) -> Profile:
     job, rank = context.job, context.rank
     traced = find_traced_steps(job.trace, resume.schedule)
     if job.trace.steps is not None and rank == 0:
-        what = "nothing is traced" if traced is None else f"steps {traced.first} to {traced.last} are traced"
+        what = "nothing is traced" if traced is None else f"steps {traced[0].start} to {traced[0][-1]} are traced"
         first = resume.progress.step + 1
         say(f"{what}; this start does steps {first} to {resume.total_steps}")
     if traced is None:
         return NO_PROFILE
-    topology, items = context.topology, (traced.items.start, traced.items.stop)
-    info = PartInfo(
-        rank, topology.world_size, topology.describe(rank), topology.hosts[rank], traced.first, traced.last, items
-    )
+    topology, (steps, items) = context.topology, traced
+    about = rank, topology.world_size, topology.describe(rank), topology.hosts[rank]
+    info = PartInfo(*about, steps.start, steps[-1], (items.start, items.stop))
     return Profile(info, context.world.device, context.record.trace_parts)
 
 

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -33,20 +32,9 @@ AskClock = Callable[[float], ClockReading]
 """Asks rank 0 for its time, within a number of seconds; raises WorldError."""
 
 
-@dataclass(frozen=True)
-class TracedSteps:
-    """The traced steps, `first` being 1 for the first of the run, and the items that they are made of."""
-
-    first: int
-    last: int
-    items: range
-
-
-def find_traced_steps(config: TraceConfig, schedule: Schedule) -> TracedSteps | None:
-    """What a start of the job records that does what `schedule` says; None for nothing.
-
-    Steps that an earlier start has done are left out.
-    """
+def find_traced_steps(config: TraceConfig, schedule: Schedule) -> tuple[range, range] | None:
+    """What a start of the job records that does what `schedule` says; None for nothing: steps, 1 being the first of the
+    run, and the items that they are made of. Steps that an earlier start has done are left out."""
     if config.steps is None:
         return None
     first = config.start or schedule.first_step + WARM_UP_STEPS + 1
@@ -54,7 +42,7 @@ def find_traced_steps(config: TraceConfig, schedule: Schedule) -> TracedSteps | 
     first = max(first, schedule.first_step + 1)
     if last < first:
         return None
-    return TracedSteps(first, last, range(schedule.training(first - 1).start, schedule.training(last - 1).stop))
+    return range(first, last + 1), range(schedule.training(first - 1).start, schedule.training(last - 1).stop)
 
 
 class PartInfo(msgspec.Struct):

@@ -25,7 +25,6 @@ from specdist.training.profile import (
     PartInfo,
     Profile,
     TraceConfig,
-    TracedSteps,
     find_traced_steps,
 )
 from specdist_launch import cli
@@ -68,14 +67,14 @@ def schedule(step: int, next_item: int, end_item: int = 100) -> Schedule:
     ("config", "schedule", "expected"),
     [
         (TraceConfig(), schedule(0, 0), None),
-        (TraceConfig(steps=2, start=1), schedule(0, 0), TracedSteps(1, 2, range(0, 4))),
-        (TraceConfig(steps=3, start=11), schedule(5, 10), TracedSteps(11, 13, range(20, 26))),
-        (TraceConfig(steps=3), schedule(5, 10), TracedSteps(26, 28, range(50, 56))),
-        (TraceConfig(steps=3, start=5), schedule(5, 10), TracedSteps(6, 7, range(10, 14))),  # the first is done
+        (TraceConfig(steps=2, start=1), schedule(0, 0), (range(1, 3), range(0, 4))),
+        (TraceConfig(steps=3, start=11), schedule(5, 10), (range(11, 14), range(20, 26))),
+        (TraceConfig(steps=3), schedule(5, 10), (range(26, 29), range(50, 56))),
+        (TraceConfig(steps=3, start=5), schedule(5, 10), (range(6, 8), range(10, 14))),  # the first is done
         (TraceConfig(steps=3, start=3), schedule(5, 10), None),  # all of them are
-        (TraceConfig(steps=9, start=11), schedule(5, 10, 23), TracedSteps(11, 12, range(20, 24))),  # a short last step
+        (TraceConfig(steps=9, start=11), schedule(5, 10, 23), (range(11, 13), range(20, 24))),  # a short last step
         (TraceConfig(steps=9, start=13), schedule(5, 10, 23), None),
-        (TraceConfig(steps=2, start=7), schedule(5, 40), TracedSteps(7, 8, range(42, 46))),  # another accumulation
+        (TraceConfig(steps=2, start=7), schedule(5, 40), (range(7, 9), range(42, 46))),  # another accumulation
     ],
 )
 def test_steps_are_items(config, schedule, expected):
