@@ -186,12 +186,11 @@ class Checkpointer:
         progress = read_progress(path)
         state = self._state(model, optimizer)
         with naming_damage(path):
-            saved = CheckpointReader(path).read_metadata().state_dict_metadata
-            same_split = self._rng_key in saved
+            reader = CheckpointReader(path)
+            same_split = self._rng_key in reader.read_metadata().state_dict_metadata
             if not same_split:
                 del state[self._rng_key]
-            reader, planner = CheckpointReader(path), CheckpointPlanner()
-            dcp.load(state, storage_reader=reader, planner=planner, process_group=self._group)
+            dcp.load(state, storage_reader=reader, planner=CheckpointPlanner(), process_group=self._group)
         groups = [group for part in optimizer.parts for group in part.param_groups]
         configured = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         set_state_dict(model, optimizer.parts, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

@@ -174,20 +174,17 @@ class Trainer:
     ) -> Progress:
         """Evaluate what was saved, by this start or, where a stop or a kill came before the evaluation, by an earlier
         one; its checkpoint then says what was found."""
-        found = self._evaluate(progress, stop, reporter)
-        if found is not progress and found.step:
-            assert found.evaluated is not None
-            self._compare(recipe, found.evaluated)
-            checkpointer.note(found.evaluated)
-        return found
-
-    def _compare(self, recipe: Recipe, found: Evaluated) -> None:
-        """Take note of the best draft so far."""
-        figure, judge = recipe.checkpoint.keep_best, self._judge
-        assert judge is not None
-        best = judge.best
-        if figure != "none" and (best is None or best.basis != found.basis or found.merit(figure) > best.merit(figure)):
-            judge.best = found
+        after = self._evaluate(progress, stop, reporter)
+        if after is not progress and after.step:
+            found, judge, figure = after.evaluated, self._judge, recipe.checkpoint.keep_best
+            assert found is not None
+            assert judge is not None
+            best = judge.best
+            better = best is None or best.basis != found.basis or found.merit(figure) > best.merit(figure)
+            if figure != "none" and better:
+                judge.best = found
+            checkpointer.note(found)
+        return after
 
     def _evaluate(self, progress: Progress, stop: StopFlag, reporter: Reporter) -> Progress:
         """Evaluate where it is due. A stop comes first: the start that follows makes the evaluation."""
