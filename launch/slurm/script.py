@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from specdist.core.errors import ConfigError
-from specdist.job.launch_config import ContainerConfig, LaunchConfig, NodesConfig, SlurmConfig
+from specdist.job.launch_config import ContainerConfig, LaunchConfig, NodesConfig
 
 HEADER = """\
 #!/bin/bash
@@ -112,21 +112,20 @@ def _directives(options: Sequence[str]) -> str:
 
 
 def _component(config: LaunchConfig, nodes: NodesConfig) -> list[str]:
-    """The options of one component: Slurm takes none over from the first to the others."""
+    """The options of one component: Slurm takes none over from the first to the others. One task a node, which has all
+    of it unless the job shares it; the job is signalled to leave, and may be started again."""
     slurm = config.slurm
     of_all = {key: getattr(slurm, key) for key in ("time", "account", "qos", "reservation", "exclude")}
-    return [*_options(vars(nodes) | of_all), *_whole_nodes(slurm), *_rules(config), *slurm.options]
-
-
-def _whole_nodes(slurm: SlurmConfig) -> list[str]:
-    """One task a node, and all the node has, unless the job shares it."""
-    whole = ["--exclusive", "--mem=0"] if slurm.exclusive else []
-    return ["--ntasks-per-node=1", *whole, *_options({"cpus_per_task": slurm.cpus_per_task})]
-
-
-def _rules(config: LaunchConfig) -> list[str]:
-    """How the job is signalled to leave, and that it may be started again."""
-    return [f"--signal=USR2@{math.ceil(config.stop_before_end_s)}", "--requeue", "--open-mode=append"]
+    return [
+        *_options(vars(nodes) | of_all),
+        "--ntasks-per-node=1",
+        *(["--exclusive", "--mem=0"] if slurm.exclusive else []),
+        *_options({"cpus_per_task": slurm.cpus_per_task}),
+        f"--signal=USR2@{math.ceil(config.stop_before_end_s)}",
+        "--requeue",
+        "--open-mode=append",
+        *slurm.options,
+    ]
 
 
 def _options(asked: Mapping[str, object]) -> list[str]:
