@@ -237,8 +237,9 @@ class PromptStore:
 
     def records(self, indices: np.ndarray) -> np.ndarray:
         """bool [N], true where the first sequence of a record is among `indices` (ascending int64 [N])."""
-        lines, files = self._columns["lines"][indices], self._columns["files"][indices]
-        return np.concatenate(([True], (np.diff(lines) != 0) | (np.diff(files) != 0)))[: len(indices)]
+        names = ("lines", "files", "groups")  # a line may hold a whole array
+        own = [self._columns[name][indices].astype(np.uint64) for name in names]
+        return np.concatenate(([True], np.any(np.diff(own) != 0, axis=0)))[: len(indices)]
 
     def supervised_tokens(self, chosen: np.ndarray, chunk: int = 1 << 24) -> Iterable[np.ndarray]:
         """The supervised token ids of the sequences `chosen` (bool [sequences]), in chunks of arrays."""

@@ -143,7 +143,8 @@ def worlds(tmp_path, material) -> Iterator[Worlds]:
 
 
 def items_of(said: str) -> int:
-    """The items of replica 0 of a target world, by what it says at its end."""
+    """The items of replica 0 of a target world that has had work, by what it says from its start to its end."""
+    assert re.search(r"looking for the draft world at .*\n(.*\n)*.*at work for the draft world on ", said), said
     found = re.search(r"target world ended after (\d+) batches", said)
     assert found is not None, said
     return int(found[1])

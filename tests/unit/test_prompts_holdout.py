@@ -237,6 +237,15 @@ def test_supervised_tokens_come_whole_in_any_chunks(tmp_path: Path) -> None:
         assert np.concatenate(found).tolist() == expected
 
 
+def test_conversations_of_an_array_on_one_line_are_counted(config: PromptsConfig, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "all.json"
+    path.write_text(
+        json.dumps([record(asked(i), "<think>\nwell\n</think>\n\nI am well", "And?", "42") for i in range(9)])
+    )
+    corpus = corpus_of(replace(config, files=(str(path),), holdout=None), model)
+    assert (corpus.training.conversations, len(corpus.training)) == (9, 18)
+
+
 def test_labels_are_categories_or_files_and_not_too_many(tmp_path: Path) -> None:
     names = [None, "b", "a", *(f"x{i}" for i in range(MAX_LABELS + 5)), "b"]
     count = np.ones(len(names), dtype=np.int64)

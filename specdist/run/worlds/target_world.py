@@ -46,6 +46,7 @@ class TargetWorld:
             context.record.begin(context.begun())
         context.stop.install()
         lost = Lost("the draft world has not been there yet", stopped=False)
+        say(f"target world: looking for the draft world at {self._search.rendezvous}")
         while True:
             try:
                 session = self._search.next(lost)
@@ -118,6 +119,7 @@ class TargetWorld:
                 sender.connect(context.job.control.load_timeout_s, session.check)
                 producer = producer_of(context, engine, encoding, sender)
                 client.ready()
+                say(f"target world: at work for the draft world on {', '.join(dict.fromkeys(terms.hosts))}")
                 report = producer.run()
         finally:
             sender.close(context.timeout_s)
