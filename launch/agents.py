@@ -159,10 +159,20 @@ class AgentFork:
 
 
 def may_fork() -> bool:
-    """Whether a fork of this process can go on: no other thread of Python's runs here, for a fork has none of them but
-    every lock that they hold, and no CUDA driver has begun, which only a new process can use."""
+    """Whether a fork of this process can go on: no other thread of Python's or of torch's runs here (process groups and
+    stores have them), for a fork has none of them but every lock that they hold, and no CUDA driver has begun, which
+    only a new process can use."""
     begun = [driver for driver in _loaded("libcuda.so") if driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != 3]
-    return threading.active_count() == 1 and not begun  # 3: CUDA_ERROR_NOT_INITIALIZED
+    return threading.active_count() == 1 and not _torch_threads() and not begun  # 3: CUDA_ERROR_NOT_INITIALIZED
+
+
+def _torch_threads() -> list[str]:
+    """The names of the threads that torch's own C++ has begun in this process."""
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            names.append((task / "comm").read_text())
+    return [name for name in names if name.startswith("pt_")]
 
 
 def fork(main: Callable[[], int]) -> int:

@@ -83,6 +83,12 @@ def pick_device(config: WorldConfig, facts: RankFacts) -> torch.device:
 def join_world(config: WorldConfig, facts: RankFacts) -> World:
     """Meet all other ranks within `world.join_timeout_s` and initialise torch.distributed. Raises WorldError: naming
     the ranks (and, where known, the hosts) that did not arrive."""
+    if dist.is_initialized():
+        raise ConfigError.at(
+            "run.plugins",
+            ": a plugin has made torch.distributed's default process group, which is the world's: have it make one of "
+            "its own, with dist.ProcessGroupGloo or dist.new_group once the ranks have met",
+        )
     device = pick_device(config, facts)
     if device.type == "cuda":
         torch.cuda.set_device(device)

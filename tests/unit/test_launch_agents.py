@@ -249,6 +249,10 @@ thread.start()
 assert not may_fork()
 waiting.set()
 thread.join()
+group = torch.distributed.ProcessGroupGloo(torch.distributed.HashStore(), 0, 1)
+assert not may_fork()
+del group
+assert may_fork()
 sys.exit(AgentFork(product).wait())
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
