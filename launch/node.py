@@ -141,7 +141,7 @@ class Agent:
         if interface is not None:
             variables |= {name: os.environ.get(name, interface) for name in _INTERFACES}
         variables["OMP_NUM_THREADS"] = threads_of(self.ranks, os.environ.get("OMP_NUM_THREADS", ""))
-        return variables
+        return variables | columns_of(sys.stderr.fileno())
 
     def _name_killed(self, failed: dict[int, int], stopped: StopReason | None) -> None:
         """Print which ranks a signal has killed, which no rank can do; not the signal that asked them to stop, which
@@ -198,6 +198,12 @@ class Agent:
 
     def _fail(self, failure: Failure) -> None:
         self._record.tell(failure, sys.stderr)
+
+
+def columns_of(stream: int) -> dict[str, str]:
+    """COLUMNS of the terminal that a descriptor is, if it is one: ranks, whose streams are their logs, cannot ask it
+    how wide a live line may be."""
+    return {"COLUMNS": str(os.get_terminal_size(stream).columns)} if os.isatty(stream) else {}
 
 
 def threads_of(ranks: int, asked: str) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+import termios
 from pathlib import Path
 
 import pytest
 
-from specdist_launch.node import threads_of
+from specdist_launch.node import columns_of, threads_of
 from tests import forks
 
 AGENT = """
@@ -103,3 +104,11 @@ def test_ranks_have_the_threads_that_are_asked_for(asked):
 def test_where_openmp_reads_no_number_ranks_share_the_cores_out(asked, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     assert (threads_of(2, asked), threads_of(16, asked)) == ("4", "1")
+
+
+def test_ranks_are_told_how_wide_the_terminal_is():
+    ours, theirs = os.openpty()
+    with open(ours, "rb"), open(theirs, "wb") as terminal, open(os.devnull, "wb") as nothing:
+        termios.tcsetwinsize(theirs, (30, 41))
+        assert columns_of(terminal.fileno()) == {"COLUMNS": "41"}
+        assert columns_of(nothing.fileno()) == {}
