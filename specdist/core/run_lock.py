@@ -165,12 +165,12 @@ def refuse_if_held(home: Path, attempt: str) -> None:
     )
 
 
-def fence(home: Path, attempt: str) -> Callable[[], None]:
-    """What raises ConfigError once another start than `attempt` has claimed `home` since now: to be called before
-    anything is written that the other one would read."""
+def fence(home: Path) -> Callable[[str], None]:
+    """What raises ConfigError, given the name of an attempt, once another start has claimed `home` since now: to be
+    called before anything is written that the other one would read."""
     before = max(_claims(home), default=0)
 
-    def check() -> None:
+    def check(attempt: str) -> None:
         with contextlib.suppress(OSError):  # what is written next meets it, too
             if max(_claims(home), default=0) > before and (found := _read(home)) and found[0].attempt != attempt:
                 raise ConfigError.at("run.dir", f": {_TAKEN.format(home)}")

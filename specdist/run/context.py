@@ -38,7 +38,7 @@ from specdist.training.profile import Profile
 from specdist.world.groups import Groups, World
 
 
-@dataclass(frozen=True)
+@dataclass
 class Start:
     """The attempt that a rank is part of, and where its output goes."""
 
@@ -48,6 +48,11 @@ class Start:
     clock: StartUp
     told: threading.Event = field(default_factory=threading.Event)
     """Set once rank 0 tells of the world's failure, which it keeps on record."""
+
+    def join(self, attempt: Attempt, home: Path) -> None:
+        """Be part of the attempt that the world's first rank is part of, recorded in `home`."""
+        self.attempt, self.record = attempt, AttemptRecord(attempt.directory(home))
+        self.log.directory = self.record.directory
 
     def report(self, error: BaseException, facts: RankFacts) -> None:
         """Record what this rank has met, and show it, unless rank 0 tells of its cause or it is on record."""

@@ -26,10 +26,10 @@ _ESCAPE = "\x1b"
 
 class RankLog:
     """Redirects this process's output to `directory`/starting/HOST-rankN.log, and into its role's folder once that is
-    known. Raises OSError: the file cannot be created."""
+    known; `directory` may be another by then. Raises OSError: the file cannot be created."""
 
     def __init__(self, directory: Path, facts: RankFacts):
-        self._directory, self._name = directory, f"{facts.host}-rank{facts.rank}.log"
+        self.directory, self._name = directory, f"{facts.host}-rank{facts.rank}.log"
         self.path = self._place("starting")
         file = unfailing(self.path)
         sys.stdout.flush()
@@ -47,6 +47,7 @@ class RankLog:
         self.path.rename(path)
         with contextlib.suppress(OSError):  # others are still in there
             self.path.parent.rmdir()
+            self.path.parent.parent.rmdir()
         self.path = path
 
     def show_on_terminal(self) -> None:
@@ -54,7 +55,7 @@ class RankLog:
         sys.stderr = Tee(self.file, self.terminal)
 
     def _place(self, folder: str) -> Path:
-        path = self._directory / folder / self._name
+        path = self.directory / folder / self._name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 

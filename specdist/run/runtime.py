@@ -2,6 +2,7 @@
 """One rank's way into a run: world, prompts, groups, control plane, then its role."""
 
 import contextlib
+import functools
 from pathlib import Path
 
 from torch import Tensor
@@ -47,9 +48,11 @@ def run(job: JobConfig, facts: RankFacts, start: Start) -> None:
     run_token()  # each rank for itself, before it waits for others
     job_facts = jobs.examine(job)
     jobs.check_replay(job)
-    held = fence(jobs.home(job, start.attempt), start.attempt.name)
+    check = fence(jobs.home(job, start.attempt))
     start.clock.begin("meeting the other ranks")
     world = join_world(job.world, facts)
+    start.join(world.attempt, jobs.home(job, world.attempt))
+    held = functools.partial(check, start.attempt.name)
     topology = jobs.topology(job, world.hosts, world.roles)
     _place_log(start.log, topology, facts.rank)
     jobs.check_installed(job, target=topology.target_place(facts.rank) is not None)

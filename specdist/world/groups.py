@@ -9,7 +9,7 @@ order. Nothing else in the project makes a group, and afterwards no code uses th
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -19,20 +19,22 @@ from ClusterShell.RangeSet import RangeSet
 from torch.distributed.device_mesh import DeviceMesh
 
 from specdist.core.errors import ConfigError, WorldError, first_line
-from specdist.core.launch_env import RankFacts, Role, launcher_serves_store, rendezvous_address
+from specdist.core.launch_env import Attempt, RankFacts, Role, launcher_serves_store, rendezvous_address
 from specdist.core.topology import Link, Topology, WorldConfig
 from specdist.world.roll_call import RollCall
 
 
 @dataclass(frozen=True)
 class World:
-    """The world this rank has joined: every rank's host and its node's role, and a store that all ranks share."""
+    """The world this rank has joined: every rank's host and its node's role, a store that all ranks share, and the
+    attempt that rank 0 is part of: under plain torchrun every node makes up a name."""
 
     facts: RankFacts
     device: torch.device
     hosts: tuple[str, ...]
     roles: tuple[Role | None, ...]
     store: dist.Store
+    attempt: Attempt
 
 
 _Make = Callable[[Iterable[int], str], dist.ProcessGroup | None]
@@ -98,7 +100,10 @@ def join_world(config: WorldConfig, facts: RankFacts) -> World:
     call = RollCall(facts.rank, facts.world_size, name, "rank 0", timeout_s, "world.join_timeout_s")
     store = _launchers_store(facts, timeout_s) if launcher_serves_store() else call.open_store(rendezvous_address())
     here = dist.PrefixStore("specdist/roll-call", store)
-    entries, _ = call.answer(here, [facts.host, facts.node_role], lambda x: _missing_ranks(x, facts, timeout_s))
+    own, entry = Attempt.from_environment(), [facts.host, facts.node_role]
+    entries, (job, restart) = call.answer(
+        here, entry, lambda x: _missing_ranks(x, facts, timeout_s), lambda: (own.job, own.restart)
+    )
     hosts, roles = zip(*entries, strict=True)
     os.environ.pop("TORCH_DIST_INIT_BARRIER", None)  # of the whole world, at every group
     # The default group has a name and a place for every rank, and is not used: it connects no two of them.
@@ -110,7 +115,8 @@ def join_world(config: WorldConfig, facts: RankFacts) -> World:
             world_size=facts.world_size,
             timeout=timedelta(seconds=config.wait_timeout_s),
         )
-    return World(facts, device, hosts, roles, dist.PrefixStore("specdist/run", store))
+    attempt = replace(own, job=job, restart=restart)
+    return World(facts, device, hosts, roles, dist.PrefixStore("specdist/run", store), attempt)
 
 
 def _launchers_store(facts: RankFacts, timeout_s: float) -> dist.Store:

@@ -14,7 +14,7 @@ from specdist.channel.base import Wire, store_book
 from specdist.channel.config import ChannelConfig, MooncakeConfig
 from specdist.channel.mooncake.ends import MooncakeReceiver
 from specdist.channel.mooncake.engine import TransferEngine
-from specdist.core.launch_env import RankFacts
+from specdist.core.launch_env import Attempt, RankFacts
 from specdist.core.progress import Cursor
 from specdist.core.records import FeatureLayout, Shard, WorkItem
 from specdist.core.topology import Topology, WorldConfig
@@ -33,7 +33,7 @@ TARGET, DRAFT = 0, 1
 def wire_of(rank: int, store: dist.Store) -> Wire:
     """Of one rank of a world of two that has no process groups: Mooncake needs none."""
     facts = RankFacts(rank=rank, world_size=2, local_rank=0, local_world_size=1, host="ab"[rank])
-    world = World(facts, torch.device("cpu"), TOPOLOGY.hosts, (None, None), store)
+    world = World(facts, torch.device("cpu"), TOPOLOGY.hosts, (None, None), store, Attempt("j"))
     config = ChannelConfig(transport="mooncake", mooncake=CONFIG)
     groups = Groups("")
     return Wire(config, TOPOLOGY, world, groups, LAYOUT, PATIENCE_S, address_book=store_book(store))

@@ -16,7 +16,7 @@ def run(directory: Path, endpoint: str, words: list[str]) -> None:
     """A world of one rank on each of two hosts."""
     port, processes = str(reserve_port()), []
     for node, host in enumerate(("a", "b")):
-        own = {"HOME": str(directory / host), "SPECDIST_HOST": host, "SPECDIST_JOB": "7", "SPECDIST_TOKEN": "5d" * 16}
+        own = {"HOME": str(directory / host), "SPECDIST_HOST": host, "SPECDIST_TOKEN": "5d" * 16}
         agent = ["-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1"]
         agent += ["--master-addr=127.0.0.1", f"--master-port={port}", "-m", "specdist.train", *words]
         processes.append(start(agent, client_environment(endpoint, directory / host / "hf", **own), directory))
@@ -37,6 +37,8 @@ def test_every_host_fetches_what_it_lacks_once(tmp_path: Path) -> None:
     words = make_config(tmp_path, tmp_path, tmp_path, **keys, **ids)
     with serving(tmp_path / "hub") as server:
         run(tmp_path, server.endpoint, words)
+        (attempt,) = (tmp_path / "run/logs").iterdir()  # though each host's torchrun made up a name
+        assert {log.name for log in attempt.glob("*/*.log")} == {"a-rank0.log", "b-rank1.log"}
         assert server.fetched(".safetensors") == ["model.safetensors"] * 2
         assert server.fetched("train.jsonl") == ["train.jsonl"]  # b sees what a has prepared
         export = tmp_path / "run/export/speculators"

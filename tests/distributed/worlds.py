@@ -76,7 +76,7 @@ def run_on_hosts(
     machine stands for each host. `environments`: variables of single hosts."""
     port, processes = str(reserve_port()), {}
     for node, (host, command) in enumerate(commands.items()):
-        own = {"SPECDIST_HOST": host, "SPECDIST_JOB": "7", "SPECDIST_TOKEN": TOKEN}
+        own = {"SPECDIST_HOST": host, "SPECDIST_TOKEN": TOKEN}
         own |= (environments or {}).get(host, {})
         rendezvous = ["--nnodes", str(len(commands)), "--node-rank", str(node), "--nproc-per-node", "1"]
         rendezvous += ["--master-addr", "127.0.0.1", "--master-port", port]

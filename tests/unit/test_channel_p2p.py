@@ -16,7 +16,7 @@ from specdist.channel.base import Wire
 from specdist.channel.config import ChannelConfig
 from specdist.channel.p2p import P2PReceiver, P2PSender
 from specdist.core.errors import WorldError
-from specdist.core.launch_env import RankFacts
+from specdist.core.launch_env import Attempt, RankFacts
 from specdist.core.progress import Cursor
 from specdist.core.records import FeatureLayout, Shard, WorkItem
 from specdist.core.topology import Link, Topology, WorldConfig
@@ -103,7 +103,7 @@ def make_item(index: int) -> WorkItem:
 
 def wire(rank: int, timeout_s: float = 20.0) -> Wire:
     facts = RankFacts(rank, 2, local_rank=0, local_world_size=1, host=HOSTS[rank])
-    world = World(facts, torch.device("cpu"), HOSTS, (None, None), dist.HashStore())
+    world = World(facts, torch.device("cpu"), HOSTS, (None, None), dist.HashStore(), Attempt("j"))
     link: Any = object()
     groups = Groups("", links={Link(0, 1): link})
     layout = FeatureLayout((0, 1, 2), 4, True, torch.bfloat16)

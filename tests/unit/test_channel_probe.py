@@ -18,7 +18,7 @@ import torch.distributed as dist
 from specdist.channel import probe
 from specdist.channel.config import ChannelConfig
 from specdist.core.errors import WorldError
-from specdist.core.launch_env import RankFacts
+from specdist.core.launch_env import Attempt, RankFacts
 from specdist.core.topology import Topology, WorldConfig
 from specdist.world import links
 from specdist.world.groups import Groups, World
@@ -39,7 +39,7 @@ def measure(*ranks: int, timeout_s: float = 20, transport: str = "toy", store: d
 
     def one(rank: int) -> Found:
         facts = RankFacts(rank, 4, local_rank=0, local_world_size=1, host=HOSTS[rank])
-        world = World(facts, torch.device("cpu"), HOSTS, (None,) * 4, shared)
+        world = World(facts, torch.device("cpu"), HOSTS, (None,) * 4, shared, Attempt("j"))
         groups = Groups(GROUP, links=dict.fromkeys(SPLIT.links, GROUP))
         try:
             speeds = probe.measure_links(ChannelConfig(transport), SPLIT, groups, world, PAYLOAD, timeout_s)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import signal
 import subprocess
@@ -139,12 +140,12 @@ def test_a_job_that_was_held_up_and_lost_its_claim_stops(tmp_path: Path) -> None
         stopped.set()
 
     with Claim(tmp_path, "17.0", "n1", lose):
-        allowed, late = fence(tmp_path, "17.0"), tmp_path / ".claim-1"
+        allowed, late = functools.partial(fence(tmp_path), "17.0"), tmp_path / ".claim-1"
         allowed()
         leave_unsaid(tmp_path, "18.0")  # as a start that has watched the first one in vain
         with pytest.raises(ConfigError, match=f"run.dir: another start has taken {tmp_path}: this one was held up"):
             allowed()
-        fence(tmp_path, "18.0")()
+        fence(tmp_path)("18.0")
         assert stopped.wait(60)
         late.unlink()  # as the other start has done
     assert told == [f"another start has taken {tmp_path}: this one was held up"]
@@ -152,7 +153,7 @@ def test_a_job_that_was_held_up_and_lost_its_claim_stops(tmp_path: Path) -> None
 
 
 def test_a_start_that_has_not_seen_its_own_claim_yet_is_not_taken_for_a_loser(tmp_path: Path) -> None:
-    allowed = fence(tmp_path, "17.0")  # a shared file system shows old contents for a while
+    allowed = functools.partial(fence(tmp_path), "17.0")  # a shared file system shows old contents for a while
     leave_unsaid(tmp_path, "17.0")
     allowed()
 

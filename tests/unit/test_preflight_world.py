@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from specdist.channel.probe import LinkSpeed
 from specdist.core.errors import UserError, WorldError
-from specdist.core.launch_env import RankFacts
+from specdist.core.launch_env import Attempt, RankFacts
 from specdist.core.topology import Topology
 from specdist.job.config import load_job
 from specdist.run.preflight import preflight as preflight_module
@@ -47,7 +47,7 @@ def checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Preflight]:
     job = load_job([], make_config(tmp_path, tmp_path / "target", tmp_path / "prompts.jsonl", **overrides))
     topology, store = Topology.build(job.world, HOSTS, replicas=1, tp=1, dp=2, cp=1), dist.HashStore()
     facts = (RankFacts(rank, 3, local_rank=0, local_world_size=1, host=HOSTS[rank]) for rank in range(3))
-    worlds = [World(fact, torch.device("cpu"), HOSTS, (None,) * 3, store) for fact in facts]
+    worlds = [World(fact, torch.device("cpu"), HOSTS, (None,) * 3, store, Attempt("j")) for fact in facts]
     return [Preflight(job, world, topology, doctor=True) for world in worlds]
 
 
