@@ -19,7 +19,7 @@ from specdist.core.errors import DataError, check_range, say
 
 COMMIT = "COMMIT"
 _READERS, _CHUNK = 8, 2**22
-ORDER = 1
+ORDER = 2
 """Of the order and the packing of sequences. Raise it when the same prompts, seed and `Batching` give others."""
 
 

@@ -167,6 +167,7 @@ class Stream:
         count, batching = self.sizes.count, self.batching
         shuffle = Shuffle(count, self.seed, epoch)
         room = batching.step_tokens
+        fills = (FILL, 1.0) if batching.micro_batches > 1 else (1.0,)  # one alone leaves no choice
         sequences = lengths = np.zeros(0, np.int64)  # from `position` on
         while position < count:
             while (known := position + len(sequences)) < count and lengths.sum() <= room:
@@ -174,7 +175,7 @@ class Stream:
                 sequences = np.concatenate([sequences, more])
                 lengths = np.concatenate([lengths, self.sizes.lengths(more)])
             ends, costs, places, best = np.cumsum(lengths), self._costs(sequences, lengths), list[int](), np.inf
-            for fill in (FILL, 1.0):
+            for fill in fills:
                 bound = max(int(np.searchsorted(ends, int(fill * room), side="right")), 1)
                 found = self._longest_fit(lengths[:bound], costs[:bound])
                 spent = np.bincount(found, costs[: len(found)], batching.micro_batches)

@@ -73,9 +73,10 @@ def test_micro_batches_keep_the_order_and_cost_alike() -> None:
     assert np.mean(apart) < 1.01
 
 
+@pytest.mark.parametrize("count", [1, 2, 8])
 @pytest.mark.parametrize(("length", "each"), [(BUDGET, 1), (BUDGET // 2, 2), (BUDGET // 3, 3), (BUDGET // 2 + 1, 1)])
-def test_sequences_that_fill_a_micro_batch_leave_none_empty(length: int, each: int) -> None:
-    *items, _ = stream_of(np.full(500, length), 8).items(epochs=1)
+def test_sequences_that_fill_a_micro_batch_leave_none_empty(length: int, each: int, count: int) -> None:
+    *items, _ = stream_of(np.full(500, length), count).items(epochs=1)
     assert {len(shard.sequences) for item in items for shard in item.shards} == {each}
 
 
