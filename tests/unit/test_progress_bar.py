@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
-import time
 
 import pytest
 
@@ -18,7 +17,8 @@ def test_a_log_file_gets_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for clock in ("time.monotonic", "rich.console.monotonic"):
+        monkeypatch.setattr(clock, lambda: now[0])
     with ProgressBar("evaluate", 3) as bar:
         for done, moment in enumerate((4.0, 11.0, 15.0), 1):
             now[0] = moment
