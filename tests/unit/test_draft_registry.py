@@ -11,8 +11,8 @@ import pytest
 from specdist.draft.registry import ALGORITHMS, register
 
 ROOT = Path(__file__).resolve().parents[2]
-ENGINES_NAMES = re.compile("set_(eagle3|dflash)_layers_to_capture|SupportsEagle3|dflash_config")
-"""That is how models of engines are told what to capture, whoever asks, and where engines look for drafts of blocks."""
+ENGINES_NAMES = re.compile("set_(eagle3|dflash)_layers_to_capture|SupportsEagle3")
+"""That is how its models are told what to capture, whoever asks."""
 
 
 def test_one_file_outside_their_folders_names_algorithms() -> None:

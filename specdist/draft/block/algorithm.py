@@ -13,7 +13,7 @@ from specdist.core.errors import ConfigError
 from specdist.core.model_config import text_part
 from specdist.draft.algorithm import Algorithm, TargetDirectory, check_attention, check_last_layer, for_vllm
 from specdist.draft.block.mask_token import find_mask_token
-from specdist.draft.block.options import NESTED, BlockDims, BlockOptions
+from specdist.draft.block.options import BlockDims, BlockOptions
 from specdist.draft.block.served import NEWEST, sglang_serves, since
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class BlockAlgorithm(Algorithm[C]):
     Attributes:
         title: what messages call it.
         architectures: in the form of SGLang and vLLM, and in that of speculators.
+        nested: the section of config.json where engines look for a part of the keys.
         plain: keys of config.json and the values that we have, beside those of all drafts of blocks.
     """
 
@@ -48,6 +49,7 @@ class BlockAlgorithm(Algorithm[C]):
     formats = ("sglang", "speculators")
     title: ClassVar[str]
     architectures: ClassVar[tuple[str, str]]
+    nested: ClassVar[str]
     plain: ClassVar[Mapping[str, tuple[object, ...]]]
 
     def completed(self, target: Callable[[], TargetDirectory]) -> C:
@@ -139,7 +141,7 @@ class BlockAlgorithm(Algorithm[C]):
     def faults(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
         from specdist.draft.block.directory import faults
 
-        return faults(config)
+        return faults(config, cls.nested)
 
     def check_export(self, format: str, options: ExportConfig, target: PretrainedConfig) -> None:
         target_layers = target.get_text_config().num_hidden_layers
@@ -190,7 +192,7 @@ class BlockAlgorithm(Algorithm[C]):
     @classmethod
     def named(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
         """What tells algorithms apart: config.json with what is nested at the top, and the architectures."""
-        return {**config, **(config.get(NESTED) or {})}, set(config.get("architectures") or ())
+        return {**config, **(config.get(cls.nested) or {})}, set(config.get("architectures") or ())
 
     def _check_views(self) -> None:
         if len({view.causal for view in self.config.views}) > 1:

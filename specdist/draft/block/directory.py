@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError
 from specdist.draft.algorithm import Contents, ExportConfig, Trained
-from specdist.draft.block.options import NESTED, BlockDims, BlockOptions
+from specdist.draft.block.options import BlockDims, BlockOptions
 from specdist.draft.common.speculators import speculators_json
 from specdist.draft.common.tensors import DTYPES, check_tensors, converted, layers_json, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
@@ -69,7 +69,7 @@ def write_blocks(algorithm: BlockAlgorithm[Any], format: str, trained: Trained, 
         **({"causal": layers["is_causal"]} if "is_causal" in layers else {}),
     }
     whole = {"architectures": [algorithm.architectures[0]], **layers, "eagle_aux_hidden_state_layer_ids": inputs}
-    return {**whole, **own, NESTED: nested}, tensors
+    return {**whole, **own, algorithm.nested: nested}, tensors
 
 
 def _layers_json(options: BlockOptions, dims: BlockDims, target: PretrainedConfig, dtype: str) -> dict[str, Any]:
@@ -89,9 +89,9 @@ def _layers_json(options: BlockOptions, dims: BlockDims, target: PretrainedConfi
     }
 
 
-def faults(config: Mapping[str, Any]) -> list[str]:
-    """See `Algorithm.faults`."""
-    nested, found = {**config, **(config.get(NESTED) or {})}, []
+def faults(config: Mapping[str, Any], section: str) -> list[str]:
+    """See `Algorithm.faults`; `section`: `BlockAlgorithm.nested`."""
+    nested, found = {**config, **(config.get(section) or {})}, []
     ids, inputs = nested.get("target_layer_ids"), config.get("eagle_aux_hidden_state_layer_ids")
     layers = config.get("transformer_layer_config") or config
     sliding = [kind == "sliding_attention" for kind in layers.get("layer_types") or [""]]
@@ -103,7 +103,7 @@ def faults(config: Mapping[str, Any]) -> list[str]:
     elif inputs is not None and inputs != [b + 1 for b in ids]:
         found.append(f"eagle_aux_hidden_state_layer_ids is {inputs}: it must be one more each than {ids}")
     if nested.get("causal") is not None and config.get("is_causal") is None and set(sliding) != {nested["causal"]}:
-        found.append(f"{NESTED}.causal is {nested['causal']}, which SGLang does not read: say is_causal too")
+        found.append(f"{section}.causal is {nested['causal']}, which SGLang does not read: say is_causal too")
     mask, size = nested.get("mask_token_id"), layers.get("vocab_size")
     if mask is not None and size is not None and not 0 <= mask < size:
         found.append(f"mask_token_id is {mask}: the target has {size} tokens")

@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-NESTED = "dflash_config"
-"""The section of config.json where engines look for a part of the keys, whichever algorithm drafts the blocks."""
-
-
 @dataclass(frozen=True)
 class View:
     """What a layer's queries see of their document, and of their block. `window`: W: no key more than W - 1 positions

@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import ExportedDraft, check_same_sizes
-from specdist.draft.block.options import NESTED, BlockDims, BlockOptions, spread
+from specdist.draft.block.options import BlockDims, BlockOptions, spread
 from specdist.draft.common.tensors import check_tensors, need, read_layers, read_sliding, shapes
 from specdist.draft.common.vocabulary import DraftVocabulary
 
@@ -88,11 +88,11 @@ class ExportedBlocks(ExportedDraft[C]):
         return config
 
 
-def flat(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def flat(nested: str, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """config.json of either format as one object, with what lies nested at the top. Raises DataError: a
     key is missing."""
     if "speculators_model_type" not in config:
-        keys = {"causal": None, **config, **(config.get(NESTED) or {})}
+        keys = {"causal": None, **config, **(config.get(nested) or {})}
         if keys.get("use_swa"):
             keys["layer_types"] = ["sliding_attention"] * int(need(keys, "num_hidden_layers", path))
             keys["sliding_window"] = need(keys, "swa_window_size", path)
@@ -108,7 +108,7 @@ def read_blocks(
     """See `Algorithm.read`. Raises DataError: a key or a tensor is missing or wrong, or a key has a value that we
     lack."""
     path = directory / "config.json"
-    keys, known = flat(config, path), {**PLAIN, **algorithm.plain}
+    keys, known = flat(algorithm.nested, config, path), {**PLAIN, **algorithm.plain}
     own = algorithm.read_own(config, keys, tensors, path)
     if unlike := [key for key, values in known.items() if keys.get(key) not in values]:
         listed = ", ".join(f"{key} is {keys[key]!r} (not {known[key][0]!r})" for key in unlike)

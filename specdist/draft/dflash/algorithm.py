@@ -34,6 +34,7 @@ class DFlash(BlockAlgorithm[DFlashConfig]):
     name = "dflash"
     title = "DFlash"
     section = DFlashConfig
+    nested = "dflash_config"
     architectures = ("DFlashDraftModel", "DFlashSpeculator")
     plain: ClassVar = {
         "model_type": ("qwen3", "dflash", None),

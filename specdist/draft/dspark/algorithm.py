@@ -45,6 +45,7 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
     name = "dspark"
     title = "DSpark"
     section = DSparkConfig
+    nested = "dflash_config"  # engines share the code of these
     architectures = ("Qwen3DSparkModel", "DSparkSpeculator")
     plain: ClassVar = {
         "model_type": ("qwen3", "qwen3_dspark", None),
