@@ -20,7 +20,8 @@ from specdist.core.errors import DataError, check_range, say
 COMMIT = "COMMIT"
 _READERS, _CHUNK = 8, 2**22
 ORDER = 2
-"""Of the order and the packing of sequences. Raise it when the same prompts, seed and `Batching` give others."""
+"""Of the order and the packing of sequences. Raise it when the same prompts, seed and `Batching` would give others; a
+run keeps the one that it began with. 1 left room in steps of one micro-batch as well."""
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def batching_of(job: JobConfig, progress: Progress, asked: Batching) -> Batching
     the ranks are others."""
     kept, step = progress.batching, progress.step
     again = replace(asked, first_step=step, first=progress.cursor)
-    if kept is None or kept.order != asked.order:
+    if kept is None or not 1 <= kept.order <= asked.order:
         if job.train.rebatch:
             return again
         raise ConfigError.at(

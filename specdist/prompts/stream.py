@@ -167,7 +167,8 @@ class Stream:
         count, batching = self.sizes.count, self.batching
         shuffle = Shuffle(count, self.seed, epoch)
         room = batching.step_tokens
-        fills = (FILL, 1.0) if batching.micro_batches > 1 else (1.0,)  # one alone leaves no choice
+        choice = batching.micro_batches > 1 or batching.order == 1
+        fills = (FILL, 1.0) if choice else (1.0,)
         sequences = lengths = np.zeros(0, np.int64)  # from `position` on
         while position < count:
             while (known := position + len(sequences)) < count and lengths.sum() <= room:

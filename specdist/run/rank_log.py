@@ -46,8 +46,7 @@ class RankLog:
         path = self._place(role)
         self.path.rename(path)
         with contextlib.suppress(OSError):  # others are still in there
-            self.path.parent.rmdir()
-            self.path.parent.parent.rmdir()
+            os.removedirs(self.path.parent)
         self.path = path
 
     def show_on_terminal(self) -> None:

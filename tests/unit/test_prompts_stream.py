@@ -94,6 +94,12 @@ def test_a_step_is_the_same_on_any_number_of_ranks(shards: int) -> None:
         assert not any(shard.tokens for shard in shared[4:])
 
 
+@pytest.mark.parametrize(("version", "each"), [(1, 1), (2, 2)])
+def test_a_step_of_one_micro_batch_is_full_in_runs_that_begin_now(version: int, each: int) -> None:
+    stream = Stream(Sizes.of(np.full(8, BUDGET // 2)), Batching(1, BUDGET, order=version), seed=0)
+    assert [len(item.shards[0].sequences) for item in stream.items(epochs=1)] == [each] * (8 // each)
+
+
 @pytest.mark.parametrize("shards", [1, 3, 16])
 def test_resuming_from_any_item_gives_the_rest(shards: int) -> None:
     stream = stream_of(lengths(200), shards, seed=3)

@@ -73,6 +73,11 @@ def test_an_order_of_another_version_needs_a_word() -> None:
         assert batching_of(job(rebatch=True), replace(HERE, batching=kept), asked(4)).first == HERE.cursor
 
 
+def test_a_run_keeps_the_order_that_it_began_with() -> None:
+    first = replace(KEPT, order=1)
+    assert batching_of(job(), replace(HERE, batching=first), asked(4)) == first
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_world_that_joins_later_has_the_same_items_under_the_same_numbers(every: int) -> None:
     lengths, batching = np.arange(1, 60) % 7 + 1, Batching(4, 12)
