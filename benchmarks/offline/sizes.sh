@@ -8,6 +8,6 @@ if [ -n "$DRY" ]; then
     limited size-tiny 60 python3 -m specdist_launch.cli bench target --model examples/bard/model --engines hf --items 128 --sequences 64 --device cpu --repeats 1 target.dtype=float32
 else
     for shape in ${SHAPES:-$(python3 -c "from benchmarks.real_sizes import LAYERS; print(*LAYERS)")}; do
-        limited "size-$shape" 180 python3 -m benchmarks.real_sizes "$shape" target.sglang.attention_backend=triton
+        limited "size-$shape" 330 python3 -m benchmarks.real_sizes "$shape" target.sglang.attention_backend=triton
     done
 fi

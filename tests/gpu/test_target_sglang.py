@@ -112,8 +112,9 @@ def test_weights_quantised_at_load(kind: str, tmp_path: Path) -> None:
     compare(path, path, FP8, quantization="fp8")
 
 
+@pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_a_quantised_checkpoint(kind: str, tmp_path: Path) -> None:
+def test_a_quantised_checkpoint(kind: str, tp: int, tmp_path: Path) -> None:
     plain = make(kind, tmp_path)
     quantise(plain, tmp_path / "fp8")
-    compare(tmp_path / "fp8", plain, FP8)
+    compare(tmp_path / "fp8", plain, FP8, tp=tp)
