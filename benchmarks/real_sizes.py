@@ -26,15 +26,18 @@ from specdist.core.errors import UserError
 LAYERS = {"qwen3-30b-a3b": 6, "gpt-oss-20b": 5, "qwen3.5-27b": 8, "deepseek-v2-lite": 6}
 
 
+ENGINES, ALGORITHMS = ("hf", "sglang"), ("eagle3", "dspark")
+
+
 def measurements(model: Path, steps: int, words: Sequence[str]) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What there is to measure of a model directory, by name."""
+    """What there is to measure of a model directory, by engine and algorithm."""
     sizes = ["--model", str(model), "--items", "16384", "--sequences", "2048"]
     sizes += [word for word in words if word.startswith("target.")]
-    for engine in ("hf", "sglang"):
+    for engine in ENGINES:
         yield engine, partial(target.main, [*sizes, "--engines", engine])
     training = ["--model", str(model), "--modes", "colocated", "--steps", str(steps), "target.replicas=1", "draft.dp=1"]
-    for algorithm in ("eagle3", "dspark"):
-        yield f"training of {algorithm}", partial(pipeline.main, [*training, f"draft.algorithm={algorithm}", *words])
+    for algorithm in ALGORITHMS:
+        yield algorithm, partial(pipeline.main, [*training, f"draft.algorithm={algorithm}", *words])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,6 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.prog = "python -m benchmarks.real_sizes"
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(LAYERS)}; all by default")
     parser.add_argument("--steps", type=count, default=150, metavar="N", help="of training, at least 40")
+    parser.add_argument("--only", nargs="+", choices=[*ENGINES, *ALGORITHMS], default=[*ENGINES, *ALGORITHMS])
     options, words = apart(arguments)
     args = parser.parse_args(options)
     if unknown := [shape for shape in args.shapes if shape not in LAYERS]:
@@ -51,6 +55,8 @@ def main(arguments: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="specdist-bench-") as directory:
             model = in_a_process(shape, LAYERS[shape], Path(directory))
             for name, measure in measurements(model, args.steps, words):
+                if name not in args.only:
+                    continue
                 print(f"\n{shape}, {LAYERS[shape]} layers, {name}", flush=True)
                 try:
                     measure()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sglang engine on CUDA, in bf16, in torchrun worlds beside a draft rank, against plain transformers in fp32.
 
-Runs where SGLang is installed beside torch for CUDA; two ranks want two devices. `SPECDIST_SGLANG_ATTENTION` names
-another attention backend than SGLang's choice.
+Runs where SGLang is installed beside torch for CUDA; two ranks that have one device pose as two hosts.
+`SPECDIST_SGLANG_ATTENTION` names another attention backend than SGLang's choice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from specdist.target.sglang import versions
 from tests.distributed.worlds import run_on_hosts
 from tests.sglang.environment import run
-from tests.sglang.models import MODELS, make_model, plain_features, quantise, relative
+from tests.sglang.models import MODELS, make_model, plain_features, quantise, quantise_to_int4, relative
 from tests.sglang.world import make_batch
 
 pytestmark = [
@@ -56,8 +56,7 @@ def compare(
         hosts: every rank believes that it is alone on its host, for topology, torchrun and NCCL.
         sglang: keys of target.sglang.
     """
-    if torch.cuda.device_count() < tp:
-        pytest.skip(f"needs {tp} devices")
+    hosts = hosts or torch.cuda.device_count() < tp
     folder, batch = path.parent, make_batch(LENGTHS)
     sglang = {"attention_backend": os.environ.get("SPECDIST_SGLANG_ATTENTION"), "memory_fraction": 0.3, **sglang}
     case = {
@@ -79,9 +78,10 @@ def compare(
 
 
 def run_apart(ranks: int, command: list[str]) -> None:
-    """Rank by rank in a world of as many hosts, all of them this one. The first rank shares the last one's device."""
+    """Rank by rank in a world of as many hosts, all of them this one. The devices go round."""
     names = {f"host{rank}": ["tests.sglang.world", command[-1]] for rank in range(ranks)}
-    devices = {f"host{rank}": str((rank - 1) % (ranks - 1)) for rank in range(ranks)}
+    count = min(ranks - 1, torch.cuda.device_count())
+    devices = {f"host{rank}": str((rank - 1) % count) for rank in range(ranks)}
     environments = {
         host: {"CUDA_VISIBLE_DEVICES": devices[host], "NCCL_HOSTID": host, "NCCL_DEBUG": "INFO"} for host in names
     }
@@ -118,3 +118,11 @@ def test_a_quantised_checkpoint(kind: str, tp: int, tmp_path: Path) -> None:
     plain = make(kind, tmp_path)
     quantise(plain, tmp_path / "fp8")
     compare(tmp_path / "fp8", plain, FP8, tp=tp)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_a_checkpoint_of_four_bits(method: str, tp: int, tmp_path: Path) -> None:
+    plain = make("qwen3", tmp_path)
+    quantise_to_int4(plain, tmp_path / method, method, size=64)
+    compare(tmp_path / method, plain, DENSE, tp=tp)
