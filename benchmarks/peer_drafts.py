@@ -232,6 +232,7 @@ class PeerDraft(Eagle3Draft):
         """In evaluations, which have no gradients, the loss is ours: that of all can be compared."""
         if not torch.is_grad_enabled():
             return super().forward(batch, features, supervision, totals[:-1])
+        self.ready(*self.late)
         config, lengths, dtype = self.config, supervision.data["lengths"], self.fc.weight.dtype
         assert isinstance(lengths, tuple)
         weights: dict[str, Tensor] = {f"model.draft_model.{name}": own for name, own in self.named_parameters()}

@@ -67,7 +67,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
         "num_local_experts": 32, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_attention_heads": 64,
         "num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
+        "swiglu_limit": 7.0, "tie_word_embeddings": False,
     },
     "deepseek-v2-lite": {
         "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944,
