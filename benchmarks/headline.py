@@ -91,7 +91,7 @@ def cases(checkouts: Mapping[str, Path], batch: str, gpus: int, cpu: bool) -> It
             )
     yield Case("EAGLE-3: step with FSDP and optimizer", "step", bare[1:])
     yield Case("target alone", "target", ("--items", "8192", "--sequences", "2048", "--engines", "hf"))
-    yield Case("both roles in turns", "pipeline", ("--modes", "colocated", "target.replicas=1", "draft.dp=1"))
+    yield Case("both roles in turns", "pipeline", ("--modes", "colocated", "world.mode=colocated"))
     if gpus > 1:
         yield Case("a rank for each role", "pipeline", ("--modes", "split"))
 

@@ -3,15 +3,16 @@
 
     specdist bench pipeline target.engine=sglang                      # 1 + 1 GPUs, the Qwen3-8B shape, random weights
     specdist bench pipeline --modes split target_only draft_only colocated draft.dp=3 target.tp=1
+    specdist bench pipeline --modes colocated world.mode=colocated     # both roles on one GPU
     specdist bench pipeline --model models/Qwen3-8B --length mixed prompts.tokens_per_rank=16384
 
 Every mode is a short run of the real job in a world of its own: split as configured (target.replicas x target.tp +
 draft.dp ranks), the target alone on its ranks, the draft alone on its ranks with random features, and both roles on
-every rank of the split world in turns (colocated); and `cached` is split with what the same job has kept in
-`channel.cache`, which only this mode uses (by default in the temporary directory). Prompts are random tokens in
-sequences of `--length` tokens, or of lengths like those of conversations (`mixed`). Rates leave out the first `--warm`
-steps, and the first items of a target alone. The words `key=value` are keys of the configuration. Prints JSON, then a
-table.
+every rank of the split world in turns (colocated), or with `world.mode=colocated` on the ranks that this has; and
+`cached` is split with what the same job has kept in `channel.cache`, which only this mode uses (by default in the
+temporary directory). Prompts are random tokens in sequences of `--length` tokens, or of lengths like those of
+conversations (`mixed`). Rates leave out the first `--warm` steps, and the first items of a target alone. The words
+`key=value` are keys of the configuration. Prints JSON, then a table.
 """
 
 from __future__ import annotations
@@ -114,10 +115,11 @@ def measure(job: JobConfig, words: Sequence[str], mode: str, directory: Path) ->
 
 
 def ranks_of(job: JobConfig, mode: str) -> int:
-    """The ranks of a split job that take part in a mode."""
+    """The ranks of a job that take part in a mode."""
     assert job.draft.dp is not None
     target, draft = job.target.replicas * job.target.tp, job.draft.dp * job.draft.cp
-    return {"target_only": target, "draft_only": draft}.get(mode, target + draft)
+    both = max(target, draft) if (job.world.mode, mode) == ("colocated", "colocated") else target + draft
+    return {"target_only": target, "draft_only": draft}.get(mode, both)
 
 
 def speed_of(mode: str, ranks: int, replicas: int, summary: dict[str, Any], seconds: float) -> ModeSpeed:

@@ -35,7 +35,7 @@ def measurements(model: Path, steps: int, words: Sequence[str]) -> Iterator[tupl
     sizes += [word for word in words if word.startswith("target.")]
     for engine in ENGINES:
         yield engine, partial(target.main, [*sizes, "--engines", engine])
-    training = ["--model", str(model), "--modes", "colocated", "--steps", str(steps), "target.replicas=1", "draft.dp=1"]
+    training = ["--model", str(model), "--modes", "colocated", "--steps", str(steps), "world.mode=colocated"]
     for algorithm in ALGORITHMS:
         yield algorithm, partial(pipeline.main, [*training, f"draft.algorithm={algorithm}", *words])
 

@@ -85,6 +85,14 @@ def test_all_modes_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert [s.steps for s in modes] == [8] * 4
 
 
+def test_both_roles_on_one_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = make_target(tmp_path / "target")
+    own = ["--length", "48", "--steps", "8", "--warm", "2", "--modes", "colocated", "world.mode=colocated"]
+    main(["--model", str(model), *own, *TINY])
+    (mode,) = json.loads(capfd.readouterr().out.splitlines()[0])["modes"]
+    assert (mode["mode"], mode["ranks"], mode["steps"]) == ("colocated", 1, 8)
+
+
 def test_what_cannot_be_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = make_target(tmp_path / "target")
     with pytest.raises(ConfigError, match=r"draft.dp is not set"):
