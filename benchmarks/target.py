@@ -92,6 +92,8 @@ def worker(options: Mapping[str, Any], words: Sequence[str]) -> list[TargetSpeed
     layout = FeatureLayout(tuple(captured), facts.hidden_size, True, compute_dtype(target, facts), options["summary"])
     engine = load_target(target, layout, world.device, groups.replica if target.tp > 1 else None, max(options["items"]))
     peak = peak_tflops(engine.device, engine.dtype)
+    if engine.device.type == "cuda":
+        torch.cuda.empty_cache()  # of those products
     speeds = [
         _measure(engine, target, facts, item, sequence, options["repeats"])
         for item in options["items"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,9 +104,18 @@ def has_experts(config: PretrainedConfig) -> bool:
 
 def expert_share(config: PretrainedConfig) -> float:
     """Of the experts, the share that a token goes to."""
-    experts = max([0, *(int(read(config, key) or 0) for key in EXPERTS)])
-    taken = max([0, *(int(read(config, key) or 0) for key in PER_TOKEN)])
+    experts, taken = _largest(config, EXPERTS), _largest(config, PER_TOKEN)
     return taken / experts if taken and experts else 1.0
+
+
+def experts_of_a_token(config: PretrainedConfig) -> tuple[int, int]:
+    """To how many experts a token goes, and the width of one; 0 where there are none."""
+    width = read(config, "moe_intermediate_size") or read(config, "intermediate_size")
+    return (_largest(config, PER_TOKEN), int(width or 0)) if has_experts(config) else (0, 0)
+
+
+def _largest(config: PretrainedConfig, keys: Iterable[str]) -> int:
+    return max([0, *(int(read(config, key) or 0) for key in keys)])
 
 
 def residual_streams(config: PretrainedConfig) -> int:

@@ -90,11 +90,12 @@ class Engine:
 
 
 def weights_and_activations(
-    config: TargetConfig, target: TargetDescription, dtype: torch.dtype, weights: int, tokens: int
+    config: TargetConfig, target: TargetDescription, dtype: torch.dtype, weights: int, tokens: int, experts: int
 ) -> dict[str, int]:
-    """Bytes on one rank, for that many of weights in all ranks and a forward of `tokens`."""
+    """Bytes on one rank, for that many of weights in all ranks and a forward of `tokens`. `experts`: numbers that a
+    token takes in those that it goes to."""
     # One layer at a time: residual, normed input, q/k/v and attention output, and the gated MLP's two halves.
-    numbers = 8 * target.hidden_size + 3 * target.mlp_width
+    numbers = 8 * target.hidden_size + max(3 * target.mlp_width // config.tp, experts)
     return {
         f"weights / tp {config.tp}": weights // config.tp,
         "activations of one layer": tokens * numbers * dtype.itemsize,

@@ -134,6 +134,12 @@ class TargetDescription:
         return sum(elements for _, elements in self._sizes)
 
     @property
+    def decoder_parameters(self) -> int:
+        """Without the output head and what is beside the text: those that features need."""
+        text = sum(elements for name, elements in self._sizes if not BESIDE_TEXT.search(name))
+        return text - (0 if self.tied else self.vocab_size * self.hidden_size)
+
+    @property
     def checkpoint_bytes(self) -> int:
         """Where it is not there, what config.json says of it."""
         if self.complete:

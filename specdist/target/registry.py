@@ -111,6 +111,8 @@ def load_target(
         checked: whether there are items that are evaluated, for which a `WithHead` is needed (`forward_item`).
         cache: where hidden states are kept and read from.
     """
+    import torch
+
     from specdist.target.cache import CachedTarget, cache_key
     from specdist.target.description import compute_dtype
     from specdist.target.head import WithHead
@@ -135,6 +137,8 @@ def load_target(
         compare(model, batch, near, expected, target.quantised)
     else:
         model = load()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # loading leaves gaps of the size of single weights, which no forward can use
     group = group if config.tp > 1 else None
     if cache is not None:
         model = CachedTarget(model, cache, cache_key(config, target, model), group)

@@ -75,7 +75,8 @@ def test_config_json_is_enough(words, tmp_path, capsys):
 def test_exact_parts_of_the_memory(job):
     plan = make_plan(job(), ["a"] * 3, 2**30)
     needs = {(need.role, need.what): need.bytes for need in plan.needs}
-    assert needs["target", "weights / tp 1"] == 4 * plan.facts.target.parameters
+    target = plan.facts.target
+    assert needs["target", "weights / tp 1"] == 4 * (target.parameters - target.vocab_size * target.hidden_size)
     assert needs["target", "2 feature buffers of 512 tokens"] == 2 * 512 * 512
     assert needs["target", "features of 512 tokens before they are encoded"] == 512 * 512
     assert needs["draft", "receive buffer of 8 slots"] == 2**20

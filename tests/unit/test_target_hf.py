@@ -199,6 +199,16 @@ def test_the_language_model_of_a_multimodal_wrapper(tmp_path: Path) -> None:
     assert relative(run(engine, batch), plain_features(tmp_path, batch)) < 1e-5
 
 
+def test_sinks_take_their_share_of_an_attention_that_did_not_know_them() -> None:
+    torch.manual_seed(0)
+    scores, values, sinks = torch.randn(4, 7, 9) * 3, torch.randn(4, 9, 5), torch.randn(4) * 3
+    column = sinks.view(4, 1, 1).expand(4, 7, 1)
+    expected = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1] @ values
+    output, lse = (scores.softmax(-1) @ values).transpose(0, 1)[None], scores.logsumexp(-1).T
+    torch.testing.assert_close(attention.beside_sinks(output, lse, sinks)[0].transpose(0, 1), expected)
+    assert attention.beside_sinks(output.bfloat16(), lse, sinks.bfloat16()).dtype == torch.bfloat16
+
+
 def test_convolutions_are_not_packed(tmp_path: Path) -> None:
     engine = make_engine(make_model("llama", tmp_path))
     assert packing_obstacle(engine.decoder, engine.decoder.config) is None

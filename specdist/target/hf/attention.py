@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from transformers import AttentionInterface
 
 NAME = "specdist_packed"
@@ -73,8 +73,8 @@ def packed_attention(
         raise NotPackable("it builds an attention mask or bias of its own")
     documents.attended += 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is None and s_aux is None and _fits_varlen(query, value):
-        return _varlen(query, key, value, documents, scale, sliding_window), None
+    if softcap is None and _fits_varlen(query, value):
+        return _varlen(query, key, value, documents, scale, sliding_window, s_aux), None
     outputs = []
     for q, k, v in zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), strict=True):
         window = sliding_window if sliding_window is not None and sliding_window < q.shape[2] else None
@@ -101,12 +101,14 @@ def _fits_varlen(query: Tensor, value: Tensor) -> bool:
     )
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None) -> Tensor:
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None, sinks: Tensor | None
+) -> Tensor:
     longest = max(documents.lengths)
     value_dim = v.shape[-1]
     if value_dim < q.shape[-1]:  # latent attention (DeepSeek) has narrower values; the kernel wants equal widths
         v = F.pad(v, (0, q.shape[-1] - value_dim))
-    output = varlen_attn(
+    output, lse = varlen_attn(
         q[0].transpose(0, 1),
         k[0].transpose(0, 1),
         v[0].transpose(0, 1),
@@ -116,10 +118,21 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float,
         longest,
         scale=scale,
         window_size=(-1 if window is None or window >= longest else window - 1, 0),
+        return_aux=AuxRequest(lse=True),
         **GROUPED,
     )
-    assert isinstance(output, Tensor)
-    return output[None, ..., :value_dim]
+    output = output[None, ..., :value_dim]
+    return output if sinks is None else beside_sinks(output, lse.T, sinks)  # lse is [Hq, T], whatever torch says
+
+
+def beside_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """What is left of attention once each head's sink has its share of the softmax: exp(lse) of exp(lse) + exp(sink).
+
+    Args:
+        output: [1, T, Hq, Dv], of attention without sinks; lse: fp32 [T, Hq], the log-sum-exp of its scores.
+        sinks: [Hq].
+    """
+    return (output * torch.sigmoid(lse - sinks.float())[..., None]).to(output.dtype)
 
 
 def _by_formula(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 from specdist.core.errors import ConfigError
-from specdist.core.model_config import PACKED, quantisation, read, unread_codes
+from specdist.core.model_config import PACKED, experts_of_a_token, quantisation, read, unread_codes
 from specdist.target.base import Engine, TargetModel, common_divisors, weights_and_activations
 from specdist.target.config import TargetConfig
 
@@ -92,7 +92,13 @@ def _check_yarn(config: TargetConfig, target: TargetDescription) -> None:
 
 
 def memory(config: TargetConfig, target: TargetDescription, dtype: torch.dtype, tokens: int) -> dict[str, int]:
-    return weights_and_activations(config, target, dtype, target.parameters * dtype.itemsize, tokens)
+    hidden, (count, width) = target.hidden_size, experts_of_a_token(target.config)
+    # rows of a token in the order of the experts: what goes in and both halves, or what comes out, weighed and put back
+    experts = count * max(hidden + 4 * width // config.tp, 4 * hidden)
+    decoder = target.decoder_parameters * dtype.itemsize
+    parts = weights_and_activations(config, target, dtype, decoder, tokens, experts)
+    let_go = (target.parameters * dtype.itemsize - decoder) // config.tp - parts["activations of one layer"]
+    return parts | ({"head and encoders, only while it loads": let_go} if let_go > 0 else {})
 
 
 def load(*arguments: Any) -> TargetModel:

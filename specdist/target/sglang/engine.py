@@ -92,10 +92,12 @@ def memory(config: TargetConfig, target: TargetDescription, dtype: torch.dtype, 
     tokens = min(tokens, settings_of(config).prefill_tokens or tokens)
     weights = target.checkpoint_bytes if target.quantised else target.parameters * dtype.itemsize
     kept = tokens * target.kv_values_per_token(config.tp) * dtype.itemsize
+    count, width = model_config.experts_of_a_token(target.config)
+    experts = count * (target.hidden_size + 3 * width // config.tp)  # both halves and the output, in the experts' order
     # in fp32, as SGLang keeps the larger part
     states = 4 * (STATES + 1) * model_config.state_values(target.config) // config.tp
     return {
-        **weights_and_activations(config, target, dtype, weights, tokens),
+        **weights_and_activations(config, target, dtype, weights, tokens, experts),
         f"SGLang's KV cache of {tokens:,} tokens": kept,
         **({f"SGLang's states of {STATES} documents": states} if states else {}),
     }
