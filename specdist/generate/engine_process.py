@@ -9,6 +9,7 @@ Requests and replies are lines of JSON on its standard input and output; both en
 import asyncio
 import json
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping
@@ -21,6 +22,10 @@ from specdist.generate.engine import Drafted, Reply, Request
 
 _END_S, _WORDS_S = 90.0, 5.0
 """How long the engine may take to end, and to have said all then; SGLang's waits up to 60 s for its own processes."""
+
+
+_CAUSE, _CAUSES = re.compile(r"\b\w+(?:Error|Exception): .+"), 3
+"""What an exception says, and how many of them are kept: the first, for engines go on to tell what these led to."""
 
 
 class EngineProcess:
@@ -52,6 +57,7 @@ class EngineProcess:
         """asyncio's, once it is open."""
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
         self._said: deque[str] = deque(maxlen=20)
+        self._causes: dict[str, None] = {}
         self._readers: list[asyncio.Task[None]] = []
         self._asked = 0
         self._ready = asyncio.Event()
@@ -130,14 +136,17 @@ class EngineProcess:
             reply.set_result(Reply(**told, drafted=drafted))
 
     async def _read_words(self) -> None:
-        """Its log goes to the rank's, and the last lines of it into an error."""
+        """Its log goes to the rank's; the last lines of it, and what went wrong first, into an error."""
         async for line in self._process.stderr:
             text = line.decode(errors="replace").rstrip()
             self._said.append(text)
+            if len(self._causes) < _CAUSES and (cause := _CAUSE.search(text)):
+                self._causes[cause[0]] = None
             print(text, file=sys.stderr, flush=True)
 
     def _lost(self) -> WorldError:
-        said = "\n".join(self._said)
+        tail = "\n".join(self._said)
+        said = "\n".join([*(cause for cause in self._causes if cause not in tail), tail])
         return WorldError(
             f"{self.name}'s engine ended with status {self._process.returncode} while it wrote answers:\n{said}"
         )

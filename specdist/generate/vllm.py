@@ -8,6 +8,7 @@ vLLM counts what became of drafts of all answers together, in its metrics, and i
 
 import asyncio
 import json
+import subprocess
 import sys
 import uuid
 from collections.abc import Collection, Iterable, Mapping
@@ -78,13 +79,21 @@ def drafted(metrics: Iterable[Any]) -> dict[str, Any] | None:
     return {"forwards": found[_DRAFTS].value, "accepted": accepted and list(accepted.values)}
 
 
+def memory_share(gpus: int) -> float:
+    """Of these first GPUs' memory, what vLLM may take: most of what is free now. By itself it wants 92 % of all."""
+    ask = f"import torch; print(min(free / all for free, all in map(torch.cuda.mem_get_info, range({gpus}))))"
+    free = subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, check=True)  # and leaves no context
+    return 0.92 * float(free.stdout)
+
+
 async def run(arguments: dict[str, Any], replies: Any) -> None:
     from vllm import sampling_params
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.reader import get_metrics_snapshot
 
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    share = memory_share(arguments["tensor_parallel_size"])
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**{"gpu_memory_utilization": share, **arguments}))
     try:
         await serve(partial(generate, engine, sampling_params), replies)
         await asyncio.sleep(1)  # it counts the last forward after it has handed out the answer

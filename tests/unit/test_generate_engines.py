@@ -162,6 +162,8 @@ def test_a_reply_that_nobody_awaits_or_nobody_can_read_leaves_no_one_waiting(
 OUTLIVED = """
 import subprocess, sys
 subprocess.Popen(["sleep", "20"])
+print("ERROR [core.py] ValueError: Free memory is less than desired", file=sys.stderr)
+print("  File somewhere\\n" * 30 + "RuntimeError: see root cause above", file=sys.stderr)
 print("loading", file=sys.stderr, flush=True)
 for line in sys.stdin:
     sys.exit(3)
@@ -181,8 +183,10 @@ def test_what_an_engine_has_started_holds_up_neither_its_end_nor_the_word_of_it(
         await engine.open()
         try:
             if asked:
-                with pytest.raises(WorldError, match=r"(?s)SGLang's engine ended with status 3 .*loading"):
+                with pytest.raises(WorldError, match=r"(?s)SGLang's engine ended with status 3 .*loading") as lost:
                     await engine.write(Request([1], 4, GREEDY, 0))
+                assert str(lost.value).count("Error: ") == 2
+                assert str(lost.value).splitlines()[1] == "ValueError: Free memory is less than desired"
         finally:
             await engine.close()
 

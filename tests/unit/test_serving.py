@@ -190,6 +190,14 @@ def test_engines_tell_of_drafts_in_their_own_ways():
     assert vllm.drafted([]) is None
 
 
+def test_vllm_takes_most_of_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A torch of two GPUs, the second one half in use."""
+    (tmp_path / "torch.py").write_text("class cuda:\n    mem_get_info = lambda gpu: ((90, 100), (50, 100))[gpu]\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert vllm.memory_share(1) == pytest.approx(0.92 * 0.9)
+    assert vllm.memory_share(2) == pytest.approx(0.92 * 0.5)
+
+
 def test_the_verdict(run):
     command = next(c for c in serve_commands(run[0] / "run/export/sglang") if c.by.engine == "SGLang")
     compared = {ALL: Compared(100, 9000, 2.3, 2.4), SAME: Compared(80, 6000, 2.39, 2.4)}
