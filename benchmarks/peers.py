@@ -7,7 +7,8 @@
 
 Every draft has the same prompts, order, features, start, optimizer and steps. All are evaluated alike: by replay of the
 held-out text while they train, and, as they are exported, by decoding `evaluate.prompts` with the target. The words are
-those of any job. A run that is finished is not made again.
+those of any job. A run that is finished is not made again; one that fails is told and left out, and the exit status is
+1. A peer's step takes some four times our memory: beside others of them, let a step be several micro-batches.
 """
 
 from __future__ import annotations
@@ -35,15 +36,17 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = {"ours-kl": "draft.eagle3.loss=kl", "ours-mixed": "draft.eagle3.loss=mixed"}
 
 
-def specdist(log: Path, *words: str) -> None:
-    """Run a command of ours, with this folder on the path; what it says goes to a file."""
+def specdist(log: Path, *words: str) -> bool:
+    """Run a command of ours, with this folder on the path; what it says goes to a file. False: it failed."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         command = [sys.executable, "-m", "specdist_launch.cli", *words]
         result = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": path})
     if result.returncode:
-        raise SystemExit(f"specdist {words[0]} ended with {result.returncode}: {log}\n{log.read_text()[-2000:]}")
+        said = log.read_text()[-2000:]
+        print(f"specdist {words[0]} ended with {result.returncode}: {log}\n{said}", file=sys.stderr, flush=True)
+    return not result.returncode
 
 
 def peer_words(options: Eagle3Config, name: str, path: str) -> list[str]:
@@ -80,24 +83,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         raise SystemExit(str(error)) from error
 
-    def train(name: str) -> None:
+    def train(name: str) -> bool:
         own = [f"run.dir={runs[name]}", "export.formats=[sglang]", f"evaluate.draft_tokens={max(counts)}"]
-        specdist(base / f"{name}.log", "train", *common, *points[name], *own)
+        return specdist(base / f"{name}.log", "train", *common, *points[name], *own)
 
-    def decode(name: str, count: int) -> float:
+    def decode(name: str, count: int) -> float | None:
         draft, found = runs[name] / "export" / "sglang", base / f"{name}-decoded-{count}.json"
         words = [*common, f"run.dir={base}", f"evaluate.draft_tokens={count}", "--draft", str(draft)]
-        specdist(found.with_suffix(".log"), "eval", "--decode", *words, "--output", str(found))
+        if not specdist(found.with_suffix(".log"), "eval", "--decode", *words, "--output", str(found)):
+            return None
         return float(json.loads(found.read_text())["acceptance_length"])
 
     with ThreadPoolExecutor(len(points) * len(counts) if given.at_once else 1) as pool:
-        list(pool.map(train, points))
-        work = [(name, count) for name in points for count in counts]
+        trained = [name for name, well in zip(points, pool.map(train, points), strict=True) if well]
+        work = [(name, count) for name in trained for count in counts]
         decoded = dict(zip(work, pool.map(lambda one: decode(*one), work), strict=True))
     print(f"| decoded | {' | '.join(f'K={k}' for k in counts)} |\n|{'---|' * (len(counts) + 1)}")
-    for name in points:
-        print(f"| {' | '.join([name, *(f'{decoded[name, k]:.3f}' for k in counts)])} |")
-    print("\n" + "\n".join(lengths.rows(list(runs.values()), counts)))
+    for name in trained:
+        found = [decoded[name, k] for k in counts]
+        print(f"| {' | '.join([name, *('' if length is None else f'{length:.3f}' for length in found)])} |")
+    print("\n" + "\n".join(lengths.rows([runs[name] for name in trained], counts)))
+    if len(trained) < len(points) or None in decoded.values():
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

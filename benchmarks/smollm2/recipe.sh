@@ -13,7 +13,7 @@ mkdir -p "$output"
 answer() { # NAME SECONDS PROMPTS [key=value ...]
     sleep "$2"
     for seconds in 30 60 0; do
-        specdist generate "${config[@]}" target.engine=sglang target.sglang.attention_backend=triton target.sglang.memory_fraction="${MEMORY:-0.2}" run.dir="$output/$1" \
+        specdist generate "${config[@]}" target.engine=sglang target.sglang.attention_backend=triton target.sglang.memory_fraction=0.2 run.dir="$output/$1" \
             generate.temperature=0 generate.max_new_tokens=256 "prompts.files=[$3]" "${@:4}" > "$output/$1.log" 2>&1 && return
         sleep "$seconds"
     done
