@@ -12,6 +12,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from specdist.generate.config import GenerateConfig
 from specdist.generate.engine import Reply, Request
 
 _TRIES = 5
-"""Answers of status 500 to one request, while the server is there, before the request is to blame."""
+"""Answers of status 500, or that are none, to one request before a small one shows whether it is to blame."""
 _PASSING, _TO_BLAME = (408, 409, 429), (400, 413, 422)
 """Statuses below 500 that a request is worth repeating for, and those of one that can have no answer."""
 _NO_API = (ValueError, TypeError, AttributeError, IndexError)
@@ -49,7 +50,7 @@ class EndpointEngine:
         self.concurrency = config.concurrency
         self._openai, self._config, self._target, self._trouble = openai, config, target, trouble
         self._model = ""
-        self._seen = -1.0
+        self._seen, self._answered = -1.0, False
         self._asking = asyncio.Lock()
         self._client: Any = None
 
@@ -76,21 +77,40 @@ class EndpointEngine:
     async def write(self, request: Request) -> Reply:
         openai, failures = self._openai, 0
         for tries in range(1_000_000):  # the caller ends it
+            if tries:
+                await asyncio.sleep(_pause(tries - 1))
             began = time.monotonic()
             try:
                 return await self._ask(request)
             except openai.APIStatusError as error:
-                failures += error.status_code == 500
-                if error.status_code in _TO_BLAME or failures == _TRIES:
-                    return Reply("error", text=_words(error))
+                words = _words(error)
+                if error.status_code in _TO_BLAME:
+                    return Reply("error", text=words)
                 if error.status_code < 500 and error.status_code not in _PASSING:
                     raise self._refused(error) from error
-                self._trouble(f"{self._at}: {_words(error)}")
+                failures += error.status_code == 500
             except openai.APIConnectionError as error:  # timeouts too
                 self._trouble(f"{self._at}: {_words(error)}")
                 await self._await_server(began)
-            await asyncio.sleep(_pause(tries))
+                continue
+            except _NO_API as error:
+                if not self._answered:
+                    raise self._not_the_api("completions") from error
+                words, failures = "what /v1/completions gives is no answer", failures + 1
+            if failures == _TRIES:
+                if await self._well(request):
+                    return Reply("error", text=words)
+                failures = 0
+            self._trouble(f"{self._at}: {words}")
         raise AssertionError("nobody tries so often")
+
+    async def _well(self, request: Request) -> bool:
+        """Whether the server answers its first token: proxies say 500 while what is behind them is gone, and then the
+        request is not to blame."""
+        try:
+            return (await self._ask(replace(request, prompt=request.prompt[:1], limit=1))).finish_reason != "error"
+        except (self._openai.APIError, *_NO_API):
+            return False
 
     async def close(self) -> None:
         if self._client is not None:
@@ -98,17 +118,15 @@ class EndpointEngine:
 
     async def _ask(self, request: Request) -> Reply:
         wanted = {"skip_special_tokens": False, "return_token_ids": True}
-        try:
-            answer = await self._client.completions.create(
-                model=self._model,
-                prompt=request.prompt,
-                max_tokens=request.limit,
-                seed=request.seed,
-                extra_body={**wanted, **request.sampling.given},
-            )
-            choice: Any = answer.choices[0]
-        except _NO_API as error:
-            raise self._not_the_api("completions") from error
+        answer = await self._client.completions.create(
+            model=self._model,
+            prompt=request.prompt,
+            max_tokens=request.limit,
+            seed=request.seed,
+            extra_body={**wanted, **request.sampling.given},
+        )
+        choice: Any = answer.choices[0]
+        self._answered = True
         found = choice.model_extra or {}
         matched = found.get("matched_stop", found.get("stop_reason"))
         return Reply(

@@ -8,6 +8,7 @@ records from number n * SHARE on.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 SHARE = 16
 TICK_S = 0.2
+_TELL_AGAIN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ class Watch:
     ) -> None:
         self.tally, self._name, self._timeout_s, self._report, self.held = Tally(), name, timeout_s, report, held
         self._tokens = 0
+        self._told = dict[str, float]()
         self._trouble = "It has said nothing of what is wrong"
         self.touch()
 
@@ -182,8 +185,10 @@ class Watch:
 
     def note(self, trouble: str) -> None:
         """What an engine has met, in words; it goes on."""
-        if trouble != self._trouble:
+        now = time.monotonic()
+        if now - self._told.get(trouble, -math.inf) > _TELL_AGAIN_S:
             say(f"{trouble}; trying again")
+            self._told[trouble] = now
         self._trouble = trouble
 
     def alive(self, tokens: int) -> None:

@@ -413,7 +413,7 @@ def test_waits_are_bounded_and_name_who_is_waited_for() -> None:
 
 def test_what_an_engine_meets_is_told_while_it_lasts_once_each(capsys: pytest.CaptureFixture[str]) -> None:
     watch = Watch("the engine", 60, lambda tally: None)
-    for trouble in ("no route", "no route", "error 503"):
+    for trouble in ("no route", "no route", "error 503", "no route", "error 503"):
         watch.note(trouble)
     assert capsys.readouterr().err.splitlines() == [
         "specdist: no route; trying again",

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from specdist.core import team
 from specdist.core.errors import ConfigError, DiskError, WorldError
+from specdist.generate import endpoint
 from specdist.generate.config import GenerateConfig
 from specdist.generate.endpoint import EndpointEngine
 from specdist.generate.engine import GREEDY, Reply, Request, Sampling
@@ -158,19 +159,38 @@ def test_what_a_server_refuses_is_asked_no_more_and_what_it_drops_is(server: Ser
     assert [reply.finish_reason for reply in ask(config(server), ONE)] == ["error"]
     assert [reply.text for reply in ask(config(server), ONE)] == ["well"]
     assert len(server.asked) == 5
-    server.fail = lambda number: 500
+    server.fail = lambda number: 500 if number < 10 else 200
     (reply,) = ask(config(server), ONE)
-    assert (reply.finish_reason, len(server.asked)) == ("error", 10)
+    assert (reply.finish_reason, len(server.asked)) == ("error", 11)
+    assert (server.asked[-1]["prompt"], server.asked[-1]["max_tokens"]) == ([1], 1)
     assert "status 500" in reply.text
-    server.fail = lambda number: {10: 408, 11: 409, 13: 413}.get(number, 200)
+    server.fail = lambda number: {11: 408, 12: 409, 14: 413}.get(number, 200)
     assert [reply.finish_reason for reply in (*ask(config(server), ONE), *ask(config(server), ONE))] == [
         "stop",
         "error",
     ]
-    assert len(server.asked) == 14
+    assert len(server.asked) == 15
     server.fail = lambda number: 418
     with pytest.raises(ConfigError, match=r"refuses: .*status 418"):
         ask(config(server), ONE)
+
+
+@pytest.mark.parametrize("body", [None, "<html>busy</html>", '{"error": "boom"}', '{"choices": []}'])
+def test_a_proxy_whose_server_is_gone_costs_no_conversation(server: Server, monkeypatch, body: str | None) -> None:
+    """It had ended the run where a page came instead of an answer, and given up what was asked where it said 500."""
+
+    def fail(number: int) -> int:
+        server.instead = {"completions": body} if body and 1 <= number < 15 else {}
+        return 500 if body is None and 1 <= number < 15 else 200
+
+    async def run() -> list[Reply]:
+        engine = EndpointEngine(config(server), "tiny-1b", lambda trouble: None)
+        await engine.open()
+        return [await engine.write(ONE), await engine.write(ONE)]
+
+    monkeypatch.setattr(endpoint, "_PAUSE_S", 0.001)
+    server.fail = fail
+    assert [reply.text for reply in asyncio.run(run())] == ["well", "well"]
 
 
 @pytest.mark.parametrize("body", ["<html>It works!</html>", '{"object": ', '{"error": "boom"}', '{"choices": []}'])
