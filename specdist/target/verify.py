@@ -3,7 +3,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -46,14 +46,30 @@ class Deviation:
     document: int
     part: str
     """`layer 3`, or `final`."""
-    mean: float
-    """Mean over the rows of |packed - alone| / |alone| (2-norms over the hidden dimension)."""
-    boundary: float
-    """The same over the document's first `BOUNDARY` rows."""
+    errors: Tensor = field(compare=False)
+    """fp32 [rows], on the CPU: |packed - alone| / |alone| (2-norms over the hidden dimension)."""
+
+    @property
+    def mean(self) -> float:
+        return self.errors.mean().item()
+
+    @property
+    def boundary(self) -> float:
+        """The mean over the document's first `BOUNDARY` rows."""
+        return self.errors[:BOUNDARY].mean().item()
 
     @property
     def worst(self) -> float:
         return max(self.mean, self.boundary)
+
+    def told(self, tolerance: float) -> str:
+        """Which rows are off: single ones all over it, as of experts that were nearly alike, or all from one on."""
+        off = (~(self.errors <= tolerance)).nonzero()[:, 0].tolist()  # so that NaN counts
+        return (
+            f"mean relative error {self.mean:.2e}, {self.boundary:.2e} over its first {BOUNDARY} tokens, "
+            f"{self.errors.median().item():.2e} or less for half of all; {len(off)} of {len(self.errors)} tokens are "
+            f"off by more than {tolerance:.0e}, the first is token {off[0]}"
+        )
 
 
 def deviations(layout: FeatureLayout, packed: Tensor, alone: Tensor, lengths: list[int]) -> list[Deviation]:
@@ -62,7 +78,7 @@ def deviations(layout: FeatureLayout, packed: Tensor, alone: Tensor, lengths: li
     a, b = (layout.states(rows) for rows in (packed, alone))
     errors = torch.stack([_row_errors(a[:, p], b[:, p]) for p in range(len(parts))], dim=1).cpu()
     return [
-        Deviation(document, part, rows[:, p].mean().item(), rows[:BOUNDARY, p].mean().item())
+        Deviation(document, part, rows[:, p])
         for document, rows in enumerate(errors.split(lengths))
         if len(rows)
         for p, part in enumerate(parts)
@@ -91,8 +107,7 @@ def verify(model: TargetModel, batch: PackedTokens) -> Deviation | None:
     if (d := beyond(found, TOLERANCE[model.dtype])) is not None:
         raise DataError(
             f"target features of document {d.document} ({d.part}) differ between the packed forward and "
-            f"one of that document alone: mean relative error {d.mean:.2e}, {d.boundary:.2e} over its first "
-            f"{BOUNDARY} tokens; {TOLERANCE[model.dtype]:.0e} is allowed for {model.dtype}. Set "
+            f"one of that document alone: {d.told(TOLERANCE[model.dtype])} (what is allowed for {model.dtype}). Set "
             "target.prefill=documents, and report the model",
             "target.prefill",
         )
@@ -131,9 +146,8 @@ def compare(model: TargetModel, batch: PackedTokens, near: FeatureLayout, expect
     found = deviations(replace(layout, argmax_lse=False), states.flatten(1), known[:, own].flatten(1), batch.lengths)
     if (d := beyond(found, tolerance)) is not None:
         raise _unlike(
-            f"the features of document {d.document} ({d.part}) differ from those of transformers: mean relative error "
-            f"{d.mean:.2e}, {d.boundary:.2e} over its first {BOUNDARY} tokens; {tolerance:.0e} is allowed for "
-            f"{'quantised weights' if rounded else model.dtype}"
+            f"the features of document {d.document} ({d.part}) differ from those of transformers: {d.told(tolerance)} "
+            f"(what is allowed for {'quantised weights' if rounded else model.dtype})"
         )
     for state, layer in zip(states.unbind(1), layout.captured_layers, strict=False):
         off = {

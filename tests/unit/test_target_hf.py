@@ -28,7 +28,7 @@ from specdist.target.hf.model import HfTarget, packing_obstacle
 from specdist.target.hf.streamed import streamed_features
 from specdist.target.int4 import dequantised
 from specdist.target.registry import check_target, load_target
-from specdist.target.verify import TOLERANCE, verify
+from specdist.target.verify import TOLERANCE, Deviation, verify
 from tests.sglang.models import quantise, quantise_to_int4
 
 torch.set_num_threads(1)
@@ -291,6 +291,15 @@ def test_verify_names_document_and_layer(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(attention.Documents, "__init__", keep)  # documents that see those before them
     with pytest.raises(DataError, match=r"document 1 \(layer 0\).*target\.prefill=documents"):
         verify(engine, batch)
+
+
+def test_which_tokens_are_off_is_told() -> None:
+    rows = torch.full((200,), 0.01)
+    rows[130:] = torch.nan
+    rows[150] = 0.3
+    told = Deviation(2, "layer 1", rows).told(0.1)
+    assert "1.00e-02 over its first 4 tokens" in told
+    assert "70 of 200 tokens are off by more than 1e-01, the first is token 130" in told
 
 
 def test_packing_that_goes_wrong_is_noticed_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
