@@ -167,6 +167,10 @@ def test_errors_say_what_to_change(one_rank: Path) -> None:
     assert "'moe_runner_backen'; did you mean 'moe_runner_backend'?" in error["unknown"]
 
 
+def test_targets_are_described_as_without_sglang(forked: Forked, tmp_path: Path) -> None:
+    run(forked[0], 1, ["-m", "tests.sglang.described", str(tmp_path)], forked[1])
+
+
 @pytest.fixture(scope="module")
 def exports(forked: Forked, models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Drafts as they are exported, and what SGLang's own models hold after it has loaded them."""

@@ -85,16 +85,17 @@ def _fields(file: Path, of: str | None = None) -> Iterable[str]:
 
 @contextmanager
 def known_configs_may_come_again() -> Iterator[None]:
-    """SGLang registers configurations of models that a newer transformers (5.17) has learnt meanwhile, and the second
-    registration is an error unless it says that it may be one: for while SGLang is imported."""
-    from transformers import AutoConfig
+    """SGLang registers configurations of models that a newer transformers (5.17) has learnt meanwhile, which is an
+    error. While it is imported, transformers' own stay: a target is described by the model that these make."""
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     register = AutoConfig.__dict__["register"]
 
-    def register_again(model_type: str, config: Any, exist_ok: bool = False) -> None:
-        register.__func__(model_type, config, exist_ok=True)
+    def register_unknown(model_type: str, config: Any, exist_ok: bool = False) -> None:
+        if exist_ok or model_type not in CONFIG_MAPPING:
+            register.__func__(model_type, config, exist_ok=exist_ok)
 
-    AutoConfig.register = staticmethod(register_again)  # type: ignore[method-assign]
+    AutoConfig.register = staticmethod(register_unknown)  # type: ignore[method-assign]
     try:
         yield
     finally:
