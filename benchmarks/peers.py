@@ -8,7 +8,7 @@
 Every draft has the same prompts, order, features, start, optimizer and steps. All are evaluated alike: by replay of the
 held-out text while they train, and, as they are exported, by decoding `evaluate.prompts` with the target. The words are
 those of any job. A run that is finished is not made again; one that fails is told and left out, and the exit status is
-1. A peer's step takes some four times our memory: beside others of them, let a step be several micro-batches.
+1. A peer's step takes some three times our memory: beside others of them, let a step be several micro-batches.
 """
 
 from __future__ import annotations

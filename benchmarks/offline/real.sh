@@ -9,7 +9,7 @@ target=${TARGET:-smollm2} wheels=${WHEELS:-$KIT/smollm2} steps=${STEPS:-400} mat
 limited material 240 python3 -m benchmarks.smollm2.material "$wheels" "$material" --model "$target" || exit
 for name in mt-bench humaneval; do head -n 40 "$material/$name.jsonl" > "$material/$name-40.jsonl"; done
 [ "$target" = smollm2 ] || export MASK_TOKEN_ID=
-packages sglang # which transformers has to stand beside
+packages sglang # the recipe's trainings import nothing of it
 limited recipe 1200 bash benchmarks/smollm2/recipe.sh "$material" "$runs" train.steps="$steps" evaluate.every=$((steps / 4))
 packages
 if [ -n "${PEERS:-}" ]; then # a step of as many tokens, in four parts: theirs take more memory
