@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # From prompts to drafts that are served, on one GPU with SGLang: docs/recipes.md tells what comes of it.
-#   benchmarks/smollm2/recipe.sh MATERIAL OUTPUT [key=value ...]     MATERIAL: of material.py; the keys are for training
+#   [STAGES="answer train serve"] [DRAFTS="eagle3 eagle3-off-policy dflash dspark"] benchmarks/smollm2/recipe.sh MATERIAL OUTPUT [key=value ...]
+# MATERIAL: of material.py; the keys are for training.
 # Every step goes on where a killed one stopped. The drafts are trained side by side: the target is small, and leaves the GPU to all of them.
 set -euo pipefail
 material=$1 output=$2
 config=(configs/one-gpu.yaml "target.path=$material/model")
+stages=${STAGES:-answer train serve} drafts=${DRAFTS:-eagle3 eagle3-off-policy dflash dspark}
 mkdir -p "$output"
+has() { [[ " $1 " = *" $2 "* ]]; }
 
 # Greedy, as it will be served. One engine leaves most of the GPU idle, for its host has little time, so several write at once, each a
 # part of the questions. SGLang sizes its memory by what it finds free: they start one after the other, and one that came too early goes on.
@@ -23,10 +26,12 @@ answer() { # NAME SECONDS PROMPTS [key=value ...]
 parts=3 answers="" writing=()
 [ -s "$output/questions-$parts.jsonl" ] || split -n "l/$parts" --numeric-suffixes=1 -a 1 --additional-suffix=.jsonl "$material/train.jsonl" "$output/questions-"
 for part in $(seq $parts); do
+    answers+="${answers:+,}$output/answers-$part/answers/questions-$part.jsonl"
+    has "$stages" answer || continue
     # The held-out prompts are answered, too: those answers are what drafts are evaluated on.
     also=() && [ "$part" = 1 ] && also=("prompts.holdout=[$material/mt-bench.jsonl,$material/humaneval.jsonl]")
     answer "answers-$part" $((20 * (part - 1))) "$output/questions-$part.jsonl" "${also[@]}" &
-    writing+=($!) answers+="${answers:+,}$output/answers-$part/answers/questions-$part.jsonl"
+    writing+=($!)
 done
 for process in "${writing[@]}"; do wait "$process"; done
 
@@ -36,17 +41,23 @@ train() { # NAME PROMPTS key=value ...
         train.steps=600 optimizer.lr=1e-3 evaluate.every=150 evaluate.draft_tokens=7 "${@:3}" > "$output/$1.log" 2>&1
 }
 mask=${MASK_TOKEN_ID-16} # SmolLM2's <empty_output>, which no conversation has; MASK_TOKEN_ID= for targets with rows to spare
-train eagle3 "$answers" "${@:3}" &
-train eagle3-off-policy "$material/train.jsonl" "${@:3}" &
-train dflash "$answers" draft.algorithm=dflash ${mask:+draft.dflash.mask_token_id=$mask} "${@:3}" &
-train dspark "$answers" draft.algorithm=dspark ${mask:+draft.dspark.mask_token_id=$mask} "${@:3}" &
-wait
+if has "$stages" train; then
+    for name in $drafts; do
+        case $name in
+            eagle3) train eagle3 "$answers" "${@:3}" & ;;
+            eagle3-off-policy) train eagle3-off-policy "$material/train.jsonl" "${@:3}" & ;;
+            *) train "$name" "$answers" "draft.algorithm=$name" ${mask:+"draft.$name.mask_token_id=$mask"} "${@:3}" & ;;
+        esac
+    done
+    wait
+    python3 -m benchmarks.lengths $(dirname "$output"/*/summary.json)
+fi
 
 # One engine after another: beside each other they find too little memory.
-for name in eagle3 dflash dspark; do
-    specdist serve-check "$output/$name" --engine sglang target.sglang.attention_backend=triton target.sglang.memory_fraction=0.3 \
-        evaluate.max_new_tokens=256 "evaluate.prompts=[$material/mt-bench.jsonl,$material/humaneval.jsonl]" > "$output/$name.served" 2>&1 || true
-done
-grep -H -A12 "acceptance length" "$output"/*.served || true
-
-python3 -m benchmarks.lengths $(dirname "$output"/*/summary.json)
+if has "$stages" serve; then
+    for name in ${drafts/eagle3-off-policy/}; do
+        specdist serve-check "$output/$name" --engine sglang target.sglang.attention_backend=triton target.sglang.memory_fraction=0.3 \
+            evaluate.max_new_tokens=256 "evaluate.prompts=[$material/mt-bench.jsonl,$material/humaneval.jsonl]" > "$output/$name.served" 2>&1 || true
+    done
+    grep -H -A12 "acceptance length" "$output"/*.served
+fi
