@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specdist.core.records import Features, LogitMap, PackedTokens, TargetVocabulary
-from specdist.draft.base import DraftModel, Drafts, Supervision
+from specdist.draft.base import DraftModel, Drafts, Replayed, Supervision
 from specdist.draft.block.attention import BlockAttention, KeysValues, eager_attention, flex_attention
 from specdist.draft.block.blocks import Blocks
 from specdist.draft.block.layer import PLAIN, attention_of, compiled_ops
 from specdist.draft.block.loss import SUMS, ChunkedLoss, Terms
 from specdist.draft.block.options import BlockDims, BlockOptions
-from specdist.draft.block.proposer import BlockProposer
-from specdist.draft.block.replay import replay_blocks
+from specdist.draft.block.proposer import BlockProposer, check_count
 from specdist.draft.common.flex import takes_flex
 from specdist.draft.common.layers import Rotary
+from specdist.draft.common.losses import chances
 from specdist.draft.common.vocabulary import DraftVocabulary
 
 
@@ -43,7 +43,6 @@ class BlockDraft(DraftModel):
     layers: nn.ModuleList
     logit_map: LogitMap
     config: BlockOptions
-    replay = replay_blocks
     parts: tuple[str, ...] = ("weighted",)
 
     def __init__(
@@ -214,3 +213,37 @@ class BlockDraft(DraftModel):
 
     def proposer(self) -> BlockProposer:
         return BlockProposer(self)
+
+    @torch.no_grad()
+    def replay(
+        self, batch: PackedTokens, host_batch: PackedTokens, features: Features, count: int, temperature: float = 0.0
+    ) -> Replayed:
+        """A block is filled at every token from which serving could draft: as many at one time as training fills, and
+        `loss_chunk` rows of logits are held. A draft counts only where all drafts before it equal the text, so those
+        that follow from the tokens before them follow from the text. Raises ValueError: a block has fewer drafts."""
+        options = self.config
+        check_count(count, options)
+        accepted = torch.zeros_like(batch.tokens)
+        expected = torch.zeros(len(accepted), count, device=accepted.device) if temperature else None
+        anchors = Blocks.candidates(host_batch)[self.share.index :: self.share.of]
+        if not len(anchors):
+            return Replayed(accepted, expected)
+        verified, lengths = list(self.verified(batch, features)), tuple(host_batch.lengths)
+        for part in anchors.split(options.most(len(host_batch.tokens))):
+            blocks = Blocks.at(part, host_batch, options).to(accepted.device)
+            states = self.states(batch, blocks, verified, self.attention(blocks, lengths))[:, :count]
+            rows, labels, valid = (t[:, :count] for t in (blocks.rows, blocks.labels, blocks.served))
+            found, likely = [], []
+            factors = [(factor.flatten(0, 1), table) for factor, table in self.factors(states, batch.tokens[rows])]
+            for chunk, before in enumerate(rows.flatten().split(options.loss_chunk)):
+                some = slice(chunk * options.loss_chunk, (chunk + 1) * options.loss_chunk)
+                products = self.products([(factor[some], table) for factor, table in factors])
+                found.append(self.vocabulary.ids[products.argmax(-1)])
+                if temperature:
+                    taught = self.target.logit_map(self.taught(features, before))
+                    likely.append(chances(taught, self.logit_map(products), self.vocabulary, temperature))
+            right = (torch.cat(found).view_as(labels) == labels) & valid
+            accepted[blocks.anchors - 1] = right.long().cumprod(1).sum(1)
+            if expected is not None:
+                expected[blocks.anchors - 1] = torch.cat(likely).float().view_as(labels).where(valid, 0.0)
+        return Replayed(accepted, expected)

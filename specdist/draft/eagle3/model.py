@@ -13,9 +13,10 @@ from torch.nn import functional
 
 from specdist.core.errors import ConfigError
 from specdist.core.records import Features, LogitMap, PackedTokens, TargetVocabulary
-from specdist.draft.base import DraftModel, Supervision
+from specdist.draft.base import DraftModel, Replayed, Supervision
 from specdist.draft.common.flex import takes_flex
 from specdist.draft.common.layers import Rotary, rotate
+from specdist.draft.common.losses import chances
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.attention import DocumentAttention, eager_attention, flex_attention
 from specdist.draft.eagle3.config import Eagle3Config, Eagle3Dims, turned
@@ -25,7 +26,6 @@ from specdist.draft.eagle3.loss import SUMS, ChunkedLoss, metrics
 from specdist.draft.eagle3.matmul import Fp8Matmul, Matmul
 from specdist.draft.eagle3.op_set import PLAIN, compiled_ops
 from specdist.draft.eagle3.proposer import Eagle3Proposer
-from specdist.draft.eagle3.replay import replay_chain
 from specdist.draft.eagle3.rows import Rows
 from specdist.draft.eagle3.stack import Stack
 from specdist.draft.eagle3.teacher import Teacher, teach
@@ -87,7 +87,6 @@ class Eagle3Draft(DraftModel):
     layers: nn.ModuleDict
     norm: nn.RMSNorm
     lm_head: nn.Linear
-    replay = replay_chain
 
     def __init__(
         self,
@@ -232,3 +231,46 @@ class Eagle3Draft(DraftModel):
 
     def proposer(self) -> Eagle3Proposer:
         return Eagle3Proposer(self)
+
+    @torch.no_grad()
+    def replay(
+        self, batch: PackedTokens, host_batch: PackedTokens, features: Features, count: int, temperature: float = 0.0
+    ) -> Replayed:
+        """By the unrolled steps, with the products of serving, never FP8; `loss_chunk` rows of logits are held. A draft
+        counts only where all drafts before it equal the text. So whatever is drafted at row i, the step that drafts
+        x_{i+2+k} has met x_{i+1} .. x_{i+1+k} if its draft counts: the steps of training are those of serving."""
+        device, tokens = features.rows.device, len(batch.tokens)
+        rows = Rows.of(host_batch, count, self.share, served=True).to(device)
+        accepted = torch.zeros(tokens, dtype=torch.int64, device=device)
+        expected = torch.zeros(tokens, count, device=device) if temperature else None
+        if not len(rows.active):
+            return Replayed(accepted, expected)
+
+        states = self.states(batch, features, rows, tuple(host_batch.lengths), served=True)
+        parts = states.flatten(0, 1).split(self.config.loss_chunk)
+        best = torch.cat([(part @ self.lm_head.weight.T).argmax(-1) for part in parts]).view(states.shape[:2])
+        right = self.frozen.vocabulary.ids[best] == batch.tokens[rows.taught + 1, None]
+        accepted[rows.active] = _by_row(right, rows).cumprod(1).sum(1)
+        if expected is not None:
+            expected[rows.active] = _by_row(self._chances(features.final[rows.taught], states, temperature), rows)
+        return Replayed(accepted, expected)
+
+    def _chances(self, final: Tensor, states: Tensor, temperature: float) -> Tensor:
+        """`chances` [P, K] from the target's last hidden states [P, H] at the positions and normed states [P, K, H]."""
+        frozen, head = self.frozen, self.frozen.whole_head
+        if head is None:
+            raise ValueError(
+                "a replay with a temperature needs the target's whole head (draft.eagle3.teacher_head=draft)"
+            )
+        size, found = max(self.config.loss_chunk * len(frozen.head) // len(head) // states.shape[1], 1), []
+        for z, normed in zip(final.to(head.dtype).split(size), states.split(size), strict=True):
+            taught = frozen.logit_map(z @ head.T)[:, None]
+            found.append(chances(taught, normed @ self.lm_head.weight.T, frozen.vocabulary, temperature))
+        return torch.cat(found).float()
+
+
+def _by_row(found: Tensor, rows: Rows) -> Tensor:
+    """From what was found of each taught position by each step, [P, K], to that of each active row, [n, K]: 0 where it
+    reaches none."""
+    steps = torch.arange(rows.steps, device=found.device)
+    return torch.where(rows.teacher >= 0, found[rows.teacher.clamp(min=0), steps], 0)
