@@ -25,8 +25,7 @@ from transformers import PretrainedConfig
 from specdist.core.errors import ConfigError
 from specdist.draft.algorithm import Contents, ExportConfig, Trained
 from specdist.draft.block.options import BlockDims, BlockOptions
-from specdist.draft.common.speculators import speculators_json
-from specdist.draft.common.tensors import DTYPES, check_tensors, converted, layers_json, shapes
+from specdist.draft.common.tensors import DTYPES, check_tensors, converted, layers_json, shapes, speculators_json
 from specdist.draft.common.vocabulary import DraftVocabulary
 
 if TYPE_CHECKING:

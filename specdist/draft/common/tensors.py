@@ -11,9 +11,12 @@ from transformers import PretrainedConfig
 
 from specdist.core.errors import DataError
 from specdist.core.model_config import read
+from specdist.draft.algorithm import Trained
 from specdist.draft.common import yarn
 from specdist.draft.common.sizes import FACTORS, SCALINGS, LayerSizes
 
+SPECULATORS = "0.9.0"
+"""The version of the speculators library whose format is written."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -75,6 +78,35 @@ def layers_json(sizes: LayerSizes, target: PretrainedConfig, dtype: str) -> dict
         "use_cache": True,
         **{key: read(target, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
         "torch_dtype": dtype,
+    }
+
+
+def speculators_json(
+    kind: str, architecture: str, layers: dict[str, Any], draft_tokens: int, trained: Trained
+) -> dict[str, Any]:
+    """What all algorithms have in common in the form of the speculators library, which vLLM serves without being told
+    the target. `kind`: the algorithm's name there. `layers`: the decoder layers, as a model of their own would be
+    configured: all that vLLM's model sees, but for the keys that vLLM picks by name."""
+    proposal = {
+        "proposal_type": "greedy",
+        "speculative_tokens": draft_tokens,
+        "verifier_accept_k": 1,
+        "accept_tolerance": 0.0,
+    }
+    verifier = {"name_or_path": trained.target_path, "architectures": list(trained.target.architectures or [])}
+    return {
+        "architectures": [architecture],
+        "speculators_model_type": kind,
+        "speculators_version": SPECULATORS,
+        "speculators_config": {
+            "algorithm": kind,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": verifier,
+        },
+        "transformer_layer_config": layers,
+        "tie_word_embeddings": False,
+        "torch_dtype": layers["torch_dtype"],
     }
 
 

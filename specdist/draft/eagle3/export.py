@@ -43,8 +43,7 @@ from transformers import PretrainedConfig
 
 from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import Contents, ExportConfig, Trained, check_last_layer, for_vllm
-from specdist.draft.common.speculators import speculators_json
-from specdist.draft.common.tensors import DTYPES, check_tensors, converted, layers_json, shapes
+from specdist.draft.common.tensors import DTYPES, check_tensors, converted, layers_json, shapes, speculators_json
 from specdist.draft.common.vocabulary import DraftVocabulary
 from specdist.draft.eagle3.config import VARIANT, Eagle3Config, Eagle3Dims
 from specdist.draft.eagle3.layer import modules
