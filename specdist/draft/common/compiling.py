@@ -21,7 +21,8 @@ def compiled(function: F, *rows: str) -> F:
     """`function`, compiled at its first call. It is called with positional arguments. `rows`: the arguments, tensors or
     lists of them, whose first dimension has another size in every call. All other sizes are taken to stay, which makes
     better kernels: a row's length is known. None: every size may change."""
-    _tell_sizes_apart()
+    # The compiler takes sizes that are equal at first, rows and heads for instance, for equal in every call.
+    symbolic_shapes.use_duck_shape = False
     graph = torch.compile(function, dynamic=None if rows else True)
     places = [list(inspect.signature(function).parameters).index(name) for name in rows]
 
@@ -34,8 +35,3 @@ def compiled(function: F, *rows: str) -> F:
         return graph(*arguments)
 
     return cast(F, call) if rows else cast(F, graph)
-
-
-def _tell_sizes_apart() -> None:
-    # The compiler takes sizes that are equal at first, rows and heads for instance, for equal in every call.
-    symbolic_shapes.use_duck_shape = False

@@ -15,8 +15,6 @@ class DFlashConfig(BlockOptions):
 
     SECTION: ClassVar[str] = "draft.dflash"
 
-    block_size: int = 16
-    """Tokens of a block: the last verified one, and block_size - 1 that are drafted at once. Serve with the same."""
     teacher: LossName | None = None
     """What the drafts are compared with: null, the text's tokens; else the target's distribution at each slot, by the
     loss of that name (docs/losses.md), for which the last hidden state crosses the wire too."""

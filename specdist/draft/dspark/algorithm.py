@@ -46,6 +46,7 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
     title = "DSpark"
     section = DSparkConfig
     nested = "dflash_config"  # engines share the code of these
+    final = True
     architectures = ("Qwen3DSparkModel", "DSparkSpeculator")
     plain: ClassVar = {
         "model_type": ("qwen3", "qwen3_dspark", None),
@@ -65,10 +66,6 @@ class DSpark(BlockAlgorithm[DSparkConfig]):
         ce = ce if config.ce_weight is None else config.ce_weight
         l1 = l1 if config.l1_weight is None else config.l1_weight
         super().__init__(replace(config, ce_weight=ce, l1_weight=l1))
-
-    @property
-    def final(self) -> bool:
-        return True
 
     @staticmethod
     def model() -> type[DSparkDraft]:

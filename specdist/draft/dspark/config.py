@@ -16,8 +16,6 @@ class DSparkConfig(BlockOptions):
     SECTION: ClassVar[str] = "draft.dspark"
 
     sample_from_anchor: bool = True
-    """Whether a block's first slot, that of the verified token, drafts too: each slot then predicts the token after
-    its own, and no longer its own."""
     block_size: int = 7
     """Tokens of a block: the last verified one and block_size - 1 masked ones, each of which predicts the token after
     it. Serve with the same."""

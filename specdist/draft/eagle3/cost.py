@@ -27,10 +27,6 @@ class Eagle3Cost(Cost):
     dims: Eagle3Dims
 
     @property
-    def _output_weights(self) -> int:
-        return self.dims.num_attention_heads * self.dims.value_dim * self.dims.hidden_size
-
-    @property
     def _hard(self) -> bool:
         return self.config.loss_kind.hard
 
@@ -53,7 +49,7 @@ class Eagle3Cost(Cost):
         attention = 4 * queries * int((rows.positions + 1).sum())
         if self.config.stacked:  # step 0 runs for all tokens but in the last layer
             once = 2 * hidden * dims.num_captured * hidden * tokens
-            output = 2 * self._output_weights + 3 * 2 * hidden * dims.intermediate_size
+            output = 2 * dims.num_attention_heads * dims.value_dim * hidden + 3 * 2 * hidden * dims.intermediate_size
             first, later = 2 * dims.projection_weights(2 * hidden), 2 * dims.projection_weights(hidden)
             layer = first + (layers - 1) * later + layers * output
             once += (first + (layers - 1) * (later + output)) * (tokens - active)
