@@ -32,8 +32,7 @@ import zmq
 
 from benchmarks.flow import CASES, Case, Times, World
 from benchmarks.measure import as_command, command_line, count, count_or_none, table
-from specdist.core.pods import reach
-from specdist.core.topology import Topology
+from specdist.core.topology import Topology, reach
 from specdist.scheduler.config import ControlConfig
 from specdist.scheduler.coordinator import Coordinator
 from specdist.scheduler.messages import (

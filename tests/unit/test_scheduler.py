@@ -10,7 +10,7 @@ import pytest
 from benchmarks.flow import Case, Times, World
 from benchmarks.scheduler import measure, measure_case
 from specdist.core.errors import ConfigError
-from specdist.core.pods import reach
+from specdist.core.topology import reach
 from specdist.scheduler.config import SchedulerConfig
 from specdist.scheduler.messages import Deliver, Dispatch, Send
 from specdist.scheduler.scheduler import ProtocolError, Scheduler
