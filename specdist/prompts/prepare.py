@@ -15,7 +15,7 @@ import shutil
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -23,10 +23,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import torch.distributed as dist
+
 from specdist.core.errors import ConfigError, DataError, WorldError
 from specdist.core.files import directory_made_whole, locked, of_full_disk, sha256, unwritable
 from specdist.core.model_config import end_tokens
 from specdist.core.progress_bar import ProgressBar
+from specdist.core.team import SILENCE_S, Team
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import ANSWERED
 from specdist.prompts.corpus import Corpus, make_corpus
@@ -61,8 +64,8 @@ def prepare_corpus(
     progress: bool = True,
     on_progress: Callable[[str], object] = lambda text: None,
 ) -> Corpus:
-    """The configured prompts, those trained on and those held out; see `prepare`. In a world see
-    `in_world.prepare_in_world`. Raises ConfigError, DataError, WorldError: see `prepare` and `make_corpus`."""
+    """The configured prompts, those trained on and those held out; see `prepare`. In a world see `prepare_in_world`.
+    Raises ConfigError, DataError, WorldError: see `prepare` and `make_corpus`."""
     stores = [prepare(config, tokenizer_dir, progress, on_progress=on_progress)]
     if isinstance(config.holdout, float):
         return make_corpus(stores, config.holdout)
@@ -70,6 +73,50 @@ def prepare_corpus(
         heldout = replace(config, files=config.holdout)
         stores.append(prepare(heldout, tokenizer_dir, progress, on_progress=on_progress, key="prompts.holdout"))
     return make_corpus(stores)
+
+
+def prepare_in_world(
+    config: PromptsConfig,
+    tokenizer_dir: str | Path,
+    store: dist.Store,
+    hosts: Sequence[str],
+    rank: int,
+    silence_s: float = SILENCE_S,
+) -> Corpus:
+    """The configured prompts on every rank of a world, whose `hosts` are given in rank order.
+
+    Rank 0 prepares them and shows its progress. Where `prompts.cache_dir` is not shared, the first rank of every other
+    host does so after it, for its host. Returns when all hosts have theirs: what comes next is collective, and its
+    limits are not made for a preparation. Raises ConfigError, DataError: see `prepare_corpus`, or the hosts have
+    different prompts; on all ranks. WorldError: the rank that is waited for has come no further for `silence_s`
+    seconds, more than one piece may take.
+    """
+    team = Team(store, "prompts", "prepares the prompts", rank, hosts, silence_s)
+    prompts, own, fingerprints = None, hosts.index(hosts[rank]), {}
+
+    def prepared() -> Corpus:
+        return prepare_corpus(config, tokenizer_dir, progress=rank == 0, on_progress=team.tell)
+
+    with team.telling_errors():
+        for preparing in sorted({hosts.index(host) for host in set(hosts)}):
+            if preparing == rank:
+                prompts = prompts or prepared()
+                stores = [(str(side.directory), side.files) for side in prompts.stores]
+                team.put(str(rank), {"stores": stores, "fingerprint": prompts.training.fingerprint})
+                continue
+            found = team.wait(str(preparing), preparing)
+            stores, fingerprints[hosts[preparing]] = found["stores"], found["fingerprint"]
+            if prompts is None and preparing in (0, own) and all(is_store(Path(directory)) for directory, _ in stores):
+                share = config.holdout if isinstance(config.holdout, float) else None
+                prompts = make_corpus([PromptStore.open(*opened) for opened in stores], share)
+        prompts = prompts or prepared()
+    if other := [host for host, fingerprint in fingerprints.items() if fingerprint != prompts.training.fingerprint]:
+        raise DataError.at(
+            "prompts.files",
+            f": hosts {hosts[rank]} and {other[0]} have different ones: give both the same files, or name the revision "
+            "of a data set",
+        )
+    return prompts
 
 
 def prepare(

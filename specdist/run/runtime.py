@@ -23,7 +23,7 @@ from specdist.job.rates import evaluation_weight, packing_weights
 from specdist.job.resume_plan import ResumePlan, find_resume_plan, warn_of_few
 from specdist.job.run_dir import RunDirectory
 from specdist.prompts.corpus import frequent_tokens
-from specdist.prompts.in_world import prepare_in_world
+from specdist.prompts.prepare import prepare_in_world
 from specdist.run.answers import answered_prompts
 from specdist.run.context import Start, WorldContext
 from specdist.run.control_plane import await_run, connected, serving

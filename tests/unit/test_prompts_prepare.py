@@ -26,13 +26,11 @@ from filelock import FileLock
 from specdist.core import files
 from specdist.core.errors import ConfigError, DataError, WorldError
 from specdist.core.team import Team
-from specdist.prompts import in_world
 from specdist.prompts import prepare as prepare_module
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import to_sample
 from specdist.prompts.corpus import Corpus, make_corpus
-from specdist.prompts.in_world import prepare_in_world
-from specdist.prompts.prepare import prepare
+from specdist.prompts.prepare import prepare, prepare_in_world
 from specdist.prompts.read import find_files
 from specdist.prompts.render import Renderer
 from specdist.prompts.store import PromptStore
@@ -385,7 +383,7 @@ def test_in_a_world_one_rank_of_a_host_prepares(
     held = Path(config.files[0]).with_name("held.jsonl")
     held.write_text(json.dumps(record(7)) + "\n")
     config = replace(config, holdout=(str(held),))
-    monkeypatch.setattr(in_world, "is_store", lambda path: path.is_relative_to(of_thread.cache))
+    monkeypatch.setattr(prepare_module, "is_store", lambda path: path.is_relative_to(of_thread.cache))
 
     def of_rank(rank: int) -> Corpus:
         cache = of_thread.cache = Path(config.cache_dir or "") / ("" if shared else HOSTS[rank])
