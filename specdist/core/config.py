@@ -283,9 +283,8 @@ def _check_key(schema: type, key: str, where: str) -> Any:
 
 
 def _suggest(schema: type, prefix: str, part: str, names: list[str]) -> str:
-    """The right key: by another name (`schema.also_called()`), spelling, the name alone, or its help."""
-    called: Mapping[str, str] = getattr(schema, "also_called", dict)()
-    keys = {**called, **{name: f"{prefix}{name}" for name in names}}
+    """The right key: by another name (`schema.also_called`), spelling, the name alone, or its help."""
+    keys = {**getattr(schema, "also_called", {}), **{name: f"{prefix}{name}" for name in names}}
     near = difflib.get_close_matches(part, keys, n=1) or [name for name in names if part in name]
     found = [keys[name] for name in near]
     if not found:  # slower: it reads all sections' sources

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 from omegaconf import MISSING
 
@@ -50,45 +51,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_range("run", self, "seed", least=0, most=10**18)
-
-
-@dataclass(frozen=True)
-class JobConfig:
-    """Everything a run is made of, one section a station."""
-
-    run: RunConfig = field(default_factory=RunConfig)
-    world: WorldConfig = field(default_factory=WorldConfig)
-    prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    generate: GenerateConfig = field(default_factory=GenerateConfig)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    control: ControlConfig = field(default_factory=ControlConfig)
-    target: TargetConfig = field(default_factory=TargetConfig)
-    channel: ChannelConfig = field(default_factory=ChannelConfig)
-    draft: DraftConfig = field(default_factory=DraftConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    trace: TraceConfig = field(default_factory=TraceConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
-    preflight: PreflightConfig = field(default_factory=PreflightConfig)
-
-    @staticmethod
-    def also_called() -> Mapping[str, str]:
-        """Keys by the names that other trainers give them."""
-        return ALSO_CALLED
-
-    @property
-    def draft_tokens(self) -> int:
-        """K, drafts a target forward in evaluations: `evaluate.draft_tokens`, or what the export asks servers for."""
-        return self.evaluate.draft_tokens or self.draft.chosen.draft_tokens(self.export)
-
-    @property
-    def decoding(self) -> EvaluateConfig:
-        """`evaluate` with the `draft_tokens` in use."""
-        return replace(self.evaluate, draft_tokens=self.draft_tokens)
 
 
 ALSO_CALLED = {
@@ -138,6 +100,44 @@ ALSO_CALLED = {
     "seed": "run.seed",
 }
 """Keys by the names that other trainers give them, for errors and for `specdist keys`."""
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """Everything a run is made of, one section a station."""
+
+    also_called: ClassVar[Mapping[str, str]] = ALSO_CALLED
+
+    run: RunConfig = field(default_factory=RunConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    channel: ChannelConfig = field(default_factory=ChannelConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
+
+    @property
+    def draft_tokens(self) -> int:
+        """K, drafts a target forward in evaluations: `evaluate.draft_tokens`, or what the export asks servers for."""
+        return self.evaluate.draft_tokens or self.draft.chosen.draft_tokens(self.export)
+
+    @property
+    def decoding(self) -> EvaluateConfig:
+        """`evaluate` with the `draft_tokens` in use."""
+        return replace(self.evaluate, draft_tokens=self.draft_tokens)
+
+
 CHANGEABLE = (
     "world", "scheduler", "control", "checkpoint", "metrics", "trace", "export", "evaluate", "launch",
     "run.dir", "train", "target.replicas", "target.tp", "target.verify", "target.verify_against", "target.prefill",

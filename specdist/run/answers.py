@@ -31,9 +31,7 @@ from specdist.world.groups import World, join_world
 def answered_prompts(job: JobConfig, world: World, held: Callable[[], None]) -> PromptsConfig:
     """The `prompts` section that a world trains on; where the target is to answer, once it has (`answers_in_world`).
     Raises DataError: a world of one role alone finds the answers missing: it has not all of the job's GPUs."""
-    if job.prompts.answers == "data":
-        return job.prompts
-    if job.world.role != "both":
+    if job.prompts.answers == "data" or job.world.role != "both":
         return ready_prompts(job)
     asked = replace(assignment(job), held=held)
     return answers_in_world(asked, world.store, world.hosts, world.facts.rank, world.device)
@@ -54,9 +52,7 @@ def begun_prompts(job: JobConfig) -> PromptsConfig | None:
     """The `prompts` section to train on, None where the target has yet to write answers: a check of what there is, and
     of the settings that it was written with, before a world is started. Raises ConfigError, DataError: see
     `open_answers` and `ready_prompts`."""
-    if job.prompts.answers == "data":
-        return job.prompts
-    if job.world.role != "both":
+    if job.prompts.answers == "data" or job.world.role != "both":
         return ready_prompts(job)
     if job.generate.endpoint is not None:
         check_installed()
@@ -68,10 +64,8 @@ def begun_prompts(job: JobConfig) -> PromptsConfig | None:
 def look_ahead(job: JobConfig, key: str) -> Look:
     """A look at the files of `prompts.files` or `prompts.holdout`; where the target has yet to answer them, at what it
     will be asked. Raises ConfigError, DataError: see `prepare`."""
-    prompts, unanswered = job.prompts, None
-    if prompts.answers == "target":
-        found = answered(prompts, RunDirectory(Path(job.run.dir)).answers)
-        prompts, unanswered = found or prompts, None if found else lambda record, *_: parse(record, job.generate.turns)
+    found = answered(job.prompts, RunDirectory(Path(job.run.dir)).answers)
+    prompts, unanswered = found or job.prompts, None if found else lambda record, *_: parse(record, job.generate.turns)
     files = prompts.files if key == "prompts.files" else prompts.holdout
     assert isinstance(files, tuple)
     return look(replace(prompts, files=files), resolve(job.target.path, "target.path"), key, unanswered)

@@ -56,7 +56,7 @@ def evaluation_words(
     RunDirectory(directory).clear()  # of the evaluation before
     if draft is None:
         draft = str(_exported(job, checkpoint))
-    prompts = ready_prompts(job) if job.prompts.answers == "target" else job.prompts
+    prompts = ready_prompts(job)
     texts = {"prompts.files": prompts.files, "prompts.holdout": prompts.holdout}
     return [*words, *override_words(ALONE | texts | {"run.dir": directory, "draft.init_from": draft})]
 
