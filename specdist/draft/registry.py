@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The algorithms that there are. Outside their folders no other file names one; plug-ins register theirs here."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from specdist.draft.algorithm import Algorithm
@@ -16,6 +17,11 @@ def register(algorithm: type[Algorithm[Any]]) -> None:
     """Add an algorithm, and its section to the configuration. Raises ValueError: its name is taken."""
     if ALGORITHMS.setdefault(algorithm.name, algorithm) is not algorithm:
         raise ValueError(f"there is an algorithm {algorithm.name!r} already: {ALGORITHMS[algorithm.name]}")
+
+
+def algorithm_of(config: Mapping[str, Any]) -> type[Algorithm[Any]] | None:
+    """Whose export a config.json is of; None where no algorithm recognises it."""
+    return next((a for a in ALGORITHMS.values() if a.recognises(config)), None)
 
 
 def changeable_keys() -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from specdist.core.errors import ConfigError, DataError
 from specdist.draft.algorithm import Contents, ExportConfig, ExportedDraft, Trained
 from specdist.draft.config import DraftConfig
-from specdist.draft.registry import ALGORITHMS
+from specdist.draft.registry import ALGORITHMS, algorithm_of
 from specdist.export.config_json import OURS
 
 if TYPE_CHECKING:
@@ -118,8 +118,7 @@ def load_exported(directory: str | Path) -> ExportedDraft[Any]:
 
 def understand(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExportedDraft[Any]:
     """The same of a directory whose files are read already. Raises DataError."""
-    for algorithm in ALGORITHMS.values():
-        if algorithm.recognises(config):
-            return algorithm.read(directory, config, tensors)
+    if algorithm := algorithm_of(config):
+        return algorithm.read(directory, config, tensors)
     names = [config[key] for key in ("architectures", "speculators_model_type") if config.get(key)]
     raise DataError(f"{directory} holds {names or 'nothing named'}, and no draft of {', '.join(ALGORITHMS)}")

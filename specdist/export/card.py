@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from specdist.core import hub
-from specdist.draft.registry import ALGORITHMS
+from specdist.draft.registry import algorithm_of
 from specdist.export.config_json import CONFIG, OURS, read_config
 from specdist.export.serving import commands_of
 
@@ -20,7 +20,7 @@ def model_card(config: Mapping[str, Any], name: str) -> str:
     """README.md as the Hub shows it. `config`: config.json of an export of ours. `name`: what servers are given for the
     draft: a directory or an id on the Hub."""
     ours = config[OURS]
-    algorithm = next((a.name for a in ALGORITHMS.values() if a.recognises(config)), "unknown")
+    algorithm = found.name if (found := algorithm_of(config)) else "unknown"
     commands = commands_of(config, name)
     target = str(ours["target"])
     shown = target if _on_hub(target) else Path(target).name

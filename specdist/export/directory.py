@@ -18,7 +18,7 @@ from torch import Tensor
 from specdist.core.errors import ConfigError, DataError
 from specdist.core.hub import named_weights
 from specdist.draft.common.yarn import engine_factors
-from specdist.draft.registry import ALGORITHMS
+from specdist.draft.registry import algorithm_of
 from specdist.export.card import CARD
 from specdist.export.config_json import CONFIG, read_config
 
@@ -110,10 +110,8 @@ def check_contents(directory: Path, config: Mapping[str, Any], tensors: Mapping[
     """The same of what is to be written. Raises DataError."""
     found = [f"{CONFIG}: {fault}" for fault in _of_layers(config)]
     found += [f"{WEIGHTS}: {fault}" for fault in _of_vocabulary(config, tensors)]
-    for algorithm in ALGORITHMS.values():
-        if algorithm.recognises(config):
-            found += [f"{CONFIG}: {fault}" for fault in algorithm.faults(config, tensors)]
-            break
+    if algorithm := algorithm_of(config):
+        found += [f"{CONFIG}: {fault}" for fault in algorithm.faults(config, tensors)]
     if found:
         raise DataError(f"serving engines would not load {directory} as it was trained:\n  " + "\n  ".join(found))
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from specdist.core.errors import DataError
 from specdist.draft.algorithm import ServedBy
-from specdist.draft.registry import ALGORITHMS
+from specdist.draft.registry import algorithm_of
 from specdist.export.config_json import CONFIG, OURS, form, read_config
 
 
@@ -114,7 +114,8 @@ def commands_of(config: Mapping[str, Any], name: str) -> list[ServeCommand]:
     ours = config[OURS]
     dtype = config.get("torch_dtype") or config.get("dtype") or "auto"
     beside = ours.get("target_architectures") or ()
-    engines = next((a.served(config, beside) for a in ALGORITHMS.values() if a.recognises(config)), ())
+    algorithm = algorithm_of(config)
+    engines = algorithm.served(config, beside) if algorithm else ()
     return [
         ServeCommand(by, str(ours["target"]), name, int(ours["draft_tokens"]), dtype)
         for by in engines

@@ -102,7 +102,8 @@ def _in_directory(path: Path, key: str, note: Callable[[str], None]) -> list[Sou
     found = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.name not in HF_METADATA)
     if not found:
         raise DataError.at(key, f": no {', '.join(KINDS)} file in the directory {path}")
-    splits = [next(filter(None, map(_split_of, [file.stem, file.parent.name])), "") for file in found]
+    named = [filter(None, map(SPLITS.match, (file.stem.lower(), file.parent.name.lower()))) for file in found]
+    splits = [match[1] if (match := next(matches, None)) else "" for matches in named]
     chosen = _chosen(splits, key)
     if chosen is not None and set(splits) - {"", chosen}:
         others = {split or file.name for file, split in zip(found, splits, strict=True)} - {chosen}
@@ -115,11 +116,6 @@ def _chosen(splits: Sequence[str], key: str) -> str | None:
     """The split that is read of several: `train`, and to hold out another one; None where that is not clear."""
     wanted = HELD_OUT_SPLITS if key == "prompts.holdout" else ("train",)
     return next((split for split in wanted if split in splits), None)
-
-
-def _split_of(name: str) -> str:
-    match = SPLITS.match(name.lower())
-    return match[1] if match else ""
 
 
 def _metadata(path: Path, key: str) -> list[Any]:

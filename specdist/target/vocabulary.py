@@ -105,16 +105,14 @@ def _minicpm_scale(target: TargetDescription) -> float:
 def _find(what: str, names: tuple[str, ...], target: TargetDescription) -> StoredTensor | None:
     def fits(tensor: StoredTensor) -> bool:
         *_, module, last = ("", *tensor.name.split("."))
-        return module in names and last == "weight" and _is_table(tensor, target) and not ELSEWHERE.search(tensor.name)
+        named = module in names and last == "weight" and not ELSEWHERE.search(tensor.name)
+        height, width = tensor.shape if len(tensor.shape) == 2 else (0, 0)
+        return named and height >= target.vocab_size and width == target.hidden_size
 
     found = [t for t in target.tensors.values() if fits(t)]
     if len(found) > 1:
         raise DataError(f"{target.path}: several tensors could be the {what}: {', '.join(t.name for t in found)}")
     return found[0] if found else None
-
-
-def _is_table(tensor: StoredTensor, target: TargetDescription) -> bool:
-    return len(tensor.shape) == 2 and tensor.shape[0] >= target.vocab_size and tensor.shape[1] == target.hidden_size
 
 
 def _not_found(what: str, names: tuple[str, ...], target: TargetDescription) -> str:

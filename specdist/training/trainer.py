@@ -272,7 +272,8 @@ class Trainer:
             if micro is not micro_batches[-1]:  # the target ranks go on meanwhile
                 self._agree(Course.GO, micro.item.index)
         with span("clip", first):
-            norm = self._clip(clip_norm)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm or math.inf)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         fine = norm.isfinite() & (skipped < sum(bool(s.tokens) for item in items for s in item.shards))
         self._sums += torch.where(fine, sums, 0.0)
         with span("optimizer", first):
@@ -350,10 +351,6 @@ class Trainer:
             supervision = self.model.supervise(batch, host_batch, features, item.draw(self._shard))
         supervision = replace(supervision, counts=supervision.counts * good)
         return MicroBatch(item, host_batch, batch, features, supervision, bad, good)
-
-    def _clip(self, clip_norm: float) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm or math.inf)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _highest(self, *values: int) -> list[int]:
         """The highest that a draft rank says, of each value."""
