@@ -79,8 +79,6 @@ def _handle(handlers: Mapping[int, Any]) -> dict[int, Any]:
 
 @dataclass(frozen=True)
 class Host:
-    """A host of a job and its ranks."""
-
     name: str
     ranks: int
 

@@ -94,7 +94,6 @@ def _files(config: Files) -> list[str]:
 
 
 def _words(overrides: Overrides) -> list[str]:
-    """Overrides as `key=value` words."""
     return override_words(overrides) if isinstance(overrides, Mapping) else list(overrides)
 
 

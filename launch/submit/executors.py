@@ -38,8 +38,6 @@ _SRUN = ["--kill-on-bad-exit=0", "--wait=0"]
 
 @dataclass(frozen=True)
 class Venue:
-    """Where runs are submitted to."""
-
     cluster: Cluster
     asked: Mapping[str, object]
     """What is asked for, by the keys of launch.slurm, which it overrides."""

@@ -84,8 +84,6 @@ class RunFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its tasks know it."""
-
     config: Path
     """The snapshot of its configuration."""
     run_dir: Path

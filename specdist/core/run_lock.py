@@ -200,7 +200,6 @@ def _is_earlier(one: str, other: str) -> bool:
 
 
 def _claims(home: Path) -> list[int]:
-    """The numbers of all claims."""
     numbers = (path.name.removeprefix(_FILE) for path in home.glob(f"{_FILE}*"))
     return [int(number) for number in numbers if number.isdigit()]
 

@@ -15,8 +15,6 @@ _PROMPT_TOKENS = 128
 
 
 class Decodes(Protocol):
-    """What is needed of a tokenizer."""
-
     def decode(self, token_ids: Any) -> Any: ...
 
 

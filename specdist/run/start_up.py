@@ -26,8 +26,6 @@ class Part:
 
 @dataclass(frozen=True)
 class RankStart:
-    """The start of one rank."""
-
     rank: int
     role: str
     host: str

@@ -38,8 +38,6 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint: where it is and what it is."""
-
     name: str
     file: Path
     shape: tuple[int, ...]

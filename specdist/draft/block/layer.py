@@ -64,8 +64,6 @@ class LayerAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """One of the decoder layers."""
-
     def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
         self.self_attn, self.mlp = LayerAttention(sizes), MLP(sizes)

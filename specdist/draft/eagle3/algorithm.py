@@ -32,8 +32,6 @@ BEST_LOSS: dict[Serving, LossName] = {"greedy": "mixed", "sampled": "kl"}
 
 
 class Eagle3(Algorithm[Eagle3Config]):
-    """See `Algorithm`."""
-
     name = "eagle3"
     section = Eagle3Config
     changeable = ("teacher_head", "embedding", "recompute", "loss_chunk", "attention")

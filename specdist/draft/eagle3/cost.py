@@ -21,8 +21,6 @@ def needs_head(config: Eagle3Config, vocab_size: int) -> bool:
 
 @dataclass(frozen=True)
 class Eagle3Cost(Cost):
-    """See `Cost`."""
-
     config: Eagle3Config
     dims: Eagle3Dims
 
