@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -89,6 +90,7 @@ SHAPES: dict[str, dict[str, Any]] = {
             "num_hidden_layers": 64, "num_attention_heads": 24, "num_key_value_heads": 4, "head_dim": 256,
             "linear_num_key_heads": 16, "linear_num_value_heads": 48, "linear_key_head_dim": 128,
             "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "max_position_embeddings": 262144,
+            "full_attention_interval": 4,
             "partial_rotary_factor": 0.25, "tie_word_embeddings": False,
         },
     },
@@ -120,9 +122,18 @@ def write_random_model(
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = auto.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(directory)
+    restore(directory / "config.json", SHAPES[shape])
     if tokenizer is not None:
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
     return directory
+
+
+def restore(file: Path, published: dict[str, Any]) -> None:
+    """Write back what transformers leaves out of a config.json that it saves, and engines read."""
+    saved = json.loads(file.read_text())
+    saved |= {key: value for key, value in published.items() if key not in saved}
+    saved |= {key: value | saved[key] for key, value in published.items() if isinstance(value, dict)}
+    file.write_text(json.dumps(saved, indent=2))
 
 
 def in_a_process(shape: str, layers: int | None, directory: Path) -> Path:

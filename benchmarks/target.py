@@ -65,7 +65,9 @@ class TargetSpeed:
     spread_ms: float
     """Slowest less fastest."""
     memory_gib: float
-    """Most that torch had reserved, weights and KV cache included."""
+    """Most that torch had reserved while it computed, weights and KV cache included."""
+    loading_gib: float
+    """The same while it was loaded."""
     planned_gib: float
     """What `specdist plan` counts for it, with one buffer of features."""
 
@@ -91,9 +93,8 @@ def worker(options: Mapping[str, Any], words: Sequence[str]) -> list[TargetSpeed
     captured = sorted({1, n // 2 - 1, n - 4} & set(range(n - 1)))  # as far as the model is so deep
     layout = FeatureLayout(tuple(captured), facts.hidden_size, True, compute_dtype(target, facts), options["summary"])
     engine = load_target(target, layout, world.device, groups.replica if target.tp > 1 else None, max(options["items"]))
+    loading = reserved_gib(engine.device)
     peak = peak_tflops(engine.device, engine.dtype)
-    if engine.device.type == "cuda":
-        torch.cuda.empty_cache()  # of those products
     speeds = [
         _measure(engine, target, facts, item, sequence, options["repeats"])
         for item in options["items"]
@@ -101,7 +102,14 @@ def worker(options: Mapping[str, Any], words: Sequence[str]) -> list[TargetSpeed
         if sequence <= item
     ]
     peak = max(peak, peak_tflops(engine.device, engine.dtype))
-    return [replace(speed, peak_tflops=peak, share_of_peak=speed.tflops / peak) for speed in speeds]
+    return [
+        replace(speed, peak_tflops=peak, share_of_peak=speed.tflops / peak, loading_gib=loading) for speed in speeds
+    ]
+
+
+def reserved_gib(device: torch.device) -> float:
+    """Most that torch had reserved there, 0 on a CPU."""
+    return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0
 
 
 def _measure(
@@ -113,6 +121,9 @@ def _measure(
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(0, facts.vocab_size, (n,), generator=generator) for n in lengths]
     batch = PackedTokens.from_documents(ids, [torch.ones(n, dtype=torch.bool) for n in lengths])
+    if device.type == "cuda":  # of what was before: loading, the products of `peak_tflops`, the items before
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     rows = layout.empty(item, device)
     times = seconds(lambda: engine.forward(batch, rows), device, repeats)
     if not torch.isfinite(rows).all():
@@ -129,7 +140,8 @@ def _measure(
         ms=middle * 1e3,
         spread_ms=(max(times) - min(times)) * 1e3,
         planned_gib=(planned + layout.bytes_per_token * item) / 2**30,
-        memory_gib=torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0,
+        memory_gib=reserved_gib(device),
+        loading_gib=0.0,
     )
 
 
@@ -163,7 +175,7 @@ def render(speeds: Sequence[TargetSpeed]) -> str:
     columns = {
         "engine": "engine", "item": "item_tokens", "sequence": "sequence_tokens", "tokens/s": "tokens_per_s:,.0f",
         "TFLOP/s": "tflops:.2f", "of peak": "share_of_peak:.0%",
-        "ms": "ms:.1f", "GiB": "memory_gib:.1f", "planned": "planned_gib:.1f",
+        "ms": "ms:.1f", "GiB": "memory_gib:.1f", "planned": "planned_gib:.1f", "loading": "loading_gib:.1f",
     }  # fmt: skip
     peak = max((s.peak_tflops for s in speeds), default=0.0)
     return f"{table(columns, speeds)}\npeak: {peak:.2f} TFLOP/s of a matrix product, per rank"

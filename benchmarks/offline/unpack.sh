@@ -18,7 +18,7 @@ done
 cat > "$to/env.sh" << EOF
 export PATH=$to/bin:\${PATH#$to/bin:} PYTHONPATH=\${ENGINE:+$to/\$ENGINE:}$to/specdist:$repository:$repository/src
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-export SGLANG_IS_FLASHINFER_AVAILABLE=false SGLANG_ENABLE_JIT_DEEPGEMM=false VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0
+export SPECDIST_SGLANG_ATTENTION=triton SGLANG_IS_FLASHINFER_AVAILABLE=false SGLANG_ENABLE_JIT_DEEPGEMM=false VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0
 EOF
 printf '#!/usr/bin/env bash\nexec python3 -m specdist_launch.cli "$@"\n' > "$to/bin/specdist"
 chmod +x "$to/bin/specdist"

@@ -79,11 +79,17 @@ def drafted(metrics: Iterable[Any]) -> dict[str, Any] | None:
     return {"forwards": found[_DRAFTS].value, "accepted": accepted and list(accepted.values)}
 
 
+ALONE = 0.95
+"""The share of a GPU that is free at least, where nobody else is on it."""
+
+
 def memory_share(gpus: int) -> float:
-    """Of these first GPUs' memory, what vLLM may take: most of what is free now. By itself it wants 92 % of all."""
+    """Of these first GPUs' memory, what vLLM may take, which by itself wants 92 % of all, free or not: most of what is
+    free, and half of it where others are on the GPU, for they may take more before vLLM has started."""
     ask = f"import torch; print(min(free / all for free, all in map(torch.cuda.mem_get_info, range({gpus}))))"
-    free = subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, check=True)  # and leaves no context
-    return 0.92 * float(free.stdout)
+    said = subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, check=True)  # and leaves no context
+    free = float(said.stdout)
+    return free * (0.92 if free > ALONE else 0.5)
 
 
 async def run(arguments: dict[str, Any], replies: Any) -> None:

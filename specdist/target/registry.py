@@ -132,9 +132,9 @@ def load_target(
         longest = (tokens, ENGINES[config.engine].limits(config).document, target.max_positions)
         batch = spot_check_batch(target.vocab_size, longest)
         near = with_neighbours(layout, target.layers)
-        expected = streamed_features(target, compute_dtype(config, target), near, device, batch)
+        reference = streamed_features(target, compute_dtype(config, target), near, device, batch)
         model = load()
-        compare(model, batch, near, expected, target.quantised)
+        compare(model, batch, near, reference, target.quantised)
     else:
         model = load()
     if device.type == "cuda":

@@ -148,7 +148,7 @@ def plain_features(plain: PreTrainedModel, layout: FeatureLayout, batch: PackedT
 def check_streamed(plain: PreTrainedModel, target: Any, layout: FeatureLayout, batch: PackedTokens) -> None:
     """What another engine is compared with is transformers' own, though half of the layers are loaded at a time."""
     with mock.patch.object(streamed, "divided", lambda target, dtype: iter([range(4), range(4, target.layers)])):
-        found = streamed.streamed_features(target, torch.float32, layout, CPU, batch)
+        found = streamed.streamed_features(target, torch.float32, layout, CPU, batch).features
     assert (error := relative(found, plain_features(plain, layout, batch))) < EXACT, f"streamed, off by {error:.1e}"
 
 

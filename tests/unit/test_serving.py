@@ -190,12 +190,12 @@ def test_engines_tell_of_drafts_in_their_own_ways():
     assert vllm.drafted([]) is None
 
 
-def test_vllm_takes_most_of_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A torch of two GPUs, the second one half in use."""
-    (tmp_path / "torch.py").write_text("class cuda:\n    mem_get_info = lambda gpu: ((90, 100), (50, 100))[gpu]\n")
+def test_vllm_leaves_room_to_others_on_its_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A torch of two GPUs, the second one half in use: what is free there may be less when vLLM has started."""
+    (tmp_path / "torch.py").write_text("class cuda:\n    mem_get_info = lambda gpu: ((99, 100), (60, 100))[gpu]\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert vllm.memory_share(1) == pytest.approx(0.92 * 0.9)
-    assert vllm.memory_share(2) == pytest.approx(0.92 * 0.5)
+    assert vllm.memory_share(1) == pytest.approx(0.92 * 0.99)
+    assert vllm.memory_share(2) == pytest.approx(0.3)
 
 
 def test_the_verdict(run):

@@ -400,7 +400,7 @@ def test_packed_codes_are_the_values_that_they_stand_for(
     cpu, config = torch.device("cpu"), TargetConfig(path=str(tmp_path / "packed"), dtype="float32")
     plain = run(load_target(TargetConfig(path=str(path)), layout, cpu), batch)
     assert relative(run(load_target(config, layout, cpu), batch), plain) < 1e-5
-    streamed = streamed_features(describe(config.path), torch.float32, layout, cpu, batch)
+    streamed = streamed_features(describe(config.path), torch.float32, layout, cpu, batch).features
     assert relative(streamed, plain) < 1e-5
     with pytest.raises(ConfigError, match=rf"target\.tp=2: .* unpacks {method} weights .*, or target\.engine=sglang"):
         check_target(replace(config, tp=2))

@@ -25,7 +25,6 @@ from specdist.job.plan import make_plan
 from specdist.target.base import TargetModel
 from specdist.target.config import TargetConfig
 from specdist.target.description import TargetDescription, describe
-from specdist.target.hf import streamed
 from specdist.target.registry import (
     check_installed,
     check_layout,
@@ -38,7 +37,6 @@ from specdist.target.sglang import adapter, support, versions
 from specdist.target.sglang.config import FIXED, OWNED, SglangConfig
 from specdist.target.sglang.engine import SGLANG
 from specdist.target.sglang.model import SglangTarget
-from specdist.target.verify import compare, spot_check_batch, with_neighbours
 from tests.tiny import make_config, make_conversations, make_target
 
 CPU = torch.device("cpu")
@@ -420,57 +418,6 @@ def test_other_features_than_asked_for_are_refused(engine_of: Any, wrong: str) -
 
     with pytest.raises(DataError, match="SGLang handed out"):
         run(engine_of(Wrong()), batch([3, 4]))
-
-
-class Stub(TargetModel):
-    """Gives out `rows` in order."""
-
-    def __init__(self, rows: Tensor, layout: FeatureLayout) -> None:
-        self.rows, self.layout, self.device, self.dtype = rows, layout, CPU, torch.float32
-
-    def forward(self, batch: PackedTokens, out: Tensor) -> None:
-        out.copy_(self.rows)
-
-
-@pytest.mark.parametrize(
-    ("mistake", "said"),
-    [
-        (None, ""),
-        ("layer", r"document 0 \(layer 1\) differ"),
-        ("residual", r"document 0 \(layer 4\) differ"),
-        ("norm", r"document 0 \(final\) differ"),
-        ("token", r"document 0 \(layer 1\) differ"),
-        ("near", r"layer 4 are nearer to transformers' layer 3 .* than to layer 4 .* Use target\.engine=hf"),
-    ],
-)
-def test_features_are_compared_with_transformers(
-    mistake: str | None, said: str, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which reads the weights of a few layers at a time."""
-    monkeypatch.setattr(streamed, "AT_ONCE", 80_000)
-    described, layout = describe(target), FeatureLayout((1, 4), HIDDEN, True, torch.float32)
-    assert [len(kept) for kept in streamed.divided(described, torch.float32)] == [2, 2, 2]
-    batch = spot_check_batch(259, [None, 100])
-    assert max(batch.lengths) == 100
-    near = with_neighbours(layout, described.layers)
-    assert near.captured_layers == (0, 1, 2, 3, 4, 5)
-    expected = streamed.streamed_features(described, torch.float32, near, CPU, batch)
-    *layers, last = near.states(expected).unbind(1)
-    final = layers[5] if mistake == "norm" else last
-    states = {
-        "layer": [layers[0], layers[3], final],
-        "residual": [layers[1], layers[4] - layers[3], final],
-        "near": [layers[1], layers[3] + 0.1 * (layers[4] - layers[3]), final],
-    }.get(mistake or "", [layers[1], layers[4], final])
-    rows = torch.cat(states, dim=1)
-    if mistake == "token":
-        rows[1] = rows[2]
-    engine = Stub(rows, layout)
-    if mistake is None:
-        compare(engine, batch, near, expected, rounded=False)
-        return
-    with pytest.raises(DataError, match=said):
-        compare(engine, batch, near, expected, rounded=mistake == "near")  # rounding may explain such a distance
 
 
 @pytest.fixture(scope="module")
