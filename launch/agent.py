@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from specdist_launch.node import Agent
             from specdist_launch.rank_forks import RankForks
 
-            agent = Agent(job, launcher, replace(launcher.placement(args), launched=args.launched))
+            place = replace(launcher.placement(args), launched=args.launched, prompts_s=args.prompts_took)
+            agent = Agent(job, launcher, place)
             with RankForks(agent.ranks, args.module, arguments) as forks:
                 if args.stdin:
                     threading.Thread(target=_obey_stdin, name="specdist-stdin", daemon=True).start()
@@ -111,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         default=time.time(),
         metavar="SECONDS",
         help="when the launcher began, since the epoch (default: now)",
+    )
+    parser.add_argument(
+        "--prompts-took", type=float, default=0.0, metavar="SECONDS", help="how long the launcher prepared the prompts"
     )
     parser.add_argument("--role", choices=["target", "draft"], help="the role of this node's ranks, if it is given one")
     parser.add_argument("--stdin", action="store_true", help="obey signal names on standard input; its end is SIGTERM")

@@ -31,6 +31,8 @@ class NodePlacement:
     """The names of all nodes in order, where the launcher knows them."""
     launched: float = field(default_factory=time.time)
     """When the launcher began, in seconds since the epoch; by default now."""
+    prompts_s: float = 0.0
+    """Seconds since then that its preparation of the prompts took."""
 
 
 @dataclass(frozen=True)

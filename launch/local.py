@@ -33,9 +33,11 @@ def train(config: Sequence[str], ranks: int | None = None, retries: int = 0) -> 
     topology(job, [platform.node()] * ranks)
     place_of_compiled(job.run.compile_cache, torch.__version__)  # raises what all ranks would
     directory = resolve(job.target.path, "target.path", weights=True)  # before any rank could wait for another
+    began = time.monotonic()
     if (asked := begun_prompts(job)) is not None:
         prepare_corpus(asked, directory).check_vocabulary(examine(job).target.vocab_size)
-    return start(config, ranks, retries=retries, role=job.world.role, launched=launched)
+    took = time.monotonic() - began
+    return start(config, ranks, retries=retries, role=job.world.role, launched=launched, prompts_s=took)
 
 
 def generate(config: Sequence[str], ranks: int | None = None) -> int:
@@ -81,16 +83,19 @@ def start(
     retries: int = 0,
     role: str = "both",
     launched: float | None = None,
+    prompts_s: float = 0.0,
 ) -> int:
     """Run a world on this machine, up to `retries` times more where that may help; returns its exit status. `launched`:
-    when what led to it began, in seconds since the epoch; by default now.
+    when what led to it began, in seconds since the epoch; by default now. `prompts_s`: seconds since then that the
+    prompts took.
 
     SIGINT and SIGTERM go to the ranks, which finish the step, save and leave. A second SIGINT kills them.
     """
 
     def run(attempt: Attempt, received: list[int]) -> int:
         placement = ["--nproc-per-node", str(ranks), "--job", attempt.job, "--restart", str(attempt.restart)]
-        placement += ["--launched", str(launched if launched and not attempt.restart else time.time())]
+        if launched and not attempt.restart:
+            placement += ["--launched", str(launched), "--prompts-took", str(prompts_s)]
         arguments = [*placement, "--launcher", "local", "--module", module, *config]
         forked = AgentFork(lambda: agent.main(arguments)) if may_fork() else None
         return attend([forked or AgentProcess(agent_command(arguments))], received)

@@ -107,8 +107,15 @@ class Agent:
         return self._account({}, stopped, " before the ranks were started")
 
     def _begin(self, hosts: Sequence[str], ranks: int) -> None:
-        step, launched = saved_step(self._run_dir), self._place.launched
-        self._record.begin(Started(self._launcher.name, tuple(hosts), ranks, step, launched=launched))
+        started = Started(
+            self._launcher.name,
+            tuple(hosts),
+            ranks,
+            saved_step(self._run_dir),
+            launched=self._place.launched,
+            prompts_s=self._place.prompts_s,
+        )
+        self._record.begin(started)
 
     def _run_ranks(self, meeting: Meeting, forks: RankForks) -> dict[int, int]:
         """Have this node's ranks begin, and wait for their end. Returns the exit status of each that failed here;

@@ -45,6 +45,8 @@ class Started:
     time: float = field(default_factory=time.time)
     launched: float | None = None
     """When the process began that the launcher of the job is; None where that is not known."""
+    prompts_s: float = 0.0
+    """Seconds since then that its preparation of the prompts took."""
     number: int = 0
     """Of this start among the run's, from 1; 0 in earlier versions. Clocks are set back, and hosts' differ."""
 

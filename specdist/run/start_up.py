@@ -71,8 +71,11 @@ class StartUp:
         """The role's work begins. Keep what came before, if that can be: figures of a start are not worth a run."""
         now, parts, started = time.time(), self.parts, record.started()
         if started is not None:  # clocks of hosts differ
-            launch = {"launching": started.launched, "starting the ranks": started.time}
-            marks = [Part(what, min(began, parts[0].began)) for what, began in launch.items() if began is not None]
+            launch = {"starting the ranks": started.time}
+            if started.launched is not None:
+                prompts = {"preparing the prompts": started.launched} if started.prompts_s else {}
+                launch = prompts | {"launching": started.launched + started.prompts_s} | launch
+            marks = [Part(what, min(began, parts[0].began)) for what, began in launch.items()]
             parts = [*marks, *parts]
         self._file = directory(record) / f"rank-{rank}.json"
         self._keep(RankStart(rank, role, host, tuple(parts), now, time.process_time()))

@@ -44,6 +44,16 @@ def test_the_time_to_the_first_step(tmp_path, monkeypatch):
     assert "51.0 s to the first step: the first step 15.0 s, importing" in start.told()
 
 
+def test_prompts_that_the_command_prepares_are_no_launching(tmp_path, monkeypatch):
+    record = AttemptRecord(tmp_path / "logs/7.0")
+    record.begin(Started("local", ("a",), 3, time=104.0, launched=60.0, prompts_s=40.0))
+    monkeypatch.setattr(start_up.time, "time", lambda: 109.0)
+    StartUp(Part("importing", 105.0)).write(record, 0, "draft dp 0 cp 0", "a")
+    assert last_to_start(record).told() == (
+        "49.0 s until work began: preparing the prompts 40.0 s, launching 4.0 s, importing 4.0 s, other 1.0 s"
+    )
+
+
 def test_what_is_compiled_is_kept_where_others_find_it(tmp_path, monkeypatch):
     names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     for name in names:
@@ -94,7 +104,8 @@ def test_a_start_begins_with_its_command_not_with_the_process(tmp_path, monkeypa
         tmp_path, make_target(tmp_path / "target"), make_conversations(tmp_path / "prompts.jsonl"), draft__dp=1
     )
     started: dict[str, float] = {}
-    monkeypatch.setattr(local, "start", lambda *_, launched, **__: started.update(launched=launched) or 0)
+    monkeypatch.setattr(local, "start", lambda *_, ranks=0, retries, role, **told: started.update(told) or 0)
     before = time.time()
     assert local.train(words) == 0
-    assert before <= started["launched"] <= time.time()
+    assert before <= started["launched"] <= started["launched"] + started["prompts_s"] <= time.time()
+    assert started["prompts_s"] > 0
