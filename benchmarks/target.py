@@ -6,7 +6,7 @@
 
 Each engine runs in a torchrun world of its own, of `--tp` ranks. Items are packed of sequences of equal length, with
 three layers captured and no logits; a figure is the median of the repeats. The words `key=value` are keys
-of the configuration's `target` section. Prints JSON, then a table.
+of the configuration's `target` section. Prints JSON, then a table, then where the time of a forward goes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,8 @@ class TargetSpeed:
     """The same while it was loaded."""
     planned_gib: float
     """What `specdist plan` counts for it, with one buffer of features."""
+    kernels: dict[str, float]
+    """Share of the time of a forward, profiled apart, by kernel, or operator on a CPU: those that take most of it."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,19 @@ def reserved_gib(device: torch.device) -> float:
     return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0
 
 
+def most_of(forward: Callable[[], None], device: torch.device, most: int = 6) -> dict[str, float]:
+    """The kernels, or operators on a CPU, that take most of a forward's time, with their shares of it."""
+    cuda, kinds = device.type == "cuda", torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU], acc_events=True) as profile:
+        forward()
+    times = {
+        event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
+        for event in profile.key_averages()
+    }
+    total = sum(times.values())
+    return {name: times[name] / total for name in sorted(times, key=times.__getitem__, reverse=True)[:most]}
+
+
 def _measure(
     engine: TargetModel, target: TargetConfig, facts: TargetDescription, item: int, sequence: int, repeats: int
 ) -> TargetSpeed:
@@ -142,6 +157,7 @@ def _measure(
         planned_gib=(planned + layout.bytes_per_token * item) / 2**30,
         memory_gib=reserved_gib(device),
         loading_gib=0.0,
+        kernels=most_of(lambda: engine.forward(batch, rows), device),
     )
 
 
@@ -178,7 +194,10 @@ def render(speeds: Sequence[TargetSpeed]) -> str:
         "ms": "ms:.1f", "GiB": "memory_gib:.1f", "planned": "planned_gib:.1f", "loading": "loading_gib:.1f",
     }  # fmt: skip
     peak = max((s.peak_tflops for s in speeds), default=0.0)
-    return f"{table(columns, speeds)}\npeak: {peak:.2f} TFLOP/s of a matrix product, per rank"
+    most = [
+        f"{s.engine} {s.item_tokens}: " + ", ".join(f"{k[:60]} {v:.0%}" for k, v in s.kernels.items()) for s in speeds
+    ]
+    return "\n".join([table(columns, speeds), f"peak: {peak:.2f} TFLOP/s of a matrix product, per rank", *most])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ target=${TARGET:-smollm2} wheels=${WHEELS:-$KIT/smollm2} steps=${STEPS:-400} mat
 [ -d "$KIT/qwen-coder" ] && ln -f "$KIT"/qwen-coder/*.whl "$wheels/"
 limited material 240 python3 -m benchmarks.smollm2.material "$wheels" "$material" --model "$target" || exit
 for name in mt-bench humaneval; do head -n 40 "$material/$name.jsonl" > "$material/$name-40.jsonl"; done
-[ "$target" = smollm2 ] || export MASK_TOKEN_ID=
+[ "$target" = smollm2 ] || export MASK_TOKEN_ID= DRAFTS=${DRAFTS:-eagle3 eagle3-off-policy} # SGLang serves no others of Qwen2
 recipe() { # STAGE SECONDS
     STAGES=$1 limited "$1" "$2" bash benchmarks/smollm2/recipe.sh "$material" "$runs" train.steps="$steps" evaluate.every=$((steps / 4))
 }
