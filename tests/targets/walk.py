@@ -36,9 +36,9 @@ from tests.targets.families import Family
 CPU = torch.device("cpu")
 LENGTHS = (11, 1, 23, 9)
 EXACT = 1e-5
+"""Relative error of a row, packed in fp32 against transformers document by document."""
 ROUNDED = 1e-3
 """What a rounding in fp32 may grow to: 2e-4 in linear attention."""
-"""Relative error of a row, packed in fp32 against transformers document by document."""
 TOKENS = 16
 DRAFTS: dict[str, tuple[str, ...]] = {
     "eagle3": ("draft.eagle3.ttt_length=3",),
