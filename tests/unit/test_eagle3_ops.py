@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from specdist.draft.eagle3 import ops
-from specdist.draft.eagle3.attention import causal_attention
 
 N, HIDDEN, HQ, HKV, D, EPS, SCALE = 7, 12, 4, 2, 6, 1e-5, 0.3
 
@@ -94,7 +93,9 @@ def test_heads(count: int) -> None:
 @pytest.mark.parametrize("later", [1, 6])
 def test_merging_own_keys_is_one_softmax_over_both(later: int) -> None:
     q, k, v, *own = randoms((N, HQ, D), (N, HKV, D), (N, HKV, D), (later, N, HKV, D), (later, N, HKV, D))
-    out, lse = causal_attention(q, k, v, SCALE)
+    scores = torch.einsum("ihd,jhd->ihj", q, k.repeat_interleave(HQ // HKV, 1)) * SCALE
+    scores = scores.masked_fill(torch.arange(N) > torch.arange(N)[:, None, None], float("-inf"))
+    out, lse = torch.einsum("ihj,jhd->ihd", scores.softmax(-1), v.repeat_interleave(HQ // HKV, 1)), scores.logsumexp(-1)
     merged, total = ops.merge(out, lse, q, *own, SCALE)
     for i in range(N):
         keys, values = (torch.cat([t[: i + 1], o[:, i]]) for t, o in zip((k, v), own, strict=True))

@@ -7,14 +7,15 @@ of its scores too, through which the few own keys are merged (`ops.merge`).
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import flex_attention as flex
 
 from specdist.draft.common.compiling import compiled
 from specdist.draft.common.flex import BLOCK, blockwise_attention, in_blocks, mask_of, spans
-from specdist.draft.common.graphs import padded
 from specdist.draft.common.precision import at_least_fp32
 from specdist.draft.eagle3.rows import Rows
 
@@ -23,43 +24,85 @@ DocumentAttention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 up with `whole_blocks`."""
 
 
-def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Tensor | None = None, behind: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention of some positions [n] of one document over its keys, or the last `behind` of them; by default of its
-    last n. Shapes as `DocumentAttention`."""
-    rows, columns, kv_heads = q.shape[0], k.shape[0], k.shape[1]
-    if positions is None:
-        positions = torch.arange(columns - rows, columns, device=q.device)
-    grouped = at_least_fp32(q).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [Hkv, G, rows, D]
-    keys, values = at_least_fp32(k).permute(1, 2, 0), at_least_fp32(v).permute(1, 0, 2)
-    scores = grouped @ keys[:, None] * scale
-    place = torch.arange(columns, device=q.device)
-    hidden = place > positions[:, None]
-    if behind is not None:
-        hidden = hidden | (place <= positions[:, None] - behind)
-    scores = scores.masked_fill(hidden, float("-inf"))
-    lse = scores.logsumexp(-1)
-    out = (scores - lse[..., None]).exp() @ values[:, None]
-    return out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype), lse.permute(2, 0, 1).flatten(1, 2)
+class _Document(NamedTuple):
+    """One that has active rows: which of the queries are its, which of the keys, and what is added to its scores,
+    [rows, keys]: 0 where a row sees a key, else -inf."""
+
+    rows: slice
+    keys: slice
+    bias: Tensor
+
+
+class _EagerAttention(torch.autograd.Function):
+    """(documents, count, scale, q, k, v) -> what `DocumentAttention` returns, of `count` rows. The backward is written
+    out: autograd's goes over the scores four times as often."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, documents: Sequence[_Document], count: int, scale: float, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        query, key, value = _by_head(q, k, v)
+        query, shares = query * scale, list[Tensor]()
+        out = q.new_zeros(count, q.shape[1], v.shape[2])
+        lse = query.new_zeros(out.shape[:2])
+        for rows, keys, bias in documents:
+            scores = (query[:, rows] @ key[:, keys].mT).add_(bias)
+            share = scores.softmax(-1)
+            out[rows] = (share @ value[:, keys]).transpose(0, 1)
+            lse[rows] = (scores.amax(-1) - share.amax(-1).log()).T  # torch's exp, and so its logsumexp, is slow at -inf
+            shares.append(share)
+        ctx.documents, ctx.scale = documents, scale
+        ctx.save_for_backward(q, k, v, out, *shares)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *shares = ctx.saved_tensors
+        query, key, value = _by_head(q, k, v)
+        d, inner = at_least_fp32(d_out).transpose(0, 1), ((d_out * out).sum(-1, dtype=d_lse.dtype) - d_lse).T[..., None]
+        d_query, d_key, d_value = (torch.zeros_like(t) for t in (query, key, value))
+        for (rows, keys, _), share in zip(ctx.documents, shares, strict=True):
+            d_value[:, keys] = share.mT @ d[:, rows]
+            d_scores = (d[:, rows] @ value[:, keys].mT).sub_(inner[:, rows]).mul_(share)
+            d_query[:, rows] = d_scores @ key[:, keys] * ctx.scale
+            d_key[:, keys] = d_scores.mT @ query[:, rows] * ctx.scale
+        d_key, d_value = (t.unflatten(0, (k.shape[1], -1)).sum(1) for t in (d_key, d_value))
+        return None, None, None, *(t.transpose(0, 1).to(q.dtype) for t in (d_query, d_key, d_value))
+
+
+def _by_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Each [Hq, n, D], in at least fp32: keys and values once for every query that shares them."""
+    shared = q.shape[1] // k.shape[1]
+    query, key, value = (at_least_fp32(t).transpose(0, 1) for t in (q, k, v))
+    return query, key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0)
 
 
 def eager_attention(lengths: Sequence[int], rows: Rows, scale: float, behind: int | None = None) -> DocumentAttention:
     """The reference: document by document in plain fp32, so the cost is the sum of the squared lengths. `behind`: how
     many keys a row sees, its own the last; None: all."""
-    used = [(length, count) for length, count in zip(lengths, rows.counts, strict=True) if length]
-    sizes, counts = [length for length, _ in used], [count for _, count in used]
-    positions, tokens = rows.positions[: sum(counts)].split(counts), sum(sizes)
+    documents, first, key = list[_Document](), 0, 0
+    for length, count in zip(lengths, rows.counts, strict=True):
+        own, keys = slice(first, first + count), slice(key, key + length)
+        if count:
+            bias = hidden_keys(rows.positions[own], length, behind)
+            documents.append(_Document(own, keys, bias))
+        first, key = own.stop, keys.stop
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = q[: sum(counts)], k[:tokens], v[:tokens]
-        parts = zip(q.split(counts), k.split(sizes), v.split(sizes), positions, strict=True)
-        results = [causal_attention(part, key, value, scale, at, behind) for part, key, value, at in parts if len(part)]
-        outputs, lses = zip(*results, strict=True)
-        out, lse = (padded(torch.cat(parts), len(rows.active)) for parts in (outputs, lses))
-        return out, lse  # what `Rows.filled` has added sees nothing
+        found: tuple[Tensor, Tensor] = _EagerAttention.apply(documents, len(rows.active), scale, q, k, v)
+        return found
 
     return attend
+
+
+def hidden_keys(positions: Tensor, length: int, behind: int | None) -> Tensor:
+    """fp32 [n, length]: 0 where a row at that position of a document sees a key, else -inf."""
+    place, last = torch.arange(length, device=positions.device), positions[:, None]
+    hidden = place > last
+    if behind is not None:
+        hidden = hidden | (place <= last - behind)
+    return torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, float("-inf"))
 
 
 def document_block_mask(rows: Rows, tokens: int, behind: int | None = None) -> flex.BlockMask:
