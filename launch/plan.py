@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from specdist_launch.reading import show
 if TYPE_CHECKING:
     from specdist.job.plan import Plan
     from specdist.job.split import Rates
+    from specdist.prompts.stream import Stream
 
 
 def arguments(plan: argparse.ArgumentParser) -> None:
@@ -80,41 +80,59 @@ def _lines(plan: Plan, args: argparse.Namespace, roles: Sequence[Role]) -> Itera
 
 def _cost(plan: Plan, rates: Rates | None) -> Iterator[str]:
     """Steps, and the time that they take at `rates`."""
-    from specdist.core.hub import resolve
     from specdist.core.progress_bar import duration
-    from specdist.core.run_paths import RunPaths
-    from specdist.generate.files import answered
     from specdist.job.resume_plan import warn_of_few
     from specdist.job.split import Split
-    from specdist.prompts.look import look
 
     job, topology = plan.job, plan.topology
     if not topology.shards or job.world.role == "target":
         return
     per_step = job.train.accumulation * topology.shards * topology.pods * job.prompts.tokens_per_rank
-    steps, of = job.train.steps, "train.steps"
-    if steps is None:
+    if job.train.steps is not None:
+        steps, tokens, most = job.train.steps, job.train.steps * per_step, "at most "
+        yield f"steps: {steps:,} of up to {per_step:,} tokens (train.steps)"
+    else:
         try:
-            prompts = answered(job.prompts, RunPaths(Path(job.run.dir)).answers) or job.prompts
-            tokens = look(prompts, resolve(job.target.path, "target.path")).tokens
+            stream, most = _stream(plan), ""
         except UserError as error:
             yield f"steps: not estimated, for the prompts cannot be read: {error}"
             return
-        if not tokens:
+        if stream is None:
             yield "steps: not estimated, for the prompts have no answers yet (prompts.answers)"
             return
-        share = 1 - job.prompts.holdout if isinstance(job.prompts.holdout, float) else 1.0
         epochs = job.train.epochs or 1
-        steps = math.ceil(tokens * share * epochs / per_step)
-        of = f"train.epochs={epochs} of about {tokens:,.0f} tokens, estimated from the first records"
-    yield f"steps: {steps:,} of up to {per_step:,} tokens ({of})"
+        steps, tokens = stream.count_steps(epochs), epochs * stream.sizes.tokens
+        of = f"train.epochs={epochs} of about {stream.sizes.tokens:,} tokens, estimated from the first records"
+        yield f"steps: about {steps:,} of {tokens / steps:,.0f} tokens, {per_step:,} at most ({of})"
     if rates is not None and topology.mode == "split":
         split = Split(len(topology.replicas), job.target.tp, len(topology.draft_ranks), rates)
-        seconds = steps * per_step / split.tokens_per_s
+        seconds = tokens / split.tokens_per_s
         hours = seconds / 3600 * topology.world_size
         rate = f"{split.tokens_per_s:,.0f} tokens/s ({rates.source})"
-        yield f"time: {duration(seconds)}, {hours:,.1f} GPU-hours, at {rate}"
+        yield f"time: {most}{duration(seconds)}, {hours:,.1f} GPU-hours, at {rate}"
     yield from warn_of_few(steps)
+
+
+def _stream(plan: Plan) -> Stream | None:
+    """The stream of what the first records promise, None where they have no answers yet."""
+    from specdist.core.hub import resolve
+    from specdist.core.progress import Batching
+    from specdist.core.run_paths import RunPaths
+    from specdist.generate.files import answered
+    from specdist.job.rates import packing_weights
+    from specdist.prompts.look import look
+    from specdist.prompts.stream import Stream
+
+    job, shards, pods = plan.job, plan.topology.shards, plan.topology.pods
+    prompts = answered(job.prompts, RunPaths(Path(job.run.dir)).answers) or job.prompts
+    found = look(prompts, resolve(job.target.path, "target.path"))
+    if not found.tokens:
+        return None
+    sizes = found.sizes(1 - job.prompts.holdout if isinstance(job.prompts.holdout, float) else 1.0)
+    micro_batches, weights = shards * pods * job.train.accumulation, packing_weights(job, plan.facts)
+    return Stream(
+        sizes, Batching(micro_batches, job.prompts.tokens_per_rank, weights=weights), job.run.seed, shards, pods
+    )
 
 
 def check(args: argparse.Namespace) -> int:

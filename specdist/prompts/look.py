@@ -4,8 +4,11 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
+
+import numpy as np
 
 from specdist.prompts.config import PromptsConfig
 from specdist.prompts.conversation import Sample
@@ -13,6 +16,7 @@ from specdist.prompts.read import find_files, pieces, samples
 from specdist.prompts.render import Renderer, Sequenced
 from specdist.prompts.report import BadSample, PrepareReport, UnusableError
 from specdist.prompts.store import PromptStore, is_store
+from specdist.prompts.stream import Sizes
 from specdist.prompts.worker import tokenize
 
 _FILES = 4
@@ -21,11 +25,25 @@ _FILES = 4
 
 @dataclass(frozen=True)
 class Look:
-    """What the first records of some files gave: `report`, and an estimate of the tokens that all files have."""
+    """What the first records of some files gave: `report`, their `lengths` and supervised tokens, int64 [S] of S
+    sequences, and an estimate of the tokens that all files have."""
 
     report: PrepareReport
     files: int
     tokens: float
+    lengths: np.ndarray
+    supervised: np.ndarray
+
+    def sizes(self, share: float) -> Sizes:
+        """Those of a `share` of all sequences, as if those that were not read were like those that were."""
+        read = len(self.lengths)
+        count, longest = max(round(share * read * self.tokens / self.lengths.sum()), 1), int(self.lengths.max())
+
+        def repeated(own: np.ndarray, of: np.ndarray) -> np.ndarray:
+            return np.asarray(of[own % read])
+
+        lengths, supervised = partial(repeated, of=self.lengths), partial(repeated, of=self.supervised)
+        return Sizes(count, longest, round(share * self.tokens), lengths, supervised)
 
 
 def look(
@@ -39,8 +57,10 @@ def look(
     Raises ConfigError, DataError: see `prepare`."""
     if len(config.files) == 1 and is_store(Path(config.files[0])):
         store = PromptStore.open(Path(config.files[0]))
-        return Look(store.report, 1, float(store.tokens))
+        lengths, supervised = store.lengths(np.arange(len(store))), np.asarray(store.supervised_counts)
+        return Look(store.report, 1, float(store.tokens), lengths, supervised)
     sources, report, read = find_files(config.files, key), PrepareReport(), 0
+    lengths, marks = np.zeros(0, np.int64), np.zeros(0, np.bool_)  # of what is rendered, [S] and [T]
     for source in sources[:: -(-len(sources) // _FILES)]:
         piece = next(iter(pieces(source)), None)
         if piece is None:
@@ -54,9 +74,11 @@ def look(
             continue
         done = tokenize(piece, str(tokenizer_dir), config)
         report.add(done.report)
+        lengths, marks = np.append(lengths, done.lengths), np.append(marks, done.supervised)
         read += piece.size
     total = sum(os.path.getsize(source.path) for source in sources)
-    return Look(report, len(sources), report.tokens * total / max(read, 1))
+    supervised = np.add.reduceat(marks, lengths.cumsum() - lengths, dtype=np.int64)
+    return Look(report, len(sources), report.tokens * total / max(read, 1), lengths, supervised)
 
 
 SEARCHED = 10_000

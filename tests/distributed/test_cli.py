@@ -198,7 +198,7 @@ def test_a_job_is_checked_without_being_started(trained, tmp_path, capsys):
     (answers / "manifest.json").write_text(to_json(written))
     (answers / "asked.jsonl").write_text('{"prompt": "Hi", "response": "Ho"}\n')
     assert main(["plan", *answered, "train.steps=null"]) == 0
-    assert "steps: 1 of up to" in capsys.readouterr().out, "of the answers, once they are there"
+    assert "steps: about 1 of " in capsys.readouterr().out, "of the answers, once they are there"
 
 
 def test_a_run_directory_belongs_to_one_job(trained, capsys):

@@ -11,8 +11,14 @@ import pytest
 
 from benchmarks.pipeline import ModeSpeed, conclude
 from specdist.core.errors import ConfigError, DataError
-from specdist.job.rates import read_rates
+from specdist.core.progress import Batching
+from specdist.core.progress_bar import duration
+from specdist.job.config import examine, load_job
+from specdist.job.rates import packing_weights, read_rates
 from specdist.job.split import Rates, render, splits, suggest, verdict
+from specdist.prompts.corpus import Side
+from specdist.prompts.prepare import prepare
+from specdist.prompts.stream import Stream
 from specdist_launch.cli import main
 from tests.tiny import make_config, make_conversations, make_target
 
@@ -93,10 +99,9 @@ def test_plan_suggests_a_split(words: list[str], tmp_path: Path, capsys: pytest.
     assert "(--target-rate, --draft-rate):" in told
     assert "target.replicas=3 draft.dp=5" in told
     assert "steps: 4 of up to" in told
+    assert "time: at most " in told
     assert "GPU-hours, at 28,400 tokens/s (--target-rate, --draft-rate)" in told  # of the job as it is, not as split
     assert "warning: 4 steps teach a draft little;" in told
-    assert main([*asked, "train.steps=null", "train.epochs=3"]) == 0
-    assert "(train.epochs=3 of about" in capsys.readouterr().out
     assert main([*asked, "world.device=auto"]) == 0
     assert "split of 2 GPUs at" in (told := capsys.readouterr().out)
     assert "an estimate: " in told
@@ -108,6 +113,21 @@ def test_plan_suggests_a_split(words: list[str], tmp_path: Path, capsys: pytest.
     )
     assert main([*asked, "--rates", str(step)]) == 2
     assert "step.json: nothing says how fast the target is; give --target-rate" in capsys.readouterr().err
+
+
+def test_plan_counts_the_steps_that_a_run_makes_of_epochs(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [*words, "train.steps=null", "train.epochs=3", "draft.dp=3", "train.accumulation=2"]
+    assert main(["plan", *asked, "--target-rate", "100", "--draft-rate", "100"]) == 0
+    told = capsys.readouterr().out
+    job = load_job([], asked)
+    facts = examine(job)
+    sizes = Side.whole(prepare(job.prompts, facts.target.path, progress=False)).sizes
+    batching = Batching(6, job.prompts.tokens_per_rank, 2, packing_weights(job, facts))
+    steps = Stream(sizes, batching, job.run.seed).count_steps(3)
+    assert steps > 3 * sizes.tokens / batching.step_tokens, "no step is full"
+    each = f"{3 * sizes.tokens / steps:,.0f} tokens, 1,536 at most (train.epochs=3 of about {sizes.tokens:,} tokens"
+    assert f"steps: about {steps} of {each}" in told
+    assert f"time: {duration(3 * sizes.tokens / 100)}, " in told
 
 
 @pytest.mark.parametrize(
