@@ -188,5 +188,6 @@ class RankContext(WorldContext):
     def started(self) -> None:
         """This rank's work begins; the first of each role keeps what its start took."""
         topology = self.topology
+        self.start.clock.watch_compiler(self.client)
         if self.rank in (*topology.draft_ranks[:1], *(ranks[0] for ranks in topology.replicas[:1])):
             self.start.clock.write(self.record, self.rank, topology.role(self.rank), self.world.facts.host)

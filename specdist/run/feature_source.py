@@ -22,6 +22,7 @@ from specdist.core.stop import StopFlag
 from specdist.core.topology import Topology
 from specdist.core.trace import span
 from specdist.prompts.items import Items
+from specdist.prompts.schedule import Schedule
 from specdist.run.context import RankContext
 from specdist.scheduler.awake import AwakeClock
 from specdist.scheduler.client import ControlClient
@@ -35,6 +36,15 @@ _LOOK_S = 0.5
 """How often a wait looks whether this process was asked to stop."""
 _AGREE_S = 0.005
 """How often draft ranks that wait agree on what other pods have been sent."""
+
+
+def working_on(item: WorkItem, schedule: Schedule) -> str:
+    """What a draft rank does with an item that has come. Of the first step it is said: kernels are compiled and
+    connections made in it, so it may take minutes."""
+    if item.evaluated:
+        return f"evaluating on batch {item.index}"
+    first = " of the first step" if item.index in schedule.training(schedule.first_step) else ""
+    return f"training on batch {item.index}{first}"
 
 
 class RemoteSource(FeatureSource):
@@ -141,7 +151,7 @@ class RemoteSource(FeatureSource):
             parcel = self._posted[item.index]
             received = self.receiver.take(parcel.wire, self._timeout_s)
         self._received_bytes += parcel.sizes[self._shard]
-        self._client.phase = f"training on batch {item.index}"
+        self._client.phase = working_on(item, self._items.schedule)
         return self._encoding.decode(parcel, self._shard, received)
 
     def release(self, item: WorkItem) -> None:
@@ -207,7 +217,8 @@ class ColocatedSource(FeatureSource):
     def __init__(self, context: RankContext, engine: TargetModel, slots: list[Tensor]):
         place = context.topology.draft_place(context.rank)
         assert place is not None
-        self._client, self._engine, self._free = context.client, engine, slots
+        self._client, self._schedule = context.client, context.resume.schedule
+        self._engine, self._free = engine, slots
         self._prompts, self._dtype = context.prompts, context.job.channel.dtype
         self._shards = local_shards(context.topology, context.rank)
         self._shard = self._shards.index(place.dp)
@@ -230,7 +241,7 @@ class ColocatedSource(FeatureSource):
             round_as_sent(self._engine.layout, self._dtype, rows)
         if agreed is not None:
             self._agreed[item.index] = agreed
-        self._client.phase = f"training on batch {item.index}"
+        self._client.phase = working_on(item, self._schedule)
         return rows[own.rows(self._shard)]
 
     def release(self, item: WorkItem) -> None:
@@ -262,12 +273,13 @@ class SyntheticSource(FeatureSource):
     """Random features, the same for the same item: to measure the draft alone. Nothing sensible is learnt from them."""
 
     def __init__(self, context: RankContext, shard: int):
-        self._client, self._layout, self._shard = context.client, context.facts.layout, shard
+        self._client, self._schedule = context.client, context.resume.schedule
+        self._layout, self._shard = context.facts.layout, shard
         self._vocab_size, self._seed = context.facts.target.vocab_size, context.job.run.seed
         self._device = context.world.device
 
     def take(self, item: WorkItem) -> Tensor:
-        self._client.phase = f"training on batch {item.index}"
+        self._client.phase = working_on(item, self._schedule)
         generator = torch.Generator(self._device).manual_seed(self._seed * 1_000_003 + item.index)
         return random_rows(self._layout, item.shards[self._shard].tokens, self._vocab_size, generator)
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 from specdist.core.attempts import AttemptRecord
 from specdist.core.errors import say
@@ -14,6 +15,12 @@ from specdist.core.files import read_json, to_json, write_atomically
 
 _TOLD = 0.05
 """Parts that took less than this share of the whole are told together."""
+
+
+class Doing(Protocol):
+    """Who says what this rank is doing, see `ControlClient.phase`."""
+
+    phase: str
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,6 @@ class StartUp:
             parts = [*marks, *parts]
         self._file = directory(record) / f"rank-{rank}.json"
         self._keep(RankStart(rank, role, host, tuple(parts), now, time.process_time()))
-        if "torch._dynamo" in sys.modules:
-            self._time_compiler()
 
     def stepped(self, evaluated_s: float) -> None:
         """The first optimizer step is done, and began with an evaluation of `evaluated_s` seconds."""
@@ -102,15 +107,24 @@ class StartUp:
         except OSError as error:
             say(f"{self._file} cannot be written, and the run goes on: {error}")
 
-    def _time_compiler(self) -> None:
-        handler, began = importlib.import_module("torch._dynamo.callback").callback_handler, 0.0
+    def watch_compiler(self, client: Doing) -> None:
+        """Note how long torch.compile takes, and say when it is at work, which may be for minutes."""
+        if "torch._dynamo" not in sys.modules:
+            return
+        handler = importlib.import_module("torch._dynamo.callback").callback_handler
+        began, doing = 0.0, ""
 
         def start(_: object) -> None:
-            nonlocal began
-            began = time.time()
+            nonlocal began, doing
+            began, doing = time.time(), client.phase
+            client.phase = f"compiling ({doing})"
+
+        def end(_: object) -> None:
+            client.phase = doing
+            self._compiled.append((began, time.time() - began))
 
         handler.register_start_callback(start)
-        handler.register_end_callback(lambda _: self._compiled.append((began, time.time() - began)))
+        handler.register_end_callback(end)
 
 
 def directory(record: AttemptRecord) -> Path:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from specdist.core.topology import Topology, WorldConfig
 from specdist.draft.dflash.algorithm import DFlash
 from specdist.draft.dspark.algorithm import DSpark
 from specdist.draft.eagle3.algorithm import Eagle3
+from specdist.prompts.schedule import Schedule
 from specdist.run.feature_source import ColocatedSource, SyntheticSource
 from specdist.target.base import TargetModel
 from tests.unit import dflash_reference, dspark_reference, eagle3_reference
@@ -142,9 +144,10 @@ def test_colocated_ranks_learn_from_what_would_have_arrived(dtype: Any) -> None:
     shard = ITEM.shards[0].tokens
     job = SimpleNamespace(channel=ChannelConfig(dtype=dtype))
     context: Any = SimpleNamespace(topology=topology, rank=0, prompts=Packs(), job=job, client=SimpleNamespace())
+    context.resume = SimpleNamespace(schedule=Schedule(ITEM.index, 0, 2, 1))
     source = ColocatedSource(context, Teller(layout, rows[:shard]), [layout.empty(shard)])
     arrived, own = travelled(layout, dtype, rows)[0], source.take(ITEM)
-    assert context.client.phase == f"training on batch {ITEM.index}"
+    assert context.client.phase == f"training on batch {ITEM.index} of the first step"
     kept, width = taught(ITEM, 0), layout.captured_width
     assert torch.equal(own[:, :width], arrived[:, :width])
     assert torch.equal(own[kept].view(torch.uint8), arrived[kept].view(torch.uint8))
@@ -155,9 +158,14 @@ def test_a_draft_alone_has_the_same_rows_for_the_same_batch_and_says_which_it_tr
     facts = SimpleNamespace(layout=layout, target=SimpleNamespace(vocab_size=50))
     job, world = SimpleNamespace(run=SimpleNamespace(seed=1)), SimpleNamespace(device=torch.device("cpu"))
     context: Any = SimpleNamespace(client=client, facts=facts, job=job, world=world)
+    context.resume = SimpleNamespace(schedule=Schedule(0, 0, 2, 1))
     first, again = (SyntheticSource(context, shard=0).take(ITEM) for _ in range(2))
     assert torch.equal(first, again)
-    assert client.phase == f"training on batch {ITEM.index}"
+    assert client.phase == f"training on batch {ITEM.index} of the first step"
+    SyntheticSource(context, shard=0).take(replace(ITEM, index=1))
+    assert client.phase == "training on batch 1"
+    SyntheticSource(context, shard=0).take(replace(ITEM, evaluated=True))
+    assert client.phase == f"evaluating on batch {ITEM.index}"
 
 
 CASES: list[tuple[Any, Any, Any]] = [

@@ -5,6 +5,7 @@ import os
 import pwd
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,8 +90,16 @@ def test_what_is_compiled_is_told_apart(tmp_path):
     clock = StartUp(Part("importing", time.time()))
     torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
     assert "torch._dynamo" in sys.modules
+    client, said = SimpleNamespace(phase="training on batch 0"), list[str]()
+    clock.watch_compiler(client)
     clock.write(record, 1, "draft dp 0 cp 0", "a")
-    torch.compile(lambda x: x + 2, backend="eager")(torch.zeros(1))
+
+    def backend(graph, _):
+        said.append(client.phase)
+        return graph
+
+    torch.compile(lambda x: x + 2, backend=backend)(torch.zeros(1))
+    assert (said, client.phase) == (["compiling (training on batch 0)"], "training on batch 0")
     evaluated = start_up.time.time() - clock.kept.ended
     clock.stepped(evaluated)
     took = dict(last_to_start(record).took())
