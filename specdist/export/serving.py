@@ -33,6 +33,7 @@ class ServeCommand:
         target, draft: what the server is given: a directory or an id on the Hub.
         draft_tokens: drafts a target forward, K.
         dtype: of both models.
+        speedup: of decoding one sequence, forecast; None where it is not known.
     """
 
     by: ServedBy
@@ -40,6 +41,14 @@ class ServeCommand:
     draft: str
     draft_tokens: int
     dtype: str
+    speedup: float | None = None
+
+    @property
+    def comment(self) -> str:
+        """For a shell, what is to be known before it is used; empty where nothing is."""
+        if self.speedup is None or self.speedup > 1:
+            return ""
+        return f"# forecast to be no faster than without a draft: {self.speedup:.2f}x for one sequence"
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -67,15 +76,16 @@ class ServeCommand:
         return [*begin, *(word for name, text in texts.items() for word in (f"--{name.replace('_', '-')}", text))]
 
     def __str__(self) -> str:
-        return shlex.join(self.words)
+        return f"{shlex.join(self.words)}  {self.comment}".strip()
 
     def lines(self) -> str:
-        """The command line for people, an option a line."""
+        """The command line for people, an option a line, below its comment."""
         begin = [word.startswith("--") for word in self.words]
-        return "".join(
+        command = "".join(
             f" \\\n    {shlex.quote(word)}" if option else f" {shlex.quote(word)}"
             for word, option in zip(self.words, begin, strict=True)
         ).strip()
+        return f"{self.comment}\n{command}".strip()
 
 
 def serve_commands(
@@ -116,8 +126,10 @@ def commands_of(config: Mapping[str, Any], name: str) -> list[ServeCommand]:
     beside = ours.get("target_architectures") or ()
     algorithm = algorithm_of(config)
     engines = algorithm.served(config, beside) if algorithm else ()
+    draft_tokens, speedups = int(ours["draft_tokens"]), (ours.get("evaluation") or {}).get("speedup", ())
+    speedup = speedups[draft_tokens - 1] if draft_tokens <= len(speedups) else None
     return [
-        ServeCommand(by, str(ours["target"]), name, int(ours["draft_tokens"]), dtype)
+        ServeCommand(by, str(ours["target"]), name, draft_tokens, dtype, speedup)
         for by in engines
         if form(config) in by.formats
     ]

@@ -262,6 +262,7 @@ def _evaluation(run_dir: RunDirectory, step: int) -> dict[str, Any] | None:
     total = report.total
     return {
         "acceptance_length": [round(length, 4) for length in total.acceptance_lengths],
+        "speedup": [round(speedup, 4) for speedup in report.speedups],
         "accepted": [round(share, 4) for share in total.position_acceptance],
         "answers": int(total.answers),
         "tokens": int(total.tokens),

@@ -20,6 +20,7 @@ from specdist.draft.build import build_draft
 from specdist.draft.config import draft_config
 from specdist.draft.eagle3.config import Eagle3Config
 from specdist.export import ExportConfig, Trained, export_draft
+from specdist.export.card import model_card
 from specdist.export.serving import serve_commands
 from specdist.generate import sglang_process, vllm
 from specdist.generate.engine import Drafted
@@ -35,6 +36,14 @@ from specdist_launch import cli, local, words
 from tests.tiny import make_config, make_conversations, make_target
 
 DRAFT = draft_config(eagle3=Eagle3Config(layers=(0, 2, 4), ttt_length=3))
+
+EVALUATION = {
+    "acceptance_length": [1.1, 2.5],
+    "speedup": [0.87, 1.2],
+    "accepted": [0.1, 0.1],
+    "answers": 2,
+    "tokens": 9,
+}
 
 
 def prepared(words: list[str], engine: str | None, draft: str | None) -> ServeCheck:
@@ -69,6 +78,23 @@ def here(monkeypatch):
     monkeypatch.setattr(versions, "check_arguments", lambda names: None)
     have()
     return have
+
+
+def test_a_draft_that_is_forecast_to_be_no_faster_is_served_with_a_word(run, tmp_path):
+    directory, _ = run
+    draft = shutil.copytree(directory / "run/export/sglang", tmp_path / "draft")
+    config = json.loads((draft / "config.json").read_text())
+    config["specdist"] |= {"draft_tokens": 1, "evaluation": EVALUATION}
+    (draft / "config.json").write_text(json.dumps(config))
+    told = "# forecast to be no faster than without a draft: 0.87x for one sequence"
+    for command in serve_commands(draft):
+        assert str(command).endswith(f"  {told}")
+        assert command.lines().startswith(f"{told}\n")
+        assert told not in " ".join(command.words)
+    assert model_card(config, "draft").count(f"```sh\n{told}\n") == len(serve_commands(draft))
+    assert all(
+        "# " not in str(command) for draft_tokens in (2, 3) for command in serve_commands(draft, None, draft_tokens)
+    )
 
 
 def test_the_engine_is_the_one_asked_for_the_targets_or_the_one_that_is_there(run, here):
