@@ -34,6 +34,7 @@ from benchmarks.measure import (
     table,
 )
 from benchmarks.shapes import SHAPES, in_a_process
+from specdist.core.hub import resolve
 from specdist.draft.base import DraftModel
 from specdist.evaluate.decoding import Reply, decode
 from specdist.evaluate.prompts import read_prompts
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _models(job: JobConfig, directory: str | None, device: torch.device) -> tuple[EvaluationTarget, DraftModel]:
     facts, run_dir, size = examine(job), RunDirectory(Path(job.run.dir)), job.draft.chosen.vocab_size
     if directory is not None:
-        draft = exported_draft(job, facts, directory, device)
+        draft = exported_draft(job, facts, resolve(directory, "--draft", weights=True), device)
     else:
         run_dir.create()
         run_dir.save_vocabulary(None if size is None else torch.arange(min(size, facts.target.vocab_size)))

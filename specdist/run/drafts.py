@@ -9,7 +9,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from specdist.core.hub import resolve
 from specdist.draft.base import DraftModel
 from specdist.draft.build import build_draft
 from specdist.export import load_exported
@@ -40,9 +39,9 @@ def served_draft(
     return draft.to(facts.target_dtype).eval()
 
 
-def exported_draft(job: JobConfig, facts: JobFacts, directory: str, device: torch.device) -> DraftModel:
+def exported_draft(job: JobConfig, facts: JobFacts, directory: Path, device: torch.device) -> DraftModel:
     """The draft in an export, as it is served."""
-    exported = load_exported(resolve(directory, "--draft", weights=True))
+    exported = load_exported(directory)
     config = job.draft.of_exported(exported, facts.target.config)
     vocabulary = load_target_vocabulary(facts.target, facts.target_dtype)
     model = build_draft(

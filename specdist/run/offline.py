@@ -21,7 +21,7 @@ from specdist.run.after_training import export_all
 from specdist.run.answers import ready_prompts
 from specdist.run.drafts import exported_draft, load_state, new_draft, served_draft
 from specdist.run.evaluation import ALONE, evaluate_draft, prompt_files
-from specdist.run.serving import evaluate_served
+from specdist.run.serving import check_draft, evaluate_served
 
 CPU = torch.device("cpu")
 
@@ -53,12 +53,13 @@ def evaluation_words(
     directory = Path(job.run.dir) / "evaluation"
     if draft is not None and Path(draft).absolute().is_relative_to(directory.absolute()):
         raise ConfigError(f"--draft {draft}: every evaluation begins by emptying {directory}: export it elsewhere")
+    given = None if draft is None else _given_draft(job, _examined(job), draft)
     RunDirectory(directory).clear()  # of the evaluation before
-    if draft is None:
-        draft = str(_exported(job, checkpoint))
+    if given is None:
+        given = _exported(job, checkpoint)
     prompts = ready_prompts(job)
     texts = {"prompts.files": prompts.files, "prompts.holdout": prompts.holdout}
-    return [*words, *override_words(ALONE | texts | {"run.dir": directory, "draft.init_from": draft})]
+    return [*words, *override_words(ALONE | texts | {"run.dir": directory, "draft.init_from": given})]
 
 
 def decode_prompts(
@@ -72,11 +73,11 @@ def decode_prompts(
         )
     facts, cuda = _examined(job), job.world.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
+    given = None if draft is None else _given_draft(job, facts, draft)
     if job.target.engine == "sglang":
-        directory = resolve(draft, "--draft", weights=True) if draft else _exported(job, checkpoint)
-        return _reported(evaluate_served(job, facts, directory), output)
+        return _reported(evaluate_served(job, facts, given or _exported(job, checkpoint)), output)
     ours = partial(_run_draft, job, facts, checkpoint, device)
-    make = partial(exported_draft, job, facts, draft, device) if draft else ours
+    make = partial(exported_draft, job, facts, given, device) if given else ours
     return _reported(evaluate_draft(job, facts, make, device), output)
 
 
@@ -99,6 +100,16 @@ def _examined(job: JobConfig) -> JobFacts:
 def _check_one(draft: str | None, checkpoint: str | None) -> None:
     if draft is not None and checkpoint is not None:
         raise ConfigError("--draft and --checkpoint both say what to evaluate: give one")
+
+
+def _given_draft(job: JobConfig, facts: JobFacts, draft: str) -> Path:
+    """The directory that `--draft` names, which holds a draft of the job's target and algorithm."""
+    path = resolve(draft, "--draft", weights=True)
+    try:
+        check_draft(job, facts, path)
+    except ConfigError as error:
+        raise ConfigError(f"--draft: {error}", error.keys) from error
+    return path
 
 
 def _run_draft(job: JobConfig, facts: JobFacts, checkpoint: str | None, device: torch.device) -> DraftModel:

@@ -173,6 +173,19 @@ def test_an_evaluation_empties_no_directory_that_is_in_use(run, tmp_path):
     assert (evaluation / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("how", [[], ["--decode"]])
+def test_a_draft_to_be_evaluated_is_of_the_runs_algorithm(run, capsys, how):
+    directory, given = run
+    draft = str(directory / "run/export/sglang")
+    dflash = ["draft.algorithm=dflash", "draft.dflash.layers=[0,2,4]", "draft.dflash.mask_token_id=0"]
+    other = [word for word in given if "eagle3" not in word] + dflash
+    assert cli.main(["eval", *how, *other, "--draft", draft]) == 2
+    said = capsys.readouterr().err
+    assert f"--draft: {draft} is no draft of " in said
+    assert "one of draft.algorithm=eagle3, and the configuration says dflash" in said
+    assert "init_from" not in said
+
+
 @pytest.mark.parametrize("command", [["eval"], ["export", "--push", "org/new"]])
 def test_a_run_without_exports_is_told_so(run, command, capsys):
     assert cli.main([*command, *run[1], "export.formats=[]"]) == 2
