@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _TRIES = 5
 """Answers of status 500, or that are none, to one request before a small one shows whether it is to blame."""
 _PASSING, _TO_BLAME = (408, 409, 429), (400, 413, 422)
 """Statuses below 500 that a request is worth repeating for, and those of one that can have no answer."""
+_NO_RIGHT = (401, 403)
 _NO_API = (ValueError, TypeError, AttributeError, IndexError)
 """What the client raises where an answer is no JSON, and what comes of one that has other fields."""
 _PAUSE_S, _LONGEST_PAUSE_S = 0.25, 15.0
@@ -68,27 +70,31 @@ class EndpointEngine:
             max_retries=0,
         )
         try:
-            await self._check_model()
+            await self._await_server(time.monotonic())
         except (self._openai.APIConnectionError, self._openai.InternalServerError) as error:
             raise ConfigError(
                 f"{self._at} is not reached: {_words(error)}: is the server running there?", "generate.endpoint"
             ) from error
 
     async def write(self, request: Request) -> Reply:
-        openai, failures = self._openai, 0
+        openai, failures, pause = self._openai, 0, 0.0
         for tries in range(1_000_000):  # the caller ends it
-            if tries:
-                await asyncio.sleep(_pause(tries - 1))
-            began = time.monotonic()
+            await asyncio.sleep(pause)
+            began, pause = time.monotonic(), _pause(tries)
             try:
                 return await self._ask(request)
             except openai.APIStatusError as error:
                 words = _words(error)
                 if error.status_code in _TO_BLAME:
                     return Reply("error", text=words)
+                if error.status_code == 404 and self._answered:  # a proxy's, while its server is away
+                    self._trouble(f"{self._at}: {words}")
+                    await self._await_server(began)
+                    continue
                 if error.status_code < 500 and error.status_code not in _PASSING:
                     raise self._refused(error) from error
                 failures += error.status_code == 500
+                pause += self._asked_to_wait(error)
             except openai.APIConnectionError as error:  # timeouts too
                 self._trouble(f"{self._at}: {_words(error)}")
                 await self._await_server(began)
@@ -139,31 +145,46 @@ class EndpointEngine:
     async def _await_server(self, failed: float) -> None:
         """Return when the server is there again and serves the target. `failed`: when what failed was begun."""
         async with self._asking:
-            tries = 0
+            tries, pause = 0, _pause(0) if self._model else 0.0
             while self._seen < failed:
-                await asyncio.sleep(_pause(tries))
-                tries += 1
+                await asyncio.sleep(pause)
+                tries, pause = tries + 1, _pause(tries)
                 try:
                     await self._check_model()
-                except (self._openai.APIConnectionError, self._openai.InternalServerError) as error:
+                except self._openai.APIConnectionError as error:
+                    if not self._model:
+                        raise
                     self._trouble(f"{self._at}: {_words(error)}")
+                except self._openai.APIStatusError as error:
+                    if error.status_code not in _PASSING and (not self._model or error.status_code in _NO_RIGHT):
+                        raise error if error.status_code >= 500 else self._refused(error) from error
+                    self._trouble(f"{self._at}: {_words(error)}")
+                    pause += self._asked_to_wait(error)
 
     async def _check_model(self) -> None:
-        began = time.monotonic()
+        """Find what the server calls the target. Once it has been found, a server that lists nothing, or gives a page
+        instead, is one that is not back yet; one that never lists any is believed to serve `generate.model`."""
+        began, own = time.monotonic(), self._config.model
         try:
             served = [model async for model in self._client.models.list()]
-        except self._openai.APIStatusError as error:
-            if isinstance(error, self._openai.InternalServerError):
+        except self._openai.NotFoundError:
+            if own is None:
                 raise
-            raise self._refused(error) from error
+            served = []
         except _NO_API as error:
-            raise self._not_the_api("models") from error
-        wanted = self._config.model or self._target
+            if not self._model:
+                raise self._not_the_api("models") from error
+            served = []
+        if not served and own is not None:
+            self._model, self._seen = own, began
+            return
+        if not served and self._model:
+            self._trouble(f"{self._at} lists no model")
+            return
+        wanted = own or self._target
         for model in served:
             root = str((model.model_extra or {}).get("root") or model.id)
-            if wanted in (model.id, root) or (
-                self._config.model is None and _name(wanted) in (_name(model.id), _name(root))
-            ):
+            if wanted in (model.id, root) or (own is None and _name(wanted) in (_name(model.id), _name(root))):
                 self._model, self._seen = model.id, began
                 return
         names = ", ".join(repr(model.id) for model in served) or "nothing"
@@ -178,10 +199,22 @@ class EndpointEngine:
         return ConfigError(text, "generate.endpoint")
 
     def _refused(self, error: Any) -> ConfigError:
-        key = f" (its key is taken from the environment variable {self._config.api_key_env})"
-        return ConfigError(
-            f"{self._at} refuses: {_words(error)}{key if error.status_code in (401, 403) else ''}", "generate.endpoint"
-        )
+        hint = ""
+        if error.status_code in _NO_RIGHT:
+            hint = f" (its key is taken from the environment variable {self._config.api_key_env})"
+        elif error.status_code == 404 and not self._model:
+            hint = ": is it the right URL? Of a server that lists no models give generate.model"
+        return ConfigError(f"{self._at} refuses: {_words(error)}{hint}", "generate.endpoint generate.model")
+
+    def _asked_to_wait(self, error: Any) -> float:
+        """The seconds of `Retry-After`, a number or a date (RFC 9110, 10.2.3): at most half of `generate.timeout_s`, so
+        that the server is asked again before that is over. 0 where it says nothing that can be read."""
+        asked = error.response.headers.get("retry-after", "")
+        try:
+            seconds = float(asked) if asked.isdigit() else parsedate_to_datetime(asked).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+        return min(max(seconds, 0.0), self._config.timeout_s / 2)
 
 
 def _name(path: str) -> str:

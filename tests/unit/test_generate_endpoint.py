@@ -9,6 +9,8 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,9 @@ class Server:
         self.extra: dict[str, Any] = {}
         self.instead: dict[str, str] = {}
         """Of a page, by the last part of its address, what is given instead."""
+        self.listed: Callable[[], int] = lambda: 200
+        """The status of the list of models."""
+        self.headers: dict[str, str] = {}
         self._lock = threading.Lock()
         self.start(port)
 
@@ -50,7 +55,7 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 model = {"id": server.served, "object": "model", "created": 0, "owned_by": "x"}
-                self.send(200, {"object": "list", "data": [model]})
+                self.send(server.listed(), {"object": "list", "data": [model]})
 
             def do_POST(self) -> None:
                 asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -80,6 +85,8 @@ class Server:
                 self.send_response(status)
                 self.send_header("Content-Type", "text/html" if data.startswith(b"<") else "application/json")
                 self.send_header("Content-Length", str(len(data)))
+                for name, value in server.headers.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -201,6 +208,74 @@ def test_what_is_no_such_server_is_one_clear_line(server: Server, page: str, bod
     said = "serves nothing, and answers are wanted of" if nothing else f"what /v1/{page} gives is not what an OpenAI-"
     with pytest.raises(ConfigError, match=rf"generate.endpoint=http://127.0.0.1:\d+:? {said}"):
         ask(config(server), ONE)
+
+
+@pytest.mark.parametrize(
+    ("asked", "waits"),
+    [("7", 7.0), ("600", 10.0), (format_datetime(datetime.now(UTC) + timedelta(hours=1)), 10.0), ("soon", 0.0)],
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_asks_for_a_pause_is_given_it(
+    server: Server, monkeypatch, status: int, asked: str, waits: float
+) -> None:
+    """At most half the time for which no answer may come, 20 s."""
+    slept = list[float]()
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(endpoint.asyncio, "sleep", sleep)
+    server.headers["Retry-After"] = asked
+    statuses = iter((429, 200))
+    server.listed = lambda: next(statuses)
+    server.fail = lambda number: status if number == 0 else 200
+    assert [reply.text for reply in ask(config(server), ONE)] == ["well"]
+    first, again = [seconds for seconds in slept if seconds]
+    assert waits < first <= waits + 0.25
+    assert waits < again <= waits + 0.25
+
+
+def test_a_server_that_lists_no_models_is_believed_to_serve_the_one_that_is_named(server: Server) -> None:
+    server.listed = lambda: 404
+    with pytest.raises(ConfigError, match=r"refuses: .*: is it the right URL\? .* give generate.model"):
+        ask(config(server), ONE)
+    assert [reply.text for reply in ask(config(server, model="named"), ONE)] == ["well"]
+    assert server.asked[-1]["model"] == "named"
+    server.listed, server.instead["models"] = lambda: 200, '{"data": []}'
+    assert [reply.text for reply in ask(config(server, model="named"), ONE)] == ["well"]
+    server.listed = lambda: 403
+    with pytest.raises(ConfigError, match=r"refuses: .*the environment variable OPENAI_API_KEY"):
+        ask(config(server, model="named"), ONE)
+
+
+@pytest.mark.parametrize("listed", [404, 429, "empty", "page"])
+@pytest.mark.parametrize("status", [None, 404])
+def test_a_server_that_is_not_back_yet_is_waited_for(
+    server: Server, monkeypatch, status: int | None, listed: int | str
+) -> None:
+    """Its proxy says that there is nothing, and lists no model."""
+
+    def fail(number: int) -> int | None:
+        if number != 1:
+            return 200
+        statuses = iter([listed] * 3 if isinstance(listed, int) else [])
+        server.listed = lambda: next(statuses, 200)
+        if isinstance(listed, str):
+            server.instead["models"] = {"empty": '{"data": []}', "page": "<html>away</html>"}[listed]
+            threading.Timer(0.1, server.instead.clear).start()
+        return status
+
+    async def run() -> list[Reply]:
+        engine = EndpointEngine(config(server), "tiny-1b", lambda trouble: None)
+        await engine.open()
+        return [await engine.write(ONE), await engine.write(ONE)]
+
+    monkeypatch.setattr(endpoint, "_PAUSE_S", 0.001)
+    server.fail = fail
+    assert [reply.text for reply in asyncio.run(run())] == ["well", "well"]
+    server.fail = lambda number: 401 if number == 4 else 200
+    with pytest.raises(ConfigError, match=r"refuses: .*status 401"):
+        asyncio.run(run())
 
 
 def assignment(tmp_path: Path, server: Server, **settings) -> Assignment:
