@@ -8,11 +8,16 @@ instead, for those who start their own agents.
 from __future__ import annotations
 
 import argparse
+import array
+import fcntl
 import math
 import os
 import re
 import shlex
 import socket
+import termios
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +34,8 @@ SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "Ser
 """Asks for no password, and gives up a dead connection after three unanswered signs of life."""
 _SSH_FAILED = 255
 """ssh's exit status when it has not reached the host, or has lost it."""
+_TELL_S = 2.0
+"""After so many seconds it is said which hosts ssh has not reached yet."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +61,9 @@ def main(args: argparse.Namespace) -> int:
 
     def start(attempt: Attempt, received: list[int]) -> int:
         arguments = agent_words("ssh", attempt, hosts, f"{hosts[0].name}:{args.master_port}", args.config)
-        return attend([_start(host.name, own) for host, own in zip(hosts, arguments, strict=True)], received)
+        agents = [_start(host.name, own) for host, own in zip(hosts, arguments, strict=True)]
+        threading.Thread(target=tell_of_waits, args=(agents,), daemon=True).start()
+        return attend(agents, received)
 
     return supervise(start, new_job("ssh", job.world.role), args.retries)
 
@@ -132,6 +141,14 @@ class SshAgent(AgentProcess):
         self._host = host
         self.tell(os.environ.get(TOKEN, ""))  # never on a command line, which all users of a host can read
 
+    @property
+    def missing(self) -> str | None:
+        """The host, while ssh has not reached it: it reads what it is to pass on only then."""
+        unread = array.array("i", [0])
+        assert self._process.stdin is not None
+        fcntl.ioctl(self._process.stdin.fileno(), termios.FIONREAD, unread)
+        return self._host if unread[0] and self._process.returncode is None else None
+
     def wait(self, timeout_s: float = math.inf) -> int | None:
         """Its exit status; None where ssh has not reached the host, or has lost it."""
         status = super().wait(timeout_s)
@@ -145,3 +162,10 @@ def _start(host: str, arguments: Sequence[str]) -> AgentProcess:
     here = host in ("localhost", "127.0.0.1", socket.gethostname())
     command = agent_command(arguments)
     return AgentProcess(command) if here else SshAgent(host, command)
+
+
+def tell_of_waits(agents: Sequence[AgentProcess]) -> None:
+    time.sleep(_TELL_S)
+    if missing := [host for agent in agents if isinstance(agent, SshAgent) and (host := agent.missing)]:
+        more = f" and {len(missing) - 8} more hosts" if len(missing) > 8 else ""
+        say(f"waiting for ssh to reach {', '.join(missing[:8])}{more}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from specdist.core.errors import ConfigError, UserError
 from specdist.core.launch_env import Attempt
 from specdist.job.sections import JobConfig, RunConfig
+from specdist_launch import ssh
 from specdist_launch.agents import Host, agent_command, agent_words
 from specdist_launch.ssh import _check_leader, find_hosts, plain_torchrun, read_hostfile
 
@@ -74,3 +76,24 @@ def test_ranks_are_divided_among_hosts_or_given(tmp_path: Path) -> None:
 def test_a_first_host_that_is_unknown_is_told_before_anything_is_started() -> None:
     with pytest.raises(ConfigError, match=r"--hosts: no\.such\.host\.invalid is not known here"):
         _check_leader([Host("no.such.host.invalid", 1), Host("b", 1)])
+
+
+def test_hosts_that_ssh_has_not_reached_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """It reads its input only once it is through; one that has failed is told elsewhere."""
+    (stand_in := tmp_path / "ssh").write_text(
+        "#!/bin/sh\ncase $1 in h1) read line;; h2) exit 255;; esac\nexec sleep 2\n"
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(ssh, "SSH", (str(stand_in),))
+    monkeypatch.setattr(ssh, "_TELL_S", 0.0)
+    agents = [ssh.SshAgent(host, ["agent"]) for host in ("h1", "h2")]
+    deadline = time.monotonic() + 60
+    while (agents[0].missing or agents[1].missing) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ssh.tell_of_waits(agents)
+    assert not capsys.readouterr().err
+    agents += [ssh.SshAgent(f"h{number}", ["agent"]) for number in range(3, 13)]
+    ssh.tell_of_waits(agents)
+    named = ", ".join(f"h{number}" for number in range(3, 11))
+    assert capsys.readouterr().err == f"specdist: waiting for ssh to reach {named} and 2 more hosts\n"
+    assert [agent.wait(60) for agent in agents[2:]] == [0] * 10
