@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol, Self
 
-from specdist.core.errors import Dismissed
+from specdist.core.errors import Dismissed, say
 from specdist.core.launch_env import Attempt
 from specdist.core.stop import STOP_SIGNALS, StopReason, leave
 
@@ -53,6 +53,11 @@ class StopForwarder:
         """The first signal that asked for a stop."""
         return StopReason(signal.Signals(self.received[0]).name) if self.received else None
 
+    @property
+    def impatient(self) -> bool:
+        """Whether a SIGINT came after it, which ends all at once."""
+        return signal.SIGINT in self.received[1:]
+
     def __enter__(self) -> Self:
         handlers: dict[int, Handler] = {**dict.fromkeys(STOP_SIGNALS, self._handle), **self._others}
         self._earlier = _handle(handlers)
@@ -68,7 +73,7 @@ class StopForwarder:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
-        self.send(number, number == signal.SIGINT and len(self.received) > 1)
+        self.send(number, number == signal.SIGINT and self.impatient)
 
 
 def _handle(handlers: Mapping[int, Any]) -> dict[int, Any]:
@@ -237,6 +242,11 @@ def attend(agents: Sequence[AgentHandle], received: list[int]) -> int:
             raise KeyboardInterrupt
         for agent in agents:
             agent.signal(number)
+        if again or len(received) == 1:
+            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            patient = "saving and stopping; a Ctrl-C from now on stops at once, unsaved"
+            with contextlib.suppress(OSError):  # nobody may read it any more
+                say(f"{name}: {'stopping at once, what is not saved yet will be done again' if again else patient}")
 
     def suspend(*_: object) -> None:
         for agent in agents:

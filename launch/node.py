@@ -76,10 +76,10 @@ class Agent:
         with ending_stuck_ranks(forks.running, self._record, self._place.host, tell) as killed:
             failed = self._run_ranks(meeting, forks)
         if not self._lost:
-            self._name_killed({rank: status for rank, status in failed.items() if rank not in killed}, stop.reason)
+            self._name_killed({rank: status for rank, status in failed.items() if rank not in killed}, stop)
         if not recorded:
             return ExitStatus.GIVE_UP if failed else ExitStatus.DONE
-        return self._account(failed, stop.reason)
+        return self._account(failed, stop.reason, _TWICE if stop.impatient else "")
 
     def _meet(self, stop: StopForwarder) -> Meeting:
         """Join the other nodes' agents. Raises Dismissed at a request to stop, and UserError where that fails."""
@@ -150,12 +150,14 @@ class Agent:
         variables["OMP_NUM_THREADS"] = threads_of(self.ranks, os.environ.get("OMP_NUM_THREADS", ""))
         return variables | columns_of(sys.stderr.fileno())
 
-    def _name_killed(self, failed: dict[int, int], stopped: StopReason | None) -> None:
+    def _name_killed(self, failed: dict[int, int], stop: StopForwarder) -> None:
         """Print which ranks a signal has killed, which no rank can do; not the signal that asked them to stop, which
-        may have come before they handled it, nor the one they get after another rank has failed."""
+        may have come before they handled it, nor the one of an impatient user, nor the one they get after another rank
+        has failed."""
         others = {-signal.SIGTERM} if len(set(failed.values())) > 1 else set()
+        others |= {-signal.SIGKILL} if stop.impatient else set()
         for rank, status in failed.items():
-            if status < 0 and signal.Signals(-status).name != stopped and status not in others:
+            if status < 0 and signal.Signals(-status).name != stop.reason and status not in others:
                 hint = " (by hand, or by the kernel for want of memory)" if status == -signal.SIGKILL else ""
                 say(f"rank {rank} on {self._place.host} was {_end(status)}{hint}")
 
@@ -205,6 +207,9 @@ class Agent:
 
     def _fail(self, failure: Failure) -> None:
         self._record.tell(failure, sys.stderr)
+
+
+_TWICE = ", twice: steps after that were not saved"
 
 
 def columns_of(stream: int) -> dict[str, str]:

@@ -65,7 +65,7 @@ def judge(run_dir: Path, config: LaunchConfig, record: AttemptRecord | None = No
     if ending.state == "finished":
         return Verdict(DONE, f"finished at step {ending.step}")
     if ending.reason == StopReason.INTERRUPT:
-        return Verdict(DONE, f"stopped at step {ending.step} by Ctrl-C; the same command goes on")
+        return Verdict(DONE, f"stopped at step {ending.step} by Ctrl-C{ending.detail}; the same command goes on")
     written = max((file.stat().st_mtime for file in RunDirectory(run_dir).answers.glob("*.jsonl")), default=-1.0)
     vain = sum(1 for _ in takewhile(lambda record: _in_vain(record, written), reversed(history)))
     if vain > config.retries:

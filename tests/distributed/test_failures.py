@@ -284,6 +284,24 @@ def test_an_interrupt_of_specdist_train_saves_and_ends_well(job: Job, monkeypatc
     assert step == job.step
 
 
+def test_a_second_ctrl_c_while_the_first_is_obeyed_says_what_is_lost(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = job.step
+    monkeypatch.setenv("SPECDIST_TOKEN", TOKEN)
+    job.process = start_command(
+        [sys.executable, "-m", "specdist_launch.cli", "train", *job.words(), "--nproc-per-node", "3"]
+    )
+    job.wait_until(lambda: job.step > began)
+    job.process.send_signal(signal.SIGINT)
+    time.sleep(0.05)  # the ranks need longer to agree, save and leave
+    job.process.send_signal(signal.SIGINT)
+    said = job.end()
+    assert job.process.returncode == 0
+    assert "specdist: Ctrl-C: saving and stopping; a Ctrl-C from now on stops at once, unsaved\n" in said
+    assert "specdist: Ctrl-C: stopping at once, what is not saved yet will be done again\n" in said
+    assert f"stopped at step {job.step} by Ctrl-C, twice: steps after that were not saved; the same command" in said
+    assert "SIGKILL" not in said, "as if it had been the kernel"
+
+
 def test_ranks_do_not_outlive_a_killed_launcher(job: Job) -> None:
     ranks = job.train()
     assert job.process is not None

@@ -103,12 +103,16 @@ class Lost:
         pass
 
 
-def test_requests_to_stop_are_passed_on_to_all_and_noted(shell):
+def test_requests_to_stop_are_passed_on_to_all_and_noted(shell, capsys):
     before, received = signal.getsignal(signal.SIGTERM), []
     agents = [shell.agent("SIGINT", 75), shell.agent("SIGINT", 0)]
     shell.soon(signal.SIGTERM, signal.SIGINT)
     assert attend(agents, received) == 75
     assert received == [signal.SIGTERM, signal.SIGINT]
+    assert capsys.readouterr().err == (
+        "specdist: SIGTERM: saving and stopping; a Ctrl-C from now on stops at once, unsaved\n"
+        "specdist: Ctrl-C: stopping at once, what is not saved yet will be done again\n"
+    )
     assert shell.said(1) == shell.said(2) == ["SIGTERM", "SIGINT"]
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -263,6 +267,8 @@ def test_only_a_second_ctrl_c_is_impatient():
     with StopForwarder(lambda number, impatient: sent.append((number, impatient))) as stop:
         assert stop.reason is None
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            assert not stop.impatient
             signal.raise_signal(number)
     assert sent == [(signal.SIGTERM, False), (signal.SIGTERM, False), (signal.SIGINT, True)]
     assert stop.reason == "SIGTERM"
+    assert stop.impatient
