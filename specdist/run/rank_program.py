@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from specdist.core.errors import UserError, say
+from specdist.core.files import unfailing
 from specdist.core.launch_env import RankFacts, rank_arguments
 from specdist.core.stop import end_with_launcher, leave
 from specdist.core.troubleshooting import linked
@@ -18,6 +19,7 @@ def rank_status(
 ) -> int:
     """Take this rank's `part` in a world; returns the exit status. `module` and `text` are for `--help`."""
     end_with_launcher()
+    sys.stdout, sys.stderr = (unfailing(s.fileno()) for s in (sys.stdout, sys.stderr))  # who reads them may be gone
     args = rank_arguments(module, text, argv)
     logging.getLogger("torch.distributed").setLevel(logging.WARNING)
     try:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -32,3 +34,20 @@ def test_a_defect_is_shown_also_once_torch_distributed_holds_the_output_of_its_h
     finally:
         dist.destroy_process_group()
     assert "No space left on device" in capfd.readouterr().err
+
+
+def test_a_rank_whose_reader_is_gone_does_its_part() -> None:
+    script = """
+import sys
+from specdist.run import rank_program
+rank_program.load_job, rank_program.RankFacts.from_environment = lambda *_: None, lambda: None
+def part(*_):
+    for stream in (sys.stdout, sys.stderr):
+        print("a table", file=stream, flush=True)
+    return 7
+sys.exit(rank_program.rank_status(part, "m", None, ["--config", "x"]))
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert subprocess.run([sys.executable, "-c", script], stdout=writer, stderr=writer, timeout=300).returncode == 7
+    os.close(writer)
