@@ -229,6 +229,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     from specdist.core.hub import resolve
+    from specdist.core.launch_env import variable
     from specdist.prompts.prepare import prepare_corpus
     from specdist.run.answers import ready_prompts
     from specdist.target.description import describe
@@ -239,7 +240,8 @@ def _prepare(args: argparse.Namespace) -> int:
     if args.show:
         from specdist.prompts.look import shown_samples
 
-        reading.show(shown_samples(prompts, directory, args.show, sys.stdout.isatty()))
+        colour = sys.stdout.isatty() and not variable("NO_COLOR")
+        reading.show(shown_samples(prompts, directory, args.show, colour))
     corpus = prepare_corpus(prompts, directory, progress=True)
     reading.show([corpus.described()])
     corpus.check_vocabulary(target.vocab_size)

@@ -167,7 +167,8 @@ def address_towards(host: str, port: int) -> str:
 
 
 def variable(name: str) -> str | None:
-    """What an environment variable holds that the configuration names, as the one of a key does."""
+    """What an environment variable holds that the configuration names, as the one of a key does, or a convention does;
+    None where it is empty."""
     return os.environ.get(name) or None
 
 

@@ -34,6 +34,8 @@ from specdist.prompts.prepare import prepare, prepare_in_world
 from specdist.prompts.read import find_files
 from specdist.prompts.render import Renderer
 from specdist.prompts.store import PromptStore
+from specdist_launch.cli import main
+from tests.tiny import make_config, make_conversations, make_target
 from tests.unit import prompts_tokenizers as t
 
 ANSWERS = ["Hello there", "I am well, thank you", "The answer is 42", "é 🎉"]
@@ -445,3 +447,17 @@ def test_a_moved_file_keeps_its_store_and_is_named_as_it_is_called_now(tmp_path:
     assert second.directory == first.directory
     assert second.provenance(0) == (str(after), 1)
     assert second.report.examples["malformed record"][0].startswith(f"{after}:2: ")
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [(None, True), ("", True), ("1", False)])
+def test_samples_are_shown_in_colour_on_a_terminal_that_wants_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_color, coloured: bool
+) -> None:
+    words = make_config(tmp_path, make_target(tmp_path / "target"), make_conversations(tmp_path / "p.jsonl"))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    assert main(["prepare", *words, "--show", "1"]) == 0
+    said = capsys.readouterr().out
+    assert ("\x1b[32m" in said, "[[" in said) == (coloured, not coloured)
