@@ -55,6 +55,7 @@ def ending_stuck_ranks(
                 say(f"all ranks on {host} are stopped, and go on with SIGCONT")
             for rank in [rank for rank, looks in stopped.items() if looks >= STOPPED_LOOKS]:
                 words = f"stopped by a signal, and it did not go on for {STOPPED_LOOKS * _LOOK_S:.0f} s"
+                words += ": Ctrl-Z suspends a job whole, and no rank of it is lost"
                 tell(Failure("lost", words, rank, host=host, pid=ranks[rank].pid))
                 kill({rank: ranks[rank]})
             if failed_at is None and os.path.exists(record.failure_file):  # false where it cannot be seen

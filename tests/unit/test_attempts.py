@@ -374,7 +374,7 @@ def test_a_rank_that_a_signal_has_stopped_is_named_and_who_outlives_the_failure_
     failure = AttemptRecord(tmp_path).failure()
     assert failure is not None
     assert (failure.kind, failure.place) == ("lost", "rank 2 (host h2)")
-    assert failure.message == "stopped by a signal, and it did not go on for 1 s"
+    assert failure.message.startswith("stopped by a signal, and it did not go on for 1 s: Ctrl-Z suspends a job whole")
     assert list(failure.stacks) == ["target/h2-rank1"]
     assert failure.stacks["target/h2-rank1"].startswith("Current thread 0x")
     assert 'File "<string>", line 1 in <module>' in failure.stacks["target/h2-rank1"]
