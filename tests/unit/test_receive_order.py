@@ -26,7 +26,7 @@ RANKS, STEPS, TOGETHER = 4, 20, 2
 class Items(list[Any]):
     def __init__(self, pods: int) -> None:
         self.schedule = Schedule(0, 0, STEPS, TOGETHER, pods=pods)
-        super().__init__(SimpleNamespace(index=i, pod=i % pods) for i in range(self.schedule.end_item))
+        super().__init__(SimpleNamespace(index=i, pod=i % pods, evaluated=False) for i in range(self.schedule.end_item))
 
 
 class Client:
