@@ -10,6 +10,8 @@ config=(configs/one-gpu.yaml "target.path=$material/model")
 stages=${STAGES:-answer train serve} drafts=${DRAFTS:-eagle3 eagle3-off-policy dflash dspark}
 mkdir -p "$output"
 has() { [[ " $1 " = *" $2 "* ]]; }
+for word in $stages; do has "answer train serve" "$word" || { echo "STAGES: $word is none of answer, train, serve" >&2; exit 2; }; done
+for word in $drafts; do has "eagle3 eagle3-off-policy dflash dspark" "$word" || { echo "DRAFTS: $word is none of eagle3, eagle3-off-policy, dflash, dspark" >&2; exit 2; }; done
 
 # Greedy, as it will be served. One engine leaves most of the GPU idle, for its host has little time, so several write at once, each a
 # part of the questions. SGLang sizes its memory by what it finds free: they start one after the other, and one that came too early goes on.

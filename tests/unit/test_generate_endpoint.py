@@ -180,6 +180,12 @@ def test_what_a_server_refuses_is_asked_no_more_and_what_it_drops_is(server: Ser
         ask(config(server), ONE)
 
 
+async def ask_twice(server: Server) -> list[Reply]:
+    engine = EndpointEngine(config(server), "tiny-1b", lambda trouble: None)
+    await engine.open()
+    return [await engine.write(ONE), await engine.write(ONE)]
+
+
 @pytest.mark.parametrize("body", [None, "<html>busy</html>", '{"error": "boom"}', '{"choices": []}'])
 def test_a_proxy_whose_server_is_gone_costs_no_conversation(server: Server, monkeypatch, body: str | None) -> None:
     """It had ended the run where a page came instead of an answer, and given up what was asked where it said 500."""
@@ -188,14 +194,9 @@ def test_a_proxy_whose_server_is_gone_costs_no_conversation(server: Server, monk
         server.instead = {"completions": body} if body and 1 <= number < 15 else {}
         return 500 if body is None and 1 <= number < 15 else 200
 
-    async def run() -> list[Reply]:
-        engine = EndpointEngine(config(server), "tiny-1b", lambda trouble: None)
-        await engine.open()
-        return [await engine.write(ONE), await engine.write(ONE)]
-
     monkeypatch.setattr(endpoint, "_PAUSE_S", 0.001)
     server.fail = fail
-    assert [reply.text for reply in asyncio.run(run())] == ["well", "well"]
+    assert [reply.text for reply in asyncio.run(ask_twice(server))] == ["well", "well"]
 
 
 @pytest.mark.parametrize("body", ["<html>It works!</html>", '{"object": ', '{"error": "boom"}', '{"choices": []}'])
@@ -263,17 +264,12 @@ def test_a_server_that_is_not_back_yet_is_waited_for(
             threading.Timer(0.1, server.instead.clear).start()
         return status
 
-    async def run() -> list[Reply]:
-        engine = EndpointEngine(config(server), "tiny-1b", lambda trouble: None)
-        await engine.open()
-        return [await engine.write(ONE), await engine.write(ONE)]
-
     monkeypatch.setattr(endpoint, "_PAUSE_S", 0.001)
     server.fail = fail
-    assert [reply.text for reply in asyncio.run(run())] == ["well", "well"]
+    assert [reply.text for reply in asyncio.run(ask_twice(server))] == ["well", "well"]
     server.fail = lambda number: 401 if number == 4 else 200
     with pytest.raises(ConfigError, match=r"refuses: .*status 401"):
-        asyncio.run(run())
+        asyncio.run(ask_twice(server))
 
 
 def assignment(tmp_path: Path, server: Server, **settings) -> Assignment:
