@@ -98,7 +98,7 @@ def _cost(plan: Plan, rates: Rates | None) -> Iterator[str]:
             yield f"steps: not estimated, for the prompts cannot be read: {error}"
             return
         if stream is None:
-            yield "steps: not estimated, for the prompts have no answers yet (prompts.answers)"
+            yield "steps: not estimated, for the prompts have no answers yet (prompts.answers), or no conversations"
             return
         epochs = job.train.epochs or 1
         steps, tokens = stream.count_steps(epochs), epochs * stream.sizes.tokens
